@@ -1,0 +1,312 @@
+//! Keys and patterns: dotted paths, parsed once at the edge and trusted from there on.
+//!
+//! The order of keys is by segments, each by its bytes, so that a branch is contiguous: `a`, `a.b`, `a-b`.
+//! It equals the order of bytes with `.` below all others, which is how it is computed.
+
+use std::cmp::Ordering;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use thiserror::Error;
+
+/// Longest key or pattern, in bytes.
+pub const KEY_LEN_MAX: usize = 1_024;
+
+/// A dotted path such as `host.db1.load`: what a value is stored under.
+///
+/// One or more non-empty segments joined by `.`; any UTF-8 except white space, control characters and `*`.
+/// Cloning is a reference count.
+///
+/// # Examples
+///
+/// ```
+/// use nkv_core::Key;
+///
+/// let key: Key = "host.db1.load".parse()?;
+/// assert_eq!(key.segments().collect::<Vec<_>>(), ["host", "db1", "load"]);
+/// assert!("host..load".parse::<Key>().is_err());
+/// # Ok::<(), nkv_core::KeyError>(())
+/// ```
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Key(Arc<str>);
+
+impl Key {
+    /// Checks `text` and makes a key of it.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyError`] names the first thing that is wrong.
+    pub fn new(text: &str) -> Result<Self, KeyError> {
+        check(text)?;
+        Ok(Key(Arc::from(text)))
+    }
+
+    /// The key as written.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The parts between the dots, outermost first.
+    pub fn segments(&self) -> impl DoubleEndedIterator<Item = &str> {
+        self.0.split('.')
+    }
+
+    /// Whether this key lies below `branch`, at any depth; a key is not below itself.
+    #[must_use]
+    pub fn is_below(&self, branch: &Key) -> bool {
+        self.0.strip_prefix(&*branch.0).is_some_and(|rest| rest.starts_with('.'))
+    }
+}
+
+impl Ord for Key {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let (a, b) = (self.0.as_bytes(), other.0.as_bytes());
+        match a.iter().zip(b).find(|(x, y)| x != y) {
+            Some((b'.', _)) => Ordering::Less,
+            Some((_, b'.')) => Ordering::Greater,
+            Some((x, y)) => x.cmp(y),
+            None => a.len().cmp(&b.len()),
+        }
+    }
+}
+
+impl PartialOrd for Key {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl FromStr for Key {
+    type Err = KeyError;
+
+    fn from_str(text: &str) -> Result<Self, KeyError> {
+        Key::new(text)
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self.as_str(), f)
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Which keys a request or a subscription is about.
+///
+/// | written | as a selection (get, list, delete) | as a subscription |
+/// |---|---|---|
+/// | `a` | `a` alone | `a` and every key below it |
+/// | `a.*` | every key below `a`, not `a` | the same |
+/// | `*` | every key | the same |
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Pattern {
+    /// A key, written without a wildcard.
+    Key(Key),
+    /// Everything below a key, written `a.*`.
+    Below(Key),
+    /// Everything, written `*`.
+    All,
+}
+
+impl Pattern {
+    /// Checks `text` and makes a pattern of it.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyError`] names the first thing that is wrong; a `*` is accepted only alone or as the last segment.
+    pub fn new(text: &str) -> Result<Self, KeyError> {
+        if text == "*" {
+            return Ok(Pattern::All);
+        }
+        match text.strip_suffix(".*") {
+            Some(_) if text.len() > KEY_LEN_MAX => Err(KeyError::TooLong { len: text.len() }),
+            Some(branch) => Key::new(branch).map(Pattern::Below),
+            None => Key::new(text).map(Pattern::Key),
+        }
+    }
+
+    /// Whether a get, list or delete of this pattern is about `key`.
+    #[must_use]
+    pub fn selects(&self, key: &Key) -> bool {
+        match self {
+            Pattern::Key(own) => own == key,
+            Pattern::Below(branch) => key.is_below(branch),
+            Pattern::All => true,
+        }
+    }
+
+    /// Whether a subscription to this pattern is told of a change of `key`.
+    #[must_use]
+    pub fn covers(&self, key: &Key) -> bool {
+        self.selects(key) || matches!(self, Pattern::Key(branch) if key.is_below(branch))
+    }
+}
+
+impl From<Key> for Pattern {
+    fn from(key: Key) -> Self {
+        Pattern::Key(key)
+    }
+}
+
+impl From<&Key> for Pattern {
+    fn from(key: &Key) -> Self {
+        Pattern::Key(key.clone())
+    }
+}
+
+impl FromStr for Pattern {
+    type Err = KeyError;
+
+    fn from_str(text: &str) -> Result<Self, KeyError> {
+        Pattern::new(text)
+    }
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Pattern::Key(key) => write!(f, "{key}"),
+            Pattern::Below(branch) => write!(f, "{branch}.*"),
+            Pattern::All => f.write_str("*"),
+        }
+    }
+}
+
+/// Why a text is no key, or no pattern.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum KeyError {
+    /// There is no text at all.
+    #[error("a key must not be empty")]
+    Empty,
+    /// Two dots in a row, or a dot at either end.
+    #[error("empty segment at byte {at}: a key is segments joined by single dots, such as a.b.c")]
+    EmptySegment {
+        /// Where the empty segment would stand, in bytes.
+        at: usize,
+    },
+    /// White space or a control character.
+    #[error("character {character:?} at byte {at}: a key must not hold white space or control characters")]
+    Character {
+        /// The character.
+        character: char,
+        /// Where it stands, in bytes.
+        at: usize,
+    },
+    /// A `*` where it means nothing.
+    #[error("'*' at byte {at}: a wildcard is '*' alone or the last segment of a pattern, such as a.*")]
+    Wildcard {
+        /// Where it stands, in bytes.
+        at: usize,
+    },
+    /// More than [`KEY_LEN_MAX`] bytes.
+    #[error("key of {len} bytes: the limit is {KEY_LEN_MAX}")]
+    TooLong {
+        /// Length of the text, in bytes.
+        len: usize,
+    },
+}
+
+fn check(text: &str) -> Result<(), KeyError> {
+    if text.is_empty() {
+        return Err(KeyError::Empty);
+    }
+    if text.len() > KEY_LEN_MAX {
+        return Err(KeyError::TooLong { len: text.len() });
+    }
+    let mut segment_start = 0;
+    for (at, character) in text.char_indices() {
+        match character {
+            '.' if at == segment_start => return Err(KeyError::EmptySegment { at }),
+            '.' => segment_start = at + 1,
+            '*' => return Err(KeyError::Wildcard { at }),
+            c if c.is_whitespace() || c.is_control() => return Err(KeyError::Character { character, at }),
+            _ => {}
+        }
+    }
+    if segment_start == text.len() {
+        return Err(KeyError::EmptySegment { at: segment_start });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(text: &str) -> Key {
+        Key::new(text).unwrap()
+    }
+
+    #[test]
+    fn what_a_file_system_or_a_shell_finds_special_is_an_ordinary_key() {
+        for text in ["/etc/passwd", "-rf", "a/b", "$(x)", "CON", "é.ü", "\u{202e}x", "a'b\"c"] {
+            assert_eq!(key(text).as_str(), text);
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_key_is_named_with_its_place() {
+        let cases = [
+            ("", KeyError::Empty),
+            (".a", KeyError::EmptySegment { at: 0 }),
+            ("a..b", KeyError::EmptySegment { at: 2 }),
+            ("a.", KeyError::EmptySegment { at: 2 }),
+            ("a b", KeyError::Character { character: ' ', at: 1 }),
+            ("a\u{a0}", KeyError::Character { character: '\u{a0}', at: 1 }),
+            ("a\u{85}", KeyError::Character { character: '\u{85}', at: 1 }),
+            ("a\0", KeyError::Character { character: '\0', at: 1 }),
+            ("a.*", KeyError::Wildcard { at: 2 }),
+        ];
+        for (text, error) in cases {
+            assert_eq!(Key::new(text), Err(error), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_longest_key_is_accepted_and_one_byte_more_is_not() {
+        assert!(Key::new(&"k".repeat(KEY_LEN_MAX)).is_ok());
+        assert_eq!(Key::new(&"k".repeat(KEY_LEN_MAX + 1)), Err(KeyError::TooLong { len: KEY_LEN_MAX + 1 }));
+        let pattern = format!("{}.*", "k".repeat(KEY_LEN_MAX - 1));
+        assert_eq!(Pattern::new(&pattern), Err(KeyError::TooLong { len: KEY_LEN_MAX + 1 }));
+    }
+
+    #[test]
+    fn keys_sort_by_segments_so_that_a_branch_is_contiguous() {
+        let mut keys = ["a-b", "a.b.c", "b", "a", "a!", "a.b", "a.c"].map(key);
+        keys.sort();
+        assert_eq!(keys.map(|k| k.to_string()), ["a", "a.b", "a.b.c", "a.c", "a!", "a-b", "b"]);
+    }
+
+    #[test]
+    fn a_wildcard_stands_alone_or_last() {
+        assert_eq!(Pattern::new("*"), Ok(Pattern::All));
+        assert_eq!(Pattern::new("a.b.*"), Ok(Pattern::Below(key("a.b"))));
+        for text in ["a.*.c", "*.a", "a*", "a.**", ".*", "**", "*.*"] {
+            assert!(Pattern::new(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_subscription_to_a_key_covers_its_branch_and_a_selection_does_not() {
+        let cases = [
+            ("a", "a", true, true),
+            ("a", "a.b.c", false, true),
+            ("a", "ab", false, false),
+            ("a.*", "a", false, false),
+            ("a.*", "a.b.c", true, true),
+            ("*", "a", true, true),
+        ];
+        for (pattern, k, selects, covers) in cases {
+            let p = Pattern::new(pattern).unwrap();
+            assert_eq!((p.selects(&key(k)), p.covers(&key(k))), (selects, covers), "{pattern} {k}");
+        }
+    }
+}

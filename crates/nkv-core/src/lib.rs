@@ -1,0 +1,23 @@
+#![doc = include_str!("../README.md")]
+
+pub mod mailbox;
+
+mod key;
+mod keyspace;
+mod notifier;
+mod persist;
+mod record;
+mod revision;
+mod route;
+mod store;
+mod subscribers;
+mod sync;
+
+pub use key::{KEY_LEN_MAX, Key, KeyError, Pattern};
+pub use notifier::{Delivery, Notifier};
+pub use persist::{Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue};
+pub use record::{Action, Change, EndReason, Event, EventKind, Expiry, Millis, Reason, Record, Snapshot};
+pub use revision::{Epoch, Revision};
+pub use route::RoutePersist;
+pub use store::{NotifyKeyValue, Op, Outcome, Page, PageTooLarge, PutOptions, Stats, WriteError};
+pub use subscribers::{SubscriberId, Subscription};

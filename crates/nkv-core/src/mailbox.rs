@@ -1,0 +1,371 @@
+//! The conflating mailbox: between a store that never waits and a reader that may be slow.
+//!
+//! One slot per key: a newer change of a key takes the place of an older one that was not read yet and moves to the
+//! end of the queue, so that revisions come out in increasing order; how many changes were passed over is counted.
+//! What is not a change of a key (a snapshot, the end of a subscription, an item of the owner's own) is never conflated
+//! and keeps its place. Memory is bounded by the number of keys, whatever the number of changes.
+//!
+//! No runtime: the reader polls with a waker, or blocks its thread. Explored with loom: see `tests/loom_mailbox.rs`.
+
+use std::collections::{HashMap, VecDeque};
+use std::convert::Infallible;
+use std::fmt;
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use crate::key::Key;
+use crate::notifier::{Delivery, Notifier};
+use crate::record::{Event, EventKind};
+use crate::revision::Revision;
+use crate::sync::{Condvar, Mutex, MutexGuard};
+
+/// Makes a mailbox; `T` is what its owner wants to send along the same queue, such as answers to requests.
+///
+/// # Examples
+///
+/// ```
+/// use nkv_core::mailbox::{Item, mailbox};
+/// use nkv_core::{Key, NoPersist, NotifyKeyValue, Pattern, PutOptions};
+///
+/// let store = NotifyKeyValue::open(NoPersist::default(), 0)?;
+/// let (post, inbox) = mailbox::<()>();
+/// store.subscribe(Pattern::new("lamp")?, "me".into(), post, false);
+///
+/// let key = Key::new("lamp.kitchen")?;
+/// for value in ["on", "off", "on"] {
+///     store.put(&key, value, PutOptions::default())?;
+/// }
+/// let Some(Item::Event { skipped, .. }) = inbox.try_take() else { panic!("nothing was told") };
+/// assert_eq!(skipped, 2); // only the latest state, and how many were passed over
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[must_use]
+pub fn mailbox<T>() -> (Mailbox<T>, Inbox<T>) {
+    let shared = Arc::new(Shared { state: Mutex::new(State::new()), arrived: Condvar::new() });
+    (Mailbox { post: Arc::new(Post(Arc::clone(&shared))) }, Inbox { shared })
+}
+
+/// What comes out of a mailbox.
+#[derive(Clone, Debug)]
+pub enum Item<T = Infallible> {
+    /// An event.
+    Event {
+        /// The event.
+        event: Arc<Event>,
+        /// How many changes of its key, since the last one taken, were passed over in its favour.
+        skipped: u64,
+    },
+    /// An item of the owner's own.
+    Own(T),
+}
+
+/// What waits in a mailbox, for people to look at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// Items not yet taken.
+    pub queued: usize,
+    /// Changes passed over since the mailbox was made.
+    pub skipped: u64,
+}
+
+/// The side that posts. Clones post to the same mailbox; when the last is dropped, the mailbox closes.
+pub struct Mailbox<T = Infallible> {
+    post: Arc<Post<T>>,
+}
+
+/// The side that takes. Dropping it closes the mailbox.
+pub struct Inbox<T = Infallible> {
+    shared: Arc<Shared<T>>,
+}
+
+/// Closes the mailbox when the last poster is gone.
+struct Post<T>(Arc<Shared<T>>);
+
+struct Shared<T> {
+    state: Mutex<State<T>>,
+    arrived: Condvar,
+}
+
+struct State<T> {
+    /// `None` where a newer change of the same key took the item's place.
+    queue: VecDeque<Option<Item<T>>>,
+    /// Number of the item at the front; items are numbered in the order of their arrival.
+    front: u64,
+    /// Where the pending change of a key is, by item number.
+    slots: HashMap<Key, u64>,
+    /// How many `None`s the queue holds.
+    vacant: usize,
+    /// The newest revision told or pending: a change up to it is a duplicate.
+    newest: Revision,
+    skipped: u64,
+    closed: bool,
+    waker: Option<Waker>,
+}
+
+/// Below this many, vacant places are not worth tidying and capacity is not worth giving back.
+const TIDY_MIN: usize = 64;
+
+impl<T> State<T> {
+    fn new() -> Self {
+        State {
+            queue: VecDeque::new(),
+            front: 0,
+            slots: HashMap::new(),
+            vacant: 0,
+            newest: Revision::ZERO,
+            skipped: 0,
+            closed: false,
+            waker: None,
+        }
+    }
+
+    fn back(&self) -> u64 {
+        self.front + self.queue.len() as u64
+    }
+
+    fn post_event(&mut self, event: &Arc<Event>) -> Delivery {
+        let mut item_skipped = 0;
+        match event.kind() {
+            EventKind::Change(change) => {
+                if change.revision <= self.newest {
+                    return Delivery::Queued; // a second subscription of this reader covers the key too
+                }
+                self.newest = change.revision;
+                let back = self.back();
+                match self.slots.get_mut(&change.key) {
+                    Some(slot) => {
+                        let at = (std::mem::replace(slot, back) - self.front) as usize;
+                        if let Some(Item::Event { skipped, .. }) = self.queue[at].take() {
+                            item_skipped = skipped + 1;
+                        }
+                        self.vacant += 1;
+                        self.skipped += 1;
+                    }
+                    None => {
+                        self.slots.insert(change.key.clone(), back);
+                    }
+                }
+            }
+            EventKind::Snapshot(snapshot) => self.newest = self.newest.max(snapshot.revision),
+            EventKind::Ended { .. } => {}
+        }
+        self.queue.push_back(Some(Item::Event { event: Arc::clone(event), skipped: item_skipped }));
+        if self.vacant > TIDY_MIN && self.vacant > self.queue.len() / 2 {
+            self.tidy();
+        }
+        if item_skipped > 0 { Delivery::Conflated } else { Delivery::Queued }
+    }
+
+    /// Drops the vacant places: a reader that stands still while one key changes must not cost memory.
+    fn tidy(&mut self) {
+        self.queue.retain(Option::is_some);
+        self.vacant = 0;
+        for (number, item) in (self.front..).zip(&self.queue) {
+            if let Some(Item::Event { event, .. }) = item
+                && let EventKind::Change(change) = event.kind()
+                && let Some(slot) = self.slots.get_mut(&change.key)
+            {
+                *slot = number;
+            }
+        }
+    }
+
+    fn take(&mut self) -> Option<Item<T>> {
+        while let Some(place) = self.queue.pop_front() {
+            self.front += 1;
+            let Some(item) = place else {
+                self.vacant -= 1;
+                continue;
+            };
+            if let Item::Event { event, .. } = &item
+                && let EventKind::Change(change) = event.kind()
+            {
+                self.slots.remove(&change.key);
+            }
+            return Some(item);
+        }
+        if self.queue.capacity() > TIDY_MIN {
+            self.queue = VecDeque::new();
+            self.slots = HashMap::new();
+        }
+        None
+    }
+}
+
+impl<T> Shared<T> {
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        // Nothing in this module panics while it holds the lock.
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Changes the state, then wakes the reader outside the lock.
+    fn post<R>(&self, change: impl FnOnce(&mut State<T>) -> R) -> R {
+        let mut state = self.lock();
+        let result = change(&mut state);
+        let waker = state.waker.take();
+        drop(state);
+        self.arrived.notify_one();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        result
+    }
+
+    fn close(&self) {
+        self.post(|state| state.closed = true);
+    }
+}
+
+impl<T> Mailbox<T> {
+    /// Posts an item of the owner's own, in order with the events. Returns it if the mailbox is closed.
+    ///
+    /// # Errors
+    ///
+    /// The item, if nobody will take it.
+    pub fn post(&self, item: T) -> Result<(), T> {
+        self.post.0.post(|state| {
+            if state.closed {
+                return Err(item);
+            }
+            state.queue.push_back(Some(Item::Own(item)));
+            Ok(())
+        })
+    }
+
+    /// Closes the mailbox: nothing more is posted, and the reader ends after what is already there.
+    pub fn close(&self) {
+        self.post.0.close();
+    }
+
+    /// Whether the mailbox is closed, from either side.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.post.0.lock().closed
+    }
+
+    /// What waits to be taken.
+    #[must_use]
+    pub fn backlog(&self) -> Backlog {
+        let state = self.post.0.lock();
+        Backlog { queued: state.queue.len() - state.vacant, skipped: state.skipped }
+    }
+
+    /// Whether both post to the same mailbox.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.post, &other.post)
+    }
+}
+
+impl<T: Send + 'static> Notifier for Mailbox<T> {
+    fn notify(&self, event: &Arc<Event>) -> Delivery {
+        self.post.0.post(|state| if state.closed { Delivery::Closed } else { state.post_event(event) })
+    }
+}
+
+impl<T> Inbox<T> {
+    /// Takes the next item if one is there.
+    pub fn try_take(&self) -> Option<Item<T>> {
+        self.shared.lock().take()
+    }
+
+    /// Takes the next item, or has `cx` woken when there is one; `None` once the mailbox is closed and empty.
+    ///
+    /// One reader at a time: a later call's waker replaces an earlier one's.
+    pub fn poll_take(&self, cx: &mut Context<'_>) -> Poll<Option<Item<T>>> {
+        let mut state = self.shared.lock();
+        if let Some(item) = state.take() {
+            return Poll::Ready(Some(item));
+        }
+        if state.closed {
+            return Poll::Ready(None);
+        }
+        match &mut state.waker {
+            Some(waker) => waker.clone_from(cx.waker()),
+            none => *none = Some(cx.waker().clone()),
+        }
+        Poll::Pending
+    }
+
+    /// Takes the next item; `None` once the mailbox is closed and empty.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing.
+    pub async fn take(&self) -> Option<Item<T>> {
+        poll_fn(|cx| self.poll_take(cx)).await
+    }
+
+    /// Takes the next item, blocking the thread until there is one; `None` once the mailbox is closed and empty.
+    pub fn take_blocking(&self) -> Option<Item<T>> {
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(item) = state.take() {
+                return Some(item);
+            }
+            if state.closed {
+                return None;
+            }
+            state = self.shared.arrived.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+    }
+
+    /// Like [`take_blocking`](Self::take_blocking), for at most `patience`; `None` also when that has passed.
+    pub fn take_timeout(&self, patience: Duration) -> Option<Item<T>> {
+        let deadline = Instant::now() + patience;
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(item) = state.take() {
+                return Some(item);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if state.closed || left.is_zero() {
+                return None;
+            }
+            let waited = self.shared.arrived.wait_timeout(state, left);
+            state = waited.unwrap_or_else(std::sync::PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl<T> Clone for Mailbox<T> {
+    fn clone(&self) -> Self {
+        Mailbox { post: Arc::clone(&self.post) }
+    }
+}
+
+impl<T> Drop for Post<T> {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+impl<T> Drop for Inbox<T> {
+    fn drop(&mut self) {
+        // What was not taken will not be: give its memory back now, not when the last poster is gone.
+        let left = self.shared.post(|state| {
+            state.closed = true;
+            (std::mem::take(&mut state.queue), std::mem::take(&mut state.slots))
+        });
+        drop(left);
+    }
+}
+
+impl<T> fmt::Debug for Mailbox<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Backlog { queued, skipped } = self.backlog();
+        f.debug_struct("Mailbox").field("queued", &queued).field("skipped", &skipped).finish()
+    }
+}
+
+impl<T> fmt::Debug for Inbox<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Inbox").finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+#[path = "mailbox_tests.rs"]
+mod tests;

@@ -1,0 +1,215 @@
+//! How a store keeps its values across restarts.
+
+use std::collections::HashMap;
+use std::error::Error as StdError;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::key::Key;
+use crate::record::{Action, Change, Record};
+use crate::revision::{Epoch, Revision};
+
+/// Keeps values across restarts.
+///
+/// # Contract
+///
+/// - *Whole*: after a crash, [`load`](Self::load) visits, for each key, a value that some batch stored; never a mixture.
+/// - *Together*: a batch survives whole or not at all, and what survives is a prefix of the batches given.
+/// - *Durable*: what was given before `persist` returned `Ok` survives, to the degree the backend promises.
+/// - *Revisions*: the highest revision ever stored survives too, even when its key was deleted.
+/// - *Epoch*: it stays the same over restarts, and changes whenever something acknowledged may have been lost.
+/// - *Alone*: methods may block; the caller owns a thread for them and never calls two at once.
+///
+/// `nkv_testkit::persist` checks each line; a backend is finished when it passes.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot keep values",
+    label = "this type does not implement `PersistValue`",
+    note = "implement `nkv_core::PersistValue` (two methods); examples/custom_persist.rs does so with one file per key",
+    note = "or use `nkv_core::MemoryPersist`, or `nkv_persist_fs::FsPersist`"
+)]
+pub trait PersistValue: fmt::Debug + Send + 'static {
+    /// Visits what survived, each key once, in no particular order, before anything else is asked.
+    ///
+    /// # Errors
+    ///
+    /// [`PersistErrorKind::Damaged`] when the data cannot be trusted, [`PersistErrorKind::Io`] when it cannot be read.
+    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError>;
+
+    /// Makes a batch durable: all of it, or none of it. A batch is never empty, its revisions increase.
+    ///
+    /// # Errors
+    ///
+    /// After any kind but [`PersistErrorKind::Poisoned`] the batch was not stored, and another may follow.
+    /// After `Poisoned` nobody knows: it may or may not be there after a restart, and no other batch follows.
+    fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError>;
+}
+
+/// What a backend knows besides its records.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Loaded {
+    /// The epoch of the data.
+    pub epoch: Epoch,
+    /// The highest revision ever stored; zero for an empty store.
+    pub revision: Revision,
+}
+
+/// Why something could not be stored or loaded.
+#[derive(Debug)]
+pub struct PersistError {
+    kind: PersistErrorKind,
+    context: String,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+/// What a caller can act on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PersistErrorKind {
+    /// No space is left. Nothing was stored; the same batch may succeed once there is space.
+    NoSpace,
+    /// The batch is one that this backend can never store. Nothing was stored.
+    Rejected,
+    /// Reading or writing failed. Nothing was stored; trying again may help.
+    Io,
+    /// Nobody knows what the storage holds now. The store takes no more writes until it is opened again.
+    Poisoned,
+    /// The stored data is damaged. Nothing was changed.
+    Damaged,
+    /// Another process owns the data. Nothing was changed.
+    InUse,
+}
+
+impl PersistError {
+    /// An error of `kind`; `context` says what was being done, to what.
+    pub fn new(kind: PersistErrorKind, context: impl Into<String>) -> Self {
+        PersistError { kind, context: context.into(), source: None }
+    }
+
+    /// With the error that caused it.
+    #[must_use]
+    pub fn with_source(self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        PersistError { source: Some(source.into()), ..self }
+    }
+
+    /// What a caller can act on.
+    #[must_use]
+    pub fn kind(&self) -> PersistErrorKind {
+        self.kind
+    }
+
+    /// Whether the same call may succeed later, with no restart.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        matches!(self.kind, PersistErrorKind::NoSpace | PersistErrorKind::Io)
+    }
+}
+
+impl fmt::Display for PersistError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.context)
+    }
+}
+
+impl StdError for PersistError {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_ref().map(|source| &**source as &(dyn StdError + 'static))
+    }
+}
+
+#[deny(clippy::missing_trait_methods)]
+impl<P: PersistValue + ?Sized> PersistValue for Box<P> {
+    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+        (**self).load(visit)
+    }
+
+    fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
+        (**self).persist(batch)
+    }
+}
+
+/// A shared backend: whoever else holds it can look at it between two calls.
+#[deny(clippy::missing_trait_methods)]
+impl<P: PersistValue + ?Sized> PersistValue for Arc<Mutex<P>> {
+    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).load(visit)
+    }
+
+    fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).persist(batch)
+    }
+}
+
+/// Keeps nothing: values live as long as the process.
+///
+/// Each instance is a new life of its data, so give each a new random epoch when clients may outlive it.
+#[derive(Debug, Default)]
+pub struct NoPersist {
+    epoch: Epoch,
+}
+
+impl NoPersist {
+    /// Storage that forgets, in the given epoch.
+    #[must_use]
+    pub fn new(epoch: Epoch) -> Self {
+        NoPersist { epoch }
+    }
+}
+
+impl PersistValue for NoPersist {
+    fn load(&mut self, _visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+        Ok(Loaded { epoch: self.epoch, revision: Revision::ZERO })
+    }
+
+    fn persist(&mut self, _batch: &[Change]) -> Result<(), PersistError> {
+        Ok(())
+    }
+}
+
+/// Keeps values in memory that clones share: the model of a disk, for tests and examples.
+///
+/// A clone that is opened later finds what was stored, as after a restart.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryPersist {
+    disk: Arc<Mutex<Disk>>,
+}
+
+#[derive(Debug, Default)]
+struct Disk {
+    records: HashMap<Key, Record>,
+    loaded: Loaded,
+}
+
+impl MemoryPersist {
+    /// Empty storage, in the given epoch.
+    #[must_use]
+    pub fn new(epoch: Epoch) -> Self {
+        let loaded = Loaded { epoch, revision: Revision::ZERO };
+        MemoryPersist { disk: Arc::new(Mutex::new(Disk { records: HashMap::new(), loaded })) }
+    }
+}
+
+impl PersistValue for MemoryPersist {
+    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+        let disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
+        disk.records.values().cloned().for_each(visit);
+        Ok(disk.loaded)
+    }
+
+    fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
+        let mut disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
+        for Change { key, revision, action } in batch {
+            match action {
+                Action::Put { value, expiry } => {
+                    let record =
+                        Record { key: key.clone(), value: value.clone(), revision: *revision, expiry: *expiry };
+                    disk.records.insert(key.clone(), record);
+                }
+                Action::Delete { .. } => {
+                    disk.records.remove(key);
+                }
+            }
+            disk.loaded.revision = *revision;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,183 @@
+//! What is stored (a record), what happened (a change) and what a subscriber is told (an event).
+
+use std::any::Any;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::key::{Key, Pattern};
+use crate::revision::{Epoch, Revision};
+
+/// A point in time: milliseconds since an origin that the caller chooses and keeps across restarts,
+/// the Unix epoch for instance.
+pub type Millis = u64;
+
+/// When a value ends by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expiry {
+    /// When.
+    pub at: Millis,
+    /// How long it was to live when it was put. A reopened store lets no value live longer than this from then on,
+    /// so that a clock that was set back between two runs cannot keep values for years.
+    pub ttl_ms: u64,
+}
+
+impl Expiry {
+    /// `ttl` from `now`; at least one millisecond.
+    #[must_use]
+    pub fn after(now: Millis, ttl: Duration) -> Self {
+        let ttl_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1);
+        Expiry { at: now.saturating_add(ttl_ms), ttl_ms }
+    }
+}
+
+/// A key as it is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The key.
+    pub key: Key,
+    /// Its value: opaque bytes.
+    pub value: Bytes,
+    /// The revision of the put that stored it.
+    pub revision: Revision,
+    /// When it ends by itself, if it does.
+    pub expiry: Option<Expiry>,
+}
+
+/// One change of one key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The key.
+    pub key: Key,
+    /// The change's place in the order of all changes.
+    pub revision: Revision,
+    /// What happened.
+    pub action: Action,
+}
+
+/// What a change did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// The key has this value now.
+    Put {
+        /// The value.
+        value: Bytes,
+        /// When it ends by itself, if it does.
+        expiry: Option<Expiry>,
+    },
+    /// The key is gone.
+    Delete {
+        /// Why.
+        reason: Reason,
+    },
+}
+
+/// Why a key is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// Somebody deleted it.
+    Deleted,
+    /// Its TTL ended.
+    Expired,
+}
+
+impl Reason {
+    /// The word for it, on the wire and elsewhere.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Reason::Deleted => "deleted",
+            Reason::Expired => "expired",
+        }
+    }
+}
+
+/// Why a subscription has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EndReason {
+    /// Somebody unsubscribed it.
+    Unsubscribed,
+    /// The same subscriber subscribed to the same pattern again.
+    Replaced,
+}
+
+impl EndReason {
+    /// The word for it, on the wire and elsewhere.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            EndReason::Unsubscribed => "unsubscribed",
+            EndReason::Replaced => "replaced",
+        }
+    }
+}
+
+/// The state of all keys that a subscription covers, at one revision.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The subscription's pattern.
+    pub pattern: Pattern,
+    /// The present keys, in key order; none if nothing matches.
+    pub records: Vec<Record>,
+    /// Every change up to and including this revision is contained, none after it.
+    pub revision: Revision,
+    /// Within which this revision may be compared.
+    pub epoch: Epoch,
+}
+
+/// What an event says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum EventKind {
+    /// A key changed.
+    Change(Change),
+    /// The current state, first thing after a subscribe that asked for it.
+    Snapshot(Snapshot),
+    /// The subscription has ended; nothing follows for it.
+    Ended {
+        /// The subscription's pattern.
+        pattern: Pattern,
+        /// Why.
+        reason: EndReason,
+    },
+}
+
+/// What subscribers are told, shared by all of them.
+pub struct Event {
+    kind: EventKind,
+    memos: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
+}
+
+impl Event {
+    /// An event that says `kind`.
+    #[must_use]
+    pub fn new(kind: EventKind) -> Arc<Self> {
+        Arc::new(Event { kind, memos: Mutex::new(Vec::new()) })
+    }
+
+    /// What it says.
+    #[must_use]
+    pub fn kind(&self) -> &EventKind {
+        &self.kind
+    }
+
+    /// What a family of notifiers derived from this event, made by whoever asks first and shared by all who ask
+    /// for the same type. An event that goes to hundreds of connections is encoded once this way.
+    pub fn memo<T: Any + Send + Sync>(&self, make: impl FnOnce(&EventKind) -> T) -> Arc<T> {
+        let mut memos = self.memos.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(memo) = memos.iter().find_map(|m| Arc::clone(m).downcast::<T>().ok()) {
+            return memo;
+        }
+        let memo = Arc::new(make(&self.kind));
+        memos.push(Arc::clone(&memo) as Arc<dyn Any + Send + Sync>);
+        memo
+    }
+}
+
+impl fmt::Debug for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.kind, f)
+    }
+}

@@ -1,0 +1,194 @@
+//! Writing JSON without building it first, and reading the two forms of a value.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use bytes::{BufMut, BytesMut};
+use serde::de::{Error, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+
+use crate::ValueForm;
+
+/// Writes the fields of one object.
+pub(crate) struct Object<'a> {
+    out: &'a mut BytesMut,
+    first: bool,
+}
+
+impl<'a> Object<'a> {
+    /// Starts an object.
+    pub(crate) fn start(out: &'a mut BytesMut) -> Self {
+        out.put_u8(b'{');
+        Object { out, first: true }
+    }
+
+    /// Starts writing `name`, which needs no escapes; its value is to follow.
+    pub(crate) fn name(&mut self, name: &str) -> &mut BytesMut {
+        if !std::mem::take(&mut self.first) {
+            self.out.put_u8(b',');
+        }
+        self.out.put_u8(b'"');
+        self.out.put_slice(name.as_bytes());
+        self.out.put_slice(b"\":");
+        self.out
+    }
+
+    pub(crate) fn text(&mut self, name: &str, value: &str) -> &mut Self {
+        string(self.name(name), value);
+        self
+    }
+
+    pub(crate) fn number(&mut self, name: &str, value: u64) -> &mut Self {
+        number(self.name(name), value);
+        self
+    }
+
+    pub(crate) fn flag(&mut self, name: &str, value: bool) -> &mut Self {
+        self.name(name).put_slice(if value { b"true" } else { b"false" });
+        self
+    }
+
+    /// Writes an array, each item by `write`.
+    pub(crate) fn array<T>(
+        &mut self,
+        name: &str,
+        items: impl IntoIterator<Item = T>,
+        mut write: impl FnMut(&mut BytesMut, T),
+    ) -> &mut Self {
+        let out = self.name(name);
+        out.put_u8(b'[');
+        for (at, item) in items.into_iter().enumerate() {
+            if at > 0 {
+                out.put_u8(b',');
+            }
+            write(out, item);
+        }
+        out.put_u8(b']');
+        self
+    }
+
+    pub(crate) fn end(&mut self) {
+        self.out.put_u8(b'}');
+    }
+}
+
+pub(crate) fn number(out: &mut BytesMut, number: u64) {
+    out.put_slice(itoa::Buffer::new().format(number).as_bytes());
+}
+
+pub(crate) fn string(out: &mut BytesMut, text: &str) {
+    out.put_u8(b'"');
+    let mut plain = 0;
+    for (at, byte) in text.bytes().enumerate() {
+        if byte >= b' ' && byte != b'"' && byte != b'\\' {
+            continue;
+        }
+        out.put_slice(&text.as_bytes()[plain..at]);
+        plain = at + 1;
+        match byte {
+            b'"' | b'\\' => out.put_slice(&[b'\\', byte]),
+            b'\n' => out.put_slice(b"\\n"),
+            b'\r' => out.put_slice(b"\\r"),
+            b'\t' => out.put_slice(b"\\t"),
+            _ => {
+                let digit = |nibble: u8| b"0123456789abcdef"[usize::from(nibble)];
+                out.put_slice(&[b'\\', b'u', b'0', b'0', digit(byte >> 4), digit(byte & 15)]);
+            }
+        }
+    }
+    out.put_slice(&text.as_bytes()[plain..]);
+    out.put_u8(b'"');
+}
+
+/// A value within the line: as an array of byte numbers, or as a string when that was asked for and is possible.
+pub(crate) fn value(out: &mut BytesMut, value: &[u8], form: ValueForm) {
+    if form == ValueForm::Text
+        && let Ok(text) = std::str::from_utf8(value)
+    {
+        return string(out, text);
+    }
+    out.reserve(value.len() * 4 + 2);
+    out.put_u8(b'[');
+    for (at, byte) in value.iter().enumerate() {
+        if at > 0 {
+            out.put_u8(b',');
+        }
+        number(out, u64::from(*byte));
+    }
+    out.put_u8(b']');
+}
+
+/// A value read from within a line: an array of byte numbers, or a string's UTF-8 bytes.
+#[derive(Debug, Default)]
+pub(crate) struct Value<'a>(pub(crate) Cow<'a, [u8]>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Value<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ValueVisitor { len_max: usize::MAX }).map(Value)
+    }
+}
+
+pub(crate) struct ValueVisitor {
+    /// Reading stops as soon as an array is longer.
+    pub(crate) len_max: usize,
+}
+
+impl<'de> serde::de::DeserializeSeed<'de> for ValueVisitor {
+    type Value = Cow<'de, [u8]>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for ValueVisitor {
+    type Value = Cow<'de, [u8]>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value: a string, or an array of numbers from 0 to 255")
+    }
+
+    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Self::Value, E> {
+        Ok(Cow::Borrowed(text.as_bytes()))
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
+        Ok(Cow::Owned(text.as_bytes().to_vec()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        let mut bytes = Vec::new();
+        while let Some(byte) = seq.next_element()? {
+            if bytes.len() > self.len_max {
+                return Err(A::Error::custom("value over the limit"));
+            }
+            bytes.push(byte);
+        }
+        Ok(Cow::Owned(bytes))
+    }
+}
+
+/// A string, borrowed where it holds no escapes.
+pub(crate) struct Text<'a>(pub(crate) Cow<'a, str>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct TextVisitor;
+        impl<'de> Visitor<'de> for TextVisitor {
+            type Value = Text<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string")
+            }
+
+            fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Text<'de>, E> {
+                Ok(Text(Cow::Borrowed(text)))
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Text<'de>, E> {
+                Ok(Text(Cow::Owned(text.to_owned())))
+            }
+        }
+        deserializer.deserialize_str(TextVisitor)
+    }
+}

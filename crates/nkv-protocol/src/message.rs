@@ -1,0 +1,383 @@
+//! What a server says, as a client reads it.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use thiserror::Error;
+
+use crate::json::{Text, Value};
+
+/// Longest message a client takes, in bytes: the largest `Get` with values in their longest form is left to whoever
+/// asks for it in pages.
+const MESSAGE_LEN_MAX: u64 = 512 << 20;
+
+/// A message from a server.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Message {
+    /// A subscription was accepted.
+    Hello,
+    /// The answer to any other request.
+    Answer(Box<Body>),
+    /// A key has a new value.
+    Update {
+        /// The key.
+        key: String,
+        /// The value.
+        value: Bytes,
+        /// The revision of the change.
+        revision: u64,
+        /// Changes of the key that were passed over.
+        skipped: u64,
+    },
+    /// A key is gone, or a subscription has ended.
+    Close {
+        /// The key, or the subscription's pattern.
+        key: String,
+        /// Which of the two, and why.
+        reason: Reason,
+        /// The revision of the change; 0 for the end of a subscription.
+        revision: u64,
+        /// Changes of the key that were passed over.
+        skipped: u64,
+    },
+    /// A snapshot is complete.
+    Synced {
+        /// The subscription's pattern.
+        key: String,
+        /// The snapshot's revision.
+        revision: u64,
+        /// The epoch of the data.
+        epoch: String,
+    },
+}
+
+/// Why a key or a subscription was closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reason {
+    /// The key was deleted.
+    Deleted,
+    /// The key's TTL ended.
+    Expired,
+    /// The subscription was ended by an `Unsubscribe`.
+    Unsubscribed,
+    /// The subscription was replaced by another of the same name.
+    Replaced,
+}
+
+/// The fields of an answer; which are filled depends on what was asked.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Body {
+    /// The request's id, as JSON text.
+    pub id: String,
+    /// As in HTTP.
+    pub status: u16,
+    /// In words.
+    pub message: String,
+    /// The revision given, or the present one in a conflict.
+    pub revision: Option<u64>,
+    /// How many keys were deleted.
+    pub count: Option<u64>,
+    /// Keys found.
+    pub keys: Vec<String>,
+    /// Their revisions.
+    pub revisions: Vec<u64>,
+    /// Their values.
+    pub values: Vec<Bytes>,
+    /// Whether there are others.
+    pub more: bool,
+    /// Who would be told.
+    pub subscribers: Vec<Subscriber>,
+    /// The server's version.
+    pub version: Option<String>,
+    /// The protocol's version.
+    pub protocol: Option<u64>,
+    /// The epoch of the data.
+    pub epoch: Option<String>,
+    /// The longest value the server takes, in bytes.
+    pub max_value: Option<u64>,
+    /// Figures.
+    pub stats: Stats,
+}
+
+/// A subscriber, in the answer to `Trace`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Subscriber {
+    /// The client's name.
+    pub client_uuid: String,
+    /// What it subscribed to.
+    pub pattern: String,
+    /// For how long it has been subscribed, in milliseconds.
+    pub since_ms: u64,
+    /// Messages waiting for it.
+    pub queued: u64,
+    /// Changes passed over on its connection.
+    pub skipped: u64,
+}
+
+/// A server's figures, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Those that are numbers.
+    pub numbers: BTreeMap<String, u64>,
+    /// Those that are words, such as `epoch` and `durability`.
+    pub words: BTreeMap<String, String>,
+}
+
+/// What a server sent is no message.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum MessageError {
+    /// The peer is a NATS server.
+    #[error("this is a NATS server, not nkv; both use port 4222 by default")]
+    Nats,
+    /// A message is longer than this client takes.
+    #[error("message over the limit of {len_max} bytes")]
+    TooLarge {
+        /// The limit.
+        len_max: u64,
+    },
+    /// The peer does not speak this protocol.
+    #[error("not an nkv message: {reason}")]
+    Malformed {
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+#[derive(Deserialize)]
+enum Wire<'a> {
+    Hello,
+    #[serde(borrow)]
+    Base(WireBody<'a>),
+    #[serde(borrow)]
+    Get(WireBody<'a>),
+    #[serde(borrow)]
+    List(WireBody<'a>),
+    #[serde(borrow)]
+    Trace(WireBody<'a>),
+    #[serde(borrow)]
+    Version(WireBody<'a>),
+    Stats(BTreeMap<String, serde_json::Value>),
+    #[serde(borrow)]
+    Update(WireUpdate<'a>),
+    Close(WireClose),
+    Synced {
+        key: String,
+        revision: u64,
+        epoch: String,
+    },
+}
+
+#[derive(Deserialize)]
+struct WireBody<'a> {
+    #[serde(borrow)]
+    id: &'a RawValue,
+    status: u16,
+    message: String,
+    revision: Option<u64>,
+    count: Option<u64>,
+    #[serde(default)]
+    keys: Vec<String>,
+    #[serde(default)]
+    revisions: Vec<u64>,
+    #[serde(borrow, default)]
+    data: Vec<Value<'a>>,
+    #[serde(default)]
+    lens: Vec<u64>,
+    #[serde(default)]
+    more: bool,
+    #[serde(default)]
+    subscribers: Vec<Subscriber>,
+    version: Option<String>,
+    protocol: Option<u64>,
+    epoch: Option<String>,
+    max_value: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct WireUpdate<'a> {
+    #[serde(borrow)]
+    key: Text<'a>,
+    #[serde(borrow, default)]
+    value: Value<'a>,
+    revision: u64,
+    #[serde(default)]
+    skipped: u64,
+}
+
+#[derive(Deserialize)]
+struct WireClose {
+    key: String,
+    reason: Reason,
+    #[serde(default)]
+    revision: u64,
+    #[serde(default)]
+    skipped: u64,
+}
+
+/// Decodes a server's messages from a stream of bytes.
+///
+/// The input of a call starts where the last call's consumed bytes ended.
+#[derive(Debug, Default)]
+pub struct MessageDecoder {
+    /// So many bytes of the line hold no newline.
+    scanned: usize,
+    /// The line in hand, newline included, and its payload's length, when it is known that more must come.
+    pending: Option<(usize, Option<usize>)>,
+}
+
+impl MessageDecoder {
+    /// A decoder at the start of a stream.
+    #[must_use]
+    pub fn new() -> Self {
+        MessageDecoder::default()
+    }
+
+    /// Decodes the next message: how many bytes of the input are done with, and the message, if a whole one is there.
+    ///
+    /// # Errors
+    ///
+    /// [`MessageError`]: the stream is of no further use.
+    pub fn decode(&mut self, input: &[u8]) -> Result<(usize, Option<Message>), MessageError> {
+        let mut start = 0;
+        loop {
+            let rest = &input[start..];
+            let (line_len, payload_len) = match self.pending {
+                Some(pending) => pending,
+                None => match self.line(rest)? {
+                    Some(line_len) if rest[..line_len].trim_ascii().is_empty() => {
+                        start += line_len;
+                        continue;
+                    }
+                    Some(line_len) => (line_len, payload_len(&rest[..line_len])?),
+                    None => return Ok((start, None)),
+                },
+            };
+            let whole_len = line_len + payload_len.map_or(0, |len| len + 1);
+            if rest.len() < whole_len {
+                self.pending = Some((line_len, payload_len));
+                return Ok((start, None));
+            }
+            self.pending = None;
+            let payload = payload_len.map(|len| &rest[line_len..line_len + len]);
+            return Ok((start + whole_len, Some(parse(rest[..line_len].trim_ascii(), payload)?)));
+        }
+    }
+
+    fn line(&mut self, input: &[u8]) -> Result<Option<usize>, MessageError> {
+        match memchr::memchr(b'\n', input.get(self.scanned..).unwrap_or_default()) {
+            Some(found) => Ok(Some(std::mem::take(&mut self.scanned) + found + 1)),
+            None if input.len() as u64 > MESSAGE_LEN_MAX => Err(MessageError::TooLarge { len_max: MESSAGE_LEN_MAX }),
+            None => {
+                self.scanned = input.len();
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// The length of the payload that belongs to a line, if one does.
+fn payload_len(line: &[u8]) -> Result<Option<usize>, MessageError> {
+    // Only these carry payloads, and most messages are neither.
+    if !line.starts_with(b"{\"Update\"") && !line.starts_with(b"{\"Get\"") {
+        return Ok(None);
+    }
+    #[derive(Deserialize)]
+    enum Framed {
+        Update(Len),
+        Get(Len),
+    }
+    #[derive(Deserialize)]
+    struct Len {
+        len: Option<u64>,
+    }
+    let (Framed::Update(Len { len }) | Framed::Get(Len { len })) =
+        serde_json::from_slice(line).map_err(|error| malformed(line, &error))?;
+    match len {
+        Some(len) if len > MESSAGE_LEN_MAX => Err(MessageError::TooLarge { len_max: MESSAGE_LEN_MAX }),
+        len => Ok(len.map(|len| len as usize)),
+    }
+}
+
+fn parse(line: &[u8], payload: Option<&[u8]>) -> Result<Message, MessageError> {
+    let wire: Wire<'_> = serde_json::from_slice(line).map_err(|error| malformed(line, &error))?;
+    Ok(match wire {
+        Wire::Hello => Message::Hello,
+        Wire::Base(body) | Wire::Get(body) | Wire::List(body) | Wire::Trace(body) | Wire::Version(body) => {
+            Message::Answer(Box::new(answer(body, payload)?))
+        }
+        Wire::Stats(fields) => Message::Answer(Box::new(stats(fields))),
+        Wire::Update(WireUpdate { key, value, revision, skipped }) => {
+            let value = Bytes::copy_from_slice(payload.unwrap_or(&value.0));
+            Message::Update { key: key.0.into_owned(), value, revision, skipped }
+        }
+        Wire::Close(WireClose { key, reason, revision, skipped }) => Message::Close { key, reason, revision, skipped },
+        Wire::Synced { key, revision, epoch } => Message::Synced { key, revision, epoch },
+    })
+}
+
+fn answer(body: WireBody<'_>, payload: Option<&[u8]>) -> Result<Body, MessageError> {
+    let values = match payload {
+        Some(payload) => split(payload, &body.lens)?,
+        None => body.data.into_iter().map(|value| Bytes::from(value.0.into_owned())).collect(),
+    };
+    Ok(Body {
+        id: body.id.get().to_owned(),
+        status: body.status,
+        message: body.message,
+        revision: body.revision,
+        count: body.count,
+        keys: body.keys,
+        revisions: body.revisions,
+        values,
+        more: body.more,
+        subscribers: body.subscribers,
+        version: body.version,
+        protocol: body.protocol,
+        epoch: body.epoch,
+        max_value: body.max_value,
+        stats: Stats::default(),
+    })
+}
+
+fn split(mut payload: &[u8], lens: &[u64]) -> Result<Vec<Bytes>, MessageError> {
+    let mut values = Vec::with_capacity(lens.len());
+    for len in lens {
+        let len = usize::try_from(*len).unwrap_or(usize::MAX);
+        let Some((value, rest)) = payload.split_at_checked(len) else { break };
+        values.push(Bytes::copy_from_slice(value));
+        payload = rest;
+    }
+    if values.len() == lens.len() && payload.is_empty() {
+        return Ok(values);
+    }
+    Err(MessageError::Malformed { reason: "'lens' and 'len' do not agree".into() })
+}
+
+fn stats(fields: BTreeMap<String, serde_json::Value>) -> Body {
+    let mut body = Body::default();
+    for (name, value) in fields {
+        match (name.as_str(), value) {
+            ("id", id) => body.id = id.to_string(),
+            ("message", serde_json::Value::String(message)) => body.message = message,
+            ("status", status) => body.status = status.as_u64().and_then(|n| u16::try_from(n).ok()).unwrap_or(0),
+            (_, serde_json::Value::String(word)) => _ = body.stats.words.insert(name, word),
+            (_, value) => {
+                if let Some(number) = value.as_u64() {
+                    body.stats.numbers.insert(name, number);
+                }
+            }
+        }
+    }
+    body
+}
+
+fn malformed(line: &[u8], error: &serde_json::Error) -> MessageError {
+    if line.starts_with(b"INFO {") {
+        return MessageError::Nats;
+    }
+    MessageError::Malformed { reason: error.to_string() }
+}

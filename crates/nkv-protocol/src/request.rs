@@ -1,0 +1,405 @@
+//! Requests: one flat type for all of them, borrowed from the line that they came in.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use bytes::{BufMut, BytesMut};
+use serde::Deserializer;
+use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+use crate::ValueForm;
+use crate::json::{Object, Text, ValueVisitor};
+
+/// Longest `id` and `client_uuid`, in bytes as written.
+pub(crate) const NAME_LEN_MAX: usize = 1_024;
+
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// What a request asks for.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Kind {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Kind {
+            /// All of them.
+            pub const ALL: &[Kind] = &[$(Kind::$name),*];
+
+            /// The word for it in `type`.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self {
+                    $(Kind::$name => stringify!($name),)*
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    /// Writes a value.
+    Put,
+    /// Reads values.
+    Get,
+    /// Removes keys.
+    Delete,
+    /// Asks to be told of changes.
+    Subscribe,
+    /// Asks not to be told any more.
+    Unsubscribe,
+    /// Reads keys.
+    List,
+    /// Asks whether there is a key.
+    Exists,
+    /// Asks who would be told of a change.
+    Trace,
+    /// Asks whether the server works.
+    Health,
+    /// Asks what the server is.
+    Version,
+    /// Asks for figures.
+    Stats,
+    /// Says how the connection is to be used.
+    Connect,
+}
+
+impl Kind {
+    fn needs_key(self) -> bool {
+        !matches!(self, Kind::Health | Kind::Version | Kind::Stats | Kind::Connect)
+    }
+}
+
+/// A request's `id`, as written: a JSON string or number, echoed in the answer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Id<'a>(&'a str);
+
+impl<'a> Id<'a> {
+    fn new(raw: &'a RawValue) -> Option<Self> {
+        match raw.get().as_bytes().first() {
+            Some(b'"' | b'-' | b'0'..=b'9') if raw.get().len() <= NAME_LEN_MAX => Some(Id(raw.get())),
+            Some(b'n') => Some(Id::default()),
+            _ => None,
+        }
+    }
+
+    /// The JSON text.
+    #[must_use]
+    pub fn as_json(self) -> &'a str {
+        self.0
+    }
+}
+
+impl Default for Id<'_> {
+    fn default() -> Self {
+        Id("\"\"")
+    }
+}
+
+impl fmt::Debug for Id<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+/// A request; which fields count depends on its kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request<'a> {
+    /// What it asks for.
+    pub kind: Kind,
+    /// Echoed in the answer.
+    pub id: Id<'a>,
+    /// The key or pattern; empty for kinds without one.
+    pub key: Cow<'a, str>,
+    /// Names the client across connections.
+    pub client_uuid: Option<Cow<'a, str>>,
+    /// The value, from the line or from the payload.
+    pub value: Option<Cow<'a, [u8]>>,
+    /// Only if the key is at this revision; 0 for absent.
+    pub if_revision: Option<u64>,
+    /// How long the value lives, in milliseconds.
+    pub ttl_ms: Option<u64>,
+    /// How many keys at most.
+    pub limit: Option<u64>,
+    /// Only keys after this one.
+    pub after: Option<Cow<'a, str>>,
+    /// Whether a subscription starts with the present state.
+    pub snapshot: bool,
+    /// How values are to travel to this client.
+    pub values: Option<ValueForm>,
+    /// The client's credential.
+    pub token: Option<Cow<'a, str>>,
+}
+
+impl<'a> Request<'a> {
+    /// A request with nothing but its kind and key.
+    pub fn new(kind: Kind, key: impl Into<Cow<'a, str>>) -> Self {
+        Request {
+            kind,
+            id: Id::default(),
+            key: key.into(),
+            client_uuid: None,
+            value: None,
+            if_revision: None,
+            ttl_ms: None,
+            limit: None,
+            after: None,
+            snapshot: false,
+            values: None,
+            token: None,
+        }
+    }
+
+    /// Writes the request with a number as its id; a value goes as payload.
+    pub fn encode(&self, id: u64, out: &mut BytesMut) {
+        let mut object = Object::start(out);
+        object.text("type", self.kind.as_str()).number("id", id);
+        if self.kind.needs_key() {
+            object.text("key", &self.key);
+        }
+        for (name, text) in [("client_uuid", &self.client_uuid), ("after", &self.after), ("token", &self.token)] {
+            if let Some(text) = text {
+                object.text(name, text);
+            }
+        }
+        for (name, number) in [("if_revision", self.if_revision), ("ttl_ms", self.ttl_ms), ("limit", self.limit)] {
+            if let Some(number) = number {
+                object.number(name, number);
+            }
+        }
+        if self.snapshot {
+            object.flag("snapshot", true);
+        }
+        if let Some(values) = self.values {
+            object.text("values", values.as_str());
+        }
+        if let Some(value) = &self.value {
+            object.number("len", value.len() as u64);
+        }
+        object.end();
+        out.put_u8(b'\n');
+        if let Some(value) = &self.value {
+            out.put_slice(value);
+            out.put_u8(b'\n');
+        }
+    }
+}
+
+/// What was read of a line: all of it, or the part before an error.
+#[derive(Default)]
+pub(crate) struct Head<'a> {
+    seen: u16,
+    kind: Option<Kind>,
+    pub(crate) id: Id<'a>,
+    key: Option<Cow<'a, str>>,
+    client_uuid: Option<Cow<'a, str>>,
+    value: Option<Cow<'a, [u8]>>,
+    pub(crate) len: Option<u64>,
+    if_revision: Option<u64>,
+    ttl_ms: Option<u64>,
+    limit: Option<u64>,
+    after: Option<Cow<'a, str>>,
+    snapshot: bool,
+    values: Option<ValueForm>,
+    token: Option<Cow<'a, str>>,
+    /// What is over which limit, if that is why reading stopped.
+    pub(crate) over: Option<(&'static str, usize)>,
+}
+
+const FIELDS: [&str; 13] = [
+    "type",
+    "id",
+    "key",
+    "client_uuid",
+    "value",
+    "len",
+    "if_revision",
+    "ttl_ms",
+    "limit",
+    "after",
+    "snapshot",
+    "values",
+    "token",
+];
+
+impl<'a> Head<'a> {
+    /// Reads a line. After an error, what was read before it stays, and `id` and `len` are there if the line is JSON.
+    pub(crate) fn read(&mut self, line: &'a [u8], value_len_max: usize) -> Result<(), String> {
+        let mut json = serde_json::Deserializer::from_slice(line);
+        let whole = HeadSeed { head: self, value_len_max }.deserialize(&mut json).and_then(|()| json.end());
+        whole.map_err(|error| {
+            let mut framing = Framing::default();
+            // It gets as far as the line is JSON; that the line is wrong is known already.
+            drop(FramingSeed(&mut framing).deserialize(&mut serde_json::Deserializer::from_slice(line)));
+            self.len = self.len.or(framing.len);
+            self.id = framing.id.unwrap_or(self.id);
+            format!("malformed request: {error}")
+        })
+    }
+
+    /// Makes a request of it, with its payload if it had one.
+    pub(crate) fn into_request(self, payload: Option<&'a [u8]>) -> Result<Request<'a>, String> {
+        let kind = self.kind.ok_or("missing field 'type'")?;
+        if self.value.is_some() && payload.is_some() {
+            return Err("both 'value' and 'len': send a value in one form".into());
+        }
+        // A payload belongs to the framing: on a request that takes no value it is read past.
+        let value = self.value.or(payload.map(Cow::Borrowed)).filter(|_| kind == Kind::Put);
+        if kind == Kind::Put && value.is_none() {
+            return Err("missing field 'value' (or 'len' and a payload)".into());
+        }
+        if kind.needs_key() && self.key.is_none() {
+            return Err("missing field 'key'".into());
+        }
+        if self.ttl_ms == Some(0) {
+            return Err("'ttl_ms' must be at least 1".into());
+        }
+        Ok(Request {
+            kind,
+            id: self.id,
+            key: self.key.unwrap_or_default(),
+            client_uuid: self.client_uuid,
+            value,
+            if_revision: self.if_revision,
+            ttl_ms: self.ttl_ms,
+            limit: self.limit,
+            after: self.after,
+            snapshot: self.snapshot,
+            values: self.values,
+            token: self.token,
+        })
+    }
+
+    fn read_field<A: MapAccess<'a>>(&mut self, name: &str, map: &mut A, value_len_max: usize) -> Result<(), A::Error> {
+        let Some(index) = FIELDS.iter().position(|field| *field == name) else {
+            return map.next_value::<IgnoredAny>().map(drop);
+        };
+        if self.seen & (1 << index) != 0 {
+            return Err(A::Error::custom(format_args!("field '{name}' given twice")));
+        }
+        self.seen |= 1 << index;
+        match name {
+            "type" => self.kind = Some(read_kind(&map.next_value::<Text<'a>>()?.0)?),
+            "id" => self.id = self.read_id(map.next_value()?)?,
+            "key" => self.key = text(map)?,
+            "client_uuid" => {
+                self.client_uuid = text(map)?;
+                self.within("client_uuid", self.client_uuid.as_ref().map_or(0, |name| name.len()), NAME_LEN_MAX)?;
+            }
+            "value" => {
+                let value = map.next_value_seed(ValueVisitor { len_max: value_len_max });
+                if value.as_ref().is_err_and(|error| error.to_string().starts_with("value over the limit")) {
+                    self.over = Some(("value", value_len_max));
+                }
+                let value = value?;
+                self.within("value", value.len(), value_len_max)?;
+                self.value = Some(value);
+            }
+            "len" => self.len = map.next_value()?,
+            "if_revision" => self.if_revision = map.next_value()?,
+            "ttl_ms" => self.ttl_ms = map.next_value()?,
+            "limit" => self.limit = map.next_value()?,
+            "after" => self.after = text(map)?,
+            "snapshot" => self.snapshot = map.next_value::<Option<bool>>()?.unwrap_or(false),
+            "values" => {
+                let form = text(map)?.map(|word| {
+                    let unknown = || A::Error::custom("'values' is \"bytes\", \"text\" or \"payload\"");
+                    ValueForm::from_word(&word).ok_or_else(unknown)
+                });
+                self.values = form.transpose()?;
+            }
+            _ => self.token = text(map)?,
+        }
+        Ok(())
+    }
+
+    fn read_id<E: Error>(&mut self, raw: &'a RawValue) -> Result<Id<'a>, E> {
+        self.within("id", raw.get().len(), NAME_LEN_MAX)?;
+        Id::new(raw).ok_or_else(|| E::custom("'id' must be a string or a number"))
+    }
+
+    fn within<E: Error>(&mut self, what: &'static str, len: usize, len_max: usize) -> Result<(), E> {
+        if len <= len_max {
+            return Ok(());
+        }
+        self.over = Some((what, len_max));
+        Err(E::custom(format_args!("'{what}' over the limit")))
+    }
+}
+
+/// A string, or null for none.
+fn text<'a, A: MapAccess<'a>>(map: &mut A) -> Result<Option<Cow<'a, str>>, A::Error> {
+    Ok(map.next_value::<Option<Text<'a>>>()?.map(|text| text.0))
+}
+
+fn read_kind<E: Error>(word: &str) -> Result<Kind, E> {
+    Kind::ALL.iter().copied().find(|kind| kind.as_str() == word).ok_or_else(|| {
+        let words: Vec<_> = Kind::ALL.iter().map(|kind| kind.as_str()).collect();
+        let shown: String = word.chars().take(32).collect();
+        E::custom(format_args!("unknown type '{}'; the types are {}", shown.escape_debug(), words.join(", ")))
+    })
+}
+
+struct HeadSeed<'h, 'a> {
+    head: &'h mut Head<'a>,
+    value_len_max: usize,
+}
+
+impl<'a> DeserializeSeed<'a> for HeadSeed<'_, 'a> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'a> Visitor<'a> for HeadSeed<'_, 'a> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object on one line, such as {\"type\":\"Get\",\"key\":\"a.b\"}")
+    }
+
+    fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(name) = map.next_key::<Text<'a>>()? {
+            self.head.read_field(&name.0, &mut map, self.value_len_max)?;
+        }
+        Ok(())
+    }
+}
+
+/// What the framing needs of a line that is wrong: a second look at it, for nothing else.
+#[derive(Default)]
+struct Framing<'a> {
+    id: Option<Id<'a>>,
+    len: Option<u64>,
+}
+
+struct FramingSeed<'h, 'a>(&'h mut Framing<'a>);
+
+impl<'a> DeserializeSeed<'a> for FramingSeed<'_, 'a> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'a> Visitor<'a> for FramingSeed<'_, 'a> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(name) = map.next_key::<Text<'a>>()? {
+            match &*name.0 {
+                "id" => self.0.id = Id::new(map.next_value()?),
+                "len" => self.0.len = map.next_value::<&RawValue>()?.get().parse().ok(),
+                _ => _ = map.next_value::<IgnoredAny>()?,
+            }
+        }
+        Ok(())
+    }
+}

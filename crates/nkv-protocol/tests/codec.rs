@@ -1,0 +1,223 @@
+//! The decoder over input cut anywhere, limits, and what becomes of bad input.
+
+#![allow(clippy::unwrap_used)]
+
+use bytes::{Bytes, BytesMut};
+use nkv_protocol::{
+    Answer, BaseFields, ChangeNotice, Chunks, Decoder, Kind, Limits, Message, MessageDecoder, Reason, Request,
+    ValueForm,
+};
+use proptest::prelude::*;
+
+/// What a decoder makes of input that arrives in pieces: requests in short, refusals as `id status close`.
+fn decode(input: &[u8], piece_len: usize, limits: Limits) -> Vec<String> {
+    let mut decoder = Decoder::new(limits);
+    let (mut buffer, mut seen) = (Vec::new(), Vec::new());
+    for piece in input.chunks(piece_len) {
+        buffer.extend_from_slice(piece);
+        loop {
+            let decoded = decoder.decode(&buffer);
+            let consumed = decoded.consumed;
+            let more = match decoded.item {
+                Some(Ok(request)) => {
+                    let value = request.value.as_deref().map(String::from_utf8_lossy);
+                    seen.push(format!("{:?} {:?} {} {value:?}", request.kind, request.id, request.key));
+                    true
+                }
+                Some(Err(refusal)) => {
+                    seen.push(format!("{:?} {} close={}", refusal.id, refusal.status, refusal.close));
+                    if refusal.close {
+                        return seen;
+                    }
+                    true
+                }
+                None => false,
+            };
+            buffer.drain(..consumed);
+            if !more {
+                break;
+            }
+        }
+    }
+    seen
+}
+
+fn message(line: &[u8]) -> Message {
+    let (consumed, message) = MessageDecoder::new().decode(line).unwrap();
+    assert_eq!(consumed, line.len());
+    message.unwrap()
+}
+
+const MIXED: &[u8] = b"{\"type\":\"Put\",\"id\":\"1\",\"key\":\"a\",\"len\":5}\nh\n{}i\n\r\n\n\
+    {\"type\":\"Put\",\"id\":2,\"key\":\"a.b\",\"value\":[104,105]}\r\n\
+    {\"value\":\"h\\u00e9\",\"type\":\"Put\",\"key\":\"c\",\"extra\":{\"x\":[1,{}]}}\n\
+    {\"type\":\"Get\",\"id\":\"9\",\"key\":\"*\",\"len\":3}\nxyz\n\
+    {\"type\":\"Nope\",\"id\":\"5\",\"len\":2}\n{}\n\
+    {\"id\":\"6\",\"type\":\"Put\",\"key\":\"a\",\"value\":[300]}\n\
+    not json\n\
+    {\"type\":\"Health\"}\n";
+
+#[test]
+fn requests_are_the_same_however_the_input_is_cut() {
+    let whole = decode(MIXED, MIXED.len(), Limits::default());
+    assert_eq!(
+        whole,
+        [
+            "Put \"1\" a Some(\"h\\n{}i\")",
+            "Put 2 a.b Some(\"hi\")",
+            "Put \"\" c Some(\"hé\")",
+            "Get \"9\" * None",
+            "\"5\" 400 close=false",
+            "\"6\" 400 close=false",
+            "\"\" 400 close=false",
+            "Health \"\"  None",
+        ]
+    );
+    for piece_len in 1..40 {
+        assert_eq!(decode(MIXED, piece_len, Limits::default()), whole, "pieces of {piece_len}");
+    }
+}
+
+#[test]
+fn a_value_at_the_limit_passes_and_one_byte_more_is_refused_and_read_past() {
+    let limits = Limits { value_len_max: 4, skip_len_max: 100 };
+    let input = b"{\"type\":\"Put\",\"id\":1,\"key\":\"a\",\"len\":4}\n1234\n\
+        {\"type\":\"Put\",\"id\":2,\"key\":\"a\",\"len\":5}\n12345\n\
+        {\"type\":\"Put\",\"id\":3,\"key\":\"a\",\"value\":[1,2,3,4,5]}\n\
+        {\"type\":\"Put\",\"id\":4,\"key\":\"a\",\"value\":\"12345\"}\n\
+        {\"type\":\"Put\",\"id\":5,\"key\":\"a\",\"value\":\"1234\"}\n\
+        {\"type\":\"Put\",\"id\":6,\"key\":\"a\",\"len\":101}\n";
+    let expected = [
+        "Put 1 a Some(\"1234\")",
+        "2 413 close=false",
+        "3 413 close=false",
+        "4 413 close=false",
+        "Put 5 a Some(\"1234\")",
+        "6 413 close=true",
+    ];
+    for piece_len in [1, 7, input.len()] {
+        assert_eq!(decode(input, piece_len, limits), expected);
+    }
+}
+
+#[test]
+fn a_line_without_end_is_refused_at_the_limit() {
+    let limits = Limits { value_len_max: 4, skip_len_max: 100 };
+    let input = vec![b'a'; limits.line_len_max() + 1];
+    assert_eq!(decode(&input, 1_000, limits), ["\"\" 413 close=true"]);
+    assert!(decode(&input[1..], 1_000, limits).is_empty());
+}
+
+#[test]
+fn a_payload_without_newline_ends_the_connection() {
+    let input = b"{\"type\":\"Put\",\"id\":\"1\",\"key\":\"a\",\"len\":2}\nhixx";
+    assert_eq!(decode(input, 1, Limits::default()), ["\"1\" 400 close=true"]);
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    let cases = [
+        ("{\"key\":\"a\"}", "missing field 'type'"),
+        ("{\"type\":\"Get\"}", "missing field 'key'"),
+        ("{\"type\":\"Put\",\"key\":\"a\"}", "missing field 'value'"),
+        ("{\"type\":\"Put\",\"key\":\"a\",\"key\":\"b\"}", "field 'key' given twice"),
+        ("{\"type\":\"Put\",\"key\":\"a\",\"value\":\"\",\"ttl_ms\":0}", "'ttl_ms' must be at least 1"),
+        ("{\"type\":\"Grab\"}", "unknown type 'Grab'"),
+        ("{\"type\":\"Get\",\"id\":{}}", "'id' must be a string or a number"),
+        ("{\"type\":\"Get\",\"key\":7}", "column 21"),
+        ("[1]", "a JSON object on one line"),
+    ];
+    for (line, part) in cases {
+        let input = format!("{line}\n");
+        let refusal = Decoder::new(Limits::default()).decode(input.as_bytes()).item.unwrap().unwrap_err().message;
+        assert!(refusal.contains(part), "{line}: {refusal}");
+    }
+}
+
+#[test]
+fn deep_nesting_is_refused_without_harm() {
+    let line = format!("{{\"type\":\"Get\",\"key\":\"a\",\"x\":{}\n", "[".repeat(200_000));
+    assert_eq!(decode(line.as_bytes(), 65_536, Limits::default()), ["\"\" 400 close=false"]);
+}
+
+#[test]
+fn a_nats_server_is_named_as_such() {
+    let error = MessageDecoder::new().decode(b"INFO {\"server_id\":\"x\"}\r\n").unwrap_err();
+    assert!(error.to_string().contains("NATS"), "{error}");
+}
+
+#[test]
+fn keys_are_escaped_in_answers() {
+    let mut out = Chunks::default();
+    Answer::to(Default::default(), &mut out).list(&[("a\"\\b\u{1}é", 3)], true);
+    let Message::Answer(body) = message(&out.take().concat()) else { panic!("no answer") };
+    assert_eq!((body.keys, body.revisions, body.more), (vec!["a\"\\b\u{1}é".to_owned()], vec![3], true));
+}
+
+fn forms() -> impl Strategy<Value = ValueForm> {
+    prop_oneof![Just(ValueForm::Bytes), Just(ValueForm::Text), Just(ValueForm::Payload)]
+}
+
+proptest! {
+    #[test]
+    fn values_arrive_as_sent_in_every_form(
+        values in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..60), 1..4),
+        form in forms(),
+        skipped in any::<u64>(),
+    ) {
+        let values: Vec<Bytes> = values.into_iter().map(Bytes::from).collect();
+        let entries: Vec<_> = values.iter().map(|value| ("k", value, 7)).collect();
+        let mut out = Chunks::default();
+        Answer::to(Default::default(), &mut out).get(form, &entries, false);
+        let Message::Answer(body) = message(&out.take().concat()) else { panic!("no answer") };
+        prop_assert_eq!(&body.values, &values);
+
+        ChangeNotice::update("k", &values[0], 9, form).write(skipped, &mut out);
+        let update = Message::Update { key: "k".into(), value: values[0].clone(), revision: 9, skipped };
+        prop_assert_eq!(message(&out.take().concat()), update);
+    }
+
+    #[test]
+    fn a_request_reads_as_it_was_written(
+        kind in proptest::sample::select(Kind::ALL),
+        key in "\\PC{0,12}",
+        value in proptest::collection::vec(any::<u8>(), 0..40),
+        numbers in proptest::option::of((any::<u64>(), 1u64.., any::<u64>())),
+        after in proptest::option::of("\\PC{0,8}"),
+        snapshot in any::<bool>(),
+    ) {
+        let mut request = Request::new(kind, if kind == Kind::Health { String::new() } else { key });
+        if matches!(kind, Kind::Version | Kind::Stats | Kind::Connect) {
+            request.key = "".into();
+        }
+        request.value = (kind == Kind::Put).then(|| value.into());
+        request.after = after.map(Into::into);
+        request.snapshot = snapshot;
+        if let Some((if_revision, ttl_ms, limit)) = numbers {
+            (request.if_revision, request.ttl_ms, request.limit) = (Some(if_revision), Some(ttl_ms), Some(limit));
+        }
+        let mut out = BytesMut::new();
+        request.encode(41, &mut out);
+        let decoded = Decoder::new(Limits::default()).decode(&out);
+        prop_assert_eq!(decoded.consumed, out.len());
+        let read = decoded.item.unwrap().unwrap();
+        prop_assert_eq!(read.id.as_json(), "41");
+        prop_assert_eq!(Request { id: request.id, ..read }, request);
+    }
+
+    #[test]
+    fn no_input_breaks_a_decoder(input in proptest::collection::vec(any::<u8>(), 0..400)) {
+        decode(&input, 13, Limits::default());
+        let _ = MessageDecoder::new().decode(&input);
+    }
+}
+
+#[test]
+fn a_close_says_why() {
+    let mut out = Chunks::default();
+    ChangeNotice::close("a.b", 42, true).write(3, &mut out);
+    let expected = Message::Close { key: "a.b".into(), reason: Reason::Expired, revision: 42, skipped: 3 };
+    assert_eq!(message(&out.take().concat()), expected);
+    Answer::to(Default::default(), &mut out).base(409, "at 5", &BaseFields { revision: Some(5), ..Default::default() });
+    assert_eq!(out.take().concat(), b"{\"Base\":{\"id\":\"\",\"status\":409,\"message\":\"at 5\",\"revision\":5}}\n");
+}

@@ -347,6 +347,7 @@ impl<T> Drop for Inbox<T> {
         // What was not taken will not be: give its memory back now, not when the last poster is gone.
         let left = self.shared.post(|state| {
             state.closed = true;
+            state.vacant = 0;
             (std::mem::take(&mut state.queue), std::mem::take(&mut state.slots))
         });
         drop(left);

@@ -1,1 +1,392 @@
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::task::Wake;
+use std::thread;
 
+use super::*;
+use crate::key::Pattern;
+use crate::record::{Action, Change, EndReason, Reason, Snapshot};
+use crate::revision::Epoch;
+
+/// More than anything here takes; only a hang waits for it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What came out, as short as it can be written.
+#[derive(Debug, PartialEq, Eq)]
+enum Out {
+    /// Key, revision, skipped.
+    Change(String, u64, u64),
+    Snapshot(u64),
+    Ended,
+    Own(u32),
+}
+
+fn out(item: Item<u32>) -> Out {
+    let (event, skipped) = match item {
+        Item::Own(own) => return Out::Own(own),
+        Item::Event { event, skipped } => (event, skipped),
+    };
+    match event.kind() {
+        EventKind::Change(change) => Out::Change(change.key.to_string(), change.revision.get(), skipped),
+        EventKind::Snapshot(snapshot) => Out::Snapshot(snapshot.revision.get()),
+        EventKind::Ended { .. } => Out::Ended,
+    }
+}
+
+fn change(key: &str, revision: u64, skipped: u64) -> Out {
+    Out::Change(key.into(), revision, skipped)
+}
+
+fn drain(inbox: &Inbox<u32>) -> Vec<Out> {
+    std::iter::from_fn(|| inbox.try_take()).map(out).collect()
+}
+
+fn delete(key: &str, revision: u64) -> Arc<Event> {
+    let action = Action::Delete { reason: Reason::Deleted };
+    let key = Key::new(key).unwrap();
+    Event::new(EventKind::Change(Change { key, revision: Revision::new(revision), action }))
+}
+
+fn put(key: &str, revision: u64) -> Arc<Event> {
+    let action = Action::Put { value: revision.to_string().into(), expiry: None };
+    let key = Key::new(key).unwrap();
+    Event::new(EventKind::Change(Change { key, revision: Revision::new(revision), action }))
+}
+
+fn snapshot(revision: u64) -> Arc<Event> {
+    let (revision, epoch) = (Revision::new(revision), Epoch::new(1));
+    Event::new(EventKind::Snapshot(Snapshot { pattern: Pattern::All, records: vec![], revision, epoch }))
+}
+
+fn ended() -> Arc<Event> {
+    Event::new(EventKind::Ended { pattern: Pattern::All, reason: EndReason::Unsubscribed })
+}
+
+fn post_all(post: &Mailbox<u32>, events: impl IntoIterator<Item = Arc<Event>>) -> Vec<Delivery> {
+    events.into_iter().map(|event| post.notify(&event)).collect()
+}
+
+#[derive(Default)]
+struct CountingWaker(AtomicU64);
+
+impl Wake for CountingWaker {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, SeqCst);
+    }
+}
+
+impl CountingWaker {
+    fn count(&self) -> u64 {
+        self.0.load(SeqCst)
+    }
+}
+
+fn poll(inbox: &Inbox<u32>, waker: &Arc<CountingWaker>) -> Poll<Option<Out>> {
+    let waker = Waker::from(Arc::clone(waker));
+    inbox.poll_take(&mut Context::from_waker(&waker)).map(|item| item.map(out))
+}
+
+#[test]
+fn the_newest_change_of_a_key_takes_the_place_of_the_older_and_counts_it() {
+    let (post, inbox) = mailbox();
+    let deliveries = post_all(&post, [put("a", 1), put("a", 2), delete("a", 3)]);
+    assert_eq!(deliveries, [Delivery::Queued, Delivery::Conflated, Delivery::Conflated]);
+    let Some(Item::Event { event, skipped: 2 }) = inbox.try_take() else { panic!("one change, two skipped") };
+    assert_eq!(event.kind(), delete("a", 3).kind());
+    assert_eq!(drain(&inbox), []);
+}
+
+#[test]
+fn a_conflated_change_moves_to_the_end_so_that_revisions_increase() {
+    let (post, inbox) = mailbox();
+    let _ = post_all(&post, [put("a", 1), put("b", 2), put("c", 3), put("a", 4), put("b", 5)]);
+    assert_eq!(drain(&inbox), [change("c", 3, 0), change("a", 4, 1), change("b", 5, 1)]);
+}
+
+#[test]
+fn a_key_and_the_keys_below_it_do_not_conflate() {
+    let (post, inbox) = mailbox();
+    let _ = post_all(&post, [put("a", 1), put("a.b", 2), put("a.b.c", 3), put("A", 4)]);
+    assert_eq!(drain(&inbox), [change("a", 1, 0), change("a.b", 2, 0), change("a.b.c", 3, 0), change("A", 4, 0)]);
+}
+
+#[test]
+fn skipped_counts_from_the_last_change_taken() {
+    let (post, inbox) = mailbox();
+    let _ = post_all(&post, [put("a", 1), put("a", 2)]);
+    assert_eq!(drain(&inbox), [change("a", 2, 1)]);
+    let _ = post_all(&post, [put("a", 3)]);
+    assert_eq!(drain(&inbox), [change("a", 3, 0)]);
+    let _ = post_all(&post, (4..=9).map(|revision| put("a", revision)));
+    assert_eq!(drain(&inbox), [change("a", 9, 5)]);
+    assert_eq!(post.backlog(), Backlog { queued: 0, skipped: 6 });
+}
+
+#[test]
+fn a_change_that_two_subscriptions_cover_is_told_once_and_not_counted_as_skipped() {
+    let (post, inbox) = mailbox();
+    let (first, second) = (put("a", 1), put("a", 2));
+    let deliveries = post_all(&post, [&first, &first, &second, &second].map(Arc::clone));
+    assert_eq!(deliveries, [Delivery::Queued, Delivery::Queued, Delivery::Conflated, Delivery::Queued]);
+    assert_eq!(drain(&inbox), [change("a", 2, 1)]);
+    assert_eq!(post.notify(&second), Delivery::Queued);
+    assert_eq!(drain(&inbox), [], "not even after it was taken");
+}
+
+#[test]
+fn a_change_that_a_snapshot_contains_is_not_told_after_it() {
+    let (post, inbox) = mailbox();
+    let _ = post_all(&post, [snapshot(5), put("a", 5), put("a", 6)]);
+    assert_eq!(drain(&inbox), [Out::Snapshot(5), change("a", 6, 0)]);
+}
+
+#[test]
+fn an_older_snapshot_does_not_bring_told_changes_back() {
+    let (post, inbox) = mailbox();
+    let _ = post_all(&post, [put("a", 7), snapshot(5), put("a", 6)]);
+    assert_eq!(drain(&inbox), [change("a", 7, 0), Out::Snapshot(5)]);
+}
+
+#[test]
+fn snapshots_and_ends_are_never_conflated_and_keep_their_place() {
+    let (post, inbox) = mailbox();
+    let events = [put("a", 1), snapshot(1), snapshot(1), put("b", 2), ended(), put("a", 3), ended()];
+    assert!(post_all(&post, events).iter().all(|delivery| *delivery != Delivery::Closed));
+    let expected = [Out::Snapshot(1), Out::Snapshot(1), change("b", 2, 0), Out::Ended, change("a", 3, 1), Out::Ended];
+    assert_eq!(drain(&inbox), expected);
+}
+
+#[test]
+fn own_items_keep_their_place_among_the_events() {
+    let (post, inbox) = mailbox();
+    post.post(1).unwrap();
+    let _ = post_all(&post, [put("a", 1)]);
+    post.post(2).unwrap();
+    post.post(2).unwrap();
+    let _ = post_all(&post, [put("a", 2)]);
+    post.post(3).unwrap();
+    let expected = [Out::Own(1), Out::Own(2), Out::Own(2), change("a", 2, 1), Out::Own(3)];
+    assert_eq!(drain(&inbox), expected);
+}
+
+#[test]
+fn what_was_posted_before_closing_is_taken_and_nothing_after() {
+    let (post, inbox) = mailbox();
+    let _ = post_all(&post, [put("a", 1)]);
+    post.close();
+    assert!(post.is_closed());
+    assert_eq!(post.notify(&put("a", 2)), Delivery::Closed);
+    assert_eq!(post.post(7), Err(7));
+    assert_eq!(inbox.take_blocking().map(out), Some(change("a", 1, 0)));
+    assert_eq!(inbox.take_blocking().map(out), None);
+    assert_eq!(inbox.take_timeout(PATIENCE).map(out), None);
+    assert_eq!(poll(&inbox, &Arc::default()), Poll::Ready(None));
+}
+
+#[test]
+fn the_mailbox_closes_when_the_last_poster_is_gone_not_before() {
+    let (post, inbox) = mailbox();
+    let other = post.clone();
+    assert!(post.is_same(&other));
+    drop(post);
+    assert_eq!(poll(&inbox, &Arc::default()), Poll::Pending);
+    other.post(1).unwrap();
+    drop(other);
+    assert_eq!(inbox.take_blocking().map(out), Some(Out::Own(1)));
+    assert_eq!(inbox.take_blocking().map(out), None);
+}
+
+#[test]
+fn the_poster_learns_that_the_reader_is_gone() {
+    let (post, inbox) = mailbox();
+    drop(inbox);
+    assert!(post.is_closed());
+    assert_eq!(post.notify(&put("a", 1)), Delivery::Closed);
+    assert_eq!(post.post(1), Err(1));
+}
+
+// Dropping the inbox emptied the queue and kept the count of its vacant places, so that looking at the backlog
+// (printing the mailbox, too) subtracted one from nothing.
+#[test]
+fn a_mailbox_whose_reader_left_in_mid_conflation_has_no_backlog() {
+    let (post, inbox) = mailbox::<u32>();
+    let _ = post_all(&post, [put("a", 1), put("b", 2), put("a", 3)]);
+    drop(inbox);
+    assert_eq!(post.backlog().queued, 0);
+    assert_eq!(format!("{post:?}"), "Mailbox { queued: 0, skipped: 1 }");
+}
+
+#[test]
+fn what_was_not_taken_is_freed_when_the_reader_goes() {
+    let (post, inbox) = mailbox();
+    let own = Arc::new(());
+    post.post(Arc::clone(&own)).unwrap();
+    drop(inbox);
+    assert_eq!(Arc::strong_count(&own), 1);
+}
+
+#[test]
+fn a_polling_reader_is_woken_by_whatever_is_posted() {
+    let (post, inbox) = mailbox();
+    let waker = Arc::new(CountingWaker::default());
+    assert_eq!(poll(&inbox, &waker), Poll::Pending);
+    let _ = post.notify(&put("a", 1));
+    assert_eq!(waker.count(), 1);
+    assert_eq!(poll(&inbox, &waker), Poll::Ready(Some(change("a", 1, 0))));
+    assert_eq!(poll(&inbox, &waker), Poll::Pending);
+    post.post(1).unwrap();
+    assert_eq!(waker.count(), 2);
+    assert_eq!(poll(&inbox, &waker), Poll::Ready(Some(Out::Own(1))));
+    assert_eq!(poll(&inbox, &waker), Poll::Pending);
+    drop(post);
+    assert_eq!(waker.count(), 3);
+    assert_eq!(poll(&inbox, &waker), Poll::Ready(None));
+}
+
+#[test]
+fn the_waker_of_the_latest_poll_is_the_one_that_is_woken() {
+    let (post, inbox) = mailbox();
+    let (old, new) = (Arc::new(CountingWaker::default()), Arc::new(CountingWaker::default()));
+    assert_eq!(poll(&inbox, &old), Poll::Pending);
+    assert_eq!(poll(&inbox, &new), Poll::Pending);
+    post.post(1).unwrap();
+    assert_eq!((old.count(), new.count()), (0, 1));
+}
+
+#[test]
+fn a_future_that_is_dropped_loses_nothing() {
+    let (post, inbox) = mailbox();
+    let waker = Arc::new(CountingWaker::default());
+    let task = Waker::from(Arc::clone(&waker));
+    let mut cx = Context::from_waker(&task);
+    {
+        let mut take = std::pin::pin!(inbox.take());
+        assert!(take.as_mut().poll(&mut cx).is_pending());
+        post.post(1).unwrap();
+    }
+    let mut take = std::pin::pin!(inbox.take());
+    assert!(matches!(take.as_mut().poll(&mut cx), Poll::Ready(Some(Item::Own(1)))));
+}
+
+#[test]
+fn a_reader_that_polls_only_when_woken_sees_the_last_state_of_every_key() {
+    let (post, inbox) = mailbox();
+    let writer = thread::spawn(move || {
+        (1..=20_000).for_each(|revision| {
+            let _ = post.notify(&put(["a", "b", "c"][revision as usize % 3], revision));
+        });
+    });
+    struct Unpark(thread::Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut cx = Context::from_waker(&waker);
+    let (mut last, mut told, deadline) = (0, 0, Instant::now() + PATIENCE);
+    loop {
+        match inbox.poll_take(&mut cx).map(|item: Option<Item<u32>>| item.map(out)) {
+            Poll::Ready(Some(Out::Change(_, revision, skipped))) => {
+                assert!(revision > last, "{revision} after {last}");
+                (last, told) = (revision, told + 1 + skipped);
+            }
+            Poll::Ready(Some(other)) => panic!("{other:?} was never posted"),
+            Poll::Ready(None) => break,
+            Poll::Pending => thread::park_timeout(deadline.saturating_duration_since(Instant::now())),
+        }
+        assert!(Instant::now() < deadline, "a wake-up was lost");
+    }
+    writer.join().unwrap();
+    assert_eq!((last, told), (20_000, 20_000), "the last revision, and changes told or skipped");
+}
+
+#[test]
+fn a_blocked_reader_gets_what_another_thread_posts_and_then_the_end() {
+    let (post, inbox) = mailbox();
+    let (tell, told) = std::sync::mpsc::channel();
+    let reader = thread::spawn(move || {
+        while let Some(item) = inbox.take_blocking().map(out) {
+            tell.send(item).unwrap();
+        }
+    });
+    for own in 0..100 {
+        post.post(own).unwrap();
+        assert_eq!(told.recv_timeout(PATIENCE), Ok(Out::Own(own)), "each before the next is posted");
+    }
+    drop(post);
+    assert!(told.recv_timeout(PATIENCE).is_err(), "the reader has ended");
+    reader.join().unwrap();
+}
+
+#[test]
+fn a_patient_reader_gets_nothing_when_its_time_is_up_and_all_of_it_later() {
+    let (post, inbox) = mailbox();
+    assert_eq!(inbox.take_timeout(Duration::ZERO).map(out), None);
+    assert_eq!(inbox.take_timeout(Duration::from_millis(1)).map(out), None);
+    post.post(1).unwrap();
+    assert_eq!(inbox.take_timeout(Duration::ZERO).map(out), Some(Out::Own(1)));
+    let reader = thread::spawn(move || inbox.take_timeout(PATIENCE).map(out));
+    post.post(2).unwrap();
+    assert_eq!(reader.join().unwrap(), Some(Out::Own(2)));
+}
+
+#[test]
+fn one_key_that_changes_often_costs_the_memory_of_one_change() {
+    let (post, inbox) = mailbox();
+    let _ = post.notify(&put("waits.at.the.front", 1));
+    let mut longest = 0;
+    for revision in 2..=100_001 {
+        let _ = post.notify(&put("busy", revision));
+        longest = longest.max(inbox.shared.lock().queue.len());
+    }
+    assert!(longest <= 4 * TIDY_MIN, "{longest} places for two changes");
+    assert!(inbox.shared.lock().queue.capacity() <= 8 * TIDY_MIN);
+    assert_eq!(post.backlog(), Backlog { queued: 2, skipped: 99_999 });
+    assert_eq!(drain(&inbox), [change("waits.at.the.front", 1, 0), change("busy", 100_001, 99_999)]);
+}
+
+#[test]
+fn tidying_keeps_order_places_and_counts_whatever_waits() {
+    let (post, inbox) = mailbox();
+    let mut revision = 0;
+    let mut next = || {
+        revision += 1;
+        revision
+    };
+    // Some are taken first, so that places are not numbered from zero.
+    for own in 0..10 {
+        post.post(own).unwrap();
+    }
+    assert_eq!(drain(&inbox).len(), 10);
+    for key in ["x", "y", "z"] {
+        let _ = post.notify(&put(key, next()));
+    }
+    post.post(99).unwrap();
+    let _ = post.notify(&snapshot(3));
+    for _ in 0..TIDY_MIN * 3 {
+        let _ = post.notify(&put("busy", next()));
+    }
+    let _ = post.notify(&put("y", next()));
+    let last = next();
+    let _ = post.notify(&put("busy", last));
+    let busy = TIDY_MIN as u64 * 3;
+    let expected = [
+        change("x", 1, 0),
+        change("z", 3, 0),
+        Out::Own(99),
+        Out::Snapshot(3),
+        change("y", last - 1, 1),
+        change("busy", last, busy),
+    ];
+    assert_eq!(drain(&inbox), expected);
+}
+
+#[test]
+fn the_room_that_a_backlog_took_is_given_back_once_it_is_read() {
+    let (post, inbox) = mailbox();
+    let _ = post_all(&post, (1..=10_000).map(|revision| put(&format!("k{revision}"), revision)));
+    assert_eq!(post.backlog().queued, 10_000);
+    assert_eq!(drain(&inbox).len(), 10_000);
+    let state = inbox.shared.lock();
+    assert!(state.queue.capacity() <= TIDY_MIN && state.slots.capacity() <= TIDY_MIN);
+}

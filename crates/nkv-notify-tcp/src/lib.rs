@@ -1,1 +1,8 @@
-//! Soon.
+#![doc = include_str!("../README.md")]
+
+mod encode;
+mod notifier;
+mod writer;
+
+pub use notifier::{NotifierOptions, TcpNotifier};
+pub use writer::{WriterEnd, limit_send_buffer};

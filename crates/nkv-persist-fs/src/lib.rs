@@ -1,1 +1,23 @@
-//! Soon.
+#![doc = include_str!("../README.md")]
+
+pub mod sim;
+
+mod check;
+mod compact;
+mod disk;
+mod error;
+mod format;
+mod index;
+mod log;
+mod open;
+mod options;
+mod reader;
+mod scan;
+mod store;
+mod vfs;
+
+pub use check::{Report, check, check_with, repair, repair_with};
+pub use options::{Durability, DurabilityError, FsOptions};
+pub use scan::Damage;
+pub use store::{FsMonitor, FsPersist, FsStats};
+pub use vfs::{Open, RealFs, Vfs, VfsFile};

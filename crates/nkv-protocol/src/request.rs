@@ -83,6 +83,12 @@ impl<'a> Id<'a> {
         }
     }
 
+    /// The id whose [`as_json`](Self::as_json) this is.
+    #[must_use]
+    pub fn from_json(json: &'a str) -> Self {
+        Id(json)
+    }
+
     /// The JSON text.
     #[must_use]
     pub fn as_json(self) -> &'a str {

@@ -1,1 +1,16 @@
-//! Soon.
+#![doc = include_str!("../README.md")]
+
+mod address;
+mod budget;
+mod clock;
+mod connection;
+mod core;
+mod dispatch;
+mod handle;
+mod listener;
+mod server;
+mod writer;
+
+pub use address::{Address, AddressError};
+pub use handle::{Handle, HandleError, Notice, Subscription, WriteOptions};
+pub use server::{Builder, Options, Server, ServerError};

@@ -1,1 +1,22 @@
-//! Soon.
+#![doc = include_str!("../README.md")]
+
+pub mod notifier;
+pub mod persist;
+pub mod script;
+
+/// What the two conformance macros have in common: one test per line, or a table of the lines.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __conformance {
+    (tests $module:ident $harness:expr; $($line:ident)*) => {
+        $(
+            #[test]
+            fn $line() {
+                $crate::$module::$line(&$harness);
+            }
+        )*
+    };
+    (table $module:ident $harness:ident; $($line:ident)*) => {
+        vec![$((stringify!($line), $line as fn(&$harness))),*]
+    };
+}

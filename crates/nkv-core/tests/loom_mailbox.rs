@@ -1,0 +1,177 @@
+//! Every interleaving of the mailbox, up to a bound, explored with loom. A lost wake-up shows as a deadlock.
+//!
+//! `RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=3 \
+//!     cargo test -p nkv-core --release --test loom_mailbox`
+#![cfg(loom)]
+#![allow(clippy::unwrap_used, reason = "the helpers of a test are test code too")]
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use loom::future::block_on;
+use loom::thread;
+use nkv_core::mailbox::{Inbox, Item, Mailbox, mailbox};
+use nkv_core::{Action, Change, Delivery, Event, EventKind, Key, Notifier, Revision};
+
+fn put(key: &str, revision: u64) -> Arc<Event> {
+    let action = Action::Put { value: Default::default(), expiry: None };
+    let key = Key::new(key).unwrap();
+    Event::new(EventKind::Change(Change { key, revision: Revision::new(revision), action }))
+}
+
+/// What a reader believes, and how many changes it was told of or told that it missed.
+#[derive(Debug, Default)]
+struct View {
+    newest: BTreeMap<String, u64>,
+    last: u64,
+    accounted: u64,
+    own: Vec<u32>,
+}
+
+impl View {
+    fn apply(&mut self, item: Item<u32>) {
+        match item {
+            Item::Own(own) => self.own.push(own),
+            Item::Event { event, skipped } => {
+                let EventKind::Change(change) = event.kind() else { panic!("only changes are posted") };
+                let revision = change.revision.get();
+                assert!(revision > self.last, "{revision} was told after {}", self.last);
+                self.last = revision;
+                self.accounted += 1 + skipped;
+                self.newest.insert(change.key.to_string(), revision);
+            }
+        }
+    }
+}
+
+fn read_blocking(inbox: &Inbox<u32>) -> View {
+    let mut view = View::default();
+    while let Some(item) = inbox.take_blocking() {
+        view.apply(item);
+    }
+    view
+}
+
+fn read_polling(inbox: &Inbox<u32>) -> View {
+    block_on(async {
+        let mut view = View::default();
+        while let Some(item) = inbox.take().await {
+            view.apply(item);
+        }
+        view
+    })
+}
+
+/// Two threads that give changes in the order of their revisions, as a store does: under a lock of theirs.
+fn two_posters(post: Mailbox<u32>, keys: [&'static str; 2]) -> Vec<thread::JoinHandle<()>> {
+    let revisions = Arc::new(loom::sync::Mutex::new(0));
+    let spawn = |key: &'static str| {
+        let (post, revisions) = (post.clone(), Arc::clone(&revisions));
+        thread::spawn(move || {
+            let mut revision = revisions.lock().unwrap();
+            *revision += 1;
+            assert_ne!(post.notify(&put(key, *revision)), Delivery::Closed);
+        })
+    };
+    keys.map(spawn).into()
+}
+
+fn all_is_told(keys: [&'static str; 2], read: fn(&Inbox<u32>) -> View) {
+    loom::model(move || {
+        let (post, inbox) = mailbox();
+        let posters = two_posters(post, keys);
+        let view = read(&inbox);
+        posters.into_iter().for_each(|poster| poster.join().unwrap());
+        assert_eq!((view.last, view.accounted), (2, 2), "the last change is told, and none is unaccounted for");
+        let keys = if keys[0] == keys[1] { 1 } else { 2 };
+        assert_eq!(view.newest.len(), keys, "each key is told");
+    });
+}
+
+#[test]
+fn a_polling_reader_is_told_the_latest_of_one_key() {
+    all_is_told(["a", "a"], read_polling);
+}
+
+#[test]
+fn a_polling_reader_is_told_the_latest_of_two_keys() {
+    all_is_told(["a", "b"], read_polling);
+}
+
+#[test]
+fn a_blocking_reader_is_told_the_latest_of_one_key() {
+    all_is_told(["a", "a"], read_blocking);
+}
+
+#[test]
+fn a_blocking_reader_is_told_the_latest_of_two_keys() {
+    all_is_told(["a", "b"], read_blocking);
+}
+
+/// The mailbox stays open: only the posts themselves can wake the reader.
+fn the_last_change_arrives(take: fn(&Inbox<u32>) -> Option<Item<u32>>) {
+    loom::model(move || {
+        let (post, inbox) = mailbox();
+        let posters = two_posters(post.clone(), ["a", "a"]);
+        let mut view = View::default();
+        while view.last < 2 {
+            view.apply(take(&inbox).unwrap());
+        }
+        assert_eq!(view.accounted, 2);
+        posters.into_iter().for_each(|poster| poster.join().unwrap());
+        assert!(!post.is_closed());
+    });
+}
+
+#[test]
+fn a_polling_reader_of_an_open_mailbox_is_woken_for_the_last_change() {
+    the_last_change_arrives(|inbox| block_on(inbox.take()));
+}
+
+#[test]
+fn a_blocking_reader_of_an_open_mailbox_is_woken_for_the_last_change() {
+    the_last_change_arrives(Inbox::take_blocking);
+}
+
+/// One posts while another closes: the reader ends, and has got all that was accepted.
+fn closing_loses_nothing_that_was_accepted(read: fn(&Inbox<u32>) -> View) {
+    loom::model(move || {
+        let (post, inbox) = mailbox();
+        let closer = post.clone();
+        let poster = thread::spawn(move || {
+            let own = u64::from(post.post(7).is_ok());
+            let change = u64::from(post.notify(&put("a", 1)) != Delivery::Closed);
+            (own, change)
+        });
+        let closer = thread::spawn(move || closer.close());
+        let view = read(&inbox);
+        let (own, change) = poster.join().unwrap();
+        closer.join().unwrap();
+        assert_eq!((view.own.len() as u64, view.accounted), (own, change));
+    });
+}
+
+#[test]
+fn a_polling_reader_ends_when_a_poster_closes_and_misses_nothing() {
+    closing_loses_nothing_that_was_accepted(read_polling);
+}
+
+#[test]
+fn a_blocking_reader_ends_when_a_poster_closes_and_misses_nothing() {
+    closing_loses_nothing_that_was_accepted(read_blocking);
+}
+
+#[test]
+fn a_reader_that_leaves_while_two_post_is_noticed_by_whoever_comes_later() {
+    loom::model(|| {
+        let (post, inbox) = mailbox::<u32>();
+        let _ = post.notify(&put("a", 1));
+        let other = post.clone();
+        let poster = thread::spawn(move || other.notify(&put("a", 2)));
+        let leaver = thread::spawn(move || drop(inbox));
+        let _ = poster.join().unwrap();
+        leaver.join().unwrap();
+        assert_eq!(post.notify(&put("a", 3)), Delivery::Closed);
+        assert_eq!(post.backlog().queued, 0);
+    });
+}

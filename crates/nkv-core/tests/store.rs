@@ -1,0 +1,791 @@
+//! `NotifyKeyValue` by theme, one promise a test.
+#![cfg(not(loom))]
+#![allow(clippy::unwrap_used, reason = "the helpers of a test are test code too")]
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::thread;
+use std::time::Duration;
+
+use nkv_core::mailbox::{Inbox, Item, Mailbox, mailbox};
+use nkv_core::{
+    Action, Epoch, Event, EventKind, Expiry, Key, MemoryPersist, Millis, NoPersist, NotifyKeyValue, Op, Outcome,
+    Pattern, PersistError, PersistErrorKind, PersistValue, PutOptions, Record, Revision, RoutePersist, WriteError,
+};
+use nkv_testkit::script::{Crash, PersistScript, ScriptedNotifier, ScriptedPersist};
+
+type Store<P = MemoryPersist> = NotifyKeyValue<P, ScriptedNotifier>;
+type Scripted = Store<ScriptedPersist<MemoryPersist>>;
+
+/// More than anything here takes; only a hang waits for it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn key(text: &str) -> Key {
+    Key::new(text).unwrap()
+}
+
+fn pattern(text: &str) -> Pattern {
+    Pattern::new(text).unwrap()
+}
+
+fn r(number: u64) -> Revision {
+    Revision::new(number)
+}
+
+fn store() -> Store {
+    NotifyKeyValue::open(MemoryPersist::default(), 0).unwrap()
+}
+
+fn scripted() -> (Scripted, PersistScript, MemoryPersist) {
+    let disk = MemoryPersist::default();
+    let (persist, script) = ScriptedPersist::new(disk.clone());
+    (NotifyKeyValue::open(persist, 0).unwrap(), script, disk)
+}
+
+/// A store that holds these keys, each with its own name for a value, at revisions 1, 2, 3 and so on.
+fn store_of(keys: &[&str]) -> Store {
+    let store = store();
+    keys.iter().for_each(|key| _ = put(&store, key, key).unwrap());
+    store
+}
+
+fn put<P: PersistValue>(store: &Store<P>, at: &str, value: &str) -> Result<Revision, WriteError> {
+    store.put(&key(at), value.to_owned(), PutOptions::default())
+}
+
+fn put_until<P: PersistValue>(store: &Store<P>, at: &str, now: Millis, ttl_ms: u64) {
+    let expiry = Some(Expiry::after(now, Duration::from_millis(ttl_ms)));
+    store.put(&key(at), "x", PutOptions { expiry, if_revision: None }).unwrap();
+}
+
+fn if_revision(number: u64) -> PutOptions {
+    PutOptions { if_revision: Some(r(number)), expiry: None }
+}
+
+fn delete<P: PersistValue>(store: &Store<P>, what: &str) -> Result<(u64, Revision), WriteError> {
+    store.delete(&pattern(what), None)
+}
+
+fn subscribe<P: PersistValue>(store: &Store<P>, to: &str, id: &str) -> ScriptedNotifier {
+    let notifier = ScriptedNotifier::new();
+    store.subscribe(pattern(to), id.into(), notifier.clone(), false);
+    notifier
+}
+
+/// An event, as short as it can be written: `a=x @1`, `a deleted @2`, `* has a=x @1 (up to 2)`, `a unsubscribed`.
+fn brief(event: &Arc<Event>) -> String {
+    match event.kind() {
+        EventKind::Change(change) => match &change.action {
+            Action::Put { value, .. } => {
+                format!("{}={} @{}", change.key, String::from_utf8_lossy(value), change.revision)
+            }
+            Action::Delete { reason } => format!("{} {} @{}", change.key, reason.as_str(), change.revision),
+        },
+        EventKind::Snapshot(snapshot) => {
+            let has: Vec<String> = snapshot.records.iter().map(brief_record).collect();
+            format!("{} has {} (up to {})", snapshot.pattern, has.join(", "), snapshot.revision)
+        }
+        EventKind::Ended { pattern, reason } => format!("{pattern} {}", reason.as_str()),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn brief_record(record: &Record) -> String {
+    format!("{}={} @{}", record.key, String::from_utf8_lossy(&record.value), record.revision)
+}
+
+fn told(notifier: &ScriptedNotifier) -> Vec<String> {
+    notifier.take().iter().map(brief).collect()
+}
+
+/// All that a store holds, and its revision.
+fn state<P: PersistValue>(store: &Store<P>) -> (Vec<Record>, Revision) {
+    (store.get_all(&Pattern::All), store.stats().revision)
+}
+
+fn keys<P: PersistValue>(store: &Store<P>, what: &str) -> Vec<String> {
+    store.get_all(&pattern(what)).iter().map(|record| record.key.to_string()).collect()
+}
+
+fn op_put(at: &str, value: &'static str, options: PutOptions) -> Op {
+    Op::Put { key: key(at), value: value.into(), options }
+}
+
+fn op_delete(what: &str) -> Op {
+    Op::Delete { pattern: pattern(what), if_revision: None }
+}
+
+mod order_of_a_write {
+    use super::*;
+
+    #[test]
+    fn until_it_is_stored_a_change_is_neither_visible_nor_told_nor_acknowledged() {
+        let (store, script, _) = scripted();
+        put(&store, "a", "old").unwrap();
+        let notifier = subscribe(&store, "a", "me");
+        let acknowledged = AtomicBool::new(false);
+        script.block();
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let revision = put(&store, "a", "new").unwrap();
+                acknowledged.store(true, SeqCst);
+                revision
+            });
+            assert!(script.wait_until_blocked(PATIENCE));
+            // Storage hangs; who only reads does not.
+            assert_eq!(store.get(&key("a")).unwrap().value, "old");
+            assert_eq!(state(&store).1, r(1));
+            assert_eq!(store.list(&Pattern::All, None, 9).entries, [(key("a"), r(1))]);
+            let late = subscribe(&store, "*", "late");
+            assert_eq!((told(&notifier), acknowledged.load(SeqCst)), (vec![], false));
+            script.release();
+            assert_eq!(writer.join().unwrap(), r(2));
+            assert_eq!((told(&notifier), told(&late)), (vec!["a=new @2".into()], vec!["a=new @2".into()]));
+        });
+        assert_eq!(store.get(&key("a")).unwrap().value, "new");
+    }
+
+    #[test]
+    fn a_batch_reaches_storage_as_one_and_only_if_it_changes_something() {
+        let (store, script, _) = scripted();
+        store.write(&[op_put("a", "1", PutOptions::default()), op_put("b", "2", PutOptions::default())]).unwrap();
+        store.write(&[]).unwrap();
+        store.write(&[op_delete("nothing"), Op::Expire { now: 9 }, op_put("a", "x", if_revision(7))]).unwrap();
+        assert_eq!(script.batches().iter().map(Vec::len).collect::<Vec<_>>(), [2]);
+        assert_eq!(script.calls(), 1);
+    }
+
+    #[test]
+    fn each_change_gets_the_next_revision() {
+        let store = store();
+        assert_eq!(put(&store, "a", "1").unwrap(), r(1));
+        assert_eq!(put(&store, "a", "1").unwrap(), r(2), "the same value again is a change too");
+        assert_eq!(delete(&store, "a").unwrap(), (1, r(3)));
+        assert_eq!(put(&store, "b", "1").unwrap(), r(4));
+        assert_eq!(state(&store).1, r(4));
+    }
+}
+
+mod failing_storage {
+    use super::*;
+
+    #[test]
+    fn a_batch_that_was_not_stored_changes_nothing_for_anyone() {
+        for kind in [PersistErrorKind::NoSpace, PersistErrorKind::Rejected, PersistErrorKind::Io] {
+            let (store, script, disk) = scripted();
+            put(&store, "a", "1").unwrap();
+            put_until(&store, "b", 0, 10);
+            let (before, notifier) = (state(&store), subscribe(&store, "*", "me"));
+            script.fail_always(kind);
+            let failed = |result: Result<_, WriteError>| match result {
+                Err(WriteError::Persist(error)) => error.kind(),
+                other => panic!("{other:?}"),
+            };
+            assert_eq!(failed(put(&store, "a", "2")), kind);
+            assert_eq!(failed(put(&store, "new", "2")), kind);
+            assert_eq!(failed(delete(&store, "a").map(|deleted| deleted.1)), kind);
+            assert_eq!(failed(delete(&store, "*").map(|deleted| deleted.1)), kind);
+            assert_eq!(store.expire(100).unwrap_err().kind(), kind);
+            assert_eq!((state(&store), told(&notifier), store.next_expiry()), (before.clone(), vec![], Some(10)));
+            assert_eq!(store.stats().failed_batches, 5);
+            script.work();
+            assert_eq!(put(&store, "a", "3").unwrap(), r(3), "no revision was used up");
+            assert_eq!(told(&notifier), ["a=3 @3"]);
+            let again: Store = NotifyKeyValue::open(disk, 0).unwrap();
+            assert_eq!(state(&again), state(&store));
+        }
+    }
+
+    #[test]
+    fn after_poison_the_store_takes_no_writes_and_does_not_ask_storage_again() {
+        for crash in [Crash::BeforeStoring, Crash::AfterStoring] {
+            let (store, script, disk) = scripted();
+            put(&store, "a", "1").unwrap();
+            let notifier = subscribe(&store, "*", "me");
+            let before = state(&store);
+            script.crash_next(crash);
+            let poisoned = |error: PersistError| assert_eq!(error.kind(), PersistErrorKind::Poisoned);
+            poisoned(store.write(&[op_put("a", "2", PutOptions::default())]).unwrap_err());
+            poisoned(store.write(&[op_put("b", "2", PutOptions::default())]).unwrap_err());
+            poisoned(store.write(&[op_delete("a")]).unwrap_err());
+            poisoned(store.expire(9).unwrap_err());
+            assert_eq!(script.calls(), 2);
+            assert_eq!((state(&store), told(&notifier)), (before, vec![]));
+            let again: Store = NotifyKeyValue::open(disk, 0).unwrap();
+            let survived = if crash == Crash::AfterStoring { "a=2 @2" } else { "a=1 @1" };
+            assert_eq!(again.get_all(&Pattern::All).iter().map(brief_record).collect::<Vec<_>>(), [survived]);
+        }
+    }
+
+    #[test]
+    fn a_store_that_cannot_load_does_not_open() {
+        let (persist, script) = ScriptedPersist::new(MemoryPersist::default());
+        script.fail_load(PersistErrorKind::Damaged);
+        let error = NotifyKeyValue::<_, ScriptedNotifier>::open(persist, 0).unwrap_err();
+        assert_eq!((error.kind(), error.is_retryable()), (PersistErrorKind::Damaged, false));
+    }
+}
+
+mod batches {
+    use super::*;
+
+    fn outcomes(store: &Store, ops: &[Op]) -> Vec<Outcome> {
+        store.write(ops).unwrap()
+    }
+
+    fn put_at(number: u64) -> Outcome {
+        Outcome::Put { revision: r(number) }
+    }
+
+    fn deleted(count: u64, number: u64) -> Outcome {
+        Outcome::Deleted { count, revision: r(number) }
+    }
+
+    fn conflict(number: u64) -> Outcome {
+        Outcome::Conflict { revision: r(number) }
+    }
+
+    #[test]
+    fn a_condition_sees_the_put_before_it() {
+        let store = store();
+        let ops = [
+            op_put("a", "1", PutOptions::default()),
+            op_put("a", "2", if_revision(1)),
+            op_put("a", "3", if_revision(1)),
+            op_put("a", "4", if_revision(0)),
+            op_put("b", "5", if_revision(0)),
+        ];
+        assert_eq!(outcomes(&store, &ops), [put_at(1), put_at(2), conflict(2), conflict(2), put_at(3)]);
+        assert_eq!(store.get(&key("a")).unwrap().value, "2");
+    }
+
+    #[test]
+    fn a_condition_sees_the_delete_before_it() {
+        let store = store_of(&["a"]);
+        let ops = [op_delete("a"), op_put("a", "x", if_revision(1)), op_put("a", "y", if_revision(0)), op_delete("a")];
+        assert_eq!(outcomes(&store, &ops), [deleted(1, 2), conflict(0), put_at(3), deleted(1, 4)]);
+        assert_eq!(state(&store), (vec![], r(4)));
+    }
+
+    #[test]
+    fn a_second_delete_of_a_key_finds_nothing() {
+        let store = store_of(&["a"]);
+        assert_eq!(outcomes(&store, &[op_delete("a"), op_delete("a")]), [deleted(1, 2), Outcome::NotFound]);
+        assert_eq!(outcomes(&store, &[op_delete("a"), op_delete("*")]), [Outcome::NotFound, Outcome::NotFound]);
+    }
+
+    #[test]
+    fn a_wildcard_delete_sees_what_was_put_and_deleted_before_it() {
+        let store = store_of(&["a.old", "a.gone", "b"]);
+        let notifier = subscribe(&store, "*", "me");
+        let ops =
+            [op_delete("a.gone"), op_put("a.new", "x", PutOptions::default()), op_delete("a.*"), op_delete("a.*")];
+        assert_eq!(outcomes(&store, &ops), [deleted(1, 4), put_at(5), deleted(2, 7), Outcome::NotFound]);
+        assert_eq!(keys(&store, "*"), ["b"]);
+        let expected = ["a.gone deleted @4", "a.new=x @5", "a.new deleted @6", "a.old deleted @7"];
+        assert_eq!(told(&notifier), expected);
+    }
+
+    #[test]
+    fn a_value_put_in_the_same_batch_does_not_expire_in_place_of_the_old_one() {
+        let store = store();
+        put_until(&store, "a", 0, 10);
+        put_until(&store, "b", 0, 10);
+        put_until(&store, "c", 0, 10);
+        let ops = [op_put("a", "fresh", PutOptions::default()), op_delete("b"), Op::Expire { now: 50 }];
+        assert_eq!(outcomes(&store, &ops), [put_at(4), deleted(1, 5), deleted(1, 6)]);
+        assert_eq!(keys(&store, "*"), ["a"]);
+    }
+
+    #[test]
+    fn an_operation_that_fails_does_not_keep_the_others_from_being_done() {
+        let store = store_of(&["a"]);
+        let ops = [op_delete("nothing"), op_put("a", "x", if_revision(9)), op_put("b", "1", PutOptions::default())];
+        assert_eq!(outcomes(&store, &ops), [Outcome::NotFound, conflict(1), put_at(2)]);
+    }
+}
+
+mod conditions {
+    use super::*;
+
+    #[test]
+    fn a_put_with_a_condition_is_done_only_at_that_revision() {
+        let store = store();
+        let conflict = |result: Result<Revision, WriteError>| match result {
+            Err(WriteError::Conflict { revision }) => revision,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(conflict(store.put(&key("a"), "x", if_revision(1))), r(0));
+        assert_eq!(store.put(&key("a"), "1", if_revision(0)).unwrap(), r(1));
+        assert_eq!(conflict(store.put(&key("a"), "x", if_revision(0))), r(1));
+        put(&store, "b", "moves the store's revision, not a's").unwrap();
+        assert_eq!(conflict(store.put(&key("a"), "x", if_revision(2))), r(1));
+        assert_eq!(store.put(&key("a"), "2", if_revision(1)).unwrap(), r(3));
+        delete(&store, "a").unwrap();
+        assert_eq!(conflict(store.put(&key("a"), "x", if_revision(3))), r(0));
+    }
+
+    #[test]
+    fn a_delete_with_a_condition_is_done_only_at_that_revision() {
+        let store = store_of(&["a"]);
+        let delete_if = |number| store.delete(&pattern("a"), Some(r(number)));
+        assert!(matches!(delete_if(2), Err(WriteError::Conflict { revision }) if revision == r(1)));
+        assert!(matches!(delete_if(0), Err(WriteError::Conflict { revision }) if revision == r(1)));
+        assert_eq!(delete_if(1).unwrap(), (1, r(2)));
+        assert!(matches!(delete_if(1), Err(WriteError::NotFound)));
+        assert!(matches!(delete_if(0), Err(WriteError::NotFound)));
+    }
+
+    #[test]
+    fn a_wildcard_delete_counts_its_keys_and_gives_each_a_revision_in_key_order() {
+        let store = store_of(&["a", "a-b", "a.b", "a.b.c", "ab", "b"]);
+        let notifier = subscribe(&store, "*", "me");
+        assert_eq!(delete(&store, "a.*").unwrap(), (2, r(8)));
+        assert_eq!(told(&notifier), ["a.b deleted @7", "a.b.c deleted @8"]);
+        assert!(matches!(delete(&store, "a.*"), Err(WriteError::NotFound)));
+        assert_eq!(delete(&store, "*").unwrap(), (4, r(12)));
+        assert!(matches!(delete(&store, "*"), Err(WriteError::NotFound)));
+    }
+
+    #[test]
+    fn a_delete_of_a_key_leaves_the_keys_below_it() {
+        let store = store_of(&["a", "a.b"]);
+        delete(&store, "a").unwrap();
+        assert_eq!(keys(&store, "*"), ["a.b"]);
+        assert!(matches!(delete(&store, "a"), Err(WriteError::NotFound)));
+    }
+}
+
+mod subscriptions {
+    use super::*;
+
+    #[test]
+    fn a_subscription_is_told_of_its_branch_what_is_below_it_or_everything() {
+        let store = store();
+        let subscribers = ["a", "a.b", "a.*", "a.b.*", "*", "b"].map(|to| (to, subscribe(&store, to, "me")));
+        for (at, expected) in [
+            ("a", &["a", "*"][..]),
+            ("a.b", &["a", "a.b", "a.*", "*"]),
+            ("a.b.c", &["a", "a.b", "a.*", "a.b.*", "*"]),
+            ("ab", &["*"]),
+            ("a-b.c", &["*"]),
+            ("b", &["*", "b"]),
+        ] {
+            put(&store, at, "x").unwrap();
+            let told: Vec<&str> = subscribers.iter().filter(|(_, s)| told(s).len() == 1).map(|(to, _)| *to).collect();
+            assert_eq!(told, expected, "of a put of {at}");
+            let mut named: Vec<String> =
+                store.subscribers_of(&key(at)).iter().map(|s| s.pattern().to_string()).collect();
+            named.sort();
+            let mut expected = expected.to_vec();
+            expected.sort_unstable();
+            assert_eq!(named, expected, "subscribers of {at}");
+        }
+    }
+
+    #[test]
+    fn a_delete_tells_the_keys_own_subscribers_and_those_above_and_ends_no_subscription() {
+        let store = store_of(&["a.b"]);
+        let [own, above, beside] = ["a.b", "a", "a.c"].map(|to| subscribe(&store, to, "me"));
+        delete(&store, "a.b").unwrap();
+        assert_eq!((told(&own), told(&above)), (vec!["a.b deleted @2".into()], vec!["a.b deleted @2".into()]));
+        put(&store, "a.b", "again").unwrap();
+        assert_eq!((told(&own), told(&above)), (vec!["a.b=again @3".into()], vec!["a.b=again @3".into()]));
+        assert_eq!(told(&beside), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_delete_of_nothing_and_a_conflict_tell_nobody() {
+        let store = store_of(&["a"]);
+        let notifier = subscribe(&store, "*", "me");
+        let _ = delete(&store, "b").unwrap_err();
+        let _ = store.put(&key("a"), "x", if_revision(7)).unwrap_err();
+        assert_eq!((told(&notifier), state(&store).1), (vec![], r(1)));
+    }
+
+    #[test]
+    fn a_subscriber_that_subscribes_again_takes_its_own_place() {
+        let store = store();
+        let (old, other) = (subscribe(&store, "a", "me"), subscribe(&store, "a", "someone else"));
+        let below = subscribe(&store, "a.*", "me");
+        let new = subscribe(&store, "a", "me");
+        assert_eq!(told(&old), ["a replaced"]);
+        put(&store, "a.b", "x").unwrap();
+        let expected = vec!["a.b=x @1".to_owned()];
+        assert_eq!((told(&new), told(&other), told(&below)), (expected.clone(), expected.clone(), expected));
+        assert_eq!(told(&old), Vec::<String>::new());
+        assert_eq!(store.stats().subscriptions, 3);
+    }
+
+    #[test]
+    fn whoever_is_unsubscribed_is_told_so_and_nothing_else_after() {
+        let store = store();
+        let (mine, other) = (subscribe(&store, "a", "me"), subscribe(&store, "a", "other"));
+        assert!(!store.unsubscribe(&pattern("a.*"), &"me".into()), "another pattern");
+        assert!(!store.unsubscribe(&pattern("a"), &"nobody".into()));
+        assert!(store.unsubscribe(&pattern("a"), &"me".into()));
+        assert!(!store.unsubscribe(&pattern("a"), &"me".into()), "a second time");
+        put(&store, "a", "x").unwrap();
+        assert_eq!((told(&mine), told(&other)), (vec!["a unsubscribed".into()], vec!["a=x @1".into()]));
+    }
+
+    #[test]
+    fn forgetting_a_subscription_leaves_the_one_that_replaced_it() {
+        let store = store();
+        let (old, new) = (ScriptedNotifier::new(), ScriptedNotifier::new());
+        let first = store.subscribe(pattern("a"), "me".into(), old.clone(), false);
+        let second = store.subscribe(pattern("a"), "me".into(), new.clone(), false);
+        store.forget(&first);
+        put(&store, "a", "x").unwrap();
+        assert_eq!(told(&new), ["a=x @1"]);
+        store.forget(&second);
+        store.forget(&second);
+        put(&store, "a", "y").unwrap();
+        assert_eq!(told(&new), Vec::<String>::new(), "nobody is told of being forgotten, nor of what follows");
+        assert_eq!(store.stats().subscriptions, 0);
+    }
+
+    #[test]
+    fn a_notifier_that_says_closed_is_forgotten_and_the_others_are_told() {
+        let store = store();
+        let notifiers = ["1", "2", "3"].map(|id| subscribe(&store, "a", id));
+        notifiers[0].close();
+        put(&store, "a", "x").unwrap();
+        assert_eq!(store.subscribers_of(&key("a")).len(), 2);
+        put(&store, "a", "y").unwrap();
+        assert_eq!(notifiers[0].calls(), 1);
+        assert_eq!((told(&notifiers[1]).len(), told(&notifiers[2]).len()), (2, 2));
+    }
+
+    #[test]
+    fn a_subscriber_gone_before_its_snapshot_is_not_kept() {
+        let store = store();
+        let notifier = ScriptedNotifier::new();
+        notifier.close();
+        store.subscribe(pattern("a"), "me".into(), notifier, true);
+        assert_eq!(store.stats().subscriptions, 0);
+    }
+
+    #[test]
+    fn a_snapshot_holds_what_the_subscription_covers_in_key_order() {
+        let store = store_of(&["a.b", "b", "a", "a.b.c", "a-b"]);
+        for (to, expected) in [
+            ("a", "a has a=a @3, a.b=a.b @1, a.b.c=a.b.c @4 (up to 5)"),
+            ("a.*", "a.* has a.b=a.b @1, a.b.c=a.b.c @4 (up to 5)"),
+            ("a.b", "a.b has a.b=a.b @1, a.b.c=a.b.c @4 (up to 5)"),
+            ("nothing", "nothing has  (up to 5)"),
+        ] {
+            let notifier = ScriptedNotifier::new();
+            store.subscribe(pattern(to), "me".into(), notifier.clone(), true);
+            assert_eq!(told(&notifier), [expected]);
+        }
+        let notifier = ScriptedNotifier::new();
+        store.subscribe(Pattern::All, "me".into(), notifier.clone(), true);
+        let event = notifier.take().remove(0);
+        let EventKind::Snapshot(snapshot) = event.kind() else { panic!("{event:?}") };
+        assert_eq!(snapshot.records, store.get_all(&Pattern::All));
+        assert_eq!(snapshot.epoch, store.epoch());
+    }
+
+    #[test]
+    fn no_change_falls_between_a_snapshot_and_what_follows_it_and_none_comes_twice() {
+        let store: NotifyKeyValue<NoPersist, Mailbox> = NotifyKeyValue::open(NoPersist::default(), 0).unwrap();
+        let (stop, acknowledged) = (AtomicBool::new(false), AtomicU64::new(0));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(SeqCst) {
+                    let revision = store.put(&key("k"), "x", PutOptions::default()).unwrap();
+                    acknowledged.store(revision.get(), SeqCst);
+                }
+            });
+            for _ in 0..5_000 {
+                let before = acknowledged.load(SeqCst);
+                let (post, inbox) = mailbox();
+                store.subscribe(pattern("k"), "me".into(), post, true);
+                let mut at = snapshot_revision(&inbox);
+                assert!(at >= before, "the snapshot lacks a change that was acknowledged before: {at} < {before}");
+                while let Some(Item::Event { event, skipped }) = inbox.try_take() {
+                    let EventKind::Change(change) = event.kind() else { break };
+                    // All changes are of this key, so what was not told was skipped, and counted.
+                    assert_eq!(change.revision.get(), at + 1 + skipped, "a gap, or a step back, after {at}");
+                    at = change.revision.get();
+                }
+            }
+            stop.store(true, SeqCst);
+        });
+    }
+
+    fn snapshot_revision(inbox: &Inbox) -> u64 {
+        let Some(Item::Event { event, .. }) = inbox.try_take() else { panic!("the snapshot comes first, at once") };
+        let EventKind::Snapshot(snapshot) = event.kind() else { panic!("{event:?} came before the snapshot") };
+        snapshot.revision.get()
+    }
+}
+
+mod expiry {
+    use super::*;
+
+    #[test]
+    fn a_key_expires_at_its_time_not_before_and_its_subscribers_are_told() {
+        let store = store();
+        let notifier = subscribe(&store, "*", "me");
+        put_until(&store, "late", 0, 20);
+        put_until(&store, "soon", 0, 10);
+        put(&store, "never", "x").unwrap();
+        let _ = told(&notifier);
+        assert_eq!(store.next_expiry(), Some(10));
+        assert_eq!(store.expire(9).unwrap(), 0);
+        assert_eq!(store.expire(10).unwrap(), 1);
+        assert_eq!(told(&notifier), ["soon expired @4"]);
+        assert_eq!((store.get(&key("soon")), store.next_expiry()), (None, Some(20)));
+        assert_eq!(store.expire(1_000).unwrap(), 1);
+        assert_eq!((keys(&store, "*"), store.next_expiry()), (vec!["never".into()], None));
+        assert_eq!(store.stats().expired, 2);
+    }
+
+    #[test]
+    fn a_put_without_expiry_ends_the_one_before_and_a_new_one_replaces_it() {
+        let store = store();
+        put_until(&store, "a", 0, 10);
+        put_until(&store, "b", 0, 10);
+        put(&store, "a", "stays").unwrap();
+        put_until(&store, "b", 0, 30);
+        assert_eq!((store.next_expiry(), store.expire(29).unwrap()), (Some(30), 0));
+        assert_eq!(store.expire(30).unwrap(), 1);
+        assert_eq!(keys(&store, "*"), ["a"]);
+    }
+
+    #[test]
+    fn the_same_expiry_again_still_holds() {
+        let store = store();
+        put_until(&store, "a", 0, 10);
+        put_until(&store, "a", 5, 5);
+        assert_eq!((store.next_expiry(), store.expire(10).unwrap()), (Some(10), 1));
+    }
+
+    #[test]
+    fn a_deleted_key_does_not_expire() {
+        let store = store();
+        put_until(&store, "a", 0, 10);
+        delete(&store, "a").unwrap();
+        assert_eq!((store.next_expiry(), store.expire(10).unwrap()), (None, 0));
+    }
+
+    #[test]
+    fn an_expiry_survives_a_restart() {
+        let disk = MemoryPersist::default();
+        let first: Store = NotifyKeyValue::open(disk.clone(), 0).unwrap();
+        put_until(&first, "a", 0, 10);
+        let again: Store = NotifyKeyValue::open(disk, 5).unwrap();
+        assert_eq!((again.next_expiry(), again.expire(10).unwrap()), (Some(10), 1));
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_between_two_runs_keeps_no_value_longer_than_its_ttl() {
+        let disk = MemoryPersist::default();
+        let first: Store = NotifyKeyValue::open(disk.clone(), 1_000_000).unwrap();
+        put_until(&first, "a", 1_000_000, 60);
+        let again: Store = NotifyKeyValue::open(disk, 500).unwrap();
+        assert_eq!((again.next_expiry(), again.expire(559).unwrap(), again.expire(560).unwrap()), (Some(560), 0, 1));
+    }
+
+    #[test]
+    fn a_time_to_live_is_at_least_a_millisecond_and_never_runs_over() {
+        assert_eq!(Expiry::after(5, Duration::ZERO), Expiry { at: 6, ttl_ms: 1 });
+        assert_eq!(Expiry::after(5, Duration::MAX), Expiry { at: u64::MAX, ttl_ms: u64::MAX });
+    }
+}
+
+mod reading {
+    use super::*;
+
+    const KEYS: [&str; 7] = ["b", "a-b", "a", "a.b.c", "ab", "a.b", "a.c"];
+
+    #[test]
+    fn keys_come_in_the_order_of_their_segments() {
+        let store = store_of(&KEYS);
+        assert_eq!(keys(&store, "*"), ["a", "a.b", "a.b.c", "a.c", "a-b", "ab", "b"]);
+        assert_eq!(keys(&store, "a.*"), ["a.b", "a.b.c", "a.c"]);
+        assert_eq!(keys(&store, "a"), ["a"]);
+        assert_eq!(keys(&store, "c.*"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn pages_joined_are_the_whole_and_only_the_last_says_that_nothing_follows() {
+        let store = store_of(&KEYS);
+        for what in ["*", "a.*", "a", "a.b", "a.b.*", "nothing"].map(pattern) {
+            let whole = store.get_all(&what);
+            for limit in 1..=8 {
+                let (mut listed, mut got, mut after) = (vec![], vec![], None);
+                loop {
+                    let list = store.list(&what, after.as_ref(), limit);
+                    let page = store.get_page(&what, after.as_ref(), limit, usize::MAX).unwrap();
+                    assert_eq!((list.more, list.entries.len()), (page.more, page.entries.len()));
+                    assert!(page.entries.len() == limit || !page.more);
+                    listed.extend(list.entries);
+                    got.extend(page.entries);
+                    if !page.more {
+                        break;
+                    }
+                    after = got.last().map(|record: &Record| record.key.clone());
+                }
+                assert_eq!(got, whole);
+                assert_eq!(listed, whole.iter().map(|r| (r.key.clone(), r.revision)).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn a_page_may_start_after_a_key_that_is_not_there() {
+        let store = store_of(&KEYS);
+        let after = |what: &str, after: &str| {
+            let list = store.list(&pattern(what), Some(&key(after)), 99).entries;
+            list.into_iter().map(|entry| entry.0.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(after("*", "a.b.zzz"), ["a.c", "a-b", "ab", "b"]);
+        assert_eq!(after("a.*", "A"), ["a.b", "a.b.c", "a.c"]);
+        assert_eq!(after("a.*", "a"), ["a.b", "a.b.c", "a.c"]);
+        assert_eq!(after("a.*", "a.b"), ["a.b.c", "a.c"]);
+        assert_eq!(after("a.*", "b"), Vec::<String>::new());
+        assert_eq!(after("a", "A"), ["a"]);
+        assert_eq!(after("a", "a"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_page_of_none_says_whether_there_are_any() {
+        let store = store_of(&["a"]);
+        let page = store.list(&Pattern::All, None, 0);
+        assert_eq!((page.entries.len(), page.more), (0, true));
+        let page = store.get_page(&pattern("b"), None, 0, 0).unwrap();
+        assert_eq!((page.entries.len(), page.more), (0, false));
+    }
+
+    #[test]
+    fn a_page_is_refused_one_byte_past_the_limit_and_not_at_it() {
+        let store = store_of(&["a", "bb"]); // keys and values together: 2 and 4 bytes
+        assert_eq!(store.get_page(&Pattern::All, None, 9, 6).unwrap().entries.len(), 2);
+        assert_eq!(store.get_page(&Pattern::All, None, 9, 5).unwrap_err().bytes_max, 5);
+        let one = store.get_page(&Pattern::All, None, 1, 2).unwrap();
+        assert_eq!((one.entries.len(), one.more), (1, true), "what is not on the page does not count");
+    }
+
+    #[test]
+    fn a_key_exists_or_a_branch_does() {
+        let store = store_of(&["a.b"]);
+        let exists = ["a", "a.b", "a.*", "a.b.*", "*"].map(|what| store.exists(&pattern(what)));
+        assert_eq!(exists, [false, true, true, false, true]);
+    }
+
+    #[test]
+    fn figures_follow_what_happens() {
+        let store = store_of(&["a", "bb"]);
+        let _notifier = subscribe(&store, "*", "me");
+        put(&store, "a", "123").unwrap();
+        delete(&store, "bb").unwrap();
+        let stats = store.stats();
+        assert_eq!((stats.keys, stats.value_bytes, stats.subscriptions, stats.revision), (1, 3, 1, r(4)));
+        assert_eq!((stats.puts, stats.deletes, stats.batches, stats.notified, stats.conflated), (3, 1, 4, 2, 0));
+    }
+}
+
+mod restarts {
+    use super::*;
+
+    #[test]
+    fn the_revision_goes_on_where_it_was_even_if_the_last_change_was_a_delete() {
+        let disk = MemoryPersist::new(Epoch::new(5));
+        let first: Store = NotifyKeyValue::open(disk.clone(), 0).unwrap();
+        put(&first, "a", "1").unwrap();
+        put(&first, "b", "1").unwrap();
+        delete(&first, "b").unwrap();
+        let again: Store = NotifyKeyValue::open(disk, 0).unwrap();
+        assert_eq!((state(&again), again.epoch()), (state(&first), Epoch::new(5)));
+        assert_eq!(put(&again, "c", "1").unwrap(), r(4));
+    }
+}
+
+mod routes {
+    use super::*;
+
+    fn loaded(disk: &MemoryPersist) -> BTreeMap<String, u64> {
+        let mut found = BTreeMap::new();
+        disk.clone().load(&mut |record| _ = found.insert(record.key.to_string(), record.revision.get())).unwrap();
+        found
+    }
+
+    #[test]
+    fn the_longest_branch_by_segments_keeps_a_key() {
+        let disks: [MemoryPersist; 4] = Default::default();
+        // The longer branch comes first, so that the order of the routes cannot be what decides.
+        let routes = RoutePersist::new(disks[0].clone())
+            .route(key("runtime.hot"), disks[2].clone())
+            .route(key("runtime"), disks[1].clone())
+            .route(key("runtimes.x"), disks[3].clone());
+        let store: Store<RoutePersist> = NotifyKeyValue::open(routes, 0).unwrap();
+        for at in ["runtime", "runtime.a", "runtime.hot", "runtime.hot.x", "runtime.hotter", "runtimes", "runtimes.x"] {
+            put(&store, at, "x").unwrap();
+        }
+        let kept = disks.map(|disk| loaded(&disk).into_keys().collect::<Vec<_>>());
+        assert_eq!(kept[0], ["runtimes"]);
+        assert_eq!(kept[1], ["runtime", "runtime.a", "runtime.hotter"]);
+        assert_eq!(kept[2], ["runtime.hot", "runtime.hot.x"]);
+        assert_eq!(kept[3], ["runtimes.x"]);
+    }
+
+    #[test]
+    fn a_branch_that_is_routed_twice_goes_to_the_later_backend() {
+        let (first, second) = (MemoryPersist::default(), MemoryPersist::default());
+        let routes = RoutePersist::new(MemoryPersist::default()).route(key("a"), first.clone());
+        let store: Store<RoutePersist> = NotifyKeyValue::open(routes.route(key("a"), second.clone()), 0).unwrap();
+        put(&store, "a.b", "x").unwrap();
+        assert_eq!((loaded(&first).len(), loaded(&second).len()), (0, 1));
+    }
+
+    #[test]
+    fn a_key_stored_where_no_route_looks_for_it_is_refused() {
+        let (main, side) = (MemoryPersist::default(), MemoryPersist::default());
+        let routes = || RoutePersist::new(main.clone());
+        let before: Store<RoutePersist> = NotifyKeyValue::open(routes(), 0).unwrap();
+        put(&before, "a.b", "x").unwrap();
+        let error = Store::open(routes().route(key("a"), side), 0).unwrap_err();
+        assert_eq!(error.kind(), PersistErrorKind::Damaged);
+        assert!(error.to_string().contains("a.b"), "{error}");
+    }
+
+    #[test]
+    fn what_no_route_keeps_is_forgotten_and_the_rest_survives() {
+        let disk = MemoryPersist::default();
+        let open = |epoch| {
+            let routes = RoutePersist::new(disk.clone()).route(key("runtime"), NoPersist::new(Epoch::new(epoch)));
+            Store::open(routes, 0).unwrap()
+        };
+        let first = open(1);
+        put(&first, "kept", "x").unwrap();
+        put(&first, "runtime.a", "x").unwrap();
+        put(&first, "runtimes", "x").unwrap();
+        let again = open(2);
+        assert_eq!(keys(&again, "*"), ["kept", "runtimes"]);
+        assert_ne!(first.epoch(), again.epoch(), "one part has lost something, so the whole has");
+        assert_eq!(open(2).epoch(), again.epoch());
+    }
+
+    #[test]
+    fn a_batch_stored_in_part_poisons_the_store_and_one_not_stored_at_all_does_not() {
+        let (main, main_script) = ScriptedPersist::new(MemoryPersist::default());
+        let (side, side_script) = ScriptedPersist::new(MemoryPersist::default());
+        let store: Store<RoutePersist> = Store::open(RoutePersist::new(main).route(key("a"), side), 0).unwrap();
+        let both = [op_put("a", "1", PutOptions::default()), op_put("b", "1", PutOptions::default())];
+        main_script.fail_next(PersistErrorKind::NoSpace);
+        assert_eq!(store.write(&both).unwrap_err().kind(), PersistErrorKind::NoSpace);
+        assert_eq!(side_script.calls(), 0);
+        side_script.fail_next(PersistErrorKind::NoSpace);
+        assert_eq!(store.write(&both[..1]).unwrap_err().kind(), PersistErrorKind::NoSpace, "only one was asked");
+        side_script.fail_next(PersistErrorKind::NoSpace);
+        let error = store.write(&both).unwrap_err();
+        assert_eq!(error.kind(), PersistErrorKind::Poisoned);
+        assert!(std::error::Error::source(&error).is_some(), "what the one backend said is kept");
+        assert_eq!(put(&store, "c", "1").map_err(|error| error.to_string()), Err("the write was not stored".into()));
+        assert_eq!(state(&store), (vec![], r(0)));
+    }
+}

@@ -1,0 +1,139 @@
+//! The notifier: what the rest of a server holds of a connection's sending side.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
+
+use bytes::Bytes;
+use nkv_core::mailbox::{Backlog, Mailbox, mailbox};
+use nkv_core::{Delivery, Event, EventKind, Notifier};
+use nkv_protocol::{Chunks, ValueForm};
+use tokio::io::AsyncWrite;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+use crate::writer::{Writer, WriterEnd};
+
+/// How a connection's sending side behaves.
+#[derive(Clone, Copy, Debug)]
+pub struct NotifierOptions {
+    /// A peer that takes no byte for this long is cut. 30 s by default.
+    pub stall_limit: Duration,
+    /// So many bytes of answers and snapshots may wait before [`TcpNotifier::room`] makes the reading side wait.
+    /// 256 KiB by default.
+    pub waiting_max: usize,
+}
+
+impl Default for NotifierOptions {
+    fn default() -> Self {
+        NotifierOptions { stall_limit: Duration::from_secs(30), waiting_max: 256 << 10 }
+    }
+}
+
+/// Tells one connection of events, in order with the answers to its requests.
+///
+/// Clones stand for the same connection. A snapshot is told as `Hello`, its `Update`s and `Synced` in one go: it
+/// answers the request that asked for it.
+#[derive(Clone, Debug)]
+pub struct TcpNotifier {
+    mailbox: Mailbox<Vec<Bytes>>,
+    shared: Arc<Shared>,
+}
+
+/// What the notifier and its writer task both know.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    form: AtomicU8,
+    /// Bytes of answers and snapshots that were not written yet.
+    waiting: AtomicUsize,
+    pub(crate) room: Notify,
+    pub(crate) options: NotifierOptions,
+}
+
+impl TcpNotifier {
+    /// Starts the writer task of a connection on the current runtime. The task ends, and shuts the writer down, when
+    /// every clone is dropped or the notifier is closed and all is written; or when the peer is gone or stalls.
+    pub fn spawn<W>(writer: W, options: NotifierOptions) -> (Self, JoinHandle<WriterEnd>)
+    where
+        W: AsyncWrite + Unpin + Send + 'static,
+    {
+        let (mailbox, inbox) = mailbox();
+        let (form, waiting) = (AtomicU8::new(0), AtomicUsize::new(0));
+        let shared = Arc::new(Shared { form, waiting, room: Notify::new(), options });
+        let task = tokio::spawn(Writer::new(inbox, writer, Arc::clone(&shared)).run());
+        (TcpNotifier { mailbox, shared }, task)
+    }
+
+    /// Sends answers, after all that was sent before. When the connection is gone they go nowhere; its writer's
+    /// [`WriterEnd`] says so.
+    pub fn send(&self, answers: &mut Chunks) {
+        if !answers.is_empty() {
+            self.shared.waiting.fetch_add(answers.len(), Relaxed);
+            drop(self.mailbox.post(answers.take()));
+        }
+    }
+
+    /// Waits until answers may be sent without keeping too much in memory. Ends at once when the connection is gone.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing.
+    pub async fn room(&self) {
+        while self.shared.waiting.load(Relaxed) > self.shared.options.waiting_max && !self.mailbox.is_closed() {
+            self.shared.room.notified().await;
+        }
+    }
+
+    /// Chooses the form of values in what is told from now on.
+    pub fn set_form(&self, form: ValueForm) {
+        self.shared.form.store(form as u8, Relaxed);
+    }
+
+    /// The form of values in what is told.
+    pub fn form(&self) -> ValueForm {
+        self.shared.form()
+    }
+
+    /// What waits to be written.
+    pub fn backlog(&self) -> Backlog {
+        self.mailbox.backlog()
+    }
+
+    /// Ends the connection's sending side once all that was sent is written.
+    pub fn close(&self) {
+        self.mailbox.close();
+    }
+}
+
+impl Shared {
+    pub(crate) fn form(&self) -> ValueForm {
+        let forms = [ValueForm::Bytes, ValueForm::Text, ValueForm::Payload];
+        let form = self.form.load(Relaxed);
+        forms.into_iter().find(|known| *known as u8 == form).unwrap_or_default()
+    }
+
+    /// So many bytes of answers or snapshots were written.
+    pub(crate) fn written(&self, len: usize) {
+        if len > 0 {
+            self.waiting.fetch_sub(len, Relaxed);
+            self.room.notify_one();
+        }
+    }
+}
+
+/// Roughly what a snapshot takes while it waits.
+pub(crate) fn snapshot_len(event: &Event) -> usize {
+    match event.kind() {
+        EventKind::Snapshot(snapshot) => {
+            snapshot.records.iter().map(|record| record.key.as_str().len() + record.value.len() + 64).sum()
+        }
+        _ => 0,
+    }
+}
+
+impl Notifier for TcpNotifier {
+    fn notify(&self, event: &Arc<Event>) -> Delivery {
+        self.shared.waiting.fetch_add(snapshot_len(event), Relaxed);
+        self.mailbox.notify(event)
+    }
+}

@@ -1,0 +1,151 @@
+//! The writer task: gathers what the mailbox holds and writes it, as few system calls as it takes.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
+use std::os::fd::AsFd;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use bytes::{Buf, Bytes};
+use nkv_core::mailbox::{Inbox, Item};
+use nkv_protocol::Chunks;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::time::timeout;
+
+use crate::encode::{self, SnapshotWriter};
+use crate::notifier::{Shared, snapshot_len};
+
+/// So many bytes are gathered for one write. What is still in the mailbox can be conflated, what is gathered cannot.
+const GATHER_LEN: usize = 64 << 10;
+
+/// So many chunks go into one vectored write.
+const SLICES_MAX: usize = 64;
+
+/// How a writer task ended.
+#[derive(Debug)]
+pub enum WriterEnd {
+    /// All that was to be sent is written.
+    Finished,
+    /// The peer took no byte for the stall limit.
+    Stalled,
+    /// Writing failed.
+    Failed(io::Error),
+}
+
+pub(crate) struct Writer<W> {
+    inbox: Inbox<Vec<Bytes>>,
+    writer: W,
+    shared: Arc<Shared>,
+    snapshot: Option<SnapshotWriter>,
+    /// Gathered for the next write.
+    out: Chunks,
+    /// Bytes that [`Shared::written`] is to be told of when the next write is done.
+    counted: usize,
+}
+
+impl<W: AsyncWrite + Unpin> Writer<W> {
+    pub(crate) fn new(inbox: Inbox<Vec<Bytes>>, writer: W, shared: Arc<Shared>) -> Self {
+        Writer { inbox, writer, shared, snapshot: None, out: Chunks::default(), counted: 0 }
+    }
+
+    pub(crate) async fn run(mut self) -> WriterEnd {
+        let end = self.write_all().await;
+        // Whoever waits for room must see that there will be none.
+        let shared = Arc::clone(&self.shared);
+        drop(self);
+        shared.room.notify_one();
+        end
+    }
+
+    async fn write_all(&mut self) -> WriterEnd {
+        loop {
+            self.gather();
+            if self.out.is_empty() {
+                match self.inbox.take().await {
+                    Some(item) => self.encode(item),
+                    None => break,
+                }
+                continue;
+            }
+            if let Err(end) = self.flush().await {
+                return end;
+            }
+            self.shared.written(std::mem::take(&mut self.counted));
+        }
+        match timeout(self.shared.options.stall_limit, self.writer.shutdown()).await {
+            Ok(Ok(())) => WriterEnd::Finished,
+            Ok(Err(error)) => WriterEnd::Failed(error),
+            Err(_) => WriterEnd::Stalled,
+        }
+    }
+
+    fn gather(&mut self) {
+        while self.out.len() < GATHER_LEN {
+            if let Some(snapshot) = &mut self.snapshot {
+                if snapshot.write(self.shared.form(), GATHER_LEN, &mut self.out) {
+                    self.snapshot = None;
+                }
+                continue;
+            }
+            match self.inbox.try_take() {
+                Some(item) => self.encode(item),
+                None => return,
+            }
+        }
+    }
+
+    fn encode(&mut self, item: Item<Vec<Bytes>>) {
+        match item {
+            Item::Own(chunks) => {
+                self.counted += chunks.iter().map(Bytes::len).sum::<usize>();
+                chunks.iter().for_each(|chunk| self.out.push(chunk));
+            }
+            Item::Event { event, skipped } => {
+                self.counted += snapshot_len(&event);
+                self.snapshot = encode::event(event, skipped, self.shared.form(), &mut self.out);
+            }
+        }
+    }
+
+    async fn flush(&mut self) -> Result<(), WriterEnd> {
+        let mut chunks = VecDeque::from(self.out.take());
+        while let Some(first) = chunks.front() {
+            let write = poll_fn(|cx| {
+                let writer = Pin::new(&mut self.writer);
+                if chunks.len() == 1 {
+                    return writer.poll_write(cx, first);
+                }
+                let slices: Vec<_> = chunks.iter().take(SLICES_MAX).map(|chunk| IoSlice::new(chunk)).collect();
+                writer.poll_write_vectored(cx, &slices)
+            });
+            match timeout(self.shared.options.stall_limit, write).await {
+                Ok(Ok(0)) => return Err(WriterEnd::Failed(io::ErrorKind::WriteZero.into())),
+                Ok(Ok(written)) => advance(&mut chunks, written),
+                Ok(Err(error)) => return Err(WriterEnd::Failed(error)),
+                Err(_) => return Err(WriterEnd::Stalled),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn advance(chunks: &mut VecDeque<Bytes>, mut written: usize) {
+    while let Some(first) = chunks.front_mut() {
+        if written < first.len() {
+            first.advance(written);
+            return;
+        }
+        written -= first.len();
+        chunks.pop_front();
+    }
+}
+
+/// Bounds what the kernel holds for a peer that does not read: several megabytes a connection otherwise.
+///
+/// # Errors
+///
+/// What the system says.
+pub fn limit_send_buffer(socket: &impl AsFd, bytes: usize) -> io::Result<()> {
+    socket2::SockRef::from(socket).set_send_buffer_size(bytes)
+}

@@ -1,0 +1,181 @@
+//! Looks at a data directory that no process uses, and repairs one that refuses to open.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use nkv_core::{Epoch, PersistError, PersistErrorKind, Revision};
+
+use crate::disk::{Disk, Lock, segment_name};
+use crate::format::SEGMENT_HEADER_LEN;
+use crate::log::Log;
+use crate::open::{create, cut, open_log, renew, resume};
+use crate::options::FsOptions;
+use crate::scan::{Damage, Scan, Tail};
+use crate::vfs::{Open, RealFs, Vfs};
+
+/// What a data directory holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Report {
+    /// How many segments are there.
+    pub segments: usize,
+    /// How many batches could be read.
+    pub batches: u64,
+    /// How many records could be read.
+    pub records: u64,
+    /// How many keys are present.
+    pub keys: usize,
+    /// How many bytes their records have.
+    pub live_bytes: u64,
+    /// The highest revision that was read.
+    pub revision: Revision,
+    /// The epoch.
+    pub epoch: Epoch,
+    /// How many bytes a crash left torn at the end; the next opening keeps them aside and cuts them off.
+    pub torn_bytes: u64,
+    /// Where the data is damaged, if it is; then everything else is about what stands before.
+    pub damage: Option<Damage>,
+    /// What a repair drops, or has dropped: each file with the offset from which on it goes.
+    pub drops: Vec<(String, u64)>,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} segments, {} batches, {} records", self.segments, self.batches, self.records)?;
+        writeln!(f, "{} keys, {} live bytes, revision {}, epoch {}", self.keys, self.live_bytes, self.revision, self.epoch)?;
+        if self.torn_bytes > 0 {
+            writeln!(f, "torn by a crash: {} bytes at the end", self.torn_bytes)?;
+        }
+        match &self.damage {
+            None => writeln!(f, "no damage")?,
+            Some(damage) => writeln!(f, "damaged: {damage}")?,
+        }
+        self.drops.iter().try_for_each(|(file, offset)| writeln!(f, "a repair drops {file} from offset {offset} on"))
+    }
+}
+
+/// Reads all of a data directory and says what is in it. Changes nothing.
+///
+/// # Errors
+///
+/// [`PersistErrorKind::InUse`] while a process has it,
+/// [`PersistErrorKind::Io`] when it cannot be read. Damage is no error here.
+pub fn check(dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
+    check_with(Arc::new(RealFs), dir)
+}
+
+/// Like [`check`], on another file system.
+///
+/// # Errors
+///
+/// Those of [`check`].
+pub fn check_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
+    let disk = Disk::new(vfs, dir.into());
+    let lock = disk.lock(Open::Read)?;
+    Ok(report(&Scan::run(&disk, lock.promises_segments()?)?))
+}
+
+/// Makes a damaged data directory usable: what stands at the damage and after it is kept aside in files named
+/// `*.broken-*`, then dropped, and a new epoch begins. Without damage this is an ordinary opening.
+///
+/// # Errors
+///
+/// Those of [`FsPersist::open`](crate::FsPersist::open), but for damage.
+pub fn repair(dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
+    repair_with(Arc::new(RealFs), dir)
+}
+
+/// Like [`repair`], on another file system.
+///
+/// # Errors
+///
+/// Those of [`repair`].
+pub fn repair_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
+    let disk = Disk::new(vfs, dir.into());
+    let lock = disk.lock(Open::Write)?;
+    let scan = Scan::run(&disk, lock.promises_segments()?)?;
+    let before = report(&scan);
+    let options = FsOptions::default().with_reserve_bytes(0);
+    if scan.damage.is_none() {
+        let log = open_log(&disk, &lock, options)?;
+        return Ok(Report { epoch: log.epoch, ..before });
+    }
+    let (log, drops) = salvage(&disk, &lock, options)?;
+    Ok(Report { epoch: log.epoch, keys: log.index.key_count(), live_bytes: log.index.live_bytes(), drops, ..before })
+}
+
+/// Saves what stands before the damage. If the oldest segments are missing, what stands behind those.
+fn salvage(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<(Log, Vec<(String, u64)>), PersistError> {
+    let scan = Scan::salvage(disk, lock.promises_segments()?)?;
+    let drops = drops(&scan);
+    let log = match scan.cut() {
+        Some(tail) => {
+            if scan.damage.is_some() {
+                drop_after(disk, &scan, &tail)?;
+            }
+            let scan = Scan::salvage(disk, true)?;
+            match (scan.tail, &scan.damage) {
+                (Some(tail), None) => resume(disk, options, scan, tail)?,
+                (_, damage) => return Err(damage.as_ref().map_or_else(nothing_left, Damage::to_error)),
+            }
+        }
+        None => start_over(disk, &scan, options)?,
+    };
+    lock.promise_segments()?;
+    Ok((log, drops))
+}
+
+fn nothing_left() -> PersistError {
+    PersistError::new(PersistErrorKind::Damaged, "the repair has left no segment")
+}
+
+/// Keeps aside and drops everything at and after the damage; the newest segment goes first, so that a crash in between
+/// leaves a directory that still refuses to open.
+fn drop_after(disk: &Disk, scan: &Scan, tail: &Tail) -> Result<(), PersistError> {
+    let later = scan.numbers.iter().rev().filter(|number| **number > tail.header.number);
+    for number in later {
+        let name = segment_name(*number);
+        disk.keep_aside(&name, 0)?;
+        disk.remove(&name)?;
+    }
+    cut(disk, tail, "repair")
+}
+
+/// Nothing can be saved: a new log behind all that is there, which makes the rest leftovers.
+fn start_over(disk: &Disk, scan: &Scan, options: FsOptions) -> Result<Log, PersistError> {
+    for number in &scan.numbers {
+        disk.keep_aside(&segment_name(*number), 0)?;
+    }
+    let mut log = create(disk, options, scan.numbers.last().map_or(1, |last| last.saturating_add(1)))?;
+    for number in &scan.numbers {
+        disk.remove(&segment_name(*number))?;
+    }
+    renew(&mut log)?;
+    Ok(log)
+}
+
+fn report(scan: &Scan) -> Report {
+    Report {
+        segments: scan.numbers.len(),
+        batches: scan.frames,
+        records: scan.records,
+        keys: scan.index.key_count(),
+        live_bytes: scan.index.live_bytes(),
+        revision: scan.revision,
+        epoch: scan.epoch,
+        torn_bytes: scan.torn_bytes(),
+        damage: scan.damage.clone(),
+        drops: drops(scan),
+    }
+}
+
+fn drops(scan: &Scan) -> Vec<(String, u64)> {
+    if scan.damage.is_none() {
+        return Vec::new();
+    }
+    let cut = scan.cut().map(|tail| (tail.header.number, tail.end));
+    let here = cut.map(|(number, end)| (segment_name(number), end));
+    let later = scan.numbers.iter().filter(|later| cut.is_none_or(|(number, _)| **later > number));
+    here.into_iter().chain(later.map(|later| (segment_name(*later), 0))).collect()
+}

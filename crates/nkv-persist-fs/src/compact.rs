@@ -1,0 +1,237 @@
+//! Keeps the log short: what is still needed of the oldest segment is appended at the end, then the segment goes.
+//!
+//! A copy is the record as it was, with its revision, and is made only while the record is the value of its key.
+//! Deletes are not copied: whatever they hide stands before them and is gone earlier. The segment is unlinked when
+//! the copies, and the record that it is no longer needed, are durable.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nkv_core::{Key, PersistError, PersistErrorKind};
+
+use crate::disk::{Disk, segment_name};
+use crate::error::damaged;
+use crate::format::{Entry, FRAME_HEADER_LEN, FrameBuf, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN};
+use crate::index::Place;
+use crate::log::Log;
+use crate::reader::{Next, Opened, SegmentReader};
+
+/// How long compaction rests after it failed.
+const REST: Duration = Duration::from_secs(1);
+/// The length of the frame that names a new head.
+const HEAD_FRAME_LEN: u64 = 72;
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How much has to be done before `extra` more bytes are appended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Need {
+    /// Nothing.
+    None,
+    /// The background thread should compact.
+    Soon,
+    /// Who appends should help with a step.
+    Help,
+    /// Who appends must wait, or the bound breaks: two times the live data and one segment.
+    Now,
+}
+
+impl Log {
+    pub(crate) fn need(&self, extra: u64) -> Need {
+        let (live, slack) = (self.index.live_bytes(), self.options.segment_bytes);
+        let total = self.index.total_bytes() + extra;
+        let head_live = self.index.usage(self.head).live;
+        // Copying comes with frames of its own, with a new segment or two, and with the record of the new head.
+        let frames = 2 + head_live / self.options.chunk_bytes();
+        let overhead = frames * 48 + 2 * (SEGMENT_HEADER_LEN + SEAL_FRAME_LEN) + HEAD_FRAME_LEN;
+        if total + head_live + overhead > 2 * live + slack {
+            Need::Now
+        } else if total > live + live / 4 * 3 + slack / 2 {
+            Need::Help
+        } else if total > live + live / 2 + slack / 4 || self.is_pressed() {
+            Need::Soon
+        } else {
+            Need::None
+        }
+    }
+
+    /// Whether a full disk makes worth the while what would not be otherwise.
+    fn is_pressed(&self) -> bool {
+        let garbage = self.index.total_bytes().saturating_sub(self.index.live_bytes());
+        self.head < self.urgent_below && garbage > self.index.live_bytes() / 8 + self.options.segment_bytes / 64
+    }
+
+    /// Whether the background has something to compact.
+    pub(crate) fn wants_compaction(&self) -> bool {
+        self.need(0) > Need::None && self.check_usable().is_ok() && self.compact_after.is_none_or(|t| t <= Instant::now())
+    }
+}
+
+/// A record that may have to be copied.
+#[derive(Debug)]
+struct Candidate {
+    key: Key,
+    offset: u64,
+    bytes: std::ops::Range<usize>,
+}
+
+/// The segment that is being emptied, and how far that is.
+#[derive(Debug)]
+struct Job {
+    number: u64,
+    reader: Option<SegmentReader>,
+}
+
+/// Does the work, one step at a time. Lock order: this one first, then the log.
+#[derive(Debug)]
+pub(crate) struct Compactor {
+    disk: Disk,
+    job: Option<Job>,
+    bytes: Vec<u8>,
+    candidates: Vec<Candidate>,
+    frame: FrameBuf,
+}
+
+impl Compactor {
+    pub(crate) fn new(disk: Disk) -> Self {
+        Compactor { disk, job: None, bytes: Vec::new(), candidates: Vec::new(), frame: FrameBuf::new() }
+    }
+
+    /// Copies about `target` bytes, or drops the oldest segment if nothing in it is needed any more.
+    pub(crate) fn step(&mut self, log: &Mutex<Log>, target: u64) -> Result<(), PersistError> {
+        let result = self.try_step(log, target);
+        self.bytes.clear();
+        self.bytes.shrink_to(1 << 20);
+        self.candidates.clear();
+        if let Err(error) = &result {
+            // What was copied stays copied; the segment is read anew from its start.
+            self.job = None;
+            let mut log = lock(log);
+            log.compact_after = Some(Instant::now() + REST);
+            if log.check_usable().is_ok() {
+                tracing::warn!(%error, "compaction rests for a second");
+            }
+        }
+        result
+    }
+
+    fn try_step(&mut self, log: &Mutex<Log>, target: u64) -> Result<(), PersistError> {
+        let mut job = match self.job.take() {
+            Some(job) => job,
+            None => self.begin(log)?,
+        };
+        let is_done = self.gather(log, &mut job, target)?;
+        self.copy(log, job.number)?;
+        if is_done {
+            return self.drop_segment(log, job.number);
+        }
+        self.job = Some(job);
+        Ok(())
+    }
+
+    fn begin(&self, log: &Mutex<Log>) -> Result<Job, PersistError> {
+        let mut log = lock(log);
+        log.check_usable()?;
+        let number = log.head;
+        if number == log.active_number() {
+            log.rotate_at_any_price()?;
+        }
+        let is_empty = log.index.usage(number).live == 0;
+        drop(log);
+        let reader = if is_empty { None } else { Some(self.open(number)?) };
+        Ok(Job { number, reader })
+    }
+
+    fn open(&self, number: u64) -> Result<SegmentReader, PersistError> {
+        match SegmentReader::open(&self.disk, number)? {
+            Opened::Good(reader) => Ok(reader),
+            Opened::Bad { reason, .. } => Err(damaged(&segment_name(number), 0, reason)),
+        }
+    }
+
+    /// Reads frames until enough is found that is still needed; says whether the segment holds no more of it.
+    fn gather(&mut self, log: &Mutex<Log>, job: &mut Job, target: u64) -> Result<bool, PersistError> {
+        let Some(reader) = &mut job.reader else { return Ok(true) };
+        while (self.bytes.len() as u64) < target {
+            if self.candidates.is_empty() && lock(log).index.usage(job.number).live == 0 {
+                return Ok(true);
+            }
+            let at = reader.offset();
+            let (at, body) = match reader.next()? {
+                Next::Frame(_, at, body) => (at, body),
+                Next::End => return Ok(true),
+                Next::Bad(reason) => return Err(damaged(&segment_name(job.number), at, reason)),
+            };
+            let log = lock(log);
+            for record in Records::new(body, 0) {
+                let record = record.map_err(|reason| damaged(&segment_name(job.number), at, reason))?;
+                let offset = at + FRAME_HEADER_LEN as u64 + u64::from(record.offset);
+                if let Entry::Put { key, .. } = record.entry
+                    && log.index.is_live(&key, job.number, offset)
+                {
+                    let start = self.bytes.len();
+                    self.bytes.extend_from_slice(record.bytes);
+                    self.candidates.push(Candidate { key, offset, bytes: start..self.bytes.len() });
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Appends what is needed even now, when nobody else can append.
+    fn copy(&mut self, log: &Mutex<Log>, number: u64) -> Result<(), PersistError> {
+        let mut log = lock(log);
+        self.candidates.retain(|found| log.index.is_live(&found.key, number, found.offset));
+        if self.candidates.is_empty() {
+            return Ok(());
+        }
+        self.frame.clear();
+        let mut copies = Vec::with_capacity(self.candidates.len());
+        for found in self.candidates.drain(..) {
+            let bytes = &self.bytes[found.bytes];
+            copies.push((found.key, self.frame.push_copy(bytes), bytes.len() as u32));
+        }
+        self.frame.finish();
+        let start = log.append_at_any_price(&mut self.frame)? + FRAME_HEADER_LEN as u64;
+        log.counters.copied_bytes += self.frame.len();
+        let segment = log.active_number();
+        for (key, offset, len) in copies {
+            log.index.put(key, Place { segment, offset: start + u64::from(offset), len });
+        }
+        Ok(())
+    }
+
+    /// Notes durably that the segment is no longer needed, and only then unlinks it.
+    fn drop_segment(&mut self, log: &Mutex<Log>, number: u64) -> Result<(), PersistError> {
+        let mut guard = lock(log);
+        if guard.index.usage(number).live > 0 {
+            return Err(damaged(&segment_name(number), 0, "compaction did not find a value that must be there"));
+        }
+        guard.append_at_any_price(&mut FrameBuf::of(|frame| frame.push_head(number + 1)))?;
+        guard.head = number + 1;
+        let pending = guard.start_sync()?;
+        drop(guard);
+        let result = pending.run();
+        lock(log).end_sync(&pending, result)?;
+        self.disk.remove(&segment_name(number))?;
+        let mut guard = lock(log);
+        guard.index.drop_segment(number);
+        guard.counters.compacted_segments += 1;
+        if let Err(error) = guard.regain_reserve() {
+            tracing::debug!(%error, "no room for the reserve yet");
+        }
+        Ok(())
+    }
+}
+
+impl Log {
+    /// A new segment, with the room of the reserve if there is no other.
+    fn rotate_at_any_price(&mut self) -> Result<(), PersistError> {
+        match self.rotate() {
+            Err(error) if error.kind() == PersistErrorKind::NoSpace && self.give_up_reserve()? => self.rotate(),
+            result => result,
+        }
+    }
+}

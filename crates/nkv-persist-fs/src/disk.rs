@@ -1,0 +1,182 @@
+//! The files of a data directory: their names, the lock, the reserve, and what is kept aside.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use nkv_core::{PersistError, PersistErrorKind};
+
+use crate::error::from_io;
+use crate::format::SegmentHeader;
+use crate::vfs::{self, Open, Vfs, VfsFile};
+
+const LOCK: &str = "LOCK";
+const RESERVE: &str = "reserve";
+/// What the lock file holds once there is a segment: from then on, a directory without one has lost it.
+const LOCK_TEXT: &[u8] = b"nkv data directory, format 1\n";
+/// How many torn tails are kept aside; the oldest go first.
+const BROKEN_FILES_MAX: usize = 16;
+const COPY_CHUNK: usize = 64 << 10;
+
+/// A data directory on some file system.
+#[derive(Clone, Debug)]
+pub(crate) struct Disk {
+    vfs: Arc<dyn Vfs>,
+    dir: PathBuf,
+}
+
+/// Keeps other processes out for as long as it lives.
+#[derive(Debug)]
+pub(crate) struct Lock {
+    file: Arc<dyn VfsFile>,
+}
+
+impl Disk {
+    pub(crate) fn new(vfs: Arc<dyn Vfs>, dir: PathBuf) -> Self {
+        Disk { vfs, dir }
+    }
+
+    pub(crate) fn create_dir(&self) -> Result<(), PersistError> {
+        self.vfs.create_dir(&self.dir).map_err(|e| from_io("use data directory", &self.dir.to_string_lossy(), e))
+    }
+
+    pub(crate) fn list(&self) -> Result<Vec<String>, PersistError> {
+        self.vfs.list(&self.dir).map_err(|e| from_io("list", &self.dir.to_string_lossy(), e))
+    }
+
+    /// The numbers of the segments that are there, in order.
+    pub(crate) fn segments(&self) -> Result<Vec<u64>, PersistError> {
+        let mut numbers: Vec<u64> = self.list()?.iter().filter_map(|name| parse_segment_name(name)).collect();
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    pub(crate) fn open(&self, name: &str, how: Open) -> Result<Arc<dyn VfsFile>, PersistError> {
+        self.vfs.open(&self.dir.join(name), how).map_err(|e| from_io("open", name, e))
+    }
+
+    pub(crate) fn sync_dir(&self) -> Result<(), PersistError> {
+        self.vfs.sync_dir(&self.dir).map_err(|e| from_io("sync", &self.dir.to_string_lossy(), e))
+    }
+
+    /// Removes a file, durably; one that is not there is no error.
+    pub(crate) fn remove(&self, name: &str) -> Result<(), PersistError> {
+        match self.vfs.remove(&self.dir.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(from_io("remove", name, error)),
+            _ => self.sync_dir(),
+        }
+    }
+
+    pub(crate) fn lock(&self, how: Open) -> Result<Lock, PersistError> {
+        let file = self.open(LOCK, how)?;
+        if file.try_lock().map_err(|e| from_io("lock", LOCK, e))? {
+            return Ok(Lock { file });
+        }
+        let context = format!("another process uses the data directory {}", self.dir.display());
+        Err(PersistError::new(PersistErrorKind::InUse, context))
+    }
+
+    /// Makes a segment that survives a power cut, with no frame in it.
+    pub(crate) fn create_segment(&self, header: &SegmentHeader) -> Result<Arc<dyn VfsFile>, PersistError> {
+        let name = segment_name(header.number);
+        let file = self.open(&name, Open::CreateNew)?;
+        vfs::write_all(&*file, &header.encode(), 0).map_err(|e| from_io("write", &name, e))?;
+        file.sync_data().map_err(|e| from_io("sync", &name, e))?;
+        self.sync_dir()?;
+        Ok(file)
+    }
+
+    /// Copies what stands from `offset` on into a file beside it, durably. The copy also tells the next opening, should
+    /// this one not live to say so, that something was cut there.
+    pub(crate) fn keep_aside(&self, name: &str, offset: u64) -> Result<String, PersistError> {
+        let broken = broken_name(name, offset);
+        let (from, to) = (self.open(name, Open::Read)?, self.open(&broken, Open::Create)?);
+        let size = from.size().map_err(|e| from_io("read", name, e))?;
+        // A longer copy is of an earlier cut at the same place.
+        if to.size().map_err(|e| from_io("read", &broken, e))? < size.saturating_sub(offset) {
+            copy(&*from, &*to, offset, size).map_err(|e| from_io("copy a torn tail to", &broken, e))?;
+        }
+        to.sync_data().map_err(|e| from_io("sync", &broken, e))?;
+        self.sync_dir()?;
+        self.forget_old_broken()?;
+        Ok(broken)
+    }
+
+    fn forget_old_broken(&self) -> Result<(), PersistError> {
+        let mut names: Vec<String> = self.list()?.into_iter().filter(|name| name.contains(".log.broken-")).collect();
+        names.sort_unstable();
+        let surplus = names.len().saturating_sub(BROKEN_FILES_MAX);
+        names.iter().take(surplus).try_for_each(|name| self.remove(name))
+    }
+
+    /// Fills the reserve, or leaves it empty if there is no room.
+    pub(crate) fn fill_reserve(&self, bytes: u64) -> Result<(), PersistError> {
+        let file = self.open(RESERVE, Open::Create)?;
+        let filled = fill(&*file, bytes);
+        if filled.is_err() {
+            file.set_len(0).map_err(|e| from_io("empty", RESERVE, e))?;
+        }
+        filled.map_err(|e| from_io("fill", RESERVE, e))?;
+        self.sync_dir()
+    }
+
+    /// Gives the space of the reserve back to the file system.
+    pub(crate) fn release_reserve(&self) -> Result<(), PersistError> {
+        let file = self.open(RESERVE, Open::Create)?;
+        file.set_len(0).and_then(|()| file.sync_data()).map_err(|e| from_io("empty", RESERVE, e))
+    }
+}
+
+impl Lock {
+    /// Whether the directory has ever had a segment.
+    pub(crate) fn promises_segments(&self) -> Result<bool, PersistError> {
+        Ok(self.file.size().map_err(|e| from_io("read", LOCK, e))? > 0)
+    }
+
+    /// Notes that the directory has a segment now.
+    pub(crate) fn promise_segments(&self) -> Result<(), PersistError> {
+        let write = || vfs::write_all(&*self.file, LOCK_TEXT, 0).and_then(|()| self.file.sync_data());
+        if self.promises_segments()? { Ok(()) } else { write().map_err(|e| from_io("write", LOCK, e)) }
+    }
+}
+
+fn copy(from: &dyn VfsFile, to: &dyn VfsFile, mut offset: u64, end: u64) -> io::Result<()> {
+    let start = offset;
+    let mut buf = vec![0; COPY_CHUNK];
+    to.set_len(0)?;
+    while offset < end {
+        let len = COPY_CHUNK.min(usize::try_from(end - offset).unwrap_or(COPY_CHUNK));
+        vfs::read_exact(from, &mut buf[..len], offset)?;
+        vfs::write_all(to, &buf[..len], offset - start)?;
+        offset += len as u64;
+    }
+    Ok(())
+}
+
+fn fill(file: &dyn VfsFile, bytes: u64) -> io::Result<()> {
+    let size = file.size()?;
+    if size > bytes {
+        file.set_len(bytes)?;
+    }
+    let zeros = vec![0; COPY_CHUNK];
+    let mut offset = size.min(bytes);
+    while offset < bytes {
+        let len = COPY_CHUNK.min(usize::try_from(bytes - offset).unwrap_or(COPY_CHUNK));
+        vfs::write_all(file, &zeros[..len], offset)?;
+        offset += len as u64;
+    }
+    file.sync_data()
+}
+
+pub(crate) fn segment_name(number: u64) -> String {
+    format!("{number:016x}.log")
+}
+
+pub(crate) fn broken_name(name: &str, offset: u64) -> String {
+    format!("{name}.broken-{offset:016x}")
+}
+
+fn parse_segment_name(name: &str) -> Option<u64> {
+    let number = u64::from_str_radix(name.strip_suffix(".log")?, 16).ok()?;
+    (segment_name(number) == name).then_some(number)
+}

@@ -1,0 +1,26 @@
+//! How failures of files become the errors of the trait.
+
+use std::io;
+
+use nkv_core::{PersistError, PersistErrorKind};
+
+/// An error of the operating system, while `doing` something to the file `name`.
+pub(crate) fn from_io(doing: &str, name: &str, error: io::Error) -> PersistError {
+    let kind = match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+            PersistErrorKind::NoSpace
+        }
+        _ => PersistErrorKind::Io,
+    };
+    PersistError::new(kind, format!("cannot {doing} {name}")).with_source(error)
+}
+
+/// Data that cannot be trusted, with its place.
+pub(crate) fn damaged(name: &str, offset: u64, reason: &str) -> PersistError {
+    PersistError::new(PersistErrorKind::Damaged, format!("{name} is damaged at offset {offset}: {reason}"))
+}
+
+/// Nobody knows what the storage holds.
+pub(crate) fn poisoned(context: &str) -> PersistError {
+    PersistError::new(PersistErrorKind::Poisoned, context)
+}

@@ -1,0 +1,379 @@
+//! The bytes of a segment: its header, frames, records. `docs/storage-format.md` is the text that this file obeys.
+//!
+//! All numbers are little-endian. Nothing here touches a file, and nothing here trusts a length it has read.
+
+use nkv_core::{Action, Change, Epoch, Expiry, Key, Reason, Revision};
+
+pub(crate) const VERSION: u32 = 1;
+pub(crate) const SEGMENT_HEADER_LEN: u64 = 72;
+pub(crate) const FRAME_HEADER_LEN: usize = 40;
+pub(crate) const RECORD_HEADER_LEN: usize = 20;
+/// The length of the frame that ends a segment: one record without key and value, padded.
+pub(crate) const SEAL_FRAME_LEN: u64 = 64;
+/// The longest body of a frame.
+pub(crate) const BODY_LEN_MAX: usize = 1 << 30;
+
+/// Frames acknowledged after this one may be lost without a trace.
+pub(crate) const RELAXED: u16 = 1;
+/// A reader that does not know one of these flags must not go on.
+const FLAGS_TO_UNDERSTAND: u16 = 0xff00;
+
+const SEGMENT_MAGIC: &[u8; 8] = b"nkv-log\0";
+const FRAME_MAGIC: &[u8; 4] = b"nkvF";
+
+const PUT: u8 = 1;
+const DELETE: u8 = 2;
+const EPOCH: u8 = 3;
+const HEAD: u8 = 4;
+const SEAL: u8 = 5;
+/// Records of these types may be skipped by a reader that does not know them.
+const SKIPPABLE: u8 = 0x80;
+
+const FIELD_EXPIRY: u16 = 1;
+/// Fields with this bit may not be skipped by a reader that does not know them.
+const FIELD_TO_UNDERSTAND: u16 = 0x8000;
+
+/// What a segment says about itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SegmentHeader {
+    pub(crate) number: u64,
+    /// The oldest segment that was needed when this one was made.
+    pub(crate) head: u64,
+    /// The log position of the first frame.
+    pub(crate) base: u64,
+    /// The highest revision stored before.
+    pub(crate) revision: Revision,
+    pub(crate) epoch: Epoch,
+    /// Seed of the checksums of frame headers, so that frames of other segments or made up in values never fit.
+    pub(crate) salt: u32,
+}
+
+impl SegmentHeader {
+    pub(crate) fn encode(&self) -> [u8; SEGMENT_HEADER_LEN as usize] {
+        let mut bytes = Vec::with_capacity(SEGMENT_HEADER_LEN as usize);
+        bytes.extend_from_slice(SEGMENT_MAGIC);
+        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        bytes.extend_from_slice(&self.salt.to_le_bytes());
+        for number in [self.number, self.head, self.base, self.revision.get()] {
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        bytes.extend_from_slice(&self.epoch.get().to_le_bytes());
+        let crc = crc32c::crc32c(&bytes);
+        bytes.extend_from_slice(&crc.to_le_bytes());
+        let mut header = [0; SEGMENT_HEADER_LEN as usize];
+        header[..bytes.len()].copy_from_slice(&bytes);
+        header
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, &'static str> {
+        let cut = "the segment header is cut";
+        if bytes.get(..8).ok_or(cut)? != SEGMENT_MAGIC {
+            return Err("this is no segment");
+        }
+        if crc32c::crc32c(bytes.get(..64).ok_or(cut)?) != u32_at(bytes, 64).ok_or(cut)? {
+            return Err("the checksum of the segment header does not match");
+        }
+        if u32_at(bytes, 8).ok_or(cut)? != VERSION {
+            return Err("the segment has a format version that this program does not know");
+        }
+        if u32_at(bytes, 68).ok_or(cut)? != 0 {
+            return Err("the segment header does not end in zeros");
+        }
+        Ok(SegmentHeader {
+            salt: u32_at(bytes, 12).ok_or(cut)?,
+            number: u64_at(bytes, 16).ok_or(cut)?,
+            head: u64_at(bytes, 24).ok_or(cut)?,
+            base: u64_at(bytes, 32).ok_or(cut)?,
+            revision: Revision::new(u64_at(bytes, 40).ok_or(cut)?),
+            epoch: Epoch::new(u128_at(bytes, 48).ok_or(cut)?),
+        })
+    }
+}
+
+/// What stands before a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FrameHeader {
+    pub(crate) body_len: u32,
+    pub(crate) body_crc: u32,
+    /// Where in the log the frame starts.
+    pub(crate) position: u64,
+    /// All of the log before this position was durable when the frame was written.
+    pub(crate) synced_to: u64,
+    pub(crate) flags: u16,
+}
+
+impl FrameHeader {
+    fn encode(&self, salt: u32) -> [u8; FRAME_HEADER_LEN] {
+        let mut header = [0; FRAME_HEADER_LEN];
+        header[..4].copy_from_slice(FRAME_MAGIC);
+        header[8..12].copy_from_slice(&self.body_len.to_le_bytes());
+        header[12..16].copy_from_slice(&self.body_crc.to_le_bytes());
+        header[16..24].copy_from_slice(&self.position.to_le_bytes());
+        header[24..32].copy_from_slice(&self.synced_to.to_le_bytes());
+        header[32..34].copy_from_slice(&self.flags.to_le_bytes());
+        let crc = crc32c::crc32c_append(salt, &header[8..]);
+        header[4..8].copy_from_slice(&crc.to_le_bytes());
+        header
+    }
+
+    /// The header at the start of `bytes`, if its checksum says that it is one.
+    pub(crate) fn decode(bytes: &[u8], salt: u32) -> Option<Self> {
+        let bytes = bytes.get(..FRAME_HEADER_LEN)?;
+        if &bytes[..4] != FRAME_MAGIC || u32_at(bytes, 4)? != crc32c::crc32c_append(salt, &bytes[8..]) {
+            return None;
+        }
+        Some(FrameHeader {
+            body_len: u32_at(bytes, 8)?,
+            body_crc: u32_at(bytes, 12)?,
+            position: u64_at(bytes, 16)?,
+            synced_to: u64_at(bytes, 24)?,
+            flags: u16_at(bytes, 32)?,
+        })
+    }
+
+    /// Length of header, body and padding.
+    pub(crate) fn frame_len(&self) -> u64 {
+        (FRAME_HEADER_LEN as u64 + u64::from(self.body_len)).next_multiple_of(8)
+    }
+
+    pub(crate) fn is_relaxed(&self) -> bool {
+        self.flags & RELAXED != 0
+    }
+
+    pub(crate) fn is_understood(&self) -> bool {
+        self.flags & FLAGS_TO_UNDERSTAND == 0
+    }
+
+    /// Whether these are the body and the padding that the header speaks of.
+    pub(crate) fn fits(&self, rest: &[u8]) -> bool {
+        rest.split_at_checked(self.body_len as usize)
+            .is_some_and(|(body, padding)| crc32c::crc32c(body) == self.body_crc && padding.iter().all(|b| *b == 0))
+    }
+}
+
+/// A frame under construction, in a buffer that is used again and again.
+#[derive(Debug)]
+pub(crate) struct FrameBuf {
+    bytes: Vec<u8>,
+    body_len: usize,
+    body_crc: u32,
+}
+
+impl FrameBuf {
+    pub(crate) fn new() -> Self {
+        FrameBuf { bytes: vec![0; FRAME_HEADER_LEN], body_len: 0, body_crc: 0 }
+    }
+
+    /// A finished frame around what `fill` adds.
+    pub(crate) fn of(fill: impl FnOnce(&mut Self)) -> Self {
+        let mut frame = FrameBuf::new();
+        fill(&mut frame);
+        frame.finish();
+        frame
+    }
+
+    /// Forgets what is in it, and gives memory back if that was a lot.
+    pub(crate) fn clear(&mut self) {
+        self.bytes.truncate(FRAME_HEADER_LEN);
+        self.bytes.shrink_to(1 << 20);
+    }
+
+    /// Adds a change; gives its place in the body.
+    pub(crate) fn push_change(&mut self, change: &Change) -> (u32, u32) {
+        let (revision, key) = (change.revision.get(), change.key.as_str());
+        match &change.action {
+            Action::Put { value, expiry } => {
+                let mut fields = Vec::new();
+                if let Some(Expiry { at, ttl_ms }) = expiry {
+                    fields.extend_from_slice(&FIELD_EXPIRY.to_le_bytes());
+                    fields.extend_from_slice(&16_u16.to_le_bytes());
+                    fields.extend_from_slice(&at.to_le_bytes());
+                    fields.extend_from_slice(&ttl_ms.to_le_bytes());
+                }
+                self.push(PUT, 0, revision, key, value, &fields)
+            }
+            Action::Delete { reason } => {
+                self.push(DELETE, u8::from(*reason == Reason::Expired), revision, key, &[], &[])
+            }
+        }
+    }
+
+    pub(crate) fn push_epoch(&mut self, epoch: Epoch) {
+        self.push(EPOCH, 0, 0, "", &epoch.get().to_le_bytes(), &[]);
+    }
+
+    pub(crate) fn push_head(&mut self, number: u64) {
+        self.push(HEAD, 0, 0, "", &number.to_le_bytes(), &[]);
+    }
+
+    pub(crate) fn push_seal(&mut self) {
+        self.push(SEAL, 0, 0, "", &[], &[]);
+    }
+
+    /// Adds a record as it stands elsewhere in the log; gives its offset in the body.
+    pub(crate) fn push_copy(&mut self, record: &[u8]) -> u32 {
+        let at = self.bytes.len() - FRAME_HEADER_LEN;
+        self.bytes.extend_from_slice(record);
+        at as u32
+    }
+
+    // The casts cannot cut: keys are short, and `would_fit` is asked before.
+    fn push(&mut self, kind: u8, detail: u8, revision: u64, key: &str, value: &[u8], fields: &[u8]) -> (u32, u32) {
+        let at = self.bytes.len() - FRAME_HEADER_LEN;
+        let len = RECORD_HEADER_LEN + key.len() + value.len() + fields.len();
+        self.bytes.extend_from_slice(&(len as u32).to_le_bytes());
+        self.bytes.extend_from_slice(&[kind, detail]);
+        self.bytes.extend_from_slice(&(key.len() as u16).to_le_bytes());
+        self.bytes.extend_from_slice(&revision.to_le_bytes());
+        self.bytes.extend_from_slice(&(value.len() as u32).to_le_bytes());
+        self.bytes.extend_from_slice(key.as_bytes());
+        self.bytes.extend_from_slice(value);
+        self.bytes.extend_from_slice(fields);
+        (at as u32, len as u32)
+    }
+
+    /// Whether the batch is one that a frame can hold.
+    pub(crate) fn would_fit(batch: &[Change]) -> bool {
+        let len = |change: &Change| match &change.action {
+            Action::Put { value, .. } => RECORD_HEADER_LEN + change.key.as_str().len() + value.len() + 20,
+            Action::Delete { .. } => RECORD_HEADER_LEN + change.key.as_str().len(),
+        };
+        batch.iter().map(len).try_fold(0_usize, usize::checked_add).is_some_and(|sum| sum <= BODY_LEN_MAX)
+    }
+
+
+    /// Bytes so far, without the padding.
+    pub(crate) fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    /// Pads the frame and computes the checksum of its body: what can be done before its position is known.
+    pub(crate) fn finish(&mut self) {
+        self.body_len = self.bytes.len() - FRAME_HEADER_LEN;
+        self.body_crc = crc32c::crc32c(&self.bytes[FRAME_HEADER_LEN..]);
+        self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
+    }
+
+    /// The finished frame as it is written at `position`.
+    pub(crate) fn stamp(&mut self, position: u64, synced_to: u64, flags: u16, salt: u32) -> &[u8] {
+        let (body_len, body_crc) = (self.body_len as u32, self.body_crc);
+        let header = FrameHeader { body_len, body_crc, position, synced_to, flags };
+        self.bytes[..FRAME_HEADER_LEN].copy_from_slice(&header.encode(salt));
+        &self.bytes
+    }
+}
+
+/// A record as it is read.
+#[derive(Debug)]
+pub(crate) struct RawRecord<'a> {
+    /// All of its bytes.
+    pub(crate) bytes: &'a [u8],
+    /// Where in the body it starts.
+    pub(crate) offset: u32,
+    pub(crate) entry: Entry<'a>,
+}
+
+/// What a record says.
+#[derive(Debug)]
+pub(crate) enum Entry<'a> {
+    Put { key: Key, value: &'a [u8], revision: Revision, expiry: Option<Expiry> },
+    Delete { key: Key, revision: Revision },
+    Epoch(Epoch),
+    Head(u64),
+    Seal,
+    Unknown,
+}
+
+/// The records of a body, from `offset` on.
+#[derive(Debug)]
+pub(crate) struct Records<'a> {
+    body: &'a [u8],
+    offset: usize,
+}
+
+impl<'a> Records<'a> {
+    pub(crate) fn new(body: &'a [u8], offset: usize) -> Self {
+        Records { body, offset }
+    }
+
+    fn read(&self) -> Result<RawRecord<'a>, &'static str> {
+        let cut = "a record runs past the end of its frame";
+        let rest = self.body.get(self.offset..).ok_or(cut)?;
+        let bytes = rest.get(..u32_at(rest, 0).ok_or(cut)? as usize).ok_or(cut)?;
+        let (kind, key_len) = (*bytes.get(4).ok_or(cut)?, usize::from(u16_at(bytes, 6).ok_or(cut)?));
+        let revision = Revision::new(u64_at(bytes, 8).ok_or(cut)?);
+        let value_len = u32_at(bytes, 16).ok_or(cut)? as usize;
+        let (key, rest) = bytes[RECORD_HEADER_LEN..].split_at_checked(key_len).ok_or(cut)?;
+        let (value, fields) = rest.split_at_checked(value_len).ok_or(cut)?;
+        let expiry = read_fields(fields)?;
+        let entry = match kind {
+            PUT => Entry::Put { key: read_key(key)?, value, revision, expiry },
+            DELETE => Entry::Delete { key: read_key(key)?, revision },
+            EPOCH => Entry::Epoch(Epoch::new(u128_at(value, 0).ok_or("an epoch is cut")?)),
+            HEAD => Entry::Head(u64_at(value, 0).ok_or("a head is cut")?),
+            SEAL => Entry::Seal,
+            _ if kind & SKIPPABLE != 0 => Entry::Unknown,
+            _ => return Err("a record has a type that this program does not know"),
+        };
+        Ok(RawRecord { bytes, offset: self.offset as u32, entry })
+    }
+}
+
+impl<'a> Iterator for Records<'a> {
+    type Item = Result<RawRecord<'a>, &'static str>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.offset >= self.body.len() {
+            return None;
+        }
+        let record = self.read();
+        self.offset = record.as_ref().map_or(self.body.len(), |record| self.offset + record.bytes.len());
+        Some(record)
+    }
+}
+
+fn read_key(bytes: &[u8]) -> Result<Key, &'static str> {
+    let text = str::from_utf8(bytes).map_err(|_| "a key is not UTF-8")?;
+    Key::new(text).map_err(|_| "a key is not valid")
+}
+
+/// Looks through the optional fields; the expiry is the only one so far.
+fn read_fields(mut fields: &[u8]) -> Result<Option<Expiry>, &'static str> {
+    let cut = "a field runs past the end of its record";
+    let mut expiry = None;
+    while !fields.is_empty() {
+        let tag = u16_at(fields, 0).ok_or(cut)?;
+        let len = usize::from(u16_at(fields, 2).ok_or(cut)?);
+        let (data, rest) = fields[4..].split_at_checked(len).ok_or(cut)?;
+        match tag {
+            FIELD_EXPIRY => {
+                let (at, ttl_ms) = (u64_at(data, 0).ok_or(cut)?, u64_at(data, 8).ok_or(cut)?);
+                expiry = Some(Expiry { at, ttl_ms });
+            }
+            _ if tag & FIELD_TO_UNDERSTAND != 0 => return Err("a record has a field that this program must know"),
+            _ => {}
+        }
+        fields = rest;
+    }
+    Ok(expiry)
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    bytes.get(at..)?.first_chunk().map(|chunk| u16::from_le_bytes(*chunk))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..)?.first_chunk().map(|chunk| u32::from_le_bytes(*chunk))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    bytes.get(at..)?.first_chunk().map(|chunk| u64::from_le_bytes(*chunk))
+}
+
+fn u128_at(bytes: &[u8], at: usize) -> Option<u128> {
+    bytes.get(at..)?.first_chunk().map(|chunk| u128::from_le_bytes(*chunk))
+}
+
+#[cfg(test)]
+#[path = "format_tests.rs"]
+mod tests;

@@ -1,0 +1,145 @@
+use nkv_core::{Action, Change, Epoch, Expiry, Key, Reason, Revision};
+use proptest::prelude::*;
+
+use super::*;
+
+const SALT: u32 = 0xfeed_beef;
+
+fn put(key: &str, revision: u64, value: &[u8], expiry: Option<Expiry>) -> Change {
+    let action = Action::Put { value: value.to_vec().into(), expiry };
+    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), action }
+}
+
+fn delete(key: &str, revision: u64) -> Change {
+    let action = Action::Delete { reason: Reason::Expired };
+    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), action }
+}
+
+/// The header and the body of a frame, if the checksums say so.
+fn read(bytes: &[u8]) -> Option<(FrameHeader, &[u8])> {
+    let header = FrameHeader::decode(bytes, SALT)?;
+    let rest = bytes.get(FRAME_HEADER_LEN..header.frame_len() as usize)?;
+    header.fits(rest).then(|| (header, &rest[..header.body_len as usize]))
+}
+
+#[test]
+fn a_segment_header_reads_back_and_every_flipped_bit_is_seen() {
+    let (epoch, revision) = (Epoch::new(u128::MAX / 3), Revision::new(77));
+    let header = SegmentHeader { number: 9, head: 4, base: 1 << 40, revision, epoch, salt: SALT };
+    let bytes = header.encode();
+    assert_eq!(SegmentHeader::decode(&bytes), Ok(header));
+    for bit in 0..bytes.len() * 8 {
+        let mut bytes = bytes;
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        assert!(SegmentHeader::decode(&bytes).is_err(), "bit {bit}");
+    }
+    for len in 0..bytes.len() {
+        assert!(SegmentHeader::decode(&bytes[..len]).is_err(), "{len} bytes");
+    }
+}
+
+#[test]
+fn every_flipped_bit_of_a_frame_is_seen_and_so_is_another_segment() {
+    let mut frame = FrameBuf::of(|frame| {
+        frame.push_change(&put("a.b", 3, b"value", Some(Expiry { at: 5, ttl_ms: 6 })));
+    });
+    let bytes = frame.stamp(64, 8, RELAXED, SALT).to_vec();
+    assert!(read(&bytes).is_some() && bytes.len() % 8 == 0);
+    for bit in 0..bytes.len() * 8 {
+        let mut bytes = bytes.clone();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        assert!(read(&bytes).is_none(), "bit {bit}");
+    }
+    assert!(FrameHeader::decode(&bytes, SALT + 1).is_none());
+}
+
+#[test]
+fn the_frame_that_ends_a_segment_has_the_length_that_recovery_counts_on() {
+    let mut frame = FrameBuf::of(FrameBuf::push_seal);
+    assert_eq!(frame.stamp(0, 0, 0, 0).len() as u64, SEAL_FRAME_LEN);
+}
+
+/// A record by hand: its type, and fields that this version may not know.
+fn raw(kind: u8, fields: &[u8]) -> Vec<u8> {
+    let mut frame = FrameBuf::of(|frame| {
+        frame.push(kind, 0, 1, "key", b"v", fields);
+    });
+    let body_len = frame.body_len;
+    frame.stamp(0, 0, 0, 0)[FRAME_HEADER_LEN..][..body_len].to_vec()
+}
+
+#[test]
+fn fields_and_types_of_later_versions_are_skipped_or_refused_as_they_ask() {
+    let entry = |bytes: &[u8]| Records::new(bytes, 0).next().unwrap().map(|record| format!("{:?}", record.entry));
+    let field = |tag: u16| [&tag.to_le_bytes()[..], &3_u16.to_le_bytes(), b"xyz"].concat();
+    assert_eq!(entry(&raw(PUT, &field(2))), entry(&raw(PUT, &[])));
+    assert!(entry(&raw(PUT, &field(0x8002))).is_err());
+    assert_eq!(entry(&raw(0x80, &[])), Ok("Unknown".to_owned()));
+    assert!(entry(&raw(6, &[])).is_err());
+    assert!(entry(&raw(PUT, &[1, 0, 99, 0])).is_err(), "a field longer than its record");
+}
+
+/// The bytes in the hex dump of the worked example.
+fn example() -> Vec<u8> {
+    let doc = include_str!("../../../docs/storage-format.md");
+    let dump = doc.split("```hex\n").nth(1).unwrap().split("```").next().unwrap();
+    let columns = dump.lines().flat_map(|line| line[6..].split("  ").next().unwrap().split(' '));
+    columns.map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect()
+}
+
+#[test]
+fn the_worked_example_of_the_documentation_is_what_is_written() {
+    let epoch = Epoch::new(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
+    let header = SegmentHeader { number: 1, head: 1, base: 0, revision: Revision::ZERO, epoch, salt: 0x1234_5678 };
+    let mut frame = FrameBuf::of(|frame| {
+        frame.push_change(&put("host.db1", 1, b"up", Some(Expiry { at: 1_700_000_000_000, ttl_ms: 60_000 })));
+        frame.push_change(&delete("host.db2", 2));
+    });
+    let mut bytes = header.encode().to_vec();
+    bytes.extend_from_slice(frame.stamp(0, 0, 0, header.salt));
+    if std::env::var_os("NKV_PRINT_EXAMPLE").is_some() {
+        for (line, row) in bytes.chunks(16).enumerate() {
+            let hex: Vec<String> = row.iter().map(|byte| format!("{byte:02x}")).collect();
+            println!("{:04x}  {}", line * 16, hex.join(" "));
+        }
+    }
+    assert_eq!(example(), bytes);
+}
+
+proptest! {
+    #[test]
+    fn whatever_stands_in_a_body_it_is_read_or_refused(body: Vec<u8>, offset in 0_usize..40) {
+        Records::new(&body, offset).for_each(drop);
+        let _ = (SegmentHeader::decode(&body), FrameHeader::decode(&body, SALT));
+    }
+
+    #[test]
+    fn a_record_with_any_byte_changed_is_read_or_refused(at in 0_usize..60, byte: u8) {
+        let mut body = raw(PUT, &[1, 0, 16, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]);
+        let len = body.len();
+        body[at % len] = byte;
+        Records::new(&body, 0).for_each(drop);
+    }
+
+    #[test]
+    fn changes_read_back(value: Vec<u8>, revision: u64, at: u64, ttl_ms: u64, expires: bool) {
+        let expiry = expires.then_some(Expiry { at, ttl_ms });
+        let batch = [put("a", revision, &value, expiry), delete("b", revision)];
+        let mut frame = FrameBuf::new();
+        let places: Vec<_> = batch.iter().map(|change| frame.push_change(change)).collect();
+        frame.finish();
+        let bytes = frame.stamp(0, 0, 0, SALT).to_vec();
+        let (_, body) = read(&bytes).unwrap();
+        let records: Vec<_> = Records::new(body, 0).map(Result::unwrap).collect();
+        prop_assert_eq!(records.len(), 2);
+        prop_assert_eq!((records[0].offset, records[0].bytes.len() as u32), places[0]);
+        match &records[0].entry {
+            Entry::Put { key, value: read, revision: number, expiry: end } => {
+                prop_assert_eq!((key.as_str(), *read, number.get(), *end), ("a", &value[..], revision, expiry));
+            }
+            other => prop_assert!(false, "{other:?}"),
+        }
+        let is_delete = matches!(&records[1].entry, Entry::Delete { key, .. } if key.as_str() == "b");
+        prop_assert!(is_delete);
+    }
+}

@@ -1,0 +1,149 @@
+//! What a user can choose: when a write counts as done, and how much space things may take.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// When an acknowledged write is on the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Durability {
+    /// Before it is acknowledged: it survives a power cut.
+    #[default]
+    Sync,
+    /// At most this much later: it survives the death of the process, and a power cut takes at most the last
+    /// interval and the time of one sync.
+    Interval(Duration),
+    /// When the operating system likes: it survives the death of the process.
+    Os,
+}
+
+impl fmt::Display for Durability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Durability::Sync => f.write_str("sync"),
+            Durability::Interval(period) => write!(f, "interval:{}ms", period.as_millis()),
+            Durability::Os => f.write_str("os"),
+        }
+    }
+}
+
+impl FromStr for Durability {
+    type Err = DurabilityError;
+
+    fn from_str(text: &str) -> Result<Self, DurabilityError> {
+        match text {
+            "sync" => Ok(Durability::Sync),
+            "os" => Ok(Durability::Os),
+            _ => {
+                let period = text.strip_prefix("interval:").and_then(parse_period);
+                period.map(Durability::Interval).ok_or_else(|| DurabilityError { text: text.to_owned() })
+            }
+        }
+    }
+}
+
+/// `50ms`, `2s` or `1m`: a whole number above zero and its unit, a day at most.
+fn parse_period(text: &str) -> Option<Duration> {
+    let digits = text.find(|c: char| !c.is_ascii_digit())?;
+    let (number, unit) = text.split_at(digits);
+    let unit_ms = match unit {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        _ => return None,
+    };
+    let period_ms = number.parse::<u64>().ok()?.checked_mul(unit_ms)?;
+    (1..=86_400_000).contains(&period_ms).then(|| Duration::from_millis(period_ms))
+}
+
+/// A text that names no durability.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DurabilityError {
+    text: String,
+}
+
+impl fmt::Display for DurabilityError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "durability {:?} is none of sync, os, or interval:DURATION such as interval:50ms", self.text)
+    }
+}
+
+impl StdError for DurabilityError {}
+
+/// How a data directory is used. None of it is stored: each opening may choose anew.
+#[derive(Clone, Debug)]
+pub struct FsOptions {
+    pub(crate) durability: Durability,
+    pub(crate) segment_bytes: u64,
+    pub(crate) reserve_bytes: u64,
+    pub(crate) background: bool,
+}
+
+impl Default for FsOptions {
+    fn default() -> Self {
+        FsOptions { durability: Durability::Sync, segment_bytes: 16 << 20, reserve_bytes: 1 << 20, background: true }
+    }
+}
+
+impl FsOptions {
+    /// Smallest size of a segment.
+    pub const SEGMENT_BYTES_MIN: u64 = 4 << 10;
+    /// Largest size of a segment.
+    pub const SEGMENT_BYTES_MAX: u64 = 1 << 30;
+
+    /// When an acknowledged write is on the disk; [`Durability::Sync`] unless told.
+    #[must_use]
+    pub fn with_durability(self, durability: Durability) -> Self {
+        FsOptions { durability, ..self }
+    }
+
+    /// Where the log is cut into files, and how much space compaction may leave unused besides the live data;
+    /// 16 MiB unless told, brought between [`Self::SEGMENT_BYTES_MIN`] and [`Self::SEGMENT_BYTES_MAX`].
+    #[must_use]
+    pub fn with_segment_bytes(self, bytes: u64) -> Self {
+        FsOptions { segment_bytes: bytes.clamp(Self::SEGMENT_BYTES_MIN, Self::SEGMENT_BYTES_MAX), ..self }
+    }
+
+    /// Space that is kept aside so that deletes work on a full disk; 1 MiB unless told, zero for none.
+    #[must_use]
+    pub fn with_reserve_bytes(self, bytes: u64) -> Self {
+        FsOptions { reserve_bytes: bytes, ..self }
+    }
+
+    /// Whether a thread syncs and compacts; yes unless told. Without it somebody must call
+    /// [`FsPersist::maintain`](crate::FsPersist::maintain).
+    #[must_use]
+    pub fn with_background(self, background: bool) -> Self {
+        FsOptions { background, ..self }
+    }
+
+    /// How many bytes one step of compaction copies.
+    pub(crate) fn chunk_bytes(&self) -> u64 {
+        (self.segment_bytes / 4).min(256 << 10)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_durability_reads_back_as_it_is_written() {
+        for text in ["sync", "os", "interval:50ms", "interval:86400000ms"] {
+            assert_eq!(text.parse::<Durability>().map(|d| d.to_string()), Ok(text.to_owned()));
+        }
+        assert_eq!("interval:2s".parse(), Ok(Durability::Interval(Duration::from_secs(2))));
+        assert_eq!("interval:1m".parse(), Ok(Durability::Interval(Duration::from_secs(60))));
+    }
+
+    #[test]
+    fn what_is_no_durability_is_refused_and_named() {
+        for text in ["", "Sync", "interval", "interval:", "interval:0ms", "interval:5", "interval:ms", "interval:-1s"] {
+            assert!(text.parse::<Durability>().is_err(), "{text}");
+        }
+        assert!("interval:99999999999999999999s".parse::<Durability>().is_err());
+        let error = "fast".parse::<Durability>().unwrap_err().to_string();
+        assert_eq!(error, "durability \"fast\" is none of sync, os, or interval:DURATION such as interval:50ms");
+    }
+}

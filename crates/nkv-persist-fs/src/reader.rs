@@ -1,0 +1,148 @@
+//! Reads one segment, frame by frame, without trusting a byte of it.
+
+use std::sync::Arc;
+
+use nkv_core::PersistError;
+
+use crate::disk::{Disk, segment_name};
+use crate::error::from_io;
+use crate::format::{FRAME_HEADER_LEN, FrameHeader, SEGMENT_HEADER_LEN, SegmentHeader};
+use crate::vfs::{Open, VfsFile, read_exact};
+
+/// How much is read at once, at least.
+const WINDOW: u64 = 64 << 10;
+
+/// A segment whose header is good.
+#[derive(Debug)]
+pub(crate) struct SegmentReader {
+    file: Arc<dyn VfsFile>,
+    name: String,
+    pub(crate) header: SegmentHeader,
+    size: u64,
+    offset: u64,
+    window: Vec<u8>,
+    window_at: u64,
+}
+
+/// What stands next in a segment.
+#[derive(Debug)]
+pub(crate) enum Next<'a> {
+    /// A frame, where it starts, and its records.
+    Frame(FrameHeader, u64, &'a [u8]),
+    /// Nothing.
+    End,
+    /// Something that is no frame.
+    Bad(&'static str),
+}
+
+/// A segment, or why it is none.
+#[derive(Debug)]
+pub(crate) enum Opened {
+    Good(SegmentReader),
+    Bad { reason: &'static str, size: u64 },
+}
+
+impl SegmentReader {
+    pub(crate) fn open(disk: &Disk, number: u64) -> Result<Opened, PersistError> {
+        let name = segment_name(number);
+        let file = disk.open(&name, Open::Read)?;
+        let size = file.size().map_err(|e| from_io("read", &name, e))?;
+        let mut bytes = vec![0; SEGMENT_HEADER_LEN.min(size) as usize];
+        read_exact(&*file, &mut bytes, 0).map_err(|e| from_io("read", &name, e))?;
+        Ok(match SegmentHeader::decode(&bytes) {
+            Ok(header) if header.number != number => {
+                Opened::Bad { reason: "its header has the number of another segment", size }
+            }
+            Ok(header) => {
+                let (offset, window) = (SEGMENT_HEADER_LEN, Vec::new());
+                Opened::Good(SegmentReader { file, name, header, size, offset, window, window_at: 0 })
+            }
+            Err(reason) => Opened::Bad { reason, size },
+        })
+    }
+
+    /// Where the next frame starts.
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Where the next frame starts, in the log.
+    pub(crate) fn position(&self) -> u64 {
+        self.header.base.saturating_add(self.offset - SEGMENT_HEADER_LEN)
+    }
+
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub(crate) fn next(&mut self) -> Result<Next<'_>, PersistError> {
+        let at = self.offset;
+        if at == self.size {
+            return Ok(Next::End);
+        }
+        let Some(header) = self.header_at(at)? else {
+            return Ok(Next::Bad("no frame starts here"));
+        };
+        if !self.body_at(at, &header)? {
+            return Ok(Next::Bad("the frame that starts here is not whole"));
+        }
+        self.offset += header.frame_len();
+        let body = self.view(at + FRAME_HEADER_LEN as u64, u64::from(header.body_len))?.unwrap_or_default();
+        Ok(Next::Frame(header, at, body))
+    }
+
+    /// Goes to the next whole frame behind a bad one, wherever it starts.
+    pub(crate) fn skip_bad(&mut self) -> Result<bool, PersistError> {
+        while self.size - self.offset > 8 {
+            self.offset += 8;
+            if let Some(header) = self.header_at(self.offset)?
+                && self.body_at(self.offset, &header)?
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether some whole frame behind the bad one was written when the log was durable beyond it.
+    pub(crate) fn later_frame_proves(&mut self) -> Result<bool, PersistError> {
+        let position = self.position();
+        while self.skip_bad()? {
+            while let Next::Frame(header, ..) = self.next()? {
+                if header.synced_to > position {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// The header of a frame that belongs at this offset.
+    fn header_at(&mut self, at: u64) -> Result<Option<FrameHeader>, PersistError> {
+        let salt = self.header.salt;
+        let position = self.header.base.checked_add(at - SEGMENT_HEADER_LEN);
+        let header = self.view(at, FRAME_HEADER_LEN as u64)?.and_then(|bytes| FrameHeader::decode(bytes, salt));
+        Ok(header.filter(|header| Some(header.position) == position))
+    }
+
+    fn body_at(&mut self, at: u64, header: &FrameHeader) -> Result<bool, PersistError> {
+        let rest = self.view(at + FRAME_HEADER_LEN as u64, header.frame_len() - FRAME_HEADER_LEN as u64)?;
+        Ok(rest.is_some_and(|rest| header.fits(rest)))
+    }
+
+    /// These bytes of the file, or nothing if it ends before.
+    fn view(&mut self, at: u64, len: u64) -> Result<Option<&[u8]>, PersistError> {
+        if self.size.checked_sub(at).is_none_or(|left| left < len) {
+            return Ok(None);
+        }
+        if at < self.window_at || at + len > self.window_at + self.window.len() as u64 {
+            let read = len.max(WINDOW).min(self.size - at);
+            self.window.resize(read as usize, 0);
+            self.window_at = at;
+            let result = read_exact(&*self.file, &mut self.window, at);
+            result.map_err(|e| from_io("read", &self.name, e))?;
+        }
+        let start = (at - self.window_at) as usize;
+        Ok(self.window.get(start..start + len as usize))
+    }
+}

@@ -1,0 +1,315 @@
+//! Reads a whole data directory and says what it holds, what is torn and what is damaged, changing nothing.
+//!
+//! The one idea: what the log says after a place proves whether that place had been durable. A bad frame that nothing
+//! after it contradicts is a tail torn by a crash; a bad frame that had been durable is damage.
+
+use std::fmt;
+
+use nkv_core::{Epoch, PersistError, Revision};
+
+use crate::disk::{Disk, broken_name, segment_name};
+use crate::error::damaged;
+use crate::format::{Entry, FRAME_HEADER_LEN, FrameHeader, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
+use crate::index::{Index, Place};
+use crate::reader::{Next, Opened, SegmentReader};
+
+/// A place that had been durable and cannot be trusted now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Damage {
+    /// The file's name.
+    pub file: String,
+    /// Where in the file.
+    pub offset: u64,
+    /// What is wrong there.
+    pub reason: &'static str,
+    /// The highest revision stored before that place.
+    pub last_good: Revision,
+}
+
+impl Damage {
+    pub(crate) fn to_error(&self) -> PersistError {
+        damaged(&self.file, self.offset, &format!("{} (last good revision: {})", self.reason, self.last_good))
+    }
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at offset {}: {}; last good revision: {}", self.file, self.offset, self.reason, self.last_good)
+    }
+}
+
+/// The place behind the last good frame.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tail {
+    pub(crate) header: SegmentHeader,
+    pub(crate) end: u64,
+    pub(crate) size: u64,
+}
+
+/// What a data directory holds.
+#[derive(Debug, Default)]
+pub(crate) struct Scan {
+    /// All segments, needed or not.
+    pub(crate) numbers: Vec<u64>,
+    pub(crate) head: u64,
+    pub(crate) index: Index,
+    pub(crate) epoch: Epoch,
+    pub(crate) revision: Revision,
+    pub(crate) frames: u64,
+    pub(crate) records: u64,
+    pub(crate) tail: Option<Tail>,
+    /// A segment whose making was interrupted.
+    pub(crate) stray: Option<u64>,
+    /// What was acknowledged last may be gone without a trace.
+    pub(crate) relaxed: bool,
+    /// The tail was cut before, and nobody has said so in the log.
+    pub(crate) cut_before: bool,
+    pub(crate) damage: Option<Damage>,
+    sealed: bool,
+    last_frame_at: u64,
+    /// The newest segment is damaged before the place that says which segment is the oldest.
+    head_is_behind_damage: bool,
+}
+
+impl Scan {
+    /// Reads everything. `promised`: the directory had a segment once.
+    pub(crate) fn run(disk: &Disk, promised: bool) -> Result<Self, PersistError> {
+        Self::run_from(disk, promised, false)
+    }
+
+    /// Like [`run`](Self::run), but puts up with the loss of the oldest segments.
+    pub(crate) fn salvage(disk: &Disk, promised: bool) -> Result<Self, PersistError> {
+        Self::run_from(disk, promised, true)
+    }
+
+    fn run_from(disk: &Disk, promised: bool, salvage: bool) -> Result<Self, PersistError> {
+        let mut scan = Scan { numbers: disk.segments()?, ..Scan::default() };
+        let Some(&last) = scan.numbers.last() else {
+            if promised {
+                scan.damage(1, 0, "there is no segment any more");
+            }
+            return Ok(scan);
+        };
+        if !promised && last == 1 && scan.numbers.len() == 1 && is_frameless(disk, 1)? == Some(None) {
+            scan.stray = Some(1);
+            return Ok(scan);
+        }
+        scan.find_head(disk)?;
+        if salvage {
+            scan.head = scan.numbers.iter().copied().find(|number| *number >= scan.head).unwrap_or(last);
+        }
+        let mut number = scan.head;
+        while scan.read_segment(disk, number, last)? {
+            number += 1;
+        }
+        if let Some(tail) = scan.tail {
+            let broken = broken_name(&segment_name(tail.header.number), tail.end);
+            scan.cut_before = disk.list()?.contains(&broken);
+        }
+        Ok(scan)
+    }
+
+    /// The segments that the log no longer needs.
+    pub(crate) fn leftovers(&self) -> impl Iterator<Item = u64> {
+        self.numbers.iter().copied().filter(|number| *number < self.head)
+    }
+
+    /// How many bytes a crash left behind the last good frame.
+    pub(crate) fn torn_bytes(&self) -> u64 {
+        self.tail.map_or(0, |tail| tail.size - tail.end)
+    }
+
+    fn damage(&mut self, number: u64, offset: u64, reason: &'static str) {
+        let last_good = self.revision;
+        self.damage = Some(Damage { file: segment_name(number), offset, reason, last_good });
+    }
+
+    /// The newest segment knows which is the oldest one needed: by its header, or by a later record in it.
+    fn find_head(&mut self, disk: &Disk) -> Result<(), PersistError> {
+        self.head = self.numbers.first().copied().unwrap_or(1);
+        for number in self.numbers.iter().rev() {
+            let Opened::Good(mut reader) = SegmentReader::open(disk, *number)? else { continue };
+            self.head = newest_head(&mut reader)?.max(reader.header.head).min(*number);
+            // What stands behind a bad frame counts only if it was acted upon, which is after it was durable.
+            while self.numbers.binary_search(&self.head).is_err() && reader.skip_bad()? {
+                let later = newest_head(&mut reader)?;
+                self.head_is_behind_damage |= later > self.head;
+                self.head = self.head.max(later).min(*number);
+            }
+            return Ok(());
+        }
+        Ok(())
+    }
+
+    /// Reads one segment; says whether to go on with the next.
+    fn read_segment(&mut self, disk: &Disk, number: u64, last: u64) -> Result<bool, PersistError> {
+        if self.numbers.binary_search(&number).is_err() {
+            self.damage(number, 0, "the segment is missing");
+            return Ok(false);
+        }
+        let mut reader = match SegmentReader::open(disk, number)? {
+            Opened::Good(reader) => reader,
+            Opened::Bad { reason, .. } => {
+                self.damage(number, 0, reason);
+                return Ok(false);
+            }
+        };
+        if let Some(reason) = self.misfit(&reader.header) {
+            self.damage(number, 0, reason);
+            return Ok(false);
+        }
+        self.enter(&reader);
+        let bad = self.read_frames(&mut reader)?;
+        let end = self.damage.as_ref().map_or(reader.offset(), |damage| damage.offset);
+        self.tail = Some(Tail { header: reader.header, end, size: reader.size() });
+        self.index.set_bytes(number, end);
+        if self.damage.is_some() {
+            return Ok(false);
+        }
+        self.judge_end(disk, &mut reader, bad, last)
+    }
+
+    /// Why a segment cannot follow what was read so far.
+    fn misfit(&self, header: &SegmentHeader) -> Option<&'static str> {
+        let Some(before) = self.tail else {
+            return (header.head > header.number).then_some("its head is a later segment");
+        };
+        if header.base != position_of(&before) {
+            return Some("it does not start where the segment before it ends");
+        }
+        (header.epoch != self.epoch).then_some("it belongs to another epoch than the segment before it")
+    }
+
+    fn enter(&mut self, reader: &SegmentReader) {
+        self.epoch = reader.header.epoch;
+        self.revision = self.revision.max(reader.header.revision);
+        self.sealed = false;
+    }
+
+    /// Replays frames until something else comes; says what, unless it is the end.
+    fn read_frames(&mut self, reader: &mut SegmentReader) -> Result<Option<&'static str>, PersistError> {
+        let number = reader.header.number;
+        loop {
+            let (header, at, body) = match reader.next()? {
+                Next::Frame(header, at, body) => (header, at, body),
+                Next::End => return Ok(None),
+                Next::Bad(reason) => return Ok(Some(reason)),
+            };
+            if let Err(reason) = self.replay(number, at, &header, body) {
+                self.damage(number, at, reason);
+                return Ok(None);
+            }
+            self.last_frame_at = at;
+        }
+    }
+
+    fn replay(&mut self, segment: u64, at: u64, header: &FrameHeader, body: &[u8]) -> Result<(), &'static str> {
+        if self.sealed {
+            return Err("a frame follows the end of its segment");
+        }
+        if !header.is_understood() {
+            return Err("the frame has a flag that this program does not know");
+        }
+        for record in Records::new(body, 0) {
+            let record = record?;
+            let place = Place {
+                segment,
+                offset: at + FRAME_HEADER_LEN as u64 + u64::from(record.offset),
+                len: record.bytes.len() as u32,
+            };
+            self.apply(record.entry, place);
+        }
+        self.frames += 1;
+        self.relaxed = header.is_relaxed();
+        Ok(())
+    }
+
+    fn apply(&mut self, entry: Entry<'_>, place: Place) {
+        self.records += 1;
+        match entry {
+            Entry::Put { key, revision, .. } => {
+                self.revision = self.revision.max(revision);
+                self.index.put(key, place);
+            }
+            Entry::Delete { key, revision } => {
+                self.revision = self.revision.max(revision);
+                self.index.delete(&key);
+            }
+            Entry::Epoch(epoch) => self.epoch = epoch,
+            Entry::Seal => self.sealed = true,
+            Entry::Head(_) | Entry::Unknown => {}
+        }
+    }
+
+    /// Decides what it means that the frames of this segment end here.
+    fn judge_end(
+        &mut self,
+        disk: &Disk,
+        reader: &mut SegmentReader,
+        bad: Option<&'static str>,
+        last: u64,
+    ) -> Result<bool, PersistError> {
+        let (number, end) = (reader.header.number, reader.offset());
+        if self.sealed && bad.is_none() {
+            if number == last {
+                self.damage(number + 1, 0, "the segment is missing");
+            }
+            return Ok(number < last);
+        }
+        let mut proven = 0;
+        if number < last {
+            let Some(next) = self.interrupted(disk, number, last)? else {
+                self.damage(number, end, bad.unwrap_or("the segment ends too early"));
+                return Ok(false);
+            };
+            proven = next.map_or(0, |header| header.base.saturating_sub(SEAL_FRAME_LEN));
+            self.stray = Some(last);
+        }
+        let position = reader.position();
+        if self.sealed || proven > position || (bad.is_some() && (self.head_is_behind_damage || reader.later_frame_proves()?)) {
+            self.damage(number, end, bad.unwrap_or("the segment ends too early"));
+        }
+        Ok(false)
+    }
+
+    /// Whether the next segment is the last, and one whose making a crash interrupted: it has no frame.
+    fn interrupted(&self, disk: &Disk, number: u64, last: u64) -> Result<Option<Option<SegmentHeader>>, PersistError> {
+        if number + 1 == last && self.numbers.binary_search(&last).is_ok() && !self.sealed {
+            return is_frameless(disk, last);
+        }
+        Ok(None)
+    }
+
+    /// Where the log must be cut so that nothing after the damage is left: a segment and an offset in it.
+    pub(crate) fn cut(&self) -> Option<Tail> {
+        // The frame that announced the next segment must go too.
+        self.tail.map(|tail| if self.sealed { Tail { end: self.last_frame_at, ..tail } } else { tail })
+    }
+}
+
+/// The newest head that the frames from here on name, up to the first bad one; zero if none does.
+fn newest_head(reader: &mut SegmentReader) -> Result<u64, PersistError> {
+    let mut head = 0;
+    while let Next::Frame(_, _, body) = reader.next()? {
+        for record in Records::new(body, 0).flatten() {
+            if let Entry::Head(newer) = record.entry {
+                head = head.max(newer);
+            }
+        }
+    }
+    Ok(head)
+}
+
+/// The log position of the end of what was read.
+fn position_of(tail: &Tail) -> u64 {
+    tail.header.base.saturating_add(tail.end - SEGMENT_HEADER_LEN)
+}
+
+/// The header, if it is whole, of a segment that holds no frame.
+fn is_frameless(disk: &Disk, number: u64) -> Result<Option<Option<SegmentHeader>>, PersistError> {
+    Ok(match SegmentReader::open(disk, number)? {
+        Opened::Good(reader) => (reader.size() == SEGMENT_HEADER_LEN).then_some(Some(reader.header)),
+        Opened::Bad { size, .. } => (size <= SEGMENT_HEADER_LEN).then_some(None),
+    })
+}

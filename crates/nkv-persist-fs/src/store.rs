@@ -1,0 +1,366 @@
+//! [`FsPersist`]: the trait's two methods on top of the log, and the thread that syncs and compacts.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use nkv_core::{Action, Change, Loaded, PersistError, PersistErrorKind, PersistValue, Record};
+
+use crate::compact::{Compactor, Need, lock};
+use crate::disk::{Disk, Lock, segment_name};
+use crate::error::damaged;
+use crate::format::{Entry, FRAME_HEADER_LEN, FrameBuf, Records};
+use crate::index::{Index, Place};
+use crate::log::Log;
+use crate::open::open_log;
+use crate::options::{Durability, FsOptions};
+use crate::reader::{Next, Opened, SegmentReader};
+use crate::vfs::{Open, RealFs, Vfs};
+
+/// Keeps values in a directory, in a checksummed log.
+///
+/// It owns the directory until it is dropped. Dropping it, or [`close`](Self::close), ends the log cleanly.
+#[derive(Debug)]
+pub struct FsPersist {
+    shared: Arc<Shared>,
+    frame: FrameBuf,
+    places: Vec<(u32, u32)>,
+    thread: Option<JoinHandle<()>>,
+    closed: bool,
+    _lock: Lock,
+}
+
+#[derive(Debug)]
+struct Shared {
+    disk: Disk,
+    log: Mutex<Log>,
+    compactor: Mutex<Compactor>,
+    /// Signalled when the thread has something to do; waited for with the log locked.
+    work: Condvar,
+}
+
+/// Watches a [`FsPersist`] that somebody else owns.
+#[derive(Clone, Debug)]
+pub struct FsMonitor {
+    shared: Arc<Shared>,
+}
+
+/// What a data directory holds and what has been done to it since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FsStats {
+    /// How many keys there are.
+    pub keys: usize,
+    /// How many bytes their records have.
+    pub live_bytes: u64,
+    /// How many bytes the segments have; the reserve and what was kept aside are not counted.
+    pub disk_bytes: u64,
+    /// How many segments there are.
+    pub segments: usize,
+    /// How many batches were stored.
+    pub batches: u64,
+    /// How many times the log was synced.
+    pub syncs: u64,
+    /// How many segments were emptied and removed.
+    pub compacted_segments: u64,
+    /// How many bytes compaction has written.
+    pub copied_bytes: u64,
+    /// Whether deletes have room on a full disk.
+    pub reserve_held: bool,
+}
+
+impl FsMonitor {
+    /// The state right now.
+    #[must_use]
+    pub fn stats(&self) -> FsStats {
+        let log = lock(&self.shared.log);
+        FsStats {
+            keys: log.index.key_count(),
+            live_bytes: log.index.live_bytes(),
+            disk_bytes: log.index.total_bytes(),
+            segments: log.index.segment_count(),
+            batches: log.counters.batches,
+            syncs: log.counters.syncs,
+            compacted_segments: log.counters.compacted_segments,
+            copied_bytes: log.counters.copied_bytes,
+            reserve_held: log.reserve_held(),
+        }
+    }
+}
+
+impl FsPersist {
+    /// Opens a data directory, or makes one, and recovers what it holds.
+    ///
+    /// # Errors
+    ///
+    /// [`PersistErrorKind::InUse`] when another process has it, [`PersistErrorKind::Damaged`] with file and offset
+    /// when something that had been durable cannot be read; nothing was changed then. [`PersistErrorKind::Io`] and
+    /// [`PersistErrorKind::NoSpace`] when the file system fails.
+    pub fn open(dir: impl Into<PathBuf>, options: FsOptions) -> Result<Self, PersistError> {
+        Self::open_with(Arc::new(RealFs), dir, options)
+    }
+
+    /// Like [`open`](Self::open), on another file system.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`open`](Self::open).
+    pub fn open_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>, options: FsOptions) -> Result<Self, PersistError> {
+        let disk = Disk::new(vfs, dir.into());
+        disk.create_dir()?;
+        let dir_lock = disk.lock(Open::Create)?;
+        let background = options.background;
+        let log = Mutex::new(open_log(&disk, &dir_lock, options)?);
+        let compactor = Mutex::new(Compactor::new(disk.clone()));
+        let shared = Arc::new(Shared { disk, log, compactor, work: Condvar::new() });
+        let thread = if background { Some(spawn(&shared)?) } else { None };
+        let (frame, places) = (FrameBuf::new(), Vec::new());
+        Ok(FsPersist { shared, frame, places, thread, closed: false, _lock: dir_lock })
+    }
+
+    /// A handle to watch it with, after a store has taken it over.
+    #[must_use]
+    pub fn monitor(&self) -> FsMonitor {
+        FsMonitor { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Does now what the background thread does in time: syncs what waits for it, and compacts.
+    ///
+    /// # Errors
+    ///
+    /// [`PersistErrorKind::Poisoned`] after a failed sync; otherwise whatever stopped compaction.
+    pub fn maintain(&self) -> Result<(), PersistError> {
+        self.shared.sync_waiting()?;
+        while lock(&self.shared.log).wants_compaction() {
+            self.shared.compact(0, Wait::Yes)?;
+        }
+        lock(&self.shared.log).check_usable()
+    }
+
+    /// Syncs and ends the log cleanly; the next opening continues the epoch.
+    ///
+    /// # Errors
+    ///
+    /// [`PersistErrorKind::Poisoned`] when nobody knows whether everything is durable; otherwise the end was not
+    /// written, everything before it was.
+    pub fn close(mut self) -> Result<(), PersistError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), PersistError> {
+        self.closed = true;
+        lock(&self.shared.log).stopping = true;
+        self.shared.work.notify_all();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the maintenance thread has panicked");
+        }
+        let mut log = lock(&self.shared.log);
+        log.sync()?;
+        if log.options.durability != Durability::Sync {
+            log.append_strict(&mut FrameBuf::of(|_| {}))?;
+            log.sync()?;
+        }
+        Ok(())
+    }
+
+    fn store(&mut self, batch: &[Change]) -> Result<(), PersistError> {
+        let has_puts = batch.iter().any(|change| matches!(change.action, Action::Put { .. }));
+        let mut log = lock(&self.shared.log);
+        log.check_usable()?;
+        if has_puts {
+            // The room that deletes need is not for puts.
+            log.regain_reserve()?;
+        }
+        let appended = if has_puts { log.append(&mut self.frame) } else { log.append_at_any_price(&mut self.frame) };
+        let start = appended? + FRAME_HEADER_LEN as u64;
+        match log.options.durability {
+            Durability::Sync => log.sync()?,
+            Durability::Interval(_) | Durability::Os => {
+                log.dirty_since.get_or_insert_with(Instant::now);
+            }
+        }
+        let segment = log.active_number();
+        for (change, (offset, len)) in batch.iter().zip(&self.places) {
+            log.revision = log.revision.max(change.revision);
+            match change.action {
+                Action::Put { .. } => {
+                    let place = Place { segment, offset: start + u64::from(*offset), len: *len };
+                    log.index.put(change.key.clone(), place);
+                }
+                Action::Delete { .. } => log.index.delete(&change.key),
+            }
+        }
+        log.counters.batches += 1;
+        if log.need(0) > Need::None || matches!(log.options.durability, Durability::Interval(_)) {
+            self.shared.work.notify_all();
+        }
+        Ok(())
+    }
+}
+
+impl PersistValue for FsPersist {
+    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+        // Compaction must not move anything meanwhile.
+        let _still = lock(&self.shared.compactor);
+        let log = lock(&self.shared.log);
+        for number in log.index.segments() {
+            visit_segment(&self.shared.disk, &log.index, number, visit)?;
+        }
+        Ok(Loaded { epoch: log.epoch, revision: log.revision })
+    }
+
+    fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
+        if !FrameBuf::would_fit(batch) {
+            return Err(PersistError::new(PersistErrorKind::Rejected, "the batch has more than 1 GiB"));
+        }
+        self.frame.clear();
+        self.places.clear();
+        self.places.extend(batch.iter().map(|change| self.frame.push_change(change)));
+        self.frame.finish();
+        self.shared.make_room(self.frame.len());
+        let result = self.store(batch);
+        if result.as_ref().is_err_and(|error| error.kind() == PersistErrorKind::NoSpace) {
+            let mut log = lock(&self.shared.log);
+            log.urgent_below = log.active_number() + 1;
+            self.shared.work.notify_all();
+        }
+        result
+    }
+}
+
+impl Drop for FsPersist {
+    fn drop(&mut self) {
+        if !self.closed
+            && let Err(error) = self.end()
+        {
+            tracing::error!(%error, "the log could not be ended cleanly");
+        }
+    }
+}
+
+/// Visits the records of one segment that the index points to.
+fn visit_segment(
+    disk: &Disk,
+    index: &Index,
+    number: u64,
+    visit: &mut dyn FnMut(Record),
+) -> Result<(), PersistError> {
+    let name = segment_name(number);
+    let mut reader = match SegmentReader::open(disk, number)? {
+        Opened::Good(reader) => reader,
+        Opened::Bad { reason, .. } => return Err(damaged(&name, 0, reason)),
+    };
+    loop {
+        let offset = reader.offset();
+        let (at, body) = match reader.next()? {
+            Next::Frame(_, at, body) => (at + FRAME_HEADER_LEN as u64, body),
+            Next::End => return Ok(()),
+            Next::Bad(reason) => return Err(damaged(&name, offset, reason)),
+        };
+        for record in Records::new(body, 0) {
+            let record = record.map_err(|reason| damaged(&name, offset, reason))?;
+            if let Entry::Put { key, value, revision, expiry } = record.entry
+                && index.is_live(&key, number, at + u64::from(record.offset))
+            {
+                visit(Record { key, value: Bytes::copy_from_slice(value), revision, expiry });
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    Yes,
+    /// Not if somebody else is at it.
+    No,
+}
+
+impl Shared {
+    /// Compacts one step, in proportion to the `extra` bytes that somebody wants to append.
+    fn compact(&self, extra: u64, wait: Wait) -> Result<(), PersistError> {
+        let mut compactor = match wait {
+            Wait::Yes => lock(&self.compactor),
+            Wait::No => match self.compactor.try_lock() {
+                Ok(compactor) => compactor,
+                Err(_) => return Ok(()),
+            },
+        };
+        let chunk = lock(&self.log).options.chunk_bytes();
+        compactor.step(&self.log, chunk.max(extra.saturating_mul(4)))
+    }
+
+    /// Keeps the space bounded before `extra` bytes are appended. If compaction fails, the append shall say why.
+    fn make_room(&self, extra: u64) {
+        let (first_need, last) = {
+            let log = lock(&self.log);
+            (if log.compact_after.is_some() { Need::None } else { log.need(extra) }, log.active_number())
+        };
+        if first_need == Need::Help && self.compact(extra, Wait::No).is_err() {
+            return;
+        }
+        let still = || {
+            let log = lock(&self.log);
+            log.need(extra) == Need::Now && log.head <= last && log.wants_compaction()
+        };
+        while still() {
+            if self.compact(extra, Wait::Yes).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn sync_waiting(&self) -> Result<(), PersistError> {
+        let mut log = lock(&self.log);
+        if log.dirty_since.is_none() {
+            return Ok(());
+        }
+        let pending = log.start_sync()?;
+        drop(log);
+        let result = pending.run();
+        lock(&self.log).end_sync(&pending, result)
+    }
+
+    /// The thread: waits for work, does a piece of it, looks again.
+    fn run(&self) {
+        let mut log = lock(&self.log);
+        while !log.stopping {
+            let until_sync = until_sync(&log);
+            let result = if until_sync == Some(Duration::ZERO) {
+                drop(log);
+                self.sync_waiting()
+            } else if log.wants_compaction() {
+                drop(log);
+                self.compact(0, Wait::Yes)
+            } else {
+                let patience = until_sync.unwrap_or(Duration::from_secs(1));
+                drop(self.work.wait_timeout(log, patience).unwrap_or_else(PoisonError::into_inner));
+                Ok(())
+            };
+            if let Err(error) = result {
+                tracing::debug!(%error, "maintenance failed");
+            }
+            log = lock(&self.log);
+        }
+    }
+}
+
+/// How long the thread may wait before it must sync.
+fn until_sync(log: &Log) -> Option<Duration> {
+    match (log.options.durability, log.dirty_since) {
+        (Durability::Interval(period), Some(since)) if log.check_usable().is_ok() => {
+            Some(period.saturating_sub(since.elapsed()))
+        }
+        _ => None,
+    }
+}
+
+fn spawn(shared: &Arc<Shared>) -> Result<JoinHandle<()>, PersistError> {
+    let shared = Arc::clone(shared);
+    let builder = std::thread::Builder::new().name("nkv-compact".to_owned());
+    let spawned = builder.spawn(move || shared.run());
+    spawned.map_err(|e| PersistError::new(PersistErrorKind::Io, "cannot start the maintenance thread").with_source(e))
+}

@@ -1,0 +1,172 @@
+//! The few file calls that the log needs, so that a simulated disk can take the place of a real one.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::{fmt, fs};
+
+/// A file system.
+pub trait Vfs: fmt::Debug + Send + Sync + 'static {
+    /// Makes sure that `dir` exists durably, and that only its owner can write to it.
+    fn create_dir(&self, dir: &Path) -> io::Result<()>;
+    /// The names of what is in `dir`.
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
+    /// Opens a file; never through a symbolic link.
+    fn open(&self, path: &Path, how: Open) -> io::Result<Arc<dyn VfsFile>>;
+    /// Takes the name of a file away.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+    /// Returns when the names in `dir` are durable.
+    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+}
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Open {
+    /// To read what exists.
+    Read,
+    /// To read and write what exists.
+    Write,
+    /// To read and write what exists or is made now, empty.
+    Create,
+    /// To read and write what must not exist yet.
+    CreateNew,
+}
+
+/// An open file.
+pub trait VfsFile: fmt::Debug + Send + Sync {
+    /// How many bytes it has.
+    fn size(&self) -> io::Result<u64>;
+    /// Reads some bytes, zero of them only at the end.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Writes some of the bytes and says how many.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize>;
+    /// Cuts or extends it.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+    /// Returns when its bytes and its length are durable; its name may not be.
+    fn sync_data(&self) -> io::Result<()>;
+    /// Takes the lock on it until it is dropped; false if somebody else has it.
+    fn try_lock(&self) -> io::Result<bool>;
+}
+
+/// Writes all of `bytes`.
+pub(crate) fn write_all(file: &dyn VfsFile, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match file.write_at(bytes, offset) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                bytes = bytes.get(written..).unwrap_or_default();
+                offset += written as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Fills `buf`, or fails if the file ends before.
+pub(crate) fn read_exact(file: &dyn VfsFile, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !buf.is_empty() {
+        match file.read_at(buf, offset) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => {
+                buf = buf.get_mut(read..).unwrap_or_default();
+                offset += read as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// The file system of the operating system.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RealFs;
+
+impl Vfs for RealFs {
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        make_dir(dir)?;
+        let meta = fs::metadata(dir)?;
+        if !meta.is_dir() {
+            return Err(io::ErrorKind::NotADirectory.into());
+        }
+        if meta.permissions().mode() & 0o022 != 0 {
+            let text = "others than its owner may write to the directory; take that right away (chmod go-w)";
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+        }
+        Ok(())
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        // A name that is not UTF-8 is not one of ours.
+        let names = fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name().into_string().ok()));
+        names.filter_map(Result::transpose).collect()
+    }
+
+    fn open(&self, path: &Path, how: Open) -> io::Result<Arc<dyn VfsFile>> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(how != Open::Read)
+            .create(how == Open::Create)
+            .create_new(how == Open::CreateNew)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
+            .open(path)?;
+        Ok(Arc::new(file))
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        File::open(dir)?.sync_all()
+    }
+}
+
+/// Makes `dir` and what is missing above it, each with its name made durable.
+fn make_dir(dir: &Path) -> io::Result<()> {
+    if dir.as_os_str().is_empty() || dir.exists() {
+        return Ok(());
+    }
+    let parent = dir.parent().unwrap_or(Path::new(""));
+    make_dir(parent)?;
+    match DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    RealFs.sync_dir(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })
+}
+
+impl VfsFile for File {
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        FileExt::read_at(self, buf, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        FileExt::write_at(self, bytes, offset)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        File::set_len(self, len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        File::sync_data(self)
+    }
+
+    fn try_lock(&self) -> io::Result<bool> {
+        match File::try_lock(self) {
+            Ok(()) => Ok(true),
+            Err(fs::TryLockError::WouldBlock) => Ok(false),
+            Err(fs::TryLockError::Error(error)) => Err(error),
+        }
+    }
+}

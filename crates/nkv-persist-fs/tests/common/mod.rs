@@ -1,0 +1,156 @@
+//! What the tests of this crate share: changes, the model of what must survive, and randomness with a seed.
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use nkv_core::{Action, Change, Expiry, Key, Loaded, PersistError, PersistValue, Reason, Record, Revision};
+use nkv_persist_fs::sim::SimFs;
+use nkv_persist_fs::{FsOptions, FsPersist};
+
+pub(crate) const DIR: &str = "/data";
+
+/// Key to revision, value and expiry.
+pub(crate) type Model = BTreeMap<String, (u64, Vec<u8>, Option<Expiry>)>;
+
+pub(crate) fn put(key: &str, revision: u64, value: impl Into<Vec<u8>>) -> Change {
+    let expiry = (revision % 5 == 0).then_some(Expiry { at: revision, ttl_ms: 7 });
+    let action = Action::Put { value: value.into().into(), expiry };
+    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), action }
+}
+
+pub(crate) fn delete(key: &str, revision: u64) -> Change {
+    let reason = if revision % 2 == 0 { Reason::Deleted } else { Reason::Expired };
+    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), action: Action::Delete { reason } }
+}
+
+pub(crate) fn apply(model: &mut Model, batch: &[Change]) {
+    for change in batch {
+        let key = change.key.to_string();
+        match &change.action {
+            Action::Put { value, expiry } => model.insert(key, (change.revision.get(), value.to_vec(), *expiry)),
+            Action::Delete { .. } => model.remove(&key),
+        };
+    }
+}
+
+/// The models after 0, 1, ... batches, each with the highest revision so far.
+pub(crate) fn models(history: &[Vec<Change>]) -> Vec<(Model, u64)> {
+    let mut all = vec![(Model::new(), 0)];
+    for batch in history {
+        let (mut model, _) = all[all.len() - 1].clone();
+        apply(&mut model, batch);
+        all.push((model, batch.iter().map(|c| c.revision.get()).max().unwrap()));
+    }
+    all
+}
+
+pub(crate) fn options() -> FsOptions {
+    FsOptions::default().with_background(false).with_segment_bytes(4096).with_reserve_bytes(1024)
+}
+
+pub(crate) fn open(fs: &SimFs, options: &FsOptions) -> Result<FsPersist, PersistError> {
+    FsPersist::open_with(Arc::new(fs.clone()), DIR, options.clone())
+}
+
+pub(crate) fn load(persist: &mut impl PersistValue) -> Result<(Model, Loaded), PersistError> {
+    let mut model = Model::new();
+    let loaded = persist.load(&mut |record: Record| {
+        let state = (record.revision.get(), record.value.to_vec(), record.expiry);
+        assert!(model.insert(record.key.to_string(), state).is_none(), "{} visited twice", record.key);
+    })?;
+    Ok((model, loaded))
+}
+
+pub(crate) fn segments(fs: &SimFs) -> Vec<String> {
+    use nkv_persist_fs::Vfs;
+    let mut names = fs.list(Path::new(DIR)).unwrap();
+    names.retain(|name| name.ends_with(".log"));
+    names
+}
+
+/// A small generator of numbers: the same seed, the same numbers.
+#[derive(Clone, Debug)]
+pub(crate) struct Rng(pub u64);
+
+impl Rng {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+}
+
+/// A history of batches over few keys: overwrites, deletes, batches of several, values of many sizes.
+pub(crate) fn history(seed: u64, batches: usize, value_len_max: usize) -> Vec<Vec<Change>> {
+    history_of(6, seed, batches, value_len_max)
+}
+
+pub(crate) fn history_of(keys: usize, seed: u64, batches: usize, value_len_max: usize) -> Vec<Vec<Change>> {
+    let mut rng = Rng(seed);
+    let mut revision = 0;
+    let mut one = |rng: &mut Rng| {
+        revision += 1 + rng.below(2) as u64;
+        let key = format!("k.{}", rng.below(keys));
+        match rng.below(5) {
+            0 => delete(&key, revision),
+            _ => put(&key, revision, vec![revision as u8; rng.below(value_len_max)]),
+        }
+    };
+    (0..batches).map(|_| (0..1 + rng.below(3)).map(|_| one(&mut rng)).collect()).collect()
+}
+
+/// Walks through all sequences of choices, as far as `max` allows, and then through random ones.
+#[derive(Debug)]
+pub(crate) struct Choices {
+    taken: Vec<(usize, usize)>,
+    at: usize,
+    pub(crate) count: usize,
+    max: usize,
+    random: Option<Rng>,
+    pub(crate) exhausted: bool,
+}
+
+impl Choices {
+    pub(crate) fn new(max: usize, seed: u64) -> Self {
+        Choices { taken: Vec::new(), at: 0, count: 0, max, random: Some(Rng(seed)), exhausted: false }
+    }
+
+    pub(crate) fn choose(&mut self, n: usize) -> usize {
+        if self.count >= self.max / 2 {
+            return self.random.as_mut().unwrap().below(n);
+        }
+        if self.at == self.taken.len() {
+            self.taken.push((0, n));
+        }
+        self.at += 1;
+        self.taken[self.at - 1].0
+    }
+
+    /// Goes to the next sequence; false when there is none.
+    pub(crate) fn advance(&mut self) -> bool {
+        self.at = 0;
+        self.count += 1;
+        if self.count >= self.max {
+            return false;
+        }
+        if self.count >= self.max / 2 {
+            return true;
+        }
+        while let Some((choice, n)) = self.taken.pop() {
+            if choice + 1 < n {
+                self.taken.push((choice + 1, n));
+                return true;
+            }
+        }
+        self.exhausted = true;
+        false
+    }
+}

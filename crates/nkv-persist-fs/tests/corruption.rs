@@ -1,0 +1,195 @@
+//! Bytes flip, sectors vanish, files are cut, swapped or lost. Each time the state is right, or a tail that nothing
+//! proved durable is cut, or opening is refused with file and offset. Never is it silently wrong.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use common::*;
+use nkv_core::{Change, PersistErrorKind, PersistValue};
+use nkv_persist_fs::sim::SimFs;
+use nkv_persist_fs::{Report, check_with, repair_with};
+
+/// What came of a damaged directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Same,
+    /// This many batches are missing at the end.
+    Cut(usize),
+    Refused,
+}
+
+struct Subject {
+    fs: SimFs,
+    models: Vec<(Model, u64)>,
+}
+
+/// A directory of some segments, written and compacted in sync mode.
+fn subject(seed: u64, batches: usize) -> Subject {
+    let fs = SimFs::new();
+    let history: Vec<Vec<Change>> = history_of(24, seed, batches, 900);
+    let mut persist = open(&fs, &options()).unwrap();
+    for batch in &history {
+        persist.persist(batch).unwrap();
+    }
+    drop(persist);
+    Subject { fs, models: models(&history) }
+}
+
+fn path(name: &str) -> PathBuf {
+    Path::new(DIR).join(name)
+}
+
+fn check(fs: &SimFs) -> Report {
+    check_with(Arc::new(fs.clone()), DIR).unwrap()
+}
+
+impl Subject {
+    fn outcome(&self, fs: &SimFs, what: &str) -> Outcome {
+        let report = check(fs);
+        let epoch = check(&self.fs).epoch;
+        let mut persist = match open(fs, &options()) {
+            Ok(persist) => persist,
+            Err(error) => {
+                assert_eq!(error.kind(), PersistErrorKind::Damaged, "{what}: {error}");
+                let damage = report.damage.unwrap_or_else(|| panic!("{what}: check finds nothing, open {error}"));
+                let text = error.to_string();
+                assert!(text.contains(&damage.file) && text.contains(&damage.offset.to_string()), "{what}: {text}");
+                self.repair(fs, what);
+                return Outcome::Refused;
+            }
+        };
+        assert_eq!(report.damage, None, "{what}");
+        let (state, loaded) = load(&mut persist).unwrap();
+        let newest = self.models.len() - 1;
+        let fits = |p: &usize| self.models[*p].0 == state && self.models[*p].1 == loaded.revision.get();
+        let found = (0..=newest).rev().find(fits).unwrap_or_else(|| panic!("{what}: silently wrong: {state:?}"));
+        if report.torn_bytes > 0 {
+            assert_ne!(loaded.epoch, epoch, "{what}: cut, and the same epoch");
+        }
+        if found == newest { Outcome::Same } else { Outcome::Cut(newest - found) }
+    }
+
+    /// A repair makes it open again, with some prefix in a new epoch.
+    fn repair(&self, fs: &SimFs, what: &str) {
+        let epoch = check(fs).epoch;
+        let report = repair_with(Arc::new(fs.clone()), DIR).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let mut persist = open(fs, &options()).unwrap_or_else(|e| panic!("{what}: after the repair: {e}"));
+        let (_, loaded) = load(&mut persist).unwrap();
+        assert_ne!(loaded.epoch, epoch, "{what}: {report}");
+        persist.persist(&[put("after", 100_000, "repair")]).unwrap();
+        drop(persist);
+        assert_eq!(load(&mut open(fs, &options()).unwrap()).unwrap().0["after"].0, 100_000);
+    }
+
+    /// A copy in which one file has other bytes.
+    fn with(&self, name: &str, change: impl FnOnce(&mut Vec<u8>)) -> SimFs {
+        let fs = self.fs.fork();
+        let mut bytes = fs.read(&path(name)).unwrap();
+        change(&mut bytes);
+        fs.place(&path(name), Some(bytes));
+        fs
+    }
+}
+
+#[test]
+fn a_flipped_bit_is_never_silently_wrong() {
+    let (mut rng, mut counts) = (Rng(21), [0; 3]);
+    let subject = subject(1, 60);
+    let names = segments(&subject.fs);
+    for n in 0..2_000 {
+        let name = &names[rng.below(names.len())];
+        let mut what = String::new();
+        let fs = subject.with(name, |bytes| {
+            let (at, bit) = (rng.below(bytes.len()), rng.below(8));
+            bytes[at] ^= 1 << bit;
+            what = format!("{n}: bit {bit} of byte {at} in {name}");
+        });
+        match subject.outcome(&fs, &what) {
+            Outcome::Same => counts[0] += 1,
+            Outcome::Cut(lost) => {
+                assert!(lost <= 1 && Some(name) == names.last(), "{what}: {lost} batches are missing");
+                counts[1] += 1;
+            }
+            Outcome::Refused => counts[2] += 1,
+        }
+    }
+    println!("same {}, cut {}, refused {}", counts[0], counts[1], counts[2]);
+    assert!(counts[1] > 0 && counts[2] > 0);
+}
+
+#[test]
+fn a_zeroed_sector_is_never_silently_wrong() {
+    let subject = subject(2, 60);
+    let names = segments(&subject.fs);
+    for name in &names {
+        let len = subject.fs.read(&path(name)).unwrap().len();
+        for start in (0..len).step_by(512) {
+            let fs = subject.with(name, |bytes| bytes[start..len.min(start + 512)].fill(0));
+            let outcome = subject.outcome(&fs, &format!("sector at {start} of {name}"));
+            assert_ne!(outcome, Outcome::Same);
+            assert!(outcome == Outcome::Refused || (Some(name) == names.last() && start + 512 >= len.saturating_sub(3_500)));
+        }
+    }
+}
+
+#[test]
+fn a_cut_file_is_refused_unless_the_end_of_the_log_was_cut_off() {
+    let subject = subject(3, 60);
+    let names = segments(&subject.fs);
+    for name in &names {
+        let len = subject.fs.read(&path(name)).unwrap().len();
+        for cut in (0..len).step_by(61) {
+            let fs = subject.with(name, |bytes| bytes.truncate(cut));
+            let outcome = subject.outcome(&fs, &format!("{name} cut to {cut}"));
+            let is_end = Some(name) == names.last() && cut >= 72;
+            assert!(outcome == Outcome::Refused || (is_end && matches!(outcome, Outcome::Cut(_))), "{name}, {cut}");
+        }
+    }
+}
+
+#[test]
+fn missing_and_swapped_segments_are_refused() {
+    let subject = subject(4, 60);
+    let names = segments(&subject.fs);
+    assert!(names.len() > 2);
+    for (n, name) in names.iter().enumerate() {
+        let fs = subject.fs.fork();
+        fs.place(&path(name), None);
+        assert!(check(&fs).to_string().contains("the segment is missing"));
+        assert_eq!(subject.outcome(&fs, &format!("{name} is missing")), Outcome::Refused);
+        for other in &names[n + 1..] {
+            let fs = subject.fs.fork();
+            fs.place(&path(name), subject.fs.read(&path(other)));
+            fs.place(&path(other), subject.fs.read(&path(name)));
+            assert_eq!(subject.outcome(&fs, &format!("{name} and {other} are swapped")), Outcome::Refused);
+        }
+    }
+    let fs = subject.fs.fork();
+    names.iter().for_each(|name| fs.place(&path(name), None));
+    assert_eq!(subject.outcome(&fs, "no segment at all"), Outcome::Refused);
+}
+
+#[test]
+fn a_lost_lock_file_and_a_lost_reserve_change_nothing() {
+    for name in ["LOCK", "reserve"] {
+        let subject = subject(5, 20);
+        let fs = subject.fs.fork();
+        fs.place(&path(name), None);
+        drop(open(&fs, &options()).unwrap());
+        assert_eq!(subject.outcome(&fs, name), Outcome::Same);
+    }
+}
+
+#[test]
+fn a_torn_tail_is_kept_aside_byte_by_byte() {
+    let subject = subject(6, 10);
+    let name = segments(&subject.fs).pop().unwrap();
+    let torn = b"half a frame".to_vec();
+    let fs = subject.with(&name, |bytes| bytes.extend_from_slice(&torn));
+    let len = fs.read(&path(&name)).unwrap().len() - torn.len();
+    assert_eq!(check(&fs).torn_bytes, torn.len() as u64);
+    assert_eq!(subject.outcome(&fs, "torn"), Outcome::Same);
+    assert_eq!(fs.read(&path(&format!("{name}.broken-{len:016x}"))), Some(torn));
+}

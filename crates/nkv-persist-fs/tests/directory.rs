@@ -1,0 +1,137 @@
+//! The directory on a real file system: who may use it, who may read it, and what a stop leaves.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use common::*;
+use nkv_core::{PersistErrorKind, PersistValue};
+use nkv_persist_fs::{Durability, FsOptions, FsPersist, check, repair};
+use tempfile::TempDir;
+
+fn open_dir(dir: &Path, durability: Durability) -> FsPersist {
+    FsPersist::open(dir, FsOptions::default().with_durability(durability)).unwrap()
+}
+
+#[test]
+fn a_second_owner_is_turned_away_before_it_touches_anything() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("data");
+    let mut first = open_dir(&path, Durability::Sync);
+    let before = listing(&path);
+    for error in [
+        FsPersist::open(&path, FsOptions::default()).unwrap_err(),
+        check(&path).unwrap_err(),
+        repair(&path).unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), PersistErrorKind::InUse, "{error}");
+    }
+    assert_eq!(listing(&path), before);
+    first.persist(&[put("a", 1, "1")]).unwrap();
+    drop(first);
+    open_dir(&path, Durability::Sync);
+}
+
+fn listing(path: &Path) -> Vec<(String, u64)> {
+    let entries = fs::read_dir(path).unwrap().map(|entry| entry.unwrap());
+    let mut names: Vec<_> =
+        entries.map(|e| (e.file_name().into_string().unwrap(), e.metadata().unwrap().len())).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn the_directory_and_its_files_are_for_their_owner_alone() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("some/where/data");
+    open_dir(&path, Durability::Sync).persist(&[put("/etc/passwd", 1, "1")]).unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&path), 0o700);
+    for (name, _) in listing(&path) {
+        assert_eq!(mode(&path.join(name)), 0o600);
+    }
+    let names: Vec<_> = listing(&path).into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["0000000000000001.log", "LOCK", "reserve"]);
+}
+
+#[test]
+fn a_directory_that_others_may_write_to_is_refused() {
+    let dir = TempDir::new().unwrap();
+    for mode in [0o770, 0o702] {
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
+        let error = FsPersist::open(dir.path(), FsOptions::default()).unwrap_err();
+        assert_eq!(error.kind(), PersistErrorKind::Io);
+    }
+    assert_eq!(listing(dir.path()), []);
+}
+
+#[test]
+fn a_symbolic_link_in_the_place_of_a_file_is_not_followed() {
+    let dir = TempDir::new().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    let target = dir.path().join("precious");
+    fs::write(&target, "text").unwrap();
+    std::os::unix::fs::symlink(&target, dir.path().join("LOCK")).unwrap();
+    assert!(FsPersist::open(dir.path(), FsOptions::default()).is_err());
+    assert_eq!(fs::read(&target).unwrap(), b"text");
+}
+
+#[test]
+fn a_clean_stop_keeps_the_epoch_and_a_sudden_one_in_a_relaxed_mode_does_not() {
+    for durability in [Durability::Sync, Durability::Os, Durability::Interval(Duration::from_millis(5))] {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("data");
+        let mut persist = open_dir(&path, durability);
+        let epoch = load(&mut persist).unwrap().1.epoch;
+        persist.persist(&[put("a", 1, "1")]).unwrap();
+        persist.close().unwrap();
+        let mut persist = open_dir(&path, durability);
+        let (state, loaded) = load(&mut persist).unwrap();
+        assert_eq!((state["a"].1.as_slice(), loaded.epoch), (&b"1"[..], epoch), "{durability}");
+        persist.persist(&[put("a", 2, "2")]).unwrap();
+        // What a killed process leaves.
+        let killed = dir.path().join("killed");
+        fs::create_dir(&killed).unwrap();
+        fs::set_permissions(&killed, fs::Permissions::from_mode(0o700)).unwrap();
+        for (name, _) in listing(&path) {
+            fs::copy(path.join(&name), killed.join(&name)).unwrap();
+        }
+        let (state, loaded) = load(&mut open_dir(&killed, durability)).unwrap();
+        assert_eq!(state["a"].1, b"2", "{durability}");
+        assert_eq!(loaded.epoch == epoch, durability == Durability::Sync, "{durability}");
+    }
+}
+
+#[test]
+fn the_interval_passes_and_what_was_acknowledged_is_synced() {
+    let dir = TempDir::new().unwrap();
+    let mut persist = open_dir(&dir.path().join("data"), Durability::Interval(Duration::from_millis(20)));
+    let monitor = persist.monitor();
+    let before = monitor.stats().syncs;
+    persist.persist(&[put("a", 1, "1")]).unwrap();
+    assert_eq!(monitor.stats().syncs, before, "not yet");
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while monitor.stats().syncs == before {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn check_tells_what_there_is_and_changes_nothing() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("data");
+    let mut persist = open_dir(&path, Durability::Sync);
+    persist.persist(&[put("a", 1, "1"), put("b", 2, "2")]).unwrap();
+    persist.persist(&[delete("a", 3)]).unwrap();
+    drop(persist);
+    let before = listing(&path);
+    let report = check(&path).unwrap();
+    assert_eq!((report.keys, report.records, report.batches, report.revision.get()), (1, 3, 2, 3));
+    assert!(report.damage.is_none() && report.to_string().contains("no damage"), "{report}");
+    assert_eq!(listing(&path), before);
+    assert!(check(dir.path().join("nowhere")).is_err());
+}

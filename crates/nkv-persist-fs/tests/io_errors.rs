@@ -1,0 +1,120 @@
+//! Each call fails once, or from then on, in each way: what was acknowledged survives, what was refused does not.
+
+mod common;
+
+use common::*;
+use nkv_core::{Change, PersistErrorKind, PersistValue};
+use nkv_persist_fs::sim::{Fault, SimFs};
+use nkv_persist_fs::{Durability, FsOptions};
+
+/// What the process believes: the state that it was told is stored, and the one that may be.
+struct Belief {
+    sure: Model,
+    maybe: Option<Model>,
+    revision: u64,
+}
+
+/// Writes the history through the fault. A batch with a definite error is left out, as the trait says it may be.
+fn run(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>], call: u64, fault: Fault, forever: bool) -> Belief {
+    let mut belief = Belief { sure: Model::new(), maybe: None, revision: 0 };
+    fs.fail_at(call, fault, forever);
+    let mut persist = match open(fs, options) {
+        Ok(persist) => persist,
+        Err(_) => return belief,
+    };
+    for batch in history {
+        let mut next = belief.sure.clone();
+        apply(&mut next, batch);
+        match persist.persist(batch) {
+            Ok(()) => {
+                assert!(belief.maybe.is_none(), "acknowledged after it was poisoned");
+                belief.sure = next;
+                belief.revision = batch[batch.len() - 1].revision.get();
+            }
+            Err(error) if error.kind() == PersistErrorKind::Poisoned => {
+                belief.maybe.get_or_insert(next);
+            }
+            Err(error) => assert!(matches!(error.kind(), PersistErrorKind::Io | PersistErrorKind::NoSpace), "{error}"),
+        }
+        // What it says is in the log or about the compaction of what is acknowledged.
+        drop(persist.maintain());
+    }
+    belief
+}
+
+fn explore(options: &FsOptions, history: &[Vec<Change>], fault: Fault, forever: bool) -> u64 {
+    let is_sync = format!("{options:?}").contains("durability: Sync");
+    let mut rng = Rng(5);
+    for call in 0.. {
+        let fs = SimFs::new();
+        let belief = run(&fs, options, history, call, fault, forever);
+        let is_done = fs.calls() <= call;
+        fs.heal();
+        // After the death of the process, and, when writes are synced, after a power cut.
+        let mut images = vec![fs.crash(&mut |_| 0), fs.crash(&mut |_| 1), fs.crash(&mut |n| rng.below(n))];
+        if !is_sync {
+            images.clear();
+        }
+        images.push(fs);
+        for (number, image) in images.iter().enumerate() {
+            let what = format!("{fault:?} at call {call}, forever {forever}, image {number}");
+            let mut persist = open(image, options).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let (state, loaded) = load(&mut persist).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let fits = state == belief.sure || Some(&state) == belief.maybe.as_ref();
+            assert!(fits, "{what}: {state:?} instead of {:?}", belief.sure);
+            assert!(loaded.revision.get() >= belief.revision, "{what}: revision {}", loaded.revision);
+        }
+        if is_done {
+            return call;
+        }
+    }
+    unreachable!()
+}
+
+#[test]
+fn whatever_call_fails_the_disk_holds_what_was_acknowledged_and_nothing_that_was_refused() {
+    let history = history(3, 24, 900);
+    for fault in [Fault::Eio, Fault::NoSpace, Fault::Short, Fault::Interrupted] {
+        for forever in [false, true] {
+            // A call that is interrupted for ever is tried again for ever.
+            if fault != Fault::Interrupted || !forever {
+                println!("{fault:?}: {} calls", explore(&options(), &history, fault, forever));
+            }
+        }
+    }
+}
+
+#[test]
+fn in_a_relaxed_mode_a_failed_call_loses_nothing_while_the_machine_lives() {
+    let options = options().with_durability(Durability::Os);
+    for fault in [Fault::Eio, Fault::NoSpace, Fault::Short] {
+        println!("{fault:?}: {} calls", explore(&options, &history(4, 16, 900), fault, false));
+    }
+}
+
+#[test]
+fn after_a_failed_sync_nothing_is_acknowledged_and_no_sync_is_tried_again() {
+    let fs = SimFs::new();
+    let mut persist = open(&fs, &options()).unwrap();
+    persist.persist(&[put("a", 1, "1")]).unwrap();
+    // One write, then the sync that fails; the file system forgets the failure at once, as Linux does.
+    fs.fail_at(fs.calls() + 1, Fault::Eio, false);
+    let error = persist.persist(&[put("a", 2, "2")]).unwrap_err();
+    assert_eq!(error.kind(), PersistErrorKind::Poisoned);
+    let syncs = fs.syncs();
+    assert_eq!(persist.persist(&[put("a", 3, "3")]).unwrap_err().kind(), PersistErrorKind::Poisoned);
+    assert_eq!(persist.maintain().unwrap_err().kind(), PersistErrorKind::Poisoned);
+    drop(persist);
+    assert_eq!(fs.syncs(), syncs);
+}
+
+#[test]
+fn a_failed_sync_of_the_interval_stops_the_log_too() {
+    let fs = SimFs::new();
+    let period = std::time::Duration::from_millis(1);
+    let mut persist = open(&fs, &options().with_durability(Durability::Interval(period))).unwrap();
+    persist.persist(&[put("a", 1, "1")]).unwrap();
+    fs.fail_at(fs.calls(), Fault::Eio, false);
+    assert_eq!(persist.maintain().unwrap_err().kind(), PersistErrorKind::Poisoned);
+    assert_eq!(persist.persist(&[put("a", 2, "2")]).unwrap_err().kind(), PersistErrorKind::Poisoned);
+}

@@ -1,0 +1,170 @@
+//! Power cuts at every call, in every way the simulated disk knows; what comes back is a prefix that has all that was
+//! acknowledged, and it can be written on.
+
+mod common;
+
+use std::time::Duration;
+
+use common::*;
+use nkv_core::{Change, Epoch, PersistValue};
+use nkv_persist_fs::sim::SimFs;
+use nkv_persist_fs::{Durability, FsOptions};
+
+/// What a process had been told when the power went.
+#[derive(Clone, Copy, Debug, Default)]
+struct Told {
+    acked: usize,
+    issued: usize,
+    epoch: Option<Epoch>,
+    closed: bool,
+}
+
+/// Writes the history until something fails.
+fn run(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>]) -> Told {
+    let mut told = Told::default();
+    let Ok(mut persist) = open(fs, options) else { return told };
+    let Ok((_, loaded)) = load(&mut persist) else { return told };
+    told.epoch = Some(loaded.epoch);
+    for batch in history {
+        told.issued += 1;
+        if persist.persist(batch).is_err() {
+            return told;
+        }
+        told.acked += 1;
+        if told.acked % 2 == 0 && persist.maintain().is_err() {
+            return told;
+        }
+    }
+    told.closed = persist.close().is_ok();
+    told
+}
+
+/// Recovers the image and compares it with the models; gives how many batches survived.
+fn check(image: &SimFs, options: &FsOptions, history: &[Vec<Change>], told: Told, what: &str) -> usize {
+    let models = models(history);
+    let mut persist = open(image, options).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let (state, loaded) = load(&mut persist).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let is_sync = options_are_sync(options);
+    let oldest = if is_sync || told.closed { told.acked } else { 0 };
+    // The newest that fits: a batch may change nothing.
+    let fits = |p: &usize| models[*p].0 == state && models[*p].1 == loaded.revision.get();
+    let survived = (oldest..=told.issued).rev().find(fits);
+    let Some(survived) = survived else {
+        panic!("{what}: acked {} issued {}: {state:?} at {}", told.acked, told.issued, loaded.revision)
+    };
+    if let Some(epoch) = told.epoch.filter(|_| survived < told.acked) {
+        assert_ne!(loaded.epoch, epoch, "{what}: {survived} of {} and the same epoch", told.acked);
+    }
+    if told.closed {
+        assert_eq!(Some(loaded.epoch), told.epoch, "{what}: a clean end keeps the epoch");
+    }
+    write_on(image, options, persist, state, what);
+    survived
+}
+
+fn options_are_sync(options: &FsOptions) -> bool {
+    format!("{options:?}").contains("durability: Sync")
+}
+
+/// What was recovered takes more batches, and they survive as well.
+fn write_on(
+    image: &SimFs,
+    options: &FsOptions,
+    mut persist: nkv_persist_fs::FsPersist,
+    mut state: Model,
+    what: &str,
+) {
+    for batch in [vec![put("k.0", 9_001, vec![1; 700]), put("new", 9_002, "x")], vec![delete("k.1", 9_003)]] {
+        persist.persist(&batch).unwrap_or_else(|e| panic!("{what}: {e}"));
+        apply(&mut state, &batch);
+    }
+    let epoch = load(&mut persist).unwrap().1.epoch;
+    persist.close().unwrap_or_else(|e| panic!("{what}: {e}"));
+    let durable = image.crash(&mut |_| 0);
+    let (after, loaded) = load(&mut open(&durable, options).unwrap_or_else(|e| panic!("{what}: {e}"))).unwrap();
+    assert_eq!((after, loaded.revision.get(), loaded.epoch), (state, 9_003, epoch), "{what}: after writing on");
+}
+
+/// Cuts the power at each call of a history, and tries up to `images_max` images of each.
+fn explore(options: &FsOptions, history: &[Vec<Change>], images_max: usize) -> usize {
+    let mut images = 0;
+    for cut in 0.. {
+        let fs = SimFs::new();
+        fs.cut_power_at(cut);
+        let told = run(&fs, options, history);
+        let mut choices = Choices::new(images_max, cut);
+        loop {
+            let image = fs.crash(&mut |n| choices.choose(n));
+            check(&image, options, history, told, &format!("cut {cut}, image {}", choices.count));
+            images += 1;
+            if !choices.advance() {
+                break;
+            }
+        }
+        if told.closed {
+            return images;
+        }
+    }
+    unreachable!()
+}
+
+#[test]
+fn in_sync_mode_every_acknowledged_batch_survives_any_power_cut() {
+    let mut images = 0;
+    for seed in 0..3 {
+        images += explore(&options(), &history(seed, 8, 900), 128);
+    }
+    println!("{images} images");
+}
+
+#[test]
+fn through_compaction_every_acknowledged_batch_survives_any_power_cut() {
+    let fs = SimFs::new();
+    let history = history(7, 40, 900);
+    run(&fs, &options(), &history);
+    assert!(segments(&fs)[0] > "0000000000000003.log".to_owned(), "this history compacts: {:?}", segments(&fs));
+    println!("{} images", explore(&options(), &history, 24));
+}
+
+#[test]
+fn in_the_relaxed_modes_a_prefix_survives_and_a_loss_changes_the_epoch() {
+    let mut images = 0;
+    for durability in [Durability::Os, Durability::Interval(Duration::from_millis(1))] {
+        for seed in 0..2 {
+            let options = options().with_durability(durability);
+            images += explore(&options, &history(seed, 10, 700), 64);
+        }
+    }
+    println!("{images} images");
+}
+
+#[test]
+fn a_second_and_a_third_power_cut_during_recovery_lose_nothing_more() {
+    let history = history(11, 24, 900);
+    let mut images = 0;
+    let mut rng = Rng(1);
+    for durability in [Durability::Sync, Durability::Os] {
+        let options = options().with_durability(durability);
+        for cut in 0.. {
+            let fs = SimFs::new();
+            fs.cut_power_at(cut);
+            let mut told = run(&fs, &options, &history);
+            for _ in 0..10 {
+                let mut image = fs.crash(&mut |n| rng.below(n));
+                for _ in 0..2 {
+                    image.cut_power_at(rng.below(14) as u64);
+                    drop(open(&image, &options));
+                    image = image.crash(&mut |n| rng.below(n));
+                }
+                let closed = std::mem::replace(&mut told.closed, false);
+                check(&image, &options, &history, told, &format!("{durability}, cut {cut}"));
+                told.closed = closed;
+                images += 1;
+            }
+            if told.closed {
+                break;
+            }
+        }
+    }
+    println!("{images} images");
+}

@@ -1,0 +1,150 @@
+//! The command line; each flag is also an environment variable `NKV_*`.
+
+use std::path::PathBuf;
+
+use clap::parser::ValueSource;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use nkv_core::{PersistError, PersistErrorKind};
+use nkv_persist_fs::Durability;
+use nkv_server::{Address, Options};
+use tracing::level_filters::LevelFilter;
+
+/// A notify key-value store: shared state with a bell.
+///
+/// Keeps values under dotted keys through crash and power loss, and always tells whoever subscribed the latest of them.
+#[derive(Debug, Parser)]
+#[command(name = "nkv-server", version, args_conflicts_with_subcommands = true, after_help = EXAMPLES)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+
+    /// Where to listen: HOST:PORT or unix:PATH [default: 127.0.0.1:4222]
+    #[arg(value_name = "ADDR")]
+    address: Option<Address>,
+
+    /// Listen here too; may be given more than once
+    #[arg(long, value_name = "ADDR", env = "NKV_LISTEN", value_delimiter = ',')]
+    listen: Vec<Address>,
+
+    /// Directory for the values [default: nkv in the user's data directory]
+    #[arg(long, value_name = "DIR", env = "NKV_DATA_DIR", global = true)]
+    data_dir: Option<PathBuf>,
+
+    /// When a write is safe: sync (before it is answered), interval:DURATION (at most that long after), os (whenever
+    /// the system likes; a crash of the server alone loses nothing)
+    #[arg(long, value_name = "WHEN", env = "NKV_DURABILITY", default_value = "sync")]
+    pub(crate) durability: Durability,
+
+    /// Where values live
+    #[arg(long, value_name = "KIND", env = "NKV_PERSIST", value_enum, default_value_t = Persist::Log)]
+    pub(crate) persist: Persist,
+
+    /// Connections at a time; others are refused
+    #[arg(long, value_name = "N", env = "NKV_MAX_CONNECTIONS", default_value_t = Options::default().connections_max)]
+    max_connections: usize,
+
+    /// Longest value: bytes, or with k, M
+    #[arg(long, value_name = "SIZE", env = "NKV_MAX_VALUE_SIZE", default_value = "1M", value_parser = parse_size)]
+    max_value_size: usize,
+
+    /// Allow an address that other hosts reach; nobody is asked who they are
+    #[arg(long, env = "NKV_INSECURE", value_parser = clap::builder::FalseyValueParser::new())]
+    insecure: bool,
+
+    /// How much to say on stderr: off, error, warn, info, debug, trace
+    #[arg(long, value_name = "LEVEL", env = "NKV_LOG_LEVEL", default_value = "info")]
+    pub(crate) log_level: LevelFilter,
+
+    /// How to say it
+    #[arg(long, value_name = "FORMAT", env = "NKV_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub(crate) log_format: LogFormat,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Say what is in the data directory, and whether it is damaged; changes nothing without --repair
+    Check {
+        /// Keep damaged parts aside and cut them out, so that the server starts
+        #[arg(long)]
+        repair: bool,
+    },
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  nkv-server
+  nkv-server localhost:4222 --data-dir /var/lib/nkv --durability interval:50ms
+  nkv-server unix:/run/user/1000/nkv.sock --persist memory
+  nkv-server check --data-dir /var/lib/nkv
+
+Exit codes: 0 stopped on request, 2 usage, 65 damaged data, 73 data directory in use, 74 input or output failed";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Persist {
+    /// In a log on disk
+    Log,
+    /// In memory only
+    Memory,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// Lines for people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+impl Args {
+    /// Reads the command line; an address on it wins over `NKV_LISTEN`.
+    pub(crate) fn read() -> Self {
+        let matches = Args::command().get_matches();
+        let mut args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+        if args.address.is_some() && matches.value_source("listen") == Some(ValueSource::EnvVariable) {
+            args.listen.clear();
+        }
+        args
+    }
+
+    pub(crate) fn addresses(&self) -> Vec<Address> {
+        let mut addresses: Vec<_> = self.address.iter().chain(&self.listen).cloned().collect();
+        if addresses.is_empty() {
+            addresses.push(Address::Tcp("127.0.0.1:4222".into()));
+        }
+        addresses
+    }
+
+    pub(crate) fn options(&self) -> Options {
+        let mut options = Options::default();
+        options.connections_max = self.max_connections;
+        options.value_len_max = self.max_value_size;
+        options.insecure = self.insecure;
+        options
+    }
+
+    /// As given, or `nkv` where the XDG base directory specification puts a user's data.
+    pub(crate) fn data_dir(&self) -> Result<PathBuf, PersistError> {
+        if let Some(dir) = &self.data_dir {
+            return Ok(dir.clone());
+        }
+        let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let home = || absolute("HOME").map(|home| home.join(".local/share"));
+        let base = absolute("XDG_DATA_HOME").or_else(home).ok_or_else(|| {
+            PersistError::new(PersistErrorKind::Rejected, "neither XDG_DATA_HOME nor HOME is set: give --data-dir DIR")
+        })?;
+        Ok(base.join("nkv"))
+    }
+}
+
+fn parse_size(text: &str) -> Result<usize, String> {
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let unit: usize = match unit {
+        "" => 1,
+        "k" | "K" | "KiB" => 1 << 10,
+        "m" | "M" | "MiB" => 1 << 20,
+        _ => return Err("expected a number of bytes, or one with k or M".into()),
+    };
+    let size = digits.parse::<usize>().ok().and_then(|number| number.checked_mul(unit));
+    // A value is skipped up to 64 MiB when it is refused; one that is accepted must not be longer.
+    size.filter(|size| (1..=64 << 20).contains(size)).ok_or_else(|| "expected a size from 1 to 64M".into())
+}

@@ -1,0 +1,218 @@
+//! One connection: reads what is there, has every whole request in it served, in order, and reads on.
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use nkv_notify_tcp::{NotifierOptions, TcpNotifier, WriterEnd, limit_send_buffer};
+use nkv_protocol::{Answer, BaseFields, Chunks, Decoder, status};
+use tokio::net::{TcpStream, UnixStream, tcp, unix};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tracing::debug;
+
+use crate::budget::Share;
+use crate::core::Core;
+use crate::dispatch::Session;
+use crate::server::{Options, stopped};
+
+/// So much is asked of the system at a time.
+const READ_LEN: usize = 16 << 10;
+
+/// What the kernel keeps for a peer that does not read.
+const SEND_BUFFER_LEN: usize = 128 << 10;
+
+/// An accepted socket.
+pub(crate) enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+enum ReadHalf {
+    Tcp(tcp::OwnedReadHalf),
+    Unix(unix::OwnedReadHalf),
+}
+
+impl ReadHalf {
+    async fn readable(&self) -> io::Result<()> {
+        match self {
+            ReadHalf::Tcp(half) => half.readable().await,
+            ReadHalf::Unix(half) => half.readable().await,
+        }
+    }
+
+    fn try_read_buf(&self, buffer: &mut BytesMut) -> io::Result<usize> {
+        match self {
+            ReadHalf::Tcp(half) => half.try_read_buf(buffer),
+            ReadHalf::Unix(half) => half.try_read_buf(buffer),
+        }
+    }
+}
+
+impl Socket {
+    /// Says that there are too many connections, if the peer's buffer takes it, and closes.
+    pub(crate) fn refuse(self) {
+        let mut out = Chunks::default();
+        let answer = Answer::to(Default::default(), &mut out);
+        answer.base(status::UNAVAILABLE, "too many connections", &BaseFields::default());
+        let line = out.take().concat();
+        let written = match &self {
+            Socket::Tcp(stream) => stream.try_write(&line),
+            Socket::Unix(stream) => stream.try_write(&line),
+        };
+        if let Err(error) = written {
+            debug!(%error, "a refused connection was not told so");
+        }
+    }
+
+    fn split(self, options: NotifierOptions) -> io::Result<(ReadHalf, TcpNotifier, JoinHandle<WriterEnd>)> {
+        Ok(match self {
+            Socket::Tcp(stream) => {
+                stream.set_nodelay(true)?;
+                limit_send_buffer(&stream, SEND_BUFFER_LEN)?;
+                let (read, write) = stream.into_split();
+                let (notifier, writer) = TcpNotifier::spawn(write, options);
+                (ReadHalf::Tcp(read), notifier, writer)
+            }
+            Socket::Unix(stream) => {
+                limit_send_buffer(&stream, SEND_BUFFER_LEN)?;
+                let (read, write) = stream.into_split();
+                let (notifier, writer) = TcpNotifier::spawn(write, options);
+                (ReadHalf::Unix(read), notifier, writer)
+            }
+        })
+    }
+}
+
+/// Why a connection reads no more.
+enum End {
+    /// The peer's sending half ended, or the server stops.
+    Quiet,
+    /// The message in hand is not to be had, or the connection holds too much.
+    Refused,
+    /// The writer has ended.
+    Writer(WriterEnd),
+}
+
+/// Serves a connection until either side ends it.
+pub(crate) async fn serve(
+    socket: Socket,
+    core: Arc<Core>,
+    options: Options,
+    share: Share,
+    stop: watch::Receiver<bool>,
+) {
+    let notifier_options = NotifierOptions { stall_limit: options.stall_limit, ..NotifierOptions::default() };
+    let (read, notifier, writer) = match socket.split(notifier_options) {
+        Ok(parts) => parts,
+        Err(error) => return debug!(%error, "a connection ended before it began"),
+    };
+    let session = Session::new(core, notifier.clone(), options);
+    let mut connection = Connection {
+        read,
+        decoder: Decoder::new(options.limits()),
+        buffer: BytesMut::new(),
+        session,
+        share,
+        stop,
+        writer,
+    };
+    let end = connection.run().await;
+    let Connection { session, share, writer, .. } = connection;
+    session.end();
+    drop(share);
+    let end = match end {
+        Ok(End::Writer(end)) => end,
+        Ok(End::Quiet | End::Refused) => {
+            notifier.close();
+            match writer.await {
+                Ok(end) => end,
+                Err(error) => return tracing::error!(%error, "a connection's writer broke"),
+            }
+        }
+        Err(error) => {
+            writer.abort();
+            WriterEnd::Failed(error)
+        }
+    };
+    match end {
+        WriterEnd::Finished => debug!("connection closed"),
+        WriterEnd::Stalled => tracing::warn!("connection cut: the peer took nothing for {:?}", options.stall_limit),
+        WriterEnd::Failed(error) => debug!(%error, "connection lost"),
+    }
+}
+
+struct Connection {
+    read: ReadHalf,
+    decoder: Decoder,
+    buffer: BytesMut,
+    session: Session,
+    share: Share,
+    stop: watch::Receiver<bool>,
+    writer: JoinHandle<WriterEnd>,
+}
+
+impl Connection {
+    async fn run(&mut self) -> io::Result<End> {
+        loop {
+            tokio::select! {
+                biased;
+                end = &mut self.writer => return Ok(End::Writer(end.unwrap_or(WriterEnd::Finished))),
+                () = self.share.evicted() => return Ok(self.refuse_all()),
+                () = stopped(&mut self.stop) => return Ok(End::Quiet),
+                readable = self.read.readable() => readable?,
+            }
+            let whole_len = self.decoder.expected_len().unwrap_or(0);
+            self.buffer.reserve(READ_LEN.max(whole_len.saturating_sub(self.buffer.len())));
+            match self.read.try_read_buf(&mut self.buffer) {
+                Ok(0) => return self.last_words().await,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(error) => return Err(error),
+            }
+            if self.serve_buffer().await {
+                return Ok(End::Refused);
+            }
+            if self.buffer.is_empty() {
+                self.buffer = BytesMut::new(); // an idle connection keeps no buffer
+            }
+            self.share.hold(self.buffer.len());
+        }
+    }
+
+    /// Serves every whole request in the buffer; true if the connection is to be closed.
+    async fn serve_buffer(&mut self) -> bool {
+        let mut start = 0;
+        let mut close = false;
+        while !close {
+            let decoded = self.decoder.decode(&self.buffer[start..]);
+            start += decoded.consumed;
+            match decoded.item {
+                None => break,
+                Some(Ok(request)) => self.session.request(request).await,
+                Some(Err(refusal)) => {
+                    close = refusal.close;
+                    self.session.refuse(refusal).await;
+                }
+            }
+        }
+        self.session.flush().await;
+        drop(self.buffer.split_to(start));
+        close
+    }
+
+    /// The peer sends no more. A last line without a newline is a line all the same: whoever typed it meant it.
+    async fn last_words(&mut self) -> io::Result<End> {
+        self.buffer.extend_from_slice(b"\n");
+        self.serve_buffer().await;
+        Ok(End::Quiet)
+    }
+
+    fn refuse_all(&mut self) -> End {
+        let message = "too many incomplete messages: send requests whole, or fewer at a time";
+        let answer = Answer::to(Default::default(), self.session.out());
+        answer.base(status::UNAVAILABLE, message, &BaseFields::default());
+        self.session.send();
+        End::Refused
+    }
+}

@@ -1,0 +1,373 @@
+//! What each request does, and how its answer reads.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use nkv_core::{
+    Expiry, Key, KeyError, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Revision, SubscriberId, Subscription,
+};
+use nkv_notify_tcp::TcpNotifier;
+use nkv_protocol::{
+    Answer, BaseFields, Chunks, Id, Kind, Refusal, Request, ServerFields, SubscriberFields, ValueForm, hello, status,
+};
+
+use crate::core::{Core, Stopping, Subscriber, WriteResult};
+use crate::server::{Options, VERSION};
+
+/// Keys in a `List` when it does not say, and at most.
+const LIST_LIMIT: u64 = 1_000;
+const LIST_LIMIT_MAX: u64 = 10_000;
+
+/// Longest answer to a `Get`, in bytes.
+const GET_LEN_MAX: usize = 64 << 20;
+
+/// Answers are sent on once there are so many bytes of them.
+const SEND_LEN: usize = 64 << 10;
+
+/// What a connection is about: who it is, what it subscribed to, what is under way.
+pub(crate) struct Session {
+    core: Arc<Core>,
+    notifier: TcpNotifier,
+    options: Options,
+    client: SubscriberId,
+    subscriptions: HashMap<(SubscriberId, Pattern), Arc<Subscription<Subscriber>>>,
+    /// Writes read but not done yet, and the ids to answer to, as JSON.
+    writes: Vec<Op>,
+    write_ids: Vec<Box<str>>,
+    out: Chunks,
+}
+
+impl Session {
+    pub(crate) fn new(core: Arc<Core>, notifier: TcpNotifier, options: Options) -> Self {
+        Session {
+            core,
+            notifier,
+            options,
+            client: random_name(),
+            subscriptions: HashMap::new(),
+            writes: Vec::new(),
+            write_ids: Vec::new(),
+            out: Chunks::default(),
+        }
+    }
+
+    pub(crate) fn out(&mut self) -> &mut Chunks {
+        &mut self.out
+    }
+
+    /// Serves a request; a write waits for others that come right behind it, until [`flush`](Self::flush).
+    pub(crate) async fn request(&mut self, request: Request<'_>) {
+        if matches!(request.kind, Kind::Put | Kind::Delete) {
+            match self.write_op(&request) {
+                Ok(op) => {
+                    self.writes.push(op);
+                    self.write_ids.push(request.id.as_json().into());
+                }
+                Err(refusal) => self.refuse(refusal).await,
+            }
+            return;
+        }
+        self.do_writes().await;
+        if let Err(refusal) = self.read(&request) {
+            refuse(&mut self.out, refusal);
+        }
+        self.make_room().await;
+    }
+
+    /// Answers what could not be served.
+    pub(crate) async fn refuse(&mut self, refusal: Refusal<'_>) {
+        self.do_writes().await;
+        refuse(&mut self.out, refusal);
+        self.make_room().await;
+    }
+
+    /// Does the writes under way and sends every answer; waits while too many answers wait to be written.
+    pub(crate) async fn flush(&mut self) {
+        self.do_writes().await;
+        self.send();
+        self.notifier.room().await;
+    }
+
+    /// Sends every answer there is.
+    pub(crate) fn send(&mut self) {
+        self.notifier.send(&mut self.out);
+    }
+
+    /// Forgets the connection's subscriptions.
+    pub(crate) fn end(self) {
+        for subscription in self.subscriptions.into_values() {
+            self.core.store.forget(&subscription);
+        }
+    }
+
+    async fn make_room(&mut self) {
+        if self.out.len() >= SEND_LEN {
+            self.send();
+            self.notifier.room().await;
+        }
+    }
+
+    fn write_op<'r>(&self, request: &Request<'r>) -> Result<Op, Refusal<'r>> {
+        let if_revision = request.if_revision.map(Revision::new);
+        if request.kind == Kind::Delete {
+            let pattern = pattern(request)?;
+            if if_revision.is_some() && !matches!(pattern, Pattern::Key(_)) {
+                return Err(bad_request(request.id, "'if_revision' goes with one key, not with a wildcard".into()));
+            }
+            return Ok(Op::Delete { pattern, if_revision });
+        }
+        let now = self.core.clock.now();
+        let expiry = request.ttl_ms.map(|ttl| Expiry::after(now, Duration::from_millis(ttl)));
+        Ok(Op::Put {
+            key: key(request)?,
+            value: Bytes::copy_from_slice(request.value.as_deref().unwrap_or_default()),
+            options: PutOptions { if_revision, expiry },
+        })
+    }
+
+    async fn do_writes(&mut self) {
+        if self.writes.is_empty() {
+            return;
+        }
+        let results = self.core.write(std::mem::take(&mut self.writes), false).await;
+        let ids = std::mem::take(&mut self.write_ids);
+        match results {
+            Ok(results) => {
+                for (id, result) in ids.iter().zip(results) {
+                    answer_write(Answer::to(Id::from_json(id), &mut self.out), result);
+                }
+            }
+            Err(Stopping) => {
+                for id in &ids {
+                    let answer = Answer::to(Id::from_json(id), &mut self.out);
+                    answer.base(status::UNAVAILABLE, "the server is stopping", &BaseFields::default());
+                }
+            }
+        }
+    }
+
+    fn read<'r>(&mut self, request: &Request<'r>) -> Result<(), Refusal<'r>> {
+        let id = request.id;
+        match request.kind {
+            Kind::Get => self.get(request),
+            Kind::List => self.list(request),
+            Kind::Exists => {
+                let exists = self.core.store.exists(&pattern(request)?);
+                self.found(id, exists);
+                Ok(())
+            }
+            Kind::Trace => self.trace(request),
+            Kind::Subscribe => self.subscribe(request),
+            Kind::Unsubscribe => {
+                let (client, pattern) = (self.client_of(request), pattern(request)?);
+                let found = self.core.store.unsubscribe(&pattern, &client);
+                self.subscriptions.remove(&(client, pattern));
+                self.found(id, found);
+                Ok(())
+            }
+            Kind::Connect => {
+                self.connect(request);
+                Ok(())
+            }
+            Kind::Version => {
+                Answer::to(id, &mut self.out).version(VERSION);
+                Ok(())
+            }
+            Kind::Stats => {
+                self.stats(id);
+                Ok(())
+            }
+            // Writes are done elsewhere.
+            Kind::Health | Kind::Put | Kind::Delete => {
+                self.found(id, true);
+                Ok(())
+            }
+        }
+    }
+
+    fn found(&mut self, id: Id<'_>, found: bool) {
+        let answer = Answer::to(id, &mut self.out);
+        if found { answer.ok(&BaseFields::default()) } else { answer.not_found() }
+    }
+
+    fn get<'r>(&mut self, request: &Request<'r>) -> Result<(), Refusal<'r>> {
+        let id = request.id;
+        let (pattern, after) = (pattern(request)?, after(request)?);
+        let form = self.notifier.form();
+        let limit = request.limit.map_or(u64::MAX, |limit| limit.min(LIST_LIMIT_MAX));
+        // The shortest form of a byte in an array takes two.
+        let bytes_max = if form == ValueForm::Bytes { GET_LEN_MAX / 2 } else { GET_LEN_MAX };
+        let too_large = || too_large(id);
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        let page = self.core.store.get_page(&pattern, after.as_ref(), limit, bytes_max).map_err(|_| too_large())?;
+        let entries: Vec<_> = page.entries.iter().map(|r| (r.key.as_str(), &r.value, r.revision.get())).collect();
+        let mut answer = Chunks::default();
+        let out = if entries.len() == 1 { &mut self.out } else { &mut answer };
+        Answer::to(id, out).get(form, &entries, page.more);
+        if answer.len() > GET_LEN_MAX {
+            return Err(too_large());
+        }
+        answer.take().iter().for_each(|chunk| self.out.push(chunk));
+        Ok(())
+    }
+
+    fn list<'r>(&mut self, request: &Request<'r>) -> Result<(), Refusal<'r>> {
+        let limit = request.limit.unwrap_or(LIST_LIMIT).min(LIST_LIMIT_MAX);
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        let page = self.core.store.list(&pattern(request)?, after(request)?.as_ref(), limit);
+        let entries: Vec<_> = page.entries.iter().map(|(key, revision)| (key.as_str(), revision.get())).collect();
+        Answer::to(request.id, &mut self.out).list(&entries, page.more);
+        Ok(())
+    }
+
+    fn trace<'r>(&mut self, request: &Request<'r>) -> Result<(), Refusal<'r>> {
+        let traced = self.core.trace(&key(request)?);
+        let subscribers: Vec<_> = traced
+            .iter()
+            .map(|traced| SubscriberFields {
+                client_uuid: traced.id.as_str(),
+                pattern: &traced.pattern,
+                since_ms: traced.since_ms,
+                queued: traced.backlog.queued as u64,
+                skipped: traced.backlog.skipped,
+            })
+            .collect();
+        Answer::to(request.id, &mut self.out).trace(&subscribers);
+        Ok(())
+    }
+
+    fn subscribe<'r>(&mut self, request: &Request<'r>) -> Result<(), Refusal<'r>> {
+        let pattern = pattern(request)?;
+        let name = (self.client_of(request), pattern);
+        let limit = self.options.subscriptions_max;
+        if self.subscriptions.len() >= limit && !self.subscriptions.contains_key(&name) {
+            let message = format!("more than {limit} subscriptions on one connection");
+            return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
+        }
+        // With a snapshot, the notifier says `Hello` itself, so that nothing comes between it and the snapshot.
+        if !request.snapshot {
+            hello(&mut self.out);
+        }
+        // Whatever is told from the subscription on must come after the answers so far.
+        self.send();
+        let (client, pattern) = name.clone();
+        let subscriber = Subscriber::from(self.notifier.clone());
+        let subscription = self.core.store.subscribe(pattern, client, subscriber, request.snapshot);
+        self.subscriptions.insert(name, subscription);
+        Ok(())
+    }
+
+    fn connect(&mut self, request: &Request<'_>) {
+        self.client = self.client_of(request);
+        self.notifier.set_form(request.values.unwrap_or_default());
+        let server = ServerFields {
+            version: VERSION,
+            epoch: &self.core.store.epoch().to_string(),
+            value_len_max: self.options.value_len_max as u64,
+        };
+        Answer::to(request.id, &mut self.out).ok(&BaseFields { server: Some(server), ..BaseFields::default() });
+    }
+
+    fn stats(&mut self, id: Id<'_>) {
+        let stats = self.core.store.stats();
+        let epoch = stats.epoch.to_string();
+        Answer::to(id, &mut self.out).stats(
+            &[("epoch", &epoch), ("durability", &self.core.durability)],
+            &[
+                ("keys", stats.keys),
+                ("value_bytes", stats.value_bytes),
+                ("subscriptions", stats.subscriptions),
+                ("connections", self.core.connection_count() as u64),
+                ("revision", stats.revision.get()),
+                ("uptime_ms", self.core.clock.uptime_ms()),
+                ("puts", stats.puts),
+                ("deletes", stats.deletes),
+                ("expired", stats.expired),
+                ("batches", stats.batches),
+                ("failed_batches", stats.failed_batches),
+                ("notified", stats.notified),
+                ("conflated", stats.conflated),
+            ],
+        );
+    }
+
+    fn client_of(&self, request: &Request<'_>) -> SubscriberId {
+        request.client_uuid.as_deref().map_or_else(|| self.client.clone(), SubscriberId::from)
+    }
+}
+
+/// A name for a client that gave none.
+fn random_name() -> SubscriberId {
+    // Without randomness the name need only differ from that of others here, and an address does.
+    let fallback = Box::new(0_u8);
+    let number = getrandom::u64().unwrap_or(std::ptr::from_ref(&*fallback).addr() as u64);
+    SubscriberId::from(format!("anonymous-{number:016x}").as_str())
+}
+
+fn answer_write(answer: Answer<'_>, result: WriteResult) {
+    let revision = |revision: Revision| Some(revision.get());
+    match result {
+        Ok(Outcome::Put { revision: given }) => {
+            answer.ok(&BaseFields { revision: revision(given), ..BaseFields::default() });
+        }
+        Ok(Outcome::Deleted { count, revision: given }) => {
+            answer.ok(&BaseFields { revision: revision(given), count: Some(count), ..BaseFields::default() });
+        }
+        Ok(Outcome::NotFound) => answer.not_found(),
+        Ok(Outcome::Conflict { revision: present }) => {
+            let message = format!("Conflict: the key is at revision {present}");
+            answer.base(
+                status::CONFLICT,
+                &message,
+                &BaseFields { revision: revision(present), ..BaseFields::default() },
+            );
+        }
+        Err(error) => {
+            let (status, message) = match error.kind() {
+                PersistErrorKind::NoSpace => (status::DISK_FULL, "the disk is full; nothing was changed"),
+                PersistErrorKind::Rejected => {
+                    (status::TOO_LARGE, "storage cannot take this value; nothing was changed")
+                }
+                PersistErrorKind::Poisoned => {
+                    (status::STORAGE_FAILED, "storage failed; whether the change was stored shows after a restart")
+                }
+                _ => (status::STORAGE_FAILED, "storage failed; nothing was changed"),
+            };
+            answer.base(status, message, &BaseFields::default());
+        }
+    }
+}
+
+fn refuse(out: &mut Chunks, refusal: Refusal<'_>) {
+    Answer::to(refusal.id, out).base(refusal.status, &refusal.message, &BaseFields::default());
+}
+
+fn bad_request(id: Id<'_>, message: String) -> Refusal<'_> {
+    Refusal { id, status: status::BAD_REQUEST, message, close: false }
+}
+
+fn too_large(id: Id<'_>) -> Refusal<'_> {
+    let message = format!("the answer would pass {GET_LEN_MAX} bytes: ask in pages, with 'limit' and 'after'");
+    Refusal { id, status: status::TOO_LARGE, message, close: false }
+}
+
+fn key<'r>(request: &Request<'r>) -> Result<Key, Refusal<'r>> {
+    Key::new(&request.key).map_err(|error| key_refusal(request.id, error))
+}
+
+fn pattern<'r>(request: &Request<'r>) -> Result<Pattern, Refusal<'r>> {
+    Pattern::new(&request.key).map_err(|error| key_refusal(request.id, error))
+}
+
+fn after<'r>(request: &Request<'r>) -> Result<Option<Key>, Refusal<'r>> {
+    let after = request.after.as_deref().filter(|after| !after.is_empty()).map(Key::new);
+    after.transpose().map_err(|error| bad_request(request.id, format!("invalid 'after': {error}")))
+}
+
+/// A key over its limit is a 413, like anything else over a limit; any other fault of a key is a 400.
+fn key_refusal(id: Id<'_>, error: KeyError) -> Refusal<'_> {
+    let status = if matches!(error, KeyError::TooLong { .. }) { status::TOO_LARGE } else { status::BAD_REQUEST };
+    Refusal { id, status, message: format!("invalid key: {error}"), close: false }
+}

@@ -1,0 +1,336 @@
+//! A running server: made by a builder, stopped on request or on drop.
+
+use std::fmt;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use nkv_core::{NoPersist, NotifyKeyValue, Op, PersistError, PersistValue};
+use nkv_protocol::Limits;
+use thiserror::Error;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::{JoinHandle, JoinSet};
+use tracing::{error, info};
+
+use crate::address::Address;
+use crate::budget::Budget;
+use crate::clock::Clock;
+use crate::core::Core;
+use crate::handle::Handle;
+use crate::listener::{Acceptor, Listener};
+use crate::writer::{QUEUE_LEN, Writer};
+
+/// The version of this server.
+pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// How long connections may take to end when the server stops.
+const DRAIN_LIMIT: Duration = Duration::from_secs(4);
+
+/// After a failed expiry, so long passes before the next try.
+const EXPIRY_PAUSE: Duration = Duration::from_secs(1);
+
+/// Limits of a server.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Options {
+    /// Connections at a time; others are refused. 1,024 by default.
+    pub connections_max: usize,
+    /// Subscriptions of one connection. 1,024 by default.
+    pub subscriptions_max: usize,
+    /// Longest value, in bytes. 1 MiB by default.
+    pub value_len_max: usize,
+    /// Bytes of incomplete messages that all connections may hold together. 64 MiB by default.
+    pub incomplete_max: usize,
+    /// A peer that takes no byte for this long is cut. 30 s by default.
+    pub stall_limit: Duration,
+    /// Whether an address other than loopback may be listened at: nothing here asks who is there. No by default.
+    pub insecure: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            connections_max: 1_024,
+            subscriptions_max: 1_024,
+            value_len_max: 1 << 20,
+            incomplete_max: 64 << 20,
+            stall_limit: Duration::from_secs(30),
+            insecure: false,
+        }
+    }
+}
+
+impl Options {
+    pub(crate) fn limits(&self) -> Limits {
+        Limits { value_len_max: self.value_len_max, ..Limits::default() }
+    }
+}
+
+/// Why a server does not run.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ServerError {
+    /// An address cannot be listened at.
+    #[error("cannot listen at {address}{}", in_use_hint(source))]
+    Bind {
+        /// The address.
+        address: String,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// An address is open to other hosts, and that was not asked for.
+    #[error(
+        "{address} is open to other hosts, and nkv does not ask who they are: listen at a loopback address, or say --insecure"
+    )]
+    Insecure {
+        /// The address.
+        address: String,
+    },
+    /// Storage cannot be opened, or has failed.
+    #[error("storage")]
+    Persist(#[source] Arc<PersistError>),
+    /// A thread cannot be started, or a task broke.
+    #[error("the server cannot run")]
+    System(#[source] std::io::Error),
+}
+
+fn in_use_hint(source: &std::io::Error) -> &'static str {
+    match source.kind() {
+        std::io::ErrorKind::AddrInUse => " (another nkv-server, or a NATS server: both use port 4222)",
+        _ => "",
+    }
+}
+
+impl From<PersistError> for ServerError {
+    fn from(error: PersistError) -> Self {
+        ServerError::Persist(Arc::new(error))
+    }
+}
+
+/// Opens storage; called once the addresses are known to be free.
+type Open = Box<dyn FnOnce() -> Result<Box<dyn PersistValue>, PersistError> + Send>;
+
+/// What a server is to be.
+pub struct Builder {
+    addresses: Vec<Address>,
+    persist: Option<Open>,
+    durability: String,
+    options: Options,
+}
+
+impl Builder {
+    /// Listens at `address` too. Without any, only [`Handle`]s reach the store.
+    #[must_use]
+    pub fn listen(mut self, address: Address) -> Self {
+        self.addresses.push(address);
+        self
+    }
+
+    /// Keeps values with what `open` returns, and calls that `durability` in `Stats`. Without it, values live in memory.
+    ///
+    /// `open` runs on a thread that may block, after the addresses were bound: nothing is opened in vain.
+    #[must_use]
+    pub fn persist<P: PersistValue>(
+        mut self,
+        durability: impl Into<String>,
+        open: impl FnOnce() -> Result<P, PersistError> + Send + 'static,
+    ) -> Self {
+        self.persist = Some(Box::new(|| Ok(Box::new(open()?))));
+        self.durability = durability.into();
+        self
+    }
+
+    /// Sets the limits.
+    #[must_use]
+    pub fn options(mut self, options: Options) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// Loads what was stored and starts to listen, on the current Tokio runtime (I/O and time enabled).
+    ///
+    /// # Errors
+    ///
+    /// [`ServerError`]; nothing runs then.
+    pub async fn bind(self) -> Result<Server, ServerError> {
+        let Builder { addresses, persist, durability, options } = self;
+        let mut listeners = Vec::new();
+        for address in &addresses {
+            listeners.push(Listener::bind(address, options.insecure).await?);
+        }
+        let addresses =
+            listeners.iter().map(Listener::address).collect::<Result<_, _>>().map_err(ServerError::System)?;
+        let clock = Clock::start();
+        let persist = match persist {
+            Some(open) => open,
+            None => {
+                let persist = NoPersist::new(random_epoch()?);
+                Box::new(|| Ok(Box::new(persist) as Box<dyn PersistValue>))
+            }
+        };
+        let open = tokio::task::spawn_blocking(move || NotifyKeyValue::open(persist()?, clock.now()));
+        let store = Arc::new(open.await.map_err(|error| ServerError::System(error.into()))??);
+
+        let (jobs, queue) = mpsc::channel(QUEUE_LEN);
+        let (failure, failed) = watch::channel(None);
+        let (stop, stopped) = watch::channel(false);
+        let expiry_changed = Arc::new(Notify::new());
+        let writer =
+            Writer { store: Arc::clone(&store), jobs: queue, expiry_changed: Arc::clone(&expiry_changed), failure };
+        let writer = writer.spawn().map_err(ServerError::System)?;
+        let core = Arc::new(Core::new(store, clock, durability, jobs));
+
+        let mut tasks = JoinSet::new();
+        let budget = Budget::new(options.incomplete_max);
+        for listener in listeners {
+            let (core, budget, stop) = (Arc::clone(&core), Arc::clone(&budget), stopped.clone());
+            tasks.spawn(Acceptor { core, options, budget, stop }.run(listener));
+        }
+        tasks.spawn(expire(Arc::clone(&core), expiry_changed, stopped));
+        let handle = Handle::new(&core);
+        let running = tokio::spawn(run(core, tasks, writer, failed, stop.subscribe()));
+        Ok(Server { addresses, handle, stop, running })
+    }
+}
+
+impl fmt::Debug for Builder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Builder { addresses, durability, options, .. } = self;
+        let mut builder = f.debug_struct("Builder");
+        builder.field("addresses", addresses).field("durability", durability).field("options", options).finish()
+    }
+}
+
+/// A running server. Dropping it stops it too, without waiting.
+#[derive(Debug)]
+pub struct Server {
+    addresses: Vec<Address>,
+    handle: Handle,
+    stop: watch::Sender<bool>,
+    running: JoinHandle<Result<(), ServerError>>,
+}
+
+impl Server {
+    /// A server to be described: at no address, in memory, with the default limits.
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder { addresses: Vec::new(), persist: None, durability: "memory".into(), options: Options::default() }
+    }
+
+    /// Where it listens, in the order asked for, with the ports that it was given.
+    #[must_use]
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
+    }
+
+    /// The store, from within the process.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Stops: accepts no more, finishes what was accepted, ends the connections, closes the storage.
+    ///
+    /// # Errors
+    ///
+    /// [`ServerError`] if the server had failed before.
+    pub async fn shutdown(self) -> Result<(), ServerError> {
+        self.stop.send_replace(true);
+        self.wait().await
+    }
+
+    /// Waits until the server ends by itself, which it does only when storage fails.
+    ///
+    /// # Errors
+    ///
+    /// [`ServerError::Persist`] then.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing.
+    pub async fn wait(mut self) -> Result<(), ServerError> {
+        self.failed().await
+    }
+
+    /// As [`wait`](Self::wait), for callers who want to stop the server themselves afterwards.
+    ///
+    /// # Errors
+    ///
+    /// [`ServerError::Persist`] when storage has failed.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing.
+    pub async fn failed(&mut self) -> Result<(), ServerError> {
+        (&mut self.running).await.unwrap_or_else(|error| Err(ServerError::System(error.into())))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.send_replace(true);
+    }
+}
+
+/// Runs until asked to stop or until storage fails, then ends everything in order.
+async fn run(
+    core: Arc<Core>,
+    mut tasks: JoinSet<()>,
+    writer: thread::JoinHandle<()>,
+    mut failed: watch::Receiver<Option<Arc<PersistError>>>,
+    mut stop: watch::Receiver<bool>,
+) -> Result<(), ServerError> {
+    let failure = tokio::select! {
+        () = stopped(&mut stop) => None,
+        failure = failed.wait_for(Option::is_some) => failure.ok().and_then(|failure| failure.clone()),
+    };
+    if failure.is_some() {
+        // Fail-stop: nobody knows what the disk holds, so nothing more is served from memory.
+        tasks.abort_all();
+    }
+    let ended = async { while tasks.join_next().await.is_some() {} };
+    if tokio::time::timeout(DRAIN_LIMIT, ended).await.is_err() {
+        info!("connections were cut that did not end within {DRAIN_LIMIT:?}");
+        tasks.shutdown().await;
+    }
+    core.stop_writes();
+    drop(core);
+    let joined = tokio::task::spawn_blocking(move || writer.join()).await;
+    if !matches!(joined, Ok(Ok(()))) {
+        error!("the writer broke");
+    }
+    failure.map_or(Ok(()), |failure| Err(ServerError::Persist(failure)))
+}
+
+/// Has keys expire when their time has come.
+async fn expire(core: Arc<Core>, changed: Arc<Notify>, mut stop: watch::Receiver<bool>) {
+    loop {
+        let due = async {
+            match core.store.next_expiry() {
+                Some(at) => tokio::time::sleep(core.clock.until(at)).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = stopped(&mut stop) => return,
+            () = changed.notified() => continue,
+            () = due => {}
+        }
+        let expired = core.write(vec![Op::Expire { now: core.clock.now() }], true).await;
+        if !matches!(expired.as_deref(), Ok([Ok(_)])) {
+            tokio::time::sleep(EXPIRY_PAUSE).await;
+        }
+    }
+}
+
+fn random_epoch() -> Result<nkv_core::Epoch, ServerError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| ServerError::System(std::io::Error::other(error)))?;
+    Ok(nkv_core::Epoch::new(u128::from_le_bytes(bytes)))
+}
+
+/// Waits until the server is asked to stop, or is gone.
+pub(crate) async fn stopped(stop: &mut watch::Receiver<bool>) {
+    drop(stop.wait_for(|stop| *stop).await);
+}

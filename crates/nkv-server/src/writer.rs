@@ -1,0 +1,117 @@
+//! The writer thread: takes everything that waits, stores it as one batch, answers. Group commit by nature.
+
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use nkv_core::{Op, PersistError, PersistErrorKind};
+use tokio::sync::{Notify, mpsc, watch};
+
+use crate::core::{Job, Store, WriteResult};
+
+/// So many jobs wait at most; whoever brings another waits with it.
+pub(crate) const QUEUE_LEN: usize = 1_024;
+
+/// A batch takes no more jobs once it has so many operations, or bytes of values.
+const GROUP_OPS_MAX: usize = 4_096;
+const GROUP_BYTES_MAX: usize = 4 << 20;
+
+pub(crate) struct Writer {
+    pub(crate) store: Arc<Store>,
+    pub(crate) jobs: mpsc::Receiver<Job>,
+    /// Told when the time of the next expiry may have changed.
+    pub(crate) expiry_changed: Arc<Notify>,
+    /// Told when storage is poisoned.
+    pub(crate) failure: watch::Sender<Option<Arc<PersistError>>>,
+}
+
+impl Writer {
+    pub(crate) fn spawn(self) -> std::io::Result<JoinHandle<()>> {
+        thread::Builder::new().name("nkv-writer".into()).spawn(move || self.run())
+    }
+
+    fn run(mut self) {
+        let mut ops = Vec::new();
+        let mut group = Vec::new();
+        while let Some(first) = self.jobs.blocking_recv() {
+            let mut bytes = 0;
+            let mut next = Some(first);
+            while let Some(mut job) = next {
+                bytes += job.ops.iter().map(value_len).sum::<usize>();
+                let start = ops.len();
+                ops.append(&mut job.ops);
+                group.push((job, start..ops.len()));
+                let full = ops.len() >= GROUP_OPS_MAX || bytes >= GROUP_BYTES_MAX;
+                next = if full { None } else { self.jobs.try_recv().ok() };
+            }
+            let expiry = self.store.next_expiry();
+            self.write(&ops, group.drain(..));
+            ops.clear();
+            if self.store.next_expiry() != expiry {
+                self.expiry_changed.notify_one();
+            }
+        }
+    }
+
+    fn write(&self, ops: &[Op], group: impl ExactSizeIterator<Item = (Job, std::ops::Range<usize>)>) {
+        let whole = self.store.write(ops);
+        match whole {
+            Ok(outcomes) => {
+                for (job, range) in group {
+                    answer(job, outcomes[range].iter().copied().map(Ok).collect());
+                }
+            }
+            // One value too many for the disk must not take along what would fit, nor the deletes that make space.
+            Err(error) if splits(&error) && ops.len() > 1 => {
+                for (job, range) in group {
+                    let results = if job.atomic {
+                        self.write_together(&ops[range])
+                    } else {
+                        ops[range].chunks(1).flat_map(|op| self.write_together(op)).collect()
+                    };
+                    answer(job, results);
+                }
+            }
+            Err(error) => {
+                let error = self.failed(error);
+                for (job, range) in group {
+                    answer(job, range.map(|_| Err(Arc::clone(&error))).collect());
+                }
+            }
+        }
+    }
+
+    fn write_together(&self, ops: &[Op]) -> Vec<WriteResult> {
+        match self.store.write(ops) {
+            Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
+            Err(error) => {
+                let error = self.failed(error);
+                ops.iter().map(|_| Err(Arc::clone(&error))).collect()
+            }
+        }
+    }
+
+    fn failed(&self, error: PersistError) -> Arc<PersistError> {
+        let error = Arc::new(error);
+        tracing::error!(error = &*error as &dyn std::error::Error, "a batch was not stored");
+        if error.kind() == PersistErrorKind::Poisoned {
+            self.failure.send_replace(Some(Arc::clone(&error)));
+        }
+        error
+    }
+}
+
+fn splits(error: &PersistError) -> bool {
+    matches!(error.kind(), PersistErrorKind::NoSpace | PersistErrorKind::Rejected)
+}
+
+fn value_len(op: &Op) -> usize {
+    match op {
+        Op::Put { value, .. } => value.len(),
+        Op::Delete { .. } | Op::Expire { .. } => 0,
+    }
+}
+
+/// Whoever asked may have gone away meanwhile, its connection cut; the write stands all the same.
+fn answer(job: Job, results: Vec<WriteResult>) {
+    drop(job.results.send(results));
+}

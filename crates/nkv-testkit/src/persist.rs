@@ -1,0 +1,572 @@
+//! The contract of [`PersistValue`], line by line: one function for each, which panics when the line is broken.
+//!
+//! [`persist_conformance!`](crate::persist_conformance) makes a test of each. A harness opens the same storage again
+//! and again; dropping a backend and opening it anew is the restart that every promise has to outlive.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+use std::{fmt, thread};
+
+use bytes::Bytes;
+use nkv_core::{Action, Change, Expiry, KEY_LEN_MAX, Key, Loaded, PersistValue, Reason, Record, Revision};
+
+/// Opens one storage, as often as it is asked to.
+///
+/// The storage is empty at first and belongs to this harness alone. The suite never holds two backends at once.
+/// A closure that returns a backend is a harness.
+pub trait PersistHarness {
+    /// What is tested.
+    type Backend: PersistValue;
+
+    /// Opens the storage, with what earlier backends stored in it.
+    fn open(&self) -> Self::Backend;
+}
+
+impl<P: PersistValue, F: Fn() -> P> PersistHarness for F {
+    type Backend = P;
+
+    fn open(&self) -> P {
+        self()
+    }
+}
+
+/// Makes a test of each line of the contract of [`PersistValue`].
+///
+/// The expression is a [`PersistHarness`], evaluated anew for each test: over a storage that is empty and its own.
+///
+/// # Examples
+///
+/// ```
+/// mod conformance {
+///     use nkv_core::{Epoch, MemoryPersist};
+///
+///     nkv_testkit::persist_conformance!({
+///         let disk = MemoryPersist::new(Epoch::new(7));
+///         move || disk.clone()
+///     });
+/// }
+/// ```
+#[macro_export]
+macro_rules! persist_conformance {
+    (@ $what:ident $argument:tt) => {
+        $crate::__conformance! { $what persist $argument;
+            new_storage_is_empty
+            what_was_stored_survives_a_restart
+            a_batch_survives_together
+            an_overwrite_leaves_only_the_newest
+            a_delete_removes_its_key_and_no_other
+            a_deleted_key_can_be_put_again
+            a_batch_is_applied_in_its_order
+            the_highest_revision_survives_even_when_its_key_was_deleted
+            revisions_may_have_gaps
+            the_epoch_stays_the_same_over_restarts
+            load_visits_each_key_once
+            loading_changes_nothing
+            expiry_survives
+            an_overwrite_replaces_the_expiry
+            values_are_any_bytes
+            an_empty_value_is_a_value
+            keys_are_any_keys
+            a_key_is_independent_of_the_keys_below_it
+            keys_that_differ_in_case_are_different
+            the_longest_keys_survive
+            a_large_value_survives
+            a_large_batch_survives
+            many_batches_survive
+            restarts_between_batches_change_nothing
+            a_backend_may_move_to_another_thread
+        }
+    };
+    ($harness:expr) => {
+        $crate::persist_conformance! { @ tests $harness }
+    };
+}
+
+/// A line of the contract: its name, and the function that checks it.
+pub type Line<H> = (&'static str, fn(&H));
+
+/// All lines with their names, for suites that run them in another way than [`persist_conformance!`] does.
+///
+/// [`persist_conformance!`]: crate::persist_conformance
+#[must_use]
+pub fn lines<H: PersistHarness>() -> Vec<Line<H>> {
+    crate::persist_conformance! { @ table H }
+}
+
+/// Storage that was never written to holds no record and no revision.
+pub fn new_storage_is_empty<H: PersistHarness>(harness: &H) {
+    for _ in 0..2 {
+        let (records, loaded) = load(&mut harness.open());
+        assert_eq!(records, [], "new storage holds records");
+        assert_eq!(loaded.revision, Revision::ZERO, "new storage has a revision");
+    }
+}
+
+/// *Durable*: what was given before `persist` returned is there after a restart, with value and revision.
+pub fn what_was_stored_survives_a_restart<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.persist(vec![put("host.db1.load", 1, "0.7")]);
+    run.persist(vec![put("host.db2.load", 2, "0.9")]);
+    run.restart("after two batches");
+    run.persist(vec![put("host.db3.load", 3, "0.1")]);
+    run.restart("after a third");
+}
+
+/// *Together*: every change of a batch is there after a restart.
+pub fn a_batch_survives_together<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.persist(vec![put("a", 1, "old"), put("b", 2, "old"), put("c", 3, "old")]);
+    run.persist(vec![put("a", 4, "new"), delete("b", 5), put("d.e", 6, "new"), put("c", 7, "new")]);
+    run.restart("after a batch of four changes");
+}
+
+/// *Whole*: of the values a key had, the last one is loaded, complete.
+pub fn an_overwrite_leaves_only_the_newest<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    for (revision, value) in (1..).zip(["short", "a much longer value than before", "", "mid-sized", "x"]) {
+        run.persist(vec![put("key", revision, value)]);
+    }
+    run.restart("after five values of one key");
+    run.persist(vec![put("key", 6, "sixth")]);
+    run.restart("after one more");
+}
+
+/// A deleted key is not loaded; its neighbours are.
+pub fn a_delete_removes_its_key_and_no_other<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.persist(vec![put("a", 1, "1"), put("b", 2, "2"), put("c", 3, "3")]);
+    run.persist(vec![delete("b", 4)]);
+    run.restart("after a delete");
+    run.persist(vec![expire("a", 5)]);
+    run.restart("after an expiry");
+    run.persist(vec![delete("c", 6)]);
+    run.restart("after deleting everything");
+}
+
+/// A put after a delete counts, within a run and after a restart.
+pub fn a_deleted_key_can_be_put_again<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.persist(vec![put("a", 1, "first")]);
+    run.persist(vec![delete("a", 2)]);
+    run.persist(vec![put("a", 3, "second")]);
+    run.restart("after put, delete, put");
+    run.persist(vec![delete("a", 4)]);
+    run.restart("after deleting it again");
+    run.persist(vec![put("a", 5, "third")]);
+    run.restart("after putting it again");
+}
+
+/// Several changes of one key in one batch count in the order given.
+pub fn a_batch_is_applied_in_its_order<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.persist(vec![put("was", 1, "here")]);
+    run.persist(vec![
+        put("put-put", 2, "first"),
+        put("put-delete", 3, "gone"),
+        delete("was", 4),
+        put("put-put", 5, "second"),
+        delete("put-delete", 6),
+        put("was", 7, "again"),
+    ]);
+    run.restart("after a batch that changes keys twice");
+    run.persist(vec![delete("was", 8), put("was", 9, "x"), delete("was", 10)]);
+    run.restart("after a batch that ends in a delete");
+}
+
+/// *Revisions*: the highest one survives, even when no key carries it.
+pub fn the_highest_revision_survives_even_when_its_key_was_deleted<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.persist(vec![put("a", 1, "1"), put("b", 2, "2")]);
+    run.persist(vec![delete("b", 3)]);
+    run.restart("after the newest change was a delete");
+    run.restart("again, with nothing written");
+    run.persist(vec![delete("a", 4)]);
+    run.restart("after the last key was deleted");
+    run.restart("again, with nothing stored at all");
+}
+
+/// *Revisions*: they increase, but need not be consecutive, start at one, or fit in 32 bits.
+pub fn revisions_may_have_gaps<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.persist(vec![put("a", 7, "7"), put("b", 1_000, "1000")]);
+    run.persist(vec![put("c", 1 << 33, "large")]);
+    run.restart("after revisions with gaps");
+    run.persist(vec![delete("c", (1 << 53) + 1)]);
+    run.restart("after a revision beyond 53 bits");
+}
+
+/// *Epoch*: where nothing was lost, it stays the same.
+pub fn the_epoch_stays_the_same_over_restarts<H: PersistHarness>(harness: &H) {
+    let (_, first) = load(&mut harness.open());
+    for revision in 1..5 {
+        let mut backend = harness.open();
+        let (_, loaded) = load(&mut backend);
+        assert_eq!(loaded.epoch, first.epoch, "the epoch changed over a restart that lost nothing");
+        persist(&mut backend, &[put("a", revision, "x")]);
+    }
+}
+
+/// However often a key was written, in however many runs, `load` visits it once.
+pub fn load_visits_each_key_once<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    for revision in 1..=60 {
+        run.persist(vec![put(["a", "b", "a.b"][revision as usize % 3], revision, &revision.to_string())]);
+        if revision % 20 == 0 {
+            run.restart("after more values of three keys"); // `load` below checks it
+        }
+    }
+}
+
+/// Opening and loading again and again finds the same.
+pub fn loading_changes_nothing<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.persist(vec![put("a", 1, "1"), put("b", 2, "2"), delete("a", 3)]);
+    for _ in 0..5 {
+        run.restart("with nothing written");
+    }
+}
+
+/// When a value ends, and how long it was to live, survive.
+pub fn expiry_survives<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    let expiries = [(1, 1), (1_700_000_000_000, 60_000), (u64::MAX, u64::MAX), ((1 << 53) + 1, (1 << 53) + 3)];
+    let batch = (1..)
+        .zip(expiries)
+        .map(|(revision, (at, ttl_ms))| put_expiring(&format!("k{revision}"), revision, "x", Expiry { at, ttl_ms }));
+    run.persist(batch.collect());
+    run.persist(vec![put("forever", 5, "x")]);
+    run.restart("after values with and without expiry");
+}
+
+/// An overwrite gives the key the new expiry, or none.
+pub fn an_overwrite_replaces_the_expiry<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    let expiry = |at| Expiry { at, ttl_ms: 1_000 };
+    run.persist(vec![put_expiring("ends", 1, "x", expiry(5_000)), put("starts", 2, "x")]);
+    run.persist(vec![put("ends", 3, "x"), put_expiring("starts", 4, "x", expiry(6_000))]);
+    run.restart("after one expiry was ended and one was given");
+    run.persist(vec![put_expiring("starts", 5, "x", expiry(9_000))]);
+    run.restart("after one was prolonged");
+}
+
+/// *Whole*: values are opaque bytes.
+pub fn values_are_any_bytes<H: PersistHarness>(harness: &H) {
+    let all: Vec<u8> = (0..=255).collect();
+    let values: [&[u8]; 8] =
+        [&all, b"\n", b"\r\n\r\n", b"\0", b"\xff\xfe", b"{\"a\":1}", b" leading and trailing ", b"--\n--"];
+    let mut run = Run::start(harness);
+    let batch = (1..).zip(values).map(|(revision, value)| put_bytes(&format!("k{revision}"), revision, value.to_vec()));
+    run.persist(batch.collect());
+    run.restart("after values of all kinds of bytes");
+}
+
+/// A key with no bytes for a value is there; it is not a deleted one.
+pub fn an_empty_value_is_a_value<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.persist(vec![put("empty", 1, ""), put("full", 2, "x")]);
+    run.restart("after an empty value");
+    run.persist(vec![put("full", 3, "")]);
+    run.restart("after a value became empty");
+}
+
+/// Keys are not file names, patterns or commands, whatever they look like.
+pub fn keys_are_any_keys<H: PersistHarness>(harness: &H) {
+    let keys = [
+        "/etc/x",
+        "/",
+        "a/b",
+        "a/b.c",
+        "a\\b",
+        "~",
+        "-rf",
+        "$(x)",
+        "`x`",
+        "a'b\"c",
+        "CON",
+        "nul",
+        "a:b",
+        "k.json",
+        "k.tmp",
+        "k.json.tmp",
+        "k",
+        "%",
+        "%2e",
+        "%2F",
+        "a%00",
+        "é.ü",
+        "e\u{301}.u\u{308}",
+        "\u{202e}x",
+        "日本.語",
+        "🔑",
+        "{a}",
+        "a,b",
+        "a=b",
+        "a;b",
+        "#a",
+        "?",
+        "[a]",
+        "<a>",
+        "a|b",
+        "&",
+        "!",
+        "0",
+        "00",
+        "0x0",
+        "null",
+        "true",
+        "_",
+        "__proto__",
+    ];
+    let mut run = Run::start(harness);
+    run.persist((1..).zip(keys).map(|(revision, key)| put(key, revision, key)).collect());
+    run.restart("after keys that look like something else");
+    let next = keys.len() as u64 + 1;
+    run.persist((next..).zip(&keys[..keys.len() / 2]).map(|(revision, key)| delete(key, revision)).collect());
+    run.restart("after half of them were deleted");
+}
+
+/// `a`, `a.b` and `a.b.c` are three keys; deleting one leaves the others.
+pub fn a_key_is_independent_of_the_keys_below_it<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.persist(vec![put("a.b.c", 1, "3")]);
+    run.persist(vec![put("a", 2, "1")]);
+    run.persist(vec![put("a.b", 3, "2"), put("a-b", 4, "other"), put("ab", 5, "other")]);
+    run.restart("after a key, one below it and one below that");
+    run.persist(vec![delete("a", 6)]);
+    run.restart("after the uppermost was deleted");
+    run.persist(vec![put("a", 7, "again"), delete("a.b.c", 8)]);
+    run.restart("after the lowest was deleted");
+    run.persist(vec![delete("a.b", 9)]);
+    run.restart("after the one between was deleted");
+}
+
+/// `A` and `a` are two keys, also where a file system thinks otherwise.
+pub fn keys_that_differ_in_case_are_different<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.persist(vec![put("a", 1, "lower"), put("A", 2, "upper"), put("host.Db", 3, "Db"), put("host.db", 4, "db")]);
+    run.restart("after keys that differ in case");
+    run.persist(vec![delete("A", 5), put("host.db", 6, "new")]);
+    run.restart("after one of each pair changed");
+}
+
+/// Keys of [`KEY_LEN_MAX`] bytes survive, in one segment or in as many as there can be, and stay apart.
+pub fn the_longest_keys_survive<H: PersistHarness>(harness: &H) {
+    let one_segment = "k".repeat(KEY_LEN_MAX);
+    let other_end = format!("{}l", "k".repeat(KEY_LEN_MAX - 1));
+    let segments = vec!["s"; KEY_LEN_MAX / 2].join(".");
+    let wide = "é".repeat(KEY_LEN_MAX / 2);
+    let mut run = Run::start(harness);
+    run.persist(vec![put(&one_segment, 1, "1"), put(&other_end, 2, "2")]);
+    run.persist(vec![put(&segments, 3, "3"), put(&wide, 4, "4")]);
+    run.restart("after keys of the greatest length");
+    run.persist(vec![delete(&one_segment, 5)]);
+    run.restart("after one was deleted");
+}
+
+/// A value of a mebibyte survives, and so does what was stored around it.
+pub fn a_large_value_survives<H: PersistHarness>(harness: &H) {
+    let mut random = Random(7);
+    let large: Vec<u8> = (0..1 << 20).map(|_| random.next() as u8).collect();
+    let mut run = Run::start(harness);
+    run.persist(vec![put("before", 1, "x"), put_bytes("large", 2, large.clone()), put("after", 3, "y")]);
+    run.restart("after a value of 1 MiB");
+    run.persist(vec![put_bytes("large", 4, large[1..].to_vec())]);
+    run.restart("after it was overwritten by another");
+    run.persist(vec![put("large", 5, "small now")]);
+    run.restart("after it was overwritten by a small one");
+}
+
+/// A batch of 5,000 changes survives together.
+pub fn a_large_batch_survives<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.persist((1..=5_000).map(|revision| put(&format!("host.h{revision}.load"), revision, "value")).collect());
+    run.restart("after a batch of 5,000 puts");
+    run.persist((1..=5_000).map(|n| delete(&format!("host.h{n}.load"), 5_000 + n)).collect());
+    run.restart("after a batch of 5,000 deletes");
+}
+
+/// What 300 random batches leave is what a map of them holds.
+pub fn many_batches_survive<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    let mut random = Random(11);
+    for _ in 0..300 {
+        let batch = random.batch(run.loaded.revision);
+        run.persist(batch);
+    }
+    run.restart("after 300 batches");
+}
+
+/// Restarting now and then makes no difference.
+pub fn restarts_between_batches_change_nothing<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    let mut random = Random(13);
+    for _ in 0..40 {
+        for _ in 0..random.below(4) {
+            let batch = random.batch(run.loaded.revision);
+            run.persist(batch);
+        }
+        run.restart("among random batches");
+    }
+}
+
+/// *Alone*: the one caller may be another thread than the one that opened the backend.
+pub fn a_backend_may_move_to_another_thread<H: PersistHarness>(harness: &H) {
+    let mut backend = harness.open();
+    load(&mut backend);
+    let writer = thread::spawn(move || {
+        persist(&mut backend, &[put("a", 1, "from another thread")]);
+        backend
+    });
+    let mut backend = writer.join().expect("persisting from another thread panicked");
+    persist(&mut backend, &[put("b", 2, "from this one")]);
+    drop(backend);
+    let (records, loaded) = load(&mut harness.open());
+    assert_eq!(records.len(), 2, "both threads' changes are there");
+    assert_eq!(loaded.revision, Revision::new(2));
+}
+
+/// A backend, and what it must hold.
+struct Run<'a, H: PersistHarness> {
+    harness: &'a H,
+    backend: Option<H::Backend>,
+    model: BTreeMap<Key, Record>,
+    loaded: Loaded,
+}
+
+impl<'a, H: PersistHarness> Run<'a, H> {
+    fn start(harness: &'a H) -> Self {
+        let mut backend = harness.open();
+        let (records, loaded) = load(&mut backend);
+        assert_eq!(
+            (records, loaded.revision),
+            (vec![], Revision::ZERO),
+            "the harness gave storage that was used before"
+        );
+        Run { harness, backend: Some(backend), model: BTreeMap::new(), loaded }
+    }
+
+    fn persist(&mut self, batch: Vec<Change>) {
+        let backend = self.backend.as_mut().expect("a run has a backend between two restarts");
+        persist(backend, &batch);
+        for Change { key, revision, action } in batch {
+            self.loaded.revision = revision;
+            match action {
+                Action::Put { value, expiry } => {
+                    self.model.insert(key.clone(), Record { key, value, revision, expiry });
+                }
+                Action::Delete { .. } => {
+                    self.model.remove(&key);
+                }
+            }
+        }
+    }
+
+    fn restart(&mut self, when: &str) {
+        drop(self.backend.take());
+        let mut backend = self.harness.open();
+        let (records, loaded) = load(&mut backend);
+        self.compare(records, when);
+        assert_eq!(loaded.revision, self.loaded.revision, "the highest revision, {when}");
+        assert_eq!(loaded.epoch, self.loaded.epoch, "the epoch, {when}");
+        self.backend = Some(backend);
+    }
+
+    /// Names what differs rather than printing a mebibyte.
+    fn compare(&self, records: Vec<Record>, when: &str) {
+        let mut missing = self.model.clone();
+        for record in records {
+            let key = record.key.clone();
+            let Some(expected) = missing.remove(&key) else {
+                let brief = Brief(&record);
+                panic!("{when}, load visited a key that should not be there: {brief:?}");
+            };
+            let (found, expected) = (Brief(&record), Brief(&expected));
+            assert!(found.0 == expected.0, "{when}, load visited {found:?} where {expected:?} was stored");
+        }
+        assert!(missing.is_empty(), "{when}, load did not visit {:?}", missing.values().map(Brief).collect::<Vec<_>>());
+    }
+}
+
+/// A record as a failed test prints it.
+struct Brief<'a>(&'a Record);
+
+impl fmt::Debug for Brief<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Record { key, value, revision, expiry } = self.0;
+        let key: String = key.as_str().chars().take(80).collect();
+        let start = value.slice(..value.len().min(40));
+        write!(f, "{key} @{revision} = {start:?} ({} bytes, expiry {expiry:?})", value.len())
+    }
+}
+
+fn load<P: PersistValue>(backend: &mut P) -> (Vec<Record>, Loaded) {
+    let mut records: BTreeMap<Key, Record> = BTreeMap::new();
+    let loaded = backend.load(&mut |record| {
+        let key = record.key.clone();
+        assert!(records.insert(key.clone(), record).is_none(), "load visited {key} twice");
+    });
+    let loaded = loaded.unwrap_or_else(|error| panic!("load failed: {error} ({:?})", error.kind()));
+    (records.into_values().collect(), loaded)
+}
+
+fn persist<P: PersistValue>(backend: &mut P, batch: &[Change]) {
+    backend.persist(batch).unwrap_or_else(|error| panic!("persist failed: {error} ({:?})", error.kind()));
+}
+
+fn key(text: &str) -> Key {
+    Key::new(text).unwrap_or_else(|error| panic!("{text:?}: {error}"))
+}
+
+fn put(at: &str, revision: u64, value: &str) -> Change {
+    put_bytes(at, revision, value.as_bytes().to_vec())
+}
+
+fn put_bytes(at: &str, revision: u64, value: Vec<u8>) -> Change {
+    let action = Action::Put { value: Bytes::from(value), expiry: None };
+    Change { key: key(at), revision: Revision::new(revision), action }
+}
+
+fn put_expiring(at: &str, revision: u64, value: &str, expiry: Expiry) -> Change {
+    let action = Action::Put { value: Bytes::copy_from_slice(value.as_bytes()), expiry: Some(expiry) };
+    Change { key: key(at), revision: Revision::new(revision), action }
+}
+
+fn delete(at: &str, revision: u64) -> Change {
+    Change { key: key(at), revision: Revision::new(revision), action: Action::Delete { reason: Reason::Deleted } }
+}
+
+fn expire(at: &str, revision: u64) -> Change {
+    Change { key: key(at), revision: Revision::new(revision), action: Action::Delete { reason: Reason::Expired } }
+}
+
+/// The same numbers on every machine: a failure is a failure again. (Marsaglia's xorshift.)
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 >> 11
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+
+    /// One to five changes of few keys, so that they meet.
+    fn batch(&mut self, after: Revision) -> Vec<Change> {
+        let count = 1 + self.below(5);
+        (after.get() + 1..).take(count as usize).map(|revision| self.change(revision)).collect()
+    }
+
+    fn change(&mut self, revision: u64) -> Change {
+        let at = ["a", "b", "a.a", "a.b", "b.a", "a.a.a", "a.a.b", "A"][self.below(8) as usize];
+        let value = "v".repeat(self.below(100) as usize);
+        match self.below(4) {
+            0 => delete(at, revision),
+            1 => put_expiring(at, revision, &value, Expiry::after(self.below(1_000), Duration::from_millis(revision))),
+            _ => put(at, revision, &value),
+        }
+    }
+}

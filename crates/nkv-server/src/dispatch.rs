@@ -246,15 +246,20 @@ impl Session {
             let message = format!("more than {limit} subscriptions on one connection");
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
-        // With a snapshot, the notifier says `Hello` itself, so that nothing comes between it and the snapshot.
-        if !request.snapshot {
+        // Whatever is told from the subscription on comes after its `Hello`, and that after the answers so far. With a
+        // snapshot the notifier says it, so that nothing comes between the two; when the subscription replaces one of
+        // this connection, the end of that is told first, and what it covers was being told anyway.
+        let again = self.subscriptions.contains_key(&name);
+        if !request.snapshot && !again {
             hello(&mut self.out);
         }
-        // Whatever is told from the subscription on must come after the answers so far.
         self.send();
         let (client, pattern) = name.clone();
         let subscriber = Subscriber::from(self.notifier.clone());
         let subscription = self.core.store.subscribe(pattern, client, subscriber, request.snapshot);
+        if !request.snapshot && again {
+            hello(&mut self.out);
+        }
         self.subscriptions.insert(name, subscription);
         Ok(())
     }

@@ -1,0 +1,313 @@
+//! The real binary: flags, signals, exit codes, `kill -9`.
+
+#![cfg(feature = "cli")]
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::Duration;
+
+use support::{Conn, PATIENCE, eventually, status};
+
+fn command() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nkv-server"));
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("NKV_")) {
+        command.env_remove(name);
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// A running `nkv-server`, killed when dropped.
+struct Process {
+    child: Child,
+    addr: String,
+    /// What it said on stderr after it listened, line by line.
+    log: Receiver<String>,
+}
+
+impl Process {
+    fn start(data_dir: &Path, arguments: &[&str]) -> Self {
+        let mut command = command();
+        command.arg("127.0.0.1:0").arg("--data-dir").arg(data_dir).args(arguments);
+        Process::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Self {
+        let mut child = command.spawn().unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let (said, log) = channel();
+        thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| said.send(line)));
+        let mut before = Vec::new();
+        loop {
+            let line = log.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("did not start: {before:?}"));
+            if let Some((_, addr)) = line.split_once("listening at ") {
+                let addr = addr.trim_matches(['"', '}']).split('"').next().unwrap().to_owned();
+                return Process { child, addr, log };
+            }
+            before.push(line);
+        }
+    }
+
+    fn connect(&self) -> Conn {
+        Conn::to(&self.addr)
+    }
+
+    fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").arg(signal).arg(self.child.id().to_string()).status().unwrap();
+        assert!(sent.success());
+    }
+
+    fn wait(&mut self) -> ExitStatus {
+        let mut ended = None;
+        eventually("the process ends", || {
+            ended = self.child.try_wait().unwrap();
+            ended.is_some()
+        });
+        ended.unwrap()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// Runs to the end: exit code and what it said on stderr.
+fn run(arguments: &[&str]) -> (i32, String) {
+    let mut child = command().args(arguments).spawn().unwrap();
+    let mut ended = None;
+    eventually("the process ends", || {
+        ended = child.try_wait().unwrap();
+        ended.is_some()
+    });
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    (ended.unwrap().code().unwrap(), said)
+}
+
+#[test]
+fn sigterm_ends_it_cleanly_and_what_was_acknowledged_is_there_again() {
+    let dir = tempfile::tempdir().unwrap();
+    for (round, signal) in ["-TERM", "-INT"].into_iter().enumerate() {
+        let mut server = Process::start(dir.path(), &[]);
+        let mut conn = server.connect();
+        conn.put(&format!("round.{round}"), "x");
+        let listed = conn.ask(r#"{"type":"List","key":"*"}"#);
+        assert_eq!(listed.matches("round.").count(), round + 1, "{listed}");
+        server.signal(signal);
+        assert_eq!(conn.line(), "(closed)");
+        assert_eq!(server.wait().code(), Some(0));
+    }
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Process::start(dir.path(), &[]);
+    // A peer that takes nothing of what it asked for holds up the end.
+    let mut slow = server.connect();
+    slow.hello("slow", "text");
+    for n in 0..40 {
+        slow.put(&format!("big.{n}"), &"x".repeat(500_000));
+    }
+    slow.send(r#"{"type":"Get","key":"big.*"}"#);
+    let mut other = server.connect();
+    assert_eq!(status(&other.ask(r#"{"type":"Health"}"#)), 200);
+    server.signal("-TERM");
+    assert_eq!(other.line(), "(closed)");
+    assert!(server.child.try_wait().unwrap().is_none(), "ended although a connection was not done");
+    server.signal("-TERM");
+    assert_eq!(server.wait().code(), Some(130));
+}
+
+#[test]
+fn what_keeps_it_from_running_is_one_clear_line_and_an_exit_code() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let data_arg = data.to_str().unwrap();
+    let mut server = Process::start(&data, &[]);
+
+    let (code, said) = run(&["127.0.0.1:0", "--data-dir", data_arg, "--log-level", "off"]);
+    assert_eq!(code, 73, "{said}");
+    assert!(said.contains(data_arg) && said.lines().count() == 1, "{said}");
+
+    let other = dir.path().join("other");
+    let (code, said) = run(&[&server.addr, "--data-dir", other.to_str().unwrap(), "--log-level", "off"]);
+    assert_eq!(code, 74, "{said}");
+    assert!(said.contains(&server.addr) && said.lines().count() == 1, "{said}");
+    assert!(!other.exists(), "a directory was made in vain");
+
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let (code, said) = run(&["127.0.0.1:0", "--data-dir", file.to_str().unwrap(), "--log-level", "off"]);
+    assert_eq!(code, 74, "{said}");
+    assert!(said.contains("file"), "{said}");
+
+    for arguments in [
+        ["--durability", "sometimes"],
+        ["--persist", "paper"],
+        ["--max-value-size", "0"],
+        ["--listen", "nowhere"],
+        ["0.0.0.0:0", "--persist=memory"],
+    ] {
+        let (code, said) = run(&arguments);
+        assert_eq!(code, 2, "{arguments:?}: {said}");
+    }
+    let (_, said) = run(&["0.0.0.0:0", "--persist=memory"]);
+    assert!(said.contains("--insecure"), "{said}");
+
+    server.signal("-TERM");
+    assert_eq!(server.wait().code(), Some(0));
+}
+
+#[test]
+fn damaged_data_is_refused_with_its_place_until_it_is_repaired() {
+    let dir = tempfile::tempdir().unwrap();
+    let data_arg = dir.path().to_str().unwrap();
+    let mut server = Process::start(dir.path(), &[]);
+    let mut conn = server.connect();
+    for n in 0..50 {
+        conn.put(&format!("k{n}"), "some value");
+    }
+    server.signal("-TERM");
+    assert_eq!(server.wait().code(), Some(0));
+
+    let segment = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "log"))
+        .unwrap();
+    let mut bytes = std::fs::read(&segment).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&segment, bytes).unwrap();
+
+    let (code, said) = run(&["127.0.0.1:0", "--data-dir", data_arg, "--log-level", "off"]);
+    assert_eq!(code, 65, "{said}");
+    let name = segment.file_name().unwrap().to_str().unwrap();
+    assert!(said.contains(name), "{name} is not named: {said}");
+    let (code, said) = run(&["check", "--data-dir", data_arg]);
+    assert_eq!(code, 65, "{said}");
+    let (code, said) = run(&["check", "--repair", "--data-dir", data_arg]);
+    assert_eq!(code, 0, "{said}");
+
+    let server = Process::start(dir.path(), &[]);
+    let listed = server.connect().ask(r#"{"type":"List","key":"*"}"#);
+    let left = listed.matches("\"k").count() - 1; // less the field `keys`
+    assert!((10..50).contains(&left), "{left} keys are left");
+}
+
+#[test]
+fn flags_are_environment_variables_too_and_flags_win() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = format!("unix:{}", dir.path().join("nkv.sock").display());
+    let mut with_env = command();
+    with_env.arg("127.0.0.1:0").env("NKV_LISTEN", &socket).env("NKV_DATA_DIR", dir.path().join("data"));
+    with_env.env("NKV_DURABILITY", "os").env("NKV_LOG_FORMAT", "json").env("NKV_MAX_VALUE_SIZE", "1k");
+    let server = Process::spawn(with_env);
+    let mut conn = server.connect();
+    assert!(conn.ask(r#"{"type":"Stats"}"#).contains("\"durability\":\"os\""));
+    assert!(conn.ask(r#"{"type":"Connect"}"#).contains("\"max_value\":1024"));
+    assert!(!dir.path().join("nkv.sock").exists(), "the address on the command line did not win");
+    drop(server);
+
+    let mut without_address = command();
+    without_address.env("NKV_LISTEN", "127.0.0.1:0").env("NKV_PERSIST", "memory").args(["--durability", "sync"]);
+    let server = Process::spawn(without_address);
+    assert!(server.connect().ask(r#"{"type":"Stats"}"#).contains("\"durability\":\"memory\""));
+}
+
+#[test]
+fn values_are_not_logged() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Process::start(dir.path(), &["--log-level", "trace"]);
+    let mut conn = server.connect();
+    conn.put("a", "secret-value");
+    conn.ask(r#"{"type":"Put","key":"a b","value":"secret-value"}"#);
+    conn.ask(r#"{"type":"Put","key":"a","value":["secret-value"]}"#);
+    conn.finish();
+    assert_eq!(conn.line(), "(closed)");
+    server.signal("-TERM");
+    server.wait();
+    let said: Vec<_> = server.log.iter().collect();
+    assert!(said.iter().any(|line| line.contains("stopped")), "{said:?}");
+    assert!(!said.iter().any(|line| line.contains("secret")), "{said:?}");
+}
+
+/// Eight writers put as fast as they are answered; the server is killed at a random moment and started again. Cycles:
+/// `NKV_KILL_CYCLES`, or a few.
+#[test]
+fn what_was_acknowledged_survives_kill_9() {
+    let cycles: u64 = std::env::var("NKV_KILL_CYCLES").map_or(8, |cycles| cycles.parse().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let mut acknowledged = BTreeMap::<String, (u64, u64)>::new();
+    let mut writes = 0;
+    for cycle in 0..cycles {
+        let server = Process::start(dir.path(), &[]);
+        let mut conn = server.connect();
+        conn.hello("checker", "text");
+        check(&mut conn, &acknowledged);
+
+        let writers: Vec<_> = (0..8)
+            .map(|writer| {
+                let conn = server.connect();
+                thread::spawn(move || write_until_cut(conn, writer, cycle))
+            })
+            .collect();
+        let pause = getrandom::u64().unwrap() % 100;
+        thread::sleep(Duration::from_millis(20 + pause));
+        server.signal("-KILL");
+        for writer in writers {
+            let (count, newest) = writer.join().unwrap();
+            writes += count;
+            acknowledged.extend(newest);
+        }
+    }
+    let server = Process::start(dir.path(), &[]);
+    let mut conn = server.connect();
+    conn.hello("checker", "text");
+    check(&mut conn, &acknowledged);
+    println!("TEST kill9_cycles cycles={cycles} acknowledged={writes} lost=0");
+    assert!(writes > 100, "only {writes} writes were acknowledged");
+}
+
+/// Puts increasing numbers until the connection is cut: how many were acknowledged, and for each key the last of them
+/// with its revision.
+fn write_until_cut(mut conn: Conn, writer: u64, cycle: u64) -> (u64, BTreeMap<String, (u64, u64)>) {
+    let mut newest = BTreeMap::new();
+    let mut n = 0;
+    loop {
+        let (key, number) = (format!("w{writer}.{}", n % 5), cycle * 1_000_000 + n);
+        let request = format!("{{\"type\":\"Put\",\"key\":\"{key}\",\"value\":\"{number}\"}}\n");
+        if std::io::Write::write_all(&mut conn.stream(), request.as_bytes()).is_err() {
+            return (n, newest);
+        }
+        let answer = conn.line();
+        // The process may be cut in the middle of a line.
+        let Ok(answer) = serde_json::from_str::<serde_json::Value>(&answer) else { return (n, newest) };
+        assert_eq!(answer["Base"]["status"], 200, "{answer}");
+        newest.insert(key, (number, answer["Base"]["revision"].as_u64().unwrap()));
+        n += 1;
+    }
+}
+
+/// Each key has what was acknowledged, or something newer that was under way.
+fn check(conn: &mut Conn, acknowledged: &BTreeMap<String, (u64, u64)>) {
+    for (key, (number, revision)) in acknowledged {
+        conn.send(format!(r#"{{"type":"Get","key":"{key}"}}"#));
+        let got = conn.json();
+        let value = got["Get"]["data"][0].as_str().unwrap_or_else(|| panic!("{key} is lost: {got}"));
+        let stored: u64 = value.parse().unwrap_or_else(|_| panic!("{key} is torn: {value}"));
+        assert!(stored >= *number, "{key}: {number} was acknowledged, {stored} is stored");
+        assert!(got["Get"]["revisions"][0].as_u64().unwrap() >= *revision, "{key}: its revision went back");
+    }
+}

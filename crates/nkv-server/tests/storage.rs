@@ -1,0 +1,109 @@
+//! What clients see when storage fails, and when the server stops.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use nkv_core::{
+    Action, Change, Epoch, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue, Record,
+};
+use nkv_server::ServerError;
+use nkv_testkit::script::{Crash, ScriptedPersist};
+use support::{PATIENCE, TestServer, status};
+
+#[test]
+fn a_failed_write_is_an_error_and_changes_nothing() {
+    let (persist, script) = ScriptedPersist::new(NoPersist::default());
+    let server = TestServer::with(|builder| builder.persist("scripted", || Ok(persist)));
+    let mut conn = server.connect();
+    conn.hello("c", "text");
+    conn.put("a", "old");
+    for (kind, expected) in [(PersistErrorKind::NoSpace, 507), (PersistErrorKind::Io, 500)] {
+        script.fail_next(kind);
+        assert_eq!(status(&conn.ask(r#"{"type":"Put","key":"a","value":"new"}"#)), expected);
+        assert!(conn.ask(r#"{"type":"Get","key":"a"}"#).contains("\"old\""));
+    }
+    assert_eq!(conn.put("a", "new"), 2);
+}
+
+/// A disk with room for short values only.
+#[derive(Debug)]
+struct Full;
+
+impl PersistValue for Full {
+    fn load(&mut self, _visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+        Ok(Loaded::default())
+    }
+
+    fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
+        let fits = |change: &Change| !matches!(&change.action, Action::Put { value, .. } if value.len() > 5);
+        if batch.iter().all(fits) { Ok(()) } else { Err(PersistError::new(PersistErrorKind::NoSpace, "full")) }
+    }
+}
+
+#[test]
+fn on_a_full_disk_what_makes_space_is_done_although_it_waited_with_what_does_not_fit() {
+    let (persist, script) = ScriptedPersist::new(Full);
+    let server = TestServer::with(|builder| builder.persist("scripted", || Ok(persist)));
+    let mut conn = server.connect();
+    conn.put("a", "x");
+    // What arrives together is stored as one batch.
+    let put = r#"{"type":"Put","key":"c","value":"does not fit"}"#;
+    conn.send(format!("{put}\n{}", r#"{"type":"Delete","key":"a"}"#));
+    assert_eq!(status(&conn.line()), 507);
+    assert_eq!(status(&conn.line()), 200);
+    assert_eq!(script.calls(), 4, "a alone, both together, each alone");
+}
+
+#[test]
+fn when_nobody_knows_what_is_stored_the_server_ends_and_a_restart_tells() {
+    let disk = MemoryPersist::new(Epoch::new(1));
+    let (persist, script) = ScriptedPersist::new(disk.clone());
+    let mut server = TestServer::with(|builder| builder.persist("scripted", || Ok(persist)));
+    let mut conn = server.connect();
+    conn.put("a", "acknowledged");
+    script.crash_next(Crash::AfterStoring);
+    let answer = conn.ask(r#"{"type":"Put","key":"b","value":"unknown"}"#);
+    assert!(answer == "(closed)" || status(&answer) == 500, "{answer}");
+    assert!(matches!(server.ended(), Err(ServerError::Persist(error)) if error.kind() == PersistErrorKind::Poisoned));
+
+    let server = TestServer::with(|builder| builder.persist("memory", || Ok(disk)));
+    let answer = server.connect().ask(r#"{"type":"List","key":"*"}"#);
+    assert!(answer.contains(r#""keys":["a","b"],"revisions":[1,2]"#), "{answer}");
+}
+
+#[test]
+fn a_server_that_stops_finishes_what_it_accepted() {
+    let disk = MemoryPersist::new(Epoch::new(1));
+    let (persist, script) = ScriptedPersist::new(disk.clone());
+    let server = TestServer::with(|builder| builder.persist("scripted", || Ok(persist)));
+    let mut conn = server.connect();
+    script.block();
+    conn.send(r#"{"type":"Put","key":"a","value":"x"}"#);
+    assert!(script.wait_until_blocked(PATIENCE));
+    let stopper = std::thread::spawn(move || server.shutdown());
+    script.release();
+    assert_eq!(status(&conn.line()), 200);
+    assert_eq!(conn.line(), "(closed)");
+    stopper.join().unwrap().unwrap();
+    let server = TestServer::with(|builder| builder.persist("memory", || Ok(disk)));
+    assert_eq!(status(&server.connect().ask(r#"{"type":"Get","key":"a"}"#)), 200);
+}
+
+#[test]
+fn a_ttl_goes_on_over_a_restart_and_its_end_is_told() {
+    let disk = MemoryPersist::new(Epoch::new(1));
+    let start = || {
+        let disk = disk.clone();
+        TestServer::with(|builder| builder.persist("memory", || Ok(disk)))
+    };
+    let server = start();
+    let answer = server.connect().ask(r#"{"type":"Put","key":"a","value":"x","ttl_ms":400}"#);
+    assert_eq!(status(&answer), 200);
+    server.shutdown().unwrap();
+    let server = start();
+    let mut conn = server.connect();
+    conn.send(r#"{"type":"Subscribe","key":"a"}"#);
+    assert_eq!(conn.line(), "\"Hello\"");
+    assert_eq!(conn.line(), r#"{"Close":{"key":"a","revision":2,"skipped":0,"reason":"expired"}}"#);
+}

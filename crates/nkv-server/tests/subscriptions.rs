@@ -1,0 +1,249 @@
+//! Subscriptions over sockets: nothing lost, nothing old, nobody held up.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use nkv_core::NoPersist;
+use nkv_server::Options;
+use nkv_testkit::script::ScriptedPersist;
+use support::{Conn, PATIENCE, TestServer, eventually, status};
+
+/// Reads notifications until `revision` was told; what is known then, and the revisions in the order told.
+fn follow(conn: &mut Conn, revision: u64) -> (BTreeMap<String, String>, Vec<u64>) {
+    let (mut known, mut told) = (BTreeMap::new(), Vec::new());
+    while told.last().is_none_or(|last| *last < revision) {
+        let message = conn.json();
+        let (kind, fields) = message.as_object().unwrap().iter().next().unwrap();
+        let key = fields["key"].as_str().unwrap().to_owned();
+        match kind.as_str() {
+            "Update" => known.insert(key, fields["value"].as_str().unwrap().to_owned()),
+            "Close" => known.remove(&key),
+            other => panic!("{other}: {fields}"),
+        };
+        told.push(fields["revision"].as_u64().unwrap());
+    }
+    (known, told)
+}
+
+#[test]
+fn nothing_is_told_or_shown_or_answered_before_it_is_stored() {
+    let (persist, script) = ScriptedPersist::new(NoPersist::default());
+    let server = TestServer::with(|builder| builder.persist("scripted", || Ok(persist)));
+    let (mut watcher, mut reader, mut writer) = (server.connect(), server.connect(), server.connect());
+    assert_eq!(watcher.ask(r#"{"type":"Subscribe","key":"a"}"#), "\"Hello\"");
+    script.block();
+    writer.send(r#"{"type":"Put","key":"a","value":"new"}"#);
+    assert!(script.wait_until_blocked(PATIENCE));
+    // Reads go on while storage works, and see what is stored.
+    assert_eq!(status(&reader.ask(r#"{"type":"Get","key":"a"}"#)), 404);
+    for conn in [&watcher, &writer] {
+        conn.stream().set_nonblocking(true).unwrap();
+        let peeked = conn.stream().peek(&mut [0]);
+        assert_eq!(peeked.unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "something came too early");
+        conn.stream().set_nonblocking(false).unwrap();
+    }
+    script.release();
+    assert_eq!(status(&writer.line()), 200);
+    assert!(watcher.line().starts_with(r#"{"Update":{"key":"a""#));
+    assert_eq!(status(&reader.ask(r#"{"type":"Get","key":"a"}"#)), 200);
+}
+
+#[test]
+fn snapshot_and_changes_meet_without_gap_or_repetition() {
+    let server = TestServer::start();
+    let newest = Arc::new(AtomicU64::new(0));
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = thread::spawn({
+        let (newest, stop, mut conn) = (Arc::clone(&newest), Arc::clone(&stop), server.connect());
+        move || {
+            while !stop.load(Ordering::Relaxed) {
+                newest.store(conn.put("race.key", "x"), Ordering::SeqCst);
+            }
+        }
+    });
+    eventually("a first put", || newest.load(Ordering::SeqCst) > 0);
+    let mut conn = server.connect();
+    conn.hello("racer", "text");
+    let mut last = 0;
+    for _ in 0..300 {
+        let before = newest.load(Ordering::SeqCst);
+        conn.send(r#"{"type":"Subscribe","key":"race","snapshot":true}"#);
+        // Left over from the subscription before: still in order.
+        let mut line = conn.line();
+        while line != "\"Hello\"" {
+            line = conn.line();
+        }
+        let update = conn.json();
+        let snapshot = update["Update"]["revision"].as_u64().unwrap();
+        assert!(snapshot >= before && snapshot >= last, "went back from {before} or {last} to {snapshot}");
+        let synced = conn.json();
+        assert_eq!(synced["Synced"]["revision"], snapshot);
+        let change = conn.json();
+        let next = change["Update"]["revision"].as_u64().unwrap();
+        assert_eq!(next, snapshot + 1 + change["Update"]["skipped"].as_u64().unwrap(), "a gap or a repetition");
+        conn.send(r#"{"type":"Unsubscribe","id":"u","key":"race"}"#);
+        let mut line = conn.line();
+        while !line.contains("\"id\":\"u\"") {
+            line = conn.line();
+        }
+        last = next;
+    }
+    stop.store(true, Ordering::Relaxed);
+    writer.join().unwrap();
+}
+
+#[test]
+fn a_subscriber_that_stands_still_holds_up_nobody_and_has_the_latest_when_it_reads_on() {
+    let server = TestServer::start();
+    let mut stalled = server.connect();
+    stalled.hello("stalled", "text");
+    assert_eq!(stalled.ask(r#"{"type":"Subscribe","key":"big"}"#), "\"Hello\"");
+    let mut healthy = server.connect();
+    healthy.hello("healthy", "text");
+    assert_eq!(healthy.ask(r#"{"type":"Subscribe","key":"big"}"#), "\"Hello\"");
+    let mut writer = server.connect();
+    let filler = "x".repeat(20_000);
+    let mut last = 0;
+    for n in 0..2_000 {
+        last = writer.put(&format!("big.{}", n % 10), &format!("{n} {filler}"));
+    }
+    let expected: BTreeMap<_, _> =
+        (1_990..2_000).map(|n| (format!("big.{}", n % 10), format!("{n} {filler}"))).collect();
+    for conn in [&mut healthy, &mut stalled] {
+        let (known, told) = follow(conn, last);
+        assert_eq!(known, expected);
+        assert!(told.is_sorted_by(|a, b| a < b), "revisions went back");
+    }
+    // The stalled one was told of what fits its buffers, and of the last state of each key.
+    let stats = writer.ask(r#"{"type":"Stats"}"#);
+    let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
+    assert!(stats["Stats"]["conflated"].as_u64().unwrap() > 500, "{stats}");
+}
+
+#[test]
+fn writers_on_many_keys_and_subscribers_agree_in_the_end() {
+    let server = TestServer::start();
+    let patterns = ["*", "w", "w.*", "w.3", "w.3.x"];
+    let mut subscribers: Vec<Conn> = patterns
+        .iter()
+        .map(|pattern| {
+            let mut conn = server.connect();
+            conn.hello(pattern, "text");
+            assert_eq!(conn.ask(&format!(r#"{{"type":"Subscribe","key":"{pattern}"}}"#)), "\"Hello\"");
+            conn
+        })
+        .collect();
+    let writers: Vec<_> = (0..8)
+        .map(|writer| {
+            let mut conn = server.connect();
+            thread::spawn(move || {
+                for n in 0..200 {
+                    conn.put(&format!("w.{writer}"), &n.to_string());
+                    conn.put(&format!("w.{writer}.x"), &n.to_string());
+                    if n % 7 == 0 {
+                        conn.ask(&format!(r#"{{"type":"Delete","key":"w.{writer}.x"}}"#));
+                    }
+                }
+            })
+        })
+        .collect();
+    writers.into_iter().for_each(|writer| writer.join().unwrap());
+    // A last change that every pattern covers.
+    let last = server.connect().put("w.3.x", "end");
+    for (pattern, conn) in patterns.iter().zip(&mut subscribers) {
+        let (known, told) = follow(conn, last);
+        assert!(told.is_sorted_by(|a, b| a < b), "{pattern}: revisions went back");
+        let covered = nkv_core::Pattern::new(pattern).unwrap();
+        let mut expected = BTreeMap::new();
+        for writer in 0..8 {
+            expected.insert(format!("w.{writer}"), "199".to_owned());
+            expected.insert(format!("w.{writer}.x"), if writer == 3 { "end".into() } else { "199".to_owned() });
+        }
+        expected.retain(|key, _| covered.covers(&nkv_core::Key::new(key).unwrap()));
+        assert_eq!(known, expected, "{pattern}");
+    }
+}
+
+#[test]
+fn a_client_that_comes_back_takes_its_subscription_over() {
+    let server = TestServer::start();
+    let mut first = server.connect();
+    first.hello("same", "text");
+    first.ask(r#"{"type":"Subscribe","key":"a"}"#);
+    let mut second = server.connect();
+    second.hello("same", "text");
+    second.ask(r#"{"type":"Subscribe","key":"a"}"#);
+    assert_eq!(first.line(), r#"{"Close":{"key":"a","reason":"replaced"}}"#);
+    drop(first);
+    // The end of the first connection must not take the second's subscription along.
+    let mut other = server.connect();
+    eventually("the first connection is gone", || {
+        let stats: serde_json::Value = serde_json::from_str(&other.ask(r#"{"type":"Stats"}"#)).unwrap();
+        stats["Stats"]["connections"] == 2
+    });
+    other.put("a", "told");
+    assert!(second.line().contains("told"));
+}
+
+#[test]
+fn subscriptions_end_with_their_connection() {
+    let server = TestServer::start();
+    let mut watcher = server.connect();
+    for n in 0..100 {
+        let mut conn = server.connect();
+        assert_eq!(conn.ask(&format!(r#"{{"type":"Subscribe","key":"k{n}"}}"#)), "\"Hello\"");
+    }
+    eventually("no subscription is left", || {
+        watcher.ask(r#"{"type":"Stats"}"#).contains("\"subscriptions\":0,\"connections\":1,")
+    });
+}
+
+#[test]
+fn limits_of_connections_and_subscriptions_are_told() {
+    let mut options = Options::default();
+    options.connections_max = 3;
+    options.subscriptions_max = 2;
+    let server = TestServer::with(|builder| builder.options(options));
+    let mut kept: Vec<Conn> = (0..3).map(|_| server.connect()).collect();
+    kept.iter_mut().for_each(|conn| assert_eq!(status(&conn.ask(r#"{"type":"Health"}"#)), 200));
+    let mut refused = server.connect();
+    assert_eq!(status(&refused.line()), 503);
+    assert_eq!(refused.line(), "(closed)");
+    drop(kept.pop());
+    eventually("a place is free again", || {
+        let mut conn = server.connect();
+        // A refused connection may be reset while we write.
+        drop(std::io::Write::write_all(&mut conn.stream(), b"{\"type\":\"Health\"}\n"));
+        conn.line().contains("200")
+    });
+    let conn = &mut kept[0];
+    assert_eq!(conn.ask(r#"{"type":"Subscribe","key":"a"}"#), "\"Hello\"");
+    assert_eq!(conn.ask(r#"{"type":"Subscribe","key":"b"}"#), "\"Hello\"");
+    assert_eq!(status(&conn.ask(r#"{"type":"Subscribe","key":"c"}"#)), 429);
+    assert_eq!(conn.ask(r#"{"type":"Unsubscribe","key":"a"}"#), r#"{"Close":{"key":"a","reason":"unsubscribed"}}"#);
+    assert_eq!(status(&conn.line()), 200);
+    assert_eq!(conn.ask(r#"{"type":"Subscribe","key":"c"}"#), "\"Hello\"");
+}
+
+#[test]
+fn the_largest_holder_of_incomplete_messages_is_closed_when_all_hold_too_much() {
+    let mut options = Options::default();
+    options.incomplete_max = 300_000;
+    let server = TestServer::with(|builder| builder.options(options));
+    let part =
+        |whole: usize, len: usize| format!("{{\"type\":\"Put\",\"key\":\"a\",\"len\":{whole}}}\n{}", "x".repeat(len));
+    let mut small = server.connect();
+    std::io::Write::write_all(&mut small.stream(), part(60_000, 50_000).as_bytes()).unwrap();
+    let mut large = server.connect();
+    std::io::Write::write_all(&mut large.stream(), part(1_000_000, 290_000).as_bytes()).unwrap();
+    assert_eq!(status(&large.line()), 503);
+    assert_eq!(large.line(), "(closed)");
+    std::io::Write::write_all(&mut small.stream(), "x".repeat(10_000).as_bytes()).unwrap();
+    assert_eq!(status(&small.send("").line()), 200);
+}

@@ -282,10 +282,13 @@ impl<T> Inbox<T> {
         if state.closed {
             return Poll::Ready(None);
         }
-        match &mut state.waker {
-            Some(waker) => waker.clone_from(cx.waker()),
-            none => *none = Some(cx.waker().clone()),
-        }
+        let old = match &state.waker {
+            Some(waker) if waker.will_wake(cx.waker()) => None,
+            _ => state.waker.replace(cx.waker().clone()),
+        };
+        // A waker may own what owns a mailbox: it must not be dropped under the lock.
+        drop(state);
+        drop(old);
         Poll::Pending
     }
 

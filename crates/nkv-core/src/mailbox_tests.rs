@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used, reason = "the helpers of a test are test code too")]
+
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::task::Wake;
 use std::thread;

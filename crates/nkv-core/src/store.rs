@@ -465,8 +465,8 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         }
     }
 
-    // A panic while one of these two locks is held comes from a notifier that broke its contract. The data under them
-    // is whole between two steps of this module, so the store works on.
+    // A panic under one of these two locks comes from a notifier that broke its contract. The data under them is whole
+    // between two steps of this module, so reads and subscriptions go on; the writer, whose lock was held too, stops.
 
     fn read(&self) -> RwLockReadGuard<'_, Keyspace> {
         self.keyspace.read().unwrap_or_else(PoisonError::into_inner)

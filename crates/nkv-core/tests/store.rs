@@ -433,8 +433,8 @@ mod subscriptions {
     #[test]
     fn forgetting_a_subscription_leaves_the_one_that_replaced_it() {
         let store = store();
-        let (old, new) = (ScriptedNotifier::new(), ScriptedNotifier::new());
-        let first = store.subscribe(pattern("a"), "me".into(), old.clone(), false);
+        let new = ScriptedNotifier::new();
+        let first = store.subscribe(pattern("a"), "me".into(), ScriptedNotifier::new(), false);
         let second = store.subscribe(pattern("a"), "me".into(), new.clone(), false);
         store.forget(&first);
         put(&store, "a", "x").unwrap();
@@ -499,21 +499,38 @@ mod subscriptions {
                     acknowledged.store(revision.get(), SeqCst);
                 }
             });
+            let _stop = StopOnDrop(&stop); // also when an assertion fails, or the scope would wait for the writer
+            let mut previous: Option<(Inbox, u64)> = None;
             for _ in 0..5_000 {
                 let before = acknowledged.load(SeqCst);
                 let (post, inbox) = mailbox();
                 store.subscribe(pattern("k"), "me".into(), post, true);
-                let mut at = snapshot_revision(&inbox);
+                let at = snapshot_revision(&inbox);
                 assert!(at >= before, "the snapshot lacks a change that was acknowledged before: {at} < {before}");
-                while let Some(Item::Event { event, skipped }) = inbox.try_take() {
-                    let EventKind::Change(change) = event.kind() else { break };
-                    // All changes are of this key, so what was not told was skipped, and counted.
-                    assert_eq!(change.revision.get(), at + 1 + skipped, "a gap, or a step back, after {at}");
-                    at = change.revision.get();
+                if let Some((inbox, from)) = previous.replace((inbox, at)) {
+                    assert_eq!(told_up_to(&inbox, from), at, "where one ends, the one that replaces it starts");
                 }
             }
-            stop.store(true, SeqCst);
         });
+    }
+
+    struct StopOnDrop<'a>(&'a AtomicBool);
+
+    impl Drop for StopOnDrop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, SeqCst);
+        }
+    }
+
+    /// Follows the changes of the one key from `at` on until the subscription was replaced.
+    fn told_up_to(inbox: &Inbox, mut at: u64) -> u64 {
+        loop {
+            let Some(Item::Event { event, skipped }) = inbox.try_take() else { panic!("the end was not told") };
+            let EventKind::Change(change) = event.kind() else { return at };
+            // All changes are of this key, so what was not told was skipped, and counted.
+            assert_eq!(change.revision.get(), at + 1 + skipped, "a gap, or a step back, after {at}");
+            at = change.revision.get();
+        }
     }
 
     fn snapshot_revision(inbox: &Inbox) -> u64 {
@@ -625,6 +642,7 @@ mod reading {
                     assert!(page.entries.len() == limit || !page.more);
                     listed.extend(list.entries);
                     got.extend(page.entries);
+                    assert!(got.len() <= whole.len(), "pages without end");
                     if !page.more {
                         break;
                     }

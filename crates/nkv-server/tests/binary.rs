@@ -39,6 +39,7 @@ impl Process {
         Process::spawn(command)
     }
 
+    #[expect(clippy::zombie_processes, reason = "waited for on drop, or the test fails before")]
     fn spawn(mut command: Command) -> Self {
         let mut child = command.spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());

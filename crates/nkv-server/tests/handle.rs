@@ -7,7 +7,6 @@ use std::time::Duration;
 use nkv_core::{Action, EventKind, Key, Op, Outcome, Pattern, PutOptions, Reason, Revision};
 use nkv_server::{HandleError, Server, WriteOptions};
 use tokio::time::timeout;
-use tokio_stream::StreamExt;
 
 fn key(text: &str) -> Key {
     Key::new(text).unwrap()

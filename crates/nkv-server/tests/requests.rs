@@ -130,7 +130,7 @@ fn hostile_input_harms_nobody() {
     let server = TestServer::start();
     let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
     for round in 0..40 {
-        let mut conn = server.connect();
+        let conn = server.connect();
         let junk: Vec<u8> = (0..4_000)
             .map(|_| {
                 seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -160,7 +160,7 @@ fn a_line_without_end_costs_a_line_at_most() {
     let mut options = Options::default();
     options.value_len_max = 1_000;
     let server = TestServer::with(|builder| builder.options(options));
-    let mut conn = Conn::to(&server.addr);
+    let conn = Conn::to(&server.addr);
     // Far more than a line may measure; the server closes before all of it is written.
     let mut written = 0;
     while written < 50 << 20 {

@@ -1,0 +1,581 @@
+//! Random operations on a `NotifyKeyValue` and on a model of it that is slow and obvious: maps of owned segments, lists
+//! searched from end to end. Everything that anyone can see has to be the same, after each step.
+//!
+//! `PROPTEST_CASES=100000 cargo test -p nkv-core --release --test model` runs it for longer.
+#![cfg(not(loom))]
+#![allow(clippy::unwrap_used, reason = "the helpers of a test are test code too")]
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use nkv_core::mailbox::{Inbox, Item, Mailbox, mailbox};
+use nkv_core::{
+    Action, EndReason, Epoch, EventKind, Expiry, Key, MemoryPersist, NotifyKeyValue, Op, Outcome, Pattern,
+    PersistErrorKind, PutOptions, Reason, Record, Revision,
+};
+use nkv_testkit::script::{Crash, PersistScript, ScriptedPersist};
+use proptest::prelude::*;
+
+type Store = NotifyKeyValue<ScriptedPersist<MemoryPersist>, Mailbox>;
+
+const SUBSCRIBERS: usize = 3;
+
+/// A key of the model. Its order is that of segments, without any trick.
+type Path = Vec<&'static str>;
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Which {
+    Key(Path),
+    Below(Path),
+    All,
+}
+
+impl Which {
+    fn selects(&self, path: &Path) -> bool {
+        match self {
+            Which::Key(own) => own == path,
+            Which::Below(branch) => path.len() > branch.len() && path[..branch.len()] == branch[..],
+            Which::All => true,
+        }
+    }
+
+    fn covers(&self, path: &Path) -> bool {
+        match self {
+            Which::Key(branch) => path.len() >= branch.len() && path[..branch.len()] == branch[..],
+            other => other.selects(path),
+        }
+    }
+
+    fn pattern(&self) -> Pattern {
+        match self {
+            Which::Key(path) => Pattern::new(&path.join(".")).unwrap(),
+            Which::Below(path) => Pattern::new(&format!("{}.*", path.join("."))).unwrap(),
+            Which::All => Pattern::All,
+        }
+    }
+}
+
+fn key(path: &Path) -> Key {
+    Key::new(&path.join(".")).unwrap()
+}
+
+/// What revision a condition names.
+#[derive(Clone, Copy, Debug)]
+enum Expected {
+    Present,
+    Absent,
+    Wrong,
+}
+
+#[derive(Clone, Debug)]
+enum Write {
+    Put { path: Path, value: u8, condition: Option<Expected>, ttl_ms: Option<u64> },
+    Delete { which: Which, condition: Option<Expected> },
+    Expire,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Failure {
+    Kind(PersistErrorKind),
+    Crash(Crash),
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write(Vec<Write>),
+    Time(u64),
+    Fail(Failure),
+    Query {
+        which: Which,
+        after: Option<Path>,
+        limit: usize,
+    },
+    Subscribe {
+        who: usize,
+        to: Which,
+        snapshot: bool,
+    },
+    Unsubscribe {
+        who: usize,
+        from: Which,
+    },
+    Read {
+        who: usize,
+        at_most: usize,
+    },
+    /// The subscriber goes without a word.
+    Leave {
+        who: usize,
+    },
+    /// It subscribes over another mailbox from now on; the old one is still there.
+    Reconnect {
+        who: usize,
+    },
+    Restart {
+        set_clock_back: bool,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Entry {
+    value: Bytes,
+    revision: u64,
+    expiry: Option<Expiry>,
+}
+
+/// What a change made of a key: a value, or its end.
+type State = Result<(Bytes, Option<Expiry>), Reason>;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Told {
+    Change { path: Path, revision: u64, state: State, skipped: u64 },
+    Snapshot { of: Pattern, records: Vec<Record>, revision: u64 },
+    Ended { of: Pattern, reason: EndReason },
+}
+
+#[derive(Clone, Debug, Default)]
+struct Data {
+    entries: BTreeMap<Path, Entry>,
+    revision: u64,
+}
+
+/// A mailbox, and what must come out of it.
+struct Connection {
+    post: Mailbox,
+    inbox: Option<Inbox>,
+    expected: Vec<Told>,
+    /// The highest revision read.
+    read: u64,
+}
+
+impl Connection {
+    fn new() -> Self {
+        let (post, inbox) = mailbox();
+        Connection { post, inbox: Some(inbox), expected: vec![], read: 0 }
+    }
+
+    /// Conflation, as one would explain it.
+    fn change(&mut self, path: &Path, revision: u64, state: &State) {
+        let same = |told: &Told| matches!(told, Told::Change { path: other, .. } if other == path);
+        let skipped = match self.expected.iter().position(same).map(|at| self.expected.remove(at)) {
+            Some(Told::Change { skipped, .. }) => skipped + 1,
+            _ => 0,
+        };
+        self.expected.push(Told::Change { path: path.clone(), revision, state: state.clone(), skipped });
+    }
+
+    fn read(&mut self, at_most: usize) {
+        let Some(inbox) = &self.inbox else { return };
+        for _ in 0..at_most {
+            let Some(item) = inbox.try_take() else {
+                assert_eq!(self.expected, [], "these were never told");
+                return;
+            };
+            assert!(!self.expected.is_empty(), "{item:?} was told, and nothing was to be");
+            let told = told(&item);
+            assert_eq!(told, self.expected.remove(0));
+            if let Told::Change { revision, .. } = told {
+                assert!(revision > self.read, "revisions increase");
+                self.read = revision;
+            }
+        }
+    }
+}
+
+fn told(item: &Item) -> Told {
+    let Item::Event { event, skipped } = item else { panic!("nobody posts items of their own") };
+    match event.kind() {
+        EventKind::Change(change) => Told::Change {
+            path: change.key.segments().map(|segment| if segment == "a" { "a" } else { "b" }).collect(),
+            revision: change.revision.get(),
+            state: match &change.action {
+                Action::Put { value, expiry } => Ok((value.clone(), *expiry)),
+                Action::Delete { reason } => Err(*reason),
+            },
+            skipped: *skipped,
+        },
+        EventKind::Snapshot(snapshot) => Told::Snapshot {
+            of: snapshot.pattern.clone(),
+            records: snapshot.records.clone(),
+            revision: snapshot.revision.get(),
+        },
+        EventKind::Ended { pattern, reason } => Told::Ended { of: pattern.clone(), reason: *reason },
+        other => panic!("{other:?}"),
+    }
+}
+
+struct World {
+    store: Store,
+    script: PersistScript,
+    disk: MemoryPersist,
+    memory: Data,
+    stored: Data,
+    now: u64,
+    failure: Option<Failure>,
+    poisoned: bool,
+    connections: Vec<Connection>,
+    /// Over which connection each subscriber subscribes at present.
+    current: [usize; SUBSCRIBERS],
+    subscriptions: BTreeMap<(usize, Which), usize>,
+}
+
+fn open(disk: &MemoryPersist, now: u64) -> (Store, PersistScript) {
+    let (persist, script) = ScriptedPersist::new(disk.clone());
+    (NotifyKeyValue::open(persist, now).unwrap(), script)
+}
+
+fn record(path: &Path, entry: &Entry) -> Record {
+    let Entry { value, revision, expiry } = entry.clone();
+    Record { key: key(path), value, revision: Revision::new(revision), expiry }
+}
+
+fn id(who: usize) -> nkv_core::SubscriberId {
+    ["x", "y", "z"][who].into()
+}
+
+impl World {
+    fn new() -> Self {
+        let disk = MemoryPersist::new(Epoch::new(1));
+        let (store, script) = open(&disk, 1_000);
+        World {
+            store,
+            script,
+            disk,
+            memory: Data::default(),
+            stored: Data::default(),
+            now: 1_000,
+            failure: None,
+            poisoned: false,
+            connections: (0..SUBSCRIBERS).map(|_| Connection::new()).collect(),
+            current: std::array::from_fn(|who| who),
+            subscriptions: BTreeMap::new(),
+        }
+    }
+
+    fn step(&mut self, step: Step) {
+        match step {
+            Step::Write(writes) => self.write(&writes),
+            Step::Time(ms) => self.now += ms,
+            Step::Fail(failure) => self.fail(failure),
+            Step::Query { which, after, limit } => self.query(&which, after.as_ref(), limit),
+            Step::Subscribe { who, to, snapshot } => self.subscribe(who, to, snapshot),
+            Step::Unsubscribe { who, from } => self.unsubscribe(who, from),
+            Step::Read { who, at_most } => self.connections[self.current[who]].read(at_most),
+            Step::Leave { who } => self.connections[self.current[who]].inbox = None,
+            Step::Reconnect { who } => {
+                self.current[who] = self.connections.len();
+                self.connections.push(Connection::new());
+            }
+            Step::Restart { set_clock_back } => self.restart(set_clock_back),
+        }
+        self.compare();
+    }
+
+    fn fail(&mut self, failure: Failure) {
+        self.failure = Some(failure);
+        match failure {
+            Failure::Kind(kind) => self.script.fail_next(kind),
+            Failure::Crash(crash) => self.script.crash_next(crash),
+        }
+    }
+
+    fn write(&mut self, writes: &[Write]) {
+        let ops: Vec<Op> = writes.iter().map(|write| self.op(write)).collect();
+        let result = self.store.write(&ops);
+        if self.poisoned {
+            assert_eq!(result.unwrap_err().kind(), PersistErrorKind::Poisoned);
+            return;
+        }
+        let mut planned = self.memory.clone();
+        let (changes, outcomes) = plan(&mut planned, &ops, self.now);
+        if changes.is_empty() {
+            assert_eq!(result.unwrap(), outcomes);
+            return;
+        }
+        match self.failure.take() {
+            None => {
+                assert_eq!(result.unwrap(), outcomes);
+                self.memory = planned;
+                store_changes(&mut self.stored, &changes);
+                changes.iter().for_each(|change| self.publish(change));
+            }
+            Some(Failure::Kind(kind)) => assert_eq!(result.unwrap_err().kind(), kind),
+            Some(Failure::Crash(crash)) => {
+                assert_eq!(result.unwrap_err().kind(), PersistErrorKind::Poisoned);
+                self.poisoned = true;
+                if crash == Crash::AfterStoring {
+                    store_changes(&mut self.stored, &changes);
+                }
+            }
+        }
+    }
+
+    fn op(&self, write: &Write) -> Op {
+        let condition = |path: &Path, condition: Option<Expected>| {
+            let present = self.memory.entries.get(path).map_or(0, |entry| entry.revision);
+            condition.map(|expected| match expected {
+                Expected::Present => Revision::new(present),
+                Expected::Absent => Revision::ZERO,
+                Expected::Wrong => Revision::new(present + 1),
+            })
+        };
+        match write {
+            Write::Put { path, value, condition: expected, ttl_ms } => {
+                let expiry = ttl_ms.map(|ttl_ms| Expiry { at: self.now + ttl_ms, ttl_ms });
+                let options = PutOptions { if_revision: condition(path, *expected), expiry };
+                Op::Put { key: key(path), value: vec![*value; usize::from(*value)].into(), options }
+            }
+            Write::Delete { which, condition: expected } => {
+                let if_revision = match which {
+                    Which::Key(path) => condition(path, *expected),
+                    _ => None,
+                };
+                Op::Delete { pattern: which.pattern(), if_revision }
+            }
+            Write::Expire => Op::Expire { now: self.now },
+        }
+    }
+
+    fn publish(&mut self, (path, revision, state): &(Path, u64, State)) {
+        let covering: Vec<_> = self.subscriptions.keys().filter(|(_, to)| to.covers(path)).cloned().collect();
+        let mut told = BTreeSet::new();
+        for subscription in covering {
+            let connection = self.subscriptions[&subscription];
+            if self.connections[connection].inbox.is_none() {
+                self.subscriptions.remove(&subscription); // the store is told so, and forgets it
+            } else if told.insert(connection) {
+                self.connections[connection].change(path, *revision, state);
+            }
+        }
+    }
+
+    fn subscribe(&mut self, who: usize, to: Which, snapshot: bool) {
+        let over = self.current[who];
+        self.store.subscribe(to.pattern(), id(who), self.connections[over].post.clone(), snapshot);
+        let of = to.pattern();
+        if let Some(old) = self.subscriptions.remove(&(who, to.clone())) {
+            self.connections[old].expected.push(Told::Ended { of: of.clone(), reason: EndReason::Replaced });
+        }
+        if snapshot {
+            let entries = self.memory.entries.iter().filter(|(path, _)| to.covers(path));
+            let records = entries.map(|(path, entry)| record(path, entry)).collect();
+            self.connections[over].expected.push(Told::Snapshot { of, records, revision: self.memory.revision });
+            if self.connections[over].inbox.is_none() {
+                return;
+            }
+        }
+        self.subscriptions.insert((who, to), over);
+    }
+
+    fn unsubscribe(&mut self, who: usize, from: Which) {
+        let of = from.pattern();
+        let known = self.subscriptions.remove(&(who, from));
+        assert_eq!(self.store.unsubscribe(&of, &id(who)), known.is_some());
+        if let Some(connection) = known {
+            self.connections[connection].expected.push(Told::Ended { of, reason: EndReason::Unsubscribed });
+        }
+    }
+
+    fn restart(&mut self, set_clock_back: bool) {
+        self.read_everything();
+        self.now = if set_clock_back { self.now / 2 } else { self.now };
+        (self.store, self.script) = open(&self.disk, self.now);
+        self.memory = self.stored.clone();
+        for expiry in self.memory.entries.values_mut().filter_map(|entry| entry.expiry.as_mut()) {
+            expiry.at = expiry.at.min(self.now + expiry.ttl_ms);
+        }
+        (self.failure, self.poisoned) = (None, false);
+        self.connections = (0..SUBSCRIBERS).map(|_| Connection::new()).collect();
+        self.current = std::array::from_fn(|who| who);
+        self.subscriptions.clear();
+    }
+
+    /// Slow readers catch up: each ends with what is true.
+    fn read_everything(&mut self) {
+        self.connections.iter_mut().for_each(|connection| connection.read(usize::MAX));
+    }
+
+    fn query(&self, which: &Which, after: Option<&Path>, limit: usize) {
+        let pattern = which.pattern();
+        let selected = || self.memory.entries.iter().filter(|(path, _)| which.selects(path));
+        let all: Vec<Record> = selected().map(|(path, entry)| record(path, entry)).collect();
+        assert_eq!(self.store.exists(&pattern), !all.is_empty());
+        assert_eq!(self.store.get_all(&pattern), all);
+        let following = selected().filter(|(path, _)| after.is_none_or(|after| *path > after));
+        let rest: Vec<Record> = following.map(|(path, entry)| record(path, entry)).collect();
+        let (page, more) = (&rest[..limit.min(rest.len())], rest.len() > limit);
+        let after = after.map(key);
+        let list = self.store.list(&pattern, after.as_ref(), limit);
+        let expected: Vec<_> = page.iter().map(|record| (record.key.clone(), record.revision)).collect();
+        assert_eq!((list.entries, list.more), (expected, more));
+        let bytes = page.iter().map(|record| record.key.as_str().len() + record.value.len()).sum();
+        let got = self.store.get_page(&pattern, after.as_ref(), limit, bytes).unwrap();
+        assert_eq!((&got.entries[..], got.more), (page, more));
+        assert_eq!(self.store.get_page(&pattern, after.as_ref(), limit, bytes.wrapping_sub(1)).is_err(), bytes > 0);
+        if let Which::Key(path) = which {
+            assert_eq!(self.store.get(&key(path)).as_ref(), all.first());
+            let mut told: Vec<_> = self
+                .store
+                .subscribers_of(&key(path))
+                .iter()
+                .map(|s| (s.id().to_string(), s.pattern().to_string()))
+                .collect();
+            told.sort();
+            let covering = self.subscriptions.keys().filter(|(_, to)| to.covers(path));
+            let mut expected: Vec<_> =
+                covering.map(|(who, to)| (id(*who).to_string(), to.pattern().to_string())).collect();
+            expected.sort();
+            assert_eq!(told, expected);
+        }
+    }
+
+    fn compare(&self) {
+        let entries = &self.memory.entries;
+        let all: Vec<Record> = entries.iter().map(|(path, entry)| record(path, entry)).collect();
+        assert_eq!(self.store.get_all(&Pattern::All), all);
+        let stats = self.store.stats();
+        assert_eq!((stats.revision.get(), stats.keys), (self.memory.revision, entries.len() as u64));
+        assert_eq!(stats.value_bytes, all.iter().map(|record| record.value.len() as u64).sum::<u64>());
+        assert_eq!(stats.subscriptions, self.subscriptions.len() as u64);
+        let next = entries.values().filter_map(|entry| entry.expiry).map(|expiry| expiry.at).min();
+        assert_eq!(self.store.next_expiry(), next);
+    }
+}
+
+/// Does the operations one after the other, for real, and notes what changed.
+fn plan(data: &mut Data, ops: &[Op], now: u64) -> (Vec<(Path, u64, State)>, Vec<Outcome>) {
+    let before = data.clone();
+    let mut changes: Vec<(Path, u64, State)> = vec![];
+    let mut outcomes = vec![];
+    for op in ops {
+        let present = |data: &Data, path: &Path| data.entries.get(path).map_or(0, |entry| entry.revision);
+        let (doomed, reason): (Vec<Path>, Reason) = match op {
+            Op::Put { key, value, options } => {
+                let path = path_of(key);
+                let at = Revision::new(present(data, &path));
+                if options.if_revision.is_some_and(|expected| expected != at) {
+                    outcomes.push(Outcome::Conflict { revision: at });
+                    continue;
+                }
+                let change = (path, data.revision + 1, Ok((value.clone(), options.expiry)));
+                store_changes(data, std::slice::from_ref(&change));
+                outcomes.push(Outcome::Put { revision: Revision::new(change.1) });
+                changes.push(change);
+                continue;
+            }
+            Op::Delete { pattern: Pattern::Key(key), if_revision } => {
+                let path = path_of(key);
+                let at = Revision::new(present(data, &path));
+                if at != Revision::ZERO && if_revision.is_some_and(|expected| expected != at) {
+                    outcomes.push(Outcome::Conflict { revision: at });
+                    continue;
+                }
+                (data.entries.keys().filter(|known| **known == path).cloned().collect(), Reason::Deleted)
+            }
+            Op::Delete { pattern, .. } => {
+                (data.entries.keys().filter(|path| pattern.selects(&key(path))).cloned().collect(), Reason::Deleted)
+            }
+            Op::Expire { .. } => {
+                let touched = |path: &Path| changes.iter().any(|(changed, ..)| changed == path);
+                let due = before.entries.iter().filter(|(path, _)| !touched(path));
+                let due = due.filter_map(|(path, entry)| Some((entry.expiry?.at, path.clone())));
+                let mut due: Vec<_> = due.filter(|(at, _)| *at <= now).collect();
+                due.sort();
+                (due.into_iter().map(|(_, path)| path).collect(), Reason::Expired)
+            }
+        };
+        let count = doomed.len() as u64;
+        for path in doomed {
+            let change = (path, data.revision + 1, Err(reason));
+            store_changes(data, std::slice::from_ref(&change));
+            changes.push(change);
+        }
+        let revision = Revision::new(if count == 0 { 0 } else { data.revision });
+        let nothing = count == 0 && reason == Reason::Deleted;
+        outcomes.push(if nothing { Outcome::NotFound } else { Outcome::Deleted { count, revision } });
+    }
+    (changes, outcomes)
+}
+
+fn path_of(key: &Key) -> Path {
+    key.segments().map(|segment| if segment == "a" { "a" } else { "b" }).collect()
+}
+
+fn store_changes(data: &mut Data, changes: &[(Path, u64, State)]) {
+    for (path, revision, state) in changes {
+        data.revision = *revision;
+        match state.clone() {
+            Ok((value, expiry)) => {
+                data.entries.insert(path.clone(), Entry { value, revision: *revision, expiry });
+            }
+            Err(_) => _ = data.entries.remove(path),
+        }
+    }
+}
+
+fn path() -> impl Strategy<Value = Path> {
+    prop::collection::vec(prop::sample::select(vec!["a", "b"]), 1..=3)
+}
+
+fn which() -> impl Strategy<Value = Which> {
+    prop_oneof![5 => path().prop_map(Which::Key), 3 => path().prop_map(Which::Below), 1 => Just(Which::All)]
+}
+
+fn condition() -> impl Strategy<Value = Option<Expected>> {
+    let expected = prop::sample::select(vec![Expected::Present, Expected::Absent, Expected::Wrong]);
+    prop_oneof![2 => Just(None), 1 => expected.prop_map(Some)]
+}
+
+fn write() -> impl Strategy<Value = Write> {
+    let ttl = prop_oneof![2 => Just(None), 1 => (1_u64..100).prop_map(Some)];
+    let put = (path(), 0_u8..4, condition(), ttl);
+    prop_oneof![
+        6 => put.prop_map(|(path, value, condition, ttl_ms)| Write::Put { path, value, condition, ttl_ms }),
+        3 => (which(), condition()).prop_map(|(which, condition)| Write::Delete { which, condition }),
+        1 => Just(Write::Expire),
+    ]
+}
+
+fn failure() -> impl Strategy<Value = Failure> {
+    use PersistErrorKind::{Io, NoSpace, Rejected};
+    prop_oneof![
+        4 => prop::sample::select(vec![Io, NoSpace, Rejected]).prop_map(Failure::Kind),
+        1 => prop::sample::select(vec![Crash::AfterStoring, Crash::BeforeStoring]).prop_map(Failure::Crash),
+    ]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let who = 0..SUBSCRIBERS;
+    prop_oneof![
+        16 => write().prop_map(|write| Step::Write(vec![write])),
+        6 => prop::collection::vec(write(), 0..6).prop_map(Step::Write),
+        3 => (0_u64..60).prop_map(Step::Time),
+        2 => failure().prop_map(Step::Fail),
+        5 => (which(), prop::option::of(path()), 0_usize..6)
+            .prop_map(|(which, after, limit)| Step::Query { which, after, limit }),
+        6 => (who.clone(), which(), any::<bool>())
+            .prop_map(|(who, to, snapshot)| Step::Subscribe { who, to, snapshot }),
+        2 => (who.clone(), which()).prop_map(|(who, from)| Step::Unsubscribe { who, from }),
+        6 => (who.clone(), 0_usize..8).prop_map(|(who, at_most)| Step::Read { who, at_most }),
+        1 => who.clone().prop_map(|who| Step::Leave { who }),
+        2 => who.prop_map(|who| Step::Reconnect { who }),
+        2 => any::<bool>().prop_map(|set_clock_back| Step::Restart { set_clock_back }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { max_shrink_iters: 4_000, ..ProptestConfig::with_cases(cases()) })]
+
+    #[test]
+    fn whatever_is_done_the_store_and_its_subscribers_agree_with_the_model(
+        steps in prop::collection::vec(step(), 1..80)
+    ) {
+        let mut world = World::new();
+        steps.into_iter().for_each(|step| world.step(step));
+        world.read_everything();
+    }
+}
+
+fn cases() -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(1_000)
+}

@@ -68,3 +68,25 @@ impl SnapshotWriter {
         true
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nkv_core::{Key, Revision};
+
+    #[test]
+    fn an_event_is_encoded_once_for_each_form() {
+        let action = Action::Put { value: vec![b'"'; 10_000].into(), expiry: None };
+        let change = Change { key: Key::new("a").unwrap(), revision: Revision::new(1), action };
+        let change = Event::new(EventKind::Change(change));
+        let mut addresses = Vec::new();
+        for form in [ValueForm::Bytes, ValueForm::Text, ValueForm::Bytes, ValueForm::Text] {
+            let mut out = Chunks::default();
+            assert!(event(Arc::clone(&change), 0, form, &mut out).is_none());
+            // What is long is not copied, so its address tells which encoding it is.
+            addresses.push(out.take()[0].as_ptr());
+        }
+        assert_eq!(addresses[..2], addresses[2..]);
+        assert_ne!(addresses[0], addresses[1]);
+    }
+}

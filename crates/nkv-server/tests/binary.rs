@@ -6,81 +6,12 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::io::Read;
 use std::thread;
 use std::time::Duration;
 
-use support::{Conn, PATIENCE, eventually, status};
-
-fn command() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_nkv-server"));
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("NKV_")) {
-        command.env_remove(name);
-    }
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
-}
-
-/// A running `nkv-server`, killed when dropped.
-struct Process {
-    child: Child,
-    addr: String,
-    /// What it said on stderr after it listened, line by line.
-    log: Receiver<String>,
-}
-
-impl Process {
-    fn start(data_dir: &Path, arguments: &[&str]) -> Self {
-        let mut command = command();
-        command.arg("127.0.0.1:0").arg("--data-dir").arg(data_dir).args(arguments);
-        Process::spawn(command)
-    }
-
-    #[expect(clippy::zombie_processes, reason = "waited for on drop, or the test fails before")]
-    fn spawn(mut command: Command) -> Self {
-        let mut child = command.spawn().unwrap();
-        let stderr = BufReader::new(child.stderr.take().unwrap());
-        let (said, log) = channel();
-        thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| said.send(line)));
-        let mut before = Vec::new();
-        loop {
-            let line = log.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("did not start: {before:?}"));
-            if let Some((_, addr)) = line.split_once("listening at ") {
-                let addr = addr.trim_matches(['"', '}']).split('"').next().unwrap().to_owned();
-                return Process { child, addr, log };
-            }
-            before.push(line);
-        }
-    }
-
-    fn connect(&self) -> Conn {
-        Conn::to(&self.addr)
-    }
-
-    fn signal(&self, signal: &str) {
-        let sent = Command::new("kill").arg(signal).arg(self.child.id().to_string()).status().unwrap();
-        assert!(sent.success());
-    }
-
-    fn wait(&mut self) -> ExitStatus {
-        let mut ended = None;
-        eventually("the process ends", || {
-            ended = self.child.try_wait().unwrap();
-            ended.is_some()
-        });
-        ended.unwrap()
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
-}
+use support::process::{Process, command};
+use support::{Conn, eventually, status};
 
 /// Runs to the end: exit code and what it said on stderr.
 fn run(arguments: &[&str]) -> (i32, String) {
@@ -128,6 +59,23 @@ fn a_second_signal_ends_it_at_once() {
     assert!(server.child.try_wait().unwrap().is_none(), "ended although a connection was not done");
     server.signal("-TERM");
     assert_eq!(server.wait().code(), Some(130));
+}
+
+#[test]
+fn a_connection_that_does_not_end_is_cut_when_it_stops() {
+    let mut server = Process::spawn({
+        let mut command = command();
+        command.args(["127.0.0.1:0", "--persist", "memory"]);
+        command
+    });
+    let mut slow = server.connect();
+    for n in 0..40 {
+        slow.put(&format!("big.{n}"), &"x".repeat(500_000));
+    }
+    slow.send(r#"{"type":"Get","key":"big.*"}"#);
+    assert_eq!(status(&server.connect().ask(r#"{"type":"Health"}"#)), 200);
+    server.signal("-TERM");
+    assert_eq!(server.wait().code(), Some(0));
 }
 
 #[test]

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use nkv_core::{Epoch, PersistError, PersistErrorKind, Revision};
 
 use crate::disk::{Disk, Lock, segment_name};
-use crate::format::SEGMENT_HEADER_LEN;
 use crate::log::Log;
 use crate::open::{create, cut, open_log, renew, resume};
 use crate::options::FsOptions;
@@ -43,7 +42,11 @@ pub struct Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} segments, {} batches, {} records", self.segments, self.batches, self.records)?;
-        writeln!(f, "{} keys, {} live bytes, revision {}, epoch {}", self.keys, self.live_bytes, self.revision, self.epoch)?;
+        writeln!(
+            f,
+            "{} keys, {} live bytes, revision {}, epoch {}",
+            self.keys, self.live_bytes, self.revision, self.epoch
+        )?;
         if self.torn_bytes > 0 {
             writeln!(f, "torn by a crash: {} bytes at the end", self.torn_bytes)?;
         }

@@ -44,7 +44,7 @@ impl Log {
         let total = self.index.total_bytes() + extra;
         let head_live = self.index.usage(self.head).live;
         // Copying comes with frames of its own, with a new segment or two, and with the record of the new head.
-        let frames = 2 + head_live / self.options.chunk_bytes();
+        let frames = 2 + 2 * head_live / self.options.chunk_bytes();
         let overhead = frames * 48 + 2 * (SEGMENT_HEADER_LEN + SEAL_FRAME_LEN) + HEAD_FRAME_LEN;
         if total + head_live + overhead > 2 * live + slack {
             Need::Now
@@ -65,7 +65,12 @@ impl Log {
 
     /// Whether the background has something to compact.
     pub(crate) fn wants_compaction(&self) -> bool {
-        self.need(0) > Need::None && self.check_usable().is_ok() && self.compact_after.is_none_or(|t| t <= Instant::now())
+        self.need(0) > Need::None && self.may_compact()
+    }
+
+    /// Whether compaction has not failed just now.
+    pub(crate) fn may_compact(&self) -> bool {
+        self.check_usable().is_ok() && self.compact_after.is_none_or(|time| time <= Instant::now())
     }
 }
 
@@ -180,18 +185,34 @@ impl Compactor {
         Ok(false)
     }
 
-    /// Appends what is needed even now, when nobody else can append.
+    /// Appends what was found, in frames of a bounded size.
     fn copy(&mut self, log: &Mutex<Log>, number: u64) -> Result<(), PersistError> {
-        let mut log = lock(log);
-        self.candidates.retain(|found| log.index.is_live(&found.key, number, found.offset));
-        if self.candidates.is_empty() {
-            return Ok(());
+        let mut found = std::mem::take(&mut self.candidates).into_iter();
+        while found.len() > 0 {
+            self.copy_chunk(&mut lock(log), number, &mut found)?;
         }
+        Ok(())
+    }
+
+    /// Appends what is needed even now, when nobody else can append.
+    fn copy_chunk(
+        &mut self,
+        log: &mut Log,
+        number: u64,
+        found: &mut impl Iterator<Item = Candidate>,
+    ) -> Result<(), PersistError> {
         self.frame.clear();
-        let mut copies = Vec::with_capacity(self.candidates.len());
-        for found in self.candidates.drain(..) {
-            let bytes = &self.bytes[found.bytes];
-            copies.push((found.key, self.frame.push_copy(bytes), bytes.len() as u32));
+        let mut copies = Vec::new();
+        while self.frame.len() < log.options.chunk_bytes()
+            && let Some(Candidate { key, offset, bytes }) = found.next()
+        {
+            if log.index.is_live(&key, number, offset) {
+                let record = &self.bytes[bytes];
+                copies.push((key, self.frame.push_copy(record), record.len() as u32));
+            }
+        }
+        if copies.is_empty() {
+            return Ok(());
         }
         self.frame.finish();
         let start = log.append_at_any_price(&mut self.frame)? + FRAME_HEADER_LEN as u64;
@@ -203,23 +224,28 @@ impl Compactor {
         Ok(())
     }
 
-    /// Notes durably that the segment is no longer needed, and only then unlinks it.
+    /// Notes durably that the segment is no longer needed, and those after it that hold nothing, and only then
+    /// unlinks them.
     fn drop_segment(&mut self, log: &Mutex<Log>, number: u64) -> Result<(), PersistError> {
         let mut guard = lock(log);
         if guard.index.usage(number).live > 0 {
             return Err(damaged(&segment_name(number), 0, "compaction did not find a value that must be there"));
         }
-        guard.append_at_any_price(&mut FrameBuf::of(|frame| frame.push_head(number + 1)))?;
-        guard.head = number + 1;
+        let is_needed = |log: &Log, number| number == log.active_number() || log.index.usage(number).live > 0;
+        let head = (number + 1..).find(|next| is_needed(&guard, *next)).unwrap_or(number + 1);
+        guard.append_at_any_price(&mut FrameBuf::of(|frame| frame.push_head(head)))?;
+        guard.head = head;
         let pending = guard.start_sync()?;
         drop(guard);
         let result = pending.run();
         lock(log).end_sync(&pending, result)?;
-        self.disk.remove(&segment_name(number))?;
-        let mut guard = lock(log);
-        guard.index.drop_segment(number);
-        guard.counters.compacted_segments += 1;
-        if let Err(error) = guard.regain_reserve() {
+        for number in number..head {
+            self.disk.remove(&segment_name(number))?;
+            let mut guard = lock(log);
+            guard.index.drop_segment(number);
+            guard.counters.compacted_segments += 1;
+        }
+        if let Err(error) = lock(log).regain_reserve() {
             tracing::debug!(%error, "no room for the reserve yet");
         }
         Ok(())
@@ -233,5 +259,44 @@ impl Log {
             Err(error) if error.kind() == PersistErrorKind::NoSpace && self.give_up_reserve()? => self.rotate(),
             result => result,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use nkv_core::{Action, Change, Revision};
+
+    use super::*;
+    use crate::open::open_log;
+    use crate::options::FsOptions;
+    use crate::sim::SimFs;
+    use crate::vfs::Open;
+
+    #[test]
+    fn a_key_that_is_deleted_while_it_is_being_copied_stays_deleted() {
+        let disk = Disk::new(Arc::new(SimFs::new()), "/data".into());
+        disk.create_dir().unwrap();
+        let dir_lock = disk.lock(Open::Create).unwrap();
+        let mut opened = open_log(&disk, &dir_lock, FsOptions::default().with_background(false)).unwrap();
+        let keys = ["gone", "stays"].map(|key| Key::new(key).unwrap());
+        for key in &keys {
+            let action = Action::Put { value: "1".into(), expiry: None };
+            let change = Change { key: key.clone(), revision: Revision::new(1), action };
+            let mut place = (0, 0);
+            let mut frame = FrameBuf::of(|frame| place = frame.push_change(&change));
+            let offset = opened.append(&mut frame).unwrap() + FRAME_HEADER_LEN as u64;
+            opened.index.put(key.clone(), Place { segment: 1, offset, len: place.1 });
+        }
+        let log = Mutex::new(opened);
+        let mut compactor = Compactor::new(disk);
+        let mut job = compactor.begin(&log).unwrap();
+        assert!(compactor.gather(&log, &mut job, 1 << 20).unwrap());
+        lock(&log).index.delete(&keys[0]);
+        compactor.copy(&log, job.number).unwrap();
+        compactor.drop_segment(&log, job.number).unwrap();
+        let log = lock(&log);
+        assert_eq!((log.index.key_count(), log.index.usage(2).live), (1, 26));
     }
 }

@@ -52,7 +52,8 @@ impl Disk {
     }
 
     pub(crate) fn open(&self, name: &str, how: Open) -> Result<Arc<dyn VfsFile>, PersistError> {
-        self.vfs.open(&self.dir.join(name), how).map_err(|e| from_io("open", name, e))
+        let path = self.dir.join(name);
+        self.vfs.open(&path, how).map_err(|e| from_io("open", &path.to_string_lossy(), e))
     }
 
     pub(crate) fn sync_dir(&self) -> Result<(), PersistError> {
@@ -62,14 +63,14 @@ impl Disk {
     /// Removes a file, durably; one that is not there is no error.
     pub(crate) fn remove(&self, name: &str) -> Result<(), PersistError> {
         match self.vfs.remove(&self.dir.join(name)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(from_io("remove", name, error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(from_io("remove", name, error)),
             _ => self.sync_dir(),
         }
     }
 
     pub(crate) fn lock(&self, how: Open) -> Result<Lock, PersistError> {
         let file = self.open(LOCK, how)?;
-        if file.try_lock().map_err(|e| from_io("lock", LOCK, e))? {
+        if file.try_lock().map_err(|e| from_io("lock", &self.dir.to_string_lossy(), e))? {
             return Ok(Lock { file });
         }
         let context = format!("another process uses the data directory {}", self.dir.display());
@@ -98,12 +99,12 @@ impl Disk {
         }
         to.sync_data().map_err(|e| from_io("sync", &broken, e))?;
         self.sync_dir()?;
-        self.forget_old_broken()?;
         Ok(broken)
     }
 
-    fn forget_old_broken(&self) -> Result<(), PersistError> {
-        let mut names: Vec<String> = self.list()?.into_iter().filter(|name| name.contains(".log.broken-")).collect();
+    /// Removes the oldest torn tails. Whole segments, which a repair put aside, stay.
+    pub(crate) fn forget_old_broken(&self) -> Result<(), PersistError> {
+        let mut names: Vec<String> = self.list()?.into_iter().filter(|name| is_torn_tail(name)).collect();
         names.sort_unstable();
         let surplus = names.len().saturating_sub(BROKEN_FILES_MAX);
         names.iter().take(surplus).try_for_each(|name| self.remove(name))
@@ -174,6 +175,10 @@ pub(crate) fn segment_name(number: u64) -> String {
 
 pub(crate) fn broken_name(name: &str, offset: u64) -> String {
     format!("{name}.broken-{offset:016x}")
+}
+
+fn is_torn_tail(name: &str) -> bool {
+    name.contains(".log.broken-") && !name.ends_with(".broken-0000000000000000")
 }
 
 fn parse_segment_name(name: &str) -> Option<u64> {

@@ -10,8 +10,8 @@ pub(crate) const FRAME_HEADER_LEN: usize = 40;
 pub(crate) const RECORD_HEADER_LEN: usize = 20;
 /// The length of the frame that ends a segment: one record without key and value, padded.
 pub(crate) const SEAL_FRAME_LEN: u64 = 64;
-/// The longest body of a frame.
-pub(crate) const BODY_LEN_MAX: usize = 1 << 30;
+/// The longest body of a batch; the limit of the numbers that hold it is well above.
+pub(crate) const BODY_LEN_MAX: usize = 1 << 28;
 
 /// Frames acknowledged after this one may be lost without a trace.
 pub(crate) const RELAXED: u16 = 1;
@@ -79,14 +79,17 @@ impl SegmentHeader {
         if u32_at(bytes, 68).ok_or(cut)? != 0 {
             return Err("the segment header does not end in zeros");
         }
-        Ok(SegmentHeader {
+        let header = SegmentHeader {
             salt: u32_at(bytes, 12).ok_or(cut)?,
             number: u64_at(bytes, 16).ok_or(cut)?,
             head: u64_at(bytes, 24).ok_or(cut)?,
             base: u64_at(bytes, 32).ok_or(cut)?,
             revision: Revision::new(u64_at(bytes, 40).ok_or(cut)?),
             epoch: Epoch::new(u128_at(bytes, 48).ok_or(cut)?),
-        })
+        };
+        // Nothing that is added to these numbers later can overflow.
+        let is_sane = header.number.max(header.base) <= u64::MAX / 2;
+        if is_sane { Ok(header) } else { Err("the segment header has a number that cannot be") }
     }
 }
 
@@ -240,7 +243,6 @@ impl FrameBuf {
         };
         batch.iter().map(len).try_fold(0_usize, usize::checked_add).is_some_and(|sum| sum <= BODY_LEN_MAX)
     }
-
 
     /// Bytes so far, without the padding.
     pub(crate) fn len(&self) -> u64 {

@@ -44,7 +44,7 @@ fn every_flipped_bit_of_a_frame_is_seen_and_so_is_another_segment() {
         frame.push_change(&put("a.b", 3, b"value", Some(Expiry { at: 5, ttl_ms: 6 })));
     });
     let bytes = frame.stamp(64, 8, RELAXED, SALT).to_vec();
-    assert!(read(&bytes).is_some() && bytes.len() % 8 == 0);
+    assert!(read(&bytes).is_some() && bytes.len().is_multiple_of(8));
     for bit in 0..bytes.len() * 8 {
         let mut bytes = bytes.clone();
         bytes[bit / 8] ^= 1 << (bit % 8);

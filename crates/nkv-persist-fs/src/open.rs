@@ -2,7 +2,7 @@
 //!
 //! Each step leaves a directory from which recovery can start again, since the power may fail here too.
 
-use nkv_core::{Epoch, PersistError, Revision};
+use nkv_core::{PersistError, PersistErrorKind, Revision};
 
 use crate::disk::{Disk, Lock, segment_name};
 use crate::error::from_io;
@@ -18,26 +18,36 @@ pub(crate) fn open_log(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<L
     if let Some(damage) = &scan.damage {
         return Err(damage.to_error());
     }
-    for number in scan.leftovers().chain(scan.stray) {
-        disk.remove(&segment_name(number))?;
-    }
     let log = match scan.tail {
         Some(tail) => reopen(disk, options, scan, tail)?,
-        None => create(disk, options, 1)?,
+        None => {
+            scan.stray.map_or(Ok(()), |number| disk.remove(&segment_name(number)))?;
+            create(disk, options, 1)?
+        }
     };
     lock.promise_segments()?;
     Ok(log)
 }
 
 fn reopen(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, PersistError> {
-    let is_torn = tail.end < tail.size;
-    if is_torn {
+    let needs_epoch = tail.end < tail.size || scan.cut_before || scan.relaxed;
+    let mut log = tidy(disk, options, scan, tail)?;
+    regain_reserve(&mut log);
+    start(&mut log, needs_epoch)?;
+    Ok(log)
+}
+
+/// Removes what is not needed, cuts a torn tail off, and gives the log that ends there.
+fn tidy(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, PersistError> {
+    for number in scan.leftovers().chain(scan.stray) {
+        disk.remove(&segment_name(number))?;
+    }
+    if tail.end < tail.size {
         cut(disk, &tail, "a crash left a torn tail")?;
+        disk.forget_old_broken()?;
     }
     let mut log = Log::new(disk.clone(), options, scan.index, tail)?;
     (log.head, log.epoch, log.revision) = (scan.head, scan.epoch, scan.revision);
-    regain_reserve(&mut log);
-    start(&mut log, is_torn || scan.cut_before || scan.relaxed)?;
     Ok(log)
 }
 
@@ -75,7 +85,13 @@ pub(crate) fn create(disk: &Disk, options: FsOptions, number: u64) -> Result<Log
 /// Keeps aside what stands behind the tail, and cuts it off.
 pub(crate) fn cut(disk: &Disk, tail: &Tail, why: &str) -> Result<(), PersistError> {
     let name = segment_name(tail.header.number);
-    let kept = disk.keep_aside(&name, tail.end)?;
+    let kept = match disk.keep_aside(&name, tail.end) {
+        Err(error) if error.kind() == PersistErrorKind::NoSpace => {
+            disk.release_reserve()?;
+            disk.keep_aside(&name, tail.end)?
+        }
+        kept => kept?,
+    };
     tracing::warn!(file = name, offset = tail.end, bytes = tail.size - tail.end, kept, "{why}: cut");
     let file = disk.open(&name, Open::Write)?;
     file.set_len(tail.end).and_then(|()| file.sync_data()).map_err(|e| from_io("cut", &name, e))
@@ -89,20 +105,12 @@ fn regain_reserve(log: &mut Log) {
 
 /// Goes on behind what a repair has left: notes the new epoch, and where the log begins now.
 pub(crate) fn resume(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, PersistError> {
-    for number in scan.leftovers().chain(scan.stray) {
-        disk.remove(&segment_name(number))?;
-    }
-    let is_torn = tail.end < tail.size;
-    if is_torn {
-        cut(disk, &tail, "a crash left a torn tail")?;
-    }
-    let mut log = Log::new(disk.clone(), options, scan.index, tail)?;
-    (log.head, log.epoch, log.revision) = (scan.head, scan.epoch, scan.revision);
+    let mut log = tidy(disk, options, scan, tail)?;
     renew(&mut log)?;
     Ok(log)
 }
 
-/// Begins the epoch of a new life.
+/// Begins a new epoch, and says that the log begins at its head, whatever stood before.
 pub(crate) fn renew(log: &mut Log) -> Result<(), PersistError> {
     let epoch = random_epoch()?;
     let mut frame = FrameBuf::of(|frame| {

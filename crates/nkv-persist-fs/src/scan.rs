@@ -267,7 +267,10 @@ impl Scan {
             self.stray = Some(last);
         }
         let position = reader.position();
-        if self.sealed || proven > position || (bad.is_some() && (self.head_is_behind_damage || reader.later_frame_proves()?)) {
+        if self.sealed
+            || proven > position
+            || (bad.is_some() && (self.head_is_behind_damage || reader.later_frame_proves()?))
+        {
             self.damage(number, end, bad.unwrap_or("the segment ends too early"));
         }
         Ok(false)

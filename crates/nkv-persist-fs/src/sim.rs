@@ -24,6 +24,8 @@ pub enum Fault {
     NoSpace,
     /// A write writes half of its bytes, and the next write fails for want of space; other calls just fail.
     Short,
+    /// A write is done and then said to have failed; other calls just fail.
+    Late,
     /// The call is interrupted before it does anything.
     Interrupted,
 }
@@ -270,7 +272,8 @@ impl State {
                 self.fault = Some((number + 1, Fault::NoSpace, forever));
                 Ok(Some(fault))
             }
-            Fault::Eio => Err(io::Error::other("injected EIO")),
+            Fault::Late if call == Call::Write => Ok(Some(fault)),
+            Fault::Eio | Fault::Late => Err(io::Error::other("injected EIO")),
             Fault::Interrupted if call != Call::Change => Err(io::ErrorKind::Interrupted.into()),
             _ if call == Call::Read => Err(io::Error::other("injected EIO")),
             _ => Err(io::ErrorKind::StorageFull.into()),
@@ -391,14 +394,14 @@ impl VfsFile for SimFile {
         let growth = end.saturating_sub(state.nodes[self.node].bytes.len() as u64);
         let room = state.capacity.map_or(u64::MAX, |capacity| capacity.saturating_sub(state.used()));
         let mut len = bytes.len() - usize::try_from(growth.saturating_sub(room)).unwrap_or(0).min(bytes.len());
-        if fault.is_some() {
+        if fault == Some(Fault::Short) {
             len = len.min(bytes.len() / 2);
         }
         if len == 0 && !bytes.is_empty() {
             return Err(io::ErrorKind::StorageFull.into());
         }
         state.nodes[self.node].write(&bytes[..len], offset as usize);
-        Ok(len)
+        if fault == Some(Fault::Late) { Err(io::Error::other("injected EIO")) } else { Ok(len) }
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

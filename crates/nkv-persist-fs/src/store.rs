@@ -215,7 +215,7 @@ impl PersistValue for FsPersist {
 
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
         if !FrameBuf::would_fit(batch) {
-            return Err(PersistError::new(PersistErrorKind::Rejected, "the batch has more than 1 GiB"));
+            return Err(PersistError::new(PersistErrorKind::Rejected, "the batch has more than 256 MiB"));
         }
         self.frame.clear();
         self.places.clear();
@@ -223,6 +223,10 @@ impl PersistValue for FsPersist {
         self.frame.finish();
         self.shared.make_room(self.frame.len());
         let result = self.store(batch);
+        if result.is_ok() {
+            // What was deleted counts no longer as live: the bound may have come down.
+            self.shared.make_room(0);
+        }
         if result.as_ref().is_err_and(|error| error.kind() == PersistErrorKind::NoSpace) {
             let mut log = lock(&self.shared.log);
             log.urgent_below = log.active_number() + 1;
@@ -243,12 +247,7 @@ impl Drop for FsPersist {
 }
 
 /// Visits the records of one segment that the index points to.
-fn visit_segment(
-    disk: &Disk,
-    index: &Index,
-    number: u64,
-    visit: &mut dyn FnMut(Record),
-) -> Result<(), PersistError> {
+fn visit_segment(disk: &Disk, index: &Index, number: u64, visit: &mut dyn FnMut(Record)) -> Result<(), PersistError> {
     let name = segment_name(number);
     let mut reader = match SegmentReader::open(disk, number)? {
         Opened::Good(reader) => reader,
@@ -295,22 +294,15 @@ impl Shared {
 
     /// Keeps the space bounded before `extra` bytes are appended. If compaction fails, the append shall say why.
     fn make_room(&self, extra: u64) {
-        let (first_need, last) = {
+        let last = lock(&self.log).active_number();
+        let need = || {
             let log = lock(&self.log);
-            (if log.compact_after.is_some() { Need::None } else { log.need(extra) }, log.active_number())
+            if log.may_compact() && log.head <= last { log.need(extra) } else { Need::None }
         };
-        if first_need == Need::Help && self.compact(extra, Wait::No).is_err() {
+        if need() == Need::Help && self.compact(extra, Wait::No).is_err() {
             return;
         }
-        let still = || {
-            let log = lock(&self.log);
-            log.need(extra) == Need::Now && log.head <= last && log.wants_compaction()
-        };
-        while still() {
-            if self.compact(extra, Wait::Yes).is_err() {
-                return;
-            }
-        }
+        while need() == Need::Now && self.compact(extra, Wait::Yes).is_ok() {}
     }
 
     fn sync_waiting(&self) -> Result<(), PersistError> {

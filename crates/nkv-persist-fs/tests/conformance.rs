@@ -1,4 +1,5 @@
 //! What every backend must pass, in each durability.
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 use nkv_persist_fs::{Durability, FsOptions, FsPersist};
 

@@ -1,4 +1,5 @@
 //! The directory on a real file system: who may use it, who may read it, and what a stop leaves.
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 mod common;
 
@@ -75,7 +76,8 @@ fn a_symbolic_link_in_the_place_of_a_file_is_not_followed() {
     let target = dir.path().join("precious");
     fs::write(&target, "text").unwrap();
     std::os::unix::fs::symlink(&target, dir.path().join("LOCK")).unwrap();
-    assert!(FsPersist::open(dir.path(), FsOptions::default()).is_err());
+    let error = FsPersist::open(dir.path(), FsOptions::default()).unwrap_err();
+    assert_eq!(error.kind(), PersistErrorKind::Io, "{error}");
     assert_eq!(fs::read(&target).unwrap(), b"text");
 }
 
@@ -118,6 +120,22 @@ fn the_interval_passes_and_what_was_acknowledged_is_synced() {
         assert!(Instant::now() < deadline);
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+#[test]
+fn only_the_newest_torn_tails_are_kept() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("data");
+    for revision in 1..=20 {
+        open_dir(&path, Durability::Sync).persist(&[put("a", revision, "x")]).unwrap();
+        let log = path.join("0000000000000001.log");
+        let torn = [fs::read(&log).unwrap(), vec![7; 11]].concat();
+        fs::write(&log, torn).unwrap();
+    }
+    let mut persist = open_dir(&path, Durability::Sync);
+    assert_eq!(load(&mut persist).unwrap().1.revision.get(), 20);
+    let broken: Vec<_> = listing(&path).into_iter().filter(|(name, _)| name.contains("broken")).collect();
+    assert_eq!((broken.len(), broken[0].1), (16, 11));
 }
 
 #[test]

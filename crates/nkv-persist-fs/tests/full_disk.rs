@@ -1,4 +1,5 @@
 //! A full disk refuses puts, takes deletes, and takes puts again when there is space.
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 mod common;
 

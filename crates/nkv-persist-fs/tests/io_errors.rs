@@ -1,11 +1,12 @@
 //! Each call fails once, or from then on, in each way: what was acknowledged survives, what was refused does not.
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 mod common;
 
 use common::*;
 use nkv_core::{Change, PersistErrorKind, PersistValue};
 use nkv_persist_fs::sim::{Fault, SimFs};
-use nkv_persist_fs::{Durability, FsOptions};
+use nkv_persist_fs::{Durability, FsOptions, FsPersist};
 
 /// What the process believes: the state that it was told is stored, and the one that may be.
 struct Belief {
@@ -39,7 +40,25 @@ fn run(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>], call: u64, faul
         // What it says is in the log or about the compaction of what is acknowledged.
         drop(persist.maintain());
     }
+    if !forever {
+        fs.heal();
+        go_on(&mut persist, &mut belief);
+    }
     belief
+}
+
+/// A fault that has passed hinders nobody, unless it has poisoned the log.
+fn go_on(persist: &mut FsPersist, belief: &mut Belief) {
+    for revision in 5_000..5_010 {
+        let batch = [put("last", revision, vec![1; 900])];
+        match persist.persist(&batch) {
+            Ok(()) => apply(&mut belief.sure, &batch),
+            Err(error) => {
+                assert_eq!(error.kind(), PersistErrorKind::Poisoned, "{error}");
+                return;
+            }
+        }
+    }
 }
 
 fn explore(options: &FsOptions, history: &[Vec<Change>], fault: Fault, forever: bool) -> u64 {
@@ -74,7 +93,7 @@ fn explore(options: &FsOptions, history: &[Vec<Change>], fault: Fault, forever: 
 #[test]
 fn whatever_call_fails_the_disk_holds_what_was_acknowledged_and_nothing_that_was_refused() {
     let history = history(3, 24, 900);
-    for fault in [Fault::Eio, Fault::NoSpace, Fault::Short, Fault::Interrupted] {
+    for fault in [Fault::Eio, Fault::NoSpace, Fault::Short, Fault::Late, Fault::Interrupted] {
         for forever in [false, true] {
             // A call that is interrupted for ever is tried again for ever.
             if fault != Fault::Interrupted || !forever {
@@ -106,6 +125,23 @@ fn after_a_failed_sync_nothing_is_acknowledged_and_no_sync_is_tried_again() {
     assert_eq!(persist.maintain().unwrap_err().kind(), PersistErrorKind::Poisoned);
     drop(persist);
     assert_eq!(fs.syncs(), syncs);
+}
+
+#[test]
+fn what_was_refused_does_not_come_back_after_a_power_cut() {
+    let fs = SimFs::new();
+    let mut persist = open(&fs, &options()).unwrap();
+    persist.persist(&[put("a", 1, "1")]).unwrap();
+    fs.fail_at(fs.calls(), Fault::Late, false);
+    assert_eq!(persist.persist(&[put("a", 2, "2")]).unwrap_err().kind(), PersistErrorKind::Io);
+    let mut choices = Choices::new(400, 1);
+    loop {
+        let (state, _) = load(&mut open(&fs.crash(&mut |n| choices.choose(n)), &options()).unwrap()).unwrap();
+        assert_eq!(state["a"].0, 1);
+        if !choices.advance() {
+            break;
+        }
+    }
 }
 
 #[test]

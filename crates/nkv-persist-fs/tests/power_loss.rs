@@ -1,5 +1,6 @@
 //! Power cuts at every call, in every way the simulated disk knows; what comes back is a prefix that has all that was
 //! acknowledged, and it can be written on.
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 mod common;
 
@@ -31,7 +32,7 @@ fn run(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>]) -> Told {
             return told;
         }
         told.acked += 1;
-        if told.acked % 2 == 0 && persist.maintain().is_err() {
+        if told.acked.is_multiple_of(2) && persist.maintain().is_err() {
             return told;
         }
     }
@@ -67,13 +68,7 @@ fn options_are_sync(options: &FsOptions) -> bool {
 }
 
 /// What was recovered takes more batches, and they survive as well.
-fn write_on(
-    image: &SimFs,
-    options: &FsOptions,
-    mut persist: nkv_persist_fs::FsPersist,
-    mut state: Model,
-    what: &str,
-) {
+fn write_on(image: &SimFs, options: &FsOptions, mut persist: nkv_persist_fs::FsPersist, mut state: Model, what: &str) {
     for batch in [vec![put("k.0", 9_001, vec![1; 700]), put("new", 9_002, "x")], vec![delete("k.1", 9_003)]] {
         persist.persist(&batch).unwrap_or_else(|e| panic!("{what}: {e}"));
         apply(&mut state, &batch);
@@ -85,9 +80,14 @@ fn write_on(
     assert_eq!((after, loaded.revision.get(), loaded.epoch), (state, 9_003, epoch), "{what}: after writing on");
 }
 
+/// How many times as many images as usual are wanted: `NKV_IMAGES=100` for a night.
+fn scale() -> usize {
+    std::env::var("NKV_IMAGES").map_or(1, |text| text.parse().unwrap())
+}
+
 /// Cuts the power at each call of a history, and tries up to `images_max` images of each.
 fn explore(options: &FsOptions, history: &[Vec<Change>], images_max: usize) -> usize {
-    let mut images = 0;
+    let (mut images, images_max) = (0, images_max * scale());
     for cut in 0.. {
         let fs = SimFs::new();
         fs.cut_power_at(cut);
@@ -122,7 +122,7 @@ fn through_compaction_every_acknowledged_batch_survives_any_power_cut() {
     let fs = SimFs::new();
     let history = history(7, 40, 900);
     run(&fs, &options(), &history);
-    assert!(segments(&fs)[0] > "0000000000000003.log".to_owned(), "this history compacts: {:?}", segments(&fs));
+    assert!(*segments(&fs)[0] > *"0000000000000003.log", "this history compacts: {:?}", segments(&fs));
     println!("{} images", explore(&options(), &history, 24));
 }
 
@@ -149,7 +149,7 @@ fn a_second_and_a_third_power_cut_during_recovery_lose_nothing_more() {
             let fs = SimFs::new();
             fs.cut_power_at(cut);
             let mut told = run(&fs, &options, &history);
-            for _ in 0..10 {
+            for _ in 0..10 * scale() {
                 let mut image = fs.crash(&mut |n| rng.below(n));
                 for _ in 0..2 {
                     image.cut_power_at(rng.below(14) as u64);

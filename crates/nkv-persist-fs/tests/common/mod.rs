@@ -1,4 +1,5 @@
 //! What the tests of this crate share: changes, the model of what must survive, and randomness with a seed.
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::collections::BTreeMap;
@@ -15,13 +16,13 @@ pub(crate) const DIR: &str = "/data";
 pub(crate) type Model = BTreeMap<String, (u64, Vec<u8>, Option<Expiry>)>;
 
 pub(crate) fn put(key: &str, revision: u64, value: impl Into<Vec<u8>>) -> Change {
-    let expiry = (revision % 5 == 0).then_some(Expiry { at: revision, ttl_ms: 7 });
+    let expiry = revision.is_multiple_of(5).then_some(Expiry { at: revision, ttl_ms: 7 });
     let action = Action::Put { value: value.into().into(), expiry };
     Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), action }
 }
 
 pub(crate) fn delete(key: &str, revision: u64) -> Change {
-    let reason = if revision % 2 == 0 { Reason::Deleted } else { Reason::Expired };
+    let reason = if revision.is_multiple_of(2) { Reason::Deleted } else { Reason::Expired };
     Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), action: Action::Delete { reason } }
 }
 

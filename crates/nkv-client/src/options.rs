@@ -1,0 +1,145 @@
+//! How a client is to behave.
+
+use std::fmt;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+
+use crate::addr::Addr;
+use crate::client::{Client, Handle};
+use crate::error::{Error, ErrorKind, Result};
+use crate::link::{Link, LinkOptions};
+use crate::task::{Pace, Task};
+use crate::types::ConnectionState;
+
+/// So many requests may wait to be taken by the connection's task; more wait with their callers.
+const WAITING_MAX: usize = 1_024;
+
+/// Makes a [`Client`].
+#[derive(Clone)]
+#[must_use]
+pub struct ClientBuilder {
+    addr: String,
+    client_uuid: Option<String>,
+    token: Option<String>,
+    request_timeout: Duration,
+    connect_timeout: Duration,
+    message_len_max: usize,
+    pace: Pace,
+}
+
+impl ClientBuilder {
+    pub(crate) fn new(addr: &str) -> Self {
+        ClientBuilder {
+            addr: addr.to_owned(),
+            client_uuid: None,
+            token: None,
+            request_timeout: Duration::from_secs(5),
+            connect_timeout: Duration::from_secs(5),
+            message_len_max: 80 << 20,
+            pace: Pace {
+                heartbeat: Duration::from_secs(15),
+                backoff_min: Duration::from_millis(50),
+                backoff_max: Duration::from_secs(5),
+            },
+        }
+    }
+
+    /// Names the client across connections, at most 1,024 bytes. Random if not given; two clients of one name take each
+    /// other's subscriptions away.
+    pub fn client_uuid(mut self, name: impl Into<String>) -> Self {
+        self.client_uuid = Some(name.into());
+        self
+    }
+
+    /// The credential to show to the server.
+    pub fn token(mut self, token: impl Into<String>) -> Self {
+        self.token = Some(token.into());
+        self
+    }
+
+    /// How long a request may take, waiting for a connection included. 5 s if not given.
+    pub fn request_timeout(mut self, timeout: Duration) -> Self {
+        self.request_timeout = timeout;
+        self
+    }
+
+    /// How long an attempt to connect may take, the greeting included. 5 s if not given.
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.connect_timeout = timeout;
+        self
+    }
+
+    /// After so long without a word the server is asked for one, and after twice that the connection counts as lost.
+    /// 15 s if not given.
+    pub fn heartbeat(mut self, interval: Duration) -> Self {
+        self.pace.heartbeat = interval.max(Duration::from_millis(1));
+        self
+    }
+
+    /// How long to wait before connecting again: a random part of a span that doubles from `min` to `max`. 50 ms and
+    /// 5 s if not given.
+    pub fn backoff(mut self, min: Duration, max: Duration) -> Self {
+        self.pace.backoff_min = min;
+        self.pace.backoff_max = max.max(min);
+        self
+    }
+
+    /// Longest message taken from the server, in bytes; a longer one ends the connection. 80 MiB if not given: an
+    /// answer holds 64 MiB of keys and values at most.
+    pub fn message_len_max(mut self, len_max: usize) -> Self {
+        self.message_len_max = len_max;
+        self
+    }
+
+    /// Connects.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidAddress`]; [`ErrorKind::CannotConnect`] when no nkv server answers in time.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future drops the connection.
+    pub async fn connect(self) -> Result<Client> {
+        let addr: Addr = self.addr.parse()?;
+        let client_uuid = match self.client_uuid {
+            Some(name) => name,
+            None => random_name()?,
+        };
+        let link_options = LinkOptions {
+            addr,
+            client_uuid: client_uuid.clone(),
+            token: self.token,
+            connect_timeout: self.connect_timeout,
+            message_len_max: self.message_len_max,
+        };
+        let link = Link::open(&link_options).await?;
+        let (asks, asks_rx) = mpsc::channel(WAITING_MAX);
+        let (control, control_rx) = mpsc::unbounded_channel();
+        let (state_tx, state) = watch::channel(ConnectionState::Connected);
+        let trouble = Arc::new(Mutex::new(None));
+        let task = Task::new((link_options, self.pace), asks_rx, control_rx, state_tx, Arc::clone(&trouble));
+        tokio::spawn(task.run(link));
+        Ok(Client::new(Handle::new(asks, control, state, trouble, client_uuid), self.request_timeout))
+    }
+}
+
+impl fmt::Debug for ClientBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Not the token.
+        f.debug_struct("ClientBuilder").field("addr", &self.addr).finish_non_exhaustive()
+    }
+}
+
+fn random_name() -> Result<String> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes)
+        .map_err(|error| Error::new(ErrorKind::CannotConnect, "no randomness for the client's name").because(error))?;
+    Ok(format!("{:032x}", u128::from_ne_bytes(bytes)))
+}

@@ -1,0 +1,191 @@
+//! The queue of one subscription: one place per key, so that a slow reader costs memory bounded by its keys.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use nkv_core::Key;
+
+use crate::types::Event;
+
+/// Events between the connection's task and one reader. A newer event replaces a pending one with the same slot and
+/// moves to the end, but not past [`Event::Synced`]: whoever has read that knows some state of every key.
+#[derive(Debug, Default)]
+pub(crate) struct Queue {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// By the order of their arrival.
+    events: BTreeMap<u64, Event>,
+    slots: HashMap<Slot, u64>,
+    next: u64,
+    closed: bool,
+    waker: Option<Waker>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Slot {
+    Key(Key),
+    Connection,
+    Synced,
+    Ended,
+}
+
+impl Slot {
+    fn of(event: &Event) -> Self {
+        match event {
+            Event::Update { entry, .. } => Slot::Key(entry.key.clone()),
+            Event::Gone { key, .. } => Slot::Key(key.clone()),
+            Event::Reconnecting | Event::Connected => Slot::Connection,
+            Event::Synced { .. } => Slot::Synced,
+            Event::Ended(_) => Slot::Ended,
+        }
+    }
+
+    fn is_key(&self) -> bool {
+        matches!(self, Slot::Key(_))
+    }
+}
+
+impl Queue {
+    /// Posts an event; after [`Event::Ended`] nothing more is taken.
+    pub(crate) fn post(&self, mut event: Event) {
+        let mut state = self.lock();
+        if state.closed {
+            return;
+        }
+        state.closed = matches!(event, Event::Ended(_));
+        let slot = Slot::of(&event);
+        let old = state.slots.get(&slot).copied();
+        if let Some(old) = old.and_then(|old| state.events.remove(&old)) {
+            pass_over(&old, &mut event);
+        }
+        let synced = state.slots.get(&Slot::Synced).copied();
+        let place = match old.filter(|old| slot.is_key() && synced.is_some_and(|synced| *old < synced)) {
+            Some(old) => old,
+            None => state.next,
+        };
+        state.next += 1;
+        state.slots.insert(slot, place);
+        state.events.insert(place, event);
+        let waker = state.waker.take();
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Takes the next event, or has `cx` woken when there is one; `None` after the end.
+    pub(crate) fn poll_take(&self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
+        let mut state = self.lock();
+        if let Some((_, event)) = state.events.pop_first() {
+            state.slots.remove(&Slot::of(&event));
+            if state.events.is_empty() {
+                state.slots = HashMap::new();
+            }
+            return Poll::Ready(Some(event));
+        }
+        if state.closed {
+            return Poll::Ready(None);
+        }
+        state.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// How many events wait.
+    pub(crate) fn len(&self) -> usize {
+        self.lock().events.len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing in this module panics while it holds the lock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Counts what the reader will not see of a key.
+fn pass_over(old: &Event, new: &mut Event) {
+    let (Event::Update { skipped: passed, .. } | Event::Gone { skipped: passed, .. }) = old else { return };
+    if let Event::Update { skipped, .. } | Event::Gone { skipped, .. } = new {
+        *skipped = skipped.saturating_add(*passed).saturating_add(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use nkv_core::Revision;
+
+    use super::*;
+    use crate::types::{EndReason, Entry, GoneReason};
+
+    fn update(key: &str, revision: u64) -> Event {
+        let entry = Entry { key: Key::new(key).unwrap(), value: Bytes::new(), revision: Revision::new(revision) };
+        Event::Update { entry, skipped: 0 }
+    }
+
+    fn drain(queue: &Queue) -> Vec<Event> {
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut taken = Vec::new();
+        while let Poll::Ready(Some(event)) = queue.poll_take(&mut cx) {
+            taken.push(event);
+        }
+        taken
+    }
+
+    #[test]
+    fn a_slow_reader_gets_the_newest_state_of_each_key_and_the_count_of_what_it_missed() {
+        let queue = Queue::default();
+        for revision in 1..=1_000 {
+            queue.post(update(if revision % 2 == 0 { "even" } else { "odd" }, revision));
+        }
+        assert_eq!(queue.len(), 2);
+        let gone = Event::Gone {
+            key: Key::new("odd").unwrap(),
+            revision: Revision::new(1_001),
+            reason: GoneReason::Deleted,
+            skipped: 3,
+        };
+        queue.post(gone);
+        let [Event::Update { entry, skipped: 499 }, Event::Gone { skipped: 503, .. }] = &drain(&queue)[..] else {
+            panic!("two events were expected")
+        };
+        assert_eq!(entry.revision, Revision::new(1_000));
+    }
+
+    #[test]
+    fn whoever_is_synced_knows_some_state_of_every_key() {
+        let queue = Queue::default();
+        let synced = Event::Synced { revision: Revision::new(2), epoch: String::new() };
+        for event in [update("a", 1), update("b", 2), synced.clone(), update("a", 3), update("c", 4), update("c", 5)] {
+            queue.post(event);
+        }
+        let [Event::Update { entry, skipped: 1 }, b, end, Event::Update { .. }] = &drain(&queue)[..] else {
+            panic!("four events were expected")
+        };
+        assert_eq!((entry.revision, b, end), (Revision::new(3), &update("b", 2), &synced));
+    }
+
+    #[test]
+    fn a_connection_that_comes_and_goes_costs_no_memory() {
+        let queue = Queue::default();
+        for revision in 0..1_000 {
+            queue.post(Event::Reconnecting);
+            queue.post(Event::Connected);
+            queue.post(Event::Synced { revision: Revision::new(revision), epoch: String::new() });
+        }
+        assert_eq!(drain(&queue).len(), 2);
+    }
+
+    #[test]
+    fn nothing_follows_the_end() {
+        let queue = Queue::default();
+        queue.post(update("a", 1));
+        queue.post(Event::Ended(EndReason::Closed));
+        queue.post(update("a", 2));
+        assert_eq!(drain(&queue), [update("a", 1), Event::Ended(EndReason::Closed)]);
+        assert_eq!(queue.poll_take(&mut Context::from_waker(Waker::noop())), Poll::Ready(None));
+    }
+}

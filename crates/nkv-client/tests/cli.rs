@@ -1,0 +1,279 @@
+//! The command line as a contract: the real binary against a server in this process.
+#![cfg(feature = "cli")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nkv_server::Server;
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+
+/// A server, for as long as it lives.
+struct Nkv {
+    addr: String,
+    _server: Server,
+    _runtime: Runtime,
+}
+
+fn nkv() -> Nkv {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (server, addr) = runtime.block_on(common::server());
+    Nkv { addr, _server: server, _runtime: runtime }
+}
+
+fn command(words: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nkv-client"));
+    command.args(words).env_remove("NKV_ADDR").env_remove("NKV_TOKEN");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Waits for the end, but not for ever.
+fn finish(mut child: Child) -> Output {
+    let started = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if started.elapsed() > Duration::from_secs(20) {
+            child.kill().unwrap();
+            panic!("nkv-client does not end");
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.wait_with_output().unwrap()
+}
+
+impl Nkv {
+    fn run(&self, words: &[&str]) -> (i32, String, String) {
+        self.feed(words, b"")
+    }
+
+    fn feed(&self, words: &[&str], stdin: &[u8]) -> (i32, String, String) {
+        let output = self.raw(words, stdin);
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+    }
+
+    fn raw(&self, words: &[&str], stdin: &[u8]) -> Output {
+        let mut child = command(words).env("NKV_ADDR", &self.addr).stdin(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(stdin).unwrap();
+        finish(child)
+    }
+
+    fn stdout(&self, words: &[&str]) -> String {
+        let (code, stdout, stderr) = self.run(words);
+        assert_eq!(code, 0, "{words:?}: {stderr}");
+        stdout
+    }
+}
+
+fn lines(text: &str) -> Vec<Value> {
+    text.lines().map(|line| serde_json::from_str(line).expect(line)).collect()
+}
+
+#[test]
+fn a_value_stands_alone_on_stdout_and_all_else_on_stderr() {
+    let nkv = nkv();
+    assert_eq!(nkv.run(&["put", "lamp.hall", "on"]), (0, String::new(), "OK revision 1\n".into()));
+    assert_eq!(nkv.run(&["GET", "lamp.hall"]), (0, "on".into(), String::new()));
+    assert_eq!(nkv.run(&["get", "nope"]), (1, String::new(), "not found\n".into()));
+    assert_eq!(nkv.run(&["delete", "lamp.hall"]), (0, String::new(), "OK deleted 1, revision 2\n".into()));
+    assert_eq!(nkv.run(&["rm", "lamp.hall"]), (1, String::new(), "not found\n".into()));
+}
+
+#[test]
+fn each_end_has_its_exit_code() {
+    let nkv = nkv();
+    assert_eq!(nkv.run(&["put", "a", "1", "--if-revision", "0"]).0, 0);
+    let (code, _, stderr) = nkv.run(&["put", "a", "2", "--if-revision", "7"]);
+    assert_eq!((code, stderr.contains("revision 1")), (5, true), "{stderr}");
+    assert_eq!(nkv.run(&["delete", "a", "--if-revision", "7"]).0, 5);
+    for words in [
+        &["bogus"][..],
+        &["put", "a"],
+        &["get"],
+        &["get", "a..b"],
+        &["--timeout", "x", "get", "a"],
+        &["host:port", "get", "a"],
+        &["put", "a", "@/no/such/file"],
+        &["unsubscribe", "a"],
+    ] {
+        let (code, stdout, stderr) = nkv.run(words);
+        assert_eq!((code, stdout.as_str(), stderr.is_empty()), (2, "", false), "{words:?}");
+    }
+    assert_eq!(nkv.run(&["exists", "a"]).0, 0);
+    assert_eq!(nkv.run(&["exists", "b"]).0, 1);
+    let big = vec![b'x'; (1 << 20) + 1];
+    let (code, _, stderr) = nkv.feed(&["put", "big", "-"], &big);
+    assert_eq!((code, stderr.contains("413")), (7, true), "{stderr}");
+
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let started = Instant::now();
+    let output = finish(command(&[&free, "get", "a"]).spawn().unwrap());
+    assert_eq!(output.status.code(), Some(3));
+    assert!(String::from_utf8_lossy(&output.stderr).contains(&free));
+    assert!(started.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_server_that_greets_and_then_sleeps_is_a_timeout_and_one_of_nats_is_named() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    let sleeper = std::thread::spawn(move || {
+        let (mut peer, _) = listener.accept().unwrap();
+        BufReader::new(peer.try_clone().unwrap()).read_line(&mut String::new()).unwrap();
+        peer.write_all(b"{\"Base\":{\"id\":0,\"status\":200,\"message\":\"No Error\"}}\n").unwrap();
+        let (mut nats, _) = listener.accept().unwrap();
+        nats.write_all(b"INFO {\"server_id\":\"x\"}\r\n").unwrap();
+        std::io::copy(&mut nats, &mut std::io::sink()).unwrap();
+        drop(peer);
+    });
+    let output = finish(command(&[&addr, "--timeout", "100ms", "get", "a"]).spawn().unwrap());
+    assert_eq!(output.status.code(), Some(6), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = finish(command(&[&format!("nkv://{addr}"), "get", "a"]).spawn().unwrap());
+    assert_eq!(output.status.code(), Some(3));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("NATS"));
+    sleeper.join().unwrap();
+}
+
+#[test]
+fn values_may_come_from_stdin_or_a_file_and_may_be_anything() {
+    let nkv = nkv();
+    let binary: Vec<u8> = (0..=255).chain(*b"\n").collect();
+    assert_eq!(nkv.raw(&["put", "in", "-"], &binary).status.code(), Some(0));
+    assert_eq!(nkv.raw(&["get", "in"], b"").stdout, binary);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("value");
+    std::fs::write(&path, &binary).unwrap();
+    nkv.stdout(&["put", "file", &format!("@{}", path.display())]);
+    assert_eq!(nkv.raw(&["get", "file"], b"").stdout, binary);
+    let [object] = &lines(&nkv.stdout(&["get", "file", "--json"]))[..] else { panic!("one line was expected") };
+    assert_eq!(object["value"], json!(binary));
+
+    nkv.stdout(&["put", "dash", "--", "--json"]);
+    assert_eq!(nkv.stdout(&["get", "dash"]), "--json");
+    nkv.stdout(&["put", "number", "-5"]);
+    assert_eq!(nkv.stdout(&["get", "number"]), "-5");
+    nkv.stdout(&["put", "at", "--raw", "@home"]);
+    assert_eq!(nkv.stdout(&["get", "at"]), "@home");
+    nkv.stdout(&["put", "empty", ""]);
+    assert_eq!(nkv.stdout(&["get", "empty"]), "");
+}
+
+#[test]
+fn json_may_be_asked_for_anywhere_on_the_line() {
+    let nkv = nkv();
+    assert_eq!(lines(&nkv.stdout(&["--json", "put", "a.b", "1"])), [json!({"op": "put", "key": "a.b", "revision": 1})]);
+    let got = json!({"op": "get", "key": "a.b", "value": "1", "revision": 1});
+    for words in [["--json", "get", "a.b"], ["get", "--json", "a.b"], ["get", "a.b", "--json"]] {
+        assert_eq!(lines(&nkv.stdout(&words)), std::slice::from_ref(&got));
+    }
+    assert_eq!(lines(&nkv.stdout(&["list", "--json"])), [json!({"op": "list", "key": "a.b", "revision": 1})]);
+    let deleted = json!({"op": "delete", "key": "a.*", "count": 1, "revision": 2});
+    assert_eq!(lines(&nkv.stdout(&["delete", "a.*", "--json"])), [deleted]);
+    let (code, stdout, stderr) = nkv.run(&["get", "a.b", "--json"]);
+    assert_eq!((code, stdout.as_str()), (1, ""));
+    assert_eq!(lines(&stderr)[0]["error"], "not found");
+    for words in [["stats", "--json"], ["version", "--json"], ["health", "--json"]] {
+        assert_eq!(lines(&nkv.stdout(&words))[0]["op"], words[0]);
+    }
+}
+
+#[test]
+fn lists_pages_and_trees() {
+    let nkv = nkv();
+    for key in ["a", "a.b", "a.b.c", "d.e", "d.f"] {
+        nkv.stdout(&["put", key, "1"]);
+    }
+    assert_eq!(nkv.stdout(&["ls"]), "a\na.b\na.b.c\nd.e\nd.f\n");
+    assert_eq!(nkv.stdout(&["list", "a.*"]), "a.b\na.b.c\n");
+    let (code, stdout, stderr) = nkv.run(&["list", "--limit", "2", "--after", "a"]);
+    assert_eq!((code, stdout.as_str(), stderr.contains("--after a.b.c")), (0, "a.b\na.b.c\n", true), "{stderr}");
+    assert_eq!(nkv.stdout(&["get", "d.*", "--limit", "1"]), "d.e = 1\n");
+    assert_eq!(nkv.stdout(&["get", "d.*"]), "d.e = 1\nd.f = 1\n");
+    assert_eq!(nkv.stdout(&["tree"]), "a\n  b\n    c\nd\n  e\n  f\n");
+}
+
+#[test]
+fn a_subscription_is_told_line_by_line_and_may_end_by_itself() {
+    let nkv = nkv();
+    nkv.stdout(&["put", "a.x", "1"]);
+    assert_eq!(nkv.stdout(&["subscribe", "a", "--once"]), "a.x = 1\n");
+    let mut child = command(&[&nkv.addr, "sub", "a", "--count", "3", "--json"]).spawn().unwrap();
+    let mut told = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut next = || serde_json::from_str::<Value>(&told.next().unwrap().unwrap()).unwrap();
+    assert_eq!(next()["op"], "update");
+    assert_eq!(next()["op"], "synced");
+    nkv.stdout(&["put", "a.y", "2", "--ttl", "30ms"]);
+    assert_eq!(next()["value"], "2");
+    assert_eq!(next()["op"], "expired");
+    assert_eq!(finish(child).status.code(), Some(0));
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_ends_with_130_and_a_closed_pipe_quietly() {
+    let nkv = nkv();
+    let mut child = command(&[&nkv.addr, "subscribe", "a"]).spawn().unwrap();
+    let mut synced = [0; 1];
+    child.stderr.as_mut().unwrap().read_exact(&mut synced).unwrap();
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(finish(child).status.code(), Some(130));
+
+    let mut child = command(&[&nkv.addr]).stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.as_mut().unwrap().write_all(b"health\n").unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut synced).unwrap();
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(finish(child).status.code(), Some(130), "also while it waits for commands");
+
+    for n in 0..50 {
+        nkv.stdout(&["put", &format!("key.{n}"), &"x".repeat(10_000)]);
+    }
+    let mut child = command(&[&nkv.addr, "get", "*"]).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = finish(child);
+    assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0));
+}
+
+#[test]
+fn commands_may_come_from_a_pipe() {
+    let nkv = nkv();
+    let script = b"PUT a.b 'two words'\nget a.b\nget nope\nsubscribe a\nset a.c 3\ndel a.b\n\nunsub a\nLIST\nlist --json\nquit\nget a.c\n";
+    let (code, stdout, stderr) = nkv.feed(&[], script);
+    assert_eq!((code, stderr.as_str()), (0, ""));
+    let mut told: Vec<_> = stdout.lines().collect();
+    let events: Vec<_> = told
+        .extract_if(.., |line| line.contains(" = ") || line.ends_with(" deleted") || line.contains("synced"))
+        .collect();
+    assert!(events.contains(&"a.c = 3") && events.contains(&"a.b deleted"), "{stdout}");
+    let answers = [
+        "OK revision 1",
+        "two words",
+        "not found",
+        "OK",
+        "OK revision 2",
+        "OK deleted 1, revision 3",
+        "OK",
+        "a.c",
+        r#"{"key":"a.c","op":"list","revision":2}"#,
+    ];
+    assert_eq!(told, answers);
+
+    let (code, stdout, stderr) = nkv.feed(&[], b"fly\nput a\nget a..b\nput x 'open\nget a.c");
+    assert_eq!((code, stdout.as_str()), (0, "3\n"));
+    assert!(stderr.contains("fly") && stderr.contains("empty segment") && stderr.contains("quotation"), "{stderr}");
+}
+
+#[test]
+fn help_and_version_need_no_server() {
+    for (words, part) in
+        [(&["--help"][..], "Examples:"), (&["put", "--help"], "--if-revision"), (&["--version"], "nkv-client ")]
+    {
+        let output = finish(command(words).spawn().unwrap());
+        assert_eq!(output.status.code(), Some(0));
+        assert!(String::from_utf8_lossy(&output.stdout).contains(part), "{words:?}");
+    }
+}

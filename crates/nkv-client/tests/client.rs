@@ -1,0 +1,291 @@
+//! The client against a real server.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{next, server, short, shorts, until_synced, within};
+use nkv_client::{
+    Client, ConnectionState, Deleted, EndReason, ErrorKind, Event, GoneReason, PageOptions, PutOptions, Revision,
+    blocking,
+};
+use serde::{Deserialize, Serialize};
+
+#[tokio::test]
+async fn every_request_is_answered() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    client.health().await.unwrap();
+    assert_eq!(client.version().await.unwrap().protocol, 1);
+    assert_eq!(client.get("a").await.unwrap(), None);
+    assert!(!client.exists("*").await.unwrap());
+
+    let binary = [0, 255, b'\n', b'"'];
+    let first = client.put("a.b", binary).await.unwrap();
+    let second = client.put("a.c", "").await.unwrap();
+    assert!(second > first);
+    let entry = client.get("a.b").await.unwrap().unwrap();
+    assert_eq!((entry.key.as_str(), &entry.value[..], entry.revision), ("a.b", &binary[..], first));
+    assert!(client.exists("a.*").await.unwrap());
+    assert_eq!(client.list("*").await.unwrap().len(), 2);
+    assert_eq!(client.get_all("a.*").await.unwrap().len(), 2);
+    assert_eq!(client.get_all("b.*").await.unwrap(), []);
+    assert_eq!(client.stats().await.unwrap().numbers["keys"], 2);
+
+    let _subscription = client.subscribe("a").await.unwrap();
+    let traced = client.trace("a.b").await.unwrap();
+    assert_eq!((traced[0].client_uuid.as_str(), traced[0].pattern.as_str()), (client.client_uuid(), "a"));
+
+    let deleted = client.delete("a.*").await.unwrap();
+    assert_eq!((deleted.count, deleted.revision > Some(second)), (2, true));
+    assert_eq!(client.delete("a.*").await.unwrap(), Deleted::default());
+}
+
+#[tokio::test]
+async fn what_cannot_be_a_key_is_refused_before_anything_is_sent() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    for error in [
+        client.put("a b", "1").await.map(drop).unwrap_err(),
+        client.get("a.*").await.map(drop).unwrap_err(),
+        client.subscribe("a*").await.map(drop).unwrap_err(),
+        client.watch("*").await.map(drop).unwrap_err(),
+        client.list("").await.map(drop).unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), &ErrorKind::InvalidKey);
+    }
+}
+
+#[tokio::test]
+async fn a_conditional_write_tells_the_present_revision_of_a_conflict() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    let if_absent = PutOptions { if_revision: Some(Revision::ZERO), ttl: None };
+    let revision = client.put_with("a", "1", if_absent).await.unwrap();
+    let error = client.put_with("a", "2", if_absent).await.unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Conflict { revision });
+    let error = client.delete_if("a", revision.next()).await.unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Conflict { revision });
+    assert_eq!(client.delete_if("a", revision).await.unwrap().count, 1);
+    assert_eq!(client.delete_if("a", revision).await.unwrap().count, 0);
+}
+
+#[tokio::test]
+async fn what_is_too_large_for_one_answer_comes_in_pages() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap().with_request_timeout(Duration::from_secs(30));
+    let value = vec![7; 1 << 20];
+    let puts: Vec<_> = (0..70)
+        .map(|n| {
+            let (client, value) = (client.clone(), value.clone());
+            tokio::spawn(async move { client.put(&format!("big.{n}"), value).await })
+        })
+        .collect();
+    for put in puts {
+        within(put).await.unwrap().unwrap();
+    }
+    let all = within(client.get_all("*")).await.unwrap();
+    assert_eq!(all.len(), 70);
+    assert!(all.is_sorted_by(|a, b| a.key < b.key) && all.iter().all(|entry| entry.value.len() == 1 << 20));
+    let page = client.list_page("big.*", PageOptions { limit: Some(3), after: Some("big.10".into()) }).await.unwrap();
+    let keys: Vec<_> = page.items.iter().map(|(key, _)| key.as_str()).collect();
+    assert_eq!((keys, page.more), (vec!["big.11", "big.12", "big.13"], true));
+    let error = client.put("big.x", vec![7; (1 << 20) + 1]).await.unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Server { status: 413 });
+}
+
+#[tokio::test]
+async fn many_keys_are_listed_in_pages() {
+    let (server, addr) = server().await;
+    let nkv = server.handle();
+    for n in 0..2_500 {
+        let key = nkv_client::Key::new(&format!("k{n:05}")).unwrap();
+        nkv.put(&key, "1", nkv_server::WriteOptions::default()).await.unwrap();
+    }
+    let client = Client::connect(&addr).await.unwrap();
+    assert_eq!(client.get_all("*").await.unwrap().len(), 2_500);
+    assert_eq!(client.list("*").await.unwrap().len(), 2_500);
+}
+
+#[tokio::test]
+async fn a_subscription_tells_the_present_then_synced_then_changes() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    client.put("lamp.hall", "on").await.unwrap();
+    client.put("door", "shut").await.unwrap();
+    let mut lamps = client.subscribe("lamp").await.unwrap();
+    assert_eq!(shorts(&until_synced(&mut lamps).await), ["lamp.hall=on"]);
+    client.put("door", "open").await.unwrap();
+    client.put("lamp", "1").await.unwrap();
+    assert_eq!(short(&next(&mut lamps).await), "lamp=1");
+    client.delete("lamp.hall").await.unwrap();
+    assert_eq!(short(&next(&mut lamps).await), "lamp.hall deleted");
+    let ttl = PutOptions { if_revision: None, ttl: Some(Duration::from_millis(20)) };
+    client.put_with("lamp.hall", "on", ttl).await.unwrap();
+    assert_eq!(short(&next(&mut lamps).await), "lamp.hall=on");
+    let expired = next(&mut lamps).await;
+    assert!(matches!(expired, Event::Gone { reason: GoneReason::Expired, .. }), "{expired:?}");
+}
+
+#[tokio::test]
+async fn subscriptions_that_overlap_or_are_the_same_are_each_told_once() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    client.put("a.b", "1").await.unwrap();
+    let mut told = Vec::new();
+    for pattern in ["a", "a.*", "*", "a", "a.b", "a"] {
+        let mut subscription = client.subscribe(pattern).await.unwrap();
+        assert_eq!(shorts(&until_synced(&mut subscription).await), ["a.b=1"], "{pattern}");
+        told.push(subscription);
+    }
+    assert_eq!(client.stats().await.unwrap().numbers["subscriptions"], 4);
+    for value in ["2", "3"] {
+        client.put("a.b", value).await.unwrap();
+        for subscription in &mut told {
+            assert_eq!(short(&next(subscription).await), format!("a.b={value}"));
+        }
+    }
+    told.truncate(1); // its pattern goes on, for it alone
+    client.put("a.b", "4").await.unwrap();
+    assert_eq!(short(&next(&mut told[0]).await), "a.b=4");
+    assert_eq!(client.stats().await.unwrap().numbers["subscriptions"], 1);
+    told.clear();
+    client.health().await.unwrap();
+    let mut again = client.subscribe("a").await.unwrap();
+    assert_eq!(shorts(&until_synced(&mut again).await), ["a.b=4"]);
+}
+
+#[tokio::test]
+async fn a_slow_reader_gets_the_latest_state_of_each_key() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    let mut slow = client.subscribe("*").await.unwrap();
+    until_synced(&mut slow).await;
+    for n in 0..500 {
+        client.put(&format!("k{}", n % 5), n.to_string()).await.unwrap();
+    }
+    client.put("end", "").await.unwrap();
+    client.health().await.unwrap();
+    let (mut events, mut changes) = (Vec::new(), 0);
+    while events.last().is_none_or(|event: &Event| short(event) != "end=") {
+        let event = next(&mut slow).await;
+        if let Event::Update { skipped, .. } = &event {
+            changes += 1 + skipped;
+        }
+        events.push(event);
+    }
+    assert!(events.len() < 100, "{} events for 5 keys", events.len());
+    assert_eq!(changes, 501, "none is lost without being counted");
+    for n in 495..500 {
+        let last = events.iter().rfind(|event| short(event).starts_with(&format!("k{}=", n % 5)));
+        assert_eq!(last.map(short), Some(format!("k{}={n}", n % 5)));
+    }
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Lamp {
+    on: bool,
+    level: u8,
+}
+
+#[tokio::test]
+async fn values_may_be_json_of_a_type() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    let lamp = |level| Lamp { on: true, level };
+    assert_eq!(client.get_as::<Lamp>("lamp").await.unwrap(), None);
+    client.put_as("lamp", &lamp(1)).await.unwrap();
+    assert_eq!(client.get_as("lamp").await.unwrap(), Some(lamp(1)));
+
+    let mut watched = client.watch_as::<Lamp>("lamp").await.unwrap();
+    assert_eq!(watched.borrow_and_update().as_ref().unwrap(), &Some(lamp(1)));
+    client.put_as_with("lamp", &lamp(2), PutOptions::default()).await.unwrap();
+    within(watched.wait_for(|seen| matches!(seen, Ok(Some(Lamp { level: 2, .. }))))).await.unwrap();
+    client.put("lamp", "broken").await.unwrap();
+    within(watched.wait_for(|seen| seen.as_ref().is_err_and(|error| *error.kind() == ErrorKind::Json))).await.unwrap();
+    assert_eq!(client.get_as::<Lamp>("lamp").await.unwrap_err().kind(), &ErrorKind::Json);
+    client.delete("lamp").await.unwrap();
+    within(watched.wait_for(|seen| matches!(seen, Ok(None)))).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_watch_knows_the_present_value_at_once_and_follows_it() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    client.put("a", "1").await.unwrap();
+    client.put("a.b", "below").await.unwrap();
+    let mut watched = client.watch("a").await.unwrap();
+    assert_eq!(watched.borrow_and_update().as_ref().unwrap().value, "1");
+    client.put("a.b", "still below").await.unwrap();
+    client.put("a", "2").await.unwrap();
+    within(watched.changed()).await.unwrap();
+    assert_eq!(watched.borrow_and_update().as_ref().unwrap().value, "2");
+    client.delete("a").await.unwrap();
+    within(watched.changed()).await.unwrap();
+    assert_eq!(*watched.borrow_and_update(), None);
+    client.close();
+    assert!(within(watched.changed()).await.is_err());
+}
+
+#[tokio::test]
+async fn a_closed_client_says_so_everywhere() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    let mut subscription = client.subscribe("*").await.unwrap();
+    until_synced(&mut subscription).await;
+    client.close();
+    assert_eq!(next(&mut subscription).await, Event::Ended(EndReason::Closed));
+    assert_eq!(within(subscription.next()).await, None);
+    within(client.state().wait_for(|state| *state == ConnectionState::Closed)).await.unwrap();
+    assert_eq!(client.put("a", "1").await.unwrap_err().kind(), &ErrorKind::Closed);
+    assert_eq!(client.subscribe("a").await.unwrap_err().kind(), &ErrorKind::Closed);
+}
+
+#[tokio::test]
+async fn of_two_clients_of_one_name_the_later_takes_the_subscription() {
+    let (_server, addr) = server().await;
+    let first = Client::builder(&addr).client_uuid("me").connect().await.unwrap();
+    let mut theirs = first.subscribe("a").await.unwrap();
+    until_synced(&mut theirs).await;
+    let second = Client::builder(&addr).client_uuid("me").connect().await.unwrap();
+    let mut mine = second.subscribe("a").await.unwrap();
+    assert_eq!(next(&mut theirs).await, Event::Ended(EndReason::Replaced));
+    until_synced(&mut mine).await;
+    first.put("a", "1").await.unwrap();
+    assert_eq!(short(&next(&mut mine).await), "a=1");
+}
+
+#[tokio::test]
+async fn a_unix_socket_serves_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let addr = format!("unix:{}", dir.path().join("nkv.sock").display());
+    let _server = nkv_server::Server::builder().listen(addr.parse().unwrap()).bind().await.unwrap();
+    let client = Client::connect(&addr).await.unwrap();
+    client.put("a", "1").await.unwrap();
+    assert!(client.exists("a").await.unwrap());
+}
+
+#[test]
+fn a_program_without_a_runtime_has_the_same_client() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (_server, addr) = runtime.block_on(server());
+    let client = blocking::Client::connect(&addr).unwrap();
+    client.put("a.b", "1").unwrap();
+    assert_eq!(client.get("a.b").unwrap().unwrap().value, "1");
+    assert_eq!(client.get("nope").unwrap(), None);
+    client.put_as("n", &5).unwrap();
+    assert_eq!(client.get_as::<u8>("n").unwrap(), Some(5));
+    let mut subscription = client.subscribe("a").unwrap();
+    assert_eq!(short(&subscription.next().unwrap()), "a.b=1");
+    assert_eq!(short(&subscription.next().unwrap()), "synced");
+    assert_eq!(subscription.next_timeout(Duration::from_millis(10)), None);
+    client.put("a", "2").unwrap();
+    assert_eq!(short(&subscription.next_timeout(Duration::from_secs(10)).unwrap()), "a=2");
+    assert_eq!(client.delete("*").unwrap().count, 3);
+    client.close();
+    assert_eq!(subscription.last(), Some(Event::Ended(EndReason::Closed)));
+    assert_eq!(client.health().unwrap_err().kind(), &ErrorKind::Closed);
+    // Dropped within a runtime, it must not panic.
+    runtime.block_on(async { drop(client) });
+}

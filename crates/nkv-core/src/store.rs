@@ -69,6 +69,9 @@ struct Counters {
     conflated: AtomicU64,
 }
 
+/// So many keys expire in one batch.
+const EXPIRE_MAX: usize = 10_000;
+
 /// One operation of a batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
@@ -88,7 +91,8 @@ pub enum Op {
         /// Only if the key is at this revision; only with a pattern that is a key.
         if_revision: Option<Revision>,
     },
-    /// Removes the keys whose TTL has ended.
+    /// Removes the keys whose TTL has ended, the earliest first: at most 10,000, so that a great many at once hold up
+    /// nobody for long.
     Expire {
         /// The present.
         now: Millis,
@@ -297,7 +301,8 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         }
     }
 
-    /// Removes the keys whose TTL has ended by `now`, tells their subscribers, and returns how many there were.
+    /// Removes the keys whose TTL has ended by `now`, tells their subscribers, and returns how many they were: at most
+    /// 10,000, the earliest first. [`next_expiry`](Self::next_expiry) tells whether there are more.
     ///
     /// # Errors
     ///
@@ -540,7 +545,7 @@ impl Plan<'_> {
             Op::Expire { now } => {
                 // What an earlier operation of the batch wrote or removed is not due: its expiry is another.
                 let due = self.keyspace.due(*now).filter(|key| !self.staged.contains_key(*key));
-                let due: Vec<Key> = due.cloned().collect();
+                let due: Vec<Key> = due.take(EXPIRE_MAX).cloned().collect();
                 self.delete(due, Reason::Expired)
             }
         }

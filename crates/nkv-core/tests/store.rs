@@ -807,3 +807,16 @@ mod routes {
         assert_eq!(state(&store), (vec![], r(0)));
     }
 }
+
+#[test]
+fn a_great_many_keys_expire_in_steps_the_earliest_first() {
+    let store: NotifyKeyValue<_, Mailbox<()>> = NotifyKeyValue::open(NoPersist::default(), 0).unwrap();
+    let put = |n: u64| Op::Put {
+        key: Key::new(&format!("k{n}")).unwrap(),
+        value: "x".into(),
+        options: PutOptions { if_revision: None, expiry: Some(Expiry { at: n, ttl_ms: 1 }) },
+    };
+    store.write(&(1..=15_000).map(put).collect::<Vec<_>>()).unwrap();
+    assert_eq!((store.expire(20_000).unwrap(), store.next_expiry()), (10_000, Some(10_001)));
+    assert_eq!((store.expire(20_000).unwrap(), store.next_expiry()), (5_000, None));
+}

@@ -119,7 +119,8 @@ impl Decoder {
             return Decoded { consumed: line_len, item: None };
         }
         if line.len() > line_len_max {
-            return self.refuse(line_len, over("line", line_len_max, Id::default(), false));
+            // Whether a payload follows is not known.
+            return self.refuse(line_len, over("line", line_len_max, Id::default(), true));
         }
         let mut head = Head::default();
         let read = head.read(line, self.limits.value_len_max);

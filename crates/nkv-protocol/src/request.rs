@@ -257,8 +257,10 @@ impl<'a> Head<'a> {
         if kind.needs_key() && self.key.is_none() {
             return Err("missing field 'key'".into());
         }
-        if self.ttl_ms == Some(0) {
-            return Err("'ttl_ms' must be at least 1".into());
+        for (name, number) in [("ttl_ms", self.ttl_ms), ("limit", self.limit)] {
+            if number == Some(0) {
+                return Err(format!("'{name}' must be at least 1"));
+            }
         }
         Ok(Request {
             kind,

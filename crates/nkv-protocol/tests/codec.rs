@@ -106,6 +106,8 @@ fn a_line_without_end_is_refused_at_the_limit() {
     let input = vec![b'a'; limits.line_len_max() + 1];
     assert_eq!(decode(&input, 1_000, limits), ["\"\" 413 close=true"]);
     assert!(decode(&input[1..], 1_000, limits).is_empty());
+    let whole = [&input[..], b"\n{\"type\":\"Health\"}\n"].concat();
+    assert_eq!(decode(&whole, whole.len(), limits), ["\"\" 413 close=true"], "also when its end is there");
 }
 
 #[test]
@@ -122,6 +124,7 @@ fn what_is_wrong_is_named() {
         ("{\"type\":\"Put\",\"key\":\"a\"}", "missing field 'value'"),
         ("{\"type\":\"Put\",\"key\":\"a\",\"key\":\"b\"}", "field 'key' given twice"),
         ("{\"type\":\"Put\",\"key\":\"a\",\"value\":\"\",\"ttl_ms\":0}", "'ttl_ms' must be at least 1"),
+        ("{\"type\":\"List\",\"key\":\"*\",\"limit\":0}", "'limit' must be at least 1"),
         ("{\"type\":\"Grab\"}", "unknown type 'Grab'"),
         ("{\"type\":\"Get\",\"id\":{}}", "'id' must be a string or a number"),
         ("{\"type\":\"Get\",\"key\":7}", "column 21"),
@@ -182,7 +185,7 @@ proptest! {
         kind in proptest::sample::select(Kind::ALL),
         key in "\\PC{0,12}",
         value in proptest::collection::vec(any::<u8>(), 0..40),
-        numbers in proptest::option::of((any::<u64>(), 1u64.., any::<u64>())),
+        numbers in proptest::option::of((any::<u64>(), 1u64.., 1u64..)),
         after in proptest::option::of("\\PC{0,8}"),
         snapshot in any::<bool>(),
     ) {

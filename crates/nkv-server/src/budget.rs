@@ -64,7 +64,14 @@ impl Share {
 
     /// Waits until this connection is to give up what it holds.
     pub(crate) async fn evicted(&self) {
-        self.evicted.notified().await;
+        loop {
+            self.evicted.notified().await;
+            let holders = self.budget.holders.lock().unwrap_or_else(PoisonError::into_inner);
+            // The message may have become whole, or others may have let go, since that was said.
+            if self.held > 0 && holders.total > self.budget.limit {
+                return;
+            }
+        }
     }
 }
 

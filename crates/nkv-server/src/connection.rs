@@ -162,8 +162,9 @@ impl Connection {
                 () = stopped(&mut self.stop) => return Ok(End::Quiet),
                 readable = self.read.readable() => readable?,
             }
-            let whole_len = self.decoder.expected_len().unwrap_or(0);
-            self.buffer.reserve(READ_LEN.max(whole_len.saturating_sub(self.buffer.len())));
+            // Room for what is known to come, but never for much more than has come: an announcement costs nothing.
+            let missing = self.decoder.expected_len().unwrap_or(0).saturating_sub(self.buffer.len());
+            self.buffer.reserve(missing.clamp(READ_LEN, self.buffer.len().max(READ_LEN)));
             match self.read.try_read_buf(&mut self.buffer) {
                 Ok(0) => return self.last_words().await,
                 Ok(_) => {}

@@ -242,14 +242,17 @@ impl Session {
         let pattern = pattern(request)?;
         let name = (self.client_of(request), pattern);
         let limit = self.options.subscriptions_max;
-        if self.subscriptions.len() >= limit && !self.subscriptions.contains_key(&name) {
+        if self.subscriptions.len() >= limit {
+            self.subscriptions.retain(|_, subscription| is_live(subscription));
+        }
+        let again = self.subscriptions.get(&name).is_some_and(is_live);
+        if self.subscriptions.len() >= limit && !again {
             let message = format!("more than {limit} subscriptions on one connection");
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
         // Whatever is told from the subscription on comes after its `Hello`, and that after the answers so far. With a
         // snapshot the notifier says it, so that nothing comes between the two; when the subscription replaces one of
         // this connection, the end of that is told first, and what it covers was being told anyway.
-        let again = self.subscriptions.contains_key(&name);
         if !request.snapshot && !again {
             hello(&mut self.out);
         }
@@ -270,7 +273,7 @@ impl Session {
         let server = ServerFields {
             version: VERSION,
             epoch: &self.core.store.epoch().to_string(),
-            value_len_max: self.options.value_len_max as u64,
+            value_len_max: self.options.limits().value_len_max as u64,
         };
         Answer::to(request.id, &mut self.out).ok(&BaseFields { server: Some(server), ..BaseFields::default() });
     }
@@ -301,6 +304,11 @@ impl Session {
     fn client_of(&self, request: &Request<'_>) -> SubscriberId {
         request.client_uuid.as_deref().map_or_else(|| self.client.clone(), SubscriberId::from)
     }
+}
+
+/// Whether the store still knows a subscription: one that somebody else ended or replaced is held here alone.
+fn is_live(subscription: &Arc<Subscription<Subscriber>>) -> bool {
+    Arc::strong_count(subscription) > 1
 }
 
 /// A name for a client that gave none.

@@ -37,7 +37,7 @@ pub struct Options {
     pub connections_max: usize,
     /// Subscriptions of one connection. 1,024 by default.
     pub subscriptions_max: usize,
-    /// Longest value, in bytes. 1 MiB by default.
+    /// Longest value, in bytes. 1 MiB by default; 16 MiB at most, so that it fits an answer in every form.
     pub value_len_max: usize,
     /// Bytes of incomplete messages that all connections may hold together. 64 MiB by default.
     pub incomplete_max: usize,
@@ -62,7 +62,7 @@ impl Default for Options {
 
 impl Options {
     pub(crate) fn limits(&self) -> Limits {
-        Limits { value_len_max: self.value_len_max, ..Limits::default() }
+        Limits { value_len_max: self.value_len_max.min(16 << 20), ..Limits::default() }
     }
 }
 

@@ -145,6 +145,5 @@ fn parse_size(text: &str) -> Result<usize, String> {
         _ => return Err("expected a number of bytes, or one with k or M".into()),
     };
     let size = digits.parse::<usize>().ok().and_then(|number| number.checked_mul(unit));
-    // A value is skipped up to 64 MiB when it is refused; one that is accepted must not be longer.
-    size.filter(|size| (1..=64 << 20).contains(size)).ok_or_else(|| "expected a size from 1 to 64M".into())
+    size.filter(|size| (1..=16 << 20).contains(size)).ok_or_else(|| "expected a size from 1 to 16M".into())
 }

@@ -98,7 +98,7 @@ fn check_data(args: &Args, with_repair: bool) -> ExitCode {
     let report = args.data_dir().and_then(|dir| if with_repair { repair(dir) } else { check(dir) });
     match report {
         Ok(report) => {
-            eprintln!("{report}");
+            eprint!("{report}");
             if report.damage.is_some() && !with_repair { ExitCode::from(DAMAGED) } else { ExitCode::SUCCESS }
         }
         Err(error) => fail(&error, persist_code(&error)),

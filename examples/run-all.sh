@@ -1,0 +1,21 @@
+#!/bin/sh
+# Runs every example once. Each asserts what it shows and ends by itself; the first that does not is the end of this.
+set -eu
+cd "$(dirname "$0")/.."
+
+cargo build --quiet -p nkv-examples --examples
+
+run() {
+    echo "== $*"
+    example=$1
+    shift
+    timeout 30 cargo run --quiet -p nkv-examples --example "$example" -- "$@"
+}
+
+run server --self-check
+run embed
+run custom_persist
+run custom_notifier
+run watch_config
+run host_state
+echo "== all examples have run"

@@ -145,10 +145,14 @@ impl Decoder {
         }
         // Fits a usize: it is at most `value_len_max`.
         let whole_len = line_len + payload_len as usize + 1;
-        self.state = State::Payload { line_len, whole_len };
-        self.payload(input, line_len, whole_len)
+        if input.len() < whole_len {
+            self.state = State::Payload { line_len, whole_len };
+            return Decoded { consumed: 0, item: None };
+        }
+        self.with_payload(head, read, input, line_len, whole_len)
     }
 
+    /// More bytes of a message with a payload; its line is read again once all are there.
     fn payload<'a>(&mut self, input: &'a [u8], line_len: usize, whole_len: usize) -> Decoded<'a> {
         if input.len() < whole_len {
             return Decoded { consumed: 0, item: None };
@@ -156,10 +160,22 @@ impl Decoder {
         self.state = START;
         let mut head = Head::default();
         let read = head.read(trim(&input[..line_len]), self.limits.value_len_max);
+        self.with_payload(head, read, input, line_len, whole_len)
+    }
+
+    fn with_payload<'a>(
+        &mut self,
+        head: Head<'a>,
+        read: Result<(), String>,
+        input: &'a [u8],
+        line_len: usize,
+        whole_len: usize,
+    ) -> Decoded<'a> {
         if input[whole_len - 1] != b'\n' {
             return self.refuse(whole_len, unterminated(head.id));
         }
-        Decoded { consumed: whole_len, item: Some(finish(head, read, Some(&input[line_len..whole_len - 1]))) }
+        let payload = &input[line_len..whole_len - 1];
+        Decoded { consumed: whole_len, item: Some(finish(head, read, Some(payload))) }
     }
 
     fn skip<'a>(&mut self, input: &'a [u8], left: u64) -> Decoded<'a> {

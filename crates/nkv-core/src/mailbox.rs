@@ -148,7 +148,11 @@ impl<T> State<T> {
                     }
                 }
             }
-            EventKind::Snapshot(snapshot) => self.newest = self.newest.max(snapshot.revision),
+            EventKind::Snapshot(snapshot) => {
+                self.newest = self.newest.max(snapshot.revision);
+                // What waits of its keys is told before it, and nothing after it counts from there.
+                self.slots.retain(|key, _| !snapshot.pattern.covers(key));
+            }
             EventKind::Ended { .. } => {}
         }
         self.queue.push_back(Some(Item::Event { event: Arc::clone(event), skipped: item_skipped }));
@@ -167,6 +171,7 @@ impl<T> State<T> {
                 && let EventKind::Change(change) = event.kind()
                 && let Some(slot) = self.slots.get_mut(&change.key)
             {
+                // Of two items of a key, one stands before a snapshot; the slot is the later one's, and ends up so.
                 *slot = number;
             }
         }
@@ -181,6 +186,7 @@ impl<T> State<T> {
             };
             if let Item::Event { event, .. } = &item
                 && let EventKind::Change(change) = event.kind()
+                && self.slots.get(&change.key) == Some(&(self.front - 1))
             {
                 self.slots.remove(&change.key);
             }
@@ -215,6 +221,7 @@ impl<T> Shared<T> {
 
     fn close(&self) {
         self.post(|state| state.closed = true);
+        self.arrived.notify_all();
     }
 }
 
@@ -317,13 +324,13 @@ impl<T> Inbox<T> {
 
     /// Like [`take_blocking`](Self::take_blocking), for at most `patience`; `None` also when that has passed.
     pub fn take_timeout(&self, patience: Duration) -> Option<Item<T>> {
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now().checked_add(patience);
         let mut state = self.shared.lock();
         loop {
             if let Some(item) = state.take() {
                 return Some(item);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.map_or(patience, |deadline| deadline.saturating_duration_since(Instant::now()));
             if state.closed || left.is_zero() {
                 return None;
             }

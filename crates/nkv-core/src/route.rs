@@ -18,9 +18,10 @@ use crate::revision::{Epoch, Revision};
 /// ```
 /// use nkv_core::{Epoch, Key, MemoryPersist, NoPersist, RoutePersist};
 ///
-/// // `runtime` and all below it is forgotten at a restart, `runtimes` is not.
+/// // `runtime` and all below it is forgotten at a restart, `runtimes` is not. What is forgotten begins a new epoch.
+/// # fn random() -> u128 { 7 }
 /// let persist = RoutePersist::new(MemoryPersist::default())
-///     .route(Key::new("runtime")?, NoPersist::new(Epoch::new(7)));
+///     .route(Key::new("runtime")?, NoPersist::new(Epoch::new(random())));
 /// # Ok::<(), nkv_core::KeyError>(())
 /// ```
 #[derive(Debug)]

@@ -88,7 +88,7 @@ pub enum Op {
     Delete {
         /// Which keys.
         pattern: Pattern,
-        /// Only if the key is at this revision; only with a pattern that is a key.
+        /// Only if the key is at this revision. A pattern that is no key has no revision: the condition does not hold.
         if_revision: Option<Revision>,
     },
     /// Removes the keys whose TTL has ended, the earliest first: at most 10,000, so that a great many at once hold up
@@ -287,8 +287,8 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         }
     }
 
-    /// Removes the keys that `pattern` selects and returns how many, with the highest revision given.
-    /// `if_revision` counts only for a pattern that is a key.
+    /// Removes the keys that `pattern` selects and returns how many, with the highest revision given. A wildcard has no
+    /// revision: with `if_revision` it is a conflict.
     ///
     /// # Errors
     ///
@@ -538,7 +538,8 @@ impl Plan<'_> {
                 }
                 self.delete(std::iter::once(key.clone()), Reason::Deleted)
             }
-            Op::Delete { pattern, .. } => match self.delete(self.selected(pattern), Reason::Deleted) {
+            Op::Delete { if_revision: Some(_), .. } => Outcome::Conflict { revision: Revision::ZERO },
+            Op::Delete { pattern, if_revision: None } => match self.delete(self.selected(pattern), Reason::Deleted) {
                 Outcome::Deleted { count: 0, .. } => Outcome::NotFound,
                 deleted => deleted,
             },

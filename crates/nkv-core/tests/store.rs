@@ -820,3 +820,12 @@ fn a_great_many_keys_expire_in_steps_the_earliest_first() {
     assert_eq!((store.expire(20_000).unwrap(), store.next_expiry()), (10_000, Some(10_001)));
     assert_eq!((store.expire(20_000).unwrap(), store.next_expiry()), (5_000, None));
 }
+
+#[test]
+fn a_condition_on_a_wildcard_never_holds() {
+    let store: NotifyKeyValue<_, Mailbox<()>> = NotifyKeyValue::open(NoPersist::default(), 0).unwrap();
+    store.put(&Key::new("a.b").unwrap(), "x", PutOptions::default()).unwrap();
+    let deleted = store.delete(&Pattern::All, Some(Revision::new(1)));
+    assert!(matches!(deleted, Err(WriteError::Conflict { revision: Revision::ZERO })));
+    assert!(store.exists(&Pattern::All));
+}

@@ -5,4 +5,4 @@ mod notifier;
 mod writer;
 
 pub use notifier::{NotifierOptions, TcpNotifier};
-pub use writer::{WriterEnd, limit_send_buffer};
+pub use writer::{WriterEnd, keep_alive, limit_send_buffer};

@@ -1,12 +1,13 @@
 //! The notifier: what the rest of a server holds of a connection's sending side.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize};
 use std::time::Duration;
 
 use bytes::Bytes;
 use nkv_core::mailbox::{Backlog, Mailbox, mailbox};
-use nkv_core::{Delivery, Event, EventKind, Notifier};
+use nkv_core::{Delivery, Event, EventKind, Notifier, Snapshot};
 use nkv_protocol::{Chunks, ValueForm};
 use tokio::io::AsyncWrite;
 use tokio::sync::Notify;
@@ -15,18 +16,21 @@ use tokio::task::JoinHandle;
 use crate::writer::{Writer, WriterEnd};
 
 /// How a connection's sending side behaves.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct NotifierOptions {
     /// A peer that takes no byte for this long is cut. 30 s by default.
     pub stall_limit: Duration,
     /// So many bytes of answers and snapshots may wait before [`TcpNotifier::room`] makes the reading side wait.
     /// 256 KiB by default.
     pub waiting_max: usize,
+    /// Bytes of answers that wait in all notifiers that share it, kept up by them: what a server bounds all its
+    /// connections together by. Each has one of its own by default.
+    pub waiting_total: Arc<AtomicUsize>,
 }
 
 impl Default for NotifierOptions {
     fn default() -> Self {
-        NotifierOptions { stall_limit: Duration::from_secs(30), waiting_max: 256 << 10 }
+        NotifierOptions { stall_limit: Duration::from_secs(30), waiting_max: 256 << 10, waiting_total: Arc::default() }
     }
 }
 
@@ -44,9 +48,11 @@ pub struct TcpNotifier {
 #[derive(Debug)]
 pub(crate) struct Shared {
     form: AtomicU8,
-    /// Bytes of answers and snapshots that were not written yet.
+    /// Bytes of answers, snapshots and what else is not conflated, that were not written yet.
     waiting: AtomicUsize,
-    pub(crate) room: Notify,
+    /// The writer is gone.
+    ended: AtomicBool,
+    room: Notify,
     pub(crate) options: NotifierOptions,
 }
 
@@ -58,8 +64,13 @@ impl TcpNotifier {
         W: AsyncWrite + Unpin + Send + 'static,
     {
         let (mailbox, inbox) = mailbox();
-        let (form, waiting) = (AtomicU8::new(0), AtomicUsize::new(0));
-        let shared = Arc::new(Shared { form, waiting, room: Notify::new(), options });
+        let shared = Arc::new(Shared {
+            form: AtomicU8::new(0),
+            waiting: AtomicUsize::new(0),
+            ended: AtomicBool::new(false),
+            room: Notify::new(),
+            options,
+        });
         let task = tokio::spawn(Writer::new(inbox, writer, Arc::clone(&shared)).run());
         (TcpNotifier { mailbox, shared }, task)
     }
@@ -68,18 +79,19 @@ impl TcpNotifier {
     /// [`WriterEnd`] says so.
     pub fn send(&self, answers: &mut Chunks) {
         if !answers.is_empty() {
-            self.shared.waiting.fetch_add(answers.len(), Relaxed);
+            self.shared.wait_for(answers.len());
             drop(self.mailbox.post(answers.take()));
         }
     }
 
     /// Waits until answers may be sent without keeping too much in memory. Ends at once when the connection is gone.
+    /// One waits at a time.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future loses nothing.
     pub async fn room(&self) {
-        while self.shared.waiting.load(Relaxed) > self.shared.options.waiting_max && !self.mailbox.is_closed() {
+        while self.shared.waiting.load(Relaxed) > self.shared.options.waiting_max && !self.shared.ended.load(SeqCst) {
             self.shared.room.notified().await;
         }
     }
@@ -112,28 +124,50 @@ impl Shared {
         forms.into_iter().find(|known| *known as u8 == form).unwrap_or_default()
     }
 
-    /// So many bytes of answers or snapshots were written.
+    fn wait_for(&self, len: usize) {
+        self.waiting.fetch_add(len, Relaxed);
+        self.options.waiting_total.fetch_add(len, Relaxed);
+    }
+
+    /// So many bytes of what waited were written.
     pub(crate) fn written(&self, len: usize) {
         if len > 0 {
             self.waiting.fetch_sub(len, Relaxed);
+            self.options.waiting_total.fetch_sub(len, Relaxed);
             self.room.notify_one();
         }
     }
+
+    /// Nothing more is written: whoever waits for room must see that there will be none.
+    pub(crate) fn end(&self) {
+        self.ended.store(true, SeqCst);
+        self.room.notify_one();
+    }
 }
 
-/// Roughly what a snapshot takes while it waits.
-pub(crate) fn snapshot_len(event: &Event) -> usize {
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.options.waiting_total.fetch_sub(*self.waiting.get_mut(), Relaxed);
+    }
+}
+
+/// Roughly what an event takes while it waits, if it is none that a newer one takes the place of.
+pub(crate) fn waiting_len(event: &Event) -> usize {
     match event.kind() {
-        EventKind::Snapshot(snapshot) => {
-            snapshot.records.iter().map(|record| record.key.as_str().len() + record.value.len() + 64).sum()
+        EventKind::Change(_) => 0,
+        EventKind::Snapshot(Snapshot { records, .. }) => {
+            256 + records.iter().map(|record| record.key.as_str().len() + record.value.len() + 64).sum::<usize>()
         }
-        _ => 0,
+        _ => 256,
     }
 }
 
 impl Notifier for TcpNotifier {
     fn notify(&self, event: &Arc<Event>) -> Delivery {
-        self.shared.waiting.fetch_add(snapshot_len(event), Relaxed);
+        match waiting_len(event) {
+            0 => {} // a change, most likely
+            len => self.shared.wait_for(len),
+        }
         self.mailbox.notify(event)
     }
 }

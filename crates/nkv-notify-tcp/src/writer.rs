@@ -6,6 +6,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use nkv_core::mailbox::{Inbox, Item};
@@ -14,7 +15,7 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
 use crate::encode::{self, SnapshotWriter};
-use crate::notifier::{Shared, snapshot_len};
+use crate::notifier::{Shared, waiting_len};
 
 /// So many bytes are gathered for one write. What is still in the mailbox can be conflated, what is gathered cannot.
 const GATHER_LEN: usize = 64 << 10;
@@ -37,7 +38,8 @@ pub(crate) struct Writer<W> {
     inbox: Inbox<Vec<Bytes>>,
     writer: W,
     shared: Arc<Shared>,
-    snapshot: Option<SnapshotWriter>,
+    /// The snapshot that is being written, and what [`waiting_len`] said of it.
+    snapshot: Option<(SnapshotWriter, usize)>,
     /// Gathered for the next write.
     out: Chunks,
     /// Bytes that [`Shared::written`] is to be told of when the next write is done.
@@ -50,12 +52,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
     }
 
     pub(crate) async fn run(mut self) -> WriterEnd {
-        let end = self.write_all().await;
-        // Whoever waits for room must see that there will be none.
-        let shared = Arc::clone(&self.shared);
-        drop(self);
-        shared.room.notify_one();
-        end
+        self.write_all().await
     }
 
     async fn write_all(&mut self) -> WriterEnd {
@@ -82,8 +79,9 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
 
     fn gather(&mut self) {
         while self.out.len() < GATHER_LEN {
-            if let Some(snapshot) = &mut self.snapshot {
+            if let Some((snapshot, waiting)) = &mut self.snapshot {
                 if snapshot.write(self.shared.form(), GATHER_LEN, &mut self.out) {
+                    self.counted += *waiting;
                     self.snapshot = None;
                 }
                 continue;
@@ -102,8 +100,11 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
                 chunks.iter().for_each(|chunk| self.out.push(chunk));
             }
             Item::Event { event, skipped } => {
-                self.counted += snapshot_len(&event);
-                self.snapshot = encode::event(event, skipped, self.shared.form(), &mut self.out);
+                let waiting = waiting_len(&event);
+                match encode::event(event, skipped, self.shared.form(), &mut self.out) {
+                    Some(snapshot) => self.snapshot = Some((snapshot, waiting)),
+                    None => self.counted += waiting,
+                }
             }
         }
     }
@@ -130,6 +131,12 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
     }
 }
 
+impl<W> Drop for Writer<W> {
+    fn drop(&mut self) {
+        self.shared.end();
+    }
+}
+
 fn advance(chunks: &mut VecDeque<Bytes>, mut written: usize) {
     while let Some(first) = chunks.front_mut() {
         if written < first.len() {
@@ -139,6 +146,17 @@ fn advance(chunks: &mut VecDeque<Bytes>, mut written: usize) {
         written -= first.len();
         chunks.pop_front();
     }
+}
+
+/// Has the kernel find out, within minutes, that an idle peer's host has vanished.
+///
+/// # Errors
+///
+/// What the system says.
+pub fn keep_alive(socket: &impl AsFd) -> io::Result<()> {
+    let keepalive =
+        socket2::TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(10));
+    socket2::SockRef::from(socket).set_tcp_keepalive(&keepalive)
 }
 
 /// Bounds what the kernel holds for a peer that does not read: several megabytes a connection otherwise.

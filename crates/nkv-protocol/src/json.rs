@@ -118,6 +118,23 @@ pub(crate) fn value(out: &mut BytesMut, value: &[u8], form: ValueForm) {
     out.put_u8(b']');
 }
 
+/// How many bytes [`value`] writes.
+pub(crate) fn value_len(value: &[u8], form: ValueForm) -> usize {
+    if form == ValueForm::Text
+        && let Ok(text) = std::str::from_utf8(value)
+    {
+        let escaped = |byte: u8| match byte {
+            b'"' | b'\\' | b'\n' | b'\r' | b'\t' => 2,
+            byte if byte < b' ' => 6,
+            _ => 1,
+        };
+        return 2 + text.bytes().map(escaped).sum::<usize>();
+    }
+    let digits = |byte: &u8| if *byte >= 100 { 3 } else { 1 + usize::from(*byte >= 10) };
+    // A comma stands between two of them, and brackets around all.
+    value.iter().map(digits).sum::<usize>() + value.len().max(1) + 1
+}
+
 /// A value read from within a line: an array of byte numbers, or a string's UTF-8 bytes.
 #[derive(Debug, Default)]
 pub(crate) struct Value<'a>(pub(crate) Cow<'a, [u8]>);

@@ -61,6 +61,15 @@ impl ValueForm {
         }
     }
 
+    /// How many bytes a value takes in this form.
+    #[must_use]
+    pub fn len_of(self, value: &[u8]) -> usize {
+        match self {
+            ValueForm::Payload => value.len(),
+            ValueForm::Bytes | ValueForm::Text => json::value_len(value, self),
+        }
+    }
+
     pub(crate) fn from_word(word: &str) -> Option<Self> {
         [ValueForm::Bytes, ValueForm::Text, ValueForm::Payload].into_iter().find(|form| form.as_str() == word)
     }

@@ -175,6 +175,15 @@ proptest! {
         let Message::Answer(body) = message(&out.take().concat()) else { panic!("no answer") };
         prop_assert_eq!(&body.values, &values);
 
+        let mut out = Chunks::default();
+        Answer::to(Default::default(), &mut out).get(form, &[("k", &values[0], 7)], false);
+        let whole = out.take().concat().len();
+        Answer::to(Default::default(), &mut out).get(form, &[("k", &Bytes::new(), 7)], false);
+        let empty = out.take().concat().len();
+        let digits = |len: usize| len.to_string().len() - 1;
+        let lens = if form == ValueForm::Payload { 2 * digits(values[0].len()) } else { 0 };
+        prop_assert_eq!(whole - empty, form.len_of(&values[0]) - form.len_of(b"") + lens);
+
         ChangeNotice::update("k", &values[0], 9, form).write(skipped, &mut out);
         let update = Message::Update { key: "k".into(), value: values[0].clone(), revision: 9, skipped };
         prop_assert_eq!(message(&out.take().concat()), update);

@@ -2,13 +2,14 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::BytesMut;
-use nkv_notify_tcp::{NotifierOptions, TcpNotifier, WriterEnd, limit_send_buffer};
+use nkv_notify_tcp::{NotifierOptions, TcpNotifier, WriterEnd, keep_alive, limit_send_buffer};
 use nkv_protocol::{Answer, BaseFields, Chunks, Decoder, status};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 use tracing::debug;
 
 use crate::budget::Share;
@@ -21,6 +22,9 @@ const READ_LEN: usize = 16 << 10;
 
 /// What the kernel keeps for a peer that does not read.
 const SEND_BUFFER_LEN: usize = 128 << 10;
+
+/// How long a refused peer has to take the answer that says so.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
 
 /// An accepted socket.
 pub(crate) enum Socket {
@@ -69,6 +73,7 @@ impl Socket {
         Ok(match self {
             Socket::Tcp(stream) => {
                 stream.set_nodelay(true)?;
+                keep_alive(&stream)?;
                 limit_send_buffer(&stream, SEND_BUFFER_LEN)?;
                 let (read, write) = stream.into_split();
                 let (notifier, writer) = TcpNotifier::spawn(write, options);
@@ -82,6 +87,19 @@ impl Socket {
             }
         })
     }
+}
+
+/// A connection's writer; it does not outlive what it belongs to.
+struct WriterTask(JoinHandle<WriterEnd>);
+
+impl Drop for WriterTask {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+fn writer_end(ended: Result<WriterEnd, JoinError>) -> WriterEnd {
+    ended.unwrap_or_else(|error| WriterEnd::Failed(error.into()))
 }
 
 /// Why a connection reads no more.
@@ -102,7 +120,9 @@ pub(crate) async fn serve(
     share: Share,
     stop: watch::Receiver<bool>,
 ) {
-    let notifier_options = NotifierOptions { stall_limit: options.stall_limit, ..NotifierOptions::default() };
+    let waiting_total = Arc::clone(&core.answers_waiting);
+    let notifier_options =
+        NotifierOptions { stall_limit: options.stall_limit, waiting_total, ..NotifierOptions::default() };
     let (read, notifier, writer) = match socket.split(notifier_options) {
         Ok(parts) => parts,
         Err(error) => return debug!(%error, "a connection ended before it began"),
@@ -115,26 +135,24 @@ pub(crate) async fn serve(
         session,
         share,
         stop,
-        writer,
+        writer: WriterTask(writer),
     };
     let end = connection.run().await;
-    let Connection { session, share, writer, .. } = connection;
+    // What was read and not served is let go before the answers are waited for: its share is given back now.
+    let Connection { read, buffer, share, session, mut writer, .. } = connection;
+    drop((read, buffer, share));
     session.end();
-    drop(share);
+    notifier.close();
+    let patience = if matches!(end, Ok(End::Refused)) { LAST_WORDS_LIMIT } else { Duration::MAX };
     let end = match end {
         Ok(End::Writer(end)) => end,
-        Ok(End::Quiet | End::Refused) => {
-            notifier.close();
-            match writer.await {
-                Ok(end) => end,
-                Err(error) => return tracing::error!(%error, "a connection's writer broke"),
-            }
-        }
-        Err(error) => {
-            writer.abort();
-            WriterEnd::Failed(error)
-        }
+        Ok(End::Quiet | End::Refused) => match tokio::time::timeout(patience, &mut writer.0).await {
+            Ok(ended) => writer_end(ended),
+            Err(_) => WriterEnd::Stalled,
+        },
+        Err(error) => WriterEnd::Failed(error),
     };
+    drop(writer);
     match end {
         WriterEnd::Finished => debug!("connection closed"),
         WriterEnd::Stalled => tracing::warn!("connection cut: the peer took nothing for {:?}", options.stall_limit),
@@ -149,7 +167,7 @@ struct Connection {
     session: Session,
     share: Share,
     stop: watch::Receiver<bool>,
-    writer: JoinHandle<WriterEnd>,
+    writer: WriterTask,
 }
 
 impl Connection {
@@ -157,7 +175,7 @@ impl Connection {
         loop {
             tokio::select! {
                 biased;
-                end = &mut self.writer => return Ok(End::Writer(end.unwrap_or(WriterEnd::Finished))),
+                end = &mut self.writer.0 => return Ok(End::Writer(writer_end(end))),
                 () = self.share.evicted() => return Ok(self.refuse_all()),
                 () = stopped(&mut self.stop) => return Ok(End::Quiet),
                 readable = self.read.readable() => readable?,

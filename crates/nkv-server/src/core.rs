@@ -1,13 +1,17 @@
 //! What connections and handles share: the store, the way to its writer, and figures.
 
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use nkv_core::mailbox::{Backlog, Mailbox};
-use nkv_core::{Delivery, Event, Key, Notifier, NotifyKeyValue, Op, Outcome, PersistError, PersistValue, SubscriberId};
+use nkv_core::{
+    Delivery, EndReason, Event, EventKind, Key, Notifier, NotifyKeyValue, Op, Outcome, PersistError, PersistValue,
+    SubscriberId,
+};
 use nkv_notify_tcp::TcpNotifier;
-use tokio::sync::{mpsc, oneshot};
+use nkv_protocol::{Chunks, hello};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::clock::Clock;
 
@@ -20,6 +24,10 @@ pub(crate) struct Core {
     /// As people write it, for `Stats`.
     pub(crate) durability: String,
     pub(crate) connections: AtomicUsize,
+    /// Bytes of answers that wait to be written, on all connections.
+    pub(crate) answers_waiting: Arc<AtomicUsize>,
+    /// Bytes of values that may still be handed to the writer.
+    write_room: Arc<Semaphore>,
     writer: Mutex<Option<mpsc::Sender<Job>>>,
 }
 
@@ -30,7 +38,12 @@ pub(crate) struct Job {
     /// Whether the operations are stored together or not at all.
     pub(crate) atomic: bool,
     pub(crate) results: oneshot::Sender<Vec<WriteResult>>,
+    /// Its share of what may be handed to the writer, given back when it is done.
+    _room: OwnedSemaphorePermit,
 }
+
+/// Bytes of values that wait to be stored, on all connections; whoever brings more waits with them.
+const WRITE_ROOM: usize = 64 << 20;
 
 /// What became of one operation.
 pub(crate) type WriteResult = Result<Outcome, Arc<PersistError>>;
@@ -41,14 +54,25 @@ pub(crate) struct Stopping;
 
 impl Core {
     pub(crate) fn new(store: Arc<Store>, clock: Clock, durability: String, writer: mpsc::Sender<Job>) -> Self {
-        Core { store, clock, durability, connections: AtomicUsize::new(0), writer: Mutex::new(Some(writer)) }
+        Core {
+            store,
+            clock,
+            durability,
+            connections: AtomicUsize::new(0),
+            answers_waiting: Arc::default(),
+            write_room: Arc::new(Semaphore::new(WRITE_ROOM)),
+            writer: Mutex::new(Some(writer)),
+        }
     }
 
     /// Has the writer do `ops`, with whatever else waits; one result for each.
     pub(crate) async fn write(&self, ops: Vec<Op>, atomic: bool) -> Result<Vec<WriteResult>, Stopping> {
+        // What is more than there is room for goes alone.
+        let bytes = ops.iter().map(value_len).sum::<usize>().min(WRITE_ROOM) as u32;
+        let room = Arc::clone(&self.write_room).acquire_many_owned(bytes).await.map_err(|_| Stopping)?;
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let (results, done) = oneshot::channel();
-        writer.ok_or(Stopping)?.send(Job { ops, atomic, results }).await.map_err(|_| Stopping)?;
+        writer.ok_or(Stopping)?.send(Job { ops, atomic, results, _room: room }).await.map_err(|_| Stopping)?;
         done.await.map_err(|_| Stopping)
     }
 
@@ -74,6 +98,13 @@ impl Core {
     }
 }
 
+pub(crate) fn value_len(op: &Op) -> usize {
+    match op {
+        Op::Put { value, .. } => value.len(),
+        Op::Delete { .. } | Op::Expire { .. } => 0,
+    }
+}
+
 /// A subscriber as `Trace` shows it.
 #[derive(Debug)]
 pub(crate) struct Traced {
@@ -88,6 +119,8 @@ pub(crate) struct Traced {
 pub(crate) struct Subscriber {
     since: Instant,
     reach: Reach,
+    /// Whether another subscription of the same connection takes this one's place, and is to be answered.
+    hello_when_replaced: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -98,17 +131,27 @@ enum Reach {
 
 impl From<TcpNotifier> for Subscriber {
     fn from(notifier: TcpNotifier) -> Self {
-        Subscriber { since: Instant::now(), reach: Reach::Connection(notifier) }
+        Subscriber::new(Reach::Connection(notifier))
     }
 }
 
 impl From<Mailbox> for Subscriber {
     fn from(mailbox: Mailbox) -> Self {
-        Subscriber { since: Instant::now(), reach: Reach::Handle(mailbox) }
+        Subscriber::new(Reach::Handle(mailbox))
     }
 }
 
 impl Subscriber {
+    fn new(reach: Reach) -> Self {
+        Subscriber { since: Instant::now(), reach, hello_when_replaced: AtomicBool::new(false) }
+    }
+
+    /// Has the connection told `Hello` right behind the end of this subscription, before anything of the next.
+    pub(crate) fn hello_when_replaced(&self) -> bool {
+        self.hello_when_replaced.store(true, Relaxed);
+        true
+    }
+
     fn backlog(&self) -> Backlog {
         match &self.reach {
             Reach::Connection(notifier) => notifier.backlog(),
@@ -120,7 +163,16 @@ impl Subscriber {
 impl Notifier for Subscriber {
     fn notify(&self, event: &Arc<Event>) -> Delivery {
         match &self.reach {
-            Reach::Connection(notifier) => notifier.notify(event),
+            Reach::Connection(notifier) => {
+                let delivery = notifier.notify(event);
+                let replaced = matches!(event.kind(), EventKind::Ended { reason: EndReason::Replaced, .. });
+                if replaced && self.hello_when_replaced.load(Relaxed) {
+                    let mut out = Chunks::default();
+                    hello(&mut out);
+                    notifier.send(&mut out);
+                }
+                delivery
+            }
             Reach::Handle(mailbox) => mailbox.notify(event),
         }
     }

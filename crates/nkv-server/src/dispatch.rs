@@ -2,11 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use bytes::Bytes;
 use nkv_core::{
-    Expiry, Key, KeyError, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Revision, SubscriberId, Subscription,
+    Expiry, Key, KeyError, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Record, Revision, SubscriberId,
+    Subscription,
 };
 use nkv_notify_tcp::TcpNotifier;
 use nkv_protocol::{
@@ -74,6 +76,10 @@ impl Session {
             refuse(&mut self.out, refusal);
         }
         self.make_room().await;
+        if is_long(&request) {
+            // Others have their turn between two requests that may take their time.
+            tokio::task::yield_now().await;
+        }
     }
 
     /// Answers what could not be served.
@@ -105,8 +111,8 @@ impl Session {
     async fn make_room(&mut self) {
         if self.out.len() >= SEND_LEN {
             self.send();
-            self.notifier.room().await;
         }
+        self.notifier.room().await;
     }
 
     fn write_op<'r>(&self, request: &Request<'r>) -> Result<Op, Refusal<'r>> {
@@ -197,19 +203,21 @@ impl Session {
         let (pattern, after) = (pattern(request)?, after(request)?);
         let form = self.notifier.form();
         let limit = request.limit.map_or(u64::MAX, |limit| limit.min(LIST_LIMIT_MAX));
-        // The shortest form of a byte in an array takes two.
-        let bytes_max = if form == ValueForm::Bytes { GET_LEN_MAX / 2 } else { GET_LEN_MAX };
-        let too_large = || too_large(id);
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        let page = self.core.store.get_page(&pattern, after.as_ref(), limit, bytes_max).map_err(|_| too_large())?;
-        let entries: Vec<_> = page.entries.iter().map(|r| (r.key.as_str(), &r.value, r.revision.get())).collect();
-        let mut answer = Chunks::default();
-        let out = if entries.len() == 1 { &mut self.out } else { &mut answer };
-        Answer::to(id, out).get(form, &entries, page.more);
-        if answer.len() > GET_LEN_MAX {
-            return Err(too_large());
+        let page = self.core.store.get_page(&pattern, after.as_ref(), limit, GET_LEN_MAX);
+        let page = page.map_err(|_| too_large(id))?;
+        let answer_len: usize = page.entries.iter().map(|record| entry_len(record, form)).sum();
+        if answer_len > GET_LEN_MAX {
+            return Err(too_large(id));
         }
-        answer.take().iter().for_each(|chunk| self.out.push(chunk));
+        // However low the limit, an answer that waits with no other is let through.
+        let waiting = self.core.answers_waiting.load(Relaxed);
+        if waiting > 0 && waiting + answer_len > self.options.answers_max {
+            let message = "too many answers wait to be read: ask for less, or later".into();
+            return Err(Refusal { id, status: status::UNAVAILABLE, message, close: false });
+        }
+        let entries: Vec<_> = page.entries.iter().map(|r| (r.key.as_str(), &r.value, r.revision.get())).collect();
+        Answer::to(id, &mut self.out).get(form, &entries, page.more);
         Ok(())
     }
 
@@ -251,18 +259,19 @@ impl Session {
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
         // Whatever is told from the subscription on comes after its `Hello`, and that after the answers so far. With a
-        // snapshot the notifier says it, so that nothing comes between the two; when the subscription replaces one of
-        // this connection, the end of that is told first, and what it covers was being told anyway.
-        if !request.snapshot && !again {
+        // snapshot the notifier says it, so that nothing comes between the two. When the subscription replaces one of
+        // this connection, the end of that is to be told first: then the old one says `Hello` for the new one.
+        let hello_by_old = match self.subscriptions.get(&name).filter(|_| again && !request.snapshot) {
+            Some(old) => old.notifier().hello_when_replaced(),
+            None => false,
+        };
+        if !request.snapshot && !hello_by_old {
             hello(&mut self.out);
         }
         self.send();
         let (client, pattern) = name.clone();
         let subscriber = Subscriber::from(self.notifier.clone());
         let subscription = self.core.store.subscribe(pattern, client, subscriber, request.snapshot);
-        if !request.snapshot && again {
-            hello(&mut self.out);
-        }
         self.subscriptions.insert(name, subscription);
         Ok(())
     }
@@ -311,6 +320,19 @@ fn is_live(subscription: &Arc<Subscription<Subscriber>>) -> bool {
     Arc::strong_count(subscription) > 1
 }
 
+/// Whether a request may read or make a lot.
+fn is_long(request: &Request<'_>) -> bool {
+    match request.kind {
+        Kind::Get | Kind::List => request.key.ends_with('*'),
+        kind => matches!(kind, Kind::Subscribe | Kind::Trace),
+    }
+}
+
+/// What a record takes in an answer, all but its value estimated from above.
+fn entry_len(record: &Record, form: ValueForm) -> usize {
+    form.len_of(&record.value) + 2 * record.key.as_str().len() + 48
+}
+
 /// A name for a client that gave none.
 fn random_name() -> SubscriberId {
     // Without randomness the name need only differ from that of others here, and an address does.
@@ -341,7 +363,7 @@ fn answer_write(answer: Answer<'_>, result: WriteResult) {
             let (status, message) = match error.kind() {
                 PersistErrorKind::NoSpace => (status::DISK_FULL, "the disk is full; nothing was changed"),
                 PersistErrorKind::Rejected => {
-                    (status::TOO_LARGE, "storage cannot take this value; nothing was changed")
+                    (status::TOO_LARGE, "storage cannot take so much at once; nothing was changed")
                 }
                 PersistErrorKind::Poisoned => {
                     (status::STORAGE_FAILED, "storage failed; whether the change was stored shows after a restart")

@@ -26,6 +26,9 @@ pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// How long connections may take to end when the server stops.
 const DRAIN_LIMIT: Duration = Duration::from_secs(4);
 
+/// How long whoever was cut may take to let go of the store.
+const RELEASE_LIMIT: Duration = Duration::from_secs(1);
+
 /// After a failed expiry, so long passes before the next try.
 const EXPIRY_PAUSE: Duration = Duration::from_secs(1);
 
@@ -37,10 +40,13 @@ pub struct Options {
     pub connections_max: usize,
     /// Subscriptions of one connection. 1,024 by default.
     pub subscriptions_max: usize,
-    /// Longest value, in bytes. 1 MiB by default; 16 MiB at most, so that it fits an answer in every form.
+    /// Longest value, in bytes. 1 MiB by default; 8 MiB at most, so that it fits a message in every form.
     pub value_len_max: usize,
     /// Bytes of incomplete messages that all connections may hold together. 64 MiB by default.
     pub incomplete_max: usize,
+    /// Bytes of answers to `Get` that may wait on all connections together; past that they are refused. 256 MiB by
+    /// default.
+    pub answers_max: usize,
     /// A peer that takes no byte for this long is cut. 30 s by default.
     pub stall_limit: Duration,
     /// Whether an address other than loopback may be listened at: nothing here asks who is there. No by default.
@@ -54,6 +60,7 @@ impl Default for Options {
             subscriptions_max: 1_024,
             value_len_max: 1 << 20,
             incomplete_max: 64 << 20,
+            answers_max: 256 << 20,
             stall_limit: Duration::from_secs(30),
             insecure: false,
         }
@@ -62,7 +69,7 @@ impl Default for Options {
 
 impl Options {
     pub(crate) fn limits(&self) -> Limits {
-        Limits { value_len_max: self.value_len_max.min(16 << 20), ..Limits::default() }
+        Limits { value_len_max: self.value_len_max.min(8 << 20), ..Limits::default() }
     }
 }
 
@@ -280,11 +287,18 @@ async fn run(
     mut failed: watch::Receiver<Option<Arc<PersistError>>>,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), ServerError> {
-    let failure = tokio::select! {
-        () = stopped(&mut stop) => None,
-        failure = failed.wait_for(Option::is_some) => failure.ok().and_then(|failure| failure.clone()),
+    let mut result = tokio::select! {
+        () = stopped(&mut stop) => Ok(()),
+        failure = failed.wait_for(Option::is_some) => Err(match failure.as_deref() {
+            Ok(Some(failure)) => ServerError::Persist(Arc::clone(failure)),
+            _ => broken("the writer"), // it is gone, without a word
+        }),
+        Some(_) = tasks.join_next() => match *stop.borrow() {
+            true => Ok(()), // it was the first to hear of it
+            false => Err(broken("a task that ends with the server alone")),
+        },
     };
-    if failure.is_some() {
+    if result.is_err() {
         // Fail-stop: nobody knows what the disk holds, so nothing more is served from memory.
         tasks.abort_all();
     }
@@ -294,12 +308,25 @@ async fn run(
         tasks.shutdown().await;
     }
     core.stop_writes();
+    // Connections that were cut let go of the store as soon as they are polled once more.
+    let released = async {
+        while Arc::strong_count(&core) > 1 {
+            tokio::task::yield_now().await;
+        }
+    };
+    if tokio::time::timeout(RELEASE_LIMIT, released).await.is_err() {
+        error!("something still holds the store");
+    }
     drop(core);
     let joined = tokio::task::spawn_blocking(move || writer.join()).await;
-    if !matches!(joined, Ok(Ok(()))) {
-        error!("the writer broke");
+    if !matches!(joined, Ok(Ok(()))) && result.is_ok() {
+        result = Err(broken("the writer"));
     }
-    failure.map_or(Ok(()), |failure| Err(ServerError::Persist(failure)))
+    result
+}
+
+fn broken(what: &str) -> ServerError {
+    ServerError::System(std::io::Error::other(format!("{what} broke")))
 }
 
 /// Has keys expire when their time has come.

@@ -6,7 +6,7 @@ use std::thread::{self, JoinHandle};
 use nkv_core::{Op, PersistError, PersistErrorKind};
 use tokio::sync::{Notify, mpsc, watch};
 
-use crate::core::{Job, Store, WriteResult};
+use crate::core::{Job, Store, WriteResult, value_len};
 
 /// So many jobs wait at most; whoever brings another waits with it.
 pub(crate) const QUEUE_LEN: usize = 1_024;
@@ -102,13 +102,6 @@ impl Writer {
 
 fn splits(error: &PersistError) -> bool {
     matches!(error.kind(), PersistErrorKind::NoSpace | PersistErrorKind::Rejected)
-}
-
-fn value_len(op: &Op) -> usize {
-    match op {
-        Op::Put { value, .. } => value.len(),
-        Op::Delete { .. } | Op::Expire { .. } => 0,
-    }
 }
 
 /// Whoever asked may have gone away meanwhile, its connection cut; the write stands all the same.

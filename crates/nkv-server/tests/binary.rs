@@ -192,6 +192,34 @@ fn values_are_not_logged() {
     assert!(!said.iter().any(|line| line.contains("secret")), "{said:?}");
 }
 
+#[test]
+fn connections_leave_descriptors_for_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Process::spawn({
+        let mut command = std::process::Command::new("sh");
+        let server = env!("CARGO_BIN_EXE_nkv-server");
+        command.args(["-c", "ulimit -n 100 && exec \"$0\" 127.0.0.1:0 --data-dir \"$1\"", server]).arg(dir.path());
+        command.stderr(std::process::Stdio::piped());
+        command
+    });
+    let mut conn = server.connect();
+    conn.put("a", "x");
+    let mut crowd: Vec<_> = (0..150).map(|_| server.connect()).collect();
+    // Enough for a new segment or two.
+    let value = "x".repeat(1_000_000);
+    for n in 0..40 {
+        assert!(conn.put(&format!("big.{}", n % 10), &value) > 0);
+    }
+    assert!(crowd.iter_mut().rev().take(10).all(|conn| conn.line().contains("too many connections")));
+    drop(crowd);
+    eventually("a place is free again", || {
+        let mut conn = server.connect();
+        // A refused connection may be reset while we write.
+        drop(std::io::Write::write_all(&mut conn.stream(), b"{\"type\":\"Health\"}\n"));
+        conn.line().contains("200")
+    });
+}
+
 /// Eight writers put as fast as they are answered; the server is killed at a random moment and started again. Cycles:
 /// `NKV_KILL_CYCLES`, or a few.
 #[test]

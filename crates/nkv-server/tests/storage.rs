@@ -107,3 +107,42 @@ fn a_ttl_goes_on_over_a_restart_and_its_end_is_told() {
     assert_eq!(conn.line(), "\"Hello\"");
     assert_eq!(conn.line(), r#"{"Close":{"key":"a","revision":2,"skipped":0,"reason":"expired"}}"#);
 }
+
+/// Storage with a mistake in it.
+#[derive(Debug)]
+struct Panics;
+
+impl PersistValue for Panics {
+    fn load(&mut self, _visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+        Ok(Loaded::default())
+    }
+
+    fn persist(&mut self, _batch: &[Change]) -> Result<(), PersistError> {
+        panic!("on purpose")
+    }
+}
+
+#[test]
+fn storage_that_panics_ends_the_server_with_an_error() {
+    let mut server = TestServer::with(|builder| builder.persist("panics", || Ok(Panics)));
+    let mut conn = server.connect();
+    let answer = conn.ask(r#"{"type":"Put","key":"a","value":"x"}"#);
+    assert!(answer == "(closed)" || status(&answer) == 503, "{answer}");
+    assert!(matches!(server.ended(), Err(ServerError::System(_))));
+}
+
+#[test]
+fn a_directory_may_be_opened_again_as_soon_as_the_server_has_stopped() {
+    let dir = tempfile::tempdir().unwrap();
+    for n in 0..3 {
+        let path = dir.path().to_owned();
+        let server = TestServer::with(|builder| {
+            builder.persist("sync", || nkv_persist_fs::FsPersist::open(path, nkv_persist_fs::FsOptions::default()))
+        });
+        // A connection that is in the middle of something.
+        let mut conn = server.connect();
+        conn.put("a", &n.to_string());
+        conn.send(r#"{"type":"Subscribe","key":"*","snapshot":true}"#);
+        server.shutdown().unwrap();
+    }
+}

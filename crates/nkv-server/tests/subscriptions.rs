@@ -247,3 +247,54 @@ fn the_largest_holder_of_incomplete_messages_is_closed_when_all_hold_too_much() 
     std::io::Write::write_all(&mut small.stream(), "x".repeat(10_000).as_bytes()).unwrap();
     assert_eq!(status(&small.send("").line()), 200);
 }
+
+#[test]
+fn a_subscription_that_is_made_again_is_answered_before_it_is_told_of_anything() {
+    let server = TestServer::start();
+    let mut conn = server.connect();
+    conn.hello("c", "text");
+    let subscribe = r#"{"type":"Subscribe","key":"a"}"#;
+    conn.send([subscribe, subscribe, r#"{"type":"Put","key":"a","value":"x"}"#].join("\n"));
+    let ended = r#"{"Close":{"key":"a","reason":"replaced"}}"#;
+    assert_eq!([conn.line(), conn.line(), conn.line()], ["\"Hello\"", ended, "\"Hello\""]);
+    let mut rest = [conn.line(), conn.line()];
+    rest.sort();
+    assert!(rest[0].starts_with("{\"Base\"") && rest[1].starts_with("{\"Update\""), "{rest:?}");
+
+    // One that somebody else has ended meanwhile is made anew.
+    let mut other = server.connect();
+    assert_eq!(status(&other.ask(r#"{"type":"Unsubscribe","key":"a","client_uuid":"c"}"#)), 200);
+    assert!(conn.line().contains("unsubscribed"));
+    conn.send([subscribe, r#"{"type":"Put","key":"a","value":"y"}"#].join("\n"));
+    assert_eq!(conn.line(), "\"Hello\"");
+}
+
+#[test]
+fn subscriptions_that_others_have_ended_do_not_count() {
+    let mut options = Options::default();
+    options.subscriptions_max = 3;
+    let server = TestServer::with(|builder| builder.options(options));
+    let (mut conn, mut other) = (server.connect(), server.connect());
+    conn.hello("c", "text");
+    for n in 0..10 {
+        assert_eq!(conn.ask(&format!(r#"{{"type":"Subscribe","key":"k{n}"}}"#)), "\"Hello\"");
+        let unsubscribe = format!(r#"{{"type":"Unsubscribe","key":"k{n}","client_uuid":"c"}}"#);
+        assert_eq!(status(&other.ask(&unsubscribe)), 200);
+        assert!(conn.line().contains("unsubscribed"));
+    }
+}
+
+#[test]
+fn a_client_that_asks_without_reading_is_read_no_further() {
+    let server = TestServer::start();
+    let conn = server.connect();
+    conn.stream().set_write_timeout(Some(std::time::Duration::from_secs(1))).unwrap();
+    // Answers to these are short, and what they start is not conflated.
+    let requests = "{\"type\":\"Subscribe\",\"key\":\"z\",\"snapshot\":true}\n".repeat(1_000);
+    let mut written = 0;
+    while written < 60 << 20 && std::io::Write::write_all(&mut conn.stream(), requests.as_bytes()).is_ok() {
+        written += requests.len();
+    }
+    assert!(written < 60 << 20, "all of it was taken");
+    assert!(server.connect().put("alive", "yes") > 0);
+}

@@ -83,8 +83,8 @@ impl Conn {
     }
 
     pub fn send(&mut self, text: impl AsRef<[u8]>) -> &mut Self {
-        self.reader.get_mut().write_all(text.as_ref()).unwrap();
-        self.reader.get_mut().write_all(b"\n").unwrap();
+        // In one piece: what is sent together is to arrive together.
+        self.reader.get_mut().write_all(&[text.as_ref(), b"\n"].concat()).unwrap();
         self
     }
 

@@ -116,7 +116,7 @@ impl Args {
 
     pub(crate) fn options(&self) -> Options {
         let mut options = Options::default();
-        options.connections_max = self.max_connections;
+        options.connections_max = self.max_connections.min(descriptors().saturating_sub(DESCRIPTOR_RESERVE).max(1));
         options.value_len_max = self.max_value_size;
         options.insecure = self.insecure;
         options
@@ -136,6 +136,18 @@ impl Args {
     }
 }
 
+/// Descriptors that are not for connections: the log and its next segments, listeners, the runtime.
+const DESCRIPTOR_RESERVE: usize = 48;
+
+/// How many files and sockets this process may have open, after asking for as many as it is allowed.
+fn descriptors() -> usize {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    let allowed = if raised.is_ok() { limit.maximum } else { limit.current };
+    allowed.map_or(usize::MAX, |allowed| usize::try_from(allowed).unwrap_or(usize::MAX))
+}
+
 fn parse_size(text: &str) -> Result<usize, String> {
     let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
     let unit: usize = match unit {
@@ -145,5 +157,5 @@ fn parse_size(text: &str) -> Result<usize, String> {
         _ => return Err("expected a number of bytes, or one with k or M".into()),
     };
     let size = digits.parse::<usize>().ok().and_then(|number| number.checked_mul(unit));
-    size.filter(|size| (1..=16 << 20).contains(size)).ok_or_else(|| "expected a size from 1 to 16M".into())
+    size.filter(|size| (1..=8 << 20).contains(size)).ok_or_else(|| "expected a size from 1 to 8M".into())
 }

@@ -40,7 +40,12 @@ fn main() -> ExitCode {
 fn serve(args: Args) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let served = match runtime {
-        Ok(runtime) => runtime.block_on(run(&args)),
+        Ok(runtime) => {
+            let served = runtime.block_on(run(&args));
+            // Storage that is still being read, because a signal came first, is not waited for.
+            runtime.shutdown_background();
+            served
+        }
         Err(error) => Err(ServerError::System(error)),
     };
     match served {
@@ -57,14 +62,22 @@ async fn run(args: &Args) -> Result<(), ServerError> {
     // Before anything is opened: a signal must find somebody who listens.
     let mut terminate = signal(SignalKind::terminate()).map_err(ServerError::System)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ServerError::System)?;
-    let mut server = with_persist(builder, args)?.bind().await?;
+    let mut signalled = async || {
+        tokio::select! {
+            _ = terminate.recv() => info!("stopping: SIGTERM"),
+            _ = interrupt.recv() => info!("stopping: SIGINT"),
+        }
+    };
+    let mut server = tokio::select! {
+        bound = with_persist(builder, args)?.bind() => bound?,
+        () = signalled() => return Ok(()), // nothing was accepted yet
+    };
     for address in server.addresses() {
         info!("listening at {address}");
     }
     tokio::select! {
         ended = server.failed() => return ended,
-        _ = terminate.recv() => info!("stopping: SIGTERM"),
-        _ = interrupt.recv() => info!("stopping: SIGINT"),
+        () = signalled() => {}
     }
     tokio::spawn(async move {
         tokio::select! {

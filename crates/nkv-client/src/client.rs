@@ -11,7 +11,7 @@ use nkv_protocol::{Body, Kind, Request, Stats, Subscriber, status};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::timeout;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::hub::{Local, Told};
@@ -183,7 +183,10 @@ impl Client {
     ///
     /// Those of [`get`](Self::get), and [`ErrorKind::Server`] with status 413 when the page would be too large.
     pub async fn get_page(&self, pattern: &str, options: PageOptions) -> Result<Page<Entry>> {
-        self.entries(page_request(Kind::Get, pattern, options)?).await
+        let after = options.after.as_deref().map(Key::new).transpose()?;
+        let page = self.entries(page_request(Kind::Get, pattern, options.limit, after.as_ref())?).await?;
+        check_order(after.as_ref(), page.items.iter().map(|entry| &entry.key))?;
+        Ok(page)
     }
 
     /// Reads all keys that a pattern selects, with their revisions, in key order.
@@ -210,8 +213,10 @@ impl Client {
     ///
     /// Those of [`get`](Self::get).
     pub async fn list_page(&self, pattern: &str, options: PageOptions) -> Result<Page<(Key, Revision)>> {
-        let body = self.ask(page_request(Kind::List, pattern, options)?).await?;
+        let after = options.after.as_deref().map(Key::new).transpose()?;
+        let body = self.ask(page_request(Kind::List, pattern, options.limit, after.as_ref())?).await?;
         let items = keys(&body)?.collect::<Result<Vec<_>>>()?;
+        check_order(after.as_ref(), items.iter().map(|(key, _)| key))?;
         Ok(Page { items, more: body.more })
     }
 
@@ -356,10 +361,11 @@ impl Client {
         key: &str,
         read: impl Fn(Option<Entry>) -> T + Send + 'static,
     ) -> Result<watch::Receiver<T>> {
-        let deadline = Instant::now() + self.request_timeout;
-        let subscription = self.subscribe_to(Pattern::Key(Key::new(key)?), true).await?;
-        let watched = timeout_at(deadline, subscription::watch(subscription, read)).await;
-        watched.unwrap_or_else(|_| Err(self.timed_out()))
+        let pattern = Pattern::Key(Key::new(key)?);
+        let watched = timeout(self.request_timeout, async {
+            subscription::watch(self.subscribe_to(pattern, true).await?, read).await
+        });
+        watched.await.unwrap_or_else(|_| Err(self.timed_out()))
     }
 
     async fn subscribe_to(&self, pattern: Pattern, exact: bool) -> Result<Subscription> {
@@ -434,12 +440,23 @@ impl Client {
     }
 }
 
-fn page_request(kind: Kind, pattern: &str, options: PageOptions) -> Result<Request<'static>> {
+fn page_request(kind: Kind, pattern: &str, limit: Option<u64>, after: Option<&Key>) -> Result<Request<'static>> {
     Pattern::new(pattern)?;
     let mut request = Request::new(kind, pattern.to_owned());
-    request.limit = options.limit;
-    request.after = options.after.map(|after| Key::new(&after).map(|_| after.into())).transpose()?;
+    request.limit = limit;
+    request.after = after.map(|after| after.as_str().to_owned().into());
     Ok(request)
+}
+
+/// Checks that a page goes forward: whoever asks for the next one after its last key would else never end.
+fn check_order<'a>(mut after: Option<&'a Key>, keys: impl Iterator<Item = &'a Key>) -> Result<()> {
+    for key in keys {
+        if after.is_some_and(|after| key <= after) {
+            return Err(Error::protocol(format!("the server's page goes back to the key '{key}'")));
+        }
+        after = Some(key);
+    }
+    Ok(())
 }
 
 fn keys(body: &Body) -> Result<impl Iterator<Item = Result<(Key, Revision)>>> {

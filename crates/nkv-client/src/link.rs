@@ -10,6 +10,7 @@ use bytes::{Buf, BytesMut};
 use nkv_protocol::{Body, Kind, Message, MessageDecoder, Request, ValueForm, status};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 use crate::addr::Addr;
 use crate::error::{Error, ErrorKind, Result};
@@ -20,8 +21,10 @@ const READ_LEN: usize = 64 << 10;
 const KEEP_LEN_MAX: usize = 1 << 20;
 /// While so many bytes wait to be sent, no more requests are taken.
 const OUT_LEN_MAX: usize = 1 << 20;
+/// Longest answer to the greeting: until then nobody knows who is there.
+const GREETING_LEN_MAX: usize = 64 << 10;
 
-trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(crate) trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 
@@ -45,6 +48,10 @@ pub(crate) struct Link {
     written: u64,
     next_id: u64,
     message_len_max: usize,
+    /// Whether the peer must take some bytes before more can be sent.
+    blocked: bool,
+    /// When the peer last gave a sign of life: sent something, or took something that had to wait for it.
+    pub(crate) heard: Instant,
     /// The epoch of the server's data.
     pub(crate) epoch: String,
 }
@@ -62,19 +69,9 @@ impl Link {
     }
 
     async fn greeted(options: &LinkOptions) -> Result<Self> {
-        let mut link = Link {
-            io: connect(&options.addr)
-                .await
-                .map_err(|error| Error::new(ErrorKind::CannotConnect, error.to_string()))?,
-            input: BytesMut::new(),
-            decoder: MessageDecoder::new(),
-            out: BytesMut::new(),
-            encoded: 0,
-            written: 0,
-            next_id: 0,
-            message_len_max: options.message_len_max,
-            epoch: String::new(),
-        };
+        let io = connect(&options.addr).await;
+        let io = io.map_err(|error| Error::new(ErrorKind::CannotConnect, error.to_string()))?;
+        let mut link = Link::over(io, GREETING_LEN_MAX.min(options.message_len_max));
         let mut greeting = Request::new(Kind::Connect, "");
         greeting.client_uuid = Some(options.client_uuid.as_str().into());
         greeting.values = Some(ValueForm::Payload);
@@ -85,7 +82,25 @@ impl Link {
             return Err(Error::from_answer(&body));
         }
         link.epoch = body.epoch.unwrap_or_default();
+        link.message_len_max = options.message_len_max;
         Ok(link)
+    }
+
+    /// A connection that has not been greeted.
+    pub(crate) fn over(io: Box<dyn Io>, message_len_max: usize) -> Self {
+        Link {
+            io,
+            input: BytesMut::new(),
+            decoder: MessageDecoder::new(),
+            out: BytesMut::new(),
+            encoded: 0,
+            written: 0,
+            next_id: 0,
+            message_len_max,
+            blocked: false,
+            heard: Instant::now(),
+            epoch: String::new(),
+        }
     }
 
     /// Waits for the first message, which must be an answer.
@@ -141,15 +156,25 @@ impl Link {
         // Reading keeps no state between two polls, so the future may be made anew each time.
         match ready!(pin!(self.io.read_buf(&mut self.input)).poll(cx))? {
             0 => Poll::Ready(Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the server"))),
-            _ => Poll::Ready(Ok(())),
+            _ => {
+                self.heard = Instant::now();
+                Poll::Ready(Ok(()))
+            }
         }
     }
 
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.out.is_empty() {
-            let sent = ready!(Pin::new(&mut self.io).poll_write(cx, &self.out))?;
+            let Poll::Ready(sent) = Pin::new(&mut self.io).poll_write(cx, &self.out)? else {
+                self.blocked = true;
+                return Poll::Pending;
+            };
             if sent == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            // What this side's buffer takes at once says nothing about the other.
+            if std::mem::take(&mut self.blocked) {
+                self.heard = Instant::now();
             }
             self.out.advance(sent);
             self.written += sent as u64;

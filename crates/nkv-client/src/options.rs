@@ -15,6 +15,8 @@ use crate::types::ConnectionState;
 
 /// So many requests may wait to be taken by the connection's task; more wait with their callers.
 const WAITING_MAX: usize = 1_024;
+/// Longest heartbeat and backoff: sums of them never overflow.
+const INTERVAL_MAX: Duration = Duration::from_secs(365 * 86_400);
 
 /// Makes a [`Client`].
 #[derive(Clone)]
@@ -71,23 +73,26 @@ impl ClientBuilder {
         self
     }
 
-    /// After so long without a word the server is asked for one, and after twice that the connection counts as lost.
-    /// 15 s if not given.
+    /// After so long without a sign of life the server is asked for a word, and after twice that the connection counts
+    /// as lost. 15 s if not given.
+    ///
+    /// Bytes that the server takes of a long request are a sign of life. While the request whose answer is due has a
+    /// caller who still waits, [`request_timeout`](Self::request_timeout) alone decides.
     pub fn heartbeat(mut self, interval: Duration) -> Self {
-        self.pace.heartbeat = interval.max(Duration::from_millis(1));
+        self.pace.heartbeat = interval.clamp(Duration::from_millis(1), INTERVAL_MAX);
         self
     }
 
     /// How long to wait before connecting again: a random part of a span that doubles from `min` to `max`. 50 ms and
     /// 5 s if not given.
     pub fn backoff(mut self, min: Duration, max: Duration) -> Self {
-        self.pace.backoff_min = min;
-        self.pace.backoff_max = max.max(min);
+        self.pace.backoff_min = min.min(INTERVAL_MAX);
+        self.pace.backoff_max = max.max(min).min(INTERVAL_MAX);
         self
     }
 
     /// Longest message taken from the server, in bytes; a longer one ends the connection. 80 MiB if not given: an
-    /// answer holds 64 MiB of keys and values at most.
+    /// answer holds 64 MiB of keys and values at most. The answer to the greeting is at most 64 KiB anyway.
     pub fn message_len_max(mut self, len_max: usize) -> Self {
         self.message_len_max = len_max;
         self

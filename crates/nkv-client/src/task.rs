@@ -13,7 +13,7 @@ use std::time::Duration;
 use nkv_core::{Key, Pattern, Revision};
 use nkv_protocol::{Body, Kind, Message, Reason, Request, status};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::hub::{Hub, Local, Send};
@@ -161,21 +161,23 @@ impl Task {
 
     /// Serves a connection until it is lost or nobody needs it.
     async fn serve(&mut self, link: &mut Link) -> Stop {
-        let heartbeat = self.pace.heartbeat;
-        let mut heard = Instant::now();
-        let mut beaten = false;
-        let mut timer = pin!(sleep(heartbeat));
+        let mut timer = pin!(sleep(self.pace.heartbeat));
         let mut asks = Vec::with_capacity(BATCH);
         loop {
             if let Err(error) = self.receive_all(link) {
                 return Stop::Lost(error);
             }
-            let (mut controls, mut read, mut ticked) = (Vec::new(), false, false);
+            let (mut read, mut ticked) = (false, false);
             let woken = poll_fn(|cx| {
                 while let Poll::Ready(control) = self.control.poll_recv(cx) {
                     match control {
                         None | Some(Control::Close) => return Poll::Ready(Err(Stop::Done)),
-                        Some(control) => controls.push(control),
+                        // At once: what is only remembered here is forgotten if the connection is found lost below.
+                        Some(control) => {
+                            if let Some(send) = self.control(control) {
+                                self.send(link, send);
+                            }
+                        }
                     }
                 }
                 match link.poll_io(cx) {
@@ -188,39 +190,41 @@ impl Task {
                     _ = self.asks.poll_recv_many(cx, &mut asks, BATCH);
                 }
                 ticked = timer.as_mut().poll(cx).is_ready();
-                if read || ticked || !controls.is_empty() || !asks.is_empty() {
-                    Poll::Ready(Ok(()))
-                } else {
-                    Poll::Pending
-                }
+                if read || ticked || !asks.is_empty() { Poll::Ready(Ok(())) } else { Poll::Pending }
             });
             if let Err(stop) = woken.await {
                 return stop;
-            }
-            if read {
-                (heard, beaten) = (Instant::now(), false);
-            }
-            for control in controls {
-                if let Some(send) = self.control(control) {
-                    self.send(link, send);
-                }
             }
             for ask in asks.drain(..) {
                 self.ask(link, ask);
             }
             if ticked {
-                let silence = heard.elapsed();
-                if silence >= 2 * heartbeat {
-                    let what = format!("nothing heard for {silence:?}");
-                    return Stop::Lost(Error::lost(io::Error::new(io::ErrorKind::TimedOut, what)));
+                match self.beat(link) {
+                    Ok(next) => timer.as_mut().reset(next),
+                    Err(error) => return Stop::Lost(Error::lost(error)),
                 }
-                if silence >= heartbeat && !std::mem::replace(&mut beaten, true) {
-                    let (id, start) = link.push(&Request::new(Kind::Health, ""));
-                    self.pending.push_back(Pending { id, start, what: What::Other });
-                }
-                timer.as_mut().reset(heard + if beaten { 2 * heartbeat } else { heartbeat });
             }
         }
+    }
+
+    /// Judges the silence of the server; says when to do so again.
+    fn beat(&mut self, link: &mut Link) -> io::Result<Instant> {
+        let (now, heartbeat) = (Instant::now(), self.pace.heartbeat);
+        let silence = now - link.heard;
+        if silence < heartbeat {
+            return Ok(link.heard + heartbeat);
+        }
+        // Answers come in order, so it is the first that is due. Its caller may have more patience than we; that of the
+        // next one does not count, or a program that keeps asking would never learn that nobody is there.
+        let patient =
+            matches!(self.pending.front(), Some(Pending { what: What::Ask(ask), .. }) if !ask.reply.is_closed());
+        if self.pending.is_empty() {
+            let (id, start) = link.push(&Request::new(Kind::Health, ""));
+            self.pending.push_back(Pending { id, start, what: What::Other });
+        } else if silence >= 2 * heartbeat && !patient {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("nothing heard for {silence:?}")));
+        }
+        Ok(now + heartbeat)
     }
 
     /// Handles what is not a request; what is to be sent for it is returned.
@@ -336,8 +340,7 @@ impl Task {
         loop {
             let pause = self.pause(*failures);
             *failures = failures.saturating_add(1);
-            let deadline = Instant::now() + pause;
-            self.meanwhile(sleep_until(deadline)).await?;
+            self.meanwhile(sleep(pause)).await?;
             let options = self.link_options.clone();
             match self.meanwhile(Link::open(&options)).await? {
                 Ok(link) => return Some(link),
@@ -386,4 +389,121 @@ impl Ask {
 
 fn peer_key(text: &str) -> Result<Key> {
     Key::new(text).map_err(|error| Error::protocol(format!("the server names an impossible key: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, DuplexStream, duplex};
+
+    use super::*;
+    use crate::addr::Addr;
+    use crate::hub::Told;
+
+    const HEARTBEAT: Duration = Duration::from_secs(10);
+
+    struct Rig {
+        task: Task,
+        link: Link,
+        far: DuplexStream,
+        control: mpsc::UnboundedSender<Control>,
+        _asks: mpsc::Sender<Ask>,
+    }
+
+    /// A task with a connection that holds so many bytes before the far end must take some.
+    fn rig(buffer_len: usize) -> Rig {
+        let (near, far) = duplex(buffer_len);
+        let (asks, asks_rx) = mpsc::channel(1);
+        let (control, control_rx) = mpsc::unbounded_channel();
+        let state = watch::Sender::new(ConnectionState::Connected);
+        let link_options = LinkOptions {
+            addr: Addr::default(),
+            client_uuid: "test".into(),
+            token: None,
+            connect_timeout: HEARTBEAT,
+            message_len_max: 1 << 20,
+        };
+        let pace = Pace { heartbeat: HEARTBEAT, backoff_min: HEARTBEAT, backoff_max: HEARTBEAT };
+        let task = Task::new((link_options, pace), asks_rx, control_rx, state, Trouble::default());
+        Rig { task, link: Link::over(Box::new(near), 1 << 20), far, control, _asks: asks }
+    }
+
+    fn local(id: u64) -> Local {
+        let (queue, told) = (Arc::default(), Told::default());
+        Local { id, pattern: Pattern::new("a").unwrap(), exact: false, queue, ready: None, told }
+    }
+
+    /// A put under way, and where its answer comes.
+    fn put(rig: &mut Rig, len: usize) -> oneshot::Receiver<Result<Box<Body>>> {
+        let mut request = Request::new(Kind::Put, "a");
+        request.value = Some(vec![b'x'; len].into());
+        let (reply, answer) = oneshot::channel();
+        rig.task.ask(&mut rig.link, Ask { request, stage: Arc::default(), reply });
+        answer
+    }
+
+    async fn lost(rig: &mut Rig) {
+        assert!(matches!(rig.task.serve(&mut rig.link).await, Stop::Lost(_)));
+    }
+
+    // Commands that were received in the poll that found the connection lost were dropped: a subscribe failed as
+    // 'closed', and what was unsubscribed came back with each connection.
+    #[tokio::test]
+    async fn what_is_subscribed_or_unsubscribed_as_the_connection_breaks_is_not_forgotten() {
+        for (command, after) in [
+            (Control::Subscribe(local(1)), vec![Send::Subscribe("a".into(), 1)]),
+            (Control::Unsubscribe(Pattern::new("a").unwrap(), 0), vec![]),
+        ] {
+            let mut rig = rig(1 << 16);
+            if matches!(command, Control::Unsubscribe(..)) {
+                rig.task.hub.add(local(0));
+            }
+            rig.control.send(command).unwrap();
+            drop(std::mem::replace(&mut rig.far, duplex(1).0));
+            lost(&mut rig).await;
+            assert_eq!(rig.task.hub.attach("e"), after);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_server_is_given_up_after_two_heartbeats() {
+        let mut rig = rig(1 << 16);
+        let started = Instant::now();
+        lost(&mut rig).await;
+        assert_eq!(started.elapsed(), 2 * HEARTBEAT);
+    }
+
+    // Only what was read counted as life: a request that took longer to send than two heartbeats was cut.
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_takes_a_long_request_bit_by_bit_is_alive() {
+        let mut rig = rig(1_000);
+        let answer = put(&mut rig, 10_000);
+        drop(answer);
+        let (mut far, started) = (std::mem::replace(&mut rig.far, duplex(1).0), Instant::now());
+        let taken = async {
+            for _ in 0..9 {
+                sleep(HEARTBEAT).await;
+                far.read_exact(&mut [0; 1_000]).await.unwrap();
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = lost(&mut rig) => assert_eq!(started.elapsed(), 11 * HEARTBEAT, "two after the last bytes were taken"),
+            () = taken => {}
+        }
+    }
+
+    // A flush that took longer than two heartbeats was cut, whatever the request's own limit.
+    #[tokio::test(start_paused = true)]
+    async fn the_caller_of_the_request_that_is_due_has_its_own_patience() {
+        let mut rig = rig(1 << 16);
+        let (first, _second) = (put(&mut rig, 1), put(&mut rig, 1));
+        tokio::select! {
+            () = lost(&mut rig) => panic!("given up while its caller waits"),
+            () = sleep(5 * HEARTBEAT) => {}
+        }
+        drop(first);
+        let started = Instant::now();
+        lost(&mut rig).await;
+        assert!(started.elapsed() <= HEARTBEAT, "the second is not due: it excuses nothing");
+    }
 }

@@ -221,7 +221,8 @@ fn an_interrupt_ends_with_130_and_a_closed_pipe_quietly() {
     let mut synced = [0; 1];
     child.stderr.as_mut().unwrap().read_exact(&mut synced).unwrap();
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    assert_eq!(finish(child).status.code(), Some(130));
+    let output = finish(child);
+    assert_eq!(output.status.code(), Some(130), "{output:?}");
 
     let mut child = command(&[&nkv.addr]).stdin(Stdio::piped()).spawn().unwrap();
     child.stdin.as_mut().unwrap().write_all(b"health\n").unwrap();
@@ -243,7 +244,7 @@ fn commands_may_come_from_a_pipe() {
     let nkv = nkv();
     let script = b"PUT a.b 'two words'\nget a.b\nget nope\nsubscribe a\nset a.c 3\ndel a.b\n\nunsub a\nLIST\nlist --json\nquit\nget a.c\n";
     let (code, stdout, stderr) = nkv.feed(&[], script);
-    assert_eq!((code, stderr.as_str()), (0, ""));
+    assert_eq!((code, stderr.as_str()), (1, ""), "the first that failed: get nope");
     let mut told: Vec<_> = stdout.lines().collect();
     let events: Vec<_> = told
         .extract_if(.., |line| line.contains(" = ") || line.ends_with(" deleted") || line.contains("synced"))
@@ -263,15 +264,47 @@ fn commands_may_come_from_a_pipe() {
     assert_eq!(told, answers);
 
     let (code, stdout, stderr) = nkv.feed(&[], b"fly\nput a\nget a..b\nput x 'open\nget a.c");
-    assert_eq!((code, stdout.as_str()), (0, "3\n"));
+    assert_eq!((code, stdout.as_str()), (2, "3\n"));
     assert!(stderr.contains("fly") && stderr.contains("empty segment") && stderr.contains("quotation"), "{stderr}");
+}
+
+// Whatever failed, a script was told that all was well.
+#[test]
+fn the_first_command_of_a_pipe_that_fails_gives_the_exit_code() {
+    let nkv = nkv();
+    for (script, code) in [
+        (&b"put a 1\nget a\nhelp\n"[..], 0),
+        (b"put a 1\nput a 2 --if-revision 0\nget nope\nput b 1\nquit\n", 5),
+        (b"unsubscribe a\nfly\n", 1),
+        (b"get \xff\n", 2),
+    ] {
+        assert_eq!(nkv.feed(&[], script).0, code, "{}", String::from_utf8_lossy(script));
+    }
+    assert_eq!(nkv.stdout(&["get", "b"]), "1", "what follows a failure is run");
+}
+
+// A full disk was the user's mistake.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_stdout_that_takes_nothing_is_a_failure_and_no_usage_error() {
+    let nkv = nkv();
+    nkv.stdout(&["put", "a", "1"]);
+    for words in [&["get", "a"][..], &["ls"], &["stats", "--json"]] {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = finish(command(&[&[nkv.addr.as_str()], words].concat()).stdout(full).spawn().unwrap());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), stderr.contains("cannot write to stdout")), (Some(7), true), "{stderr}");
+    }
 }
 
 #[test]
 fn help_and_version_need_no_server() {
-    for (words, part) in
-        [(&["--help"][..], "Examples:"), (&["put", "--help"], "--if-revision"), (&["--version"], "nkv-client ")]
-    {
+    for (words, part) in [
+        (&["--help"][..], "Examples:"),
+        (&["put", "--help"], "--if-revision"),
+        (&["rm", "-h"], "delete 'lamp.*'"),
+        (&["--version"], "nkv-client "),
+    ] {
         let output = finish(command(words).spawn().unwrap());
         assert_eq!(output.status.code(), Some(0));
         assert!(String::from_utf8_lossy(&output.stdout).contains(part), "{words:?}");

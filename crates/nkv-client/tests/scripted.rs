@@ -299,3 +299,63 @@ async fn when_client_and_subscriptions_are_dropped_the_connection_closes() {
     assert_eq!(peer.request().await.map(|request| request.0).filter(|kind| *kind != Kind::Unsubscribe), None);
     assert_eq!(peer.request().await, None);
 }
+
+// It could be 80 MiB, before anybody knew who was there.
+#[tokio::test]
+async fn a_greeting_may_not_be_long() {
+    let server = Scripted::new().await;
+    let (error, sent) = tokio::join!(Client::connect(&server.addr), async {
+        let mut peer = server.accept_silent().await;
+        let mut sent = 0;
+        while sent < 50_000_000 && tokio::io::AsyncWriteExt::write_all(&mut peer.stream, &[b'{'; 50_000]).await.is_ok()
+        {
+            sent += 50_000;
+        }
+        sent
+    });
+    let error = error.unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::CannotConnect);
+    assert!(error.to_string().contains("limit of 65536 bytes"), "{error}");
+    assert!(sent < 50_000_000);
+}
+
+// A server that always had more, and that the same, kept the client busy until its memory was full.
+#[tokio::test]
+async fn a_page_that_goes_back_is_an_error() {
+    let server = Scripted::new().await;
+    let (client, mut peer) = tokio::join!(Client::connect(&server.addr), server.accept());
+    let client = client.unwrap();
+    tokio::spawn(async move {
+        while let Some((kind, id, _)) = peer.request().await {
+            let common =
+                format!(r#""id":{id},"status":200,"message":"","keys":["b","a"],"revisions":[2,1],"more":true"#);
+            match kind {
+                Kind::List => {
+                    peer.send(&format!("{{\"List\":{{{}}}}}\n", common.replace(r#""b","a""#, r#""a","b""#))).await
+                }
+                _ => peer.send(&format!("{{\"Get\":{{{common},\"data\":[[],[]]}}}}\n")).await,
+            }
+        }
+    });
+    for error in [within(client.list("*")).await.unwrap_err(), within(client.get_all("*")).await.unwrap_err()] {
+        assert_eq!(error.kind(), &ErrorKind::Protocol);
+        assert!(error.to_string().contains("goes back to the key 'a'"), "{error}");
+    }
+}
+
+// Adding the longest time to now panicked.
+#[tokio::test]
+async fn no_time_is_too_long() {
+    let server = Scripted::new().await;
+    let builder = Client::builder(&server.addr).request_timeout(Duration::MAX).connect_timeout(Duration::MAX);
+    let builder = builder.heartbeat(Duration::MAX).backoff(Duration::ZERO, Duration::MAX);
+    let (client, mut peer) = tokio::join!(builder.connect(), server.accept());
+    let client = client.unwrap();
+    let (watched, ()) = tokio::join!(client.watch("a"), async {
+        peer.request().await.unwrap();
+        peer.snapshot("a", &[("a", "1", 1)], 1).await;
+    });
+    assert_eq!(watched.unwrap().borrow().as_ref().unwrap().value, "1");
+    drop(peer);
+    server.accept().await;
+}

@@ -21,8 +21,10 @@ Examples:
 A get writes the value alone to stdout, with a newline only on a terminal. With --json each line is an object: op, key,
 value (a string, or an array of bytes where it is not UTF-8), revision and more.
 
-Exit status: 0 ok, 1 not found, 2 usage, 3 cannot connect, 5 conflict, 6 timeout or outcome unknown, 7 server error,
-130 interrupted.";
+Exit status: 0 ok, 1 not found, 2 usage, 3 cannot connect, 5 conflict, 6 timeout or outcome unknown, 7 the server or
+this machine fails, 130 interrupted. Commands from a pipe are all run; the first that fails gives the status.";
+
+const DELETE_HELP: &str = "`delete lamp` removes the key lamp alone; `delete 'lamp.*'` removes what is below it.";
 
 /// Reads, writes and watches the values of an nkv server.
 #[derive(Debug, Parser)]
@@ -69,7 +71,7 @@ pub(crate) enum Command {
         ttl: Option<Duration>,
     },
     /// Removes a key, or all below one with KEY.*
-    #[command(visible_aliases = ["del", "rm"])]
+    #[command(visible_aliases = ["del", "rm"], after_help = DELETE_HELP)]
     Delete {
         /// A key, KEY.* or *
         key: String,

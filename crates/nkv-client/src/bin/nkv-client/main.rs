@@ -29,7 +29,7 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => {
             complain(&format!("nkv-client: cannot start a thread: {error}"));
-            return ExitCode::from(Exit::Server as u8);
+            return ExitCode::from(Exit::Failed as u8);
         }
     };
     let json = args.json;
@@ -85,7 +85,7 @@ pub(crate) async fn interruptible<T>(work: impl Future<Output = Result<T, Failur
         done = work => done,
         interrupted = tokio::signal::ctrl_c() => match interrupted {
             Ok(()) => Err(Failure::Interrupted),
-            Err(error) => Err(Failure::Usage(format!("cannot listen for Ctrl-C: {error}"))),
+            Err(error) => Err(Failure::System(format!("cannot listen for Ctrl-C: {error}"))),
         },
     }
 }

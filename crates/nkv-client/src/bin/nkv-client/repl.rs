@@ -1,5 +1,6 @@
 //! The interactive mode: commands from a terminal, with completion and a history, or plainly from a pipe.
 //!
+//! From a terminal it ends with 0, whatever became of the commands; from a pipe, with the first failure among them.
 //! Subscriptions go on while the next command is typed. What they tell is written above the prompt.
 
 use std::collections::HashMap;
@@ -20,7 +21,7 @@ use tokio::task::JoinHandle;
 use crate::args::{Args, Command, command_words};
 use crate::interruptible;
 use crate::output::{Line, Output, complain};
-use crate::run::{Exit, Failure, run};
+use crate::run::{Exit, Failure, not_found, run};
 
 const PROMPT: &str = "nkv> ";
 const HISTORY_LEN: usize = 1_000;
@@ -41,6 +42,7 @@ pub(crate) fn serve(runtime: &Runtime, client: &Client, json: bool) -> Result<Ex
     }
 }
 
+/// All commands are run, also after one that failed; the end is that of the first that did.
 fn from_pipe(runtime: &Runtime, client: &Client, json: bool) -> Result<Exit, Failure> {
     let (lines, mut written) = mpsc::channel::<Vec<u8>>(LINES_MAX);
     let out = Output { terminal: false, ..Output::new(json, true) };
@@ -60,27 +62,30 @@ fn from_pipe(runtime: &Runtime, client: &Client, json: bool) -> Result<Exit, Fai
     });
     let mut stdin = io::stdin().lock();
     let mut line = Vec::new();
+    let mut exit = Exit::Ok;
     loop {
         line.clear();
         match stdin.read_until(b'\n', &mut line) {
             Ok(0) => break,
             Ok(_) => {}
-            Err(error) => return Err(Failure::Usage(format!("cannot read stdin: {error}"))),
+            Err(error) => return Err(Failure::System(format!("cannot read stdin: {error}"))),
         }
-        let Ok(text) = std::str::from_utf8(&line) else {
-            complain("nkv-client: a line that is not UTF-8");
-            continue;
+        let done = match std::str::from_utf8(&line) {
+            Ok(text) => session.line(runtime, text)?,
+            Err(_) => Some(Failure::Usage("a line that is not UTF-8".into()).report(json)),
         };
-        if !session.line(runtime, text)? {
-            break;
+        match done {
+            Some(done) if exit == Exit::Ok => exit = done,
+            Some(_) => {}
+            None => break,
         }
     }
     runtime.block_on(session.end(writer));
-    Ok(Exit::Ok)
+    Ok(exit)
 }
 
 fn from_terminal(runtime: &Runtime, client: &Client, json: bool) -> Result<Exit, Failure> {
-    let terminal = |error: ReadlineError| Failure::Usage(format!("cannot use the terminal: {error}"));
+    let terminal = |error: ReadlineError| Failure::System(format!("cannot use the terminal: {error}"));
     let config = Config::builder().completion_type(rustyline::CompletionType::List);
     let config = config.max_history_size(HISTORY_LEN).map_err(terminal)?.history_ignore_space(true).build();
     let mut editor = Editor::<Words, FileHistory>::with_config(config).map_err(terminal)?;
@@ -98,7 +103,7 @@ fn from_terminal(runtime: &Runtime, client: &Client, json: bool) -> Result<Exit,
     }
     let Ok(mut printer) = editor.create_external_printer() else {
         // A terminal without a cursor to move, such as TERM=dumb.
-        return from_pipe(runtime, client, json);
+        return from_pipe(runtime, client, json).map(|_| Exit::Ok);
     };
     let (lines, mut written) = mpsc::channel::<Vec<u8>>(LINES_MAX);
     // A thread of its own: the printer blocks when the prompt is not there to take what it says.
@@ -115,7 +120,7 @@ fn from_terminal(runtime: &Runtime, client: &Client, json: bool) -> Result<Exit,
         match editor.readline(PROMPT) {
             Ok(line) => {
                 remember(&mut editor, &mut history, &line);
-                if !session.line(runtime, &line)? {
+                if session.line(runtime, &line)?.is_none() {
                     break;
                 }
             }
@@ -152,17 +157,17 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    /// Runs a line; false when it was the last.
-    fn line(&mut self, runtime: &Runtime, line: &str) -> Result<bool, Failure> {
+    /// Runs a line and says how it ended; `None` when it was the last.
+    fn line(&mut self, runtime: &Runtime, line: &str) -> Result<Option<Exit>, Failure> {
         if line.trim().is_empty() {
-            return Ok(true);
+            return Ok(Some(Exit::Ok));
         }
         let args = match Args::from_line(line) {
             Ok(args) => args,
             Err(error) => {
                 // What cannot be shown cannot be helped.
                 drop(error.print());
-                return Ok(true);
+                return Ok(Some(if error.use_stderr() { Exit::Usage } else { Exit::Ok }));
             }
         };
         let out = Output::new(self.json || args.json, true);
@@ -171,22 +176,18 @@ impl Session<'_> {
             None => self.client.clone(),
         };
         let done = match &args.command {
-            None => Ok(()),
-            Some(Command::Quit) => return Ok(false),
+            None => Ok(Exit::Ok),
+            Some(Command::Quit) => return Ok(None),
             Some(Command::Subscribe { key, once, count }) => {
                 let count = if *once { Some(1) } else { *count };
                 runtime.block_on(interruptible(self.subscribe(&client, key, count, out)))
             }
             Some(Command::Unsubscribe { key }) => self.unsubscribe(key, out),
-            Some(command) => runtime.block_on(interruptible(run(&client, command, out))).map(drop),
+            Some(command) => runtime.block_on(interruptible(run(&client, command, out))),
         };
         match done {
             Err(Failure::BrokenPipe) => Err(Failure::BrokenPipe),
-            Err(failure) => {
-                failure.report(out.json);
-                Ok(true)
-            }
-            Ok(()) => Ok(true),
+            done => Ok(Some(done.unwrap_or_else(|failure| failure.report(out.json)))),
         }
     }
 
@@ -196,7 +197,7 @@ impl Session<'_> {
         pattern: &str,
         count: Option<u64>,
         out: Output,
-    ) -> Result<(), Failure> {
+    ) -> Result<Exit, Failure> {
         self.subscriptions.retain(|_, (_, telling)| !telling.is_finished());
         if self.subscriptions.contains_key(pattern) {
             return Err(Failure::Usage(format!("'{pattern}' is subscribed already")));
@@ -206,15 +207,16 @@ impl Session<'_> {
         let (stop, stopped) = oneshot::channel();
         let telling = tokio::spawn(tell(subscription, pattern.to_owned(), count, out, self.lines.clone(), stopped));
         self.subscriptions.insert(pattern.to_owned(), (stop, telling));
-        Ok(())
+        Ok(Exit::Ok)
     }
 
-    fn unsubscribe(&mut self, pattern: &str, out: Output) -> Result<(), Failure> {
+    fn unsubscribe(&mut self, pattern: &str, out: Output) -> Result<Exit, Failure> {
         self.subscriptions.retain(|_, (_, telling)| !telling.is_finished());
         match self.subscriptions.remove(pattern) {
-            Some(_) => Ok(answer(out, "unsubscribe", pattern)?),
-            None => Ok(out.note("not found")?),
+            Some(_) => answer(out, "unsubscribe", pattern)?,
+            None => return not_found("unsubscribe", pattern, out),
         }
+        Ok(Exit::Ok)
     }
 
     /// Lets subscriptions tell what has already come, such as the changes that this session itself made.

@@ -22,7 +22,7 @@ pub(crate) enum Exit {
     CannotConnect = 3,
     Conflict = 5,
     Timeout = 6,
-    Server = 7,
+    Failed = 7,
     Interrupted = 130,
 }
 
@@ -30,6 +30,8 @@ pub(crate) enum Exit {
 pub(crate) enum Failure {
     Usage(String),
     Client(Error),
+    /// What this machine does not do, such as to take what is written to stdout.
+    System(String),
     /// Nobody reads what is written any more.
     BrokenPipe,
     /// Ctrl-C.
@@ -43,6 +45,7 @@ impl Failure {
             Failure::BrokenPipe => return Exit::Ok,
             Failure::Interrupted => return Exit::Interrupted,
             Failure::Usage(what) => (Exit::Usage, what.clone()),
+            Failure::System(what) => (Exit::Failed, what.clone()),
             Failure::Client(error) => (exit_of(error.kind()), format!("{error:#}")),
         };
         if !json {
@@ -67,7 +70,7 @@ fn exit_of(kind: &ErrorKind) -> Exit {
         ErrorKind::NotFound => Exit::NotFound,
         ErrorKind::Conflict { .. } => Exit::Conflict,
         ErrorKind::Timeout | ErrorKind::OutcomeUnknown => Exit::Timeout,
-        _ => Exit::Server,
+        _ => Exit::Failed,
     }
 }
 
@@ -81,7 +84,7 @@ impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::BrokenPipe => Failure::BrokenPipe,
-            _ => Failure::Usage(format!("cannot write to stdout: {error}")),
+            _ => Failure::System(format!("cannot write to stdout: {error}")),
         }
     }
 }
@@ -157,7 +160,7 @@ async fn get(client: &Client, key: &str, page: &PageArgs, out: Output) -> Result
     if entries.is_empty() { not_found("get", key, out) } else { Ok(Exit::Ok) }
 }
 
-fn not_found(op: &str, key: &str, out: Output) -> Result<Exit, Failure> {
+pub(crate) fn not_found(op: &str, key: &str, out: Output) -> Result<Exit, Failure> {
     match out.json && out.interactive {
         true => out.object(&json!({"op": op, "key": key, "error": "not found"}))?,
         false if out.json => complain(&json!({"error": "not found", "key": key, "code": 1}).to_string()),
@@ -268,7 +271,7 @@ async fn follow(client: &Client, pattern: &str, count: Option<u64>, out: Output)
         }
         if let Event::Ended(reason) = event {
             complain(&format!("nkv-client: the subscription ended: {}", ended(&reason)));
-            return Ok(Exit::Server);
+            return Ok(Exit::Failed);
         }
     }
     Ok(Exit::Ok)

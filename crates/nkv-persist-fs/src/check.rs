@@ -8,7 +8,7 @@ use nkv_core::{Epoch, PersistError, PersistErrorKind, Revision};
 
 use crate::disk::{Disk, Lock, segment_name};
 use crate::log::Log;
-use crate::open::{create, cut, open_log, renew, resume};
+use crate::open::{create, cut, keep, open_log, renew, resume};
 use crate::options::FsOptions;
 use crate::scan::{Damage, Scan, Tail};
 use crate::vfs::{Open, RealFs, Vfs};
@@ -65,7 +65,7 @@ impl fmt::Display for Report {
 /// [`PersistErrorKind::InUse`] while a process has it,
 /// [`PersistErrorKind::Io`] when it cannot be read. Damage is no error here.
 pub fn check(dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
-    check_with(Arc::new(RealFs), dir)
+    check_with(Arc::new(RealFs::default()), dir)
 }
 
 /// Like [`check`], on another file system.
@@ -86,7 +86,7 @@ pub fn check_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report, 
 ///
 /// Those of [`FsPersist::open`](crate::FsPersist::open), but for damage.
 pub fn repair(dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
-    repair_with(Arc::new(RealFs), dir)
+    repair_with(Arc::new(RealFs::default()), dir)
 }
 
 /// Like [`repair`], on another file system.
@@ -142,7 +142,7 @@ fn drop_after(disk: &Disk, scan: &Scan, tail: &Tail) -> Result<(), PersistError>
         disk.keep_aside(&name, 0)?;
         disk.remove(&name)?;
     }
-    cut(disk, tail, "repair")
+    cut(disk, tail, &keep(disk, tail)?, "repair")
 }
 
 /// Nothing can be saved: a new log behind all that is there, which makes the rest leftovers.

@@ -68,6 +68,11 @@ impl Disk {
         }
     }
 
+    /// Returns when what a file holds is durable.
+    pub(crate) fn sync(&self, name: &str) -> Result<(), PersistError> {
+        self.open(name, Open::Write)?.sync_data().map_err(|e| from_io("sync", name, e))
+    }
+
     pub(crate) fn lock(&self, how: Open) -> Result<Lock, PersistError> {
         let file = self.open(LOCK, how)?;
         if file.try_lock().map_err(|e| from_io("lock", &self.dir.to_string_lossy(), e))? {
@@ -77,14 +82,12 @@ impl Disk {
         Err(PersistError::new(PersistErrorKind::InUse, context))
     }
 
-    /// Makes a segment that survives a power cut, with no frame in it.
-    pub(crate) fn create_segment(&self, header: &SegmentHeader) -> Result<Arc<dyn VfsFile>, PersistError> {
+    /// Makes the new and empty `file` a segment that survives a power cut, with no frame in it.
+    pub(crate) fn begin_segment(&self, file: &dyn VfsFile, header: &SegmentHeader) -> Result<(), PersistError> {
         let name = segment_name(header.number);
-        let file = self.open(&name, Open::CreateNew)?;
-        vfs::write_all(&*file, &header.encode(), 0).map_err(|e| from_io("write", &name, e))?;
+        vfs::write_all(file, &header.encode(), 0).map_err(|e| from_io("write", &name, e))?;
         file.sync_data().map_err(|e| from_io("sync", &name, e))?;
-        self.sync_dir()?;
-        Ok(file)
+        self.sync_dir()
     }
 
     /// Copies what stands from `offset` on into a file beside it, durably. The copy also tells the next opening, should
@@ -102,6 +105,15 @@ impl Disk {
         Ok(broken)
     }
 
+    /// Like [`keep_aside`](Self::keep_aside), where there is no room: only tells the next opening.
+    pub(crate) fn keep_nothing(&self, name: &str, offset: u64) -> Result<String, PersistError> {
+        let broken = broken_name(name, offset);
+        let file = self.open(&broken, Open::Create)?;
+        file.set_len(0).and_then(|()| file.sync_data()).map_err(|e| from_io("empty", &broken, e))?;
+        self.sync_dir()?;
+        Ok(broken)
+    }
+
     /// Removes the oldest torn tails. Whole segments, which a repair put aside, stay.
     pub(crate) fn forget_old_broken(&self) -> Result<(), PersistError> {
         let mut names: Vec<String> = self.list()?.into_iter().filter(|name| is_torn_tail(name)).collect();
@@ -110,15 +122,18 @@ impl Disk {
         names.iter().take(surplus).try_for_each(|name| self.remove(name))
     }
 
-    /// Fills the reserve, or leaves it empty if there is no room.
-    pub(crate) fn fill_reserve(&self, bytes: u64) -> Result<(), PersistError> {
+    /// Fills the reserve, or leaves it empty if there is no room for it. Says how much there is, up to `bytes`.
+    pub(crate) fn fill_reserve(&self, bytes: u64) -> Result<u64, PersistError> {
         let file = self.open(RESERVE, Open::Create)?;
-        let filled = fill(&*file, bytes);
-        if filled.is_err() {
-            file.set_len(0).map_err(|e| from_io("empty", RESERVE, e))?;
-        }
-        filled.map_err(|e| from_io("fill", RESERVE, e))?;
-        self.sync_dir()
+        let Err(error) = fill(&*file, bytes) else {
+            self.sync_dir()?;
+            return Ok(bytes);
+        };
+        // What could be written may still be too much to be synced.
+        let room = file.size().map_or(0, |size| size.min(bytes.saturating_sub(1)));
+        file.set_len(0).map_err(|e| from_io("empty", RESERVE, e))?;
+        let error = from_io("fill", RESERVE, error);
+        if error.kind() == PersistErrorKind::NoSpace { Ok(room) } else { Err(error) }
     }
 
     /// Gives the space of the reserve back to the file system.
@@ -134,10 +149,13 @@ impl Lock {
         Ok(self.file.size().map_err(|e| from_io("read", LOCK, e))? > 0)
     }
 
-    /// Notes that the directory has a segment now.
+    /// Notes durably that the directory has a segment now.
     pub(crate) fn promise_segments(&self) -> Result<(), PersistError> {
-        let write = || vfs::write_all(&*self.file, LOCK_TEXT, 0).and_then(|()| self.file.sync_data());
-        if self.promises_segments()? { Ok(()) } else { write().map_err(|e| from_io("write", LOCK, e)) }
+        if !self.promises_segments()? {
+            vfs::write_all(&*self.file, LOCK_TEXT, 0).map_err(|e| from_io("write", LOCK, e))?;
+        }
+        // Also if it was there: the process that wrote it may have died before it was durable.
+        self.file.sync_data().map_err(|e| from_io("sync", LOCK, e))
     }
 }
 

@@ -294,8 +294,8 @@ pub(crate) struct Records<'a> {
 }
 
 impl<'a> Records<'a> {
-    pub(crate) fn new(body: &'a [u8], offset: usize) -> Self {
-        Records { body, offset }
+    pub(crate) fn new(body: &'a [u8]) -> Self {
+        Records { body, offset: 0 }
     }
 
     fn read(&self) -> Result<RawRecord<'a>, &'static str> {

@@ -3,11 +3,14 @@
 //! Two rules carry everything. An append that fails is cut back, durably, before anybody hears of it. A sync that
 //! fails is never tried again: nobody knows what is on the disk, so the log is poisoned.
 
-use std::sync::Arc;
-use std::time::Instant;
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use nkv_core::{Epoch, PersistError, PersistErrorKind, Revision};
 
+use crate::compact::lock;
 use crate::disk::{Disk, segment_name};
 use crate::error::{from_io, poisoned};
 use crate::format::{FrameBuf, RELAXED, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
@@ -15,6 +18,9 @@ use crate::index::Index;
 use crate::options::{Durability, FsOptions};
 use crate::scan::Tail;
 use crate::vfs::{Open, VfsFile, write_all};
+
+/// How long puts are refused without another try to fill the reserve.
+const REFILL_REST: Duration = Duration::from_secs(1);
 
 /// What has been done since the log was opened.
 #[derive(Clone, Copy, Debug, Default)]
@@ -42,32 +48,60 @@ pub(crate) struct Log {
     /// No compaction before this time, as the last one failed.
     pub(crate) compact_after: Option<Instant>,
     pub(crate) stopping: bool,
+    /// Segments that are not needed, and whose names may be there still.
+    pub(crate) leftovers: BTreeSet<u64>,
     active: SegmentHeader,
-    file: Arc<dyn VfsFile>,
+    file: Arc<LogFile>,
     len: u64,
     synced_to: u64,
     poisoned: Option<String>,
     reserve_held: bool,
+    /// How much of the reserve is left; once it was given up, appends eat it.
+    pub(crate) reserve_left: u64,
+    /// No try to fill the reserve for a put before this time, unless something was freed.
+    refill_after: Option<Instant>,
+}
+
+/// A file whose syncs never overlap, and all fail after one has failed: the kernel tells one of them that it could not
+/// write, and says that all is well to the others.
+#[derive(Debug)]
+struct LogFile {
+    file: Arc<dyn VfsFile>,
+    has_failed: Mutex<bool>,
+}
+
+impl LogFile {
+    fn new(file: Arc<dyn VfsFile>) -> Arc<Self> {
+        Arc::new(LogFile { file, has_failed: Mutex::new(false) })
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut has_failed = lock(&self.has_failed);
+        if *has_failed {
+            return Err(io::Error::other("an earlier sync of the file has failed"));
+        }
+        self.file.sync_data().inspect_err(|_| *has_failed = true)
+    }
 }
 
 /// A sync that is done while the log is not locked.
 #[derive(Debug)]
 pub(crate) struct PendingSync {
-    file: Arc<dyn VfsFile>,
+    file: Arc<LogFile>,
     name: String,
     position: u64,
 }
 
 impl PendingSync {
     pub(crate) fn run(&self) -> Result<(), PersistError> {
-        self.file.sync_data().map_err(|e| from_io("sync", &self.name, e))
+        self.file.sync().map_err(|e| from_io("sync", &self.name, e))
     }
 }
 
 impl Log {
-    /// The log that ends at `tail`, whose file ends there too.
+    /// The log that ends at `tail`, whose file ends there too. All of it is durable.
     pub(crate) fn new(disk: Disk, options: FsOptions, index: Index, tail: Tail) -> Result<Self, PersistError> {
-        let file = disk.open(&segment_name(tail.header.number), Open::Write)?;
+        let file = LogFile::new(disk.open(&segment_name(tail.header.number), Open::Write)?);
         let mut log = Log {
             disk,
             options,
@@ -80,16 +114,18 @@ impl Log {
             urgent_below: 0,
             compact_after: None,
             stopping: false,
+            leftovers: BTreeSet::new(),
             active: tail.header,
             file,
             len: tail.end,
             synced_to: tail.header.base,
             poisoned: None,
             reserve_held: false,
+            reserve_left: 0,
+            refill_after: None,
         };
         log.index.set_bytes(log.active.number, log.len);
-        // What was read may not be durable yet: a process that died leaves it to the operating system.
-        log.sync()?;
+        log.synced_to = log.position();
         Ok(log)
     }
 
@@ -113,15 +149,19 @@ impl Log {
         poisoned(&why).with_source(cause)
     }
 
+    /// The flags of a frame in this durability.
+    pub(crate) fn flags(&self) -> u16 {
+        if self.options.durability == Durability::Sync { 0 } else { RELAXED }
+    }
+
     /// Appends a finished frame; gives the offset in the active segment where it starts.
     pub(crate) fn append(&mut self, frame: &mut FrameBuf) -> Result<u64, PersistError> {
-        let flags = if self.options.durability == Durability::Sync { 0 } else { RELAXED };
         self.check_usable()?;
         let needed = self.len.saturating_add(frame.len()).saturating_add(SEAL_FRAME_LEN);
         if needed > self.options.segment_bytes && self.len > SEGMENT_HEADER_LEN {
             self.rotate()?;
         }
-        self.write(frame, flags)
+        self.write(frame, self.flags())
     }
 
     /// Like [`append`](Self::append), and gives up the reserve if nothing else helps.
@@ -132,6 +172,43 @@ impl Log {
         }
     }
 
+    /// Appends a frame to this very segment, however long that is, and gives up the reserve if nothing else helps.
+    pub(crate) fn append_here(&mut self, frame: &mut FrameBuf, flags: u16) -> Result<u64, PersistError> {
+        self.check_usable()?;
+        match self.write(frame, flags) {
+            Err(error) if error.kind() == PersistErrorKind::NoSpace && self.give_up_reserve()? => {
+                self.write(frame, flags)
+            }
+            result => result,
+        }
+    }
+
+    /// Appends copies of what is needed of a segment. They may use the reserve only if it takes all of them: else they
+    /// would eat what deletes need, and free nothing.
+    pub(crate) fn append_copy(&mut self, frame: &mut FrameBuf, segment: u64) -> Result<u64, PersistError> {
+        self.check_room_to_copy(segment)?;
+        let is_worth_it = self.reserve_takes(segment, 0);
+        match self.append(frame) {
+            Err(error) if error.kind() == PersistErrorKind::NoSpace && is_worth_it && self.give_up_reserve()? => {
+                self.append(frame)
+            }
+            result => result,
+        }
+    }
+
+    /// Whether copies of what is needed of this segment can be made, as far as is known.
+    pub(crate) fn check_room_to_copy(&self, segment: u64) -> Result<(), PersistError> {
+        if self.reserve_held || self.options.reserve_bytes == 0 || self.reserve_takes(segment, 0) {
+            return Ok(());
+        }
+        Err(PersistError::new(PersistErrorKind::NoSpace, "the disk is full: no room to compact"))
+    }
+
+    /// Whether what is left of the reserve takes what is needed of this segment, some deletes, and `spare` bytes more.
+    pub(crate) fn reserve_takes(&self, segment: u64, spare: u64) -> bool {
+        self.copies_len(segment) + spare + self.options.reserve_bytes / 8 <= self.reserve_left
+    }
+
     /// Frees the space of the reserve; says whether there was any.
     pub(crate) fn give_up_reserve(&mut self) -> Result<bool, PersistError> {
         if !self.reserve_held {
@@ -139,25 +216,23 @@ impl Log {
         }
         tracing::warn!("the disk is full: giving up the reserve, so that deletes and compaction go on");
         self.reserve_held = false;
+        self.urgent_below = self.active.number + 1;
         self.disk.release_reserve()?;
         Ok(true)
-    }
-
-    /// Says that nothing acknowledged is missing from the log: the last frame of a clean end.
-    pub(crate) fn append_strict(&mut self, frame: &mut FrameBuf) -> Result<u64, PersistError> {
-        self.check_usable()?;
-        self.write(frame, 0)
     }
 
     fn write(&mut self, frame: &mut FrameBuf, flags: u16) -> Result<u64, PersistError> {
         let (position, offset) = (self.position(), self.len);
         let bytes = frame.stamp(position, self.synced_to, flags, self.active.salt);
-        if let Err(error) = write_all(&*self.file, bytes, offset) {
+        if let Err(error) = write_all(&*self.file.file, bytes, offset) {
             let name = segment_name(self.active.number);
             self.cut_back()?;
             return Err(from_io("append to", &name, error));
         }
         self.len += bytes.len() as u64;
+        if !self.reserve_held {
+            self.reserve_left = self.reserve_left.saturating_sub(bytes.len() as u64);
+        }
         self.index.set_bytes(self.active.number, self.len);
         Ok(offset)
     }
@@ -165,7 +240,7 @@ impl Log {
     /// Takes away what a failed append left, so durably that it cannot come back after the caller was told.
     fn cut_back(&mut self) -> Result<(), PersistError> {
         let name = segment_name(self.active.number);
-        let cut = self.file.set_len(self.len).map_err(|e| from_io("cut back", &name, e));
+        let cut = self.file.file.set_len(self.len).map_err(|e| from_io("cut back", &name, e));
         cut.map_err(|e| self.poison(e))?;
         self.sync()
     }
@@ -207,15 +282,12 @@ impl Log {
             epoch: self.epoch,
             salt: random_salt()?,
         };
-        let made = self.disk.create_segment(&header);
-        let file = made.map_err(|e| self.abandon(header.number, e))?;
+        let file = self.disk.open(&segment_name(header.number), Open::CreateNew)?;
         let mut seal = FrameBuf::of(FrameBuf::push_seal);
-        let flags = if self.options.durability == Durability::Sync { 0 } else { RELAXED };
-        if let Err(error) = self.write(&mut seal, flags) {
-            return Err(self.abandon(header.number, error));
-        }
+        let begun = self.disk.begin_segment(&*file, &header).and_then(|()| self.write(&mut seal, self.flags()));
+        begun.map_err(|e| self.abandon(header.number, e))?;
         self.sync()?;
-        (self.active, self.file, self.len) = (header, file, SEGMENT_HEADER_LEN);
+        (self.active, self.file, self.len) = (header, LogFile::new(file), SEGMENT_HEADER_LEN);
         self.index.set_bytes(header.number, self.len);
         Ok(())
     }
@@ -231,15 +303,30 @@ impl Log {
     /// Tries to have the reserve, unless it is there already. While it is not, there is no room for puts.
     pub(crate) fn regain_reserve(&mut self) -> Result<(), PersistError> {
         if !self.reserve_held && self.options.reserve_bytes > 0 {
-            self.disk.fill_reserve(self.options.reserve_bytes)?;
-            self.reserve_held = true;
+            self.reserve_left = self.disk.fill_reserve(self.options.reserve_bytes)?;
+            self.reserve_held = self.reserve_left == self.options.reserve_bytes;
         }
-        Ok(())
+        if self.reserve_held || self.options.reserve_bytes == 0 { Ok(()) } else { Err(no_room_for_puts()) }
+    }
+
+    /// Like [`regain_reserve`](Self::regain_reserve), but not again and again: each try writes all the space there is.
+    pub(crate) fn regain_reserve_in_time(&mut self) -> Result<(), PersistError> {
+        if !self.reserve_held && self.refill_after.is_some_and(|time| Instant::now() < time) {
+            return Err(no_room_for_puts());
+        }
+        let result = self.regain_reserve();
+        self.refill_after = result.is_err().then(|| Instant::now() + REFILL_REST);
+        result
     }
 
     pub(crate) fn reserve_held(&self) -> bool {
         self.reserve_held
     }
+}
+
+fn no_room_for_puts() -> PersistError {
+    let context = "the disk is full: the little room that is left is for deletes";
+    PersistError::new(PersistErrorKind::NoSpace, context)
 }
 
 pub(crate) fn random_salt() -> Result<u32, PersistError> {
@@ -254,4 +341,70 @@ pub(crate) fn random_epoch() -> Result<Epoch, PersistError> {
 
 fn no_randomness(error: &getrandom::Error) -> PersistError {
     PersistError::new(PersistErrorKind::Io, format!("the operating system gives no random numbers: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+    use crate::sim::SimFs;
+    use crate::vfs::Vfs;
+
+    /// The first sync takes its time and fails; others say that all is well, as Linux does.
+    #[derive(Debug)]
+    struct FailsOnce {
+        inner: Arc<dyn VfsFile>,
+        syncs: AtomicU64,
+    }
+
+    impl VfsFile for FailsOnce {
+        fn size(&self) -> io::Result<u64> {
+            self.inner.size()
+        }
+
+        fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+            self.inner.read_at(buf, offset)
+        }
+
+        fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+            self.inner.write_at(bytes, offset)
+        }
+
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.inner.set_len(len)
+        }
+
+        fn sync_data(&self) -> io::Result<()> {
+            if self.syncs.fetch_add(1, Ordering::SeqCst) > 0 {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(50));
+            Err(io::Error::other("EIO"))
+        }
+
+        fn try_lock(&self) -> io::Result<bool> {
+            self.inner.try_lock()
+        }
+    }
+
+    // The compaction and a put synced the same file at the same time. The kernel told the failure to one of them, and
+    // the other acknowledged what was not on the disk.
+    #[test]
+    fn a_sync_that_begins_during_one_that_fails_does_not_succeed() {
+        let inner = SimFs::new().open("f".as_ref(), Open::Create).unwrap();
+        let slow = Arc::new(FailsOnce { inner, syncs: AtomicU64::new(0) });
+        let file = LogFile::new(slow.clone());
+        std::thread::scope(|scope| {
+            let first = scope.spawn(|| file.sync());
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while slow.syncs.load(Ordering::SeqCst) == 0 {
+                assert!(Instant::now() < deadline);
+                std::thread::yield_now();
+            }
+            assert!(file.sync().is_err(), "nobody knows what the disk holds");
+            assert!(first.join().unwrap().is_err());
+        });
+        assert!(file.sync().is_err());
+    }
 }

@@ -39,16 +39,34 @@ fn reopen(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log
 
 /// Removes what is not needed, cuts a torn tail off, and gives the log that ends there.
 fn tidy(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, PersistError> {
+    settle(disk, &scan, &tail)?;
     for number in scan.leftovers().chain(scan.stray) {
         disk.remove(&segment_name(number))?;
     }
     if tail.end < tail.size {
-        cut(disk, &tail, "a crash left a torn tail")?;
+        let kept = match keep(disk, &tail) {
+            // Nothing in it was acknowledged, or the new epoch says so. Waiting for room would refuse what was.
+            Err(error) if error.kind() == PersistErrorKind::NoSpace => {
+                disk.keep_nothing(&segment_name(tail.header.number), tail.end)?
+            }
+            kept => kept?,
+        };
+        cut(disk, &tail, &kept, "a crash left a torn tail")?;
         disk.forget_old_broken()?;
     }
     let mut log = Log::new(disk.clone(), options, scan.index, tail)?;
     (log.head, log.epoch, log.revision) = (scan.head, scan.epoch, scan.revision);
     Ok(log)
+}
+
+/// Makes durable what was read. A process that died leaves it to the operating system: all of the last segment, the
+/// seal of the one before, and names. Nothing may be built on it before, nor anything removed.
+fn settle(disk: &Disk, scan: &Scan, tail: &Tail) -> Result<(), PersistError> {
+    let last = [tail.header.number.saturating_sub(1), tail.header.number];
+    for number in last.iter().filter(|number| scan.numbers.contains(number)) {
+        disk.sync(&segment_name(*number))?;
+    }
+    disk.sync_dir()
 }
 
 /// Notes what the frames to come need: an epoch of their own, if something acknowledged may be missing, and in a
@@ -62,10 +80,10 @@ fn start(log: &mut Log, needs_epoch: bool) -> Result<(), PersistError> {
     }
     if needs_epoch || log.options.durability != Durability::Sync {
         frame.finish();
-        log.append_at_any_price(&mut frame)?;
+        // Never in a new segment: a power cut could leave that without the frame, and the old epoch would go on.
+        log.append_here(&mut frame, log.flags())?;
         log.sync()?;
     }
-    // Not before: the append may begin a segment, whose header has the epoch before this record.
     log.epoch = epoch;
     Ok(())
 }
@@ -74,7 +92,8 @@ fn start(log: &mut Log, needs_epoch: bool) -> Result<(), PersistError> {
 pub(crate) fn create(disk: &Disk, options: FsOptions, number: u64) -> Result<Log, PersistError> {
     let (epoch, salt) = (random_epoch()?, random_salt()?);
     let header = SegmentHeader { number, head: number, base: 0, revision: Revision::ZERO, epoch, salt };
-    disk.create_segment(&header)?;
+    let file = disk.open(&segment_name(number), Open::CreateNew)?;
+    disk.begin_segment(&*file, &header)?;
     let tail = Tail { header, end: SEGMENT_HEADER_LEN, size: SEGMENT_HEADER_LEN };
     let mut log = Log::new(disk.clone(), options, Default::default(), tail)?;
     regain_reserve(&mut log);
@@ -82,26 +101,41 @@ pub(crate) fn create(disk: &Disk, options: FsOptions, number: u64) -> Result<Log
     Ok(log)
 }
 
-/// Keeps aside what stands behind the tail, and cuts it off.
-pub(crate) fn cut(disk: &Disk, tail: &Tail, why: &str) -> Result<(), PersistError> {
+/// Keeps aside what stands behind the tail, in the room of the reserve if there is no other; gives the name.
+pub(crate) fn keep(disk: &Disk, tail: &Tail) -> Result<String, PersistError> {
     let name = segment_name(tail.header.number);
-    let kept = match disk.keep_aside(&name, tail.end) {
+    match disk.keep_aside(&name, tail.end) {
         Err(error) if error.kind() == PersistErrorKind::NoSpace => {
             disk.release_reserve()?;
-            disk.keep_aside(&name, tail.end)?
+            disk.keep_aside(&name, tail.end)
         }
-        kept => kept?,
-    };
+        kept => kept,
+    }
+}
+
+/// Cuts off what stands behind the tail.
+pub(crate) fn cut(disk: &Disk, tail: &Tail, kept: &str, why: &str) -> Result<(), PersistError> {
+    let name = segment_name(tail.header.number);
     tracing::warn!(file = name, offset = tail.end, bytes = tail.size - tail.end, kept, "{why}: cut");
     let file = disk.open(&name, Open::Write)?;
     file.set_len(tail.end).and_then(|()| file.sync_data()).map_err(|e| from_io("cut", &name, e))
 }
 
+/// Fills the reserve when the log is opened. Where all of it does not fit, the disk being small or nearly full, half of
+/// the room that there is has to do; where that is next to nothing, puts are refused until there is more.
 fn regain_reserve(log: &mut Log) {
-    if let Err(error) = log.regain_reserve() {
+    let mut result = log.regain_reserve();
+    if result.is_err() && log.reserve_left / 2 >= RESERVE_MIN {
+        log.options.reserve_bytes = log.reserve_left / 2;
+        result = log.regain_reserve();
+    }
+    if let Err(error) = result {
         tracing::warn!(%error, "no room for the reserve: puts are refused until there is");
     }
 }
+
+/// A reserve smaller than this is none.
+const RESERVE_MIN: u64 = 64 << 10;
 
 /// Goes on behind what a repair has left: notes the new epoch, and where the log begins now.
 pub(crate) fn resume(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, PersistError> {
@@ -117,7 +151,7 @@ pub(crate) fn renew(log: &mut Log) -> Result<(), PersistError> {
         frame.push_head(log.head);
         frame.push_epoch(epoch);
     });
-    log.append_at_any_price(&mut frame)?;
+    log.append_here(&mut frame, log.flags())?;
     log.sync()?;
     log.epoch = epoch;
     Ok(())

@@ -82,7 +82,7 @@ pub struct FsOptions {
 
 impl Default for FsOptions {
     fn default() -> Self {
-        FsOptions { durability: Durability::Sync, segment_bytes: 16 << 20, reserve_bytes: 1 << 20, background: true }
+        FsOptions { durability: Durability::Sync, segment_bytes: 4 << 20, reserve_bytes: 6 << 20, background: true }
     }
 }
 
@@ -99,13 +99,14 @@ impl FsOptions {
     }
 
     /// Where the log is cut into files, and how much space compaction may leave unused besides the live data;
-    /// 16 MiB unless told, brought between [`Self::SEGMENT_BYTES_MIN`] and [`Self::SEGMENT_BYTES_MAX`].
+    /// 4 MiB unless told, brought between [`Self::SEGMENT_BYTES_MIN`] and [`Self::SEGMENT_BYTES_MAX`].
     #[must_use]
     pub fn with_segment_bytes(self, bytes: u64) -> Self {
         FsOptions { segment_bytes: bytes.clamp(Self::SEGMENT_BYTES_MIN, Self::SEGMENT_BYTES_MAX), ..self }
     }
 
-    /// Space that is kept aside so that deletes work on a full disk; 1 MiB unless told, zero for none.
+    /// Space that is kept aside so that deletes work on a full disk; 6 MiB unless told, zero for none. With less than
+    /// one and a half segments, deletes on a full disk may come to an end before they have made room.
     #[must_use]
     pub fn with_reserve_bytes(self, bytes: u64) -> Self {
         FsOptions { reserve_bytes: bytes, ..self }

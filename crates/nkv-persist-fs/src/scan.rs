@@ -211,7 +211,7 @@ impl Scan {
         if !header.is_understood() {
             return Err("the frame has a flag that this program does not know");
         }
-        for record in Records::new(body, 0) {
+        for record in Records::new(body) {
             let record = record?;
             let place = Place {
                 segment,
@@ -220,7 +220,8 @@ impl Scan {
             };
             self.apply(record.entry, place);
         }
-        self.frames += 1;
+        // An empty frame is no batch.
+        self.frames += u64::from(!body.is_empty());
         self.relaxed = header.is_relaxed();
         Ok(())
     }
@@ -295,7 +296,7 @@ impl Scan {
 fn newest_head(reader: &mut SegmentReader) -> Result<u64, PersistError> {
     let mut head = 0;
     while let Next::Frame(_, _, body) = reader.next()? {
-        for record in Records::new(body, 0).flatten() {
+        for record in Records::new(body).flatten() {
             if let Entry::Head(newer) = record.entry {
                 head = head.max(newer);
             }

@@ -44,6 +44,8 @@ struct State {
     /// For each name the values it had since its directory was synced.
     name_history: BTreeMap<PathBuf, Vec<Option<usize>>>,
     locked: BTreeSet<usize>,
+    /// How many times each file is open: a file without a name keeps its space until it is closed.
+    open: BTreeMap<usize, usize>,
     calls: u64,
     mutations: u64,
     syncs: u64,
@@ -146,11 +148,14 @@ impl SimFs {
         state.durable_names.insert(path.to_owned(), node);
     }
 
-    /// The same disk, unharmed, for another test.
+    /// The same disk, unharmed, for another test: what the processes on this one leave when they are killed. What was
+    /// not synced is there, and a power cut can still take it.
     #[must_use]
     pub fn fork(&self) -> SimFs {
         let state = self.state();
-        SimFs { state: Arc::new(Mutex::new(State::of(state.nodes.clone(), state.names.clone(), &state.durable_names))) }
+        let mut copy = State::of(state.nodes.clone(), state.names.clone(), &state.durable_names);
+        copy.name_history.clone_from(&state.name_history);
+        SimFs { state: Arc::new(Mutex::new(copy)) }
     }
 
     /// A disk that a power cut could leave now. `choose(n)` picks one of `n` possibilities, again and again; 0 is what
@@ -256,11 +261,15 @@ impl State {
         State { nodes, names, durable_names: durable.clone(), ..State::default() }
     }
 
+    fn is_off(&self) -> bool {
+        self.power_cut_at.is_some_and(|at| self.mutations >= at)
+    }
+
     /// Counts a call, and fails it if it is its turn. Gives the fault if the call must do half of its work.
     fn enter(&mut self, call: Call) -> io::Result<Option<Fault>> {
         let number = self.calls;
         self.calls += 1;
-        if self.power_cut_at.is_some_and(|at| self.mutations >= at) {
+        if self.is_off() {
             return Err(io::Error::other("the power is cut"));
         }
         self.mutations += u64::from(call != Call::Read);
@@ -281,7 +290,8 @@ impl State {
     }
 
     fn used(&self) -> u64 {
-        self.names.values().map(|node| self.nodes[*node].bytes.len() as u64).sum()
+        let taken: BTreeSet<usize> = self.names.values().chain(self.open.keys()).copied().collect();
+        taken.iter().map(|node| self.nodes[*node].bytes.len() as u64).sum()
     }
 
     fn set_name(&mut self, path: &Path, node: Option<usize>) {
@@ -313,10 +323,13 @@ impl State {
 
 impl Vfs for SimFs {
     fn create_dir(&self, dir: &Path) -> io::Result<()> {
-        if is_root(dir) || self.state().names.contains_key(dir) {
+        if is_root(dir) {
             return Ok(());
         }
         let parent = dir.parent().unwrap_or(Path::new(""));
+        if self.state().names.contains_key(dir) {
+            return self.sync_dir(parent);
+        }
         self.create_dir(parent)?;
         let mut state = self.state();
         state.enter(Call::Change)?;
@@ -343,6 +356,7 @@ impl Vfs for SimFs {
             None if makes => state.make(path, false),
             None => return Err(io::ErrorKind::NotFound.into()),
         };
+        *state.open.entry(node).or_default() += 1;
         Ok(Arc::new(SimFile { fs: self.clone(), node, locked: Mutex::new(false) }))
     }
 
@@ -414,7 +428,8 @@ impl VfsFile for SimFile {
     fn sync_data(&self) -> io::Result<()> {
         let mut state = self.fs.state();
         if let Err(error) = state.enter(Call::Change) {
-            state.nodes[self.node].in_doubt = true;
+            // A process that is dead has not even asked.
+            state.nodes[self.node].in_doubt |= !state.is_off();
             return Err(error);
         }
         state.syncs += 1;
@@ -431,9 +446,14 @@ impl VfsFile for SimFile {
 
 impl Drop for SimFile {
     fn drop(&mut self) {
+        let mut state = self.fs.state();
         if *self.locked.lock().unwrap_or_else(PoisonError::into_inner) {
-            self.fs.state().locked.remove(&self.node);
+            state.locked.remove(&self.node);
         }
+        if let Some(count) = state.open.get_mut(&self.node) {
+            *count -= 1;
+        }
+        state.open.retain(|_, count| *count > 0);
     }
 }
 

@@ -99,7 +99,7 @@ impl FsPersist {
     /// when something that had been durable cannot be read; nothing was changed then. [`PersistErrorKind::Io`] and
     /// [`PersistErrorKind::NoSpace`] when the file system fails.
     pub fn open(dir: impl Into<PathBuf>, options: FsOptions) -> Result<Self, PersistError> {
-        Self::open_with(Arc::new(RealFs), dir, options)
+        Self::open_with(Arc::new(RealFs::default()), dir, options)
     }
 
     /// Like [`open`](Self::open), on another file system.
@@ -134,7 +134,7 @@ impl FsPersist {
     pub fn maintain(&self) -> Result<(), PersistError> {
         self.shared.sync_waiting()?;
         while lock(&self.shared.log).wants_compaction() {
-            self.shared.compact(0, Wait::Yes)?;
+            self.shared.compact(0)?;
         }
         lock(&self.shared.log).check_usable()
     }
@@ -160,11 +160,9 @@ impl FsPersist {
         }
         let mut log = lock(&self.shared.log);
         log.sync()?;
-        if log.options.durability != Durability::Sync {
-            log.append_strict(&mut FrameBuf::of(|_| {}))?;
-            log.sync()?;
-        }
-        Ok(())
+        // It proves the frame before it, and says that nothing acknowledged is missing.
+        log.append_here(&mut FrameBuf::of(|_| {}), 0)?;
+        log.sync()
     }
 
     fn store(&mut self, batch: &[Change]) -> Result<(), PersistError> {
@@ -173,7 +171,7 @@ impl FsPersist {
         log.check_usable()?;
         if has_puts {
             // The room that deletes need is not for puts.
-            log.regain_reserve()?;
+            log.regain_reserve_in_time()?;
         }
         let appended = if has_puts { log.append(&mut self.frame) } else { log.append_at_any_price(&mut self.frame) };
         let start = appended? + FRAME_HEADER_LEN as u64;
@@ -260,7 +258,7 @@ fn visit_segment(disk: &Disk, index: &Index, number: u64, visit: &mut dyn FnMut(
             Next::End => return Ok(()),
             Next::Bad(reason) => return Err(damaged(&name, offset, reason)),
         };
-        for record in Records::new(body, 0) {
+        for record in Records::new(body) {
             let record = record.map_err(|reason| damaged(&name, offset, reason))?;
             if let Entry::Put { key, value, revision, expiry } = record.entry
                 && index.is_live(&key, number, at + u64::from(record.offset))
@@ -271,23 +269,10 @@ fn visit_segment(disk: &Disk, index: &Index, number: u64, visit: &mut dyn FnMut(
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Wait {
-    Yes,
-    /// Not if somebody else is at it.
-    No,
-}
-
 impl Shared {
     /// Compacts one step, in proportion to the `extra` bytes that somebody wants to append.
-    fn compact(&self, extra: u64, wait: Wait) -> Result<(), PersistError> {
-        let mut compactor = match wait {
-            Wait::Yes => lock(&self.compactor),
-            Wait::No => match self.compactor.try_lock() {
-                Ok(compactor) => compactor,
-                Err(_) => return Ok(()),
-            },
-        };
+    fn compact(&self, extra: u64) -> Result<(), PersistError> {
+        let mut compactor = lock(&self.compactor);
         let chunk = lock(&self.log).options.chunk_bytes();
         compactor.step(&self.log, chunk.max(extra.saturating_mul(4)))
     }
@@ -299,10 +284,7 @@ impl Shared {
             let log = lock(&self.log);
             if log.may_compact() && log.head <= last { log.need(extra) } else { Need::None }
         };
-        if need() == Need::Help && self.compact(extra, Wait::No).is_err() {
-            return;
-        }
-        while need() == Need::Now && self.compact(extra, Wait::Yes).is_ok() {}
+        while need() == Need::Now && self.compact(extra).is_ok() {}
     }
 
     fn sync_waiting(&self) -> Result<(), PersistError> {
@@ -318,6 +300,7 @@ impl Shared {
 
     /// The thread: waits for work, does a piece of it, looks again.
     fn run(&self) {
+        let _guard = PoisonOnPanic(self);
         let mut log = lock(&self.log);
         while !log.stopping {
             let until_sync = until_sync(&log);
@@ -326,7 +309,7 @@ impl Shared {
                 self.sync_waiting()
             } else if log.wants_compaction() {
                 drop(log);
-                self.compact(0, Wait::Yes)
+                self.compact(0)
             } else {
                 let patience = until_sync.unwrap_or(Duration::from_secs(1));
                 drop(self.work.wait_timeout(log, patience).unwrap_or_else(PoisonError::into_inner));
@@ -336,6 +319,18 @@ impl Shared {
                 tracing::debug!(%error, "maintenance failed");
             }
             log = lock(&self.log);
+        }
+    }
+}
+
+/// Poisons the log when the thread that syncs it is no more: nobody would keep the interval.
+struct PoisonOnPanic<'a>(&'a Shared);
+
+impl Drop for PoisonOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let cause = PersistError::new(PersistErrorKind::Io, "the maintenance thread has panicked");
+            lock(&self.0.log).poison(cause);
         }
     }
 }

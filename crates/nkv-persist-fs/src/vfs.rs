@@ -3,8 +3,8 @@
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::{fmt, fs};
 
 /// A file system.
@@ -83,8 +83,12 @@ pub(crate) fn read_exact(file: &dyn VfsFile, mut buf: &mut [u8], mut offset: u64
 }
 
 /// The file system of the operating system.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct RealFs;
+#[derive(Clone, Debug, Default)]
+pub struct RealFs {
+    /// The directory that was made or found first, kept open: a process that has no descriptor left can still make
+    /// its names durable, and a rotation does not fail half-way for want of one.
+    dir: Arc<OnceLock<(PathBuf, File)>>,
+}
 
 impl Vfs for RealFs {
     fn create_dir(&self, dir: &Path) -> io::Result<()> {
@@ -97,6 +101,8 @@ impl Vfs for RealFs {
             let text = "others than its owner may write to the directory; take that right away (chmod go-w)";
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
         }
+        let opened = (dir.to_owned(), File::open(dir)?);
+        self.dir.get_or_init(|| opened);
         Ok(())
     }
 
@@ -123,22 +129,35 @@ impl Vfs for RealFs {
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        File::open(dir)?.sync_all()
+        match self.dir.get() {
+            Some((kept, file)) if kept == dir => file.sync_all(),
+            _ => sync_dir(dir),
+        }
     }
 }
 
-/// Makes `dir` and what is missing above it, each with its name made durable.
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// Makes `dir` and what is missing above it, each with its name made durable; also that of a `dir` that exists, as the
+/// process that made it may have died before.
 fn make_dir(dir: &Path) -> io::Result<()> {
-    if dir.as_os_str().is_empty() || dir.exists() {
-        return Ok(());
+    let Some(parent) = dir.parent() else { return Ok(()) };
+    let above = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    if dir.exists() {
+        // Who may not read the directory above has not made this one.
+        return match sync_dir(above) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+            result => result,
+        };
     }
-    let parent = dir.parent().unwrap_or(Path::new(""));
     make_dir(parent)?;
     match DirBuilder::new().mode(0o700).create(dir) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
-    RealFs.sync_dir(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })
+    sync_dir(above)
 }
 
 impl VfsFile for File {

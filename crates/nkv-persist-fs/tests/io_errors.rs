@@ -3,10 +3,16 @@
 
 mod common;
 
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
 use common::*;
 use nkv_core::{Change, PersistErrorKind, PersistValue};
 use nkv_persist_fs::sim::{Fault, SimFs};
-use nkv_persist_fs::{Durability, FsOptions, FsPersist};
+use nkv_persist_fs::{Durability, FsOptions, FsPersist, Open, Vfs, VfsFile};
 
 /// What the process believes: the state that it was told is stored, and the one that may be.
 struct Belief {
@@ -147,10 +153,92 @@ fn what_was_refused_does_not_come_back_after_a_power_cut() {
 #[test]
 fn a_failed_sync_of_the_interval_stops_the_log_too() {
     let fs = SimFs::new();
-    let period = std::time::Duration::from_millis(1);
+    let period = Duration::from_millis(1);
     let mut persist = open(&fs, &options().with_durability(Durability::Interval(period))).unwrap();
     persist.persist(&[put("a", 1, "1")]).unwrap();
     fs.fail_at(fs.calls(), Fault::Eio, false);
     assert_eq!(persist.maintain().unwrap_err().kind(), PersistErrorKind::Poisoned);
     assert_eq!(persist.persist(&[put("a", 2, "2")]).unwrap_err().kind(), PersistErrorKind::Poisoned);
+}
+
+/// A disk on which, on demand, nothing can be opened and no name be made durable, and which panics.
+#[derive(Clone, Debug)]
+struct Moody {
+    fs: SimFs,
+    has_descriptors: Arc<AtomicBool>,
+    panics: Arc<AtomicBool>,
+}
+
+impl Moody {
+    fn new() -> Self {
+        let (has_descriptors, panics) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
+        Moody { fs: SimFs::new(), has_descriptors, panics }
+    }
+
+    fn enter(&self) -> io::Result<()> {
+        let in_background = std::thread::current().name() == Some("nkv-compact");
+        assert!(!in_background || !self.panics.load(Ordering::SeqCst), "on demand");
+        let out = || io::Error::other("too many open files");
+        if self.has_descriptors.load(Ordering::SeqCst) { Ok(()) } else { Err(out()) }
+    }
+}
+
+impl Vfs for Moody {
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        self.fs.create_dir(dir)
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        self.fs.list(dir)
+    }
+
+    fn open(&self, path: &Path, how: Open) -> io::Result<Arc<dyn VfsFile>> {
+        self.enter()?;
+        self.fs.open(path, how)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.fs.remove(path)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        self.enter()?;
+        self.fs.sync_dir(dir)
+    }
+}
+
+fn open_moody(moody: &Moody, options: FsOptions) -> FsPersist {
+    FsPersist::open_with(Arc::new(moody.clone()), DIR, options).unwrap()
+}
+
+// A rotation that could not even make the file took it away again, could not, and poisoned the log.
+#[test]
+fn without_a_descriptor_for_a_new_segment_a_put_is_refused_and_later_taken() {
+    let moody = Moody::new();
+    let mut persist = open_moody(&moody, options());
+    persist.persist(&[put("a", 1, vec![1; 3_000])]).unwrap();
+    moody.has_descriptors.store(false, Ordering::SeqCst);
+    let error = persist.persist(&[put("a", 2, vec![2; 3_000])]).unwrap_err();
+    assert_eq!(error.kind(), PersistErrorKind::Io, "{error}");
+    moody.has_descriptors.store(true, Ordering::SeqCst);
+    persist.persist(&[put("a", 3, vec![3; 3_000])]).unwrap();
+    persist.close().unwrap();
+    assert_eq!(load(&mut open(&moody.fs.crash(&mut |_| 0), &options()).unwrap()).unwrap().0["a"].0, 3);
+}
+
+// The thread that keeps the interval died, and acknowledgements went on, with nothing ever synced.
+#[test]
+fn when_the_thread_that_syncs_has_panicked_nothing_is_acknowledged_any_more() {
+    let moody = Moody::new();
+    let period = Durability::Interval(Duration::from_millis(1));
+    let mut persist = open_moody(&moody, options().with_background(true).with_durability(period));
+    moody.panics.store(true, Ordering::SeqCst);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    for revision in 1.. {
+        assert!(Instant::now() < deadline);
+        if let Err(error) = persist.persist(&[put("a", revision, vec![1; 900])]) {
+            assert_eq!(error.kind(), PersistErrorKind::Poisoned, "{error}");
+            break;
+        }
+    }
 }

@@ -55,6 +55,13 @@ pub(crate) fn open(fs: &SimFs, options: &FsOptions) -> Result<FsPersist, Persist
     FsPersist::open_with(Arc::new(fs.clone()), DIR, options.clone())
 }
 
+/// What a process leaves that is killed now: no clean end, and what the operating system knows stays.
+pub(crate) fn kill(fs: &SimFs, persist: FsPersist) -> SimFs {
+    fs.cut_power_at(fs.mutations());
+    drop(persist);
+    fs.fork()
+}
+
 pub(crate) fn load(persist: &mut impl PersistValue) -> Result<(Model, Loaded), PersistError> {
     let mut model = Model::new();
     let loaded = persist.load(&mut |record: Record| {

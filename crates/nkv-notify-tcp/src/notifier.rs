@@ -106,7 +106,12 @@ impl TcpNotifier {
         self.shared.form()
     }
 
-    /// What waits to be written.
+    /// Bytes of answers and snapshots that wait to be written.
+    pub fn waiting(&self) -> usize {
+        self.shared.waiting.load(Relaxed)
+    }
+
+    /// What waits to be written, by the piece.
     pub fn backlog(&self) -> Backlog {
         self.mailbox.backlog()
     }

@@ -148,15 +148,19 @@ fn advance(chunks: &mut VecDeque<Bytes>, mut written: usize) {
     }
 }
 
-/// Has the kernel find out, within minutes, that an idle peer's host has vanished.
+/// Has the kernel find out within a minute or so that a peer's host has vanished, whether the connection is idle or
+/// something is on its way to it.
 ///
 /// # Errors
 ///
 /// What the system says.
 pub fn keep_alive(socket: &impl AsFd) -> io::Result<()> {
-    let keepalive =
-        socket2::TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(10));
-    socket2::SockRef::from(socket).set_tcp_keepalive(&keepalive)
+    let socket = socket2::SockRef::from(socket);
+    let (idle, interval) = (Duration::from_secs(30), Duration::from_secs(10));
+    socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(3))?;
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    socket.set_tcp_user_timeout(Some(Duration::from_secs(60)))?;
+    Ok(())
 }
 
 /// Bounds what the kernel holds for a peer that does not read: several megabytes a connection otherwise.

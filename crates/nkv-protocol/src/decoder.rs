@@ -86,6 +86,12 @@ impl Decoder {
         }
     }
 
+    /// Whether some of a message has come, and not all of it.
+    #[must_use]
+    pub fn is_within_message(&self) -> bool {
+        !matches!(self.state, State::Line { scanned: 0 })
+    }
+
     /// Decodes the next message.
     pub fn decode<'a>(&mut self, input: &'a [u8]) -> Decoded<'a> {
         let mut consumed = 0;

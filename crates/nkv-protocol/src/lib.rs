@@ -24,6 +24,8 @@ pub mod status {
     pub const BAD_REQUEST: u16 = 400;
     /// There is no such key or subscription.
     pub const NOT_FOUND: u16 = 404;
+    /// A request was not sent in time; the connection is closed.
+    pub const TIMEOUT: u16 = 408;
     /// The key is at another revision.
     pub const CONFLICT: u16 = 409;
     /// Something is larger than its limit.

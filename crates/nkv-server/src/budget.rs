@@ -1,22 +1,42 @@
-//! How much all connections together may hold of messages that have not arrived whole.
+//! What connections hold, each and all together: requests that have not arrived whole, answers and snapshots that were
+//! not taken yet, changes that wait to be told. Past the limit, whoever holds most is closed.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use nkv_notify_tcp::TcpNotifier;
 use tokio::sync::Notify;
+use tokio::time::Instant;
+
+/// What a pending change costs its connection, roughly; the value is shared with the store.
+const PENDING_LEN: usize = 128;
+
+/// How often whoever waits for room looks again.
+const ROOM_PAUSE: Duration = Duration::from_millis(10);
 
 #[derive(Debug)]
 pub(crate) struct Budget {
     limit: usize,
+    /// Bytes of answers and snapshots that wait on all connections; the notifiers keep it up.
+    waiting: Arc<AtomicUsize>,
+    /// Bytes of requests that have not arrived whole, on all connections.
+    incomplete: AtomicUsize,
     holders: Mutex<Holders>,
 }
 
 #[derive(Debug, Default)]
 struct Holders {
-    total: usize,
     next_id: u64,
-    /// Only connections that hold something are here.
-    held: HashMap<u64, (usize, Arc<Notify>)>,
+    by_id: HashMap<u64, Arc<Holder>>,
+}
+
+#[derive(Debug)]
+struct Holder {
+    incomplete: AtomicUsize,
+    notifier: TcpNotifier,
+    evicted: Notify,
 }
 
 /// One connection's share.
@@ -24,59 +44,114 @@ struct Holders {
 pub(crate) struct Share {
     budget: Arc<Budget>,
     id: u64,
-    held: usize,
-    evicted: Arc<Notify>,
+    holder: Arc<Holder>,
+}
+
+impl Holder {
+    fn held(&self) -> usize {
+        let pending = self.notifier.backlog().queued.saturating_mul(PENDING_LEN);
+        self.incomplete.load(Relaxed).saturating_add(self.notifier.waiting()).saturating_add(pending)
+    }
 }
 
 impl Budget {
     pub(crate) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Budget { limit, holders: Mutex::default() })
+        let (waiting, incomplete, holders) = Default::default();
+        Arc::new(Budget { limit, waiting, incomplete, holders })
     }
 
-    pub(crate) fn share(self: &Arc<Self>) -> Share {
-        let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
-        holders.next_id += 1;
-        Share { budget: Arc::clone(self), id: holders.next_id, held: 0, evicted: Arc::default() }
+    /// What notifiers count answers and snapshots in.
+    pub(crate) fn waiting(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.waiting)
+    }
+
+    pub(crate) fn share(self: &Arc<Self>, notifier: TcpNotifier) -> Share {
+        let holder = Arc::new(Holder { incomplete: AtomicUsize::new(0), notifier, evicted: Notify::new() });
+        let mut holders = self.lock();
+        let id = holders.next_id;
+        holders.next_id = id.wrapping_add(1);
+        holders.by_id.insert(id, Arc::clone(&holder));
+        drop(holders);
+        Share { budget: Arc::clone(self), id, holder }
+    }
+
+    /// Closes the largest holder if all together hold too much. One that alone is the reason is let through: what it
+    /// asked for was admitted by [`room`](Self::room).
+    pub(crate) fn check(&self) {
+        let holders = self.lock();
+        let held = || holders.by_id.values().map(|holder| holder.held());
+        let (total, largest) = (held().fold(0, usize::saturating_add), held().max().unwrap_or(0));
+        if total > self.limit && total.saturating_sub(largest) > self.limit / 2 {
+            evict_largest(&holders);
+        }
+    }
+
+    /// Waits until there is room for an answer or a snapshot of any size. Whoever holds most does not keep others
+    /// waiting for longer than `patience`.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing.
+    pub(crate) async fn room(&self, patience: Duration) {
+        let mut start = Instant::now();
+        while self.queued() > self.limit / 2 {
+            tokio::time::sleep(ROOM_PAUSE).await;
+            if start.elapsed() >= patience {
+                evict_largest(&self.lock());
+                start = Instant::now();
+            }
+        }
+    }
+
+    /// All but the changes that wait, which are counted only when it matters.
+    fn queued(&self) -> usize {
+        self.waiting.load(Relaxed).saturating_add(self.incomplete.load(Relaxed))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Holders> {
+        self.holders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn evict_largest(holders: &Holders) {
+    if let Some(largest) = holders.by_id.values().max_by_key(|holder| holder.held()) {
+        largest.evicted.notify_one();
     }
 }
 
 impl Share {
-    /// Notes how much this connection holds now. If that is too much for all together, the largest is evicted.
-    pub(crate) fn hold(&mut self, bytes: usize) {
-        if bytes == self.held {
-            return; // the common case: nothing, before and after
+    /// Notes how many bytes this connection holds of a request that is not whole.
+    pub(crate) fn hold(&self, bytes: usize) {
+        let before = self.holder.incomplete.swap(bytes, Relaxed);
+        if bytes > before {
+            self.budget.incomplete.fetch_add(bytes.saturating_sub(before), Relaxed);
+        } else if bytes < before {
+            self.budget.incomplete.fetch_sub(before.saturating_sub(bytes), Relaxed);
         }
-        let mut guard = self.budget.holders.lock().unwrap_or_else(PoisonError::into_inner);
-        let holders = &mut *guard;
-        holders.total = holders.total - self.held + bytes;
-        self.held = bytes;
-        if bytes == 0 {
-            holders.held.remove(&self.id);
-        } else {
-            holders.held.insert(self.id, (bytes, Arc::clone(&self.evicted)));
-        }
-        if holders.total > self.budget.limit
-            && let Some((_, evicted)) = holders.held.values().max_by_key(|(held, _)| *held)
-        {
-            evicted.notify_one();
+        if self.budget.queued() > self.budget.limit {
+            self.budget.check();
         }
     }
 
+    /// What this connection holds.
+    pub(crate) fn held(&self) -> usize {
+        self.holder.held()
+    }
+
     /// Waits until this connection is to give up what it holds.
-    pub(crate) async fn evicted(&self) {
-        loop {
-            self.evicted.notified().await;
-            let holders = self.budget.holders.lock().unwrap_or_else(PoisonError::into_inner);
-            // The message may have become whole, or others may have let go, since that was said.
-            if self.held > 0 && holders.total > self.budget.limit {
-                return;
-            }
-        }
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing.
+    pub(crate) fn evicted(&self) -> impl Future<Output = ()> + use<> {
+        let holder = Arc::clone(&self.holder);
+        async move { holder.evicted.notified().await }
     }
 }
 
 impl Drop for Share {
     fn drop(&mut self) {
+        self.budget.lock().by_id.remove(&self.id);
         self.hold(0);
     }
 }

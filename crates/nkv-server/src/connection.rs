@@ -10,12 +10,14 @@ use nkv_protocol::{Answer, BaseFields, Chunks, Decoder, status};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle};
-use tracing::debug;
+use tokio::time::Instant;
+use tracing::{debug, warn};
 
 use crate::budget::Share;
 use crate::core::Core;
 use crate::dispatch::Session;
 use crate::server::{Options, stopped};
+use crate::slots::Slot;
 
 /// So much is asked of the system at a time.
 const READ_LEN: usize = 16 << 10;
@@ -54,11 +56,10 @@ impl ReadHalf {
 }
 
 impl Socket {
-    /// Says that there are too many connections, if the peer's buffer takes it, and closes.
-    pub(crate) fn refuse(self) {
+    /// Says why there is no place for it, if the peer's buffer takes that, and closes.
+    pub(crate) fn refuse(self, message: &str) {
         let mut out = Chunks::default();
-        let answer = Answer::to(Default::default(), &mut out);
-        answer.base(status::UNAVAILABLE, "too many connections", &BaseFields::default());
+        Answer::to(Default::default(), &mut out).base(status::UNAVAILABLE, message, &BaseFields::default());
         let line = out.take().concat();
         let written = match &self {
             Socket::Tcp(stream) => stream.try_write(&line),
@@ -106,47 +107,62 @@ fn writer_end(ended: Result<WriterEnd, JoinError>) -> WriterEnd {
 enum End {
     /// The peer's sending half ended, or the server stops.
     Quiet,
-    /// The message in hand is not to be had, or the connection holds too much.
+    /// The message in hand is not to be had.
     Refused,
+    /// What was awaited of the peer did not come in time.
+    Overdue,
+    /// All connections hold too much, and this one the most.
+    Evicted,
     /// The writer has ended.
     Writer(WriterEnd),
 }
 
 /// Serves a connection until either side ends it.
-pub(crate) async fn serve(
-    socket: Socket,
-    core: Arc<Core>,
-    options: Options,
-    share: Share,
-    stop: watch::Receiver<bool>,
-) {
-    let waiting_total = Arc::clone(&core.answers_waiting);
-    let notifier_options =
-        NotifierOptions { stall_limit: options.stall_limit, waiting_total, ..NotifierOptions::default() };
+pub(crate) async fn serve(socket: Socket, core: Arc<Core>, options: Options, slot: Slot, stop: watch::Receiver<bool>) {
+    let notifier_options = NotifierOptions {
+        stall_limit: options.stall_limit,
+        waiting_total: core.budget.waiting(),
+        ..NotifierOptions::default()
+    };
     let (read, notifier, writer) = match socket.split(notifier_options) {
         Ok(parts) => parts,
         Err(error) => return debug!(%error, "a connection ended before it began"),
     };
+    let share = core.budget.share(notifier.clone());
+    let evicted = share.evicted();
     let session = Session::new(core, notifier.clone(), options);
     let mut connection = Connection {
         read,
         decoder: Decoder::new(options.limits()),
         buffer: BytesMut::new(),
         session,
+        options,
+        opened: Instant::now(),
+        asked: false,
+        under_way: None,
         share,
         stop,
         writer: WriterTask(writer),
     };
-    let end = connection.run().await;
+    let end = tokio::select! {
+        biased;
+        () = evicted => Ok(connection.evict(&slot)),
+        end = connection.run() => end,
+    };
     // What was read and not served is let go before the answers are waited for: its share is given back now.
     let Connection { read, buffer, share, session, mut writer, .. } = connection;
     drop((read, buffer, share));
     session.end();
     notifier.close();
-    let patience = if matches!(end, Ok(End::Refused)) { LAST_WORDS_LIMIT } else { Duration::MAX };
+    let patience = match end {
+        Ok(End::Quiet) => Duration::MAX, // the peer may take its time, as long as it takes something
+        // Of one that has read nothing of what it holds, no reading is to be expected.
+        Ok(End::Evicted) if notifier.waiting() > NotifierOptions::default().waiting_max => Duration::ZERO,
+        _ => LAST_WORDS_LIMIT,
+    };
     let end = match end {
         Ok(End::Writer(end)) => end,
-        Ok(End::Quiet | End::Refused) => match tokio::time::timeout(patience, &mut writer.0).await {
+        Ok(_) => match tokio::time::timeout(patience, &mut writer.0).await {
             Ok(ended) => writer_end(ended),
             Err(_) => WriterEnd::Stalled,
         },
@@ -154,9 +170,12 @@ pub(crate) async fn serve(
     };
     drop(writer);
     match end {
-        WriterEnd::Finished => debug!("connection closed"),
-        WriterEnd::Stalled => tracing::warn!("connection cut: the peer took nothing for {:?}", options.stall_limit),
-        WriterEnd::Failed(error) => debug!(%error, "connection lost"),
+        WriterEnd::Finished => debug!(peer = %slot, "connection closed"),
+        WriterEnd::Stalled if patience < Duration::MAX => debug!(peer = %slot, "the last answer was not taken"),
+        WriterEnd::Stalled => {
+            warn!(peer = %slot, "connection cut: the peer took nothing for {:?}", options.stall_limit);
+        }
+        WriterEnd::Failed(error) => debug!(peer = %slot, %error, "connection lost"),
     }
 }
 
@@ -165,6 +184,12 @@ struct Connection {
     decoder: Decoder,
     buffer: BytesMut,
     session: Session,
+    options: Options,
+    opened: Instant,
+    /// Whether a request has come.
+    asked: bool,
+    /// Since when a request is on its way.
+    under_way: Option<Instant>,
     share: Share,
     stop: watch::Receiver<bool>,
     writer: WriterTask,
@@ -173,12 +198,13 @@ struct Connection {
 impl Connection {
     async fn run(&mut self) -> io::Result<End> {
         loop {
+            let deadline = self.deadline();
             tokio::select! {
                 biased;
                 end = &mut self.writer.0 => return Ok(End::Writer(writer_end(end))),
-                () = self.share.evicted() => return Ok(self.refuse_all()),
                 () = stopped(&mut self.stop) => return Ok(End::Quiet),
                 readable = self.read.readable() => readable?,
+                () = until(deadline) => return Ok(self.overdue()),
             }
             // Room for what is known to come, but never for much more than has come: an announcement costs nothing.
             let missing = self.decoder.expected_len().unwrap_or(0).saturating_sub(self.buffer.len());
@@ -204,12 +230,13 @@ impl Connection {
         let mut start = 0;
         let mut close = false;
         while !close {
-            let decoded = self.decoder.decode(&self.buffer[start..]);
+            let decoded = self.decoder.decode(self.buffer.get(start..).unwrap_or_default());
             start += decoded.consumed;
-            match decoded.item {
-                None => break,
-                Some(Ok(request)) => self.session.request(request).await,
-                Some(Err(refusal)) => {
+            let Some(item) = decoded.item else { break };
+            (self.asked, self.under_way) = (true, None);
+            match item {
+                Ok(request) => self.session.request(request).await,
+                Err(refusal) => {
                     close = refusal.close;
                     self.session.refuse(refusal).await;
                 }
@@ -220,6 +247,32 @@ impl Connection {
         close
     }
 
+    /// When something must have come: the whole of a request that has begun, the first request, or any.
+    fn deadline(&mut self) -> Option<Instant> {
+        if self.decoder.is_within_message() {
+            let since = *self.under_way.get_or_insert_with(Instant::now);
+            let parts = u32::try_from(self.buffer.len() >> 20).unwrap_or(u32::MAX).saturating_add(1);
+            return since.checked_add(self.options.request_limit.saturating_mul(parts));
+        }
+        if !self.asked {
+            return self.opened.checked_add(self.options.first_byte_limit);
+        }
+        let idle_limit = self.options.idle_limit.filter(|_| !self.session.is_subscribed())?;
+        Instant::now().checked_add(idle_limit)
+    }
+
+    fn overdue(&mut self) -> End {
+        let message = if self.decoder.is_within_message() {
+            format!("a request must be whole within {:?} for each MiB of it", self.options.request_limit)
+        } else if !self.asked {
+            format!("no request came within {:?}", self.options.first_byte_limit)
+        } else {
+            format!("no request came for {:?}", self.options.idle_limit.unwrap_or_default())
+        };
+        self.tell(status::TIMEOUT, &message);
+        End::Overdue
+    }
+
     /// The peer sends no more. A last line without a newline is a line all the same: whoever typed it meant it.
     async fn last_words(&mut self) -> io::Result<End> {
         self.buffer.extend_from_slice(b"\n");
@@ -227,11 +280,23 @@ impl Connection {
         Ok(End::Quiet)
     }
 
-    fn refuse_all(&mut self) -> End {
-        let message = "too many incomplete messages: send requests whole, or fewer at a time";
-        let answer = Answer::to(Default::default(), self.session.out());
-        answer.base(status::UNAVAILABLE, message, &BaseFields::default());
+    fn evict(&mut self, slot: &Slot) -> End {
+        warn!(peer = %slot, bytes = self.share.held(), "connection closed: all hold too much, and this one the most");
+        let message = "connections hold too much, and this one the most: send requests whole, read answers sooner";
+        self.tell(status::UNAVAILABLE, message);
+        End::Evicted
+    }
+
+    fn tell(&mut self, status: u16, message: &str) {
+        Answer::to(Default::default(), self.session.out()).base(status, message, &BaseFields::default());
         self.session.send();
-        End::Refused
+    }
+}
+
+/// Waits until `deadline`; for ever without one.
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
     }
 }

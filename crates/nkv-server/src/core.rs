@@ -1,6 +1,6 @@
 //! What connections and handles share: the store, the way to its writer, and figures.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -13,7 +13,10 @@ use nkv_notify_tcp::TcpNotifier;
 use nkv_protocol::{Chunks, hello};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
+use crate::budget::Budget;
 use crate::clock::Clock;
+use crate::server::Options;
+use crate::slots::Slots;
 
 pub(crate) type Store = NotifyKeyValue<Box<dyn PersistValue>, Subscriber>;
 
@@ -23,9 +26,8 @@ pub(crate) struct Core {
     pub(crate) clock: Clock,
     /// As people write it, for `Stats`.
     pub(crate) durability: String,
-    pub(crate) connections: AtomicUsize,
-    /// Bytes of answers that wait to be written, on all connections.
-    pub(crate) answers_waiting: Arc<AtomicUsize>,
+    pub(crate) slots: Slots,
+    pub(crate) budget: Arc<Budget>,
     /// Bytes of values that may still be handed to the writer.
     write_room: Arc<Semaphore>,
     writer: Mutex<Option<mpsc::Sender<Job>>>,
@@ -53,13 +55,20 @@ pub(crate) type WriteResult = Result<Outcome, Arc<PersistError>>;
 pub(crate) struct Stopping;
 
 impl Core {
-    pub(crate) fn new(store: Arc<Store>, clock: Clock, durability: String, writer: mpsc::Sender<Job>) -> Self {
+    pub(crate) fn new(
+        store: Arc<Store>,
+        clock: Clock,
+        durability: String,
+        options: &Options,
+        budget: Arc<Budget>,
+        writer: mpsc::Sender<Job>,
+    ) -> Self {
         Core {
             store,
             clock,
             durability,
-            connections: AtomicUsize::new(0),
-            answers_waiting: Arc::default(),
+            slots: Slots::new(options.connections_max, options.connections_per_address_max),
+            budget,
             write_room: Arc::new(Semaphore::new(WRITE_ROOM)),
             writer: Mutex::new(Some(writer)),
         }
@@ -91,10 +100,6 @@ impl Core {
             backlog: subscription.notifier().backlog(),
         };
         subscriptions.into_iter().map(traced).collect()
-    }
-
-    pub(crate) fn connection_count(&self) -> usize {
-        self.connections.load(Relaxed)
     }
 }
 

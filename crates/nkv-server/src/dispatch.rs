@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -72,14 +71,16 @@ impl Session {
             return;
         }
         self.do_writes().await;
+        if is_long(&request) {
+            // Others have their turn between two requests that may take their time.
+            self.send();
+            tokio::task::yield_now().await;
+            self.core.budget.room(self.options.stall_limit).await;
+        }
         if let Err(refusal) = self.read(&request) {
             refuse(&mut self.out, refusal);
         }
         self.make_room().await;
-        if is_long(&request) {
-            // Others have their turn between two requests that may take their time.
-            tokio::task::yield_now().await;
-        }
     }
 
     /// Answers what could not be served.
@@ -99,6 +100,11 @@ impl Session {
     /// Sends every answer there is.
     pub(crate) fn send(&mut self) {
         self.notifier.send(&mut self.out);
+    }
+
+    /// Whether anything may be told without being asked for.
+    pub(crate) fn is_subscribed(&self) -> bool {
+        self.subscriptions.values().any(is_live)
     }
 
     /// Forgets the connection's subscriptions.
@@ -210,12 +216,6 @@ impl Session {
         if answer_len > GET_LEN_MAX {
             return Err(too_large(id));
         }
-        // However low the limit, an answer that waits with no other is let through.
-        let waiting = self.core.answers_waiting.load(Relaxed);
-        if waiting > 0 && waiting + answer_len > self.options.answers_max {
-            let message = "too many answers wait to be read: ask for less, or later".into();
-            return Err(Refusal { id, status: status::UNAVAILABLE, message, close: false });
-        }
         let entries: Vec<_> = page.entries.iter().map(|r| (r.key.as_str(), &r.value, r.revision.get())).collect();
         Answer::to(id, &mut self.out).get(form, &entries, page.more);
         Ok(())
@@ -258,6 +258,11 @@ impl Session {
             let message = format!("more than {limit} subscriptions on one connection");
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
+        let total = self.options.subscriptions_total_max;
+        if !again && self.core.store.stats().subscriptions >= total as u64 {
+            let message = format!("more than {total} subscriptions on all connections");
+            return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
+        }
         // Whatever is told from the subscription on comes after its `Hello`, and that after the answers so far. With a
         // snapshot the notifier says it, so that nothing comes between the two. When the subscription replaces one of
         // this connection, the end of that is to be told first: then the old one says `Hello` for the new one.
@@ -296,7 +301,7 @@ impl Session {
                 ("keys", stats.keys),
                 ("value_bytes", stats.value_bytes),
                 ("subscriptions", stats.subscriptions),
-                ("connections", self.core.connection_count() as u64),
+                ("connections", self.core.slots.taken() as u64),
                 ("revision", stats.revision.get()),
                 ("uptime_ms", self.core.clock.uptime_ms()),
                 ("puts", stats.puts),

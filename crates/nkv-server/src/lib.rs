@@ -9,6 +9,7 @@ mod dispatch;
 mod handle;
 mod listener;
 mod server;
+mod slots;
 mod writer;
 
 pub use address::{Address, AddressError};

@@ -1,12 +1,12 @@
 //! Listening sockets: bound safely, and an accept loop that survives every error.
 
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, UnixListener, lookup_host};
 use tokio::sync::watch;
@@ -14,7 +14,6 @@ use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
 use crate::address::Address;
-use crate::budget::Budget;
 use crate::connection::{self, Socket};
 use crate::core::Core;
 use crate::server::{Options, ServerError, stopped};
@@ -62,10 +61,14 @@ impl Listener {
         })
     }
 
-    async fn accept(&self) -> io::Result<Socket> {
+    /// A connection, and the address of its peer if that has one.
+    async fn accept(&self) -> io::Result<(Socket, Option<SocketAddr>)> {
         Ok(match self {
-            Listener::Tcp(listener) => Socket::Tcp(listener.accept().await?.0),
-            Listener::Unix(listener, _) => Socket::Unix(listener.accept().await?.0),
+            Listener::Tcp(listener) => {
+                let (stream, from) = listener.accept().await?;
+                (Socket::Tcp(stream), Some(from))
+            }
+            Listener::Unix(listener, _) => (Socket::Unix(listener.accept().await?.0), None),
         })
     }
 }
@@ -101,8 +104,8 @@ fn bind_unix(path: &Path) -> io::Result<Listener> {
 pub(crate) struct Acceptor {
     pub(crate) core: Arc<Core>,
     pub(crate) options: Options,
-    pub(crate) budget: Arc<Budget>,
     pub(crate) stop: watch::Receiver<bool>,
+    pub(crate) complaints: Arc<Complaints>,
 }
 
 impl Acceptor {
@@ -113,11 +116,11 @@ impl Acceptor {
             tokio::select! {
                 biased;
                 () = stopped(&mut self.stop) => break,
-                Some(ended) = connections.join_next() => self.ended(&ended),
+                Some(ended) = connections.join_next() => log_panic(&ended),
                 accepted = listener.accept() => match accepted {
-                    Ok(socket) => self.serve(socket, &mut connections),
+                    Ok((socket, from)) => self.serve(socket, from, &mut connections),
                     Err(error) => {
-                        warn!(%error, "cannot accept a connection");
+                        self.complaints.warn(format_args!("cannot accept a connection: {error}"));
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 },
@@ -125,27 +128,52 @@ impl Acceptor {
         }
         drop(listener);
         while let Some(ended) = connections.join_next().await {
-            self.ended(&ended);
+            log_panic(&ended);
         }
     }
 
-    fn serve(&self, socket: Socket, connections: &mut JoinSet<()>) {
-        if self.core.connections.fetch_add(1, Relaxed) >= self.options.connections_max {
-            self.core.connections.fetch_sub(1, Relaxed);
-            warn!(limit = self.options.connections_max, "a connection was refused: too many");
-            return socket.refuse();
+    fn serve(&self, socket: Socket, from: Option<SocketAddr>, connections: &mut JoinSet<()>) {
+        match self.core.slots.take(from) {
+            Ok(slot) => {
+                let (core, stop) = (Arc::clone(&self.core), self.stop.clone());
+                connections.spawn(connection::serve(socket, core, self.options, slot, stop));
+            }
+            Err(full) => {
+                self.complaints.warn(format_args!("a connection was refused: {full}"));
+                socket.refuse(&full.to_string());
+            }
         }
-        let serve =
-            connection::serve(socket, Arc::clone(&self.core), self.options, self.budget.share(), self.stop.clone());
-        connections.spawn(serve);
     }
+}
 
-    fn ended(&self, ended: &Result<(), tokio::task::JoinError>) {
-        self.core.connections.fetch_sub(1, Relaxed);
-        if let Err(error) = ended
-            && error.is_panic()
-        {
-            tracing::error!(%error, "a connection's task broke");
+fn log_panic(ended: &Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended
+        && error.is_panic()
+    {
+        tracing::error!(%error, "a connection's task broke");
+    }
+}
+
+/// Warnings that a peer can provoke at will: one a second at most, so that nobody fills the log.
+#[derive(Debug, Default)]
+pub(crate) struct Complaints(Mutex<Said>);
+
+#[derive(Debug, Default)]
+struct Said {
+    last: Option<Instant>,
+    unsaid: u64,
+}
+
+impl Complaints {
+    fn warn(&self, what: fmt::Arguments<'_>) {
+        let mut said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if said.last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
+            said.unsaid = said.unsaid.saturating_add(1);
+            return;
         }
+        let unsaid = std::mem::take(&mut said.unsaid);
+        said.last = Some(Instant::now());
+        drop(said);
+        if unsaid == 0 { warn!("{what}") } else { warn!("{what} ({unsaid} more like this since the last)") }
     }
 }

@@ -38,17 +38,27 @@ const EXPIRY_PAUSE: Duration = Duration::from_secs(1);
 pub struct Options {
     /// Connections at a time; others are refused. 1,024 by default.
     pub connections_max: usize,
+    /// Connections at a time from one address. 1,024 by default: behind one address there may be many programs.
+    pub connections_per_address_max: usize,
     /// Subscriptions of one connection. 1,024 by default.
     pub subscriptions_max: usize,
+    /// Subscriptions of all connections. 65,536 by default.
+    pub subscriptions_total_max: usize,
     /// Longest value, in bytes. 1 MiB by default; 8 MiB at most, so that it fits a message in every form.
     pub value_len_max: usize,
-    /// Bytes of incomplete messages that all connections may hold together. 64 MiB by default.
-    pub incomplete_max: usize,
-    /// Bytes of answers to `Get` that may wait on all connections together; past that they are refused. 256 MiB by
-    /// default.
-    pub answers_max: usize,
+    /// Bytes that all connections may hold together: of requests that have not arrived whole, of answers and snapshots
+    /// that were not taken, and of changes that wait to be told. Past that, the connection that holds most is closed.
+    /// 256 MiB by default.
+    pub queued_max: usize,
+    /// A connection that begins no request within this time is closed. 30 s by default.
+    pub first_byte_limit: Duration,
+    /// A request that is not whole this long after its first byte, and as long again for each MiB of it, ends its
+    /// connection. 30 s by default.
+    pub request_limit: Duration,
     /// A peer that takes no byte for this long is cut. 30 s by default.
     pub stall_limit: Duration,
+    /// A connection without subscriptions that asks nothing for this long is closed. Never by default.
+    pub idle_limit: Option<Duration>,
     /// Whether an address other than loopback may be listened at: nothing here asks who is there. No by default.
     pub insecure: bool,
 }
@@ -57,11 +67,15 @@ impl Default for Options {
     fn default() -> Self {
         Options {
             connections_max: 1_024,
+            connections_per_address_max: 1_024,
             subscriptions_max: 1_024,
+            subscriptions_total_max: 65_536,
             value_len_max: 1 << 20,
-            incomplete_max: 64 << 20,
-            answers_max: 256 << 20,
+            queued_max: 256 << 20,
+            first_byte_limit: Duration::from_secs(30),
+            request_limit: Duration::from_secs(30),
             stall_limit: Duration::from_secs(30),
+            idle_limit: None,
             insecure: false,
         }
     }
@@ -182,17 +196,23 @@ impl Builder {
         let (failure, failed) = watch::channel(None);
         let (stop, stopped) = watch::channel(false);
         let expiry_changed = Arc::new(Notify::new());
-        let writer =
-            Writer { store: Arc::clone(&store), jobs: queue, expiry_changed: Arc::clone(&expiry_changed), failure };
+        let budget = Budget::new(options.queued_max);
+        let writer = Writer {
+            store: Arc::clone(&store),
+            jobs: queue,
+            expiry_changed: Arc::clone(&expiry_changed),
+            failure,
+            budget: Arc::clone(&budget),
+        };
         let writer = writer.spawn().map_err(ServerError::System)?;
-        let core = Arc::new(Core::new(store, clock, durability, jobs));
+        let core = Arc::new(Core::new(store, clock, durability, &options, budget, jobs));
 
         let mut tasks = JoinSet::new();
-        let budget = Budget::new(options.incomplete_max);
+        let acceptor = Acceptor { core: Arc::clone(&core), options, stop: stopped.clone(), complaints: Arc::default() };
         for listener in listeners {
-            let (core, budget, stop) = (Arc::clone(&core), Arc::clone(&budget), stopped.clone());
-            tasks.spawn(Acceptor { core, options, budget, stop }.run(listener));
+            tasks.spawn(acceptor.clone().run(listener));
         }
+        drop(acceptor);
         tasks.spawn(expire(Arc::clone(&core), expiry_changed, stopped));
         let handle = Handle::new(&core);
         let running = tokio::spawn(run(core, tasks, writer, failed, stop.subscribe()));

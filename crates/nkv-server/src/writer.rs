@@ -6,10 +6,14 @@ use std::thread::{self, JoinHandle};
 use nkv_core::{Op, PersistError, PersistErrorKind};
 use tokio::sync::{Notify, mpsc, watch};
 
+use crate::budget::Budget;
 use crate::core::{Job, Store, WriteResult, value_len};
 
 /// So many jobs wait at most; whoever brings another waits with it.
 pub(crate) const QUEUE_LEN: usize = 1_024;
+
+/// What waits for subscribers is looked at each time so many more events were given to them.
+const CHECK_EVERY: u64 = 4_096;
 
 /// A batch takes no more jobs once it has so many operations, or bytes of values.
 const GROUP_OPS_MAX: usize = 4_096;
@@ -22,6 +26,7 @@ pub(crate) struct Writer {
     pub(crate) expiry_changed: Arc<Notify>,
     /// Told when storage is poisoned.
     pub(crate) failure: watch::Sender<Option<Arc<PersistError>>>,
+    pub(crate) budget: Arc<Budget>,
 }
 
 impl Writer {
@@ -32,6 +37,7 @@ impl Writer {
     fn run(mut self) {
         let mut ops = Vec::new();
         let mut group = Vec::new();
+        let mut checked_at = 0;
         while let Some(first) = self.jobs.blocking_recv() {
             let mut bytes = 0;
             let mut next = Some(first);
@@ -48,6 +54,11 @@ impl Writer {
             ops.clear();
             if self.store.next_expiry() != expiry {
                 self.expiry_changed.notify_one();
+            }
+            let notified = self.store.stats().notified;
+            if notified.saturating_sub(checked_at) >= CHECK_EVERY {
+                checked_at = notified;
+                self.budget.check();
             }
         }
     }

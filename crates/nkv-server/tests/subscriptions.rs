@@ -234,14 +234,14 @@ fn limits_of_connections_and_subscriptions_are_told() {
 #[test]
 fn the_largest_holder_of_incomplete_messages_is_closed_when_all_hold_too_much() {
     let mut options = Options::default();
-    options.incomplete_max = 300_000;
+    options.queued_max = 100_000;
     let server = TestServer::with(|builder| builder.options(options));
     let part =
         |whole: usize, len: usize| format!("{{\"type\":\"Put\",\"key\":\"a\",\"len\":{whole}}}\n{}", "x".repeat(len));
     let mut small = server.connect();
-    std::io::Write::write_all(&mut small.stream(), part(60_000, 50_000).as_bytes()).unwrap();
+    std::io::Write::write_all(&mut small.stream(), part(70_000, 60_000).as_bytes()).unwrap();
     let mut large = server.connect();
-    std::io::Write::write_all(&mut large.stream(), part(1_000_000, 290_000).as_bytes()).unwrap();
+    std::io::Write::write_all(&mut large.stream(), part(1_000_000, 90_000).as_bytes()).unwrap();
     assert_eq!(status(&large.line()), 503);
     assert_eq!(large.line(), "(closed)");
     std::io::Write::write_all(&mut small.stream(), "x".repeat(10_000).as_bytes()).unwrap();

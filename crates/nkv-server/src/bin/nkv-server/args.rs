@@ -1,6 +1,7 @@
 //! The command line; each flag is also an environment variable `NKV_*`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::parser::ValueSource;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
@@ -43,8 +44,43 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", env = "NKV_MAX_CONNECTIONS", default_value_t = Options::default().connections_max)]
     max_connections: usize,
 
-    /// Longest value: bytes, or with k, M
-    #[arg(long, value_name = "SIZE", env = "NKV_MAX_VALUE_SIZE", default_value = "1M", value_parser = parse_size)]
+    /// Connections at a time from one address; others are refused
+    #[arg(long, value_name = "N", env = "NKV_MAX_CONNECTIONS_PER_ADDRESS",
+          default_value_t = Options::default().connections_per_address_max)]
+    max_connections_per_address: usize,
+
+    /// Subscriptions of one connection
+    #[arg(long, value_name = "N", env = "NKV_MAX_SUBSCRIPTIONS", default_value_t = Options::default().subscriptions_max)]
+    max_subscriptions: usize,
+
+    /// Subscriptions of all connections
+    #[arg(long, value_name = "N", env = "NKV_MAX_SUBSCRIPTIONS_TOTAL",
+          default_value_t = Options::default().subscriptions_total_max)]
+    max_subscriptions_total: usize,
+
+    /// What all connections may hold of incomplete requests, unread answers and changes that wait; past that, the one
+    /// that holds most is closed: bytes, or with k, M
+    #[arg(long, value_name = "SIZE", env = "NKV_MAX_QUEUED", default_value = "256M", value_parser = parse_size)]
+    max_queued: usize,
+
+    /// A connection that begins no request for so long is closed: with ms, s, m, h
+    #[arg(long, value_name = "TIME", env = "NKV_FIRST_BYTE_LIMIT", default_value = "30s", value_parser = parse_time)]
+    first_byte_limit: Duration,
+
+    /// A request that is not whole after so long, and as long again for each MiB, ends its connection
+    #[arg(long, value_name = "TIME", env = "NKV_REQUEST_LIMIT", default_value = "30s", value_parser = parse_time)]
+    request_limit: Duration,
+
+    /// A peer that takes no byte for so long is cut
+    #[arg(long, value_name = "TIME", env = "NKV_STALL_LIMIT", default_value = "30s", value_parser = parse_time)]
+    stall_limit: Duration,
+
+    /// A connection without subscriptions that asks nothing for so long is closed [default: never]
+    #[arg(long, value_name = "TIME", env = "NKV_IDLE_LIMIT", value_parser = parse_time)]
+    idle_limit: Option<Duration>,
+
+    /// Longest value, up to 8M: bytes, or with k, M
+    #[arg(long, value_name = "SIZE", env = "NKV_MAX_VALUE_SIZE", default_value = "1M", value_parser = parse_value_size)]
     max_value_size: usize,
 
     /// Allow an address that other hosts reach; nobody is asked who they are
@@ -117,7 +153,15 @@ impl Args {
     pub(crate) fn options(&self) -> Options {
         let mut options = Options::default();
         options.connections_max = self.max_connections.min(descriptors().saturating_sub(DESCRIPTOR_RESERVE).max(1));
+        options.connections_per_address_max = self.max_connections_per_address;
+        options.subscriptions_max = self.max_subscriptions;
+        options.subscriptions_total_max = self.max_subscriptions_total;
         options.value_len_max = self.max_value_size;
+        options.queued_max = self.max_queued;
+        options.first_byte_limit = self.first_byte_limit;
+        options.request_limit = self.request_limit;
+        options.stall_limit = self.stall_limit;
+        options.idle_limit = self.idle_limit;
         options.insecure = self.insecure;
         options
     }
@@ -148,14 +192,37 @@ fn descriptors() -> usize {
     allowed.map_or(usize::MAX, |allowed| usize::try_from(allowed).unwrap_or(usize::MAX))
 }
 
+/// A number and what stands behind it.
+fn number(text: &str) -> Option<(u64, &str)> {
+    let (digits, unit) = text.split_at_checked(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()))?;
+    Some((digits.parse().ok()?, unit))
+}
+
 fn parse_size(text: &str) -> Result<usize, String> {
-    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
-    let unit: usize = match unit {
-        "" => 1,
-        "k" | "K" | "KiB" => 1 << 10,
-        "m" | "M" | "MiB" => 1 << 20,
-        _ => return Err("expected a number of bytes, or one with k or M".into()),
-    };
-    let size = digits.parse::<usize>().ok().and_then(|number| number.checked_mul(unit));
-    size.filter(|size| (1..=8 << 20).contains(size)).ok_or_else(|| "expected a size from 1 to 8M".into())
+    let size = number(text).and_then(|(number, unit)| {
+        let unit = match unit {
+            "" => 1,
+            "k" | "K" | "KiB" => 1 << 10,
+            "m" | "M" | "MiB" => 1 << 20,
+            _ => return None,
+        };
+        usize::try_from(number.checked_mul(unit)?).ok()
+    });
+    size.ok_or_else(|| "expected a number of bytes, or one with k or M".into())
+}
+
+fn parse_value_size(text: &str) -> Result<usize, String> {
+    let size = parse_size(text)?;
+    if (1..=8 << 20).contains(&size) { Ok(size) } else { Err("expected a size from 1 to 8M".into()) }
+}
+
+fn parse_time(text: &str) -> Result<Duration, String> {
+    let time = number(text).filter(|(number, _)| *number > 0).and_then(|(number, unit)| match unit {
+        "ms" => Some(Duration::from_millis(number)),
+        "s" => Some(Duration::from_secs(number)),
+        "m" => number.checked_mul(60).map(Duration::from_secs),
+        "h" => number.checked_mul(3_600).map(Duration::from_secs),
+        _ => None,
+    });
+    time.ok_or_else(|| "expected a time such as 500ms, 30s, 5m or 1h".into())
 }

@@ -1,0 +1,121 @@
+//! Places for connections: so many in all, so many for each address.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use thiserror::Error;
+
+/// Clones share the places.
+#[derive(Clone, Debug)]
+pub(crate) struct Slots {
+    max: usize,
+    per_address_max: usize,
+    taken: Arc<Mutex<Taken>>,
+}
+
+#[derive(Debug, Default)]
+struct Taken {
+    all: usize,
+    by_address: HashMap<IpAddr, usize>,
+}
+
+/// A place, free again when dropped. Displays its peer.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    slots: Slots,
+    from: Option<SocketAddr>,
+}
+
+/// There is no place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub(crate) enum Full {
+    #[error("too many connections: {0} is the limit")]
+    All(usize),
+    #[error("too many connections from {1}: {0} is the limit for one address")]
+    Address(usize, IpAddr),
+}
+
+impl Slots {
+    pub(crate) fn new(max: usize, per_address_max: usize) -> Self {
+        Slots { max, per_address_max, taken: Arc::default() }
+    }
+
+    /// A place for a connection; one of a Unix socket comes from no address.
+    pub(crate) fn take(&self, from: Option<SocketAddr>) -> Result<Slot, Full> {
+        let mut taken = self.lock();
+        if taken.all >= self.max {
+            return Err(Full::All(self.max));
+        }
+        if let Some(address) = from.map(address) {
+            let of_address = taken.by_address.entry(address).or_default();
+            if *of_address >= self.per_address_max {
+                return Err(Full::Address(self.per_address_max, address));
+            }
+            *of_address += 1;
+        }
+        taken.all += 1;
+        Ok(Slot { slots: self.clone(), from })
+    }
+
+    pub(crate) fn taken(&self) -> usize {
+        self.lock().all
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Taken> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut taken = self.slots.lock();
+        taken.all -= 1;
+        if let Some(address) = self.from.map(address)
+            && let Some(of_address) = taken.by_address.get_mut(&address)
+        {
+            *of_address -= 1;
+            if *of_address == 0 {
+                taken.by_address.remove(&address);
+            }
+        }
+    }
+}
+
+impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.from {
+            Some(from) => from.fmt(f),
+            None => f.write_str("unix"),
+        }
+    }
+}
+
+/// One address in both of its notations counts once.
+fn address(from: SocketAddr) -> IpAddr {
+    from.ip().to_canonical()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_counted_in_all_and_for_each_address_and_come_back() {
+        let slots = Slots::new(4, 2);
+        let from = |text: &str| Some(text.parse::<SocketAddr>().unwrap());
+        let first = slots.take(from("10.0.0.1:1")).unwrap();
+        let _second = slots.take(from("[::ffff:10.0.0.1]:2")).unwrap();
+        let full = Full::Address(2, "10.0.0.1".parse().unwrap());
+        assert_eq!(slots.take(from("10.0.0.1:3")).unwrap_err(), full);
+        let _other = slots.take(from("10.0.0.2:1")).unwrap();
+        let _unix = slots.take(None).unwrap();
+        assert_eq!(slots.take(None).unwrap_err(), Full::All(4));
+        drop(first);
+        assert_eq!(slots.taken(), 3);
+        drop(slots.take(from("10.0.0.1:4")).unwrap());
+        drop((_second, _other, _unix));
+        assert_eq!((slots.taken(), slots.lock().by_address.len()), (0, 0));
+    }
+}

@@ -57,12 +57,12 @@ impl SnapshotWriter {
         let EventKind::Snapshot(Snapshot { pattern, records, revision, epoch }) = self.event.kind() else {
             return true;
         };
-        for record in &records[self.next..] {
+        for record in records.get(self.next..).unwrap_or_default() {
             if out.len() >= len {
                 return false;
             }
             ChangeNotice::update(record.key.as_str(), &record.value, record.revision.get(), form).write(0, out);
-            self.next += 1;
+            self.next = self.next.saturating_add(1);
         }
         synced(&pattern.to_string(), revision.get(), &epoch.to_string(), out);
         true

@@ -161,7 +161,8 @@ pub(crate) fn waiting_len(event: &Event) -> usize {
     match event.kind() {
         EventKind::Change(_) => 0,
         EventKind::Snapshot(Snapshot { records, .. }) => {
-            256 + records.iter().map(|record| record.key.as_str().len() + record.value.len() + 64).sum::<usize>()
+            let lens = records.iter().map(|record| record.key.as_str().len().saturating_add(record.value.len()));
+            lens.fold(256, |sum, len| sum.saturating_add(len).saturating_add(64))
         }
         _ => 256,
     }

@@ -81,7 +81,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
         while self.out.len() < GATHER_LEN {
             if let Some((snapshot, waiting)) = &mut self.snapshot {
                 if snapshot.write(self.shared.form(), GATHER_LEN, &mut self.out) {
-                    self.counted += *waiting;
+                    self.counted = self.counted.saturating_add(*waiting);
                     self.snapshot = None;
                 }
                 continue;
@@ -96,14 +96,14 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
     fn encode(&mut self, item: Item<Vec<Bytes>>) {
         match item {
             Item::Own(chunks) => {
-                self.counted += chunks.iter().map(Bytes::len).sum::<usize>();
+                self.counted = chunks.iter().map(Bytes::len).fold(self.counted, usize::saturating_add);
                 chunks.iter().for_each(|chunk| self.out.push(chunk));
             }
             Item::Event { event, skipped } => {
                 let waiting = waiting_len(&event);
                 match encode::event(event, skipped, self.shared.form(), &mut self.out) {
                     Some(snapshot) => self.snapshot = Some((snapshot, waiting)),
-                    None => self.counted += waiting,
+                    None => self.counted = self.counted.saturating_add(waiting),
                 }
             }
         }
@@ -139,11 +139,10 @@ impl<W> Drop for Writer<W> {
 
 fn advance(chunks: &mut VecDeque<Bytes>, mut written: usize) {
     while let Some(first) = chunks.front_mut() {
-        if written < first.len() {
-            first.advance(written);
-            return;
+        match written.checked_sub(first.len()) {
+            Some(left) => written = left,
+            None => return first.advance(written),
         }
-        written -= first.len();
         chunks.pop_front();
     }
 }

@@ -231,7 +231,7 @@ impl Connection {
         let mut close = false;
         while !close {
             let decoded = self.decoder.decode(self.buffer.get(start..).unwrap_or_default());
-            start += decoded.consumed;
+            start = start.saturating_add(decoded.consumed);
             let Some(item) = decoded.item else { break };
             (self.asked, self.under_way) = (true, None);
             match item {

@@ -212,7 +212,7 @@ impl Session {
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         let page = self.core.store.get_page(&pattern, after.as_ref(), limit, GET_LEN_MAX);
         let page = page.map_err(|_| too_large(id))?;
-        let answer_len: usize = page.entries.iter().map(|record| entry_len(record, form)).sum();
+        let answer_len = page.entries.iter().map(|record| entry_len(record, form)).fold(0, usize::saturating_add);
         if answer_len > GET_LEN_MAX {
             return Err(too_large(id));
         }
@@ -335,7 +335,7 @@ fn is_long(request: &Request<'_>) -> bool {
 
 /// What a record takes in an answer, all but its value estimated from above.
 fn entry_len(record: &Record, form: ValueForm) -> usize {
-    form.len_of(&record.value) + 2 * record.key.as_str().len() + 48
+    form.len_of(&record.value).saturating_add(record.key.as_str().len().saturating_mul(2)).saturating_add(48)
 }
 
 /// A name for a client that gave none.

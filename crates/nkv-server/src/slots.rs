@@ -53,9 +53,9 @@ impl Slots {
             if *of_address >= self.per_address_max {
                 return Err(Full::Address(self.per_address_max, address));
             }
-            *of_address += 1;
+            *of_address = of_address.saturating_add(1);
         }
-        taken.all += 1;
+        taken.all = taken.all.saturating_add(1);
         Ok(Slot { slots: self.clone(), from })
     }
 
@@ -71,11 +71,11 @@ impl Slots {
 impl Drop for Slot {
     fn drop(&mut self) {
         let mut taken = self.slots.lock();
-        taken.all -= 1;
+        taken.all = taken.all.saturating_sub(1);
         if let Some(address) = self.from.map(address)
             && let Some(of_address) = taken.by_address.get_mut(&address)
         {
-            *of_address -= 1;
+            *of_address = of_address.saturating_sub(1);
             if *of_address == 0 {
                 taken.by_address.remove(&address);
             }

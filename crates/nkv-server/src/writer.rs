@@ -42,10 +42,10 @@ impl Writer {
             let mut bytes = 0;
             let mut next = Some(first);
             while let Some(mut job) = next {
-                bytes += job.ops.iter().map(value_len).sum::<usize>();
-                let start = ops.len();
+                bytes = job.ops.iter().map(value_len).fold(bytes, usize::saturating_add);
+                let count = job.ops.len();
                 ops.append(&mut job.ops);
-                group.push((job, start..ops.len()));
+                group.push((job, count));
                 let full = ops.len() >= GROUP_OPS_MAX || bytes >= GROUP_BYTES_MAX;
                 next = if full { None } else { self.jobs.try_recv().ok() };
             }
@@ -63,29 +63,31 @@ impl Writer {
         }
     }
 
-    fn write(&self, ops: &[Op], group: impl ExactSizeIterator<Item = (Job, std::ops::Range<usize>)>) {
-        let whole = self.store.write(ops);
-        match whole {
+    /// Stores the operations of a group of jobs, of which each has brought so many.
+    fn write(&self, mut ops: &[Op], group: impl Iterator<Item = (Job, usize)>) {
+        match self.store.write(ops) {
             Ok(outcomes) => {
-                for (job, range) in group {
-                    answer(job, outcomes[range].iter().copied().map(Ok).collect());
+                let mut outcomes = outcomes.into_iter().map(Ok);
+                for (job, count) in group {
+                    answer(job, outcomes.by_ref().take(count).collect());
                 }
             }
             // One value too many for the disk must not take along what would fit, nor the deletes that make space.
             Err(error) if splits(&error) && ops.len() > 1 => {
-                for (job, range) in group {
+                for (job, count) in group {
+                    let own = ops.split_off(..count).unwrap_or_default();
                     let results = if job.atomic {
-                        self.write_together(&ops[range])
+                        self.write_together(own)
                     } else {
-                        ops[range].chunks(1).flat_map(|op| self.write_together(op)).collect()
+                        own.chunks(1).flat_map(|op| self.write_together(op)).collect()
                     };
                     answer(job, results);
                 }
             }
             Err(error) => {
                 let error = self.failed(error);
-                for (job, range) in group {
-                    answer(job, range.map(|_| Err(Arc::clone(&error))).collect());
+                for (job, count) in group {
+                    answer(job, std::iter::repeat_n(Err(Arc::clone(&error)), count).collect());
                 }
             }
         }

@@ -2,6 +2,16 @@
 //!
 //! Everything it says goes to stderr; its exit code tells what kind of thing went wrong.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
 #![allow(clippy::print_stderr, reason = "a program speaks to whoever started it")]
 
 mod args;

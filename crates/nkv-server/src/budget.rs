@@ -2,7 +2,7 @@
 //! not taken yet, changes that wait to be told. Past the limit, whoever holds most is closed.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -37,6 +37,8 @@ struct Holder {
     incomplete: AtomicUsize,
     notifier: TcpNotifier,
     evicted: Notify,
+    /// It was told to give up what it holds, and will.
+    is_leaving: AtomicBool,
 }
 
 /// One connection's share.
@@ -48,9 +50,19 @@ pub(crate) struct Share {
 }
 
 impl Holder {
+    fn new(notifier: TcpNotifier) -> Arc<Self> {
+        let (incomplete, evicted, is_leaving) = Default::default();
+        Arc::new(Holder { incomplete, notifier, evicted, is_leaving })
+    }
+
     fn held(&self) -> usize {
         let pending = self.notifier.backlog().queued.saturating_mul(PENDING_LEN);
         self.incomplete.load(Relaxed).saturating_add(self.notifier.waiting()).saturating_add(pending)
+    }
+
+    fn evict(&self) {
+        self.is_leaving.store(true, Relaxed);
+        self.evicted.notify_one();
     }
 }
 
@@ -66,7 +78,7 @@ impl Budget {
     }
 
     pub(crate) fn share(self: &Arc<Self>, notifier: TcpNotifier) -> Share {
-        let holder = Arc::new(Holder { incomplete: AtomicUsize::new(0), notifier, evicted: Notify::new() });
+        let holder = Holder::new(notifier);
         let mut holders = self.lock();
         let id = holders.next_id;
         holders.next_id = id.wrapping_add(1);
@@ -79,10 +91,12 @@ impl Budget {
     /// asked for was admitted by [`room`](Self::room).
     pub(crate) fn check(&self) {
         let holders = self.lock();
-        let held = || holders.by_id.values().map(|holder| holder.held());
-        let (total, largest) = (held().fold(0, usize::saturating_add), held().max().unwrap_or(0));
-        if total > self.limit && total.saturating_sub(largest) > self.limit / 2 {
-            evict_largest(&holders);
+        let (total, largest) = holders.total_and_largest();
+        if let Some((held, largest)) = largest
+            && total > self.limit
+            && total.saturating_sub(held) > self.limit / 2
+        {
+            largest.evict();
         }
     }
 
@@ -97,7 +111,9 @@ impl Budget {
         while self.queued() > self.limit / 2 {
             tokio::time::sleep(ROOM_PAUSE).await;
             if start.elapsed() >= patience {
-                evict_largest(&self.lock());
+                if let (_, Some((_, largest))) = self.lock().total_and_largest() {
+                    largest.evict();
+                }
                 start = Instant::now();
             }
         }
@@ -113,9 +129,15 @@ impl Budget {
     }
 }
 
-fn evict_largest(holders: &Holders) {
-    if let Some(largest) = holders.by_id.values().max_by_key(|holder| holder.held()) {
-        largest.evicted.notify_one();
+impl Holders {
+    /// What those hold together that stay, and which of them holds most.
+    fn total_and_largest(&self) -> (usize, Option<(usize, &Holder)>) {
+        let staying = self.by_id.values().filter(|holder| !holder.is_leaving.load(Relaxed));
+        staying.fold((0, None), |(total, largest), holder| {
+            let held = holder.held();
+            let largest = largest.filter(|(most, _)| *most >= held).or(Some((held, &**holder)));
+            (total.saturating_add(held), largest)
+        })
     }
 }
 

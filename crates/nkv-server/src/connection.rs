@@ -164,14 +164,12 @@ pub(crate) async fn serve(socket: Socket, core: Arc<Core>, options: Options, slo
         Ok(End::Writer(end)) => end,
         Ok(_) => match tokio::time::timeout(patience, &mut writer.0).await {
             Ok(ended) => writer_end(ended),
-            Err(_) => WriterEnd::Stalled,
+            Err(_) => return debug!(peer = %slot, "connection closed; its last answer was not taken"),
         },
         Err(error) => WriterEnd::Failed(error),
     };
-    drop(writer);
     match end {
         WriterEnd::Finished => debug!(peer = %slot, "connection closed"),
-        WriterEnd::Stalled if patience < Duration::MAX => debug!(peer = %slot, "the last answer was not taken"),
         WriterEnd::Stalled => {
             warn!(peer = %slot, "connection cut: the peer took nothing for {:?}", options.stall_limit);
         }
@@ -211,6 +209,8 @@ impl Connection {
             self.buffer.reserve(missing.clamp(READ_LEN, self.buffer.len().max(READ_LEN)));
             match self.read.try_read_buf(&mut self.buffer) {
                 Ok(0) => return self.last_words().await,
+                // There is more than fits: others have their turn first.
+                Ok(len) if len >= READ_LEN => tokio::task::yield_now().await,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => return Err(error),
@@ -221,7 +221,11 @@ impl Connection {
             if self.buffer.is_empty() {
                 self.buffer = BytesMut::new(); // an idle connection keeps no buffer
             }
-            self.share.hold(self.buffer.len());
+            self.share.hold(self.buffer.capacity());
+            // Whatever was read last, bytes that keep coming and make no request do not move the deadline.
+            if deadline.is_some_and(|deadline| deadline <= Instant::now()) && self.deadline() == deadline {
+                return Ok(self.overdue());
+            }
         }
     }
 

@@ -71,6 +71,9 @@ impl Session {
             return;
         }
         self.do_writes().await;
+        if self.notifier.has_ended() {
+            return; // nobody is there to be answered; writes are done all the same
+        }
         if is_long(&request) {
             // Others have their turn between two requests that may take their time.
             self.send();

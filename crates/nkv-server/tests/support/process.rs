@@ -75,3 +75,36 @@ impl Drop for Process {
         drop(self.child.wait());
     }
 }
+
+/// What a process takes of the system.
+#[derive(Clone, Copy, Debug)]
+pub struct Gauge {
+    pub rss_kib: usize,
+    pub descriptors: usize,
+    pub threads: usize,
+}
+
+impl Process {
+    pub fn gauge(&self) -> Gauge {
+        let proc = Path::new("/proc").join(self.child.id().to_string());
+        let status = std::fs::read_to_string(proc.join("status")).unwrap();
+        let field = |name: &str| -> usize {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.split_whitespace().next().unwrap().parse().unwrap()
+        };
+        let descriptors = std::fs::read_dir(proc.join("fd")).unwrap().count();
+        Gauge { rss_kib: field("VmRSS:"), descriptors, threads: field("Threads:") }
+    }
+
+    /// Waits for a line of the log that contains `text`.
+    pub fn wait_for_log(&self, text: &str) -> String {
+        let mut seen = Vec::new();
+        loop {
+            let Ok(line) = self.log.recv_timeout(PATIENCE) else { panic!("no {text:?} in the log: {seen:#?}") };
+            if line.contains(text) {
+                return line;
+            }
+            seen.push(line);
+        }
+    }
+}

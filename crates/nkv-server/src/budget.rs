@@ -150,9 +150,14 @@ impl Share {
         } else if bytes < before {
             self.budget.incomplete.fetch_sub(before.saturating_sub(bytes), Relaxed);
         }
-        if self.budget.queued() > self.budget.limit {
+        if self.is_over() {
             self.budget.check();
         }
+    }
+
+    /// Whether all connections hold too much.
+    pub(crate) fn is_over(&self) -> bool {
+        self.budget.queued() > self.budget.limit
     }
 
     /// What this connection holds.

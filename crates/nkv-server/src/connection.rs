@@ -204,9 +204,14 @@ impl Connection {
                 readable = self.read.readable() => readable?,
                 () = until(deadline) => return Ok(self.overdue()),
             }
+            if self.share.is_over() {
+                tokio::task::yield_now().await; // whoever was told to leave does so before more is taken
+            }
             // Room for what is known to come, but never for much more than has come: an announcement costs nothing.
             let missing = self.decoder.expected_len().unwrap_or(0).saturating_sub(self.buffer.len());
-            self.buffer.reserve(missing.clamp(READ_LEN, self.buffer.len().max(READ_LEN)));
+            // What does not fit one reading gets much more at once: buffers that grow in many steps leave many holes.
+            let least = if self.buffer.len() < READ_LEN { READ_LEN } else { READ_LEN * 7 };
+            self.buffer.reserve(missing.clamp(least, self.buffer.len().max(least)));
             match self.read.try_read_buf(&mut self.buffer) {
                 Ok(0) => return self.last_words().await,
                 // There is more than fits: others have their turn first.

@@ -11,10 +11,10 @@ use nkv_core::{Key, PersistError, PersistErrorKind};
 
 use crate::disk::{Disk, segment_name};
 use crate::error::damaged;
-use crate::format::{Entry, FRAME_HEADER_LEN, FrameBuf, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN};
+use crate::format::{Entry, FrameBuf, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN};
 use crate::index::Place;
 use crate::log::Log;
-use crate::reader::{Next, Opened, SegmentReader};
+use crate::reader::{Next, Opened, SegmentReader, body_of};
 
 /// How long compaction rests after it failed.
 const REST: Duration = Duration::from_secs(1);
@@ -38,6 +38,7 @@ pub(crate) enum Need {
     Now,
 }
 
+#[allow(clippy::arithmetic_side_effects, reason = "sums of the sizes of files; options and lengths are bounded")]
 impl Log {
     pub(crate) fn need(&self, extra: u64) -> Need {
         let (live, slack) = (self.index.live_bytes(), self.options.segment_bytes);
@@ -139,7 +140,7 @@ impl Compactor {
             // What was copied stays copied; the segment is read anew from its start.
             self.job = None;
             let mut log = lock(log);
-            log.compact_after = Some(Instant::now() + REST);
+            log.compact_after = Instant::now().checked_add(REST);
             if log.check_usable().is_ok() {
                 tracing::warn!(%error, "compaction rests for a second");
             }
@@ -196,7 +197,7 @@ impl Compactor {
     /// Reads frames until enough is found that is still needed; says whether the segment holds no more of it.
     fn gather(&mut self, log: &Mutex<Log>, job: &mut Job, target: u64) -> Result<bool, PersistError> {
         let Some(reader) = &mut job.reader else { return Ok(true) };
-        let read_to = reader.offset() + READ_MAX.max(target);
+        let read_to = reader.offset().saturating_add(READ_MAX.max(target));
         while (self.bytes.len() as u64) < target && reader.offset() < read_to {
             if self.candidates.is_empty() && lock(log).index.usage(job.number).live == 0 {
                 return Ok(true);
@@ -210,7 +211,7 @@ impl Compactor {
             let log = lock(log);
             for record in Records::new(body) {
                 let record = record.map_err(|reason| damaged(&segment_name(job.number), at, reason))?;
-                let offset = at + FRAME_HEADER_LEN as u64 + u64::from(record.offset);
+                let offset = body_of(at).saturating_add(u64::from(record.offset));
                 if let Entry::Put { key, .. } = record.entry
                     && log.index.is_live(&key, job.number, offset)
                 {
@@ -244,8 +245,10 @@ impl Compactor {
         while self.frame.len() < log.options.chunk_bytes()
             && let Some(Candidate { key, offset, bytes }) = found.next()
         {
-            if log.index.is_live(&key, number, offset) {
-                let record = &self.bytes[bytes];
+            // A copy that were left out would be missed when the segment is dropped.
+            if log.index.is_live(&key, number, offset)
+                && let Some(record) = self.bytes.get(bytes)
+            {
                 copies.push((key, self.frame.push_copy(record), record.len() as u32));
             }
         }
@@ -253,11 +256,11 @@ impl Compactor {
             return Ok(());
         }
         self.frame.finish();
-        let start = log.append_copy(&mut self.frame, number)? + FRAME_HEADER_LEN as u64;
-        log.counters.copied_bytes += self.frame.len();
+        let start = body_of(log.append_copy(&mut self.frame, number)?);
+        log.counters.copied_bytes = log.counters.copied_bytes.saturating_add(self.frame.len());
         let segment = log.active_number();
         for (key, offset, len) in copies {
-            log.index.put(key, Place { segment, offset: start + u64::from(offset), len });
+            log.index.put(key, Place { segment, offset: start.saturating_add(u64::from(offset)), len });
         }
         Ok(())
     }
@@ -270,7 +273,8 @@ impl Compactor {
             return Err(damaged(&segment_name(number), 0, "compaction did not find a value that must be there"));
         }
         let is_needed = |log: &Log, number| number == log.active_number() || log.index.usage(number).live > 0;
-        let head = (number + 1..).find(|next| is_needed(&guard, *next)).unwrap_or(number + 1);
+        let next = number.saturating_add(1);
+        let head = (next..).find(|next| is_needed(&guard, *next)).unwrap_or(next);
         guard.append_at_any_price(&mut FrameBuf::of(|frame| frame.push_head(head)))?;
         guard.head = head;
         let pending = guard.start_sync()?;
@@ -280,7 +284,7 @@ impl Compactor {
         guard.end_sync(&pending, result)?;
         for number in number..head {
             guard.index.drop_segment(number);
-            guard.counters.compacted_segments += 1;
+            guard.counters.compacted_segments = guard.counters.compacted_segments.saturating_add(1);
             guard.leftovers.insert(number);
         }
         drop(guard);
@@ -322,6 +326,7 @@ mod tests {
     use nkv_core::{Action, Change, Revision};
 
     use super::*;
+    use crate::format::FRAME_HEADER_LEN;
     use crate::open::open_log;
     use crate::options::FsOptions;
     use crate::sim::{Fault, SimFs};

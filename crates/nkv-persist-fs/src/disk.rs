@@ -159,15 +159,14 @@ impl Lock {
     }
 }
 
-fn copy(from: &dyn VfsFile, to: &dyn VfsFile, mut offset: u64, end: u64) -> io::Result<()> {
-    let start = offset;
-    let mut buf = vec![0; COPY_CHUNK];
+fn copy(from: &dyn VfsFile, to: &dyn VfsFile, start: u64, end: u64) -> io::Result<()> {
+    let (mut buf, mut offset) = (vec![0; COPY_CHUNK], start);
     to.set_len(0)?;
     while offset < end {
-        let len = COPY_CHUNK.min(usize::try_from(end - offset).unwrap_or(COPY_CHUNK));
-        vfs::read_exact(from, &mut buf[..len], offset)?;
-        vfs::write_all(to, &buf[..len], offset - start)?;
-        offset += len as u64;
+        buf.truncate(usize::try_from(end.saturating_sub(offset)).unwrap_or(COPY_CHUNK));
+        vfs::read_exact(from, &mut buf, offset)?;
+        vfs::write_all(to, &buf, offset.saturating_sub(start))?;
+        offset = offset.saturating_add(buf.len() as u64);
     }
     Ok(())
 }
@@ -177,12 +176,11 @@ fn fill(file: &dyn VfsFile, bytes: u64) -> io::Result<()> {
     if size > bytes {
         file.set_len(bytes)?;
     }
-    let zeros = vec![0; COPY_CHUNK];
-    let mut offset = size.min(bytes);
+    let (mut zeros, mut offset) = (vec![0; COPY_CHUNK], size.min(bytes));
     while offset < bytes {
-        let len = COPY_CHUNK.min(usize::try_from(bytes - offset).unwrap_or(COPY_CHUNK));
-        vfs::write_all(file, &zeros[..len], offset)?;
-        offset += len as u64;
+        zeros.truncate(usize::try_from(bytes.saturating_sub(offset)).unwrap_or(COPY_CHUNK));
+        vfs::write_all(file, &zeros, offset)?;
+        offset = offset.saturating_add(zeros.len() as u64);
     }
     file.sync_data()
 }

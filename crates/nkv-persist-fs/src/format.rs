@@ -30,6 +30,8 @@ const SEAL: u8 = 5;
 const SKIPPABLE: u8 = 0x80;
 
 const FIELD_EXPIRY: u16 = 1;
+/// Its tag, its length, and two numbers.
+const EXPIRY_FIELD_LEN: usize = 20;
 /// Fields with this bit may not be skipped by a reader that does not know them.
 const FIELD_TO_UNDERSTAND: u16 = 0x8000;
 
@@ -49,7 +51,7 @@ pub(crate) struct SegmentHeader {
 }
 
 impl SegmentHeader {
-    pub(crate) fn encode(&self) -> [u8; SEGMENT_HEADER_LEN as usize] {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(SEGMENT_HEADER_LEN as usize);
         bytes.extend_from_slice(SEGMENT_MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
@@ -60,9 +62,8 @@ impl SegmentHeader {
         bytes.extend_from_slice(&self.epoch.get().to_le_bytes());
         let crc = crc32c::crc32c(&bytes);
         bytes.extend_from_slice(&crc.to_le_bytes());
-        let mut header = [0; SEGMENT_HEADER_LEN as usize];
-        header[..bytes.len()].copy_from_slice(&bytes);
-        header
+        bytes.resize(SEGMENT_HEADER_LEN as usize, 0);
+        bytes
     }
 
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, &'static str> {
@@ -121,7 +122,7 @@ impl FrameHeader {
 
     /// The header at the start of `bytes`, if its checksum says that it is one.
     pub(crate) fn decode(bytes: &[u8], salt: u32) -> Option<Self> {
-        let bytes = bytes.get(..FRAME_HEADER_LEN)?;
+        let bytes: &[u8; FRAME_HEADER_LEN] = bytes.first_chunk()?;
         if &bytes[..4] != FRAME_MAGIC || u32_at(bytes, 4)? != crc32c::crc32c_append(salt, &bytes[8..]) {
             return None;
         }
@@ -136,7 +137,7 @@ impl FrameHeader {
 
     /// Length of header, body and padding.
     pub(crate) fn frame_len(&self) -> u64 {
-        (FRAME_HEADER_LEN as u64 + u64::from(self.body_len)).next_multiple_of(8)
+        (FRAME_HEADER_LEN as u64).saturating_add(u64::from(self.body_len)).next_multiple_of(8)
     }
 
     pub(crate) fn is_relaxed(&self) -> bool {
@@ -215,15 +216,15 @@ impl FrameBuf {
 
     /// Adds a record as it stands elsewhere in the log; gives its offset in the body.
     pub(crate) fn push_copy(&mut self, record: &[u8]) -> u32 {
-        let at = self.bytes.len() - FRAME_HEADER_LEN;
+        let at = self.body().len();
         self.bytes.extend_from_slice(record);
         at as u32
     }
 
     // The casts cannot cut: keys are short, and `would_fit` is asked before.
     fn push(&mut self, kind: u8, detail: u8, revision: u64, key: &str, value: &[u8], fields: &[u8]) -> (u32, u32) {
-        let at = self.bytes.len() - FRAME_HEADER_LEN;
-        let len = RECORD_HEADER_LEN + key.len() + value.len() + fields.len();
+        let at = self.body().len();
+        let len = [key.len(), value.len(), fields.len()].into_iter().fold(RECORD_HEADER_LEN, usize::saturating_add);
         self.bytes.extend_from_slice(&(len as u32).to_le_bytes());
         self.bytes.extend_from_slice(&[kind, detail]);
         self.bytes.extend_from_slice(&(key.len() as u16).to_le_bytes());
@@ -237,11 +238,16 @@ impl FrameBuf {
 
     /// Whether the batch is one that a frame can hold.
     pub(crate) fn would_fit(batch: &[Change]) -> bool {
-        let len = |change: &Change| match &change.action {
-            Action::Put { value, .. } => RECORD_HEADER_LEN + change.key.as_str().len() + value.len() + 20,
-            Action::Delete { .. } => RECORD_HEADER_LEN + change.key.as_str().len(),
+        let value_len = |action: &Action| match action {
+            Action::Put { value, .. } => value.len().saturating_add(EXPIRY_FIELD_LEN),
+            Action::Delete { .. } => 0,
         };
-        batch.iter().map(len).try_fold(0_usize, usize::checked_add).is_some_and(|sum| sum <= BODY_LEN_MAX)
+        let lens = batch.iter().flat_map(|c| [RECORD_HEADER_LEN, c.key.as_str().len(), value_len(&c.action)]);
+        lens.fold(0_usize, usize::saturating_add) <= BODY_LEN_MAX
+    }
+
+    fn body(&self) -> &[u8] {
+        self.bytes.get(FRAME_HEADER_LEN..).unwrap_or_default()
     }
 
     /// Bytes so far, without the padding.
@@ -251,8 +257,7 @@ impl FrameBuf {
 
     /// Pads the frame and computes the checksum of its body: what can be done before its position is known.
     pub(crate) fn finish(&mut self) {
-        self.body_len = self.bytes.len() - FRAME_HEADER_LEN;
-        self.body_crc = crc32c::crc32c(&self.bytes[FRAME_HEADER_LEN..]);
+        (self.body_len, self.body_crc) = (self.body().len(), crc32c::crc32c(self.body()));
         self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
     }
 
@@ -260,7 +265,9 @@ impl FrameBuf {
     pub(crate) fn stamp(&mut self, position: u64, synced_to: u64, flags: u16, salt: u32) -> &[u8] {
         let (body_len, body_crc) = (self.body_len as u32, self.body_crc);
         let header = FrameHeader { body_len, body_crc, position, synced_to, flags };
-        self.bytes[..FRAME_HEADER_LEN].copy_from_slice(&header.encode(salt));
+        if let Some(start) = self.bytes.first_chunk_mut() {
+            *start = header.encode(salt);
+        }
         &self.bytes
     }
 }
@@ -305,7 +312,7 @@ impl<'a> Records<'a> {
         let (kind, key_len) = (*bytes.get(4).ok_or(cut)?, usize::from(u16_at(bytes, 6).ok_or(cut)?));
         let revision = Revision::new(u64_at(bytes, 8).ok_or(cut)?);
         let value_len = u32_at(bytes, 16).ok_or(cut)? as usize;
-        let (key, rest) = bytes[RECORD_HEADER_LEN..].split_at_checked(key_len).ok_or(cut)?;
+        let (key, rest) = bytes.get(RECORD_HEADER_LEN..).ok_or(cut)?.split_at_checked(key_len).ok_or(cut)?;
         let (value, fields) = rest.split_at_checked(value_len).ok_or(cut)?;
         let expiry = read_fields(fields)?;
         let entry = match kind {
@@ -329,7 +336,7 @@ impl<'a> Iterator for Records<'a> {
             return None;
         }
         let record = self.read();
-        self.offset = record.as_ref().map_or(self.body.len(), |record| self.offset + record.bytes.len());
+        self.offset = record.as_ref().map_or(self.body.len(), |read| self.offset.saturating_add(read.bytes.len()));
         Some(record)
     }
 }
@@ -346,7 +353,7 @@ fn read_fields(mut fields: &[u8]) -> Result<Option<Expiry>, &'static str> {
     while !fields.is_empty() {
         let tag = u16_at(fields, 0).ok_or(cut)?;
         let len = usize::from(u16_at(fields, 2).ok_or(cut)?);
-        let (data, rest) = fields[4..].split_at_checked(len).ok_or(cut)?;
+        let (data, rest) = fields.get(4..).ok_or(cut)?.split_at_checked(len).ok_or(cut)?;
         match tag {
             FIELD_EXPIRY => {
                 let (at, ttl_ms) = (u64_at(data, 0).ok_or(cut)?, u64_at(data, 8).ok_or(cut)?);

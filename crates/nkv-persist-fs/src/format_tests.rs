@@ -29,7 +29,7 @@ fn a_segment_header_reads_back_and_every_flipped_bit_is_seen() {
     let bytes = header.encode();
     assert_eq!(SegmentHeader::decode(&bytes), Ok(header));
     for bit in 0..bytes.len() * 8 {
-        let mut bytes = bytes;
+        let mut bytes = bytes.clone();
         bytes[bit / 8] ^= 1 << (bit % 8);
         assert!(SegmentHeader::decode(&bytes).is_err(), "bit {bit}");
     }
@@ -95,7 +95,7 @@ fn the_worked_example_of_the_documentation_is_what_is_written() {
         frame.push_change(&put("host.db1", 1, b"up", Some(Expiry { at: 1_700_000_000_000, ttl_ms: 60_000 })));
         frame.push_change(&delete("host.db2", 2));
     });
-    let mut bytes = header.encode().to_vec();
+    let mut bytes = header.encode();
     bytes.extend_from_slice(frame.stamp(0, 0, 0, header.salt));
     if std::env::var_os("NKV_PRINT_EXAMPLE").is_some() {
         for (line, row) in bytes.chunks(16).enumerate() {

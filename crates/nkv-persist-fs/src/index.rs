@@ -45,7 +45,8 @@ impl Index {
     fn count_live(&mut self, place: Place, live: bool) {
         let usage = self.segments.entry(place.segment).or_default();
         for sum in [&mut usage.live, &mut self.live_bytes] {
-            *sum = if live { *sum + u64::from(place.len) } else { *sum - u64::from(place.len) };
+            let count = if live { u64::saturating_add } else { u64::saturating_sub };
+            *sum = count(*sum, u64::from(place.len));
         }
     }
 
@@ -57,12 +58,13 @@ impl Index {
     /// Notes that a segment has this many bytes.
     pub(crate) fn set_bytes(&mut self, segment: u64, bytes: u64) {
         let usage = self.segments.entry(segment).or_default();
-        self.total_bytes = self.total_bytes - usage.bytes + bytes;
+        self.total_bytes = self.total_bytes.saturating_sub(usage.bytes).saturating_add(bytes);
         usage.bytes = bytes;
     }
 
     pub(crate) fn drop_segment(&mut self, segment: u64) {
-        self.total_bytes -= self.segments.remove(&segment).unwrap_or_default().bytes;
+        let bytes = self.segments.remove(&segment).unwrap_or_default().bytes;
+        self.total_bytes = self.total_bytes.saturating_sub(bytes);
     }
 
     pub(crate) fn usage(&self, segment: u64) -> Usage {

@@ -1,4 +1,15 @@
 #![doc = include_str!("../README.md")]
+// What stands on a disk can be anything: none of it may end the process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::arithmetic_side_effects,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::unwrap_used
+    )
+)]
 
 pub mod sim;
 

@@ -134,7 +134,7 @@ impl Log {
     }
 
     fn position(&self) -> u64 {
-        self.active.base + (self.len - SEGMENT_HEADER_LEN)
+        self.active.base.saturating_add(self.len.saturating_sub(SEGMENT_HEADER_LEN))
     }
 
     pub(crate) fn check_usable(&self) -> Result<(), PersistError> {
@@ -206,7 +206,8 @@ impl Log {
 
     /// Whether what is left of the reserve takes what is needed of this segment, some deletes, and `spare` bytes more.
     pub(crate) fn reserve_takes(&self, segment: u64, spare: u64) -> bool {
-        self.copies_len(segment) + spare + self.options.reserve_bytes / 8 <= self.reserve_left
+        let deletes = self.options.reserve_bytes / 8;
+        self.copies_len(segment).saturating_add(spare).saturating_add(deletes) <= self.reserve_left
     }
 
     /// Frees the space of the reserve; says whether there was any.
@@ -216,7 +217,7 @@ impl Log {
         }
         tracing::warn!("the disk is full: giving up the reserve, so that deletes and compaction go on");
         self.reserve_held = false;
-        self.urgent_below = self.active.number + 1;
+        self.urgent_below = self.active.number.saturating_add(1);
         self.disk.release_reserve()?;
         Ok(true)
     }
@@ -229,7 +230,7 @@ impl Log {
             self.cut_back()?;
             return Err(from_io("append to", &name, error));
         }
-        self.len += bytes.len() as u64;
+        self.len = self.len.saturating_add(bytes.len() as u64);
         if !self.reserve_held {
             self.reserve_left = self.reserve_left.saturating_sub(bytes.len() as u64);
         }
@@ -266,7 +267,7 @@ impl Log {
         result: Result<(), PersistError>,
     ) -> Result<(), PersistError> {
         result.map_err(|e| self.poison(e))?;
-        self.counters.syncs += 1;
+        self.counters.syncs = self.counters.syncs.saturating_add(1);
         self.synced_to = self.synced_to.max(pending.position);
         Ok(())
     }
@@ -275,9 +276,9 @@ impl Log {
     pub(crate) fn rotate(&mut self) -> Result<(), PersistError> {
         self.sync()?;
         let header = SegmentHeader {
-            number: self.active.number + 1,
+            number: self.active.number.saturating_add(1),
             head: self.head,
-            base: self.position() + SEAL_FRAME_LEN,
+            base: self.position().saturating_add(SEAL_FRAME_LEN),
             revision: self.revision,
             epoch: self.epoch,
             salt: random_salt()?,
@@ -315,7 +316,7 @@ impl Log {
             return Err(no_room_for_puts());
         }
         let result = self.regain_reserve();
-        self.refill_after = result.is_err().then(|| Instant::now() + REFILL_REST);
+        self.refill_after = if result.is_err() { Instant::now().checked_add(REFILL_REST) } else { None };
         result
     }
 

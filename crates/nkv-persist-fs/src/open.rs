@@ -116,7 +116,7 @@ pub(crate) fn keep(disk: &Disk, tail: &Tail) -> Result<String, PersistError> {
 /// Cuts off what stands behind the tail.
 pub(crate) fn cut(disk: &Disk, tail: &Tail, kept: &str, why: &str) -> Result<(), PersistError> {
     let name = segment_name(tail.header.number);
-    tracing::warn!(file = name, offset = tail.end, bytes = tail.size - tail.end, kept, "{why}: cut");
+    tracing::warn!(file = name, offset = tail.end, bytes = tail.size.saturating_sub(tail.end), kept, "{why}: cut");
     let file = disk.open(&name, Open::Write)?;
     file.set_len(tail.end).and_then(|()| file.sync_data()).map_err(|e| from_io("cut", &name, e))
 }

@@ -68,7 +68,12 @@ impl SegmentReader {
 
     /// Where the next frame starts, in the log.
     pub(crate) fn position(&self) -> u64 {
-        self.header.base.saturating_add(self.offset - SEGMENT_HEADER_LEN)
+        self.position_at(self.offset)
+    }
+
+    // The base is below 2^63, and so is every offset in a file: positions do not overflow.
+    fn position_at(&self, offset: u64) -> u64 {
+        self.header.base.saturating_add(offset.saturating_sub(SEGMENT_HEADER_LEN))
     }
 
     pub(crate) fn size(&self) -> u64 {
@@ -86,15 +91,15 @@ impl SegmentReader {
         if !self.body_at(at, &header)? {
             return Ok(Next::Bad("the frame that starts here is not whole"));
         }
-        self.offset += header.frame_len();
-        let body = self.view(at + FRAME_HEADER_LEN as u64, u64::from(header.body_len))?.unwrap_or_default();
+        self.offset = at.saturating_add(header.frame_len());
+        let body = self.view(body_of(at), u64::from(header.body_len))?.unwrap_or_default();
         Ok(Next::Frame(header, at, body))
     }
 
     /// Goes to the next whole frame behind a bad one, wherever it starts.
     pub(crate) fn skip_bad(&mut self) -> Result<bool, PersistError> {
-        while self.size - self.offset > 8 {
-            self.offset += 8;
+        while self.size.saturating_sub(self.offset) > 8 {
+            self.offset = self.offset.saturating_add(8);
             if let Some(header) = self.header_at(self.offset)?
                 && self.body_at(self.offset, &header)?
             {
@@ -119,30 +124,32 @@ impl SegmentReader {
 
     /// The header of a frame that belongs at this offset.
     fn header_at(&mut self, at: u64) -> Result<Option<FrameHeader>, PersistError> {
-        let salt = self.header.salt;
-        let position = self.header.base.checked_add(at - SEGMENT_HEADER_LEN);
+        let (salt, position) = (self.header.salt, self.position_at(at));
         let header = self.view(at, FRAME_HEADER_LEN as u64)?.and_then(|bytes| FrameHeader::decode(bytes, salt));
-        Ok(header.filter(|header| Some(header.position) == position))
+        Ok(header.filter(|header| header.position == position))
     }
 
     fn body_at(&mut self, at: u64, header: &FrameHeader) -> Result<bool, PersistError> {
-        let rest = self.view(at + FRAME_HEADER_LEN as u64, header.frame_len() - FRAME_HEADER_LEN as u64)?;
+        let rest = self.view(body_of(at), header.frame_len().saturating_sub(FRAME_HEADER_LEN as u64))?;
         Ok(rest.is_some_and(|rest| header.fits(rest)))
     }
 
     /// These bytes of the file, or nothing if it ends before.
     fn view(&mut self, at: u64, len: u64) -> Result<Option<&[u8]>, PersistError> {
-        if self.size.checked_sub(at).is_none_or(|left| left < len) {
-            return Ok(None);
-        }
-        if at < self.window_at || at + len > self.window_at + self.window.len() as u64 {
-            let read = len.max(WINDOW).min(self.size - at);
+        let Some(end) = at.checked_add(len).filter(|end| *end <= self.size) else { return Ok(None) };
+        if at < self.window_at || end > self.window_at.saturating_add(self.window.len() as u64) {
+            let read = len.max(WINDOW).min(self.size.saturating_sub(at));
             self.window.resize(read as usize, 0);
             self.window_at = at;
             let result = read_exact(&*self.file, &mut self.window, at);
             result.map_err(|e| from_io("read", &self.name, e))?;
         }
-        let start = (at - self.window_at) as usize;
-        Ok(self.window.get(start..start + len as usize))
+        let start = at.saturating_sub(self.window_at) as usize;
+        Ok(self.window.get(start..).and_then(|rest| rest.get(..len as usize)))
     }
+}
+
+/// Where the body of the frame at this offset starts.
+pub(crate) fn body_of(frame_at: u64) -> u64 {
+    frame_at.saturating_add(FRAME_HEADER_LEN as u64)
 }

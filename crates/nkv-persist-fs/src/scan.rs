@@ -9,9 +9,9 @@ use nkv_core::{Epoch, PersistError, Revision};
 
 use crate::disk::{Disk, broken_name, segment_name};
 use crate::error::damaged;
-use crate::format::{Entry, FRAME_HEADER_LEN, FrameHeader, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
+use crate::format::{Entry, FrameHeader, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
 use crate::index::{Index, Place};
-use crate::reader::{Next, Opened, SegmentReader};
+use crate::reader::{Next, Opened, SegmentReader, body_of};
 
 /// A place that had been durable and cannot be trusted now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,7 +101,7 @@ impl Scan {
         }
         let mut number = scan.head;
         while scan.read_segment(disk, number, last)? {
-            number += 1;
+            number = number.saturating_add(1);
         }
         if let Some(tail) = scan.tail {
             let broken = broken_name(&segment_name(tail.header.number), tail.end);
@@ -117,7 +117,7 @@ impl Scan {
 
     /// How many bytes a crash left behind the last good frame.
     pub(crate) fn torn_bytes(&self) -> u64 {
-        self.tail.map_or(0, |tail| tail.size - tail.end)
+        self.tail.map_or(0, |tail| tail.size.saturating_sub(tail.end))
     }
 
     fn damage(&mut self, number: u64, offset: u64, reason: &'static str) {
@@ -215,19 +215,19 @@ impl Scan {
             let record = record?;
             let place = Place {
                 segment,
-                offset: at + FRAME_HEADER_LEN as u64 + u64::from(record.offset),
+                offset: body_of(at).saturating_add(u64::from(record.offset)),
                 len: record.bytes.len() as u32,
             };
             self.apply(record.entry, place);
         }
         // An empty frame is no batch.
-        self.frames += u64::from(!body.is_empty());
+        self.frames = self.frames.saturating_add(u64::from(!body.is_empty()));
         self.relaxed = header.is_relaxed();
         Ok(())
     }
 
     fn apply(&mut self, entry: Entry<'_>, place: Place) {
-        self.records += 1;
+        self.records = self.records.saturating_add(1);
         match entry {
             Entry::Put { key, revision, .. } => {
                 self.revision = self.revision.max(revision);
@@ -254,7 +254,7 @@ impl Scan {
         let (number, end) = (reader.header.number, reader.offset());
         if self.sealed && bad.is_none() {
             if number == last {
-                self.damage(number + 1, 0, "the segment is missing");
+                self.damage(number.saturating_add(1), 0, "the segment is missing");
             }
             return Ok(number < last);
         }
@@ -279,7 +279,7 @@ impl Scan {
 
     /// Whether the next segment is the last, and one whose making a crash interrupted: it has no frame.
     fn interrupted(&self, disk: &Disk, number: u64, last: u64) -> Result<Option<Option<SegmentHeader>>, PersistError> {
-        if number + 1 == last && self.numbers.binary_search(&last).is_ok() && !self.sealed {
+        if number.checked_add(1) == Some(last) && self.numbers.binary_search(&last).is_ok() && !self.sealed {
             return is_frameless(disk, last);
         }
         Ok(None)
@@ -307,7 +307,7 @@ fn newest_head(reader: &mut SegmentReader) -> Result<u64, PersistError> {
 
 /// The log position of the end of what was read.
 fn position_of(tail: &Tail) -> u64 {
-    tail.header.base.saturating_add(tail.end - SEGMENT_HEADER_LEN)
+    tail.header.base.saturating_add(tail.end.saturating_sub(SEGMENT_HEADER_LEN))
 }
 
 /// The header, if it is whole, of a segment that holds no frame.

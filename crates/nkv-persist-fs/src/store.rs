@@ -11,12 +11,12 @@ use nkv_core::{Action, Change, Loaded, PersistError, PersistErrorKind, PersistVa
 use crate::compact::{Compactor, Need, lock};
 use crate::disk::{Disk, Lock, segment_name};
 use crate::error::damaged;
-use crate::format::{Entry, FRAME_HEADER_LEN, FrameBuf, Records};
+use crate::format::{Entry, FrameBuf, Records};
 use crate::index::{Index, Place};
 use crate::log::Log;
 use crate::open::open_log;
 use crate::options::{Durability, FsOptions};
-use crate::reader::{Next, Opened, SegmentReader};
+use crate::reader::{Next, Opened, SegmentReader, body_of};
 use crate::vfs::{Open, RealFs, Vfs};
 
 /// Keeps values in a directory, in a checksummed log.
@@ -174,7 +174,7 @@ impl FsPersist {
             log.regain_reserve_in_time()?;
         }
         let appended = if has_puts { log.append(&mut self.frame) } else { log.append_at_any_price(&mut self.frame) };
-        let start = appended? + FRAME_HEADER_LEN as u64;
+        let start = body_of(appended?);
         match log.options.durability {
             Durability::Sync => log.sync()?,
             Durability::Interval(_) | Durability::Os => {
@@ -186,13 +186,13 @@ impl FsPersist {
             log.revision = log.revision.max(change.revision);
             match change.action {
                 Action::Put { .. } => {
-                    let place = Place { segment, offset: start + u64::from(*offset), len: *len };
+                    let place = Place { segment, offset: start.saturating_add(u64::from(*offset)), len: *len };
                     log.index.put(change.key.clone(), place);
                 }
                 Action::Delete { .. } => log.index.delete(&change.key),
             }
         }
-        log.counters.batches += 1;
+        log.counters.batches = log.counters.batches.saturating_add(1);
         if log.need(0) > Need::None || matches!(log.options.durability, Durability::Interval(_)) {
             self.shared.work.notify_all();
         }
@@ -227,7 +227,7 @@ impl PersistValue for FsPersist {
         }
         if result.as_ref().is_err_and(|error| error.kind() == PersistErrorKind::NoSpace) {
             let mut log = lock(&self.shared.log);
-            log.urgent_below = log.active_number() + 1;
+            log.urgent_below = log.active_number().saturating_add(1);
             self.shared.work.notify_all();
         }
         result
@@ -254,14 +254,14 @@ fn visit_segment(disk: &Disk, index: &Index, number: u64, visit: &mut dyn FnMut(
     loop {
         let offset = reader.offset();
         let (at, body) = match reader.next()? {
-            Next::Frame(_, at, body) => (at + FRAME_HEADER_LEN as u64, body),
+            Next::Frame(_, at, body) => (body_of(at), body),
             Next::End => return Ok(()),
             Next::Bad(reason) => return Err(damaged(&name, offset, reason)),
         };
         for record in Records::new(body) {
             let record = record.map_err(|reason| damaged(&name, offset, reason))?;
             if let Entry::Put { key, value, revision, expiry } = record.entry
-                && index.is_live(&key, number, at + u64::from(record.offset))
+                && index.is_live(&key, number, at.saturating_add(u64::from(record.offset)))
             {
                 visit(Record { key, value: Bytes::copy_from_slice(value), revision, expiry });
             }

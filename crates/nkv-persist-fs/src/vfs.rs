@@ -57,7 +57,7 @@ pub(crate) fn write_all(file: &dyn VfsFile, mut bytes: &[u8], mut offset: u64) -
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(written) => {
                 bytes = bytes.get(written..).unwrap_or_default();
-                offset += written as u64;
+                offset = offset.saturating_add(written as u64);
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
@@ -73,7 +73,7 @@ pub(crate) fn read_exact(file: &dyn VfsFile, mut buf: &mut [u8], mut offset: u64
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(read) => {
                 buf = buf.get_mut(read..).unwrap_or_default();
-                offset += read as u64;
+                offset = offset.saturating_add(read as u64);
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),

@@ -136,16 +136,17 @@ impl Compactor {
         self.bytes.clear();
         self.bytes.shrink_to(1 << 20);
         self.candidates.clear();
-        if let Err(error) = &result {
+        result.map_err(|error| {
             // What was copied stays copied; the segment is read anew from its start.
             self.job = None;
             let mut log = lock(log);
             log.compact_after = Instant::now().checked_add(REST);
+            let error = log.poison_in_doubt(error);
             if log.check_usable().is_ok() {
                 tracing::warn!(%error, "compaction rests for a second");
             }
-        }
-        result
+            error
+        })
     }
 
     fn try_step(&mut self, log: &Mutex<Log>, target: u64) -> Result<(), PersistError> {
@@ -353,7 +354,7 @@ mod tests {
     // The index counted a segment whose name could not be taken away, and compaction ran for ever to get rid of it.
     #[test]
     fn a_segment_that_cannot_be_unlinked_counts_no_more_and_goes_later() {
-        let mut seen = 0;
+        let (mut seen, mut poisoned) = (0, 0);
         for call in 0.. {
             let fs = SimFs::new();
             let options = FsOptions::default().with_segment_bytes(4096).with_reserve_bytes(0);
@@ -367,7 +368,11 @@ mod tests {
                 break;
             }
             let copied = lock(&log).counters.copied_bytes;
-            if !lock(&log).leftovers.is_empty() {
+            if disk.is_in_doubt() {
+                // The name went, and nobody knows whether durably.
+                assert!(lock(&log).check_usable().is_err() && !lock(&log).wants_compaction());
+                poisoned += 1;
+            } else if !lock(&log).leftovers.is_empty() {
                 seen += 1;
                 assert_eq!(lock(&log).need(0), Need::None, "call {call}");
                 lock(&log).compact_after = None;
@@ -378,7 +383,7 @@ mod tests {
                 assert_eq!(disk.segments().unwrap(), lock(&log).index.segments().collect::<Vec<_>>());
             }
         }
-        assert!(seen > 1, "an unlink and a directory sync must fail");
+        assert!(seen > 0 && poisoned > 0, "an unlink and a directory sync must fail");
     }
 
     // One step read a whole segment in which nearly everything was dead, while an interval passed.

@@ -2,10 +2,11 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use nkv_core::{PersistError, PersistErrorKind};
 
+use crate::compact::lock;
 use crate::error::from_io;
 use crate::format::SegmentHeader;
 use crate::vfs::{self, Open, Vfs, VfsFile};
@@ -23,6 +24,8 @@ const COPY_CHUNK: usize = 64 << 10;
 pub(crate) struct Disk {
     vfs: Arc<dyn Vfs>,
     dir: PathBuf,
+    /// Whether a sync of the directory has failed. Locked while one is done, for the reason that `LogFile` has.
+    in_doubt: Arc<Mutex<bool>>,
 }
 
 /// Keeps other processes out for as long as it lives.
@@ -33,7 +36,7 @@ pub(crate) struct Lock {
 
 impl Disk {
     pub(crate) fn new(vfs: Arc<dyn Vfs>, dir: PathBuf) -> Self {
-        Disk { vfs, dir }
+        Disk { vfs, dir, in_doubt: Arc::default() }
     }
 
     pub(crate) fn create_dir(&self) -> Result<(), PersistError> {
@@ -56,8 +59,21 @@ impl Disk {
         self.vfs.open(&path, how).map_err(|e| from_io("open", &path.to_string_lossy(), e))
     }
 
+    /// Returns when the names are durable. After it has failed once it always fails: a later sync that succeeds says
+    /// nothing about the names before it.
     pub(crate) fn sync_dir(&self) -> Result<(), PersistError> {
-        self.vfs.sync_dir(&self.dir).map_err(|e| from_io("sync", &self.dir.to_string_lossy(), e))
+        let mut in_doubt = lock(&self.in_doubt);
+        let result = match *in_doubt {
+            true => Err(io::Error::other("an earlier sync of the directory has failed")),
+            false => self.vfs.sync_dir(&self.dir),
+        };
+        *in_doubt = result.is_err();
+        result.map_err(|e| from_io("sync", &self.dir.to_string_lossy(), e))
+    }
+
+    /// Whether nobody knows which names are durable.
+    pub(crate) fn is_in_doubt(&self) -> bool {
+        *lock(&self.in_doubt)
     }
 
     /// Removes a file, durably; one that is not there is no error.

@@ -149,6 +149,11 @@ impl Log {
         poisoned(&why).with_source(cause)
     }
 
+    /// Gives up if a sync of the directory has failed; other errors pass.
+    pub(crate) fn poison_in_doubt(&mut self, error: PersistError) -> PersistError {
+        if self.disk.is_in_doubt() { self.poison(error) } else { error }
+    }
+
     /// The flags of a frame in this durability.
     pub(crate) fn flags(&self) -> u16 {
         if self.options.durability == Durability::Sync { 0 } else { RELAXED }
@@ -304,7 +309,8 @@ impl Log {
     /// Tries to have the reserve, unless it is there already. While it is not, there is no room for puts.
     pub(crate) fn regain_reserve(&mut self) -> Result<(), PersistError> {
         if !self.reserve_held && self.options.reserve_bytes > 0 {
-            self.reserve_left = self.disk.fill_reserve(self.options.reserve_bytes)?;
+            let filled = self.disk.fill_reserve(self.options.reserve_bytes);
+            self.reserve_left = filled.map_err(|e| self.poison_in_doubt(e))?;
             self.reserve_held = self.reserve_left == self.options.reserve_bytes;
         }
         if self.reserve_held || self.options.reserve_bytes == 0 { Ok(()) } else { Err(no_room_for_puts()) }

@@ -70,6 +70,8 @@ pub(crate) struct Scan {
     last_frame_at: u64,
     /// The newest segment is damaged before the place that says which segment is the oldest.
     head_is_behind_damage: bool,
+    /// Where the newest segment has its first bad frame: it may have said which segment is the oldest.
+    bad_in_newest: Option<(u64, u64)>,
 }
 
 impl Scan {
@@ -131,6 +133,7 @@ impl Scan {
         for number in self.numbers.iter().rev() {
             let Opened::Good(mut reader) = SegmentReader::open(disk, *number)? else { continue };
             self.head = newest_head(&mut reader)?.max(reader.header.head).min(*number);
+            self.bad_in_newest = (reader.offset() < reader.size()).then_some((*number, reader.offset()));
             // What stands behind a bad frame counts only if it was acted upon, which is after it was durable.
             while self.numbers.binary_search(&self.head).is_err() && reader.skip_bad()? {
                 let later = newest_head(&mut reader)?;
@@ -145,7 +148,12 @@ impl Scan {
     /// Reads one segment; says whether to go on with the next.
     fn read_segment(&mut self, disk: &Disk, number: u64, last: u64) -> Result<bool, PersistError> {
         if self.numbers.binary_search(&number).is_err() {
-            self.damage(number, 0, "the segment is missing");
+            match self.bad_in_newest.filter(|_| self.tail.is_none()) {
+                Some((newest, at)) => {
+                    self.damage(newest, at, "a bad frame, and segments that it may have ended are gone")
+                }
+                None => self.damage(number, 0, "the segment is missing"),
+            }
             return Ok(false);
         }
         let mut reader = match SegmentReader::open(disk, number)? {

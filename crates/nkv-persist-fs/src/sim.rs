@@ -2,9 +2,9 @@
 //!
 //! Per file it knows the durable bytes and, per sector of 512 bytes, each version written since; per directory the
 //! durable names and the changes since. [`SimFs::crash`] makes the disk that a power cut could leave: each sector in
-//! any of its versions, or zeros or garbage where nothing was durable; any length in between; any subset of the changes of names. Syncing a
-//! file does not make its name durable. A sync that failed leaves its file in doubt for ever, though later syncs
-//! of it succeed, as on Linux.
+//! any of its versions, or zeros or garbage where nothing was durable; any length in between; any subset of the changes
+//! of names. Syncing a file does not make its name durable. A sync that failed drops what it should have written, and
+//! later syncs succeed without it, as on Linux; a directory whose sync failed stays in doubt.
 #![allow(
     clippy::arithmetic_side_effects,
     clippy::indexing_slicing,
@@ -48,6 +48,8 @@ struct State {
     durable_names: BTreeMap<PathBuf, usize>,
     /// For each name the values it had since its directory was synced.
     name_history: BTreeMap<PathBuf, Vec<Option<usize>>>,
+    /// Directories of which a sync has failed: none of their names is durable any more, whatever later syncs say.
+    doubtful_dirs: BTreeSet<PathBuf>,
     locked: BTreeSet<usize>,
     /// How many times each file is open: a file without a name keeps its space until it is closed.
     open: BTreeMap<usize, usize>,
@@ -66,7 +68,8 @@ struct Node {
     durable: Vec<u8>,
     sectors: BTreeMap<usize, Vec<Vec<u8>>>,
     lens: Vec<usize>,
-    in_doubt: bool,
+    /// Sectors that a failed sync did not write, and that no later one will, unless they are written to again.
+    dropped: BTreeSet<usize>,
 }
 
 /// What a call does, as far as power cuts and faults are concerned.
@@ -192,6 +195,7 @@ impl SimFs {
 impl Node {
     fn note_sector(&mut self, sector: usize) {
         let version = sector_of(&self.bytes, sector);
+        self.dropped.remove(&sector);
         self.sectors.entry(sector).or_default().push(version);
     }
 
@@ -215,11 +219,21 @@ impl Node {
     }
 
     fn sync(&mut self) {
-        if !self.in_doubt {
-            self.durable.clone_from(&self.bytes);
-            self.sectors.clear();
-            self.lens.clear();
+        let old = std::mem::replace(&mut self.durable, self.bytes.clone());
+        for sector in &self.dropped {
+            // What is not written is what it was, or, where nothing was, zeros.
+            let version = sector_of(&old, *sector);
+            let start = self.durable.len().min(sector * SECTOR);
+            let end = self.durable.len().min(start + SECTOR);
+            self.durable[start..end].copy_from_slice(&version[..end - start]);
         }
+        self.sectors.retain(|sector, _| self.dropped.contains(sector));
+        self.lens.clear();
+    }
+
+    /// A sync that fails: the system takes what it could not write for written.
+    fn fail_sync(&mut self) {
+        self.dropped.extend(self.sectors.keys());
     }
 
     fn crash(&self, choose: &mut dyn FnMut(usize) -> usize) -> Node {
@@ -315,6 +329,9 @@ impl State {
 
     fn sync_names(&mut self, dir: &Path) {
         self.syncs += 1;
+        if self.doubtful_dirs.contains(dir) {
+            return;
+        }
         let own: Vec<PathBuf> = self.name_history.keys().filter(|path| path.parent() == Some(dir)).cloned().collect();
         for path in own {
             self.name_history.remove(&path);
@@ -377,7 +394,12 @@ impl Vfs for SimFs {
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         let mut state = self.state();
-        state.enter(Call::Change)?;
+        if let Err(error) = state.enter(Call::Change) {
+            if !state.is_off() {
+                state.doubtful_dirs.insert(dir.to_owned());
+            }
+            return Err(error);
+        }
         state.sync_names(dir);
         Ok(())
     }
@@ -434,7 +456,9 @@ impl VfsFile for SimFile {
         let mut state = self.fs.state();
         if let Err(error) = state.enter(Call::Change) {
             // A process that is dead has not even asked.
-            state.nodes[self.node].in_doubt |= !state.is_off();
+            if !state.is_off() {
+                state.nodes[self.node].fail_sync();
+            }
             return Err(error);
         }
         state.syncs += 1;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use common::*;
 use nkv_core::{Change, PersistErrorKind, PersistValue};
 use nkv_persist_fs::sim::SimFs;
-use nkv_persist_fs::{Report, check_with, repair_with};
+use nkv_persist_fs::{FsPersist, Report, check_with, repair_with};
 
 /// What came of a damaged directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -239,6 +239,63 @@ fn missing_and_swapped_segments_are_refused() {
     let fs = subject.fs.fork();
     names.iter().for_each(|name| fs.place(&path(name), None));
     assert_eq!(subject.outcome(&fs, "no segment at all"), Outcome::Refused);
+}
+
+/// A store whose last frames are the copies of a compaction and the record of the new head, which was acted upon.
+fn just_compacted() -> (Subject, String, usize) {
+    let fs = SimFs::new();
+    let mut history = vec![vec![put("cold", 1, vec![1; 300])]];
+    let mut persist = open(&fs, &options()).unwrap();
+    persist.persist(&history[0]).unwrap();
+    let copied = |persist: &FsPersist| persist.monitor().stats().copied_bytes;
+    for revision in 2.. {
+        let batch = vec![put("hot", revision, vec![2; 700])];
+        persist.persist(&batch).unwrap();
+        history.push(batch);
+        let before = copied(&persist);
+        persist.maintain().unwrap();
+        if copied(&persist) > before {
+            break;
+        }
+    }
+    let subject = Subject { fs: kill(&fs, persist), models: models(&history) };
+    let name = segments(&subject.fs).pop().unwrap();
+    let len = subject.fs.read(&path(&name)).unwrap().len();
+    (subject, name, len)
+}
+
+/// The length of a frame with the record *head* alone.
+const HEAD_FRAME: usize = 72;
+
+// The head is in the frame behind the damage, and neither proves that the one before had been durable. Without a look
+// at it the copies were cut off as a torn tail, and what they are copies of is gone.
+#[test]
+fn a_head_behind_damage_that_was_acted_upon_is_not_overlooked() {
+    let (subject, name, len) = just_compacted();
+    let copies =
+        (0..len - HEAD_FRAME).rev().find(|at| subject.fs.read(&path(&name)).unwrap()[*at..].starts_with(b"nkvF"));
+    let copies = copies.unwrap();
+    for at in copies..len - HEAD_FRAME {
+        let fs = subject.with(&name, |bytes| bytes[at] ^= 0x10);
+        let damage = check(&fs).damage.unwrap_or_else(|| panic!("byte {at} of the copies: no damage"));
+        assert_eq!((damage.file.as_str(), damage.offset), (name.as_str(), copies as u64), "byte {at}");
+        assert_eq!(subject.outcome(&fs, &format!("byte {at} of the copies")), Outcome::Refused);
+    }
+}
+
+// It was durable before a segment was taken away: that is damage, with its place, and a repair loses nothing.
+#[test]
+fn a_damaged_last_head_is_refused_with_its_place_and_a_repair_keeps_everything() {
+    let (subject, name, len) = just_compacted();
+    for at in len - HEAD_FRAME..len {
+        let fs = subject.with(&name, |bytes| bytes[at] ^= 0x10);
+        let damage = check(&fs).damage.unwrap_or_else(|| panic!("byte {at} of the head: no damage"));
+        assert_eq!((damage.file.as_str(), damage.offset), (name.as_str(), (len - HEAD_FRAME) as u64), "byte {at}");
+        assert_eq!(subject.outcome(&fs, &format!("byte {at} of the head")), Outcome::Refused);
+        let (mut state, _) = load(&mut open(&fs, &options()).unwrap()).unwrap();
+        state.remove("after");
+        assert_eq!(state, subject.models.last().unwrap().0, "byte {at}");
+    }
 }
 
 #[test]

@@ -84,9 +84,14 @@ impl Disk {
         }
     }
 
-    /// Returns when what a file holds is durable.
-    pub(crate) fn sync(&self, name: &str) -> Result<(), PersistError> {
-        self.open(name, Open::Write)?.sync_data().map_err(|e| from_io("sync", name, e))
+    /// Writes what a file holds between two offsets once more, and returns when all of it is durable.
+    pub(crate) fn write_again(&self, name: &str, start: u64, end: u64) -> Result<(), PersistError> {
+        let file = self.open(name, Open::Write)?;
+        match copy(&*file, &*file, start, end, start) {
+            // Where each write takes new space, a full disk has none; the sync is as good as it was.
+            Err(error) if error.kind() != io::ErrorKind::StorageFull => Err(from_io("write again", name, error)),
+            _ => file.sync_data().map_err(|e| from_io("sync", name, e)),
+        }
     }
 
     pub(crate) fn lock(&self, how: Open) -> Result<Lock, PersistError> {
@@ -114,7 +119,8 @@ impl Disk {
         let size = from.size().map_err(|e| from_io("read", name, e))?;
         // A longer copy is of an earlier cut at the same place.
         if to.size().map_err(|e| from_io("read", &broken, e))? < size.saturating_sub(offset) {
-            copy(&*from, &*to, offset, size).map_err(|e| from_io("copy a torn tail to", &broken, e))?;
+            let copied = to.set_len(0).and_then(|()| copy(&*from, &*to, offset, size, 0));
+            copied.map_err(|e| from_io("copy a torn tail to", &broken, e))?;
         }
         to.sync_data().map_err(|e| from_io("sync", &broken, e))?;
         self.sync_dir()?;
@@ -167,22 +173,24 @@ impl Lock {
 
     /// Notes durably that the directory has a segment now.
     pub(crate) fn promise_segments(&self) -> Result<(), PersistError> {
-        if !self.promises_segments()? {
-            vfs::write_all(&*self.file, LOCK_TEXT, 0).map_err(|e| from_io("write", LOCK, e))?;
+        // Also if it was there: it may not be on the disk, although the system shows it.
+        match vfs::write_all(&*self.file, LOCK_TEXT, 0) {
+            Err(error) if !self.promises_segments()? => return Err(from_io("write", LOCK, error)),
+            _ => {}
         }
-        // Also if it was there: the process that wrote it may have died before it was durable.
         self.file.sync_data().map_err(|e| from_io("sync", LOCK, e))
     }
 }
 
-fn copy(from: &dyn VfsFile, to: &dyn VfsFile, start: u64, end: u64) -> io::Result<()> {
-    let (mut buf, mut offset) = (vec![0; COPY_CHUNK], start);
-    to.set_len(0)?;
+/// Copies the bytes between `offset` and `end` to where `to_offset` says.
+fn copy(from: &dyn VfsFile, to: &dyn VfsFile, mut offset: u64, end: u64, mut to_offset: u64) -> io::Result<()> {
+    let mut buf = vec![0; COPY_CHUNK];
     while offset < end {
         buf.truncate(usize::try_from(end.saturating_sub(offset)).unwrap_or(COPY_CHUNK));
         vfs::read_exact(from, &mut buf, offset)?;
-        vfs::write_all(to, &buf, offset.saturating_sub(start))?;
+        vfs::write_all(to, &buf, to_offset)?;
         offset = offset.saturating_add(buf.len() as u64);
+        to_offset = to_offset.saturating_add(buf.len() as u64);
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use nkv_core::{PersistError, PersistErrorKind, Revision};
 
 use crate::disk::{Disk, Lock, segment_name};
 use crate::error::from_io;
-use crate::format::{FrameBuf, SEGMENT_HEADER_LEN, SegmentHeader};
+use crate::format::{FrameBuf, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
 use crate::log::{Log, random_epoch, random_salt};
 use crate::options::{Durability, FsOptions};
 use crate::scan::{Scan, Tail};
@@ -61,11 +61,17 @@ fn tidy(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, 
 
 /// Makes durable what was read. A process that died leaves it to the operating system: all of the last segment, the
 /// seal of the one before, and names. Nothing may be built on it before, nor anything removed.
+///
+/// If its last sync failed, the system takes for written what it still shows and the disk does not hold. So what
+/// nothing proves durable is written again.
 fn settle(disk: &Disk, scan: &Scan, tail: &Tail) -> Result<(), PersistError> {
-    let last = [tail.header.number.saturating_sub(1), tail.header.number];
-    for number in last.iter().filter(|number| scan.numbers.contains(number)) {
-        disk.sync(&segment_name(*number))?;
+    let before = tail.header.number.saturating_sub(1);
+    if let Some(end) = scan.sealed_before.filter(|_| scan.numbers.contains(&before)) {
+        disk.write_again(&segment_name(before), end.saturating_sub(SEAL_FRAME_LEN), end)?;
     }
+    let proven = scan.synced_to.checked_sub(tail.header.base);
+    let start = proven.map_or(0, |bytes| bytes.saturating_add(SEGMENT_HEADER_LEN));
+    disk.write_again(&segment_name(tail.header.number), start, tail.end)?;
     disk.sync_dir()
 }
 

@@ -66,6 +66,10 @@ pub(crate) struct Scan {
     /// The tail was cut before, and nobody has said so in the log.
     pub(crate) cut_before: bool,
     pub(crate) damage: Option<Damage>,
+    /// All of the log before this position is durable, as some frame says.
+    pub(crate) synced_to: u64,
+    /// The size of the segment before the last one that was read.
+    pub(crate) sealed_before: Option<u64>,
     sealed: bool,
     last_frame_at: u64,
     /// The newest segment is damaged before the place that says which segment is the oldest.
@@ -193,6 +197,7 @@ impl Scan {
         self.epoch = reader.header.epoch;
         self.revision = self.revision.max(reader.header.revision);
         self.sealed = false;
+        self.sealed_before = self.tail.map(|before| before.end);
     }
 
     /// Replays frames until something else comes; says what, unless it is the end.
@@ -231,6 +236,7 @@ impl Scan {
         // An empty frame is no batch.
         self.frames = self.frames.saturating_add(u64::from(!body.is_empty()));
         self.relaxed = header.is_relaxed();
+        self.synced_to = self.synced_to.max(header.synced_to);
         Ok(())
     }
 

@@ -12,6 +12,7 @@
 )]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,7 +32,7 @@ pub enum Fault {
     Short,
     /// A write is done and then said to have failed; other calls just fail.
     Late,
-    /// The call is interrupted before it does anything.
+    /// The call is interrupted before it does anything; if for ever, every second write.
     Interrupted,
 }
 
@@ -124,6 +125,12 @@ impl SimFs {
         self.state().fault = None;
     }
 
+    /// Whether a sync of a directory has failed: no sync makes a name in it durable from then on.
+    #[must_use]
+    pub fn has_doubtful_dir(&self) -> bool {
+        !self.state().doubtful_dirs.is_empty()
+    }
+
     /// Sets how many bytes all files together may have.
     pub fn set_capacity(&self, bytes: Option<u64>) {
         self.state().capacity = bytes;
@@ -154,6 +161,14 @@ impl SimFs {
         state.nodes.push(Node { durable: bytes.clone(), bytes, ..Node::default() });
         state.names.insert(path.to_owned(), node);
         state.durable_names.insert(path.to_owned(), node);
+    }
+
+    /// A number that says, as far as a hash can, what a process would find.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        let (state, mut hasher) = (self.state(), DefaultHasher::new());
+        state.names.iter().for_each(|(path, node)| (path, &state.nodes[*node].bytes).hash(&mut hasher));
+        hasher.finish()
     }
 
     /// The same disk, unharmed, for another test: what the processes on this one leave when they are killed. What was
@@ -219,13 +234,12 @@ impl Node {
     }
 
     fn sync(&mut self) {
-        let old = std::mem::replace(&mut self.durable, self.bytes.clone());
-        for sector in &self.dropped {
-            // What is not written is what it was, or, where nothing was, zeros.
-            let version = sector_of(&old, *sector);
-            let start = self.durable.len().min(sector * SECTOR);
-            let end = self.durable.len().min(start + SECTOR);
-            self.durable[start..end].copy_from_slice(&version[..end - start]);
+        // What is not written is what it was, or, where nothing was, zeros.
+        self.durable.resize(self.bytes.len(), 0);
+        for sector in self.sectors.keys().filter(|sector| !self.dropped.contains(sector)) {
+            let start = self.bytes.len().min(sector * SECTOR);
+            let end = self.bytes.len().min(start + SECTOR);
+            self.durable[start..end].copy_from_slice(&self.bytes[start..end]);
         }
         self.sectors.retain(|sector, _| self.dropped.contains(sector));
         self.lens.clear();
@@ -302,7 +316,9 @@ impl State {
             }
             Fault::Late if call == Call::Write => Ok(Some(fault)),
             Fault::Eio | Fault::Late => Err(io::Error::other("injected EIO")),
-            Fault::Interrupted if call != Call::Change => Err(io::ErrorKind::Interrupted.into()),
+            // The standard library tries other calls again, and for ever would be for ever.
+            Fault::Interrupted if call == Call::Change || !(number - at).is_multiple_of(2) => Ok(None),
+            Fault::Interrupted => Err(io::ErrorKind::Interrupted.into()),
             _ if call == Call::Read => Err(io::Error::other("injected EIO")),
             _ => Err(io::ErrorKind::StorageFull.into()),
         }

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use common::*;
@@ -80,27 +81,26 @@ fn write_on(image: &SimFs, options: &FsOptions, mut persist: nkv_persist_fs::FsP
     assert_eq!((after, loaded.revision.get(), loaded.epoch), (state, 9_003, epoch), "{what}: after writing on");
 }
 
-/// How many times as many images as usual are wanted: `NKV_IMAGES=100` for a night.
-fn scale() -> usize {
-    std::env::var("NKV_IMAGES").map_or(1, |text| text.parse().unwrap())
-}
-
-/// Cuts the power at each call of a history, and tries up to `images_max` images of each.
+/// Cuts the power at each call of a history, and tries up to `images_max` different images of each, all if there are
+/// fewer.
 fn explore(options: &FsOptions, history: &[Vec<Change>], images_max: usize) -> usize {
     let (mut images, images_max) = (0, images_max * scale());
     for cut in 0.. {
         let fs = SimFs::new();
         fs.cut_power_at(cut);
         let told = run(&fs, options, history);
-        let mut choices = Choices::new(images_max, cut);
+        let mut choices = Choices::new(images_max, seed() ^ cut);
+        let mut seen = HashSet::new();
         loop {
             let image = fs.crash(&mut |n| choices.choose(n));
-            check(&image, options, history, told, &format!("cut {cut}, image {}", choices.count));
-            images += 1;
+            if seen.insert(image.digest()) {
+                check(&image, options, history, told, &format!("cut {cut}, image {}", choices.count));
+            }
             if !choices.advance() {
                 break;
             }
         }
+        images += seen.len();
         if told.closed {
             return images;
         }
@@ -108,13 +108,104 @@ fn explore(options: &FsOptions, history: &[Vec<Change>], images_max: usize) -> u
     unreachable!()
 }
 
+/// Eight batches at most that begin new segments, and compact if they overwrite: a put of each size that matters,
+/// a batch, a delete.
+fn workload(seed: u64) -> Vec<Vec<Change>> {
+    let (mut rng, mut revision) = (Rng(seed), 0);
+    let mut one = |rng: &mut Rng| {
+        revision += 1;
+        let key = format!("k.{}", rng.below(3));
+        match rng.below(6) {
+            0 => delete(&key, revision),
+            n => put(&key, revision, vec![revision as u8; [0, 40, 500, 1_100, 1_500, 2_100][n]]),
+        }
+    };
+    (0..4 + rng.below(5)).map(|_| (0..1 + rng.below(8) / 6).map(|_| one(&mut rng)).collect()).collect()
+}
+
 #[test]
 fn in_sync_mode_every_acknowledged_batch_survives_any_power_cut() {
-    let mut images = 0;
-    for seed in 0..3 {
-        images += explore(&options(), &history(seed, 8, 900), 128);
+    let (mut images, mut compacted) = (0, 0);
+    for history in (0..5).map(|n| workload(seed() + n)) {
+        let fs = SimFs::new();
+        run(&fs, &options(), &history);
+        compacted += usize::from(segments(&fs)[0] != "0000000000000001.log");
+        images += explore(&options(), &history, 64);
     }
-    println!("{images} images");
+    assert!(compacted > 0 || seed() != 1, "no workload compacts");
+    println!("TEST sim_power_loss images={images} violations=0 seed={}", seed());
+}
+
+/// What was issued in the lives so far, and how much of it was acknowledged or seen.
+#[derive(Clone, Debug)]
+struct Past {
+    issued: Vec<Vec<Change>>,
+    acked: usize,
+}
+
+impl Past {
+    /// One more life: recovers, stores a batch that needs a new segment, and compacts, until the power goes. False if
+    /// it did not.
+    fn live(&mut self, image: &SimFs, what: &str) -> bool {
+        let Ok(mut persist) = open(image, &options()) else { return true };
+        let Ok((state, loaded)) = load(&mut persist) else { return true };
+        let models = models(&self.issued);
+        let fits = |p: &usize| models[*p].0 == state && models[*p].1 == loaded.revision.get();
+        let found = (self.acked..=self.issued.len()).rev().find(fits);
+        let found = found.unwrap_or_else(|| panic!("{what}: {state:?} at {}", loaded.revision));
+        self.issued.truncate(found);
+        // What was read may have been shown to somebody.
+        self.acked = found;
+        for _ in 0..2 {
+            self.issued.push(vec![put("k.9", loaded.revision.get() + 1 + self.issued.len() as u64, vec![9; 2_500])]);
+            if persist.persist(&self.issued[self.issued.len() - 1]).is_err() {
+                return true;
+            }
+            self.acked += 1;
+        }
+        persist.maintain().is_err() || persist.close().is_err()
+    }
+
+    /// Cuts the power at each call of another life, and of another after that.
+    fn again(&self, image: &SimFs, depth: usize, rng: &mut Rng, what: &str) -> usize {
+        let told = Told { acked: self.acked, issued: self.issued.len(), ..Told::default() };
+        if depth == 0 {
+            check(image, &options(), &self.issued, told, what);
+            return 1;
+        }
+        let mut images = 0;
+        for cut in 0.. {
+            // Of the third cut a sample.
+            if depth == 1 && rng.below(12) >= scale() {
+                continue;
+            }
+            let (fs, mut past, what) = (image.fork(), self.clone(), format!("{what}, then {cut}"));
+            fs.cut_power_at(cut);
+            let was_cut = past.live(&fs, &what);
+            images += past.again(&fs.crash(&mut |n| rng.below(n)), depth - 1, rng, &what);
+            if !was_cut {
+                return images;
+            }
+        }
+        unreachable!()
+    }
+}
+
+#[test]
+fn a_second_and_a_third_power_cut_in_recovery_or_compaction_lose_nothing_more() {
+    let (mut images, mut rng) = (0, Rng(seed()));
+    let history = workload(seed());
+    for cut in 0.. {
+        let fs = SimFs::new();
+        fs.cut_power_at(cut);
+        let told = run(&fs, &options(), &history);
+        let past = Past { issued: history[..told.issued].to_vec(), acked: told.acked };
+        images += past.again(&fs.crash(&mut |n| rng.below(n)), 2, &mut rng, &format!("seed {}, cut {cut}", seed()));
+        if told.closed {
+            break;
+        }
+    }
+    println!("TEST sim_double_crash images={images} violations=0 seed={}", seed());
 }
 
 #[test]

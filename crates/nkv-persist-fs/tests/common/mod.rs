@@ -96,6 +96,16 @@ impl Rng {
     }
 }
 
+/// The seed of the random tests: `NKV_SEED`, or always the same.
+pub(crate) fn seed() -> u64 {
+    std::env::var("NKV_SEED").map_or(1, |text| text.parse().unwrap())
+}
+
+/// How many times as many images as usual are wanted: `NKV_IMAGES=100` for a night.
+pub(crate) fn scale() -> usize {
+    std::env::var("NKV_IMAGES").map_or(1, |text| text.parse().unwrap())
+}
+
 /// A history of batches over few keys: overwrites, deletes, batches of several, values of many sizes.
 pub(crate) fn history(seed: u64, batches: usize, value_len_max: usize) -> Vec<Vec<Change>> {
     history_of(6, seed, batches, value_len_max)

@@ -55,8 +55,12 @@ impl Disk {
     }
 
     pub(crate) fn open(&self, name: &str, how: Open) -> Result<Arc<dyn VfsFile>, PersistError> {
-        let path = self.dir.join(name);
-        self.vfs.open(&path, how).map_err(|e| from_io("open", &path.to_string_lossy(), e))
+        self.vfs.open(&self.dir.join(name), how).map_err(|e| from_io("open", &self.path(name), e))
+    }
+
+    /// The path of a file, for messages.
+    pub(crate) fn path(&self, name: &str) -> String {
+        self.dir.join(name).to_string_lossy().into_owned()
     }
 
     /// Returns when the names are durable. After it has failed once it always fails: a later sync that succeeds says
@@ -79,7 +83,7 @@ impl Disk {
     /// Removes a file, durably; one that is not there is no error.
     pub(crate) fn remove(&self, name: &str) -> Result<(), PersistError> {
         match self.vfs.remove(&self.dir.join(name)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(from_io("remove", name, error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(from_io("remove", &self.path(name), error)),
             _ => self.sync_dir(),
         }
     }
@@ -105,7 +109,7 @@ impl Disk {
 
     /// Makes the new and empty `file` a segment that survives a power cut, with no frame in it.
     pub(crate) fn begin_segment(&self, file: &dyn VfsFile, header: &SegmentHeader) -> Result<(), PersistError> {
-        let name = segment_name(header.number);
+        let name = self.path(&segment_name(header.number));
         vfs::write_all(file, &header.encode(), 0).map_err(|e| from_io("write", &name, e))?;
         file.sync_data().map_err(|e| from_io("sync", &name, e))?;
         self.sync_dir()

@@ -67,12 +67,13 @@ pub(crate) struct Log {
 #[derive(Debug)]
 struct LogFile {
     file: Arc<dyn VfsFile>,
+    path: String,
     has_failed: Mutex<bool>,
 }
 
 impl LogFile {
-    fn new(file: Arc<dyn VfsFile>) -> Arc<Self> {
-        Arc::new(LogFile { file, has_failed: Mutex::new(false) })
+    fn new(file: Arc<dyn VfsFile>, path: String) -> Arc<Self> {
+        Arc::new(LogFile { file, path, has_failed: Mutex::new(false) })
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -88,20 +89,20 @@ impl LogFile {
 #[derive(Debug)]
 pub(crate) struct PendingSync {
     file: Arc<LogFile>,
-    name: String,
     position: u64,
 }
 
 impl PendingSync {
     pub(crate) fn run(&self) -> Result<(), PersistError> {
-        self.file.sync().map_err(|e| from_io("sync", &self.name, e))
+        self.file.sync().map_err(|e| from_io("sync", &self.file.path, e))
     }
 }
 
 impl Log {
     /// The log that ends at `tail`, whose file ends there too. All of it is durable.
     pub(crate) fn new(disk: Disk, options: FsOptions, index: Index, tail: Tail) -> Result<Self, PersistError> {
-        let file = LogFile::new(disk.open(&segment_name(tail.header.number), Open::Write)?);
+        let name = segment_name(tail.header.number);
+        let file = LogFile::new(disk.open(&name, Open::Write)?, disk.path(&name));
         let mut log = Log {
             disk,
             options,
@@ -231,9 +232,8 @@ impl Log {
         let (position, offset) = (self.position(), self.len);
         let bytes = frame.stamp(position, self.synced_to, flags, self.active.salt);
         if let Err(error) = write_all(&*self.file.file, bytes, offset) {
-            let name = segment_name(self.active.number);
             self.cut_back()?;
-            return Err(from_io("append to", &name, error));
+            return Err(from_io("append to", &self.file.path, error));
         }
         self.len = self.len.saturating_add(bytes.len() as u64);
         if !self.reserve_held {
@@ -245,8 +245,7 @@ impl Log {
 
     /// Takes away what a failed append left, so durably that it cannot come back after the caller was told.
     fn cut_back(&mut self) -> Result<(), PersistError> {
-        let name = segment_name(self.active.number);
-        let cut = self.file.file.set_len(self.len).map_err(|e| from_io("cut back", &name, e));
+        let cut = self.file.file.set_len(self.len).map_err(|e| from_io("cut back", &self.file.path, e));
         cut.map_err(|e| self.poison(e))?;
         self.sync()
     }
@@ -262,8 +261,7 @@ impl Log {
     pub(crate) fn start_sync(&mut self) -> Result<PendingSync, PersistError> {
         self.check_usable()?;
         self.dirty_since = None;
-        let (file, name) = (Arc::clone(&self.file), segment_name(self.active.number));
-        Ok(PendingSync { file, name, position: self.position() })
+        Ok(PendingSync { file: Arc::clone(&self.file), position: self.position() })
     }
 
     pub(crate) fn end_sync(
@@ -288,12 +286,14 @@ impl Log {
             epoch: self.epoch,
             salt: random_salt()?,
         };
-        let file = self.disk.open(&segment_name(header.number), Open::CreateNew)?;
+        let name = segment_name(header.number);
+        let file = self.disk.open(&name, Open::CreateNew)?;
         let mut seal = FrameBuf::of(FrameBuf::push_seal);
         let begun = self.disk.begin_segment(&*file, &header).and_then(|()| self.write(&mut seal, self.flags()));
         begun.map_err(|e| self.abandon(header.number, e))?;
         self.sync()?;
-        (self.active, self.file, self.len) = (header, LogFile::new(file), SEGMENT_HEADER_LEN);
+        self.file = LogFile::new(file, self.disk.path(&name));
+        (self.active, self.len) = (header, SEGMENT_HEADER_LEN);
         self.index.set_bytes(header.number, self.len);
         Ok(())
     }
@@ -401,7 +401,7 @@ mod tests {
     fn a_sync_that_begins_during_one_that_fails_does_not_succeed() {
         let inner = SimFs::new().open("f".as_ref(), Open::Create).unwrap();
         let slow = Arc::new(FailsOnce { inner, syncs: AtomicU64::new(0) });
-        let file = LogFile::new(slow.clone());
+        let file = LogFile::new(slow.clone(), "f".to_owned());
         std::thread::scope(|scope| {
             let first = scope.spawn(|| file.sync());
             let deadline = Instant::now() + Duration::from_secs(10);

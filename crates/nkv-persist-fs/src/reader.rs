@@ -16,7 +16,7 @@ const WINDOW: u64 = 64 << 10;
 #[derive(Debug)]
 pub(crate) struct SegmentReader {
     file: Arc<dyn VfsFile>,
-    name: String,
+    path: String,
     pub(crate) header: SegmentHeader,
     size: u64,
     offset: u64,
@@ -45,17 +45,17 @@ pub(crate) enum Opened {
 impl SegmentReader {
     pub(crate) fn open(disk: &Disk, number: u64) -> Result<Opened, PersistError> {
         let name = segment_name(number);
-        let file = disk.open(&name, Open::Read)?;
-        let size = file.size().map_err(|e| from_io("read", &name, e))?;
+        let (file, path) = (disk.open(&name, Open::Read)?, disk.path(&name));
+        let size = file.size().map_err(|e| from_io("read", &path, e))?;
         let mut bytes = vec![0; SEGMENT_HEADER_LEN.min(size) as usize];
-        read_exact(&*file, &mut bytes, 0).map_err(|e| from_io("read", &name, e))?;
+        read_exact(&*file, &mut bytes, 0).map_err(|e| from_io("read", &path, e))?;
         Ok(match SegmentHeader::decode(&bytes) {
             Ok(header) if header.number != number => {
                 Opened::Bad { reason: "its header has the number of another segment", size }
             }
             Ok(header) => {
                 let (offset, window) = (SEGMENT_HEADER_LEN, Vec::new());
-                Opened::Good(SegmentReader { file, name, header, size, offset, window, window_at: 0 })
+                Opened::Good(SegmentReader { file, path, header, size, offset, window, window_at: 0 })
             }
             Err(reason) => Opened::Bad { reason, size },
         })
@@ -142,7 +142,7 @@ impl SegmentReader {
             self.window.resize(read as usize, 0);
             self.window_at = at;
             let result = read_exact(&*self.file, &mut self.window, at);
-            result.map_err(|e| from_io("read", &self.name, e))?;
+            result.map_err(|e| from_io("read", &self.path, e))?;
         }
         let start = at.saturating_sub(self.window_at) as usize;
         Ok(self.window.get(start..).and_then(|rest| rest.get(..len as usize)))

@@ -60,6 +60,7 @@ struct State {
     power_cut_at: Option<u64>,
     fault: Option<(u64, Fault, bool)>,
     capacity: Option<u64>,
+    read_only: bool,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -134,6 +135,11 @@ impl SimFs {
     /// Sets how many bytes all files together may have.
     pub fn set_capacity(&self, bytes: Option<u64>) {
         self.state().capacity = bytes;
+    }
+
+    /// Makes all calls that change something fail, as on a file system that is mounted for reading only.
+    pub fn set_read_only(&self, read_only: bool) {
+        self.state().read_only = read_only;
     }
 
     /// How many bytes all files together have.
@@ -305,6 +311,9 @@ impl State {
         if self.is_off() {
             return Err(io::Error::other("the power is cut"));
         }
+        if self.read_only && call != Call::Read {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
         self.mutations += u64::from(call != Call::Read);
         let Some((at, fault, forever)) = self.fault else { return Ok(None) };
         let due = number == at || (forever && number > at && call != Call::Read);
@@ -387,6 +396,9 @@ impl Vfs for SimFs {
         let mut state = self.state();
         let known = state.names.get(path).copied();
         let makes = known.is_none() && matches!(how, Open::Create | Open::CreateNew);
+        if state.read_only && how != Open::Read {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
         state.enter(if makes { Call::Change } else { Call::Read })?;
         let node = match known {
             Some(_) if how == Open::CreateNew => return Err(io::ErrorKind::AlreadyExists.into()),

@@ -2,7 +2,7 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::{fmt, fs};
@@ -44,7 +44,7 @@ pub trait VfsFile: fmt::Debug + Send + Sync {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize>;
     /// Cuts or extends it.
     fn set_len(&self, len: u64) -> io::Result<()>;
-    /// Returns when its bytes and its length are durable; its name may not be.
+    /// Returns when its bytes and its length are durable; its name may not be. Fails if it has no name any more.
     fn sync_data(&self) -> io::Result<()>;
     /// Takes the lock on it until it is dropped; false if somebody else has it.
     fn try_lock(&self) -> io::Result<bool>;
@@ -178,7 +178,12 @@ impl VfsFile for File {
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        File::sync_data(self)
+        File::sync_data(self)?;
+        // Nobody will find what is in a file that somebody has removed.
+        match self.metadata()?.nlink() {
+            0 => Err(io::Error::new(io::ErrorKind::NotFound, "somebody has removed the file")),
+            _ => Ok(()),
+        }
     }
 
     fn try_lock(&self) -> io::Result<bool> {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::*;
-use nkv_core::{Change, PersistErrorKind, PersistValue};
+use nkv_core::{Change, Epoch, PersistErrorKind, PersistValue};
 use nkv_persist_fs::sim::SimFs;
 use nkv_persist_fs::{FsPersist, Report, check_with, repair_with};
 
@@ -24,6 +24,7 @@ enum Outcome {
 struct Subject {
     fs: SimFs,
     models: Vec<(Model, u64)>,
+    epoch: Epoch,
 }
 
 /// A directory of some segments, written and compacted in sync mode by a process that was killed.
@@ -34,7 +35,7 @@ fn subject(seed: u64, batches: usize) -> Subject {
     for batch in &history {
         persist.persist(batch).unwrap();
     }
-    Subject { fs: kill(&fs, persist), models: models(&history) }
+    Subject::new(kill(&fs, persist), &history)
 }
 
 fn path(name: &str) -> PathBuf {
@@ -46,9 +47,21 @@ fn check(fs: &SimFs) -> Report {
 }
 
 impl Subject {
+    fn new(fs: SimFs, history: &[Vec<Change>]) -> Self {
+        let epoch = check(&fs).epoch;
+        Subject { fs, models: models(history), epoch }
+    }
+
     fn outcome(&self, fs: &SimFs, what: &str) -> Outcome {
+        let outcome = self.opened(fs, what);
+        if outcome == Outcome::Refused {
+            self.repair(fs, what);
+        }
+        outcome
+    }
+
+    fn opened(&self, fs: &SimFs, what: &str) -> Outcome {
         let report = check(fs);
-        let epoch = check(&self.fs).epoch;
         let mut persist = match open(fs, &options()) {
             Ok(persist) => persist,
             Err(error) => {
@@ -56,7 +69,6 @@ impl Subject {
                 let damage = report.damage.unwrap_or_else(|| panic!("{what}: check finds nothing, open {error}"));
                 let text = error.to_string();
                 assert!(text.contains(&damage.file) && text.contains(&damage.offset.to_string()), "{what}: {text}");
-                self.repair(fs, what);
                 return Outcome::Refused;
             }
         };
@@ -66,7 +78,7 @@ impl Subject {
         let fits = |p: &usize| self.models[*p].0 == state && self.models[*p].1 == loaded.revision.get();
         let found = (0..=newest).rev().find(fits).unwrap_or_else(|| panic!("{what}: silently wrong: {state:?}"));
         if report.torn_bytes > 0 {
-            assert_ne!(loaded.epoch, epoch, "{what}: cut, and the same epoch");
+            assert_ne!(loaded.epoch, self.epoch, "{what}: cut, and the same epoch");
         }
         if found == newest { Outcome::Same } else { Outcome::Cut(newest - found) }
     }
@@ -125,7 +137,7 @@ fn damage_before_the_last_batch_is_refused_and_in_the_last_batch_it_is_a_torn_ta
     let history: Vec<_> = (1..=5).map(|n| vec![put("k", n, vec![n as u8; 100])]).collect();
     let mut persist = open(&fs, &options()).unwrap();
     history.iter().for_each(|batch| persist.persist(batch).unwrap());
-    let subject = Subject { fs: kill(&fs, persist), models: models(&history) };
+    let subject = Subject::new(kill(&fs, persist), &history);
     let name = segments(&subject.fs).pop().unwrap();
     let len = subject.fs.read(&path(&name)).unwrap().len();
     for at in 0..len {
@@ -146,7 +158,7 @@ fn after_a_clean_end_damage_in_the_last_batch_is_refused_too() {
     let mut persist = open(&fs, &options()).unwrap();
     history.iter().for_each(|batch| persist.persist(batch).unwrap());
     persist.close().unwrap();
-    let subject = Subject { fs, models: models(&history) };
+    let subject = Subject::new(fs, &history);
     let name = segments(&subject.fs).pop().unwrap();
     let len = subject.fs.read(&path(&name)).unwrap().len();
     for at in 72..len {
@@ -258,7 +270,7 @@ fn just_compacted() -> (Subject, String, usize) {
             break;
         }
     }
-    let subject = Subject { fs: kill(&fs, persist), models: models(&history) };
+    let subject = Subject::new(kill(&fs, persist), &history);
     let name = segments(&subject.fs).pop().unwrap();
     let len = subject.fs.read(&path(&name)).unwrap().len();
     (subject, name, len)
@@ -319,4 +331,119 @@ fn a_torn_tail_is_kept_aside_byte_by_byte() {
     assert_eq!(check(&fs).torn_bytes, torn.len() as u64);
     assert_eq!(subject.outcome(&fs, "torn"), Outcome::Same);
     assert_eq!(fs.read(&path(&format!("{name}.broken-{len:016x}"))), Some(torn));
+}
+
+/// A small store of thirty keys over several segments; what a clean end proves, if there is one.
+fn small_store(ends_cleanly: bool) -> Subject {
+    let fs = SimFs::new();
+    let mut rng = Rng(seed());
+    let mut history = Vec::new();
+    for revision in 1..=36 {
+        // The last of them are overwritten, and there is a delete.
+        let key = format!("k.{:02}", revision.min(31) % 30);
+        let change =
+            if revision == 20 { delete("k.03", 20) } else { put(&key, revision, vec![7; 40 + rng.below(300)]) };
+        history.push(vec![change]);
+    }
+    let mut persist = open(&fs, &options()).unwrap();
+    history.iter().for_each(|batch| persist.persist(batch).unwrap());
+    if ends_cleanly {
+        persist.close().unwrap();
+        return Subject::new(fs.fork(), &history);
+    }
+    Subject::new(kill(&fs, persist), &history)
+}
+
+/// What came of many damaged directories.
+#[derive(Default)]
+struct Tally {
+    images: usize,
+    same: usize,
+    cut: usize,
+    refused: usize,
+}
+
+impl Tally {
+    /// Opens a damaged store. `may_cut`: the last frame is harmed too, so that nothing proves what is.
+    fn add(&mut self, subject: &Subject, fs: &SimFs, may_cut: bool, what: &str) {
+        self.images += 1;
+        // A repair takes longer than all else: one in sixteen is tried.
+        let is_repaired = self.images.is_multiple_of(16) || scale() > 1;
+        match if is_repaired { subject.outcome(fs, what) } else { subject.opened(fs, what) } {
+            Outcome::Same => self.same += 1,
+            Outcome::Refused => self.refused += 1,
+            Outcome::Cut(lost) => {
+                assert!(may_cut, "{what}: {lost} acknowledged batches are missing");
+                self.cut += 1;
+            }
+        }
+    }
+}
+
+#[test]
+fn damage_in_every_byte_of_a_small_store_is_never_silently_wrong() {
+    let mut tally = Tally::default();
+    // The fast run takes each second byte with one of the masks, the long one each with all.
+    let step = if scale() > 1 { 1 } else { 8 };
+    for ends_cleanly in [true, false] {
+        let subject = small_store(ends_cleanly);
+        let names = segments(&subject.fs);
+        assert!(names.len() > 2, "{names:?}");
+        for (file, name) in names.iter().enumerate() {
+            let bytes = subject.fs.read(&path(name)).unwrap();
+            let last_frame = (0..bytes.len()).rev().find(|at| bytes[*at..].starts_with(b"nkvF")).unwrap();
+            // Nothing proves what stands before the last frame but the last frame.
+            let may_cut = |damage_end: usize| file + 1 == names.len() && damage_end > last_frame;
+            for (n, mask) in [0x01, 0x80, 0x10, 0xff].into_iter().enumerate() {
+                for at in ((file + 2 * n) % step..bytes.len()).step_by(step) {
+                    let fs = subject.with(name, |bytes| bytes[at] ^= mask);
+                    tally.add(&subject, &fs, may_cut(at + 1), &format!("byte {at} of {name} with {mask:02x}"));
+                }
+            }
+            for start in (0..bytes.len()).step_by(512) {
+                let fs = subject.with(name, |bytes| bytes.iter_mut().skip(start).take(512).for_each(|byte| *byte = 0));
+                tally.add(&subject, &fs, may_cut(start + 512), &format!("sector at {start} of {name}"));
+            }
+            for len in (file % step..bytes.len()).step_by(step) {
+                // A cut between frames looks like a crash that took what came later.
+                let fs = subject.with(name, |bytes| bytes.truncate(len));
+                let is_last = file + 1 == names.len();
+                tally.add(&subject, &fs, is_last && len >= 72, &format!("{name} cut to {len}"));
+            }
+        }
+        files_gone_astray(&subject, &names, &mut tally);
+    }
+    let Tally { images, same, cut, refused } = tally;
+    assert!(same > 0 && cut > 0 && refused > 0);
+    println!("TEST damage_every_byte images={images} same={same} cut={cut} refused={refused} silently_wrong=0");
+}
+
+/// Segments swapped, removed, and there twice; other files gone.
+fn files_gone_astray(subject: &Subject, names: &[String], tally: &mut Tally) {
+    let last = u64::from_str_radix(names[names.len() - 1].trim_end_matches(".log"), 16).unwrap();
+    for name in names {
+        let gone = subject.fs.fork();
+        gone.place(&path(name), None);
+        tally.add(subject, &gone, false, &format!("{name} is gone"));
+        for other in names.iter().filter(|other| *other != name) {
+            let swapped = subject.fs.fork();
+            swapped.place(&path(name), subject.fs.read(&path(other)));
+            swapped.place(&path(other), subject.fs.read(&path(name)));
+            tally.add(subject, &swapped, false, &format!("{name} and {other} are swapped"));
+            let copied = subject.fs.fork();
+            copied.place(&path(name), subject.fs.read(&path(other)));
+            tally.add(subject, &copied, false, &format!("{name} is a copy of {other}"));
+        }
+        for number in [last + 1, last + 2, u64::MAX] {
+            let twice = subject.fs.fork();
+            twice.place(&path(&format!("{number:016x}.log")), subject.fs.read(&path(name)));
+            tally.add(subject, &twice, false, &format!("{name} is there as {number:016x} too"));
+        }
+    }
+    for name in ["LOCK", "reserve"] {
+        let gone = subject.fs.fork();
+        gone.place(&path(name), None);
+        drop(open(&gone, &options()).unwrap());
+        tally.add(subject, &gone, false, &format!("{name} is gone"));
+    }
 }

@@ -5,12 +5,15 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::*;
 use nkv_core::{PersistErrorKind, PersistValue};
-use nkv_persist_fs::{Durability, FsOptions, FsPersist, check, repair};
+use nkv_persist_fs::sim::SimFs;
+use nkv_persist_fs::{Durability, FsOptions, FsPersist, check, check_with, repair};
 use tempfile::TempDir;
 
 fn open_dir(dir: &Path, durability: Durability) -> FsPersist {
@@ -152,4 +155,101 @@ fn check_tells_what_there_is_and_changes_nothing() {
     assert!(report.damage.is_none() && report.to_string().contains("no damage"), "{report}");
     assert_eq!(listing(&path), before);
     assert!(check(dir.path().join("nowhere")).is_err());
+}
+
+#[test]
+fn a_read_only_file_system_is_refused_by_name_and_can_be_checked() {
+    let sim = SimFs::new();
+    let mut persist = open(&sim, &options()).unwrap();
+    persist.persist(&[put("a", 1, "1")]).unwrap();
+    sim.set_read_only(true);
+    // Nobody can take back what an append may have left: it says so.
+    let error = persist.persist(&[put("a", 2, "2")]).unwrap_err();
+    assert_eq!(error.kind(), PersistErrorKind::Poisoned);
+    assert!(error.to_string().contains(DIR), "{error}");
+    assert_eq!(load(&mut persist).unwrap().0["a"].0, 1);
+    drop(persist);
+    let error = open(&sim, &options()).unwrap_err();
+    assert!(error.kind() == PersistErrorKind::Io && error.to_string().contains(DIR), "{error}");
+    assert_eq!(check_with(Arc::new(sim.clone()), DIR).unwrap().keys, 1);
+    sim.set_read_only(false);
+    assert_eq!(load(&mut open(&sim, &options()).unwrap()).unwrap().0["a"].0, 1);
+}
+
+/// A directory that is mounted on itself for reading only, until it is dropped.
+struct ReadOnlyMount(PathBuf);
+
+impl ReadOnlyMount {
+    fn new(path: &Path) -> Option<Self> {
+        let run = |args: &[&str]| Command::new("mount").args(args).arg(path).status().is_ok_and(|s| s.success());
+        let text = path.to_str().unwrap();
+        let is_bound = run(&["--bind", text]);
+        let mount = is_bound.then(|| ReadOnlyMount(path.to_owned()))?;
+        run(&["-o", "remount,ro,bind"]).then_some(mount)
+    }
+}
+
+impl Drop for ReadOnlyMount {
+    fn drop(&mut self) {
+        assert!(Command::new("umount").arg(&self.0).status().unwrap().success());
+    }
+}
+
+#[test]
+fn a_directory_that_is_mounted_read_only_is_refused_by_name() {
+    if std::env::var("NKV_FAULTS").is_err() {
+        println!("skipped: it mounts, as root; NKV_FAULTS=1 runs it");
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("data");
+    open_dir(&path, Durability::Sync).persist(&[put("a", 1, "1")]).unwrap();
+    let before = listing(&path);
+    let mount = ReadOnlyMount::new(&path).expect("mount --bind, as root");
+    for path in [path.clone(), path.join("new")] {
+        let error = FsPersist::open(&path, FsOptions::default()).unwrap_err();
+        assert_eq!(error.kind(), PersistErrorKind::Io);
+        assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+    }
+    assert_eq!((check(&path).unwrap().keys, listing(&path)), (1, before));
+    drop(mount);
+    assert_eq!(load(&mut open_dir(&path, Durability::Sync)).unwrap().0["a"].0, 1);
+}
+
+// A segment without a name takes writes and syncs as ever: puts were acknowledged that nobody would ever find.
+#[test]
+fn when_the_directory_is_removed_nothing_is_acknowledged_any_more() {
+    for durability in [Durability::Sync, Durability::Interval(Duration::from_millis(1))] {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("data");
+        let mut persist = open_dir(&path, durability);
+        persist.persist(&[put("a", 1, "1")]).unwrap();
+        fs::remove_dir_all(&path).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let error = loop {
+            match persist.persist(&[put("a", 2, "2")]) {
+                Err(error) => break error,
+                Ok(()) => assert!(durability != Durability::Sync && Instant::now() < deadline, "acknowledged"),
+            }
+        };
+        assert_eq!(error.kind(), PersistErrorKind::Poisoned);
+        assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+        assert!(persist.close().is_err());
+        assert_eq!(load(&mut open_dir(&path, durability)).unwrap().0, Model::new());
+    }
+}
+
+#[test]
+fn a_directory_in_the_place_of_a_file_is_an_error_that_names_it() {
+    for name in ["LOCK", "0000000000000001.log", "reserve"] {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("data");
+        open_dir(&path, Durability::Sync).persist(&[put("a", 1, "1")]).unwrap();
+        fs::remove_file(path.join(name)).unwrap();
+        fs::create_dir(path.join(name)).unwrap();
+        let opened = FsPersist::open(&path, FsOptions::default());
+        // Without its reserve a log can be read, and takes no puts.
+        let error = opened.and_then(|mut persist| persist.persist(&[put("a", 2, "2")])).unwrap_err();
+        assert!(error.to_string().contains(path.join(name).to_str().unwrap()), "{name}: {error}");
+    }
 }

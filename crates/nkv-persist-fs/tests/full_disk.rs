@@ -208,3 +208,52 @@ fn copies_leave_the_reserve_to_deletes_when_it_does_not_take_a_segment() {
     assert!(keys.len() > 50);
     assert_eq!(load(&mut persist).unwrap().0, model);
 }
+
+/// Fills a small disk, of which one write in `garbage` is of one key, takes a little of it away, and deletes each
+/// `stride`th key until all are gone. Says how far the deletes came.
+fn delete_scattered(value_len: usize, garbage: u64, stride: usize, taken: u64) -> Result<(), String> {
+    let (fs, mut model, mut revision) = (SimFs::new(), Model::new(), 0);
+    let capacity = 160 << 10;
+    fs.set_capacity(Some(capacity));
+    let options = FsOptions::default().with_segment_bytes(16 << 10).with_reserve_bytes(24 << 10);
+    let mut persist = open(&fs, &options.with_background(false)).unwrap();
+    loop {
+        revision += 1;
+        let key = if revision % garbage == 0 { "hot".to_owned() } else { format!("k.{revision:06}") };
+        let batch = [put(&key, revision, vec![3; value_len])];
+        match persist.persist(&batch) {
+            Ok(()) => apply(&mut model, &batch),
+            Err(_) => break,
+        }
+    }
+    drop(persist.maintain());
+    fs.set_capacity(Some(capacity - taken));
+    let keys: Vec<String> = model.keys().cloned().collect();
+    for (n, key) in (0..stride).flat_map(|first| keys.iter().skip(first).step_by(stride)).enumerate() {
+        revision += 1;
+        let deleted = persist.persist(&[delete(key, revision)]);
+        deleted.map_err(|e| format!("delete {n} of {}: {e}", keys.len()))?;
+        model.remove(key);
+    }
+    assert_eq!(load(&mut persist).unwrap().0, model);
+    Ok(())
+}
+
+#[test]
+fn on_a_small_full_disk_every_key_can_be_deleted_in_any_order() {
+    let (mut runs, mut failed) = (0, Vec::new());
+    for value_len in [60, 200, 500, 3_000] {
+        for garbage in [8, 1_000_000] {
+            for stride in [1, 2, 7, 60] {
+                for taken in [2 << 10, 5 << 10] {
+                    runs += 1;
+                    if let Err(error) = delete_scattered(value_len, garbage, stride, taken) {
+                        failed.push(format!("{value_len} {garbage} {stride} {taken}: {error}"));
+                    }
+                }
+            }
+        }
+    }
+    println!("TEST scattered_deletes runs={runs} refused={}", failed.len());
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+}

@@ -8,7 +8,7 @@ use nkv_core::{PersistError, PersistErrorKind};
 
 use crate::compact::lock;
 use crate::error::from_io;
-use crate::format::SegmentHeader;
+use crate::format::{NUMBER_MAX, SegmentHeader};
 use crate::vfs::{self, Open, Vfs, VfsFile};
 
 const LOCK: &str = "LOCK";
@@ -227,5 +227,5 @@ fn is_torn_tail(name: &str) -> bool {
 
 fn parse_segment_name(name: &str) -> Option<u64> {
     let number = u64::from_str_radix(name.strip_suffix(".log")?, 16).ok()?;
-    (segment_name(number) == name).then_some(number)
+    ((1..=NUMBER_MAX).contains(&number) && segment_name(number) == name).then_some(number)
 }

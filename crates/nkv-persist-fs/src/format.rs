@@ -18,6 +18,9 @@ pub(crate) const RELAXED: u16 = 1;
 /// A reader that does not know one of these flags must not go on.
 const FLAGS_TO_UNDERSTAND: u16 = 0xff00;
 
+/// No segment has a greater number, and none starts further back in the log.
+pub(crate) const NUMBER_MAX: u64 = u64::MAX / 2;
+
 const SEGMENT_MAGIC: &[u8; 8] = b"nkv-log\0";
 const FRAME_MAGIC: &[u8; 4] = b"nkvF";
 
@@ -89,7 +92,7 @@ impl SegmentHeader {
             epoch: Epoch::new(u128_at(bytes, 48).ok_or(cut)?),
         };
         // Nothing that is added to these numbers later can overflow.
-        let is_sane = header.number.max(header.base) <= u64::MAX / 2;
+        let is_sane = header.number.max(header.base) <= NUMBER_MAX;
         if is_sane { Ok(header) } else { Err("the segment header has a number that cannot be") }
     }
 }
@@ -283,7 +286,7 @@ pub(crate) struct RawRecord<'a> {
 }
 
 /// What a record says.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) enum Entry<'a> {
     Put { key: Key, value: &'a [u8], revision: Revision, expiry: Option<Expiry> },
     Delete { key: Key, revision: Revision },

@@ -11,6 +11,9 @@
     )
 )]
 
+#[cfg(any(fuzzing, test))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod sim;
 
 mod check;

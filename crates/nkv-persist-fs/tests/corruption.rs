@@ -321,6 +321,17 @@ fn a_lost_lock_file_and_a_lost_reserve_change_nothing() {
     }
 }
 
+// A file with a number that no segment has was taken for the newest segment, and a repair could not make one behind it.
+#[test]
+fn a_name_with_a_number_that_cannot_be_is_somebody_elses() {
+    let subject = subject(5, 20);
+    for number in [0, u64::MAX / 2 + 1, u64::MAX] {
+        let fs = subject.fs.fork();
+        fs.place(&path(&format!("{number:016x}.log")), Some(b"text".to_vec()));
+        assert_eq!(subject.outcome(&fs, "not ours"), Outcome::Same);
+    }
+}
+
 #[test]
 fn a_torn_tail_is_kept_aside_byte_by_byte() {
     let subject = subject(6, 10);

@@ -1,0 +1,266 @@
+//! What a fuzzer calls: any bytes as frames and records, and any bytes as a data directory.
+#![allow(
+    clippy::arithmetic_side_effects,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "it shall fail when something is wrong"
+)]
+
+use std::path::Path;
+use std::sync::{Arc, LazyLock};
+
+use nkv_core::{Action, Change, Expiry, Key, PersistErrorKind, PersistValue, Reason, Revision};
+
+use crate::disk::segment_name;
+use crate::format::{Entry, FRAME_HEADER_LEN, FrameBuf, FrameHeader, Records, SEGMENT_HEADER_LEN, SegmentHeader};
+use crate::options::FsOptions;
+use crate::sim::SimFs;
+use crate::store::FsPersist;
+use crate::{check_with, repair_with};
+
+const DIR: &str = "/data";
+/// How many changes are made to a directory at most.
+const STEPS_MAX: usize = 24;
+
+/// Reads the bytes as all that stands in a segment. What can be read is the same when it is written and read again.
+///
+/// # Panics
+///
+/// If it is not.
+pub fn log_records(data: &[u8]) {
+    if let Ok(header) = SegmentHeader::decode(data) {
+        assert_eq!(SegmentHeader::decode(&header.encode()), Ok(header));
+    }
+    if let Some((salt, bytes)) = data.split_first_chunk() {
+        let salt = u32::from_le_bytes(*salt);
+        let frame = FrameHeader::decode(bytes, salt).map(|header| (header, &bytes[FRAME_HEADER_LEN..]));
+        if let Some((header, rest)) = frame.filter(|(header, rest)| header.fits(rest)) {
+            records(&rest[..header.body_len as usize]);
+        }
+    }
+    records(data);
+    framed(data);
+}
+
+fn records(body: &[u8]) {
+    for record in Records::new(body) {
+        let Ok(record) = record else { return };
+        let mut frame = FrameBuf::new();
+        match &record.entry {
+            Entry::Put { key, value, revision, expiry } => {
+                frame.push_change(&put(key.clone(), *revision, value, *expiry));
+            }
+            Entry::Delete { key, revision } => {
+                let action = Action::Delete { reason: Reason::Deleted };
+                frame.push_change(&Change { key: key.clone(), revision: *revision, action });
+            }
+            Entry::Epoch(epoch) => frame.push_epoch(*epoch),
+            Entry::Head(number) => frame.push_head(*number),
+            Entry::Seal => frame.push_seal(),
+            Entry::Unknown => {
+                frame.push_copy(record.bytes);
+            }
+        }
+        frame.finish();
+        let bytes = frame.stamp(8, 0, 0, 7);
+        let header = FrameHeader::decode(bytes, 7).expect("a frame that was just written");
+        assert!(header.fits(&bytes[FRAME_HEADER_LEN..]));
+        let mut again = Records::new(&bytes[FRAME_HEADER_LEN..][..header.body_len as usize]);
+        assert_eq!(again.next().unwrap().unwrap().entry, record.entry);
+        assert!(again.next().is_none());
+    }
+}
+
+/// Any body comes back from its frame as it was.
+fn framed(body: &[u8]) {
+    let mut frame = frame_of(body);
+    let bytes = frame.stamp(16, 8, 1, 9);
+    let header = FrameHeader::decode(bytes, 9).expect("a frame that was just written");
+    let rest = &bytes[FRAME_HEADER_LEN..];
+    assert!(header.fits(rest) && header.frame_len() == bytes.len() as u64);
+    assert_eq!(&rest[..header.body_len as usize], body);
+}
+
+fn frame_of(body: &[u8]) -> FrameBuf {
+    FrameBuf::of(|frame| {
+        frame.push_copy(body);
+    })
+}
+
+/// Makes a directory of the bytes, opens it, repairs it if that is refused, and writes to it.
+///
+/// # Panics
+///
+/// If any of it fails in a way that it must not.
+pub fn recover(data: &[u8]) {
+    let mut input = Input(data);
+    let fs = if input.byte().is_multiple_of(4) { SimFs::new() } else { VALID.fork() };
+    for _ in 0..STEPS_MAX {
+        if input.0.is_empty() {
+            break;
+        }
+        step(&fs, &mut input);
+    }
+    let checked = check_with(Arc::new(fs.clone()), DIR);
+    match open(&fs) {
+        Ok(persist) => {
+            assert!(checked.is_err() || checked.is_ok_and(|report| report.damage.is_none()), "check has seen damage");
+            use_it(&fs, persist);
+        }
+        Err(error) => {
+            assert_eq!(error.kind(), PersistErrorKind::Damaged, "{error}");
+            assert!(checked.is_err() || checked.is_ok_and(|report| report.damage.is_some()), "check has seen nothing");
+            repair_with(Arc::new(fs.clone()), DIR).unwrap_or_else(|e| panic!("{error}; the repair: {e}"));
+            use_it(&fs, open(&fs).unwrap_or_else(|e| panic!("{error}; after the repair: {e}")));
+        }
+    }
+}
+
+/// A store of some segments, the oldest of which was compacted away, as a killed process leaves it.
+static VALID: LazyLock<SimFs> = LazyLock::new(|| {
+    let fs = SimFs::new();
+    let mut persist = open(&fs).unwrap();
+    for revision in 1..=24 {
+        let key = Key::new(&format!("k.{}", revision % 5)).unwrap();
+        persist.persist(&[put(key, Revision::new(revision), &[revision as u8; 500], None)]).unwrap();
+    }
+    let left = fs.fork();
+    drop(persist);
+    left
+});
+
+fn open(fs: &SimFs) -> Result<FsPersist, nkv_core::PersistError> {
+    let options = FsOptions::default().with_background(false).with_segment_bytes(4096).with_reserve_bytes(64);
+    FsPersist::open_with(Arc::new(fs.clone()), DIR, options)
+}
+
+fn put(key: Key, revision: Revision, value: &[u8], expiry: Option<Expiry>) -> Change {
+    Change { key, revision, action: Action::Put { value: value.to_vec().into(), expiry } }
+}
+
+/// Whatever was opened takes a put, and has it afterwards beside what it had.
+fn use_it(fs: &SimFs, mut persist: FsPersist) {
+    let load = |persist: &mut FsPersist| {
+        let mut all = std::collections::BTreeMap::new();
+        let loaded = persist.load(&mut |record| drop(all.insert(record.key.to_string(), record.value))).unwrap();
+        (all, loaded)
+    };
+    let (mut all, loaded) = load(&mut persist);
+    let revision = Revision::new(loaded.revision.get().saturating_add(1));
+    persist.persist(&[put(Key::new("fuzz").unwrap(), revision, b"here", None)]).unwrap();
+    all.insert("fuzz".to_owned(), b"here".to_vec().into());
+    drop(persist);
+    let (after, loaded) = load(&mut open(fs).unwrap());
+    assert_eq!((after, loaded.revision), (all, revision));
+}
+
+/// Changes one file: new content, a patch, a cut, something more at its end, a whole frame there, or no file.
+fn step(fs: &SimFs, input: &mut Input<'_>) {
+    let (file, what) = (input.byte(), input.byte());
+    let name = match file % 10 {
+        0 => "LOCK".to_owned(),
+        1 => "reserve".to_owned(),
+        2 => format!("{}.broken-0000000000000048", segment_name(u64::from(input.byte() % 8))),
+        3 => segment_name([0, 1 << 62, u64::MAX][usize::from(input.byte() % 3)]),
+        n => segment_name(u64::from(n)),
+    };
+    let path = Path::new(DIR).join(name);
+    let mut bytes = fs.read(&path).unwrap_or_default();
+    match what % 6 {
+        0 => bytes = input.bytes().to_vec(),
+        1 => {
+            let at = bytes.len().min(input.number());
+            let patch = input.bytes();
+            let end = bytes.len().min(at + patch.len());
+            bytes[at..end].copy_from_slice(&patch[..end - at]);
+        }
+        2 => bytes.truncate(input.number()),
+        3 => bytes.extend_from_slice(input.bytes()),
+        4 => {
+            if let Ok(header) = SegmentHeader::decode(&bytes) {
+                let position = header.base + (bytes.len() as u64).saturating_sub(SEGMENT_HEADER_LEN);
+                let synced_to = position.saturating_sub(input.number() as u64);
+                let flags = u16::from(input.byte());
+                let mut frame = frame_of(input.bytes());
+                bytes.extend_from_slice(frame.stamp(position, synced_to, flags, header.salt));
+            }
+        }
+        _ => return fs.place(&path, None),
+    }
+    fs.place(&path, Some(bytes));
+}
+
+/// Takes what it needs from the front of some bytes, and zeros when they are used up.
+struct Input<'a>(&'a [u8]);
+
+impl<'a> Input<'a> {
+    fn take(&mut self, len: usize) -> &'a [u8] {
+        let (taken, rest) = self.0.split_at(len.min(self.0.len()));
+        self.0 = rest;
+        taken
+    }
+
+    fn byte(&mut self) -> u8 {
+        self.take(1).first().copied().unwrap_or(0)
+    }
+
+    fn number(&mut self) -> usize {
+        usize::from(self.byte()) | usize::from(self.byte()) << 8
+    }
+
+    fn bytes(&mut self) -> &'a [u8] {
+        let len = self.number() % 2_048;
+        self.take(len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn any_bytes() -> impl Strategy<Value = Vec<u8>> {
+        // Most numbers are small, so that there are many steps.
+        let byte = prop_oneof![Just(0), 0_u8..12, any::<u8>()];
+        prop::collection::vec(byte, 0..300)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(600))]
+
+        #[test]
+        fn any_bytes_are_records_or_are_not(data in any_bytes()) {
+            log_records(&data);
+        }
+
+        #[test]
+        fn any_directory_opens_or_is_repaired(data in any_bytes()) {
+            recover(&data);
+        }
+    }
+
+    #[test]
+    fn any_byte_of_a_valid_record_may_change() {
+        let body = |frame: &mut FrameBuf| {
+            frame.push_change(&put(
+                Key::new("a.b").unwrap(),
+                Revision::new(3),
+                b"value",
+                Some(Expiry { at: 5, ttl_ms: 6 }),
+            ));
+            frame.push_head(4);
+            frame.push_seal();
+        };
+        let bytes = FrameBuf::of(body).stamp(0, 0, 0, 0).to_vec();
+        for at in FRAME_HEADER_LEN..bytes.len() {
+            for mask in 1..=255 {
+                let mut changed = bytes.clone();
+                changed[at] ^= mask;
+                log_records(&changed[FRAME_HEADER_LEN..]);
+            }
+        }
+    }
+}

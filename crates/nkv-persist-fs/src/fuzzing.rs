@@ -222,6 +222,11 @@ mod tests {
 
     use super::*;
 
+    /// `NKV_IMAGES=100` for a night.
+    fn cases() -> u32 {
+        600 * std::env::var("NKV_IMAGES").map_or(1, |text| text.parse::<u32>().unwrap())
+    }
+
     fn any_bytes() -> impl Strategy<Value = Vec<u8>> {
         // Most numbers are small, so that there are many steps.
         let byte = prop_oneof![Just(0), 0_u8..12, any::<u8>()];
@@ -229,7 +234,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(600))]
+        #![proptest_config(ProptestConfig::with_cases(cases()))]
 
         #[test]
         fn any_bytes_are_records_or_are_not(data in any_bytes()) {

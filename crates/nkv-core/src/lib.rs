@@ -1,4 +1,6 @@
 #![doc = include_str!("../README.md")]
+// No input may end the process. Sums are of what is in memory: they overflow when memory does.
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 pub mod mailbox;
 

@@ -137,7 +137,7 @@ impl<T> State<T> {
                 match self.slots.get_mut(&change.key) {
                     Some(slot) => {
                         let at = (std::mem::replace(slot, back) - self.front) as usize;
-                        if let Some(Item::Event { skipped, .. }) = self.queue[at].take() {
+                        if let Some(Item::Event { skipped, .. }) = self.queue.get_mut(at).and_then(Option::take) {
                             item_skipped = skipped + 1;
                         }
                         self.vacant += 1;

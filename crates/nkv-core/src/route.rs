@@ -85,6 +85,7 @@ impl PersistValue for RoutePersist {
         Ok(all)
     }
 
+    #[expect(clippy::indexing_slicing, reason = "`pick` gives the index of a branch, and each has a backend")]
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
         let mut parts = vec![Vec::new(); self.backends.len()];
         for change in batch {

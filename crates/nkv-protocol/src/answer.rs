@@ -35,7 +35,7 @@ impl Chunks {
     /// How many bytes there are.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.done.iter().map(Bytes::len).sum::<usize>() + self.tail.len()
+        self.done.iter().map(Bytes::len).sum::<usize>().saturating_add(self.tail.len())
     }
 
     /// Whether there are none.

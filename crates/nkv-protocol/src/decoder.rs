@@ -14,7 +14,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Longest line: the largest value in its longest form (a string of `\u00xx` escapes), with room for the rest.
+    /// Longest line, newline included: the largest value in its longest form (a string of `\u00xx` escapes), with
+    /// room for the rest.
     #[must_use]
     pub fn line_len_max(&self) -> usize {
         self.value_len_max.saturating_mul(6).saturating_add(32 * NAME_LEN_MAX)
@@ -94,24 +95,23 @@ impl Decoder {
 
     /// Decodes the next message.
     pub fn decode<'a>(&mut self, input: &'a [u8]) -> Decoded<'a> {
-        let mut consumed = 0;
+        let mut rest = input;
         loop {
-            let rest = &input[consumed..];
             let step = match self.state {
                 State::Line { scanned } => self.line(rest, scanned),
                 State::Payload { line_len, whole_len } => self.payload(rest, line_len, whole_len),
                 State::Skip { left } => self.skip(rest, left),
             };
-            consumed += step.consumed;
+            rest = rest.get(step.consumed..).unwrap_or_default();
             if step.item.is_some() || step.consumed == 0 {
-                return Decoded { consumed, ..step };
+                return Decoded { consumed: input.len().saturating_sub(rest.len()), ..step };
             }
         }
     }
 
     fn line<'a>(&mut self, input: &'a [u8], scanned: usize) -> Decoded<'a> {
         let line_len_max = self.limits.line_len_max();
-        let Some(found) = memchr::memchr(b'\n', input.get(scanned..).unwrap_or_default()) else {
+        let Some((line, rest)) = split_line(input, scanned) else {
             self.state = State::Line { scanned: input.len() };
             if input.len() <= line_len_max {
                 return Decoded { consumed: 0, item: None };
@@ -119,14 +119,14 @@ impl Decoder {
             return self.refuse(input.len(), over("line", line_len_max, Id::default(), true));
         };
         self.state = START;
-        let line_len = scanned + found + 1;
-        let line = trim(&input[..line_len]);
-        if line.is_empty() {
-            return Decoded { consumed: line_len, item: None };
-        }
-        if line.len() > line_len_max {
+        let line_len = line.len();
+        if line_len > line_len_max {
             // Whether a payload follows is not known.
             return self.refuse(line_len, over("line", line_len_max, Id::default(), true));
+        }
+        let line = line.trim_ascii();
+        if line.is_empty() {
+            return Decoded { consumed: line_len, item: None };
         }
         let mut head = Head::default();
         let read = head.read(line, self.limits.value_len_max);
@@ -138,7 +138,7 @@ impl Decoder {
             return self.refuse(line_len, over(what, self.limits.value_len_max, head.id, true));
         }
         if payload_len > self.limits.value_len_max as u64 || read.is_err() {
-            self.state = State::Skip { left: payload_len + 1 };
+            self.state = State::Skip { left: payload_len.saturating_add(1) };
             let refusal = match finish(head, read, None) {
                 Err(refusal)
                     if refusal.status == status::TOO_LARGE || payload_len <= self.limits.value_len_max as u64 =>
@@ -150,49 +150,50 @@ impl Decoder {
             return Decoded { consumed: line_len, item: Some(Err(refusal)) };
         }
         // Fits a usize: it is at most `value_len_max`.
-        let whole_len = line_len + payload_len as usize + 1;
-        if input.len() < whole_len {
+        let ended_len = (payload_len as usize).saturating_add(1);
+        let whole_len = line_len.saturating_add(ended_len);
+        let Some(ended) = rest.get(..ended_len) else {
             self.state = State::Payload { line_len, whole_len };
             return Decoded { consumed: 0, item: None };
-        }
-        self.with_payload(head, read, input, line_len, whole_len)
+        };
+        self.with_payload(head, read, ended, whole_len)
     }
 
     /// More bytes of a message with a payload; its line is read again once all are there.
     fn payload<'a>(&mut self, input: &'a [u8], line_len: usize, whole_len: usize) -> Decoded<'a> {
-        if input.len() < whole_len {
+        let Some((line, ended)) = input.get(..whole_len).and_then(|whole| whole.split_at_checked(line_len)) else {
             return Decoded { consumed: 0, item: None };
-        }
+        };
         self.state = START;
         let mut head = Head::default();
-        let read = head.read(trim(&input[..line_len]), self.limits.value_len_max);
-        self.with_payload(head, read, input, line_len, whole_len)
+        let read = head.read(line.trim_ascii(), self.limits.value_len_max);
+        self.with_payload(head, read, ended, whole_len)
     }
 
+    /// A message of `whole_len` bytes, with its payload and the newline that must end it.
     fn with_payload<'a>(
         &mut self,
         head: Head<'a>,
         read: Result<(), String>,
-        input: &'a [u8],
-        line_len: usize,
+        ended: &'a [u8],
         whole_len: usize,
     ) -> Decoded<'a> {
-        if input[whole_len - 1] != b'\n' {
-            return self.refuse(whole_len, unterminated(head.id));
+        match ended.split_last() {
+            Some((b'\n', payload)) => Decoded { consumed: whole_len, item: Some(finish(head, read, Some(payload))) },
+            _ => self.refuse(whole_len, unterminated(head.id)),
         }
-        let payload = &input[line_len..whole_len - 1];
-        Decoded { consumed: whole_len, item: Some(finish(head, read, Some(payload))) }
     }
 
     fn skip<'a>(&mut self, input: &'a [u8], left: u64) -> Decoded<'a> {
-        let take = left.min(input.len() as u64);
-        self.state = if take == left { START } else { State::Skip { left: left - take } };
-        // At most `input.len()`, so it fits.
-        let consumed = take as usize;
-        if take == left && consumed > 0 && input[consumed - 1] != b'\n' {
-            return self.refuse(consumed, unterminated(Id::default()));
+        let Some(skipped) = usize::try_from(left).ok().and_then(|left| input.get(..left)) else {
+            self.state = State::Skip { left: left.saturating_sub(input.len() as u64) };
+            return Decoded { consumed: input.len(), item: None };
+        };
+        self.state = START;
+        match skipped.last() {
+            Some(b'\n') => Decoded { consumed: skipped.len(), item: None },
+            _ => self.refuse(skipped.len(), unterminated(Id::default())),
         }
-        Decoded { consumed, item: None }
     }
 
     fn refuse<'a>(&mut self, consumed: usize, refusal: Refusal<'a>) -> Decoded<'a> {
@@ -219,6 +220,8 @@ fn unterminated(id: Id<'_>) -> Refusal<'_> {
     Refusal { id, status: status::BAD_REQUEST, message, close: true }
 }
 
-fn trim(line: &[u8]) -> &[u8] {
-    line.trim_ascii()
+/// Splits off the first line, newline included, if its end is there. The first `scanned` bytes hold no newline.
+pub(crate) fn split_line(input: &[u8], scanned: usize) -> Option<(&[u8], &[u8])> {
+    let found = memchr::memchr(b'\n', input.get(scanned..)?)?;
+    input.split_at_checked(scanned.checked_add(found)?.checked_add(1)?)
 }

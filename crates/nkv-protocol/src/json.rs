@@ -78,25 +78,24 @@ pub(crate) fn number(out: &mut BytesMut, number: u64) {
 
 pub(crate) fn string(out: &mut BytesMut, text: &str) {
     out.put_u8(b'"');
-    let mut plain = 0;
-    for (at, byte) in text.bytes().enumerate() {
-        if byte >= b' ' && byte != b'"' && byte != b'\\' {
-            continue;
-        }
-        out.put_slice(&text.as_bytes()[plain..at]);
-        plain = at + 1;
+    let mut rest = text.as_bytes();
+    let special = |byte: &u8| *byte < b' ' || *byte == b'"' || *byte == b'\\';
+    while let Some(at) = rest.iter().position(special) {
+        let Some((plain, [byte, after @ ..])) = rest.split_at_checked(at) else { break };
+        out.put_slice(plain);
+        rest = after;
         match byte {
-            b'"' | b'\\' => out.put_slice(&[b'\\', byte]),
+            b'"' | b'\\' => out.put_slice(&[b'\\', *byte]),
             b'\n' => out.put_slice(b"\\n"),
             b'\r' => out.put_slice(b"\\r"),
             b'\t' => out.put_slice(b"\\t"),
             _ => {
-                let digit = |nibble: u8| b"0123456789abcdef"[usize::from(nibble)];
+                let digit = |nibble: u8| char::from_digit(nibble.into(), 16).map_or(b'0', |digit| digit as u8);
                 out.put_slice(&[b'\\', b'u', b'0', b'0', digit(byte >> 4), digit(byte & 15)]);
             }
         }
     }
-    out.put_slice(&text.as_bytes()[plain..]);
+    out.put_slice(rest);
     out.put_u8(b'"');
 }
 
@@ -107,7 +106,7 @@ pub(crate) fn value(out: &mut BytesMut, value: &[u8], form: ValueForm) {
     {
         return string(out, text);
     }
-    out.reserve(value.len() * 4 + 2);
+    out.reserve(value.len().saturating_mul(4).saturating_add(2));
     out.put_u8(b'[');
     for (at, byte) in value.iter().enumerate() {
         if at > 0 {
@@ -128,11 +127,15 @@ pub(crate) fn value_len(value: &[u8], form: ValueForm) -> usize {
             byte if byte < b' ' => 6,
             _ => 1,
         };
-        return 2 + text.bytes().map(escaped).sum::<usize>();
+        return text.bytes().map(escaped).sum::<usize>().saturating_add(2);
     }
-    let digits = |byte: &u8| if *byte >= 100 { 3 } else { 1 + usize::from(*byte >= 10) };
+    let digits = |byte: &u8| match byte {
+        0..=9 => 1,
+        10..=99 => 2,
+        100.. => 3,
+    };
     // A comma stands between two of them, and brackets around all.
-    value.iter().map(digits).sum::<usize>() + value.len().max(1) + 1
+    value.iter().map(digits).sum::<usize>().saturating_add(value.len().max(1)).saturating_add(1)
 }
 
 /// A value read from within a line: an array of byte numbers, or a string's UTF-8 bytes.

@@ -1,4 +1,15 @@
 #![doc = include_str!("../README.md")]
+// Bytes from anywhere must not end the process. Tests may.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects
+    )
+)]
 
 mod answer;
 mod decoder;

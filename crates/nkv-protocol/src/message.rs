@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use thiserror::Error;
 
+use crate::decoder::split_line;
 use crate::json::{Text, Value};
 
 /// Longest message a client takes, in bytes: the largest `Get` with values in their longest form is left to whoever
@@ -225,8 +226,8 @@ struct WireClose {
 pub struct MessageDecoder {
     /// So many bytes of the line hold no newline.
     scanned: usize,
-    /// The line in hand, newline included, and its payload's length, when it is known that more must come.
-    pending: Option<(usize, Option<usize>)>,
+    /// The length of the payload behind the line in hand, once that line is there.
+    payload_len: Option<usize>,
 }
 
 impl MessageDecoder {
@@ -242,38 +243,35 @@ impl MessageDecoder {
     ///
     /// [`MessageError`]: the stream is of no further use.
     pub fn decode(&mut self, input: &[u8]) -> Result<(usize, Option<Message>), MessageError> {
-        let mut start = 0;
+        let used = |rest: &[u8]| input.len().saturating_sub(rest.len());
+        let mut rest = input;
         loop {
-            let rest = &input[start..];
-            let (line_len, payload_len) = match self.pending {
-                Some(pending) => pending,
-                None => match self.line(rest)? {
-                    Some(line_len) if rest[..line_len].trim_ascii().is_empty() => {
-                        start += line_len;
-                        continue;
-                    }
-                    Some(line_len) => (line_len, payload_len(&rest[..line_len])?),
-                    None => return Ok((start, None)),
-                },
+            let Some((whole_line, behind)) = split_line(rest, std::mem::take(&mut self.scanned)) else {
+                if rest.len() as u64 > MESSAGE_LEN_MAX {
+                    return Err(MessageError::TooLarge { len_max: MESSAGE_LEN_MAX });
+                }
+                self.scanned = rest.len();
+                return Ok((used(rest), None));
             };
-            let whole_len = line_len + payload_len.map_or(0, |len| len + 1);
-            if rest.len() < whole_len {
-                self.pending = Some((line_len, payload_len));
-                return Ok((start, None));
+            let line = whole_line.trim_ascii();
+            if line.is_empty() {
+                rest = behind;
+                continue;
             }
-            self.pending = None;
-            let payload = payload_len.map(|len| &rest[line_len..line_len + len]);
-            return Ok((start + whole_len, Some(parse(rest[..line_len].trim_ascii(), payload)?)));
-        }
-    }
-
-    fn line(&mut self, input: &[u8]) -> Result<Option<usize>, MessageError> {
-        match memchr::memchr(b'\n', input.get(self.scanned..).unwrap_or_default()) {
-            Some(found) => Ok(Some(std::mem::take(&mut self.scanned) + found + 1)),
-            None if input.len() as u64 > MESSAGE_LEN_MAX => Err(MessageError::TooLarge { len_max: MESSAGE_LEN_MAX }),
-            None => {
-                self.scanned = input.len();
-                Ok(None)
+            let payload_len = match self.payload_len.take() {
+                None => payload_len(line)?,
+                known => known,
+            };
+            let Some(len) = payload_len else { return Ok((used(behind), Some(parse(line, None)?))) };
+            match behind.split_at_checked(len) {
+                Some((payload, [b'\n', after @ ..])) => return Ok((used(after), Some(parse(line, Some(payload))?))),
+                Some((_, [_, ..])) => return Err(unterminated()),
+                _ => {
+                    // The line's newline is found at once the next time.
+                    self.scanned = whole_line.len().saturating_sub(1);
+                    self.payload_len = Some(len);
+                    return Ok((used(rest), None));
+                }
             }
         }
     }
@@ -373,6 +371,10 @@ fn stats(fields: BTreeMap<String, serde_json::Value>) -> Body {
         }
     }
     body
+}
+
+fn unterminated() -> MessageError {
+    MessageError::Malformed { reason: "no newline after a payload".into() }
 }
 
 fn malformed(line: &[u8], error: &serde_json::Error) -> MessageError {

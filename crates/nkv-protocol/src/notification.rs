@@ -54,7 +54,7 @@ impl ChangeNotice {
 }
 
 fn start(kind: &str, key: &str, fields: impl FnOnce(&mut Object<'_>)) -> Bytes {
-    let mut out = BytesMut::with_capacity(key.len() + 96);
+    let mut out = BytesMut::with_capacity(key.len().saturating_add(96));
     let mut outer = Object::start(&mut out);
     let mut object = Object::start(outer.name(kind));
     object.text("key", key);

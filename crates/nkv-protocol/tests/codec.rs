@@ -110,6 +110,21 @@ fn a_line_without_end_is_refused_at_the_limit() {
     assert_eq!(decode(&whole, whole.len(), limits), ["\"\" 413 close=true"], "also when its end is there");
 }
 
+/// White space around a line counted when it came in pieces, and did not when the line came whole.
+#[test]
+fn a_line_at_the_limit_is_the_same_however_it_is_cut() {
+    let limits = Limits { value_len_max: 4, skip_len_max: 100 };
+    for spare in [0, 1] {
+        let mut input = vec![b' '; limits.line_len_max() + spare];
+        let end = b"{\"type\":\"Health\"}\n";
+        let start = input.len() - end.len();
+        input[start..].copy_from_slice(end);
+        let expected = ["Health \"\"  None", "\"\" 413 close=true"][spare];
+        assert_eq!(decode(&input, 1_000, limits), [expected]);
+        assert_eq!(decode(&input, input.len(), limits), [expected]);
+    }
+}
+
 #[test]
 fn a_payload_without_newline_ends_the_connection() {
     let input = b"{\"type\":\"Put\",\"id\":\"1\",\"key\":\"a\",\"len\":2}\nhixx";
@@ -147,6 +162,15 @@ fn deep_nesting_is_refused_without_harm() {
 fn a_nats_server_is_named_as_such() {
     let error = MessageDecoder::new().decode(b"INFO {\"server_id\":\"x\"}\r\n").unwrap_err();
     assert!(error.to_string().contains("NATS"), "{error}");
+}
+
+/// The byte behind a payload was not looked at: a wrong `len` put the reader out of step.
+#[test]
+fn a_payload_from_the_server_ends_with_a_newline() {
+    let line = "{\"Update\":{\"key\":\"a\",\"revision\":1,\"len\":2,\"skipped\":0}}\n";
+    assert!(MessageDecoder::new().decode(format!("{line}hi\n").as_bytes()).unwrap().1.is_some());
+    let error = MessageDecoder::new().decode(format!("{line}hixx\n").as_bytes()).unwrap_err();
+    assert!(error.to_string().contains("no newline"), "{error}");
 }
 
 #[test]

@@ -404,7 +404,11 @@ impl<'a> Visitor<'a> for FramingSeed<'_, 'a> {
         while let Some(name) = map.next_key::<Text<'a>>()? {
             match &*name.0 {
                 "id" => self.0.id = Id::new(map.next_value()?),
-                "len" => self.0.len = map.next_value::<&RawValue>()?.get().parse().ok(),
+                "len" => {
+                    // Of two, the first that is one counts, as in `Head`.
+                    let len = map.next_value::<&RawValue>()?.get().parse().ok();
+                    self.0.len = self.0.len.or(len);
+                }
                 _ => _ = map.next_value::<IgnoredAny>()?,
             }
         }

@@ -154,7 +154,8 @@ fn what_is_wrong_is_named() {
 
 #[test]
 fn deep_nesting_is_refused_without_harm() {
-    let line = format!("{{\"type\":\"Get\",\"key\":\"a\",\"x\":{}\n", "[".repeat(200_000));
+    let depth = if cfg!(miri) { 400 } else { 200_000 };
+    let line = format!("{{\"type\":\"Get\",\"key\":\"a\",\"x\":{}\n", "[".repeat(depth));
     assert_eq!(decode(line.as_bytes(), 65_536, Limits::default()), ["\"\" 400 close=false"]);
 }
 
@@ -183,6 +184,10 @@ fn keys_are_escaped_in_answers() {
 
 fn forms() -> impl Strategy<Value = ValueForm> {
     prop_oneof![Just(ValueForm::Bytes), Just(ValueForm::Text), Just(ValueForm::Payload)]
+}
+
+fn text(len_max: usize) -> impl Strategy<Value = String> {
+    proptest::collection::vec(any::<char>(), 0..=len_max).prop_map(String::from_iter)
 }
 
 proptest! {
@@ -216,10 +221,10 @@ proptest! {
     #[test]
     fn a_request_reads_as_it_was_written(
         kind in proptest::sample::select(Kind::ALL),
-        key in "\\PC{0,12}",
+        key in text(12),
         value in proptest::collection::vec(any::<u8>(), 0..40),
         numbers in proptest::option::of((any::<u64>(), 1u64.., 1u64..)),
-        after in proptest::option::of("\\PC{0,8}"),
+        after in proptest::option::of(text(8)),
         snapshot in any::<bool>(),
     ) {
         let mut request = Request::new(kind, if kind == Kind::Health { String::new() } else { key });

@@ -10,7 +10,10 @@ use crate::record::{Action, Change, EndReason, Reason, Snapshot};
 use crate::revision::Epoch;
 
 /// More than anything here takes; only a hang waits for it.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(if cfg!(miri) { 100 } else { 10 });
+
+/// So many changes are a great many; Miri takes a thousand times as long for each.
+const MANY: u64 = if cfg!(miri) { 100 } else { 20_000 };
 
 /// What came out, as short as it can be written.
 #[derive(Debug, PartialEq, Eq)]
@@ -275,7 +278,7 @@ fn a_future_that_is_dropped_loses_nothing() {
 fn a_reader_that_polls_only_when_woken_sees_the_last_state_of_every_key() {
     let (post, inbox) = mailbox();
     let writer = thread::spawn(move || {
-        (1..=20_000).for_each(|revision| {
+        (1..=MANY).for_each(|revision| {
             let _ = post.notify(&put(["a", "b", "c"][revision as usize % 3], revision));
         });
     });
@@ -301,7 +304,7 @@ fn a_reader_that_polls_only_when_woken_sees_the_last_state_of_every_key() {
         assert!(Instant::now() < deadline, "a wake-up was lost");
     }
     writer.join().unwrap();
-    assert_eq!((last, told), (20_000, 20_000), "the last revision, and changes told or skipped");
+    assert_eq!((last, told), (MANY, MANY), "the last revision, and changes told or skipped");
 }
 
 #[test]
@@ -313,7 +316,7 @@ fn a_blocked_reader_gets_what_another_thread_posts_and_then_the_end() {
             tell.send(item).unwrap();
         }
     });
-    for own in 0..100 {
+    for own in 0..if cfg!(miri) { 10 } else { 100 } {
         post.post(own).unwrap();
         assert_eq!(told.recv_timeout(PATIENCE), Ok(Out::Own(own)), "each before the next is posted");
     }
@@ -339,14 +342,14 @@ fn one_key_that_changes_often_costs_the_memory_of_one_change() {
     let (post, inbox) = mailbox();
     let _ = post.notify(&put("waits.at.the.front", 1));
     let mut longest = 0;
-    for revision in 2..=100_001 {
+    for revision in 2..=MANY {
         let _ = post.notify(&put("busy", revision));
         longest = longest.max(inbox.shared.lock().queue.len());
     }
     assert!(longest <= 4 * TIDY_MIN, "{longest} places for two changes");
     assert!(inbox.shared.lock().queue.capacity() <= 8 * TIDY_MIN);
-    assert_eq!(post.backlog(), Backlog { queued: 2, skipped: 99_999 });
-    assert_eq!(drain(&inbox), [change("waits.at.the.front", 1, 0), change("busy", 100_001, 99_999)]);
+    assert_eq!(post.backlog(), Backlog { queued: 2, skipped: MANY - 2 });
+    assert_eq!(drain(&inbox), [change("waits.at.the.front", 1, 0), change("busy", MANY, MANY - 2)]);
 }
 
 #[test]
@@ -389,9 +392,9 @@ fn tidying_keeps_order_places_and_counts_whatever_waits() {
 #[test]
 fn the_room_that_a_backlog_took_is_given_back_once_it_is_read() {
     let (post, inbox) = mailbox();
-    let _ = post_all(&post, (1..=10_000).map(|revision| put(&format!("k{revision}"), revision)));
-    assert_eq!(post.backlog().queued, 10_000);
-    assert_eq!(drain(&inbox).len(), 10_000);
+    let _ = post_all(&post, (1..=MANY).map(|revision| put(&format!("k{revision}"), revision)));
+    assert_eq!(post.backlog().queued as u64, MANY);
+    assert_eq!(drain(&inbox).len() as u64, MANY);
     let state = inbox.shared.lock();
     assert!(state.queue.capacity() <= TIDY_MIN && state.slots.capacity() <= TIDY_MIN);
 }

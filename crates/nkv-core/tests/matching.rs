@@ -112,7 +112,7 @@ fn the_trie_and_the_walk_agree_with_a_filter_over_all_keys() {
     });
     outcome.unwrap_or_else(|error| panic!("NKV_SEED={seed}: {error}"));
     println!("TEST trie_vs_naive cases={cases} matches={} divergences=0 seed={seed}", matches.get());
-    assert!(cases == 0 || matches.get() > 0, "nothing matched");
+    assert!(cases < 100 || matches.get() > 0, "nothing matched");
 }
 
 fn rand_seed() -> u64 {
@@ -123,7 +123,9 @@ fn rand_seed() -> u64 {
 #[test]
 fn keys_of_the_corpus_hold() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus/keys");
-    let files: Vec<_> = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let files = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path());
+    // Under Miri all of them would take minutes.
+    let files: Vec<_> = files.take(if cfg!(miri) { 10 } else { usize::MAX }).collect();
     for file in &files {
         println!("{}", file.display()); // shown if the check panics
         checks::keys(&fs::read(file).unwrap());

@@ -501,7 +501,7 @@ mod subscriptions {
             });
             let _stop = StopOnDrop(&stop); // also when an assertion fails, or the scope would wait for the writer
             let mut previous: Option<(Inbox, u64)> = None;
-            for _ in 0..5_000 {
+            for _ in 0..if cfg!(miri) { 20 } else { 5_000 } {
                 let before = acknowledged.load(SeqCst);
                 let (post, inbox) = mailbox();
                 store.subscribe(pattern("k"), "me".into(), post, true);
@@ -809,6 +809,7 @@ mod routes {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "15,000 keys are only slow")]
 fn a_great_many_keys_expire_in_steps_the_earliest_first() {
     let store: NotifyKeyValue<_, Mailbox<()>> = NotifyKeyValue::open(NoPersist::default(), 0).unwrap();
     let put = |n: u64| Op::Put {

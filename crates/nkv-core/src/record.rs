@@ -2,13 +2,14 @@
 
 use std::any::Any;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 
 use crate::key::{Key, Pattern};
 use crate::revision::{Epoch, Revision};
+use crate::sync::Mutex;
 
 /// A point in time: milliseconds since an origin that the caller chooses and keeps across restarts,
 /// the Unix epoch for instance.

@@ -7,7 +7,7 @@
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
 use thiserror::Error;
@@ -19,6 +19,7 @@ use crate::persist::{PersistError, PersistErrorKind, PersistValue};
 use crate::record::{Action, Change, EndReason, Event, EventKind, Expiry, Millis, Reason, Record, Snapshot};
 use crate::revision::{Epoch, Revision};
 use crate::subscribers::{SubscriberId, Subscribers, Subscription};
+use crate::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
 /// A notify key-value store: values that survive, and subscribers that are told the latest of them.
 ///

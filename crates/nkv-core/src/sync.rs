@@ -1,6 +1,6 @@
-//! The locks of the mailbox: std's, or loom's when its interleavings are explored (`--cfg loom`).
+//! The locks of store, events and mailbox: std's, or loom's when interleavings are explored (`--cfg loom`).
 
 #[cfg(loom)]
-pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
+pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 #[cfg(not(loom))]
-pub(crate) use std::sync::{Condvar, Mutex, MutexGuard};
+pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};

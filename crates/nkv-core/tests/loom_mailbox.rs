@@ -1,4 +1,5 @@
-//! Every interleaving of the mailbox, up to a bound, explored with loom. A lost wake-up shows as a deadlock.
+//! Every interleaving of the mailbox, of an event's memo, and of a store that is written to and subscribed to, up to a
+//! bound, explored with loom. A lost wake-up shows as a deadlock.
 //!
 //! `RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=3 \
 //!     cargo test -p nkv-core --release --test loom_mailbox`
@@ -11,7 +12,9 @@ use std::sync::Arc;
 use loom::future::block_on;
 use loom::thread;
 use nkv_core::mailbox::{Inbox, Item, Mailbox, mailbox};
-use nkv_core::{Action, Change, Delivery, Event, EventKind, Key, Notifier, Revision};
+use nkv_core::{
+    Action, Change, Delivery, Event, EventKind, Key, NoPersist, Notifier, NotifyKeyValue, Pattern, PutOptions, Revision,
+};
 
 fn put(key: &str, revision: u64) -> Arc<Event> {
     let action = Action::Put { value: Default::default(), expiry: None };
@@ -173,5 +176,55 @@ fn a_reader_that_leaves_while_two_post_is_noticed_by_whoever_comes_later() {
         leaver.join().unwrap();
         assert_eq!(post.notify(&put("a", 3)), Delivery::Closed);
         assert_eq!(post.backlog().queued, 0);
+    });
+}
+
+#[test]
+fn what_two_derive_from_an_event_is_made_once() {
+    loom::model(|| {
+        let (event, made) = (put("a", 1), Arc::new(loom::sync::atomic::AtomicU64::new(0)));
+        let derive = |event: &Event, made: &loom::sync::atomic::AtomicU64| {
+            event.memo(|_| made.fetch_add(1, loom::sync::atomic::Ordering::Relaxed))
+        };
+        let other = {
+            let (event, made) = (Arc::clone(&event), Arc::clone(&made));
+            thread::spawn(move || derive(&event, &made))
+        };
+        let own = derive(&event, &made);
+        assert!(Arc::ptr_eq(&own, &other.join().unwrap()), "both have the same");
+        assert_eq!(*own, 0);
+    });
+}
+
+/// What a subscriber was told of the one key there is, oldest first: revisions, those of the snapshot included.
+fn revisions(inbox: &Inbox<u32>) -> Vec<u64> {
+    let mut told = Vec::new();
+    while let Some(Item::Event { event, .. }) = inbox.try_take() {
+        match event.kind() {
+            EventKind::Snapshot(snapshot) => told.extend(snapshot.records.iter().map(|record| record.revision.get())),
+            EventKind::Change(change) => told.push(change.revision.get()),
+            other => panic!("{other:?} was not expected"),
+        }
+    }
+    told
+}
+
+#[test]
+fn whoever_subscribes_while_somebody_writes_is_told_once_and_readers_see_what_was_acknowledged() {
+    loom::model(|| {
+        let store: Arc<NotifyKeyValue<_, Mailbox<u32>>> =
+            Arc::new(NotifyKeyValue::open(NoPersist::default(), 0).unwrap());
+        let writer = {
+            let store = Arc::clone(&store);
+            thread::spawn(move || {
+                let key = Key::new("a").unwrap();
+                let revision = store.put(&key, "x", PutOptions::default()).unwrap();
+                assert_eq!(store.get(&key).unwrap().revision, revision, "a writer sees its own write");
+            })
+        };
+        let (post, inbox) = mailbox();
+        store.subscribe(Pattern::All, "me".into(), post, true);
+        writer.join().unwrap();
+        assert_eq!(revisions(&inbox), [1], "in the snapshot or after it, not in neither, not in both");
     });
 }

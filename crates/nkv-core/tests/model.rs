@@ -571,6 +571,7 @@ proptest! {
     #![proptest_config(ProptestConfig { max_shrink_iters: 4_000, ..ProptestConfig::with_cases(cases()) })]
 
     #[test]
+    #[cfg_attr(miri, ignore = "a single case takes minutes")]
     fn whatever_is_done_the_store_and_its_subscribers_agree_with_the_model(
         steps in prop::collection::vec(step(), 1..80)
     ) {

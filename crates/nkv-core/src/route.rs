@@ -74,7 +74,7 @@ impl PersistValue for RoutePersist {
             })?;
             if let Some(key) = stray {
                 let context = format!(
-                    "key {key} is stored where the routes do not look for it; route its branch as before, or move it"
+                    "key {key:?} is stored where the routes do not look for it; route its branch as before, or move it"
                 );
                 return Err(PersistError::new(PersistErrorKind::Damaged, context));
             }

@@ -82,10 +82,12 @@ fn variable(name: &str) -> Result<Option<String>, Failure> {
 /// Work that Ctrl-C ends.
 pub(crate) async fn interruptible<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     tokio::select! {
-        done = work => done,
+        // Listening begins when this is first polled: before the work, which may have told somebody that it goes on.
+        biased;
         interrupted = tokio::signal::ctrl_c() => match interrupted {
             Ok(()) => Err(Failure::Interrupted),
             Err(error) => Err(Failure::System(format!("cannot listen for Ctrl-C: {error}"))),
         },
+        done = work => done,
     }
 }

@@ -54,12 +54,20 @@ fn from_pipe(runtime: &Runtime, client: &Client, json: bool) -> Result<Exit, Fai
         }
     });
     let mut session = Session { client, json, lines, subscriptions: HashMap::new() };
+    // Nothing else could end a program that waits for its stdin; so this listens before the first command is read.
+    let (listening, listens) = oneshot::channel();
     runtime.spawn(async {
-        // Nothing else could end a program that waits for its stdin.
-        if tokio::signal::ctrl_c().await.is_ok() {
+        let interrupted = interruptible(async {
+            // Nobody waits for it if the runtime is shutting down.
+            _ = listening.send(());
+            std::future::pending::<Result<(), Failure>>().await
+        });
+        if let Err(Failure::Interrupted) = interrupted.await {
             std::process::exit(i32::from(Exit::Interrupted as u8));
         }
     });
+    // An error means that nobody can listen; commands are run all the same.
+    _ = runtime.block_on(listens);
     let mut stdin = io::stdin().lock();
     let mut line = Vec::new();
     let mut exit = Exit::Ok;

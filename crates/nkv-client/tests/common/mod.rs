@@ -1,17 +1,18 @@
 //! What tests need: a real server, a proxy that cuts, a server that follows a script, and limits to every wait.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
+pub(crate) mod proxy;
+
 use std::time::Duration;
 
 use bytes::BytesMut;
 use nkv_client::{Client, ClientBuilder, Event, Subscription};
 use nkv_protocol::{Decoder, Kind, Limits};
 use nkv_server::Server;
+#[allow(unused_imports, reason = "each test file uses a part of it")]
+pub(crate) use proxy::{Dice, Proxy};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
 
 pub(crate) async fn within<T>(work: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(20), work).await.expect("it took too long")
@@ -55,99 +56,6 @@ pub(crate) fn short(event: &Event) -> String {
 
 pub(crate) fn shorts(events: &[Event]) -> Vec<String> {
     events.iter().map(short).collect()
-}
-
-/// Random numbers that can be had again.
-#[derive(Clone)]
-pub(crate) struct Dice(u64);
-
-impl Dice {
-    pub(crate) fn new() -> Self {
-        let seed = std::env::var("NKV_SEED").ok().and_then(|seed| seed.parse().ok());
-        let seed = seed.unwrap_or_else(|| getrandom::u64().unwrap() | 1);
-        println!("NKV_SEED={seed}");
-        Dice(seed)
-    }
-
-    pub(crate) fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
-
-/// Between a client and a server, to be told when to cut.
-pub(crate) struct Proxy {
-    pub(crate) addr: String,
-    target: Arc<Mutex<String>>,
-    /// Connections are cut after so many bytes at most; 0 for never.
-    cut_after: Arc<AtomicU64>,
-    generation: watch::Sender<u64>,
-    pub(crate) accepted: Arc<AtomicU64>,
-}
-
-impl Proxy {
-    pub(crate) async fn to(target: &str, dice: Dice) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let proxy = Proxy {
-            addr: listener.local_addr().unwrap().to_string(),
-            target: Arc::new(Mutex::new(target.to_owned())),
-            cut_after: Arc::default(),
-            generation: watch::Sender::new(0),
-            accepted: Arc::default(),
-        };
-        let (target, cut_after) = (Arc::clone(&proxy.target), Arc::clone(&proxy.cut_after));
-        let (accepted, generation) = (Arc::clone(&proxy.accepted), proxy.generation.subscribe());
-        tokio::spawn(async move {
-            let mut dice = dice;
-            while let Ok((near, _)) = listener.accept().await {
-                accepted.fetch_add(1, SeqCst);
-                let limit = match cut_after.load(SeqCst) {
-                    0 => u64::MAX,
-                    most => dice.below(most),
-                };
-                let (target, mut generation) = (target.lock().unwrap().clone(), generation.clone());
-                generation.mark_unchanged();
-                tokio::spawn(async move {
-                    let Ok(far) = TcpStream::connect(target).await else { return };
-                    tokio::select! {
-                        () = forward(near, far, limit) => {}
-                        _ = generation.changed() => {}
-                    }
-                });
-            }
-        });
-        proxy
-    }
-
-    pub(crate) fn cut_after(&self, bytes: u64) {
-        self.cut_after.store(bytes, SeqCst);
-    }
-
-    pub(crate) fn cut_now(&self) {
-        self.generation.send_modify(|generation| *generation += 1);
-    }
-
-    pub(crate) fn lead_to(&self, target: &str) {
-        target.clone_into(&mut self.target.lock().unwrap());
-    }
-}
-
-async fn forward(mut near: TcpStream, mut far: TcpStream, mut limit: u64) {
-    let (mut out, mut back) = ([0; 1_024], [0; 1_024]);
-    while limit > 0 {
-        let (read, bytes, to) = tokio::select! {
-            read = near.read(&mut out) => (read, &out, &mut far),
-            read = far.read(&mut back) => (read, &back, &mut near),
-        };
-        let Ok(len @ 1..) = read else { return };
-        let len = len.min(usize::try_from(limit).unwrap_or(usize::MAX));
-        limit -= len as u64;
-        if to.write_all(&bytes[..len]).await.is_err() {
-            return;
-        }
-    }
 }
 
 /// A server that does what a test says.

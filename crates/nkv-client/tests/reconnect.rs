@@ -9,7 +9,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{Dice, Proxy, eager, next, server, short, shorts, until_synced, within};
-use nkv_client::{Client, ConnectionState, Event, Subscription};
+use nkv_client::{Client, ConnectionState, Event, GoneReason, Subscription};
+use nkv_persist_fs::{Durability, FsOptions, FsPersist};
+use nkv_server::Server;
+use tokio::net::TcpListener;
 
 /// What a reader knows, from events alone.
 #[derive(Default)]
@@ -181,4 +184,257 @@ async fn a_subscription_made_while_the_connection_is_away_waits_for_it() {
     let mut subscription = within(subscribing).await.unwrap().unwrap();
     assert_eq!(short(&next(&mut subscription).await), "a=1");
     assert!(matches!(next(&mut subscription).await, Event::Synced { .. }));
+}
+
+/// What a reader of one subscription knows while servers come and go.
+#[derive(Default)]
+struct Wary {
+    values: HashMap<String, String>,
+    /// Of the epoch: the highest revision told of a key.
+    told: HashMap<String, u64>,
+    epoch: String,
+    /// What came since the connection was there again: of which epoch it is will be known when it is synced.
+    fresh: Option<Vec<(String, u64)>>,
+    missed: usize,
+}
+
+impl Wary {
+    fn learn(&mut self, event: &Event) {
+        let change = match event {
+            Event::Update { entry, .. } => {
+                self.values.insert(entry.key.to_string(), String::from_utf8_lossy(&entry.value).into_owned());
+                (entry.key.to_string(), entry.revision.get())
+            }
+            Event::Gone { key, revision, reason, .. } => {
+                self.values.remove(key.as_str());
+                self.missed += usize::from(*reason == GoneReason::Missed);
+                (key.to_string(), revision.get())
+            }
+            Event::Synced { epoch, .. } => {
+                let fresh = self.fresh.take().unwrap_or_default();
+                if std::mem::replace(&mut self.epoch, epoch.clone()) == *epoch {
+                    fresh.into_iter().for_each(|change| self.rises(change));
+                } else {
+                    self.told.clear();
+                }
+                return;
+            }
+            Event::Reconnecting | Event::Connected => {
+                self.fresh.get_or_insert_default();
+                return;
+            }
+            other => panic!("{other:?}"),
+        };
+        match &mut self.fresh {
+            Some(fresh) => fresh.push(change),
+            None => self.rises(change),
+        }
+    }
+
+    fn rises(&mut self, (key, revision): (String, u64)) {
+        let before = self.told.insert(key.clone(), revision);
+        assert!(before < Some(revision), "{key}: {revision} after {before:?}");
+    }
+}
+
+/// A server whose data outlives it.
+async fn kept(dir: &std::path::Path) -> (Server, String) {
+    let dir = dir.to_owned();
+    let open = move || FsPersist::open(dir, FsOptions::default().with_durability(Durability::Os));
+    let server = Server::builder().listen("127.0.0.1:0".parse().unwrap()).persist("os", open).bind().await.unwrap();
+    let addr = server.addresses()[0].to_string();
+    (server, addr)
+}
+
+/// Accepts connections, and then says nothing for ever, or resets them.
+async fn useless(resets: bool) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            // What is dropped with something unread is reset.
+            if !resets {
+                held.push(stream);
+            }
+        }
+    });
+    addr
+}
+
+/// `NKV_SEEDS` says how many seeds are tried, from `NKV_SEED` on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_becomes_of_its_servers_a_client_goes_back_in_nothing_and_converges() {
+    let count: u64 = std::env::var("NKV_SEEDS").map_or(4, |count| count.parse().unwrap());
+    let first = common::proxy::seed();
+    let (mut cuts, mut epochs, mut missed, mut slowest) = (0, 0, 0, Duration::ZERO);
+    for seed in first..first + count {
+        println!("NKV_SEED={seed}");
+        let life = live_through(Dice::of(seed)).await;
+        cuts += life.cuts;
+        epochs += life.epochs;
+        missed += life.missed;
+        slowest = slowest.max(life.converged);
+    }
+    println!(
+        "TEST reconnect seeds={count} cuts={cuts} epochs={epochs} missed_deletes={missed} back=0 duplicates=0 \
+         converged_ms_max={} seed={first}",
+        slowest.as_millis()
+    );
+    assert!(missed > 0 && cuts > 10 * count, "too little happened");
+}
+
+struct Life {
+    cuts: u64,
+    epochs: u64,
+    missed: usize,
+    converged: Duration,
+}
+
+async fn live_through(mut dice: Dice) -> Life {
+    let mut dir = tempfile::tempdir().unwrap();
+    let (mut server, mut addr) = kept(dir.path()).await;
+    let proxy = Proxy::to(&addr, dice.split()).await;
+    let builder = eager(&proxy.addr).connect_timeout(Duration::from_millis(100)).heartbeat(Duration::from_millis(100));
+    let client = builder.connect().await.unwrap();
+    let mut writer = Client::connect(&addr).await.unwrap();
+    let useless = [useless(false).await, useless(true).await, "127.0.0.1:1".to_owned()];
+    let mut readers = Vec::new();
+    for pattern in ["*", "a", "a.*", "b.k1", "*", "b"] {
+        let mut subscription = client.subscribe(pattern).await.unwrap();
+        let known = Arc::new(Mutex::new(Wary::default()));
+        readers.push((pattern, Arc::clone(&known)));
+        tokio::spawn(async move {
+            while let Some(event) = subscription.next().await {
+                known.lock().unwrap().learn(&event);
+            }
+        });
+    }
+    let mut epochs = 1;
+    for _ in 0..30 {
+        for _ in 0..dice.below(12) {
+            let key = format!("{}.k{}", ["a", "b", "c"][dice.below(3) as usize], dice.below(4));
+            if dice.below(3) == 0 {
+                writer.delete(&key).await.unwrap();
+            } else {
+                writer.put(&key, format!("{}", dice.below(1_000_000))).await.unwrap();
+            }
+        }
+        match dice.below(12) {
+            0..3 => proxy.cut_after(1 + dice.below(3_000)),
+            3..6 => proxy.cut_now(),
+            6..8 => {
+                proxy.lead_to(&useless[dice.below(3) as usize]);
+                proxy.cut_now();
+            }
+            8..10 => proxy.lead_to(&addr),
+            lost => {
+                server.shutdown().await.unwrap();
+                if lost == 11 {
+                    (dir, epochs) = (tempfile::tempdir().unwrap(), epochs + 1);
+                }
+                (server, addr) = kept(dir.path()).await;
+                writer = Client::connect(&addr).await.unwrap();
+                proxy.lead_to(&addr);
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(dice.below(20))).await;
+    }
+    let cuts = proxy.accepted.load(SeqCst) - 1;
+    proxy.cut_after(0);
+    proxy.lead_to(&addr);
+    proxy.cut_now();
+    let last_cut = Instant::now();
+    let now = writer.get_all("*").await.unwrap();
+    for (pattern, known) in &readers {
+        let covers = nkv_client::Pattern::new(pattern).unwrap();
+        let covered = now.iter().filter(|entry| covers.covers(&entry.key));
+        let expected: HashMap<_, _> =
+            covered.map(|entry| (entry.key.to_string(), String::from_utf8_lossy(&entry.value).into_owned())).collect();
+        eventually(last_cut, &format!("{pattern} converges"), async || known.lock().unwrap().values == expected).await;
+    }
+    let converged = last_cut.elapsed();
+    // Each pattern once, and none of the connections that were cut has left anything.
+    eventually(last_cut, "nothing is left over", async || {
+        writer.stats().await.unwrap().numbers["subscriptions"] == 5 && client.health().await.is_ok()
+    })
+    .await;
+    let traced = writer.trace("a.k1").await.unwrap();
+    let mut patterns: Vec<_> = traced.iter().map(|told| (told.client_uuid.as_str(), told.pattern.as_str())).collect();
+    patterns.sort_unstable();
+    let name = client.client_uuid();
+    assert_eq!(patterns, [(name, "*"), (name, "a"), (name, "a.*")]);
+    let missed = readers.iter().map(|(_, known)| known.lock().unwrap().missed).sum();
+    server.shutdown().await.unwrap();
+    Life { cuts, epochs, missed, converged }
+}
+
+async fn eventually(since: Instant, what: &str, is_so: impl AsyncFn() -> bool) {
+    while !is_so().await {
+        assert!(since.elapsed() < Duration::from_secs(6), "not in time: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// All clients of a server lose it at once; it comes back after a while.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_lost_a_server_together_come_back_one_after_another() {
+    const CLIENTS: usize = 300;
+    // Nothing connects from this address, so nobody can take the port meanwhile.
+    let listen = |addr: &str| Server::builder().listen(addr.parse().unwrap()).bind();
+    let server = listen("127.0.0.2:0").await.unwrap();
+    let addr = server.addresses()[0].to_string();
+    let mut clients = Vec::new();
+    for _ in 0..CLIENTS {
+        clients.push(Client::builder(&addr).request_timeout(Duration::from_secs(20)).connect().await.unwrap());
+    }
+    server.shutdown().await.unwrap();
+    let gone = Instant::now();
+    let attempts = Arc::new(Mutex::new(Vec::new()));
+    let listener = TcpListener::bind(&addr).await.unwrap();
+    let counting = tokio::spawn({
+        let attempts = Arc::clone(&attempts);
+        async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                attempts.lock().unwrap().push(gone.elapsed());
+                drop(stream);
+            }
+        }
+    });
+    // Until each has tried four times on average.
+    eventually(gone, "they try again", async || attempts.lock().unwrap().len() >= 4 * CLIENTS).await;
+    counting.abort();
+    assert!(counting.await.is_err_and(|error| error.is_cancelled()));
+    let server = listen(&addr).await.unwrap();
+    let returned = Instant::now();
+    let back: Vec<_> = clients
+        .iter()
+        .map(|client| {
+            let mut state = client.state();
+            tokio::spawn(async move {
+                within(state.wait_for(|state| *state == ConnectionState::Connected)).await.unwrap();
+                returned.elapsed()
+            })
+        })
+        .collect();
+    let mut times = Vec::new();
+    for back in back {
+        times.push(back.await.unwrap());
+    }
+    let attempts = attempts.lock().unwrap().clone();
+    let (away, peak) = (peak_per_100ms(&attempts), peak_per_100ms(&times));
+    let all_back = times.iter().max().unwrap().as_millis();
+    println!(
+        "TEST reconnect_storm clients={CLIENTS} peak_per_100ms={peak} all_back_ms={all_back} attempts_while_away={} \
+         peak_while_away={away}",
+        attempts.len(),
+    );
+    assert!(peak < CLIENTS / 2, "{peak} of {CLIENTS} came within 100 ms");
+    server.shutdown().await.unwrap();
+}
+
+fn peak_per_100ms(times: &[Duration]) -> usize {
+    let mut counts = HashMap::<u128, usize>::new();
+    times.iter().for_each(|time| *counts.entry(time.as_millis() / 100).or_default() += 1);
+    counts.into_values().max().unwrap_or(0)
 }

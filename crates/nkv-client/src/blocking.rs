@@ -49,6 +49,7 @@ impl Background {
         Ok(Background(Some(runtime)))
     }
 
+    #[expect(clippy::expect_used, reason = "no peer has a say in it")]
     fn block_on<T>(&self, work: impl Future<Output = T>) -> T {
         self.0.as_ref().expect("it is taken only when this is dropped").block_on(work)
     }

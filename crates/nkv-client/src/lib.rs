@@ -1,4 +1,9 @@
 #![doc = include_str!("../README.md")]
+// Whatever a server sends, it must not end the program that reads it.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unreachable)
+)]
 
 pub mod blocking;
 

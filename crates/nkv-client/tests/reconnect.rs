@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{Dice, Proxy, eager, next, server, short, shorts, until_synced, within};
-use nkv_client::{Client, ConnectionState, Event, GoneReason, Subscription};
+use nkv_client::{Client, ConnectionState, ErrorKind, Event, GoneReason, Subscription};
 use nkv_persist_fs::{Durability, FsOptions, FsPersist};
 use nkv_server::Server;
 use tokio::net::TcpListener;
@@ -296,7 +296,13 @@ async fn live_through(mut dice: Dice) -> Life {
     let (mut server, mut addr) = kept(dir.path()).await;
     let proxy = Proxy::to(&addr, dice.split()).await;
     let builder = eager(&proxy.addr).connect_timeout(Duration::from_millis(100)).heartbeat(Duration::from_millis(100));
-    let client = builder.connect().await.unwrap();
+    // A slow machine may need longer for the first time.
+    let client = loop {
+        match builder.clone().connect().await {
+            Ok(client) => break client,
+            Err(error) => assert_eq!(*error.kind(), ErrorKind::CannotConnect),
+        }
+    };
     let mut writer = Client::connect(&addr).await.unwrap();
     let useless = [useless(false).await, useless(true).await, "127.0.0.1:1".to_owned()];
     let mut readers = Vec::new();

@@ -1,19 +1,31 @@
 #!/usr/bin/env python3
-"""Cuts the power under a running nkv-server, and checks that nothing acknowledged was lost.
+"""Cuts the power under a running nkv-server, and checks that what it promised is there afterwards.
 
-    power-cut.py SERVER [--cycles 20] [--fs ext4|xfs] [--durability sync]
+    power-cut.py SERVER [--cycles 60] [--fast] [--fs ext4 --fs xfs] [--scenario NAME]... [--seed N]
 
 The data directory is on a file system of its own in a loop device (root is needed). In each cycle eight clients put
-values while the file system is shut down with FS_IOC_GOINGDOWN: nothing more reaches the device, as when the power
-goes. Then it is mounted again, which replays its journal, and a new server is asked for all that was acknowledged
-before the cut began. With another durability than sync, losing is allowed and counted; a torn value never is.
-"""
+values while the file system is shut down with FS_IOC_GOINGDOWN, with or without its journal written first: nothing more
+reaches the device, as when the power goes. Then it is mounted again, which replays the journal, and a new server is asked
+for all that was acknowledged before the cut began. What arrives later is ignored: the device may be gone already.
 
+    sync      durability `sync`, small values: nothing acknowledged may be lost
+    compact   the same with large values of few keys, so that segments come and go: nothing may be lost
+    start     the cut comes while a server makes its first directory, or soon after: nothing may be lost
+    interval  `interval:50ms`: nothing may be lost that was acknowledged earlier than the interval, the time of a sync and
+              WINDOW_SLACK_MS before the cut
+    control   durability `os`: something must be lost, or the cuts prove nothing
+
+In all of them what survives is a prefix, each value is whole, what one server has shown stays, and the epoch changes
+where something acknowledged was lost. `--cycles` is that of `sync`; the others are fewer.
+"""
 import argparse
+import contextlib
 import fcntl
 import json
 import os
 import random
+import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -23,13 +35,86 @@ import threading
 import time
 
 GOINGDOWN = 0x8004587D
-NO_LOG_FLUSH = struct.pack("I", 2)
+# With the journal written first, and without.
+LOG_FLUSH, NO_LOG_FLUSH = 1, 2
+WRITERS = 8
+INTERVAL_MS = 50
+# What may be lost with `interval` besides: a sync may be under way when another is due, so twice the longest that was
+# measured beside the server; and on a busy machine its thread waits for its turn.
+WINDOW_SLACK_MS = 250
+START_LIMIT_S = 30
+# name: durability, sizes of values, keys of a writer, seconds of writing, cycles for each hundred of `sync`
+SCENARIOS = {
+    "sync": ("sync", (0, 300), 7, (0.05, 0.35), 100),
+    "compact": ("sync", (40_000, 120_000), 2, (0.2, 0.8), 40),
+    "start": ("sync", (0, 300), 7, (0, 0.05), 60),
+    "interval": (f"interval:{INTERVAL_MS}ms", (0, 300), 7, (0.6, 1.2), 30),
+    "control": ("os", (0, 300), 7, (0.05, 0.35), 20),
+}
+FAST = {"sync": 12, "compact": 6, "start": 10, "interval": 4, "control": 3}
+
+
+class Broken(Exception):
+    """A promise was not kept, or the test could not be done."""
+
+
+class Disk:
+    """A file system in a loop device, and the means to cut its power."""
+
+    def __init__(self, directory, kind):
+        self.image, self.mount = os.path.join(directory, "disk"), os.path.join(directory, "mount")
+        run("truncate", "-s", "320M" if kind == "xfs" else "96M", self.image)
+        run(f"mkfs.{kind}", "-q", "-F" if kind == "ext4" else "-f", self.image)
+        os.mkdir(self.mount)
+
+    @contextlib.contextmanager
+    def mounted(self):
+        run("mount", "-o", "loop", self.image, self.mount)
+        try:
+            yield
+        finally:
+            # A process that was just killed may hold it for a moment. The loop device goes with the mount.
+            for _ in range(50):
+                if subprocess.run(["umount", self.mount], stderr=subprocess.DEVNULL).returncode == 0:
+                    break
+                time.sleep(0.1)
+            else:
+                run("umount", "-l", self.mount)
+
+    def cut(self, how):
+        directory = os.open(self.mount, os.O_RDONLY)
+        fcntl.ioctl(directory, GOINGDOWN, struct.pack("I", how))
+        os.close(directory)
+
+
+class Server:
+    def __init__(self, binary, data, durability):
+        self.child = subprocess.Popen([binary, "127.0.0.1:0", "--data-dir", data, "--durability", durability],
+                                      stderr=subprocess.PIPE, text=True, env=dict(os.environ, NO_COLOR="1"))
+        self.said, self.port, self.listens = [], None, threading.Event()
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self):
+        for line in self.child.stderr:
+            self.said = self.said[-20:] + [line]
+            if "listening at" in line:
+                self.port = int(line.rsplit(":", 1)[1])
+                self.listens.set()
+        self.listens.set()
+
+    def wait_until_it_listens(self):
+        if not self.listens.wait(START_LIMIT_S) or not self.port:
+            raise Broken(f"the server does not start: {''.join(self.said)}")
+
+    def kill(self):
+        self.child.kill()
+        self.child.wait()
 
 
 class Client:
     def __init__(self, port):
         self.stream = socket.create_connection(("127.0.0.1", port), timeout=20).makefile("rwb")
-        self.ask({"type": "Connect", "values": "text"})
+        self.epoch = self.ask({"type": "Connect", "values": "text"})["epoch"]
 
     def ask(self, request):
         self.stream.write(json.dumps(request).encode() + b"\n")
@@ -38,97 +123,229 @@ class Client:
         return next(iter(json.loads(line).values())) if line.endswith(b"\n") else None
 
 
-def start(server, data, durability):
-    child = subprocess.Popen([server, "127.0.0.1:0", "--data-dir", data, "--durability", durability],
-                             stderr=subprocess.PIPE, text=True, env=dict(os.environ, NO_COLOR="1"))
-    for line in child.stderr:
-        if "listening at" in line:
-            # Somebody must go on reading, or the server's log would fill the pipe.
-            threading.Thread(target=child.stderr.read, daemon=True).start()
-            return child, int(line.rsplit(":", 1)[1])
-    sys.exit(f"the server ended with {child.wait()}")
+class Writer(threading.Thread):
+    """Puts numbered values, one after another, and notes each that was acknowledged before the cut."""
+
+    def __init__(self, port, name, first, sizes, keys, cut):
+        super().__init__()
+        self.port, self.name, self.first, self.sizes, self.keys, self.cut = port, f"w{name}", first, sizes, keys, cut
+        self.acknowledged = []  # (revision, key, number, time)
+
+    def run(self):
+        try:
+            client = Client(self.port)
+            for number in range(self.first, self.first + 10**6):
+                key = f"{self.name}.{number % self.keys}"
+                answer = client.ask({"type": "Put", "key": key, "value": value_of(number, self.sizes)})
+                now = time.monotonic()
+                if answer is None or answer["status"] != 200 or self.cut.is_set():
+                    return
+                self.acknowledged.append((answer["revision"], key, number, now))
+        except (OSError, ValueError, TypeError):
+            return  # the server has ended
 
 
-def write(port, writer, cycle, cut, acknowledged):
-    try:
-        client = Client(port)
-        for n in range(10**9):
-            key, value = f"w{writer}.{n % 7}", f"{cycle * 10**7 + n} " + "x" * (n % 300)
-            answer = client.ask({"type": "Put", "key": key, "value": value})
-            # What is answered once the cut has begun may be about a device that is gone already.
-            if answer is None or answer["status"] != 200 or cut.is_set():
+class Probe(threading.Thread):
+    """Measures how long a sync takes on the disk, on a file of its own."""
+
+    def __init__(self, directory, cut):
+        super().__init__()
+        self.directory, self.cut, self.begun, self.longest = directory, cut, None, 0.0
+
+    def run(self):
+        file = os.open(os.path.join(self.directory, "probe"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            while not self.cut.is_set():
+                os.write(file, b"x" * 4096)
+                self.begun = time.monotonic()
+                os.fdatasync(file)
+                self.longest, self.begun = max(self.longest, time.monotonic() - self.begun), None
+                self.cut.wait(0.02)
+        except OSError:
+            pass  # the power is gone
+        finally:
+            os.close(file)
+
+    def longest_ms(self, now):
+        begun = self.begun
+        return max(self.longest, now - begun if begun else 0) * 1000
+
+
+def value_of(number, sizes):
+    low, high = sizes
+    return f"{number} " + "x" * (low + number * 7919 % (high - low))
+
+
+def run(*words):
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise Broken(f"{' '.join(words)}: {done.stderr.strip()}")
+
+
+class Scenario:
+    def __init__(self, binary, kind, name, cycles, rng):
+        self.binary, self.kind, self.name, self.cycles, self.rng = binary, kind, name, cycles, rng
+        self.durability, self.sizes, self.keys, self.pauses, _ = SCENARIOS[name]
+        self.count = self.lost = self.segments = self.early = 0
+        self.window_ms = self.excess_ms = self.sync_ms = 0.0
+        self.known, self.epoch, self.pending, self.cut_at = {}, None, [], 0.0
+
+    def run(self):
+        with tempfile.TemporaryDirectory(prefix="nkv-power-cut-") as directory:
+            disk = Disk(directory, self.kind)
+            for cycle in range(self.cycles + 1):
+                with disk.mounted():
+                    self.cycle(disk, cycle)
+        self.report()
+
+    def cycle(self, disk, cycle):
+        if self.name != "start":
+            self.serve(disk, os.path.join(disk.mount, "data"), cycle, cycle < self.cycles)
+            return
+        # The directory that the last cut left, then a new one.
+        if cycle > 0:
+            self.serve(disk, os.path.join(disk.mount, f"data{cycle - 1}"), cycle, False)
+            shutil.rmtree(os.path.join(disk.mount, f"data{cycle - 1}"))
+        if cycle < self.cycles:
+            self.known, self.pending, self.epoch = {}, [], None
+            self.serve(disk, os.path.join(disk.mount, f"data{cycle}"), cycle, True)
+
+    def serve(self, disk, data, cycle, cut):
+        """Starts a server, asks it for what has to be there, and cuts the power under it."""
+        if os.path.isdir(data):
+            segments = (int(name[:16], 16) for name in os.listdir(data) if name.endswith(".log"))
+            self.segments = max(self.segments, max(segments, default=0))
+        server = Server(self.binary, data, self.durability)
+        try:
+            if self.name == "start" and cut:
+                self.cut_at_start(disk, server, cycle)
                 return
-            acknowledged[key] = (cycle * 10**7 + n, answer["revision"])
-            acknowledged["count"] = n + 1
-    except (OSError, ValueError):
-        return
+            server.wait_until_it_listens()
+            self.check(server.port)
+            if cut:
+                self.write_and_cut(disk, server, cycle)
+        finally:
+            server.kill()
+
+    def cut_at_start(self, disk, server, cycle):
+        # A start takes some milliseconds; half of the cuts come within.
+        if self.rng.random() < 0.5:
+            time.sleep(self.rng.random() * 0.02)
+            self.early += not server.listens.is_set()
+            disk.cut(self.rng.choice([LOG_FLUSH, NO_LOG_FLUSH]))
+            return
+        server.wait_until_it_listens()
+        self.write_and_cut(disk, server, cycle)
+
+    def write_and_cut(self, disk, server, cycle):
+        cut = threading.Event()
+        writers = [Writer(server.port, w, cycle * 10**6, self.sizes, self.keys, cut) for w in range(WRITERS)]
+        probe = Probe(disk.mount, cut)
+        # Where nothing may be lost, a sync of another file must not do what the server has left undone.
+        threads = [*writers, probe] if self.name == "interval" else writers
+        for thread in threads:
+            thread.start()
+        time.sleep(self.rng.uniform(*self.pauses))
+        self.cut_at = time.monotonic()
+        self.sync_ms = probe.longest_ms(self.cut_at)
+        cut.set()
+        disk.cut(self.rng.choice([LOG_FLUSH, NO_LOG_FLUSH]))
+        if self.durability != "sync":
+            server.child.kill()  # it would go on for as long as it need not sync
+        for thread in threads:
+            thread.join()
+        self.pending = [entry for writer in writers for entry in writer.acknowledged]
+        self.count += len(self.pending)
+
+    def check(self, port):
+        client = Client(port)
+        answer = client.ask({"type": "Get", "key": "*"})
+        present = {}
+        for key, value, revision in zip(answer["keys"], answer["data"], answer["revisions"]):
+            number = value.split(" ")[0]
+            if not number.isdigit() or value != value_of(int(number), self.sizes):
+                raise Broken(f"{key} is torn: {value[:80]!r} of {len(value)} characters")
+            present[key] = (revision, int(number))
+        newest = max((revision for revision, _ in present.values()), default=0)
+        for key, (revision, _) in self.known.items():
+            if present.get(key, (0, 0))[0] < revision:
+                raise Broken(f"{key} was shown at revision {revision} and is at {present.get(key)} now")
+        lost = 0
+        for revision, key, number, at in self.pending:
+            there = present.get(key, (0, 0))
+            if there[0] < revision or there[1] < number:
+                if revision <= newest:
+                    raise Broken(f"{key}: revision {revision} is missing, and {newest} survived: no prefix")
+                lost += 1
+                window_ms = (self.cut_at - at) * 1000
+                self.window_ms = max(self.window_ms, window_ms)
+                self.excess_ms = max(self.excess_ms, window_ms - INTERVAL_MS - 2 * self.sync_ms)
+        if lost and client.epoch == self.epoch:
+            raise Broken(f"{lost} acknowledged writes are lost, and the epoch is the same")
+        self.lost += lost
+        self.known, self.epoch, self.pending = present, client.epoch, []
+
+    def report(self):
+        figures = f"fs={self.kind} durability={self.durability} cycles={self.cycles} acknowledged={self.count}"
+        if self.name == "control":
+            print(f"TEST power_cut_control {figures} lost={self.lost} torn=0", flush=True)
+            if not self.lost:
+                raise Broken("the control lost nothing: these cuts prove nothing")
+            return
+        more = {"compact": f" segments={self.segments}", "start": f" before_it_listened={self.early}",
+                "interval": f" window_ms={self.window_ms:.0f} excess_ms={self.excess_ms:.0f}"}.get(self.name, "")
+        name = "power_cut" + ("" if self.name in ("sync", "interval") else f"_{self.name}")
+        print(f"TEST {name} {figures} lost={self.lost} torn=0{more}", flush=True)
+        if self.name == "interval":
+            if self.excess_ms > WINDOW_SLACK_MS:
+                raise Broken(f"lost what should have been synced {self.excess_ms:.0f} ms before the cut")
+        elif self.lost:
+            raise Broken(f"{self.lost} acknowledged writes are lost")
+        if self.name == "compact" and self.segments < self.cycles:
+            raise Broken("segments hardly came and went: compaction was not cut")
+        if self.count == 0:
+            raise Broken("nothing was acknowledged")
 
 
-def check(port, acknowledged):
-    client = Client(port)
-    lost = []
-    for key, (number, revision) in acknowledged.items():
-        got = client.ask({"type": "Get", "key": key})
-        if not got["data"]:
-            lost.append(key)
-            continue
-        value = got["data"][0]
-        stored = int(value.split(" ")[0])
-        if value != f"{stored} " + "x" * (stored % 10**7 % 300):
-            sys.exit(f"{key} is torn: {value!r}")
-        if stored < number or got["revisions"][0] < revision:
-            lost.append(key)
-    return lost
+def skip(why):
+    if os.environ.get("NKV_FAULTS") == "1":
+        sys.exit(f"NKV_FAULTS is set, and this cannot run: {why}")
+    print(f"SKIPPED: {why}")
+    sys.exit(0)
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("server")
-    parser.add_argument("--cycles", type=int, default=20)
-    parser.add_argument("--fs", default="ext4", choices=["ext4", "xfs"])
-    parser.add_argument("--durability", default="sync")
+    parser.add_argument("--cycles", type=int, default=60)
+    parser.add_argument("--fast", action="store_true", help="a few cycles of each, for every change")
+    parser.add_argument("--fs", action="append", choices=["ext4", "xfs"])
+    parser.add_argument("--scenario", action="append", choices=list(SCENARIOS))
+    parser.add_argument("--seed", type=int, default=int(os.environ.get("NKV_SEED") or random.randrange(10**9)))
     args = parser.parse_args()
     server = os.path.abspath(args.server)
-    os.chdir(tempfile.mkdtemp(prefix="nkv-power-cut-"))
-    run = lambda *words: subprocess.run(words, check=True)
-    run("truncate", "-s", "320M" if args.fs == "xfs" else "96M", "disk")
-    run(f"mkfs.{args.fs}", "-q", "-F" if args.fs == "ext4" else "-f", "disk")
-    os.mkdir("mount")
-    acknowledged, writes, lost = {}, 0, 0
-    for cycle in range(args.cycles + 1):
-        run("mount", "-o", "loop", "disk", "mount")
-        child = None
-        try:
-            child, port = start(server, "mount/data", args.durability)
-            missing = check(port, acknowledged)
-            lost += len(missing)
-            for key in missing:
-                del acknowledged[key]
-            if cycle == args.cycles:
-                break
-            cut = threading.Event()
-            told = [dict() for _ in range(8)]
-            writers = [threading.Thread(target=write, args=(port, w, cycle, cut, told[w])) for w in range(8)]
-            for writer in writers:
-                writer.start()
-            time.sleep(0.1 + random.random() * 0.3)
-            directory = os.open("mount", os.O_RDONLY)
-            cut.set()
-            fcntl.ioctl(directory, GOINGDOWN, NO_LOG_FLUSH)
-            os.close(directory)
-            for writer in writers:
-                writer.join()
-            for part in told:
-                writes += part.pop("count", 0)
-                acknowledged.update(part)
-        finally:
-            if child:
-                child.kill()
-                child.wait()
-            run("umount", "mount")
-    print(f"TEST power_cut fs={args.fs} durability={args.durability} cycles={args.cycles} "
-          f"acknowledged={writes} lost={lost}")
-    sys.exit(1 if lost and args.durability == "sync" else 0)
+    # SIGTERM unwinds as Ctrl-C does: what was mounted is unmounted.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    kinds = args.fs or ["ext4", "xfs"]
+    if os.geteuid() != 0:
+        skip("root is needed to mount")
+    for kind in kinds:
+        if not shutil.which(f"mkfs.{kind}"):
+            skip(f"there is no mkfs.{kind}")
+    failed, start = [], time.monotonic()
+    for kind in kinds:
+        for name in args.scenario or SCENARIOS:
+            cycles = FAST[name] if args.fast else max(3, args.cycles * SCENARIOS[name][-1] // 100)
+            # Times are not repeated with a seed, but how long is waited for and what is flushed are.
+            rng = random.Random(f"{args.seed} {kind} {name}")
+            try:
+                Scenario(server, kind, name, cycles, rng).run()
+            except Broken as broken:
+                failed.append(f"{kind} {name}: {broken}")
+                print(f"FAILED {failed[-1]}", flush=True)
+    print(f"power cuts: seed {args.seed}, {time.monotonic() - start:.0f} s")
+    sys.exit(1 if failed else 0)
 
 
 main()

@@ -1,61 +1,23 @@
-//! The real binary under faults of its system calls and its disk. Needs `strace`, and root for a small disk; what
-//! cannot run says so, and fails instead where `NKV_FAULTS=1` says that it must run.
+//! The real binary while its syncs fail or take their time, and while its disk is full, read-only or gone. Needs
+//! `strace`, and root for a small disk; see [`support::faults`].
 
 #![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used)]
 
 mod support;
 
-use std::io::{BufRead, BufReader};
+use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Instant;
 
-use support::process::Process;
-use support::{eventually, status};
+use support::faults::{Load, SmallDisk, Strace, check_all_there};
+use support::process::{Process, command};
+use support::{Conn, eventually, status};
 
-/// strace attached to a server, detached when dropped.
-struct Strace(Child);
-
-impl Strace {
-    fn attach(server: &Process, arguments: &[&str]) -> Option<Strace> {
-        let mut command = Command::new("strace");
-        command.arg("-f").args(arguments).arg("-p").arg(server.child.id().to_string());
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut child = match command.spawn() {
-            Ok(child) => child,
-            Err(error) => {
-                skip(&format!("no strace: {error}"));
-                return None;
-            }
-        };
-        let mut said = String::new();
-        let mut stderr = BufReader::new(child.stderr.take().unwrap());
-        while !said.contains("attached") {
-            assert!(stderr.read_line(&mut said).unwrap() > 0, "strace did not attach: {said}");
-        }
-        // It goes on to say things, and must not be held up by nobody reading them.
-        std::thread::spawn(move || stderr.lines().map_while(Result::ok).for_each(drop));
-        Some(Strace(child))
-    }
-
-    fn detach(mut self) {
-        let pid = self.0.id().to_string();
-        assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
-        self.0.wait().unwrap();
-    }
-}
-
-impl Drop for Strace {
-    fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
-    }
-}
-
-fn skip(why: &str) {
-    assert!(std::env::var_os("NKV_FAULTS").is_none(), "NKV_FAULTS is set, and this cannot run: {why}");
-    println!("SKIPPED: {why}");
-}
+const SYNCS: &str = "trace=fsync,fdatasync";
 
 #[test]
 fn a_put_is_answered_after_a_flush_of_its_own_and_a_crowd_shares_one() {
@@ -63,7 +25,7 @@ fn a_put_is_answered_after_a_flush_of_its_own_and_a_crowd_shares_one() {
     let server = Process::start(dir.path(), &[]);
     let trace = dir.path().join("trace");
     let trace_arg = trace.to_str().unwrap();
-    let Some(strace) = Strace::attach(&server, &["-e", "trace=fsync,fdatasync", "-o", trace_arg]) else { return };
+    let Some(strace) = Strace::attach(&server, &["-e", SYNCS, "-o", trace_arg]) else { return };
     let mut conn = server.connect();
     for n in 0..100 {
         conn.put("a", &n.to_string());
@@ -72,7 +34,7 @@ fn a_put_is_answered_after_a_flush_of_its_own_and_a_crowd_shares_one() {
     let alone = flushes(&trace);
     assert!(alone >= 100, "{alone} flushes for 100 puts, one after another");
 
-    let Some(strace) = Strace::attach(&server, &["-e", "trace=fsync,fdatasync", "-o", trace_arg]) else { return };
+    let Some(strace) = Strace::attach(&server, &["-e", SYNCS, "-o", trace_arg]) else { return };
     // What arrives together shares a flush, however the clients' threads come to run.
     let puts = vec![r#"{"type":"Put","key":"a","value":"x"}"#; 20].join("\n");
     let mut crowd: Vec<_> = (0..32).map(|_| server.connect()).collect();
@@ -95,77 +57,265 @@ fn flushes(trace: &Path) -> usize {
 }
 
 #[test]
+fn an_answer_is_written_after_a_flush_that_began_after_its_record_was_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Process::start(dir.path(), &[]);
+    let trace = dir.path().join("trace");
+    let calls = "trace=pwrite64,fdatasync,fsync,write,writev,sendto,sendmsg";
+    let arguments = ["-y", "-s", "200", "-e", calls, "-o", trace.to_str().unwrap()];
+    let Some(strace) = Strace::attach(&server, &arguments) else { return };
+    let mut conn = server.connect();
+    for n in 0..100 {
+        conn.put("a", &n.to_string());
+    }
+    strace.detach();
+
+    // A call that others interrupt takes two lines: where it began, and where it ended.
+    let mut unfinished = BTreeMap::new();
+    let (mut answers, mut flushes, mut flushed) = (0, 0, false);
+    // Threads with a flush under way that began after the last record was written.
+    let mut flushing = Vec::new();
+    for line in std::fs::read_to_string(&trace).unwrap().lines() {
+        let (thread, rest) = line.split_once(' ').unwrap();
+        let rest = rest.trim_start();
+        let begins = !rest.starts_with("<...");
+        let call = if begins { rest } else { unfinished.remove(thread).unwrap_or("") };
+        let ends = !rest.ends_with("<unfinished ...>");
+        let is_flush = call.starts_with("fdatasync(") && call.contains(".log>");
+        if begins && is_flush {
+            flushing.push(thread);
+        }
+        if begins && call.contains(r#"\"status\":200"#) {
+            assert!(flushed, "answer {answers} was written before its record was flushed: {line}");
+            answers += 1;
+        }
+        if !ends {
+            unfinished.insert(thread, rest);
+        } else if is_flush && flushing.contains(&thread) {
+            assert!(rest.ends_with("= 0"), "{rest}");
+            flushes += 1;
+            flushed = true;
+        } else if call.starts_with("pwrite64(") && call.contains(".log>") {
+            flushing.clear();
+            flushed = false;
+        }
+    }
+    println!("TEST strace_order puts=100 answers={answers} flushes={flushes}");
+    assert_eq!(answers, 100, "some answers are not in the trace");
+}
+
+#[test]
 fn when_a_flush_fails_nothing_is_acknowledged_any_more() {
     let dir = tempfile::tempdir().unwrap();
     let mut server = Process::start(dir.path(), &[]);
-    server.connect().put("before", "x");
-    let inject = ["-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:error=EIO", "-o", "/dev/null"];
-    let Some(_strace) = Strace::attach(&server, &inject) else { return };
+    let load = Load::start(&server);
     let mut conn = server.connect();
-    let answer = conn.ask(r#"{"type":"Put","key":"after","value":"x"}"#);
-    assert!(answer == "(closed)" || status(&answer) == 500, "{answer}");
+    (0..100).for_each(|n| assert!(conn.put("before", &n.to_string()) > 0));
+    let inject = ["-e", SYNCS, "-e", "inject=fsync,fdatasync:error=EIO", "-o", "/dev/null"];
+    let Some(_strace) = Strace::attach(&server, &inject) else { return };
+    let attached = Instant::now();
     assert_eq!(server.wait().code(), Some(74));
+    let acknowledged = load.join();
+    let after = acknowledged.iter().filter(|put| put.sent > attached).count();
 
     let server = Process::start(dir.path(), &[]);
-    assert_eq!(status(&server.connect().ask(r#"{"type":"Get","key":"before"}"#)), 200);
+    check_all_there(&mut server.connect(), &acknowledged);
+    let before = server.connect().ask(r#"{"type":"Get","key":"before"}"#);
+    assert!(before.contains("[57,57]"), "{before}"); // 99
+    println!("TEST strace_eio acknowledged={} after={after} lost=0 code=74", acknowledged.len());
+    assert_eq!(after, 0, "acknowledged although every flush failed");
 }
 
-/// A file system of three megabytes, gone when dropped.
-struct SmallDisk(tempfile::TempDir);
+#[test]
+fn while_a_flush_takes_its_time_reads_are_served_and_what_is_durable_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Process::start(dir.path(), &[]);
+    server.connect().put("old", "x");
+    let mut subscriber = server.connect();
+    assert_eq!(subscriber.ask(r#"{"type":"Subscribe","key":"first"}"#), r#""Hello""#);
+    let inject = ["-e", SYNCS, "-e", "inject=fdatasync:delay_enter=1000000", "-o", "/dev/null"];
+    let Some(_strace) = Strace::attach(&server, &inject) else { return };
 
-impl SmallDisk {
-    fn mount() -> Option<Self> {
-        let dir = tempfile::tempdir().unwrap();
-        let mount =
-            Command::new("mount").args(["-t", "tmpfs", "-o", "size=3m,mode=0700", "nkv"]).arg(dir.path()).output();
-        match mount {
-            Ok(output) if output.status.success() => Some(SmallDisk(dir)),
-            other => {
-                skip(&format!("no small disk: {other:?}"));
-                None
+    let done = AtomicBool::new(false);
+    let (mut reader, mut writer) = (server.connect(), server.connect());
+    let gets = thread::scope(|scope| {
+        let reading = scope.spawn(|| {
+            let mut gets = 0;
+            while !done.load(Ordering::SeqCst) {
+                assert_eq!(status(&reader.ask(r#"{"type":"Get","key":"old"}"#)), 200);
+                gets += 1;
             }
+            gets
+        });
+        writer.put("slow", "x");
+        done.store(true, Ordering::SeqCst);
+        reading.join().unwrap()
+    });
+    assert!(gets >= 100, "{gets} gets were answered while a put waited for its flush");
+
+    // Two puts in two batches: the first is told while the second waits.
+    let mut rounds = 0;
+    loop {
+        rounds += 1;
+        let before = batches(&mut reader);
+        let (told, order) = mpsc::channel();
+        let answered = told.clone();
+        writer.send(r#"{"type":"Put","key":"first","value":"x"}"#);
+        reader.ask(r#"{"type":"Health"}"#);
+        let mut other = server.connect();
+        let second = thread::spawn(move || {
+            other.put("second", "x");
+            answered.send("second answered").unwrap();
+        });
+        assert!(subscriber.line().contains("Update"));
+        told.send("first told").unwrap();
+        assert_eq!(status(&writer.line()), 200);
+        second.join().unwrap();
+        if batches(&mut reader) == before + 2 {
+            assert_eq!(order.try_iter().collect::<Vec<_>>(), ["first told", "second answered"]);
+            break;
         }
+        assert!(rounds < 5, "both puts were in one batch each time");
     }
+    println!("TEST slow_fsync gets_meanwhile={gets} rounds={rounds}");
 }
 
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        drop(Command::new("umount").arg("-l").arg(self.0.path()).status());
-    }
+fn batches(conn: &mut Conn) -> u64 {
+    conn.send(r#"{"type":"Stats"}"#);
+    let answer = conn.json();
+    answer["Stats"]["batches"].as_u64().unwrap_or_else(|| panic!("{answer}"))
 }
 
 #[test]
 fn a_full_disk_keeps_what_it_has_takes_deletes_and_then_puts_again() {
-    let Some(disk) = SmallDisk::mount() else { return };
-    let data = disk.0.path().join("data");
-    let mut server = Process::start(&data, &[]);
-    let mut conn = server.connect();
-    conn.hello("c", "text");
-    let value = "x".repeat(50_000);
-    let request = |key: &str| format!(r#"{{"type":"Put","key":"{key}","value":"{value}"}}"#);
-    let mut stored = 0;
-    let mut answer = conn.ask(&request("k.0"));
-    while status(&answer) == 200 {
-        stored += 1;
-        assert!(stored < 100, "the disk does not fill");
-        answer = conn.ask(&request(&format!("k.{stored}")));
+    for (name, disk) in [("tmpfs", SmallDisk::tmpfs()), ("ext4", SmallDisk::ext4())] {
+        if let Some(disk) = disk {
+            fill_and_empty(name, &disk);
+        }
     }
-    assert_eq!(status(&answer), 507, "{answer}");
-    assert_eq!(status(&conn.ask(&request("k.0"))), 507);
-    assert_eq!(conn.ask(r#"{"type":"List","key":"*"}"#).matches("\"k.").count(), stored);
+}
 
-    // One of the keys must be left over, to be kept safe while space is made.
-    for n in 1..stored {
-        let answer = conn.ask(&format!(r#"{{"type":"Delete","key":"k.{n}"}}"#));
-        assert_eq!(status(&answer), 200, "delete {n} of {stored}: {answer}");
-    }
-    eventually("a put fits again", || status(&conn.ask(&request("again"))) == 200);
+fn fill_and_empty(name: &str, disk: &SmallDisk) {
+    let mut server = Process::start(&disk.data(), &[]);
+    let mut conn = server.connect();
+    let stored = fill(&mut conn, 0);
+    assert_eq!(status(&conn.ask(&big_put(0))), 507);
+    check_keys(&mut conn, stored);
 
     server.signal("-KILL");
     server.wait();
-    let server = Process::start(&data, &[]);
+    let mut server = Process::start(&disk.data(), &[]);
     let mut conn = server.connect();
-    let listed = conn.ask(r#"{"type":"List","key":"*"}"#);
-    assert!(listed.contains(r#""keys":["again","k.0"]"#), "{listed}");
-    println!("TEST enospc stored={stored}");
+    check_keys(&mut conn, stored);
+    // Recovery may have made a little room.
+    let stored = fill(&mut conn, stored);
+
+    // One of the keys must be left over, to be kept safe while space is made.
+    for n in 1..stored {
+        let answer = conn.ask(&format!(r#"{{"type":"Delete","key":"k.{n:03}"}}"#));
+        assert_eq!(status(&answer), 200, "delete {n} of {stored}: {answer}");
+    }
+    eventually("a put fits again", || status(&conn.ask(&big_put(999))) == 200);
+
+    server.signal("-KILL");
+    server.wait();
+    let server = Process::start(&disk.data(), &[]);
+    let listed = server.connect().ask(r#"{"type":"List","key":"*"}"#);
+    assert!(listed.contains(r#""keys":["k.000","k.999"]"#), "{listed}");
+    println!("TEST enospc disk={name} stored={stored} lost=0 restarts_needed=0");
+}
+
+fn big_put(n: usize) -> String {
+    format!(r#"{{"type":"Put","key":"k.{n:03}","value":"{}"}}"#, "x".repeat(50_000))
+}
+
+/// Puts until the disk is full; gives how many keys there are.
+fn fill(conn: &mut Conn, from: usize) -> usize {
+    for n in from..990 {
+        let answer = conn.ask(&big_put(n));
+        if status(&answer) != 200 {
+            assert_eq!(status(&answer), 507, "{answer}");
+            return n;
+        }
+    }
+    panic!("the disk does not fill");
+}
+
+fn check_keys(conn: &mut Conn, stored: usize) {
+    conn.hello("c", "text");
+    assert_eq!(conn.ask(r#"{"type":"List","key":"*"}"#).matches("\"k.").count(), stored);
+    let value = "x".repeat(50_000);
+    for n in 0..stored {
+        let got = conn.ask(&format!(r#"{{"type":"Get","key":"k.{n:03}"}}"#));
+        assert!(got.contains(&value), "k.{n:03} is not whole");
+    }
+}
+
+#[test]
+fn on_a_disk_that_turns_read_only_nothing_more_is_acknowledged() {
+    let Some(disk) = SmallDisk::ext4() else { return };
+    let mut server = Process::start(&disk.data(), &[]);
+    let mut conn = server.connect();
+    conn.put("a", "x");
+    let load = Load::start(&server);
+    conn.put("a", "y");
+    // What the kernel does to a file system in which it finds a fault.
+    disk.remount("abort");
+    let turned = Instant::now();
+    let acknowledged = load.join();
+    let after = acknowledged.iter().filter(|put| put.sent > turned).count();
+    let put = conn.ask(r#"{"type":"Put","key":"a","value":"z"}"#);
+    assert!(put == "(closed)" || status(&put) == 500, "{put}");
+    let goes_on = server.child.try_wait().unwrap().is_none()
+        && status(&server.connect().ask(r#"{"type":"Get","key":"a"}"#)) == 200;
+    if goes_on {
+        server.signal("-TERM");
+    }
+    let code = server.wait().code();
+    assert!(code == Some(74) || goes_on && code == Some(0), "{code:?}");
+
+    // And to start on such a disk is refused, in one line.
+    let (code, said) = run_to_end(&disk.data());
+    assert_eq!((code, said.lines().count()), (74, 1), "{said}");
+    assert!(said.contains("data") && !said.contains("panicked"), "{said}");
+    println!("TEST read_only acknowledged={} after={after} goes_on={goes_on} start_code={code}", acknowledged.len());
+    assert_eq!(after, 0, "acknowledged on a read-only disk");
+}
+
+fn run_to_end(data: &Path) -> (i32, String) {
+    let mut command = command();
+    let output = command.args(["127.0.0.1:0", "--log-level", "off", "--data-dir"]).arg(data).output().unwrap();
+    (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn without_its_directory_a_server_answers_and_stops() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let mut server = Process::start(&data, &[]);
+    let mut conn = server.connect();
+    conn.put("a", "x");
+    std::fs::remove_dir_all(&data).unwrap();
+    // Enough for a new segment, which has no directory to be in.
+    let value = "x".repeat(500_000);
+    let mut refused = None;
+    for n in 0..40 {
+        let answer = conn.ask(&format!(r#"{{"type":"Put","key":"big.{}","value":"{value}"}}"#, n % 4));
+        if answer == "(closed)" || status(&answer) != 200 {
+            refused.get_or_insert(n);
+        }
+        if answer == "(closed)" {
+            break;
+        }
+        assert!(matches!(status(&answer), 200 | 500), "{answer}");
+    }
+    let refused = refused.expect("puts into a directory that is gone are acknowledged for ever");
+    let goes_on = server.child.try_wait().unwrap().is_none();
+    if goes_on {
+        assert_eq!(status(&server.connect().ask(r#"{"type":"Get","key":"a"}"#)), 200);
+        server.signal("-TERM");
+    }
+    let code = server.wait().code().unwrap();
+    println!("TEST directory_gone refused_after={refused} goes_on={goes_on} code={code}");
+    assert!(code == 74 || goes_on && code == 0, "{code}");
 }

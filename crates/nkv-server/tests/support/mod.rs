@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub, missing_docs)]
 
 #[cfg(feature = "cli")]
+pub mod faults;
+#[cfg(feature = "cli")]
 pub mod process;
 
 use std::io::{BufRead, BufReader, Read, Write};

@@ -9,7 +9,7 @@ use nkv_core::{
 };
 use nkv_server::ServerError;
 use nkv_testkit::script::{Crash, ScriptedPersist};
-use support::{PATIENCE, TestServer, status};
+use support::{PATIENCE, TestServer, eventually, status};
 
 #[test]
 fn a_failed_write_is_an_error_and_changes_nothing() {
@@ -81,7 +81,9 @@ fn a_server_that_stops_finishes_what_it_accepted() {
     script.block();
     conn.send(r#"{"type":"Put","key":"a","value":"x"}"#);
     assert!(script.wait_until_blocked(PATIENCE));
+    let addr = server.addr.clone();
     let stopper = std::thread::spawn(move || server.shutdown());
+    eventually("it accepts no more", || std::net::TcpStream::connect(&addr).is_err());
     script.release();
     assert_eq!(status(&conn.line()), 200);
     assert_eq!(conn.line(), "(closed)");

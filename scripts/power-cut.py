@@ -324,7 +324,8 @@ def main():
     parser.add_argument("--seed", type=int, default=int(os.environ.get("NKV_SEED") or random.randrange(10**9)))
     args = parser.parse_args()
     server = os.path.abspath(args.server)
-    # SIGTERM unwinds as Ctrl-C does: what was mounted is unmounted.
+    # Both unwind, also where a shell started this in the background: what was mounted is unmounted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     kinds = args.fs or ["ext4", "xfs"]

@@ -13,8 +13,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 steps=(model codec loom power kill faults histories fuzz miri mutants cut mixed)
 
 # What two cores do in a second, in release mode: half of what was measured, as machines differ.
-MODEL_CASES_PER_S=400
-CODEC_CASES_PER_S=500
+MODEL_CASES_PER_S=1000
+CODEC_CASES_PER_S=1000
 POWER_IMAGES_PER_S=2
 KILL_CYCLES_PER_S=4
 # One cycle of `sync` on each file system, and its part of the other scenarios.
@@ -42,7 +42,7 @@ share=$((minutes * 60 / ${#chosen[@]}))
 
 # count RATE: how many of something fit in a step's share; one at least.
 count() {
-  awk -v share="$share" -v rate="$1" 'BEGIN { n = int(share * rate); print n > 1 ? n : 1 }'
+  awk -v share="$share" -v rate="$1" 'BEGIN { n = int(share * rate); print (n > 1 ? n : 1) }'
 }
 
 target="${CARGO_TARGET_DIR:-target}"

@@ -47,7 +47,7 @@ START_LIMIT_S = 30
 SCENARIOS = {
     "sync": ("sync", (0, 300), 7, (0.05, 0.35), 100),
     "compact": ("sync", (40_000, 120_000), 2, (0.2, 0.8), 40),
-    "start": ("sync", (0, 300), 7, (0, 0.05), 60),
+    "start": ("sync", (0, 300), 7, (0, 0.1), 60),
     "interval": (f"interval:{INTERVAL_MS}ms", (0, 300), 7, (0.6, 1.2), 30),
     "control": ("os", (0, 300), 7, (0.05, 0.35), 20),
 }
@@ -228,8 +228,8 @@ class Scenario:
             server.kill()
 
     def cut_at_start(self, disk, server, cycle):
-        # A start takes some milliseconds; half of the cuts come within.
-        if self.rng.random() < 0.5:
+        # A start takes some milliseconds; every second cut comes within.
+        if cycle % 2 == 0:
             time.sleep(self.rng.random() * 0.02)
             self.early += not server.listens.is_set()
             disk.cut(self.rng.choice([LOG_FLUSH, NO_LOG_FLUSH]))
@@ -303,7 +303,7 @@ class Scenario:
             raise Broken(f"{self.lost} acknowledged writes are lost")
         if self.name == "compact" and self.segments < self.cycles:
             raise Broken("segments hardly came and went: compaction was not cut")
-        if self.count == 0:
+        if self.count == 0 and self.name != "start":
             raise Broken("nothing was acknowledged")
 
 

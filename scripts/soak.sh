@@ -15,7 +15,7 @@ steps=(model codec loom power kill faults histories fuzz miri mutants cut mixed)
 # What two cores do in a second, in release mode: half of what was measured, as machines differ.
 MODEL_CASES_PER_S=1000
 CODEC_CASES_PER_S=1000
-POWER_IMAGES_PER_S=2
+POWER_IMAGES_PER_S=1
 KILL_CYCLES_PER_S=4
 # One cycle of `sync` on each file system, and its part of the other scenarios.
 CUT_CYCLES_PER_S=0.3

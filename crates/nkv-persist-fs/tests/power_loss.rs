@@ -226,6 +226,9 @@ fn in_the_relaxed_modes_a_prefix_survives_and_a_loss_changes_the_epoch() {
             images += explore(&options, &history(seed, 10, 700), 64);
         }
     }
+    // Nothing was synced before the new segment is begun.
+    let grown: Vec<_> = (1..=2).map(|n| vec![put(&format!("k.{n}"), n, vec![n as u8; 2_500])]).collect();
+    images += explore(&options().with_durability(Durability::Os), &grown, 64);
     println!("{images} images");
 }
 

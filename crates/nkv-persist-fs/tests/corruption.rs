@@ -321,6 +321,46 @@ fn a_lost_lock_file_and_a_lost_reserve_change_nothing() {
     }
 }
 
+// The header of a segment whose making was interrupted says how far the log had been durable.
+#[test]
+fn damage_before_a_segment_whose_making_was_interrupted_is_refused() {
+    let history: Vec<_> = (1..=2).map(|n| vec![put(&format!("k.{n}"), n, vec![n as u8; 2_500])]).collect();
+    let mut unsealed = 0;
+    for cut in 0..30 {
+        let fs = SimFs::new();
+        fs.cut_power_at(cut);
+        let run = |mut persist: FsPersist| history.iter().try_for_each(|batch| persist.persist(batch));
+        drop(open(&fs, &options()).and_then(run));
+        let killed = fs.fork();
+        let names = segments(&killed);
+        let len = |name: &str| killed.read(&path(name)).unwrap().len();
+        if names.len() == 2 && len(&names[1]) == 72 {
+            unsealed += usize::from(check(&killed).torn_bytes == 0 && open(&killed.fork(), &options()).is_ok());
+            let subject = Subject::new(killed.fork(), &history[..1]);
+            let fs = subject.with(&names[0], |bytes| bytes[1_000] ^= 1);
+            assert_eq!(subject.outcome(&fs, &format!("cut {cut}")), Outcome::Refused);
+        }
+    }
+    assert!(unsealed > 0);
+}
+
+// Two lives of one store, of the same epoch: a segment of the one does not fit into the other.
+#[test]
+fn a_segment_of_another_past_is_refused() {
+    let fs = SimFs::new();
+    open(&fs, &options()).unwrap().persist(&[put("a", 1, "1")]).unwrap();
+    let other = fs.fork();
+    for (fs, len) in [(&fs, 2_000), (&other, 1_900)] {
+        let mut persist = open(fs, &options()).unwrap();
+        (2..5).for_each(|n| persist.persist(&[put(&format!("k.{n}"), n, vec![1; len])]).unwrap());
+    }
+    let name = &segments(&fs)[1];
+    fs.place(&path(name), other.read(&path(name)));
+    let damage = check(&fs).damage.unwrap();
+    assert_eq!((&damage.file, damage.offset), (name, 0), "{damage}");
+    assert_eq!(open(&fs, &options()).unwrap_err().kind(), PersistErrorKind::Damaged);
+}
+
 // A file with a number that no segment has was taken for the newest segment, and a repair could not make one behind it.
 #[test]
 fn a_name_with_a_number_that_cannot_be_is_somebody_elses() {

@@ -63,8 +63,8 @@ for target in "${targets[@]}"; do
   "$binary" "-max_total_time=$seconds" -timeout=10 -rss_limit_mb=1024 -max_len=8192 -detect_leaks=0 -dict=fuzz/words.dict \
     -print_final_stats=1 "-artifact_prefix=$crashes" "$found" "$corpus" >"$log" 2>&1 || status=$?
   execs="$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")"
-  coverage="$(grep -o 'cov: [0-9]*' "$log" | tail -1)"
-  echo "TEST fuzz_$target execs=${execs:-0} coverage=${coverage#cov: } crashes=$((status != 0)) seconds=$seconds"
+  coverage="$(sed -n 's/.* cov: \([0-9]*\) .*/\1/p' "$log" | tail -1)"
+  echo "TEST fuzz_$target execs=${execs:-0} coverage=${coverage:-0} crashes=$((status != 0)) seconds=$seconds"
   if ((status != 0)); then
     failed=1
     tail -25 "$log"

@@ -37,6 +37,7 @@ const LIST_PAGE: u64 = 10_000;
 pub struct Client {
     handle: Arc<Handle>,
     request_timeout: Duration,
+    subscription_len_max: usize,
 }
 
 /// The way to the connection's task, which ends when no handle is left.
@@ -67,8 +68,8 @@ impl Handle {
 }
 
 impl Client {
-    pub(crate) fn new(handle: Handle, request_timeout: Duration) -> Self {
-        Client { handle: Arc::new(handle), request_timeout }
+    pub(crate) fn new(handle: Handle, request_timeout: Duration, subscription_len_max: usize) -> Self {
+        Client { handle: Arc::new(handle), request_timeout, subscription_len_max }
     }
 
     /// Connects to a server with the default options; see [`Addr`](crate::Addr) for how to write an address.
@@ -92,7 +93,7 @@ impl Client {
     /// The same connection, with another limit for how long a request may take.
     #[must_use]
     pub fn with_request_timeout(&self, request_timeout: Duration) -> Self {
-        Client { handle: Arc::clone(&self.handle), request_timeout }
+        Client { request_timeout, ..self.clone() }
     }
 
     /// The client's name.
@@ -372,8 +373,8 @@ impl Client {
         let id = self.handle.next_local.fetch_add(1, Relaxed);
         let subscription = Subscription::new(Arc::clone(&self.handle), pattern.clone(), id);
         let (ready, accepted) = oneshot::channel();
-        let queue = Arc::clone(subscription.queue());
-        let local = Local { id, pattern, exact, queue, ready: Some(ready), told: Told::default() };
+        let (queue, len_max) = (Arc::clone(subscription.queue()), self.subscription_len_max);
+        let local = Local { id, pattern, exact, queue, ready: Some(ready), told: Told::default(), len_max };
         self.handle.control(Control::Subscribe(local))?;
         match timeout(self.request_timeout, accepted).await {
             Ok(accepted) => accepted.map_err(|_| Error::closed())??,

@@ -12,7 +12,7 @@ use nkv_protocol::Reason;
 use tokio::sync::oneshot;
 
 use crate::error::{Error, Result};
-use crate::queue::Queue;
+use crate::queue::{KEY_COST, Queue};
 use crate::types::{EndReason, Entry, Event, GoneReason};
 
 /// One subscription of the program.
@@ -26,12 +26,18 @@ pub(crate) struct Local {
     /// Told once the server has accepted the subscription.
     pub(crate) ready: Option<oneshot::Sender<Result<()>>>,
     pub(crate) told: Told,
+    /// So many bytes may be kept for it: what it was told of, and what waits for its reader.
+    pub(crate) len_max: usize,
 }
 
 /// What a local subscription was told.
 #[derive(Debug, Default)]
 pub(crate) struct Told {
     keys: HashMap<Key, LastTold>,
+    /// What the keys cost.
+    len: usize,
+    /// Whether there is more than the subscription may hold.
+    too_much: bool,
     /// Number of the snapshot in hand or last seen.
     snapshot: u64,
     epoch: String,
@@ -74,28 +80,37 @@ impl Local {
             Some(last) if last.revision >= now.revision => last.snapshot = now.snapshot,
             Some(last) => {
                 *last = now;
-                self.queue.post(Event::Update { entry: entry.clone(), skipped });
+                self.post(Event::Update { entry: entry.clone(), skipped });
             }
             None => {
                 self.told.keys.insert(entry.key.clone(), now);
-                self.queue.post(Event::Update { entry: entry.clone(), skipped });
+                self.told.len += cost(&entry.key);
+                self.post(Event::Update { entry: entry.clone(), skipped });
             }
         }
+    }
+
+    fn post(&mut self, event: Event) {
+        let waiting = self.queue.post(event);
+        self.told.too_much |= waiting.saturating_add(self.told.len) > self.len_max;
     }
 
     fn gone(&mut self, key: &Key, revision: Revision, reason: GoneReason, skipped: u64) {
         let newer_told = self.told.keys.get(key).is_some_and(|last| last.revision > revision.get());
         if self.accepts(key) && !newer_told {
-            self.told.keys.remove(key);
-            self.queue.post(Event::Gone { key: key.clone(), revision, reason, skipped });
+            if self.told.keys.remove(key).is_some() {
+                self.told.len = self.told.len.saturating_sub(cost(key));
+            }
+            self.post(Event::Gone { key: key.clone(), revision, reason, skipped });
         }
     }
 
     /// Ends a snapshot: what it did not hold is gone.
     fn end_snapshot(&mut self, revision: Revision) {
-        let Told { keys, snapshot, .. } = &mut self.told;
+        let Told { keys, snapshot, len, .. } = &mut self.told;
         let missed = keys.extract_if(|_, last| last.snapshot != *snapshot);
         for (key, _) in missed {
+            *len = len.saturating_sub(cost(&key));
             self.queue.post(Event::Gone { key, revision, reason: GoneReason::Missed, skipped: 0 });
         }
         if !std::mem::replace(&mut self.told.synced, true) {
@@ -125,6 +140,10 @@ impl Local {
         }
         self.queue.post(Event::Ended(reason));
     }
+}
+
+fn cost(key: &Key) -> usize {
+    key.as_str().len() + KEY_COST
 }
 
 /// A subscription as the server knows it.
@@ -237,11 +256,23 @@ impl Hub {
             }
             None => self.locals().for_each(|local| local.update(entry, skipped)),
         }
+        self.end_what_holds_too_much();
     }
 
     /// `Close` of a key.
     pub(crate) fn gone(&mut self, key: &Key, revision: Revision, reason: GoneReason, skipped: u64) {
         self.locals().for_each(|local| local.gone(key, revision, reason, skipped));
+        self.end_what_holds_too_much();
+    }
+
+    /// The server is told when the reader drops the subscription; what it sends until then is read past.
+    fn end_what_holds_too_much(&mut self) {
+        for wire in self.wires.values_mut() {
+            for local in wire.locals.extract_if(.., |local| local.told.too_much) {
+                let len_max = local.len_max;
+                local.end(EndReason::TooMuch { len_max });
+            }
+        }
     }
 
     /// `Close` of a subscription. Those that our own `Subscribe`s and `Unsubscribe`s replaced or ended are expected:
@@ -291,7 +322,8 @@ mod tests {
 
     fn add(hub: &mut Hub, id: u64, pattern: &str) -> (Arc<Queue>, Option<Send>) {
         let (queue, pattern) = (Arc::<Queue>::default(), Pattern::new(pattern).unwrap());
-        let local = Local { id, pattern, exact: false, queue: Arc::clone(&queue), ready: None, told: Told::default() };
+        let (ready, told, len_max) = (None, Told::default(), 1_000);
+        let local = Local { id, pattern, exact: false, queue: Arc::clone(&queue), ready, told, len_max };
         (queue, hub.add(local))
     }
 
@@ -374,6 +406,33 @@ mod tests {
         assert_eq!(told(&queue), Vec::<String>::new());
         fill(&mut hub, &late.unwrap(), &[entry("a", 1)]);
         assert_eq!(told(&queue), ["a@1", "Synced"]);
+    }
+
+    #[test]
+    fn whoever_would_hold_too_much_is_ended_and_others_go_on() {
+        let mut hub = Hub::default();
+        hub.attach("e1");
+        let (all, send) = add(&mut hub, 1, "*");
+        fill(&mut hub, &send.unwrap(), &[]);
+        let (one, send) = add(&mut hub, 2, "a");
+        fill(&mut hub, &send.unwrap(), &[]);
+        // Two keys, told of and not read; one that comes and goes, and is read, costs nothing.
+        for revision in 1..100 {
+            hub.update(&entry("a", 2 * revision), 0);
+            hub.gone(&Key::new("a").unwrap(), Revision::new(2 * revision + 1), GoneReason::Deleted, 0);
+            told(&all);
+        }
+        hub.update(&entry("b", 200), 0);
+        hub.update(&entry("c", 201), 0);
+        assert_eq!(told(&all), ["b@200", "c@201"]);
+        for n in 0..10 {
+            hub.update(&entry(&format!("k{n}"), 300 + n), 0);
+        }
+        assert_eq!(told(&all).last().unwrap(), "Ended(TooMuch");
+        assert_eq!(told(&one), ["Synced", "a deleted"]);
+        hub.update(&entry("a", 400), 0);
+        assert_eq!(told(&one), ["a@400"]);
+        assert_eq!(hub.remove(&Pattern::new("*").unwrap(), 1), Some(Send::Unsubscribe("*".into())));
     }
 
     #[test]

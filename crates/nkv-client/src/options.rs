@@ -28,6 +28,7 @@ pub struct ClientBuilder {
     request_timeout: Duration,
     connect_timeout: Duration,
     message_len_max: usize,
+    subscription_len_max: usize,
     pace: Pace,
 }
 
@@ -40,6 +41,7 @@ impl ClientBuilder {
             request_timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(5),
             message_len_max: 80 << 20,
+            subscription_len_max: 1 << 30,
             pace: Pace {
                 heartbeat: Duration::from_secs(15),
                 backoff_min: Duration::from_millis(50),
@@ -98,6 +100,14 @@ impl ClientBuilder {
         self
     }
 
+    /// How many bytes may be kept for a subscription: the keys that it was told of, and what waits to be read, with 200
+    /// for each besides its own. One that would need more ends with
+    /// [`EndReason::TooMuch`](crate::EndReason::TooMuch). 1 GiB if not given.
+    pub fn subscription_len_max(mut self, len_max: usize) -> Self {
+        self.subscription_len_max = len_max;
+        self
+    }
+
     /// Connects.
     ///
     /// # Errors
@@ -131,7 +141,8 @@ impl ClientBuilder {
         let trouble = Arc::new(Mutex::new(None));
         let task = Task::new((link_options, self.pace), asks_rx, control_rx, state_tx, Arc::clone(&trouble));
         tokio::spawn(task.run(link));
-        Ok(Client::new(Handle::new(asks, control, state, trouble, client_uuid), self.request_timeout))
+        let handle = Handle::new(asks, control, state, trouble, client_uuid);
+        Ok(Client::new(handle, self.request_timeout, self.subscription_len_max))
     }
 }
 

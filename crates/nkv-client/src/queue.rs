@@ -20,6 +20,8 @@ struct State {
     /// By the order of their arrival.
     events: BTreeMap<u64, Event>,
     slots: HashMap<Slot, u64>,
+    /// Of all events.
+    len: usize,
     next: u64,
     closed: bool,
     waker: Option<Waker>,
@@ -50,17 +52,18 @@ impl Slot {
 }
 
 impl Queue {
-    /// Posts an event; after [`Event::Ended`] nothing more is taken.
-    pub(crate) fn post(&self, mut event: Event) {
+    /// Posts an event; after [`Event::Ended`] nothing more is taken. Returns how many bytes wait, about.
+    pub(crate) fn post(&self, mut event: Event) -> usize {
         let mut state = self.lock();
         if state.closed {
-            return;
+            return state.len;
         }
         state.closed = matches!(event, Event::Ended(_));
         let slot = Slot::of(&event);
         let old = state.slots.get(&slot).copied();
         if let Some(old) = old.and_then(|old| state.events.remove(&old)) {
             pass_over(&old, &mut event);
+            state.len = state.len.saturating_sub(len_of(&old));
         }
         let synced = state.slots.get(&Slot::Synced).copied();
         let place = match old.filter(|old| slot.is_key() && synced.is_some_and(|synced| *old < synced)) {
@@ -68,6 +71,8 @@ impl Queue {
             None => state.next,
         };
         state.next += 1;
+        state.len += len_of(&event);
+        let len = state.len;
         state.slots.insert(slot, place);
         state.events.insert(place, event);
         let waker = state.waker.take();
@@ -75,6 +80,7 @@ impl Queue {
         if let Some(waker) = waker {
             waker.wake();
         }
+        len
     }
 
     /// Takes the next event, or has `cx` woken when there is one; `None` after the end.
@@ -82,6 +88,7 @@ impl Queue {
         let mut state = self.lock();
         if let Some((_, event)) = state.events.pop_first() {
             state.slots.remove(&Slot::of(&event));
+            state.len = state.len.saturating_sub(len_of(&event));
             if state.events.is_empty() {
                 state.slots = HashMap::new();
             }
@@ -102,6 +109,17 @@ impl Queue {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing in this module panics while it holds the lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a key costs besides its own bytes and those of its value, about.
+pub(crate) const KEY_COST: usize = 200;
+
+fn len_of(event: &Event) -> usize {
+    match event {
+        Event::Update { entry, .. } => entry.key.as_str().len() + entry.value.len() + KEY_COST,
+        Event::Gone { key, .. } => key.as_str().len() + KEY_COST,
+        _ => 0,
     }
 }
 

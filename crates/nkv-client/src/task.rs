@@ -429,7 +429,8 @@ mod tests {
 
     fn local(id: u64) -> Local {
         let (queue, told) = (Arc::default(), Told::default());
-        Local { id, pattern: Pattern::new("a").unwrap(), exact: false, queue, ready: None, told }
+        let pattern = Pattern::new("a").unwrap();
+        Local { id, pattern, exact: false, queue, ready: None, told, len_max: usize::MAX }
     }
 
     /// A put under way, and where its answer comes.

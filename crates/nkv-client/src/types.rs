@@ -107,6 +107,12 @@ pub enum EndReason {
         /// In words.
         message: String,
     },
+    /// It would have held more than
+    /// [`ClientBuilder::subscription_len_max`](crate::ClientBuilder::subscription_len_max).
+    TooMuch {
+        /// In bytes.
+        len_max: usize,
+    },
     /// The client was closed, or its runtime shut down.
     Closed,
 }

@@ -175,6 +175,36 @@ async fn a_server_cannot_make_the_client_hold_more_than_the_limit() {
     assert!(sent < 50_000_000);
 }
 
+// Keys without end were all kept, and so were their values while nobody read.
+#[tokio::test]
+async fn a_server_cannot_make_a_subscription_hold_more_than_its_limit() {
+    let server = Scripted::new().await;
+    let builder = eager(&server.addr).subscription_len_max(1_000_000);
+    let (client, mut peer) = tokio::join!(builder.connect(), server.accept());
+    let client = client.unwrap();
+    let (subscriptions, ()) =
+        tokio::join!(async { tokio::join!(client.subscribe("*"), client.subscribe("a")) }, async {
+            for _ in 0..2 {
+                let (_, _, pattern) = peer.request().await.unwrap();
+                peer.snapshot(&pattern, &[("a", "1", 1)], 1).await;
+            }
+        });
+    let (mut all, mut one) = (subscriptions.0.unwrap(), subscriptions.1.unwrap());
+    let value = "x".repeat(10_000);
+    for n in 0..200 {
+        peer.update(&format!("k{n}"), &value, n + 2).await;
+    }
+    peer.update("a", "2", 1_000).await;
+    assert_eq!(shorts(&until_synced(&mut one).await), ["a=1"]);
+    assert_eq!(short(&next(&mut one).await), "a=2", "others go on");
+    let mut events = Vec::new();
+    while let Some(event) = within(all.next()).await {
+        events.push(event);
+    }
+    assert_eq!(events.last(), Some(&Event::Ended(EndReason::TooMuch { len_max: 1_000_000 })));
+    assert!((90..110).contains(&events.len()), "{} events", events.len());
+}
+
 #[tokio::test]
 async fn a_silent_connection_is_asked_for_a_word_and_then_given_up() {
     let server = Scripted::new().await;

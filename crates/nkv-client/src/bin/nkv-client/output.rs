@@ -134,6 +134,7 @@ pub(crate) fn ended(reason: &EndReason) -> String {
         EndReason::Unsubscribed => "unsubscribed".into(),
         EndReason::Replaced => "replaced by another client of the same name".into(),
         EndReason::Refused { status, message } => format!("refused by the server: {status} {message}"),
+        EndReason::TooMuch { len_max } => format!("more than {len_max} bytes of keys and values wait"),
         EndReason::Closed => "closed".into(),
         other => format!("{other:?}"),
     }

@@ -409,6 +409,24 @@ mod tests {
     }
 
     #[test]
+    fn within_an_epoch_a_server_that_goes_back_is_not_followed() {
+        let mut hub = Hub::default();
+        hub.attach("e1");
+        let (queue, send) = add(&mut hub, 1, "a");
+        fill(&mut hub, &send.unwrap(), &[entry("a", 5)]);
+        told(&queue);
+        hub.detach();
+        let sends = hub.attach("e1");
+        fill(&mut hub, &sends[0], &[entry("a", 3)]);
+        hub.update(&entry("a", 4), 0);
+        assert_eq!(told(&queue), ["Connected", "Synced"]);
+        hub.detach();
+        let sends = hub.attach("e2");
+        fill(&mut hub, &sends[0], &[entry("a", 3)]);
+        assert_eq!(told(&queue), ["Connected", "a@3", "Synced"]);
+    }
+
+    #[test]
     fn whoever_would_hold_too_much_is_ended_and_others_go_on() {
         let mut hub = Hub::default();
         hub.attach("e1");

@@ -132,6 +132,8 @@ pub struct Facts<'a> {
     pub puts: HashMap<Value, &'a Op>,
     /// By revision: the writes that were answered, and the puts that somebody read.
     pub changes: BTreeMap<u64, Change<'a>>,
+    /// The writes that were answered, by revision.
+    pub written: HashMap<u64, &'a Op>,
     pub by_key: HashMap<&'a str, BTreeMap<u64, Option<Value>>>,
     /// For each key, when deletes were asked for that were never answered.
     unknown_deletes: HashMap<&'a str, Vec<Time>>,
@@ -154,10 +156,11 @@ impl<'a> Facts<'a> {
             if op.ask == Ask::Delete && op.is_unknown() {
                 facts.unknown_deletes.entry(&op.key).or_default().push(op.invoked);
             }
-            if let Outcome::Written(revision) = op.outcome
-                && let Some(other) = facts.changes.insert(revision, (&op.key, op.put()))
-            {
-                wrong.push(format!("revision {revision} was given twice: to {other:?} and {op:?}"));
+            if let Outcome::Written(revision) = op.outcome {
+                facts.changes.insert(revision, (&op.key, op.put()));
+                if let Some(other) = facts.written.insert(revision, op) {
+                    wrong.push(format!("revision {revision} was given twice: to {other:?} and {op:?}"));
+                }
             }
             facts.proved.extend(op.revision().map(|revision| (op.returned, revision)));
         }

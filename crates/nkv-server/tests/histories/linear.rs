@@ -55,7 +55,7 @@ fn real_time(ops: &[Op], facts: &Facts<'_>, wrong: &mut Vec<String>) -> HashMap<
                 revision >= key_floor_then && op.expect.flatten().is_none_or(|(asked, _)| asked != revision)
             }
             Outcome::Refused => true,
-            _ => may_be_absent(op, key_floor_then, facts, ops),
+            _ => may_be_absent(op, key_floor_then, facts),
         };
         if !ok {
             wrong.push(format!("{floor_then} ({key_floor_then} of the key) was proved before it began: {op:?}"));
@@ -68,14 +68,13 @@ fn real_time(ops: &[Op], facts: &Facts<'_>, wrong: &mut Vec<String>) -> HashMap<
 }
 
 /// Whether a key that was seen at this revision may have been absent when the operation returned.
-fn may_be_absent(op: &Op, seen: u64, facts: &Facts<'_>, ops: &[Op]) -> bool {
+fn may_be_absent(op: &Op, seen: u64, facts: &Facts<'_>) -> bool {
     let Some(changes) = facts.by_key.get(op.key.as_str()) else { return true };
     if changes.get(&seen).is_none_or(Option::is_none) || facts.may_be_deleted(&op.key, op.returned, seen..=u64::MAX) {
         return true;
     }
     let mut deletes = changes.range(seen..).filter(|(_, value)| value.is_none());
-    let asked = |revision: u64| ops.iter().find(|other| other.outcome == Outcome::Written(revision));
-    deletes.any(|(revision, _)| asked(*revision).is_none_or(|delete| delete.invoked < op.returned))
+    deletes.any(|(revision, _)| facts.written.get(revision).is_none_or(|delete| delete.invoked < op.returned))
 }
 
 /// Nothing known stands between a conditional write and what it asked for.

@@ -131,37 +131,39 @@ pub fn real<'a>(history: &'a History, facts: &mut Facts<'a>) -> Vec<String> {
 
 /// Durable: what was told, read or acknowledged in a life of the server is recovered in the next, in the same epoch.
 pub fn durable(history: &History) -> Vec<String> {
-    let mut found = Vec::new();
+    let (mut found, mut before) = (Vec::new(), 0);
     for restart in &history.restarts {
-        if restart.epoch != history.epoch {
-            found.push(format!("the epoch changed from {}: {restart:?}", history.epoch));
+        if restart.epoch != history.epoch || restart.recovered < before {
+            found.push(format!("not {} any more, or below {before}: {restart:?}", history.epoch));
         }
-        let lost = |revision: u64| revision > restart.recovered;
-        for op in history.ops.iter().filter(|op| op.returned < restart.at && op.revision().is_some_and(lost)) {
-            found.push(format!("only {} was recovered: {op:?}", restart.recovered));
-        }
-        for watch in &history.watches {
-            let told =
-                watch.told.iter().filter(|(time, _)| *time < restart.at || in_last_life(watch, *time, restart.killed));
-            for (_, told) in told {
-                let revision = match told {
-                    Told::Synced { revision, .. } => Some(*revision),
-                    _ => change(told).map(|(_, revision)| revision),
-                };
-                if revision.is_some_and(lost) {
-                    found.push(wrong(watch, format!("only {} was recovered", restart.recovered), told));
-                }
+        before = restart.recovered;
+    }
+    // By the next life; those after it recover no less.
+    let by_time = |time: Time| history.restarts.partition_point(|restart| restart.at <= time);
+    let lost = |life: usize, revision: Option<u64>| {
+        let recovered = history.restarts.get(life)?.recovered;
+        (revision? > recovered).then(|| format!("only {recovered} was recovered"))
+    };
+    for op in &history.ops {
+        found.extend(lost(by_time(op.returned), op.revision()).map(|why| format!("{why}: {op:?}")));
+    }
+    for watch in &history.watches {
+        // What comes over a connection is of the life that greeted it, however late it is read.
+        let mut greeted_in = usize::MAX;
+        for (time, told) in &watch.told {
+            match told {
+                Told::Hello => greeted_in = history.restarts.partition_point(|restart| restart.killed <= *time),
+                Told::Connected | Told::Lost => greeted_in = usize::MAX,
+                _ => {}
             }
+            let revision = match told {
+                Told::Synced { revision, .. } => Some(*revision),
+                _ => change(told).map(|(_, revision)| revision),
+            };
+            found.extend(lost(by_time(*time).min(greeted_in), revision).map(|why| wrong(watch, why, told)));
         }
     }
     found
-}
-
-/// Whether what was told then came over a connection that the server had greeted before it was killed.
-fn in_last_life(watch: &Watch, time: Time, killed: Time) -> bool {
-    let before = watch.told.partition_point(|(other, _)| *other <= time);
-    let greeted = watch.told[..before].iter().rfind(|(_, told)| matches!(told, Told::Hello | Told::Connected));
-    !watch.library && greeted.is_some_and(|(greeted, told)| *told == Told::Hello && *greeted < killed)
 }
 
 /// Synced: each snapshot is followed by its end, in the one epoch, and what is known then is the state at that revision.

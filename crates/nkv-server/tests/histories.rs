@@ -246,7 +246,11 @@ fn a_subscription_begins_with_what_was_acknowledged_before_it_and_misses_nothing
     const ROUNDS: u64 = 5_000;
     let server = TestServer::start();
     let (nkv, runtime) = (server.handle.clone(), &server.runtime);
-    let put = |key: &Key| runtime.block_on(nkv.put(key, "x", WriteOptions::default())).unwrap().get();
+    let put = |key: &Key| {
+        let put = nkv.put(key, "x", WriteOptions::default());
+        let put = runtime.block_on(async { tokio::time::timeout(PATIENCE, put).await });
+        put.expect("a put is not done").unwrap().get()
+    };
     let raced = Key::new("race").unwrap();
     (0..100).for_each(|n| _ = put(&Key::new(&format!("race.{n}")).unwrap()));
     let (newest, stop) = (AtomicU64::new(put(&raced)), AtomicBool::new(false));
@@ -277,6 +281,8 @@ fn a_subscription_begins_with_what_was_acknowledged_before_it_and_misses_nothing
                 newest.store(put(&raced), SeqCst);
             }
         });
+        // However this ends, the writer must, or the failure is never told.
+        let _stop = StopOnDrop(&stop);
         // A change at least, to see whether one is missing between it and the snapshot.
         (0..ROUNDS).for_each(|_| race(&|revision, told| told > revision));
         // And the last of all.
@@ -288,4 +294,12 @@ fn a_subscription_begins_with_what_was_acknowledged_before_it_and_misses_nothing
     });
     println!("TEST subscribe_race rounds={ROUNDS} puts={last} stale={stale} gaps={gaps}");
     assert_eq!((stale, gaps), (0, 0));
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, SeqCst);
+    }
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fuzzes what reads bytes from peers, from the disk and from the command line: scripts/fuzz.sh [--seconds N] [TARGET...]
+# Fuzzes what reads bytes from peers and from the disk: scripts/fuzz.sh [--seconds N] [--keep] [TARGET...]
 #
 # Each target runs for N seconds (10) from its corpus in fuzz/corpus. It needs a C++ compiler for libFuzzer and no
 # cargo-fuzz: on a stable toolchain the compiler is told to count edges, and where there is a nightly one, AddressSanitizer

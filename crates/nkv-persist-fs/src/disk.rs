@@ -179,7 +179,10 @@ impl Lock {
     pub(crate) fn promise_segments(&self) -> Result<(), PersistError> {
         // Also if it was there: it may not be on the disk, although the system shows it.
         match vfs::write_all(&*self.file, LOCK_TEXT, 0) {
-            Err(error) if !self.promises_segments()? => return Err(from_io("write", LOCK, error)),
+            // On a full disk what is there has to do.
+            Err(error) if error.kind() != io::ErrorKind::StorageFull || !self.promises_segments()? => {
+                return Err(from_io("write", LOCK, error));
+            }
             _ => {}
         }
         self.file.sync_data().map_err(|e| from_io("sync", LOCK, e))

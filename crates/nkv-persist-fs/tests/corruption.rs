@@ -150,7 +150,8 @@ fn damage_before_the_last_batch_is_refused_and_in_the_last_batch_it_is_a_torn_ta
     }
 }
 
-// After a clean stop nothing proved the last batch: a flipped bit in it was taken for a torn tail, and the batch was cut.
+// After a clean stop nothing proved the last batch: a flipped bit in it was taken for a torn tail, and the batch was
+// cut.
 #[test]
 fn after_a_clean_end_damage_in_the_last_batch_is_refused_too() {
     let fs = SimFs::new();

@@ -96,8 +96,8 @@ fn explore(options: &FsOptions, history: &[Vec<Change>], fault: Fault, forever: 
     unreachable!()
 }
 
-// After a failed sync the next process read what was not on the disk, and its syncs did not write it either. A power cut
-// took it, under what had been acknowledged since.
+// After a failed sync the next process read what was not on the disk, and its syncs did not write it either. A power
+// cut took it, under what had been acknowledged since.
 #[test]
 fn after_a_failed_sync_and_a_restart_nothing_is_built_on_what_is_not_on_the_disk() {
     let (history, mut rng, mut poisoned) = (history(3, 16, 900), Rng(seed()), 0);

@@ -214,14 +214,16 @@ impl Connection {
             self.buffer.reserve(missing.clamp(least, self.buffer.len().max(least)));
             match self.read.try_read_buf(&mut self.buffer) {
                 Ok(0) => return self.last_words().await,
-                // There is more than fits: others have their turn first.
-                Ok(len) if len >= READ_LEN => tokio::task::yield_now().await,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => return Err(error),
             }
+            let before = self.buffer.len();
             if self.serve_buffer().await {
                 return Ok(End::Refused);
+            }
+            if before.saturating_sub(self.buffer.len()) >= READ_LEN {
+                tokio::task::yield_now().await; // whoever sends so much at a time gives others their turn
             }
             if self.buffer.is_empty() {
                 self.buffer = BytesMut::new(); // an idle connection keeps no buffer
@@ -252,7 +254,12 @@ impl Connection {
             }
         }
         self.session.flush().await;
-        drop(self.buffer.split_to(start));
+        if start < READ_LEN {
+            drop(self.buffer.split_to(start));
+        } else {
+            // What is left may be little, and would keep all the room that the rest took.
+            self.buffer = BytesMut::from(self.buffer.get(start..).unwrap_or_default());
+        }
         close
     }
 

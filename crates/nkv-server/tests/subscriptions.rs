@@ -234,18 +234,23 @@ fn limits_of_connections_and_subscriptions_are_told() {
 #[test]
 fn the_largest_holder_of_incomplete_messages_is_closed_when_all_hold_too_much() {
     let mut options = Options::default();
-    options.queued_max = 100_000;
+    options.queued_max = 400 << 10;
     let server = TestServer::with(|builder| builder.options(options));
     let part =
         |whole: usize, len: usize| format!("{{\"type\":\"Put\",\"key\":\"a\",\"len\":{whole}}}\n{}", "x".repeat(len));
-    let mut small = server.connect();
-    std::io::Write::write_all(&mut small.stream(), part(70_000, 60_000).as_bytes()).unwrap();
+    // Buffers count as they are: 128 KiB for each of these two, 256 KiB for the third.
+    let mut small = [server.connect(), server.connect()];
+    for conn in &small {
+        std::io::Write::write_all(&mut conn.stream(), part(70_000, 60_000).as_bytes()).unwrap();
+    }
     let mut large = server.connect();
-    std::io::Write::write_all(&mut large.stream(), part(1_000_000, 90_000).as_bytes()).unwrap();
+    std::io::Write::write_all(&mut large.stream(), part(1_000_000, 140_000).as_bytes()).unwrap();
     assert_eq!(status(&large.line()), 503);
     assert_eq!(large.line(), "(closed)");
-    std::io::Write::write_all(&mut small.stream(), "x".repeat(10_000).as_bytes()).unwrap();
-    assert_eq!(status(&small.send("").line()), 200);
+    for conn in &mut small {
+        std::io::Write::write_all(&mut conn.stream(), "x".repeat(10_000).as_bytes()).unwrap();
+        assert_eq!(status(&conn.send("").line()), 200);
+    }
 }
 
 #[test]

@@ -50,6 +50,8 @@ pub(crate) struct Shared {
     form: AtomicU8,
     /// Bytes of answers, snapshots and what else is not conflated, that were not written yet.
     waiting: AtomicUsize,
+    /// What is being written: which encoding most of it is (an address), and how many bytes.
+    gathered: (AtomicUsize, AtomicUsize),
     /// The writer is gone.
     ended: AtomicBool,
     room: Notify,
@@ -67,6 +69,7 @@ impl TcpNotifier {
         let shared = Arc::new(Shared {
             form: AtomicU8::new(0),
             waiting: AtomicUsize::new(0),
+            gathered: Default::default(),
             ended: AtomicBool::new(false),
             room: Notify::new(),
             options,
@@ -111,6 +114,13 @@ impl TcpNotifier {
         self.shared.waiting.load(Relaxed)
     }
 
+    /// What is being written of changes at the moment, in bytes, and what tells whether two connections share them: the
+    /// encoding of a change is made once, and kept for as long as anybody still writes it.
+    pub fn gathered(&self) -> (usize, usize) {
+        let (encoding, len) = &self.shared.gathered;
+        (encoding.load(Relaxed), len.load(Relaxed))
+    }
+
     /// Whether the writer has ended, so that nothing more is written: the peer is gone, or was cut.
     pub fn has_ended(&self) -> bool {
         self.shared.ended.load(SeqCst)
@@ -137,6 +147,12 @@ impl Shared {
     fn wait_for(&self, len: usize) {
         self.waiting.fetch_add(len, Relaxed);
         self.options.waiting_total.fetch_add(len, Relaxed);
+    }
+
+    /// So many bytes are being written; the encoding at this address is most of them.
+    pub(crate) fn gather(&self, encoding: usize, len: usize) {
+        self.gathered.0.store(encoding, Relaxed);
+        self.gathered.1.store(len, Relaxed);
     }
 
     /// So many bytes of what waited were written.

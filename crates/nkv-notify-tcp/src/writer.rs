@@ -68,6 +68,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
             if let Err(end) = self.flush().await {
                 return end;
             }
+            self.shared.gather(0, 0);
             self.shared.written(std::mem::take(&mut self.counted));
         }
         match timeout(self.shared.options.stall_limit, self.writer.shutdown()).await {
@@ -110,7 +111,10 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
     }
 
     async fn flush(&mut self) -> Result<(), WriterEnd> {
+        let len = self.out.len().saturating_sub(self.counted);
         let mut chunks = VecDeque::from(self.out.take());
+        let longest = chunks.iter().max_by_key(|chunk| chunk.len());
+        self.shared.gather(longest.map_or(0, |chunk| chunk.as_ptr().addr()), len);
         while let Some(first) = chunks.front() {
             let write = poll_fn(|cx| {
                 let writer = Pin::new(&mut self.writer);

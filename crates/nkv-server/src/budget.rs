@@ -1,17 +1,18 @@
 //! What connections hold, each and all together: requests that have not arrived whole, answers and snapshots that were
-//! not taken yet, changes that wait to be told. Past the limit, whoever holds most is closed.
+//! not taken, changes that wait to be told or are being told, deep subscriptions. Past the limit, whoever holds most is
+//! closed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nkv_notify_tcp::TcpNotifier;
-use tokio::sync::Notify;
+use tokio::sync::{Mutex as Queue, Notify};
 use tokio::time::Instant;
 
 /// What a pending change costs its connection, roughly; the value is shared with the store.
-const PENDING_LEN: usize = 128;
+const PENDING_LEN: usize = 256;
 
 /// How often whoever waits for room looks again.
 const ROOM_PAUSE: Duration = Duration::from_millis(10);
@@ -21,9 +22,11 @@ pub(crate) struct Budget {
     limit: usize,
     /// Bytes of answers and snapshots that wait on all connections; the notifiers keep it up.
     waiting: Arc<AtomicUsize>,
-    /// Bytes of requests that have not arrived whole, on all connections.
-    incomplete: AtomicUsize,
+    /// Bytes that the reading sides of all connections hold.
+    read: AtomicUsize,
     holders: Mutex<Holders>,
+    /// Whoever waits for room, in the order in which they came.
+    queue: Queue<()>,
 }
 
 #[derive(Debug, Default)]
@@ -34,14 +37,14 @@ struct Holders {
 
 #[derive(Debug)]
 struct Holder {
-    incomplete: AtomicUsize,
+    read: AtomicUsize,
     notifier: TcpNotifier,
     evicted: Notify,
     /// It was told to give up what it holds, and will.
     is_leaving: AtomicBool,
 }
 
-/// One connection's share.
+/// One connection's share, for as long as anything of the connection is left.
 #[derive(Debug)]
 pub(crate) struct Share {
     budget: Arc<Budget>,
@@ -51,13 +54,18 @@ pub(crate) struct Share {
 
 impl Holder {
     fn new(notifier: TcpNotifier) -> Arc<Self> {
-        let (incomplete, evicted, is_leaving) = Default::default();
-        Arc::new(Holder { incomplete, notifier, evicted, is_leaving })
+        let (read, evicted, is_leaving) = Default::default();
+        Arc::new(Holder { read, notifier, evicted, is_leaving })
+    }
+
+    /// All but what is being told of changes, which others may share.
+    fn held_alone(&self) -> usize {
+        let pending = self.notifier.backlog().queued.saturating_mul(PENDING_LEN);
+        self.read.load(Relaxed).saturating_add(self.notifier.waiting()).saturating_add(pending)
     }
 
     fn held(&self) -> usize {
-        let pending = self.notifier.backlog().queued.saturating_mul(PENDING_LEN);
-        self.incomplete.load(Relaxed).saturating_add(self.notifier.waiting()).saturating_add(pending)
+        self.held_alone().saturating_add(self.notifier.gathered().1)
     }
 
     fn evict(&self) {
@@ -66,15 +74,38 @@ impl Holder {
     }
 }
 
+impl Holders {
+    /// What those hold together that stay, and which of them holds most. An encoding that several write counts once.
+    fn total_and_largest(&self) -> (usize, Option<(usize, &Holder)>) {
+        let mut encodings = HashSet::new();
+        let (mut total, mut largest) = (0_usize, None);
+        for holder in self.by_id.values().filter(|holder| !holder.is_leaving.load(Relaxed)) {
+            let (alone, (encoding, gathered)) = (holder.held_alone(), holder.notifier.gathered());
+            let shared = if gathered == 0 || encodings.insert(encoding) { gathered } else { 0 };
+            total = total.saturating_add(alone).saturating_add(shared);
+            let held = alone.saturating_add(gathered);
+            if largest.is_none_or(|(most, _)| held > most) {
+                largest = Some((held, &**holder));
+            }
+        }
+        (total, largest)
+    }
+}
+
 impl Budget {
     pub(crate) fn new(limit: usize) -> Arc<Self> {
-        let (waiting, incomplete, holders) = Default::default();
-        Arc::new(Budget { limit, waiting, incomplete, holders })
+        let (waiting, read, holders, queue) = Default::default();
+        Arc::new(Budget { limit, waiting, read, holders, queue })
     }
 
     /// What notifiers count answers and snapshots in.
     pub(crate) fn waiting(&self) -> Arc<AtomicUsize> {
         Arc::clone(&self.waiting)
+    }
+
+    /// So many bytes of values may be written before what waits for subscribers is to be looked at.
+    pub(crate) fn check_every(&self) -> usize {
+        self.limit / 64
     }
 
     pub(crate) fn share(self: &Arc<Self>, notifier: TcpNotifier) -> Share {
@@ -100,28 +131,43 @@ impl Budget {
         }
     }
 
-    /// Waits until there is room for an answer or a snapshot of any size. Whoever holds most does not keep others
-    /// waiting for longer than `patience`.
+    /// To be called when somebody may have come to hold much more.
+    pub(crate) fn check_if_over(&self) {
+        if self.is_over() {
+            self.check();
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.queued() > self.limit
+    }
+
+    /// Waits until there is room for an answer or a snapshot of any size, or until `gone`. Whoever came first goes
+    /// first, and whoever holds most does not keep it waiting for longer than `patience`.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future loses nothing.
-    pub(crate) async fn room(&self, patience: Duration) {
-        let mut start = Instant::now();
-        while self.queued() > self.limit / 2 {
-            tokio::time::sleep(ROOM_PAUSE).await;
-            if start.elapsed() >= patience {
-                if let (_, Some((_, largest))) = self.lock().total_and_largest() {
-                    largest.evict();
-                }
-                start = Instant::now();
+    /// Dropping the future gives up the place in the queue.
+    pub(crate) async fn room(&self, patience: Duration, gone: impl Fn() -> bool) {
+        if self.queued() <= self.limit / 2 {
+            return;
+        }
+        let _first = self.queue.lock().await;
+        let start = Instant::now();
+        while self.queued() > self.limit / 2 && !gone() {
+            if start.elapsed() >= patience
+                && let (total, Some((_, largest))) = self.lock().total_and_largest()
+                && total > self.limit / 2
+            {
+                largest.evict();
             }
+            tokio::time::sleep(ROOM_PAUSE).await;
         }
     }
 
     /// All but the changes that wait, which are counted only when it matters.
     fn queued(&self) -> usize {
-        self.waiting.load(Relaxed).saturating_add(self.incomplete.load(Relaxed))
+        self.waiting.load(Relaxed).saturating_add(self.read.load(Relaxed))
     }
 
     fn lock(&self) -> MutexGuard<'_, Holders> {
@@ -129,35 +175,21 @@ impl Budget {
     }
 }
 
-impl Holders {
-    /// What those hold together that stay, and which of them holds most.
-    fn total_and_largest(&self) -> (usize, Option<(usize, &Holder)>) {
-        let staying = self.by_id.values().filter(|holder| !holder.is_leaving.load(Relaxed));
-        staying.fold((0, None), |(total, largest), holder| {
-            let held = holder.held();
-            let largest = largest.filter(|(most, _)| *most >= held).or(Some((held, &**holder)));
-            (total.saturating_add(held), largest)
-        })
-    }
-}
-
 impl Share {
-    /// Notes how many bytes this connection holds of a request that is not whole.
+    /// Notes how many bytes this connection's reading side holds.
     pub(crate) fn hold(&self, bytes: usize) {
-        let before = self.holder.incomplete.swap(bytes, Relaxed);
+        let before = self.holder.read.swap(bytes, Relaxed);
         if bytes > before {
-            self.budget.incomplete.fetch_add(bytes.saturating_sub(before), Relaxed);
+            self.budget.read.fetch_add(bytes.saturating_sub(before), Relaxed);
+            self.budget.check_if_over();
         } else if bytes < before {
-            self.budget.incomplete.fetch_sub(before.saturating_sub(bytes), Relaxed);
-        }
-        if self.is_over() {
-            self.budget.check();
+            self.budget.read.fetch_sub(before.saturating_sub(bytes), Relaxed);
         }
     }
 
     /// Whether all connections hold too much.
     pub(crate) fn is_over(&self) -> bool {
-        self.budget.queued() > self.budget.limit
+        self.budget.is_over()
     }
 
     /// What this connection holds.

@@ -11,7 +11,7 @@ use tokio::net::{TcpStream, UnixStream, tcp, unix};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle};
 use tokio::time::Instant;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use crate::budget::Share;
 use crate::core::Core;
@@ -129,52 +129,73 @@ pub(crate) async fn serve(socket: Socket, core: Arc<Core>, options: Options, slo
         Err(error) => return debug!(%error, "a connection ended before it began"),
     };
     let share = core.budget.share(notifier.clone());
-    let evicted = share.evicted();
-    let session = Session::new(core, notifier.clone(), options);
+    let (evicted, evicted_later) = (share.evicted(), share.evicted());
     let mut connection = Connection {
         read,
         decoder: Decoder::new(options.limits()),
         buffer: BytesMut::new(),
-        session,
+        session: Session::new(Arc::clone(&core), notifier.clone(), options),
         options,
-        opened: Instant::now(),
-        asked: false,
-        under_way: None,
+        since: Since { opened: Instant::now(), served: None, begun: None, unserved_len: 0 },
         share,
         stop,
         writer: WriterTask(writer),
     };
     let end = tokio::select! {
         biased;
-        () = evicted => Ok(connection.evict(&slot)),
+        () = evicted => {
+            log_eviction(&core, &slot, &connection.share);
+            Ok(connection.evict())
+        }
         end = connection.run() => end,
     };
-    // What was read and not served is let go before the answers are waited for: its share is given back now.
+    // What was read and not served is let go before the answers are waited for.
     let Connection { read, buffer, share, session, mut writer, .. } = connection;
-    drop((read, buffer, share));
+    drop((read, buffer));
     session.end();
+    share.hold(0);
     notifier.close();
     let patience = match end {
         Ok(End::Quiet) => Duration::MAX, // the peer may take its time, as long as it takes something
         // Of one that has read nothing of what it holds, no reading is to be expected.
-        Ok(End::Evicted) if notifier.waiting() > NotifierOptions::default().waiting_max => Duration::ZERO,
+        Ok(End::Evicted) if share.held() > NotifierOptions::default().waiting_max => Duration::ZERO,
         _ => LAST_WORDS_LIMIT,
     };
     let end = match end {
         Ok(End::Writer(end)) => end,
-        Ok(_) => match tokio::time::timeout(patience, &mut writer.0).await {
-            Ok(ended) => writer_end(ended),
-            Err(_) => return debug!(peer = %slot, "connection closed; its last answer was not taken"),
+        Ok(_) => tokio::select! {
+            ended = tokio::time::timeout(patience, &mut writer.0) => match ended {
+                Ok(ended) => writer_end(ended),
+                Err(_) => return debug!(peer = %slot, "connection closed; its last answer was not taken"),
+            },
+            () = evicted_later => return log_eviction(&core, &slot, &share),
         },
         Err(error) => WriterEnd::Failed(error),
     };
     match end {
         WriterEnd::Finished => debug!(peer = %slot, "connection closed"),
         WriterEnd::Stalled => {
-            warn!(peer = %slot, "connection cut: the peer took nothing for {:?}", options.stall_limit);
+            let what = format_args!("connection cut: {slot} took nothing for {:?}", options.stall_limit);
+            core.complaints.warn("stalled", what);
         }
         WriterEnd::Failed(error) => debug!(peer = %slot, %error, "connection lost"),
     }
+}
+
+fn log_eviction(core: &Core, slot: &Slot, share: &Share) {
+    let what = format_args!("connection closed: all hold too much, and {slot} the most, {} bytes", share.held());
+    core.complaints.warn("evicted", what);
+}
+
+/// What deadlines count from.
+struct Since {
+    opened: Instant,
+    /// When a request was served last.
+    served: Option<Instant>,
+    /// When the request that is on its way began to come.
+    begun: Option<Instant>,
+    /// Bytes that have come since a request was served.
+    unserved_len: usize,
 }
 
 struct Connection {
@@ -183,11 +204,7 @@ struct Connection {
     buffer: BytesMut,
     session: Session,
     options: Options,
-    opened: Instant,
-    /// Whether a request has come.
-    asked: bool,
-    /// Since when a request is on its way.
-    under_way: Option<Instant>,
+    since: Since,
     share: Share,
     stop: watch::Receiver<bool>,
     writer: WriterTask,
@@ -212,12 +229,13 @@ impl Connection {
             // What does not fit one reading gets much more at once: buffers that grow in many steps leave many holes.
             let least = if self.buffer.len() < READ_LEN { READ_LEN } else { READ_LEN * 7 };
             self.buffer.reserve(missing.clamp(least, self.buffer.len().max(least)));
-            match self.read.try_read_buf(&mut self.buffer) {
+            let len = match self.read.try_read_buf(&mut self.buffer) {
                 Ok(0) => return self.last_words().await,
-                Ok(_) => {}
+                Ok(len) => len,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => return Err(error),
-            }
+            };
+            self.since.unserved_len = self.since.unserved_len.saturating_add(len);
             let before = self.buffer.len();
             if self.serve_buffer().await {
                 return Ok(End::Refused);
@@ -228,9 +246,13 @@ impl Connection {
             if self.buffer.is_empty() {
                 self.buffer = BytesMut::new(); // an idle connection keeps no buffer
             }
-            self.share.hold(self.buffer.capacity());
-            // Whatever was read last, bytes that keep coming and make no request do not move the deadline.
-            if deadline.is_some_and(|deadline| deadline <= Instant::now()) && self.deadline() == deadline {
+            self.share.hold(self.buffer.capacity().saturating_add(self.session.subscribed_len()));
+            // What waited in the kernel while this process stood still may become a request yet, up to the longest that
+            // there is. Bytes that come and come and make no request hold no deadline off.
+            if self.since.unserved_len > self.options.limits().line_len_max().saturating_mul(2)
+                && deadline.is_some_and(|deadline| deadline <= Instant::now())
+                && self.deadline() == deadline
+            {
                 return Ok(self.overdue());
             }
         }
@@ -238,13 +260,12 @@ impl Connection {
 
     /// Serves every whole request in the buffer; true if the connection is to be closed.
     async fn serve_buffer(&mut self) -> bool {
-        let mut start = 0;
-        let mut close = false;
+        let (mut start, mut served, mut close) = (0, false, false);
         while !close {
             let decoded = self.decoder.decode(self.buffer.get(start..).unwrap_or_default());
             start = start.saturating_add(decoded.consumed);
             let Some(item) = decoded.item else { break };
-            (self.asked, self.under_way) = (true, None);
+            served = true;
             match item {
                 Ok(request) => self.session.request(request).await,
                 Err(refusal) => {
@@ -260,27 +281,33 @@ impl Connection {
             // What is left may be little, and would keep all the room that the rest took.
             self.buffer = BytesMut::from(self.buffer.get(start..).unwrap_or_default());
         }
+        if served {
+            let now = self.options.idle_limit.map(|_| Instant::now());
+            let opened = self.since.opened;
+            let unserved_len = self.buffer.len();
+            self.since = Since { opened, served: now.or(Some(opened)), begun: None, unserved_len };
+        }
         close
     }
 
     /// When something must have come: the whole of a request that has begun, the first request, or any.
     fn deadline(&mut self) -> Option<Instant> {
+        let Options { request_limit, first_byte_limit, idle_limit, .. } = self.options;
         if self.decoder.is_within_message() {
-            let since = *self.under_way.get_or_insert_with(Instant::now);
-            let parts = u32::try_from(self.buffer.len() >> 20).unwrap_or(u32::MAX).saturating_add(1);
-            return since.checked_add(self.options.request_limit.saturating_mul(parts));
+            let begun = *self.since.begun.get_or_insert_with(Instant::now);
+            let parts = u32::try_from(self.since.unserved_len >> 20).unwrap_or(u32::MAX).saturating_add(1);
+            return begun.checked_add(request_limit.saturating_mul(parts));
         }
-        if !self.asked {
-            return self.opened.checked_add(self.options.first_byte_limit);
+        match self.since.served {
+            None => self.since.opened.checked_add(first_byte_limit),
+            Some(served) => served.checked_add(idle_limit.filter(|_| !self.session.is_subscribed())?),
         }
-        let idle_limit = self.options.idle_limit.filter(|_| !self.session.is_subscribed())?;
-        Instant::now().checked_add(idle_limit)
     }
 
     fn overdue(&mut self) -> End {
         let message = if self.decoder.is_within_message() {
             format!("a request must be whole within {:?} for each MiB of it", self.options.request_limit)
-        } else if !self.asked {
+        } else if self.since.served.is_none() {
             format!("no request came within {:?}", self.options.first_byte_limit)
         } else {
             format!("no request came for {:?}", self.options.idle_limit.unwrap_or_default())
@@ -296,8 +323,7 @@ impl Connection {
         Ok(End::Quiet)
     }
 
-    fn evict(&mut self, slot: &Slot) -> End {
-        warn!(peer = %slot, bytes = self.share.held(), "connection closed: all hold too much, and this one the most");
+    fn evict(&mut self) -> End {
         let message = "connections hold too much, and this one the most: send requests whole, read answers sooner";
         self.tell(status::UNAVAILABLE, message);
         End::Evicted

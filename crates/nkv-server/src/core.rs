@@ -15,6 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::budget::Budget;
 use crate::clock::Clock;
+use crate::complaints::Complaints;
 use crate::server::Options;
 use crate::slots::Slots;
 
@@ -28,6 +29,7 @@ pub(crate) struct Core {
     pub(crate) durability: String,
     pub(crate) slots: Slots,
     pub(crate) budget: Arc<Budget>,
+    pub(crate) complaints: Complaints,
     /// Bytes of values that may still be handed to the writer.
     write_room: Arc<Semaphore>,
     writer: Mutex<Option<mpsc::Sender<Job>>>,
@@ -69,6 +71,7 @@ impl Core {
             durability,
             slots: Slots::new(options.connections_max, options.connections_per_address_max),
             budget,
+            complaints: Complaints::default(),
             write_room: Arc::new(Semaphore::new(WRITE_ROOM)),
             writer: Mutex::new(Some(writer)),
         }

@@ -24,6 +24,10 @@ const LIST_LIMIT_MAX: u64 = 10_000;
 /// Longest answer to a `Get`, in bytes.
 const GET_LEN_MAX: usize = 64 << 20;
 
+/// Segments of a subscription's pattern that are not counted, and what each further one takes.
+const FREE_SEGMENTS: usize = 8;
+const NODE_LEN: usize = 512;
+
 /// Answers are sent on once there are so many bytes of them.
 const SEND_LEN: usize = 64 << 10;
 
@@ -34,6 +38,7 @@ pub(crate) struct Session {
     options: Options,
     client: SubscriberId,
     subscriptions: HashMap<(SubscriberId, Pattern), Arc<Subscription<Subscriber>>>,
+    subscribed_len: usize,
     /// Writes read but not done yet, and the ids to answer to, as JSON.
     writes: Vec<Op>,
     write_ids: Vec<Box<str>>,
@@ -48,6 +53,7 @@ impl Session {
             options,
             client: random_name(),
             subscriptions: HashMap::new(),
+            subscribed_len: 0,
             writes: Vec::new(),
             write_ids: Vec::new(),
             out: Chunks::default(),
@@ -78,7 +84,7 @@ impl Session {
             // Others have their turn between two requests that may take their time.
             self.send();
             tokio::task::yield_now().await;
-            self.core.budget.room(self.options.stall_limit).await;
+            self.core.budget.room(self.options.stall_limit, || self.notifier.has_ended()).await;
         }
         if let Err(refusal) = self.read(&request) {
             refuse(&mut self.out, refusal);
@@ -97,12 +103,17 @@ impl Session {
     pub(crate) async fn flush(&mut self) {
         self.do_writes().await;
         self.send();
-        self.notifier.room().await;
+        self.wait_for_room().await;
     }
 
     /// Sends every answer there is.
     pub(crate) fn send(&mut self) {
         self.notifier.send(&mut self.out);
+    }
+
+    /// What the connection's subscriptions take, beyond what the limit of their number allows for.
+    pub(crate) fn subscribed_len(&self) -> usize {
+        self.subscribed_len
     }
 
     /// Whether anything may be told without being asked for.
@@ -120,6 +131,13 @@ impl Session {
     async fn make_room(&mut self) {
         if self.out.len() >= SEND_LEN {
             self.send();
+        }
+        self.wait_for_room().await;
+    }
+
+    async fn wait_for_room(&self) {
+        if self.notifier.waiting() > SEND_LEN {
+            self.core.budget.check_if_over();
         }
         self.notifier.room().await;
     }
@@ -178,7 +196,10 @@ impl Session {
             Kind::Unsubscribe => {
                 let (client, pattern) = (self.client_of(request), pattern(request)?);
                 let found = self.core.store.unsubscribe(&pattern, &client);
-                self.subscriptions.remove(&(client, pattern));
+                let name = (client, pattern);
+                if self.subscriptions.remove(&name).is_some() {
+                    self.subscribed_len = self.subscribed_len.saturating_sub(deep_len(&name.1));
+                }
                 self.found(id, found);
                 Ok(())
             }
@@ -235,6 +256,11 @@ impl Session {
 
     fn trace<'r>(&mut self, request: &Request<'r>) -> Result<(), Refusal<'r>> {
         let traced = self.core.trace(&key(request)?);
+        let lens = traced.iter().map(|traced| traced.id.as_str().len().saturating_add(traced.pattern.len()));
+        // A control character takes six bytes.
+        if lens.fold(0, |sum: usize, len| sum.saturating_add(len.saturating_mul(6)).saturating_add(128)) > GET_LEN_MAX {
+            return Err(too_large(request.id));
+        }
         let subscribers: Vec<_> = traced
             .iter()
             .map(|traced| SubscriberFields {
@@ -255,6 +281,8 @@ impl Session {
         let limit = self.options.subscriptions_max;
         if self.subscriptions.len() >= limit {
             self.subscriptions.retain(|_, subscription| is_live(subscription));
+            let lens = self.subscriptions.keys().map(|(_, pattern)| deep_len(pattern));
+            self.subscribed_len = lens.fold(0, usize::saturating_add);
         }
         let again = self.subscriptions.get(&name).is_some_and(is_live);
         if self.subscriptions.len() >= limit && !again {
@@ -280,7 +308,10 @@ impl Session {
         let (client, pattern) = name.clone();
         let subscriber = Subscriber::from(self.notifier.clone());
         let subscription = self.core.store.subscribe(pattern, client, subscriber, request.snapshot);
-        self.subscriptions.insert(name, subscription);
+        let len = deep_len(&name.1);
+        if self.subscriptions.insert(name, subscription).is_none() {
+            self.subscribed_len = self.subscribed_len.saturating_add(len);
+        }
         Ok(())
     }
 
@@ -332,8 +363,18 @@ fn is_live(subscription: &Arc<Subscription<Subscriber>>) -> bool {
 fn is_long(request: &Request<'_>) -> bool {
     match request.kind {
         Kind::Get | Kind::List => request.key.ends_with('*'),
-        kind => matches!(kind, Kind::Subscribe | Kind::Trace),
+        Kind::Subscribe => request.snapshot,
+        kind => kind == Kind::Trace,
     }
+}
+
+/// What a subscription costs beyond what the limit of their number allows for: a node for each segment of its pattern.
+fn deep_len(pattern: &Pattern) -> usize {
+    let segments = match pattern {
+        Pattern::Key(key) | Pattern::Below(key) => key.segments().count(),
+        Pattern::All => 0,
+    };
+    segments.saturating_sub(FREE_SEGMENTS).saturating_mul(NODE_LEN)
 }
 
 /// What a record takes in an answer, all but its value estimated from above.

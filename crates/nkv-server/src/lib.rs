@@ -13,6 +13,7 @@
 mod address;
 mod budget;
 mod clock;
+mod complaints;
 mod connection;
 mod core;
 mod dispatch;

@@ -1,17 +1,16 @@
 //! Listening sockets: bound safely, and an accept loop that survives every error.
 
-use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::{TcpListener, UnixListener, lookup_host};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use crate::address::Address;
 use crate::connection::{self, Socket};
@@ -105,7 +104,6 @@ pub(crate) struct Acceptor {
     pub(crate) core: Arc<Core>,
     pub(crate) options: Options,
     pub(crate) stop: watch::Receiver<bool>,
-    pub(crate) complaints: Arc<Complaints>,
 }
 
 impl Acceptor {
@@ -120,7 +118,7 @@ impl Acceptor {
                 accepted = listener.accept() => match accepted {
                     Ok((socket, from)) => self.serve(socket, from, &mut connections),
                     Err(error) => {
-                        self.complaints.warn(format_args!("cannot accept a connection: {error}"));
+                        self.core.complaints.warn("accept", format_args!("cannot accept a connection: {error}"));
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 },
@@ -139,7 +137,7 @@ impl Acceptor {
                 connections.spawn(connection::serve(socket, core, self.options, slot, stop));
             }
             Err(full) => {
-                self.complaints.warn(format_args!("a connection was refused: {full}"));
+                self.core.complaints.warn("refused", format_args!("a connection was refused: {full}"));
                 socket.refuse(&full.to_string());
             }
         }
@@ -151,29 +149,5 @@ fn log_panic(ended: &Result<(), tokio::task::JoinError>) {
         && error.is_panic()
     {
         tracing::error!(%error, "a connection's task broke");
-    }
-}
-
-/// Warnings that a peer can provoke at will: one a second at most, so that nobody fills the log.
-#[derive(Debug, Default)]
-pub(crate) struct Complaints(Mutex<Said>);
-
-#[derive(Debug, Default)]
-struct Said {
-    last: Option<Instant>,
-    unsaid: u64,
-}
-
-impl Complaints {
-    fn warn(&self, what: fmt::Arguments<'_>) {
-        let mut said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if said.last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
-            said.unsaid = said.unsaid.saturating_add(1);
-            return;
-        }
-        let unsaid = std::mem::take(&mut said.unsaid);
-        said.last = Some(Instant::now());
-        drop(said);
-        if unsaid == 0 { warn!("{what}") } else { warn!("{what} ({unsaid} more like this since the last)") }
     }
 }

@@ -38,7 +38,8 @@ const EXPIRY_PAUSE: Duration = Duration::from_secs(1);
 pub struct Options {
     /// Connections at a time; others are refused. 1,024 by default.
     pub connections_max: usize,
-    /// Connections at a time from one address. 1,024 by default: behind one address there may be many programs.
+    /// Connections at a time from one address, which is an IPv4 address or an IPv6 network /64. 1,024 by default: behind
+    /// one address there may be many programs.
     pub connections_per_address_max: usize,
     /// Subscriptions of one connection. 1,024 by default.
     pub subscriptions_max: usize,
@@ -47,15 +48,16 @@ pub struct Options {
     /// Longest value, in bytes. 1 MiB by default; 8 MiB at most, so that it fits a message in every form.
     pub value_len_max: usize,
     /// Bytes that all connections may hold together: of requests that have not arrived whole, of answers and snapshots
-    /// that were not taken, and of changes that wait to be told. Past that, the connection that holds most is closed.
-    /// 256 MiB by default.
+    /// that were not taken, of changes that wait to be told, and of subscriptions to deep keys. Past that, the connection
+    /// that holds most is closed, unless it alone is the reason. 256 MiB by default.
     pub queued_max: usize,
     /// A connection that begins no request within this time is closed. 30 s by default.
     pub first_byte_limit: Duration,
     /// A request that is not whole this long after its first byte, and as long again for each MiB of it, ends its
     /// connection. 30 s by default.
     pub request_limit: Duration,
-    /// A peer that takes no byte for this long is cut. 30 s by default.
+    /// A peer is cut if for this long it takes nothing, or so little that the system makes no room in its send buffer
+    /// (some 80 KiB). 30 s by default.
     pub stall_limit: Duration,
     /// A connection without subscriptions that asks nothing for this long is closed. Never by default.
     pub idle_limit: Option<Duration>,
@@ -208,7 +210,7 @@ impl Builder {
         let core = Arc::new(Core::new(store, clock, durability, &options, budget, jobs));
 
         let mut tasks = JoinSet::new();
-        let acceptor = Acceptor { core: Arc::clone(&core), options, stop: stopped.clone(), complaints: Arc::default() };
+        let acceptor = Acceptor { core: Arc::clone(&core), options, stop: stopped.clone() };
         for listener in listeners {
             tasks.spawn(acceptor.clone().run(listener));
         }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
@@ -49,11 +49,11 @@ impl Slots {
             return Err(Full::All(self.max));
         }
         if let Some(address) = from.map(address) {
-            let of_address = taken.by_address.entry(address).or_default();
-            if *of_address >= self.per_address_max {
+            let of_address = taken.by_address.get(&address).copied().unwrap_or_default();
+            if of_address >= self.per_address_max {
                 return Err(Full::Address(self.per_address_max, address));
             }
-            *of_address = of_address.saturating_add(1);
+            taken.by_address.insert(address, of_address.saturating_add(1));
         }
         taken.all = taken.all.saturating_add(1);
         Ok(Slot { slots: self.clone(), from })
@@ -92,9 +92,13 @@ impl fmt::Display for Slot {
     }
 }
 
-/// One address in both of its notations counts once.
+/// What counts as one address: an IPv4 address in either of its notations, or the /64 of an IPv6 address, which is the
+/// least that one host is given.
 fn address(from: SocketAddr) -> IpAddr {
-    from.ip().to_canonical()
+    match from.ip().to_canonical() {
+        IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64)),
+        address => address,
+    }
 }
 
 #[cfg(test)]
@@ -109,6 +113,9 @@ mod tests {
         let _second = slots.take(from("[::ffff:10.0.0.1]:2")).unwrap();
         let full = Full::Address(2, "10.0.0.1".parse().unwrap());
         assert_eq!(slots.take(from("10.0.0.1:3")).unwrap_err(), full);
+        let network = slots.take(from("[2001:db8::1]:1")).unwrap();
+        assert_eq!(network.slots.lock().by_address.get(&"2001:db8::".parse().unwrap()), Some(&1));
+        drop(network);
         let _other = slots.take(from("10.0.0.2:1")).unwrap();
         let _unix = slots.take(None).unwrap();
         assert_eq!(slots.take(None).unwrap_err(), Full::All(4));

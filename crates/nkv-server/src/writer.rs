@@ -12,7 +12,8 @@ use crate::core::{Job, Store, WriteResult, value_len};
 /// So many jobs wait at most; whoever brings another waits with it.
 pub(crate) const QUEUE_LEN: usize = 1_024;
 
-/// What waits for subscribers is looked at each time so many more events were given to them.
+/// What waits for subscribers is looked at each time so many more events were given to them, or as much was written
+/// as [`Budget::check_every`] says.
 const CHECK_EVERY: u64 = 4_096;
 
 /// A batch takes no more jobs once it has so many operations, or bytes of values.
@@ -37,7 +38,7 @@ impl Writer {
     fn run(mut self) {
         let mut ops = Vec::new();
         let mut group = Vec::new();
-        let mut checked_at = 0;
+        let (mut checked_at, mut written) = (0, 0_usize);
         while let Some(first) = self.jobs.blocking_recv() {
             let mut bytes = 0;
             let mut next = Some(first);
@@ -56,8 +57,9 @@ impl Writer {
                 self.expiry_changed.notify_one();
             }
             let notified = self.store.stats().notified;
-            if notified.saturating_sub(checked_at) >= CHECK_EVERY {
-                checked_at = notified;
+            written = written.saturating_add(bytes);
+            if notified.saturating_sub(checked_at) >= CHECK_EVERY || written >= self.budget.check_every() {
+                (checked_at, written) = (notified, 0);
                 self.budget.check();
             }
         }

@@ -25,6 +25,9 @@ const READ_LEN: usize = 16 << 10;
 /// What the kernel keeps for a peer that does not read.
 const SEND_BUFFER_LEN: usize = 128 << 10;
 
+/// So long a deadline that has passed is not held against the peer.
+const GRACE: Duration = Duration::from_millis(500);
+
 /// How long a refused peer has to take the answer that says so.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
 
@@ -136,7 +139,7 @@ pub(crate) async fn serve(socket: Socket, core: Arc<Core>, options: Options, slo
         buffer: BytesMut::new(),
         session: Session::new(Arc::clone(&core), notifier.clone(), options),
         options,
-        since: Since { opened: Instant::now(), served: None, begun: None, unserved_len: 0 },
+        since: Since { opened: Instant::now(), served: None, begun: None, unserved_len: 0, grace: None },
         share,
         stop,
         writer: WriterTask(writer),
@@ -196,6 +199,8 @@ struct Since {
     begun: Option<Instant>,
     /// Bytes that have come since a request was served.
     unserved_len: usize,
+    /// The end of the grace after a deadline that has passed.
+    grace: Option<Instant>,
 }
 
 struct Connection {
@@ -219,7 +224,10 @@ impl Connection {
                 end = &mut self.writer.0 => return Ok(End::Writer(writer_end(end))),
                 () = stopped(&mut self.stop) => return Ok(End::Quiet),
                 readable = self.read.readable() => readable?,
-                () = until(deadline) => return Ok(self.overdue()),
+                () = until(deadline) => match self.is_overdue(deadline) {
+                    true => return Ok(self.overdue()),
+                    false => continue,
+                },
             }
             if self.share.is_over() {
                 tokio::task::yield_now().await; // whoever was told to leave does so before more is taken
@@ -247,12 +255,8 @@ impl Connection {
                 self.buffer = BytesMut::new(); // an idle connection keeps no buffer
             }
             self.share.hold(self.buffer.capacity().saturating_add(self.session.subscribed_len()));
-            // What waited in the kernel while this process stood still may become a request yet, up to the longest that
-            // there is. Bytes that come and come and make no request hold no deadline off.
-            if self.since.unserved_len > self.options.limits().line_len_max().saturating_mul(2)
-                && deadline.is_some_and(|deadline| deadline <= Instant::now())
-                && self.deadline() == deadline
-            {
+            // Bytes that come and come and make no request hold no deadline off.
+            if self.is_overdue(deadline) {
                 return Ok(self.overdue());
             }
         }
@@ -285,7 +289,7 @@ impl Connection {
             let now = self.options.idle_limit.map(|_| Instant::now());
             let opened = self.since.opened;
             let unserved_len = self.buffer.len();
-            self.since = Since { opened, served: now.or(Some(opened)), begun: None, unserved_len };
+            self.since = Since { opened, served: now.or(Some(opened)), begun: None, unserved_len, grace: None };
         }
         close
     }
@@ -293,15 +297,29 @@ impl Connection {
     /// When something must have come: the whole of a request that has begun, the first request, or any.
     fn deadline(&mut self) -> Option<Instant> {
         let Options { request_limit, first_byte_limit, idle_limit, .. } = self.options;
-        if self.decoder.is_within_message() {
+        let deadline = if self.decoder.is_within_message() {
             let begun = *self.since.begun.get_or_insert_with(Instant::now);
             let parts = u32::try_from(self.since.unserved_len >> 20).unwrap_or(u32::MAX).saturating_add(1);
-            return begun.checked_add(request_limit.saturating_mul(parts));
+            begun.checked_add(request_limit.saturating_mul(parts))
+        } else if let Some(served) = self.since.served {
+            served.checked_add(idle_limit.filter(|_| !self.session.is_subscribed())?)
+        } else {
+            self.since.opened.checked_add(first_byte_limit)
+        };
+        deadline.max(self.since.grace)
+    }
+
+    /// Whether this deadline has passed, and some grace: if this process stood still, what came in time may wait yet.
+    fn is_overdue(&mut self, deadline: Option<Instant>) -> bool {
+        let now = Instant::now();
+        if deadline.is_none_or(|deadline| deadline > now) || self.deadline() != deadline {
+            return false;
         }
-        match self.since.served {
-            None => self.since.opened.checked_add(first_byte_limit),
-            Some(served) => served.checked_add(idle_limit.filter(|_| !self.session.is_subscribed())?),
+        if self.since.grace.is_none() {
+            self.since.grace = now.checked_add(GRACE);
+            return false;
         }
+        true
     }
 
     fn overdue(&mut self) -> End {

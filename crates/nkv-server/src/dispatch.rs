@@ -28,6 +28,9 @@ const GET_LEN_MAX: usize = 64 << 20;
 const FREE_SEGMENTS: usize = 8;
 const NODE_LEN: usize = 512;
 
+/// What the further segments of one connection's subscriptions may take.
+const DEEP_LEN_MAX: usize = 4 << 20;
+
 /// Answers are sent on once there are so many bytes of them.
 const SEND_LEN: usize = 64 << 10;
 
@@ -292,6 +295,10 @@ impl Session {
         let total = self.options.subscriptions_total_max;
         if !again && self.core.store.stats().subscriptions >= total as u64 {
             let message = format!("more than {total} subscriptions on all connections");
+            return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
+        }
+        if self.subscribed_len.saturating_add(deep_len(&name.1)) > DEEP_LEN_MAX && !again {
+            let message = format!("the subscriptions of this connection are too deep: more than {DEEP_LEN_MAX} bytes");
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
         // Whatever is told from the subscription on comes after its `Hello`, and that after the answers so far. With a

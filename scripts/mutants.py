@@ -14,6 +14,7 @@ A mutant is killed when its test fails, or does not end in time. One that does n
 an error. Mutants that need strace and root are passed over where these are not there, unless NKV_FAULTS=1.
 """
 import argparse
+import contextlib
 import fcntl
 import os
 import pathlib
@@ -169,9 +170,10 @@ def run(tree, target, mutant):
     except subprocess.TimeoutExpired:
         return "hangs", took(), ""
     finally:
-        if child.poll() is None:
+        # Also after the end of the test: one that fails may leave a server behind.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        child.wait()
     if child.returncode == 0:
         ran = sum(int(count) for count in re.findall(r"test result: ok\. (\d+) passed", said))
         return ("green", took(), "") if ran else ("error", took(), f"no test is called {mutant['test']}")

@@ -27,7 +27,7 @@ import time
 import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# A test of a mutant that takes longer hangs; the slowest takes a tenth of that.
+# A test of a mutant that takes longer hangs; on an idle machine the slowest takes a tenth of that.
 LIMIT_S = 120
 
 

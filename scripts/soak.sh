@@ -107,13 +107,19 @@ run() {
 
 logs="$(mktemp -d)"
 trap 'rm -rf "$logs"' EXIT
+trap 'exit 130' INT
 failed=()
 for step in "${chosen[@]}"; do
   printf '\n==> %s\n' "$step"
   SECONDS=0
-  # A step of its own process: what it exports ends with it, and `set -e` holds within.
-  (set -euo pipefail; run "$step") 2>&1 | tee "$logs/$step" && result=passed || result=FAILED
-  [[ "$result" == passed ]] || failed+=("$step")
+  # What a step exports ends with it. Not as a condition, nor with `&&`: `set -e` would not hold within.
+  set +e
+  (set -e; run "$step") 2>&1 | tee "$logs/$step"
+  status=${PIPESTATUS[0]} result=passed
+  set -e
+  if ((status != 0)); then
+    failed+=("$step") result=FAILED
+  fi
   printf '<== %s: %s after %d s\n' "$step" "$result" "$SECONDS"
   echo "$result $SECONDS" >"$logs/$step.result"
 done

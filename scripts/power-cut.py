@@ -2,21 +2,25 @@
 """Cuts the power under a running nkv-server, and checks that what it promised is there afterwards.
 
     power-cut.py SERVER [--cycles 60] [--fast] [--fs ext4 --fs xfs] [--scenario NAME]... [--seed N]
+    power-cut.py --check    only whether such file systems can be mounted here
 
 The data directory is on a file system of its own in a loop device (root is needed). In each cycle eight clients put
-values while the file system is shut down with FS_IOC_GOINGDOWN, with or without its journal written first: nothing more
-reaches the device, as when the power goes. Then it is mounted again, which replays the journal, and a new server is asked
-for all that was acknowledged before the cut began. What arrives later is ignored: the device may be gone already.
+values, and delete some, while the file system is shut down with FS_IOC_GOINGDOWN, with or without its journal written
+first: nothing more reaches the device, as when the power goes. Then it is mounted again, which replays the journal, and a
+new server is asked for all that was acknowledged before the cut began. What arrives later is ignored: the device may be
+gone already.
 
     sync      durability `sync`, small values: nothing acknowledged may be lost
     compact   the same with large values of few keys, so that segments come and go: nothing may be lost
     start     the cut comes while a server makes its first directory, or soon after: nothing may be lost
-    interval  `interval:50ms`: nothing may be lost that was acknowledged earlier than the interval, the time of a sync and
+    interval  `interval:50ms`: nothing may be lost that was acknowledged earlier than the interval, the time of syncs and
               WINDOW_SLACK_MS before the cut
     control   durability `os`: something must be lost, or the cuts prove nothing
 
-In all of them what survives is a prefix, each value is whole, what one server has shown stays, and the epoch changes
-where something acknowledged was lost. `--cycles` is that of `sync`; the others are fewer.
+In all of them what survives is a prefix, each value is whole, what was deleted does not come back, what one server has
+shown stays, nothing is refused before the cut, and the epoch changes where something acknowledged was lost. `--cycles` is
+that of `sync`; the others are fewer. A file system that cannot be mounted is passed over, unless NKV_FAULTS=1. After Ctrl-C
+or SIGTERM the cycle ends as always, and no other begins.
 """
 import argparse
 import contextlib
@@ -40,17 +44,21 @@ LOG_FLUSH, NO_LOG_FLUSH = 1, 2
 WRITERS = 8
 INTERVAL_MS = 50
 # What may be lost with `interval` besides: a sync may be under way when another is due, so twice the longest that was
-# measured beside the server; and on a busy machine its thread waits for its turn.
-WINDOW_SLACK_MS = 250
+# measured beside the server, waiting for a processor included; and this for what a busy machine adds. A server that
+# never syncs loses all that was written in two seconds or more; but a new segment is synced with any durability, so in
+# every second cycle the writers take their time, and one segment does.
+WINDOW_SLACK_MS, PACE_S = 1000, 0.01
 START_LIMIT_S = 30
 # name: durability, sizes of values, keys of a writer, seconds of writing, cycles for each hundred of `sync`
 SCENARIOS = {
     "sync": ("sync", (0, 300), 7, (0.05, 0.35), 100),
     "compact": ("sync", (40_000, 120_000), 2, (0.2, 0.8), 40),
     "start": ("sync", (0, 300), 7, (0, 0.1), 60),
-    "interval": (f"interval:{INTERVAL_MS}ms", (0, 300), 7, (0.6, 1.2), 30),
+    "interval": (f"interval:{INTERVAL_MS}ms", (0, 300), 7, (2, 3), 30),
     "control": ("os", (0, 300), 7, (0.05, 0.35), 20),
 }
+# Every fifth number of a writer deletes a key, but never its first one, which thus shows all that was lost.
+DELETE_EVERY = 5
 FAST = {"sync": 12, "compact": 6, "start": 10, "interval": 4, "control": 3}
 
 
@@ -75,7 +83,8 @@ class Disk:
         finally:
             # A process that was just killed may hold it for a moment. The loop device goes with the mount.
             for _ in range(50):
-                if subprocess.run(["umount", self.mount], stderr=subprocess.DEVNULL).returncode == 0:
+                with contextlib.suppress(Broken):
+                    run("umount", self.mount)
                     break
                 time.sleep(0.1)
             else:
@@ -90,7 +99,8 @@ class Disk:
 class Server:
     def __init__(self, binary, data, durability):
         self.child = subprocess.Popen([binary, "127.0.0.1:0", "--data-dir", data, "--durability", durability],
-                                      stderr=subprocess.PIPE, text=True, env=dict(os.environ, NO_COLOR="1"))
+                                      stderr=subprocess.PIPE, text=True, env=dict(os.environ, NO_COLOR="1"),
+                                      start_new_session=True)
         self.said, self.port, self.listens = [], None, threading.Event()
         threading.Thread(target=self.read, daemon=True).start()
 
@@ -124,51 +134,63 @@ class Client:
 
 
 class Writer(threading.Thread):
-    """Puts numbered values, one after another, and notes each that was acknowledged before the cut."""
+    """Puts numbered values and deletes some, one after another, and notes each that was acknowledged before the cut."""
 
-    def __init__(self, port, name, first, sizes, keys, cut):
+    def __init__(self, port, name, first, sizes, keys, pace, cut):
         super().__init__()
-        self.port, self.name, self.first, self.sizes, self.keys, self.cut = port, f"w{name}", first, sizes, keys, cut
-        self.acknowledged = []  # (revision, key, number, time)
+        self.port, self.name, self.first, self.sizes, self.keys = port, f"w{name}", first, sizes, keys
+        self.pace, self.cut = pace, cut
+        self.acknowledged = []  # (revision, key, number, deleted, time)
+        self.under_way = None  # the key of a delete of which nobody knows
+        self.refusal = None  # what went wrong before the cut
 
     def run(self):
         try:
             client = Client(self.port)
             for number in range(self.first, self.first + 10**6):
-                key = f"{self.name}.{number % self.keys}"
-                answer = client.ask({"type": "Put", "key": key, "value": value_of(number, self.sizes)})
+                nth = number % self.keys
+                key = f"{self.name}.{nth}"
+                # The key was put `keys` numbers earlier, so that it is there.
+                delete = number % DELETE_EVERY == 3 and nth > 0 and number - self.first >= self.keys
+                self.under_way = key if delete else None
+                answer = client.ask({"type": "Delete", "key": key} if delete else
+                                    {"type": "Put", "key": key, "value": value_of(number, self.sizes)})
                 now = time.monotonic()
-                if answer is None or answer["status"] != 200 or self.cut.is_set():
+                if self.cut.is_set():
                     return
-                self.acknowledged.append((answer["revision"], key, number, now))
-        except (OSError, ValueError, TypeError):
-            return  # the server has ended
+                if answer is None or answer["status"] != 200:
+                    self.refusal = f"{'delete' if delete else 'put'} of {key}: {answer or 'the connection was closed'}"
+                    return
+                self.acknowledged.append((answer["revision"], key, number, delete, now))
+                time.sleep(self.pace)
+        except (OSError, ValueError, TypeError) as error:
+            if not self.cut.is_set():
+                self.refusal = f"{self.name}: {error!r}"  # afterwards the server may end
 
 
 class Probe(threading.Thread):
-    """Measures how long a sync takes on the disk, on a file of its own."""
+    """Does what the server does, on a file of its own: measures how late a sync is done when it is due every 20 ms."""
 
     def __init__(self, directory, cut):
         super().__init__()
-        self.directory, self.cut, self.begun, self.longest = directory, cut, None, 0.0
+        self.directory, self.cut, self.due, self.longest = directory, cut, None, 0.0
 
     def run(self):
         file = os.open(os.path.join(self.directory, "probe"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             while not self.cut.is_set():
-                os.write(file, b"x" * 4096)
-                self.begun = time.monotonic()
-                os.fdatasync(file)
-                self.longest, self.begun = max(self.longest, time.monotonic() - self.begun), None
+                self.due = time.monotonic() + 0.02
                 self.cut.wait(0.02)
+                os.write(file, b"x" * 4096)
+                os.fdatasync(file)
+                self.longest = max(self.longest, time.monotonic() - self.due)
         except OSError:
             pass  # the power is gone
         finally:
             os.close(file)
 
     def longest_ms(self, now):
-        begun = self.begun
-        return max(self.longest, now - begun if begun else 0) * 1000
+        return max(self.longest, now - self.due if self.due else 0) * 1000
 
 
 def value_of(number, sizes):
@@ -177,7 +199,8 @@ def value_of(number, sizes):
 
 
 def run(*words):
-    done = subprocess.run(words, capture_output=True, text=True)
+    # In a session of its own, as Ctrl-C in the terminal is not for it.
+    done = subprocess.run(words, capture_output=True, text=True, start_new_session=True)
     if done.returncode:
         raise Broken(f"{' '.join(words)}: {done.stderr.strip()}")
 
@@ -186,14 +209,17 @@ class Scenario:
     def __init__(self, binary, kind, name, cycles, rng):
         self.binary, self.kind, self.name, self.cycles, self.rng = binary, kind, name, cycles, rng
         self.durability, self.sizes, self.keys, self.pauses, _ = SCENARIOS[name]
-        self.count = self.lost = self.segments = self.early = 0
+        self.count = self.deleted = self.lost = self.segments = self.early = 0
         self.window_ms = self.excess_ms = self.sync_ms = 0.0
-        self.known, self.epoch, self.pending, self.cut_at = {}, None, [], 0.0
+        self.known, self.epoch, self.pending, self.under_way = {}, None, [], set()
+        self.cut_at = 0.0
 
     def run(self):
         with tempfile.TemporaryDirectory(prefix="nkv-power-cut-") as directory:
             disk = Disk(directory, self.kind)
             for cycle in range(self.cycles + 1):
+                if stopped:
+                    sys.exit(128 + stopped[0])
                 with disk.mounted():
                     self.cycle(disk, cycle)
         self.report()
@@ -207,7 +233,7 @@ class Scenario:
             self.serve(disk, os.path.join(disk.mount, f"data{cycle - 1}"), cycle, False)
             shutil.rmtree(os.path.join(disk.mount, f"data{cycle - 1}"))
         if cycle < self.cycles:
-            self.known, self.pending, self.epoch = {}, [], None
+            self.known, self.pending, self.under_way, self.epoch = {}, [], set(), None
             self.serve(disk, os.path.join(disk.mount, f"data{cycle}"), cycle, True)
 
     def serve(self, disk, data, cycle, cut):
@@ -239,23 +265,32 @@ class Scenario:
 
     def write_and_cut(self, disk, server, cycle):
         cut = threading.Event()
-        writers = [Writer(server.port, w, cycle * 10**6, self.sizes, self.keys, cut) for w in range(WRITERS)]
+        pace = PACE_S if self.name == "interval" and cycle % 2 else 0
+        writers = [Writer(server.port, w, cycle * 10**6, self.sizes, self.keys, pace, cut) for w in range(WRITERS)]
         probe = Probe(disk.mount, cut)
         # Where nothing may be lost, a sync of another file must not do what the server has left undone.
         threads = [*writers, probe] if self.name == "interval" else writers
         for thread in threads:
             thread.start()
-        time.sleep(self.rng.uniform(*self.pauses))
-        self.cut_at = time.monotonic()
-        self.sync_ms = probe.longest_ms(self.cut_at)
-        cut.set()
-        disk.cut(self.rng.choice([LOG_FLUSH, NO_LOG_FLUSH]))
-        if self.durability != "sync":
-            server.child.kill()  # it would go on for as long as it need not sync
-        for thread in threads:
-            thread.join()
+        try:
+            time.sleep(self.rng.uniform(*self.pauses))
+            self.cut_at = time.monotonic()
+            self.sync_ms = probe.longest_ms(self.cut_at)
+            cut.set()
+            disk.cut(self.rng.choice([LOG_FLUSH, NO_LOG_FLUSH]))
+        finally:
+            cut.set()
+            if self.durability != "sync":
+                server.child.kill()  # it would go on for as long as it need not sync
+            for thread in threads:
+                thread.join()
+        for writer in writers:
+            if writer.refusal:
+                raise Broken(f"refused before the cut: {writer.refusal}; the server said: {''.join(server.said)}")
         self.pending = [entry for writer in writers for entry in writer.acknowledged]
+        self.under_way = {writer.under_way for writer in writers}
         self.count += len(self.pending)
+        self.deleted += sum(deleted for _, _, _, deleted, _ in self.pending)
 
     def check(self, port):
         client = Client(port)
@@ -267,15 +302,26 @@ class Scenario:
                 raise Broken(f"{key} is torn: {value[:80]!r} of {len(value)} characters")
             present[key] = (revision, int(number))
         newest = max((revision for revision, _ in present.values()), default=0)
+        # The last delete of each key that was acknowledged.
+        deletes = {key: revision for revision, key, _, deleted, _ in self.pending if deleted}
+        shown = max((revision for revision, _ in self.known.values()), default=0)
+        for key, (revision, _) in present.items():
+            if key not in self.known and revision <= shown:
+                raise Broken(f"{key} was not there when {shown} was shown, and is back at revision {revision}")
         for key, (revision, _) in self.known.items():
-            if present.get(key, (0, 0))[0] < revision:
+            may_be_gone = key in deletes or key in self.under_way
+            if present[key][0] < revision if key in present else not may_be_gone:
                 raise Broken(f"{key} was shown at revision {revision} and is at {present.get(key)} now")
         lost = 0
-        for revision, key, number, at in self.pending:
-            there = present.get(key, (0, 0))
-            if there[0] < revision or there[1] < number:
+        for revision, key, number, deleted, at in self.pending:
+            if key not in present:
+                kept = key in self.under_way or revision <= deletes.get(key, 0)
+            else:
+                kept = present[key][0] >= revision and present[key][1] >= number
+            if not kept:
                 if revision <= newest:
-                    raise Broken(f"{key}: revision {revision} is missing, and {newest} survived: no prefix")
+                    what = "delete" if deleted else "put"
+                    raise Broken(f"{key}: {what} {revision} is missing, and {newest} survived: no prefix")
                 lost += 1
                 window_ms = (self.cut_at - at) * 1000
                 self.window_ms = max(self.window_ms, window_ms)
@@ -283,10 +329,11 @@ class Scenario:
         if lost and client.epoch == self.epoch:
             raise Broken(f"{lost} acknowledged writes are lost, and the epoch is the same")
         self.lost += lost
-        self.known, self.epoch, self.pending = present, client.epoch, []
+        self.known, self.epoch, self.pending, self.under_way = present, client.epoch, [], set()
 
     def report(self):
-        figures = f"fs={self.kind} durability={self.durability} cycles={self.cycles} acknowledged={self.count}"
+        figures = (f"fs={self.kind} durability={self.durability} cycles={self.cycles} acknowledged={self.count} "
+                   f"deleted={self.deleted}")
         if self.name == "control":
             print(f"TEST power_cut_control {figures} lost={self.lost} torn=0", flush=True)
             if not self.lost:
@@ -303,41 +350,62 @@ class Scenario:
             raise Broken(f"{self.lost} acknowledged writes are lost")
         if self.name == "compact" and self.segments < self.cycles:
             raise Broken("segments hardly came and went: compaction was not cut")
-        if self.count == 0 and self.name != "start":
-            raise Broken("nothing was acknowledged")
+        if self.count == 0 or self.deleted == 0 and self.name != "start":
+            raise Broken("nothing was acknowledged, or no delete")
 
 
-def skip(why):
-    if os.environ.get("NKV_FAULTS") == "1":
-        sys.exit(f"NKV_FAULTS is set, and this cannot run: {why}")
-    print(f"SKIPPED: {why}")
-    sys.exit(0)
+def obstacle(kind):
+    """Why a file system of this kind cannot be mounted here, or None."""
+    if os.geteuid() != 0:
+        return "root is needed to mount"
+    if not shutil.which(f"mkfs.{kind}"):
+        return f"there is no mkfs.{kind}"
+    with tempfile.TemporaryDirectory(prefix="nkv-power-cut-") as directory:
+        try:
+            with Disk(directory, kind).mounted():
+                return None
+        except Broken as broken:
+            return str(broken)
+
+
+def usable(kinds):
+    """Those that can be mounted; says which cannot, and fails if they must."""
+    obstacles = {kind: why for kind in kinds if (why := obstacle(kind))}
+    for kind, why in obstacles.items():
+        print(f"SKIPPED: no power cuts with {kind}: {why}", flush=True)
+    if obstacles and os.environ.get("NKV_FAULTS") == "1":
+        sys.exit("NKV_FAULTS is set, and none may be skipped")
+    return [kind for kind in kinds if kind not in obstacles]
+
+
+# Signals that asked for the end: nothing is left unfinished, so that nothing stays mounted.
+stopped = []
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("server")
+    parser.add_argument("server", nargs="?")
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--cycles", type=int, default=60)
     parser.add_argument("--fast", action="store_true", help="a few cycles of each, for every change")
     parser.add_argument("--fs", action="append", choices=["ext4", "xfs"])
     parser.add_argument("--scenario", action="append", choices=list(SCENARIOS))
     parser.add_argument("--seed", type=int, default=int(os.environ.get("NKV_SEED") or random.randrange(10**9)))
     args = parser.parse_args()
-    server = os.path.abspath(args.server)
-    # Both unwind, also where a shell started this in the background: what was mounted is unmounted.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopped.append(number))
     os.environ["PATH"] += ":/usr/sbin:/sbin"
-    kinds = args.fs or ["ext4", "xfs"]
-    if os.geteuid() != 0:
-        skip("root is needed to mount")
-    for kind in kinds:
-        if not shutil.which(f"mkfs.{kind}"):
-            skip(f"there is no mkfs.{kind}")
+    wanted = args.fs or ["ext4", "xfs"]
+    kinds = usable(wanted)
+    if args.check:
+        sys.exit(kinds != wanted)
+    if not args.server:
+        parser.error("which server?")
+    server = os.path.abspath(args.server)
     failed, start = [], time.monotonic()
     for kind in kinds:
         for name in args.scenario or SCENARIOS:
-            cycles = FAST[name] if args.fast else max(3, args.cycles * SCENARIOS[name][-1] // 100)
+            cycles = FAST[name] if args.fast else max(6, args.cycles * SCENARIOS[name][-1] // 100)
             # Times are not repeated with a seed, but how long is waited for and what is flushed are.
             rng = random.Random(f"{args.seed} {kind} {name}")
             try:

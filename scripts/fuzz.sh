@@ -54,6 +54,8 @@ keep() {
   rm -rf "$corpus" "$new/merged" "$new/control" && cp -r "$new" "$corpus"
 }
 
+# libFuzzer ends in peace at Ctrl-C; no other target begins.
+trap 'exit 130' INT
 failed=0
 for target in "${targets[@]}"; do
   binary="target/fuzz/$host/release/$target"
@@ -69,6 +71,9 @@ for target in "${targets[@]}"; do
     failed=1
     tail -25 "$log"
     echo "$target failed; again with: $binary $(sed -n 's/.*Test unit written to //p' "$log")"
+  elif ((${execs:-0} == 0 || ${coverage:-0} == 0)); then
+    failed=1
+    echo "$target failed: nothing was run, or no edges were counted"
   elif [[ -n "$keep" ]]; then
     keep "$target" "$binary" "$found" >>"$log" 2>&1
   fi

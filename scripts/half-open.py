@@ -10,6 +10,7 @@ their subscriptions with them, within 90 s.
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -47,10 +48,11 @@ def ask(stream, request):
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as data:
-        run("ip", "netns", "add", NAME)
         server = client = None
         try:
+            run("ip", "netns", "add", NAME)
             run("ip", "link", "add", f"{NAME}a", "type", "veth", "peer", "name", f"{NAME}b", "netns", NAME)
             run("ip", "addr", "add", f"{SUBNET}.1/24", "dev", f"{NAME}a")
             run("ip", "link", "set", f"{NAME}a", "up")
@@ -75,11 +77,18 @@ def main():
                 time.sleep(1)
             print(f"TEST half_open peers=2 gone_after_s={time.monotonic() - start:.0f} limit_s={LIMIT_S}")
         finally:
+            # It ends anyhow; a second signal must not leave the namespace.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
             for child in (client, server):
                 if child:
                     child.kill()
                     child.wait()
-            run("ip", "netns", "del", NAME)
+            # A namespace may outlive its name for as long as a connection in it does, and the link with it.
+            if os.path.exists(f"/sys/class/net/{NAME}a"):
+                run("ip", "link", "del", f"{NAME}a")
+            if os.path.exists(f"/run/netns/{NAME}"):
+                run("ip", "netns", "del", NAME)
 
 
 if __name__ == "__main__":

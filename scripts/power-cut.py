@@ -411,6 +411,8 @@ def main():
             try:
                 Scenario(server, kind, name, cycles, rng).run()
             except Broken as broken:
+                if stopped:
+                    sys.exit(128 + stopped[0])  # a command that had just been started took the signal, too
                 failed.append(f"{kind} {name}: {broken}")
                 print(f"FAILED {failed[-1]}", flush=True)
     print(f"power cuts: seed {args.seed}, {time.monotonic() - start:.0f} s")

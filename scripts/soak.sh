@@ -18,7 +18,7 @@ CODEC_CASES_PER_S=1000
 POWER_IMAGES_PER_S=1
 KILL_CYCLES_PER_S=4
 # One cycle of `sync` on each file system, and its part of the other scenarios.
-CUT_CYCLES_PER_S=0.3
+CUT_CYCLES_PER_S=0.2
 
 minutes=60
 chosen=()
@@ -90,7 +90,8 @@ run() {
       build_server
       scripts/half-open.py "$server"
       ;;
-    fuzz) scripts/fuzz.sh --seconds "$share" ;;
+    # Five targets.
+    fuzz) scripts/fuzz.sh --seconds "$((share / 5 + 1))" ;;
     # Some minutes each, whatever the budget.
     miri) scripts/miri.sh ;;
     mutants) NKV_FAULTS=1 scripts/mutants.py ;;

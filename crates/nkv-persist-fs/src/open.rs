@@ -66,10 +66,11 @@ fn tidy(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, 
 /// nothing proves durable is written again.
 fn settle(disk: &Disk, scan: &Scan, tail: &Tail) -> Result<(), PersistError> {
     let before = tail.header.number.saturating_sub(1);
-    if let Some(end) = scan.sealed_before.filter(|_| scan.numbers.contains(&before)) {
+    if let Some(end) = scan.sealed_before {
         disk.write_again(&segment_name(before), end.saturating_sub(SEAL_FRAME_LEN), end)?;
     }
-    let proven = scan.synced_to.checked_sub(tail.header.base);
+    // Nothing that stands first in the log proves that its first header is durable.
+    let proven = scan.synced_to.checked_sub(tail.header.base).filter(|bytes| *bytes > 0);
     let start = proven.map_or(0, |bytes| bytes.saturating_add(SEGMENT_HEADER_LEN));
     disk.write_again(&segment_name(tail.header.number), start, tail.end)?;
     disk.sync_dir()

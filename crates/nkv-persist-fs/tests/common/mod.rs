@@ -133,12 +133,11 @@ pub(crate) struct Choices {
     pub(crate) count: usize,
     max: usize,
     random: Option<Rng>,
-    pub(crate) exhausted: bool,
 }
 
 impl Choices {
     pub(crate) fn new(max: usize, seed: u64) -> Self {
-        Choices { taken: Vec::new(), at: 0, count: 0, max, random: Some(Rng(seed)), exhausted: false }
+        Choices { taken: Vec::new(), at: 0, count: 0, max, random: Some(Rng(seed)) }
     }
 
     pub(crate) fn choose(&mut self, n: usize) -> usize {
@@ -168,7 +167,6 @@ impl Choices {
                 return true;
             }
         }
-        self.exhausted = true;
         false
     }
 }

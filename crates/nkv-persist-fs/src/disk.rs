@@ -91,11 +91,10 @@ impl Disk {
     /// Writes what a file holds between two offsets once more, and returns when all of it is durable.
     pub(crate) fn write_again(&self, name: &str, start: u64, end: u64) -> Result<(), PersistError> {
         let file = self.open(name, Open::Write)?;
-        match copy(&*file, &*file, start, end, start) {
-            // Where each write takes new space, a full disk has none; the sync is as good as it was.
-            Err(error) if error.kind() != io::ErrorKind::StorageFull => Err(from_io("write again", name, error)),
-            _ => file.sync_data().map_err(|e| from_io("sync", name, e)),
-        }
+        // Where each write takes new space, a full disk has none.
+        let again = || copy(&*file, &*file, start, end, start).map_err(|e| from_io("write again", name, e));
+        self.at_any_price(again)?;
+        file.sync_data().map_err(|e| from_io("sync", name, e))
     }
 
     pub(crate) fn lock(&self, how: Open) -> Result<Lock, PersistError> {
@@ -162,6 +161,17 @@ impl Disk {
         if error.kind() == PersistErrorKind::NoSpace { Ok(room) } else { Err(error) }
     }
 
+    /// Does it again, in the room of the reserve, if there is no other.
+    pub(crate) fn at_any_price<T>(&self, does: impl Fn() -> Result<T, PersistError>) -> Result<T, PersistError> {
+        match does() {
+            Err(error) if error.kind() == PersistErrorKind::NoSpace => {
+                self.release_reserve()?;
+                does()
+            }
+            result => result,
+        }
+    }
+
     /// Gives the space of the reserve back to the file system.
     pub(crate) fn release_reserve(&self) -> Result<(), PersistError> {
         let file = self.open(RESERVE, Open::Create)?;
@@ -178,13 +188,7 @@ impl Lock {
     /// Notes durably that the directory has a segment now.
     pub(crate) fn promise_segments(&self) -> Result<(), PersistError> {
         // Also if it was there: it may not be on the disk, although the system shows it.
-        match vfs::write_all(&*self.file, LOCK_TEXT, 0) {
-            // On a full disk what is there has to do.
-            Err(error) if error.kind() != io::ErrorKind::StorageFull || !self.promises_segments()? => {
-                return Err(from_io("write", LOCK, error));
-            }
-            _ => {}
-        }
+        vfs::write_all(&*self.file, LOCK_TEXT, 0).map_err(|e| from_io("write", LOCK, e))?;
         self.file.sync_data().map_err(|e| from_io("sync", LOCK, e))
     }
 }

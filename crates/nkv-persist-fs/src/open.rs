@@ -18,14 +18,17 @@ pub(crate) fn open_log(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<L
     if let Some(damage) = &scan.damage {
         return Err(damage.to_error());
     }
-    let log = match scan.tail {
+    let mut log = match scan.tail {
         Some(tail) => reopen(disk, options, scan, tail)?,
         None => {
             scan.stray.map_or(Ok(()), |number| disk.remove(&segment_name(number)))?;
             create(disk, options, 1)?
         }
     };
-    lock.promise_segments()?;
+    match lock.promise_segments() {
+        Err(error) if error.kind() == PersistErrorKind::NoSpace && log.give_up_reserve()? => lock.promise_segments()?,
+        result => result?,
+    }
     Ok(log)
 }
 
@@ -110,14 +113,7 @@ pub(crate) fn create(disk: &Disk, options: FsOptions, number: u64) -> Result<Log
 
 /// Keeps aside what stands behind the tail, in the room of the reserve if there is no other; gives the name.
 pub(crate) fn keep(disk: &Disk, tail: &Tail) -> Result<String, PersistError> {
-    let name = segment_name(tail.header.number);
-    match disk.keep_aside(&name, tail.end) {
-        Err(error) if error.kind() == PersistErrorKind::NoSpace => {
-            disk.release_reserve()?;
-            disk.keep_aside(&name, tail.end)
-        }
-        kept => kept,
-    }
+    disk.at_any_price(|| disk.keep_aside(&segment_name(tail.header.number), tail.end))
 }
 
 /// Cuts off what stands behind the tail.

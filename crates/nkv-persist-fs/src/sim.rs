@@ -28,6 +28,8 @@ pub enum Fault {
     Eio,
     /// Nothing is done, as there is no space.
     NoSpace,
+    /// Nothing is done, as there is no space for this user.
+    Quota,
     /// A write writes half of its bytes, and the next write fails for want of space; other calls just fail.
     Short,
     /// A write is done and then said to have failed; other calls just fail.
@@ -60,6 +62,7 @@ struct State {
     power_cut_at: Option<u64>,
     fault: Option<(u64, Fault, bool)>,
     capacity: Option<u64>,
+    copies_on_write: bool,
     read_only: bool,
 }
 
@@ -135,6 +138,11 @@ impl SimFs {
     /// Sets how many bytes all files together may have.
     pub fn set_capacity(&self, bytes: Option<u64>) {
         self.state().capacity = bytes;
+    }
+
+    /// Makes each write take new space before what it replaces is free, as on a file system that copies on write.
+    pub fn set_copies_on_write(&self, copies_on_write: bool) {
+        self.state().copies_on_write = copies_on_write;
     }
 
     /// Makes all calls that change something fail, as on a file system that is mounted for reading only.
@@ -329,6 +337,7 @@ impl State {
             Fault::Interrupted if call == Call::Change || !(number - at).is_multiple_of(2) => Ok(None),
             Fault::Interrupted => Err(io::ErrorKind::Interrupted.into()),
             _ if call == Call::Read => Err(io::Error::other("injected EIO")),
+            Fault::Quota => Err(io::ErrorKind::QuotaExceeded.into()),
             _ => Err(io::ErrorKind::StorageFull.into()),
         }
     }
@@ -460,7 +469,8 @@ impl VfsFile for SimFile {
         let mut state = self.fs.state();
         let fault = state.enter(Call::Write)?;
         let end = offset + bytes.len() as u64;
-        let growth = end.saturating_sub(state.nodes[self.node].bytes.len() as u64);
+        let kept = if state.copies_on_write { offset } else { state.nodes[self.node].bytes.len() as u64 };
+        let growth = end.saturating_sub(kept);
         let room = state.capacity.map_or(u64::MAX, |capacity| capacity.saturating_sub(state.used()));
         let mut len = bytes.len() - usize::try_from(growth.saturating_sub(room)).unwrap_or(0).min(bytes.len());
         if fault == Some(Fault::Short) {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use nkv_core::{PersistErrorKind, PersistValue};
-use nkv_persist_fs::sim::SimFs;
+use nkv_persist_fs::sim::{Fault, SimFs};
 use nkv_persist_fs::{FsOptions, FsPersist};
 
 const CAPACITY: u64 = 200 << 10;
@@ -95,6 +95,33 @@ fn puts_work_again_when_somebody_else_frees_space_and_a_full_disk_can_be_opened(
     while persist.persist(&[put("big", revision, vec![1; 5_000])]).is_err() {
         assert!(Instant::now() < deadline);
         std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+// What was read could not be written again, for want of space, and was taken for durable although a sync had failed.
+#[test]
+fn where_each_write_takes_new_space_the_reserve_lets_a_full_disk_be_opened() {
+    for reserve in [16 << 10, 0] {
+        let (fs, options) = (SimFs::new(), options().with_reserve_bytes(reserve));
+        let mut persist = open(&fs, &options).unwrap();
+        persist.persist(&[put("a", 1, vec![1; 5_000])]).unwrap();
+        // The sync, after the write: the disk has the name of the file and not what is in it.
+        fs.fail_at(fs.calls() + 1, Fault::Eio, false);
+        assert_eq!(persist.persist(&[put("b", 2, vec![2; 5_000])]).unwrap_err().kind(), PersistErrorKind::Poisoned);
+        let fs = kill(&fs, persist);
+        fs.set_copies_on_write(true);
+        fs.set_capacity(Some(fs.used()));
+        if reserve == 0 {
+            assert_eq!(open(&fs, &options).unwrap_err().kind(), PersistErrorKind::NoSpace, "nothing to write it with");
+            fs.set_capacity(None);
+        }
+        let mut persist = open(&fs, &options).unwrap();
+        let state = load(&mut persist).unwrap().0;
+        assert_eq!(state.len(), 2);
+        persist.persist(&[delete("a", 3)]).unwrap();
+        let image = fs.crash(&mut |_| 0);
+        let after = load(&mut open(&image, &options).unwrap()).unwrap().0;
+        assert_eq!(after.keys().collect::<Vec<_>>(), ["b"]);
     }
 }
 

@@ -120,8 +120,9 @@ impl Disk {
         let broken = broken_name(name, offset);
         let (from, to) = (self.open(name, Open::Read)?, self.open(&broken, Open::Create)?);
         let size = from.size().map_err(|e| from_io("read", name, e))?;
-        // A longer copy is of an earlier cut at the same place.
-        if to.size().map_err(|e| from_io("read", &broken, e))? < size.saturating_sub(offset) {
+        // One that is as long may not be on the disk, although the system shows it. A longer copy is of an earlier cut at
+        // the same place, which nobody made before the copy was durable.
+        if to.size().map_err(|e| from_io("read", &broken, e))? <= size.saturating_sub(offset) {
             let copied = to.set_len(0).and_then(|()| copy(&*from, &*to, offset, size, 0));
             copied.map_err(|e| from_io("copy a torn tail to", &broken, e))?;
         }

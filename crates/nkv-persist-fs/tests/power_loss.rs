@@ -278,7 +278,8 @@ fn a_kill_and_then_a_power_cut_lose_nothing_that_was_acknowledged_after_the_kill
             fs.cut_power_at(cut);
             let told = run(&fs, &options().with_durability(first), &history);
             let killed = fs.fork();
-            let options = options().with_durability(second);
+            // To fill a reserve is to sync the directory: half of them have none.
+            let options = options().with_durability(second).with_reserve_bytes(1024 * (cut % 2));
             let what = format!("{first} killed at {cut}, then {second}");
             let mut persist = open(&killed, &options).unwrap_or_else(|e| panic!("{what}: {e}"));
             let (mut state, loaded) = load(&mut persist).unwrap();

@@ -35,7 +35,7 @@ pub(crate) fn open_log(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<L
 fn reopen(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, PersistError> {
     let needs_epoch = tail.end < tail.size || scan.cut_before || scan.relaxed;
     let mut log = tidy(disk, options, scan, tail)?;
-    regain_reserve(&mut log);
+    regain_reserve(&mut log)?;
     start(&mut log, needs_epoch)?;
     Ok(log)
 }
@@ -106,7 +106,7 @@ pub(crate) fn create(disk: &Disk, options: FsOptions, number: u64) -> Result<Log
     disk.begin_segment(&*file, &header)?;
     let tail = Tail { header, end: SEGMENT_HEADER_LEN, size: SEGMENT_HEADER_LEN };
     let mut log = Log::new(disk.clone(), options, Default::default(), tail)?;
-    regain_reserve(&mut log);
+    regain_reserve(&mut log)?;
     start(&mut log, false)?;
     Ok(log)
 }
@@ -126,15 +126,18 @@ pub(crate) fn cut(disk: &Disk, tail: &Tail, kept: &str, why: &str) -> Result<(),
 
 /// Fills the reserve when the log is opened. Where all of it does not fit, the disk being small or nearly full, half of
 /// the room that there is has to do; where that is next to nothing, puts are refused until there is more.
-fn regain_reserve(log: &mut Log) {
+fn regain_reserve(log: &mut Log) -> Result<(), PersistError> {
     let mut result = log.regain_reserve();
     if result.is_err() && log.reserve_left / 2 >= RESERVE_MIN {
         log.options.reserve_bytes = log.reserve_left / 2;
         result = log.regain_reserve();
     }
     if let Err(error) = result {
+        // Unless a sync of the directory has failed: that is not for want of room.
+        log.check_usable()?;
         tracing::warn!(%error, "no room for the reserve: puts are refused until there is");
     }
+    Ok(())
 }
 
 /// A reserve smaller than this is none.

@@ -217,6 +217,33 @@ fn after_a_failed_sync_a_restart_in_which_a_call_fails_too_loses_nothing() {
     println!("TEST sim_failed_sync_then_fault images={images} violations=0 seed={}", seed());
 }
 
+// At the next start it has its text, and the system wrote none of it.
+#[test]
+fn a_lock_file_whose_sync_failed_is_written_again() {
+    for (call, fs, _) in first_lives() {
+        drop(open(&fs, &options()).unwrap());
+        let lock = fs.crash(&mut |_| 0).read(&Path::new(DIR).join("LOCK"));
+        assert_eq!(lock.as_deref(), Some(&b"nkv data directory, format 1\n"[..]), "call {call}");
+    }
+}
+
+// The sync of the directory failed after the reserve was filled: it opened, and took nothing.
+#[test]
+fn what_could_be_opened_takes_puts_after_a_fault_that_has_passed() {
+    for call in 0.. {
+        let fs = SimFs::new();
+        fs.fail_at(call, Fault::Eio, false);
+        let opened = open(&fs, &options());
+        if fs.calls() <= call {
+            break;
+        }
+        if let Ok(mut persist) = opened {
+            let stored = persist.persist(&[put("a", 1, "1")]);
+            assert!(stored.is_ok(), "call {call}: {stored:?}");
+        }
+    }
+}
+
 // A quota that was used up hindered openings that a full disk did not.
 #[test]
 fn a_quota_that_is_used_up_is_met_as_a_full_disk_is() {

@@ -501,6 +501,9 @@ impl VfsFile for SimFile {
         }
         state.syncs += 1;
         state.nodes[self.node].sync();
+        if !state.names.values().any(|node| *node == self.node) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
         Ok(())
     }
 

@@ -247,6 +247,12 @@ mod tests {
         }
     }
 
+    // A frame that names a place where no frame begins, as durable: what follows could not be read again from there.
+    #[test]
+    fn a_synced_mark_inside_a_frame_hinders_no_opening() {
+        recover(&[1, 2, 4, 0, 0, 0, 0, 0, 204, 10, 1, 0, 0, 0]);
+    }
+
     #[test]
     fn any_byte_of_a_valid_record_may_change() {
         let body = |frame: &mut FrameBuf| {

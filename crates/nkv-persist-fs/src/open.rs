@@ -9,6 +9,7 @@ use crate::error::from_io;
 use crate::format::{FrameBuf, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
 use crate::log::{Log, random_epoch, random_salt};
 use crate::options::{Durability, FsOptions};
+use crate::reader::{Next, Opened, SegmentReader};
 use crate::scan::{Scan, Tail};
 use crate::vfs::Open;
 
@@ -70,13 +71,32 @@ fn tidy(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, 
 fn settle(disk: &Disk, scan: &Scan, tail: &Tail) -> Result<(), PersistError> {
     let before = tail.header.number.saturating_sub(1);
     if let Some(end) = scan.sealed_before {
-        disk.write_again(&segment_name(before), end.saturating_sub(SEAL_FRAME_LEN), end)?;
+        write_again(disk, before, end.saturating_sub(SEAL_FRAME_LEN), end)?;
     }
     // Nothing that stands first in the log proves that its first header is durable.
     let proven = scan.synced_to.checked_sub(tail.header.base).filter(|bytes| *bytes > 0);
     let start = proven.map_or(0, |bytes| bytes.saturating_add(SEGMENT_HEADER_LEN));
-    disk.write_again(&segment_name(tail.header.number), start, tail.end)?;
+    write_again(disk, tail.header.number, start, tail.end)?;
     disk.sync_dir()
+}
+
+/// Writes frames again, and reads them again: the system may have forgotten, since they were read first, what it could
+/// not write.
+fn write_again(disk: &Disk, number: u64, start: u64, end: u64) -> Result<(), PersistError> {
+    let name = segment_name(number);
+    disk.write_again(&name, start, end)?;
+    if let Opened::Good(mut reader) = SegmentReader::open(disk, number)? {
+        // From the start of the segment if some frame, not one of ours, names a place where none begins.
+        for from in [start, 0] {
+            reader.skip_to(from);
+            while reader.offset() < end && matches!(reader.next()?, Next::Frame(..)) {}
+            if reader.offset() == end {
+                return Ok(());
+            }
+        }
+    }
+    let context = format!("what was read of {} is not there any more", disk.path(&name));
+    Err(PersistError::new(PersistErrorKind::Io, context))
 }
 
 /// Notes what the frames to come need: an epoch of their own, if something acknowledged may be missing, and in a

@@ -66,6 +66,11 @@ impl SegmentReader {
         self.offset
     }
 
+    /// Goes on at the frame that starts there, or at the first one behind the header.
+    pub(crate) fn skip_to(&mut self, offset: u64) {
+        self.offset = offset.max(SEGMENT_HEADER_LEN);
+    }
+
     /// Where the next frame starts, in the log.
     pub(crate) fn position(&self) -> u64 {
         self.position_at(self.offset)

@@ -61,6 +61,7 @@ struct State {
     syncs: u64,
     power_cut_at: Option<u64>,
     fault: Option<(u64, Fault, bool)>,
+    evict_at: Option<u64>,
     capacity: Option<u64>,
     copies_on_write: bool,
     read_only: bool,
@@ -122,6 +123,11 @@ impl SimFs {
     /// Makes the call with this number fail, counted from 0, and if `forever` all changing calls after it too.
     pub fn fail_at(&self, call: u64, fault: Fault, forever: bool) {
         self.state().fault = Some((call, fault, forever));
+    }
+
+    /// Lets the system forget, before the call with this number, what failed syncs have left in memory alone.
+    pub fn evict_at(&self, call: u64) {
+        self.state().evict_at = Some(call);
     }
 
     /// Ends the faults.
@@ -264,6 +270,17 @@ impl Node {
         self.dropped.extend(self.sectors.keys());
     }
 
+    /// From now on readers see what the disk has, or zeros where it has nothing.
+    fn evict(&mut self) {
+        for sector in std::mem::take(&mut self.dropped) {
+            let old = sector_of(&self.durable, sector);
+            let start = self.bytes.len().min(sector * SECTOR);
+            let end = self.bytes.len().min(start + SECTOR);
+            self.bytes[start..end].copy_from_slice(&old[..end - start]);
+            self.sectors.remove(&sector);
+        }
+    }
+
     fn crash(&self, choose: &mut dyn FnMut(usize) -> usize) -> Node {
         let len = self.crash_len(choose);
         let mut bytes = self.durable.clone();
@@ -316,6 +333,9 @@ impl State {
     fn enter(&mut self, call: Call) -> io::Result<Option<Fault>> {
         let number = self.calls;
         self.calls += 1;
+        if self.evict_at == Some(number) {
+            self.nodes.iter_mut().for_each(Node::evict);
+        }
         if self.is_off() {
             return Err(io::Error::other("the power is cut"));
         }

@@ -217,6 +217,34 @@ fn after_a_failed_sync_a_restart_in_which_a_call_fails_too_loses_nothing() {
     println!("TEST sim_failed_sync_then_fault images={images} violations=0 seed={}", seed());
 }
 
+// What an opening had read was gone from memory when it was to be written again: zeros were, and the index pointed there.
+#[test]
+fn what_is_read_and_then_forgotten_by_the_system_is_not_taken_for_written() {
+    let (mut refused, mut rng) = (0, Rng(seed()));
+    for (first, fs, possible) in first_lives() {
+        for call in 0.. {
+            let fs = fs.fork();
+            fs.evict_at(call);
+            let what = format!("call {first}, forgotten at call {call}");
+            if let Ok(mut persist) = open(&fs, &options()) {
+                let mut state = load(&mut persist).unwrap_or_else(|e| panic!("{what}: {e}")).0;
+                assert!(possible.contains(&state), "{what}: {state:?}");
+                let batch = [put("acked", 9_000, "x")];
+                persist.persist(&batch).unwrap_or_else(|e| panic!("{what}: {e}"));
+                apply(&mut state, &batch);
+                check_images(&fs, &[state], 2, &mut rng, &what);
+            } else {
+                refused += 1;
+                drop(open(&fs, &options()).unwrap_or_else(|e| panic!("{what}: {e}")));
+            }
+            if fs.calls() <= call {
+                break;
+            }
+        }
+    }
+    assert!(refused > 0, "nothing was forgotten");
+}
+
 // At the next start it has its text, and the system wrote none of it.
 #[test]
 fn a_lock_file_whose_sync_failed_is_written_again() {

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use nkv_core::mailbox::{Backlog, Mailbox, mailbox};
@@ -50,8 +50,9 @@ pub(crate) struct Shared {
     form: AtomicU8,
     /// Bytes of answers, snapshots and what else is not conflated, that were not written yet.
     waiting: AtomicUsize,
-    /// What is being written: which encoding most of it is (an address), and how many bytes.
-    gathered: (AtomicUsize, AtomicUsize),
+    made: Instant,
+    /// What is being written: which encoding most of it is (an address), how many bytes, and since when, in ms.
+    gathered: (AtomicUsize, AtomicUsize, AtomicU64),
     /// The writer is gone.
     ended: AtomicBool,
     room: Notify,
@@ -69,6 +70,7 @@ impl TcpNotifier {
         let shared = Arc::new(Shared {
             form: AtomicU8::new(0),
             waiting: AtomicUsize::new(0),
+            made: Instant::now(),
             gathered: Default::default(),
             ended: AtomicBool::new(false),
             room: Notify::new(),
@@ -117,8 +119,16 @@ impl TcpNotifier {
     /// What is being written of changes at the moment, in bytes, and what tells whether two connections share them: the
     /// encoding of a change is made once, and kept for as long as anybody still writes it.
     pub fn gathered(&self) -> (usize, usize) {
-        let (encoding, len) = &self.shared.gathered;
+        let (encoding, len, _) = &self.shared.gathered;
         (encoding.load(Relaxed), len.load(Relaxed))
+    }
+
+    /// For how long the peer has not taken what is being written (64 KiB or a little more, as a rule).
+    pub fn busy_for(&self) -> Duration {
+        match self.shared.gathered.2.load(Relaxed) {
+            0 => Duration::ZERO,
+            since => self.shared.made.elapsed().saturating_sub(Duration::from_millis(since)),
+        }
     }
 
     /// Whether the writer has ended, so that nothing more is written: the peer is gone, or was cut.
@@ -153,6 +163,14 @@ impl Shared {
     pub(crate) fn gather(&self, encoding: usize, len: usize) {
         self.gathered.0.store(encoding, Relaxed);
         self.gathered.1.store(len, Relaxed);
+        let since = u64::try_from(self.made.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
+        self.gathered.2.store(since, Relaxed);
+    }
+
+    /// All that was gathered is written.
+    pub(crate) fn flushed(&self) {
+        self.gathered.1.store(0, Relaxed);
+        self.gathered.2.store(0, Relaxed);
     }
 
     /// So many bytes of what waited were written.

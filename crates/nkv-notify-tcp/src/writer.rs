@@ -68,7 +68,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
             if let Err(end) = self.flush().await {
                 return end;
             }
-            self.shared.gather(0, 0);
+            self.shared.flushed();
             self.shared.written(std::mem::take(&mut self.counted));
         }
         match timeout(self.shared.options.stall_limit, self.writer.shutdown()).await {

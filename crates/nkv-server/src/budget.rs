@@ -1,9 +1,9 @@
 //! What connections hold, each and all together: requests that have not arrived whole, answers and snapshots that were
-//! not taken, changes that wait to be told or are being told, deep subscriptions. Past the limit, whoever holds most is
-//! closed.
+//! not taken, changes that wait to be told or are being told, deep subscriptions. Past the limit, whoever holds most for
+//! longest is closed.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -11,11 +11,19 @@ use nkv_notify_tcp::TcpNotifier;
 use tokio::sync::{Mutex as Queue, Notify};
 use tokio::time::Instant;
 
+use crate::clock::millis;
+
 /// What a pending change costs its connection, roughly; the value is shared with the store.
 const PENDING_LEN: usize = 256;
 
+/// Turns that others are given when there is too much, before more is made. It may be one alone that holds it, rightly.
+const RELIEF_TURNS: usize = 8;
+
 /// How often whoever waits for room looks again.
 const ROOM_PAUSE: Duration = Duration::from_millis(10);
+
+/// Whoever was let through meanwhile has so long to read on before the next is closed for those who wait.
+const EVICTION_PAUSE: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
 pub(crate) struct Budget {
@@ -24,9 +32,11 @@ pub(crate) struct Budget {
     waiting: Arc<AtomicUsize>,
     /// Bytes that the reading sides of all connections hold.
     read: AtomicUsize,
+    /// Bytes of subscriptions to deep keys, on all connections.
+    deep: AtomicUsize,
     holders: Mutex<Holders>,
-    /// Whoever waits for room, in the order in which they came.
-    queue: Queue<()>,
+    /// Whoever waits for room, in the order in which they came; and when somebody was last closed for them.
+    queue: Queue<Option<Instant>>,
 }
 
 #[derive(Debug, Default)]
@@ -37,11 +47,52 @@ struct Holders {
 
 #[derive(Debug)]
 struct Holder {
+    opened: Instant,
     read: AtomicUsize,
+    /// When its reading side came to hold what it holds of a request, in ms after the opening.
+    read_since_ms: AtomicU64,
     notifier: TcpNotifier,
     evicted: Notify,
     /// It was told to give up what it holds, and will.
     is_leaving: AtomicBool,
+}
+
+/// What one connection's subscriptions take, beyond what the limit of their number allows for.
+#[derive(Debug)]
+pub(crate) struct DeepShare {
+    budget: Arc<Budget>,
+    len: usize,
+}
+
+/// What they may take on one connection; all together, a quarter of the limit.
+const DEEP_LEN_MAX: usize = 4 << 20;
+
+impl DeepShare {
+    pub(crate) fn new(budget: Arc<Budget>) -> Self {
+        DeepShare { budget, len: 0 }
+    }
+
+    /// Whether so much more is too much.
+    pub(crate) fn is_full(&self, more: usize) -> bool {
+        let all = self.budget.deep.load(Relaxed).saturating_add(more);
+        more > 0 && (self.len.saturating_add(more) > DEEP_LEN_MAX || all > self.budget.limit / 4)
+    }
+
+    pub(crate) fn set(&mut self, len: usize) {
+        self.budget.deep.fetch_add(len, Relaxed);
+        self.budget.deep.fetch_sub(self.len, Relaxed);
+        self.len = len;
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+}
+
+impl Drop for DeepShare {
+    fn drop(&mut self) {
+        self.set(0);
+    }
 }
 
 /// One connection's share, for as long as anything of the connection is left.
@@ -54,8 +105,9 @@ pub(crate) struct Share {
 
 impl Holder {
     fn new(notifier: TcpNotifier) -> Arc<Self> {
+        let (opened, read_since_ms) = (Instant::now(), AtomicU64::new(0));
         let (read, evicted, is_leaving) = Default::default();
-        Arc::new(Holder { read, notifier, evicted, is_leaving })
+        Arc::new(Holder { opened, read, read_since_ms, notifier, evicted, is_leaving })
     }
 
     /// All but what is being told of changes, which others may share.
@@ -68,6 +120,16 @@ impl Holder {
         self.held_alone().saturating_add(self.notifier.gathered().1)
     }
 
+    /// For how long it has held what it holds without anything coming of it.
+    fn held_for(&self) -> Duration {
+        let busy_for = self.notifier.busy_for();
+        if self.read.load(Relaxed) == 0 {
+            return busy_for;
+        }
+        let since = Duration::from_millis(self.read_since_ms.load(Relaxed));
+        busy_for.max(self.opened.elapsed().saturating_sub(since))
+    }
+
     fn evict(&self) {
         self.is_leaving.store(true, Relaxed);
         self.evicted.notify_one();
@@ -75,27 +137,30 @@ impl Holder {
 }
 
 impl Holders {
-    /// What those hold together that stay, and which of them holds most. An encoding that several write counts once.
-    fn total_and_largest(&self) -> (usize, Option<(usize, &Holder)>) {
+    /// What those hold together that stay, and which of them holds most for longest, with what it holds. An encoding that
+    /// several write counts once.
+    fn total_and_worst(&self) -> (usize, Option<(usize, &Holder)>) {
         let mut encodings = HashSet::new();
-        let (mut total, mut largest) = (0_usize, None);
+        let (mut total, mut worst, mut most) = (0_usize, None, 0);
         for holder in self.by_id.values().filter(|holder| !holder.is_leaving.load(Relaxed)) {
             let (alone, (encoding, gathered)) = (holder.held_alone(), holder.notifier.gathered());
             let shared = if gathered == 0 || encodings.insert(encoding) { gathered } else { 0 };
             total = total.saturating_add(alone).saturating_add(shared);
             let held = alone.saturating_add(gathered);
-            if largest.is_none_or(|(most, _)| held > most) {
-                largest = Some((held, &**holder));
+            // Bytes times milliseconds: whoever is in the middle of a large request is no worse than who stalls.
+            let weight = (held as u128).saturating_mul(holder.held_for().as_millis().saturating_add(1));
+            if weight > most {
+                (worst, most) = (Some((held, &**holder)), weight);
             }
         }
-        (total, largest)
+        (total, worst)
     }
 }
 
 impl Budget {
     pub(crate) fn new(limit: usize) -> Arc<Self> {
-        let (waiting, read, holders, queue) = Default::default();
-        Arc::new(Budget { limit, waiting, read, holders, queue })
+        let (waiting, read, deep, holders, queue) = Default::default();
+        Arc::new(Budget { limit, waiting, read, deep, holders, queue })
     }
 
     /// What notifiers count answers and snapshots in.
@@ -118,16 +183,27 @@ impl Budget {
         Share { budget: Arc::clone(self), id, holder }
     }
 
-    /// Closes the largest holder if all together hold too much. One that alone is the reason is let through: what it
+    /// Closes the worst holder if all together hold too much. One that alone is the reason is let through: what it
     /// asked for was admitted by [`room`](Self::room).
     pub(crate) fn check(&self) {
         let holders = self.lock();
-        let (total, largest) = holders.total_and_largest();
-        if let Some((held, largest)) = largest
+        let (total, worst) = holders.total_and_worst();
+        if let Some((held, worst)) = worst
             && total > self.limit
             && total.saturating_sub(held) > self.limit / 2
         {
-            largest.evict();
+            worst.evict();
+        }
+    }
+
+    /// If there is too much, gives those who were told to leave some turns to do so.
+    pub(crate) async fn relief(&self) {
+        for _ in 0..RELIEF_TURNS {
+            if !self.is_over() {
+                return;
+            }
+            self.check();
+            tokio::task::yield_now().await;
         }
     }
 
@@ -143,7 +219,7 @@ impl Budget {
     }
 
     /// Waits until there is room for an answer or a snapshot of any size, or until `gone`. Whoever came first goes
-    /// first, and whoever holds most does not keep it waiting for longer than `patience`.
+    /// first, and whoever holds most for longest does not keep it waiting for longer than `patience`.
     ///
     /// # Cancel safety
     ///
@@ -152,14 +228,16 @@ impl Budget {
         if self.queued() <= self.limit / 2 {
             return;
         }
-        let _first = self.queue.lock().await;
         let start = Instant::now();
+        let mut last_eviction = self.queue.lock().await;
         while self.queued() > self.limit / 2 && !gone() {
             if start.elapsed() >= patience
-                && let (total, Some((_, largest))) = self.lock().total_and_largest()
+                && last_eviction.is_none_or(|last| last.elapsed() >= EVICTION_PAUSE)
+                && let (total, Some((_, worst))) = self.lock().total_and_worst()
                 && total > self.limit / 2
             {
-                largest.evict();
+                worst.evict();
+                *last_eviction = Some(Instant::now());
             }
             tokio::time::sleep(ROOM_PAUSE).await;
         }
@@ -176,9 +254,12 @@ impl Budget {
 }
 
 impl Share {
-    /// Notes how many bytes this connection's reading side holds.
-    pub(crate) fn hold(&self, bytes: usize) {
+    /// Notes how many bytes this connection's reading side holds, and whether it has served a request meanwhile.
+    pub(crate) fn hold(&self, bytes: usize, served: bool) {
         let before = self.holder.read.swap(bytes, Relaxed);
+        if bytes > 0 && (served || before == 0) {
+            self.holder.read_since_ms.store(millis(self.holder.opened.elapsed()), Relaxed);
+        }
         if bytes > before {
             self.budget.read.fetch_add(bytes.saturating_sub(before), Relaxed);
             self.budget.check_if_over();
@@ -187,9 +268,9 @@ impl Share {
         }
     }
 
-    /// Whether all connections hold too much.
-    pub(crate) fn is_over(&self) -> bool {
-        self.budget.is_over()
+    /// As [`Budget::relief`].
+    pub(crate) async fn relief(&self) {
+        self.budget.relief().await;
     }
 
     /// What this connection holds.
@@ -211,6 +292,6 @@ impl Share {
 impl Drop for Share {
     fn drop(&mut self) {
         self.budget.lock().by_id.remove(&self.id);
-        self.hold(0);
+        self.hold(0, true);
     }
 }

@@ -156,14 +156,13 @@ pub(crate) async fn serve(socket: Socket, core: Arc<Core>, options: Options, slo
     let Connection { read, buffer, share, session, mut writer, .. } = connection;
     drop((read, buffer));
     session.end();
-    share.hold(0);
+    share.hold(0, true);
     notifier.close();
-    let patience = match end {
-        Ok(End::Quiet) => Duration::MAX, // the peer may take its time, as long as it takes something
-        // Of one that has read nothing of what it holds, no reading is to be expected.
-        Ok(End::Evicted) if share.held() > NotifierOptions::default().waiting_max => Duration::ZERO,
-        _ => LAST_WORDS_LIMIT,
-    };
+    if matches!(end, Ok(End::Evicted)) && share.held() > NotifierOptions::default().waiting_max {
+        return; // of one that has read nothing of what it holds, no reading is to be expected
+    }
+    // At a quiet end the peer may take its time, as long as it takes something.
+    let patience = if matches!(end, Ok(End::Quiet)) { Duration::MAX } else { LAST_WORDS_LIMIT };
     let end = match end {
         Ok(End::Writer(end)) => end,
         Ok(_) => tokio::select! {
@@ -229,9 +228,7 @@ impl Connection {
                     false => continue,
                 },
             }
-            if self.share.is_over() {
-                tokio::task::yield_now().await; // whoever was told to leave does so before more is taken
-            }
+            self.share.relief().await;
             // Room for what is known to come, but never for much more than has come: an announcement costs nothing.
             let missing = self.decoder.expected_len().unwrap_or(0).saturating_sub(self.buffer.len());
             // What does not fit one reading gets much more at once: buffers that grow in many steps leave many holes.
@@ -254,7 +251,8 @@ impl Connection {
             if self.buffer.is_empty() {
                 self.buffer = BytesMut::new(); // an idle connection keeps no buffer
             }
-            self.share.hold(self.buffer.capacity().saturating_add(self.session.subscribed_len()));
+            let served = self.since.begun.is_none();
+            self.share.hold(self.buffer.capacity(), served);
             // Bytes that come and come and make no request hold no deadline off.
             if self.is_overdue(deadline) {
                 return Ok(self.overdue());

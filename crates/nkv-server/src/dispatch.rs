@@ -14,6 +14,7 @@ use nkv_protocol::{
     Answer, BaseFields, Chunks, Id, Kind, Refusal, Request, ServerFields, SubscriberFields, ValueForm, hello, status,
 };
 
+use crate::budget::DeepShare;
 use crate::core::{Core, Stopping, Subscriber, WriteResult};
 use crate::server::{Options, VERSION};
 
@@ -28,9 +29,6 @@ const GET_LEN_MAX: usize = 64 << 20;
 const FREE_SEGMENTS: usize = 8;
 const NODE_LEN: usize = 512;
 
-/// What the further segments of one connection's subscriptions may take.
-const DEEP_LEN_MAX: usize = 4 << 20;
-
 /// Answers are sent on once there are so many bytes of them.
 const SEND_LEN: usize = 64 << 10;
 
@@ -41,7 +39,7 @@ pub(crate) struct Session {
     options: Options,
     client: SubscriberId,
     subscriptions: HashMap<(SubscriberId, Pattern), Arc<Subscription<Subscriber>>>,
-    subscribed_len: usize,
+    deep: DeepShare,
     /// Writes read but not done yet, and the ids to answer to, as JSON.
     writes: Vec<Op>,
     write_ids: Vec<Box<str>>,
@@ -51,12 +49,12 @@ pub(crate) struct Session {
 impl Session {
     pub(crate) fn new(core: Arc<Core>, notifier: TcpNotifier, options: Options) -> Self {
         Session {
+            deep: DeepShare::new(Arc::clone(&core.budget)),
             core,
             notifier,
             options,
             client: random_name(),
             subscriptions: HashMap::new(),
-            subscribed_len: 0,
             writes: Vec::new(),
             write_ids: Vec::new(),
             out: Chunks::default(),
@@ -89,6 +87,7 @@ impl Session {
             tokio::task::yield_now().await;
             self.core.budget.room(self.options.stall_limit, || self.notifier.has_ended()).await;
         }
+        self.core.budget.relief().await;
         if let Err(refusal) = self.read(&request) {
             refuse(&mut self.out, refusal);
         }
@@ -112,11 +111,6 @@ impl Session {
     /// Sends every answer there is.
     pub(crate) fn send(&mut self) {
         self.notifier.send(&mut self.out);
-    }
-
-    /// What the connection's subscriptions take, beyond what the limit of their number allows for.
-    pub(crate) fn subscribed_len(&self) -> usize {
-        self.subscribed_len
     }
 
     /// Whether anything may be told without being asked for.
@@ -201,7 +195,7 @@ impl Session {
                 let found = self.core.store.unsubscribe(&pattern, &client);
                 let name = (client, pattern);
                 if self.subscriptions.remove(&name).is_some() {
-                    self.subscribed_len = self.subscribed_len.saturating_sub(deep_len(&name.1));
+                    self.deep.set(self.deep.len().saturating_sub(deep_len(&name.1)));
                 }
                 self.found(id, found);
                 Ok(())
@@ -285,7 +279,7 @@ impl Session {
         if self.subscriptions.len() >= limit {
             self.subscriptions.retain(|_, subscription| is_live(subscription));
             let lens = self.subscriptions.keys().map(|(_, pattern)| deep_len(pattern));
-            self.subscribed_len = lens.fold(0, usize::saturating_add);
+            self.deep.set(lens.fold(0, usize::saturating_add));
         }
         let again = self.subscriptions.get(&name).is_some_and(is_live);
         if self.subscriptions.len() >= limit && !again {
@@ -297,8 +291,8 @@ impl Session {
             let message = format!("more than {total} subscriptions on all connections");
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
-        if self.subscribed_len.saturating_add(deep_len(&name.1)) > DEEP_LEN_MAX && !again {
-            let message = format!("the subscriptions of this connection are too deep: more than {DEEP_LEN_MAX} bytes");
+        if !again && self.deep.is_full(deep_len(&name.1)) {
+            let message = "too many subscriptions to keys with many segments".into();
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
         // Whatever is told from the subscription on comes after its `Hello`, and that after the answers so far. With a
@@ -317,7 +311,7 @@ impl Session {
         let subscription = self.core.store.subscribe(pattern, client, subscriber, request.snapshot);
         let len = deep_len(&name.1);
         if self.subscriptions.insert(name, subscription).is_none() {
-            self.subscribed_len = self.subscribed_len.saturating_add(len);
+            self.deep.set(self.deep.len().saturating_add(len));
         }
         Ok(())
     }

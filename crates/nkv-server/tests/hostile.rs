@@ -469,3 +469,70 @@ fn answers_that_nobody_reads_are_bounded_and_small_ones_go_on() {
     assert!(peak < before.rss_kib + (10 << 10), "{before:?} {peak}");
     victim.is_as_before(before, 10 << 10);
 }
+
+#[test]
+fn answers_that_nobody_reads_are_bounded_although_nobody_else_asks() {
+    let victim = Victim::start(&["--max-queued", "2M", "--stall-limit", "20s"]);
+    let value = "v".repeat(100_000);
+    assert_eq!(status(&victim.connect().ask(&format!(r#"{{"type":"Put","key":"big","value":"{value}"}}"#))), 200);
+    let before = victim.process.gauge();
+    // 400 kB each, in the form of byte arrays: 24 MB.
+    let greedy: Vec<TcpStream> = (0..60)
+        .map(|_| {
+            let mut stream = victim.raw();
+            stream.write_all(b"{\"type\":\"Get\",\"key\":\"big\"}\n").unwrap();
+            stream
+        })
+        .collect();
+    victim.process.wait_for_log("all hold too much");
+    let mut rss = Vec::new();
+    eventually("it has settled", || {
+        rss.push(victim.process.gauge().rss_kib);
+        rss.len() > 20 && rss[rss.len() - 20..].iter().all(|kib| *kib == rss[rss.len() - 1])
+    });
+    let peak = rss.iter().max().unwrap();
+    println!("TEST unread_alone limit_kib=2048 rss_kib=+{}", peak.saturating_sub(before.rss_kib));
+    assert!(*peak < before.rss_kib + (12 << 10), "{before:?} {peak}");
+    drop(greedy);
+}
+
+#[test]
+fn a_process_that_stood_still_closes_nobody_whose_request_waits() {
+    let victim = Victim::start(&["--request-limit", "500ms"]);
+    let mut conn = victim.connect();
+    let value = "x".repeat(900_000);
+    conn.stream()
+        .write_all(
+            format!("{{\"type\":\"Put\",\"key\":\"a\",\"len\":{}}}\n{}", value.len(), &value[..20_000]).as_bytes(),
+        )
+        .unwrap();
+    // What it has read of that by now is held; the rest comes while it stands still, for longer than the limit.
+    eventually("some was read", || victim.connect().put("alive", "yes") > 2);
+    victim.process.signal("-STOP");
+    let mut rest = conn.stream().try_clone().unwrap();
+    let sender = thread::spawn(move || rest.write_all(format!("{}\n", &"x".repeat(880_000)).as_bytes()));
+    thread::sleep(Duration::from_millis(900)); // how long it stands still
+    victim.process.signal("-CONT");
+    assert_eq!(status(&conn.line()), 200);
+    sender.join().unwrap().unwrap();
+}
+
+#[test]
+fn subscriptions_to_deep_keys_have_a_limit_of_their_own() {
+    let victim = Victim::start(&[]);
+    let before = victim.process.gauge();
+    let mut conn = victim.connect();
+    let (mut taken, mut refused) = (0, 0);
+    for n in 0..200 {
+        let key = format!("{n}{}", ".s".repeat(500));
+        match conn.ask(&format!(r#"{{"type":"Subscribe","key":"{key}"}}"#)).as_str() {
+            "\"Hello\"" => taken += 1,
+            text if text.contains("429") => refused += 1,
+            text => panic!("{text}"),
+        }
+    }
+    let rss_kib = victim.process.gauge().rss_kib.saturating_sub(before.rss_kib);
+    println!("TEST deep_subscriptions taken={taken} refused={refused} rss_kib=+{rss_kib}");
+    assert!(taken > 8 && refused > 100);
+    assert!(rss_kib < 10 << 10, "{rss_kib}");
+}

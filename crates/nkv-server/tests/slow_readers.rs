@@ -199,31 +199,70 @@ fn whoever_stalls_past_the_limit_is_cut_and_the_log_says_why() {
 }
 
 #[test]
-fn whoever_reads_drop_by_drop_does_not_keep_others_from_large_answers() {
+fn whoever_reads_drop_by_drop_is_closed_for_those_who_wait_and_nobody_else_is() {
     let dir = tempfile::tempdir().unwrap();
     let limits = ["--durability", "os", "--stall-limit", "1s", "--max-queued", "2M"];
     let process = Process::start(&dir.path().join("data"), &limits);
     let mut writer = process.connect();
     let value = "x".repeat(200_000);
-    for n in 0..20 {
+    for n in 0..40 {
         assert_eq!(status(&writer.ask(&format!(r#"{{"type":"Put","key":"big.{n}","value":"{value}"}}"#))), 200);
     }
+    let idle: Vec<TcpStream> = (0..10).map(|_| subscriber(&process, "idle")).collect();
     let mut dripping = process.connect();
     dripping.hello("dripping", "payload").send(r#"{"type":"Get","key":"big.*"}"#);
+    // It has its header, so the rest waits; it takes far more than the stall limit asks for, and eight seconds.
+    assert!(dripping.line().contains("\"len\":8000000"));
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
-            // Never silent for as long as the limit, and never through.
-            while !over.load(Relaxed) && dripping.stream().read(&mut [0; 1_000]).is_ok_and(|len| len > 0) {
-                thread::sleep(Duration::from_millis(50)); // the slowness
+            while !over.load(Relaxed) && dripping.stream().read(&mut [0; 20_000]).is_ok_and(|len| len > 0) {
+                thread::sleep(Duration::from_millis(20)); // the slowness
             }
         });
-        let mut other = process.connect();
-        other.hello("other", "payload").send(r#"{"type":"Get","key":"big.*"}"#);
-        let header = other.line();
-        assert!(header.contains("\"len\":4000000"), "{header:.200}");
-        other.bytes(4_000_001);
+        let waiting: Vec<_> = (0..5)
+            .map(|_| {
+                let mut other = process.connect();
+                scope.spawn(move || {
+                    other.hello("other", "payload").send(r#"{"type":"Get","key":"big.*","limit":3}"#);
+                    let header = other.line();
+                    assert!(header.contains("\"len\":600000"), "{header:.200}");
+                    other.bytes(600_001);
+                    other
+                })
+            })
+            .collect();
+        let others: Vec<Conn> = waiting.into_iter().map(|other| other.join().unwrap()).collect();
         over.store(true, Relaxed);
+        let stats = writer.ask(r#"{"type":"Stats"}"#);
+        assert!(stats.contains("\"connections\":16,"), "more than the one were closed: {stats}");
+        drop(others);
     });
     process.wait_for_log("all hold too much");
+    drop(idle);
+}
+
+#[test]
+fn versions_that_stalled_readers_are_stuck_in_are_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = ["--durability", "os", "--stall-limit", "1m", "--max-queued", "4M"];
+    let process = Process::start(&dir.path().join("data"), &limits);
+    let mut writer = process.connect();
+    let value = "x".repeat(400_000);
+    let before = process.gauge();
+    let mut stalled = Vec::new();
+    // Each is stuck in the middle of a version of its own; all of them would be 100 times 400 kB. Every other one says
+    // that it has nothing more to ask.
+    for n in 0..100 {
+        let stream = subscriber(&process, "big");
+        writer.put("big", &value);
+        if n % 2 == 0 {
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+        }
+        stalled.push(stream);
+    }
+    let peak = process.gauge();
+    println!("TEST stuck_versions limit_kib=4096 rss_kib=+{}", peak.rss_kib.saturating_sub(before.rss_kib));
+    process.wait_for_log("all hold too much");
+    assert!(peak.rss_kib < before.rss_kib + (20 << 10), "{before:?} {peak:?}");
 }

@@ -65,7 +65,7 @@ def main():
 
 def check(mutants, all_of_them):
     wrong = [f"{m['name']}: {reason}" for m in mutants for _, reason in [mutate(ROOT, m)] if reason]
-    guarantees = set(re.findall(r"^\*\*(G\d+)\.", (ROOT / "docs/guarantees.md").read_text(), flags=re.MULTILINE))
+    guarantees = set(re.findall(r"^\| \*\*(G\d+)\.", (ROOT / "docs/guarantees.md").read_text(), flags=re.MULTILINE))
     broken = {mutant["breaks"] for mutant in mutants}
     wrong += [f"there is no guarantee {name}" for name in sorted(broken - guarantees)]
     wrong += [f"no mutant breaks {name}" for name in sorted(guarantees - broken) if all_of_them]

@@ -214,7 +214,8 @@ impl Budget {
         }
     }
 
-    fn is_over(&self) -> bool {
+    /// Whether all connections hold too much.
+    pub(crate) fn is_over(&self) -> bool {
         self.queued() > self.limit
     }
 

@@ -87,7 +87,9 @@ impl Session {
             tokio::task::yield_now().await;
             self.core.budget.room(self.options.stall_limit, || self.notifier.has_ended()).await;
         }
-        self.core.budget.relief().await;
+        if self.core.budget.is_over() {
+            self.core.budget.relief().await;
+        }
         if let Err(refusal) = self.read(&request) {
             refuse(&mut self.out, refusal);
         }
@@ -135,8 +137,8 @@ impl Session {
     async fn wait_for_room(&self) {
         if self.notifier.waiting() > SEND_LEN {
             self.core.budget.check_if_over();
+            self.notifier.room().await;
         }
-        self.notifier.room().await;
     }
 
     fn write_op<'r>(&self, request: &Request<'r>) -> Result<Op, Refusal<'r>> {

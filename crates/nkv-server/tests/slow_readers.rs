@@ -266,3 +266,29 @@ fn versions_that_stalled_readers_are_stuck_in_are_bounded() {
     process.wait_for_log("all hold too much");
     assert!(peak.rss_kib < before.rss_kib + (20 << 10), "{before:?} {peak:?}");
 }
+
+#[test]
+fn large_snapshots_wait_for_each_other_so_that_nobody_who_reads_is_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let process = Process::start(&dir.path().join("data"), &["--durability", "os", "--max-queued", "4M"]);
+    let mut writer = process.connect();
+    let value = "x".repeat(100_000);
+    for n in 0..20 {
+        assert_eq!(status(&writer.ask(&format!(r#"{{"type":"Put","key":"big.{n}","value":"{value}"}}"#))), 200);
+    }
+    // 2 MB for each of them, 32 MB for all at once.
+    let mut readers: Vec<Conn> = (0..16).map(|_| process.connect()).collect();
+    for reader in &mut readers {
+        reader.hello("", "text").send(r#"{"type":"Subscribe","key":"*","snapshot":true}"#);
+    }
+    thread::scope(|scope| {
+        for reader in &mut readers {
+            scope.spawn(|| {
+                assert_eq!(reader.line(), "\"Hello\"");
+                (0..20).for_each(|_| assert!(reader.line().starts_with("{\"Update\"")));
+                assert!(reader.line().starts_with("{\"Synced\""));
+            });
+        }
+    });
+    println!("TEST snapshots_at_once readers=16 closed=0");
+}

@@ -1,6 +1,6 @@
 //! What connections hold, each and all together: requests that have not arrived whole, answers and snapshots that were
-//! not taken, changes that wait to be told or are being told, deep subscriptions. Past the limit, whoever holds most for
-//! longest is closed.
+//! not taken, changes that wait to be told or are being told. Past the limit, whoever holds most for longest is closed.
+//! Subscriptions to deep keys have a quarter of the limit for themselves, past which they are refused.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};

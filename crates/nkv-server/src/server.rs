@@ -48,8 +48,8 @@ pub struct Options {
     /// Longest value, in bytes. 1 MiB by default; 8 MiB at most, so that it fits a message in every form.
     pub value_len_max: usize,
     /// Bytes that all connections may hold together: of requests that have not arrived whole, of answers and snapshots
-    /// that were not taken, of changes that wait to be told, and of subscriptions to deep keys. Past that, the connection
-    /// that holds most is closed, unless it alone is the reason. 256 MiB by default.
+    /// that were not taken, and of changes that wait to be told. Past that, the connection that holds most for longest is
+    /// closed, unless it alone is the reason. Subscriptions to deep keys may take a quarter as much. 256 MiB by default.
     pub queued_max: usize,
     /// A connection that begins no request within this time is closed. 30 s by default.
     pub first_byte_limit: Duration,

@@ -53,13 +53,13 @@ pub struct Decoded<'a> {
 /// Decodes requests from a stream of bytes.
 ///
 /// The input of a call starts where the last call's `consumed` ended. What is returned borrows from the input.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Decoder {
     limits: Limits,
     state: State,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum State {
     /// Within a line; so many of its bytes hold no newline.
     Line { scanned: usize },

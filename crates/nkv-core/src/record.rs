@@ -54,6 +54,8 @@ pub struct Change {
     pub key: Key,
     /// The change's place in the order of all changes.
     pub revision: Revision,
+    /// The revision of the value whose place it takes, or that it deletes; zero if there was none.
+    pub replaces: Revision,
     /// What happened.
     pub action: Action,
 }

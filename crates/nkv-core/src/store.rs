@@ -502,9 +502,7 @@ impl From<Outcome> for WriteError {
 /// What a batch changes, and what becomes of each operation. Reads memory only.
 fn plan(keyspace: &Keyspace, revision: Revision, ops: &[Op]) -> (Vec<Change>, Vec<Outcome>) {
     let mut plan = Plan { keyspace, revision, staged: BTreeMap::new(), changes: Vec::with_capacity(ops.len()) };
-    // A batch of plain puts, the common one, asks nothing of the keys, so what it does to them need not be noted.
-    let plain = ops.iter().all(|op| matches!(op, Op::Put { options: PutOptions { if_revision: None, .. }, .. }));
-    let outcomes = ops.iter().map(|op| plan.step(op, plain)).collect();
+    let outcomes = ops.iter().map(|op| plan.step(op)).collect();
     (plan.changes, outcomes)
 }
 
@@ -517,17 +515,17 @@ struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    fn step(&mut self, op: &Op, plain: bool) -> Outcome {
+    fn step(&mut self, op: &Op) -> Outcome {
         match op {
             Op::Put { key, value, options } => {
-                if let Some(expected) = options.if_revision {
-                    let present = self.present(key);
-                    if present != expected {
-                        return Outcome::Conflict { revision: present };
-                    }
+                let present = self.present(key);
+                if options.if_revision.is_some_and(|expected| expected != present) {
+                    return Outcome::Conflict { revision: present };
                 }
                 let action = Action::Put { value: value.clone(), expiry: options.expiry };
-                Outcome::Put { revision: self.change(key, action, !plain) }
+                let revision = self.change(key.clone(), present, action);
+                self.staged.insert(key.clone(), revision);
+                Outcome::Put { revision }
             }
             Op::Delete { pattern: Pattern::Key(key), if_revision } => {
                 let present = self.present(key);
@@ -574,19 +572,17 @@ impl Plan<'_> {
         let mut count = 0;
         let mut revision = Revision::ZERO;
         for key in keys {
-            revision = self.change(&key, Action::Delete { reason }, true);
+            let present = self.present(&key);
+            revision = self.change(key.clone(), present, Action::Delete { reason });
             self.staged.insert(key, Revision::ZERO);
             count += 1;
         }
         Outcome::Deleted { count, revision }
     }
 
-    fn change(&mut self, key: &Key, action: Action, note: bool) -> Revision {
+    fn change(&mut self, key: Key, replaces: Revision, action: Action) -> Revision {
         self.revision = self.revision.next();
-        if note {
-            self.staged.insert(key.clone(), self.revision);
-        }
-        self.changes.push(Change { key: key.clone(), revision: self.revision, action });
+        self.changes.push(Change { key, revision: self.revision, replaces, action });
         self.revision
     }
 }

@@ -157,6 +157,30 @@ mod order_of_a_write {
     }
 
     #[test]
+    fn each_change_names_the_revision_that_it_replaces() {
+        let (store, script, disk) = scripted();
+        let replaces = |script: &PersistScript| {
+            let batch = script.batches().pop().unwrap();
+            batch.iter().map(|change| change.replaces.get()).collect::<Vec<_>>()
+        };
+        let put = |at| op_put(at, "x", PutOptions::default());
+        store.write(&[put("a"), put("b"), put("a")]).unwrap();
+        assert_eq!(replaces(&script), [0, 0, 1]);
+        store.write(&[put("b"), op_delete("*"), put("a"), op_delete("a")]).unwrap();
+        assert_eq!(replaces(&script), [2, 3, 4, 0, 7]);
+        // What was not stored was not there to be replaced.
+        script.fail_next(PersistErrorKind::NoSpace);
+        store.write(&[put("b")]).unwrap_err();
+        put_until(&store, "b", 0, 5);
+        assert_eq!(replaces(&script), [0]);
+        drop(store);
+        let (persist, script) = ScriptedPersist::new(disk);
+        let store = Store::open(persist, 0).unwrap();
+        store.expire(5).unwrap();
+        assert_eq!(replaces(&script), [9]);
+    }
+
+    #[test]
     fn each_change_gets_the_next_revision() {
         let store = store();
         assert_eq!(put(&store, "a", "1").unwrap(), r(1));

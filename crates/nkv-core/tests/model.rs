@@ -431,6 +431,8 @@ impl World {
         assert_eq!(self.store.get_page(&pattern, after.as_ref(), limit, bytes.wrapping_sub(1)).is_err(), bytes > 0);
         if let Which::Key(path) = which {
             assert_eq!(self.store.get(&key(path)).as_ref(), all.first());
+            let value = self.store.look_up(&path.join("."), |record| (record.value.to_vec(), record.revision));
+            assert_eq!(value, all.first().map(|record| (record.value.to_vec(), record.revision)));
             let mut told: Vec<_> = self
                 .store
                 .subscribers_of(&key(path))

@@ -149,6 +149,8 @@ struct State<T> {
     taken: usize,
     closed: bool,
     waker: Option<Waker>,
+    /// Woken by [`Mailbox::wake`] alone: the reader wants no items for now.
+    called: Option<Waker>,
     /// How many threads block until something comes.
     blocked: usize,
 }
@@ -173,6 +175,7 @@ impl<T> State<T> {
             taken: 0,
             closed: false,
             waker: None,
+            called: None,
             blocked: 0,
         }
     }
@@ -338,7 +341,10 @@ impl<T> Mailbox<T> {
 
     /// Wakes the reader although nothing has come: somebody has something to tell it by other means.
     pub fn wake(&self) {
-        self.post.0.post(|_| ());
+        let called = self.post.0.post(|state| state.called.take());
+        if let Some(waker) = called {
+            waker.wake();
+        }
     }
 
     /// What waits to be taken.
@@ -396,6 +402,17 @@ impl<T> Inbox<T> {
             (items.len() > before).then_some(())
         });
         taken.map(|taken| taken.is_some())
+    }
+
+    /// Has `cx` woken by [`Mailbox::wake`] alone, for a reader that has its hands full.
+    pub fn poll_called(&self, cx: &mut Context<'_>) {
+        let mut state = self.shared.lock();
+        let old = match &state.called {
+            Some(waker) if waker.will_wake(cx.waker()) => None,
+            _ => state.called.replace(cx.waker().clone()),
+        };
+        drop(state);
+        drop(old);
     }
 
     /// Whether nothing waits.

@@ -49,6 +49,9 @@ pub struct Outbox {
     snapshot: Option<(SnapshotWriter, usize)>,
     /// Gathered for the next write.
     out: Chunks,
+    /// Which encoding was most of it (an address), and how many bytes it had, before any of it was written: a long
+    /// encoding is kept until the last of it is.
+    gathered: (usize, usize),
     /// How many bytes of it [`Shared::wait_for`] was not told of: answers that the next write may well take at once.
     fresh: usize,
     /// How many bytes [`Shared::written`] is to be told of when all that was gathered is written.
@@ -80,8 +83,8 @@ fn give_back(chunks: Chunks) {
 
 impl Outbox {
     pub(crate) fn new(inbox: Inbox<Box<Chunks>>, shared: Arc<Shared>) -> Self {
-        let (snapshot, out, fresh, counted, stall) = Default::default();
-        Outbox { inbox, shared, snapshot, out, fresh, counted, stall }
+        let (snapshot, out, gathered, fresh, counted, stall) = Default::default();
+        Outbox { inbox, shared, snapshot, out, gathered, fresh, counted, stall }
     }
 
     /// Sends answers, after all that was sent or told before.
@@ -113,10 +116,16 @@ impl Outbox {
         W: AsyncWrite + Unpin,
     {
         loop {
-            let is_closed = self.gather(told);
+            // What the peer does not take yet is nothing to be added to: in the mailbox it can still be conflated.
+            let is_closed = self.gathered.1 == 0 && self.gather(told);
             if !self.out.is_empty() {
-                if let Err(end) = ready!(self.poll_write(cx, writer)) {
-                    return Poll::Ready(end);
+                match self.poll_write(cx, writer) {
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(end)) => return Poll::Ready(end),
+                    Poll::Pending => {
+                        self.inbox.poll_called(&mut Context::from_waker(told));
+                        return Poll::Pending;
+                    }
                 }
             } else if is_closed {
                 return self.poll_shutdown(cx, writer);
@@ -177,6 +186,10 @@ impl Outbox {
     where
         W: AsyncWrite + Unpin,
     {
+        if self.gathered.1 == 0 {
+            let longest = self.out.slices().max_by_key(|slice| slice.len());
+            self.gathered = (longest.map_or(0, |slice| slice.as_ptr().addr()), self.out.len());
+        }
         while !self.out.is_empty() {
             match write_once(cx, writer, &self.out) {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(WriterEnd::Failed(io::ErrorKind::WriteZero.into()))),
@@ -188,19 +201,18 @@ impl Outbox {
                 Poll::Pending => return self.poll_stall(cx).map(|()| Err(WriterEnd::Stalled)),
             }
         }
-        self.fresh = 0;
+        (self.fresh, self.gathered) = (0, (0, 0));
         self.shared.flushed(std::mem::take(&mut self.counted));
         Poll::Ready(Ok(()))
     }
 
     /// The peer takes no more: notes what waits for it, and since when.
     fn poll_stall(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let fresh = std::mem::take(&mut self.fresh).min(self.out.len());
+        let fresh = std::mem::take(&mut self.fresh);
         self.shared.wait_for(fresh);
         self.counted = self.counted.saturating_add(fresh);
-        let longest = self.out.slices().max_by_key(|slice| slice.len());
-        let encoding = longest.map_or(0, |slice| slice.as_ptr().addr());
-        self.shared.gather(encoding, self.out.len().saturating_sub(self.counted));
+        let (encoding, len) = self.gathered;
+        self.shared.gather(encoding, len.saturating_sub(self.counted));
         let limit = self.shared.options.stall_limit;
         self.stall.get_or_insert_with(|| Box::pin(sleep(limit))).as_mut().poll(cx)
     }

@@ -374,10 +374,11 @@ impl Connection {
     /// Keeps bytes that are to be served with what comes next.
     fn keep(&mut self, bytes: &[u8]) {
         if !bytes.is_empty() {
-            // Room for what is known to come, but never for much more than has come: an announcement costs nothing.
+            // Room for what is known to come, but never for much more than has come: an announcement costs nothing. What
+            // comes in several pieces gets much more at once: buffers that grow in many steps leave many holes.
             let missing = self.decoder.expected_len().unwrap_or(0).saturating_sub(self.buffer.len());
-            let len = self.buffer.len().saturating_add(bytes.len());
-            self.buffer.reserve(missing.min(len.max(TURN_LEN)).max(bytes.len()));
+            let least = if self.buffer.is_empty() { bytes.len() } else { READ_LEN.saturating_mul(2) };
+            self.buffer.reserve(missing.clamp(least, self.buffer.len().max(least)));
             self.buffer.extend_from_slice(bytes);
         }
         let served = self.since.begun.is_none();

@@ -74,12 +74,13 @@ fn recover(criterion: &mut Criterion) {
 /// Puts to one key after another, without end.
 struct Changes<'a> {
     keys: std::iter::Cycle<std::slice::Iter<'a, Key>>,
+    keys_len: u64,
     revision: Revision,
 }
 
 impl<'a> Changes<'a> {
     fn new(keys: &'a [Key]) -> Self {
-        Changes { keys: keys.iter().cycle(), revision: Revision::ZERO }
+        Changes { keys: keys.iter().cycle(), keys_len: keys.len() as u64, revision: Revision::ZERO }
     }
 }
 
@@ -90,7 +91,8 @@ impl Iterator for Changes<'_> {
         let key = self.keys.next()?.clone();
         self.revision = self.revision.next();
         let action = Action::Put { value: Bytes::from_static(VALUE), expiry: None };
-        Some(Change { key, revision: self.revision, action })
+        let replaces = Revision::new(self.revision.get().saturating_sub(self.keys_len));
+        Some(Change { key, revision: self.revision, replaces, action })
     }
 }
 

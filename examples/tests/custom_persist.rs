@@ -66,6 +66,7 @@ fn an_error_says_whether_the_batch_may_be_there() {
     let put = |value: &'static str| Change {
         key: Key::new("a").unwrap(),
         revision: Revision::new(4),
+        replaces: Revision::new(1),
         action: Action::Put { value: value.into(), expiry: None },
     };
     let key_file = || fs::read_to_string(dir.path().join("0.json")).unwrap();
@@ -91,6 +92,7 @@ fn stored(second: bool) -> tempfile::TempDir {
     let put = |key: &str, revision, value: &'static str| Change {
         key: Key::new(key).unwrap(),
         revision: Revision::new(revision),
+        replaces: Revision::ZERO,
         action: Action::Put { value: value.into(), expiry: None },
     };
     backend
@@ -98,8 +100,14 @@ fn stored(second: bool) -> tempfile::TempDir {
         .unwrap();
     if second {
         let gone = Action::Delete { reason: Reason::Deleted };
-        let gone = Change { key: Key::new("b").unwrap(), revision: Revision::new(5), action: gone };
-        backend.persist(&[put("a", 4, "new"), gone, put("d", 6, "new")]).unwrap();
+        let gone = Change {
+            key: Key::new("b").unwrap(),
+            revision: Revision::new(5),
+            replaces: Revision::new(2),
+            action: gone,
+        };
+        let over = Change { replaces: Revision::new(1), ..put("a", 4, "new") };
+        backend.persist(&[over, gone, put("d", 6, "new")]).unwrap();
     }
     dir
 }

@@ -9,7 +9,7 @@ use std::ops::Bound;
 use bytes::Bytes;
 
 use crate::key::{Key, Pattern};
-use crate::record::{Action, Change, Expiry, Millis, Record};
+use crate::record::{Action, Change, Expiry, Millis, Record, RecordRef, ValueRef};
 use crate::revision::Revision;
 
 #[derive(Debug, Default)]
@@ -23,15 +23,16 @@ pub(crate) struct Keyspace {
 }
 
 #[derive(Debug)]
-pub(crate) struct Entry {
-    pub(crate) value: Bytes,
-    pub(crate) revision: Revision,
-    pub(crate) expiry: Option<Expiry>,
+struct Entry {
+    value: Bytes,
+    revision: Revision,
+    expiry: Option<Expiry>,
 }
 
 impl Entry {
-    pub(crate) fn to_record(&self, key: &Key) -> Record {
-        Record { key: key.clone(), value: self.value.clone(), revision: self.revision, expiry: self.expiry }
+    fn lend<'a>(&'a self, key: &'a Key) -> RecordRef<'a> {
+        let value = ValueRef::Shared(&self.value);
+        RecordRef { key: key.as_str(), value, revision: self.revision, expiry: self.expiry }
     }
 }
 
@@ -54,8 +55,8 @@ impl Keyspace {
         self.revision = revision;
     }
 
-    pub(crate) fn get(&self, key: &Key) -> Option<&Entry> {
-        self.entries.get(key)
+    pub(crate) fn get(&self, key: &str) -> Option<RecordRef<'_>> {
+        self.entries.get_key_value(&Key::trusted(key)).map(|(key, entry)| entry.lend(key))
     }
 
     /// The keys that `pattern` selects, in key order, after `after`.
@@ -63,7 +64,7 @@ impl Keyspace {
         &'a self,
         pattern: &'a Pattern,
         after: Option<&'a Key>,
-    ) -> impl Iterator<Item = (&'a Key, &'a Entry)> {
+    ) -> impl Iterator<Item = RecordRef<'a>> {
         let start = match (first(pattern), after) {
             (Bound::Included(key), Some(after)) if after < key => Bound::Included(key),
             (Bound::Excluded(key), Some(after)) => Bound::Excluded(key.max(after)),
@@ -74,7 +75,7 @@ impl Keyspace {
     }
 
     /// Every key that a subscription to `pattern` covers, in key order.
-    pub(crate) fn covered<'a>(&'a self, pattern: &'a Pattern) -> impl Iterator<Item = (&'a Key, &'a Entry)> {
+    pub(crate) fn covered<'a>(&'a self, pattern: &'a Pattern) -> impl Iterator<Item = RecordRef<'a>> {
         self.walk(first(pattern), move |key| pattern.covers(key))
     }
 
@@ -83,9 +84,9 @@ impl Keyspace {
         &'a self,
         start: Bound<&'a Key>,
         belongs: impl Fn(&Key) -> bool + 'a,
-    ) -> impl Iterator<Item = (&'a Key, &'a Entry)> {
+    ) -> impl Iterator<Item = RecordRef<'a>> {
         let keys = self.order.range::<Key, _>((start, Bound::Unbounded)).take_while(move |key| belongs(key));
-        keys.filter_map(|key| Some((key, self.entries.get(key)?)))
+        keys.filter_map(|key| Some(self.entries.get(key)?.lend(key)))
     }
 
     /// Keys whose TTL has ended by `now`.

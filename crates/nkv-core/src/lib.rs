@@ -18,7 +18,9 @@ mod sync;
 pub use key::{KEY_LEN_MAX, Key, KeyError, Pattern};
 pub use notifier::{Delivery, Notifier};
 pub use persist::{Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue};
-pub use record::{Action, Change, EndReason, Event, EventKind, Expiry, Millis, Reason, Record, Snapshot};
+pub use record::{
+    Action, Change, EndReason, Event, EventKind, Expiry, Millis, Reason, Record, RecordRef, Snapshot, ValueRef,
+};
 pub use revision::{Epoch, Revision};
 pub use route::RoutePersist;
 pub use store::{NotifyKeyValue, Op, Outcome, Page, PageTooLarge, PutOptions, Stats, WriteError};

@@ -48,13 +48,13 @@ fn drain(inbox: &Inbox<u32>) -> Vec<Out> {
 fn delete(key: &str, revision: u64) -> Arc<Event> {
     let action = Action::Delete { reason: Reason::Deleted };
     let key = Key::new(key).unwrap();
-    Event::new(EventKind::Change(Change { key, revision: Revision::new(revision), action }))
+    Event::new(EventKind::Change(Change { key, revision: Revision::new(revision), replaces: Revision::ZERO, action }))
 }
 
 fn put(key: &str, revision: u64) -> Arc<Event> {
     let action = Action::Put { value: revision.to_string().into(), expiry: None };
     let key = Key::new(key).unwrap();
-    Event::new(EventKind::Change(Change { key, revision: Revision::new(revision), action }))
+    Event::new(EventKind::Change(Change { key, revision: Revision::new(revision), replaces: Revision::ZERO, action }))
 }
 
 fn snapshot(revision: u64) -> Arc<Event> {

@@ -18,6 +18,9 @@ use crate::revision::{Epoch, Revision};
 /// - *Durable*: what was given before `persist` returned `Ok` survives, to the degree the backend promises.
 /// - *Revisions*: the highest revision ever stored survives too, even when its key was deleted.
 /// - *Epoch*: it stays the same over restarts, and changes whenever something acknowledged may have been lost.
+/// - *Replaces*: [`Change::replaces`] names the revision of the record whose place a change takes, as the batches stored
+///   so far and the changes before it in its own have left it; zero where there is none. A backend may rely on it: one
+///   that knows its records by their revisions need not know them by their keys.
 /// - *Alone*: methods may block; the caller owns a thread for them and never calls two at once.
 ///
 /// `nkv_testkit::persist` checks each line; a backend is finished when it passes.
@@ -197,7 +200,7 @@ impl PersistValue for MemoryPersist {
 
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
         let mut disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
-        for Change { key, revision, action } in batch {
+        for Change { key, revision, action, .. } in batch {
             match action {
                 Action::Put { value, expiry } => {
                     let record =

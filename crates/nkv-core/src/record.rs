@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::ops::Deref;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -47,6 +48,59 @@ pub struct Record {
     pub expiry: Option<Expiry>,
 }
 
+/// A key as it is stored, lent for a moment: nothing is copied.
+#[derive(Clone, Copy, Debug)]
+pub struct RecordRef<'a> {
+    /// The key.
+    pub key: &'a str,
+    /// Its value.
+    pub value: ValueRef<'a>,
+    /// The revision of the put that stored it.
+    pub revision: Revision,
+    /// When it ends by itself, if it does.
+    pub expiry: Option<Expiry>,
+}
+
+/// A value, lent for a moment.
+#[derive(Clone, Copy, Debug)]
+pub enum ValueRef<'a> {
+    /// A short one, which lies beside its key: whoever keeps it copies it.
+    Short(&'a [u8]),
+    /// A long one, which lies by itself: a clone shares it.
+    Shared(&'a Bytes),
+}
+
+impl RecordRef<'_> {
+    /// A record of its own.
+    #[must_use]
+    pub fn to_record(self) -> Record {
+        let RecordRef { key, value, revision, expiry } = self;
+        Record { key: Key::trusted(key), value: value.to_bytes(), revision, expiry }
+    }
+}
+
+impl ValueRef<'_> {
+    /// The value, to be kept: a copy of a short one, a share of a long one.
+    #[must_use]
+    pub fn to_bytes(self) -> Bytes {
+        match self {
+            ValueRef::Short(bytes) => Bytes::copy_from_slice(bytes),
+            ValueRef::Shared(bytes) => bytes.clone(),
+        }
+    }
+}
+
+impl Deref for ValueRef<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            ValueRef::Short(bytes) => bytes,
+            ValueRef::Shared(bytes) => bytes,
+        }
+    }
+}
+
 /// One change of one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
@@ -54,6 +108,8 @@ pub struct Change {
     pub key: Key,
     /// The change's place in the order of all changes.
     pub revision: Revision,
+    /// The revision of the value whose place it takes, or that it deletes; zero if there was none.
+    pub replaces: Revision,
     /// What happened.
     pub action: Action,
 }

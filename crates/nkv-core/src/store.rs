@@ -6,6 +6,7 @@
 
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError};
 
@@ -16,7 +17,7 @@ use crate::key::{Key, Pattern};
 use crate::keyspace::Keyspace;
 use crate::notifier::{Delivery, Notifier};
 use crate::persist::{PersistError, PersistErrorKind, PersistValue};
-use crate::record::{Action, Change, EndReason, Event, EventKind, Expiry, Millis, Reason, Record, Snapshot};
+use crate::record::{Action, Change, EndReason, Event, EventKind, Expiry, Millis, Reason, Record, RecordRef, Snapshot};
 use crate::revision::{Epoch, Revision};
 use crate::subscribers::{SubscriberId, Subscribers, Subscription};
 use crate::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
@@ -224,12 +225,31 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
 
     /// The value of a key.
     pub fn get(&self, key: &Key) -> Option<Record> {
-        self.read().get(key).map(|entry| entry.to_record(key))
+        self.look_up(key.as_str(), |record| record.to_record())
+    }
+
+    /// Lends a key's record to `look`; `None` if there is none, as for a text that is no key. Nothing is allocated or
+    /// copied here: this is the way to read for whoever writes what it finds somewhere else.
+    ///
+    /// No write becomes visible while `look` looks, so it is to be quick, and must not call back into the store.
+    pub fn look_up<R>(&self, key: &str, look: impl FnOnce(RecordRef<'_>) -> R) -> Option<R> {
+        self.read().get(key).map(look)
+    }
+
+    /// Lends each record that `pattern` selects, after `after`, to `visit`, in key order and all of one moment, until
+    /// it breaks off. What [`look_up`](Self::look_up) says of the lock holds here too.
+    pub fn walk<B>(
+        &self,
+        pattern: &Pattern,
+        after: Option<&Key>,
+        visit: impl FnMut(RecordRef<'_>) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
+        self.read().select(pattern, after).try_for_each(visit)
     }
 
     /// The keys and values that `pattern` selects, in key order, all of one moment.
     pub fn get_all(&self, pattern: &Pattern) -> Vec<Record> {
-        self.read().select(pattern, None).map(|(key, entry)| entry.to_record(key)).collect()
+        self.read().select(pattern, None).map(RecordRef::to_record).collect()
     }
 
     /// At most `limit` keys and values that `pattern` selects, after `after`, in key order, all of one moment.
@@ -246,16 +266,16 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     ) -> Result<Page<Record>, PageTooLarge> {
         let mut page = Page { entries: Vec::new(), more: false };
         let mut bytes = 0;
-        for (key, entry) in self.read().select(pattern, after) {
+        for record in self.read().select(pattern, after) {
             if page.entries.len() == limit {
                 page.more = true;
                 break;
             }
-            bytes += key.as_str().len() + entry.value.len();
+            bytes += record.key.len() + record.value.len();
             if bytes > bytes_max {
                 return Err(PageTooLarge { bytes_max });
             }
-            page.entries.push(entry.to_record(key));
+            page.entries.push(record.to_record());
         }
         Ok(page)
     }
@@ -263,7 +283,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// At most `limit` keys that `pattern` selects, after `after`, with their revisions, in key order.
     pub fn list(&self, pattern: &Pattern, after: Option<&Key>, limit: usize) -> Page<(Key, Revision)> {
         let keyspace = self.read();
-        let mut selected = keyspace.select(pattern, after).map(|(key, entry)| (key.clone(), entry.revision));
+        let mut selected = keyspace.select(pattern, after).map(|record| (Key::trusted(record.key), record.revision));
         let entries = selected.by_ref().take(limit).collect();
         Page { entries, more: selected.next().is_some() }
     }
@@ -271,7 +291,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// Whether `pattern` selects any key.
     pub fn exists(&self, pattern: &Pattern) -> bool {
         match pattern {
-            Pattern::Key(key) => self.read().get(key).is_some(),
+            Pattern::Key(key) => self.read().get(key.as_str()).is_some(),
             _ => self.read().select(pattern, None).next().is_some(),
         }
     }
@@ -421,7 +441,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         let keyspace = self.read();
         Snapshot {
             pattern: pattern.clone(),
-            records: keyspace.covered(pattern).map(|(key, entry)| entry.to_record(key)).collect(),
+            records: keyspace.covered(pattern).map(RecordRef::to_record).collect(),
             revision: keyspace.revision(),
             epoch: self.epoch,
         }
@@ -443,6 +463,11 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         let mut found = Vec::new();
         self.lock_subscribers().for_each(key, |subscription| found.push(Arc::clone(subscription)));
         found
+    }
+
+    /// How many events were given to subscribers since the store was opened: [`Stats::notified`], for the asking.
+    pub fn notified(&self) -> u64 {
+        self.counters.notified.load(Relaxed)
     }
 
     /// The epoch of the data.
@@ -502,9 +527,7 @@ impl From<Outcome> for WriteError {
 /// What a batch changes, and what becomes of each operation. Reads memory only.
 fn plan(keyspace: &Keyspace, revision: Revision, ops: &[Op]) -> (Vec<Change>, Vec<Outcome>) {
     let mut plan = Plan { keyspace, revision, staged: BTreeMap::new(), changes: Vec::with_capacity(ops.len()) };
-    // A batch of plain puts, the common one, asks nothing of the keys, so what it does to them need not be noted.
-    let plain = ops.iter().all(|op| matches!(op, Op::Put { options: PutOptions { if_revision: None, .. }, .. }));
-    let outcomes = ops.iter().map(|op| plan.step(op, plain)).collect();
+    let outcomes = ops.iter().map(|op| plan.step(op)).collect();
     (plan.changes, outcomes)
 }
 
@@ -517,17 +540,17 @@ struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    fn step(&mut self, op: &Op, plain: bool) -> Outcome {
+    fn step(&mut self, op: &Op) -> Outcome {
         match op {
             Op::Put { key, value, options } => {
-                if let Some(expected) = options.if_revision {
-                    let present = self.present(key);
-                    if present != expected {
-                        return Outcome::Conflict { revision: present };
-                    }
+                let present = self.present(key);
+                if options.if_revision.is_some_and(|expected| expected != present) {
+                    return Outcome::Conflict { revision: present };
                 }
                 let action = Action::Put { value: value.clone(), expiry: options.expiry };
-                Outcome::Put { revision: self.change(key, action, !plain) }
+                let revision = self.change(key.clone(), present, action);
+                self.staged.insert(key.clone(), revision);
+                Outcome::Put { revision }
             }
             Op::Delete { pattern: Pattern::Key(key), if_revision } => {
                 let present = self.present(key);
@@ -554,12 +577,13 @@ impl Plan<'_> {
     }
 
     fn present(&self, key: &Key) -> Revision {
-        let stored = || self.keyspace.get(key).map_or(Revision::ZERO, |entry| entry.revision);
+        let stored = || self.keyspace.get(key.as_str()).map_or(Revision::ZERO, |entry| entry.revision);
         self.staged.get(key).copied().unwrap_or_else(stored)
     }
 
     fn selected(&self, pattern: &Pattern) -> BTreeSet<Key> {
-        let mut keys: BTreeSet<Key> = self.keyspace.select(pattern, None).map(|(key, _)| key.clone()).collect();
+        let mut keys: BTreeSet<Key> =
+            self.keyspace.select(pattern, None).map(|record| Key::trusted(record.key)).collect();
         for (key, revision) in self.staged.iter().filter(|(key, _)| pattern.selects(key)) {
             if *revision == Revision::ZERO {
                 keys.remove(key);
@@ -574,19 +598,17 @@ impl Plan<'_> {
         let mut count = 0;
         let mut revision = Revision::ZERO;
         for key in keys {
-            revision = self.change(&key, Action::Delete { reason }, true);
+            let present = self.present(&key);
+            revision = self.change(key.clone(), present, Action::Delete { reason });
             self.staged.insert(key, Revision::ZERO);
             count += 1;
         }
         Outcome::Deleted { count, revision }
     }
 
-    fn change(&mut self, key: &Key, action: Action, note: bool) -> Revision {
+    fn change(&mut self, key: Key, replaces: Revision, action: Action) -> Revision {
         self.revision = self.revision.next();
-        if note {
-            self.staged.insert(key.clone(), self.revision);
-        }
-        self.changes.push(Change { key: key.clone(), revision: self.revision, action });
+        self.changes.push(Change { key, revision: self.revision, replaces, action });
         self.revision
     }
 }

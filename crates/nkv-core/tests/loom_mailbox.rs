@@ -19,7 +19,7 @@ use nkv_core::{
 fn put(key: &str, revision: u64) -> Arc<Event> {
     let action = Action::Put { value: Default::default(), expiry: None };
     let key = Key::new(key).unwrap();
-    Event::new(EventKind::Change(Change { key, revision: Revision::new(revision), action }))
+    Event::new(EventKind::Change(Change { key, revision: Revision::new(revision), replaces: Revision::ZERO, action }))
 }
 
 /// What a reader believes, and how many changes it was told of or told that it missed.

@@ -299,6 +299,7 @@ impl World {
         match self.failure.take() {
             None => {
                 assert_eq!(result.unwrap(), outcomes);
+                self.compare_what_is_replaced(&changes);
                 self.memory = planned;
                 store_changes(&mut self.stored, &changes);
                 changes.iter().for_each(|change| self.publish(change));
@@ -311,6 +312,18 @@ impl World {
                     store_changes(&mut self.stored, &changes);
                 }
             }
+        }
+    }
+
+    /// Storage was told of each change what it replaces, which is what was there just before it.
+    fn compare_what_is_replaced(&self, changes: &[(Path, u64, State)]) {
+        let stored = self.script.batches().pop().unwrap();
+        assert_eq!(stored.len(), changes.len());
+        let mut before = self.memory.clone();
+        for (change, expected) in stored.iter().zip(changes) {
+            let replaces = before.entries.get(&expected.0).map_or(0, |entry| entry.revision);
+            assert_eq!((change.revision.get(), change.replaces.get()), (expected.1, replaces));
+            store_changes(&mut before, std::slice::from_ref(expected));
         }
     }
 
@@ -418,6 +431,8 @@ impl World {
         assert_eq!(self.store.get_page(&pattern, after.as_ref(), limit, bytes.wrapping_sub(1)).is_err(), bytes > 0);
         if let Which::Key(path) = which {
             assert_eq!(self.store.get(&key(path)).as_ref(), all.first());
+            let value = self.store.look_up(&path.join("."), |record| (record.value.to_vec(), record.revision));
+            assert_eq!(value, all.first().map(|record| (record.value.to_vec(), record.revision)));
             let mut told: Vec<_> = self
                 .store
                 .subscribers_of(&key(path))

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "the helpers of a test are test code too")]
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
@@ -154,6 +155,30 @@ mod order_of_a_write {
         store.write(&[op_delete("nothing"), Op::Expire { now: 9 }, op_put("a", "x", if_revision(7))]).unwrap();
         assert_eq!(script.batches().iter().map(Vec::len).collect::<Vec<_>>(), [2]);
         assert_eq!(script.calls(), 1);
+    }
+
+    #[test]
+    fn each_change_names_the_revision_that_it_replaces() {
+        let (store, script, disk) = scripted();
+        let replaces = |script: &PersistScript| {
+            let batch = script.batches().pop().unwrap();
+            batch.iter().map(|change| change.replaces.get()).collect::<Vec<_>>()
+        };
+        let put = |at| op_put(at, "x", PutOptions::default());
+        store.write(&[put("a"), put("b"), put("a")]).unwrap();
+        assert_eq!(replaces(&script), [0, 0, 1]);
+        store.write(&[put("b"), op_delete("*"), put("a"), op_delete("a")]).unwrap();
+        assert_eq!(replaces(&script), [2, 3, 4, 0, 7]);
+        // What was not stored was not there to be replaced.
+        script.fail_next(PersistErrorKind::NoSpace);
+        store.write(&[put("b")]).unwrap_err();
+        put_until(&store, "b", 0, 5);
+        assert_eq!(replaces(&script), [0]);
+        drop(store);
+        let (persist, script) = ScriptedPersist::new(disk);
+        let store = Store::open(persist, 0).unwrap();
+        store.expire(5).unwrap();
+        assert_eq!(replaces(&script), [9]);
     }
 
     #[test]
@@ -626,6 +651,35 @@ mod reading {
         assert_eq!(keys(&store, "a.*"), ["a.b", "a.b.c", "a.c"]);
         assert_eq!(keys(&store, "a"), ["a"]);
         assert_eq!(keys(&store, "c.*"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_walk_goes_in_order_and_ends_where_it_is_broken_off() {
+        let store = store_of(&["a-b", "a.c", "a", "a.b", "b"]);
+        let walk = |what: &str, after: Option<&str>, end: &str| {
+            let mut seen = Vec::new();
+            let ended = store.walk(&pattern(what), after.map(key).as_ref(), |record| {
+                seen.push(format!("{}={} @{}", record.key, record.value.escape_ascii(), record.revision));
+                if record.key == end { ControlFlow::Break(end.len()) } else { ControlFlow::Continue(()) }
+            });
+            (seen.join(" "), ended.break_value())
+        };
+        assert_eq!(walk("*", None, "a.c"), ("a=a @3 a.b=a.b @4 a.c=a.c @2".into(), Some(3)));
+        assert_eq!(walk("*", Some("a.c"), ""), ("a-b=a-b @1 b=b @5".into(), None));
+        assert_eq!(walk("a", None, ""), ("a=a @3".into(), None));
+        assert_eq!(walk("x.*", None, ""), (String::new(), None));
+    }
+
+    #[test]
+    fn a_record_is_looked_up_by_a_text_and_what_is_no_key_is_not_there() {
+        let store = store_of(&["a.b"]);
+        assert_eq!(
+            store.look_up("a.b", |record| (record.value.to_bytes(), record.revision)),
+            Some(("a.b".into(), r(1)))
+        );
+        for text in ["a", "a.b.c", "", "*", "a.*", "a b", &"k".repeat(5_000)] {
+            assert_eq!(store.look_up(text, |_| ()), None, "{text}");
+        }
     }
 
     #[test]

@@ -77,7 +77,8 @@ mod tests {
     #[test]
     fn an_event_is_encoded_once_for_each_form() {
         let action = Action::Put { value: vec![b'"'; 10_000].into(), expiry: None };
-        let change = Change { key: Key::new("a").unwrap(), revision: Revision::new(1), action };
+        let change =
+            Change { key: Key::new("a").unwrap(), revision: Revision::new(1), replaces: Revision::ZERO, action };
         let change = Event::new(EventKind::Change(change));
         let mut addresses = Vec::new();
         for form in [ValueForm::Bytes, ValueForm::Text, ValueForm::Bytes, ValueForm::Text] {

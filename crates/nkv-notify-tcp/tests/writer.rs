@@ -14,7 +14,8 @@ use tokio::time::{Instant, timeout};
 
 fn put(key: &str, value: impl Into<Bytes>, revision: u64) -> Arc<Event> {
     let action = Action::Put { value: value.into(), expiry: None };
-    let change = Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), action };
+    let change =
+        Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), replaces: Revision::ZERO, action };
     Event::new(EventKind::Change(change))
 }
 

@@ -341,7 +341,8 @@ mod tests {
         let mut log = open_log(&disk, &dir_lock, options.with_background(false)).unwrap();
         for (key, value_len) in puts {
             let action = Action::Put { value: vec![1; *value_len].into(), expiry: None };
-            let change = Change { key: Key::new(key).unwrap(), revision: Revision::new(1), action };
+            let change =
+                Change { key: Key::new(key).unwrap(), revision: Revision::new(1), replaces: Revision::ZERO, action };
             let mut place = (0, 0);
             let mut frame = FrameBuf::of(|frame| place = frame.push_change(&change));
             let offset = log.append(&mut frame).unwrap() + FRAME_HEADER_LEN as u64;

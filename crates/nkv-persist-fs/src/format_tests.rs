@@ -7,12 +7,12 @@ const SALT: u32 = 0xfeed_beef;
 
 fn put(key: &str, revision: u64, value: &[u8], expiry: Option<Expiry>) -> Change {
     let action = Action::Put { value: value.to_vec().into(), expiry };
-    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), action }
+    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), replaces: Revision::ZERO, action }
 }
 
 fn delete(key: &str, revision: u64) -> Change {
     let action = Action::Delete { reason: Reason::Expired };
-    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), action }
+    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), replaces: Revision::ZERO, action }
 }
 
 /// The header and the body of a frame, if the checksums say so.

@@ -11,7 +11,7 @@
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
-use nkv_core::{Action, Change, Expiry, Key, PersistErrorKind, PersistValue, Reason, Revision};
+use nkv_core::{Action, Change, Expiry, Key, PersistErrorKind, PersistValue, Reason, Record, Revision};
 
 use crate::disk::segment_name;
 use crate::format::{Entry, FRAME_HEADER_LEN, FrameBuf, FrameHeader, Records, SEGMENT_HEADER_LEN, SegmentHeader};
@@ -50,11 +50,11 @@ fn records(body: &[u8]) {
         let mut frame = FrameBuf::new();
         match &record.entry {
             Entry::Put { key, value, revision, expiry } => {
-                frame.push_change(&put(key.clone(), *revision, value, *expiry));
+                frame.push_change(&put(key.clone(), *revision, Revision::ZERO, value, *expiry));
             }
             Entry::Delete { key, revision } => {
                 let action = Action::Delete { reason: Reason::Deleted };
-                frame.push_change(&Change { key: key.clone(), revision: *revision, action });
+                frame.push_change(&Change { key: key.clone(), revision: *revision, replaces: Revision::ZERO, action });
             }
             Entry::Epoch(epoch) => frame.push_epoch(*epoch),
             Entry::Head(number) => frame.push_head(*number),
@@ -124,7 +124,8 @@ static VALID: LazyLock<SimFs> = LazyLock::new(|| {
     let mut persist = open(&fs).unwrap();
     for revision in 1..=24 {
         let key = Key::new(&format!("k.{}", revision % 5)).unwrap();
-        persist.persist(&[put(key, Revision::new(revision), &[revision as u8; 500], None)]).unwrap();
+        let replaces = Revision::new(u64::saturating_sub(revision, 5));
+        persist.persist(&[put(key, Revision::new(revision), replaces, &[revision as u8; 500], None)]).unwrap();
     }
     let left = fs.fork();
     drop(persist);
@@ -136,21 +137,23 @@ fn open(fs: &SimFs) -> Result<FsPersist, nkv_core::PersistError> {
     FsPersist::open_with(Arc::new(fs.clone()), DIR, options)
 }
 
-fn put(key: Key, revision: Revision, value: &[u8], expiry: Option<Expiry>) -> Change {
-    Change { key, revision, action: Action::Put { value: value.to_vec().into(), expiry } }
+fn put(key: Key, revision: Revision, replaces: Revision, value: &[u8], expiry: Option<Expiry>) -> Change {
+    Change { key, revision, replaces, action: Action::Put { value: value.to_vec().into(), expiry } }
 }
 
 /// Whatever was opened takes a put, and has it afterwards beside what it had.
 fn use_it(fs: &SimFs, mut persist: FsPersist) {
     let load = |persist: &mut FsPersist| {
         let mut all = std::collections::BTreeMap::new();
-        let loaded = persist.load(&mut |record| drop(all.insert(record.key.to_string(), record.value))).unwrap();
+        let visit = &mut |record: Record| drop(all.insert(record.key.to_string(), (record.value, record.revision)));
+        let loaded = persist.load(visit).unwrap();
         (all, loaded)
     };
     let (mut all, loaded) = load(&mut persist);
     let revision = Revision::new(loaded.revision.get().saturating_add(1));
-    persist.persist(&[put(Key::new("fuzz").unwrap(), revision, b"here", None)]).unwrap();
-    all.insert("fuzz".to_owned(), b"here".to_vec().into());
+    let replaces = all.get("fuzz").map_or(Revision::ZERO, |(_, revision)| *revision);
+    persist.persist(&[put(Key::new("fuzz").unwrap(), revision, replaces, b"here", None)]).unwrap();
+    all.insert("fuzz".to_owned(), (b"here".to_vec().into(), revision));
     drop(persist);
     let (after, loaded) = load(&mut open(fs).unwrap());
     assert_eq!((after, loaded.revision), (all, revision));
@@ -259,6 +262,7 @@ mod tests {
             frame.push_change(&put(
                 Key::new("a.b").unwrap(),
                 Revision::new(3),
+                Revision::ZERO,
                 b"value",
                 Some(Expiry { at: 5, ttl_ms: 6 }),
             ));

@@ -21,7 +21,7 @@ fn small(background: bool) -> FsOptions {
 }
 
 /// Overwrites random keys as fast as it can, looking at the space after each.
-fn overwrite(persist: &mut FsPersist, keys: usize, writes: u64, value_len_max: usize) -> Model {
+fn overwrite(persist: &mut Storage, keys: usize, writes: u64, value_len_max: usize) -> Model {
     let (monitor, mut rng, mut model) = (persist.monitor(), Rng(9), Model::new());
     for revision in 1..=writes {
         let cold = rng.below(10) > 0;
@@ -51,7 +51,7 @@ fn the_space_is_bounded_at_full_speed_without_any_background_help() {
 fn the_space_is_bounded_on_a_real_file_system_with_the_thread_and_files_agree() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("data");
-    let mut persist = FsPersist::open(&path, small(true)).unwrap();
+    let mut persist = Storage::from(FsPersist::open(&path, small(true)).unwrap());
     let model = overwrite(&mut persist, 500, 6_000, 700);
     let monitor = persist.monitor();
     persist.close().unwrap();
@@ -59,7 +59,7 @@ fn the_space_is_bounded_on_a_real_file_system_with_the_thread_and_files_agree() 
     let logs = names.filter(|entry| entry.file_name().to_str().unwrap().ends_with(".log"));
     assert_eq!(logs.map(|entry| entry.metadata().unwrap().len()).sum::<u64>(), monitor.stats().disk_bytes);
     println!("{:?}", monitor.stats());
-    let mut persist = FsPersist::open(&path, small(true)).unwrap();
+    let mut persist = Storage::from(FsPersist::open(&path, small(true)).unwrap());
     assert_eq!(load(&mut persist).unwrap().0, model);
 }
 
@@ -108,7 +108,7 @@ fn a_delete_stays_when_the_put_that_it_hides_was_copied_before() {
     let mut persist = open(&fs, &options).unwrap();
     persist.persist(&[put("victim", 1, vec![1; 100])]).unwrap();
     let mut revision = 1;
-    let mut churn = |persist: &mut FsPersist, writes: u64| {
+    let mut churn = |persist: &mut Storage, writes: u64| {
         for _ in 0..writes {
             revision += 1;
             persist.persist(&[put("hot", revision, vec![2; 600])]).unwrap();

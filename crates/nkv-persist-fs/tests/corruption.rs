@@ -10,7 +10,7 @@ use std::sync::Arc;
 use common::*;
 use nkv_core::{Change, Epoch, PersistErrorKind, PersistValue};
 use nkv_persist_fs::sim::{Fault, SimFs};
-use nkv_persist_fs::{FsPersist, Report, Vfs, check_with, repair_with};
+use nkv_persist_fs::{Report, Vfs, check_with, repair_with};
 
 /// What came of a damaged directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -271,7 +271,7 @@ fn just_compacted() -> (Subject, String, usize) {
     let mut history = vec![vec![put("cold", 1, vec![1; 300])]];
     let mut persist = open(&fs, &options()).unwrap();
     persist.persist(&history[0]).unwrap();
-    let copied = |persist: &FsPersist| persist.monitor().stats().copied_bytes;
+    let copied = |persist: &Storage| persist.monitor().stats().copied_bytes;
     for revision in 2.. {
         let batch = vec![put("hot", revision, vec![2; 700])];
         persist.persist(&batch).unwrap();
@@ -341,7 +341,7 @@ fn damage_before_a_segment_whose_making_was_interrupted_is_refused() {
     for cut in 0..30 {
         let fs = SimFs::new();
         fs.cut_power_at(cut);
-        let run = |mut persist: FsPersist| history.iter().try_for_each(|batch| persist.persist(batch));
+        let run = |mut persist: Storage| history.iter().try_for_each(|batch| persist.persist(batch));
         drop(open(&fs, &options()).and_then(run));
         let killed = fs.fork();
         let names = segments(&killed);

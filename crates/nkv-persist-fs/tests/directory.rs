@@ -16,8 +16,8 @@ use nkv_persist_fs::sim::SimFs;
 use nkv_persist_fs::{Durability, FsOptions, FsPersist, check, check_with, repair};
 use tempfile::TempDir;
 
-fn open_dir(dir: &Path, durability: Durability) -> FsPersist {
-    FsPersist::open(dir, FsOptions::default().with_durability(durability)).unwrap()
+fn open_dir(dir: &Path, durability: Durability) -> Storage {
+    FsPersist::open(dir, FsOptions::default().with_durability(durability)).unwrap().into()
 }
 
 #[test]
@@ -279,7 +279,7 @@ fn a_directory_in_the_place_of_a_file_is_an_error_that_names_it() {
         open_dir(&path, Durability::Sync).persist(&[put("a", 1, "1")]).unwrap();
         fs::remove_file(path.join(name)).unwrap();
         fs::create_dir(path.join(name)).unwrap();
-        let opened = FsPersist::open(&path, FsOptions::default());
+        let opened = FsPersist::open(&path, FsOptions::default()).map(Storage::from);
         // Without its reserve a log can be read, and takes no puts.
         let error = opened.and_then(|mut persist| persist.persist(&[put("a", 2, "2")])).unwrap_err();
         assert!(error.to_string().contains(path.join(name).to_str().unwrap()), "{name}: {error}");

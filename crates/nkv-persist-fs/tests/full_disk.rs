@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use nkv_core::{PersistErrorKind, PersistValue};
+use nkv_persist_fs::FsOptions;
 use nkv_persist_fs::sim::{Fault, SimFs};
-use nkv_persist_fs::{FsOptions, FsPersist};
 
 const CAPACITY: u64 = 200 << 10;
 
@@ -18,7 +18,7 @@ fn options() -> FsOptions {
 }
 
 /// Puts new keys until there is no space left.
-fn fill(persist: &mut FsPersist, model: &mut Model) -> u64 {
+fn fill(persist: &mut Storage, model: &mut Model) -> u64 {
     for revision in 1.. {
         let batch = [put(&format!("k.{revision}"), revision, vec![3; 500])];
         match persist.persist(&batch) {

@@ -54,7 +54,7 @@ fn run(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>], call: u64, faul
 }
 
 /// A fault that has passed hinders nobody, unless it has poisoned the log.
-fn go_on(persist: &mut FsPersist, belief: &mut Belief) {
+fn go_on(persist: &mut Storage, belief: &mut Belief) {
     for revision in 5_000..5_010 {
         let batch = [put("last", revision, vec![1; 900])];
         match persist.persist(&batch) {
@@ -401,8 +401,8 @@ impl Vfs for Moody {
     }
 }
 
-fn open_moody(moody: &Moody, options: FsOptions) -> FsPersist {
-    FsPersist::open_with(Arc::new(moody.clone()), DIR, options).unwrap()
+fn open_moody(moody: &Moody, options: FsOptions) -> Storage {
+    FsPersist::open_with(Arc::new(moody.clone()), DIR, options).unwrap().into()
 }
 
 // A rotation that could not even make the file took it away again, could not, and poisoned the log.

@@ -69,7 +69,7 @@ fn options_are_sync(options: &FsOptions) -> bool {
 }
 
 /// What was recovered takes more batches, and they survive as well.
-fn write_on(image: &SimFs, options: &FsOptions, mut persist: nkv_persist_fs::FsPersist, mut state: Model, what: &str) {
+fn write_on(image: &SimFs, options: &FsOptions, mut persist: Storage, mut state: Model, what: &str) {
     for batch in [vec![put("k.0", 9_001, vec![1; 700]), put("new", 9_002, "x")], vec![delete("k.1", 9_003)]] {
         persist.persist(&batch).unwrap_or_else(|e| panic!("{what}: {e}"));
         apply(&mut state, &batch);

@@ -56,7 +56,7 @@ impl Writer {
             if self.store.next_expiry() != expiry {
                 self.expiry_changed.notify_one();
             }
-            let notified = self.store.stats().notified;
+            let notified = self.store.notified();
             written = written.saturating_add(bytes);
             if notified.saturating_sub(checked_at) >= CHECK_EVERY || written >= self.budget.check_every() {
                 (checked_at, written) = (notified, 0);

@@ -572,15 +572,25 @@ fn put(at: &str, revision: u64, value: &str) -> Change {
 
 fn put_bytes(at: &str, revision: u64, value: &[u8]) -> Change {
     let action = Action::Put { value: Bytes::copy_from_slice(value), expiry: None };
-    Change { key: key(at), revision: Revision::new(revision), action }
+    Change { key: key(at), revision: Revision::new(revision), replaces: Revision::ZERO, action }
 }
 
 fn delete(at: &str, revision: u64) -> Change {
-    Change { key: key(at), revision: Revision::new(revision), action: Action::Delete { reason: Reason::Deleted } }
+    Change {
+        key: key(at),
+        revision: Revision::new(revision),
+        replaces: Revision::ZERO,
+        action: Action::Delete { reason: Reason::Deleted },
+    }
 }
 
 fn expire(at: &str, revision: u64) -> Change {
-    Change { key: key(at), revision: Revision::new(revision), action: Action::Delete { reason: Reason::Expired } }
+    Change {
+        key: key(at),
+        revision: Revision::new(revision),
+        replaces: Revision::ZERO,
+        action: Action::Delete { reason: Reason::Expired },
+    }
 }
 
 fn record(at: &str, revision: u64, value: &str) -> Record {

@@ -202,7 +202,8 @@ pub fn the_epoch_stays_the_same_over_restarts<H: PersistHarness>(harness: &H) {
         let mut backend = harness.open();
         let (_, loaded) = load(&mut backend);
         assert_eq!(loaded.epoch, first.epoch, "the epoch changed over a restart that lost nothing");
-        persist(&mut backend, &[put("a", revision, "x")]);
+        let replaces = Revision::new(revision - 1);
+        persist(&mut backend, &[Change { replaces, ..put("a", revision, "x") }]);
     }
 }
 
@@ -445,10 +446,11 @@ impl<'a, H: PersistHarness> Run<'a, H> {
         Run { harness, backend: Some(backend), model: BTreeMap::new(), loaded }
     }
 
-    fn persist(&mut self, batch: Vec<Change>) {
-        let backend = self.backend.as_mut().expect("a run has a backend between two restarts");
-        persist(backend, &batch);
-        for Change { key, revision, action } in batch {
+    /// Gives each change the revision that it replaces, as a store does.
+    fn persist(&mut self, mut batch: Vec<Change>) {
+        for change in &mut batch {
+            change.replaces = self.model.get(&change.key).map_or(Revision::ZERO, |record| record.revision);
+            let Change { key, revision, action, .. } = change.clone();
             self.loaded.revision = revision;
             match action {
                 Action::Put { value, expiry } => {
@@ -459,6 +461,8 @@ impl<'a, H: PersistHarness> Run<'a, H> {
                 }
             }
         }
+        let backend = self.backend.as_mut().expect("a run has a backend between two restarts");
+        persist(backend, &batch);
     }
 
     fn restart(&mut self, when: &str) {
@@ -523,20 +527,30 @@ fn put(at: &str, revision: u64, value: &str) -> Change {
 
 fn put_bytes(at: &str, revision: u64, value: Vec<u8>) -> Change {
     let action = Action::Put { value: Bytes::from(value), expiry: None };
-    Change { key: key(at), revision: Revision::new(revision), action }
+    Change { key: key(at), revision: Revision::new(revision), replaces: Revision::ZERO, action }
 }
 
 fn put_expiring(at: &str, revision: u64, value: &str, expiry: Expiry) -> Change {
     let action = Action::Put { value: Bytes::copy_from_slice(value.as_bytes()), expiry: Some(expiry) };
-    Change { key: key(at), revision: Revision::new(revision), action }
+    Change { key: key(at), revision: Revision::new(revision), replaces: Revision::ZERO, action }
 }
 
 fn delete(at: &str, revision: u64) -> Change {
-    Change { key: key(at), revision: Revision::new(revision), action: Action::Delete { reason: Reason::Deleted } }
+    Change {
+        key: key(at),
+        revision: Revision::new(revision),
+        replaces: Revision::ZERO,
+        action: Action::Delete { reason: Reason::Deleted },
+    }
 }
 
 fn expire(at: &str, revision: u64) -> Change {
-    Change { key: key(at), revision: Revision::new(revision), action: Action::Delete { reason: Reason::Expired } }
+    Change {
+        key: key(at),
+        revision: Revision::new(revision),
+        replaces: Revision::ZERO,
+        action: Action::Delete { reason: Reason::Expired },
+    }
 }
 
 /// The same numbers on every machine: a failure is a failure again. (Marsaglia's xorshift.)

@@ -90,7 +90,7 @@ impl Disk {
     }
 
     fn apply(&mut self, change: &Change) {
-        let Change { key, revision, action } = change.clone();
+        let Change { key, revision, action, .. } = change.clone();
         match action {
             Action::Put { .. } if self.flaw == Flaw::ForgetsPutsAfterDeletes && self.revision > Revision::new(3) => {}
             Action::Put { value, expiry } => self.put(Record { key, value, revision, expiry }),

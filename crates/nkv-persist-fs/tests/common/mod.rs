@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may fail")]
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -18,12 +19,17 @@ pub(crate) type Model = BTreeMap<String, (u64, Vec<u8>, Option<Expiry>)>;
 pub(crate) fn put(key: &str, revision: u64, value: impl Into<Vec<u8>>) -> Change {
     let expiry = revision.is_multiple_of(5).then_some(Expiry { at: revision, ttl_ms: 7 });
     let action = Action::Put { value: value.into().into(), expiry };
-    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), action }
+    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), replaces: Revision::ZERO, action }
 }
 
 pub(crate) fn delete(key: &str, revision: u64) -> Change {
     let reason = if revision.is_multiple_of(2) { Reason::Deleted } else { Reason::Expired };
-    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), action: Action::Delete { reason } }
+    Change {
+        key: Key::new(key).unwrap(),
+        revision: Revision::new(revision),
+        replaces: Revision::ZERO,
+        action: Action::Delete { reason },
+    }
 }
 
 pub(crate) fn apply(model: &mut Model, batch: &[Change]) {
@@ -51,12 +57,70 @@ pub(crate) fn options() -> FsOptions {
     FsOptions::default().with_background(false).with_segment_bytes(4096).with_reserve_bytes(1024)
 }
 
-pub(crate) fn open(fs: &SimFs, options: &FsOptions) -> Result<FsPersist, PersistError> {
-    FsPersist::open_with(Arc::new(fs.clone()), DIR, options.clone())
+pub(crate) fn open(fs: &SimFs, options: &FsOptions) -> Result<Storage, PersistError> {
+    FsPersist::open_with(Arc::new(fs.clone()), DIR, options.clone()).map(Storage::from)
+}
+
+/// Storage that gives each change the revision that it replaces, as a store does, so that no test has to say it.
+#[derive(Debug)]
+pub(crate) struct Storage {
+    persist: FsPersist,
+    /// The revision of each key, once something was loaded or is to be stored.
+    present: Option<HashMap<Key, Revision>>,
+}
+
+impl Storage {
+    pub(crate) fn close(self) -> Result<(), PersistError> {
+        self.persist.close()
+    }
+}
+
+impl From<FsPersist> for Storage {
+    fn from(persist: FsPersist) -> Self {
+        Storage { persist, present: None }
+    }
+}
+
+impl Deref for Storage {
+    type Target = FsPersist;
+
+    fn deref(&self) -> &FsPersist {
+        &self.persist
+    }
+}
+
+impl PersistValue for Storage {
+    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+        let mut present = HashMap::new();
+        let loaded = self.persist.load(&mut |record| {
+            present.insert(record.key.clone(), record.revision);
+            visit(record);
+        })?;
+        self.present = Some(present);
+        Ok(loaded)
+    }
+
+    fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
+        if self.present.is_none() {
+            self.load(&mut |_| {})?;
+        }
+        let present = self.present.as_mut().unwrap();
+        let mut next = HashMap::new();
+        let mut batch = batch.to_vec();
+        for change in &mut batch {
+            let stored = || present.get(&change.key).copied().unwrap_or_default();
+            change.replaces = next.get(&change.key).copied().unwrap_or_else(stored);
+            let is_put = matches!(change.action, Action::Put { .. });
+            next.insert(change.key.clone(), if is_put { change.revision } else { Revision::ZERO });
+        }
+        self.persist.persist(&batch)?;
+        present.extend(next);
+        Ok(())
+    }
 }
 
 /// What a process leaves that is killed now: no clean end, and what the operating system knows stays.
-pub(crate) fn kill(fs: &SimFs, persist: FsPersist) -> SimFs {
+pub(crate) fn kill(fs: &SimFs, persist: Storage) -> SimFs {
     fs.cut_power_at(fs.mutations());
     drop(persist);
     fs.fork()

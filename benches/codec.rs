@@ -139,7 +139,7 @@ fn put_line(value: &Bytes, form: ValueForm) -> Vec<u8> {
     let written = match form {
         ValueForm::Payload => write!(line, "\"len\":{}}}\n{}\n", value.len(), value.escape_ascii()),
         ValueForm::Text => writeln!(line, "\"value\":\"{}\"}}", value.escape_ascii()),
-        ValueForm::Bytes => writeln!(line, "\"value\":{:?}}}", value.as_ref()),
+        ValueForm::Bytes => writeln!(line, "\"value\":{}}}", format!("{:?}", value.as_ref()).replace(", ", ",")),
     };
     written.expect("a string takes everything");
     line.into_bytes()

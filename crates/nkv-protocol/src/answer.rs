@@ -105,6 +105,28 @@ impl<'a> Answer<'a> {
         }
     }
 
+    /// A `Get` with one entry, given piece by piece: its value is the bytes in `shared`, where those are.
+    pub fn get_one(self, form: ValueForm, key: &str, value: &[u8], shared: Option<&Bytes>, revision: u64) {
+        let payload = form == ValueForm::Payload;
+        let out = self.envelope("Get", status::OK, NO_ERROR, |object| {
+            if payload {
+                object.array("lens", [value.len()], |out, len| json::number(out, len as u64));
+                object.number("len", value.len() as u64);
+            } else {
+                object.array("data", [value], |out, value| json::value(out, value, form));
+            }
+            object.array("keys", [key], json::string);
+            object.array("revisions", [revision], json::number);
+        });
+        if payload {
+            match shared {
+                Some(shared) => out.push(shared),
+                None => out.tail().put_slice(value),
+            }
+            out.tail().put_u8(b'\n');
+        }
+    }
+
     /// A `List`: keys and revisions, and whether there are more.
     pub fn list(self, entries: &[(&str, u64)], more: bool) {
         self.envelope("List", status::OK, NO_ERROR, |object| {

@@ -76,6 +76,32 @@ pub(crate) fn number(out: &mut impl BufMut, number: u64) {
     out.put_slice(itoa::Buffer::new().format(number).as_bytes());
 }
 
+/// Eight of the same byte.
+const fn all(byte: u8) -> u64 {
+    u64::from_le_bytes([byte; 8])
+}
+
+/// How many bytes at the start need no escape in a string: no quotation marks, backslashes and control characters.
+pub(crate) fn plain_len(bytes: &[u8]) -> usize {
+    let mut rest = bytes;
+    while let Some((word, after)) = rest.split_first_chunk() {
+        let word = u64::from_le_bytes(*word);
+        // The high bit of a byte is set where it is less than another. Above the lowest such byte a borrow may set more.
+        let less = |word: u64, than: u8| word.wrapping_sub(all(than)) & !word & all(0x80);
+        let special = less(word, b' ') | less(word ^ all(b'"'), 1) | less(word ^ all(b'\\'), 1);
+        if special != 0 {
+            return bytes.len().saturating_sub(rest.len()).saturating_add((special.trailing_zeros() / 8) as usize);
+        }
+        rest = after;
+    }
+    let plain = rest.iter().take_while(|byte| !is_special(**byte)).count();
+    bytes.len().saturating_sub(rest.len()).saturating_add(plain)
+}
+
+fn is_special(byte: u8) -> bool {
+    byte < b' ' || byte == b'"' || byte == b'\\'
+}
+
 pub(crate) fn string(out: &mut impl BufMut, text: &str) {
     out.put_u8(b'"');
     let mut rest = text.as_bytes();

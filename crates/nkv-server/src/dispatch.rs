@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use nkv_core::{
     Expiry, Key, KeyError, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Record, Revision, SubscriberId,
-    Subscription,
+    Subscription, ValueRef,
 };
 use nkv_notify_tcp::{Outbox, TcpNotifier};
 use nkv_protocol::{
@@ -219,8 +219,24 @@ impl Session {
 
     fn get<'r>(&self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
         let id = request.id;
-        let (pattern, after) = (pattern(request)?, after(request)?);
+        let after = after(request)?;
         let form = self.notifier.form();
+        if after.is_none() && Key::check(&request.key).is_ok() {
+            // One key, as a rule: what is found is written where it is sent from.
+            let found = self.core.store.look_up(&request.key, |record| {
+                let shared = match &record.value {
+                    ValueRef::Short(_) => None,
+                    ValueRef::Shared(value) => Some(*value),
+                };
+                let answer = Answer::to(id, out);
+                answer.get_one(form, record.key, &record.value, shared, record.revision.get());
+            });
+            if found.is_none() {
+                Answer::to(id, out).get(form, &[], false);
+            }
+            return Ok(());
+        }
+        let pattern = pattern(request)?;
         let limit = request.limit.map_or(u64::MAX, |limit| limit.min(LIST_LIMIT_MAX));
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         let page = self.core.store.get_page(&pattern, after.as_ref(), limit, GET_LEN_MAX);

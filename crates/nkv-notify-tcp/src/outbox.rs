@@ -26,7 +26,7 @@ const GATHER_LEN: usize = 64 << 10;
 const SLICES_MAX: usize = 64;
 
 /// So many buffers, of so many bytes at most, are kept for the next outbox of the thread.
-const SPARE_MAX: usize = 4;
+const SPARE_MAX: usize = 64;
 const SPARE_LEN_MAX: usize = 256 << 10;
 
 /// How a connection's sending side ended.
@@ -98,6 +98,12 @@ impl Outbox {
             self.inbox.post(Box::new(std::mem::take(&mut answers)));
         }
         give_back(answers);
+    }
+
+    /// Whether nothing that was gathered or sent waits for the next write.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.out.is_empty()
     }
 
     /// Whether so much waits to be taken that no more is to be made for now. [`poll`](Self::poll) goes on with it.

@@ -67,10 +67,14 @@ impl Bell {
         loop {
             self.rung.notified().await;
             std::mem::swap(&mut *self.lock(), &mut woken);
+            let any = !woken.is_empty();
             while let Some(ringer) = woken.pop() {
                 // What comes from here on is to wake it again.
                 ringer.is_noted.store(false, SeqCst);
                 ringer.task.wake_by_ref();
+            }
+            if any {
+                tokio::task::yield_now().await;
             }
             each_time();
         }

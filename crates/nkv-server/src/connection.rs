@@ -314,6 +314,10 @@ impl Connection {
             if let Some(end) = end {
                 return Poll::Ready(Ok(end));
             }
+            if !self.outbox.is_idle() && false {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
         }
     }
 

@@ -64,11 +64,14 @@ impl Queue {
         self.wake();
     }
 
-    /// Waits for jobs and takes them all out; there are none once the queue is closed.
-    fn take(&self, jobs: &mut Vec<Job>) {
+    /// Sleeps until it is woken for jobs, and takes them all out; there are none once the queue is closed.
+    fn take(&self, bell: &Bell, jobs: &mut Vec<Job>) {
         let mut waiting = self.lock();
-        while waiting.jobs.is_empty() && !waiting.is_closed {
-            waiting.is_asleep = true;
+        waiting.is_asleep = true;
+        if !waiting.jobs.is_empty() {
+            bell.ring();
+        }
+        while waiting.is_asleep && !waiting.is_closed {
             waiting = self.arrived.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
         waiting.is_asleep = false;
@@ -111,7 +114,7 @@ impl Writer {
         let (mut jobs, mut ops, mut group) = (Vec::new(), Vec::new(), Vec::new());
         let (mut checked_at, mut written) = (0, 0_usize);
         loop {
-            self.queue.take(&mut jobs);
+            self.queue.take(&self.bell, &mut jobs);
             if jobs.is_empty() {
                 return;
             }

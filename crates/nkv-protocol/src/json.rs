@@ -97,9 +97,27 @@ pub(crate) fn plain_len(bytes: &[u8]) -> usize {
             return bytes.len().saturating_sub(rest.len()).saturating_add((special.trailing_zeros() / 8) as usize);
         }
         rest = after;
+        if bytes.len().saturating_sub(rest.len()) == BLOCK_LEN {
+            rest = behind_plain_blocks(rest);
+        }
     }
     let plain = rest.iter().take_while(|byte| !is_special(**byte)).count();
     bytes.len().saturating_sub(rest.len()).saturating_add(plain)
+}
+
+/// Of a long text, so many bytes are looked at at once.
+const BLOCK_LEN: usize = 32;
+
+/// What is left behind the blocks that need no escape: each is looked through to its end, as vector instructions can.
+#[inline(never)]
+fn behind_plain_blocks(mut rest: &[u8]) -> &[u8] {
+    while let Some((block, after)) = rest.split_first_chunk::<BLOCK_LEN>() {
+        if block.iter().fold(false, |special, byte| special | is_special(*byte)) {
+            break;
+        }
+        rest = after;
+    }
+    rest
 }
 
 fn is_special(byte: u8) -> bool {

@@ -62,17 +62,21 @@ impl<'a> Answer<'a> {
 
     /// A `Base` with this status.
     pub fn base(self, status: u16, message: &str, fields: &BaseFields<'_>) {
-        self.envelope("Base", status, message, |object| {
-            for (name, number) in [("revision", fields.revision), ("count", fields.count)] {
-                if let Some(number) = number {
-                    object.number(name, number);
-                }
-            }
-            if let Some(ServerFields { version, epoch, value_len_max }) = fields.server {
-                object.text("server", SERVER).text("version", version).number("protocol", crate::PROTOCOL);
-                object.text("epoch", epoch).number("max_value", value_len_max);
-            }
-        });
+        let out = self.start("{\"Base\":{\"id\":", status, message).tail();
+        if let Some(revision) = fields.revision {
+            out.put_slice(b",\"revision\":");
+            json::number(out, revision);
+        }
+        if let Some(count) = fields.count {
+            out.put_slice(b",\"count\":");
+            json::number(out, count);
+        }
+        if let Some(ServerFields { version, epoch, value_len_max }) = fields.server {
+            let mut object = Object::resume(out);
+            object.text("server", SERVER).text("version", version).number("protocol", crate::PROTOCOL);
+            object.text("epoch", epoch).number("max_value", value_len_max);
+        }
+        out.put_slice(END);
     }
 
     /// A `Base` 200.
@@ -84,24 +88,25 @@ impl<'a> Answer<'a> {
     pub fn get(self, form: ValueForm, entries: &[(&str, &Bytes, u64)], more: bool) {
         let (status, message) =
             if entries.is_empty() { (status::NOT_FOUND, NOT_FOUND) } else { (status::OK, NO_ERROR) };
-        let payload_len: usize = entries.iter().map(|(_, value, _)| value.len()).sum();
         let payload = form == ValueForm::Payload && !entries.is_empty();
-        let out = self.envelope("Get", status, message, |object| {
-            if payload {
-                object.array("lens", entries, |out, (_, value, _)| json::number(out, value.len() as u64));
-                object.number("len", payload_len as u64);
-            } else {
-                object.array("data", entries, |out, (_, value, _)| json::value(out, value, form));
-            }
-            object.array("keys", entries, |out, (key, ..)| json::string(out, key));
-            object.array("revisions", entries, |out, (.., revision)| json::number(out, *revision));
-            if more {
-                object.flag("more", true);
-            }
-        });
+        let chunks = self.start("{\"Get\":{\"id\":", status, message);
+        let out = chunks.tail();
         if payload {
-            entries.iter().for_each(|(_, value, _)| out.push(value));
-            out.tail().put_u8(b'\n');
+            json::array(out, b",\"lens\":[", entries, |out, (_, value, _)| json::number(out, value.len() as u64));
+            out.put_slice(b",\"len\":");
+            json::number(out, entries.iter().map(|(_, value, _)| value.len() as u64).sum());
+        } else {
+            json::array(out, b",\"data\":[", entries, |out, (_, value, _)| json::value(out, value, form));
+        }
+        json::array(out, b",\"keys\":[", entries, |out, (key, ..)| json::string(out, key));
+        json::array(out, b",\"revisions\":[", entries, |out, (.., revision)| json::number(out, *revision));
+        if more {
+            out.put_slice(b",\"more\":true");
+        }
+        out.put_slice(END);
+        if payload {
+            entries.iter().for_each(|(_, value, _)| chunks.push(value));
+            chunks.tail().put_u8(b'\n');
         }
     }
 
@@ -129,65 +134,69 @@ impl<'a> Answer<'a> {
 
     /// A `List`: keys and revisions, and whether there are more.
     pub fn list(self, entries: &[(&str, u64)], more: bool) {
-        self.envelope("List", status::OK, NO_ERROR, |object| {
-            object.array("keys", entries, |out, (key, _)| json::string(out, key));
-            object.array("revisions", entries, |out, (_, revision)| json::number(out, *revision));
-            object.flag("more", more);
-        });
+        let out = self.start("{\"List\":{\"id\":", status::OK, NO_ERROR).tail();
+        json::array(out, b",\"keys\":[", entries, |out, (key, _)| json::string(out, key));
+        json::array(out, b",\"revisions\":[", entries, |out, (_, revision)| json::number(out, *revision));
+        Object::resume(out).flag("more", more);
+        out.put_slice(END);
     }
 
     /// A `Trace`: the subscribers.
     pub fn trace(self, subscribers: &[SubscriberFields<'_>]) {
-        self.envelope("Trace", status::OK, NO_ERROR, |object| {
-            object.array("subscribers", subscribers, |out, subscriber| {
-                let mut fields = Object::start(out);
-                fields.text("client_uuid", subscriber.client_uuid).text("pattern", subscriber.pattern);
-                fields.number("since_ms", subscriber.since_ms);
-                fields.number("queued", subscriber.queued).number("skipped", subscriber.skipped);
-                fields.end();
-            });
+        let out = self.start("{\"Trace\":{\"id\":", status::OK, NO_ERROR).tail();
+        json::array(out, b",\"subscribers\":[", subscribers, |out, subscriber| {
+            let mut fields = Object::start(out);
+            fields.text("client_uuid", subscriber.client_uuid).text("pattern", subscriber.pattern);
+            fields.number("since_ms", subscriber.since_ms);
+            fields.number("queued", subscriber.queued).number("skipped", subscriber.skipped);
+            fields.end();
         });
+        out.put_slice(END);
     }
 
     /// A `Version`.
     pub fn version(self, version: &str) {
-        self.envelope("Version", status::OK, NO_ERROR, |object| {
-            object.text("server", SERVER).text("version", version).number("protocol", crate::PROTOCOL);
-        });
+        let out = self.start("{\"Version\":{\"id\":", status::OK, NO_ERROR).tail();
+        Object::resume(out).text("server", SERVER).text("version", version).number("protocol", crate::PROTOCOL);
+        out.put_slice(END);
     }
 
     /// A `Stats`: texts and numbers by name.
     pub fn stats(self, texts: &[(&str, &str)], numbers: &[(&str, u64)]) {
-        self.envelope("Stats", status::OK, NO_ERROR, |object| {
-            for (name, text) in texts {
-                object.text(name, text);
-            }
-            for (name, number) in numbers {
-                object.number(name, *number);
-            }
-        });
+        let out = self.start("{\"Stats\":{\"id\":", status::OK, NO_ERROR).tail();
+        let mut object = Object::resume(out);
+        for (name, text) in texts {
+            object.text(name, text);
+        }
+        for (name, number) in numbers {
+            object.number(name, *number);
+        }
+        out.put_slice(END);
     }
 
-    fn envelope(
-        self,
-        kind: &str,
-        status: u16,
-        message: &str,
-        fields: impl FnOnce(&mut Object<'_, Vec<u8>>),
-    ) -> &'a mut Chunks {
+    /// Writes what all answers begin with, up to the message.
+    #[inline]
+    fn start(self, start: &str, status: u16, message: &str) -> &'a mut Chunks {
         let Answer { id, out } = self;
-        let mut outer = Object::start(out.tail());
-        let mut object = Object::start(outer.name(kind));
-        object.name("id").put_slice(id.as_json().as_bytes());
-        object.number("status", u64::from(status)).text("message", message);
-        fields(&mut object);
-        object.end();
-        outer.end();
-        out.tail().put_u8(b'\n');
+        let line = out.tail();
+        line.reserve(LINE_LEN);
+        line.put_slice(start.as_bytes());
+        line.put_slice(id.as_json().as_bytes());
+        if status == status::OK && message == NO_ERROR {
+            line.put_slice(b",\"status\":200,\"message\":\"No Error\"");
+        } else {
+            line.put_slice(b",\"status\":");
+            json::number(line, status.into());
+            line.put_slice(b",\"message\":");
+            json::string(line, message);
+        }
         out
     }
 }
 
+/// What most lines fit into.
+const LINE_LEN: usize = 256;
+const END: &[u8] = b"}}\n";
 const NO_ERROR: &str = "No Error";
 const NOT_FOUND: &str = "Not Found";
 

@@ -6,7 +6,7 @@ use std::mem;
 use bytes::{Buf, BufMut, Bytes};
 
 /// A value of at least this length is shared with the store; a shorter one is copied.
-const SHARE_LEN_MIN: usize = 4_096;
+pub(crate) const SHARE_LEN_MIN: usize = 4_096;
 
 /// So much room for short pieces is kept when all of them are gone. It is also the least that is worth moving them for.
 const KEEP_LEN: usize = 16 << 10;

@@ -22,6 +22,11 @@ impl<'a, B: BufMut> Object<'a, B> {
         Object { out, first: true }
     }
 
+    /// Goes on in an object that has fields.
+    pub(crate) fn resume(out: &'a mut B) -> Self {
+        Object { out, first: false }
+    }
+
     /// Starts writing `name`, which needs no escapes; its value is to follow.
     pub(crate) fn name(&mut self, name: &str) -> &mut B {
         if !std::mem::take(&mut self.first) {
@@ -48,28 +53,27 @@ impl<'a, B: BufMut> Object<'a, B> {
         self
     }
 
-    /// Writes an array, each item by `write`.
-    pub(crate) fn array<T>(
-        &mut self,
-        name: &str,
-        items: impl IntoIterator<Item = T>,
-        mut write: impl FnMut(&mut B, T),
-    ) -> &mut Self {
-        let out = self.name(name);
-        out.put_u8(b'[');
-        for (at, item) in items.into_iter().enumerate() {
-            if at > 0 {
-                out.put_u8(b',');
-            }
-            write(out, item);
-        }
-        out.put_u8(b']');
-        self
-    }
-
     pub(crate) fn end(&mut self) {
         self.out.put_u8(b'}');
     }
+}
+
+/// Writes an array, each item by `write`; `start` ends with its bracket.
+#[inline]
+pub(crate) fn array<T>(
+    out: &mut Vec<u8>,
+    start: &[u8],
+    items: impl IntoIterator<Item = T>,
+    mut write: impl FnMut(&mut Vec<u8>, T),
+) {
+    out.put_slice(start);
+    for (at, item) in items.into_iter().enumerate() {
+        if at > 0 {
+            out.put_u8(b',');
+        }
+        write(out, item);
+    }
+    out.put_u8(b']');
 }
 
 pub(crate) fn number(out: &mut impl BufMut, number: u64) {
@@ -93,9 +97,27 @@ pub(crate) fn plain_len(bytes: &[u8]) -> usize {
             return bytes.len().saturating_sub(rest.len()).saturating_add((special.trailing_zeros() / 8) as usize);
         }
         rest = after;
+        if bytes.len().saturating_sub(rest.len()) == BLOCK_LEN {
+            rest = behind_plain_blocks(rest);
+        }
     }
     let plain = rest.iter().take_while(|byte| !is_special(**byte)).count();
     bytes.len().saturating_sub(rest.len()).saturating_add(plain)
+}
+
+/// Of a long text, so many bytes are looked at at once.
+const BLOCK_LEN: usize = 32;
+
+/// What is left behind the blocks that need no escape: each is looked through to its end, as vector instructions can.
+#[inline(never)]
+fn behind_plain_blocks(mut rest: &[u8]) -> &[u8] {
+    while let Some((block, after)) = rest.split_first_chunk::<BLOCK_LEN>() {
+        if block.iter().fold(false, |special, byte| special | is_special(*byte)) {
+            break;
+        }
+        rest = after;
+    }
+    rest
 }
 
 fn is_special(byte: u8) -> bool {
@@ -105,9 +127,7 @@ fn is_special(byte: u8) -> bool {
 pub(crate) fn string(out: &mut impl BufMut, text: &str) {
     out.put_u8(b'"');
     let mut rest = text.as_bytes();
-    let special = |byte: &u8| *byte < b' ' || *byte == b'"' || *byte == b'\\';
-    while let Some(at) = rest.iter().position(special) {
-        let Some((plain, [byte, after @ ..])) = rest.split_at_checked(at) else { break };
+    while let Some((plain, [byte, after @ ..])) = rest.split_at_checked(plain_len(rest)) {
         out.put_slice(plain);
         rest = after;
         match byte {
@@ -130,17 +150,44 @@ pub(crate) fn value(out: &mut Vec<u8>, value: &[u8], form: ValueForm) {
     if form == ValueForm::Text
         && let Ok(text) = std::str::from_utf8(value)
     {
+        out.reserve(value.len());
         return string(out, text);
     }
-    out.reserve(value.len().saturating_mul(4).saturating_add(2));
     out.put_u8(b'[');
-    for (at, byte) in value.iter().enumerate() {
-        if at > 0 {
-            out.put_u8(b',');
+    // Room for the longest numbers is made and given back: each is written as four characters, of which some are passed.
+    let mut at = out.len();
+    out.resize(at.saturating_add(value.len().saturating_mul(4)), 0);
+    for byte in value {
+        let place = out.get_mut(at..).and_then(<[u8]>::first_chunk_mut);
+        if let (Some(place), Some(number)) = (place, NUMBERS.get(usize::from(*byte))) {
+            *place = *number;
         }
-        number(out, u64::from(*byte));
+        at = at.saturating_add(digits(*byte)).saturating_add(1);
     }
+    // The bracket takes the place of the last comma.
+    out.truncate(if value.is_empty() { at } else { at.saturating_sub(1) });
     out.put_u8(b']');
+}
+
+/// Each byte as a decimal number and a comma.
+#[allow(clippy::indexing_slicing, reason = "it would panic in the compiler")]
+static NUMBERS: [[u8; 4]; 256] = {
+    let mut numbers = [[0; 4]; 256];
+    let mut n = 0;
+    while n < 256 {
+        let (hundreds, tens, ones) = (b'0' + (n / 100) as u8, b'0' + (n / 10 % 10) as u8, b'0' + (n % 10) as u8);
+        numbers[n] = match n {
+            0..10 => [ones, b',', 0, 0],
+            10..100 => [tens, ones, b',', 0],
+            _ => [hundreds, tens, ones, b','],
+        };
+        n += 1;
+    }
+    numbers
+};
+
+fn digits(byte: u8) -> usize {
+    1_usize.saturating_add(usize::from(byte >= 10)).saturating_add(usize::from(byte >= 100))
 }
 
 /// How many bytes [`value`] writes.
@@ -155,13 +202,9 @@ pub(crate) fn value_len(value: &[u8], form: ValueForm) -> usize {
         };
         return text.bytes().map(escaped).sum::<usize>().saturating_add(2);
     }
-    let digits = |byte: &u8| match byte {
-        0..=9 => 1,
-        10..=99 => 2,
-        100.. => 3,
-    };
     // A comma stands between two of them, and brackets around all.
-    value.iter().map(digits).sum::<usize>().saturating_add(value.len().max(1)).saturating_add(1)
+    let digits = value.iter().map(|byte| digits(*byte)).sum::<usize>();
+    digits.saturating_add(value.len().max(1)).saturating_add(1)
 }
 
 /// A value read from within a line: an array of byte numbers, or a string's UTF-8 bytes.

@@ -184,6 +184,35 @@ fn keys_are_escaped_in_answers() {
     assert_eq!((body.keys, body.revisions, body.more), (vec!["a\"\\b\u{1}é".to_owned()], vec![3], true));
 }
 
+#[test]
+fn every_character_is_escaped_where_it_must_be_wherever_it_stands() {
+    for special in ('\0'..='\u{80}').chain(['é', '\u{2028}', '\u{10ffff}']) {
+        // Long enough for every way of looking through it: in bytes, words and blocks.
+        for before in (0..150).step_by(if cfg!(miri) { 37 } else { 1 }) {
+            let key = format!("{}{special}{}", "x".repeat(before), "y".repeat(150 - before));
+            let mut out = Chunks::default();
+            Answer::to(Default::default(), &mut out).list(&[(&key, 3)], true);
+            let line = out.take().concat();
+            assert_eq!(line.iter().filter(|byte| **byte < b' ').count(), 1, "{special:?}: one line");
+            let Message::Answer(body) = message(&line) else { panic!("no answer") };
+            assert_eq!(body.keys, [key]);
+        }
+    }
+}
+
+#[test]
+fn every_byte_is_a_number() {
+    let (all, mut out) = (Bytes::from_iter(0..=255), Chunks::default());
+    Answer::to(Default::default(), &mut out).get(ValueForm::Bytes, &[("k", &all, 7), ("l", &Bytes::new(), 8)], true);
+    let numbers: Vec<_> = all.iter().map(u8::to_string).collect();
+    let expected = format!(
+        "{{\"Get\":{{\"id\":\"\",\"status\":200,\"message\":\"No Error\",\"data\":[[{}],[]],\"keys\":[\"k\",\"l\"],\
+         \"revisions\":[7,8],\"more\":true}}}}\n",
+        numbers.join(",")
+    );
+    assert_eq!(String::from_utf8(out.take().concat()).unwrap(), expected);
+}
+
 fn forms() -> impl Strategy<Value = ValueForm> {
     prop_oneof![Just(ValueForm::Bytes), Just(ValueForm::Text), Just(ValueForm::Payload)]
 }
@@ -252,6 +281,22 @@ proptest! {
     fn no_input_breaks_a_decoder(input in proptest::collection::vec(any::<u8>(), 0..400)) {
         decode(&input, 13, Limits::default());
         let _ = MessageDecoder::new().decode(&input);
+    }
+}
+
+#[test]
+fn what_was_skipped_is_told_with_short_and_with_long_values() {
+    for len in [0, 1, 4_095, 4_096, 5_000] {
+        for form in [ValueForm::Bytes, ValueForm::Text, ValueForm::Payload] {
+            let value = Bytes::from(vec![b'0'; len]);
+            let notice = ChangeNotice::update("k", &value, 9, form);
+            for skipped in [0, 1, u64::MAX, 0] {
+                let mut out = Chunks::default();
+                notice.write(skipped, &mut out);
+                let update = Message::Update { key: "k".into(), value: value.clone(), revision: 9, skipped };
+                assert_eq!(message(&out.take().concat()), update);
+            }
+        }
     }
 }
 

@@ -5,12 +5,13 @@
 //! keyspace (held only to look or to apply). Reads take the last alone.
 
 use std::cell::OnceCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
+use hashbrown::HashTable;
 use thiserror::Error;
 
 use crate::key::{Key, Pattern};
@@ -211,9 +212,9 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
             if let Some(expiry) = &mut record.expiry {
                 expiry.at = expiry.at.min(now.saturating_add(expiry.ttl_ms));
             }
-            keyspace.insert(record);
+            keyspace.load(record);
         })?;
-        keyspace.set_revision(loaded.revision);
+        keyspace.end_loading(loaded.revision);
         Ok(NotifyKeyValue {
             writer: Mutex::new(Writer { persist, revision: loaded.revision, poisoned: false }),
             subscribers: Mutex::new(Subscribers::new()),
@@ -351,7 +352,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// fail in the same way, and a restart tells what was kept.
     pub fn write(&self, ops: &[Op]) -> Result<Vec<Outcome>, PersistError> {
         let mut writer = self.lock_writer()?;
-        let (changes, outcomes) = plan(&self.read(), writer.revision, ops);
+        let (Plan { changes, hashes, .. }, outcomes) = plan(&self.read(), writer.revision, ops);
         let Some(last) = changes.last() else { return Ok(outcomes) };
         if let Err(error) = writer.persist.persist(&changes) {
             writer.poisoned = error.kind() == PersistErrorKind::Poisoned;
@@ -359,7 +360,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
             return Err(error);
         }
         writer.revision = last.revision;
-        self.publish(changes);
+        self.publish(changes, &hashes);
         Ok(outcomes)
     }
 
@@ -379,10 +380,10 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     }
 
     /// Makes stored changes visible and tells the subscribers, as one step for whoever subscribes meanwhile.
-    fn publish(&self, changes: Vec<Change>) {
+    fn publish(&self, changes: Vec<Change>, hashes: &[u64]) {
         let mut subscribers = self.lock_subscribers();
         let mut keyspace = self.keyspace.write().unwrap_or_else(PoisonError::into_inner);
-        changes.iter().for_each(|change| keyspace.apply(change));
+        changes.iter().zip(hashes).for_each(|(change, hash)| keyspace.apply(change, *hash));
         drop(keyspace);
         self.counters.batches.fetch_add(1, Relaxed);
         let mut gone: Vec<Arc<Subscription<N>>> = Vec::new();
@@ -525,35 +526,37 @@ impl From<Outcome> for WriteError {
 }
 
 /// What a batch changes, and what becomes of each operation. Reads memory only.
-fn plan(keyspace: &Keyspace, revision: Revision, ops: &[Op]) -> (Vec<Change>, Vec<Outcome>) {
-    let mut plan = Plan { keyspace, revision, staged: BTreeMap::new(), changes: Vec::with_capacity(ops.len()) };
+fn plan<'a>(keyspace: &'a Keyspace, revision: Revision, ops: &[Op]) -> (Plan<'a>, Vec<Outcome>) {
+    let (changes, hashes) = (Vec::with_capacity(ops.len()), Vec::with_capacity(ops.len()));
+    let mut plan = Plan { keyspace, revision, changes, hashes, latest: HashTable::with_capacity(ops.len()) };
     let outcomes = ops.iter().map(|op| plan.step(op)).collect();
-    (plan.changes, outcomes)
+    (plan, outcomes)
 }
 
 struct Plan<'a> {
     keyspace: &'a Keyspace,
     revision: Revision,
-    /// What earlier operations of the batch made of a key: its revision, or zero for one that is gone.
-    staged: BTreeMap<Key, Revision>,
     changes: Vec<Change>,
+    /// Of the key of each change: a key is hashed once for each operation.
+    hashes: Vec<u64>,
+    /// The latest change of each key that has one, by the hash of the key: what later operations of the batch see.
+    latest: HashTable<usize>,
 }
 
 impl Plan<'_> {
     fn step(&mut self, op: &Op) -> Outcome {
         match op {
             Op::Put { key, value, options } => {
-                let present = self.present(key);
+                let hash = self.keyspace.hash(key.as_str());
+                let present = self.present(key, hash);
                 if options.if_revision.is_some_and(|expected| expected != present) {
                     return Outcome::Conflict { revision: present };
                 }
                 let action = Action::Put { value: value.clone(), expiry: options.expiry };
-                let revision = self.change(key.clone(), present, action);
-                self.staged.insert(key.clone(), revision);
-                Outcome::Put { revision }
+                Outcome::Put { revision: self.change(key.clone(), hash, present, action) }
             }
             Op::Delete { pattern: Pattern::Key(key), if_revision } => {
-                let present = self.present(key);
+                let present = self.present(key, self.keyspace.hash(key.as_str()));
                 if present == Revision::ZERO {
                     return Outcome::NotFound;
                 }
@@ -569,26 +572,35 @@ impl Plan<'_> {
             },
             Op::Expire { now } => {
                 // What an earlier operation of the batch wrote or removed is not due: its expiry is another.
-                let due = self.keyspace.due(*now).filter(|key| !self.staged.contains_key(*key));
+                let is_untouched = |key: &&Key| self.latest(key, self.keyspace.hash(key.as_str())).is_none();
+                let due = self.keyspace.due(*now).filter(is_untouched);
                 let due: Vec<Key> = due.take(EXPIRE_MAX).cloned().collect();
                 self.delete(due, Reason::Expired)
             }
         }
     }
 
-    fn present(&self, key: &Key) -> Revision {
-        let stored = || self.keyspace.get(key.as_str()).map_or(Revision::ZERO, |entry| entry.revision);
-        self.staged.get(key).copied().unwrap_or_else(stored)
+    fn present(&self, key: &Key, hash: u64) -> Revision {
+        match self.latest(key, hash) {
+            Some(change) => left_by(change),
+            None => self.keyspace.revision_of(key.as_str(), hash),
+        }
+    }
+
+    fn latest(&self, key: &Key, hash: u64) -> Option<&Change> {
+        let is_of_key = |at: &usize| self.changes.get(*at).is_some_and(|change| change.key == *key);
+        self.latest.find(hash, is_of_key).and_then(|at| self.changes.get(*at))
     }
 
     fn selected(&self, pattern: &Pattern) -> BTreeSet<Key> {
-        let mut keys: BTreeSet<Key> =
-            self.keyspace.select(pattern, None).map(|record| Key::trusted(record.key)).collect();
-        for (key, revision) in self.staged.iter().filter(|(key, _)| pattern.selects(key)) {
-            if *revision == Revision::ZERO {
-                keys.remove(key);
+        let selected = self.keyspace.select(pattern, None);
+        let mut keys: BTreeSet<Key> = selected.map(|record| Key::trusted(record.key)).collect();
+        let latest = self.latest.iter().filter_map(|at| self.changes.get(*at));
+        for change in latest.filter(|change| pattern.selects(&change.key)) {
+            if left_by(change) == Revision::ZERO {
+                keys.remove(&change.key);
             } else {
-                keys.insert(key.clone());
+                keys.insert(change.key.clone());
             }
         }
         keys
@@ -598,17 +610,30 @@ impl Plan<'_> {
         let mut count = 0;
         let mut revision = Revision::ZERO;
         for key in keys {
-            let present = self.present(&key);
-            revision = self.change(key.clone(), present, Action::Delete { reason });
-            self.staged.insert(key, Revision::ZERO);
+            let hash = self.keyspace.hash(key.as_str());
+            let present = self.present(&key, hash);
+            revision = self.change(key, hash, present, Action::Delete { reason });
             count += 1;
         }
         Outcome::Deleted { count, revision }
     }
 
-    fn change(&mut self, key: Key, replaces: Revision, action: Action) -> Revision {
+    fn change(&mut self, key: Key, hash: u64, replaces: Revision, action: Action) -> Revision {
         self.revision = self.revision.next();
+        let (at, changes, hashes) = (self.changes.len(), &self.changes, &self.hashes);
+        let is_of_key = |known: &usize| changes.get(*known).is_some_and(|change: &Change| change.key == key);
+        let hash_of = |known: &usize| hashes.get(*known).copied().unwrap_or_default();
+        *self.latest.entry(hash, is_of_key, hash_of).or_insert(at).get_mut() = at;
+        self.hashes.push(hash);
         self.changes.push(Change { key, revision: self.revision, replaces, action });
         self.revision
+    }
+}
+
+/// At which revision a change leaves its key; zero if it is gone.
+fn left_by(change: &Change) -> Revision {
+    match change.action {
+        Action::Put { .. } => change.revision,
+        Action::Delete { .. } => Revision::ZERO,
     }
 }

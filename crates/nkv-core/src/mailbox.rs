@@ -5,6 +5,9 @@
 //! What is not a change of a key (a snapshot, the end of a subscription, an item of the owner's own) is never conflated
 //! and keeps its place. Memory is bounded by the number of keys, whatever the number of changes.
 //!
+//! A mailbox may have some slack: so many bytes of changes wait as they came, each to be told, and only what comes on top
+//! of them is conflated. A reader that keeps up is then told every change, and many with each wake-up.
+//!
 //! No runtime: the reader polls with a waker, or blocks its thread. Explored with loom: see `tests/loom_mailbox.rs`.
 
 use std::collections::{HashMap, VecDeque};
@@ -17,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use crate::key::Key;
 use crate::notifier::{Delivery, Notifier};
-use crate::record::{Event, EventKind};
+use crate::record::{Action, Change, Event, EventKind};
 use crate::revision::Revision;
 use crate::sync::{Condvar, Mutex, MutexGuard};
 
@@ -43,9 +46,18 @@ use crate::sync::{Condvar, Mutex, MutexGuard};
 /// ```
 #[must_use]
 pub fn mailbox<T>() -> (Mailbox<T>, Inbox<T>) {
-    let shared = Arc::new(Shared { state: Mutex::new(State::new()), arrived: Condvar::new() });
+    mailbox_with_slack(0)
+}
+
+/// Makes a mailbox in which changes of so many bytes (see [`ITEM_LEN`]) may wait without being conflated.
+#[must_use]
+pub fn mailbox_with_slack<T>(slack: usize) -> (Mailbox<T>, Inbox<T>) {
+    let shared = Arc::new(Shared { state: Mutex::new(State::new(slack)), arrived: Condvar::new() });
     (Mailbox { post: Arc::new(Post(Arc::clone(&shared))) }, Inbox { shared })
 }
+
+/// What an item counts, in bytes; a change counts its key and its value besides.
+pub const ITEM_LEN: usize = 64;
 
 /// What comes out of a mailbox.
 #[derive(Clone, Debug)]
@@ -59,6 +71,30 @@ pub enum Item<T = Infallible> {
     },
     /// An item of the owner's own.
     Own(T),
+}
+
+impl<T> Item<T> {
+    fn len(&self) -> usize {
+        match self {
+            Item::Event { event, .. } => match event.kind() {
+                EventKind::Change(change) => change_len(change),
+                _ => ITEM_LEN,
+            },
+            Item::Own(_) => ITEM_LEN,
+        }
+    }
+
+    fn is_snapshot(&self) -> bool {
+        matches!(self, Item::Event { event, .. } if matches!(event.kind(), EventKind::Snapshot(_)))
+    }
+}
+
+fn change_len(change: &Change) -> usize {
+    let value_len = match &change.action {
+        Action::Put { value, .. } => value.len(),
+        Action::Delete { .. } => 0,
+    };
+    ITEM_LEN + change.key.as_str().len() + value_len
 }
 
 /// What waits in a mailbox, for people to look at.
@@ -88,9 +124,16 @@ struct Shared<T> {
     arrived: Condvar,
 }
 
-struct State<T> {
+/// A place in the queue.
+struct Place<T> {
     /// `None` where a newer change of the same key took the item's place.
-    queue: VecDeque<Option<Item<T>>>,
+    item: Option<Item<T>>,
+    /// How much of the slack it takes; an item that does keeps its place.
+    slack: usize,
+}
+
+struct State<T> {
+    queue: VecDeque<Place<T>>,
     /// Number of the item at the front; items are numbered in the order of their arrival.
     front: u64,
     /// Where the pending change of a key is, by item number.
@@ -100,15 +143,27 @@ struct State<T> {
     /// The newest revision told or pending: a change up to it is a duplicate.
     newest: Revision,
     skipped: u64,
+    /// How much of the slack is left.
+    slack: usize,
+    /// Items taken since the queue was empty last.
+    taken: usize,
     closed: bool,
     waker: Option<Waker>,
+    /// Woken by [`Mailbox::wake`] alone: the reader wants no items for now.
+    called: Option<Waker>,
+    /// How many threads block until something comes.
+    blocked: usize,
 }
 
 /// Below this many, vacant places are not worth tidying and capacity is not worth giving back.
 const TIDY_MIN: usize = 64;
 
+/// A reader that keeps up needs about as much room again and again: so much of it is kept, and given back when it is not
+/// used any more.
+const KEEP_MAX: usize = 1_024;
+
 impl<T> State<T> {
-    fn new() -> Self {
+    fn new(slack: usize) -> Self {
         State {
             queue: VecDeque::new(),
             front: 0,
@@ -116,8 +171,12 @@ impl<T> State<T> {
             vacant: 0,
             newest: Revision::ZERO,
             skipped: 0,
+            slack,
+            taken: 0,
             closed: false,
             waker: None,
+            called: None,
+            blocked: 0,
         }
     }
 
@@ -125,27 +184,31 @@ impl<T> State<T> {
         self.front + self.queue.len() as u64
     }
 
+    fn post_own(&mut self, item: T) {
+        self.queue.push_back(Place { item: Some(Item::Own(item)), slack: 0 });
+    }
+
+    /// How much of the slack a change takes; none if it is to be conflated, as all are while one is that was not read.
+    fn slack_for(&mut self, change: &Change) -> usize {
+        let len = change_len(change);
+        if len > self.slack || !self.slots.is_empty() {
+            return 0;
+        }
+        self.slack -= len;
+        len
+    }
+
     fn post_event(&mut self, event: &Arc<Event>) -> Delivery {
-        let mut item_skipped = 0;
+        let (mut item_skipped, mut slack) = (0, 0);
         match event.kind() {
             EventKind::Change(change) => {
                 if change.revision <= self.newest {
                     return Delivery::Queued; // a second subscription of this reader covers the key too
                 }
                 self.newest = change.revision;
-                let back = self.back();
-                match self.slots.get_mut(&change.key) {
-                    Some(slot) => {
-                        let at = (std::mem::replace(slot, back) - self.front) as usize;
-                        if let Some(Item::Event { skipped, .. }) = self.queue.get_mut(at).and_then(Option::take) {
-                            item_skipped = skipped + 1;
-                        }
-                        self.vacant += 1;
-                        self.skipped += 1;
-                    }
-                    None => {
-                        self.slots.insert(change.key.clone(), back);
-                    }
+                slack = self.slack_for(change);
+                if slack == 0 {
+                    item_skipped = self.take_place(&change.key);
                 }
             }
             EventKind::Snapshot(snapshot) => {
@@ -155,19 +218,37 @@ impl<T> State<T> {
             }
             EventKind::Ended { .. } => {}
         }
-        self.queue.push_back(Some(Item::Event { event: Arc::clone(event), skipped: item_skipped }));
+        let item = Item::Event { event: Arc::clone(event), skipped: item_skipped };
+        self.queue.push_back(Place { item: Some(item), slack });
         if self.vacant > TIDY_MIN && self.vacant > self.queue.len() / 2 {
             self.tidy();
         }
         if item_skipped > 0 { Delivery::Conflated } else { Delivery::Queued }
     }
 
+    /// Gives the next item to come the slot of its key, and says how many changes it is told in place of.
+    fn take_place(&mut self, key: &Key) -> u64 {
+        let back = self.back();
+        let Some(slot) = self.slots.get_mut(key) else {
+            self.slots.insert(key.clone(), back);
+            return 0;
+        };
+        let at = (std::mem::replace(slot, back) - self.front) as usize;
+        self.vacant += 1;
+        self.skipped += 1;
+        match self.queue.get_mut(at).and_then(|place| place.item.take()) {
+            Some(Item::Event { skipped, .. }) => skipped + 1,
+            _ => 0,
+        }
+    }
+
     /// Drops the vacant places: a reader that stands still while one key changes must not cost memory.
     fn tidy(&mut self) {
-        self.queue.retain(Option::is_some);
+        self.queue.retain(|place| place.item.is_some());
         self.vacant = 0;
-        for (number, item) in (self.front..).zip(&self.queue) {
-            if let Some(Item::Event { event, .. }) = item
+        for (number, place) in (self.front..).zip(&self.queue) {
+            if let Some(Item::Event { event, .. }) = &place.item
+                && place.slack == 0
                 && let EventKind::Change(change) = event.kind()
                 && let Some(slot) = self.slots.get_mut(&change.key)
             {
@@ -178,13 +259,16 @@ impl<T> State<T> {
     }
 
     fn take(&mut self) -> Option<Item<T>> {
-        while let Some(place) = self.queue.pop_front() {
+        while let Some(Place { item, slack }) = self.queue.pop_front() {
             self.front += 1;
-            let Some(item) = place else {
+            self.taken += 1;
+            self.slack += slack;
+            let Some(item) = item else {
                 self.vacant -= 1;
                 continue;
             };
             if let Item::Event { event, .. } = &item
+                && slack == 0
                 && let EventKind::Change(change) = event.kind()
                 && self.slots.get(&change.key) == Some(&(self.front - 1))
             {
@@ -192,7 +276,8 @@ impl<T> State<T> {
             }
             return Some(item);
         }
-        if self.queue.capacity() > TIDY_MIN {
+        let was_full = std::mem::take(&mut self.taken) > self.queue.capacity() / 4;
+        if self.queue.capacity() > if was_full { KEEP_MAX } else { TIDY_MIN } {
             self.queue = VecDeque::new();
             self.slots = HashMap::new();
         }
@@ -210,9 +295,11 @@ impl<T> Shared<T> {
     fn post<R>(&self, change: impl FnOnce(&mut State<T>) -> R) -> R {
         let mut state = self.lock();
         let result = change(&mut state);
-        let waker = state.waker.take();
+        let (waker, blocked) = (state.waker.take(), state.blocked > 0);
         drop(state);
-        self.arrived.notify_one();
+        if blocked {
+            self.arrived.notify_one(); // a system call
+        }
         if let Some(waker) = waker {
             waker.wake();
         }
@@ -236,7 +323,7 @@ impl<T> Mailbox<T> {
             if state.closed {
                 return Err(item);
             }
-            state.queue.push_back(Some(Item::Own(item)));
+            state.post_own(item);
             Ok(())
         })
     }
@@ -250,6 +337,14 @@ impl<T> Mailbox<T> {
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.post.0.lock().closed
+    }
+
+    /// Wakes the reader although nothing has come: somebody has something to tell it by other means.
+    pub fn wake(&self) {
+        let called = self.post.0.post(|state| state.called.take());
+        if let Some(waker) = called {
+            waker.wake();
+        }
     }
 
     /// What waits to be taken.
@@ -273,6 +368,11 @@ impl<T: Send + 'static> Notifier for Mailbox<T> {
 }
 
 impl<T> Inbox<T> {
+    /// Posts an item of the owner's own from the reader's side, behind what waits.
+    pub fn post(&self, item: T) {
+        self.shared.lock().post_own(item);
+    }
+
     /// Takes the next item if one is there.
     pub fn try_take(&self) -> Option<Item<T>> {
         self.shared.lock().take()
@@ -282,9 +382,50 @@ impl<T> Inbox<T> {
     ///
     /// One reader at a time: a later call's waker replaces an earlier one's.
     pub fn poll_take(&self, cx: &mut Context<'_>) -> Poll<Option<Item<T>>> {
+        self.poll_with(cx, State::take)
+    }
+
+    /// As [`poll_take`](Self::poll_take), for many at once: moves items to the end of `items` until none is left, or they
+    /// have `len` bytes (see [`ITEM_LEN`]), or the last one is a snapshot, which may be large. False once the mailbox is
+    /// closed and empty.
+    pub fn poll_take_many(&self, cx: &mut Context<'_>, len: usize, items: &mut Vec<Item<T>>) -> Poll<bool> {
+        let before = items.len();
+        let taken = self.poll_with(cx, |state| {
+            let mut taken = 0;
+            while taken < len
+                && let Some(item) = state.take()
+            {
+                let is_snapshot = item.is_snapshot();
+                taken += if is_snapshot { len } else { item.len() };
+                items.push(item);
+            }
+            (items.len() > before).then_some(())
+        });
+        taken.map(|taken| taken.is_some())
+    }
+
+    /// Has `cx` woken by [`Mailbox::wake`] alone, for a reader that has its hands full.
+    pub fn poll_called(&self, cx: &mut Context<'_>) {
         let mut state = self.shared.lock();
-        if let Some(item) = state.take() {
-            return Poll::Ready(Some(item));
+        let old = match &state.called {
+            Some(waker) if waker.will_wake(cx.waker()) => None,
+            _ => state.called.replace(cx.waker().clone()),
+        };
+        drop(state);
+        drop(old);
+    }
+
+    /// Whether nothing waits.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        let state = self.shared.lock();
+        state.queue.len() == state.vacant
+    }
+
+    fn poll_with<R>(&self, cx: &mut Context<'_>, take: impl FnOnce(&mut State<T>) -> Option<R>) -> Poll<Option<R>> {
+        let mut state = self.shared.lock();
+        if let Some(taken) = take(&mut state) {
+            return Poll::Ready(Some(taken));
         }
         if state.closed {
             return Poll::Ready(None);
@@ -318,7 +459,9 @@ impl<T> Inbox<T> {
             if state.closed {
                 return None;
             }
+            state.blocked += 1;
             state = self.shared.arrived.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
+            state.blocked -= 1;
         }
     }
 
@@ -334,8 +477,10 @@ impl<T> Inbox<T> {
             if state.closed || left.is_zero() {
                 return None;
             }
+            state.blocked += 1;
             let waited = self.shared.arrived.wait_timeout(state, left);
             state = waited.unwrap_or_else(std::sync::PoisonError::into_inner).0;
+            state.blocked -= 1;
         }
     }
 }

@@ -12,7 +12,7 @@
 
 mod encode;
 mod notifier;
-mod writer;
+mod outbox;
 
 pub use notifier::{NotifierOptions, TcpNotifier};
-pub use writer::{WriterEnd, keep_alive, limit_send_buffer};
+pub use outbox::{Outbox, WriterEnd, keep_alive, limit_send_buffer, spare};

@@ -1,19 +1,19 @@
 //! The notifier: what the rest of a server holds of a connection's sending side.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use nkv_core::mailbox::{Backlog, Mailbox, mailbox};
+use nkv_core::mailbox::{Backlog, Mailbox, mailbox_with_slack};
 use nkv_core::{Delivery, Event, EventKind, Notifier, Snapshot};
 use nkv_protocol::{Chunks, ValueForm};
 use tokio::io::AsyncWrite;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-use crate::writer::{Writer, WriterEnd};
+use crate::outbox::{Outbox, WriterEnd};
 
 /// How a connection's sending side behaves.
 #[derive(Clone, Debug)]
@@ -23,6 +23,9 @@ pub struct NotifierOptions {
     /// So many bytes of answers and snapshots may wait before [`TcpNotifier::room`] makes the reading side wait.
     /// 256 KiB by default.
     pub waiting_max: usize,
+    /// So many bytes of changes may wait as they came, each of them to be told (see [`mailbox_with_slack`]): a peer that
+    /// keeps up is told every change. None by default: of what waits, only the newest change of each key is told.
+    pub slack: usize,
     /// Bytes of answers that wait in all notifiers that share it, kept up by them: what a server bounds all its
     /// connections together by. Each has one of its own by default.
     pub waiting_total: Arc<AtomicUsize>,
@@ -30,7 +33,12 @@ pub struct NotifierOptions {
 
 impl Default for NotifierOptions {
     fn default() -> Self {
-        NotifierOptions { stall_limit: Duration::from_secs(30), waiting_max: 256 << 10, waiting_total: Arc::default() }
+        NotifierOptions {
+            stall_limit: Duration::from_secs(30),
+            waiting_max: 256 << 10,
+            slack: 0,
+            waiting_total: Arc::default(),
+        }
     }
 }
 
@@ -40,7 +48,7 @@ impl Default for NotifierOptions {
 /// answers the request that asked for it.
 #[derive(Clone, Debug)]
 pub struct TcpNotifier {
-    mailbox: Mailbox<Vec<Bytes>>,
+    mailbox: Mailbox<Box<Chunks>>,
     shared: Arc<Shared>,
 }
 
@@ -60,13 +68,11 @@ pub(crate) struct Shared {
 }
 
 impl TcpNotifier {
-    /// Starts the writer task of a connection on the current runtime. The task ends, and shuts the writer down, when
-    /// every clone is dropped or the notifier is closed and all is written; or when the peer is gone or stalls.
-    pub fn spawn<W>(writer: W, options: NotifierOptions) -> (Self, JoinHandle<WriterEnd>)
-    where
-        W: AsyncWrite + Unpin + Send + 'static,
-    {
-        let (mailbox, inbox) = mailbox();
+    /// A notifier, and the outbox that somebody has to poll with the connection's socket. The outbox ends when every clone
+    /// of the notifier is dropped or it is closed, and all is written; or when the peer is gone or stalls.
+    #[must_use]
+    pub fn new(options: NotifierOptions) -> (Self, Outbox) {
+        let (mailbox, inbox) = mailbox_with_slack(options.slack);
         let shared = Arc::new(Shared {
             form: AtomicU8::new(0),
             waiting: AtomicUsize::new(0),
@@ -76,16 +82,24 @@ impl TcpNotifier {
             room: Notify::new(),
             options,
         });
-        let task = tokio::spawn(Writer::new(inbox, writer, Arc::clone(&shared)).run());
-        (TcpNotifier { mailbox, shared }, task)
+        (TcpNotifier { mailbox, shared: Arc::clone(&shared) }, Outbox::new(inbox, shared))
     }
 
-    /// Sends answers, after all that was sent before. When the connection is gone they go nowhere; its writer's
-    /// [`WriterEnd`] says so.
+    /// Like [`new`](Self::new), with a task on the current runtime that polls the outbox.
+    pub fn spawn<W>(mut writer: W, options: NotifierOptions) -> (Self, JoinHandle<WriterEnd>)
+    where
+        W: AsyncWrite + Unpin + Send + 'static,
+    {
+        let (notifier, mut outbox) = TcpNotifier::new(options);
+        let task = tokio::spawn(async move { poll_fn(|cx| outbox.poll(cx, cx.waker(), &mut writer)).await });
+        (notifier, task)
+    }
+
+    /// Sends answers, after all that was sent before. When the connection is gone they go nowhere; its outbox says so.
     pub fn send(&self, answers: &mut Chunks) {
         if !answers.is_empty() {
             self.shared.wait_for(answers.len());
-            drop(self.mailbox.post(answers.take()));
+            drop(self.mailbox.post(Box::new(std::mem::take(answers))));
         }
     }
 
@@ -96,7 +110,7 @@ impl TcpNotifier {
     ///
     /// Dropping the future loses nothing.
     pub async fn room(&self) {
-        while self.shared.waiting.load(Relaxed) > self.shared.options.waiting_max && !self.shared.ended.load(SeqCst) {
+        while self.shared.is_full() && !self.shared.ended.load(SeqCst) {
             self.shared.room.notified().await;
         }
     }
@@ -116,7 +130,7 @@ impl TcpNotifier {
         self.shared.waiting.load(Relaxed)
     }
 
-    /// What is being written of changes at the moment, in bytes, and what tells whether two connections share them: the
+    /// What the peer does not take of changes at the moment, in bytes, and what tells whether two connections share them: the
     /// encoding of a change is made once, and kept for as long as anybody still writes it.
     pub fn gathered(&self) -> (usize, usize) {
         let (encoding, len, _) = &self.shared.gathered;
@@ -141,6 +155,11 @@ impl TcpNotifier {
         self.mailbox.backlog()
     }
 
+    /// Wakes whoever polls the outbox, although there is nothing more to write.
+    pub fn wake(&self) {
+        self.mailbox.wake();
+    }
+
     /// Ends the connection's sending side once all that was sent is written.
     pub fn close(&self) {
         self.mailbox.close();
@@ -154,7 +173,11 @@ impl Shared {
         forms.into_iter().find(|known| *known as u8 == form).unwrap_or_default()
     }
 
-    fn wait_for(&self, len: usize) {
+    pub(crate) fn is_full(&self) -> bool {
+        self.waiting.load(Relaxed) > self.options.waiting_max
+    }
+
+    pub(crate) fn wait_for(&self, len: usize) {
         self.waiting.fetch_add(len, Relaxed);
         self.options.waiting_total.fetch_add(len, Relaxed);
     }
@@ -163,18 +186,18 @@ impl Shared {
     pub(crate) fn gather(&self, encoding: usize, len: usize) {
         self.gathered.0.store(encoding, Relaxed);
         self.gathered.1.store(len, Relaxed);
-        let since = u64::try_from(self.made.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
-        self.gathered.2.store(since, Relaxed);
+        if self.gathered.2.load(Relaxed) == 0 {
+            let since = u64::try_from(self.made.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
+            self.gathered.2.store(since, Relaxed);
+        }
     }
 
-    /// All that was gathered is written.
-    pub(crate) fn flushed(&self) {
-        self.gathered.1.store(0, Relaxed);
-        self.gathered.2.store(0, Relaxed);
-    }
-
-    /// So many bytes of what waited were written.
-    pub(crate) fn written(&self, len: usize) {
+    /// All that was gathered is written, so many bytes of what waited among it.
+    pub(crate) fn flushed(&self, len: usize) {
+        if self.gathered.2.load(Relaxed) > 0 {
+            self.gathered.1.store(0, Relaxed);
+            self.gathered.2.store(0, Relaxed);
+        }
         if len > 0 {
             self.waiting.fetch_sub(len, Relaxed);
             self.options.waiting_total.fetch_sub(len, Relaxed);

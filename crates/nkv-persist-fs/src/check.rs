@@ -139,7 +139,7 @@ fn drop_after(disk: &Disk, scan: &Scan, tail: &Tail) -> Result<(), PersistError>
     let later = scan.numbers.iter().rev().filter(|number| **number > tail.header.number);
     for number in later {
         let name = segment_name(*number);
-        disk.keep_aside(&name, 0)?;
+        disk.keep_aside(&name, 0, u64::MAX)?;
         disk.remove(&name)?;
     }
     cut(disk, tail, &keep(disk, tail)?, "repair")
@@ -148,7 +148,7 @@ fn drop_after(disk: &Disk, scan: &Scan, tail: &Tail) -> Result<(), PersistError>
 /// Nothing can be saved: a new log behind all that is there, which makes the rest leftovers.
 fn start_over(disk: &Disk, scan: &Scan, options: FsOptions) -> Result<Log, PersistError> {
     for number in &scan.numbers {
-        disk.keep_aside(&segment_name(*number), 0)?;
+        disk.keep_aside(&segment_name(*number), 0, u64::MAX)?;
     }
     let mut log = create(disk, options, scan.numbers.last().map_or(1, |last| last.saturating_add(1)))?;
     for number in &scan.numbers {

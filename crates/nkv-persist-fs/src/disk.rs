@@ -114,16 +114,16 @@ impl Disk {
         self.sync_dir()
     }
 
-    /// Copies what stands from `offset` on into a file beside it, durably. The copy also tells the next opening, should
-    /// this one not live to say so, that something was cut there.
-    pub(crate) fn keep_aside(&self, name: &str, offset: u64) -> Result<String, PersistError> {
+    /// Copies what stands between `offset` and `end` into a file beside it, durably. The copy also tells the next opening,
+    /// should this one not live to say so, that something was cut there.
+    pub(crate) fn keep_aside(&self, name: &str, offset: u64, end: u64) -> Result<String, PersistError> {
         let broken = broken_name(name, offset);
         let (from, to) = (self.open(name, Open::Read)?, self.open(&broken, Open::Create)?);
-        let size = from.size().map_err(|e| from_io("read", name, e))?;
+        let end = from.size().map_err(|e| from_io("read", name, e))?.min(end);
         // One that is as long may not be on the disk, although the system shows it. A longer copy is of an earlier cut at
         // the same place, which nobody made before the copy was durable.
-        if to.size().map_err(|e| from_io("read", &broken, e))? <= size.saturating_sub(offset) {
-            let copied = to.set_len(0).and_then(|()| copy(&*from, &*to, offset, size, 0));
+        if to.size().map_err(|e| from_io("read", &broken, e))? <= end.saturating_sub(offset) {
+            let copied = to.set_len(0).and_then(|()| copy(&*from, &*to, offset, end, 0));
             copied.map_err(|e| from_io("copy a torn tail to", &broken, e))?;
         }
         to.sync_data().map_err(|e| from_io("sync", &broken, e))?;
@@ -212,13 +212,18 @@ fn fill(file: &dyn VfsFile, bytes: u64) -> io::Result<()> {
     if size > bytes {
         file.set_len(bytes)?;
     }
-    let (mut zeros, mut offset) = (vec![0; COPY_CHUNK], size.min(bytes));
-    while offset < bytes {
-        zeros.truncate(usize::try_from(bytes.saturating_sub(offset)).unwrap_or(COPY_CHUNK));
+    write_zeros(file, size.min(bytes), bytes)?;
+    file.sync_data()
+}
+
+pub(crate) fn write_zeros(file: &dyn VfsFile, mut offset: u64, end: u64) -> io::Result<()> {
+    let mut zeros = vec![0; COPY_CHUNK];
+    while offset < end {
+        zeros.truncate(usize::try_from(end.saturating_sub(offset)).unwrap_or(COPY_CHUNK));
         vfs::write_all(file, &zeros, offset)?;
         offset = offset.saturating_add(zeros.len() as u64);
     }
-    file.sync_data()
+    Ok(())
 }
 
 pub(crate) fn segment_name(number: u64) -> String {

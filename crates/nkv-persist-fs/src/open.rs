@@ -34,7 +34,7 @@ pub(crate) fn open_log(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<L
 }
 
 fn reopen(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, PersistError> {
-    let needs_epoch = tail.end < tail.size || scan.cut_before || scan.relaxed;
+    let needs_epoch = tail.end < tail.written_to || scan.cut_before || scan.relaxed;
     let mut log = tidy(disk, options, scan, tail)?;
     regain_reserve(&mut log)?;
     start(&mut log, needs_epoch)?;
@@ -47,7 +47,7 @@ fn tidy(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, 
     for number in scan.leftovers().chain(scan.stray) {
         disk.remove(&segment_name(number))?;
     }
-    if tail.end < tail.size {
+    if tail.end < tail.written_to {
         let kept = match keep(disk, &tail) {
             // Nothing in it was acknowledged, or the new epoch says so. Waiting for room would refuse what was.
             Err(error) if error.kind() == PersistErrorKind::NoSpace => {
@@ -124,7 +124,7 @@ pub(crate) fn create(disk: &Disk, options: FsOptions, number: u64) -> Result<Log
     let header = SegmentHeader { number, head: number, base: 0, revision: Revision::ZERO, epoch, salt };
     let file = disk.open(&segment_name(number), Open::CreateNew)?;
     disk.begin_segment(&*file, &header)?;
-    let tail = Tail { header, end: SEGMENT_HEADER_LEN, size: SEGMENT_HEADER_LEN };
+    let tail = Tail { header, end: SEGMENT_HEADER_LEN, written_to: SEGMENT_HEADER_LEN };
     let mut log = Log::new(disk.clone(), options, Default::default(), tail)?;
     regain_reserve(&mut log)?;
     start(&mut log, false)?;
@@ -133,13 +133,19 @@ pub(crate) fn create(disk: &Disk, options: FsOptions, number: u64) -> Result<Log
 
 /// Keeps aside what stands behind the tail, in the room of the reserve if there is no other; gives the name.
 pub(crate) fn keep(disk: &Disk, tail: &Tail) -> Result<String, PersistError> {
-    disk.at_any_price(|| disk.keep_aside(&segment_name(tail.header.number), tail.end))
+    disk.at_any_price(|| disk.keep_aside(&segment_name(tail.header.number), tail.end, tail.written_to))
 }
 
 /// Cuts off what stands behind the tail.
 pub(crate) fn cut(disk: &Disk, tail: &Tail, kept: &str, why: &str) -> Result<(), PersistError> {
     let name = segment_name(tail.header.number);
-    tracing::warn!(file = name, offset = tail.end, bytes = tail.size.saturating_sub(tail.end), kept, "{why}: cut");
+    tracing::warn!(
+        file = name,
+        offset = tail.end,
+        bytes = tail.written_to.saturating_sub(tail.end),
+        kept,
+        "{why}: cut"
+    );
     let file = disk.open(&name, Open::Write)?;
     file.set_len(tail.end).and_then(|()| file.sync_data()).map_err(|e| from_io("cut", &name, e))
 }

@@ -29,7 +29,7 @@ pub(crate) struct SegmentReader {
 pub(crate) enum Next<'a> {
     /// A frame, where it starts, and its records.
     Frame(FrameHeader, u64, &'a [u8]),
-    /// Nothing.
+    /// Nothing, or zeros as far as the file goes.
     End,
     /// Something that is no frame.
     Bad(&'static str),
@@ -91,7 +91,8 @@ impl SegmentReader {
             return Ok(Next::End);
         }
         let Some(header) = self.header_at(at)? else {
-            return Ok(Next::Bad("no frame starts here"));
+            let is_end = self.written_to()? == at;
+            return Ok(if is_end { Next::End } else { Next::Bad("no frame starts here") });
         };
         if !self.body_at(at, &header)? {
             return Ok(Next::Bad("the frame that starts here is not whole"));
@@ -99,6 +100,19 @@ impl SegmentReader {
         self.offset = at.saturating_add(header.frame_len());
         let body = self.view(body_of(at), u64::from(header.body_len))?.unwrap_or_default();
         Ok(Next::Frame(header, at, body))
+    }
+
+    /// Where the last byte ends that is not zero, from the next frame on.
+    pub(crate) fn written_to(&mut self) -> Result<u64, PersistError> {
+        let (mut at, mut written_to) = (self.offset, self.offset);
+        while at < self.size {
+            let len = WINDOW.min(self.size.saturating_sub(at));
+            if let Some(last) = self.view(at, len)?.and_then(|bytes| bytes.iter().rposition(|byte| *byte != 0)) {
+                written_to = at.saturating_add(last as u64).saturating_add(1);
+            }
+            at = at.saturating_add(len);
+        }
+        Ok(written_to)
     }
 
     /// Goes to the next whole frame behind a bad one, wherever it starts.

@@ -44,7 +44,8 @@ impl fmt::Display for Damage {
 pub(crate) struct Tail {
     pub(crate) header: SegmentHeader,
     pub(crate) end: u64,
-    pub(crate) size: u64,
+    /// Where the last byte ends that is not zero: what a crash left torn, if it left something.
+    pub(crate) written_to: u64,
 }
 
 /// What a data directory holds.
@@ -123,7 +124,7 @@ impl Scan {
 
     /// How many bytes a crash left behind the last good frame.
     pub(crate) fn torn_bytes(&self) -> u64 {
-        self.tail.map_or(0, |tail| tail.size.saturating_sub(tail.end))
+        self.tail.map_or(0, |tail| tail.written_to.saturating_sub(tail.end))
     }
 
     fn damage(&mut self, number: u64, offset: u64, reason: &'static str) {
@@ -137,7 +138,7 @@ impl Scan {
         for number in self.numbers.iter().rev() {
             let Opened::Good(mut reader) = SegmentReader::open(disk, *number)? else { continue };
             self.head = newest_head(&mut reader)?.max(reader.header.head).min(*number);
-            self.bad_in_newest = (reader.offset() < reader.size()).then_some((*number, reader.offset()));
+            self.bad_in_newest = (reader.offset() < reader.written_to()?).then_some((*number, reader.offset()));
             // What stands behind a bad frame counts only if it was acted upon, which is after it was durable.
             while self.numbers.binary_search(&self.head).is_err() && reader.skip_bad()? {
                 let later = newest_head(&mut reader)?;
@@ -174,7 +175,9 @@ impl Scan {
         self.enter(&reader);
         let bad = self.read_frames(&mut reader)?;
         let end = self.damage.as_ref().map_or(reader.offset(), |damage| damage.offset);
-        self.tail = Some(Tail { header: reader.header, end, size: reader.size() });
+        let is_clean = bad.is_none() && self.damage.is_none();
+        let written_to = if is_clean { end } else { reader.written_to()?.max(end) };
+        self.tail = Some(Tail { header: reader.header, end, written_to });
         self.index.set_bytes(number, end);
         if self.damage.is_some() {
             return Ok(false);

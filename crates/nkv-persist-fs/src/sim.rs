@@ -294,10 +294,13 @@ impl Node {
                 _ => (0..SECTOR).map(|i| (i * 151 + sector * 13 + 7) as u8).collect(),
             };
             if !versions.contains(&version) {
-                // An append that fails leaves the durable bytes before it alone, also in its own sector.
+                // A write that fails leaves alone the durable bytes that it did not change, also in its own sector.
                 let durable = self.durable.get(sector * SECTOR..).unwrap_or_default();
-                let kept = durable.len().min(SECTOR);
-                version[..kept].copy_from_slice(&durable[..kept]);
+                for (at, old) in durable.iter().enumerate().take(SECTOR) {
+                    if versions.iter().all(|new| new[at] == *old) {
+                        version[at] = *old;
+                    }
+                }
             }
             let end = len.min((sector + 1) * SECTOR);
             bytes[sector * SECTOR..end].copy_from_slice(&version[..end - sector * SECTOR]);

@@ -162,6 +162,7 @@ impl FsPersist {
         log.sync()?;
         // It proves the frame before it, and says that nothing acknowledged is missing.
         log.append_here(&mut FrameBuf::of(|_| {}), 0)?;
+        log.trim()?;
         log.sync()
     }
 

@@ -139,7 +139,14 @@ fn damage_before_the_last_batch_is_refused_and_in_the_last_batch_it_is_a_torn_ta
     history.iter().for_each(|batch| persist.persist(batch).unwrap());
     let subject = Subject::new(kill(&fs, persist), &history);
     let name = segments(&subject.fs).pop().unwrap();
-    let len = subject.fs.read(&path(&name)).unwrap().len();
+    let file = subject.fs.read(&path(&name)).unwrap();
+    let len = log_end(&file);
+    for at in len..file.len() {
+        // What is not zero there may be the rest of a frame that a crash has torn.
+        let fs = subject.with(&name, |bytes| bytes[at] ^= 0x10);
+        assert_eq!(check(&fs).torn_bytes, (at + 1 - len) as u64);
+        assert_eq!(subject.outcome(&fs, &format!("byte {at}")), Outcome::Same);
+    }
     for at in 0..len {
         let fs = subject.with(&name, |bytes| bytes[at] ^= 0x10);
         let is_last = at >= len - (len - 72) / 5;
@@ -197,10 +204,14 @@ fn a_cut_file_is_refused_unless_the_end_of_the_log_was_cut_off() {
     let subject = subject(3, 60);
     let names = segments(&subject.fs);
     for name in &names {
-        let len = subject.fs.read(&path(name)).unwrap().len();
-        for cut in (0..len).step_by(61) {
+        let file = subject.fs.read(&path(name)).unwrap();
+        for cut in (0..file.len()).step_by(61) {
             let fs = subject.with(name, |bytes| bytes.truncate(cut));
             let outcome = subject.outcome(&fs, &format!("{name} cut to {cut}"));
+            if cut >= log_end(&file) {
+                assert_eq!(outcome, Outcome::Same, "{name}, {cut}");
+                continue;
+            }
             let is_end = Some(name) == names.last() && cut >= 72;
             assert!(outcome == Outcome::Refused || (is_end && matches!(outcome, Outcome::Cut(_))), "{name}, {cut}");
         }
@@ -273,8 +284,8 @@ fn just_compacted() -> (Subject, String, usize) {
     }
     let subject = Subject::new(kill(&fs, persist), &history);
     let name = segments(&subject.fs).pop().unwrap();
-    let len = subject.fs.read(&path(&name)).unwrap().len();
-    (subject, name, len)
+    let end = log_end(&subject.fs.read(&path(&name)).unwrap());
+    (subject, name, end)
 }
 
 /// The length of a frame with the record *head* alone.
@@ -378,11 +389,18 @@ fn a_torn_tail_is_kept_aside_byte_by_byte() {
     let subject = subject(6, 10);
     let name = segments(&subject.fs).pop().unwrap();
     let torn = b"half a frame".to_vec();
-    let fs = subject.with(&name, |bytes| bytes.extend_from_slice(&torn));
-    let len = fs.read(&path(&name)).unwrap().len() - torn.len();
-    assert_eq!(check(&fs).torn_bytes, torn.len() as u64);
-    assert_eq!(subject.outcome(&fs, "torn"), Outcome::Same);
-    assert_eq!(fs.read(&path(&format!("{name}.broken-{len:016x}"))), Some(torn));
+    let end = log_end(&subject.fs.read(&path(&name)).unwrap());
+    // With zeros behind it, which are not kept, and without.
+    for zeros in [0, 1, 3_000] {
+        let fs = subject.with(&name, |bytes| {
+            bytes.truncate(end);
+            bytes.extend_from_slice(&torn);
+            bytes.resize(end + torn.len() + zeros, 0);
+        });
+        assert_eq!(check(&fs).torn_bytes, torn.len() as u64);
+        assert_eq!(subject.outcome(&fs, "torn"), Outcome::Same);
+        assert_eq!(fs.read(&path(&format!("{name}.broken-{end:016x}"))).as_ref(), Some(&torn));
+    }
 }
 
 /// What is kept aside.

@@ -84,6 +84,38 @@ fn a_symbolic_link_in_the_place_of_a_file_is_not_followed() {
     assert_eq!(fs::read(&target).unwrap(), b"text");
 }
 
+/// How long the only segment is, in each state of a log that is appended to.
+fn lens_while_puts_come(durability: Durability, puts: u64) -> (Vec<u64>, u64) {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("data");
+    let mut persist = open_dir(&path, durability);
+    let len = || fs::metadata(path.join("0000000000000001.log")).unwrap().len();
+    let mut lens = vec![len()];
+    for revision in 1..=puts {
+        persist.persist(&[put(&format!("k.{revision}"), revision, vec![1; 100])]).unwrap();
+        lens.push(len());
+    }
+    let used = persist.monitor().stats().disk_bytes;
+    persist.close().unwrap();
+    lens.push(len());
+    (lens, used)
+}
+
+// To sync a file that has grown is to write its length and its place on the disk too, which takes half as long again.
+#[test]
+fn in_sync_mode_most_appends_do_not_make_the_file_longer_and_a_clean_end_leaves_no_zeros() {
+    let (lens, used) = lens_while_puts_come(Durability::Sync, 2_000);
+    let grown = lens.windows(2).filter(|pair| pair[0] < pair[1]).count();
+    assert!(grown < 10, "{grown} appends made the file longer");
+    let longest = *lens.iter().max().unwrap();
+    assert!(longest <= 2 * used + (16 << 10), "{longest} bytes for {used}");
+    assert!(lens[..100].iter().all(|len| *len < 64 << 10), "a small store stays small: {:?}", &lens[..100]);
+    assert!(*lens.last().unwrap() <= used + 100);
+    // Without syncs there is nothing to gain.
+    let (lens, used) = lens_while_puts_come(Durability::Os, 20);
+    assert_eq!(lens[20], used);
+}
+
 #[test]
 fn a_clean_stop_keeps_the_epoch_and_a_sudden_one_in_a_relaxed_mode_does_not() {
     for durability in [Durability::Sync, Durability::Os, Durability::Interval(Duration::from_millis(5))] {

@@ -98,6 +98,22 @@ fn puts_work_again_when_somebody_else_frees_space_and_a_full_disk_can_be_opened(
     }
 }
 
+// Zeros ahead of the log would have taken the last room of a disk, and a put would have been refused for them.
+#[test]
+fn where_there_is_no_room_for_zeros_puts_go_on_without() {
+    let fs = SimFs::new();
+    let mut persist = open(&fs, &options()).unwrap();
+    persist.persist(&[put("a", 1, vec![1; 5_000])]).unwrap();
+    fs.set_capacity(Some(fs.used() + 7_000));
+    let before = fs.mutations();
+    for revision in 2..=23 {
+        persist.persist(&[put("b", revision, vec![2; 400])]).unwrap_or_else(|e| panic!("put {revision}: {e}"));
+    }
+    assert!(fs.mutations() - before < 60, "it does not try again and again");
+    drop(persist);
+    assert_eq!(load(&mut open(&fs, &options()).unwrap()).unwrap().1.revision.get(), 23);
+}
+
 // What was read could not be written again, for want of space, and was taken for durable although a sync had failed.
 #[test]
 fn where_each_write_takes_new_space_the_reserve_lets_a_full_disk_be_opened() {
@@ -189,7 +205,7 @@ fn a_torn_tail_for_which_there_is_no_room_is_cut_and_the_epoch_changes() {
     persist.persist(&[put("a", 1, vec![1; 1_000])]).unwrap();
     let killed = kill(&fs, persist);
     let log = Path::new(DIR).join(&segments(&killed)[0]);
-    let torn = [killed.read(&log).unwrap(), vec![0; 40 << 10]].concat();
+    let torn = [killed.read(&log).unwrap(), vec![7; 40 << 10]].concat();
     killed.place(&log, Some(torn));
     killed.set_capacity(Some(killed.used() + 100));
     for cut in (0..30).chain([u64::MAX]) {

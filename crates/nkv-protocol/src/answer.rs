@@ -1,61 +1,11 @@
-//! Answers, written into chunks that a connection sends as they are.
+//! Answers, written where a connection sends them from.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes};
 
+use crate::chunks::Chunks;
 use crate::json::{self, Object};
 use crate::request::Id;
 use crate::{ValueForm, status};
-
-/// A value of at least this length travels as a chunk of its own, shared with the store; a shorter one is copied.
-const SHARE_LEN_MIN: usize = 4_096;
-
-/// Bytes to send, in order. Short pieces are gathered, long values are shared.
-#[derive(Debug, Default)]
-pub struct Chunks {
-    done: Vec<Bytes>,
-    tail: BytesMut,
-}
-
-impl Chunks {
-    /// Where the next short piece goes.
-    pub fn tail(&mut self) -> &mut BytesMut {
-        &mut self.tail
-    }
-
-    /// Appends bytes, sharing them if they are long.
-    pub fn push(&mut self, bytes: &Bytes) {
-        if bytes.len() < SHARE_LEN_MIN {
-            self.tail.put_slice(bytes);
-            return;
-        }
-        self.cut();
-        self.done.push(bytes.clone());
-    }
-
-    /// How many bytes there are.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.done.iter().map(Bytes::len).sum::<usize>().saturating_add(self.tail.len())
-    }
-
-    /// Whether there are none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.done.is_empty() && self.tail.is_empty()
-    }
-
-    /// Takes all chunks out.
-    pub fn take(&mut self) -> Vec<Bytes> {
-        self.cut();
-        std::mem::take(&mut self.done)
-    }
-
-    fn cut(&mut self) {
-        if !self.tail.is_empty() {
-            self.done.push(self.tail.split().freeze());
-        }
-    }
-}
 
 /// What a `Base` may say besides its status.
 #[derive(Clone, Copy, Debug, Default)]
@@ -155,6 +105,28 @@ impl<'a> Answer<'a> {
         }
     }
 
+    /// A `Get` with one entry, given piece by piece: its value is the bytes in `shared`, where those are.
+    pub fn get_one(self, form: ValueForm, key: &str, value: &[u8], shared: Option<&Bytes>, revision: u64) {
+        let payload = form == ValueForm::Payload;
+        let out = self.envelope("Get", status::OK, NO_ERROR, |object| {
+            if payload {
+                object.array("lens", [value.len()], |out, len| json::number(out, len as u64));
+                object.number("len", value.len() as u64);
+            } else {
+                object.array("data", [value], |out, value| json::value(out, value, form));
+            }
+            object.array("keys", [key], json::string);
+            object.array("revisions", [revision], json::number);
+        });
+        if payload {
+            match shared {
+                Some(shared) => out.push(shared),
+                None => out.tail().put_slice(value),
+            }
+            out.tail().put_u8(b'\n');
+        }
+    }
+
     /// A `List`: keys and revisions, and whether there are more.
     pub fn list(self, entries: &[(&str, u64)], more: bool) {
         self.envelope("List", status::OK, NO_ERROR, |object| {
@@ -196,7 +168,13 @@ impl<'a> Answer<'a> {
         });
     }
 
-    fn envelope(self, kind: &str, status: u16, message: &str, fields: impl FnOnce(&mut Object<'_>)) -> &'a mut Chunks {
+    fn envelope(
+        self,
+        kind: &str,
+        status: u16,
+        message: &str,
+        fields: impl FnOnce(&mut Object<'_, Vec<u8>>),
+    ) -> &'a mut Chunks {
         let Answer { id, out } = self;
         let mut outer = Object::start(out.tail());
         let mut object = Object::start(outer.name(kind));

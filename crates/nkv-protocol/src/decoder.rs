@@ -53,13 +53,13 @@ pub struct Decoded<'a> {
 /// Decodes requests from a stream of bytes.
 ///
 /// The input of a call starts where the last call's `consumed` ended. What is returned borrows from the input.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Decoder {
     limits: Limits,
     state: State,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum State {
     /// Within a line; so many of its bytes hold no newline.
     Line { scanned: usize },
@@ -95,47 +95,50 @@ impl Decoder {
 
     /// Decodes the next message.
     pub fn decode<'a>(&mut self, input: &'a [u8]) -> Decoded<'a> {
+        // It is filled by one line at most: whatever becomes of that, this call ends with it.
+        let mut head = Head::default();
         let mut rest = input;
-        loop {
+        let item = loop {
             let step = match self.state {
-                State::Line { scanned } => self.line(rest, scanned),
-                State::Payload { line_len, whole_len } => self.payload(rest, line_len, whole_len),
+                State::Line { scanned } => self.line(&mut head, rest, scanned),
+                State::Payload { line_len, whole_len } => self.payload(&mut head, rest, line_len, whole_len),
                 State::Skip { left } => self.skip(rest, left),
             };
             rest = rest.get(step.consumed..).unwrap_or_default();
             if step.item.is_some() || step.consumed == 0 {
-                return Decoded { consumed: input.len().saturating_sub(rest.len()), ..step };
+                break step.item;
             }
-        }
+        };
+        let consumed = input.len().saturating_sub(rest.len());
+        Decoded { consumed, item: item.map(|item| item.map(|()| head.into_request())) }
     }
 
-    fn line<'a>(&mut self, input: &'a [u8], scanned: usize) -> Decoded<'a> {
+    fn line<'a>(&mut self, head: &mut Head<'a>, input: &'a [u8], scanned: usize) -> Step<'a> {
         let line_len_max = self.limits.line_len_max();
         let Some((line, rest)) = split_line(input, scanned) else {
             self.state = State::Line { scanned: input.len() };
             if input.len() <= line_len_max {
-                return Decoded { consumed: 0, item: None };
+                return Step { consumed: 0, item: None };
             }
-            return self.refuse(input.len(), over("line", line_len_max, Id::default(), true));
+            return Step::refused(input.len(), over("line", line_len_max, Id::default(), true));
         };
         self.state = START;
         let line_len = line.len();
         if line_len > line_len_max {
             // Whether a payload follows is not known.
-            return self.refuse(line_len, over("line", line_len_max, Id::default(), true));
+            return Step::refused(line_len, over("line", line_len_max, Id::default(), true));
         }
         let line = line.trim_ascii();
         if line.is_empty() {
-            return Decoded { consumed: line_len, item: None };
+            return Step { consumed: line_len, item: None };
         }
-        let mut head = Head::default();
         let read = head.read(line, self.limits.value_len_max);
         let Some(payload_len) = head.len else {
-            return Decoded { consumed: line_len, item: Some(finish(head, read, None)) };
+            return Step { consumed: line_len, item: Some(finish(head, read, None)) };
         };
         if payload_len > self.limits.skip_len_max {
             let what = if payload_len > self.limits.value_len_max as u64 { "value" } else { "payload" };
-            return self.refuse(line_len, over(what, self.limits.value_len_max, head.id, true));
+            return Step::refused(line_len, over(what, self.limits.value_len_max, head.id(), true));
         }
         if payload_len > self.limits.value_len_max as u64 || read.is_err() {
             self.state = State::Skip { left: payload_len.saturating_add(1) };
@@ -145,69 +148,69 @@ impl Decoder {
                 {
                     refusal
                 }
-                Ok(Request { id, .. }) | Err(Refusal { id, .. }) => over("value", self.limits.value_len_max, id, false),
+                Ok(()) | Err(_) => over("value", self.limits.value_len_max, head.id(), false),
             };
-            return Decoded { consumed: line_len, item: Some(Err(refusal)) };
+            return Step::refused(line_len, refusal);
         }
         // Fits a usize: it is at most `value_len_max`.
         let ended_len = (payload_len as usize).saturating_add(1);
         let whole_len = line_len.saturating_add(ended_len);
         let Some(ended) = rest.get(..ended_len) else {
             self.state = State::Payload { line_len, whole_len };
-            return Decoded { consumed: 0, item: None };
+            return Step { consumed: 0, item: None };
         };
-        self.with_payload(head, read, ended, whole_len)
+        with_payload(head, read, ended, whole_len)
     }
 
     /// More bytes of a message with a payload; its line is read again once all are there.
-    fn payload<'a>(&mut self, input: &'a [u8], line_len: usize, whole_len: usize) -> Decoded<'a> {
+    fn payload<'a>(&mut self, head: &mut Head<'a>, input: &'a [u8], line_len: usize, whole_len: usize) -> Step<'a> {
         let Some((line, ended)) = input.get(..whole_len).and_then(|whole| whole.split_at_checked(line_len)) else {
-            return Decoded { consumed: 0, item: None };
+            return Step { consumed: 0, item: None };
         };
         self.state = START;
-        let mut head = Head::default();
         let read = head.read(line.trim_ascii(), self.limits.value_len_max);
-        self.with_payload(head, read, ended, whole_len)
+        with_payload(head, read, ended, whole_len)
     }
 
-    /// A message of `whole_len` bytes, with its payload and the newline that must end it.
-    fn with_payload<'a>(
-        &mut self,
-        head: Head<'a>,
-        read: Result<(), String>,
-        ended: &'a [u8],
-        whole_len: usize,
-    ) -> Decoded<'a> {
-        match ended.split_last() {
-            Some((b'\n', payload)) => Decoded { consumed: whole_len, item: Some(finish(head, read, Some(payload))) },
-            _ => self.refuse(whole_len, unterminated(head.id)),
-        }
-    }
-
-    fn skip<'a>(&mut self, input: &'a [u8], left: u64) -> Decoded<'a> {
+    fn skip<'a>(&mut self, input: &'a [u8], left: u64) -> Step<'a> {
         let Some(skipped) = usize::try_from(left).ok().and_then(|left| input.get(..left)) else {
             self.state = State::Skip { left: left.saturating_sub(input.len() as u64) };
-            return Decoded { consumed: input.len(), item: None };
+            return Step { consumed: input.len(), item: None };
         };
         self.state = START;
         match skipped.last() {
-            Some(b'\n') => Decoded { consumed: skipped.len(), item: None },
-            _ => self.refuse(skipped.len(), unterminated(Id::default())),
+            Some(b'\n') => Step { consumed: skipped.len(), item: None },
+            _ => Step::refused(skipped.len(), unterminated(Id::default())),
         }
-    }
-
-    fn refuse<'a>(&mut self, consumed: usize, refusal: Refusal<'a>) -> Decoded<'a> {
-        Decoded { consumed, item: Some(Err(refusal)) }
     }
 }
 
-fn finish<'a>(head: Head<'a>, read: Result<(), String>, payload: Option<&'a [u8]>) -> Result<Request<'a>, Refusal<'a>> {
-    let id = head.id;
-    if let Some((what, len_max)) = head.over {
-        return Err(over(what, len_max, id, false));
+/// What became of some input; the request itself is in the head.
+struct Step<'a> {
+    consumed: usize,
+    item: Option<Result<(), Refusal<'a>>>,
+}
+
+impl<'a> Step<'a> {
+    fn refused(consumed: usize, refusal: Refusal<'a>) -> Self {
+        Step { consumed, item: Some(Err(refusal)) }
     }
-    let request = read.and_then(|()| head.into_request(payload));
-    request.map_err(|message| Refusal { id, status: status::BAD_REQUEST, message, close: false })
+}
+
+/// A message of `whole_len` bytes, with its payload and the newline that must end it.
+fn with_payload<'a>(head: &mut Head<'a>, read: Result<(), String>, ended: &'a [u8], whole_len: usize) -> Step<'a> {
+    match ended.split_last() {
+        Some((b'\n', payload)) => Step { consumed: whole_len, item: Some(finish(head, read, Some(payload))) },
+        _ => Step::refused(whole_len, unterminated(head.id())),
+    }
+}
+
+fn finish<'a>(head: &mut Head<'a>, read: Result<(), String>, payload: Option<&'a [u8]>) -> Result<(), Refusal<'a>> {
+    if let Some((what, len_max)) = head.over {
+        return Err(over(what, len_max, head.id(), false));
+    }
+    let complete = read.and_then(|()| head.complete(payload));
+    complete.map_err(|message| Refusal { id: head.id(), status: status::BAD_REQUEST, message, close: false })
 }
 
 fn over<'a>(what: &str, len_max: usize, id: Id<'a>, close: bool) -> Refusal<'a> {

@@ -3,27 +3,27 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use bytes::{BufMut, BytesMut};
+use bytes::BufMut;
 use serde::de::{Error, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::ValueForm;
 
 /// Writes the fields of one object.
-pub(crate) struct Object<'a> {
-    out: &'a mut BytesMut,
+pub(crate) struct Object<'a, B> {
+    out: &'a mut B,
     first: bool,
 }
 
-impl<'a> Object<'a> {
+impl<'a, B: BufMut> Object<'a, B> {
     /// Starts an object.
-    pub(crate) fn start(out: &'a mut BytesMut) -> Self {
+    pub(crate) fn start(out: &'a mut B) -> Self {
         out.put_u8(b'{');
         Object { out, first: true }
     }
 
     /// Starts writing `name`, which needs no escapes; its value is to follow.
-    pub(crate) fn name(&mut self, name: &str) -> &mut BytesMut {
+    pub(crate) fn name(&mut self, name: &str) -> &mut B {
         if !std::mem::take(&mut self.first) {
             self.out.put_u8(b',');
         }
@@ -53,7 +53,7 @@ impl<'a> Object<'a> {
         &mut self,
         name: &str,
         items: impl IntoIterator<Item = T>,
-        mut write: impl FnMut(&mut BytesMut, T),
+        mut write: impl FnMut(&mut B, T),
     ) -> &mut Self {
         let out = self.name(name);
         out.put_u8(b'[');
@@ -72,11 +72,37 @@ impl<'a> Object<'a> {
     }
 }
 
-pub(crate) fn number(out: &mut BytesMut, number: u64) {
+pub(crate) fn number(out: &mut impl BufMut, number: u64) {
     out.put_slice(itoa::Buffer::new().format(number).as_bytes());
 }
 
-pub(crate) fn string(out: &mut BytesMut, text: &str) {
+/// Eight of the same byte.
+const fn all(byte: u8) -> u64 {
+    u64::from_le_bytes([byte; 8])
+}
+
+/// How many bytes at the start need no escape in a string: no quotation marks, backslashes and control characters.
+pub(crate) fn plain_len(bytes: &[u8]) -> usize {
+    let mut rest = bytes;
+    while let Some((word, after)) = rest.split_first_chunk() {
+        let word = u64::from_le_bytes(*word);
+        // The high bit of a byte is set where it is less than another. Above the lowest such byte a borrow may set more.
+        let less = |word: u64, than: u8| word.wrapping_sub(all(than)) & !word & all(0x80);
+        let special = less(word, b' ') | less(word ^ all(b'"'), 1) | less(word ^ all(b'\\'), 1);
+        if special != 0 {
+            return bytes.len().saturating_sub(rest.len()).saturating_add((special.trailing_zeros() / 8) as usize);
+        }
+        rest = after;
+    }
+    let plain = rest.iter().take_while(|byte| !is_special(**byte)).count();
+    bytes.len().saturating_sub(rest.len()).saturating_add(plain)
+}
+
+fn is_special(byte: u8) -> bool {
+    byte < b' ' || byte == b'"' || byte == b'\\'
+}
+
+pub(crate) fn string(out: &mut impl BufMut, text: &str) {
     out.put_u8(b'"');
     let mut rest = text.as_bytes();
     let special = |byte: &u8| *byte < b' ' || *byte == b'"' || *byte == b'\\';
@@ -100,7 +126,7 @@ pub(crate) fn string(out: &mut BytesMut, text: &str) {
 }
 
 /// A value within the line: as an array of byte numbers, or as a string when that was asked for and is possible.
-pub(crate) fn value(out: &mut BytesMut, value: &[u8], form: ValueForm) {
+pub(crate) fn value(out: &mut Vec<u8>, value: &[u8], form: ValueForm) {
     if form == ValueForm::Text
         && let Ok(text) = std::str::from_utf8(value)
     {

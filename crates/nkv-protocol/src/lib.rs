@@ -12,13 +12,15 @@
 )]
 
 mod answer;
+mod chunks;
 mod decoder;
 mod json;
 mod message;
 mod notification;
 mod request;
 
-pub use answer::{Answer, BaseFields, Chunks, ServerFields, SubscriberFields};
+pub use answer::{Answer, BaseFields, ServerFields, SubscriberFields};
+pub use chunks::Chunks;
 pub use decoder::{Decoded, Decoder, Limits, Refusal};
 pub use message::{Body, Message, MessageDecoder, MessageError, Reason, Stats, Subscriber};
 pub use notification::{ChangeNotice, hello, synced, unsubscribed};

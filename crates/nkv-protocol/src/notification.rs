@@ -1,9 +1,9 @@
 //! Notifications: what a subscriber is told, encoded once however many connections it goes to.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes};
 
 use crate::ValueForm;
-use crate::answer::Chunks;
+use crate::chunks::Chunks;
 use crate::json::{self, Object};
 
 /// A change of a key, encoded but for how many changes were skipped, which differs from subscriber to subscriber.
@@ -53,14 +53,14 @@ impl ChangeNotice {
     }
 }
 
-fn start(kind: &str, key: &str, fields: impl FnOnce(&mut Object<'_>)) -> Bytes {
-    let mut out = BytesMut::with_capacity(key.len().saturating_add(96));
+fn start(kind: &str, key: &str, fields: impl FnOnce(&mut Object<'_, Vec<u8>>)) -> Bytes {
+    let mut out = Vec::with_capacity(key.len().saturating_add(96));
     let mut outer = Object::start(&mut out);
     let mut object = Object::start(outer.name(kind));
     object.text("key", key);
     fields(&mut object);
     object.name("skipped");
-    out.freeze()
+    out.into()
 }
 
 /// The answer to a `Subscribe`.

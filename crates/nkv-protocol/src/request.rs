@@ -11,6 +11,8 @@ use serde_json::value::RawValue;
 use crate::ValueForm;
 use crate::json::{Object, Text, ValueVisitor};
 
+mod scan;
+
 /// Longest `id` and `client_uuid`, in bytes as written.
 pub(crate) const NAME_LEN_MAX: usize = 1_024;
 
@@ -32,6 +34,14 @@ macro_rules! kinds {
                 match self {
                     $(Kind::$name => stringify!($name),)*
                 }
+            }
+
+            /// The kind whose word, in quotation marks, is what a text starts with, and the rest of the text.
+            fn split_from(text: &[u8]) -> Option<(Self, &[u8])> {
+                $(if let Some(rest) = text.strip_prefix(concat!('"', stringify!($name), '"').as_bytes()) {
+                    return Some((Kind::$name, rest));
+                })*
+                None
             }
         }
     };
@@ -65,6 +75,10 @@ kinds! {
 }
 
 impl Kind {
+    fn from_word(word: &str) -> Option<Self> {
+        Kind::ALL.iter().copied().find(|kind| kind.as_str() == word)
+    }
+
     fn needs_key(self) -> bool {
         !matches!(self, Kind::Health | Kind::Version | Kind::Stats | Kind::Connect)
     }
@@ -192,24 +206,23 @@ impl<'a> Request<'a> {
 }
 
 /// What was read of a line: all of it, or the part before an error.
-#[derive(Default)]
+#[cfg_attr(test, derive(Debug, PartialEq))]
 pub(crate) struct Head<'a> {
     seen: u16,
-    kind: Option<Kind>,
-    pub(crate) id: Id<'a>,
-    key: Option<Cow<'a, str>>,
-    client_uuid: Option<Cow<'a, str>>,
-    value: Option<Cow<'a, [u8]>>,
+    /// Its kind and key count if they were given.
+    request: Request<'a>,
+    has_kind: bool,
+    has_key: bool,
     pub(crate) len: Option<u64>,
-    if_revision: Option<u64>,
-    ttl_ms: Option<u64>,
-    limit: Option<u64>,
-    after: Option<Cow<'a, str>>,
-    snapshot: bool,
-    values: Option<ValueForm>,
-    token: Option<Cow<'a, str>>,
     /// What is over which limit, if that is why reading stopped.
     pub(crate) over: Option<(&'static str, usize)>,
+}
+
+impl Default for Head<'_> {
+    fn default() -> Self {
+        let request = Request::new(Kind::Health, "");
+        Head { seen: 0, request, has_kind: false, has_key: false, len: None, over: None }
+    }
 }
 
 const FIELDS: [&str; 13] = [
@@ -231,6 +244,15 @@ const FIELDS: [&str; 13] = [
 impl<'a> Head<'a> {
     /// Reads a line. After an error, what was read before it stays, and `id` and `len` are there if the line is JSON.
     pub(crate) fn read(&mut self, line: &'a [u8], value_len_max: usize) -> Result<(), String> {
+        if self.scan(line, value_len_max) {
+            return Ok(());
+        }
+        *self = Head::default();
+        self.parse(line, value_len_max)
+    }
+
+    /// Reads a line of whatever shape.
+    fn parse(&mut self, line: &'a [u8], value_len_max: usize) -> Result<(), String> {
         let mut json = serde_json::Deserializer::from_slice(line);
         let whole = HeadSeed { head: self, value_len_max }.deserialize(&mut json).and_then(|()| json.end());
         whole.map_err(|error| {
@@ -238,44 +260,46 @@ impl<'a> Head<'a> {
             // It gets as far as the line is JSON; that the line is wrong is known already.
             drop(FramingSeed(&mut framing).deserialize(&mut serde_json::Deserializer::from_slice(line)));
             self.len = self.len.or(framing.len);
-            self.id = framing.id.unwrap_or(self.id);
+            self.request.id = framing.id.unwrap_or(self.request.id);
             format!("malformed request: {error}")
         })
     }
 
-    /// Makes a request of it, with its payload if it had one.
-    pub(crate) fn into_request(self, payload: Option<&'a [u8]>) -> Result<Request<'a>, String> {
-        let kind = self.kind.ok_or("missing field 'type'")?;
-        if self.value.is_some() && payload.is_some() {
+    pub(crate) fn id(&self) -> Id<'a> {
+        self.request.id
+    }
+
+    /// Gives the request its payload, if it had one, and says what keeps it from being one.
+    pub(crate) fn complete(&mut self, payload: Option<&'a [u8]>) -> Result<(), String> {
+        let request = &mut self.request;
+        if !self.has_kind {
+            return Err("missing field 'type'".into());
+        }
+        if request.value.is_some() && payload.is_some() {
             return Err("both 'value' and 'len': send a value in one form".into());
         }
         // A payload belongs to the framing: on a request that takes no value it is read past.
-        let value = self.value.or(payload.map(Cow::Borrowed)).filter(|_| kind == Kind::Put);
-        if kind == Kind::Put && value.is_none() {
+        if request.kind != Kind::Put {
+            request.value = None;
+        } else if let Some(payload) = payload {
+            request.value = Some(payload.into());
+        } else if request.value.is_none() {
             return Err("missing field 'value' (or 'len' and a payload)".into());
         }
-        if kind.needs_key() && self.key.is_none() {
+        if request.kind.needs_key() && !self.has_key {
             return Err("missing field 'key'".into());
         }
-        for (name, number) in [("ttl_ms", self.ttl_ms), ("limit", self.limit)] {
+        for (name, number) in [("ttl_ms", request.ttl_ms), ("limit", request.limit)] {
             if number == Some(0) {
                 return Err(format!("'{name}' must be at least 1"));
             }
         }
-        Ok(Request {
-            kind,
-            id: self.id,
-            key: self.key.unwrap_or_default(),
-            client_uuid: self.client_uuid,
-            value,
-            if_revision: self.if_revision,
-            ttl_ms: self.ttl_ms,
-            limit: self.limit,
-            after: self.after,
-            snapshot: self.snapshot,
-            values: self.values,
-            token: self.token,
-        })
+        Ok(())
+    }
+
+    /// The request, once it is complete.
+    pub(crate) fn into_request(self) -> Request<'a> {
+        self.request
     }
 
     fn read_field<A: MapAccess<'a>>(&mut self, name: &str, map: &mut A, value_len_max: usize) -> Result<(), A::Error> {
@@ -286,13 +310,22 @@ impl<'a> Head<'a> {
             return Err(A::Error::custom(format_args!("field '{name}' given twice")));
         }
         self.seen |= 1 << index;
+        let request = &mut self.request;
         match name {
-            "type" => self.kind = Some(read_kind(&map.next_value::<Text<'a>>()?.0)?),
-            "id" => self.id = self.read_id(map.next_value()?)?,
-            "key" => self.key = text(map)?,
+            "type" => {
+                request.kind = read_kind(&map.next_value::<Text<'a>>()?.0)?;
+                self.has_kind = true;
+            }
+            "id" => self.request.id = self.read_id(map.next_value()?)?,
+            "key" => {
+                let key = text(map)?;
+                self.has_key = key.is_some();
+                request.key = key.unwrap_or_default();
+            }
             "client_uuid" => {
-                self.client_uuid = text(map)?;
-                self.within("client_uuid", self.client_uuid.as_ref().map_or(0, |name| name.len()), NAME_LEN_MAX)?;
+                request.client_uuid = text(map)?;
+                let len = request.client_uuid.as_ref().map_or(0, |name| name.len());
+                self.within("client_uuid", len, NAME_LEN_MAX)?;
             }
             "value" => {
                 let value = map.next_value_seed(ValueVisitor { len_max: value_len_max });
@@ -301,22 +334,22 @@ impl<'a> Head<'a> {
                 }
                 let value = value?;
                 self.within("value", value.len(), value_len_max)?;
-                self.value = Some(value);
+                self.request.value = Some(value);
             }
             "len" => self.len = map.next_value()?,
-            "if_revision" => self.if_revision = map.next_value()?,
-            "ttl_ms" => self.ttl_ms = map.next_value()?,
-            "limit" => self.limit = map.next_value()?,
-            "after" => self.after = text(map)?,
-            "snapshot" => self.snapshot = map.next_value::<Option<bool>>()?.unwrap_or(false),
+            "if_revision" => request.if_revision = map.next_value()?,
+            "ttl_ms" => request.ttl_ms = map.next_value()?,
+            "limit" => request.limit = map.next_value()?,
+            "after" => request.after = text(map)?,
+            "snapshot" => request.snapshot = map.next_value::<Option<bool>>()?.unwrap_or(false),
             "values" => {
                 let form = text(map)?.map(|word| {
                     let unknown = || A::Error::custom("'values' is \"bytes\", \"text\" or \"payload\"");
                     ValueForm::from_word(&word).ok_or_else(unknown)
                 });
-                self.values = form.transpose()?;
+                request.values = form.transpose()?;
             }
-            _ => self.token = text(map)?,
+            _ => request.token = text(map)?,
         }
         Ok(())
     }
@@ -341,7 +374,7 @@ fn text<'a, A: MapAccess<'a>>(map: &mut A) -> Result<Option<Cow<'a, str>>, A::Er
 }
 
 fn read_kind<E: Error>(word: &str) -> Result<Kind, E> {
-    Kind::ALL.iter().copied().find(|kind| kind.as_str() == word).ok_or_else(|| {
+    Kind::from_word(word).ok_or_else(|| {
         let words: Vec<_> = Kind::ALL.iter().map(|kind| kind.as_str()).collect();
         let shown: String = word.chars().take(32).collect();
         E::custom(format_args!("unknown type '{}'; the types are {}", shown.escape_debug(), words.join(", ")))

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nkv_notify_tcp::TcpNotifier;
-use tokio::sync::{Mutex as Queue, Notify};
+use tokio::sync::Mutex as Queue;
 use tokio::time::Instant;
 
 use crate::clock::millis;
@@ -35,6 +35,8 @@ pub(crate) struct Budget {
     /// Bytes of subscriptions to deep keys, on all connections.
     deep: AtomicUsize,
     holders: Mutex<Holders>,
+    /// All connections are to end.
+    is_stopping: AtomicBool,
     /// Whoever waits for room, in the order in which they came; and when somebody was last closed for them.
     queue: Queue<Option<Instant>>,
 }
@@ -52,7 +54,6 @@ struct Holder {
     /// When its reading side came to hold what it holds of a request, in ms after the opening.
     read_since_ms: AtomicU64,
     notifier: TcpNotifier,
-    evicted: Notify,
     /// It was told to give up what it holds, and will.
     is_leaving: AtomicBool,
 }
@@ -106,8 +107,8 @@ pub(crate) struct Share {
 impl Holder {
     fn new(notifier: TcpNotifier) -> Arc<Self> {
         let (opened, read_since_ms) = (Instant::now(), AtomicU64::new(0));
-        let (read, evicted, is_leaving) = Default::default();
-        Arc::new(Holder { opened, read, read_since_ms, notifier, evicted, is_leaving })
+        let (read, is_leaving) = Default::default();
+        Arc::new(Holder { opened, read, read_since_ms, notifier, is_leaving })
     }
 
     /// All but what is being told of changes, which others may share.
@@ -132,7 +133,7 @@ impl Holder {
 
     fn evict(&self) {
         self.is_leaving.store(true, Relaxed);
-        self.evicted.notify_one();
+        self.notifier.wake();
     }
 }
 
@@ -159,8 +160,8 @@ impl Holders {
 
 impl Budget {
     pub(crate) fn new(limit: usize) -> Arc<Self> {
-        let (waiting, read, deep, holders, queue) = Default::default();
-        Arc::new(Budget { limit, waiting, read, deep, holders, queue })
+        let (waiting, read, deep, holders, is_stopping, queue) = Default::default();
+        Arc::new(Budget { limit, waiting, read, deep, holders, is_stopping, queue })
     }
 
     /// What notifiers count answers and snapshots in.
@@ -205,6 +206,12 @@ impl Budget {
             self.check();
             tokio::task::yield_now().await;
         }
+    }
+
+    /// Has all connections end.
+    pub(crate) fn stop(&self) {
+        self.is_stopping.store(true, Relaxed);
+        self.lock().by_id.values().for_each(|holder| holder.notifier.wake());
     }
 
     /// To be called when somebody may have come to hold much more.
@@ -269,24 +276,24 @@ impl Share {
         }
     }
 
-    /// As [`Budget::relief`].
-    pub(crate) async fn relief(&self) {
-        self.budget.relief().await;
-    }
-
     /// What this connection holds.
     pub(crate) fn held(&self) -> usize {
         self.holder.held()
     }
 
-    /// Waits until this connection is to give up what it holds.
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future loses nothing.
-    pub(crate) fn evicted(&self) -> impl Future<Output = ()> + use<> {
-        let holder = Arc::clone(&self.holder);
-        async move { holder.evicted.notified().await }
+    /// Ends the connection's sending side once all that was sent is written.
+    pub(crate) fn close(&self) {
+        self.holder.notifier.close();
+    }
+
+    /// Whether this connection is to give up what it holds. Its outbox is polled anew when it is.
+    pub(crate) fn is_evicted(&self) -> bool {
+        self.holder.is_leaving.load(Relaxed)
+    }
+
+    /// Whether all connections are to end. Its outbox is polled anew when they are.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.budget.is_stopping.load(Relaxed)
     }
 }
 

@@ -1,29 +1,45 @@
-//! One connection: reads what is there, has every whole request in it served, in order, and reads on.
+//! One connection: reads what is there, has every whole request in it served, in order, writes the answers and what is
+//! told, and reads on. It is one task, polled by hand: nothing is handed from one task to another on the way.
+//!
+//! What is read goes through a buffer that all connections of a thread share; only a part of a request that has not come
+//! whole is kept in one of the connection's own.
 
+use std::cell::RefCell;
+use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::BytesMut;
-use nkv_notify_tcp::{NotifierOptions, TcpNotifier, WriterEnd, keep_alive, limit_send_buffer};
+use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd, keep_alive, limit_send_buffer, spare};
 use nkv_protocol::{Answer, BaseFields, Chunks, Decoder, status};
-use tokio::net::{TcpStream, UnixStream, tcp, unix};
-use tokio::sync::watch;
-use tokio::task::{JoinError, JoinHandle};
-use tokio::time::Instant;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::{Instant, Sleep, sleep_until};
 use tracing::debug;
 
 use crate::budget::Share;
 use crate::core::Core;
-use crate::dispatch::Session;
-use crate::server::{Options, stopped};
+use crate::dispatch::{Hold, Session};
+use crate::server::Options;
 use crate::slots::Slot;
 
 /// So much is asked of the system at a time.
-const READ_LEN: usize = 16 << 10;
+const READ_LEN: usize = 64 << 10;
+
+/// Whoever sends so much at a time gives others their turn. A buffer that had so much is not kept for what is left in it.
+const TURN_LEN: usize = 16 << 10;
 
 /// What the kernel keeps for a peer that does not read.
 const SEND_BUFFER_LEN: usize = 128 << 10;
+
+/// So many bytes of changes may wait for a peer that keeps up, each to be told, before they are conflated.
+const SLACK: usize = 64 << 10;
+
+/// Answers are written once there are so many bytes of them.
+const SEND_LEN: usize = 64 << 10;
 
 /// So long a deadline that has passed is not held against the peer.
 const GRACE: Duration = Duration::from_millis(500);
@@ -31,31 +47,15 @@ const GRACE: Duration = Duration::from_millis(500);
 /// How long a refused peer has to take the answer that says so.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
 
+thread_local! {
+    static INPUT: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
 /// An accepted socket.
+#[derive(Debug)]
 pub(crate) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
-}
-
-enum ReadHalf {
-    Tcp(tcp::OwnedReadHalf),
-    Unix(unix::OwnedReadHalf),
-}
-
-impl ReadHalf {
-    async fn readable(&self) -> io::Result<()> {
-        match self {
-            ReadHalf::Tcp(half) => half.readable().await,
-            ReadHalf::Unix(half) => half.readable().await,
-        }
-    }
-
-    fn try_read_buf(&self, buffer: &mut BytesMut) -> io::Result<usize> {
-        match self {
-            ReadHalf::Tcp(half) => half.try_read_buf(buffer),
-            ReadHalf::Unix(half) => half.try_read_buf(buffer),
-        }
-    }
 }
 
 impl Socket {
@@ -73,37 +73,59 @@ impl Socket {
         }
     }
 
-    fn split(self, options: NotifierOptions) -> io::Result<(ReadHalf, TcpNotifier, JoinHandle<WriterEnd>)> {
-        Ok(match self {
+    fn prepare(&self) -> io::Result<()> {
+        match self {
             Socket::Tcp(stream) => {
                 stream.set_nodelay(true)?;
-                keep_alive(&stream)?;
-                limit_send_buffer(&stream, SEND_BUFFER_LEN)?;
-                let (read, write) = stream.into_split();
-                let (notifier, writer) = TcpNotifier::spawn(write, options);
-                (ReadHalf::Tcp(read), notifier, writer)
+                keep_alive(stream)?;
+                limit_send_buffer(stream, SEND_BUFFER_LEN)
             }
-            Socket::Unix(stream) => {
-                limit_send_buffer(&stream, SEND_BUFFER_LEN)?;
-                let (read, write) = stream.into_split();
-                let (notifier, writer) = TcpNotifier::spawn(write, options);
-                (ReadHalf::Unix(read), notifier, writer)
-            }
-        })
+            Socket::Unix(stream) => limit_send_buffer(stream, SEND_BUFFER_LEN),
+        }
     }
 }
 
-/// A connection's writer; it does not outlive what it belongs to.
-struct WriterTask(JoinHandle<WriterEnd>);
-
-impl Drop for WriterTask {
-    fn drop(&mut self) {
-        self.0.abort();
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Socket::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Socket::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
     }
 }
 
-fn writer_end(ended: Result<WriterEnd, JoinError>) -> WriterEnd {
-    ended.unwrap_or_else(|error| WriterEnd::Failed(error.into()))
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Socket::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Socket::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Socket::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+            Socket::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Socket::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            Socket::Unix(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Socket::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Socket::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
 }
 
 /// Why a connection reads no more.
@@ -116,77 +138,74 @@ enum End {
     Overdue,
     /// All connections hold too much, and this one the most.
     Evicted,
-    /// The writer has ended.
+    /// The sending side has ended.
     Writer(WriterEnd),
 }
 
 /// Serves a connection until either side ends it.
-pub(crate) async fn serve(socket: Socket, core: Arc<Core>, options: Options, slot: Slot, stop: watch::Receiver<bool>) {
-    let notifier_options = NotifierOptions {
-        stall_limit: options.stall_limit,
-        waiting_total: core.budget.waiting(),
-        ..NotifierOptions::default()
-    };
-    let (read, notifier, writer) = match socket.split(notifier_options) {
-        Ok(parts) => parts,
-        Err(error) => return debug!(%error, "a connection ended before it began"),
-    };
-    let share = core.budget.share(notifier.clone());
-    let (evicted, evicted_later) = (share.evicted(), share.evicted());
-    let mut connection = Connection {
-        read,
-        decoder: Decoder::new(options.limits()),
-        buffer: BytesMut::new(),
-        session: Session::new(Arc::clone(&core), notifier.clone(), options),
-        options,
-        since: Since { opened: Instant::now(), served: None, begun: None, unserved_len: 0, grace: None },
-        share,
-        stop,
-        writer: WriterTask(writer),
-    };
-    let end = tokio::select! {
-        biased;
-        () = evicted => {
-            log_eviction(&core, &slot, &connection.share);
-            Ok(connection.evict())
-        }
-        end = connection.run() => end,
-    };
-    // What was read and not served is let go before the answers are waited for.
-    let Connection { read, buffer, share, session, mut writer, .. } = connection;
-    drop((read, buffer));
-    session.end();
-    share.hold(0, true);
-    notifier.close();
-    if matches!(end, Ok(End::Evicted)) && share.held() > NotifierOptions::default().waiting_max {
-        return; // of one that has read nothing of what it holds, no reading is to be expected
+pub(crate) async fn serve(socket: Socket, core: Arc<Core>, slot: Slot) {
+    if let Err(error) = socket.prepare() {
+        return debug!(%error, "a connection ended before it began");
     }
-    // At a quiet end the peer may take its time, as long as it takes something.
-    let patience = if matches!(end, Ok(End::Quiet)) { Duration::MAX } else { LAST_WORDS_LIMIT };
+    let mut connection = Connection::new(socket, &core);
+    let end = poll_fn(|cx| connection.poll(cx)).await.unwrap_or_else(|error| End::Writer(WriterEnd::Failed(error)));
+    // What was read and not served is let go before the answers are waited for.
+    let Connection { socket, outbox, session, share, buffer, hold, .. } = connection;
+    drop((buffer, hold));
+    session.end();
+    let evicted = || {
+        let what = format_args!("connection closed: all hold too much, and {slot} the most, {} bytes", share.held());
+        core.complaints.warn("evicted", what);
+    };
     let end = match end {
-        Ok(End::Writer(end)) => end,
-        Ok(_) => tokio::select! {
-            ended = tokio::time::timeout(patience, &mut writer.0) => match ended {
-                Ok(ended) => writer_end(ended),
+        End::Writer(end) => end,
+        end => {
+            share.hold(0, true);
+            share.close();
+            if matches!(end, End::Evicted) {
+                evicted();
+                if share.held() > NotifierOptions::default().waiting_max {
+                    return; // of one that has read nothing of what it holds, no reading is to be expected
+                }
+            }
+            // At a quiet end the peer may take its time, as long as it takes something.
+            let patience = if matches!(end, End::Quiet) { Duration::MAX } else { LAST_WORDS_LIMIT };
+            let was_evicted = matches!(end, End::Evicted);
+            let mut rest = Rest { socket, outbox, share: &share, was_evicted };
+            match tokio::time::timeout(patience, poll_fn(|cx| rest.poll(cx))).await {
+                Ok(Some(end)) => end,
+                Ok(None) => return evicted(),
                 Err(_) => return debug!(peer = %slot, "connection closed; its last answer was not taken"),
-            },
-            () = evicted_later => return log_eviction(&core, &slot, &share),
-        },
-        Err(error) => WriterEnd::Failed(error),
+            }
+        }
     };
     match end {
         WriterEnd::Finished => debug!(peer = %slot, "connection closed"),
         WriterEnd::Stalled => {
-            let what = format_args!("connection cut: {slot} took nothing for {:?}", options.stall_limit);
+            let what = format_args!("connection cut: {slot} took nothing for {:?}", core.options.stall_limit);
             core.complaints.warn("stalled", what);
         }
         WriterEnd::Failed(error) => debug!(peer = %slot, %error, "connection lost"),
     }
 }
 
-fn log_eviction(core: &Core, slot: &Slot, share: &Share) {
-    let what = format_args!("connection closed: all hold too much, and {slot} the most, {} bytes", share.held());
-    core.complaints.warn("evicted", what);
+/// What is left of a connection that reads no more.
+struct Rest<'a> {
+    socket: Socket,
+    outbox: Outbox,
+    share: &'a Share,
+    was_evicted: bool,
+}
+
+impl Rest<'_> {
+    /// Until all is written; `None` if it is to give up what it holds.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<WriterEnd>> {
+        if self.share.is_evicted() && !self.was_evicted {
+            return Poll::Ready(None);
+        }
+        let told = cx.waker().clone();
+        self.outbox.poll(cx, &told, &mut self.socket).map(Some)
+    }
 }
 
 /// What deadlines count from.
@@ -203,98 +222,229 @@ struct Since {
 }
 
 struct Connection {
-    read: ReadHalf,
+    socket: Socket,
+    outbox: Outbox,
     decoder: Decoder,
+    /// The part of a request that has not come whole, or requests that are held up.
     buffer: BytesMut,
+    /// The buffer may hold a whole request.
+    has_request: bool,
+    /// The peer sends no more.
+    is_at_end: bool,
+    /// What holds up the requests.
+    hold: Option<Hold>,
+    /// What others were to be given was given: whatever comes next is not held up for that.
+    is_admitted: bool,
     session: Session,
-    options: Options,
     since: Since,
+    timer: Option<Pin<Box<Sleep>>>,
     share: Share,
-    stop: watch::Receiver<bool>,
-    writer: WriterTask,
+    core: Arc<Core>,
+    /// Wakes this task with all others that are told of the same batch; see [`Bell`](crate::bell::Bell).
+    told: Option<(Waker, Waker)>,
+    /// Bytes that were served since others had their turn.
+    turn_len: usize,
 }
 
 impl Connection {
-    async fn run(&mut self) -> io::Result<End> {
+    fn new(socket: Socket, core: &Arc<Core>) -> Self {
+        let (notifier, outbox) = TcpNotifier::new(NotifierOptions {
+            stall_limit: core.options.stall_limit,
+            waiting_total: core.budget.waiting(),
+            slack: SLACK,
+            ..NotifierOptions::default()
+        });
+        Connection {
+            socket,
+            outbox,
+            decoder: Decoder::new(core.options.limits()),
+            buffer: BytesMut::new(),
+            has_request: false,
+            is_at_end: false,
+            hold: None,
+            is_admitted: false,
+            share: core.budget.share(notifier.clone()),
+            session: Session::new(Arc::clone(core), notifier),
+            since: Since { opened: Instant::now(), served: None, begun: None, unserved_len: 0, grace: None },
+            timer: None,
+            core: Arc::clone(core),
+            told: None,
+            turn_len: 0,
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<End>> {
+        let told = self.core.bell.waker(&mut self.told, cx.waker());
         loop {
-            let deadline = self.deadline();
-            tokio::select! {
-                biased;
-                end = &mut self.writer.0 => return Ok(End::Writer(writer_end(end))),
-                () = stopped(&mut self.stop) => return Ok(End::Quiet),
-                readable = self.read.readable() => readable?,
-                () = until(deadline) => match self.is_overdue(deadline) {
-                    true => return Ok(self.overdue()),
-                    false => continue,
-                },
+            if let Poll::Ready(end) = self.outbox.poll(cx, &told, &mut self.socket) {
+                return Poll::Ready(Ok(End::Writer(end)));
             }
-            self.share.relief().await;
-            // Room for what is known to come, but never for much more than has come: an announcement costs nothing.
-            let missing = self.decoder.expected_len().unwrap_or(0).saturating_sub(self.buffer.len());
-            // What does not fit one reading gets much more at once: buffers that grow in many steps leave many holes.
-            let least = if self.buffer.len() < READ_LEN { READ_LEN } else { READ_LEN * 7 };
-            self.buffer.reserve(missing.clamp(least, self.buffer.len().max(least)));
-            let len = match self.read.try_read_buf(&mut self.buffer) {
-                Ok(0) => return self.last_words().await,
-                Ok(len) => len,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-                Err(error) => return Err(error),
+            if self.share.is_evicted() {
+                return Poll::Ready(Ok(self.evict()));
+            }
+            if self.hold.is_some() {
+                ready!(self.poll_hold(cx, &told));
+                continue;
+            }
+            if self.outbox.is_full() {
+                return Poll::Pending;
+            }
+            if self.has_request {
+                if let Some(end) = self.serve_buffer() {
+                    return Poll::Ready(Ok(end));
+                }
+                continue;
+            }
+            if self.is_at_end || self.share.is_stopping() {
+                return Poll::Ready(Ok(End::Quiet));
+            }
+            if self.turn_len >= TURN_LEN {
+                self.turn_len = 0;
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            if self.core.budget.is_over() && !std::mem::take(&mut self.is_admitted) {
+                self.hold = Some(self.session.relief());
+                continue;
+            }
+            let end = match self.poll_read(cx) {
+                Poll::Ready(end) => end?,
+                Poll::Pending => ready!(self.poll_deadline(cx)),
             };
-            self.since.unserved_len = self.since.unserved_len.saturating_add(len);
-            let before = self.buffer.len();
-            if self.serve_buffer().await {
-                return Ok(End::Refused);
-            }
-            if before.saturating_sub(self.buffer.len()) >= READ_LEN {
-                tokio::task::yield_now().await; // whoever sends so much at a time gives others their turn
-            }
-            if self.buffer.is_empty() {
-                self.buffer = BytesMut::new(); // an idle connection keeps no buffer
-            }
-            let served = self.since.begun.is_none();
-            self.share.hold(self.buffer.capacity(), served);
-            // Bytes that come and come and make no request hold no deadline off.
-            if self.is_overdue(deadline) {
-                return Ok(self.overdue());
+            if let Some(end) = end {
+                return Poll::Ready(Ok(end));
             }
         }
     }
 
-    /// Serves every whole request in the buffer; true if the connection is to be closed.
-    async fn serve_buffer(&mut self) -> bool {
-        let (mut start, mut served, mut close) = (0, false, false);
-        while !close {
-            let decoded = self.decoder.decode(self.buffer.get(start..).unwrap_or_default());
-            start = start.saturating_add(decoded.consumed);
-            let Some(item) = decoded.item else { break };
-            served = true;
-            match item {
-                Ok(request) => self.session.request(request).await,
-                Err(refusal) => {
-                    close = refusal.close;
-                    self.session.refuse(refusal).await;
-                }
+    /// Until nothing holds up the requests any more; what was held up was answered then.
+    fn poll_hold(&mut self, cx: &mut Context<'_>, told: &Waker) -> Poll<()> {
+        match &mut self.hold {
+            None => {}
+            Some(Hold::Writes(written)) => {
+                let results = ready!(Pin::new(written).poll(&mut Context::from_waker(told)));
+                let mut out = spare();
+                self.session.answer_writes(results, &mut out);
+                self.outbox.send(out);
+            }
+            Some(Hold::Turns(turns)) => {
+                ready!(turns.as_mut().poll(cx));
+                self.is_admitted = true;
             }
         }
-        self.session.flush().await;
-        if start < READ_LEN {
-            drop(self.buffer.split_to(start));
+        self.hold = None;
+        Poll::Ready(())
+    }
+
+    /// Reads what is there, once, and serves it.
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<End>>> {
+        let mut input = INPUT.take();
+        input.resize(READ_LEN, 0);
+        let mut read = ReadBuf::new(&mut input);
+        let result = Pin::new(&mut self.socket).poll_read(cx, &mut read);
+        let result = result.map_ok(|()| self.take_input(read.filled()));
+        INPUT.set(input);
+        result
+    }
+
+    fn take_input(&mut self, input: &[u8]) -> Option<End> {
+        if input.is_empty() {
+            // A last line without a newline is a line all the same: whoever typed it meant it.
+            self.is_at_end = true;
+            self.buffer.extend_from_slice(b"\n");
+            self.has_request = true;
+            return None;
+        }
+        let deadline = self.deadline();
+        self.since.unserved_len = self.since.unserved_len.saturating_add(input.len());
+        let end = if self.buffer.is_empty() {
+            let (len, end) = self.serve(input);
+            self.keep(input.get(len..).unwrap_or_default());
+            end
+        } else {
+            self.keep(input);
+            self.serve_buffer()
+        };
+        end.or_else(|| {
+            // Bytes that come and come and make no request hold no deadline off.
+            self.is_overdue(deadline).then(|| self.overdue())
+        })
+    }
+
+    /// Keeps bytes that are to be served with what comes next.
+    fn keep(&mut self, bytes: &[u8]) {
+        if !bytes.is_empty() {
+            // Room for what is known to come, but never for much more than has come: an announcement costs nothing. What
+            // comes in several pieces gets much more at once: buffers that grow in many steps leave many holes.
+            let missing = self.decoder.expected_len().unwrap_or(0).saturating_sub(self.buffer.len());
+            let least = if self.buffer.is_empty() { bytes.len() } else { READ_LEN.saturating_mul(2) };
+            self.buffer.reserve(missing.clamp(least, self.buffer.len().max(least)));
+            self.buffer.extend_from_slice(bytes);
+        }
+        let served = self.since.begun.is_none();
+        self.share.hold(self.buffer.capacity(), served);
+    }
+
+    fn serve_buffer(&mut self) -> Option<End> {
+        let buffer = std::mem::take(&mut self.buffer);
+        let (len, end) = self.serve(&buffer);
+        self.buffer = buffer;
+        if len < TURN_LEN && len < self.buffer.len() {
+            drop(self.buffer.split_to(len));
         } else {
             // What is left may be little, and would keep all the room that the rest took.
-            self.buffer = BytesMut::from(self.buffer.get(start..).unwrap_or_default());
+            self.buffer = BytesMut::from(self.buffer.get(len..).unwrap_or_default());
         }
+        self.keep(&[]);
+        end
+    }
+
+    /// Serves the whole requests at the start of `input`, until one has to wait; says how many bytes are done with.
+    fn serve(&mut self, input: &[u8]) -> (usize, Option<End>) {
+        let mut out = spare();
+        let (mut start, mut served) = (0, false);
+        let mut end = None;
+        self.has_request = false;
+        while end.is_none() {
+            let before = self.decoder.clone();
+            let decoded = self.decoder.decode(input.get(start..).unwrap_or_default());
+            let Some(item) = decoded.item else {
+                start = start.saturating_add(decoded.consumed);
+                break;
+            };
+            let close = item.as_ref().is_err_and(|refusal| refusal.close);
+            if let Err(hold) =
+                self.session.serve(item, std::mem::take(&mut self.is_admitted), &mut self.outbox, &mut out)
+            {
+                // It is read again when its time has come.
+                (self.hold, self.decoder, self.has_request) = (Some(hold), before, true);
+                break;
+            }
+            start = start.saturating_add(decoded.consumed);
+            served = true;
+            end = close.then_some(End::Refused);
+            if out.len() >= SEND_LEN {
+                self.has_request = true;
+                break;
+            }
+        }
+        self.outbox.send(out);
+        if self.hold.is_none() {
+            self.hold = self.session.start_writes();
+        }
+        self.turn_len = self.turn_len.saturating_add(start);
         if served {
-            let now = self.options.idle_limit.map(|_| Instant::now());
+            let now = self.core.options.idle_limit.map(|_| Instant::now());
             let opened = self.since.opened;
-            let unserved_len = self.buffer.len();
+            let unserved_len = input.len().saturating_sub(start);
             self.since = Since { opened, served: now.or(Some(opened)), begun: None, unserved_len, grace: None };
         }
-        close
+        (start, end)
     }
 
     /// When something must have come: the whole of a request that has begun, the first request, or any.
     fn deadline(&mut self) -> Option<Instant> {
-        let Options { request_limit, first_byte_limit, idle_limit, .. } = self.options;
+        let Options { request_limit, first_byte_limit, idle_limit, .. } = self.core.options;
         let deadline = if self.decoder.is_within_message() {
             let begun = *self.since.begun.get_or_insert_with(Instant::now);
             let parts = u32::try_from(self.since.unserved_len >> 20).unwrap_or(u32::MAX).saturating_add(1);
@@ -322,21 +472,32 @@ impl Connection {
 
     fn overdue(&mut self) -> End {
         let message = if self.decoder.is_within_message() {
-            format!("a request must be whole within {:?} for each MiB of it", self.options.request_limit)
+            format!("a request must be whole within {:?} for each MiB of it", self.core.options.request_limit)
         } else if self.since.served.is_none() {
-            format!("no request came within {:?}", self.options.first_byte_limit)
+            format!("no request came within {:?}", self.core.options.first_byte_limit)
         } else {
-            format!("no request came for {:?}", self.options.idle_limit.unwrap_or_default())
+            format!("no request came for {:?}", self.core.options.idle_limit.unwrap_or_default())
         };
         self.tell(status::TIMEOUT, &message);
         End::Overdue
     }
 
-    /// The peer sends no more. A last line without a newline is a line all the same: whoever typed it meant it.
-    async fn last_words(&mut self) -> io::Result<End> {
-        self.buffer.extend_from_slice(b"\n");
-        self.serve_buffer().await;
-        Ok(End::Quiet)
+    /// Waits for the deadline.
+    fn poll_deadline(&mut self, cx: &mut Context<'_>) -> Poll<Option<End>> {
+        loop {
+            let Some(deadline) = self.deadline() else {
+                self.timer = None;
+                return Poll::Pending;
+            };
+            if self.is_overdue(Some(deadline)) {
+                return Poll::Ready(Some(self.overdue()));
+            }
+            match &mut self.timer {
+                Some(timer) if timer.deadline() == deadline => ready!(timer.as_mut().poll(cx)),
+                Some(timer) => timer.as_mut().reset(deadline),
+                none => *none = Some(Box::pin(sleep_until(deadline))),
+            }
+        }
     }
 
     fn evict(&mut self) -> End {
@@ -346,15 +507,8 @@ impl Connection {
     }
 
     fn tell(&mut self, status: u16, message: &str) {
-        Answer::to(Default::default(), self.session.out()).base(status, message, &BaseFields::default());
-        self.session.send();
-    }
-}
-
-/// Waits until `deadline`; for ever without one.
-async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline).await,
-        None => std::future::pending().await,
+        let mut out = spare();
+        Answer::to(Default::default(), &mut out).base(status, message, &BaseFields::default());
+        self.outbox.send(out);
     }
 }

@@ -1,7 +1,9 @@
 //! What connections and handles share: the store, the way to its writer, and figures.
 
+use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use nkv_core::mailbox::{Backlog, Mailbox};
@@ -11,13 +13,15 @@ use nkv_core::{
 };
 use nkv_notify_tcp::TcpNotifier;
 use nkv_protocol::{Chunks, hello};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+use crate::bell::Bell;
 use crate::budget::Budget;
 use crate::clock::Clock;
 use crate::complaints::Complaints;
 use crate::server::Options;
 use crate::slots::Slots;
+use crate::writer::Queue;
 
 pub(crate) type Store = NotifyKeyValue<Box<dyn PersistValue>, Subscriber>;
 
@@ -27,12 +31,14 @@ pub(crate) struct Core {
     pub(crate) clock: Clock,
     /// As people write it, for `Stats`.
     pub(crate) durability: String,
+    pub(crate) options: Options,
     pub(crate) slots: Slots,
     pub(crate) budget: Arc<Budget>,
     pub(crate) complaints: Complaints,
+    pub(crate) bell: Arc<Bell>,
+    pub(crate) queue: Arc<Queue>,
     /// Bytes of values that may still be handed to the writer.
     write_room: Arc<Semaphore>,
-    writer: Mutex<Option<mpsc::Sender<Job>>>,
 }
 
 /// Writes to be done, and where to say what became of them.
@@ -49,6 +55,9 @@ pub(crate) struct Job {
 /// Bytes of values that wait to be stored, on all connections; whoever brings more waits with them.
 const WRITE_ROOM: usize = 64 << 20;
 
+/// A job counts as so many bytes at least, so that 1,024 of them wait at most.
+const JOB_LEN_MIN: usize = WRITE_ROOM / 1_024;
+
 /// What became of one operation.
 pub(crate) type WriteResult = Result<Outcome, Arc<PersistError>>;
 
@@ -61,36 +70,40 @@ impl Core {
         store: Arc<Store>,
         clock: Clock,
         durability: String,
-        options: &Options,
+        options: Options,
         budget: Arc<Budget>,
-        writer: mpsc::Sender<Job>,
+        bell: Arc<Bell>,
+        queue: Arc<Queue>,
     ) -> Self {
         Core {
             store,
             clock,
             durability,
+            options,
             slots: Slots::new(options.connections_max, options.connections_per_address_max),
             budget,
             complaints: Complaints::default(),
+            bell,
+            queue,
             write_room: Arc::new(Semaphore::new(WRITE_ROOM)),
-            writer: Mutex::new(Some(writer)),
         }
     }
 
     /// Has the writer do `ops`, with whatever else waits; one result for each.
-    pub(crate) async fn write(&self, ops: Vec<Op>, atomic: bool) -> Result<Vec<WriteResult>, Stopping> {
+    pub(crate) fn write(&self, ops: Vec<Op>, atomic: bool) -> Written {
         // What is more than there is room for goes alone.
-        let bytes = ops.iter().map(value_len).sum::<usize>().min(WRITE_ROOM) as u32;
-        let room = Arc::clone(&self.write_room).acquire_many_owned(bytes).await.map_err(|_| Stopping)?;
-        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let (results, done) = oneshot::channel();
-        writer.ok_or(Stopping)?.send(Job { ops, atomic, results, _room: room }).await.map_err(|_| Stopping)?;
-        done.await.map_err(|_| Stopping)
-    }
-
-    /// No more writes: the writer ends after those it has.
-    pub(crate) fn stop_writes(&self) {
-        self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let bytes = ops.iter().map(value_len).sum::<usize>().clamp(JOB_LEN_MIN, WRITE_ROOM) as u32;
+        let (bell, queue) = (Arc::clone(&self.bell), Arc::clone(&self.queue));
+        match Arc::clone(&self.write_room).try_acquire_many_owned(bytes) {
+            Ok(room) => Written(hand_over(&bell, &queue, ops, atomic, room).map_or(Write::Refused, Write::Queued)),
+            Err(_) => {
+                let room = Arc::clone(&self.write_room).acquire_many_owned(bytes);
+                Written(Write::Waiting(Box::pin(async move {
+                    let room = room.await.map_err(|_| Stopping)?;
+                    hand_over(&bell, &queue, ops, atomic, room)?.await.map_err(|_| Stopping)
+                })))
+            }
+        }
     }
 
     /// Who would be told of a change of `key`.
@@ -103,6 +116,44 @@ impl Core {
             backlog: subscription.notifier().backlog(),
         };
         subscriptions.into_iter().map(traced).collect()
+    }
+}
+
+/// Gives the writer a job. If it sleeps, the pump wakes it, once all who have something for it now have said so.
+fn hand_over(
+    bell: &Bell,
+    queue: &Queue,
+    ops: Vec<Op>,
+    atomic: bool,
+    room: OwnedSemaphorePermit,
+) -> Result<oneshot::Receiver<Vec<WriteResult>>, Stopping> {
+    let (results, done) = oneshot::channel();
+    if queue.push(Job { ops, atomic, results, _room: room }).map_err(|_| Stopping)? {
+        bell.ring();
+    }
+    Ok(done)
+}
+
+/// What becomes of some writes: a future. Dropping it leaves them as they are, done or not.
+#[must_use]
+pub(crate) struct Written(Write);
+
+enum Write {
+    Queued(oneshot::Receiver<Vec<WriteResult>>),
+    /// There is no room for them yet.
+    Waiting(Pin<Box<dyn Future<Output = Result<Vec<WriteResult>, Stopping>> + Send>>),
+    Refused,
+}
+
+impl Future for Written {
+    type Output = Result<Vec<WriteResult>, Stopping>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Poll::Ready(match &mut self.0 {
+            Write::Queued(done) => ready!(Pin::new(done).poll(cx)).map_err(|_| Stopping),
+            Write::Waiting(done) => ready!(done.as_mut().poll(cx)),
+            Write::Refused => Err(Stopping),
+        })
     }
 }
 

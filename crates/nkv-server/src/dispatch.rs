@@ -1,22 +1,23 @@
 //! What each request does, and how its answer reads.
 
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use nkv_core::{
     Expiry, Key, KeyError, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Record, Revision, SubscriberId,
-    Subscription,
+    Subscription, ValueRef,
 };
-use nkv_notify_tcp::TcpNotifier;
+use nkv_notify_tcp::{Outbox, TcpNotifier};
 use nkv_protocol::{
     Answer, BaseFields, Chunks, Id, Kind, Refusal, Request, ServerFields, SubscriberFields, ValueForm, hello, status,
 };
 
 use crate::budget::DeepShare;
-use crate::core::{Core, Stopping, Subscriber, WriteResult};
-use crate::server::{Options, VERSION};
+use crate::core::{Core, Stopping, Subscriber, WriteResult, Written};
+use crate::server::VERSION;
 
 /// Keys in a `List` when it does not say, and at most.
 const LIST_LIMIT: u64 = 1_000;
@@ -29,90 +30,119 @@ const GET_LEN_MAX: usize = 64 << 20;
 const FREE_SEGMENTS: usize = 8;
 const NODE_LEN: usize = 512;
 
-/// Answers are sent on once there are so many bytes of them.
-const SEND_LEN: usize = 64 << 10;
+/// So many bytes for the ids of writes are kept from one batch to the next.
+const IDS_LEN_KEPT: usize = 512;
 
 /// What a connection is about: who it is, what it subscribed to, what is under way.
 pub(crate) struct Session {
     core: Arc<Core>,
     notifier: TcpNotifier,
-    options: Options,
-    client: SubscriberId,
+    /// Who it says it is; a name is made up when one is needed.
+    client: Option<SubscriberId>,
     subscriptions: HashMap<(SubscriberId, Pattern), Arc<Subscription<Subscriber>>>,
     deep: DeepShare,
-    /// Writes read but not done yet, and the ids to answer to, as JSON.
+    /// Writes read but not done yet.
     writes: Vec<Op>,
-    write_ids: Vec<Box<str>>,
-    out: Chunks,
+    /// The ids to answer them to, as JSON, one behind the other, and where each ends.
+    write_ids: String,
+    write_id_ends: Vec<usize>,
+}
+
+/// What a request has to wait for.
+pub(crate) enum Hold {
+    /// The writes before it, whose answers come first.
+    Writes(Written),
+    /// The turns of others, and room.
+    Turns(Pin<Box<dyn Future<Output = ()> + Send>>),
 }
 
 impl Session {
-    pub(crate) fn new(core: Arc<Core>, notifier: TcpNotifier, options: Options) -> Self {
+    pub(crate) fn new(core: Arc<Core>, notifier: TcpNotifier) -> Self {
         Session {
             deep: DeepShare::new(Arc::clone(&core.budget)),
             core,
             notifier,
-            options,
-            client: random_name(),
+            client: None,
             subscriptions: HashMap::new(),
             writes: Vec::new(),
-            write_ids: Vec::new(),
-            out: Chunks::default(),
+            write_ids: String::new(),
+            write_id_ends: Vec::new(),
         }
     }
 
-    pub(crate) fn out(&mut self) -> &mut Chunks {
-        &mut self.out
+    /// Serves a request, or answers what cannot be served; a write is noted, to be done with others that come right behind
+    /// it. `Err` if it has to wait: nothing was done, and it is to be served again, `is_admitted` if others had their turn.
+    pub(crate) fn serve(
+        &mut self,
+        item: Result<Request<'_>, Refusal<'_>>,
+        is_admitted: bool,
+        outbox: &mut Outbox,
+        out: &mut Chunks,
+    ) -> Result<(), Hold> {
+        let served = item.and_then(|request| match request.kind {
+            Kind::Put | Kind::Delete => self.write_op(&request).map(|op| {
+                self.writes.push(op);
+                self.write_ids.push_str(request.id.as_json());
+                self.write_id_ends.push(self.write_ids.len());
+                None
+            }),
+            _ => Ok(Some(request)),
+        });
+        if matches!(served, Ok(None)) {
+            return Ok(());
+        }
+        if let Some(writes) = self.start_writes() {
+            return Err(writes);
+        }
+        let served = match served {
+            Ok(Some(request)) if is_long(&request) && !is_admitted => return Err(self.turns()),
+            Ok(Some(_)) if self.core.budget.is_over() && !is_admitted => return Err(self.relief()),
+            Ok(Some(request)) => self.read(&request, outbox, out),
+            Ok(None) => Ok(()),
+            Err(refusal) => Err(refusal),
+        };
+        if let Err(refusal) = served {
+            refuse(out, refusal);
+        }
+        Ok(())
     }
 
-    /// Serves a request; a write waits for others that come right behind it, until [`flush`](Self::flush).
-    pub(crate) async fn request(&mut self, request: Request<'_>) {
-        if matches!(request.kind, Kind::Put | Kind::Delete) {
-            match self.write_op(&request) {
-                Ok(op) => {
-                    self.writes.push(op);
-                    self.write_ids.push(request.id.as_json().into());
-                }
-                Err(refusal) => self.refuse(refusal).await,
+    /// Has the writes under way done, if there are any.
+    pub(crate) fn start_writes(&mut self) -> Option<Hold> {
+        let writes = std::mem::take(&mut self.writes);
+        (!writes.is_empty()).then(|| Hold::Writes(self.core.write(writes, false)))
+    }
+
+    /// Answers the writes that were under way.
+    pub(crate) fn answer_writes(&mut self, results: Result<Vec<WriteResult>, Stopping>, out: &mut Chunks) {
+        let mut results = results.map(Vec::into_iter);
+        let mut start = 0;
+        for end in self.write_id_ends.drain(..) {
+            let id = Id::from_json(self.write_ids.get(std::mem::replace(&mut start, end)..end).unwrap_or_default());
+            match results.as_mut().map(Iterator::next) {
+                Ok(Some(result)) => answer_write(Answer::to(id, out), result),
+                _ => Answer::to(id, out).base(status::UNAVAILABLE, "the server is stopping", &BaseFields::default()),
             }
-            return;
         }
-        self.do_writes().await;
-        if self.notifier.has_ended() {
-            return; // nobody is there to be answered; writes are done all the same
-        }
-        if is_long(&request) {
-            // Others have their turn between two requests that may take their time.
-            self.send();
+        self.write_ids.clear();
+        self.write_ids.shrink_to(IDS_LEN_KEPT);
+        self.write_id_ends.shrink_to(IDS_LEN_KEPT / 8);
+    }
+
+    /// What a request that may take its time waits for: others have their turn, and there must be room for the answer.
+    fn turns(&self) -> Hold {
+        let (core, notifier) = (Arc::clone(&self.core), self.notifier.clone());
+        Hold::Turns(Box::pin(async move {
             tokio::task::yield_now().await;
-            self.core.budget.room(self.options.stall_limit, || self.notifier.has_ended()).await;
-        }
-        if self.core.budget.is_over() {
-            self.core.budget.relief().await;
-        }
-        if let Err(refusal) = self.read(&request) {
-            refuse(&mut self.out, refusal);
-        }
-        self.make_room().await;
+            core.budget.room(core.options.stall_limit, || notifier.has_ended()).await;
+            core.budget.relief().await;
+        }))
     }
 
-    /// Answers what could not be served.
-    pub(crate) async fn refuse(&mut self, refusal: Refusal<'_>) {
-        self.do_writes().await;
-        refuse(&mut self.out, refusal);
-        self.make_room().await;
-    }
-
-    /// Does the writes under way and sends every answer; waits while too many answers wait to be written.
-    pub(crate) async fn flush(&mut self) {
-        self.do_writes().await;
-        self.send();
-        self.wait_for_room().await;
-    }
-
-    /// Sends every answer there is.
-    pub(crate) fn send(&mut self) {
-        self.notifier.send(&mut self.out);
+    /// Some turns for those who were told to give up what they hold.
+    pub(crate) fn relief(&self) -> Hold {
+        let budget = Arc::clone(&self.core.budget);
+        Hold::Turns(Box::pin(async move { budget.relief().await }))
     }
 
     /// Whether anything may be told without being asked for.
@@ -124,20 +154,6 @@ impl Session {
     pub(crate) fn end(self) {
         for subscription in self.subscriptions.into_values() {
             self.core.store.forget(&subscription);
-        }
-    }
-
-    async fn make_room(&mut self) {
-        if self.out.len() >= SEND_LEN {
-            self.send();
-        }
-        self.wait_for_room().await;
-    }
-
-    async fn wait_for_room(&self) {
-        if self.notifier.waiting() > SEND_LEN {
-            self.core.budget.check_if_over();
-            self.notifier.room().await;
         }
     }
 
@@ -159,78 +175,68 @@ impl Session {
         })
     }
 
-    async fn do_writes(&mut self) {
-        if self.writes.is_empty() {
-            return;
-        }
-        let results = self.core.write(std::mem::take(&mut self.writes), false).await;
-        let ids = std::mem::take(&mut self.write_ids);
-        match results {
-            Ok(results) => {
-                for (id, result) in ids.iter().zip(results) {
-                    answer_write(Answer::to(Id::from_json(id), &mut self.out), result);
-                }
-            }
-            Err(Stopping) => {
-                for id in &ids {
-                    let answer = Answer::to(Id::from_json(id), &mut self.out);
-                    answer.base(status::UNAVAILABLE, "the server is stopping", &BaseFields::default());
-                }
-            }
-        }
-    }
-
-    fn read<'r>(&mut self, request: &Request<'r>) -> Result<(), Refusal<'r>> {
+    fn read<'r>(&mut self, request: &Request<'r>, outbox: &mut Outbox, out: &mut Chunks) -> Result<(), Refusal<'r>> {
         let id = request.id;
         match request.kind {
-            Kind::Get => self.get(request),
-            Kind::List => self.list(request),
+            Kind::Get => self.get(request, out),
+            Kind::List => self.list(request, out),
             Kind::Exists => {
                 let exists = self.core.store.exists(&pattern(request)?);
-                self.found(id, exists);
+                found(id, exists, out);
                 Ok(())
             }
-            Kind::Trace => self.trace(request),
-            Kind::Subscribe => self.subscribe(request),
+            Kind::Trace => self.trace(request, out),
+            Kind::Subscribe => self.subscribe(request, outbox, out),
             Kind::Unsubscribe => {
                 let (client, pattern) = (self.client_of(request), pattern(request)?);
-                let found = self.core.store.unsubscribe(&pattern, &client);
+                let was_there = self.core.store.unsubscribe(&pattern, &client);
                 let name = (client, pattern);
                 if self.subscriptions.remove(&name).is_some() {
                     self.deep.set(self.deep.len().saturating_sub(deep_len(&name.1)));
                 }
-                self.found(id, found);
+                found(id, was_there, out);
                 Ok(())
             }
             Kind::Connect => {
-                self.connect(request);
+                self.connect(request, out);
                 Ok(())
             }
             Kind::Version => {
-                Answer::to(id, &mut self.out).version(VERSION);
+                Answer::to(id, out).version(VERSION);
                 Ok(())
             }
             Kind::Stats => {
-                self.stats(id);
+                self.stats(id, out);
                 Ok(())
             }
             // Writes are done elsewhere.
             Kind::Health | Kind::Put | Kind::Delete => {
-                self.found(id, true);
+                found(id, true, out);
                 Ok(())
             }
         }
     }
 
-    fn found(&mut self, id: Id<'_>, found: bool) {
-        let answer = Answer::to(id, &mut self.out);
-        if found { answer.ok(&BaseFields::default()) } else { answer.not_found() }
-    }
-
-    fn get<'r>(&mut self, request: &Request<'r>) -> Result<(), Refusal<'r>> {
+    fn get<'r>(&self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
         let id = request.id;
-        let (pattern, after) = (pattern(request)?, after(request)?);
+        let after = after(request)?;
         let form = self.notifier.form();
+        if after.is_none() && Key::check(&request.key).is_ok() {
+            // One key, as a rule: what is found is written where it is sent from.
+            let found = self.core.store.look_up(&request.key, |record| {
+                let shared = match &record.value {
+                    ValueRef::Short(_) => None,
+                    ValueRef::Shared(value) => Some(*value),
+                };
+                let answer = Answer::to(id, out);
+                answer.get_one(form, record.key, &record.value, shared, record.revision.get());
+            });
+            if found.is_none() {
+                Answer::to(id, out).get(form, &[], false);
+            }
+            return Ok(());
+        }
+        let pattern = pattern(request)?;
         let limit = request.limit.map_or(u64::MAX, |limit| limit.min(LIST_LIMIT_MAX));
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         let page = self.core.store.get_page(&pattern, after.as_ref(), limit, GET_LEN_MAX);
@@ -240,20 +246,20 @@ impl Session {
             return Err(too_large(id));
         }
         let entries: Vec<_> = page.entries.iter().map(|r| (r.key.as_str(), &r.value, r.revision.get())).collect();
-        Answer::to(id, &mut self.out).get(form, &entries, page.more);
+        Answer::to(id, out).get(form, &entries, page.more);
         Ok(())
     }
 
-    fn list<'r>(&mut self, request: &Request<'r>) -> Result<(), Refusal<'r>> {
+    fn list<'r>(&self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
         let limit = request.limit.unwrap_or(LIST_LIMIT).min(LIST_LIMIT_MAX);
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         let page = self.core.store.list(&pattern(request)?, after(request)?.as_ref(), limit);
         let entries: Vec<_> = page.entries.iter().map(|(key, revision)| (key.as_str(), revision.get())).collect();
-        Answer::to(request.id, &mut self.out).list(&entries, page.more);
+        Answer::to(request.id, out).list(&entries, page.more);
         Ok(())
     }
 
-    fn trace<'r>(&mut self, request: &Request<'r>) -> Result<(), Refusal<'r>> {
+    fn trace<'r>(&self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
         let traced = self.core.trace(&key(request)?);
         let lens = traced.iter().map(|traced| traced.id.as_str().len().saturating_add(traced.pattern.len()));
         // A control character takes six bytes.
@@ -270,14 +276,19 @@ impl Session {
                 skipped: traced.backlog.skipped,
             })
             .collect();
-        Answer::to(request.id, &mut self.out).trace(&subscribers);
+        Answer::to(request.id, out).trace(&subscribers);
         Ok(())
     }
 
-    fn subscribe<'r>(&mut self, request: &Request<'r>) -> Result<(), Refusal<'r>> {
+    fn subscribe<'r>(
+        &mut self,
+        request: &Request<'r>,
+        outbox: &mut Outbox,
+        out: &mut Chunks,
+    ) -> Result<(), Refusal<'r>> {
         let pattern = pattern(request)?;
         let name = (self.client_of(request), pattern);
-        let limit = self.options.subscriptions_max;
+        let limit = self.core.options.subscriptions_max;
         if self.subscriptions.len() >= limit {
             self.subscriptions.retain(|_, subscription| is_live(subscription));
             let lens = self.subscriptions.keys().map(|(_, pattern)| deep_len(pattern));
@@ -288,7 +299,7 @@ impl Session {
             let message = format!("more than {limit} subscriptions on one connection");
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
-        let total = self.options.subscriptions_total_max;
+        let total = self.core.options.subscriptions_total_max;
         if !again && self.core.store.stats().subscriptions >= total as u64 {
             let message = format!("more than {total} subscriptions on all connections");
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
@@ -305,9 +316,9 @@ impl Session {
             None => false,
         };
         if !request.snapshot && !hello_by_old {
-            hello(&mut self.out);
+            hello(out);
         }
-        self.send();
+        outbox.send(std::mem::take(out));
         let (client, pattern) = name.clone();
         let subscriber = Subscriber::from(self.notifier.clone());
         let subscription = self.core.store.subscribe(pattern, client, subscriber, request.snapshot);
@@ -318,21 +329,21 @@ impl Session {
         Ok(())
     }
 
-    fn connect(&mut self, request: &Request<'_>) {
-        self.client = self.client_of(request);
+    fn connect(&mut self, request: &Request<'_>, out: &mut Chunks) {
+        self.client = Some(self.client_of(request));
         self.notifier.set_form(request.values.unwrap_or_default());
         let server = ServerFields {
             version: VERSION,
             epoch: &self.core.store.epoch().to_string(),
-            value_len_max: self.options.limits().value_len_max as u64,
+            value_len_max: self.core.options.limits().value_len_max as u64,
         };
-        Answer::to(request.id, &mut self.out).ok(&BaseFields { server: Some(server), ..BaseFields::default() });
+        Answer::to(request.id, out).ok(&BaseFields { server: Some(server), ..BaseFields::default() });
     }
 
-    fn stats(&mut self, id: Id<'_>) {
+    fn stats(&self, id: Id<'_>, out: &mut Chunks) {
         let stats = self.core.store.stats();
         let epoch = stats.epoch.to_string();
-        Answer::to(id, &mut self.out).stats(
+        Answer::to(id, out).stats(
             &[("epoch", &epoch), ("durability", &self.core.durability)],
             &[
                 ("keys", stats.keys),
@@ -352,9 +363,17 @@ impl Session {
         );
     }
 
-    fn client_of(&self, request: &Request<'_>) -> SubscriberId {
-        request.client_uuid.as_deref().map_or_else(|| self.client.clone(), SubscriberId::from)
+    fn client_of(&mut self, request: &Request<'_>) -> SubscriberId {
+        match request.client_uuid.as_deref() {
+            Some(name) => SubscriberId::from(name),
+            None => self.client.get_or_insert_with(random_name).clone(),
+        }
     }
+}
+
+fn found(id: Id<'_>, found: bool, out: &mut Chunks) {
+    let answer = Answer::to(id, out);
+    if found { answer.ok(&BaseFields::default()) } else { answer.not_found() }
 }
 
 /// Whether the store still knows a subscription: one that somebody else ended or replaced is held here alone.

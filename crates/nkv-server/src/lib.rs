@@ -11,6 +11,7 @@
 )]
 
 mod address;
+mod bell;
 mod budget;
 mod clock;
 mod complaints;

@@ -15,7 +15,7 @@ use tracing::debug;
 use crate::address::Address;
 use crate::connection::{self, Socket};
 use crate::core::Core;
-use crate::server::{Options, ServerError, stopped};
+use crate::server::{ServerError, stopped};
 
 /// After a failed accept (no file descriptors, most often), so long passes before the next.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -102,7 +102,6 @@ fn bind_unix(path: &Path) -> io::Result<Listener> {
 #[derive(Clone, Debug)]
 pub(crate) struct Acceptor {
     pub(crate) core: Arc<Core>,
-    pub(crate) options: Options,
     pub(crate) stop: watch::Receiver<bool>,
 }
 
@@ -125,6 +124,7 @@ impl Acceptor {
             }
         }
         drop(listener);
+        self.core.budget.stop();
         while let Some(ended) = connections.join_next().await {
             log_panic(&ended);
         }
@@ -133,8 +133,7 @@ impl Acceptor {
     fn serve(&self, socket: Socket, from: Option<SocketAddr>, connections: &mut JoinSet<()>) {
         match self.core.slots.take(from) {
             Ok(slot) => {
-                let (core, stop) = (Arc::clone(&self.core), self.stop.clone());
-                connections.spawn(connection::serve(socket, core, self.options, slot, stop));
+                connections.spawn(connection::serve(socket, Arc::clone(&self.core), slot));
             }
             Err(full) => {
                 self.core.complaints.warn("refused", format_args!("a connection was refused: {full}"));

@@ -8,17 +8,18 @@ use std::time::Duration;
 use nkv_core::{NoPersist, NotifyKeyValue, Op, PersistError, PersistValue};
 use nkv_protocol::Limits;
 use thiserror::Error;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::{error, info};
 
 use crate::address::Address;
+use crate::bell::Bell;
 use crate::budget::Budget;
 use crate::clock::Clock;
 use crate::core::Core;
 use crate::handle::Handle;
 use crate::listener::{Acceptor, Listener};
-use crate::writer::{QUEUE_LEN, Writer};
+use crate::writer::{Queue, Writer};
 
 /// The version of this server.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -194,30 +195,35 @@ impl Builder {
         let open = tokio::task::spawn_blocking(move || NotifyKeyValue::open(persist()?, clock.now()));
         let store = Arc::new(open.await.map_err(|error| ServerError::System(error.into()))??);
 
-        let (jobs, queue) = mpsc::channel(QUEUE_LEN);
+        let (bell, queue) = (Arc::new(Bell::default()), Arc::new(Queue::default()));
         let (failure, failed) = watch::channel(None);
         let (stop, stopped) = watch::channel(false);
         let expiry_changed = Arc::new(Notify::new());
         let budget = Budget::new(options.queued_max);
         let writer = Writer {
             store: Arc::clone(&store),
-            jobs: queue,
+            queue: Arc::clone(&queue),
+            bell: Arc::clone(&bell),
             expiry_changed: Arc::clone(&expiry_changed),
             failure,
             budget: Arc::clone(&budget),
         };
         let writer = writer.spawn().map_err(ServerError::System)?;
-        let core = Arc::new(Core::new(store, clock, durability, &options, budget, jobs));
+        let pump = tokio::spawn({
+            let (bell, queue) = (Arc::clone(&bell), Arc::clone(&queue));
+            async move { bell.pump(|| queue.wake()).await }
+        });
+        let core = Arc::new(Core::new(store, clock, durability, options, budget, bell, queue));
 
         let mut tasks = JoinSet::new();
-        let acceptor = Acceptor { core: Arc::clone(&core), options, stop: stopped.clone() };
+        let acceptor = Acceptor { core: Arc::clone(&core), stop: stopped.clone() };
         for listener in listeners {
             tasks.spawn(acceptor.clone().run(listener));
         }
         drop(acceptor);
         tasks.spawn(expire(Arc::clone(&core), expiry_changed, stopped));
         let handle = Handle::new(&core);
-        let running = tokio::spawn(run(core, tasks, writer, failed, stop.subscribe()));
+        let running = tokio::spawn(run(core, tasks, pump, writer, failed, stop.subscribe()));
         Ok(Server { addresses, handle, stop, running })
     }
 }
@@ -305,6 +311,7 @@ impl Drop for Server {
 async fn run(
     core: Arc<Core>,
     mut tasks: JoinSet<()>,
+    pump: JoinHandle<()>,
     writer: thread::JoinHandle<()>,
     mut failed: watch::Receiver<Option<Arc<PersistError>>>,
     mut stop: watch::Receiver<bool>,
@@ -329,7 +336,7 @@ async fn run(
         info!("connections were cut that did not end within {DRAIN_LIMIT:?}");
         tasks.shutdown().await;
     }
-    core.stop_writes();
+    core.queue.close();
     // Connections that were cut let go of the store as soon as they are polled once more.
     let released = async {
         while Arc::strong_count(&core) > 1 {
@@ -341,6 +348,7 @@ async fn run(
     }
     drop(core);
     let joined = tokio::task::spawn_blocking(move || writer.join()).await;
+    pump.abort();
     if !matches!(joined, Ok(Ok(()))) && result.is_ok() {
         result = Err(broken("the writer"));
     }

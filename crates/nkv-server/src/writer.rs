@@ -1,16 +1,14 @@
 //! The writer thread: takes everything that waits, stores it as one batch, answers. Group commit by nature.
 
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use nkv_core::{Op, PersistError, PersistErrorKind};
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, watch};
 
+use crate::bell::Bell;
 use crate::budget::Budget;
 use crate::core::{Job, Store, WriteResult, value_len};
-
-/// So many jobs wait at most; whoever brings another waits with it.
-pub(crate) const QUEUE_LEN: usize = 1_024;
 
 /// What waits for subscribers is looked at each time so many more events were given to them, or as much was written
 /// as [`Budget::check_every`] says.
@@ -20,9 +18,72 @@ const CHECK_EVERY: u64 = 4_096;
 const GROUP_OPS_MAX: usize = 4_096;
 const GROUP_BYTES_MAX: usize = 4 << 20;
 
+/// The jobs that wait to be done. How many that may be is up to those who let them in.
+#[derive(Debug, Default)]
+pub(crate) struct Queue {
+    waiting: Mutex<Waiting>,
+    arrived: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    jobs: Vec<Job>,
+    /// The writer sleeps until somebody wakes it.
+    is_asleep: bool,
+    is_closed: bool,
+}
+
+/// The queue takes no more jobs.
+#[derive(Debug)]
+pub(crate) struct Closed;
+
+impl Queue {
+    /// Adds a job; says whether the writer is to be [woken](Self::wake).
+    pub(crate) fn push(&self, job: Job) -> Result<bool, Closed> {
+        let mut waiting = self.lock();
+        if waiting.is_closed {
+            return Err(Closed);
+        }
+        waiting.jobs.push(job);
+        Ok(waiting.is_asleep)
+    }
+
+    /// Wakes the writer if it sleeps and there is something to do.
+    pub(crate) fn wake(&self) {
+        let mut waiting = self.lock();
+        if waiting.is_asleep && (waiting.is_closed || !waiting.jobs.is_empty()) {
+            waiting.is_asleep = false;
+            drop(waiting);
+            self.arrived.notify_one();
+        }
+    }
+
+    /// Takes no more jobs: the writer ends after those it has.
+    pub(crate) fn close(&self) {
+        self.lock().is_closed = true;
+        self.wake();
+    }
+
+    /// Waits for jobs and takes them all out; there are none once the queue is closed.
+    fn take(&self, jobs: &mut Vec<Job>) {
+        let mut waiting = self.lock();
+        while waiting.jobs.is_empty() && !waiting.is_closed {
+            waiting.is_asleep = true;
+            waiting = self.arrived.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+        waiting.is_asleep = false;
+        std::mem::swap(&mut waiting.jobs, jobs);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 pub(crate) struct Writer {
     pub(crate) store: Arc<Store>,
-    pub(crate) jobs: mpsc::Receiver<Job>,
+    pub(crate) queue: Arc<Queue>,
+    pub(crate) bell: Arc<Bell>,
     /// Told when the time of the next expiry may have changed.
     pub(crate) expiry_changed: Arc<Notify>,
     /// Told when storage is poisoned.
@@ -30,37 +91,54 @@ pub(crate) struct Writer {
     pub(crate) budget: Arc<Budget>,
 }
 
+/// Whoever waits for a writer that is gone, for whatever reason, waits in vain.
+struct Closing(Arc<Queue>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.close();
+        drop(std::mem::take(&mut self.0.lock().jobs));
+    }
+}
+
 impl Writer {
     pub(crate) fn spawn(self) -> std::io::Result<JoinHandle<()>> {
         thread::Builder::new().name("nkv-writer".into()).spawn(move || self.run())
     }
 
-    fn run(mut self) {
-        let mut ops = Vec::new();
-        let mut group = Vec::new();
+    fn run(self) {
+        let _closing = Closing(Arc::clone(&self.queue));
+        let (mut jobs, mut ops, mut group) = (Vec::new(), Vec::new(), Vec::new());
         let (mut checked_at, mut written) = (0, 0_usize);
-        while let Some(first) = self.jobs.blocking_recv() {
-            let mut bytes = 0;
-            let mut next = Some(first);
-            while let Some(mut job) = next {
-                bytes = job.ops.iter().map(value_len).fold(bytes, usize::saturating_add);
-                let count = job.ops.len();
-                ops.append(&mut job.ops);
-                group.push((job, count));
-                let full = ops.len() >= GROUP_OPS_MAX || bytes >= GROUP_BYTES_MAX;
-                next = if full { None } else { self.jobs.try_recv().ok() };
+        loop {
+            self.queue.take(&mut jobs);
+            if jobs.is_empty() {
+                return;
             }
-            let expiry = self.store.next_expiry();
-            self.write(&ops, group.drain(..));
-            ops.clear();
-            if self.store.next_expiry() != expiry {
-                self.expiry_changed.notify_one();
-            }
-            let notified = self.store.notified();
-            written = written.saturating_add(bytes);
-            if notified.saturating_sub(checked_at) >= CHECK_EVERY || written >= self.budget.check_every() {
-                (checked_at, written) = (notified, 0);
-                self.budget.check();
+            let mut jobs = jobs.drain(..).peekable();
+            while jobs.peek().is_some() {
+                let mut bytes = 0;
+                while ops.len() < GROUP_OPS_MAX
+                    && bytes < GROUP_BYTES_MAX
+                    && let Some(mut job) = jobs.next()
+                {
+                    bytes = job.ops.iter().map(value_len).fold(bytes, usize::saturating_add);
+                    let count = job.ops.len();
+                    ops.append(&mut job.ops);
+                    group.push((job, count));
+                }
+                let expiry = self.store.next_expiry();
+                self.bell.quietly(|| self.write(&ops, group.drain(..)));
+                ops.clear();
+                if self.store.next_expiry() != expiry {
+                    self.expiry_changed.notify_one();
+                }
+                let notified = self.store.notified();
+                written = written.saturating_add(bytes);
+                if notified.saturating_sub(checked_at) >= CHECK_EVERY || written >= self.budget.check_every() {
+                    (checked_at, written) = (notified, 0);
+                    self.budget.check();
+                }
             }
         }
     }

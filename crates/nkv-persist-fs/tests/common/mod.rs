@@ -142,6 +142,16 @@ pub(crate) fn segments(fs: &SimFs) -> Vec<String> {
     names
 }
 
+/// Where the frames of a segment end: what follows are zeros, or nothing.
+pub(crate) fn log_end(segment: &[u8]) -> usize {
+    let mut end = 72;
+    while segment[end..].starts_with(b"nkvF") {
+        let body_len = u32::from_le_bytes(segment[end + 8..end + 12].try_into().unwrap());
+        end += (40 + body_len as usize).next_multiple_of(8);
+    }
+    end
+}
+
 /// A small generator of numbers: the same seed, the same numbers.
 #[derive(Clone, Debug)]
 pub(crate) struct Rng(pub u64);

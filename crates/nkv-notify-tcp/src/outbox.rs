@@ -1,0 +1,272 @@
+//! The sending side of a connection: gathers what waits and writes it, as few system calls as it takes.
+//!
+//! An outbox is polled by whoever has the socket. What is sent is gathered in a buffer that all outboxes of a thread
+//! lend each other, so that one that is idle, or whose peer keeps up, has none.
+
+use std::cell::RefCell;
+use std::io::{self, IoSlice};
+use std::os::fd::AsFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use nkv_core::mailbox::{Inbox, Item};
+use nkv_protocol::Chunks;
+use tokio::io::AsyncWrite;
+use tokio::time::{Sleep, sleep};
+
+use crate::encode::{self, SnapshotWriter};
+use crate::notifier::{Shared, waiting_len};
+
+/// So many bytes are gathered for one write. What is still in the mailbox can be conflated, what is gathered cannot.
+const GATHER_LEN: usize = 64 << 10;
+
+/// So many pieces go into one vectored write.
+const SLICES_MAX: usize = 64;
+
+/// So many buffers, of so many bytes at most, are kept for the next outbox of the thread.
+const SPARE_MAX: usize = 4;
+const SPARE_LEN_MAX: usize = 256 << 10;
+
+/// How a connection's sending side ended.
+#[derive(Debug)]
+pub enum WriterEnd {
+    /// All that was to be sent is written.
+    Finished,
+    /// The peer took no byte for the stall limit.
+    Stalled,
+    /// Writing failed.
+    Failed(io::Error),
+}
+
+/// What a connection is to send, answers and events alike, and how far that is. To be [polled](Self::poll).
+#[derive(Debug)]
+pub struct Outbox {
+    inbox: Inbox<Box<Chunks>>,
+    shared: Arc<Shared>,
+    /// The snapshot that is being written, and what [`waiting_len`] said of it.
+    snapshot: Option<(SnapshotWriter, usize)>,
+    /// Gathered for the next write.
+    out: Chunks,
+    /// Which encoding was most of it (an address), and how many bytes it had, before any of it was written: a long
+    /// encoding is kept until the last of it is.
+    gathered: (usize, usize),
+    /// How many bytes of it [`Shared::wait_for`] was not told of: answers that the next write may well take at once.
+    fresh: usize,
+    /// How many bytes [`Shared::written`] is to be told of when all that was gathered is written.
+    counted: usize,
+    /// The peer has not taken all of it, and may take its time until then.
+    stall: Option<Pin<Box<Sleep>>>,
+}
+
+thread_local! {
+    static SPARE: RefCell<Vec<Chunks>> = const { RefCell::new(Vec::new()) };
+    static ITEMS: RefCell<Vec<Item<Box<Chunks>>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// An empty buffer for answers, with the room that another one left on this thread; [`Outbox::send`] gives it back.
+#[must_use]
+pub fn spare() -> Chunks {
+    SPARE.with_borrow_mut(Vec::pop).unwrap_or_default()
+}
+
+fn give_back(chunks: Chunks) {
+    if (1..=SPARE_LEN_MAX).contains(&chunks.capacity()) {
+        SPARE.with_borrow_mut(|spares| {
+            if spares.len() < SPARE_MAX {
+                spares.push(chunks);
+            }
+        });
+    }
+}
+
+impl Outbox {
+    pub(crate) fn new(inbox: Inbox<Box<Chunks>>, shared: Arc<Shared>) -> Self {
+        let (snapshot, out, gathered, fresh, counted, stall) = Default::default();
+        Outbox { inbox, shared, snapshot, out, gathered, fresh, counted, stall }
+    }
+
+    /// Sends answers, after all that was sent or told before.
+    pub fn send(&mut self, mut answers: Chunks) {
+        let len = answers.len();
+        if len > 0 && self.out.is_empty() && self.snapshot.is_none() && self.inbox.is_empty() {
+            self.fresh = len;
+            self.out.append(&mut answers);
+        } else if len > 0 {
+            self.shared.wait_for(len);
+            self.inbox.post(Box::new(std::mem::take(&mut answers)));
+        }
+        give_back(answers);
+    }
+
+    /// Whether so much waits to be taken that no more is to be made for now. [`poll`](Self::poll) goes on with it.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.shared.is_full()
+    }
+
+    /// Writes what there is. Ready when the connection's sending side has ended: all that was to be sent is written, and
+    /// the notifier closed; or the peer is gone or stalls. Until then it has `cx` woken when the peer takes more, and
+    /// `told` when there is more to write; `told` may be another way to the same task.
+    ///
+    /// Once ready, it is not to be polled again.
+    pub fn poll<W>(&mut self, cx: &mut Context<'_>, told: &Waker, writer: &mut W) -> Poll<WriterEnd>
+    where
+        W: AsyncWrite + Unpin,
+    {
+        loop {
+            // What the peer does not take yet is nothing to be added to: in the mailbox it can still be conflated.
+            let is_closed = self.gathered.1 == 0 && self.gather(told);
+            if !self.out.is_empty() {
+                match self.poll_write(cx, writer) {
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(end)) => return Poll::Ready(end),
+                    Poll::Pending => {
+                        self.inbox.poll_called(&mut Context::from_waker(told));
+                        return Poll::Pending;
+                    }
+                }
+            } else if is_closed {
+                return self.poll_shutdown(cx, writer);
+            } else {
+                give_back(std::mem::take(&mut self.out));
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Takes out of the mailbox what the next write may take; says whether the mailbox is closed and empty.
+    fn gather(&mut self, told: &Waker) -> bool {
+        let mut cx = Context::from_waker(told);
+        while self.out.len() < GATHER_LEN {
+            if let Some((snapshot, waiting)) = &mut self.snapshot {
+                if snapshot.write(self.shared.form(), GATHER_LEN, &mut self.out) {
+                    self.counted = self.counted.saturating_add(*waiting);
+                    self.snapshot = None;
+                }
+                continue;
+            }
+            let mut items = ITEMS.take();
+            let taken = self.inbox.poll_take_many(&mut cx, GATHER_LEN, &mut items);
+            if taken == Poll::Ready(true) && self.out.capacity() == 0 {
+                self.out = spare();
+            }
+            for item in items.drain(..) {
+                self.encode(item);
+            }
+            ITEMS.set(items);
+            match taken {
+                Poll::Ready(true) => {}
+                Poll::Ready(false) => return true,
+                Poll::Pending => return false,
+            }
+        }
+        false
+    }
+
+    fn encode(&mut self, item: Item<Box<Chunks>>) {
+        match item {
+            Item::Own(mut answers) => {
+                self.counted = self.counted.saturating_add(answers.len());
+                self.out.append(&mut answers);
+            }
+            Item::Event { event, skipped } => {
+                let waiting = waiting_len(&event);
+                match encode::event(event, skipped, self.shared.form(), &mut self.out) {
+                    Some(snapshot) => self.snapshot = Some((snapshot, waiting)),
+                    None => self.counted = self.counted.saturating_add(waiting),
+                }
+            }
+        }
+    }
+
+    /// Writes what was gathered, all of it or until the peer takes no more for now.
+    fn poll_write<W>(&mut self, cx: &mut Context<'_>, writer: &mut W) -> Poll<Result<(), WriterEnd>>
+    where
+        W: AsyncWrite + Unpin,
+    {
+        if self.gathered.1 == 0 {
+            let longest = self.out.slices().max_by_key(|slice| slice.len());
+            self.gathered = (longest.map_or(0, |slice| slice.as_ptr().addr()), self.out.len());
+        }
+        while !self.out.is_empty() {
+            match write_once(cx, writer, &self.out) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(WriterEnd::Failed(io::ErrorKind::WriteZero.into()))),
+                Poll::Ready(Ok(written)) => {
+                    self.out.advance(written);
+                    self.stall = None;
+                }
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(WriterEnd::Failed(error))),
+                Poll::Pending => return self.poll_stall(cx).map(|()| Err(WriterEnd::Stalled)),
+            }
+        }
+        (self.fresh, self.gathered) = (0, (0, 0));
+        self.shared.flushed(std::mem::take(&mut self.counted));
+        Poll::Ready(Ok(()))
+    }
+
+    /// The peer takes no more: notes what waits for it, and since when.
+    fn poll_stall(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let fresh = std::mem::take(&mut self.fresh);
+        self.shared.wait_for(fresh);
+        self.counted = self.counted.saturating_add(fresh);
+        let (encoding, len) = self.gathered;
+        self.shared.gather(encoding, len.saturating_sub(self.counted));
+        let limit = self.shared.options.stall_limit;
+        self.stall.get_or_insert_with(|| Box::pin(sleep(limit))).as_mut().poll(cx)
+    }
+
+    fn poll_shutdown<W>(&mut self, cx: &mut Context<'_>, writer: &mut W) -> Poll<WriterEnd>
+    where
+        W: AsyncWrite + Unpin,
+    {
+        match Pin::new(writer).poll_shutdown(cx) {
+            Poll::Ready(Ok(())) => Poll::Ready(WriterEnd::Finished),
+            Poll::Ready(Err(error)) => Poll::Ready(WriterEnd::Failed(error)),
+            Poll::Pending => self.poll_stall(cx).map(|()| WriterEnd::Stalled),
+        }
+    }
+}
+
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        self.shared.end();
+    }
+}
+
+/// One system call.
+fn write_once<W>(cx: &mut Context<'_>, writer: &mut W, out: &Chunks) -> Poll<io::Result<usize>>
+where
+    W: AsyncWrite + Unpin,
+{
+    let mut slices = out.slices();
+    let first = slices.next().unwrap_or_default();
+    let Some(second) = slices.next() else { return Pin::new(writer).poll_write(cx, first) };
+    let vector: Vec<_> = [first, second].into_iter().chain(slices).take(SLICES_MAX).map(IoSlice::new).collect();
+    Pin::new(writer).poll_write_vectored(cx, &vector)
+}
+
+/// Has the kernel find out within a minute or so that a peer's host has vanished, whether the connection is idle or
+/// something is on its way to it.
+///
+/// # Errors
+///
+/// What the system says.
+pub fn keep_alive(socket: &impl AsFd) -> io::Result<()> {
+    let socket = socket2::SockRef::from(socket);
+    let (idle, interval) = (Duration::from_secs(30), Duration::from_secs(10));
+    socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(3))?;
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    socket.set_tcp_user_timeout(Some(Duration::from_secs(60)))?;
+    Ok(())
+}
+
+/// Bounds what the kernel holds for a peer that does not read: several megabytes a connection otherwise.
+///
+/// # Errors
+///
+/// What the system says.
+pub fn limit_send_buffer(socket: &impl AsFd, bytes: usize) -> io::Result<()> {
+    socket2::SockRef::from(socket).set_send_buffer_size(bytes)
+}

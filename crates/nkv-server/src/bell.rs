@@ -1,0 +1,98 @@
+//! One wake-up of the runtime for many tasks: who stores and tells a batch wakes hundreds of connections, and a system
+//! call for each would cost more than the batch.
+//!
+//! A task that is to be woken this way lends its waker to a [`Ringer`]. Waking that only notes it; the pump, a task of the
+//! runtime, then wakes all who were noted from within the runtime, which is cheap. Whoever wakes many does so
+//! [`quietly`](Bell::quietly), so that the pump is woken once at the end.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Wake, Waker};
+
+use tokio::sync::Notify;
+
+#[derive(Debug, Default)]
+pub(crate) struct Bell {
+    woken: Mutex<Vec<Arc<Ringer>>>,
+    rung: Notify,
+}
+
+/// Stands for the waker of one task.
+#[derive(Debug)]
+pub(crate) struct Ringer {
+    bell: Arc<Bell>,
+    task: Waker,
+    is_noted: AtomicBool,
+}
+
+thread_local! {
+    static IS_QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+impl Bell {
+    /// A waker that stands for `task`; `known`, if it does so already.
+    pub(crate) fn waker(self: &Arc<Self>, known: &mut Option<(Waker, Waker)>, task: &Waker) -> Waker {
+        match known {
+            Some((of, waker)) if of.will_wake(task) => waker.clone(),
+            _ => {
+                let ringer = Ringer { bell: Arc::clone(self), task: task.clone(), is_noted: AtomicBool::new(false) };
+                let waker = Waker::from(Arc::new(ringer));
+                *known = Some((task.clone(), waker.clone()));
+                waker
+            }
+        }
+    }
+
+    /// Has the pump woken once for all whom `wakes` wakes on this thread.
+    pub(crate) fn quietly<R>(&self, wakes: impl FnOnce() -> R) -> R {
+        IS_QUIET.set(true);
+        let result = wakes();
+        IS_QUIET.set(false);
+        if !self.lock().is_empty() {
+            self.rung.notify_one();
+        }
+        result
+    }
+
+    /// Wakes the pump.
+    pub(crate) fn ring(&self) {
+        self.rung.notify_one();
+    }
+
+    /// Wakes whoever is noted and calls `each_time`, for ever. The last to be noted is the first to be woken: that is
+    /// whoever waits for an answer, and then those who are only told.
+    pub(crate) async fn pump(&self, each_time: impl Fn()) {
+        let mut woken = Vec::new();
+        loop {
+            self.rung.notified().await;
+            std::mem::swap(&mut *self.lock(), &mut woken);
+            while let Some(ringer) = woken.pop() {
+                // What comes from here on is to wake it again.
+                ringer.is_noted.store(false, SeqCst);
+                ringer.task.wake_by_ref();
+            }
+            each_time();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Ringer>>> {
+        self.woken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Wake for Ringer {
+    fn wake(self: Arc<Self>) {
+        if !self.is_noted.swap(true, SeqCst) {
+            let bell = Arc::clone(&self.bell);
+            bell.lock().push(self);
+            if !IS_QUIET.get() {
+                bell.rung.notify_one();
+            }
+        }
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        Arc::clone(self).wake();
+    }
+}

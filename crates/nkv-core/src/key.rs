@@ -73,19 +73,28 @@ impl Key {
     /// Whether this key lies below `branch`, at any depth; a key is not below itself.
     #[must_use]
     pub fn is_below(&self, branch: &Key) -> bool {
-        self.0.strip_prefix(&*branch.0).is_some_and(|rest| rest.starts_with('.'))
+        branch.is_above(&self.0)
+    }
+
+    /// Whether `key`, the text of a key, lies below this one.
+    fn is_above(&self, key: &str) -> bool {
+        key.strip_prefix(&*self.0).is_some_and(|rest| rest.starts_with('.'))
     }
 }
 
 impl Ord for Key {
     fn cmp(&self, other: &Self) -> Ordering {
-        let (a, b) = (self.0.as_bytes(), other.0.as_bytes());
-        match a.iter().zip(b).find(|(x, y)| x != y) {
-            Some((b'.', _)) => Ordering::Less,
-            Some((_, b'.')) => Ordering::Greater,
-            Some((x, y)) => x.cmp(y),
-            None => a.len().cmp(&b.len()),
-        }
+        compare(self.0.as_bytes(), other.0.as_bytes())
+    }
+}
+
+/// The order of two keys, as bytes.
+pub(crate) fn compare(a: &[u8], b: &[u8]) -> Ordering {
+    match a.iter().zip(b).find(|(x, y)| x != y) {
+        Some((b'.', _)) => Ordering::Less,
+        Some((_, b'.')) => Ordering::Greater,
+        Some((x, y)) => x.cmp(y),
+        None => a.len().cmp(&b.len()),
     }
 }
 
@@ -152,9 +161,13 @@ impl Pattern {
     /// Whether a get, list or delete of this pattern is about `key`.
     #[must_use]
     pub fn selects(&self, key: &Key) -> bool {
+        self.selects_text(key.as_str())
+    }
+
+    pub(crate) fn selects_text(&self, key: &str) -> bool {
         match self {
-            Pattern::Key(own) => own == key,
-            Pattern::Below(branch) => key.is_below(branch),
+            Pattern::Key(own) => own.as_str() == key,
+            Pattern::Below(branch) => branch.is_above(key),
             Pattern::All => true,
         }
     }
@@ -162,7 +175,11 @@ impl Pattern {
     /// Whether a subscription to this pattern is told of a change of `key`.
     #[must_use]
     pub fn covers(&self, key: &Key) -> bool {
-        self.selects(key) || matches!(self, Pattern::Key(branch) if key.is_below(branch))
+        self.covers_text(key.as_str())
+    }
+
+    pub(crate) fn covers_text(&self, key: &str) -> bool {
+        self.selects_text(key) || matches!(self, Pattern::Key(branch) if branch.is_above(key))
     }
 }
 
@@ -194,6 +211,14 @@ impl fmt::Display for Pattern {
             Pattern::All => f.write_str("*"),
         }
     }
+}
+
+/// A number for the first 16 bytes of a key: of two numbers that differ, the lower is that of the lower key.
+pub(crate) fn first_bytes(key: &[u8]) -> u128 {
+    let mut first = [0; 16];
+    // No byte of a key is lower than 2: after the end of one, which is 0, comes the dot.
+    first.iter_mut().zip(key).for_each(|(first, byte)| *first = if *byte == b'.' { 1 } else { *byte });
+    u128::from_be_bytes(first)
 }
 
 /// Why a text is no key, or no pattern.
@@ -318,6 +343,7 @@ mod tests {
     fn keys_sort_by_segments_so_that_a_branch_is_contiguous() {
         let mut keys = ["a-b", "a.b.c", "b", "a", "a!", "a.b", "a.c"].map(key);
         keys.sort();
+        assert!(keys.is_sorted_by_key(|key| first_bytes(key.as_str().as_bytes())));
         assert_eq!(keys.map(|k| k.to_string()), ["a", "a.b", "a.b.c", "a.c", "a!", "a-b", "b"]);
     }
 

@@ -7,6 +7,8 @@ pub mod mailbox;
 mod key;
 mod keyspace;
 mod notifier;
+mod order;
+mod packed;
 mod persist;
 mod record;
 mod revision;

@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use crate::key::{Key, Pattern};
 use crate::revision::{Epoch, Revision};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, Once};
 
 /// A point in time: milliseconds since an origin that the caller chooses and keeps across restarts,
 /// the Unix epoch for instance.
@@ -204,14 +204,18 @@ pub enum EventKind {
 /// What subscribers are told, shared by all of them.
 pub struct Event {
     kind: EventKind,
-    memos: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
+    /// The memo that was made first; most events never have another. Set under the lock of the others.
+    first: Once<Memo>,
+    others: Mutex<Vec<Memo>>,
 }
+
+type Memo = Arc<dyn Any + Send + Sync>;
 
 impl Event {
     /// An event that says `kind`.
     #[must_use]
     pub fn new(kind: EventKind) -> Arc<Self> {
-        Arc::new(Event { kind, memos: Mutex::new(Vec::new()) })
+        Arc::new(Event { kind, first: Once::new(), others: Mutex::new(Vec::new()) })
     }
 
     /// What it says.
@@ -223,12 +227,20 @@ impl Event {
     /// What a family of notifiers derived from this event, made by whoever asks first and shared by all who ask
     /// for the same type. An event that goes to hundreds of connections is encoded once this way.
     pub fn memo<T: Any + Send + Sync>(&self, make: impl FnOnce(&EventKind) -> T) -> Arc<T> {
-        let mut memos = self.memos.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(memo) = memos.iter().find_map(|m| Arc::clone(m).downcast::<T>().ok()) {
+        let first = || self.first.get().and_then(|memo| memo.downcast::<T>().ok());
+        // The hundreds that come after the first take no lock.
+        if let Some(memo) = first() {
+            return memo;
+        }
+        let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+        let other = || others.iter().find_map(|memo| Arc::clone(memo).downcast::<T>().ok());
+        if let Some(memo) = first().or_else(other) {
             return memo;
         }
         let memo = Arc::new(make(&self.kind));
-        memos.push(Arc::clone(&memo) as Arc<dyn Any + Send + Sync>);
+        if let Err(memo) = self.first.set(Arc::clone(&memo) as Memo) {
+            others.push(memo);
+        }
         memo
     }
 }

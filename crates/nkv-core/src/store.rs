@@ -4,13 +4,14 @@
 //! else does), the subscribers (so that a subscription sees a change either in its snapshot or as an event), the
 //! keyspace (held only to look or to apply). Reads take the last alone.
 
-use std::cell::OnceCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
+use hashbrown::HashTable;
 use thiserror::Error;
 
 use crate::key::{Key, Pattern};
@@ -47,9 +48,14 @@ pub struct NotifyKeyValue<P, N> {
     writer: Mutex<Writer<P>>,
     subscribers: Mutex<Subscribers<N>>,
     keyspace: RwLock<Keyspace>,
+    /// That of the keyspace, for whoever asks after every batch.
+    next_expiry: AtomicU64,
     epoch: Epoch,
     counters: Counters,
 }
+
+/// When no TTL ends.
+const NEVER: Millis = Millis::MAX;
 
 #[derive(Debug)]
 struct Writer<P> {
@@ -211,12 +217,13 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
             if let Some(expiry) = &mut record.expiry {
                 expiry.at = expiry.at.min(now.saturating_add(expiry.ttl_ms));
             }
-            keyspace.insert(record);
+            keyspace.load(record);
         })?;
-        keyspace.set_revision(loaded.revision);
+        keyspace.end_loading(loaded.revision);
         Ok(NotifyKeyValue {
             writer: Mutex::new(Writer { persist, revision: loaded.revision, poisoned: false }),
             subscribers: Mutex::new(Subscribers::new()),
+            next_expiry: AtomicU64::new(keyspace.next_expiry().unwrap_or(NEVER)),
             keyspace: RwLock::new(keyspace),
             epoch: loaded.epoch,
             counters: Counters::default(),
@@ -335,9 +342,10 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         }
     }
 
-    /// When the next key's TTL ends: when [`expire`](Self::expire) is to be called.
+    /// When the next key's TTL ends: when [`expire`](Self::expire) is to be called. The end of time, `u64::MAX`, never
+    /// comes. No lock is taken.
     pub fn next_expiry(&self) -> Option<Millis> {
-        self.read().next_expiry()
+        Some(self.next_expiry.load(Acquire)).filter(|at| *at != NEVER)
     }
 
     /// The one way in: checks the conditions in order, each operation seeing the ones before it, has storage keep what
@@ -351,7 +359,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// fail in the same way, and a restart tells what was kept.
     pub fn write(&self, ops: &[Op]) -> Result<Vec<Outcome>, PersistError> {
         let mut writer = self.lock_writer()?;
-        let (changes, outcomes) = plan(&self.read(), writer.revision, ops);
+        let (Plan { changes, hashes, .. }, outcomes) = plan(&self.read(), writer.revision, ops);
         let Some(last) = changes.last() else { return Ok(outcomes) };
         if let Err(error) = writer.persist.persist(&changes) {
             writer.poisoned = error.kind() == PersistErrorKind::Poisoned;
@@ -359,7 +367,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
             return Err(error);
         }
         writer.revision = last.revision;
-        self.publish(changes);
+        self.publish(changes, &hashes);
         Ok(outcomes)
     }
 
@@ -379,41 +387,58 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     }
 
     /// Makes stored changes visible and tells the subscribers, as one step for whoever subscribes meanwhile.
-    fn publish(&self, changes: Vec<Change>) {
+    fn publish(&self, changes: Vec<Change>, hashes: &[u64]) {
         let mut subscribers = self.lock_subscribers();
         let mut keyspace = self.keyspace.write().unwrap_or_else(PoisonError::into_inner);
-        changes.iter().for_each(|change| keyspace.apply(change));
+        changes.iter().zip(hashes).for_each(|(change, hash)| keyspace.apply(change, *hash));
+        self.next_expiry.store(keyspace.next_expiry().unwrap_or(NEVER), Release);
         drop(keyspace);
-        self.counters.batches.fetch_add(1, Relaxed);
+        self.count(&changes);
+        if subscribers.len() > 0 {
+            self.tell(&mut subscribers, changes);
+        }
+    }
+
+    fn tell(&self, subscribers: &mut Subscribers<N>, changes: Vec<Change>) {
+        let (mut notified, mut conflated) = (0, 0);
         let mut gone: Vec<Arc<Subscription<N>>> = Vec::new();
+        let mut covering = Vec::new();
         for change in changes {
-            self.count(&change.action);
-            let event = OnceCell::new();
-            let key = change.key.clone();
-            let mut change = Some(change);
-            subscribers.for_each(&key, |subscription| {
-                let event = event.get_or_init(|| change.take().map(|change| Event::new(EventKind::Change(change))));
-                let Some(event) = event else { return };
-                self.counters.notified.fetch_add(1, Relaxed);
-                match subscription.notifier.notify(event) {
+            subscribers.for_each(&change.key, |subscription| covering.push(subscription));
+            if covering.is_empty() {
+                continue;
+            }
+            notified += covering.len() as u64;
+            let event = Event::new(EventKind::Change(change));
+            for subscription in covering.drain(..) {
+                match subscription.notifier.notify(&event) {
                     Delivery::Queued => {}
-                    Delivery::Conflated => _ = self.counters.conflated.fetch_add(1, Relaxed),
+                    Delivery::Conflated => conflated += 1,
                     Delivery::Closed => gone.push(Arc::clone(subscription)),
                 }
-            });
+            }
         }
+        self.counters.notified.fetch_add(notified, Relaxed);
+        self.counters.conflated.fetch_add(conflated, Relaxed);
         for subscription in gone {
             subscribers.remove(&subscription.pattern, |known| Arc::ptr_eq(known, &subscription));
         }
     }
 
-    fn count(&self, action: &Action) {
-        let counter = match action {
-            Action::Put { .. } => &self.counters.puts,
-            Action::Delete { reason: Reason::Deleted } => &self.counters.deletes,
-            Action::Delete { reason: Reason::Expired } => &self.counters.expired,
-        };
-        counter.fetch_add(1, Relaxed);
+    fn count(&self, changes: &[Change]) {
+        let (mut puts, mut deletes, mut expired) = (0, 0, 0);
+        for change in changes {
+            match change.action {
+                Action::Put { .. } => puts += 1,
+                Action::Delete { reason: Reason::Deleted } => deletes += 1,
+                Action::Delete { reason: Reason::Expired } => expired += 1,
+            }
+        }
+        let counters = &self.counters;
+        counters.batches.fetch_add(1, Relaxed);
+        for (counter, count) in [(&counters.puts, puts), (&counters.deletes, deletes), (&counters.expired, expired)] {
+            counter.fetch_add(count, Relaxed);
+        }
     }
 
     /// Has `notifier` told of every change that `pattern` covers, from now on.
@@ -525,42 +550,62 @@ impl From<Outcome> for WriteError {
 }
 
 /// What a batch changes, and what becomes of each operation. Reads memory only.
-fn plan(keyspace: &Keyspace, revision: Revision, ops: &[Op]) -> (Vec<Change>, Vec<Outcome>) {
-    let mut plan = Plan { keyspace, revision, staged: BTreeMap::new(), changes: Vec::with_capacity(ops.len()) };
-    let outcomes = ops.iter().map(|op| plan.step(op)).collect();
-    (plan.changes, outcomes)
+fn plan<'a>(keyspace: &'a Keyspace, revision: Revision, ops: &[Op]) -> (Plan<'a>, Vec<Outcome>) {
+    let (changes, hashes) = (Vec::with_capacity(ops.len()), Vec::with_capacity(ops.len()));
+    let latest = (ops.len() > 1).then(|| HashTable::with_capacity(ops.len()));
+    let mut plan = Plan { keyspace, revision, changes, hashes, latest };
+    // All keys are looked up before anything else is done: in so short a loop the processor waits for the memory of
+    // several at a time.
+    let hash = |op| (key_of(op).map_or(0, |key| keyspace.hash(key.as_str())), Revision::ZERO);
+    let mut found: Vec<(u64, Revision)> = ops.iter().map(hash).collect();
+    for (op, (hash, stored)) in ops.iter().zip(&mut found) {
+        *stored = key_of(op).map_or(Revision::ZERO, |key| keyspace.revision_of(key.as_str(), *hash));
+    }
+    let outcomes = ops.iter().zip(found).map(|(op, (hash, stored))| plan.step(op, hash, stored)).collect();
+    (plan, outcomes)
+}
+
+/// The one key that an operation is about, if it is about one.
+fn key_of(op: &Op) -> Option<&Key> {
+    match op {
+        Op::Put { key, .. } | Op::Delete { pattern: Pattern::Key(key), .. } => Some(key),
+        Op::Delete { .. } | Op::Expire { .. } => None,
+    }
 }
 
 struct Plan<'a> {
     keyspace: &'a Keyspace,
     revision: Revision,
-    /// What earlier operations of the batch made of a key: its revision, or zero for one that is gone.
-    staged: BTreeMap<Key, Revision>,
     changes: Vec<Change>,
+    /// Of the key of each change: a key is hashed once for each operation.
+    hashes: Vec<u64>,
+    /// The latest change of each key that has one, by the hash of the key: what later operations of the batch see.
+    /// Nobody asks if there is only one operation.
+    latest: Option<HashTable<usize>>,
 }
 
 impl Plan<'_> {
-    fn step(&mut self, op: &Op) -> Outcome {
+    /// `hash` and `stored`, the revision before the batch, are those of the key that it is about.
+    fn step(&mut self, op: &Op, hash: u64, stored: Revision) -> Outcome {
         match op {
             Op::Put { key, value, options } => {
-                let present = self.present(key);
+                let present = self.latest(key, hash).map_or(stored, left_by);
                 if options.if_revision.is_some_and(|expected| expected != present) {
                     return Outcome::Conflict { revision: present };
                 }
                 let action = Action::Put { value: value.clone(), expiry: options.expiry };
-                let revision = self.change(key.clone(), present, action);
-                self.staged.insert(key.clone(), revision);
-                Outcome::Put { revision }
+                Outcome::Put { revision: self.change(key.clone(), hash, present, action) }
             }
             Op::Delete { pattern: Pattern::Key(key), if_revision } => {
-                let present = self.present(key);
+                let present = self.latest(key, hash).map_or(stored, left_by);
                 if present == Revision::ZERO {
                     return Outcome::NotFound;
                 }
                 if if_revision.is_some_and(|expected| expected != present) {
                     return Outcome::Conflict { revision: present };
                 }
-                self.delete(std::iter::once(key.clone()), Reason::Deleted)
+                let revision = self.change(key.clone(), hash, present, Action::Delete { reason: Reason::Deleted });
+                Outcome::Deleted { count: 1, revision }
             }
             Op::Delete { if_revision: Some(_), .. } => Outcome::Conflict { revision: Revision::ZERO },
             Op::Delete { pattern, if_revision: None } => match self.delete(self.selected(pattern), Reason::Deleted) {
@@ -569,26 +614,28 @@ impl Plan<'_> {
             },
             Op::Expire { now } => {
                 // What an earlier operation of the batch wrote or removed is not due: its expiry is another.
-                let due = self.keyspace.due(*now).filter(|key| !self.staged.contains_key(*key));
+                let is_untouched = |key: &&Key| self.latest(key, self.keyspace.hash(key.as_str())).is_none();
+                let due = self.keyspace.due(*now).filter(is_untouched);
                 let due: Vec<Key> = due.take(EXPIRE_MAX).cloned().collect();
                 self.delete(due, Reason::Expired)
             }
         }
     }
 
-    fn present(&self, key: &Key) -> Revision {
-        let stored = || self.keyspace.get(key.as_str()).map_or(Revision::ZERO, |entry| entry.revision);
-        self.staged.get(key).copied().unwrap_or_else(stored)
+    fn latest(&self, key: &Key, hash: u64) -> Option<&Change> {
+        let is_of_key = |at: &usize| self.changes.get(*at).is_some_and(|change| change.key == *key);
+        self.latest.as_ref()?.find(hash, is_of_key).and_then(|at| self.changes.get(*at))
     }
 
     fn selected(&self, pattern: &Pattern) -> BTreeSet<Key> {
-        let mut keys: BTreeSet<Key> =
-            self.keyspace.select(pattern, None).map(|record| Key::trusted(record.key)).collect();
-        for (key, revision) in self.staged.iter().filter(|(key, _)| pattern.selects(key)) {
-            if *revision == Revision::ZERO {
-                keys.remove(key);
+        let selected = self.keyspace.select(pattern, None);
+        let mut keys: BTreeSet<Key> = selected.map(|record| Key::trusted(record.key)).collect();
+        let latest = self.latest.iter().flatten().filter_map(|at| self.changes.get(*at));
+        for change in latest.filter(|change| pattern.selects(&change.key)) {
+            if left_by(change) == Revision::ZERO {
+                keys.remove(&change.key);
             } else {
-                keys.insert(key.clone());
+                keys.insert(change.key.clone());
             }
         }
         keys
@@ -598,17 +645,33 @@ impl Plan<'_> {
         let mut count = 0;
         let mut revision = Revision::ZERO;
         for key in keys {
-            let present = self.present(&key);
-            revision = self.change(key.clone(), present, Action::Delete { reason });
-            self.staged.insert(key, Revision::ZERO);
+            let hash = self.keyspace.hash(key.as_str());
+            let stored = || self.keyspace.revision_of(key.as_str(), hash);
+            let present = self.latest(&key, hash).map_or_else(stored, left_by);
+            revision = self.change(key, hash, present, Action::Delete { reason });
             count += 1;
         }
         Outcome::Deleted { count, revision }
     }
 
-    fn change(&mut self, key: Key, replaces: Revision, action: Action) -> Revision {
+    fn change(&mut self, key: Key, hash: u64, replaces: Revision, action: Action) -> Revision {
         self.revision = self.revision.next();
+        let (at, changes, hashes) = (self.changes.len(), &self.changes, &self.hashes);
+        let is_of_key = |known: &usize| changes.get(*known).is_some_and(|change: &Change| change.key == key);
+        let hash_of = |known: &usize| hashes.get(*known).copied().unwrap_or_default();
+        if let Some(latest) = &mut self.latest {
+            *latest.entry(hash, is_of_key, hash_of).or_insert(at).get_mut() = at;
+        }
+        self.hashes.push(hash);
         self.changes.push(Change { key, revision: self.revision, replaces, action });
         self.revision
+    }
+}
+
+/// At which revision a change leaves its key; zero if it is gone.
+fn left_by(change: &Change) -> Revision {
+    match change.action {
+        Action::Put { .. } => change.revision,
+        Action::Delete { .. } => Revision::ZERO,
     }
 }

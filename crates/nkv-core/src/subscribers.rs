@@ -129,7 +129,7 @@ impl<N> Subscribers<N> {
     }
 
     /// Calls `tell` for each subscription that covers `key`.
-    pub(crate) fn for_each(&self, key: &Key, mut tell: impl FnMut(&Arc<Subscription<N>>)) {
+    pub(crate) fn for_each<'a>(&'a self, key: &Key, mut tell: impl FnMut(&'a Arc<Subscription<N>>)) {
         let mut node = &self.root;
         for segment in key.segments() {
             // Whatever the segment is, `key` lies below the node that it starts from, and in the branch above that.

@@ -7,7 +7,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nkv_core::{Key, PersistError, PersistErrorKind};
+use nkv_core::{PersistError, PersistErrorKind, Revision};
 
 use crate::disk::{Disk, segment_name};
 use crate::error::damaged;
@@ -102,8 +102,8 @@ impl Log {
 /// A record that may have to be copied.
 #[derive(Debug)]
 struct Candidate {
-    key: Key,
-    offset: u64,
+    revision: Revision,
+    position: u64,
     bytes: std::ops::Range<usize>,
 }
 
@@ -204,21 +204,21 @@ impl Compactor {
                 return Ok(true);
             }
             let at = reader.offset();
-            let (at, body) = match reader.next()? {
-                Next::Frame(_, at, body) => (at, body),
+            let (start, body) = match reader.next()? {
+                Next::Frame(header, _, body) => (body_of(header.position), body),
                 Next::End => return Ok(true),
                 Next::Bad(reason) => return Err(damaged(&segment_name(job.number), at, reason)),
             };
             let log = lock(log);
             for record in Records::new(body) {
                 let record = record.map_err(|reason| damaged(&segment_name(job.number), at, reason))?;
-                let offset = body_of(at).saturating_add(u64::from(record.offset));
-                if let Entry::Put { key, .. } = record.entry
-                    && log.index.is_live(&key, job.number, offset)
+                let position = start.saturating_add(u64::from(record.offset));
+                if let Entry::Put { revision, .. } = record.entry
+                    && log.index.is_live(revision, position)
                 {
-                    let start = self.bytes.len();
+                    let at = self.bytes.len();
                     self.bytes.extend_from_slice(record.bytes);
-                    self.candidates.push(Candidate { key, offset, bytes: start..self.bytes.len() });
+                    self.candidates.push(Candidate { revision, position, bytes: at..self.bytes.len() });
                 }
             }
         }
@@ -244,13 +244,13 @@ impl Compactor {
         self.frame.clear();
         let mut copies = Vec::new();
         while self.frame.len() < log.options.chunk_bytes()
-            && let Some(Candidate { key, offset, bytes }) = found.next()
+            && let Some(Candidate { revision, position, bytes }) = found.next()
         {
             // A copy that were left out would be missed when the segment is dropped.
-            if log.index.is_live(&key, number, offset)
+            if log.index.is_live(revision, position)
                 && let Some(record) = self.bytes.get(bytes)
             {
-                copies.push((key, self.frame.push_copy(record), record.len() as u32));
+                copies.push((revision, position, self.frame.push_copy(record), record.len() as u32));
             }
         }
         if copies.is_empty() {
@@ -259,9 +259,9 @@ impl Compactor {
         self.frame.finish();
         let start = body_of(log.append_copy(&mut self.frame, number)?);
         log.counters.copied_bytes = log.counters.copied_bytes.saturating_add(self.frame.len());
-        let segment = log.active_number();
-        for (key, offset, len) in copies {
-            log.index.put(key, Place { segment, offset: start.saturating_add(u64::from(offset)), len });
+        for (revision, position, offset, len) in copies {
+            let copy = Place { position: start.saturating_add(u64::from(offset)), len };
+            log.index.move_to(revision, position, copy);
         }
         Ok(())
     }
@@ -284,7 +284,7 @@ impl Compactor {
         let mut guard = lock(log);
         guard.end_sync(&pending, result)?;
         for number in number..head {
-            guard.index.drop_segment(number);
+            guard.index.drop_oldest_segment();
             guard.counters.compacted_segments = guard.counters.compacted_segments.saturating_add(1);
             guard.leftovers.insert(number);
         }
@@ -322,12 +322,12 @@ impl Log {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
     use std::sync::Arc;
 
-    use nkv_core::{Action, Change, Revision};
+    use nkv_core::{Action, Change, Key};
 
     use super::*;
-    use crate::format::FRAME_HEADER_LEN;
     use crate::open::open_log;
     use crate::options::FsOptions;
     use crate::sim::{Fault, SimFs};
@@ -339,15 +339,18 @@ mod tests {
         disk.create_dir().unwrap();
         let dir_lock = disk.lock(Open::Create).unwrap();
         let mut log = open_log(&disk, &dir_lock, options.with_background(false)).unwrap();
+        let mut newest = HashMap::new();
         for (key, value_len) in puts {
             let action = Action::Put { value: vec![1; *value_len].into(), expiry: None };
-            let change =
-                Change { key: Key::new(key).unwrap(), revision: Revision::new(1), replaces: Revision::ZERO, action };
+            let revision = log.revision.next();
+            let replaces = newest.insert(key, revision).unwrap_or_default();
+            let change = Change { key: Key::new(key).unwrap(), revision, replaces, action };
             let mut place = (0, 0);
             let mut frame = FrameBuf::of(|frame| place = frame.push_change(&change));
-            let offset = log.append(&mut frame).unwrap() + FRAME_HEADER_LEN as u64;
-            let segment = log.active_number();
-            log.index.put(change.key, Place { segment, offset, len: place.1 });
+            let position = body_of(log.append(&mut frame).unwrap());
+            log.index.remove(replaces);
+            log.index.insert(revision, Place { position, len: place.1 });
+            log.revision = revision;
         }
         (disk, log)
     }
@@ -414,7 +417,7 @@ mod tests {
         let mut compactor = Compactor::new(disk);
         let mut job = compactor.begin(&log).unwrap();
         assert!(compactor.gather(&log, &mut job, 1 << 20).unwrap());
-        lock(&log).index.delete(&Key::new("gone").unwrap());
+        lock(&log).index.remove(Revision::new(1));
         compactor.copy(&log, job.number).unwrap();
         compactor.drop_segment(&log, job.number).unwrap();
         let log = lock(&log);

@@ -228,14 +228,14 @@ impl FrameBuf {
     fn push(&mut self, kind: u8, detail: u8, revision: u64, key: &str, value: &[u8], fields: &[u8]) -> (u32, u32) {
         let at = self.body().len();
         let len = [key.len(), value.len(), fields.len()].into_iter().fold(RECORD_HEADER_LEN, usize::saturating_add);
-        self.bytes.extend_from_slice(&(len as u32).to_le_bytes());
-        self.bytes.extend_from_slice(&[kind, detail]);
-        self.bytes.extend_from_slice(&(key.len() as u16).to_le_bytes());
-        self.bytes.extend_from_slice(&revision.to_le_bytes());
-        self.bytes.extend_from_slice(&(value.len() as u32).to_le_bytes());
-        self.bytes.extend_from_slice(key.as_bytes());
-        self.bytes.extend_from_slice(value);
-        self.bytes.extend_from_slice(fields);
+        let mut header = [0; RECORD_HEADER_LEN];
+        header[..4].copy_from_slice(&(len as u32).to_le_bytes());
+        (header[4], header[5]) = (kind, detail);
+        header[6..8].copy_from_slice(&(key.len() as u16).to_le_bytes());
+        header[8..16].copy_from_slice(&revision.to_le_bytes());
+        header[16..].copy_from_slice(&(value.len() as u32).to_le_bytes());
+        self.bytes.reserve(len);
+        [&header, key.as_bytes(), value, fields].iter().for_each(|part| self.bytes.extend_from_slice(part));
         (at as u32, len as u32)
     }
 
@@ -288,8 +288,8 @@ pub(crate) struct RawRecord<'a> {
 /// What a record says.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Entry<'a> {
-    Put { key: Key, value: &'a [u8], revision: Revision, expiry: Option<Expiry> },
-    Delete { key: Key, revision: Revision },
+    Put { key: &'a str, value: &'a [u8], revision: Revision, expiry: Option<Expiry> },
+    Delete { key: &'a str, revision: Revision },
     Epoch(Epoch),
     Head(u64),
     Seal,
@@ -344,9 +344,10 @@ impl<'a> Iterator for Records<'a> {
     }
 }
 
-fn read_key(bytes: &[u8]) -> Result<Key, &'static str> {
+fn read_key(bytes: &[u8]) -> Result<&str, &'static str> {
     let text = str::from_utf8(bytes).map_err(|_| "a key is not UTF-8")?;
-    Key::new(text).map_err(|_| "a key is not valid")
+    Key::check(text).map_err(|_| "a key is not valid")?;
+    Ok(text)
 }
 
 /// Looks through the optional fields; the expiry is the only one so far.

@@ -135,11 +135,11 @@ proptest! {
         prop_assert_eq!((records[0].offset, records[0].bytes.len() as u32), places[0]);
         match &records[0].entry {
             Entry::Put { key, value: read, revision: number, expiry: end } => {
-                prop_assert_eq!((key.as_str(), *read, number.get(), *end), ("a", &value[..], revision, expiry));
+                prop_assert_eq!((*key, *read, number.get(), *end), ("a", &value[..], revision, expiry));
             }
             other => prop_assert!(false, "{other:?}"),
         }
-        let is_delete = matches!(&records[1].entry, Entry::Delete { key, .. } if key.as_str() == "b");
+        let is_delete = matches!(&records[1].entry, Entry::Delete { key, .. } if *key == "b");
         prop_assert!(is_delete);
     }
 }

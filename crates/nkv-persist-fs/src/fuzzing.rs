@@ -50,11 +50,12 @@ fn records(body: &[u8]) {
         let mut frame = FrameBuf::new();
         match &record.entry {
             Entry::Put { key, value, revision, expiry } => {
-                frame.push_change(&put(key.clone(), *revision, Revision::ZERO, value, *expiry));
+                let key = Key::new(key).unwrap();
+                frame.push_change(&put(key, *revision, Revision::ZERO, value, *expiry));
             }
             Entry::Delete { key, revision } => {
-                let action = Action::Delete { reason: Reason::Deleted };
-                frame.push_change(&Change { key: key.clone(), revision: *revision, replaces: Revision::ZERO, action });
+                let (key, action) = (Key::new(key).unwrap(), Action::Delete { reason: Reason::Deleted });
+                frame.push_change(&Change { key, revision: *revision, replaces: Revision::ZERO, action });
             }
             Entry::Epoch(epoch) => frame.push_epoch(*epoch),
             Entry::Head(number) => frame.push_head(*number),
@@ -150,7 +151,10 @@ fn use_it(fs: &SimFs, mut persist: FsPersist) {
         (all, loaded)
     };
     let (mut all, loaded) = load(&mut persist);
-    let revision = Revision::new(loaded.revision.get().saturating_add(1));
+    let Some(revision) = loaded.revision.get().checked_add(1).map(Revision::new) else {
+        // No revision is left.
+        return;
+    };
     let replaces = all.get("fuzz").map_or(Revision::ZERO, |(_, revision)| *revision);
     persist.persist(&[put(Key::new("fuzz").unwrap(), revision, replaces, b"here", None)]).unwrap();
     all.insert("fuzz".to_owned(), (b"here".to_vec().into(), revision));

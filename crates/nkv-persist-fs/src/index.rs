@@ -1,78 +1,168 @@
 //! Where the value of each key stands, and how much of each segment is still needed.
+//!
+//! The one idea: a record is known by its revision, which no other has. A store names the revision that each change
+//! replaces, so a log that runs needs no keys: 16 bytes for each value. Only whoever reads the log anew needs them, until
+//! it has been read: [`Keys`].
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasher, RandomState};
 
-use nkv_core::Key;
+use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
+use nkv_core::Revision;
 
-/// The place of a record.
+use crate::format::SegmentHeader;
+
+/// How far apart the ends of a log may be: the index does not tell more positions from each other.
+pub(crate) const SPAN_MAX: u64 = 1 << POSITION_BITS;
+const POSITION_BITS: u32 = 46;
+const LEN_BITS: u32 = u64::BITS - POSITION_BITS;
+/// Stands for every length that is not below it.
+const LONG: u64 = (1 << LEN_BITS) - 1;
+
+/// Where in the log a record stands, and how long it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
-    pub(crate) segment: u64,
-    /// Within the file.
-    pub(crate) offset: u64,
+    pub(crate) position: u64,
     pub(crate) len: u32,
 }
 
 /// What is known of a segment.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Usage {
+    number: u64,
+    base: u64,
     pub(crate) bytes: u64,
     /// How many of them are records that the index points to.
     pub(crate) live: u64,
 }
 
-/// The place of each present key.
+/// The low bits of a position, and behind them a length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Packed(u64);
+
+impl Packed {
+    fn new(place: Place) -> Self {
+        Packed(place.position << LEN_BITS | u64::from(place.len).min(LONG))
+    }
+
+    /// The last position before the `end` of the log that has these bits.
+    fn position(self, end: u64) -> u64 {
+        let position = end & !(SPAN_MAX.wrapping_sub(1)) | self.0 >> LEN_BITS;
+        if position > end { position.wrapping_sub(SPAN_MAX) } else { position }
+    }
+}
+
+/// The place of each value.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
-    places: HashMap<Key, Place>,
-    segments: BTreeMap<u64, Usage>,
+    places: HashTable<(Revision, Packed)>,
+    /// The lengths, by position, of the few records that are too long to have theirs beside it.
+    long: HashMap<u64, u32>,
+    /// In order, without gaps.
+    segments: VecDeque<Usage>,
     live_bytes: u64,
     total_bytes: u64,
 }
 
 impl Index {
-    pub(crate) fn put(&mut self, key: Key, place: Place) {
-        let old = self.places.insert(key, place);
+    /// Notes a record that has become the value of its key.
+    pub(crate) fn insert(&mut self, revision: Revision, place: Place) {
+        if u64::from(place.len) >= LONG {
+            self.long.insert(place.position, place.len);
+        }
+        let slot = (revision, Packed::new(place));
+        self.places.insert_unique(hash(revision), slot, |(revision, _)| hash(*revision));
         self.count_live(place, true);
-        old.into_iter().for_each(|old| self.count_live(old, false));
     }
 
-    pub(crate) fn delete(&mut self, key: &Key) {
-        let old = self.places.remove(key);
-        old.into_iter().for_each(|old| self.count_live(old, false));
+    /// Forgets a record that is not the value of its key any more; says whether it was.
+    pub(crate) fn remove(&mut self, revision: Revision) -> bool {
+        self.take(revision, |_| true)
+    }
+
+    /// Notes that a copy of the value at `position` stands elsewhere now.
+    pub(crate) fn move_to(&mut self, revision: Revision, position: u64, place: Place) {
+        let end = self.end();
+        self.take(revision, |packed| packed.position(end) == position);
+        self.insert(revision, place);
+    }
+
+    fn take(&mut self, revision: Revision, is_it: impl Fn(Packed) -> bool) -> bool {
+        let found = self.places.find_entry(hash(revision), |slot| slot.0 == revision && is_it(slot.1));
+        let Ok(entry) = found else { return false };
+        let ((_, packed), _) = entry.remove();
+        let place = self.unpack(packed);
+        self.long.remove(&place.position);
+        self.count_live(place, false);
+        true
+    }
+
+    /// Whether some value has this revision.
+    pub(crate) fn contains(&self, revision: Revision) -> bool {
+        self.places.find(hash(revision), |slot| slot.0 == revision).is_some()
+    }
+
+    /// Whether the record at this place is the value of its key.
+    pub(crate) fn is_live(&self, revision: Revision, position: u64) -> bool {
+        let end = self.end();
+        self.places.find(hash(revision), |slot| slot.0 == revision && slot.1.position(end) == position).is_some()
+    }
+
+    /// Where the newest segment ends: no position is beyond.
+    fn end(&self) -> u64 {
+        self.segments.back().map_or(0, |last| last.base.saturating_add(last.bytes))
+    }
+
+    /// How far apart the ends of the log are.
+    pub(crate) fn span(&self) -> u64 {
+        self.end().saturating_sub(self.segments.front().map_or(0, |first| first.base))
+    }
+
+    fn unpack(&self, packed: Packed) -> Place {
+        let (position, len) = (packed.position(self.end()), packed.0 & LONG);
+        let long = || self.long.get(&position).copied().unwrap_or_default();
+        Place { position, len: if len == LONG { long() } else { len as u32 } }
     }
 
     fn count_live(&mut self, place: Place, live: bool) {
-        let usage = self.segments.entry(place.segment).or_default();
+        let behind = self.segments.partition_point(|segment| segment.base <= place.position);
+        let Some(usage) = behind.checked_sub(1).and_then(|at| self.segments.get_mut(at)) else { return };
         for sum in [&mut usage.live, &mut self.live_bytes] {
             let count = if live { u64::saturating_add } else { u64::saturating_sub };
             *sum = count(*sum, u64::from(place.len));
         }
     }
 
-    /// Whether the record at this place is the value of its key.
-    pub(crate) fn is_live(&self, key: &Key, segment: u64, offset: u64) -> bool {
-        self.places.get(key).is_some_and(|place| (place.segment, place.offset) == (segment, offset))
+    /// Notes that the newest segment, which may be a new one, has this many bytes.
+    pub(crate) fn set_bytes(&mut self, header: &SegmentHeader, bytes: u64) {
+        let SegmentHeader { number, base, .. } = *header;
+        match self.segments.back_mut() {
+            Some(last) if last.number == number => {
+                self.total_bytes = self.total_bytes.saturating_sub(last.bytes).saturating_add(bytes);
+                last.bytes = bytes;
+            }
+            _ => {
+                self.total_bytes = self.total_bytes.saturating_add(bytes);
+                self.segments.push_back(Usage { number, base, bytes, live: 0 });
+            }
+        }
     }
 
-    /// Notes that a segment has this many bytes.
-    pub(crate) fn set_bytes(&mut self, segment: u64, bytes: u64) {
-        let usage = self.segments.entry(segment).or_default();
-        self.total_bytes = self.total_bytes.saturating_sub(usage.bytes).saturating_add(bytes);
-        usage.bytes = bytes;
-    }
-
-    pub(crate) fn drop_segment(&mut self, segment: u64) {
-        let bytes = self.segments.remove(&segment).unwrap_or_default().bytes;
+    /// Forgets the oldest segment, which holds no value any more.
+    pub(crate) fn drop_oldest_segment(&mut self) {
+        let bytes = self.segments.pop_front().unwrap_or_default().bytes;
         self.total_bytes = self.total_bytes.saturating_sub(bytes);
     }
 
     pub(crate) fn usage(&self, segment: u64) -> Usage {
-        self.segments.get(&segment).copied().unwrap_or_default()
+        let first = self.segments.front().map_or(0, |first| first.number);
+        let at = segment.checked_sub(first).and_then(|at| usize::try_from(at).ok());
+        at.and_then(|at| self.segments.get(at)).copied().unwrap_or_default()
     }
 
     pub(crate) fn segments(&self) -> impl Iterator<Item = u64> {
-        self.segments.keys().copied()
+        self.segments.iter().map(|segment| segment.number)
     }
 
     pub(crate) fn segment_count(&self) -> usize {
@@ -91,5 +181,134 @@ impl Index {
     /// The sum of the segments.
     pub(crate) fn total_bytes(&self) -> u64 {
         self.total_bytes
+    }
+}
+
+/// Nobody chooses revisions so that they collide: the store counts. (Fibonacci hashing.)
+fn hash(revision: Revision) -> u64 {
+    let hash = revision.get().wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    hash ^ hash >> 32
+}
+
+/// The newest record of each key, of those that were read so far.
+#[derive(Debug, Default)]
+pub(crate) struct Keys {
+    /// By the hash of the key: which of the records.
+    numbers: HashTable<usize>,
+    newest: Vec<Newest>,
+    /// All keys, one behind the other.
+    text: Vec<u8>,
+    hasher: RandomState,
+}
+
+#[derive(Debug)]
+struct Newest {
+    key_at: usize,
+    key_len: u16,
+    revision: Revision,
+    position: u64,
+    /// Zero if the key was deleted.
+    len: u32,
+}
+
+impl Newest {
+    fn key<'a>(&self, text: &'a [u8]) -> &'a [u8] {
+        let rest = text.get(self.key_at..).unwrap_or_default();
+        rest.get(..usize::from(self.key_len)).unwrap_or_default()
+    }
+}
+
+impl Keys {
+    /// Notes a record: that of a put with its place, that of a delete without. One that is older than another of the same
+    /// key counts for nothing, wherever it stands; of two copies the later one counts.
+    pub(crate) fn note(&mut self, key: &str, revision: Revision, place: Option<Place>) {
+        let Place { position, len } = place.unwrap_or(Place { position: 0, len: 0 });
+        let key = key.as_bytes();
+        let key_of = |number: &usize| self.newest.get(*number).map_or(&[][..], |newest| newest.key(&self.text));
+        let hash = self.hasher.hash_one(key);
+        match self.numbers.entry(hash, |number| key_of(number) == key, |number| self.hasher.hash_one(key_of(number))) {
+            Entry::Occupied(known) => {
+                if let Some(newest) = self.newest.get_mut(*known.get()).filter(|newest| newest.revision <= revision) {
+                    (newest.revision, newest.position, newest.len) = (revision, position, len);
+                }
+            }
+            Entry::Vacant(unknown) => {
+                unknown.insert(self.newest.len());
+                let (key_at, key_len) = (self.text.len(), key.len() as u16);
+                self.newest.push(Newest { key_at, key_len, revision, position, len });
+                self.text.extend_from_slice(key);
+            }
+        }
+    }
+
+    /// Puts what is left into an index that knows its segments.
+    pub(crate) fn fill(self, index: &mut Index) {
+        let present = || self.newest.iter().filter(|newest| newest.len > 0);
+        index.places.reserve(present().count(), |(revision, _)| hash(*revision));
+        present().for_each(|Newest { revision, position, len, .. }| {
+            index.insert(*revision, Place { position: *position, len: *len });
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nkv_core::Epoch;
+
+    use super::*;
+    use crate::format::SEGMENT_HEADER_LEN;
+
+    /// An index of one segment, which starts at `base`.
+    fn index_at(base: u64) -> Index {
+        let mut index = Index::default();
+        let header =
+            SegmentHeader { number: 7, head: 7, base, revision: Revision::ZERO, epoch: Epoch::new(1), salt: 0 };
+        index.set_bytes(&header, SEGMENT_HEADER_LEN + (1 << 30));
+        index
+    }
+
+    #[test]
+    fn a_place_comes_back_from_wherever_in_a_long_log_and_whatever_its_length() {
+        let lens = [20, 21, LONG as u32 - 1, LONG as u32, LONG as u32 + 1, u32::MAX];
+        for base in [0, 40, SPAN_MAX - 100, SPAN_MAX, (1 << 62) + 12_345] {
+            for (offset, len) in [40, 99, 1 << 20, (1 << 30) - 1].into_iter().flat_map(|at| lens.map(|len| (at, len))) {
+                let mut index = index_at(base);
+                let (revision, place) = (Revision::new(9), Place { position: base + offset, len });
+                index.insert(revision, place);
+                assert!(index.is_live(revision, place.position) && !index.is_live(revision, place.position + 1));
+                assert_eq!((index.live_bytes(), index.usage(7).live), (u64::from(len), u64::from(len)));
+                let copy = Place { position: base + offset + 1, ..place };
+                index.move_to(revision, place.position, copy);
+                assert!(index.is_live(revision, copy.position) && index.live_bytes() == u64::from(len));
+                assert!(index.remove(revision) && !index.remove(revision) && !index.contains(revision));
+                assert_eq!((index.live_bytes(), index.usage(7).live, index.long.len()), (0, 0, 0));
+            }
+        }
+    }
+
+    #[test]
+    fn of_the_records_of_a_key_the_one_with_the_highest_revision_counts() {
+        let (mut keys, mut index) = (Keys::default(), index_at(0));
+        let place = |position| Some(Place { position, len: 30 });
+        for (key, revision, place) in [
+            ("a", 2, place(100)),
+            ("a", 1, place(200)),
+            ("a", 2, place(300)),
+            ("b", 5, None),
+            ("b", 4, place(400)),
+            ("c", 6, place(500)),
+            ("c", 7, None),
+            ("c", 8, place(600)),
+        ] {
+            keys.note(key, Revision::new(revision), place);
+        }
+        keys.fill(&mut index);
+        assert_eq!((index.key_count(), index.live_bytes()), (2, 60));
+        assert!(index.is_live(Revision::new(2), 300) && index.is_live(Revision::new(8), 600));
+    }
+
+    #[test]
+    fn a_value_costs_sixteen_bytes() {
+        assert_eq!(size_of::<(Revision, Packed)>(), 16);
     }
 }

@@ -14,7 +14,7 @@ use crate::compact::lock;
 use crate::disk::{Disk, segment_name, write_zeros};
 use crate::error::{from_io, poisoned};
 use crate::format::{FrameBuf, RELAXED, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
-use crate::index::Index;
+use crate::index::{Index, SPAN_MAX};
 use crate::options::{Durability, FsOptions};
 use crate::scan::Tail;
 use crate::vfs::{Open, VfsFile, write_all};
@@ -48,6 +48,8 @@ pub(crate) struct Log {
     /// No compaction before this time, as the last one failed.
     pub(crate) compact_after: Option<Instant>,
     pub(crate) stopping: bool,
+    /// Whether the thread waits to be told that there is something to do.
+    pub(crate) is_waited_for: bool,
     /// Segments that are not needed, and whose names may be there still.
     pub(crate) leftovers: BTreeSet<u64>,
     active: SegmentHeader,
@@ -120,6 +122,7 @@ impl Log {
             urgent_below: 0,
             compact_after: None,
             stopping: false,
+            is_waited_for: false,
             leftovers: BTreeSet::new(),
             active: tail.header,
             file,
@@ -132,7 +135,7 @@ impl Log {
             reserve_left: 0,
             refill_after: None,
         };
-        log.index.set_bytes(log.active.number, log.len);
+        log.index.set_bytes(&log.active, log.len);
         log.synced_to = log.position();
         Ok(log)
     }
@@ -167,16 +170,16 @@ impl Log {
         if self.options.durability == Durability::Sync { 0 } else { RELAXED }
     }
 
-    /// Appends a finished frame; gives the offset in the active segment where it starts.
+    /// Appends a finished frame; gives its position.
     pub(crate) fn append(&mut self, frame: &mut FrameBuf) -> Result<u64, PersistError> {
         self.check_usable()?;
         let needed = self.len.saturating_add(frame.len()).saturating_add(SEAL_FRAME_LEN);
         if needed > self.options.segment_bytes && self.len > SEGMENT_HEADER_LEN {
             self.rotate()?;
         }
-        let offset = self.write(frame, self.flags())?;
+        let position = self.write(frame, self.flags())?;
         self.zero_ahead();
-        Ok(offset)
+        Ok(position)
     }
 
     /// Like [`append`](Self::append), and gives up the reserve if nothing else helps.
@@ -238,9 +241,9 @@ impl Log {
     }
 
     fn write(&mut self, frame: &mut FrameBuf, flags: u16) -> Result<u64, PersistError> {
-        let (position, offset) = (self.position(), self.len);
+        let position = self.position();
         let bytes = frame.stamp(position, self.synced_to, flags, self.active.salt);
-        if let Err(error) = write_all(&*self.file.file, bytes, offset) {
+        if let Err(error) = write_all(&*self.file.file, bytes, self.len) {
             self.cut_back()?;
             return Err(from_io("append to", &self.file.path, error));
         }
@@ -250,8 +253,8 @@ impl Log {
         if !self.reserve_held {
             self.reserve_left = self.reserve_left.saturating_sub(growth);
         }
-        self.index.set_bytes(self.active.number, self.len);
-        Ok(offset)
+        self.index.set_bytes(&self.active, self.len);
+        Ok(position)
     }
 
     /// Takes away what a failed append left, so durably that it cannot come back after the caller was told.
@@ -319,6 +322,9 @@ impl Log {
 
     /// Goes on in a new segment. The old one is durable before the new one exists, and says last that it goes on.
     pub(crate) fn rotate(&mut self) -> Result<(), PersistError> {
+        if self.index.span() >= SPAN_MAX / 2 {
+            return Err(PersistError::new(PersistErrorKind::NoSpace, "the log is as long as a log can be"));
+        }
         self.sync()?;
         let header = SegmentHeader {
             number: self.active.number.saturating_add(1),
@@ -340,7 +346,7 @@ impl Log {
         self.file = LogFile::new(file, self.disk.path(&name));
         (self.active, self.len, self.file_len) = (header, SEGMENT_HEADER_LEN, SEGMENT_HEADER_LEN);
         self.without_zeros = false;
-        self.index.set_bytes(header.number, self.len);
+        self.index.set_bytes(&self.active, self.len);
         Ok(())
     }
 

@@ -168,7 +168,7 @@ impl SegmentReader {
     }
 }
 
-/// Where the body of the frame at this offset starts.
+/// Where the body of the frame at this offset, or this position, starts.
 pub(crate) fn body_of(frame_at: u64) -> u64 {
     frame_at.saturating_add(FRAME_HEADER_LEN as u64)
 }

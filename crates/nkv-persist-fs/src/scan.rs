@@ -10,7 +10,7 @@ use nkv_core::{Epoch, PersistError, Revision};
 use crate::disk::{Disk, broken_name, segment_name};
 use crate::error::damaged;
 use crate::format::{Entry, FrameHeader, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
-use crate::index::{Index, Place};
+use crate::index::{Index, Keys, Place};
 use crate::reader::{Next, Opened, SegmentReader, body_of};
 
 /// A place that had been durable and cannot be trusted now.
@@ -55,6 +55,8 @@ pub(crate) struct Scan {
     pub(crate) numbers: Vec<u64>,
     pub(crate) head: u64,
     pub(crate) index: Index,
+    /// What the index is made of, when all is read.
+    keys: Keys,
     pub(crate) epoch: Epoch,
     pub(crate) revision: Revision,
     pub(crate) frames: u64,
@@ -110,6 +112,7 @@ impl Scan {
         while scan.read_segment(disk, number, last)? {
             number = number.saturating_add(1);
         }
+        std::mem::take(&mut scan.keys).fill(&mut scan.index);
         if let Some(tail) = scan.tail {
             let broken = broken_name(&segment_name(tail.header.number), tail.end);
             scan.cut_before = disk.list()?.contains(&broken);
@@ -178,7 +181,7 @@ impl Scan {
         let is_clean = bad.is_none() && self.damage.is_none();
         let written_to = if is_clean { end } else { reader.written_to()?.max(end) };
         self.tail = Some(Tail { header: reader.header, end, written_to });
-        self.index.set_bytes(number, end);
+        self.index.set_bytes(&reader.header, end);
         if self.damage.is_some() {
             return Ok(false);
         }
@@ -212,7 +215,7 @@ impl Scan {
                 Next::End => return Ok(None),
                 Next::Bad(reason) => return Ok(Some(reason)),
             };
-            if let Err(reason) = self.replay(number, at, &header, body) {
+            if let Err(reason) = self.replay(&header, body) {
                 self.damage(number, at, reason);
                 return Ok(None);
             }
@@ -220,7 +223,7 @@ impl Scan {
         }
     }
 
-    fn replay(&mut self, segment: u64, at: u64, header: &FrameHeader, body: &[u8]) -> Result<(), &'static str> {
+    fn replay(&mut self, header: &FrameHeader, body: &[u8]) -> Result<(), &'static str> {
         if self.sealed {
             return Err("a frame follows the end of its segment");
         }
@@ -229,12 +232,8 @@ impl Scan {
         }
         for record in Records::new(body) {
             let record = record?;
-            let place = Place {
-                segment,
-                offset: body_of(at).saturating_add(u64::from(record.offset)),
-                len: record.bytes.len() as u32,
-            };
-            self.apply(record.entry, place);
+            let position = body_of(header.position).saturating_add(u64::from(record.offset));
+            self.apply(record.entry, Place { position, len: record.bytes.len() as u32 });
         }
         // An empty frame is no batch.
         self.frames = self.frames.saturating_add(u64::from(!body.is_empty()));
@@ -248,11 +247,11 @@ impl Scan {
         match entry {
             Entry::Put { key, revision, .. } => {
                 self.revision = self.revision.max(revision);
-                self.index.put(key, place);
+                self.keys.note(key, revision, Some(place));
             }
             Entry::Delete { key, revision } => {
                 self.revision = self.revision.max(revision);
-                self.index.delete(&key);
+                self.keys.note(key, revision, None);
             }
             Entry::Epoch(epoch) => self.epoch = epoch,
             Entry::Seal => self.sealed = true,

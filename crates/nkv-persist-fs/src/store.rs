@@ -1,12 +1,12 @@
 //! [`FsPersist`]: the trait's two methods on top of the log, and the thread that syncs and compacts.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use nkv_core::{Action, Change, Loaded, PersistError, PersistErrorKind, PersistValue, Record};
+use nkv_core::{Action, Change, Key, Loaded, PersistError, PersistErrorKind, PersistValue, Record, Revision};
 
 use crate::compact::{Compactor, Need, lock};
 use crate::disk::{Disk, Lock, segment_name};
@@ -26,7 +26,10 @@ use crate::vfs::{Open, RealFs, Vfs};
 pub struct FsPersist {
     shared: Arc<Shared>,
     frame: FrameBuf,
+    /// Where in the frame each change of the batch stands, and how long it is.
     places: Vec<(u32, u32)>,
+    /// What the batch replaces.
+    replaced: Vec<Revision>,
     thread: Option<JoinHandle<()>>,
     closed: bool,
     _lock: Lock,
@@ -116,8 +119,8 @@ impl FsPersist {
         let compactor = Mutex::new(Compactor::new(disk.clone()));
         let shared = Arc::new(Shared { disk, log, compactor, work: Condvar::new() });
         let thread = if background { Some(spawn(&shared)?) } else { None };
-        let (frame, places) = (FrameBuf::new(), Vec::new());
-        Ok(FsPersist { shared, frame, places, thread, closed: false, _lock: dir_lock })
+        let (frame, places, replaced) = (FrameBuf::new(), Vec::new(), Vec::new());
+        Ok(FsPersist { shared, frame, places, replaced, thread, closed: false, _lock: dir_lock })
     }
 
     /// A handle to watch it with, after a store has taken it over.
@@ -167,38 +170,69 @@ impl FsPersist {
     }
 
     fn store(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        let has_puts = batch.iter().any(|change| matches!(change.action, Action::Put { .. }));
-        let mut log = lock(&self.shared.log);
+        let mut log = self.shared.make_room(lock(&self.shared.log), self.frame.len());
         log.check_usable()?;
+        check_batch(&log, batch, &mut self.replaced)?;
+        let has_puts = batch.iter().any(|change| matches!(change.action, Action::Put { .. }));
         if has_puts {
             // The room that deletes need is not for puts.
             log.regain_reserve_in_time()?;
         }
         let appended = if has_puts { log.append(&mut self.frame) } else { log.append_at_any_price(&mut self.frame) };
         let start = body_of(appended?);
-        match log.options.durability {
-            Durability::Sync => log.sync()?,
-            Durability::Interval(_) | Durability::Os => {
-                log.dirty_since.get_or_insert_with(Instant::now);
+        // While the log is locked: a copy of what a batch deletes must not come to stand behind the delete.
+        for (change, (offset, len)) in batch.iter().zip(&self.places) {
+            log.revision = change.revision;
+            if change.replaces != Revision::ZERO {
+                log.index.remove(change.replaces);
+            }
+            if let Action::Put { .. } = change.action {
+                let position = start.saturating_add(u64::from(*offset));
+                log.index.insert(change.revision, Place { position, len: *len });
             }
         }
-        let segment = log.active_number();
-        for (change, (offset, len)) in batch.iter().zip(&self.places) {
-            log.revision = log.revision.max(change.revision);
-            match change.action {
-                Action::Put { .. } => {
-                    let place = Place { segment, offset: start.saturating_add(u64::from(*offset)), len: *len };
-                    log.index.put(change.key.clone(), place);
-                }
-                Action::Delete { .. } => log.index.delete(&change.key),
-            }
+        if log.options.durability == Durability::Sync {
+            let pending = log.start_sync()?;
+            drop(log);
+            let result = pending.run();
+            log = lock(&self.shared.log);
+            log.end_sync(&pending, result)?;
+        } else if log.dirty_since.is_none() {
+            log.dirty_since = Some(Instant::now());
+            self.shared.wake(&mut log);
         }
         log.counters.batches = log.counters.batches.saturating_add(1);
-        if log.need(0) > Need::None || matches!(log.options.durability, Durability::Interval(_)) {
-            self.shared.work.notify_all();
+        // What was deleted counts no longer as live: the bound may have come down.
+        let mut log = self.shared.make_room(log, 0);
+        if log.need(0) > Need::None {
+            self.shared.wake(&mut log);
         }
         Ok(())
     }
+}
+
+/// Refuses a batch that does not go on where the log has ended: the index knows records by their revisions.
+fn check_batch(log: &Log, batch: &[Change], replaced: &mut Vec<Revision>) -> Result<(), PersistError> {
+    let rejected = |why: &str| Err(PersistError::new(PersistErrorKind::Rejected, why));
+    let mut newest = log.revision;
+    replaced.clear();
+    for change in batch {
+        if change.revision <= newest {
+            return rejected("the revisions of a batch do not increase");
+        }
+        newest = change.revision;
+        if change.replaces != Revision::ZERO {
+            let before = batch.binary_search_by_key(&change.replaces, |change| change.revision);
+            let before = before.ok().and_then(|at| batch.get(at)).filter(|before| before.revision < change.revision);
+            let is_there = before.is_some_and(|before| matches!(before.action, Action::Put { .. }));
+            if !is_there && !log.index.contains(change.replaces) {
+                return rejected("a change replaces a value that is not there");
+            }
+            replaced.push(change.replaces);
+        }
+    }
+    replaced.sort_unstable();
+    if replaced.is_sorted_by(|one, next| one < next) { Ok(()) } else { rejected("two changes replace one value") }
 }
 
 impl PersistValue for FsPersist {
@@ -220,16 +254,11 @@ impl PersistValue for FsPersist {
         self.places.clear();
         self.places.extend(batch.iter().map(|change| self.frame.push_change(change)));
         self.frame.finish();
-        self.shared.make_room(self.frame.len());
         let result = self.store(batch);
-        if result.is_ok() {
-            // What was deleted counts no longer as live: the bound may have come down.
-            self.shared.make_room(0);
-        }
         if result.as_ref().is_err_and(|error| error.kind() == PersistErrorKind::NoSpace) {
             let mut log = lock(&self.shared.log);
             log.urgent_below = log.active_number().saturating_add(1);
-            self.shared.work.notify_all();
+            self.shared.wake(&mut log);
         }
         result
     }
@@ -254,16 +283,17 @@ fn visit_segment(disk: &Disk, index: &Index, number: u64, visit: &mut dyn FnMut(
     };
     loop {
         let offset = reader.offset();
-        let (at, body) = match reader.next()? {
-            Next::Frame(_, at, body) => (body_of(at), body),
+        let (start, body) = match reader.next()? {
+            Next::Frame(header, _, body) => (body_of(header.position), body),
             Next::End => return Ok(()),
             Next::Bad(reason) => return Err(damaged(&name, offset, reason)),
         };
         for record in Records::new(body) {
             let record = record.map_err(|reason| damaged(&name, offset, reason))?;
             if let Entry::Put { key, value, revision, expiry } = record.entry
-                && index.is_live(&key, number, at.saturating_add(u64::from(record.offset)))
+                && index.is_live(revision, start.saturating_add(u64::from(record.offset)))
             {
+                let key = Key::new(key).map_err(|_| damaged(&name, offset, "a key is not valid"))?;
                 visit(Record { key, value: Bytes::copy_from_slice(value), revision, expiry });
             }
         }
@@ -279,13 +309,24 @@ impl Shared {
     }
 
     /// Keeps the space bounded before `extra` bytes are appended. If compaction fails, the append shall say why.
-    fn make_room(&self, extra: u64) {
-        let last = lock(&self.log).active_number();
-        let need = || {
-            let log = lock(&self.log);
-            if log.may_compact() && log.head <= last { log.need(extra) } else { Need::None }
-        };
-        while need() == Need::Now && self.compact(extra).is_ok() {}
+    fn make_room<'a>(&'a self, mut log: MutexGuard<'a, Log>, extra: u64) -> MutexGuard<'a, Log> {
+        let last = log.active_number();
+        while log.need(extra) == Need::Now && log.may_compact() && log.head <= last {
+            drop(log);
+            let result = self.compact(extra);
+            log = lock(&self.log);
+            if result.is_err() {
+                break;
+            }
+        }
+        log
+    }
+
+    /// Tells the thread, if it waits, that there is something to do. To tell it without need is a system call, too.
+    fn wake(&self, log: &mut Log) {
+        if std::mem::take(&mut log.is_waited_for) {
+            self.work.notify_one();
+        }
     }
 
     fn sync_waiting(&self) -> Result<(), PersistError> {
@@ -312,8 +353,13 @@ impl Shared {
                 drop(log);
                 self.compact(0)
             } else {
-                let patience = until_sync.unwrap_or(Duration::from_secs(1));
-                drop(self.work.wait_timeout(log, patience).unwrap_or_else(PoisonError::into_inner));
+                log.is_waited_for = true;
+                match until_sync.or_else(|| until_compaction(&log)) {
+                    Some(patience) => {
+                        drop(self.work.wait_timeout(log, patience).unwrap_or_else(PoisonError::into_inner))
+                    }
+                    None => drop(self.work.wait(log).unwrap_or_else(PoisonError::into_inner)),
+                }
                 Ok(())
             };
             if let Err(error) = result {
@@ -346,9 +392,173 @@ fn until_sync(log: &Log) -> Option<Duration> {
     }
 }
 
+/// How long compaction rests, if it rests.
+fn until_compaction(log: &Log) -> Option<Duration> {
+    log.compact_after.map(|time| time.saturating_duration_since(Instant::now())).filter(|rest| !rest.is_zero())
+}
+
 fn spawn(shared: &Arc<Shared>) -> Result<JoinHandle<()>, PersistError> {
     let shared = Arc::clone(shared);
     let builder = std::thread::Builder::new().name("nkv-compact".to_owned());
     let spawned = builder.spawn(move || shared.run());
     spawned.map_err(|e| PersistError::new(PersistErrorKind::Io, "cannot start the maintenance thread").with_source(e))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::path::Path;
+
+    use nkv_core::Reason;
+
+    use super::*;
+    use crate::sim::SimFs;
+    use crate::vfs::VfsFile;
+
+    fn options() -> FsOptions {
+        FsOptions::default().with_background(false).with_segment_bytes(4096).with_reserve_bytes(0)
+    }
+
+    fn put(key: &str, revision: u64, replaces: u64) -> Change {
+        let action = Action::Put { value: vec![1; 10].into(), expiry: None };
+        change(key, revision, replaces, action)
+    }
+
+    fn delete(key: &str, revision: u64, replaces: u64) -> Change {
+        change(key, revision, replaces, Action::Delete { reason: Reason::Deleted })
+    }
+
+    fn change(key: &str, revision: u64, replaces: u64, action: Action) -> Change {
+        let (revision, replaces) = (Revision::new(revision), Revision::new(replaces));
+        Change { key: Key::new(key).unwrap(), revision, replaces, action }
+    }
+
+    fn revisions(persist: &mut FsPersist) -> Vec<(String, u64)> {
+        let mut all = Vec::new();
+        persist.load(&mut |record| all.push((record.key.to_string(), record.revision.get()))).unwrap();
+        all.sort();
+        all
+    }
+
+    #[test]
+    fn a_batch_that_does_not_follow_from_what_is_stored_is_rejected_and_nothing_of_it_is_stored() {
+        let fs = SimFs::new();
+        let mut persist = FsPersist::open_with(Arc::new(fs.clone()), "/data", options()).unwrap();
+        persist.persist(&[put("a", 3, 0), put("b", 4, 0)]).unwrap();
+        let (before, stats) = (fs.digest(), persist.monitor().stats());
+        for (batch, why) in [
+            (vec![put("c", 5, 0), put("a", 6, 2)], "not there"),
+            (vec![put("c", 5, 0), delete("a", 6, 9)], "not there"),
+            (vec![put("a", 5, 6), put("a", 6, 3)], "not there"),
+            (vec![delete("a", 5, 3), put("a", 6, 5)], "not there"),
+            (vec![put("a", 5, 3), put("a", 6, 3)], "two changes"),
+            (vec![put("c", 5, 0), put("c", 6, 5), delete("c", 7, 5)], "two changes"),
+            (vec![put("c", 4, 0)], "increase"),
+            (vec![put("c", 6, 0), put("d", 6, 0)], "increase"),
+        ] {
+            let error = persist.persist(&batch).unwrap_err();
+            assert!(
+                error.kind() == PersistErrorKind::Rejected && error.to_string().contains(why),
+                "{batch:?}: {error}"
+            );
+            assert_eq!((fs.digest(), persist.monitor().stats()), (before, stats), "{batch:?}");
+        }
+        persist.persist(&[put("a", 5, 3), put("c", 6, 0), put("a", 7, 5), delete("b", 8, 4), put("b", 9, 0)]).unwrap();
+        let expected = [("a".to_owned(), 7), ("b".to_owned(), 9), ("c".to_owned(), 6)];
+        assert_eq!(revisions(&mut persist), expected);
+        let stats = persist.monitor().stats();
+        drop(persist);
+        let mut persist = FsPersist::open_with(Arc::new(fs), "/data", options()).unwrap();
+        assert_eq!(revisions(&mut persist), expected);
+        let again = persist.monitor().stats();
+        assert_eq!((again.keys, again.live_bytes), (stats.keys, stats.live_bytes));
+    }
+
+    /// What a test does while a file is synced.
+    type Hook = Arc<Mutex<Option<Box<dyn Fn() + Send>>>>;
+
+    struct HookedFile(Arc<dyn VfsFile>, Hook);
+
+    impl std::fmt::Debug for HookedFile {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            self.0.fmt(f)
+        }
+    }
+
+    impl VfsFile for HookedFile {
+        fn size(&self) -> io::Result<u64> {
+            self.0.size()
+        }
+
+        fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+            self.0.read_at(buf, offset)
+        }
+
+        fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+            self.0.write_at(bytes, offset)
+        }
+
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.0.set_len(len)
+        }
+
+        fn sync_data(&self) -> io::Result<()> {
+            if let Some(hook) = &*lock(&self.1) {
+                hook();
+            }
+            self.0.sync_data()
+        }
+
+        fn try_lock(&self) -> io::Result<bool> {
+            self.0.try_lock()
+        }
+    }
+
+    struct Hooked(SimFs, Hook);
+
+    impl std::fmt::Debug for Hooked {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            self.0.fmt(f)
+        }
+    }
+
+    impl Vfs for Hooked {
+        fn create_dir(&self, dir: &Path) -> io::Result<()> {
+            self.0.create_dir(dir)
+        }
+
+        fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+            self.0.list(dir)
+        }
+
+        fn open(&self, path: &Path, how: Open) -> io::Result<Arc<dyn VfsFile>> {
+            Ok(Arc::new(HookedFile(self.0.open(path, how)?, Arc::clone(&self.1))))
+        }
+
+        fn remove(&self, path: &Path) -> io::Result<()> {
+            self.0.remove(path)
+        }
+
+        fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+            self.0.sync_dir(dir)
+        }
+    }
+
+    // A copy of the deleted value that is made now would stand behind the delete, and outlive it.
+    #[test]
+    fn while_a_delete_is_synced_the_log_is_free_for_compaction_and_the_deleted_value_is_not_copied() {
+        let hook = Hook::default();
+        let vfs = Hooked(SimFs::new(), Arc::clone(&hook));
+        let mut persist = FsPersist::open_with(Arc::new(vfs), "/data", options()).unwrap();
+        persist.persist(&[put("a", 1, 0)]).unwrap();
+        let (shared, seen) = (Arc::clone(&persist.shared), Arc::new(Mutex::new(Vec::new())));
+        let looks = Arc::clone(&seen);
+        *lock(&hook) = Some(Box::new(move || {
+            let is_live = shared.log.try_lock().ok().map(|log| log.index.contains(Revision::new(1)));
+            lock(&looks).push(is_live);
+        }));
+        persist.persist(&[delete("a", 2, 1)]).unwrap();
+        *lock(&hook) = None;
+        assert_eq!(*lock(&seen), [Some(false)]);
+    }
 }

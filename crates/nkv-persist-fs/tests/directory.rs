@@ -258,8 +258,9 @@ fn when_the_directory_is_removed_nothing_is_acknowledged_any_more() {
         persist.persist(&[put("a", 1, "1")]).unwrap();
         fs::remove_dir_all(&path).unwrap();
         let deadline = Instant::now() + Duration::from_secs(10);
+        let mut revisions = 2..;
         let error = loop {
-            match persist.persist(&[put("a", 2, "2")]) {
+            match persist.persist(&[put("a", revisions.next().unwrap(), "2")]) {
                 Err(error) => break error,
                 Ok(()) => assert!(durability != Durability::Sync && Instant::now() < deadline, "acknowledged"),
             }

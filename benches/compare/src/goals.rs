@@ -88,7 +88,9 @@ impl Work {
                 if shape.value != VALUE {
                     name += &format!(", {} B", shape.value);
                 }
-                if shape.keys.count != KEYS {
+                if shape.keys.count == 1 {
+                    name += ", one key";
+                } else if shape.keys.count != KEYS {
                     name += &format!(", {} keys", shape.keys.count);
                 }
                 if let Depth::Segments(depth) = shape.keys.depth {
@@ -389,6 +391,7 @@ impl Bench<'_> {
         match work {
             Work::Load { shape, around } => {
                 load::fill(target, shape.value, shape.keys)?;
+                load::settle(target);
                 let _beside = match around {
                     Around::Nothing => None,
                     Around::Unrelated(count) => Some(load::subscribe_unrelated(target, count)?),

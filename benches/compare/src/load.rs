@@ -5,6 +5,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use rustix::event::epoll::EventFlags;
 
@@ -409,6 +411,18 @@ pub(crate) fn fill(target: Target, value: usize, keys: Keys) -> Result<f64> {
         return Err(format!("{} of {} keys answered, {} errors", tally.operations, keys.count, tally.errors).into());
     }
     Ok(tally.operations as f64 / (sys::now() - begin) as f64 * 1e9)
+}
+
+/// Waits until a server is done with what filling left it to do, such as compaction; some seconds at most.
+pub(crate) fn settle(target: Target) {
+    const LOOK: Duration = Duration::from_millis(50);
+    for _ in 0..100 {
+        let before = sys::cpu_s(target.pid, None);
+        thread::sleep(LOOK);
+        if sys::cpu_s(target.pid, None) - before < LOOK.as_secs_f64() / 20.0 {
+            return;
+        }
+    }
 }
 
 /// Overwrites keys at random, so many times.

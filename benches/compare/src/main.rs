@@ -28,7 +28,7 @@ const HELP: &str = "\
 compare run     [OPTIONS]    measure the goals and print the table
 compare growth  [OPTIONS]    measure how cost grows with keys, subscriptions, segments, bytes, subscribers
 compare show    FILE         print the table of a run again
-compare plot    FILE [DIR]   draw performance.svg from a run, or growth.svg from a growth, into DIR (docs/)
+compare plot    FILE [DIR]   draw performance.svg from a run, or performance-growth.svg from a growth, into DIR (docs/)
 compare disk                 syncs a second that the disk can do
 
 Options:
@@ -129,8 +129,9 @@ fn measure_goals(options: &Options) -> Result<()> {
         cells.map(|cell| (line.goal, cell)).collect::<Vec<_>>()
     });
     let out = measure(options, cells, "run.jsonl")?;
-    println!("\n{}\nraw figures: {}", Raw::read(&out)?.table(&lines), out.display());
-    Ok(())
+    let raw = Raw::read(&out)?;
+    println!("\n{}\nraw figures: {}", raw.table(&lines), out.display());
+    raw.check()
 }
 
 fn measure_growth(options: &Options) -> Result<()> {
@@ -139,7 +140,7 @@ fn measure_growth(options: &Options) -> Result<()> {
     let cells = series.flat_map(|series| series.points.iter().map(|(_, cell)| (0, *cell)));
     let out = measure(options, cells, "growth.jsonl")?;
     println!("raw figures: {}", out.display());
-    Ok(())
+    Raw::read(&out)?.check()
 }
 
 /// Measures each of the cells once in each round, in their order.

@@ -34,7 +34,7 @@ pub(crate) fn draw(raw: &Raw, dir: &Path) -> Result<()> {
     if bars.is_empty() && curves.is_empty() {
         return Err("there are no figures to draw".into());
     }
-    for (file, drawn) in [("performance.svg", bars), ("growth.svg", curves)] {
+    for (file, drawn) in [("performance.svg", bars), ("performance-growth.svg", curves)] {
         if !drawn.is_empty() {
             let path = dir.join(file);
             fs::write(&path, in_columns(&drawn))?;
@@ -110,6 +110,7 @@ fn curves(raw: &Raw, panel: &Panel) -> Option<Drawn> {
         text(&mut out, at, "class=\"note\" text-anchor=\"middle\"", &thousands(*x as usize));
     }
     text(&mut out, [(left + right) / 2.0, bottom + 32.0], "class=\"note\" text-anchor=\"middle\"", panel.x);
+    let mut label_y = f64::NEG_INFINITY;
     for ((series, points), class) in series.iter().zip(["first", "second"]) {
         let places: Vec<_> = points.iter().map(|(x, y)| (place_x(*x), place_y(*y))).collect();
         let line = places.iter().map(|(x, y)| format!("{x:.1},{y:.1} ")).collect::<String>();
@@ -118,7 +119,9 @@ fn curves(raw: &Raw, panel: &Panel) -> Option<Drawn> {
             let _ = writeln!(out, "<circle class=\"{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\"/>");
         }
         if let Some((x, y)) = places.last() {
-            text(&mut out, [x + 8.0, y + 4.0], "", series.name);
+            // Below the one before, where they would meet: the first series is the higher one.
+            label_y = (y + 4.0).max(label_y + 14.0);
+            text(&mut out, [x + 8.0, label_y], "", series.name);
         }
     }
     Some((out, CURVE_HEIGHT))

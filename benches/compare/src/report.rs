@@ -148,6 +148,13 @@ impl Raw {
         out + &self.failures() + &self.settings()
     }
 
+    /// # Errors
+    ///
+    /// If a measurement failed.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.failures().is_empty() { Ok(()) } else { Err("not all could be measured".into()) }
+    }
+
     fn failures(&self) -> String {
         let failed = self.samples.iter().filter(|sample| sample.get("failure").is_some());
         failed.fold(String::new(), |text, sample| text + &format!("\nFAILED: {sample}\n"))

@@ -28,7 +28,8 @@ const HELP: &str = "\
 compare run     [OPTIONS]    measure the goals and print the table
 compare growth  [OPTIONS]    measure how cost grows with keys, subscriptions, segments, bytes, subscribers
 compare show    FILE         print the table of a run again
-compare plot    FILE [DIR]   draw performance.svg from a run, or performance-growth.svg from a growth, into DIR (docs/)
+compare plot    FILE [DIR]   draw performance.svg from a run, or performance-growth.svg from a growth, into DIR (docs/),
+                             and write the table of a run into its performance.md
 compare disk                 syncs a second that the disk can do
 
 Options:

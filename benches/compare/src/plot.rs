@@ -27,21 +27,22 @@ polyline { stroke-width: 2; fill: none !important }
 @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .note { fill: #9198a1 } }
 </style>\n";
 
-/// Draws what there are figures for, each into a file of the directory.
+/// Draws what there are figures for, each into a file of the directory; a table goes into its `performance.md`.
 pub(crate) fn draw(raw: &Raw, dir: &Path) -> Result<()> {
     let bars: Vec<_> = goals::pictures().iter().filter_map(|picture| bars(raw, picture)).collect();
     let curves: Vec<_> = goals::panels().iter().filter_map(|panel| curves(raw, panel)).collect();
     if bars.is_empty() && curves.is_empty() {
         return Err("there are no figures to draw".into());
     }
-    for (file, drawn) in [("performance.svg", bars), ("performance-growth.svg", curves)] {
+    for (file, drawn) in [("performance.svg", &bars), ("performance-growth.svg", &curves)] {
         if !drawn.is_empty() {
             let path = dir.join(file);
-            fs::write(&path, in_columns(&drawn))?;
+            fs::write(&path, in_columns(drawn))?;
             println!("{}", path.display());
         }
     }
-    Ok(())
+    let document = dir.join("performance.md");
+    if bars.is_empty() || !document.exists() { Ok(()) } else { raw.publish(&goals::lines(), &document) }
 }
 
 /// A drawing, and its height.

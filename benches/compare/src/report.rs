@@ -141,11 +141,26 @@ impl Raw {
                 line.goal,
                 line.ours.peer.name(),
                 line.ours.work.name(),
-                line.figure.replace('_', " "),
+                title(line.figure),
                 with_unit(ours.median, line.figure),
             );
         }
         out + &self.failures() + &self.settings()
+    }
+
+    /// Writes the table into a document, between its marks.
+    ///
+    /// # Errors
+    ///
+    /// If the document has no marks, or cannot be written.
+    pub(crate) fn publish(&self, lines: &[Line], document: &Path) -> Result<()> {
+        const MARKS: [&str; 2] = ["<!-- written by `compare plot` -->\n", "<!-- until here -->\n"];
+        let text = fs::read_to_string(document)?;
+        let parts = text.split_once(MARKS[0]).and_then(|(head, rest)| Some((head, rest.split_once(MARKS[1])?.1)));
+        let (head, tail) = parts.ok_or_else(|| format!("{} has no place for the table", document.display()))?;
+        fs::write(document, [head, MARKS[0], &self.table(lines), MARKS[1], tail].concat())?;
+        println!("{}", document.display());
+        Ok(())
     }
 
     /// # Errors
@@ -185,6 +200,24 @@ pub(crate) fn settings(machine: &[(&str, String)], nkv: &Path, command: &str) ->
     let servers = Peer::ALL.into_iter().filter_map(|peer| Some((peer.name().to_owned(), json!(peer.settings(nkv)?))));
     let servers: serde_json::Map<_, _> = servers.collect();
     json!({ "command": command, "machine": machine, "servers": servers })
+}
+
+/// What a figure is called in the table, where its unit stands behind the number.
+fn title(figure: &str) -> String {
+    match figure {
+        "per_s" => "requests".to_owned(),
+        "delivered_per_s" => "deliveries".to_owned(),
+        "latest_share" => "end with the last value".to_owned(),
+        "rss_mb" => "memory at rest".to_owned(),
+        "rss_begin_mb" => "memory as it begins".to_owned(),
+        "rss_growth_mb" => "growth of memory".to_owned(),
+        "idle_connections_mb" => "500 idle connections".to_owned(),
+        "keys_mb" => "100,000 keys".to_owned(),
+        "program_mb" => "size of the program".to_owned(),
+        "idle_cpu_percent" => "processor time at rest".to_owned(),
+        "compaction_cpu_s" => "processor time of compaction".to_owned(),
+        _ => ["_per_s", "_us", "_s"].iter().fold(figure, |name, unit| name.trim_end_matches(unit)).replace('_', " "),
+    }
 }
 
 /// A figure as people read it; the end of its name is its unit.

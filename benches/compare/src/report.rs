@@ -109,7 +109,7 @@ impl Raw {
     /// The table, in Markdown; then what failed, and what it was measured with.
     pub(crate) fn table(&self, lines: &[Line]) -> String {
         let mut out =
-            "| goal | work | figure | nkv | rivals | ratio | spread | wanted | |\n|-|-|-|-|-|-|-|-|-|\n".to_owned();
+            "| goal | work | figure | nkv | beside | ratio | spread | wanted | met |\n|-|-|-|-|-|-|-|-|-|\n".to_owned();
         for line in lines {
             let Some(ours) = self.spread(line.goal, line.ours, line.figure) else { continue };
             let itself = line.theirs.iter().any(|cell| cell.peer.is_nkv());

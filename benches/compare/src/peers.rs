@@ -218,3 +218,17 @@ impl Running {
         Ok(fs::remove_dir_all(&self.data)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_readme_tells_how_each_server_is_started() {
+        let readme = include_str!("../README.md");
+        for peer in Peer::ALL.into_iter().filter(|peer| *peer != Peer::Echo) {
+            let line = format!("\n{:<15} {}\n", peer.name(), peer.arguments());
+            assert!(readme.contains(&line), "{line}");
+        }
+    }
+}

@@ -132,7 +132,10 @@ impl Raw {
                     (format!("**{:.2}**", ratio.median), format!("{:.2}-{:.2}", ratio.min, ratio.max))
                 }
                 (None, Bound::AtLeast(_) | Bound::AtMost(_)) => Default::default(),
-                _ => (String::new(), format!("{:.2}-{:.2}", ours.min, ours.max)),
+                _ => {
+                    let ends = [ours.min, ours.max].map(|end| with_unit(end, line.figure));
+                    (String::new(), ends.join("-"))
+                }
             };
             let met = judged.map_or("", |met| if met { "yes" } else { "**no**" });
             let _ = writeln!(
@@ -177,7 +180,7 @@ impl Raw {
 
     /// What the figures were measured with, in Markdown.
     pub(crate) fn settings(&self) -> String {
-        let mut out = String::new();
+        let mut out = format!("\nMeasured by `compare {}` on:\n", self.settings["command"].as_str().unwrap_or("run"));
         let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         for (name, value) in self.settings["machine"].as_object().into_iter().flatten() {
             let _ = write!(out, "\n- {name}: {}", text(value));

@@ -3,7 +3,8 @@
 use crate::Result;
 use crate::drivers::Event;
 use crate::hist::Hist;
-use crate::load::{Pool, Span, Target};
+use crate::load::Span;
+use crate::pool::{Pool, Target};
 use crate::report::Figures;
 use crate::sys::{self, SECOND};
 

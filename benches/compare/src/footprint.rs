@@ -6,8 +6,9 @@ use std::thread;
 use std::time::Duration;
 
 use crate::Result;
-use crate::load::{self, Keys, Pool};
+use crate::load;
 use crate::peers::Running;
+use crate::pool::{Keys, Pool};
 use crate::report::Figures;
 use crate::sys;
 

@@ -7,8 +7,9 @@ use std::time::Duration;
 use rustix::thread::CpuSet;
 
 use crate::footprint::Settle;
-use crate::load::{self, Depth, Keys, Shape, Span};
+use crate::load::{self, Shape, Span};
 use crate::peers::{Peer, Running, Site};
+use crate::pool::{Depth, Keys};
 use crate::report::Figures;
 use crate::{Result, fanout, footprint};
 

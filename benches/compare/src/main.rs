@@ -8,6 +8,7 @@ mod hist;
 mod load;
 mod peers;
 mod plot;
+mod pool;
 mod reference;
 mod report;
 mod sys;

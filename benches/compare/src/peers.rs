@@ -11,7 +11,8 @@ use rustix::thread::CpuSet;
 
 use crate::Result;
 use crate::drivers::Protocol;
-use crate::load::{self, Target};
+use crate::load;
+use crate::pool::Target;
 use crate::sys::{self, SECOND, Server};
 
 /// Bytes of the value that is asked for after a restart.

@@ -1,11 +1,15 @@
 //! What the benches share: how long they measure, and keys in an order that is the same on every machine.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use criterion::Criterion;
-use nkv_core::{Key, Op, PutOptions};
+use nkv_core::mailbox::{Item, Mailbox, mailbox};
+use nkv_core::{Event, Key, NoPersist, NotifyKeyValue, Op, Pattern, PutOptions};
 
 /// Measures for a second each, so that all benches together take minutes; the command line may say otherwise.
+#[allow(dead_code, reason = "not every bench needs it")]
 pub(crate) fn criterion() -> Criterion {
     Criterion::default()
         .sample_size(20)
@@ -40,8 +44,23 @@ pub(crate) fn key(text: &str) -> Key {
     Key::new(text).expect("the benches write good keys")
 }
 
+/// The events of `rounds` puts to each of the keys in turn, as a subscriber of a store gets them.
+#[allow(dead_code, reason = "not every bench needs it")]
+pub(crate) fn events(keys: &[Key], rounds: usize, value: &Bytes) -> Vec<Arc<Event>> {
+    let store: NotifyKeyValue<NoPersist, Mailbox> =
+        NotifyKeyValue::open(NoPersist::default(), 0).expect("nothing is loaded");
+    let (post, inbox) = mailbox();
+    store.subscribe(Pattern::All, "bench".into(), post, false);
+    let event = |key| {
+        store.put(key, value.clone(), PutOptions::default()).expect("nothing is stored");
+        let Some(Item::Event { event, .. }) = inbox.try_take() else { panic!("a put is told") };
+        event
+    };
+    (0..rounds).flat_map(|_| keys).map(event).collect()
+}
+
 /// An unconditional put.
 #[allow(dead_code, reason = "not every bench needs it")]
-pub(crate) fn put(key: &Key, value: &bytes::Bytes) -> Op {
+pub(crate) fn put(key: &Key, value: &Bytes) -> Op {
     Op::Put { key: key.clone(), value: value.clone(), options: PutOptions::default() }
 }

@@ -30,7 +30,7 @@ fn main() {
 
 fn commit(criterion: &mut Criterion) {
     let keys = keys(KEYS);
-    let mut group = criterion.benchmark_group("storage/commit");
+    let mut group = criterion.benchmark_group("commit");
     for durability in [Durability::Sync, Durability::Os] {
         for len in BATCHES {
             let dir = directory();
@@ -57,7 +57,7 @@ fn recover(criterion: &mut Criterion) {
     batch.chunks(1_000).for_each(|batch| store.persist(batch).expect("it is stored"));
     store.close().expect("it is stored");
 
-    let mut group = criterion.benchmark_group("storage/recover");
+    let mut group = criterion.benchmark_group("recover");
     group.sample_size(10).sampling_mode(SamplingMode::Flat);
     group.throughput(Throughput::Elements(RECOVERED as u64));
     group.bench_function(BenchmarkId::from_parameter(RECOVERED), |bencher| {

@@ -1,0 +1,235 @@
+//! The servers: how each is started, and how durable its answers are.
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use rustix::thread::CpuSet;
+
+use crate::Result;
+use crate::drivers::Protocol;
+use crate::load;
+use crate::pool::Target;
+use crate::sys::{self, SECOND, Server};
+
+/// Bytes of the value that is asked for after a restart.
+const VALUE: usize = 100;
+
+/// A server that has not answered by then does not come up.
+const START_LIMIT: u64 = 60 * SECOND;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Peer {
+    NkvSync,
+    NkvOs,
+    NkvMemory,
+    RedisAlways,
+    RedisEverysec,
+    RedisNone,
+    Nats,
+    Etcd,
+    Echo,
+}
+
+impl Peer {
+    pub(crate) const ALL: [Peer; 9] = [
+        Peer::NkvSync,
+        Peer::NkvOs,
+        Peer::NkvMemory,
+        Peer::RedisAlways,
+        Peer::RedisEverysec,
+        Peer::RedisNone,
+        Peer::Nats,
+        Peer::Etcd,
+        Peer::Echo,
+    ];
+
+    /// Stands in the raw figures: stable.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Peer::NkvSync => "nkv sync",
+            Peer::NkvOs => "nkv os",
+            Peer::NkvMemory => "nkv memory",
+            Peer::RedisAlways => "Redis always",
+            Peer::RedisEverysec => "Redis everysec",
+            Peer::RedisNone => "Redis no AOF",
+            Peer::Nats => "NATS KV",
+            Peer::Etcd => "etcd",
+            Peer::Echo => "echo",
+        }
+    }
+
+    pub(crate) fn is_nkv(self) -> bool {
+        self.protocol() == Protocol::Nkv
+    }
+
+    /// What an answer to a put says.
+    fn durability(self) -> &'static str {
+        match self {
+            Peer::NkvSync | Peer::RedisAlways | Peer::Etcd => "on the disk (fdatasync)",
+            Peer::NkvOs => "given to the system; on the disk when the system likes",
+            Peer::RedisEverysec => "given to the system; on the disk within a second or two",
+            Peer::Nats => "given to the system; on the disk within two minutes (the default)",
+            Peer::NkvMemory | Peer::RedisNone | Peer::Echo => "nothing is stored",
+        }
+    }
+
+    fn protocol(self) -> Protocol {
+        match self {
+            Peer::NkvSync | Peer::NkvOs | Peer::NkvMemory => Protocol::Nkv,
+            Peer::RedisAlways | Peer::RedisEverysec | Peer::RedisNone => Protocol::Redis,
+            Peer::Nats => Protocol::Nats,
+            Peer::Etcd => Protocol::Etcd,
+            Peer::Echo => Protocol::Echo,
+        }
+    }
+
+    fn program(self, nkv: &Path) -> Option<PathBuf> {
+        match self.protocol() {
+            Protocol::Nkv => Some(nkv.to_owned()),
+            Protocol::Redis => installed("redis-server"),
+            Protocol::Nats => installed("nats-server"),
+            Protocol::Etcd => installed("etcd"),
+            Protocol::Echo => std::env::current_exe().ok(),
+        }
+    }
+
+    /// The arguments, separated by spaces; `{addr}`, `{port}`, `{port2}` and `{dir}` are filled in, `''` is an empty one.
+    fn arguments(self) -> String {
+        const REDIS: &str =
+            "--bind 127.0.0.1 --port {port} --dir {dir} --daemonize no --loglevel warning --save '' --appendonly";
+        match self {
+            Peer::NkvSync => "{addr} --data-dir {dir} --log-level warn --durability sync".to_owned(),
+            Peer::NkvOs => "{addr} --data-dir {dir} --log-level warn --durability os".to_owned(),
+            Peer::NkvMemory => "{addr} --log-level warn --persist memory".to_owned(),
+            Peer::RedisAlways => format!("{REDIS} yes --appendfsync always"),
+            Peer::RedisEverysec => format!("{REDIS} yes --appendfsync everysec"),
+            Peer::RedisNone => format!("{REDIS} no"),
+            Peer::Nats => "-a 127.0.0.1 -p {port} -js -sd {dir}".to_owned(),
+            Peer::Etcd => "--name default --data-dir {dir} --logger zap --log-level error \
+                --listen-client-urls http://{addr} --advertise-client-urls http://{addr} \
+                --listen-peer-urls http://127.0.0.1:{port2} --initial-advertise-peer-urls http://127.0.0.1:{port2} \
+                --initial-cluster default=http://127.0.0.1:{port2} --quota-backend-bytes 8000000000"
+                .to_owned(),
+            Peer::Echo => "echo-server {addr}".to_owned(),
+        }
+    }
+
+    /// Program and version, arguments, durability: what a reader needs to judge the comparison. None if not installed.
+    pub(crate) fn settings(self, nkv: &Path) -> Option<[String; 3]> {
+        let program = self.program(nkv)?;
+        let version = match self {
+            Peer::Echo => "compare echo-server, one tokio thread".to_owned(),
+            _ => {
+                let output = Command::new(&program).arg("--version").output().ok()?.stdout;
+                String::from_utf8_lossy(&output).lines().next().unwrap_or_default().to_owned()
+            }
+        };
+        Some([version, self.arguments(), self.durability().to_owned()])
+    }
+}
+
+fn installed(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let usual = ["/usr/sbin", "/usr/local/bin", "/usr/local/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path).chain(usual).map(|dir| dir.join(program)).find(|program| program.is_file())
+}
+
+/// Where a server runs, and where its data is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Site<'a> {
+    pub(crate) nkv: &'a Path,
+    pub(crate) dir: &'a Path,
+    pub(crate) cpus: &'a CpuSet,
+}
+
+/// A server that answers.
+#[derive(Debug)]
+pub(crate) struct Running {
+    server: Server,
+    pub(crate) target: Target,
+    pub(crate) program: String,
+    /// Seconds from its start to its first answer.
+    pub(crate) first_answer_s: f64,
+    data: PathBuf,
+}
+
+impl Running {
+    /// Starts a server without data.
+    pub(crate) fn start(peer: Peer, site: Site<'_>) -> Result<Running> {
+        let data = site.dir.join(peer.name().replace(' ', "-"));
+        if data.exists() {
+            fs::remove_dir_all(&data)?;
+        }
+        fs::create_dir(&data)?;
+        Running::start_in(data, peer, site, None)
+    }
+
+    /// Starts the server again, on the data it has; it must then have the key with this number.
+    pub(crate) fn restart(self, peer: Peer, site: Site<'_>, key: usize) -> Result<Running> {
+        let data = self.data.clone();
+        self.server.stop();
+        thread::sleep(Duration::from_millis(100));
+        Running::start_in(data, peer, site, Some(key))
+    }
+
+    fn start_in(data: PathBuf, peer: Peer, site: Site<'_>, key: Option<usize>) -> Result<Running> {
+        let program = peer.program(site.nkv).ok_or("not installed")?.to_string_lossy().into_owned();
+        let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, sys::free_port()?));
+        let (port, port2) = (addr.port().to_string(), sys::free_port()?.to_string());
+        // A subdirectory: nkv wants to make its own.
+        let dir = data.join("data");
+        if !peer.is_nkv() {
+            fs::create_dir_all(&dir)?;
+        }
+        let fill = |argument: &str| {
+            let argument = argument.replace("{addr}", &addr.to_string()).replace("{dir}", &dir.to_string_lossy());
+            argument.replace("{port2}", &port2).replace("{port}", &port).replace("''", "")
+        };
+        let command: Vec<String> =
+            [program.clone()].into_iter().chain(peer.arguments().split_whitespace().map(fill)).collect();
+        let log = site.dir.join(format!("{}.log", peer.name()));
+        let mut server = Server::start(&command, site.cpus, &log)?;
+        let target = Target { protocol: peer.protocol(), addr, pid: server.pid() };
+        loop {
+            // Refused until it listens, and some answer late.
+            match load::ask(target, VALUE, key.is_none(), key.unwrap_or(0)) {
+                Ok(found) if found || key.is_none() => break,
+                _ if sys::now() > server.since + START_LIMIT => {
+                    return Err(format!("{} does not answer", peer.name()).into());
+                }
+                _ => {}
+            }
+            if let Some(status) = server.ended() {
+                let log = fs::read_to_string(&log).unwrap_or_default();
+                return Err(format!("{} ended: {status}: {}", peer.name(), log.trim_end()).into());
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        let first_answer_s = (sys::now() - server.since) as f64 / 1e9;
+        Ok(Running { server, target, program, first_answer_s, data })
+    }
+
+    /// Stops the server and removes its data.
+    pub(crate) fn stop(self) -> Result<()> {
+        self.server.stop();
+        Ok(fs::remove_dir_all(&self.data)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_readme_tells_how_each_server_is_started() {
+        let readme = include_str!("../README.md");
+        for peer in Peer::ALL.into_iter().filter(|peer| *peer != Peer::Echo) {
+            let line = format!("\n{:<15} {}\n", peer.name(), peer.arguments());
+            assert!(readme.contains(&line), "{line}");
+        }
+    }
+}

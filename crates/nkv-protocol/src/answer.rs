@@ -29,6 +29,25 @@ pub struct ServerFields<'a> {
     pub value_len_max: u64,
 }
 
+/// What was found of a key.
+#[derive(Clone, Copy, Debug)]
+pub struct GetEntry<'a> {
+    /// The key.
+    pub key: &'a str,
+    /// Its value.
+    pub value: &'a [u8],
+    /// The value once more, if it can be sent without a copy.
+    pub shared: Option<&'a Bytes>,
+    /// The revision of the put that stored it.
+    pub revision: u64,
+}
+
+impl<'a> From<(&'a str, &'a Bytes, u64)> for GetEntry<'a> {
+    fn from((key, value, revision): (&'a str, &'a Bytes, u64)) -> Self {
+        GetEntry { key, value, shared: Some(value), revision }
+    }
+}
+
 /// Who would be told of a change.
 #[derive(Clone, Copy, Debug)]
 pub struct SubscriberFields<'a> {
@@ -85,50 +104,34 @@ impl<'a> Answer<'a> {
     }
 
     /// A `Get` with the entries found, or 404 if there is none: keys, values and revisions.
-    pub fn get(self, form: ValueForm, entries: &[(&str, &Bytes, u64)], more: bool) {
+    pub fn get<'e>(self, form: ValueForm, entries: &[impl Copy + Into<GetEntry<'e>>], more: bool) {
         let (status, message) =
             if entries.is_empty() { (status::NOT_FOUND, NOT_FOUND) } else { (status::OK, NO_ERROR) };
         let payload = form == ValueForm::Payload && !entries.is_empty();
         let chunks = self.start("{\"Get\":{\"id\":", status, message);
         let out = chunks.tail();
+        let entries = || entries.iter().map(|entry| (*entry).into());
         if payload {
-            json::array(out, b",\"lens\":[", entries, |out, (_, value, _)| json::number(out, value.len() as u64));
+            json::array(out, b",\"lens\":[", entries(), |out, entry| json::number(out, entry.value.len() as u64));
             out.put_slice(b",\"len\":");
-            json::number(out, entries.iter().map(|(_, value, _)| value.len() as u64).sum());
+            json::number(out, entries().map(|entry| entry.value.len() as u64).sum());
         } else {
-            json::array(out, b",\"data\":[", entries, |out, (_, value, _)| json::value(out, value, form));
+            json::array(out, b",\"data\":[", entries(), |out, entry| json::value(out, entry.value, form));
         }
-        json::array(out, b",\"keys\":[", entries, |out, (key, ..)| json::string(out, key));
-        json::array(out, b",\"revisions\":[", entries, |out, (.., revision)| json::number(out, *revision));
+        json::array(out, b",\"keys\":[", entries(), |out, entry| json::string(out, entry.key));
+        json::array(out, b",\"revisions\":[", entries(), |out, entry| json::number(out, entry.revision));
         if more {
             out.put_slice(b",\"more\":true");
         }
         out.put_slice(END);
         if payload {
-            entries.iter().for_each(|(_, value, _)| chunks.push(value));
+            for entry in entries() {
+                match entry.shared {
+                    Some(shared) => chunks.push(shared),
+                    None => chunks.tail().put_slice(entry.value),
+                }
+            }
             chunks.tail().put_u8(b'\n');
-        }
-    }
-
-    /// A `Get` with one entry, given piece by piece: its value is the bytes in `shared`, where those are.
-    pub fn get_one(self, form: ValueForm, key: &str, value: &[u8], shared: Option<&Bytes>, revision: u64) {
-        let payload = form == ValueForm::Payload;
-        let out = self.envelope("Get", status::OK, NO_ERROR, |object| {
-            if payload {
-                object.array("lens", [value.len()], |out, len| json::number(out, len as u64));
-                object.number("len", value.len() as u64);
-            } else {
-                object.array("data", [value], |out, value| json::value(out, value, form));
-            }
-            object.array("keys", [key], json::string);
-            object.array("revisions", [revision], json::number);
-        });
-        if payload {
-            match shared {
-                Some(shared) => out.push(shared),
-                None => out.tail().put_slice(value),
-            }
-            out.tail().put_u8(b'\n');
         }
     }
 

@@ -19,7 +19,7 @@ mod message;
 mod notification;
 mod request;
 
-pub use answer::{Answer, BaseFields, ServerFields, SubscriberFields};
+pub use answer::{Answer, BaseFields, GetEntry, ServerFields, SubscriberFields};
 pub use chunks::Chunks;
 pub use decoder::{Decoded, Decoder, Limits, Refusal};
 pub use message::{Body, Message, MessageDecoder, MessageError, Reason, Stats, Subscriber};

@@ -12,7 +12,8 @@ use nkv_core::{
 };
 use nkv_notify_tcp::{Outbox, TcpNotifier};
 use nkv_protocol::{
-    Answer, BaseFields, Chunks, Id, Kind, Refusal, Request, ServerFields, SubscriberFields, ValueForm, hello, status,
+    Answer, BaseFields, Chunks, GetEntry, Id, Kind, Refusal, Request, ServerFields, SubscriberFields, ValueForm, hello,
+    status,
 };
 
 use crate::budget::DeepShare;
@@ -25,6 +26,9 @@ const LIST_LIMIT_MAX: u64 = 10_000;
 
 /// Longest answer to a `Get`, in bytes.
 const GET_LEN_MAX: usize = 64 << 20;
+
+/// The entries of a `Get` that finds none.
+const NOTHING: &[GetEntry<'_>] = &[];
 
 /// Segments of a subscription's pattern that are not counted, and what each further one takes.
 const FREE_SEGMENTS: usize = 8;
@@ -228,11 +232,11 @@ impl Session {
                     ValueRef::Short(_) => None,
                     ValueRef::Shared(value) => Some(*value),
                 };
-                let answer = Answer::to(id, out);
-                answer.get_one(form, record.key, &record.value, shared, record.revision.get());
+                let (key, value, revision) = (record.key, &*record.value, record.revision.get());
+                Answer::to(id, out).get(form, &[GetEntry { key, value, shared, revision }], false);
             });
             if found.is_none() {
-                Answer::to(id, out).get(form, &[], false);
+                Answer::to(id, out).get(form, NOTHING, false);
             }
             return Ok(());
         }

@@ -15,6 +15,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::future::poll_fn;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Release};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ use crate::key::Key;
 use crate::notifier::{Delivery, Notifier};
 use crate::record::{Action, Change, Event, EventKind};
 use crate::revision::Revision;
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sync::{AtomicBool, Condvar, Mutex, MutexGuard};
 
 /// Makes a mailbox; `T` is what its owner wants to send along the same queue, such as answers to requests.
 ///
@@ -52,7 +53,8 @@ pub fn mailbox<T>() -> (Mailbox<T>, Inbox<T>) {
 /// Makes a mailbox in which changes of so many bytes (see [`ITEM_LEN`]) may wait without being conflated.
 #[must_use]
 pub fn mailbox_with_slack<T>(slack: usize) -> (Mailbox<T>, Inbox<T>) {
-    let shared = Arc::new(Shared { state: Mutex::new(State::new(slack)), arrived: Condvar::new() });
+    let (state, arrived) = (Mutex::new(State::new(slack)), Condvar::new());
+    let shared = Arc::new(Shared { state, arrived, is_waited_for: AtomicBool::new(false) });
     (Mailbox { post: Arc::new(Post(Arc::clone(&shared))) }, Inbox { shared })
 }
 
@@ -122,6 +124,9 @@ struct Post<T>(Arc<Shared<T>>);
 struct Shared<T> {
     state: Mutex<State<T>>,
     arrived: Condvar,
+    /// The mailbox is empty and has a waker: whatever comes next will wake the reader. Changed under the lock, and read
+    /// without it by the reader alone, who need not look again while it holds.
+    is_waited_for: AtomicBool,
 }
 
 /// A place in the queue.
@@ -296,6 +301,9 @@ impl<T> Shared<T> {
         let mut state = self.lock();
         let result = change(&mut state);
         let (waker, blocked) = (state.waker.take(), state.blocked > 0);
+        if waker.is_some() {
+            self.is_waited_for.store(false, Release);
+        }
         drop(state);
         if blocked {
             self.arrived.notify_one(); // a system call
@@ -370,7 +378,9 @@ impl<T: Send + 'static> Notifier for Mailbox<T> {
 impl<T> Inbox<T> {
     /// Posts an item of the owner's own from the reader's side, behind what waits.
     pub fn post(&self, item: T) {
-        self.shared.lock().post_own(item);
+        let mut state = self.shared.lock();
+        state.post_own(item);
+        self.shared.is_waited_for.store(false, Release);
     }
 
     /// Takes the next item if one is there.
@@ -415,9 +425,19 @@ impl<T> Inbox<T> {
         drop(old);
     }
 
+    /// Whether the mailbox is empty, and will wake whoever polled it last when it is no more: no need to poll it again
+    /// with the same waker. Takes no lock.
+    #[must_use]
+    pub fn is_waited_for(&self) -> bool {
+        self.shared.is_waited_for.load(Acquire)
+    }
+
     /// Whether nothing waits.
     #[must_use]
     pub fn is_empty(&self) -> bool {
+        if self.is_waited_for() {
+            return true;
+        }
         let state = self.shared.lock();
         state.queue.len() == state.vacant
     }
@@ -434,6 +454,7 @@ impl<T> Inbox<T> {
             Some(waker) if waker.will_wake(cx.waker()) => None,
             _ => state.waker.replace(cx.waker().clone()),
         };
+        self.shared.is_waited_for.store(true, Release);
         // A waker may own what owns a mailbox: it must not be dropped under the lock.
         drop(state);
         drop(old);

@@ -58,6 +58,8 @@ pub struct Outbox {
     counted: usize,
     /// The peer has not taken all of it, and may take its time until then.
     stall: Option<Pin<Box<Sleep>>>,
+    /// What the mailbox wakes.
+    told: Option<Waker>,
 }
 
 thread_local! {
@@ -83,8 +85,8 @@ fn give_back(chunks: Chunks) {
 
 impl Outbox {
     pub(crate) fn new(inbox: Inbox<Box<Chunks>>, shared: Arc<Shared>) -> Self {
-        let (snapshot, out, gathered, fresh, counted, stall) = Default::default();
-        Outbox { inbox, shared, snapshot, out, gathered, fresh, counted, stall }
+        let (snapshot, out, gathered, fresh, counted, stall, told) = Default::default();
+        Outbox { inbox, shared, snapshot, out, gathered, fresh, counted, stall, told }
     }
 
     /// Sends answers, after all that was sent or told before.
@@ -98,12 +100,6 @@ impl Outbox {
             self.inbox.post(Box::new(std::mem::take(&mut answers)));
         }
         give_back(answers);
-    }
-
-    /// Whether nothing that was gathered or sent waits for the next write.
-    #[must_use]
-    pub fn is_idle(&self) -> bool {
-        self.out.is_empty()
     }
 
     /// Whether so much waits to be taken that no more is to be made for now. [`poll`](Self::poll) goes on with it.
@@ -144,6 +140,13 @@ impl Outbox {
 
     /// Takes out of the mailbox what the next write may take; says whether the mailbox is closed and empty.
     fn gather(&mut self, told: &Waker) -> bool {
+        let is_known = self.told.as_ref().is_some_and(|known| known.will_wake(told));
+        if is_known && self.snapshot.is_none() && self.inbox.is_waited_for() {
+            return false;
+        }
+        if !is_known {
+            self.told = Some(told.clone());
+        }
         let mut cx = Context::from_waker(told);
         while self.out.len() < GATHER_LEN {
             if let Some((snapshot, waiting)) = &mut self.snapshot {
@@ -155,7 +158,7 @@ impl Outbox {
             }
             let mut items = ITEMS.take();
             let taken = self.inbox.poll_take_many(&mut cx, GATHER_LEN, &mut items);
-            if taken == Poll::Ready(true) && self.out.capacity() == 0 {
+            if taken == Poll::Ready(true) && self.out.is_empty() && self.out.capacity() == 0 {
                 self.out = spare();
             }
             for item in items.drain(..) {

@@ -31,17 +31,10 @@ thread_local! {
 }
 
 impl Bell {
-    /// A waker that stands for `task`; `known`, if it does so already.
-    pub(crate) fn waker(self: &Arc<Self>, known: &mut Option<(Waker, Waker)>, task: &Waker) -> Waker {
-        match known {
-            Some((of, waker)) if of.will_wake(task) => waker.clone(),
-            _ => {
-                let ringer = Ringer { bell: Arc::clone(self), task: task.clone(), is_noted: AtomicBool::new(false) };
-                let waker = Waker::from(Arc::new(ringer));
-                *known = Some((task.clone(), waker.clone()));
-                waker
-            }
-        }
+    /// A waker that stands for `task`.
+    pub(crate) fn waker(self: &Arc<Self>, task: &Waker) -> Waker {
+        let ringer = Ringer { bell: Arc::clone(self), task: task.clone(), is_noted: AtomicBool::new(false) };
+        Waker::from(Arc::new(ringer))
     }
 
     /// Has the pump woken once for all whom `wakes` wakes on this thread.

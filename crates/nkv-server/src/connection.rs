@@ -240,7 +240,8 @@ struct Connection {
     timer: Option<Pin<Box<Sleep>>>,
     share: Share,
     core: Arc<Core>,
-    /// Wakes this task with all others that are told of the same batch; see [`Bell`](crate::bell::Bell).
+    /// This task's waker, and one that wakes it with all others that are told of the same batch: see
+    /// [`Bell`](crate::bell::Bell).
     told: Option<(Waker, Waker)>,
     /// Bytes that were served since others had their turn.
     turn_len: usize,
@@ -274,16 +275,23 @@ impl Connection {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<End>> {
-        let told = self.core.bell.waker(&mut self.told, cx.waker());
+        let known = self.told.take().filter(|(task, _)| task.will_wake(cx.waker()));
+        let wakers = known.unwrap_or_else(|| (cx.waker().clone(), self.core.bell.waker(cx.waker())));
+        let end = self.poll_told(cx, &wakers.1);
+        self.told = Some(wakers);
+        end
+    }
+
+    fn poll_told(&mut self, cx: &mut Context<'_>, told: &Waker) -> Poll<io::Result<End>> {
         loop {
-            if let Poll::Ready(end) = self.outbox.poll(cx, &told, &mut self.socket) {
+            if let Poll::Ready(end) = self.outbox.poll(cx, told, &mut self.socket) {
                 return Poll::Ready(Ok(End::Writer(end)));
             }
             if self.share.is_evicted() {
                 return Poll::Ready(Ok(self.evict()));
             }
             if self.hold.is_some() {
-                ready!(self.poll_hold(cx, &told));
+                ready!(self.poll_hold(cx, told));
                 continue;
             }
             if self.outbox.is_full() {
@@ -313,10 +321,6 @@ impl Connection {
             };
             if let Some(end) = end {
                 return Poll::Ready(Ok(end));
-            }
-            if !self.outbox.is_idle() && false {
-                cx.waker().wake_by_ref();
-                return Poll::Pending;
             }
         }
     }

@@ -34,12 +34,13 @@ const KEY: &str = "host.db1.load";
 type Prepare = fn() -> Box<dyn FnMut()>;
 
 /// By names, which are stable: figures are compared by them.
-const SCENARIOS: [(&str, Prepare); 11] = [
+const SCENARIOS: [(&str, Prepare); 12] = [
     ("decode_get", decode_get),
     ("decode_put", decode_put),
     ("encode_ok", encode_ok),
     ("encode_get", encode_get),
     ("encode_update", encode_update),
+    ("store_look_up", store_look_up),
     ("store_get", store_get),
     ("store_put", store_put),
     ("store_put_subscribed", store_put_subscribed),
@@ -148,6 +149,17 @@ fn encode(mut write: impl FnMut(&mut Chunks) + 'static) -> Box<dyn FnMut()> {
     Box::new(move || {
         write(&mut out);
         black_box(out.take());
+    })
+}
+
+/// As the server reads a key: nothing is copied out of the store.
+fn store_look_up() -> Box<dyn FnMut()> {
+    let (store, keys) = store();
+    let mut turn = (0..KEYS).cycle();
+    Box::new(move || {
+        let key = &keys[turn.next().expect("it goes round")];
+        let len = store.look_up(key.as_str(), |record| black_box(&record.value[..]).len());
+        assert_eq!(len, Some(VALUE.len()));
     })
 }
 

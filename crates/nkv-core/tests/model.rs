@@ -11,7 +11,7 @@ use bytes::Bytes;
 use nkv_core::mailbox::{Inbox, Item, Mailbox, mailbox};
 use nkv_core::{
     Action, EndReason, Epoch, EventKind, Expiry, Key, MemoryPersist, NotifyKeyValue, Op, Outcome, Pattern,
-    PersistErrorKind, PutOptions, Reason, Record, Revision,
+    PersistErrorKind, PutOptions, Reason, Record, RecordRef, Revision,
 };
 use nkv_testkit::script::{Crash, PersistScript, ScriptedPersist};
 use proptest::prelude::*;
@@ -200,7 +200,7 @@ fn told(item: &Item) -> Told {
         },
         EventKind::Snapshot(snapshot) => Told::Snapshot {
             of: snapshot.pattern.clone(),
-            records: snapshot.records.clone(),
+            records: snapshot.records.iter().map(RecordRef::to_record).collect(),
             revision: snapshot.revision.get(),
         },
         EventKind::Ended { pattern, reason } => Told::Ended { of: pattern.clone(), reason: *reason },

@@ -340,7 +340,9 @@ impl World {
             Write::Put { path, value, condition: expected, ttl_ms } => {
                 let expiry = ttl_ms.map(|ttl_ms| Expiry { at: self.now + ttl_ms, ttl_ms });
                 let options = PutOptions { if_revision: condition(path, *expected), expiry };
-                Op::Put { key: key(path), value: vec![*value; usize::from(*value)].into(), options }
+                // The longest lies in the store by itself, the others beside their keys.
+                let len = [0, 1, 2, 5_000][usize::from(*value)];
+                Op::Put { key: key(path), value: vec![*value; len].into(), options }
             }
             Write::Delete { which, condition: expected } => {
                 let if_revision = match which {

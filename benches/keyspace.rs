@@ -3,7 +3,8 @@
 //! `get` and `put` at growing numbers of keys: of the same number of `hot` keys, to show what does not grow with the
 //! store, and of `any` keys, where the processor's caches are part of it. `wildcard` reads a branch, to show that it
 //! grows with what it returns. `put_subscribed` has growing numbers of subscribers, none of whom reads, so that each
-//! put but the first takes the place of another in each mailbox.
+//! put but the first takes the place of another in each mailbox. `put_deep` has keys of one and of many segments, and
+//! none or many subscriptions beside them, to whom nothing is told. A get looks a value up where it lies.
 
 mod support;
 
@@ -25,6 +26,9 @@ const WILDCARD: [usize; 3] = [10, 100, 1_000];
 const WILDCARD_OTHERS: usize = 100_000;
 /// Numbers of subscribers to the key that is put.
 const SUBSCRIBERS: [usize; 3] = [0, 1, 100];
+/// Segments of the key that is put, and numbers of subscriptions to keys beside its branch.
+const DEPTHS: [usize; 2] = [1, 8];
+const UNRELATED: [usize; 2] = [0, 10_000];
 const VALUE: &[u8] = &[b'v'; 100];
 const SEED: u64 = 11;
 
@@ -35,6 +39,7 @@ fn main() {
     by_keys(&mut criterion);
     wildcard(&mut criterion);
     by_subscribers(&mut criterion);
+    by_depth(&mut criterion);
     criterion.final_summary();
 }
 
@@ -47,7 +52,8 @@ fn by_keys(criterion: &mut Criterion) {
         for (name, keys) in [("hot", &hot), ("any", &all)] {
             let mut group = criterion.benchmark_group(format!("keyspace/get_{name}"));
             group.bench_function(BenchmarkId::from_parameter(count), |bencher| {
-                bencher.iter(|| black_box(store.get(&keys[random.below(keys.len())])));
+                let get = |key: &Key| store.look_up(key.as_str(), |record| black_box(record.value.len()));
+                bencher.iter(|| black_box(get(&keys[random.below(keys.len())])));
             });
             group.finish();
             let mut group = criterion.benchmark_group(format!("keyspace/put_{name}"));
@@ -94,6 +100,28 @@ fn by_subscribers(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::from_parameter(count), |bencher| {
             bencher.iter(|| store.put(&key, value.clone(), PutOptions::default()));
         });
+    }
+    group.finish();
+}
+
+fn by_depth(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("keyspace/put_deep");
+    for subscriptions in UNRELATED {
+        for depth in DEPTHS {
+            let key = key(&["segment"; 8][..depth].join("."));
+            let store = store_of(std::slice::from_ref(&key));
+            let subscribe = |n: usize| {
+                let (post, inbox) = mailbox();
+                let beside = Pattern::Key(self::key(&format!("segment.other{n}")));
+                store.subscribe(beside, n.to_string().as_str().into(), post, false);
+                inbox
+            };
+            let _inboxes: Vec<_> = (0..subscriptions).map(subscribe).collect();
+            let value = Bytes::from_static(VALUE);
+            group.bench_function(BenchmarkId::new(format!("beside_{subscriptions}"), depth), |bencher| {
+                bencher.iter(|| store.put(&key, value.clone(), PutOptions::default()));
+            });
+        }
     }
     group.finish();
 }

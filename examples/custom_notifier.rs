@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use nkv_core::mailbox::{Inbox, Item, Mailbox, mailbox};
 use nkv_core::{
-    Action, Delivery, Event, EventKind, Key, NoPersist, Notifier, NotifyKeyValue, Pattern, PutOptions, Record,
+    Action, Delivery, Event, EventKind, Key, NoPersist, Notifier, NotifyKeyValue, Pattern, PutOptions, RecordRef,
 };
 use serde::{Deserialize, Serialize};
 
@@ -100,7 +100,7 @@ fn lines(event: &Event, skipped: u64) -> Vec<Line> {
     }
 }
 
-fn present(record: &Record) -> Line {
+fn present(record: RecordRef<'_>) -> Line {
     Line::Put { key: record.key.to_string(), value: record.value.to_vec(), revision: record.revision.get(), skipped: 0 }
 }
 

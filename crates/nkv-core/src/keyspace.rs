@@ -19,10 +19,6 @@ use crate::packed::Unpacked;
 use crate::record::{Action, Change, Expiry, Millis, Record, RecordRef, ValueRef};
 use crate::revision::Revision;
 
-/// From this length on a value lies by itself, as it came, and is shared with whoever reads it. A shorter one is copied:
-/// that costs less than counting who shares it, and it does not keep in memory what else it came with.
-const VALUE_LEN_LONG: usize = 4_096;
-
 #[derive(Debug, Default)]
 pub(crate) struct Keyspace {
     slots: Slots,
@@ -150,10 +146,13 @@ impl Keyspace {
 
     /// Gives the slot if the key is new, and so has no place in the order yet.
     fn put(&mut self, key: &Key, hash: u64, value: &Bytes, revision: Revision, expiry: Option<Expiry>) -> Option<u32> {
-        let is_long = value.len() >= VALUE_LEN_LONG;
-        let (short, long) = if is_long { (&[][..], Some(value)) } else { (&value[..], None) };
+        let (short, long) = match ValueRef::of(value) {
+            ValueRef::Short(bytes) => (bytes, None),
+            ValueRef::Shared(value) => (&[][..], Some(value)),
+        };
         self.packed.clear();
-        Unpacked { key: key.as_str().as_bytes(), value: short, is_long, revision, expiry }.pack(&mut self.packed);
+        Unpacked { key: key.as_str().as_bytes(), value: short, is_long: long.is_some(), revision, expiry }
+            .pack(&mut self.packed);
         self.value_bytes += value.len();
         if let Some(expiry) = expiry {
             self.expiries.insert((expiry.at, key.clone()));
@@ -281,6 +280,7 @@ impl Slots {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::VALUE_LEN_LONG;
 
     fn key(number: u64) -> Key {
         Key::new(&format!("some.branch.of.the.keyspace.k{number:05}")).unwrap()

@@ -11,6 +11,7 @@ mod order;
 mod packed;
 mod persist;
 mod record;
+mod records;
 mod revision;
 mod route;
 mod store;
@@ -23,6 +24,7 @@ pub use persist::{Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKi
 pub use record::{
     Action, Change, EndReason, Event, EventKind, Expiry, Millis, Reason, Record, RecordRef, Snapshot, ValueRef,
 };
+pub use records::Records;
 pub use revision::{Epoch, Revision};
 pub use route::RoutePersist;
 pub use store::{NotifyKeyValue, Op, Outcome, Page, PageTooLarge, PutOptions, Stats, WriteError};

@@ -7,6 +7,7 @@ use std::thread;
 use super::*;
 use crate::key::Pattern;
 use crate::record::{Action, Change, EndReason, Reason, Snapshot};
+use crate::records::Records;
 use crate::revision::Epoch;
 
 /// More than anything here takes; only a hang waits for it.
@@ -59,7 +60,7 @@ fn put(key: &str, revision: u64) -> Arc<Event> {
 
 fn snapshot(revision: u64) -> Arc<Event> {
     let (revision, epoch) = (Revision::new(revision), Epoch::new(1));
-    Event::new(EventKind::Snapshot(Snapshot { pattern: Pattern::All, records: vec![], revision, epoch }))
+    Event::new(EventKind::Snapshot(Snapshot { pattern: Pattern::All, records: Records::default(), revision, epoch }))
 }
 
 fn ended() -> Arc<Event> {
@@ -402,7 +403,7 @@ fn the_room_that_a_backlog_took_is_given_back_once_it_is_read() {
 #[test]
 fn what_a_snapshot_told_does_not_count_as_skipped_afterwards() {
     let (post, inbox) = mailbox::<u32>();
-    let (pattern, records) = (Pattern::new("a").unwrap(), Vec::new());
+    let (pattern, records) = (Pattern::new("a").unwrap(), Records::default());
     let snapshot = Snapshot { pattern, records, revision: Revision::new(3), epoch: Epoch::default() };
     for event in [put("a", 1), put("a", 2), put("b", 3), Event::new(EventKind::Snapshot(snapshot))] {
         assert_ne!(post.notify(&event), Delivery::Closed);

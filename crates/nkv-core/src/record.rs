@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::key::{Key, Pattern};
+use crate::records::Records;
 use crate::revision::{Epoch, Revision};
 use crate::sync::{Mutex, Once};
 
@@ -48,6 +49,15 @@ pub struct Record {
     pub expiry: Option<Expiry>,
 }
 
+impl Record {
+    /// The record, lent for a moment.
+    #[must_use]
+    pub fn lend(&self) -> RecordRef<'_> {
+        let value = ValueRef::of(&self.value);
+        RecordRef { key: self.key.as_str(), value, revision: self.revision, expiry: self.expiry }
+    }
+}
+
 /// A key as it is stored, lent for a moment: nothing is copied.
 #[derive(Clone, Copy, Debug)]
 pub struct RecordRef<'a> {
@@ -79,7 +89,16 @@ impl RecordRef<'_> {
     }
 }
 
-impl ValueRef<'_> {
+/// From this length on a value lies by itself, as it came, and is shared with whoever reads it. A shorter one is copied:
+/// that costs less than counting who shares it, and it does not keep in memory what else it came with.
+pub(crate) const VALUE_LEN_LONG: usize = 4_096;
+
+impl<'a> ValueRef<'a> {
+    /// Short or shared, by its length.
+    pub(crate) fn of(value: &'a Bytes) -> Self {
+        if value.len() < VALUE_LEN_LONG { ValueRef::Short(value) } else { ValueRef::Shared(value) }
+    }
+
     /// The value, to be kept: a copy of a short one, a share of a long one.
     #[must_use]
     pub fn to_bytes(self) -> Bytes {
@@ -177,7 +196,7 @@ pub struct Snapshot {
     /// The subscription's pattern.
     pub pattern: Pattern,
     /// The present keys, in key order; none if nothing matches.
-    pub records: Vec<Record>,
+    pub records: Records,
     /// Every change up to and including this revision is contained, none after it.
     pub revision: Revision,
     /// Within which this revision may be compared.

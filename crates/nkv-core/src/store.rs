@@ -466,7 +466,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         let keyspace = self.read();
         Snapshot {
             pattern: pattern.clone(),
-            records: keyspace.covered(pattern).map(RecordRef::to_record).collect(),
+            records: keyspace.covered(pattern).collect(),
             revision: keyspace.revision(),
             epoch: self.epoch,
         }

@@ -84,7 +84,7 @@ fn brief(event: &Arc<Event>) -> String {
             Action::Delete { reason } => format!("{} {} @{}", change.key, reason.as_str(), change.revision),
         },
         EventKind::Snapshot(snapshot) => {
-            let has: Vec<String> = snapshot.records.iter().map(brief_record).collect();
+            let has: Vec<String> = snapshot.records.iter().map(|record| brief_record(&record.to_record())).collect();
             format!("{} has {} (up to {})", snapshot.pattern, has.join(", "), snapshot.revision)
         }
         EventKind::Ended { pattern, reason } => format!("{pattern} {}", reason.as_str()),
@@ -509,7 +509,7 @@ mod subscriptions {
         store.subscribe(Pattern::All, "me".into(), notifier.clone(), true);
         let event = notifier.take().remove(0);
         let EventKind::Snapshot(snapshot) = event.kind() else { panic!("{event:?}") };
-        assert_eq!(snapshot.records, store.get_all(&Pattern::All));
+        assert_eq!(snapshot.records, store.get_all(&Pattern::All).into_iter().collect());
         assert_eq!(snapshot.epoch, store.epoch());
     }
 

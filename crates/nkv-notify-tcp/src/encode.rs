@@ -57,11 +57,11 @@ impl SnapshotWriter {
         let EventKind::Snapshot(Snapshot { pattern, records, revision, epoch }) = self.event.kind() else {
             return true;
         };
-        for record in records.get(self.next..).unwrap_or_default() {
+        while let Some(record) = records.get(self.next) {
             if out.len() >= len {
                 return false;
             }
-            ChangeNotice::update(record.key.as_str(), &record.value, record.revision.get(), form).write(0, out);
+            ChangeNotice::update(record.key, &record.value.to_bytes(), record.revision.get(), form).write(0, out);
             self.next = self.next.saturating_add(1);
         }
         synced(&pattern.to_string(), revision.get(), &epoch.to_string(), out);

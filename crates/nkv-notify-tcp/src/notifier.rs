@@ -222,10 +222,7 @@ impl Drop for Shared {
 pub(crate) fn waiting_len(event: &Event) -> usize {
     match event.kind() {
         EventKind::Change(_) => 0,
-        EventKind::Snapshot(Snapshot { records, .. }) => {
-            let lens = records.iter().map(|record| record.key.as_str().len().saturating_add(record.value.len()));
-            lens.fold(256, |sum, len| sum.saturating_add(len).saturating_add(64))
-        }
+        EventKind::Snapshot(Snapshot { records, .. }) => records.size().saturating_add(256),
         _ => 256,
     }
 }

@@ -266,7 +266,7 @@ fn a_subscription_begins_with_what_was_acknowledged_before_it_and_misses_nothing
         let first = next(&mut subscription);
         let EventKind::Snapshot(snapshot) = first.event.kind() else { panic!("{first:?}") };
         let revision = snapshot.revision.get();
-        stale += u64::from(revision < before || snapshot.records[0].revision.get() != revision);
+        stale += u64::from(revision < before || snapshot.records.get(0).unwrap().revision.get() != revision);
         last = revision;
         while !told_enough(revision, last) {
             let notice = next(&mut subscription);

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use nkv_core::mailbox::{Inbox, Item};
 use nkv_core::{
-    Action, Change, Delivery, EndReason, Epoch, Event, EventKind, Key, Notifier, Pattern, Reason, Record, Revision,
-    Snapshot,
+    Action, Change, Delivery, EndReason, Epoch, Event, EventKind, Key, Notifier, Pattern, Reason, Record, RecordRef,
+    Revision, Snapshot,
 };
 
 /// How long the suite waits for what must happen. Only a broken notifier makes it wait so long.
@@ -109,7 +109,7 @@ impl Told {
 
     fn snapshot(snapshot: &Snapshot) -> Vec<Told> {
         let Snapshot { pattern, records, revision, epoch } = snapshot;
-        let puts = records.iter().cloned().map(|Record { key, value, revision, .. }| Told::Put {
+        let puts = records.iter().map(RecordRef::to_record).map(|Record { key, value, revision, .. }| Told::Put {
             key,
             value,
             revision,
@@ -599,6 +599,7 @@ fn record(at: &str, revision: u64, value: &str) -> Record {
 }
 
 fn snapshot(of: &str, records: Vec<Record>, revision: u64) -> Snapshot {
+    let records = records.into_iter().collect();
     Snapshot { pattern: pattern(of), records, revision: Revision::new(revision), epoch: Epoch::new(0xabc) }
 }
 

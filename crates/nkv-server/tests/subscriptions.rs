@@ -234,11 +234,11 @@ fn limits_of_connections_and_subscriptions_are_told() {
 #[test]
 fn the_largest_holder_of_incomplete_messages_is_closed_when_all_hold_too_much() {
     let mut options = Options::default();
-    options.queued_max = 400 << 10;
+    options.queued_max = 220 << 10;
     let server = TestServer::with(|builder| builder.options(options));
     let part =
         |whole: usize, len: usize| format!("{{\"type\":\"Put\",\"key\":\"a\",\"len\":{whole}}}\n{}", "x".repeat(len));
-    // Buffers count as they are: 128 KiB for each of these two, 256 KiB for the third.
+    // Buffers count as they are: 60 kB for each of these two, at least 192 KiB for the third.
     let mut small = [server.connect(), server.connect()];
     for conn in &small {
         std::io::Write::write_all(&mut conn.stream(), part(70_000, 60_000).as_bytes()).unwrap();

@@ -11,7 +11,7 @@ use nkv_core::{PersistError, PersistErrorKind, Revision};
 
 use crate::disk::{Disk, segment_name};
 use crate::error::damaged;
-use crate::format::{Entry, FrameBuf, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN};
+use crate::format::{FrameBuf, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN};
 use crate::index::Place;
 use crate::log::Log;
 use crate::reader::{Next, Opened, SegmentReader, body_of};
@@ -213,7 +213,7 @@ impl Compactor {
             for record in Records::new(body) {
                 let record = record.map_err(|reason| damaged(&segment_name(job.number), at, reason))?;
                 let position = start.saturating_add(u64::from(record.offset));
-                if let Entry::Put { revision, .. } = record.entry
+                if let Some(revision) = record.put_revision()
                     && log.index.is_live(revision, position)
                 {
                     let at = self.bytes.len();

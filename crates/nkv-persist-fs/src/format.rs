@@ -282,8 +282,9 @@ pub(crate) struct RawRecord<'a> {
     pub(crate) bytes: &'a [u8],
     /// Where in the body it starts.
     pub(crate) offset: u32,
-    pub(crate) entry: Entry<'a>,
 }
+
+const CUT: &str = "a record runs past the end of its frame";
 
 /// What a record says.
 #[derive(Debug, PartialEq)]
@@ -309,16 +310,32 @@ impl<'a> Records<'a> {
     }
 
     fn read(&self) -> Result<RawRecord<'a>, &'static str> {
-        let cut = "a record runs past the end of its frame";
-        let rest = self.body.get(self.offset..).ok_or(cut)?;
-        let bytes = rest.get(..u32_at(rest, 0).ok_or(cut)? as usize).ok_or(cut)?;
-        let (kind, key_len) = (*bytes.get(4).ok_or(cut)?, usize::from(u16_at(bytes, 6).ok_or(cut)?));
-        let revision = Revision::new(u64_at(bytes, 8).ok_or(cut)?);
-        let value_len = u32_at(bytes, 16).ok_or(cut)? as usize;
-        let (key, rest) = bytes.get(RECORD_HEADER_LEN..).ok_or(cut)?.split_at_checked(key_len).ok_or(cut)?;
-        let (value, fields) = rest.split_at_checked(value_len).ok_or(cut)?;
+        let rest = self.body.get(self.offset..).ok_or(CUT)?;
+        let bytes = rest.get(..u32_at(rest, 0).ok_or(CUT)? as usize).ok_or(CUT)?;
+        if bytes.len() < RECORD_HEADER_LEN {
+            return Err(CUT);
+        }
+        Ok(RawRecord { bytes, offset: self.offset as u32 })
+    }
+}
+
+impl<'a> RawRecord<'a> {
+    /// The revision, if this is a put: no more of it is looked at.
+    pub(crate) fn put_revision(&self) -> Option<Revision> {
+        let is_put = self.bytes.get(4) == Some(&PUT);
+        u64_at(self.bytes, 8).filter(|_| is_put).map(Revision::new)
+    }
+
+    /// All that it says, if it is a record that this program understands.
+    pub(crate) fn entry(&self) -> Result<Entry<'a>, &'static str> {
+        let bytes = self.bytes;
+        let (kind, key_len) = (*bytes.get(4).ok_or(CUT)?, usize::from(u16_at(bytes, 6).ok_or(CUT)?));
+        let revision = Revision::new(u64_at(bytes, 8).ok_or(CUT)?);
+        let value_len = u32_at(bytes, 16).ok_or(CUT)? as usize;
+        let (key, rest) = bytes.get(RECORD_HEADER_LEN..).ok_or(CUT)?.split_at_checked(key_len).ok_or(CUT)?;
+        let (value, fields) = rest.split_at_checked(value_len).ok_or(CUT)?;
         let expiry = read_fields(fields)?;
-        let entry = match kind {
+        Ok(match kind {
             PUT => Entry::Put { key: read_key(key)?, value, revision, expiry },
             DELETE => Entry::Delete { key: read_key(key)?, revision },
             EPOCH => Entry::Epoch(Epoch::new(u128_at(value, 0).ok_or("an epoch is cut")?)),
@@ -326,8 +343,7 @@ impl<'a> Records<'a> {
             SEAL => Entry::Seal,
             _ if kind & SKIPPABLE != 0 => Entry::Unknown,
             _ => return Err("a record has a type that this program does not know"),
-        };
-        Ok(RawRecord { bytes, offset: self.offset as u32, entry })
+        })
     }
 }
 

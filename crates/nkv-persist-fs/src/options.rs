@@ -121,7 +121,7 @@ impl FsOptions {
 
     /// How many bytes one step of compaction copies.
     pub(crate) fn chunk_bytes(&self) -> u64 {
-        (self.segment_bytes / 4).min(256 << 10)
+        (self.segment_bytes / 4).min(64 << 10)
     }
 }
 

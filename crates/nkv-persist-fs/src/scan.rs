@@ -233,7 +233,7 @@ impl Scan {
         for record in Records::new(body) {
             let record = record?;
             let position = body_of(header.position).saturating_add(u64::from(record.offset));
-            self.apply(record.entry, Place { position, len: record.bytes.len() as u32 });
+            self.apply(record.entry()?, Place { position, len: record.bytes.len() as u32 });
         }
         // An empty frame is no batch.
         self.frames = self.frames.saturating_add(u64::from(!body.is_empty()));
@@ -313,7 +313,7 @@ fn newest_head(reader: &mut SegmentReader) -> Result<u64, PersistError> {
     let mut head = 0;
     while let Next::Frame(_, _, body) = reader.next()? {
         for record in Records::new(body).flatten() {
-            if let Entry::Head(newer) = record.entry {
+            if let Ok(Entry::Head(newer)) = record.entry() {
                 head = head.max(newer);
             }
         }

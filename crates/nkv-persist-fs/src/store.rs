@@ -290,8 +290,10 @@ fn visit_segment(disk: &Disk, index: &Index, number: u64, visit: &mut dyn FnMut(
         };
         for record in Records::new(body) {
             let record = record.map_err(|reason| damaged(&name, offset, reason))?;
-            if let Entry::Put { key, value, revision, expiry } = record.entry
-                && index.is_live(revision, start.saturating_add(u64::from(record.offset)))
+            let position = start.saturating_add(u64::from(record.offset));
+            if record.put_revision().is_some_and(|revision| index.is_live(revision, position))
+                && let Entry::Put { key, value, revision, expiry } =
+                    record.entry().map_err(|reason| damaged(&name, offset, reason))?
             {
                 let key = Key::new(key).map_err(|_| damaged(&name, offset, "a key is not valid"))?;
                 visit(Record { key, value: Bytes::copy_from_slice(value), revision, expiry });

@@ -106,6 +106,8 @@ pub struct Backlog {
     pub queued: usize,
     /// Changes passed over since the mailbox was made.
     pub skipped: u64,
+    /// How much of the slack is taken, in bytes.
+    pub slack: usize,
 }
 
 /// The side that posts. Clones post to the same mailbox; when the last is dropped, the mailbox closes.
@@ -148,8 +150,9 @@ struct State<T> {
     /// The newest revision told or pending: a change up to it is a duplicate.
     newest: Revision,
     skipped: u64,
-    /// How much of the slack is left.
+    /// How much slack there is, and how much of it is taken.
     slack: usize,
+    slack_taken: usize,
     /// Items taken since the queue was empty last.
     taken: usize,
     closed: bool,
@@ -177,6 +180,7 @@ impl<T> State<T> {
             newest: Revision::ZERO,
             skipped: 0,
             slack,
+            slack_taken: 0,
             taken: 0,
             closed: false,
             waker: None,
@@ -196,10 +200,10 @@ impl<T> State<T> {
     /// How much of the slack a change takes; none if it is to be conflated, as all are while one is that was not read.
     fn slack_for(&mut self, change: &Change) -> usize {
         let len = change_len(change);
-        if len > self.slack || !self.slots.is_empty() {
+        if self.slack_taken + len > self.slack || !self.slots.is_empty() {
             return 0;
         }
-        self.slack -= len;
+        self.slack_taken += len;
         len
     }
 
@@ -267,7 +271,7 @@ impl<T> State<T> {
         while let Some(Place { item, slack }) = self.queue.pop_front() {
             self.front += 1;
             self.taken += 1;
-            self.slack += slack;
+            self.slack_taken -= slack;
             let Some(item) = item else {
                 self.vacant -= 1;
                 continue;
@@ -359,7 +363,8 @@ impl<T> Mailbox<T> {
     #[must_use]
     pub fn backlog(&self) -> Backlog {
         let state = self.post.0.lock();
-        Backlog { queued: state.queue.len() - state.vacant, skipped: state.skipped }
+        let (queued, slack) = (state.queue.len() - state.vacant, state.slack_taken);
+        Backlog { queued, skipped: state.skipped, slack }
     }
 
     /// Whether both post to the same mailbox.
@@ -523,7 +528,7 @@ impl<T> Drop for Inbox<T> {
         // What was not taken will not be: give its memory back now, not when the last poster is gone.
         let left = self.shared.post(|state| {
             state.closed = true;
-            state.vacant = 0;
+            (state.vacant, state.slack_taken) = (0, 0);
             (std::mem::take(&mut state.queue), std::mem::take(&mut state.slots))
         });
         drop(left);
@@ -532,7 +537,7 @@ impl<T> Drop for Inbox<T> {
 
 impl<T> fmt::Debug for Mailbox<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Backlog { queued, skipped } = self.backlog();
+        let Backlog { queued, skipped, .. } = self.backlog();
         f.debug_struct("Mailbox").field("queued", &queued).field("skipped", &skipped).finish()
     }
 }

@@ -113,7 +113,8 @@ impl Holder {
 
     /// All but what is being told of changes, which others may share.
     fn held_alone(&self) -> usize {
-        let pending = self.notifier.backlog().queued.saturating_mul(PENDING_LEN);
+        let backlog = self.notifier.backlog();
+        let pending = backlog.queued.saturating_mul(PENDING_LEN).saturating_add(backlog.slack);
         self.read.load(Relaxed).saturating_add(self.notifier.waiting()).saturating_add(pending)
     }
 

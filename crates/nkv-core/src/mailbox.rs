@@ -3,7 +3,7 @@
 //! One slot per key: a newer change of a key takes the place of an older one that was not read yet and moves to the
 //! end of the queue, so that revisions come out in increasing order; how many changes were passed over is counted.
 //! What is not a change of a key (a snapshot, the end of a subscription, an item of the owner's own) is never conflated
-//! and keeps its place. Memory is bounded by the number of keys, whatever the number of changes.
+//! and keeps its place. Memory is bounded by the number of keys and the slack, whatever the number of changes.
 //!
 //! A mailbox may have some slack: so many bytes of changes wait as they came, each to be told, and only what comes on top
 //! of them is conflated. A reader that keeps up is then told every change, and many with each wake-up.
@@ -108,6 +108,8 @@ pub struct Backlog {
     pub skipped: u64,
     /// How much of the slack is taken, in bytes.
     pub slack: usize,
+    /// By how many of the items.
+    pub slack_items: usize,
 }
 
 /// The side that posts. Clones post to the same mailbox; when the last is dropped, the mailbox closes.
@@ -153,6 +155,7 @@ struct State<T> {
     /// How much slack there is, and how much of it is taken.
     slack: usize,
     slack_taken: usize,
+    slack_items: usize,
     /// Items taken since the queue was empty last.
     taken: usize,
     closed: bool,
@@ -181,6 +184,7 @@ impl<T> State<T> {
             skipped: 0,
             slack,
             slack_taken: 0,
+            slack_items: 0,
             taken: 0,
             closed: false,
             waker: None,
@@ -204,6 +208,7 @@ impl<T> State<T> {
             return 0;
         }
         self.slack_taken += len;
+        self.slack_items += 1;
         len
     }
 
@@ -272,6 +277,7 @@ impl<T> State<T> {
             self.front += 1;
             self.taken += 1;
             self.slack_taken -= slack;
+            self.slack_items -= usize::from(slack > 0);
             let Some(item) = item else {
                 self.vacant -= 1;
                 continue;
@@ -363,8 +369,8 @@ impl<T> Mailbox<T> {
     #[must_use]
     pub fn backlog(&self) -> Backlog {
         let state = self.post.0.lock();
-        let (queued, slack) = (state.queue.len() - state.vacant, state.slack_taken);
-        Backlog { queued, skipped: state.skipped, slack }
+        let (slack, slack_items) = (state.slack_taken, state.slack_items);
+        Backlog { queued: state.queue.len() - state.vacant, skipped: state.skipped, slack, slack_items }
     }
 
     /// Whether both post to the same mailbox.
@@ -528,7 +534,7 @@ impl<T> Drop for Inbox<T> {
         // What was not taken will not be: give its memory back now, not when the last poster is gone.
         let left = self.shared.post(|state| {
             state.closed = true;
-            (state.vacant, state.slack_taken) = (0, 0);
+            (state.vacant, state.slack_taken, state.slack_items) = (0, 0, 0);
             (std::mem::take(&mut state.queue), std::mem::take(&mut state.slots))
         });
         drop(left);

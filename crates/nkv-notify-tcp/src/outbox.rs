@@ -12,7 +12,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use nkv_core::mailbox::{Inbox, Item};
-use nkv_protocol::Chunks;
+use nkv_protocol::{Chunks, ValueForm};
 use tokio::io::AsyncWrite;
 use tokio::time::{Sleep, sleep};
 
@@ -26,7 +26,7 @@ const GATHER_LEN: usize = 64 << 10;
 const SLICES_MAX: usize = 64;
 
 /// So many buffers, of so many bytes at most, are kept for the next outbox of the thread.
-const SPARE_MAX: usize = 64;
+const SPARE_MAX: usize = 4;
 const SPARE_LEN_MAX: usize = 256 << 10;
 
 /// How a connection's sending side ended.
@@ -54,10 +54,12 @@ pub struct Outbox {
     gathered: (usize, usize),
     /// How many bytes of it [`Shared::wait_for`] was not told of: answers that the next write may well take at once.
     fresh: usize,
-    /// How many bytes [`Shared::written`] is to be told of when all that was gathered is written.
+    /// How many bytes [`Shared::flushed`] is to be told of when all that was gathered is written.
     counted: usize,
     /// The peer has not taken all of it, and may take its time until then.
     stall: Option<Pin<Box<Sleep>>>,
+    /// It has taken something since that was set.
+    has_moved: bool,
     /// What the mailbox wakes.
     told: Option<Waker>,
 }
@@ -85,8 +87,8 @@ fn give_back(chunks: Chunks) {
 
 impl Outbox {
     pub(crate) fn new(inbox: Inbox<Box<Chunks>>, shared: Arc<Shared>) -> Self {
-        let (snapshot, out, gathered, fresh, counted, stall, told) = Default::default();
-        Outbox { inbox, shared, snapshot, out, gathered, fresh, counted, stall, told }
+        let (snapshot, out, gathered, fresh, counted, stall, has_moved, told) = Default::default();
+        Outbox { inbox, shared, snapshot, out, gathered, fresh, counted, stall, has_moved, told }
     }
 
     /// Sends answers, after all that was sent or told before.
@@ -144,10 +146,9 @@ impl Outbox {
         if is_known && self.snapshot.is_none() && self.inbox.is_waited_for() {
             return false;
         }
-        if !is_known {
-            self.told = Some(told.clone());
-        }
         let mut cx = Context::from_waker(told);
+        // A byte takes up to four as a number.
+        let take_len = if self.shared.form() == ValueForm::Bytes { GATHER_LEN / 4 } else { GATHER_LEN };
         while self.out.len() < GATHER_LEN {
             if let Some((snapshot, waiting)) = &mut self.snapshot {
                 if snapshot.write(self.shared.form(), GATHER_LEN, &mut self.out) {
@@ -157,7 +158,7 @@ impl Outbox {
                 continue;
             }
             let mut items = ITEMS.take();
-            let taken = self.inbox.poll_take_many(&mut cx, GATHER_LEN, &mut items);
+            let taken = self.inbox.poll_take_many(&mut cx, take_len, &mut items);
             if taken == Poll::Ready(true) && self.out.is_empty() && self.out.capacity() == 0 {
                 self.out = spare();
             }
@@ -168,7 +169,12 @@ impl Outbox {
             match taken {
                 Poll::Ready(true) => {}
                 Poll::Ready(false) => return true,
-                Poll::Pending => return false,
+                Poll::Pending => {
+                    if !is_known {
+                        self.told = Some(told.clone());
+                    }
+                    return false;
+                }
             }
         }
         false
@@ -204,13 +210,13 @@ impl Outbox {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(WriterEnd::Failed(io::ErrorKind::WriteZero.into()))),
                 Poll::Ready(Ok(written)) => {
                     self.out.advance(written);
-                    self.stall = None;
+                    self.has_moved = true;
                 }
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(WriterEnd::Failed(error))),
                 Poll::Pending => return self.poll_stall(cx).map(|()| Err(WriterEnd::Stalled)),
             }
         }
-        (self.fresh, self.gathered) = (0, (0, 0));
+        (self.fresh, self.gathered, self.stall) = (0, (0, 0), None);
         self.shared.flushed(std::mem::take(&mut self.counted));
         Poll::Ready(Ok(()))
     }
@@ -223,7 +229,11 @@ impl Outbox {
         let (encoding, len) = self.gathered;
         self.shared.gather(encoding, len.saturating_sub(self.counted));
         let limit = self.shared.options.stall_limit;
-        self.stall.get_or_insert_with(|| Box::pin(sleep(limit))).as_mut().poll(cx)
+        let stall = self.stall.get_or_insert_with(|| Box::pin(sleep(limit)));
+        if std::mem::take(&mut self.has_moved) {
+            stall.set(sleep(limit));
+        }
+        stall.as_mut().poll(cx)
     }
 
     fn poll_shutdown<W>(&mut self, cx: &mut Context<'_>, writer: &mut W) -> Poll<WriterEnd>
@@ -252,8 +262,10 @@ where
     let mut slices = out.slices();
     let first = slices.next().unwrap_or_default();
     let Some(second) = slices.next() else { return Pin::new(writer).poll_write(cx, first) };
-    let vector: Vec<_> = [first, second].into_iter().chain(slices).take(SLICES_MAX).map(IoSlice::new).collect();
-    Pin::new(writer).poll_write_vectored(cx, &vector)
+    let mut vector = [IoSlice::new(&[]); SLICES_MAX];
+    let places = vector.iter_mut().zip([first, second].into_iter().chain(slices));
+    let count = places.map(|(place, slice)| *place = IoSlice::new(slice)).count();
+    Pin::new(writer).poll_write_vectored(cx, vector.get(..count).unwrap_or_default())
 }
 
 /// Has the kernel find out within a minute or so that a peer's host has vanished, whether the connection is idle or

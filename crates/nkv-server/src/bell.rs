@@ -6,7 +6,7 @@
 //! [`quietly`](Bell::quietly), so that the pump is woken once at the end.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
 
@@ -40,12 +40,8 @@ impl Bell {
     /// Has the pump woken once for all whom `wakes` wakes on this thread.
     pub(crate) fn quietly<R>(&self, wakes: impl FnOnce() -> R) -> R {
         IS_QUIET.set(true);
-        let result = wakes();
-        IS_QUIET.set(false);
-        if !self.lock().is_empty() {
-            self.rung.notify_one();
-        }
-        result
+        let _loud = Loud(self);
+        wakes()
     }
 
     /// Wakes the pump.
@@ -63,7 +59,7 @@ impl Bell {
             let any = !woken.is_empty();
             while let Some(ringer) = woken.pop() {
                 // What comes from here on is to wake it again.
-                ringer.is_noted.store(false, SeqCst);
+                ringer.is_noted.swap(false, AcqRel);
                 ringer.task.wake_by_ref();
             }
             if any {
@@ -78,18 +74,29 @@ impl Bell {
     }
 }
 
+/// The end of a quiet time, also by a panic.
+struct Loud<'a>(&'a Bell);
+
+impl Drop for Loud<'_> {
+    fn drop(&mut self) {
+        IS_QUIET.set(false);
+        if !self.0.lock().is_empty() {
+            self.0.ring();
+        }
+    }
+}
+
 impl Wake for Ringer {
     fn wake(self: Arc<Self>) {
-        if !self.is_noted.swap(true, SeqCst) {
-            let bell = Arc::clone(&self.bell);
-            bell.lock().push(self);
-            if !IS_QUIET.get() {
-                bell.rung.notify_one();
-            }
-        }
+        self.wake_by_ref();
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        Arc::clone(self).wake();
+        if !self.is_noted.swap(true, AcqRel) {
+            self.bell.lock().push(Arc::clone(self));
+            if !IS_QUIET.get() {
+                self.bell.ring();
+            }
+        }
     }
 }

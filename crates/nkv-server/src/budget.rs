@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nkv_notify_tcp::TcpNotifier;
-use tokio::sync::Mutex as Queue;
+use tokio::sync::Mutex as Turns;
 use tokio::time::Instant;
 
 use crate::clock::millis;
 
-/// What a pending change costs its connection, roughly; the value is shared with the store.
+/// What a pending change costs its connection, roughly; the value is shared with the store. What takes slack counts as it
+/// is: it may be older.
 const PENDING_LEN: usize = 256;
 
 /// Turns that others are given when there is too much, before more is made. It may be one alone that holds it, rightly.
@@ -38,7 +39,7 @@ pub(crate) struct Budget {
     /// All connections are to end.
     is_stopping: AtomicBool,
     /// Whoever waits for room, in the order in which they came; and when somebody was last closed for them.
-    queue: Queue<Option<Instant>>,
+    queue: Turns<Option<Instant>>,
 }
 
 #[derive(Debug, Default)]
@@ -114,7 +115,10 @@ impl Holder {
     /// All but what is being told of changes, which others may share.
     fn held_alone(&self) -> usize {
         let backlog = self.notifier.backlog();
-        let pending = backlog.queued.saturating_mul(PENDING_LEN).saturating_add(backlog.slack);
+        let pending = backlog.queued.saturating_sub(backlog.slack_items).saturating_mul(PENDING_LEN);
+        // What a reader that keeps up has in its slack is gone with its next turn, and shared with others until then.
+        let slack = if self.notifier.busy_for() > Duration::ZERO { backlog.slack } else { 0 };
+        let pending = pending.saturating_add(slack);
         self.read.load(Relaxed).saturating_add(self.notifier.waiting()).saturating_add(pending)
     }
 
@@ -227,19 +231,19 @@ impl Budget {
         self.queued() > self.limit
     }
 
-    /// Waits until there is room for an answer or a snapshot of any size, or until `gone`. Whoever came first goes
+    /// Waits until there is room for an answer or a snapshot of any size. Whoever came first goes
     /// first, and whoever holds most for longest does not keep it waiting for longer than `patience`.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future gives up the place in the queue.
-    pub(crate) async fn room(&self, patience: Duration, gone: impl Fn() -> bool) {
+    pub(crate) async fn room(&self, patience: Duration) {
         if self.queued() <= self.limit / 2 {
             return;
         }
         let start = Instant::now();
         let mut last_eviction = self.queue.lock().await;
-        while self.queued() > self.limit / 2 && !gone() {
+        while self.queued() > self.limit / 2 {
             if start.elapsed() >= patience
                 && last_eviction.is_none_or(|last| last.elapsed() >= EVICTION_PAUSE)
                 && let (total, Some((_, worst))) = self.lock().total_and_worst()

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Buf, BytesMut};
 use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd, keep_alive, limit_send_buffer, spare};
 use nkv_protocol::{Answer, BaseFields, Chunks, Decoder, status};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -85,6 +85,15 @@ impl Socket {
     }
 }
 
+impl Socket {
+    fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Socket::Tcp(stream) => stream.poll_read_ready(cx),
+            Socket::Unix(stream) => stream.poll_read_ready(cx),
+        }
+    }
+}
+
 impl AsyncRead for Socket {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
@@ -147,34 +156,24 @@ pub(crate) async fn serve(socket: Socket, core: Arc<Core>, slot: Slot) {
     if let Err(error) = socket.prepare() {
         return debug!(%error, "a connection ended before it began");
     }
-    let mut connection = Connection::new(socket, &core);
+    let mut connection = Connection::new(socket, core);
     let end = poll_fn(|cx| connection.poll(cx)).await.unwrap_or_else(|error| End::Writer(WriterEnd::Failed(error)));
-    // What was read and not served is let go before the answers are waited for.
-    let Connection { socket, outbox, session, share, buffer, hold, .. } = connection;
-    drop((buffer, hold));
-    session.end();
-    let evicted = || {
-        let what = format_args!("connection closed: all hold too much, and {slot} the most, {} bytes", share.held());
-        core.complaints.warn("evicted", what);
-    };
+    connection.let_go();
     let end = match end {
         End::Writer(end) => end,
         end => {
-            share.hold(0, true);
-            share.close();
-            if matches!(end, End::Evicted) {
-                evicted();
-                if share.held() > NotifierOptions::default().waiting_max {
+            let was_evicted = matches!(end, End::Evicted);
+            if was_evicted {
+                connection.log_eviction(&slot);
+                if connection.share.held() > NotifierOptions::default().waiting_max {
                     return; // of one that has read nothing of what it holds, no reading is to be expected
                 }
             }
             // At a quiet end the peer may take its time, as long as it takes something.
             let patience = if matches!(end, End::Quiet) { Duration::MAX } else { LAST_WORDS_LIMIT };
-            let was_evicted = matches!(end, End::Evicted);
-            let mut rest = Rest { socket, outbox, share: &share, was_evicted };
-            match tokio::time::timeout(patience, poll_fn(|cx| rest.poll(cx))).await {
+            match tokio::time::timeout(patience, poll_fn(|cx| connection.poll_rest(cx, was_evicted))).await {
                 Ok(Some(end)) => end,
-                Ok(None) => return evicted(),
+                Ok(None) => return connection.log_eviction(&slot),
                 Err(_) => return debug!(peer = %slot, "connection closed; its last answer was not taken"),
             }
         }
@@ -182,36 +181,18 @@ pub(crate) async fn serve(socket: Socket, core: Arc<Core>, slot: Slot) {
     match end {
         WriterEnd::Finished => debug!(peer = %slot, "connection closed"),
         WriterEnd::Stalled => {
-            let what = format_args!("connection cut: {slot} took nothing for {:?}", core.options.stall_limit);
-            core.complaints.warn("stalled", what);
+            let limit = connection.core.options.stall_limit;
+            let what = format_args!("connection cut: {slot} took nothing for {limit:?}");
+            connection.core.complaints.warn("stalled", what);
         }
         WriterEnd::Failed(error) => debug!(peer = %slot, %error, "connection lost"),
-    }
-}
-
-/// What is left of a connection that reads no more.
-struct Rest<'a> {
-    socket: Socket,
-    outbox: Outbox,
-    share: &'a Share,
-    was_evicted: bool,
-}
-
-impl Rest<'_> {
-    /// Until all is written; `None` if it is to give up what it holds.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<WriterEnd>> {
-        if self.share.is_evicted() && !self.was_evicted {
-            return Poll::Ready(None);
-        }
-        let told = cx.waker().clone();
-        self.outbox.poll(cx, &told, &mut self.socket).map(Some)
     }
 }
 
 /// What deadlines count from.
 struct Since {
     opened: Instant,
-    /// When a request was served last.
+    /// When a request was served last; without a limit for idle connections, whether one was.
     served: Option<Instant>,
     /// When the request that is on its way began to come.
     begun: Option<Instant>,
@@ -227,6 +208,8 @@ struct Connection {
     decoder: Decoder,
     /// The part of a request that has not come whole, or requests that are held up.
     buffer: BytesMut,
+    /// How much memory it takes.
+    room: usize,
     /// The buffer may hold a whole request.
     has_request: bool,
     /// The peer sends no more.
@@ -243,12 +226,12 @@ struct Connection {
     /// This task's waker, and one that wakes it with all others that are told of the same batch: see
     /// [`Bell`](crate::bell::Bell).
     told: Option<(Waker, Waker)>,
-    /// Bytes that were served since others had their turn.
+    /// Bytes that were served since this connection last gave others their turn.
     turn_len: usize,
 }
 
 impl Connection {
-    fn new(socket: Socket, core: &Arc<Core>) -> Self {
+    fn new(socket: Socket, core: Arc<Core>) -> Self {
         let (notifier, outbox) = TcpNotifier::new(NotifierOptions {
             stall_limit: core.options.stall_limit,
             waiting_total: core.budget.waiting(),
@@ -260,18 +243,43 @@ impl Connection {
             outbox,
             decoder: Decoder::new(core.options.limits()),
             buffer: BytesMut::new(),
+            room: 0,
             has_request: false,
             is_at_end: false,
             hold: None,
             is_admitted: false,
             share: core.budget.share(notifier.clone()),
-            session: Session::new(Arc::clone(core), notifier),
+            session: Session::new(Arc::clone(&core), notifier),
             since: Since { opened: Instant::now(), served: None, begun: None, unserved_len: 0, grace: None },
             timer: None,
-            core: Arc::clone(core),
+            core,
             told: None,
             turn_len: 0,
         }
+    }
+
+    /// Reads no more: lets go of what was read and not served, and of the subscriptions, before the answers are waited for.
+    fn let_go(&mut self) {
+        (self.buffer, self.hold, self.timer) = (BytesMut::new(), None, None);
+        self.session.end();
+        self.share.hold(0, true);
+        self.share.close();
+    }
+
+    /// Writes what is left; `None` if it is to give that up.
+    fn poll_rest(&mut self, cx: &mut Context<'_>, was_evicted: bool) -> Poll<Option<WriterEnd>> {
+        let told = cx.waker().clone();
+        let end = self.outbox.poll(cx, &told, &mut self.socket).map(Some);
+        if end.is_pending() && self.share.is_evicted() && !was_evicted {
+            return Poll::Ready(None);
+        }
+        end
+    }
+
+    fn log_eviction(&self, slot: &Slot) {
+        let held = self.share.held();
+        let what = format_args!("connection closed: all hold too much, and {slot} the most, {held} bytes");
+        self.core.complaints.warn("evicted", what);
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<End>> {
@@ -311,13 +319,15 @@ impl Connection {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
-            if self.core.budget.is_over() && !std::mem::take(&mut self.is_admitted) {
+            let had_relief = std::mem::take(&mut self.is_admitted);
+            let end = if self.core.budget.is_over() && !had_relief && self.socket.poll_read_ready(cx).is_ready() {
                 self.hold = Some(self.session.relief());
-                continue;
-            }
-            let end = match self.poll_read(cx) {
-                Poll::Ready(end) => end?,
-                Poll::Pending => ready!(self.poll_deadline(cx)),
+                None
+            } else {
+                match self.poll_read(cx) {
+                    Poll::Ready(end) => end?,
+                    Poll::Pending => ready!(self.poll_deadline(cx)),
+                }
             };
             if let Some(end) = end {
                 return Poll::Ready(Ok(end));
@@ -337,7 +347,8 @@ impl Connection {
             }
             Some(Hold::Turns(turns)) => {
                 ready!(turns.as_mut().poll(cx));
-                self.is_admitted = true;
+                // Who must wait once more, for room in its own outbox, asks again then.
+                self.is_admitted = !self.outbox.is_full();
             }
         }
         self.hold = None;
@@ -385,23 +396,25 @@ impl Connection {
             // Room for what is known to come, but never for much more than has come: an announcement costs nothing. What
             // comes in several pieces gets much more at once: buffers that grow in many steps leave many holes.
             let missing = self.decoder.expected_len().unwrap_or(0).saturating_sub(self.buffer.len());
-            let least = if self.buffer.is_empty() { bytes.len() } else { READ_LEN.saturating_mul(2) };
+            let least = if self.buffer.len() < TURN_LEN { TURN_LEN } else { READ_LEN.saturating_mul(2) };
+            let least = least.max(bytes.len());
             self.buffer.reserve(missing.clamp(least, self.buffer.len().max(least)));
+            self.room = self.buffer.capacity();
             self.buffer.extend_from_slice(bytes);
         }
         let served = self.since.begun.is_none();
-        self.share.hold(self.buffer.capacity(), served);
+        self.share.hold(self.room, served);
     }
 
     fn serve_buffer(&mut self) -> Option<End> {
         let buffer = std::mem::take(&mut self.buffer);
         let (len, end) = self.serve(&buffer);
         self.buffer = buffer;
-        if len < TURN_LEN && len < self.buffer.len() {
-            drop(self.buffer.split_to(len));
-        } else {
+        self.buffer.advance(len);
+        if !self.has_request && len > 0 {
             // What is left may be little, and would keep all the room that the rest took.
-            self.buffer = BytesMut::from(self.buffer.get(len..).unwrap_or_default());
+            self.buffer = BytesMut::from(&*self.buffer);
+            self.room = self.buffer.capacity();
         }
         self.keep(&[]);
         end

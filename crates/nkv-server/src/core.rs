@@ -89,18 +89,21 @@ impl Core {
         }
     }
 
-    /// Has the writer do `ops`, with whatever else waits; one result for each.
-    pub(crate) fn write(&self, ops: Vec<Op>, atomic: bool) -> Written {
+    /// Has the writer do `ops`, with whatever else waits; one result for each. Those of a connection wait until the turn
+    /// of the runtime has ended. Whoever calls from elsewhere cannot count on its turning: theirs are `urgent`.
+    pub(crate) fn write(&self, ops: Vec<Op>, atomic: bool, urgent: bool) -> Written {
         // What is more than there is room for goes alone.
         let bytes = ops.iter().map(value_len).sum::<usize>().clamp(JOB_LEN_MIN, WRITE_ROOM) as u32;
         let (bell, queue) = (Arc::clone(&self.bell), Arc::clone(&self.queue));
         match Arc::clone(&self.write_room).try_acquire_many_owned(bytes) {
-            Ok(room) => Written(hand_over(&bell, &queue, ops, atomic, room).map_or(Write::Refused, Write::Queued)),
+            Ok(room) => {
+                Written(hand_over(&bell, &queue, ops, atomic, urgent, room).map_or(Write::Refused, Write::Queued))
+            }
             Err(_) => {
                 let room = Arc::clone(&self.write_room).acquire_many_owned(bytes);
                 Written(Write::Waiting(Box::pin(async move {
                     let room = room.await.map_err(|_| Stopping)?;
-                    hand_over(&bell, &queue, ops, atomic, room)?.await.map_err(|_| Stopping)
+                    hand_over(&bell, &queue, ops, atomic, urgent, room)?.await.map_err(|_| Stopping)
                 })))
             }
         }
@@ -119,16 +122,21 @@ impl Core {
     }
 }
 
-/// Gives the writer a job. If it sleeps, the pump wakes it, once all who have something for it now have said so.
+/// Gives the writer a job. If it sleeps, and the job is not urgent, the pump wakes it, once all who have something for it
+/// now have said so.
 fn hand_over(
     bell: &Bell,
     queue: &Queue,
     ops: Vec<Op>,
     atomic: bool,
+    urgent: bool,
     room: OwnedSemaphorePermit,
 ) -> Result<oneshot::Receiver<Vec<WriteResult>>, Stopping> {
     let (results, done) = oneshot::channel();
-    if queue.push(Job { ops, atomic, results, _room: room }).map_err(|_| Stopping)? {
+    let is_asleep = queue.push(Job { ops, atomic, results, _room: room }, urgent).map_err(|_| Stopping)?;
+    if is_asleep && urgent {
+        queue.wake();
+    } else if is_asleep {
         bell.ring();
     }
     Ok(done)

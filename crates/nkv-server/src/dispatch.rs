@@ -114,7 +114,7 @@ impl Session {
     /// Has the writes under way done, if there are any.
     pub(crate) fn start_writes(&mut self) -> Option<Hold> {
         let writes = std::mem::take(&mut self.writes);
-        (!writes.is_empty()).then(|| Hold::Writes(self.core.write(writes, false)))
+        (!writes.is_empty()).then(|| Hold::Writes(self.core.write(writes, false, false)))
     }
 
     /// Answers the writes that were under way.
@@ -135,10 +135,10 @@ impl Session {
 
     /// What a request that may take its time waits for: others have their turn, and there must be room for the answer.
     fn turns(&self) -> Hold {
-        let (core, notifier) = (Arc::clone(&self.core), self.notifier.clone());
+        let core = Arc::clone(&self.core);
         Hold::Turns(Box::pin(async move {
             tokio::task::yield_now().await;
-            core.budget.room(core.options.stall_limit, || notifier.has_ended()).await;
+            core.budget.room(core.options.stall_limit).await;
             core.budget.relief().await;
         }))
     }
@@ -155,8 +155,8 @@ impl Session {
     }
 
     /// Forgets the connection's subscriptions.
-    pub(crate) fn end(self) {
-        for subscription in self.subscriptions.into_values() {
+    pub(crate) fn end(&mut self) {
+        for subscription in std::mem::take(&mut self.subscriptions).into_values() {
             self.core.store.forget(&subscription);
         }
     }

@@ -149,7 +149,7 @@ impl Handle {
     ///
     /// [`HandleError::Persist`], [`HandleError::Stopped`].
     pub async fn write(&self, ops: Vec<Op>) -> Result<Vec<Outcome>, HandleError> {
-        let results = self.core()?.write(ops, true).await.map_err(|_| HandleError::Stopped)?;
+        let results = self.core()?.write(ops, true, true).await.map_err(|_| HandleError::Stopped)?;
         results.into_iter().map(|result| result.map_err(HandleError::Persist)).collect()
     }
 
@@ -205,7 +205,7 @@ impl Handle {
 }
 
 async fn write_one(core: &Core, op: Op) -> Result<Outcome, HandleError> {
-    let mut results = core.write(vec![op], true).await.map_err(|_| HandleError::Stopped)?;
+    let mut results = core.write(vec![op], true, true).await.map_err(|_| HandleError::Stopped)?;
     results.pop().ok_or(HandleError::Stopped)?.map_err(HandleError::Persist)
 }
 

@@ -19,7 +19,7 @@ use crate::clock::Clock;
 use crate::core::Core;
 use crate::handle::Handle;
 use crate::listener::{Acceptor, Listener};
-use crate::writer::{Queue, Writer};
+use crate::writer::{CloseOnDrop, Queue, Writer};
 
 /// The version of this server.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -210,8 +210,9 @@ impl Builder {
         };
         let writer = writer.spawn().map_err(ServerError::System)?;
         let pump = tokio::spawn({
-            let (bell, queue) = (Arc::clone(&bell), Arc::clone(&queue));
-            async move { bell.pump(|| queue.wake()).await }
+            // Also if the runtime is dropped before the server has stopped, the writer must not sleep for ever.
+            let (bell, queue) = (Arc::clone(&bell), CloseOnDrop(Arc::clone(&queue)));
+            async move { bell.pump(|| queue.0.wake()).await }
         });
         let core = Arc::new(Core::new(store, clock, durability, options, budget, bell, queue));
 
@@ -374,7 +375,7 @@ async fn expire(core: Arc<Core>, changed: Arc<Notify>, mut stop: watch::Receiver
             () = changed.notified() => continue,
             () = due => {}
         }
-        let expired = core.write(vec![Op::Expire { now: core.clock.now() }], true).await;
+        let expired = core.write(vec![Op::Expire { now: core.clock.now() }], true, false).await;
         if !matches!(expired.as_deref(), Ok([Ok(_)])) {
             tokio::time::sleep(EXPIRY_PAUSE).await;
         }

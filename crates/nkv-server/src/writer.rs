@@ -30,6 +30,8 @@ struct Waiting {
     jobs: Vec<Job>,
     /// The writer sleeps until somebody wakes it.
     is_asleep: bool,
+    /// Some job is not to wait for the turn of the runtime to end.
+    is_urgent: bool,
     is_closed: bool,
 }
 
@@ -38,13 +40,15 @@ struct Waiting {
 pub(crate) struct Closed;
 
 impl Queue {
-    /// Adds a job; says whether the writer is to be [woken](Self::wake).
-    pub(crate) fn push(&self, job: Job) -> Result<bool, Closed> {
+    /// Adds a job; says whether the writer is to be [woken](Self::wake). While it works it is not: it will ask for that
+    /// itself, unless some job is urgent.
+    pub(crate) fn push(&self, job: Job, is_urgent: bool) -> Result<bool, Closed> {
         let mut waiting = self.lock();
         if waiting.is_closed {
             return Err(Closed);
         }
         waiting.jobs.push(job);
+        waiting.is_urgent |= is_urgent;
         Ok(waiting.is_asleep)
     }
 
@@ -64,17 +68,18 @@ impl Queue {
         self.wake();
     }
 
-    /// Sleeps until it is woken for jobs, and takes them all out; there are none once the queue is closed.
+    /// Sleeps until it is woken for jobs, and takes them all out; there are none once the queue is closed. If some wait
+    /// already, the pump wakes it when those who were just answered have had their turn.
     fn take(&self, bell: &Bell, jobs: &mut Vec<Job>) {
         let mut waiting = self.lock();
-        waiting.is_asleep = true;
-        if !waiting.jobs.is_empty() {
+        waiting.is_asleep = !waiting.is_urgent;
+        if waiting.is_asleep && !waiting.jobs.is_empty() {
             bell.ring();
         }
         while waiting.is_asleep && !waiting.is_closed {
             waiting = self.arrived.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
-        waiting.is_asleep = false;
+        (waiting.is_asleep, waiting.is_urgent) = (false, false);
         std::mem::swap(&mut waiting.jobs, jobs);
     }
 
@@ -94,13 +99,13 @@ pub(crate) struct Writer {
     pub(crate) budget: Arc<Budget>,
 }
 
-/// Whoever waits for a writer that is gone, for whatever reason, waits in vain.
-struct Closing(Arc<Queue>);
+/// Closes the queue when it is dropped.
+#[derive(Debug)]
+pub(crate) struct CloseOnDrop(pub(crate) Arc<Queue>);
 
-impl Drop for Closing {
+impl Drop for CloseOnDrop {
     fn drop(&mut self) {
         self.0.close();
-        drop(std::mem::take(&mut self.0.lock().jobs));
     }
 }
 
@@ -110,7 +115,7 @@ impl Writer {
     }
 
     fn run(self) {
-        let _closing = Closing(Arc::clone(&self.queue));
+        let _closing = CloseOnDrop(Arc::clone(&self.queue));
         let (mut jobs, mut ops, mut group) = (Vec::new(), Vec::new(), Vec::new());
         let (mut checked_at, mut written) = (0, 0_usize);
         loop {
@@ -165,6 +170,7 @@ impl Writer {
                         own.chunks(1).flat_map(|op| self.write_together(op)).collect()
                     };
                     answer(job, results);
+                    self.bell.ring(); // each has been synced by itself, and waits no longer for the others
                 }
             }
             Err(error) => {

@@ -48,10 +48,7 @@ fn main() -> ExitCode {
 }
 
 fn serve(args: Args) -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .event_interval(std::env::var("EI").ok().and_then(|s| s.parse().ok()).unwrap_or(61))
-        .enable_all()
-        .build();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let served = match runtime {
         Ok(runtime) => {
             let served = runtime.block_on(run(&args));

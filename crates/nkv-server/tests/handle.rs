@@ -78,3 +78,47 @@ async fn a_dropped_server_stops() {
     timeout(Duration::from_secs(5), stopped).await.unwrap();
     assert!(tokio::net::TcpStream::connect(address).await.is_err());
 }
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+// The writer thread waited for a task of the server's runtime to wake it, and so did whoever wrote from elsewhere.
+#[test]
+fn a_handle_writes_while_the_servers_runtime_stands_still() {
+    let servers = runtime();
+    let server = servers.block_on(Server::builder().bind()).unwrap();
+    let nkv = server.handle();
+    let writes = std::thread::spawn(move || {
+        runtime().block_on(async {
+            for number in 1..=3 {
+                let a = key("a");
+                let put = nkv.put(&a, "x", WriteOptions::default());
+                let revision = timeout(Duration::from_secs(5), put).await.expect("nobody wakes the writer").unwrap();
+                assert_eq!(revision, Revision::new(number));
+            }
+        });
+    });
+    writes.join().unwrap();
+    servers.block_on(server.shutdown()).unwrap();
+}
+
+// The writer thread, and with it the directory's lock, outlived a runtime that was dropped with its server.
+#[test]
+fn a_server_whose_runtime_is_dropped_lets_go_of_its_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data");
+    let servers = runtime();
+    let opened = path.clone();
+    let open = move || nkv_persist_fs::FsPersist::open(opened, nkv_persist_fs::FsOptions::default());
+    let server = servers.block_on(Server::builder().persist("sync", open).bind()).unwrap();
+    let put = async { server.handle().put(&key("a"), "x", WriteOptions::default()).await };
+    servers.block_on(put).unwrap();
+    drop(servers);
+    let start = std::time::Instant::now();
+    while let Err(error) = nkv_persist_fs::FsPersist::open(&path, nkv_persist_fs::FsOptions::default()) {
+        assert!(start.elapsed() < Duration::from_secs(5), "{error}");
+        std::thread::yield_now();
+    }
+    drop(server);
+}

@@ -226,18 +226,7 @@ impl Session {
         let after = after(request)?;
         let form = self.notifier.form();
         if after.is_none() && Key::check(&request.key).is_ok() {
-            // One key, as a rule: what is found is written where it is sent from.
-            let found = self.core.store.look_up(&request.key, |record| {
-                let shared = match &record.value {
-                    ValueRef::Short(_) => None,
-                    ValueRef::Shared(value) => Some(*value),
-                };
-                let (key, value, revision) = (record.key, &*record.value, record.revision.get());
-                Answer::to(id, out).get(form, &[GetEntry { key, value, shared, revision }], false);
-            });
-            if found.is_none() {
-                Answer::to(id, out).get(form, NOTHING, false);
-            }
+            self.get_one(request, form, out);
             return Ok(());
         }
         let pattern = pattern(request)?;
@@ -252,6 +241,27 @@ impl Session {
         let entries: Vec<_> = page.entries.iter().map(|r| (r.key.as_str(), &r.value, r.revision.get())).collect();
         Answer::to(id, out).get(form, &entries, page.more);
         Ok(())
+    }
+
+    /// One key, as a rule: a short value is written where it is sent from, while the store lends it. A long one is kept
+    /// by counting, and written when others can have the store again.
+    fn get_one(&self, request: &Request<'_>, form: ValueForm, out: &mut Chunks) {
+        let id = request.id;
+        let long = self.core.store.look_up(&request.key, |record| match record.value {
+            ValueRef::Short(value) => {
+                let entry = GetEntry { key: record.key, value, shared: None, revision: record.revision.get() };
+                Answer::to(id, out).get(form, &[entry], false);
+                None
+            }
+            ValueRef::Shared(value) => Some((value.clone(), record.revision.get())),
+        });
+        match long {
+            Some(None) => {}
+            Some(Some((value, revision))) => {
+                Answer::to(id, out).get(form, &[(&*request.key, &value, revision)], false);
+            }
+            None => Answer::to(id, out).get(form, NOTHING, false),
+        }
     }
 
     fn list<'r>(&self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {

@@ -45,7 +45,7 @@ impl Log {
         let total = self.index.total_bytes() + extra;
         if total + self.copies_len(self.head) > 2 * live + slack || self.is_tight(extra) {
             Need::Now
-        } else if total > live + live / 2 + slack / 4 || self.is_pressed() {
+        } else if total > live + live / 2 + slack / 4 * 3 || self.is_pressed() {
             Need::Soon
         } else {
             Need::None

@@ -170,8 +170,7 @@ impl Session {
             }
             return Ok(Op::Delete { pattern, if_revision });
         }
-        let now = self.core.clock.now();
-        let expiry = request.ttl_ms.map(|ttl| Expiry::after(now, Duration::from_millis(ttl)));
+        let expiry = request.ttl_ms.map(|ttl| Expiry::after(self.core.clock.now(), Duration::from_millis(ttl)));
         Ok(Op::Put {
             key: key(request)?,
             value: Bytes::copy_from_slice(request.value.as_deref().unwrap_or_default()),

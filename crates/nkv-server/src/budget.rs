@@ -308,3 +308,24 @@ impl Drop for Share {
         self.hold(0, true);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nkv_core::{Action, Change, Delivery, Event, EventKind, Key, Notifier, Revision};
+    use nkv_notify_tcp::NotifierOptions;
+
+    use super::*;
+
+    #[test]
+    fn changes_that_wait_as_they_came_are_held_with_their_values() {
+        let (notifier, _outbox) = TcpNotifier::new(NotifierOptions { slack: 20_000, ..NotifierOptions::default() });
+        let share = Budget::new(1).share(notifier.clone());
+        for revision in 1..=2 {
+            let (key, revision) = (Key::new("a").unwrap(), Revision::new(revision));
+            let action = Action::Put { value: vec![0; 9_000].into(), expiry: None };
+            let change = Change { key, revision, replaces: Revision::ZERO, action };
+            assert_eq!(notifier.notify(&Event::new(EventKind::Change(change))), Delivery::Queued);
+        }
+        assert!(share.held() > 18_000, "{}", share.held());
+    }
+}

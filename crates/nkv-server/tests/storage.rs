@@ -4,6 +4,8 @@
 
 mod support;
 
+use std::time::{Duration, Instant};
+
 use nkv_core::{
     Action, Change, Epoch, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue, Record,
 };
@@ -90,6 +92,17 @@ fn a_server_that_stops_finishes_what_it_accepted() {
     stopper.join().unwrap().unwrap();
     let server = TestServer::with(|builder| builder.persist("memory", || Ok(disk)));
     assert_eq!(status(&server.connect().ask(r#"{"type":"Get","key":"a"}"#)), 200);
+}
+
+#[test]
+fn a_server_that_stops_waits_for_no_idle_connection() {
+    let server = TestServer::start();
+    let mut conn = server.connect();
+    conn.put("a", "x");
+    let start = Instant::now();
+    server.shutdown().unwrap();
+    assert_eq!(conn.line(), "(closed)");
+    assert!(start.elapsed() < Duration::from_secs(3), "it was cut in the end");
 }
 
 #[test]

@@ -311,14 +311,24 @@ impl Drop for Share {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+    use std::task::{Poll, Waker};
+
     use nkv_core::{Action, Change, Delivery, Event, EventKind, Key, Notifier, Revision};
     use nkv_notify_tcp::NotifierOptions;
+    use nkv_protocol::Chunks;
 
     use super::*;
 
-    #[test]
-    fn changes_that_wait_as_they_came_are_held_with_their_values() {
-        let (notifier, _outbox) = TcpNotifier::new(NotifierOptions { slack: 20_000, ..NotifierOptions::default() });
+    #[tokio::test]
+    async fn changes_that_wait_as_they_came_for_a_peer_that_takes_nothing_are_held_with_their_values() {
+        let (notifier, mut outbox) = TcpNotifier::new(NotifierOptions { slack: 20_000, ..NotifierOptions::default() });
+        let (mut ours, _theirs) = tokio::io::duplex(1);
+        let mut answer = Chunks::default();
+        answer.tail().extend(b"an answer");
+        outbox.send(answer);
+        poll_fn(|cx| Poll::Ready(outbox.poll(cx, Waker::noop(), &mut ours).is_pending())).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
         let share = Budget::new(1).share(notifier.clone());
         for revision in 1..=2 {
             let (key, revision) = (Key::new("a").unwrap(), Revision::new(revision));

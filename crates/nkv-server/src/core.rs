@@ -263,7 +263,7 @@ mod tests {
         let (bell, queue, expiry_changed) = <(Arc<Bell>, Arc<Queue>, _)>::default();
         let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
         let ops = vec![Op::Delete { pattern: Pattern::All, if_revision: None }];
-        let done = hand_over(&bell, &queue, ops, false, room).unwrap();
+        let done = hand_over(&bell, &queue, ops, false, false, room).unwrap();
         // It could not be more busy than before it begins.
         let (failure, budget) = (watch::Sender::new(None), Budget::new(1));
         let writer =

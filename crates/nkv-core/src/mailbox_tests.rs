@@ -415,3 +415,84 @@ fn what_a_snapshot_told_does_not_count_as_skipped_afterwards() {
     assert_eq!(drain(&inbox), expected);
     assert_eq!(post.backlog().queued, 0);
 }
+
+/// What a change takes of the slack: its key, and a revision as its value, are one byte each.
+const CHANGE_LEN: usize = ITEM_LEN + 2;
+
+#[test]
+fn what_fits_into_the_slack_is_told_as_it_came_and_what_is_on_top_of_it_is_conflated() {
+    let (post, inbox) = mailbox_with_slack(2 * CHANGE_LEN);
+    for last in [4, 8] {
+        let deliveries = post_all(&post, (last - 3..=last).map(|revision| put("a", revision)));
+        assert_eq!(deliveries, [Delivery::Queued, Delivery::Queued, Delivery::Queued, Delivery::Conflated]);
+        assert_eq!(post.backlog().slack, 2 * CHANGE_LEN);
+        assert_eq!(drain(&inbox), [change("a", last - 3, 0), change("a", last - 2, 0), change("a", last, 1)]);
+        assert_eq!(post.backlog().slack, 0);
+    }
+}
+
+#[test]
+fn whatever_comes_behind_a_change_that_may_be_conflated_may_be_too() {
+    let (post, inbox) = mailbox_with_slack(CHANGE_LEN);
+    let _ = post_all(&post, [put("a", 1), put("a", 2)]);
+    assert_eq!(inbox.try_take().map(out), Some(change("a", 1, 0)));
+    assert_eq!(post.notify(&put("a", 3)), Delivery::Conflated, "there is slack, but 2 has not been read");
+    assert_eq!(drain(&inbox), [change("a", 3, 1)]);
+    assert_eq!(post_all(&post, [put("a", 4), put("a", 5)]), [Delivery::Queued, Delivery::Queued]);
+}
+
+#[test]
+fn many_are_taken_at_once_up_to_so_many_bytes_a_snapshot_or_the_end() {
+    let (post, inbox) = mailbox();
+    let waker = Arc::new(CountingWaker::default());
+    let task = Waker::from(Arc::clone(&waker));
+    let take = |len| {
+        let mut items = Vec::new();
+        let taken = inbox.poll_take_many(&mut Context::from_waker(&task), len, &mut items);
+        (taken, items.into_iter().map(out).collect::<Vec<_>>())
+    };
+    let _ = post_all(&post, [put("a", 1), put("b", 2), put("c", 3), snapshot(3), put("d", 4)]);
+    assert_eq!(take(2 * CHANGE_LEN), (Poll::Ready(true), vec![change("a", 1, 0), change("b", 2, 0)]));
+    assert_eq!(take(MANY as usize), (Poll::Ready(true), vec![change("c", 3, 0), Out::Snapshot(3)]));
+    assert_eq!(take(1), (Poll::Ready(true), vec![change("d", 4, 0)]));
+    assert_eq!(take(1), (Poll::Pending, vec![]));
+    post.post(1).unwrap();
+    post.close();
+    assert_eq!(waker.count(), 1);
+    assert_eq!(take(MANY as usize), (Poll::Ready(true), vec![Out::Own(1)]));
+    assert_eq!(take(1), (Poll::Ready(false), vec![]));
+}
+
+#[test]
+fn a_mailbox_that_is_waited_for_is_empty_until_something_comes_from_either_side() {
+    let (post, inbox) = mailbox();
+    assert!(inbox.is_empty() && !inbox.is_waited_for());
+    for from_outside in [true, false] {
+        assert_eq!(poll(&inbox, &Arc::default()), Poll::Pending);
+        assert!(inbox.is_empty() && inbox.is_waited_for());
+        if from_outside {
+            post.post(1).unwrap();
+        } else {
+            inbox.post(1);
+        }
+        assert!(!inbox.is_empty() && !inbox.is_waited_for());
+        assert_eq!(drain(&inbox), [Out::Own(1)]);
+        assert!(inbox.is_empty());
+    }
+}
+
+#[test]
+fn a_call_reaches_a_reader_that_wants_no_items_and_one_that_waits_for_some() {
+    let (post, inbox) = mailbox();
+    let (busy, idle) = (Arc::new(CountingWaker::default()), Arc::new(CountingWaker::default()));
+    inbox.poll_called(&mut Context::from_waker(&Waker::from(Arc::clone(&busy))));
+    post.post(1).unwrap();
+    assert_eq!(busy.count(), 0, "what comes is no call");
+    post.wake();
+    post.wake();
+    assert_eq!(busy.count(), 1);
+    assert_eq!(drain(&inbox), [Out::Own(1)]);
+    assert_eq!(poll(&inbox, &idle), Poll::Pending);
+    post.wake();
+    assert_eq!((idle.count(), inbox.is_waited_for()), (1, false));
+}

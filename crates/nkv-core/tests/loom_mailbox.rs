@@ -7,7 +7,9 @@
 #![allow(clippy::unwrap_used, reason = "the helpers of a test are test code too")]
 
 use std::collections::BTreeMap;
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 
 use loom::future::block_on;
 use loom::thread;
@@ -134,6 +136,15 @@ fn a_polling_reader_of_an_open_mailbox_is_woken_for_the_last_change() {
 #[test]
 fn a_blocking_reader_of_an_open_mailbox_is_woken_for_the_last_change() {
     the_last_change_arrives(Inbox::take_blocking);
+}
+
+/// As an outbox reads: while the mailbox says that it will wake the reader, the reader does not even look.
+#[test]
+fn a_reader_that_does_not_look_while_it_is_waited_for_is_woken_for_the_last_change() {
+    the_last_change_arrives(|inbox| {
+        let take = poll_fn(|cx| if inbox.is_waited_for() { Poll::Pending } else { inbox.poll_take(cx) });
+        block_on(take)
+    });
 }
 
 /// One posts while another closes: the reader ends, and has got all that was accepted.

@@ -3,11 +3,14 @@
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes};
+use nkv_core::mailbox::ITEM_LEN;
 use nkv_core::{Action, Change, Delivery, Epoch, Event, EventKind, Key, Notifier, Pattern, Record, Revision, Snapshot};
-use nkv_notify_tcp::{NotifierOptions, TcpNotifier, WriterEnd};
+use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd};
 use nkv_protocol::{Chunks, Message, MessageDecoder, ValueForm};
 use tokio::io::{AsyncReadExt, DuplexStream, duplex};
 use tokio::time::{Instant, timeout};
@@ -130,4 +133,87 @@ async fn whoever_answers_too_much_waits_for_room() {
     let mut all = vec![0; 101];
     theirs.read_exact(&mut all).await.unwrap();
     timeout(Duration::from_secs(1), notifier.room()).await.unwrap();
+}
+
+#[derive(Default)]
+struct CountingWaker(AtomicUsize);
+
+impl Wake for CountingWaker {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, SeqCst);
+    }
+}
+
+/// Polls by hand an outbox whose peer is too slow for what it is sent.
+fn is_held_up(outbox: &mut Outbox, told: &Waker, ours: &mut DuplexStream) -> bool {
+    match outbox.poll(&mut Context::from_waker(Waker::noop()), told, ours) {
+        Poll::Pending => true,
+        Poll::Ready(end) => panic!("{end:?}"),
+    }
+}
+
+#[tokio::test]
+async fn answers_that_the_peer_does_not_take_are_counted_until_it_does() {
+    let (mut ours, mut theirs) = duplex(10);
+    let (notifier, mut outbox) = TcpNotifier::new(NotifierOptions::default());
+    for (sent, waiting) in [(30, 30), (1, 31)] {
+        outbox.send(text(&"x".repeat(sent)));
+        assert!(is_held_up(&mut outbox, Waker::noop(), &mut ours));
+        assert_eq!(notifier.waiting(), waiting);
+    }
+    for waiting in [31, 1, 0] {
+        theirs.read_exact(&mut [0; 10]).await.unwrap();
+        assert!(is_held_up(&mut outbox, Waker::noop(), &mut ours));
+        assert_eq!(notifier.waiting(), waiting);
+    }
+}
+
+#[tokio::test]
+async fn what_the_peer_does_not_take_of_a_change_is_known_and_who_shares_it() {
+    let event = put("a", vec![b'v'; 10_000], 1);
+    let mut connections = [(); 2].map(|()| (TcpNotifier::new(NotifierOptions::default()), duplex(10)));
+    for ((notifier, outbox), (ours, _)) in &mut connections {
+        notifier.set_form(ValueForm::Text);
+        assert_eq!(notifier.notify(&event), Delivery::Queued);
+        assert!(is_held_up(outbox, Waker::noop(), ours));
+    }
+    let [((one, _), _), ((other, outbox), (ours, theirs))] = &mut connections;
+    assert_eq!(one.gathered(), other.gathered());
+    assert!(one.gathered().1 > 10_000 && one.waiting() == 0, "{one:?}");
+    for left in (0..other.gathered().1).rev() {
+        theirs.read_u8().await.unwrap();
+        assert!(is_held_up(outbox, Waker::noop(), ours));
+        assert!(left >= 10 || other.gathered().1 == 0, "{left} of it are on their way");
+    }
+}
+
+#[tokio::test]
+async fn what_comes_while_the_peer_takes_nothing_is_conflated_and_a_call_is_heard() {
+    let (mut ours, _theirs) = duplex(10);
+    let (notifier, mut outbox) = TcpNotifier::new(NotifierOptions::default());
+    let woken = Arc::new(CountingWaker::default());
+    let told = Waker::from(Arc::clone(&woken));
+    outbox.send(text("more than ten bytes"));
+    for (revision, delivery) in (1..).zip([Delivery::Queued, Delivery::Conflated, Delivery::Conflated]) {
+        assert!(is_held_up(&mut outbox, &told, &mut ours));
+        assert_eq!(notifier.notify(&put("a", "x", revision)), delivery);
+    }
+    let before = woken.0.load(SeqCst);
+    notifier.wake();
+    assert_eq!((notifier.backlog().queued, woken.0.load(SeqCst)), (1, before + 1));
+}
+
+// A value that was so long that it was all that was taken at a time, and a little less than that when it was encoded,
+// was replaced by an empty buffer when more was taken.
+#[tokio::test]
+async fn a_long_value_alone_is_added_to() {
+    let (ours, theirs) = duplex(10);
+    let (notifier, _writer) = TcpNotifier::spawn(ours, NotifierOptions::default());
+    notifier.set_form(ValueForm::Text);
+    let long = "v".repeat((64 << 10) - ITEM_LEN - "a".len());
+    assert_eq!(notifier.notify(&put("a", long.clone(), 1)), Delivery::Queued);
+    assert_eq!(notifier.notify(&put("b", "short", 2)), Delivery::Queued);
+    notifier.close();
+    let all = all(theirs).await;
+    assert!(all.contains(&long) && all.contains("short"), "{} bytes", all.len());
 }

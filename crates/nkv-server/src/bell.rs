@@ -100,3 +100,68 @@ impl Wake for Ringer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    use super::*;
+
+    /// Counts how often it is woken. The first time more comes for it, as if it had run at once and found nothing more.
+    #[derive(Default)]
+    struct Task {
+        woken: AtomicUsize,
+        more: OnceLock<Waker>,
+    }
+
+    impl Wake for Task {
+        fn wake(self: Arc<Self>) {
+            if self.woken.fetch_add(1, SeqCst) == 0
+                && let Some(waker) = self.more.get()
+            {
+                waker.wake_by_ref();
+            }
+        }
+    }
+
+    impl Task {
+        /// How often it has been woken once the pump has had its turns.
+        async fn woken(&self, bell: &Bell) -> usize {
+            let turns = async {
+                for _ in 0..10 {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::select! {
+                () = bell.pump(|| {}) => {}
+                () = turns => {}
+            }
+            self.woken.load(SeqCst)
+        }
+    }
+
+    fn task_and_waker(bell: &Arc<Bell>) -> (Arc<Task>, Waker) {
+        let task = Arc::new(Task::default());
+        (Arc::clone(&task), bell.waker(&Waker::from(task)))
+    }
+
+    #[tokio::test]
+    async fn a_task_for_which_more_comes_while_it_is_woken_is_woken_again() {
+        let bell = Arc::new(Bell::default());
+        let (task, waker) = task_and_waker(&bell);
+        task.more.set(waker.clone()).unwrap();
+        waker.wake();
+        assert_eq!(task.woken(&bell).await, 2);
+    }
+
+    #[tokio::test]
+    async fn whoever_is_noted_quietly_is_woken_afterwards_and_whoever_comes_then_at_once() {
+        let bell = Arc::new(Bell::default());
+        let (task, waker) = task_and_waker(&bell);
+        bell.quietly(|| waker.wake_by_ref());
+        assert_eq!(task.woken(&bell).await, 1);
+        waker.wake();
+        assert_eq!(task.woken(&bell).await, 2);
+    }
+}

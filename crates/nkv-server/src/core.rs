@@ -244,3 +244,36 @@ impl Notifier for Subscriber {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use nkv_core::{NoPersist, Pattern};
+    use tokio::sync::watch;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::writer::Writer;
+
+    #[tokio::test]
+    async fn what_comes_while_the_writer_is_busy_is_done_when_it_is_not() {
+        let persist: Box<dyn PersistValue> = Box::new(NoPersist::default());
+        let store = Arc::new(NotifyKeyValue::open(persist, 0).unwrap());
+        let (bell, queue, expiry_changed) = <(Arc<Bell>, Arc<Queue>, _)>::default();
+        let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let ops = vec![Op::Delete { pattern: Pattern::All, if_revision: None }];
+        let done = hand_over(&bell, &queue, ops, false, false, room).unwrap();
+        // It could not be more busy than before it begins.
+        let (failure, budget) = (watch::Sender::new(None), Budget::new(1));
+        let writer =
+            Writer { store, queue: Arc::clone(&queue), bell: Arc::clone(&bell), expiry_changed, failure, budget };
+        let writer = writer.spawn().unwrap();
+        tokio::select! {
+            () = bell.pump(|| queue.wake()) => {}
+            done = timeout(Duration::from_secs(10), done) => assert_eq!(done.unwrap().unwrap().len(), 1),
+        }
+        queue.close();
+        writer.join().unwrap();
+    }
+}

@@ -109,13 +109,24 @@ impl Drop for CloseOnDrop {
     }
 }
 
+/// Whoever waits for a writer that is gone, for whatever reason, waits in vain.
+struct Gone(Arc<Queue>);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        self.0.close();
+        let jobs = std::mem::take(&mut self.0.lock().jobs);
+        drop(jobs);
+    }
+}
+
 impl Writer {
     pub(crate) fn spawn(self) -> std::io::Result<JoinHandle<()>> {
         thread::Builder::new().name("nkv-writer".into()).spawn(move || self.run())
     }
 
     fn run(self) {
-        let _closing = CloseOnDrop(Arc::clone(&self.queue));
+        let _gone = Gone(Arc::clone(&self.queue));
         let (mut jobs, mut ops, mut group) = (Vec::new(), Vec::new(), Vec::new());
         let (mut checked_at, mut written) = (0, 0_usize);
         loop {

@@ -98,12 +98,12 @@ fn a_large_answer_comes_whole_and_one_past_the_limit_is_refused() {
     }
     conn.hello("c", "payload").send(r#"{"type":"Get","key":"big.*"}"#);
     assert_eq!(status(&conn.line()), 413);
-    conn.send(r#"{"type":"Get","key":"big.*","after":"big.032"}"#);
+    conn.send("{\"type\":\"Get\",\"key\":\"big.*\",\"after\":\"big.032\"}\n{\"type\":\"Health\"}");
     let header = conn.json();
     assert_eq!(header["Get"]["keys"].as_array().unwrap().len(), 32);
     let all = conn.bytes(32 * value.len() + 1);
     assert!(all.strip_suffix(b"\n").unwrap().iter().all(|byte| *byte == b'x'));
-    assert_eq!(status(&conn.ask(r#"{"type":"Health"}"#)), 200);
+    assert_eq!(status(&conn.line()), 200, "what came with it is served after it");
 }
 
 #[test]
@@ -123,6 +123,20 @@ fn a_unix_socket_serves_its_owner_alone() {
     assert_eq!(line, "{\"Base\":{\"id\":5,\"status\":200,\"message\":\"No Error\"}}\n");
     server.shutdown().unwrap();
     assert!(!path.exists(), "the socket's name outlived the server");
+}
+
+#[test]
+fn a_request_that_waits_for_the_writes_before_it_is_read_again_with_its_payload() {
+    let server = TestServer::start();
+    let mut conn = server.connect();
+    let get = r#"{"type":"Get","id":"in a payload","key":"a"}"#;
+    let refused = format!("{{\"type\":\"Put\",\"key\":\"b..c\",\"len\":{}}}\n{get}", get.len());
+    let unreadable = format!("{{\"type\":\"No\",\"len\":{}}}\n{get}", get.len());
+    let put = r#"{"type":"Put","key":"a","value":"x"}"#;
+    conn.send([put, &refused, put, &unreadable, put, r#"{"type":"Exists","id":"last","key":"a"}"#].join("\n"));
+    let answers = [(); 6].map(|()| conn.line());
+    assert_eq!(answers.each_ref().map(|answer| status(answer)), [200, 400, 200, 400, 200, 200]);
+    assert!(answers[5].contains("last"));
 }
 
 #[test]

@@ -4,10 +4,12 @@
 
 mod support;
 
+use std::time::{Duration, Instant};
+
 use nkv_core::{
-    Action, Change, Epoch, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue, Record,
+    Action, Change, Epoch, Key, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue, Record,
 };
-use nkv_server::ServerError;
+use nkv_server::{HandleError, ServerError, WriteOptions};
 use nkv_testkit::script::{Crash, ScriptedPersist};
 use support::{PATIENCE, TestServer, eventually, status};
 
@@ -93,6 +95,17 @@ fn a_server_that_stops_finishes_what_it_accepted() {
 }
 
 #[test]
+fn a_server_that_stops_waits_for_no_idle_connection() {
+    let server = TestServer::start();
+    let mut conn = server.connect();
+    conn.put("a", "x");
+    let start = Instant::now();
+    server.shutdown().unwrap();
+    assert_eq!(conn.line(), "(closed)");
+    assert!(start.elapsed() < Duration::from_secs(3), "it was cut in the end");
+}
+
+#[test]
 fn a_ttl_goes_on_over_a_restart_and_its_end_is_told() {
     let disk = MemoryPersist::new(Epoch::new(1));
     let start = || {
@@ -130,6 +143,30 @@ fn storage_that_panics_ends_the_server_with_an_error() {
     let mut conn = server.connect();
     let answer = conn.ask(r#"{"type":"Put","key":"a","value":"x"}"#);
     assert!(answer == "(closed)" || status(&answer) == 503, "{answer}");
+    assert!(matches!(server.ended(), Err(ServerError::System(_))));
+}
+
+// A write of a handle that was handed over while the writer was at another waited for ever for a writer that was gone.
+#[test]
+fn nobody_waits_for_storage_that_panicked() {
+    let (persist, script) = ScriptedPersist::new(Panics);
+    let mut server = TestServer::with(|builder| builder.persist("panics", || Ok(persist)));
+    script.block();
+    let writes = [(); 2].map(|()| {
+        let nkv = server.handle.clone();
+        let put = server.runtime.spawn(async move {
+            let key = Key::new("a").unwrap();
+            tokio::time::timeout(PATIENCE, nkv.put(&key, "x", WriteOptions::default())).await
+        });
+        assert!(script.wait_until_blocked(PATIENCE));
+        put
+    });
+    // The second was handed over before this is answered, as a rule.
+    assert_eq!(status(&server.connect().ask(r#"{"type":"Health"}"#)), 200);
+    script.release();
+    for write in writes {
+        assert!(matches!(server.runtime.block_on(write).unwrap(), Ok(Err(HandleError::Stopped))));
+    }
     assert!(matches!(server.ended(), Err(ServerError::System(_))));
 }
 

@@ -79,13 +79,21 @@ impl Records {
         Unpacked { key: key.as_bytes(), value, is_long, revision, expiry }.pack(&mut self.packed);
         self.ends.push(self.packed.len());
     }
+
+    /// Gives back what it grew by too much: nothing is added any more, and its size is counted where memory is bounded.
+    fn fit(mut self) -> Self {
+        self.packed.shrink_to_fit();
+        self.ends.shrink_to_fit();
+        self.long.shrink_to_fit();
+        self
+    }
 }
 
 impl<'a> FromIterator<RecordRef<'a>> for Records {
     fn from_iter<I: IntoIterator<Item = RecordRef<'a>>>(records: I) -> Self {
         let mut all = Records::default();
         records.into_iter().for_each(|record| all.push(record));
-        all
+        all.fit()
     }
 }
 
@@ -93,7 +101,7 @@ impl FromIterator<Record> for Records {
     fn from_iter<I: IntoIterator<Item = Record>>(records: I) -> Self {
         let mut all = Records::default();
         records.into_iter().for_each(|record| all.push(record.lend()));
-        all
+        all.fit()
     }
 }
 
@@ -128,5 +136,7 @@ mod tests {
         }
         assert_eq!((records.len(), records.is_empty(), records.get(lens.len()).is_none()), (lens.len(), false, true));
         assert!(records.size() > lens.into_iter().sum());
+        let room = records.packed.capacity() + records.ends.capacity() * size_of::<usize>();
+        assert_eq!(records.size(), room + records.long.iter().map(Bytes::len).sum::<usize>());
     }
 }

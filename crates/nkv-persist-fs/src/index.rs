@@ -95,6 +95,9 @@ impl Index {
         let place = self.unpack(packed);
         self.long.remove(&place.position);
         self.count_live(place, false);
+        if self.places.capacity() / 8 > self.places.len() {
+            self.places.shrink_to(self.places.len().saturating_mul(2), |(revision, _)| hash(*revision));
+        }
         true
     }
 
@@ -178,7 +181,7 @@ impl Index {
         self.live_bytes
     }
 
-    /// The sum of the segments.
+    /// The sum of the segments, without the zeros ahead.
     pub(crate) fn total_bytes(&self) -> u64 {
         self.total_bytes
     }
@@ -340,6 +343,19 @@ mod tests {
         keys.fill(&mut index);
         assert_eq!((index.key_count(), index.live_bytes()), (2, 60));
         assert!(index.is_live(Revision::new(2), 300) && index.is_live(Revision::new(8), 600));
+    }
+
+    #[test]
+    fn when_most_values_are_gone_so_is_their_room() {
+        let mut index = index_at(0);
+        for at in 0..10_000 {
+            index.insert(Revision::new(at), Place { position: at * 32, len: 30 });
+        }
+        for at in 0..9_900 {
+            assert!(index.remove(Revision::new(at)));
+        }
+        assert!(index.places.capacity() <= 1_000, "room for {}", index.places.capacity());
+        assert!((9_900..10_000).all(|at| index.is_live(Revision::new(at), at * 32)));
     }
 
     #[test]

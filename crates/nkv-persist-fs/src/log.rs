@@ -22,6 +22,9 @@ use crate::vfs::{Open, VfsFile, write_all};
 /// How long puts are refused without another try to fill the reserve.
 const REFILL_REST: Duration = Duration::from_secs(1);
 
+/// So many zeros are written behind a frame at most: the put waits for them.
+const ZEROS_MAX: u64 = 1 << 20;
+
 /// What has been done since the log was opened.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counters {
@@ -60,6 +63,8 @@ pub(crate) struct Log {
     /// Whether there was no room for zeros, in this segment.
     without_zeros: bool,
     synced_to: u64,
+    /// Whether the last frame says that all before it is durable.
+    last_proves: bool,
     poisoned: Option<String>,
     reserve_held: bool,
     /// How much of the reserve is left; once it was given up, appends eat it.
@@ -130,6 +135,7 @@ impl Log {
             file_len,
             without_zeros: false,
             synced_to: tail.header.base,
+            last_proves: true,
             poisoned: None,
             reserve_held: false,
             reserve_left: 0,
@@ -247,6 +253,7 @@ impl Log {
             self.cut_back()?;
             return Err(from_io("append to", &self.file.path, error));
         }
+        self.last_proves = self.synced_to == position;
         self.len = self.len.saturating_add(bytes.len() as u64);
         let growth = self.len.saturating_sub(self.file_len);
         self.file_len = self.file_len.saturating_add(growth);
@@ -259,16 +266,25 @@ impl Log {
 
     /// Takes away what a failed append left, so durably that it cannot come back after the caller was told.
     fn cut_back(&mut self) -> Result<(), PersistError> {
-        self.trim()?;
+        let cut = self.trim().map_err(|e| from_io("cut back", &self.file.path, e));
+        cut.map_err(|e| self.poison(e))?;
         self.sync()
     }
 
     /// Lets the file end where the log does.
-    pub(crate) fn trim(&mut self) -> Result<(), PersistError> {
-        let cut = self.file.file.set_len(self.len).map_err(|e| from_io("cut back", &self.file.path, e));
-        cut.map_err(|e| self.poison(e))?;
+    fn trim(&mut self) -> io::Result<()> {
+        self.file.file.set_len(self.len)?;
         self.file_len = self.len;
         Ok(())
+    }
+
+    /// Takes the zeros behind the last frame away, if that is possible: they do no harm.
+    pub(crate) fn trim_zeros(&mut self) {
+        if self.file_len > self.len
+            && let Err(error) = self.trim()
+        {
+            tracing::debug!(file = %self.file.path, %error, "zeros stay behind the log");
+        }
     }
 
     /// Writes zeros behind the last frame, which become durable with it. To sync a frame that is then written over them
@@ -276,7 +292,7 @@ impl Log {
     /// bounds: a small store stays small, and a large one seldom waits for them.
     fn zero_ahead(&mut self) {
         let segment = self.options.segment_bytes;
-        let step = self.len.clamp(segment / 256, segment / 4);
+        let step = self.len.clamp(segment / 256, segment / 4).min(ZEROS_MAX);
         let end = self.len.saturating_add(step).min(segment);
         let is_wanted = self.options.durability == Durability::Sync && !self.without_zeros;
         // What is left of the reserve is not for them.
@@ -289,8 +305,10 @@ impl Log {
             Err(error) => {
                 tracing::debug!(%error, "no zeros behind the log: its syncs cost more");
                 self.without_zeros = true;
-                // Some may have been written. If they cannot be given back they are still zeros.
-                self.file_len = if self.file.file.set_len(self.len).is_ok() { self.len } else { end };
+                // Some may have been written. If they cannot be given back they are still zeros, and room for frames.
+                if self.trim().is_err() {
+                    self.file_len = self.file.file.size().unwrap_or(self.len);
+                }
             }
         }
     }
@@ -320,6 +338,17 @@ impl Log {
         Ok(())
     }
 
+    /// Lets an empty frame say what is durable after a put was synced, if the last one does not: compaction has appended
+    /// something before the put, or during its sync. A process that is killed leaves that frame to the system, and damage
+    /// to the put, or to what stands before it, is not taken for a torn tail.
+    pub(crate) fn prove(&mut self) {
+        if !self.last_proves
+            && let Err(error) = self.write(&mut FrameBuf::of(|_| {}), self.flags())
+        {
+            tracing::debug!(%error, "no frame says what is durable");
+        }
+    }
+
     /// Goes on in a new segment. The old one is durable before the new one exists, and says last that it goes on.
     pub(crate) fn rotate(&mut self) -> Result<(), PersistError> {
         if self.index.span() >= SPAN_MAX / 2 {
@@ -339,9 +368,7 @@ impl Log {
         let mut seal = FrameBuf::of(FrameBuf::push_seal);
         let begun = self.disk.begin_segment(&*file, &header).and_then(|()| self.write(&mut seal, self.flags()));
         begun.map_err(|e| self.abandon(header.number, e))?;
-        if self.file_len > self.len {
-            self.trim()?;
-        }
+        self.trim_zeros();
         self.sync()?;
         self.file = LogFile::new(file, self.disk.path(&name));
         (self.active, self.len, self.file_len) = (header, SEGMENT_HEADER_LEN, SEGMENT_HEADER_LEN);
@@ -406,9 +433,89 @@ fn no_randomness(error: &getrandom::Error) -> PersistError {
 mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
+    use nkv_core::{Action, Change, Key};
+
     use super::*;
+    use crate::open::create;
+    use crate::scan::Scan;
     use crate::sim::SimFs;
     use crate::vfs::Vfs;
+
+    const SMALL: u64 = 64 << 10;
+
+    /// An empty log without a reserve, that writes zeros ahead.
+    fn log_on(fs: &SimFs, segment_bytes: u64) -> Log {
+        let disk = Disk::new(Arc::new(fs.clone()), "/data".into());
+        disk.create_dir().unwrap();
+        create(&disk, FsOptions::default().with_segment_bytes(segment_bytes).with_reserve_bytes(0), 1).unwrap()
+    }
+
+    fn append(log: &mut Log, len: usize) {
+        log.revision = log.revision.next();
+        let action = Action::Put { value: vec![1; len].into(), expiry: None };
+        let change = Change { key: Key::new("k").unwrap(), revision: log.revision, replaces: Revision::ZERO, action };
+        let mut frame = FrameBuf::new();
+        frame.push_change(&change);
+        frame.finish();
+        log.append(&mut frame).unwrap();
+        log.sync().unwrap();
+    }
+
+    fn size(log: &Log) -> u64 {
+        log.file.file.size().unwrap()
+    }
+
+    // A log that was healthy took nothing more, as the zeros behind the end of a segment could not be cut off.
+    #[test]
+    fn zeros_that_cannot_be_cut_off_end_neither_the_log_nor_a_segment() {
+        let fs = SimFs::new();
+        let mut log = log_on(&fs, SMALL);
+        append(&mut log, 1_000);
+        let old = Arc::clone(&log.file);
+        fs.set_len_fails(true);
+        log.rotate().unwrap();
+        append(&mut log, 1_000);
+        log.trim_zeros();
+        assert!(log.check_usable().is_ok() && size(&log) > log.len);
+        assert!(old.file.size().unwrap() > 2_000, "this test is about zeros behind a seal");
+        let disk = log.disk.clone();
+        let scan = Scan::run(&disk, true).unwrap();
+        assert!(scan.damage.is_none() && scan.torn_bytes() == 0 && scan.tail.unwrap().end == log.len, "{scan:?}");
+    }
+
+    // The log took the zeros that it could not write for written, and the reserve for larger than it was.
+    #[test]
+    fn zeros_that_were_written_in_part_and_stay_are_counted_as_they_are() {
+        let fs = SimFs::new();
+        let mut log = log_on(&fs, 4 << 20);
+        fs.set_capacity(Some(fs.used() + 11_000));
+        fs.set_len_fails(true);
+        append(&mut log, 1_000);
+        assert_eq!((log.without_zeros, log.file_len), (true, size(&log)));
+        assert!((log.len..log.len + 16_384).contains(&log.file_len), "{} of {}", log.file_len, log.len);
+    }
+
+    #[test]
+    fn a_put_to_a_large_segment_waits_for_a_mebibyte_of_zeros_at_most() {
+        let mut log = log_on(&SimFs::new(), 1 << 30);
+        append(&mut log, 9 << 20);
+        assert_eq!(size(&log), log.len + ZEROS_MAX);
+    }
+
+    #[test]
+    fn a_log_whose_ends_are_too_far_apart_begins_no_segment() {
+        let mut log = log_on(&SimFs::new(), SMALL);
+        let mut header = log.active;
+        for (base, is_refused) in [(SPAN_MAX / 2 - SMALL, false), (SPAN_MAX / 2, true)] {
+            (header.number, header.base) = (header.number + 1, base);
+            log.index.set_bytes(&header, SEGMENT_HEADER_LEN);
+            log.active.number = header.number;
+            let result = log.rotate();
+            assert_eq!(result.as_ref().is_err_and(|e| e.kind() == PersistErrorKind::NoSpace), is_refused, "{result:?}");
+            header.number = log.active.number;
+        }
+        assert!(log.check_usable().is_ok());
+    }
 
     /// The first sync takes its time and fails; others say that all is well, as Linux does.
     #[derive(Debug)]

@@ -91,7 +91,7 @@ impl SegmentReader {
             return Ok(Next::End);
         }
         let Some(header) = self.header_at(at)? else {
-            let is_end = self.written_to()? == at;
+            let is_end = self.is_zero_to_the_end()?;
             return Ok(if is_end { Next::End } else { Next::Bad("no frame starts here") });
         };
         if !self.body_at(at, &header)? {
@@ -100,6 +100,20 @@ impl SegmentReader {
         self.offset = at.saturating_add(header.frame_len());
         let body = self.view(body_of(at), u64::from(header.body_len))?.unwrap_or_default();
         Ok(Next::Frame(header, at, body))
+    }
+
+    /// Whether nothing but zeros comes from the next frame on. It looks no further than the first byte that is none, as
+    /// a torn segment may have many holes.
+    fn is_zero_to_the_end(&mut self) -> Result<bool, PersistError> {
+        let mut at = self.offset;
+        while at < self.size {
+            let len = WINDOW.min(self.size.saturating_sub(at));
+            if !self.view(at, len)?.is_some_and(|bytes| bytes.iter().all(|byte| *byte == 0)) {
+                return Ok(false);
+            }
+            at = at.saturating_add(len);
+        }
+        Ok(true)
     }
 
     /// Where the last byte ends that is not zero, from the next frame on.

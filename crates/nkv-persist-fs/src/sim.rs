@@ -65,6 +65,7 @@ struct State {
     capacity: Option<u64>,
     copies_on_write: bool,
     read_only: bool,
+    set_len_fails: bool,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -154,6 +155,11 @@ impl SimFs {
     /// Makes all calls that change something fail, as on a file system that is mounted for reading only.
     pub fn set_read_only(&self, read_only: bool) {
         self.state().read_only = read_only;
+    }
+
+    /// Makes all calls fail that set the length of a file.
+    pub fn set_len_fails(&self, fails: bool) {
+        self.state().set_len_fails = fails;
     }
 
     /// How many bytes all files together have.
@@ -509,6 +515,9 @@ impl VfsFile for SimFile {
     fn set_len(&self, len: u64) -> io::Result<()> {
         let mut state = self.fs.state();
         state.enter(Call::Change)?;
+        if state.set_len_fails {
+            return Err(io::Error::other("injected EIO"));
+        }
         state.nodes[self.node].set_len(len as usize);
         Ok(())
     }

@@ -19,6 +19,9 @@ use crate::options::{Durability, FsOptions};
 use crate::reader::{Next, Opened, SegmentReader, body_of};
 use crate::vfs::{Open, RealFs, Vfs};
 
+/// So much is kept for the places of a batch; the room that a longer one took is given back.
+const BATCH_KEPT: usize = 1 << 12;
+
 /// Keeps values in a directory, in a checksummed log.
 ///
 /// It owns the directory until it is dropped. Dropping it, or [`close`](Self::close), ends the log cleanly.
@@ -58,7 +61,7 @@ pub struct FsStats {
     pub keys: usize,
     /// How many bytes their records have.
     pub live_bytes: u64,
-    /// How many bytes the segments have; the reserve and what was kept aside are not counted.
+    /// How many bytes the segments have, without the zeros ahead; the reserve and what was kept aside are not counted.
     pub disk_bytes: u64,
     /// How many segments there are.
     pub segments: usize,
@@ -165,7 +168,7 @@ impl FsPersist {
         log.sync()?;
         // It proves the frame before it, and says that nothing acknowledged is missing.
         log.append_here(&mut FrameBuf::of(|_| {}), 0)?;
-        log.trim()?;
+        log.trim_zeros();
         log.sync()
     }
 
@@ -197,6 +200,7 @@ impl FsPersist {
             let result = pending.run();
             log = lock(&self.shared.log);
             log.end_sync(&pending, result)?;
+            log.prove();
         } else if log.dirty_since.is_none() {
             log.dirty_since = Some(Instant::now());
             self.shared.wake(&mut log);
@@ -216,6 +220,7 @@ fn check_batch(log: &Log, batch: &[Change], replaced: &mut Vec<Revision>) -> Res
     let rejected = |why: &str| Err(PersistError::new(PersistErrorKind::Rejected, why));
     let mut newest = log.revision;
     replaced.clear();
+    replaced.shrink_to(BATCH_KEPT);
     for change in batch {
         if change.revision <= newest {
             return rejected("the revisions of a batch do not increase");
@@ -241,7 +246,11 @@ impl PersistValue for FsPersist {
         let _still = lock(&self.shared.compactor);
         let log = lock(&self.shared.log);
         for number in log.index.segments() {
-            visit_segment(&self.shared.disk, &log.index, number, visit)?;
+            let visited = visit_segment(&self.shared.disk, &log.index, number, visit)?;
+            // Zeros look like the end of a segment, also where there was something when the log was opened.
+            if visited != log.index.usage(number).live {
+                return Err(damaged(&segment_name(number), 0, "the segment does not hold all that it held"));
+            }
         }
         Ok(Loaded { epoch: log.epoch, revision: log.revision })
     }
@@ -252,6 +261,7 @@ impl PersistValue for FsPersist {
         }
         self.frame.clear();
         self.places.clear();
+        self.places.shrink_to(BATCH_KEPT);
         self.places.extend(batch.iter().map(|change| self.frame.push_change(change)));
         self.frame.finish();
         let result = self.store(batch);
@@ -274,8 +284,9 @@ impl Drop for FsPersist {
     }
 }
 
-/// Visits the records of one segment that the index points to.
-fn visit_segment(disk: &Disk, index: &Index, number: u64, visit: &mut dyn FnMut(Record)) -> Result<(), PersistError> {
+/// Visits the records of one segment that the index points to; gives the sum of their lengths.
+fn visit_segment(disk: &Disk, index: &Index, number: u64, visit: &mut dyn FnMut(Record)) -> Result<u64, PersistError> {
+    let mut visited = 0_u64;
     let name = segment_name(number);
     let mut reader = match SegmentReader::open(disk, number)? {
         Opened::Good(reader) => reader,
@@ -285,7 +296,7 @@ fn visit_segment(disk: &Disk, index: &Index, number: u64, visit: &mut dyn FnMut(
         let offset = reader.offset();
         let (start, body) = match reader.next()? {
             Next::Frame(header, _, body) => (body_of(header.position), body),
-            Next::End => return Ok(()),
+            Next::End => return Ok(visited),
             Next::Bad(reason) => return Err(damaged(&name, offset, reason)),
         };
         for record in Records::new(body) {
@@ -296,6 +307,7 @@ fn visit_segment(disk: &Disk, index: &Index, number: u64, visit: &mut dyn FnMut(
                     record.entry().map_err(|reason| damaged(&name, offset, reason))?
             {
                 let key = Key::new(key).map_err(|_| damaged(&name, offset, "a key is not valid"))?;
+                visited = visited.saturating_add(record.bytes.len() as u64);
                 visit(Record { key, value: Bytes::copy_from_slice(value), revision, expiry });
             }
         }
@@ -407,160 +419,5 @@ fn spawn(shared: &Arc<Shared>) -> Result<JoinHandle<()>, PersistError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io;
-    use std::path::Path;
-
-    use nkv_core::Reason;
-
-    use super::*;
-    use crate::sim::SimFs;
-    use crate::vfs::VfsFile;
-
-    fn options() -> FsOptions {
-        FsOptions::default().with_background(false).with_segment_bytes(4096).with_reserve_bytes(0)
-    }
-
-    fn put(key: &str, revision: u64, replaces: u64) -> Change {
-        let action = Action::Put { value: vec![1; 10].into(), expiry: None };
-        change(key, revision, replaces, action)
-    }
-
-    fn delete(key: &str, revision: u64, replaces: u64) -> Change {
-        change(key, revision, replaces, Action::Delete { reason: Reason::Deleted })
-    }
-
-    fn change(key: &str, revision: u64, replaces: u64, action: Action) -> Change {
-        let (revision, replaces) = (Revision::new(revision), Revision::new(replaces));
-        Change { key: Key::new(key).unwrap(), revision, replaces, action }
-    }
-
-    fn revisions(persist: &mut FsPersist) -> Vec<(String, u64)> {
-        let mut all = Vec::new();
-        persist.load(&mut |record| all.push((record.key.to_string(), record.revision.get()))).unwrap();
-        all.sort();
-        all
-    }
-
-    #[test]
-    fn a_batch_that_does_not_follow_from_what_is_stored_is_rejected_and_nothing_of_it_is_stored() {
-        let fs = SimFs::new();
-        let mut persist = FsPersist::open_with(Arc::new(fs.clone()), "/data", options()).unwrap();
-        persist.persist(&[put("a", 3, 0), put("b", 4, 0)]).unwrap();
-        let (before, stats) = (fs.digest(), persist.monitor().stats());
-        for (batch, why) in [
-            (vec![put("c", 5, 0), put("a", 6, 2)], "not there"),
-            (vec![put("c", 5, 0), delete("a", 6, 9)], "not there"),
-            (vec![put("a", 5, 6), put("a", 6, 3)], "not there"),
-            (vec![delete("a", 5, 3), put("a", 6, 5)], "not there"),
-            (vec![put("a", 5, 3), put("a", 6, 3)], "two changes"),
-            (vec![put("c", 5, 0), put("c", 6, 5), delete("c", 7, 5)], "two changes"),
-            (vec![put("c", 4, 0)], "increase"),
-            (vec![put("c", 6, 0), put("d", 6, 0)], "increase"),
-        ] {
-            let error = persist.persist(&batch).unwrap_err();
-            assert!(
-                error.kind() == PersistErrorKind::Rejected && error.to_string().contains(why),
-                "{batch:?}: {error}"
-            );
-            assert_eq!((fs.digest(), persist.monitor().stats()), (before, stats), "{batch:?}");
-        }
-        persist.persist(&[put("a", 5, 3), put("c", 6, 0), put("a", 7, 5), delete("b", 8, 4), put("b", 9, 0)]).unwrap();
-        let expected = [("a".to_owned(), 7), ("b".to_owned(), 9), ("c".to_owned(), 6)];
-        assert_eq!(revisions(&mut persist), expected);
-        let stats = persist.monitor().stats();
-        drop(persist);
-        let mut persist = FsPersist::open_with(Arc::new(fs), "/data", options()).unwrap();
-        assert_eq!(revisions(&mut persist), expected);
-        let again = persist.monitor().stats();
-        assert_eq!((again.keys, again.live_bytes), (stats.keys, stats.live_bytes));
-    }
-
-    /// What a test does while a file is synced.
-    type Hook = Arc<Mutex<Option<Box<dyn Fn() + Send>>>>;
-
-    struct HookedFile(Arc<dyn VfsFile>, Hook);
-
-    impl std::fmt::Debug for HookedFile {
-        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            self.0.fmt(f)
-        }
-    }
-
-    impl VfsFile for HookedFile {
-        fn size(&self) -> io::Result<u64> {
-            self.0.size()
-        }
-
-        fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-            self.0.read_at(buf, offset)
-        }
-
-        fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
-            self.0.write_at(bytes, offset)
-        }
-
-        fn set_len(&self, len: u64) -> io::Result<()> {
-            self.0.set_len(len)
-        }
-
-        fn sync_data(&self) -> io::Result<()> {
-            if let Some(hook) = &*lock(&self.1) {
-                hook();
-            }
-            self.0.sync_data()
-        }
-
-        fn try_lock(&self) -> io::Result<bool> {
-            self.0.try_lock()
-        }
-    }
-
-    struct Hooked(SimFs, Hook);
-
-    impl std::fmt::Debug for Hooked {
-        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            self.0.fmt(f)
-        }
-    }
-
-    impl Vfs for Hooked {
-        fn create_dir(&self, dir: &Path) -> io::Result<()> {
-            self.0.create_dir(dir)
-        }
-
-        fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
-            self.0.list(dir)
-        }
-
-        fn open(&self, path: &Path, how: Open) -> io::Result<Arc<dyn VfsFile>> {
-            Ok(Arc::new(HookedFile(self.0.open(path, how)?, Arc::clone(&self.1))))
-        }
-
-        fn remove(&self, path: &Path) -> io::Result<()> {
-            self.0.remove(path)
-        }
-
-        fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-            self.0.sync_dir(dir)
-        }
-    }
-
-    // A copy of the deleted value that is made now would stand behind the delete, and outlive it.
-    #[test]
-    fn while_a_delete_is_synced_the_log_is_free_for_compaction_and_the_deleted_value_is_not_copied() {
-        let hook = Hook::default();
-        let vfs = Hooked(SimFs::new(), Arc::clone(&hook));
-        let mut persist = FsPersist::open_with(Arc::new(vfs), "/data", options()).unwrap();
-        persist.persist(&[put("a", 1, 0)]).unwrap();
-        let (shared, seen) = (Arc::clone(&persist.shared), Arc::new(Mutex::new(Vec::new())));
-        let looks = Arc::clone(&seen);
-        *lock(&hook) = Some(Box::new(move || {
-            let is_live = shared.log.try_lock().ok().map(|log| log.index.contains(Revision::new(1)));
-            lock(&looks).push(is_live);
-        }));
-        persist.persist(&[delete("a", 2, 1)]).unwrap();
-        *lock(&hook) = None;
-        assert_eq!(*lock(&seen), [Some(false)]);
-    }
-}
+#[path = "store_tests.rs"]
+mod tests;

@@ -128,3 +128,35 @@ fn a_delete_stays_when_the_put_that_it_hides_was_copied_before() {
     }
     assert!(persist.monitor().stats().compacted_segments > 5);
 }
+
+#[test]
+fn values_of_a_quarter_mebibyte_and_more_are_counted_copied_deleted_and_found_again() {
+    let (fs, options) = (SimFs::new(), small(false));
+    let mut persist = open(&fs, &options).unwrap();
+    let (mut model, mut revision) = (Model::new(), 0);
+    let lens = [(256 << 10) - 30, (256 << 10) - 20, 256 << 10, 300_000, 1 << 20];
+    let sum = lens.iter().sum::<usize>() as u64;
+    for round in 0..3 {
+        for (at, len) in lens.into_iter().enumerate() {
+            revision += 1;
+            let batch = [put(&format!("k.{at}"), revision, vec![round; len])];
+            persist.persist(&batch).unwrap();
+            apply(&mut model, &batch);
+        }
+        persist.maintain().unwrap();
+        let live = persist.monitor().stats().live_bytes;
+        assert!((sum..sum + 300).contains(&live), "{live} of {sum}");
+    }
+    assert!(persist.monitor().stats().compacted_segments > 5, "{:?}", persist.monitor().stats());
+    let batch = [delete("k.2", revision + 1)];
+    persist.persist(&batch).unwrap();
+    apply(&mut model, &batch);
+    let rest = sum - lens[2] as u64;
+    for _ in 0..2 {
+        let live = persist.monitor().stats().live_bytes;
+        assert!((rest..rest + 300).contains(&live), "{live} of {rest}");
+        assert_eq!(load(&mut persist).unwrap().0, model);
+        drop(persist);
+        persist = open(&fs, &options).unwrap();
+    }
+}

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use common::*;
 use nkv_core::{Change, Epoch, PersistErrorKind, PersistValue};
 use nkv_persist_fs::sim::{Fault, SimFs};
-use nkv_persist_fs::{Report, Vfs, check_with, repair_with};
+use nkv_persist_fs::{Durability, Report, Vfs, check_with, repair_with};
 
 /// What came of a damaged directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -564,4 +564,25 @@ fn files_gone_astray(subject: &Subject, names: &[String], tally: &mut Tally) {
         drop(open(&gone, &options()).unwrap());
         tally.add(subject, &gone, 0, &format!("{name} is gone"));
     }
+}
+
+// Each hole was read up to the end of the segment: a torn log of many holes took minutes to open.
+#[test]
+fn a_torn_segment_of_many_holes_is_read_a_few_times() {
+    let (fs, path) = (SimFs::new(), Path::new("/data/0000000000000001.log"));
+    let options = options().with_segment_bytes(4 << 20).with_durability(Durability::Os);
+    let mut persist = open(&fs, &options).unwrap();
+    for revision in 1..=2_000 {
+        persist.persist(&[put(&format!("k.{revision}"), revision, vec![1; 1_000])]).unwrap();
+    }
+    let torn = fs.fork();
+    let mut bytes = fs.read(path).unwrap();
+    let starts: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(b"nkvF")).collect();
+    starts.iter().skip(10).step_by(20).for_each(|at| bytes[at + 10] ^= 1);
+    let windows = bytes.len() as u64 / (64 << 10);
+    torn.place(path, Some(bytes));
+    let before = torn.calls();
+    assert_eq!(load(&mut open(&torn, &options).unwrap()).unwrap().0.len(), 9);
+    let calls = torn.calls() - before;
+    assert!(calls < 12 * windows + 300, "{calls} calls for {windows} windows");
 }

@@ -8,8 +8,11 @@ use bytes::{Buf, BufMut, Bytes};
 /// A value of at least this length is shared with the store; a shorter one is copied.
 pub(crate) const SHARE_LEN_MIN: usize = 4_096;
 
-/// So much room for short pieces is kept when all of them are gone. It is also the least that is worth moving them for.
-const KEEP_LEN: usize = 16 << 10;
+/// So much room for short pieces is kept when all of them are gone: what one turn of a busy connection writes.
+const KEEP_LEN: usize = 128 << 10;
+
+/// The least that is worth moving short pieces for.
+const CLOSE_UP_LEN: usize = 16 << 10;
 
 /// Bytes to send, in order. Short pieces are gathered in one buffer, long values between them are shared.
 ///
@@ -108,14 +111,14 @@ impl Chunks {
             count = count.saturating_sub(gone);
             self.shared_len = self.shared_len.saturating_sub(gone);
             if !bytes.is_empty() {
-                return;
+                break;
             }
             self.shared.pop_front();
         }
         self.start = self.start.saturating_add(count).min(self.buffer.len());
         if self.is_empty() {
             self.clear();
-        } else if self.start >= KEEP_LEN.max(self.buffer.len() / 2) {
+        } else if self.start >= CLOSE_UP_LEN.max(self.buffer.len() / 2) {
             // A peer that takes a little at a time while more is appended must not make the buffer grow for ever.
             self.close_up();
         }

@@ -393,10 +393,15 @@ impl Connection {
     /// Keeps bytes that are to be served with what comes next.
     fn keep(&mut self, bytes: &[u8]) {
         if !bytes.is_empty() {
-            // Room for what is known to come, but never for much more than has come: an announcement costs nothing. What
-            // comes in several pieces gets much more at once: buffers that grow in many steps leave many holes.
+            // Room for what is known to come, but never for much more than has come: an announcement costs nothing, nor does
+            // a request that is held up. What comes in several pieces gets much more at once: buffers that grow in many
+            // steps leave many holes.
             let missing = self.decoder.expected_len().unwrap_or(0).saturating_sub(self.buffer.len());
-            let least = if self.buffer.len() < TURN_LEN { TURN_LEN } else { READ_LEN.saturating_mul(2) };
+            let least = match self.buffer.len() {
+                0 => 0,
+                1..TURN_LEN => TURN_LEN,
+                _ => READ_LEN.saturating_mul(2),
+            };
             let least = least.max(bytes.len());
             self.buffer.reserve(missing.clamp(least, self.buffer.len().max(least)));
             self.room = self.buffer.capacity();

@@ -3,7 +3,7 @@
 //!
 //! Each scenario is run by a process of its own under `valgrind --tool=callgrind`, once for some iterations and once for
 //! twice as many; the difference is what the iterations took, without the preparation, which is the same. System calls
-//! count with the instructions around them only. What uses a hash map may differ by half a percent, since the map draws a
+//! count with the instructions around them only. What uses a hash map may differ by one or two percent, since the map draws a
 //! seed; everything else is the same to the instruction. Without valgrind nothing is measured, and that is said.
 //!
 //! The arguments filter scenarios by what is in their names. `--test` runs each of them once, without valgrind.

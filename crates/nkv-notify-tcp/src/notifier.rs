@@ -145,11 +145,6 @@ impl TcpNotifier {
         }
     }
 
-    /// Whether the writer has ended, so that nothing more is written: the peer is gone, or was cut.
-    pub fn has_ended(&self) -> bool {
-        self.shared.ended.load(SeqCst)
-    }
-
     /// What waits to be written, by the piece.
     pub fn backlog(&self) -> Backlog {
         self.mailbox.backlog()

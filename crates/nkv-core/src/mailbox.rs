@@ -15,7 +15,8 @@ use std::convert::Infallible;
 use std::fmt;
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -54,8 +55,9 @@ pub fn mailbox<T>() -> (Mailbox<T>, Inbox<T>) {
 #[must_use]
 pub fn mailbox_with_slack<T>(slack: usize) -> (Mailbox<T>, Inbox<T>) {
     let (state, arrived) = (Mutex::new(State::new(slack)), Condvar::new());
-    let shared = Arc::new(Shared { state, arrived, is_waited_for: AtomicBool::new(false) });
-    (Mailbox { post: Arc::new(Post(Arc::clone(&shared))) }, Inbox { shared })
+    let (is_waited_for, posters) = (AtomicBool::new(false), AtomicUsize::new(1));
+    let shared = Arc::new(Shared { state, arrived, is_waited_for, posters });
+    (Mailbox { shared: Arc::clone(&shared) }, Inbox { shared })
 }
 
 /// What an item counts, in bytes; a change counts its key and its value besides.
@@ -114,7 +116,7 @@ pub struct Backlog {
 
 /// The side that posts. Clones post to the same mailbox; when the last is dropped, the mailbox closes.
 pub struct Mailbox<T = Infallible> {
-    post: Arc<Post<T>>,
+    shared: Arc<Shared<T>>,
 }
 
 /// The side that takes. Dropping it closes the mailbox.
@@ -122,15 +124,14 @@ pub struct Inbox<T = Infallible> {
     shared: Arc<Shared<T>>,
 }
 
-/// Closes the mailbox when the last poster is gone.
-struct Post<T>(Arc<Shared<T>>);
-
 struct Shared<T> {
     state: Mutex<State<T>>,
     arrived: Condvar,
     /// The mailbox is empty and has a waker: whatever comes next will wake the reader. Changed under the lock, and read
     /// without it by the reader alone, who need not look again while it holds.
     is_waited_for: AtomicBool,
+    /// How many post to it. Not explored with loom: the last to go closes the mailbox, which is.
+    posters: AtomicUsize,
 }
 
 /// A place in the queue.
@@ -337,7 +338,7 @@ impl<T> Mailbox<T> {
     ///
     /// The item, if nobody will take it.
     pub fn post(&self, item: T) -> Result<(), T> {
-        self.post.0.post(|state| {
+        self.shared.post(|state| {
             if state.closed {
                 return Err(item);
             }
@@ -348,18 +349,18 @@ impl<T> Mailbox<T> {
 
     /// Closes the mailbox: nothing more is posted, and the reader ends after what is already there.
     pub fn close(&self) {
-        self.post.0.close();
+        self.shared.close();
     }
 
     /// Whether the mailbox is closed, from either side.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        self.post.0.lock().closed
+        self.shared.lock().closed
     }
 
     /// Wakes the reader although nothing has come: somebody has something to tell it by other means.
     pub fn wake(&self) {
-        let called = self.post.0.post(|state| state.called.take());
+        let called = self.shared.post(|state| state.called.take());
         if let Some(waker) = called {
             waker.wake();
         }
@@ -368,7 +369,7 @@ impl<T> Mailbox<T> {
     /// What waits to be taken.
     #[must_use]
     pub fn backlog(&self) -> Backlog {
-        let state = self.post.0.lock();
+        let state = self.shared.lock();
         let (slack, slack_items) = (state.slack_taken, state.slack_items);
         Backlog { queued: state.queue.len() - state.vacant, skipped: state.skipped, slack, slack_items }
     }
@@ -376,13 +377,13 @@ impl<T> Mailbox<T> {
     /// Whether both post to the same mailbox.
     #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.post, &other.post)
+        Arc::ptr_eq(&self.shared, &other.shared)
     }
 }
 
 impl<T: Send + 'static> Notifier for Mailbox<T> {
     fn notify(&self, event: &Arc<Event>) -> Delivery {
-        self.post.0.post(|state| if state.closed { Delivery::Closed } else { state.post_event(event) })
+        self.shared.post(|state| if state.closed { Delivery::Closed } else { state.post_event(event) })
     }
 }
 
@@ -408,21 +409,22 @@ impl<T> Inbox<T> {
 
     /// As [`poll_take`](Self::poll_take), for many at once: moves items to the end of `items` until none is left, or they
     /// have `len` bytes (see [`ITEM_LEN`]), or the last one is a snapshot, which may be large. False once the mailbox is
-    /// closed and empty.
+    /// closed and empty. If none is left, `cx` is woken for the next as well: see [`is_waited_for`](Self::is_waited_for).
     pub fn poll_take_many(&self, cx: &mut Context<'_>, len: usize, items: &mut Vec<Item<T>>) -> Poll<bool> {
-        let before = items.len();
-        let taken = self.poll_with(cx, |state| {
-            let mut taken = 0;
-            while taken < len
-                && let Some(item) = state.take()
-            {
-                let is_snapshot = item.is_snapshot();
-                taken += if is_snapshot { len } else { item.len() };
-                items.push(item);
-            }
-            (items.len() > before).then_some(())
-        });
-        taken.map(|taken| taken.is_some())
+        let mut state = self.shared.lock();
+        let mut taken = 0;
+        while taken < len {
+            let Some(item) = state.take() else {
+                let is_closed = state.closed;
+                if !is_closed {
+                    self.wait(state, cx);
+                }
+                return if taken > 0 || is_closed { Poll::Ready(taken > 0) } else { Poll::Pending };
+            };
+            taken += if item.is_snapshot() { len } else { item.len() };
+            items.push(item);
+        }
+        Poll::Ready(true)
     }
 
     /// Has `cx` woken by [`Mailbox::wake`] alone, for a reader that has its hands full.
@@ -461,6 +463,12 @@ impl<T> Inbox<T> {
         if state.closed {
             return Poll::Ready(None);
         }
+        self.wait(state, cx);
+        Poll::Pending
+    }
+
+    /// Has `cx` woken when something comes.
+    fn wait(&self, mut state: MutexGuard<'_, State<T>>, cx: &mut Context<'_>) {
         let old = match &state.waker {
             Some(waker) if waker.will_wake(cx.waker()) => None,
             _ => state.waker.replace(cx.waker().clone()),
@@ -469,7 +477,6 @@ impl<T> Inbox<T> {
         // A waker may own what owns a mailbox: it must not be dropped under the lock.
         drop(state);
         drop(old);
-        Poll::Pending
     }
 
     /// Takes the next item; `None` once the mailbox is closed and empty.
@@ -519,13 +526,16 @@ impl<T> Inbox<T> {
 
 impl<T> Clone for Mailbox<T> {
     fn clone(&self) -> Self {
-        Mailbox { post: Arc::clone(&self.post) }
+        self.shared.posters.fetch_add(1, Relaxed);
+        Mailbox { shared: Arc::clone(&self.shared) }
     }
 }
 
-impl<T> Drop for Post<T> {
+impl<T> Drop for Mailbox<T> {
     fn drop(&mut self) {
-        self.0.close();
+        if self.shared.posters.fetch_sub(1, AcqRel) == 1 {
+            self.shared.close();
+        }
     }
 }
 

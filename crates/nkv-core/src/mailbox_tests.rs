@@ -457,10 +457,25 @@ fn many_are_taken_at_once_up_to_so_many_bytes_a_snapshot_or_the_end() {
     assert_eq!(take(1), (Poll::Ready(true), vec![change("d", 4, 0)]));
     assert_eq!(take(1), (Poll::Pending, vec![]));
     post.post(1).unwrap();
-    post.close();
     assert_eq!(waker.count(), 1);
     assert_eq!(take(MANY as usize), (Poll::Ready(true), vec![Out::Own(1)]));
+    assert!(inbox.is_waited_for(), "nothing was left");
+    post.post(2).unwrap();
+    post.close();
+    assert_eq!(waker.count(), 2);
+    assert_eq!(take(MANY as usize), (Poll::Ready(true), vec![Out::Own(2)]));
+    assert!(!inbox.is_waited_for());
     assert_eq!(take(1), (Poll::Ready(false), vec![]));
+}
+
+#[test]
+fn a_mailbox_closes_with_its_last_poster() {
+    let (post, inbox) = mailbox::<u32>();
+    let other = post.clone();
+    drop(post);
+    assert_eq!(poll(&inbox, &Arc::default()), Poll::Pending);
+    drop(other);
+    assert_eq!(poll(&inbox, &Arc::default()), Poll::Ready(None));
 }
 
 #[test]

@@ -166,15 +166,14 @@ impl Outbox {
                 self.encode(item);
             }
             ITEMS.set(items);
-            match taken {
-                Poll::Ready(true) => {}
-                Poll::Ready(false) => return true,
-                Poll::Pending => {
-                    if !is_known {
-                        self.told = Some(told.clone());
-                    }
-                    return false;
-                }
+            if taken == Poll::Ready(false) {
+                return true;
+            }
+            if !is_known {
+                self.told = Some(told.clone());
+            }
+            if self.snapshot.is_none() && self.inbox.is_waited_for() {
+                return false;
             }
         }
         false

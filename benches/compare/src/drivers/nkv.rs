@@ -1,6 +1,7 @@
 //! nkv: a JSON object a line, values as payloads behind their line. Requests are those that `nkv-client` writes.
 
-use memchr::{memchr, memmem};
+use memchr::memchr;
+use memchr::memmem::Finder;
 
 use super::*;
 
@@ -8,11 +9,15 @@ use super::*;
 pub(super) struct Nkv {
     connection: usize,
     values: Arc<Values>,
+    len: Finder<'static>,
+    id: Finder<'static>,
+    status: Finder<'static>,
 }
 
 impl Nkv {
     pub(super) fn new(connection: usize, values: Arc<Values>) -> Self {
-        Nkv { connection, values }
+        let [len, id, status] = ["\"len\":", "\"id\":", "\"status\":"].map(Finder::new);
+        Nkv { connection, values, len, id, status }
     }
 }
 
@@ -27,9 +32,9 @@ fn request(kind: &str, slot: u32, key: &str, out: &mut Vec<u8>) {
     out.push(b'"');
 }
 
-/// The number behind `name`, which is given with its quotes and the colon.
-fn field(line: &[u8], name: &[u8]) -> Option<u64> {
-    let rest = &line[memmem::find(line, name)? + name.len()..];
+/// The number behind a name, which is given with its quotes and the colon.
+fn field(line: &[u8], name: &Finder<'_>) -> Option<u64> {
+    let rest = &line[name.find(line)? + name.needle().len()..];
     let end = rest.iter().position(|byte| !byte.is_ascii_digit())?;
     number(&rest[..end])
 }
@@ -67,7 +72,7 @@ impl Driver for Nkv {
         while let Some(end) = memchr(b'\n', &buf[at..]) {
             let line = &buf[at..at + end];
             let mut next = at + end + 1;
-            let payload = field(line, b"\"len\":").map(|len| next..next + len as usize);
+            let payload = field(line, &self.len).map(|len| next..next + len as usize);
             if let Some(payload) = &payload {
                 if buf.len() <= payload.end {
                     break;
@@ -80,10 +85,10 @@ impl Driver for Nkv {
                 events.push(update(payload.unwrap_or_default()));
             } else if line.starts_with(b"\"Hello\"") {
                 events.push(Event::Ready);
-            } else if let Some(slot) = field(line, b"\"id\":") {
+            } else if let Some(slot) = field(line, &self.id) {
                 let whole =
                     !line.starts_with(b"{\"Get\"") || payload.is_some_and(|value| value.len() == self.values.len);
-                let good = whole && field(line, b"\"status\":") == Some(200);
+                let good = whole && field(line, &self.status) == Some(200);
                 events.push(Event::Reply { slot: Some(slot as u32), good });
             } else {
                 events.push(Event::Ready);

@@ -13,7 +13,7 @@ use crate::disk::{Disk, segment_name};
 use crate::error::damaged;
 use crate::format::{FrameBuf, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN};
 use crate::index::Place;
-use crate::log::Log;
+use crate::log::{Log, sync_unlocked};
 use crate::reader::{Next, Opened, SegmentReader, body_of};
 
 /// How long compaction rests after it failed.
@@ -170,6 +170,14 @@ impl Compactor {
     }
 
     fn begin(&self, log: &Mutex<Log>) -> Result<Job, PersistError> {
+        let is_active = |log: &Log| log.head == log.active_number();
+        let first = lock(log);
+        let is_dirty = is_active(&first) && first.is_dirty();
+        drop(first);
+        if is_dirty {
+            // Whoever appends would wait for it when the next segment begins.
+            sync_unlocked(log)?;
+        }
         let mut log = lock(log);
         log.check_usable()?;
         let number = log.head;
@@ -179,7 +187,7 @@ impl Compactor {
             drop(log.regain_reserve_in_time());
             log.check_room_to_copy(number)?;
         }
-        if number == log.active_number() {
+        if is_active(&log) {
             let may_spend = is_empty || log.reserve_takes(number, 0);
             log.rotate_for_compaction(may_spend)?;
         }

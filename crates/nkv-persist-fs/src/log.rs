@@ -109,6 +109,13 @@ impl PendingSync {
     }
 }
 
+/// Makes durable all that was appended so far, while others append.
+pub(crate) fn sync_unlocked(log: &Mutex<Log>) -> Result<(), PersistError> {
+    let pending = lock(log).start_sync()?;
+    let result = pending.run();
+    lock(log).end_sync(&pending, result)
+}
+
 impl Log {
     /// The log that ends at `tail`, where its file ends too, or zeros begin. All of it is durable.
     pub(crate) fn new(disk: Disk, options: FsOptions, index: Index, tail: Tail) -> Result<Self, PersistError> {
@@ -327,6 +334,11 @@ impl Log {
         Ok(PendingSync { file: Arc::clone(&self.file), position: self.position() })
     }
 
+    /// Whether something was appended that is not durable, as far as is known.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.synced_to < self.position()
+    }
+
     pub(crate) fn end_sync(
         &mut self,
         pending: &PendingSync,
@@ -354,7 +366,7 @@ impl Log {
         if self.index.span() >= SPAN_MAX / 2 {
             return Err(PersistError::new(PersistErrorKind::NoSpace, "the log is as long as a log can be"));
         }
-        if self.synced_to < self.position() {
+        if self.is_dirty() {
             self.sync()?;
         }
         let header = SegmentHeader {

@@ -13,7 +13,7 @@ use crate::disk::{Disk, Lock, segment_name};
 use crate::error::damaged;
 use crate::format::{Entry, FrameBuf, Records};
 use crate::index::{Index, Place};
-use crate::log::Log;
+use crate::log::{Log, sync_unlocked};
 use crate::open::open_log;
 use crate::options::{Durability, FsOptions};
 use crate::reader::{Next, Opened, SegmentReader, body_of};
@@ -344,14 +344,10 @@ impl Shared {
     }
 
     fn sync_waiting(&self) -> Result<(), PersistError> {
-        let mut log = lock(&self.log);
-        if log.dirty_since.is_none() {
+        if lock(&self.log).dirty_since.is_none() {
             return Ok(());
         }
-        let pending = log.start_sync()?;
-        drop(log);
-        let result = pending.run();
-        lock(&self.log).end_sync(&pending, result)
+        sync_unlocked(&self.log)
     }
 
     /// The thread: waits for work, does a piece of it, looks again.

@@ -16,7 +16,7 @@ use hashbrown::HashTable;
 use crate::key::{Key, Pattern, compare, first_bytes};
 use crate::order::Order;
 use crate::packed::Unpacked;
-use crate::record::{Action, Change, Expiry, Millis, Record, RecordRef, ValueRef};
+use crate::record::{Action, Change, Expiry, Millis, RecordRef, VALUE_LEN_LONG, ValueRef};
 use crate::revision::Revision;
 
 #[derive(Debug, Default)]
@@ -113,9 +113,11 @@ impl Keyspace {
     }
 
     /// Takes a record from storage. Nothing has an order until [`end_loading`](Self::end_loading).
-    pub(crate) fn load(&mut self, record: Record) {
-        let Record { key, value, revision, expiry } = record;
-        self.put(&key, self.hash(key.as_str()), &value, revision, expiry);
+    pub(crate) fn load(&mut self, record: RecordRef<'_>) {
+        let RecordRef { key, value, revision, expiry } = record;
+        let long = (value.len() >= VALUE_LEN_LONG).then(|| value.to_bytes());
+        let value = long.as_ref().map_or(ValueRef::Lent(&value), ValueRef::Shared);
+        self.put(key, self.hash(key), value, revision, expiry);
     }
 
     /// Sorting all keys at once takes a fraction of the time that it would take to put each in its place, above all if
@@ -134,30 +136,37 @@ impl Keyspace {
         let Change { key, revision, action, .. } = change;
         match action {
             Action::Put { value, expiry } => {
-                if let Some(slot) = self.put(key, hash, value, *revision, *expiry) {
+                if let Some(slot) = self.put(key.as_str(), hash, ValueRef::of(value), *revision, *expiry) {
                     let slots = &self.slots;
                     self.order.insert(slot, |known| slots.compare(known, key.as_str()).is_lt());
                 }
             }
-            Action::Delete { .. } => self.remove(key, hash),
+            Action::Delete { .. } => self.remove(key.as_str(), hash),
         }
         self.revision = *revision;
     }
 
     /// Gives the slot if the key is new, and so has no place in the order yet.
-    fn put(&mut self, key: &Key, hash: u64, value: &Bytes, revision: Revision, expiry: Option<Expiry>) -> Option<u32> {
-        let (short, long) = match ValueRef::of(value) {
-            ValueRef::Short(bytes) => (bytes, None),
+    fn put(
+        &mut self,
+        key: &str,
+        hash: u64,
+        value: ValueRef<'_>,
+        revision: Revision,
+        expiry: Option<Expiry>,
+    ) -> Option<u32> {
+        let (short, long) = match value {
+            ValueRef::Lent(bytes) => (bytes, None),
             ValueRef::Shared(value) => (&[][..], Some(value)),
         };
         self.packed.clear();
-        Unpacked { key: key.as_str().as_bytes(), value: short, is_long: long.is_some(), revision, expiry }
+        Unpacked { key: key.as_bytes(), value: short, is_long: long.is_some(), revision, expiry }
             .pack(&mut self.packed);
         self.value_bytes += value.len();
         if let Some(expiry) = expiry {
-            self.expiries.insert((expiry.at, key.clone()));
+            self.expiries.insert((expiry.at, Key::trusted(key)));
         }
-        match self.find(key.as_str(), hash) {
+        match self.find(key, hash) {
             Some(slot) => {
                 self.forget_value(slot, key, expiry);
                 self.slots.set(slot, &self.packed, long);
@@ -172,13 +181,13 @@ impl Keyspace {
         }
     }
 
-    fn remove(&mut self, key: &Key, hash: u64) {
+    fn remove(&mut self, key: &str, hash: u64) {
         let slots = &self.slots;
-        let Ok(entry) = self.table.find_entry(hash, |slot| slots.get(*slot).key == key.as_str().as_bytes()) else {
+        let Ok(entry) = self.table.find_entry(hash, |slot| slots.get(*slot).key == key.as_bytes()) else {
             return;
         };
         let (slot, _) = entry.remove();
-        self.order.remove(|known| slots.compare(known, key.as_str()).is_lt());
+        self.order.remove(|known| slots.compare(known, key).is_lt());
         self.forget_value(slot, key, None);
         self.slots.remove(slot);
         if self.table.capacity() / 8 > self.table.len() {
@@ -188,11 +197,11 @@ impl Keyspace {
     }
 
     /// Before a slot has another value, or none.
-    fn forget_value(&mut self, slot: u32, key: &Key, next: Option<Expiry>) {
+    fn forget_value(&mut self, slot: u32, key: &str, next: Option<Expiry>) {
         let old = self.slots.lend(slot, |_| "");
         self.value_bytes -= old.value.len();
         if let Some(at) = old.expiry.map(|e| e.at).filter(|at| Some(*at) != next.map(|e| e.at)) {
-            self.expiries.remove(&(at, key.clone()));
+            self.expiries.remove(&(at, Key::trusted(key)));
         }
     }
 }
@@ -233,7 +242,7 @@ impl Slots {
 
     fn lend<'a>(&'a self, slot: u32, key: impl FnOnce(&'a [u8]) -> &'a str) -> RecordRef<'a> {
         let record = self.get(slot);
-        let short = ValueRef::Short(record.value);
+        let short = ValueRef::Lent(record.value);
         let value = if record.is_long { self.long.get(&slot).map_or(short, ValueRef::Shared) } else { short };
         RecordRef { key: key(record.key), value, revision: record.revision, expiry: record.expiry }
     }
@@ -280,7 +289,7 @@ impl Slots {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::VALUE_LEN_LONG;
+    use crate::record::Record;
 
     fn key(number: u64) -> Key {
         Key::new(&format!("some.branch.of.the.keyspace.k{number:05}")).unwrap()
@@ -320,6 +329,22 @@ mod tests {
         put(&mut keyspace, key(1), Bytes::from(vec![0; VALUE_LEN_LONG]));
         delete(&mut keyspace, key(1));
         assert_eq!((keyspace.value_bytes(), keyspace.slots.long.len(), keyspace.len()), (0, 0, 0));
+    }
+
+    #[test]
+    fn what_is_loaded_is_kept_and_a_long_value_that_is_shared_stays_so() {
+        let mut keyspace = Keyspace::default();
+        let (long, short) = (Bytes::from(vec![7; VALUE_LEN_LONG]), Bytes::from_static(b"short"));
+        let values = [ValueRef::Shared(&long), ValueRef::Lent(&long), ValueRef::Shared(&short), ValueRef::Lent(&short)];
+        for (number, value) in (1..).zip(values) {
+            let (key, expiry) = (key(number), Some(Expiry { at: number, ttl_ms: 9 }));
+            keyspace.load(RecordRef { key: key.as_str(), value, revision: Revision::new(number), expiry });
+            let found = keyspace.get(key.as_str()).unwrap();
+            assert_eq!((&*found.value, found.revision, found.expiry), (&*value, Revision::new(number), expiry));
+            let shares = matches!(found.value, ValueRef::Shared(bytes) if bytes.as_ptr() == value.as_ptr());
+            assert_eq!((shares, keyspace.slots.long.len()), (number == 1, number.min(2) as usize), "{number}");
+        }
+        assert_eq!((keyspace.next_expiry(), keyspace.due(4).count()), (Some(1), 4));
     }
 
     #[test]
@@ -364,7 +389,8 @@ mod tests {
         let mut keyspace = Keyspace::default();
         let count = 2_000;
         for n in (0..count).map(|n| n * 7 % count) {
-            keyspace.load(Record { key: key(n), value: "x".into(), revision: Revision::new(n + 1), expiry: None });
+            let record = Record { key: key(n), value: "x".into(), revision: Revision::new(n + 1), expiry: None };
+            keyspace.load(record.lend());
         }
         keyspace.end_loading(Revision::new(count));
         put(&mut keyspace, key(count), "x".into());

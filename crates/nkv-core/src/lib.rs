@@ -14,6 +14,7 @@ mod record;
 mod records;
 mod revision;
 mod route;
+mod slots;
 mod store;
 mod subscribers;
 mod sync;

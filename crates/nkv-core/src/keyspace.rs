@@ -10,8 +10,6 @@ use std::hash::{BuildHasher, RandomState};
 use std::ops::Bound;
 
 use bytes::Bytes;
-use hashbrown::HashTable;
-use hashbrown::hash_table::Entry;
 
 use crate::key::{Key, Pattern, first_bytes};
 use crate::order::Order;
@@ -19,12 +17,13 @@ use crate::packed::Unpacked;
 use crate::record::{Action, Change, Expiry, Millis, RecordRef, VALUE_LEN_LONG, ValueRef};
 use crate::revision::Revision;
 use crate::slots::Slots;
+use crate::table::Table;
 
 #[derive(Debug, Default)]
 pub(crate) struct Keyspace {
     slots: Slots,
     /// The slots by the hash of their keys, which are strangers' texts: the hash has a secret.
-    table: HashTable<u32>,
+    table: Table,
     hasher: RandomState,
     order: Order,
     /// Only keys with a TTL are here.
@@ -65,7 +64,7 @@ impl Keyspace {
     }
 
     fn find(&self, key: &str, hash: u64) -> Option<u32> {
-        self.table.find(hash, |slot| self.slots.get(*slot).key == key.as_bytes()).copied()
+        self.table.find(hash, |slot| self.slots.get(slot).key == key.as_bytes())
     }
 
     /// The records that `pattern` selects, in key order, after `after`.
@@ -124,19 +123,18 @@ impl Keyspace {
 
     /// Now that it is known how many they are, the table is made in its size, and the order by sorting once.
     pub(crate) fn end_loading(&mut self, revision: Revision) {
-        self.table = HashTable::with_capacity(self.slots.len());
+        self.table = Table::with_capacity(self.slots.len());
+        let (slots, hasher) = (&self.slots, &self.hasher);
         let mut superseded = Vec::new();
-        for slot in self.slots.iter() {
-            let (slots, hasher) = (&self.slots, &self.hasher);
+        for slot in slots.iter() {
             let record = slots.get(slot);
-            let is_same = |known: &u32| slots.get(*known).key == record.key;
-            let hash = |slot: &u32| hash_of(hasher, slots.get(*slot).key);
-            match self.table.entry(hash(&slot), is_same, hash) {
-                Entry::Vacant(entry) => _ = entry.insert(slot),
-                Entry::Occupied(mut known) if slots.get(*known.get()).revision <= record.revision => {
-                    superseded.push(std::mem::replace(known.get_mut(), slot));
+            let hash = hash_of(hasher, record.key);
+            match self.table.find_mut(hash, |known| slots.get(known).key == record.key) {
+                None => self.table.insert(hash, slot, &|slot| hash_of(hasher, slots.get(slot).key)),
+                Some(known) if slots.get(*known).revision <= record.revision => {
+                    superseded.push(std::mem::replace(known, slot));
                 }
-                Entry::Occupied(_) => superseded.push(slot),
+                Some(_) => superseded.push(slot),
             }
         }
         // The last first, so that what takes its place is not one of them.
@@ -180,7 +178,7 @@ impl Keyspace {
         let Some(slot) = self.find(key, hash) else {
             let slot = self.slots.add(&self.packed, long);
             let (slots, hasher) = (&self.slots, &self.hasher);
-            self.table.insert_unique(hash, slot, |slot| hash_of(hasher, slots.get(*slot).key));
+            self.table.insert(hash, slot, &|slot| hash_of(hasher, slots.get(slot).key));
             self.order.insert(slot, |known| slots.compare(known, key.as_bytes()).is_lt());
             return;
         };
@@ -209,18 +207,12 @@ impl Keyspace {
     }
 
     fn remove(&mut self, key: &str, hash: u64) {
-        let slots = &self.slots;
-        let Ok(entry) = self.table.find_entry(hash, |slot| slots.get(*slot).key == key.as_bytes()) else {
-            return;
-        };
-        let (slot, _) = entry.remove();
+        let (slots, hasher) = (&self.slots, &self.hasher);
+        let is_same = |slot| slots.get(slot).key == key.as_bytes();
+        let Some(slot) = self.table.remove(hash, is_same, &|slot| hash_of(hasher, slots.get(slot).key)) else { return };
         self.order.remove(|known| slots.compare(known, key.as_bytes()).is_lt());
         self.forget_value(slot, key, None);
         self.vacate(slot);
-        if self.table.capacity() / 8 > self.table.len() {
-            let (slots, hasher, len) = (&self.slots, &self.hasher, self.table.len());
-            self.table.shrink_to(len * 2, |slot| hash_of(hasher, slots.get(*slot).key));
-        }
     }
 
     /// Frees a slot that is no key's any more.
@@ -237,7 +229,7 @@ impl Keyspace {
         let slots = &self.slots;
         let key = slots.get(slot).key;
         let hash = hash_of(&self.hasher, key);
-        self.table.find_mut(hash, |known| *known == slot).into_iter().for_each(|known| *known = other);
+        self.table.find_mut(hash, |known| known == slot).into_iter().for_each(|known| *known = other);
         self.order.replace(other, |known| slots.compare(known, key).is_lt());
     }
 

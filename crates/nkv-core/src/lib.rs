@@ -18,6 +18,7 @@ mod slots;
 mod store;
 mod subscribers;
 mod sync;
+mod table;
 
 pub use key::{KEY_LEN_MAX, Key, KeyError, Pattern};
 pub use notifier::{Delivery, Notifier};

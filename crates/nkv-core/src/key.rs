@@ -77,7 +77,7 @@ impl Key {
     }
 
     /// Whether `key`, the text of a key, lies below this one.
-    fn is_above(&self, key: &str) -> bool {
+    pub(crate) fn is_above(&self, key: &str) -> bool {
         key.strip_prefix(&*self.0).is_some_and(|rest| rest.starts_with('.'))
     }
 }

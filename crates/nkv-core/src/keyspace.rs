@@ -5,25 +5,25 @@
 //! look-up, whatever the number of keys; only a key that comes or goes touches the orders. A wildcard walks just the
 //! keys it returns.
 
-use std::cmp::{Ordering, Reverse};
-use std::collections::{BTreeSet, BinaryHeap, HashMap};
+use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
 use std::ops::Bound;
 
 use bytes::Bytes;
-use hashbrown::HashTable;
 
-use crate::key::{Key, Pattern, compare, first_bytes};
+use crate::key::{Key, Pattern, first_bytes};
 use crate::order::Order;
 use crate::packed::Unpacked;
-use crate::record::{Action, Change, Expiry, Millis, Record, RecordRef, ValueRef};
+use crate::record::{Action, Change, Expiry, Millis, RecordRef, VALUE_LEN_LONG, ValueRef};
 use crate::revision::Revision;
+use crate::slots::Slots;
+use crate::table::Table;
 
 #[derive(Debug, Default)]
 pub(crate) struct Keyspace {
     slots: Slots,
     /// The slots by the hash of their keys, which are strangers' texts: the hash has a secret.
-    table: HashTable<u32>,
+    table: Table,
     hasher: RandomState,
     order: Order,
     /// Only keys with a TTL are here.
@@ -64,7 +64,7 @@ impl Keyspace {
     }
 
     fn find(&self, key: &str, hash: u64) -> Option<u32> {
-        self.table.find(hash, |slot| self.slots.get(*slot).key == key.as_bytes()).copied()
+        self.table.find(hash, |slot| self.slots.get(slot).key == key.as_bytes())
     }
 
     /// The records that `pattern` selects, in key order, after `after`.
@@ -94,8 +94,8 @@ impl Keyspace {
         belongs: impl Fn(&str) -> bool + 'a,
     ) -> impl Iterator<Item = RecordRef<'a>> {
         let slots = self.order.iter_from(&|slot| match start {
-            Bound::Included(key) => self.slots.compare(slot, key.as_str()).is_lt(),
-            Bound::Excluded(key) => self.slots.compare(slot, key.as_str()).is_le(),
+            Bound::Included(key) => self.slots.compare(slot, key.as_str().as_bytes()).is_lt(),
+            Bound::Excluded(key) => self.slots.compare(slot, key.as_str().as_bytes()).is_le(),
             Bound::Unbounded => false,
         });
         // What is packed as a key was a text.
@@ -112,21 +112,51 @@ impl Keyspace {
         self.expiries.first().map(|(at, _)| *at)
     }
 
-    /// Takes a record from storage. Nothing has an order until [`end_loading`](Self::end_loading).
-    pub(crate) fn load(&mut self, record: Record) {
-        let Record { key, value, revision, expiry } = record;
-        self.put(&key, self.hash(key.as_str()), &value, revision, expiry);
+    /// Takes a record from storage. Nobody finds it before [`end_loading`](Self::end_loading).
+    pub(crate) fn load(&mut self, record: RecordRef<'_>) {
+        let RecordRef { key, value, revision, expiry } = record;
+        let long = (value.len() >= VALUE_LEN_LONG).then(|| value.to_bytes());
+        let value = long.as_ref().map_or(ValueRef::Lent(&value), ValueRef::Shared);
+        let long = self.pack(RecordRef { key, value, revision, expiry });
+        self.slots.add(&self.packed, long);
     }
 
-    /// Sorting all keys at once takes a fraction of the time that it would take to put each in its place, above all if
-    /// few comparisons look at the keys themselves. Slots are filled in the order of loading, which may be that of keys.
+    /// Now that it is known how many they are, the table is made in its size, and the order by sorting once.
     pub(crate) fn end_loading(&mut self, revision: Revision) {
-        let slots = 0..self.table.len() as u32;
-        let mut sorted: Vec<_> = slots.map(|slot| (first_bytes(self.slots.get(slot).key), slot)).collect();
-        let key = |slot| self.slots.get(slot).key;
-        sorted.sort_by(|(a, slot_a), (b, slot_b)| a.cmp(b).then_with(|| compare(key(*slot_a), key(*slot_b))));
+        self.table = Table::with_capacity(self.slots.len());
+        let (slots, hasher) = (&self.slots, &self.hasher);
+        let mut superseded = Vec::new();
+        for slot in slots.iter() {
+            let record = slots.get(slot);
+            let hash = hash_of(hasher, record.key);
+            match self.table.find_mut(hash, |known| slots.get(known).key == record.key) {
+                None => self.table.insert(hash, slot, &|slot| hash_of(hasher, slots.get(slot).key)),
+                Some(known) if slots.get(*known).revision <= record.revision => {
+                    superseded.push(std::mem::replace(known, slot));
+                }
+                Some(_) => superseded.push(slot),
+            }
+        }
+        // The last first, so that what takes its place is not one of them.
+        superseded.sort_unstable();
+        superseded.into_iter().rev().for_each(|slot| self.supersede(slot));
+
+        // Few comparisons look at the keys themselves, which lie far from each other.
+        let first = |slot| (first_bytes(self.slots.get(slot).key), slot);
+        let mut sorted: Vec<_> = self.slots.iter().map(first).collect();
+        sorted.sort_by(|(a, slot_a), (b, slot_b)| {
+            a.cmp(b).then_with(|| self.slots.compare(*slot_a, self.slots.get(*slot_b).key))
+        });
         self.order = Order::of(sorted.into_iter().map(|(_, slot)| slot));
         self.revision = revision;
+    }
+
+    /// Removes what storage visited of a key beside the newest.
+    fn supersede(&mut self, slot: u32) {
+        let key = str::from_utf8(self.slots.get(slot).key).unwrap_or_default().to_owned();
+        let newest = self.get(&key).and_then(|record| record.expiry);
+        self.forget_value(slot, &key, newest);
+        self.vacate(slot);
     }
 
     /// Does a change of a key whose hash is known.
@@ -134,65 +164,81 @@ impl Keyspace {
         let Change { key, revision, action, .. } = change;
         match action {
             Action::Put { value, expiry } => {
-                if let Some(slot) = self.put(key, hash, value, *revision, *expiry) {
-                    let slots = &self.slots;
-                    self.order.insert(slot, |known| slots.compare(known, key.as_str()).is_lt());
-                }
+                let (key, value, revision, expiry) = (key.as_str(), ValueRef::of(value), *revision, *expiry);
+                self.put(RecordRef { key, value, revision, expiry }, hash);
             }
-            Action::Delete { .. } => self.remove(key, hash),
+            Action::Delete { .. } => self.remove(key.as_str(), hash),
         }
         self.revision = *revision;
     }
 
-    /// Gives the slot if the key is new, and so has no place in the order yet.
-    fn put(&mut self, key: &Key, hash: u64, value: &Bytes, revision: Revision, expiry: Option<Expiry>) -> Option<u32> {
-        let (short, long) = match ValueRef::of(value) {
-            ValueRef::Short(bytes) => (bytes, None),
+    fn put(&mut self, record: RecordRef<'_>, hash: u64) {
+        let key = record.key;
+        let long = self.pack(record);
+        let Some(slot) = self.find(key, hash) else {
+            let slot = self.slots.add(&self.packed, long);
+            let (slots, hasher) = (&self.slots, &self.hasher);
+            self.table.insert(hash, slot, &|slot| hash_of(hasher, slots.get(slot).key));
+            self.order.insert(slot, |known| slots.compare(known, key.as_bytes()).is_lt());
+            return;
+        };
+        self.forget_value(slot, key, record.expiry);
+        if !self.slots.set(slot, &self.packed, long) {
+            let other = self.slots.add(&self.packed, long);
+            self.renumber(slot, other);
+            self.vacate(slot);
+        }
+    }
+
+    /// Packs a record that is to be kept, and counts it. What it gives is a value that lies by itself.
+    fn pack<'a>(&mut self, record: RecordRef<'a>) -> Option<&'a Bytes> {
+        let RecordRef { key, value, revision, expiry } = record;
+        self.value_bytes += value.len();
+        if let Some(expiry) = expiry {
+            self.expiries.insert((expiry.at, Key::trusted(key)));
+        }
+        let (value, long) = match value {
+            ValueRef::Lent(bytes) => (bytes, None),
             ValueRef::Shared(value) => (&[][..], Some(value)),
         };
         self.packed.clear();
-        Unpacked { key: key.as_str().as_bytes(), value: short, is_long: long.is_some(), revision, expiry }
-            .pack(&mut self.packed);
-        self.value_bytes += value.len();
-        if let Some(expiry) = expiry {
-            self.expiries.insert((expiry.at, key.clone()));
-        }
-        match self.find(key.as_str(), hash) {
-            Some(slot) => {
-                self.forget_value(slot, key, expiry);
-                self.slots.set(slot, &self.packed, long);
-                None
-            }
-            None => {
-                let slot = self.slots.add(&self.packed, long);
-                let (slots, hasher) = (&self.slots, &self.hasher);
-                self.table.insert_unique(hash, slot, |slot| hash_of(hasher, slots.get(*slot).key));
-                Some(slot)
-            }
-        }
+        Unpacked { key: key.as_bytes(), value, is_long: long.is_some(), revision, expiry }.pack(&mut self.packed);
+        long
     }
 
-    fn remove(&mut self, key: &Key, hash: u64) {
-        let slots = &self.slots;
-        let Ok(entry) = self.table.find_entry(hash, |slot| slots.get(*slot).key == key.as_str().as_bytes()) else {
-            return;
-        };
-        let (slot, _) = entry.remove();
-        self.order.remove(|known| slots.compare(known, key.as_str()).is_lt());
+    fn remove(&mut self, key: &str, hash: u64) {
+        let (slots, hasher) = (&self.slots, &self.hasher);
+        let is_same = |slot| slots.get(slot).key == key.as_bytes();
+        let Some(slot) = self.table.remove(hash, is_same, &|slot| hash_of(hasher, slots.get(slot).key)) else { return };
+        self.order.remove(|known| slots.compare(known, key.as_bytes()).is_lt());
         self.forget_value(slot, key, None);
-        self.slots.remove(slot);
-        if self.table.capacity() / 8 > self.table.len() {
-            let (slots, hasher, len) = (&self.slots, &self.hasher, self.table.len());
-            self.table.shrink_to(len * 2, |slot| hash_of(hasher, slots.get(*slot).key));
+        self.vacate(slot);
+    }
+
+    /// Frees a slot that is no key's any more.
+    fn vacate(&mut self, slot: u32) {
+        let last = self.slots.last_like(slot);
+        if last != slot {
+            self.renumber(last, slot);
         }
+        self.slots.remove(slot);
+    }
+
+    /// The table and the order know a record by another number from now on.
+    fn renumber(&mut self, slot: u32, other: u32) {
+        let slots = &self.slots;
+        let key = slots.get(slot).key;
+        let hash = hash_of(&self.hasher, key);
+        self.table.find_mut(hash, |known| known == slot).into_iter().for_each(|known| *known = other);
+        self.order.replace(other, |known| slots.compare(known, key).is_lt());
     }
 
     /// Before a slot has another value, or none.
-    fn forget_value(&mut self, slot: u32, key: &Key, next: Option<Expiry>) {
+    fn forget_value(&mut self, slot: u32, key: &str, next: Option<Expiry>) {
         let old = self.slots.lend(slot, |_| "");
         self.value_bytes -= old.value.len();
         if let Some(at) = old.expiry.map(|e| e.at).filter(|at| Some(*at) != next.map(|e| e.at)) {
-            self.expiries.remove(&(at, key.clone()));
+            self.expiries.remove(&(at, Key::trusted(key)));
         }
     }
 }
@@ -211,76 +257,14 @@ fn first(pattern: &Pattern) -> Bound<&Key> {
     }
 }
 
-/// Records by number. A number that is free is given again, the lowest first, so that the end can be given back.
-#[derive(Debug, Default)]
-struct Slots {
-    /// An empty one is free.
-    records: Vec<Box<[u8]>>,
-    /// Every free number, and some past the end, which were given back; before the end grows, these are gone from here.
-    free: BinaryHeap<Reverse<u32>>,
-    long: HashMap<u32, Bytes>,
-}
-
-impl Slots {
-    fn get(&self, slot: u32) -> Unpacked<'_> {
-        self.records.get(slot as usize).map(|record| Unpacked::of(record)).unwrap_or_default()
-    }
-
-    /// How a slot's key stands to another.
-    fn compare(&self, slot: u32, key: &str) -> Ordering {
-        compare(self.get(slot).key, key.as_bytes())
-    }
-
-    fn lend<'a>(&'a self, slot: u32, key: impl FnOnce(&'a [u8]) -> &'a str) -> RecordRef<'a> {
-        let record = self.get(slot);
-        let short = ValueRef::Short(record.value);
-        let value = if record.is_long { self.long.get(&slot).map_or(short, ValueRef::Shared) } else { short };
-        RecordRef { key: key(record.key), value, revision: record.revision, expiry: record.expiry }
-    }
-
-    fn set(&mut self, slot: u32, packed: &[u8], long: Option<&Bytes>) {
-        if let Some(record) = self.records.get_mut(slot as usize) {
-            if record.len() == packed.len() {
-                record.copy_from_slice(packed);
-            } else {
-                *record = packed.into();
-            }
-        }
-        match long {
-            Some(value) => _ = self.long.insert(slot, value.clone()),
-            None if self.long.is_empty() => {}
-            None => _ = self.long.remove(&slot),
-        }
-    }
-
-    fn add(&mut self, packed: &[u8], long: Option<&Bytes>) -> u32 {
-        let len = self.records.len();
-        let is_there = |slot: &u32| (*slot as usize) < len;
-        let lowest = std::iter::from_fn(|| self.free.pop()).map(|Reverse(slot)| slot).find(is_there);
-        let slot = lowest.unwrap_or_else(|| {
-            self.records.push(Box::default());
-            self.records.len() as u32 - 1
-        });
-        self.set(slot, packed, long);
-        slot
-    }
-
-    fn remove(&mut self, slot: u32) {
-        self.set(slot, &[], None);
-        self.free.push(Reverse(slot));
-        while self.records.pop_if(|record| record.is_empty()).is_some() {}
-        if self.records.capacity() / 4 > self.records.len() {
-            self.records.shrink_to(self.records.len() * 2);
-            self.free.retain(|Reverse(slot)| (*slot as usize) < self.records.len());
-            self.free.shrink_to_fit();
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
     use super::*;
-    use crate::record::VALUE_LEN_LONG;
+    use crate::record::Record;
 
     fn key(number: u64) -> Key {
         Key::new(&format!("some.branch.of.the.keyspace.k{number:05}")).unwrap()
@@ -319,43 +303,66 @@ mod tests {
         }
         put(&mut keyspace, key(1), Bytes::from(vec![0; VALUE_LEN_LONG]));
         delete(&mut keyspace, key(1));
-        assert_eq!((keyspace.value_bytes(), keyspace.slots.long.len(), keyspace.len()), (0, 0, 0));
+        assert_eq!((keyspace.value_bytes(), keyspace.slots.long_len(), keyspace.len()), (0, 0, 0));
     }
 
     #[test]
-    fn what_deleted_keys_took_is_given_back_and_their_slots_are_used_again() {
+    fn what_is_loaded_is_kept_and_a_long_value_that_is_shared_stays_so() {
+        let mut keyspace = Keyspace::default();
+        let (long, short) = (Bytes::from(vec![7; VALUE_LEN_LONG]), Bytes::from_static(b"short"));
+        let values = [ValueRef::Shared(&long), ValueRef::Lent(&long), ValueRef::Shared(&short), ValueRef::Lent(&short)];
+        let expiry = |number| Some(Expiry { at: number, ttl_ms: 9 });
+        for (number, value) in (1..).zip(values) {
+            let (key, revision) = (key(number), Revision::new(number));
+            keyspace.load(RecordRef { key: key.as_str(), value, revision, expiry: expiry(number) });
+        }
+        keyspace.end_loading(Revision::new(4));
+        for (number, value) in (1..).zip(values) {
+            let key = key(number);
+            let found = keyspace.get(key.as_str()).unwrap();
+            assert_eq!((&*found.value, found.revision, found.expiry), (&*value, Revision::new(number), expiry(number)));
+            let shares = matches!(found.value, ValueRef::Shared(bytes) if bytes.as_ptr() == value.as_ptr());
+            assert_eq!(shares, number == 1, "{number}");
+        }
+        assert_eq!(keyspace.slots.long_len(), 2);
+        assert_eq!((keyspace.next_expiry(), keyspace.due(4).count()), (Some(1), 4));
+    }
+
+    #[test]
+    fn what_deleted_keys_took_is_given_back_and_their_places_are_used_again() {
         let count = if cfg!(miri) { 200 } else { 5_000 };
         let mut keyspace = Keyspace::default();
         (0..count).for_each(|n| put(&mut keyspace, key(n), "x".into()));
+        let room = keyspace.slots.room();
         // Every second one goes and comes again, in the places of those that went.
         (0..count).step_by(2).for_each(|n| delete(&mut keyspace, key(n)));
         assert_eq!(numbers(&keyspace), (1..count).step_by(2).collect::<Vec<_>>());
         (0..count).step_by(2).for_each(|n| put(&mut keyspace, key(n), "y".into()));
         assert_eq!(numbers(&keyspace), (0..count).collect::<Vec<_>>());
-        assert_eq!(keyspace.slots.records.len() as u64, count);
+        assert_eq!(keyspace.slots.room(), room);
 
-        (10..count).for_each(|n| delete(&mut keyspace, key(n)));
-        assert_eq!(numbers(&keyspace), (0..10).collect::<Vec<_>>());
-        let slots = &keyspace.slots;
-        let capacities = [slots.records.capacity(), slots.free.capacity(), keyspace.table.capacity()];
-        assert!(capacities.iter().all(|capacity| *capacity < count as usize / 10), "{capacities:?}");
-        (0..10).for_each(|n| delete(&mut keyspace, key(n)));
-        assert_eq!((keyspace.slots.records.len(), keyspace.order.iter_from(&|_| false).count()), (0, 0));
+        (0..count - 10).for_each(|n| delete(&mut keyspace, key(n)));
+        assert_eq!(numbers(&keyspace), (count - 10..count).collect::<Vec<_>>());
+        let left = [keyspace.slots.room() / (room / count as usize), keyspace.table.capacity()];
+        assert!(left.iter().all(|room| *room < count as usize / 10), "{left:?}");
+        (count - 10..count).for_each(|n| delete(&mut keyspace, key(n)));
+        assert_eq!((keyspace.slots.room(), keyspace.order.iter_from(&|_| false).count()), (0, 0));
     }
 
-    // The number of a slot that was at the end when it became free is still among the free ones, and is no slot's.
     #[test]
-    fn a_slot_is_given_to_one_key_at_a_time() {
+    fn a_value_that_varies_somewhat_stays_where_it_is() {
         let mut keyspace = Keyspace::default();
-        (0..4).for_each(|n| put(&mut keyspace, key(n), "x".into()));
-        for _ in 0..2 {
-            // The slots of 1, 2 and 3 are free, those of 2 and 3 at the end; then 1 and 2 are taken.
-            (1..4).for_each(|n| delete(&mut keyspace, key(n)));
-            (1..3).for_each(|n| put(&mut keyspace, key(n), "x".into()));
-            delete(&mut keyspace, key(2));
-            (2..4).for_each(|n| put(&mut keyspace, key(n), "x".into()));
-            assert_eq!(numbers(&keyspace), [0, 1, 2, 3]);
-            assert!((0..4).all(|n| keyspace.get(key(n).as_str()).is_some()));
+        (0..9).for_each(|n| put(&mut keyspace, key(n), vec![0; 100].into()));
+        let places = |keyspace: &Keyspace| keyspace.order.iter_from(&|_| false).collect::<Vec<_>>();
+        let before = places(&keyspace);
+        for len in [90, 81, 97, 100] {
+            put(&mut keyspace, key(4), vec![1; len].into());
+            assert_eq!(places(&keyspace), before, "{len}");
+        }
+        for len in [50, 110] {
+            put(&mut keyspace, key(4), vec![1; len].into());
+            assert_ne!(places(&keyspace), before, "{len}");
+            assert_eq!(numbers(&keyspace), (0..9).collect::<Vec<_>>());
         }
     }
 
@@ -364,10 +371,109 @@ mod tests {
         let mut keyspace = Keyspace::default();
         let count = 2_000;
         for n in (0..count).map(|n| n * 7 % count) {
-            keyspace.load(Record { key: key(n), value: "x".into(), revision: Revision::new(n + 1), expiry: None });
+            let record = Record { key: key(n), value: "x".into(), revision: Revision::new(n + 1), expiry: None };
+            keyspace.load(record.lend());
         }
         keyspace.end_loading(Revision::new(count));
         put(&mut keyspace, key(count), "x".into());
         assert_eq!(numbers(&keyspace), (0..=count).collect::<Vec<_>>());
+    }
+
+    /// Lengths of values on both sides of whatever decides where they lie.
+    const LENS: [usize; 9] = [0, 3, 60, 70, 75, 300, 1_000, VALUE_LEN_LONG - 1, VALUE_LEN_LONG];
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Put {
+            number: u64,
+            len: usize,
+            ttl: Option<u64>,
+        },
+        Delete {
+            number: u64,
+        },
+        /// With so many older records of each key, before or behind the newest.
+        Reload {
+            older: u64,
+            newest_first: bool,
+        },
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let (number, len) = (0_u64..24, prop::sample::select(LENS.to_vec()));
+        prop_oneof![
+            20 => (number.clone(), len, prop::option::weighted(0.2, 0_u64..9))
+                .prop_map(|(number, len, ttl)| Step::Put { number, len, ttl }),
+            10 => number.prop_map(|number| Step::Delete { number }),
+            1 => (0_u64..4, any::<bool>()).prop_map(|(older, newest_first)| Step::Reload { older, newest_first }),
+        ]
+    }
+
+    fn reloaded(model: &BTreeMap<Key, Record>, revision: Revision, older: u64, newest_first: bool) -> Keyspace {
+        let of_key = |record: &Record| {
+            let older = (1..=older.min(record.revision.get() - 1)).map(|age| Record {
+                revision: Revision::new(record.revision.get() - age),
+                value: vec![age as u8; LENS[age as usize]].into(),
+                expiry: (age % 2 == 0).then_some(Expiry { at: age, ttl_ms: 1 }),
+                ..record.clone()
+            });
+            let mut all: Vec<Record> = [record.clone()].into_iter().chain(older).collect();
+            if !newest_first {
+                all.reverse();
+            }
+            all
+        };
+        let mut keyspace = Keyspace::default();
+        let records: Vec<Vec<Record>> = model.values().map(of_key).collect();
+        // Those of one key do not come one after the other.
+        for at in 0..=older as usize {
+            records.iter().filter_map(|all| all.get(at)).for_each(|record| keyspace.load(record.lend()));
+        }
+        keyspace.end_loading(revision);
+        keyspace
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases()) })]
+
+        #[test]
+        fn whatever_comes_goes_and_changes_its_length_is_found_and_takes_no_more_than_it_needs(
+            steps in prop::collection::vec(step(), 1..150)
+        ) {
+            let mut keyspace = Keyspace::default();
+            let mut model = BTreeMap::new();
+            for step in steps {
+                match step {
+                    Step::Put { number, len, ttl } => {
+                        let (key, value) = (key(number), Bytes::from(vec![number as u8; len]));
+                        let expiry = ttl.map(|ttl| Expiry { at: ttl, ttl_ms: ttl });
+                        change(&mut keyspace, key.clone(), Action::Put { value: value.clone(), expiry });
+                        model.insert(key.clone(), Record { key, value, revision: keyspace.revision(), expiry });
+                    }
+                    Step::Delete { number } => {
+                        delete(&mut keyspace, key(number));
+                        model.remove(&key(number));
+                    }
+                    Step::Reload { older, newest_first } => {
+                        keyspace = reloaded(&model, keyspace.revision(), older, newest_first);
+                    }
+                }
+                let all: Vec<Record> = model.values().cloned().collect();
+                let found: Vec<Record> = keyspace.select(&Pattern::All, None).map(RecordRef::to_record).collect();
+                prop_assert_eq!(&found, &all);
+                prop_assert!(all.iter().all(|r| keyspace.get(r.key.as_str()).map(RecordRef::to_record).as_ref() == Some(r)));
+                let is_long = |record: &&Record| record.value.len() >= VALUE_LEN_LONG;
+                let expected = (all.len(), all.len(), all.iter().filter(is_long).count());
+                prop_assert_eq!((keyspace.len(), keyspace.slots.len(), keyspace.slots.long_len()), expected);
+                prop_assert_eq!(keyspace.value_bytes(), all.iter().map(|record| record.value.len()).sum::<usize>());
+                let next = all.iter().filter_map(|record| record.expiry).map(|expiry| expiry.at).min();
+                prop_assert_eq!(keyspace.next_expiry(), next);
+                prop_assert_eq!(keyspace.expiries.len(), all.iter().filter(|record| record.expiry.is_some()).count());
+            }
+        }
+    }
+
+    fn cases() -> u32 {
+        std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(200)
     }
 }

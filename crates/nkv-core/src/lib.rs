@@ -14,9 +14,11 @@ mod record;
 mod records;
 mod revision;
 mod route;
+mod slots;
 mod store;
 mod subscribers;
 mod sync;
+mod table;
 
 pub use key::{KEY_LEN_MAX, Key, KeyError, Pattern};
 pub use notifier::{Delivery, Notifier};

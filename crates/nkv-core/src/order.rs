@@ -55,19 +55,29 @@ impl Order {
 
     /// Removes the slot behind those of which `is_before` is true.
     pub(crate) fn remove(&mut self, is_before: impl Fn(u32) -> bool) {
-        let (mut at, mut within) = (self.chunk_at(&is_before), 0);
-        if let Some(chunk) = self.chunks.get(at) {
-            within = chunk.partition_point(|known| is_before(*known));
-            if within == chunk.len() {
-                // It is the first of the next chunk: of that one, `is_before` is not true.
-                (at, within) = (at + 1, 0);
-            }
-        }
+        let (at, within) = self.place_behind(is_before);
         let Some(chunk) = self.chunks.get_mut(at).filter(|chunk| within < chunk.len()) else { return };
         chunk.remove(within);
         // The chunk joins the one before it, or the one behind it joins this one.
         self.merge(at);
         self.merge(at.saturating_sub(1));
+    }
+
+    /// Puts a slot in the place of the one behind those of which `is_before` is true.
+    pub(crate) fn replace(&mut self, slot: u32, is_before: impl Fn(u32) -> bool) {
+        let (at, within) = self.place_behind(is_before);
+        let known = self.chunks.get_mut(at).and_then(|chunk| chunk.get_mut(within));
+        known.into_iter().for_each(|known| *known = slot);
+    }
+
+    /// In which chunk, and where there, the first slot is of which `is_before` is not true.
+    fn place_behind(&self, is_before: impl Fn(u32) -> bool) -> (usize, usize) {
+        let at = self.chunk_at(&is_before);
+        let Some(chunk) = self.chunks.get(at) else { return (at, 0) };
+        match chunk.partition_point(|known| is_before(*known)) {
+            within if within < chunk.len() => (at, within),
+            _ => (at + 1, 0),
+        }
     }
 
     /// Joins a chunk with the next if both are small; one that is empty just goes.
@@ -128,6 +138,13 @@ mod tests {
         let mut order = Order::default();
         shuffled(len).into_iter().for_each(|slot| insert(&mut order, slot));
         assert_eq!(all(&order), (0..len).collect::<Vec<_>>());
+        for slot in 0..len {
+            // Another number, and back again.
+            order.replace(len, |known| known < slot);
+            assert_eq!(order.iter_from(&|known| known < slot).next(), Some(len));
+            order.replace(slot, |known| known < slot);
+        }
+        assert_eq!(all(&order), (0..len).collect::<Vec<_>>());
         for from in (0..len).step_by(97) {
             assert_eq!(order.iter_from(&|known| known < from).next(), Some(from));
         }
@@ -145,9 +162,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_not_removed() {
+    fn what_is_not_there_is_not_removed_or_replaced() {
         let mut order = Order::of([1, 2].into_iter());
         order.remove(|_| true);
+        order.replace(3, |_| true);
         assert_eq!(all(&order), [1, 2]);
     }
 

@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::key::Key;
-use crate::record::{Action, Change, Record};
+use crate::record::{Action, Change, Record, RecordRef};
 use crate::revision::{Epoch, Revision};
 
 /// Keeps values across restarts.
@@ -17,6 +17,8 @@ use crate::revision::{Epoch, Revision};
 /// - *Together*: a batch survives whole or not at all, and what survives is a prefix of the batches given.
 /// - *Durable*: what was given before `persist` returned `Ok` survives, to the degree the backend promises.
 /// - *Revisions*: the highest revision ever stored survives too, even when its key was deleted.
+/// - *Keys*: what [`load`](Self::load) visits has a key that [`Key::check`] accepts. The backend sees to that, because it
+///   knows what it has read: nobody checks it again.
 /// - *Epoch*: it stays the same over restarts, and changes whenever something acknowledged may have been lost.
 /// - *Replaces*: [`Change::replaces`] names the revision of the record whose place a change takes, as the batches stored
 ///   so far and the changes before it in its own have left it; zero where there is none. A backend may rely on it: one
@@ -31,12 +33,13 @@ use crate::revision::{Epoch, Revision};
     note = "or use `nkv_core::MemoryPersist`, or `nkv_persist_fs::FsPersist`"
 )]
 pub trait PersistValue: fmt::Debug + Send + 'static {
-    /// Visits what survived, each key once, in no particular order, before anything else is asked.
+    /// Visits what survived, each key once, in no particular order, before anything else is asked. A record is lent for
+    /// the visit: what keeps it copies it.
     ///
     /// # Errors
     ///
     /// [`PersistErrorKind::Damaged`] when the data cannot be trusted, [`PersistErrorKind::Io`] when it cannot be read.
-    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError>;
+    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError>;
 
     /// Makes a batch durable: all of it, or none of it. A batch is never empty, its revisions increase.
     ///
@@ -121,7 +124,7 @@ impl StdError for PersistError {
 
 #[deny(clippy::missing_trait_methods)]
 impl<P: PersistValue + ?Sized> PersistValue for Box<P> {
-    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         (**self).load(visit)
     }
 
@@ -133,7 +136,7 @@ impl<P: PersistValue + ?Sized> PersistValue for Box<P> {
 /// A shared backend: whoever else holds it can look at it between two calls.
 #[deny(clippy::missing_trait_methods)]
 impl<P: PersistValue + ?Sized> PersistValue for Arc<Mutex<P>> {
-    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         self.lock().unwrap_or_else(PoisonError::into_inner).load(visit)
     }
 
@@ -159,7 +162,7 @@ impl NoPersist {
 }
 
 impl PersistValue for NoPersist {
-    fn load(&mut self, _visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, _visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         Ok(Loaded { epoch: self.epoch, revision: Revision::ZERO })
     }
 
@@ -192,9 +195,9 @@ impl MemoryPersist {
 }
 
 impl PersistValue for MemoryPersist {
-    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         let disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
-        disk.records.values().cloned().for_each(visit);
+        disk.records.values().map(Record::lend).for_each(visit);
         Ok(disk.loaded)
     }
 

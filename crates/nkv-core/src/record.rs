@@ -74,9 +74,9 @@ pub struct RecordRef<'a> {
 /// A value, lent for a moment.
 #[derive(Clone, Copy, Debug)]
 pub enum ValueRef<'a> {
-    /// A short one, which lies beside its key: whoever keeps it copies it.
-    Short(&'a [u8]),
-    /// A long one, which lies by itself: a clone shares it.
+    /// In the memory of whoever lends it, as every short one: whoever keeps it copies it.
+    Lent(&'a [u8]),
+    /// By itself: a clone shares it.
     Shared(&'a Bytes),
 }
 
@@ -94,16 +94,16 @@ impl RecordRef<'_> {
 pub(crate) const VALUE_LEN_LONG: usize = 4_096;
 
 impl<'a> ValueRef<'a> {
-    /// Short or shared, by its length.
+    /// Lent or shared, by its length.
     pub(crate) fn of(value: &'a Bytes) -> Self {
-        if value.len() < VALUE_LEN_LONG { ValueRef::Short(value) } else { ValueRef::Shared(value) }
+        if value.len() < VALUE_LEN_LONG { ValueRef::Lent(value) } else { ValueRef::Shared(value) }
     }
 
-    /// The value, to be kept: a copy of a short one, a share of a long one.
+    /// The value, to be kept: a copy of a lent one, a share of a shared one.
     #[must_use]
     pub fn to_bytes(self) -> Bytes {
         match self {
-            ValueRef::Short(bytes) => Bytes::copy_from_slice(bytes),
+            ValueRef::Lent(bytes) => Bytes::copy_from_slice(bytes),
             ValueRef::Shared(bytes) => bytes.clone(),
         }
     }
@@ -114,7 +114,7 @@ impl Deref for ValueRef<'_> {
 
     fn deref(&self) -> &[u8] {
         match self {
-            ValueRef::Short(bytes) => bytes,
+            ValueRef::Lent(bytes) => bytes,
             ValueRef::Shared(bytes) => bytes,
         }
     }

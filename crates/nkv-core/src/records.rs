@@ -50,7 +50,7 @@ impl Records {
             Unpacked::of(self.packed.get(start..*self.ends.get(at)?)?);
         let number = |bytes: &[u8]| bytes.first_chunk().map(|chunk| u32::from_le_bytes(*chunk));
         let value =
-            if is_long { ValueRef::Shared(self.long.get(number(value)? as usize)?) } else { ValueRef::Short(value) };
+            if is_long { ValueRef::Shared(self.long.get(number(value)? as usize)?) } else { ValueRef::Lent(value) };
         // What is packed as a key was a text.
         Some(RecordRef { key: str::from_utf8(key).unwrap_or_default(), value, revision, expiry })
     }
@@ -70,7 +70,7 @@ impl Records {
         let RecordRef { key, value, revision, expiry } = record;
         let number = (self.long.len() as u32).to_le_bytes();
         let (value, is_long) = match value {
-            ValueRef::Short(bytes) => (bytes, false),
+            ValueRef::Lent(bytes) => (bytes, false),
             ValueRef::Shared(bytes) => {
                 self.long.push(bytes.clone());
                 (&number[..], true)

@@ -2,7 +2,7 @@
 
 use crate::key::Key;
 use crate::persist::{Loaded, PersistError, PersistErrorKind, PersistValue};
-use crate::record::{Change, Record};
+use crate::record::{Change, RecordRef};
 use crate::revision::{Epoch, Revision};
 
 /// Keeps each branch with a backend of its own: the route whose branch has the most segments wins, and a key that no
@@ -52,24 +52,24 @@ impl RoutePersist {
 
 /// Index of the route that covers `key` with the most segments. The branches that cover one key are prefixes of each
 /// other, so the longest text is the one with the most segments.
-fn pick(branches: &[Option<Key>], key: &Key) -> usize {
+fn pick(branches: &[Option<Key>], key: &str) -> usize {
     let covering = branches.iter().enumerate().filter_map(|(at, branch)| match branch {
-        Some(branch) if branch == key || key.is_below(branch) => Some((branch.as_str().len(), at)),
+        Some(branch) if branch.as_str() == key || branch.is_above(key) => Some((branch.as_str().len(), at)),
         _ => None,
     });
     covering.max().map_or(0, |(_, at)| at)
 }
 
 impl PersistValue for RoutePersist {
-    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         let mut all = Loaded::default();
         for (at, backend) in self.backends.iter_mut().enumerate() {
             let mut stray = None;
             let loaded = backend.load(&mut |record| {
-                if pick(&self.branches, &record.key) == at {
+                if pick(&self.branches, record.key) == at {
                     visit(record);
                 } else {
-                    stray = Some(record.key);
+                    stray = Some(record.key.to_owned());
                 }
             })?;
             if let Some(key) = stray {
@@ -89,7 +89,7 @@ impl PersistValue for RoutePersist {
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
         let mut parts = vec![Vec::new(); self.backends.len()];
         for change in batch {
-            parts[pick(&self.branches, &change.key)].push(change.clone());
+            parts[pick(&self.branches, change.key.as_str())].push(change.clone());
         }
         let mut stored = false;
         for (backend, part) in self.backends.iter_mut().zip(&parts).filter(|(_, part)| !part.is_empty()) {

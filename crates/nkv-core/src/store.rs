@@ -214,6 +214,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     pub fn open(mut persist: P, now: Millis) -> Result<Self, PersistError> {
         let mut keyspace = Keyspace::default();
         let loaded = persist.load(&mut |mut record| {
+            debug_assert_eq!(Key::check(record.key), Ok(()), "storage visits nothing else");
             if let Some(expiry) = &mut record.expiry {
                 expiry.at = expiry.at.min(now.saturating_add(expiry.ttl_ms));
             }

@@ -341,7 +341,7 @@ impl World {
                 let expiry = ttl_ms.map(|ttl_ms| Expiry { at: self.now + ttl_ms, ttl_ms });
                 let options = PutOptions { if_revision: condition(path, *expected), expiry };
                 // The longest lies in the store by itself, the others beside their keys.
-                let len = [0, 1, 2, 5_000][usize::from(*value)];
+                let len = [0, 1, 40, 100, 5_000][usize::from(*value)];
                 Op::Put { key: key(path), value: vec![*value; len].into(), options }
             }
             Write::Delete { which, condition: expected } => {
@@ -549,7 +549,7 @@ fn condition() -> impl Strategy<Value = Option<Expected>> {
 
 fn write() -> impl Strategy<Value = Write> {
     let ttl = prop_oneof![2 => Just(None), 1 => (1_u64..100).prop_map(Some)];
-    let put = (path(), 0_u8..4, condition(), ttl);
+    let put = (path(), 0_u8..5, condition(), ttl);
     prop_oneof![
         6 => put.prop_map(|(path, value, condition, ttl_ms)| Write::Put { path, value, condition, ttl_ms }),
         3 => (which(), condition()).prop_map(|(which, condition)| Write::Delete { which, condition }),

@@ -11,7 +11,7 @@
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
-use nkv_core::{Action, Change, Expiry, Key, PersistErrorKind, PersistValue, Reason, Record, Revision};
+use nkv_core::{Action, Change, Expiry, Key, PersistErrorKind, PersistValue, Reason, RecordRef, Revision};
 
 use crate::disk::segment_name;
 use crate::format::{Entry, FRAME_HEADER_LEN, FrameBuf, FrameHeader, Records, SEGMENT_HEADER_LEN, SegmentHeader};
@@ -147,7 +147,9 @@ fn put(key: Key, revision: Revision, replaces: Revision, value: &[u8], expiry: O
 fn use_it(fs: &SimFs, mut persist: FsPersist) {
     let load = |persist: &mut FsPersist| {
         let mut all = std::collections::BTreeMap::new();
-        let visit = &mut |record: Record| drop(all.insert(record.key.to_string(), (record.value, record.revision)));
+        let visit = &mut |record: RecordRef<'_>| {
+            drop(all.insert(record.key.to_owned(), (record.value.to_bytes(), record.revision)));
+        };
         let loaded = persist.load(visit).unwrap();
         (all, loaded)
     };

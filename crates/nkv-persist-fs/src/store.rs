@@ -5,8 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use nkv_core::{Action, Change, Key, Loaded, PersistError, PersistErrorKind, PersistValue, Record, Revision};
+use nkv_core::{Action, Change, Loaded, PersistError, PersistErrorKind, PersistValue, RecordRef, Revision, ValueRef};
 
 use crate::compact::{Compactor, Need, lock};
 use crate::disk::{Disk, Lock, segment_name};
@@ -241,7 +240,7 @@ fn check_batch(log: &Log, batch: &[Change], replaced: &mut Vec<Revision>) -> Res
 }
 
 impl PersistValue for FsPersist {
-    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         // Compaction must not move anything meanwhile.
         let _still = lock(&self.shared.compactor);
         let log = lock(&self.shared.log);
@@ -285,7 +284,12 @@ impl Drop for FsPersist {
 }
 
 /// Visits the records of one segment that the index points to; gives the sum of their lengths.
-fn visit_segment(disk: &Disk, index: &Index, number: u64, visit: &mut dyn FnMut(Record)) -> Result<u64, PersistError> {
+fn visit_segment(
+    disk: &Disk,
+    index: &Index,
+    number: u64,
+    visit: &mut dyn FnMut(RecordRef<'_>),
+) -> Result<u64, PersistError> {
     let mut visited = 0_u64;
     let name = segment_name(number);
     let mut reader = match SegmentReader::open(disk, number)? {
@@ -306,9 +310,8 @@ fn visit_segment(disk: &Disk, index: &Index, number: u64, visit: &mut dyn FnMut(
                 && let Entry::Put { key, value, revision, expiry } =
                     record.entry().map_err(|reason| damaged(&name, offset, reason))?
             {
-                let key = Key::new(key).map_err(|_| damaged(&name, offset, "a key is not valid"))?;
                 visited = visited.saturating_add(record.bytes.len() as u64);
-                visit(Record { key, value: Bytes::copy_from_slice(value), revision, expiry });
+                visit(RecordRef { key, value: ValueRef::Lent(value), revision, expiry });
             }
         }
     }

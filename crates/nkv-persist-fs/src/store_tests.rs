@@ -3,7 +3,7 @@
 use std::io;
 use std::path::Path;
 
-use nkv_core::Reason;
+use nkv_core::{Key, Reason};
 
 use super::*;
 use crate::sim::SimFs;

@@ -247,7 +247,7 @@ impl Session {
     fn get_one(&self, request: &Request<'_>, form: ValueForm, out: &mut Chunks) {
         let id = request.id;
         let long = self.core.store.look_up(&request.key, |record| match record.value {
-            ValueRef::Short(value) => {
+            ValueRef::Lent(value) => {
                 let entry = GetEntry { key: record.key, value, shared: None, revision: record.revision.get() };
                 Answer::to(id, out).get(form, &[entry], false);
                 None

@@ -7,7 +7,8 @@ mod support;
 use std::time::{Duration, Instant};
 
 use nkv_core::{
-    Action, Change, Epoch, Key, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue, Record,
+    Action, Change, Epoch, Key, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue,
+    RecordRef,
 };
 use nkv_server::{HandleError, ServerError, WriteOptions};
 use nkv_testkit::script::{Crash, ScriptedPersist};
@@ -33,7 +34,7 @@ fn a_failed_write_is_an_error_and_changes_nothing() {
 struct Full;
 
 impl PersistValue for Full {
-    fn load(&mut self, _visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, _visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         Ok(Loaded::default())
     }
 
@@ -128,7 +129,7 @@ fn a_ttl_goes_on_over_a_restart_and_its_end_is_told() {
 struct Panics;
 
 impl PersistValue for Panics {
-    fn load(&mut self, _visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, _visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         Ok(Loaded::default())
     }
 

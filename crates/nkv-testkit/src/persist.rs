@@ -506,6 +506,8 @@ impl fmt::Debug for Brief<'_> {
 fn load<P: PersistValue>(backend: &mut P) -> (Vec<Record>, Loaded) {
     let mut records: BTreeMap<Key, Record> = BTreeMap::new();
     let loaded = backend.load(&mut |record| {
+        assert_eq!(Key::check(record.key), Ok(()), "load visited {:?}", record.key);
+        let record = record.to_record();
         let key = record.key.clone();
         assert!(records.insert(key.clone(), record).is_none(), "load visited {key} twice");
     });

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nkv_core::{Change, Delivery, Event, Loaded, Notifier, PersistError, PersistErrorKind, PersistValue, Record};
+use nkv_core::{Change, Delivery, Event, Loaded, Notifier, PersistError, PersistErrorKind, PersistValue, RecordRef};
 
 /// A backend that fails when it is told to, around one that works.
 ///
@@ -96,7 +96,7 @@ impl<P: PersistValue> ScriptedPersist<P> {
 }
 
 impl<P: PersistValue> PersistValue for ScriptedPersist<P> {
-    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         let scripted = self.script.lock().load.take();
         match scripted {
             Some(kind) => Err(failure(kind)),

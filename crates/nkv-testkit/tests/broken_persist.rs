@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Mutex};
 
-use nkv_core::{Action, Change, Epoch, Key, Loaded, PersistError, PersistValue, Record, Revision};
+use nkv_core::{Action, Change, Epoch, Key, Loaded, PersistError, PersistValue, Record, RecordRef, Revision};
 use nkv_testkit::persist::{self, PersistHarness};
 
 /// What is wrong with a [`Broken`].
@@ -32,6 +32,7 @@ enum Flaw {
     LoadForgets,
     CountsRevisionsItself,
     IsNeverEmpty,
+    PadsKeys,
 }
 
 #[derive(Debug)]
@@ -106,12 +107,16 @@ impl Disk {
 }
 
 impl PersistValue for Broken {
-    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         let mut disk = self.disk.lock().unwrap();
         if disk.flaw == Flaw::VisitsTwice {
-            disk.old.drain(..).for_each(&mut *visit);
+            disk.old.drain(..).for_each(|record| visit(record.lend()));
         }
-        disk.records.values().cloned().for_each(&mut *visit);
+        for record in disk.records.values() {
+            let padded = format!("{} ", record.key);
+            let key = if disk.flaw == Flaw::PadsKeys { &padded } else { record.key.as_str() };
+            visit(RecordRef { key, ..record.lend() });
+        }
         let loaded = Loaded {
             epoch: Epoch::new(if disk.flaw == Flaw::ChangesEpoch { disk.opened } else { 1 }),
             revision: if disk.flaw == Flaw::IsNeverEmpty { disk.revision.max(Revision::new(1)) } else { disk.revision },
@@ -185,5 +190,6 @@ each_flaw_is_caught_by_its_line! {
     a_changing_epoch_is_caught: ChangesEpoch, the_epoch_stays_the_same_over_restarts;
     a_lost_batch_is_caught: LosesTheLastBatch, what_was_stored_survives_a_restart;
     a_load_that_forgets_is_caught: LoadForgets, loading_changes_nothing;
+    a_text_that_is_no_key_is_caught: PadsKeys, what_was_stored_survives_a_restart;
     storage_that_is_never_empty_is_caught: IsNeverEmpty, new_storage_is_empty;
 }

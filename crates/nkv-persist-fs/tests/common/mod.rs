@@ -7,7 +7,7 @@ use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
 
-use nkv_core::{Action, Change, Expiry, Key, Loaded, PersistError, PersistValue, Reason, Record, Revision};
+use nkv_core::{Action, Change, Expiry, Key, Loaded, PersistError, PersistValue, Reason, RecordRef, Revision};
 use nkv_persist_fs::sim::SimFs;
 use nkv_persist_fs::{FsOptions, FsPersist};
 
@@ -90,10 +90,10 @@ impl Deref for Storage {
 }
 
 impl PersistValue for Storage {
-    fn load(&mut self, visit: &mut dyn FnMut(Record)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         let mut present = HashMap::new();
         let loaded = self.persist.load(&mut |record| {
-            present.insert(record.key.clone(), record.revision);
+            present.insert(record.to_record().key, record.revision);
             visit(record);
         })?;
         self.present = Some(present);
@@ -128,7 +128,7 @@ pub(crate) fn kill(fs: &SimFs, persist: Storage) -> SimFs {
 
 pub(crate) fn load(persist: &mut impl PersistValue) -> Result<(Model, Loaded), PersistError> {
     let mut model = Model::new();
-    let loaded = persist.load(&mut |record: Record| {
+    let loaded = persist.load(&mut |record| {
         let state = (record.revision.get(), record.value.to_vec(), record.expiry);
         assert!(model.insert(record.key.to_string(), state).is_none(), "{} visited twice", record.key);
     })?;

@@ -1,0 +1,286 @@
+//! Records by number, in cells.
+//!
+//! A cell holds one packed record and is a little longer than it. Cells of one length lie side by side in pages, all of
+//! them full but the last: when a record goes, the last one of its length takes its place. So there are no holes, and
+//! what is free is given back. The number of a slot says where its cell is, and nothing lies between the two; a record
+//! that moves has another number from then on.
+
+use std::cmp::Ordering;
+use std::collections::HashMap;
+use std::collections::btree_map::{BTreeMap, Entry};
+
+use bytes::Bytes;
+
+use crate::key::compare;
+use crate::packed::Unpacked;
+use crate::record::{RecordRef, ValueRef};
+
+/// With what an allocator adds to it, a whole number of the system's pages.
+const PAGE_LEN_MAX: usize = (256 << 10) - 16;
+
+/// So many bits of a slot's number say which cell of the page it is, the others which page.
+const CELL_BITS: u32 = 12;
+const CELLS_MAX: usize = 1 << CELL_BITS;
+const PAGES_MAX: usize = 1 << (u32::BITS - CELL_BITS);
+
+#[derive(Debug, Default)]
+pub(crate) struct Slots {
+    pages: Vec<Page>,
+    /// The numbers of the pages that were given back. They are empty.
+    free: Vec<usize>,
+    /// The numbers of the others, by the length of their cells.
+    by_cell_len: BTreeMap<usize, Vec<usize>>,
+    long: HashMap<u32, Bytes>,
+}
+
+#[derive(Debug, Default)]
+struct Page {
+    cell_len: usize,
+    cells: Vec<u8>,
+}
+
+impl Slots {
+    pub(crate) fn len(&self) -> usize {
+        self.pages.iter().map(Page::len).sum()
+    }
+
+    /// In the order of their numbers. That is the order of adding for those of one length, if none was removed.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = u32> {
+        self.pages.iter().enumerate().flat_map(|(number, page)| (0..page.len()).map(move |at| slot_at(number, at)))
+    }
+
+    pub(crate) fn get(&self, slot: u32) -> Unpacked<'_> {
+        let (number, at) = place_of(slot);
+        self.pages.get(number).and_then(|page| page.from(at)).map(Unpacked::of).unwrap_or_default()
+    }
+
+    /// How a slot's key stands to another.
+    pub(crate) fn compare(&self, slot: u32, key: &[u8]) -> Ordering {
+        compare(self.get(slot).key, key)
+    }
+
+    pub(crate) fn lend<'a>(&'a self, slot: u32, key: impl FnOnce(&'a [u8]) -> &'a str) -> RecordRef<'a> {
+        let record = self.get(slot);
+        let short = ValueRef::Lent(record.value);
+        let value = if record.is_long { self.long.get(&slot).map_or(short, ValueRef::Shared) } else { short };
+        RecordRef { key: key(record.key), value, revision: record.revision, expiry: record.expiry }
+    }
+
+    pub(crate) fn add(&mut self, packed: &[u8], long: Option<&Bytes>) -> u32 {
+        let number = self.page_for(cell_len(packed.len()));
+        let at = self.pages.get_mut(number).map_or(0, |page| page.push(packed));
+        let slot = slot_at(number, at);
+        self.set_long(slot, long.cloned());
+        slot
+    }
+
+    /// One that has room for another cell.
+    fn page_for(&mut self, cell_len: usize) -> usize {
+        let numbers = self.by_cell_len.entry(cell_len).or_default();
+        let last = numbers.last().and_then(|last| Some((*last, self.pages.get(*last)?)));
+        if let Some((number, _)) = last.filter(|(_, page)| page.has_room()) {
+            return number;
+        }
+        let page = Page::after(last.map(|(_, page)| page), cell_len);
+        let number = self.free.pop().unwrap_or(self.pages.len());
+        match self.pages.get_mut(number) {
+            Some(free) => *free = page,
+            None => self.pages.push(page),
+        }
+        assert!(number < PAGES_MAX, "no machine has the memory for so many records");
+        numbers.push(number);
+        number
+    }
+
+    /// Puts a record in the place of another, unless that cell is too short or much too long for it.
+    pub(crate) fn set(&mut self, slot: u32, packed: &[u8], long: Option<&Bytes>) -> bool {
+        let (number, at) = place_of(slot);
+        let Some(page) = self.pages.get_mut(number) else { return false };
+        // A value that is now longer, now shorter, stays where it fits when it is longest.
+        if page.cell_len < packed.len() || page.cell_len > cell_len(packed.len() + packed.len() / 4) {
+            return false;
+        }
+        page.set(at, packed);
+        self.set_long(slot, long.cloned());
+        true
+    }
+
+    fn set_long(&mut self, slot: u32, long: Option<Bytes>) {
+        match long {
+            Some(value) => _ = self.long.insert(slot, value),
+            None if self.long.is_empty() => {}
+            None => _ = self.long.remove(&slot),
+        }
+    }
+
+    /// The last record of one length: that which moves when this one is removed.
+    pub(crate) fn last_like(&self, slot: u32) -> u32 {
+        let page = self.pages.get(place_of(slot).0);
+        let last = page.and_then(|page| self.by_cell_len.get(&page.cell_len)?.last());
+        last.and_then(|number| Some(slot_at(*number, self.pages.get(*number)?.len() - 1))).unwrap_or(slot)
+    }
+
+    /// Removes a record. The one that [`last_like`](Self::last_like) told has this slot from then on.
+    pub(crate) fn remove(&mut self, slot: u32) {
+        let last = self.last_like(slot);
+        let long = if self.long.is_empty() { None } else { self.long.remove(&last) };
+        let ((number, at), (last_number, _)) = (place_of(slot), place_of(last));
+        let Some(page) = self.pages.get_mut(last_number) else { return };
+        let moved = page.pop();
+        if page.cells.is_empty() {
+            self.give_back(last_number);
+        }
+        if last != slot {
+            self.pages.get_mut(number).into_iter().for_each(|page| page.set(at, &moved));
+        }
+        self.set_long(slot, long.filter(|_| last != slot));
+    }
+
+    /// The last page of its kind.
+    fn give_back(&mut self, number: usize) {
+        let Some(page) = self.pages.get_mut(number) else { return };
+        let Page { cell_len, .. } = std::mem::take(page);
+        if let Entry::Occupied(mut numbers) = self.by_cell_len.entry(cell_len) {
+            numbers.get_mut().pop();
+            if numbers.get().is_empty() {
+                numbers.remove();
+            }
+        }
+        self.free.push(number);
+        if self.by_cell_len.is_empty() {
+            *self = Slots::default();
+        }
+    }
+}
+
+impl Page {
+    fn len(&self) -> usize {
+        self.cells.len().checked_div(self.cell_len).unwrap_or(0)
+    }
+
+    /// A page is somewhat longer than the one before it, so that few records take little and many are in few pages.
+    fn after(last: Option<&Page>, cell_len: usize) -> Self {
+        let cells = last.map_or(0, |page| page.len() + page.len() / 4) + 1;
+        let cells_max = CELLS_MAX.min(PAGE_LEN_MAX / cell_len);
+        Page { cell_len, cells: Vec::with_capacity(cells.min(cells_max) * cell_len) }
+    }
+
+    fn has_room(&self) -> bool {
+        let end = self.cells.len() + self.cell_len;
+        end <= self.cells.capacity() && end <= CELLS_MAX * self.cell_len
+    }
+
+    /// A cell and what follows it: a record knows its length.
+    fn from(&self, at: usize) -> Option<&[u8]> {
+        self.cells.get(at * self.cell_len..)
+    }
+
+    fn set(&mut self, at: usize, packed: &[u8]) {
+        let cell = self.cells.get_mut(at * self.cell_len..).and_then(|cells| cells.get_mut(..packed.len()));
+        cell.into_iter().for_each(|cell| cell.copy_from_slice(packed));
+    }
+
+    /// Says which cell it is.
+    fn push(&mut self, packed: &[u8]) -> usize {
+        let at = self.len();
+        self.cells.extend_from_slice(packed);
+        self.cells.resize((at + 1) * self.cell_len, 0);
+        at
+    }
+
+    fn pop(&mut self) -> Vec<u8> {
+        self.cells.split_off(self.cells.len() - self.cell_len)
+    }
+}
+
+fn slot_at(number: usize, at: usize) -> u32 {
+    (number as u32) << CELL_BITS | at as u32
+}
+
+/// The number of its page, and which cell it is there.
+fn place_of(slot: u32) -> (usize, usize) {
+    ((slot >> CELL_BITS) as usize, slot as usize % CELLS_MAX)
+}
+
+/// At most some bytes more than its record, or a sixteenth of it. So there are not many lengths.
+fn cell_len(packed_len: usize) -> usize {
+    packed_len.next_multiple_of((packed_len.next_power_of_two() / 32).max(4))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::revision::Revision;
+
+    impl Slots {
+        /// What its pages take.
+        pub(crate) fn room(&self) -> usize {
+            self.pages.iter().map(|page| page.cells.capacity()).sum()
+        }
+
+        pub(crate) fn long_len(&self) -> usize {
+            self.long.len()
+        }
+    }
+
+    fn packed(number: usize, value_len: usize) -> Vec<u8> {
+        let (key, value, revision) = (number.to_string(), vec![number as u8; value_len], Revision::new(1));
+        let mut packed = Vec::new();
+        Unpacked { key: key.as_bytes(), value: &value, is_long: false, revision, expiry: None }.pack(&mut packed);
+        packed
+    }
+
+    fn key(slots: &Slots, slot: u32) -> usize {
+        str::from_utf8(slots.get(slot).key).unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn a_cell_is_hardly_longer_than_its_record_and_there_are_few_lengths() {
+        let lens: std::collections::BTreeSet<usize> = (1..6_000).map(cell_len).collect();
+        assert!(lens.len() < 128, "{}", lens.len());
+        for len in 1..6_000_usize {
+            assert!((len..len + 4.max(len.div_ceil(16))).contains(&cell_len(len)), "{len}: {}", cell_len(len));
+        }
+    }
+
+    #[test]
+    fn few_records_take_little_and_many_little_more_than_their_bytes() {
+        for (count, slack) in [(1, 1.0), (10, 1.3), (100, 1.3), (if cfg!(miri) { 300 } else { 40_000 }, 1.25)] {
+            let mut slots = Slots::default();
+            let record = packed(100_000, 100);
+            let all: Vec<u32> = (0..count).map(|_| slots.add(&record, None)).collect();
+            let bytes = count * cell_len(record.len());
+            assert!(slots.room() as f64 <= bytes as f64 * slack, "{count}: {} for {bytes}", slots.room());
+            assert!(slots.iter().eq(all));
+        }
+    }
+
+    #[test]
+    fn a_page_has_no_more_cells_than_there_are_numbers_for_them() {
+        let mut slots = Slots::default();
+        let count = if cfg!(miri) { 100 } else { 10 * CELLS_MAX };
+        let all: Vec<u32> = (0..count).map(|number| slots.add(&packed(number, 0), None)).collect();
+        assert!(all.iter().enumerate().all(|(number, slot)| key(&slots, *slot) == number));
+        assert!(slots.pages.iter().all(|page| page.len() <= CELLS_MAX));
+    }
+
+    #[test]
+    fn the_last_record_of_its_length_takes_the_place_of_one_that_goes() {
+        let mut slots = Slots::default();
+        let long = Bytes::from(vec![0; 5_000]);
+        let all: Vec<u32> =
+            (0..20).map(|number| slots.add(&packed(number, 10), (number == 19).then_some(&long))).collect();
+        let other = slots.add(&packed(20, 100), None);
+        assert_eq!(slots.last_like(all[3]), all[19]);
+        slots.remove(all[3]);
+        assert_eq!((key(&slots, all[3]), key(&slots, other), slots.len()), (19, 20, 20));
+        assert_eq!(slots.long.keys().collect::<Vec<_>>(), [&all[3]]);
+        assert_eq!(slots.last_like(all[3]), all[18]);
+        slots.remove(all[18]);
+        slots.remove(all[3]);
+        assert_eq!((key(&slots, all[3]), slots.long.len(), slots.len()), (17, 0, 18));
+        // A page that was given back is another's.
+        slots.remove(other);
+        assert_eq!(slots.add(&packed(21, 200), None), other);
+    }
+}

@@ -50,13 +50,13 @@ fn records(body: &[u8]) {
         let Ok(entry) = record.entry() else { return };
         let mut frame = FrameBuf::new();
         match &entry {
-            Entry::Put { key, value, revision, expiry } => {
+            Entry::Put { key, value, revision, replaces, expiry } => {
                 let key = Key::new(key).unwrap();
-                frame.push_change(&put(key, *revision, Revision::ZERO, value, *expiry));
+                frame.push_change(&put(key, *revision, *replaces, value, *expiry));
             }
-            Entry::Delete { key, revision } => {
+            Entry::Delete { key, revision, replaces } => {
                 let (key, action) = (Key::new(key).unwrap(), Action::Delete { reason: Reason::Deleted });
-                frame.push_change(&Change { key, revision: *revision, replaces: Revision::ZERO, action });
+                frame.push_change(&Change { key, revision: *revision, replaces: *replaces, action });
             }
             Entry::Epoch(epoch) => frame.push_epoch(*epoch),
             Entry::Head(number) => frame.push_head(*number),

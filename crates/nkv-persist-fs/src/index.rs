@@ -1,14 +1,11 @@
 //! Where the value of each key stands, and how much of each segment is still needed.
 //!
-//! The one idea: a record is known by its revision, which no other has. A store names the revision that each change
-//! replaces, so a log that runs needs no keys: 16 bytes for each value. Only whoever reads the log anew needs them, until
-//! it has been read: [`Keys`].
+//! The one idea: a record is known by its revision, which no other has. Each change names the revision that it replaces,
+//! also in the log, so nobody needs keys to know what counts: 16 bytes for each value.
 
 use std::collections::{HashMap, VecDeque};
-use std::hash::{BuildHasher, RandomState};
 
 use hashbrown::HashTable;
-use hashbrown::hash_table::Entry;
 use nkv_core::Revision;
 
 use crate::format::SegmentHeader;
@@ -202,93 +199,6 @@ fn spread(number: u64) -> u64 {
     hash ^ hash >> 32
 }
 
-/// The newest record of each key, of those that were read so far.
-#[derive(Debug, Default)]
-pub(crate) struct Keys {
-    /// By the hash of the key: which of the records.
-    numbers: HashTable<Number>,
-    newest: Vec<Newest>,
-    /// All keys, one behind the other.
-    text: Vec<u8>,
-    hasher: RandomState,
-}
-
-/// Which of the records, in the low bits, and the high bits of the hash of its key: a table that grows need not look at
-/// keys, which are all over the memory.
-#[derive(Clone, Copy, Debug)]
-struct Number(u64);
-
-impl Number {
-    const BITS: u32 = 36;
-
-    fn new(hash: u64, number: usize) -> Self {
-        Number(hash >> Self::BITS << Self::BITS | number as u64)
-    }
-
-    fn hash(self) -> u64 {
-        spread(self.0 >> Self::BITS)
-    }
-
-    fn get(self) -> usize {
-        (self.0 & ((1 << Self::BITS) - 1)) as usize
-    }
-}
-
-#[derive(Debug)]
-struct Newest {
-    key_at: usize,
-    key_len: u16,
-    revision: Revision,
-    position: u64,
-    /// Zero if the key was deleted.
-    len: u32,
-}
-
-impl Newest {
-    fn key<'a>(&self, text: &'a [u8]) -> &'a [u8] {
-        let rest = text.get(self.key_at..).unwrap_or_default();
-        rest.get(..usize::from(self.key_len)).unwrap_or_default()
-    }
-}
-
-impl Keys {
-    /// Notes a record: that of a put with its place, that of a delete without. One that is older than another of the same
-    /// key counts for nothing, wherever it stands; of two copies the later one counts.
-    pub(crate) fn note(&mut self, key: &str, revision: Revision, place: Option<Place>) {
-        let Place { position, len } = place.unwrap_or(Place { position: 0, len: 0 });
-        let key = key.as_bytes();
-        let number = Number::new(self.hasher.hash_one(key), self.newest.len());
-        let is_it = |known: &Number| {
-            let newest = self.newest.get(known.get()).filter(|_| known.hash() == number.hash());
-            newest.is_some_and(|newest| newest.key(&self.text) == key)
-        };
-        match self.numbers.entry(number.hash(), is_it, |number| number.hash()) {
-            Entry::Occupied(known) => {
-                if let Some(newest) =
-                    self.newest.get_mut(known.get().get()).filter(|newest| newest.revision <= revision)
-                {
-                    (newest.revision, newest.position, newest.len) = (revision, position, len);
-                }
-            }
-            Entry::Vacant(unknown) => {
-                unknown.insert(number);
-                let (key_at, key_len) = (self.text.len(), key.len() as u16);
-                self.newest.push(Newest { key_at, key_len, revision, position, len });
-                self.text.extend_from_slice(key);
-            }
-        }
-    }
-
-    /// Puts what is left into an index that knows its segments.
-    pub(crate) fn fill(self, index: &mut Index) {
-        let present = || self.newest.iter().filter(|newest| newest.len > 0);
-        index.places.reserve(present().count(), |(revision, _)| hash(*revision));
-        present().for_each(|Newest { revision, position, len, .. }| {
-            index.insert(*revision, Place { position: *position, len: *len });
-        });
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use nkv_core::Epoch;
@@ -322,27 +232,6 @@ mod tests {
                 assert_eq!((index.live_bytes(), index.usage(7).live, index.long.len()), (0, 0, 0));
             }
         }
-    }
-
-    #[test]
-    fn of_the_records_of_a_key_the_one_with_the_highest_revision_counts() {
-        let (mut keys, mut index) = (Keys::default(), index_at(0));
-        let place = |position| Some(Place { position, len: 30 });
-        for (key, revision, place) in [
-            ("a", 2, place(100)),
-            ("a", 1, place(200)),
-            ("a", 2, place(300)),
-            ("b", 5, None),
-            ("b", 4, place(400)),
-            ("c", 6, place(500)),
-            ("c", 7, None),
-            ("c", 8, place(600)),
-        ] {
-            keys.note(key, Revision::new(revision), place);
-        }
-        keys.fill(&mut index);
-        assert_eq!((index.key_count(), index.live_bytes()), (2, 60));
-        assert!(index.is_live(Revision::new(2), 300) && index.is_live(Revision::new(8), 600));
     }
 
     #[test]

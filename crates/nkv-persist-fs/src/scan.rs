@@ -10,7 +10,7 @@ use nkv_core::{Epoch, PersistError, Revision};
 use crate::disk::{Disk, broken_name, segment_name};
 use crate::error::damaged;
 use crate::format::{Entry, FrameHeader, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
-use crate::index::{Index, Keys, Place};
+use crate::index::{Index, Place};
 use crate::reader::{Next, Opened, SegmentReader, body_of};
 
 /// A place that had been durable and cannot be trusted now.
@@ -55,8 +55,6 @@ pub(crate) struct Scan {
     pub(crate) numbers: Vec<u64>,
     pub(crate) head: u64,
     pub(crate) index: Index,
-    /// What the index is made of, when all is read.
-    keys: Keys,
     pub(crate) epoch: Epoch,
     pub(crate) revision: Revision,
     pub(crate) frames: u64,
@@ -112,7 +110,6 @@ impl Scan {
         while scan.read_segment(disk, number, last)? {
             number = number.saturating_add(1);
         }
-        std::mem::take(&mut scan.keys).fill(&mut scan.index);
         if let Some(tail) = scan.tail {
             let broken = broken_name(&segment_name(tail.header.number), tail.end);
             scan.cut_before = disk.list()?.contains(&broken);
@@ -204,6 +201,8 @@ impl Scan {
         self.revision = self.revision.max(reader.header.revision);
         self.sealed = false;
         self.sealed_before = self.tail.map(|before| before.end);
+        // Until it is known where its frames end, the index is to know that they are of this segment.
+        self.index.set_bytes(&reader.header, reader.size());
     }
 
     /// Replays frames until something else comes; says what, unless it is the end.
@@ -245,13 +244,16 @@ impl Scan {
     fn apply(&mut self, entry: Entry<'_>, place: Place) {
         self.records = self.records.saturating_add(1);
         match entry {
-            Entry::Put { key, revision, .. } => {
+            Entry::Put { revision, replaces, .. } => {
+                // A copy stands behind what it is a copy of, and before the record that replaces both.
+                let is_copy = revision <= self.revision;
+                self.index.remove(if is_copy { revision } else { replaces });
+                self.index.insert(revision, place);
                 self.revision = self.revision.max(revision);
-                self.keys.note(key, revision, Some(place));
             }
-            Entry::Delete { key, revision } => {
+            Entry::Delete { revision, replaces, .. } => {
+                self.index.remove(replaces);
                 self.revision = self.revision.max(revision);
-                self.keys.note(key, revision, None);
             }
             Entry::Epoch(epoch) => self.epoch = epoch,
             Entry::Seal => self.sealed = true,

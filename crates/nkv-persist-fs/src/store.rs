@@ -307,7 +307,7 @@ fn visit_segment(
             let record = record.map_err(|reason| damaged(&name, offset, reason))?;
             let position = start.saturating_add(u64::from(record.offset));
             if record.put_revision().is_some_and(|revision| index.is_live(revision, position))
-                && let Entry::Put { key, value, revision, expiry } =
+                && let Entry::Put { key, value, revision, expiry, .. } =
                     record.entry().map_err(|reason| damaged(&name, offset, reason))?
             {
                 visited = visited.saturating_add(record.bytes.len() as u64);

@@ -250,7 +250,7 @@ impl Compactor {
             if log.index.is_live(revision, position)
                 && let Some(record) = self.bytes.get(bytes)
             {
-                copies.push((revision, position, self.frame.push_copy(record), record.len() as u32));
+                copies.push((revision, self.frame.push_copy(record), record.len() as u32));
             }
         }
         if copies.is_empty() {
@@ -259,9 +259,9 @@ impl Compactor {
         self.frame.finish();
         let start = body_of(log.append_copy(&mut self.frame, number)?);
         log.counters.copied_bytes = log.counters.copied_bytes.saturating_add(self.frame.len());
-        for (revision, position, offset, len) in copies {
+        for (revision, offset, len) in copies {
             let copy = Place { position: start.saturating_add(u64::from(offset)), len };
-            log.index.move_to(revision, position, copy);
+            log.index.move_to(revision, copy);
         }
         Ok(())
     }

@@ -348,11 +348,30 @@ impl<'a> Records<'a> {
     }
 }
 
+impl Entry<'_> {
+    /// Whether its key is one. That is asked when the log is read first, and need not be asked again.
+    pub(crate) fn check_key(&self) -> Result<(), &'static str> {
+        match self {
+            Entry::Put { key, .. } | Entry::Delete { key, .. } => Key::check(key).map_err(|_| "a key is not valid"),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl<'a> RawRecord<'a> {
     /// The revision, if this is a put: no more of it is looked at.
     pub(crate) fn put_revision(&self) -> Option<Revision> {
         let is_put = self.bytes.get(4) == Some(&PUT);
         u64_at(self.bytes, 8).filter(|_| is_put).map(Revision::new)
+    }
+
+    /// The segment that it names as the oldest one needed, if it does: of other records nothing is looked at.
+    pub(crate) fn head(&self) -> Option<u64> {
+        let is_head = self.bytes.get(4) == Some(&HEAD);
+        match is_head.then(|| self.entry()) {
+            Some(Ok(Entry::Head(number))) => Some(number),
+            _ => None,
+        }
     }
 
     /// All that it says, if it is a record that this program understands.
@@ -396,9 +415,7 @@ impl<'a> Iterator for Records<'a> {
 }
 
 fn read_key(bytes: &[u8]) -> Result<&str, &'static str> {
-    let text = str::from_utf8(bytes).map_err(|_| "a key is not UTF-8")?;
-    Key::check(text).map_err(|_| "a key is not valid")?;
-    Ok(text)
+    str::from_utf8(bytes).map_err(|_| "a key is not UTF-8")
 }
 
 /// Looks through the optional fields; the expiry is the only one so far.

@@ -48,6 +48,9 @@ fn records(body: &[u8]) {
     for record in Records::new(body) {
         let Ok(record) = record else { return };
         let Ok(entry) = record.entry() else { return };
+        if entry.check_key().is_err() {
+            return;
+        }
         let mut frame = FrameBuf::new();
         match &entry {
             Entry::Put { key, value, revision, replaces, expiry } => {

@@ -43,6 +43,11 @@ impl Packed {
         Packed(place.position << LEN_BITS | u64::from(place.len).min(LONG))
     }
 
+    /// Whether it has the bits of this position, which must be in the log.
+    fn is_at(self, position: u64) -> bool {
+        self.0 >> LEN_BITS == position & SPAN_MAX.wrapping_sub(1)
+    }
+
     /// The last position before the `end` of the log that has these bits.
     fn position(self, end: u64) -> u64 {
         let position = end & !(SPAN_MAX.wrapping_sub(1)) | self.0 >> LEN_BITS;
@@ -63,6 +68,18 @@ pub(crate) struct Index {
 }
 
 impl Index {
+    /// Makes room for so many more values at once, if there is that much memory.
+    pub(crate) fn expect(&mut self, more: usize) {
+        if self.places.try_reserve(more, |(revision, _)| hash(*revision)).is_err() {
+            tracing::debug!(more, "no room yet for all values of the log that are expected");
+        }
+    }
+
+    /// Gives back the room that was expected to be needed and is not.
+    pub(crate) fn fit(&mut self) {
+        self.places.shrink_to_fit(|(revision, _)| hash(*revision));
+    }
+
     /// Notes a record that has become the value of its key.
     pub(crate) fn insert(&mut self, revision: Revision, place: Place) {
         if u64::from(place.len) >= LONG {
@@ -73,20 +90,12 @@ impl Index {
         self.count_live(place, true);
     }
 
-    /// Forgets a record that is not the value of its key any more; says whether it was.
+    /// Forgets a record that is not the value of its key any more; says whether it was. Zero is none.
     pub(crate) fn remove(&mut self, revision: Revision) -> bool {
-        self.take(revision, |_| true)
-    }
-
-    /// Notes that a copy of the value at `position` stands elsewhere now.
-    pub(crate) fn move_to(&mut self, revision: Revision, position: u64, place: Place) {
-        let end = self.end();
-        self.take(revision, |packed| packed.position(end) == position);
-        self.insert(revision, place);
-    }
-
-    fn take(&mut self, revision: Revision, is_it: impl Fn(Packed) -> bool) -> bool {
-        let found = self.places.find_entry(hash(revision), |slot| slot.0 == revision && is_it(slot.1));
+        if revision == Revision::ZERO {
+            return false;
+        }
+        let found = self.places.find_entry(hash(revision), |slot| slot.0 == revision);
         let Ok(entry) = found else { return false };
         let ((_, packed), _) = entry.remove();
         let place = self.unpack(packed);
@@ -98,15 +107,24 @@ impl Index {
         true
     }
 
+    /// Notes that a value stands elsewhere now.
+    pub(crate) fn move_to(&mut self, revision: Revision, place: Place) {
+        self.remove(revision);
+        self.insert(revision, place);
+    }
+
     /// Whether some value has this revision.
     pub(crate) fn contains(&self, revision: Revision) -> bool {
-        self.places.find(hash(revision), |slot| slot.0 == revision).is_some()
+        self.find(revision).is_some()
     }
 
     /// Whether the record at this place is the value of its key.
     pub(crate) fn is_live(&self, revision: Revision, position: u64) -> bool {
-        let end = self.end();
-        self.places.find(hash(revision), |slot| slot.0 == revision && slot.1.position(end) == position).is_some()
+        self.find(revision).is_some_and(|packed| packed.is_at(position))
+    }
+
+    fn find(&self, revision: Revision) -> Option<Packed> {
+        self.places.find(hash(revision), |slot| slot.0 == revision).map(|slot| slot.1)
     }
 
     /// Where the newest segment ends: no position is beyond.
@@ -226,7 +244,7 @@ mod tests {
                 assert!(index.is_live(revision, place.position) && !index.is_live(revision, place.position + 1));
                 assert_eq!((index.live_bytes(), index.usage(7).live), (u64::from(len), u64::from(len)));
                 let copy = Place { position: base + offset + 1, ..place };
-                index.move_to(revision, place.position, copy);
+                index.move_to(revision, copy);
                 assert!(index.is_live(revision, copy.position) && index.live_bytes() == u64::from(len));
                 assert!(index.remove(revision) && !index.remove(revision) && !index.contains(revision));
                 assert_eq!((index.live_bytes(), index.usage(7).live, index.long.len()), (0, 0, 0));
@@ -237,14 +255,25 @@ mod tests {
     #[test]
     fn when_most_values_are_gone_so_is_their_room() {
         let mut index = index_at(0);
-        for at in 0..10_000 {
+        for at in 1..=10_000 {
             index.insert(Revision::new(at), Place { position: at * 32, len: 30 });
         }
-        for at in 0..9_900 {
+        for at in 1..=9_900 {
             assert!(index.remove(Revision::new(at)));
         }
         assert!(index.places.capacity() <= 1_000, "room for {}", index.places.capacity());
-        assert!((9_900..10_000).all(|at| index.is_live(Revision::new(at), at * 32)));
+        assert!((9_901..=10_000).all(|at| index.is_live(Revision::new(at), at * 32)));
+    }
+
+    #[test]
+    fn values_that_were_expected_and_did_not_come_keep_no_room_and_too_many_are_not_expected() {
+        let mut index = index_at(0);
+        index.expect(100_000);
+        assert!(index.places.capacity() >= 100_000);
+        index.expect(usize::MAX);
+        (1..=10).for_each(|at| index.insert(Revision::new(at), Place { position: at * 32, len: 30 }));
+        index.fit();
+        assert!(index.places.capacity() < 100 && (1..=10).all(|at| index.is_live(Revision::new(at), at * 32)));
     }
 
     #[test]

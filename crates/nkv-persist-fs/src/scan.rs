@@ -75,6 +75,8 @@ pub(crate) struct Scan {
     last_frame_at: u64,
     /// The newest segment is damaged before the place that says which segment is the oldest.
     head_is_behind_damage: bool,
+    /// How many bytes the newest segment has, up to its first bad frame.
+    newest_bytes: u64,
     /// Where the newest segment has its first bad frame: it may have said which segment is the oldest.
     bad_in_newest: Option<(u64, u64)>,
 }
@@ -109,7 +111,9 @@ impl Scan {
         let mut number = scan.head;
         while scan.read_segment(disk, number, last)? {
             number = number.saturating_add(1);
+            scan.expect(number);
         }
+        scan.index.fit();
         if let Some(tail) = scan.tail {
             let broken = broken_name(&segment_name(tail.header.number), tail.end);
             scan.cut_before = disk.list()?.contains(&broken);
@@ -138,6 +142,7 @@ impl Scan {
         for number in self.numbers.iter().rev() {
             let Opened::Good(mut reader) = SegmentReader::open(disk, *number)? else { continue };
             self.head = newest_head(&mut reader)?.max(reader.header.head).min(*number);
+            self.newest_bytes = reader.offset();
             self.bad_in_newest = (reader.offset() < reader.written_to()?).then_some((*number, reader.offset()));
             // What stands behind a bad frame counts only if it was acted upon, which is after it was durable.
             while self.numbers.binary_search(&self.head).is_err() && reader.skip_bad()? {
@@ -183,6 +188,17 @@ impl Scan {
             return Ok(false);
         }
         self.judge_end(disk, &mut reader, bad, last)
+    }
+
+    /// Expects of the segments from `next` on as many values for their bytes as those before have held. An index that
+    /// grows by and by moves all that is in it again and again; one that has been too large leaves a hole in the heap, so
+    /// a little less is expected.
+    fn expect(&mut self, next: u64) {
+        let between = self.numbers.iter().filter(|number| **number >= next).count().saturating_sub(1) as u64;
+        let (read, segments) = (self.index.total_bytes(), self.index.segment_count() as u64);
+        let left = read.checked_div(segments).unwrap_or(0).saturating_mul(between).saturating_add(self.newest_bytes);
+        let more = (self.index.key_count() as u64).saturating_mul(left).checked_div(read).unwrap_or(0);
+        self.index.expect(usize::try_from(more.saturating_sub(more / 16)).unwrap_or(0));
     }
 
     /// Why a segment cannot follow what was read so far.
@@ -232,7 +248,9 @@ impl Scan {
         for record in Records::new(body) {
             let record = record?;
             let position = body_of(header.position).saturating_add(u64::from(record.offset));
-            self.apply(record.entry()?, Place { position, len: record.bytes.len() as u32 });
+            let entry = record.entry()?;
+            entry.check_key()?;
+            self.apply(entry, Place { position, len: record.bytes.len() as u32 });
         }
         // An empty frame is no batch.
         self.frames = self.frames.saturating_add(u64::from(!body.is_empty()));
@@ -314,11 +332,8 @@ impl Scan {
 fn newest_head(reader: &mut SegmentReader) -> Result<u64, PersistError> {
     let mut head = 0;
     while let Next::Frame(_, _, body) = reader.next()? {
-        for record in Records::new(body).flatten() {
-            if let Ok(Entry::Head(newer)) = record.entry() {
-                head = head.max(newer);
-            }
-        }
+        let newest = Records::new(body).flatten().filter_map(|record| record.head()).max();
+        head = head.max(newest.unwrap_or(0));
     }
     Ok(head)
 }

@@ -258,7 +258,7 @@ impl Compactor {
             if log.index.is_live(revision, position)
                 && let Some(record) = self.bytes.get(bytes)
             {
-                copies.push((revision, position, self.frame.push_copy(record), record.len() as u32));
+                copies.push((revision, self.frame.push_copy(record), record.len() as u32));
             }
         }
         if copies.is_empty() {
@@ -267,9 +267,9 @@ impl Compactor {
         self.frame.finish();
         let start = body_of(log.append_copy(&mut self.frame, number)?);
         log.counters.copied_bytes = log.counters.copied_bytes.saturating_add(self.frame.len());
-        for (revision, position, offset, len) in copies {
+        for (revision, offset, len) in copies {
             let copy = Place { position: start.saturating_add(u64::from(offset)), len };
-            log.index.move_to(revision, position, copy);
+            log.index.move_to(revision, copy);
         }
         Ok(())
     }
@@ -333,13 +333,38 @@ mod tests {
     use std::collections::HashMap;
     use std::sync::Arc;
 
-    use nkv_core::{Action, Change, Key};
+    use nkv_core::{Action, Change, Key, Reason};
+    use proptest::prelude::*;
 
     use super::*;
     use crate::open::open_log;
     use crate::options::FsOptions;
+    use crate::scan::Scan;
     use crate::sim::{Fault, SimFs};
     use crate::vfs::Open;
+
+    /// The revision of each key that is there.
+    type Newest = HashMap<String, Revision>;
+
+    /// Stores a value of so many bytes, or deletes the key.
+    fn store(log: &mut Log, newest: &mut Newest, key: &str, value_len: Option<usize>) {
+        let action = match value_len {
+            Some(len) => Action::Put { value: vec![1; len].into(), expiry: None },
+            None => Action::Delete { reason: Reason::Deleted },
+        };
+        let revision = log.revision.next();
+        let replaces = newest.remove(key).unwrap_or_default();
+        let change = Change { key: Key::new(key).unwrap(), revision, replaces, action };
+        let mut place = (0, 0);
+        let mut frame = FrameBuf::of(|frame| place = frame.push_change(&change));
+        let position = body_of(log.append(&mut frame).unwrap());
+        log.index.remove(replaces);
+        if value_len.is_some() {
+            log.index.insert(revision, Place { position, len: place.1 });
+            newest.insert(key.to_owned(), revision);
+        }
+        log.revision = revision;
+    }
 
     /// A log with these puts in it, each in a frame of its own.
     fn log_of(fs: &SimFs, options: FsOptions, puts: &[(&str, usize)]) -> (Disk, Log) {
@@ -347,20 +372,57 @@ mod tests {
         disk.create_dir().unwrap();
         let dir_lock = disk.lock(Open::Create).unwrap();
         let mut log = open_log(&disk, &dir_lock, options.with_background(false)).unwrap();
-        let mut newest = HashMap::new();
-        for (key, value_len) in puts {
-            let action = Action::Put { value: vec![1; *value_len].into(), expiry: None };
-            let revision = log.revision.next();
-            let replaces = newest.insert(key, revision).unwrap_or_default();
-            let change = Change { key: Key::new(key).unwrap(), revision, replaces, action };
-            let mut place = (0, 0);
-            let mut frame = FrameBuf::of(|frame| place = frame.push_change(&change));
-            let position = body_of(log.append(&mut frame).unwrap());
-            log.index.remove(replaces);
-            log.index.insert(revision, Place { position, len: place.1 });
-            log.revision = revision;
-        }
+        let mut newest = Newest::new();
+        puts.iter().for_each(|(key, value_len)| store(&mut log, &mut newest, key, Some(*value_len)));
         (disk, log)
+    }
+
+    /// What the index says, when `newest` are the keys.
+    fn account(log_index: &crate::index::Index, newest: &Newest) -> (usize, u64, u64, Vec<(u64, u64)>) {
+        assert!(newest.values().all(|revision| log_index.contains(*revision)));
+        let usages = log_index.segments().map(|number| (number, log_index.usage(number).live)).collect();
+        (log_index.key_count(), log_index.live_bytes(), log_index.total_bytes(), usages)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        /// Whatever order records, their copies and what replaces them have come to stand in, reading says what counts.
+        #[test]
+        fn what_is_read_anew_is_what_was_known(steps in prop::collection::vec((0_u8..8, 0_u8..6), 0..80)) {
+            let fs = SimFs::new();
+            let options = FsOptions::default().with_segment_bytes(4096).with_reserve_bytes(0);
+            let (disk, log) = log_of(&fs, options, &[]);
+            let (log, mut newest) = (Mutex::new(log), Newest::new());
+            let (mut compactor, mut job, mut is_done) = (Compactor::new(disk), None, false);
+            for (what, key) in steps {
+                let name = format!("k.{key}");
+                match what {
+                    0..4 => store(&mut lock(&log), &mut newest, &name, Some(300 * usize::from(what))),
+                    4 => store(&mut lock(&log), &mut newest, &name, None),
+                    // What is found now is copied later, or not at all.
+                    5 => {
+                        let job = job.get_or_insert_with(|| compactor.begin(&log).unwrap());
+                        is_done = compactor.gather(&log, job, 500).unwrap();
+                    }
+                    _ => {
+                        if let Some(Job { number, .. }) = job {
+                            compactor.copy(&log, number).unwrap();
+                            compactor.bytes.clear();
+                            if is_done {
+                                job = None;
+                                is_done = false;
+                                compactor.drop_segment(&log, number).unwrap();
+                            }
+                        }
+                    }
+                }
+                let scan = Scan::run(&Disk::new(Arc::new(fs.fork()), "/data".into()), true).unwrap();
+                let log = lock(&log);
+                prop_assert_eq!(account(&scan.index, &newest), account(&log.index, &newest));
+                prop_assert_eq!((scan.revision, newest.len(), scan.damage), (log.revision, log.index.key_count(), None));
+            }
+        }
     }
 
     // The index counted a segment whose name could not be taken away, and compaction ran for ever to get rid of it.

@@ -14,7 +14,7 @@ use crate::vfs::{self, Open, Vfs, VfsFile};
 const LOCK: &str = "LOCK";
 const RESERVE: &str = "reserve";
 /// What the lock file holds once there is a segment: from then on, a directory without one has lost it.
-const LOCK_TEXT: &[u8] = b"nkv data directory, format 1\n";
+const LOCK_TEXT: &[u8] = b"nkv data directory, format 2\n";
 /// How many torn tails are kept aside; the oldest go first.
 const BROKEN_FILES_MAX: usize = 16;
 const COPY_CHUNK: usize = 64 << 10;

@@ -4,7 +4,7 @@
 
 use nkv_core::{Action, Change, Epoch, Expiry, Key, Reason, Revision};
 
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 pub(crate) const SEGMENT_HEADER_LEN: u64 = 72;
 pub(crate) const FRAME_HEADER_LEN: usize = 40;
 pub(crate) const RECORD_HEADER_LEN: usize = 20;
@@ -31,6 +31,10 @@ const HEAD: u8 = 4;
 const SEAL: u8 = 5;
 /// Records of these types may be skipped by a reader that does not know them.
 const SKIPPABLE: u8 = 0x80;
+
+/// The bit of the detail that says that the record names the revision of the one whose place it takes, before the key.
+const REPLACES: u8 = 0x80;
+const REPLACES_LEN: usize = 8;
 
 const FIELD_EXPIRY: u16 = 1;
 /// Its tag, its length, and two numbers.
@@ -77,8 +81,14 @@ impl SegmentHeader {
         if crc32c::crc32c(bytes.get(..64).ok_or(cut)?) != u32_at(bytes, 64).ok_or(cut)? {
             return Err("the checksum of the segment header does not match");
         }
-        if u32_at(bytes, 8).ok_or(cut)? != VERSION {
-            return Err("the segment has a format version that this program does not know");
+        match u32_at(bytes, 8).ok_or(cut)? {
+            VERSION => {}
+            1 => {
+                return Err(
+                    "the segment has format version 1, which no release has written; this program reads version 2",
+                );
+            }
+            _ => return Err("the segment has a format version that this program does not know; it reads version 2"),
         }
         if u32_at(bytes, 68).ok_or(cut)? != 0 {
             return Err("the segment header does not end in zeros");
@@ -187,7 +197,7 @@ impl FrameBuf {
 
     /// Adds a change; gives its place in the body.
     pub(crate) fn push_change(&mut self, change: &Change) -> (u32, u32) {
-        let (revision, key) = (change.revision.get(), change.key.as_str());
+        let (revision, replaces, key) = (change.revision, change.replaces, change.key.as_str());
         match &change.action {
             Action::Put { value, expiry } => {
                 let mut fields = Vec::new();
@@ -197,24 +207,30 @@ impl FrameBuf {
                     fields.extend_from_slice(&at.to_le_bytes());
                     fields.extend_from_slice(&ttl_ms.to_le_bytes());
                 }
-                self.push(PUT, 0, revision, key, value, &fields)
+                self.push((PUT, 0), (revision, replaces), key, value, &fields)
             }
             Action::Delete { reason } => {
-                self.push(DELETE, u8::from(*reason == Reason::Expired), revision, key, &[], &[])
+                let detail = u8::from(*reason == Reason::Expired);
+                self.push((DELETE, detail), (revision, replaces), key, &[], &[])
             }
         }
     }
 
     pub(crate) fn push_epoch(&mut self, epoch: Epoch) {
-        self.push(EPOCH, 0, 0, "", &epoch.get().to_le_bytes(), &[]);
+        self.push_note(EPOCH, &epoch.get().to_le_bytes());
     }
 
     pub(crate) fn push_head(&mut self, number: u64) {
-        self.push(HEAD, 0, 0, "", &number.to_le_bytes(), &[]);
+        self.push_note(HEAD, &number.to_le_bytes());
     }
 
     pub(crate) fn push_seal(&mut self) {
-        self.push(SEAL, 0, 0, "", &[], &[]);
+        self.push_note(SEAL, &[]);
+    }
+
+    /// Adds a record that is about the log itself.
+    fn push_note(&mut self, kind: u8, value: &[u8]) {
+        self.push((kind, 0), (Revision::ZERO, Revision::ZERO), "", value, &[]);
     }
 
     /// Adds a record as it stands elsewhere in the log; gives its offset in the body.
@@ -225,17 +241,29 @@ impl FrameBuf {
     }
 
     // The casts cannot cut: keys are short, and `would_fit` is asked before.
-    fn push(&mut self, kind: u8, detail: u8, revision: u64, key: &str, value: &[u8], fields: &[u8]) -> (u32, u32) {
+    fn push(
+        &mut self,
+        (kind, detail): (u8, u8),
+        (revision, replaces): (Revision, Revision),
+        key: &str,
+        value: &[u8],
+        fields: &[u8],
+    ) -> (u32, u32) {
         let at = self.body().len();
-        let len = [key.len(), value.len(), fields.len()].into_iter().fold(RECORD_HEADER_LEN, usize::saturating_add);
+        let number = replaces.get().to_le_bytes();
+        // Most records take nobody's place, and need no room to say so.
+        let (flag, number) = if replaces == Revision::ZERO { (0, &[][..]) } else { (REPLACES, &number[..]) };
+        let parts = [number, key.as_bytes(), value, fields];
+        let len = parts.iter().fold(RECORD_HEADER_LEN, |sum, part| sum.saturating_add(part.len()));
         let mut header = [0; RECORD_HEADER_LEN];
         header[..4].copy_from_slice(&(len as u32).to_le_bytes());
-        (header[4], header[5]) = (kind, detail);
+        (header[4], header[5]) = (kind, detail | flag);
         header[6..8].copy_from_slice(&(key.len() as u16).to_le_bytes());
-        header[8..16].copy_from_slice(&revision.to_le_bytes());
+        header[8..16].copy_from_slice(&revision.get().to_le_bytes());
         header[16..].copy_from_slice(&(value.len() as u32).to_le_bytes());
         self.bytes.reserve(len);
-        [&header, key.as_bytes(), value, fields].iter().for_each(|part| self.bytes.extend_from_slice(part));
+        self.bytes.extend_from_slice(&header);
+        parts.iter().for_each(|part| self.bytes.extend_from_slice(part));
         (at as u32, len as u32)
     }
 
@@ -245,7 +273,8 @@ impl FrameBuf {
             Action::Put { value, .. } => value.len().saturating_add(EXPIRY_FIELD_LEN),
             Action::Delete { .. } => 0,
         };
-        let lens = batch.iter().flat_map(|c| [RECORD_HEADER_LEN, c.key.as_str().len(), value_len(&c.action)]);
+        let lens =
+            batch.iter().flat_map(|c| [RECORD_HEADER_LEN + REPLACES_LEN, c.key.as_str().len(), value_len(&c.action)]);
         lens.fold(0_usize, usize::saturating_add) <= BODY_LEN_MAX
     }
 
@@ -289,8 +318,8 @@ const CUT: &str = "a record runs past the end of its frame";
 /// What a record says.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Entry<'a> {
-    Put { key: &'a str, value: &'a [u8], revision: Revision, expiry: Option<Expiry> },
-    Delete { key: &'a str, revision: Revision },
+    Put { key: &'a str, value: &'a [u8], revision: Revision, replaces: Revision, expiry: Option<Expiry> },
+    Delete { key: &'a str, revision: Revision, replaces: Revision },
     Epoch(Epoch),
     Head(u64),
     Seal,
@@ -319,11 +348,30 @@ impl<'a> Records<'a> {
     }
 }
 
+impl Entry<'_> {
+    /// Whether its key is one. That is asked when the log is read first, and need not be asked again.
+    pub(crate) fn check_key(&self) -> Result<(), &'static str> {
+        match self {
+            Entry::Put { key, .. } | Entry::Delete { key, .. } => Key::check(key).map_err(|_| "a key is not valid"),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl<'a> RawRecord<'a> {
     /// The revision, if this is a put: no more of it is looked at.
     pub(crate) fn put_revision(&self) -> Option<Revision> {
         let is_put = self.bytes.get(4) == Some(&PUT);
         u64_at(self.bytes, 8).filter(|_| is_put).map(Revision::new)
+    }
+
+    /// The segment that it names as the oldest one needed, if it does: of other records nothing is looked at.
+    pub(crate) fn head(&self) -> Option<u64> {
+        let is_head = self.bytes.get(4) == Some(&HEAD);
+        match is_head.then(|| self.entry()) {
+            Some(Ok(Entry::Head(number))) => Some(number),
+            _ => None,
+        }
     }
 
     /// All that it says, if it is a record that this program understands.
@@ -332,12 +380,18 @@ impl<'a> RawRecord<'a> {
         let (kind, key_len) = (*bytes.get(4).ok_or(CUT)?, usize::from(u16_at(bytes, 6).ok_or(CUT)?));
         let revision = Revision::new(u64_at(bytes, 8).ok_or(CUT)?);
         let value_len = u32_at(bytes, 16).ok_or(CUT)? as usize;
-        let (key, rest) = bytes.get(RECORD_HEADER_LEN..).ok_or(CUT)?.split_at_checked(key_len).ok_or(CUT)?;
+        let mut rest = bytes.get(RECORD_HEADER_LEN..).ok_or(CUT)?;
+        let mut replaces = Revision::ZERO;
+        if bytes.get(5).is_some_and(|detail| detail & REPLACES != 0) {
+            replaces = Revision::new(u64_at(rest, 0).ok_or(CUT)?);
+            rest = rest.get(REPLACES_LEN..).ok_or(CUT)?;
+        }
+        let (key, rest) = rest.split_at_checked(key_len).ok_or(CUT)?;
         let (value, fields) = rest.split_at_checked(value_len).ok_or(CUT)?;
         let expiry = read_fields(fields)?;
         Ok(match kind {
-            PUT => Entry::Put { key: read_key(key)?, value, revision, expiry },
-            DELETE => Entry::Delete { key: read_key(key)?, revision },
+            PUT => Entry::Put { key: read_key(key)?, value, revision, replaces, expiry },
+            DELETE => Entry::Delete { key: read_key(key)?, revision, replaces },
             EPOCH => Entry::Epoch(Epoch::new(u128_at(value, 0).ok_or("an epoch is cut")?)),
             HEAD => Entry::Head(u64_at(value, 0).ok_or("a head is cut")?),
             SEAL => Entry::Seal,
@@ -361,9 +415,7 @@ impl<'a> Iterator for Records<'a> {
 }
 
 fn read_key(bytes: &[u8]) -> Result<&str, &'static str> {
-    let text = str::from_utf8(bytes).map_err(|_| "a key is not UTF-8")?;
-    Key::check(text).map_err(|_| "a key is not valid")?;
-    Ok(text)
+    str::from_utf8(bytes).map_err(|_| "a key is not UTF-8")
 }
 
 /// Looks through the optional fields; the expiry is the only one so far.

@@ -10,9 +10,9 @@ fn put(key: &str, revision: u64, value: &[u8], expiry: Option<Expiry>) -> Change
     Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), replaces: Revision::ZERO, action }
 }
 
-fn delete(key: &str, revision: u64) -> Change {
-    let action = Action::Delete { reason: Reason::Expired };
-    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), replaces: Revision::ZERO, action }
+fn delete(key: &str, revision: u64, replaces: u64) -> Change {
+    let (revision, replaces) = (Revision::new(revision), Revision::new(replaces));
+    Change { key: Key::new(key).unwrap(), revision, replaces, action: Action::Delete { reason: Reason::Expired } }
 }
 
 /// The header and the body of a frame, if the checksums say so.
@@ -35,6 +35,20 @@ fn a_segment_header_reads_back_and_every_flipped_bit_is_seen() {
     }
     for len in 0..bytes.len() {
         assert!(SegmentHeader::decode(&bytes[..len]).is_err(), "{len} bytes");
+    }
+}
+
+#[test]
+fn a_segment_of_another_version_is_refused_by_its_number() {
+    let epoch = Epoch::new(1);
+    let header = SegmentHeader { number: 1, head: 1, base: 0, revision: Revision::ZERO, epoch, salt: SALT };
+    for (version, names_it) in [(1, "version 1"), (3, "version 2"), (u32::MAX, "version 2")] {
+        let mut bytes = header.encode();
+        bytes[8..12].copy_from_slice(&u32::to_le_bytes(version));
+        let crc = crc32c::crc32c(&bytes[..64]);
+        bytes[64..68].copy_from_slice(&crc.to_le_bytes());
+        let reason = SegmentHeader::decode(&bytes).unwrap_err();
+        assert!(reason.contains("format version") && reason.contains(names_it), "{version}: {reason}");
     }
 }
 
@@ -62,7 +76,7 @@ fn the_frame_that_ends_a_segment_has_the_length_that_recovery_counts_on() {
 /// A record by hand: its type, and fields that this version may not know.
 fn raw(kind: u8, fields: &[u8]) -> Vec<u8> {
     let mut frame = FrameBuf::of(|frame| {
-        frame.push(kind, 0, 1, "key", b"v", fields);
+        frame.push((kind, 0), (Revision::new(1), Revision::ZERO), "key", b"v", fields);
     });
     let body_len = frame.body_len;
     frame.stamp(0, 0, 0, 0)[FRAME_HEADER_LEN..][..body_len].to_vec()
@@ -96,7 +110,7 @@ fn the_worked_example_of_the_documentation_is_what_is_written() {
     let header = SegmentHeader { number: 1, head: 1, base: 0, revision: Revision::ZERO, epoch, salt: 0x1234_5678 };
     let mut frame = FrameBuf::of(|frame| {
         frame.push_change(&put("host.db1", 1, b"up", Some(Expiry { at: 1_700_000_000_000, ttl_ms: 60_000 })));
-        frame.push_change(&delete("host.db2", 2));
+        frame.push_change(&delete("host.db1", 2, 1));
     });
     let mut bytes = header.encode();
     bytes.extend_from_slice(frame.stamp(0, 0, 0, header.salt));
@@ -125,9 +139,13 @@ proptest! {
     }
 
     #[test]
-    fn changes_read_back(value: Vec<u8>, revision: u64, at: u64, ttl_ms: u64, expires: bool) {
+    fn changes_read_back(value: Vec<u8>, revision: u64, old: u64, at: u64, ttl_ms: u64, expires: bool, is_new: bool) {
         let expiry = expires.then_some(Expiry { at, ttl_ms });
-        let batch = [put("a", revision, &value, expiry), delete("b", revision)];
+        let old = Revision::new(if is_new { 0 } else { old });
+        let batch = [
+            Change { replaces: old, ..put("a", revision, &value, expiry) },
+            delete("b", revision, old.get()),
+        ];
         let mut frame = FrameBuf::new();
         let places: Vec<_> = batch.iter().map(|change| frame.push_change(change)).collect();
         frame.finish();
@@ -137,12 +155,13 @@ proptest! {
         prop_assert_eq!(records.len(), 2);
         prop_assert_eq!((records[0].offset, records[0].bytes.len() as u32), places[0]);
         match &records[0].entry().unwrap() {
-            Entry::Put { key, value: read, revision: number, expiry: end } => {
+            Entry::Put { key, value: read, revision: number, replaces, expiry: end } => {
                 prop_assert_eq!((*key, *read, number.get(), *end), ("a", &value[..], revision, expiry));
+                prop_assert_eq!(*replaces, old);
             }
             other => prop_assert!(false, "{other:?}"),
         }
-        let is_delete = matches!(&records[1].entry().unwrap(), Entry::Delete { key, .. } if *key == "b");
-        prop_assert!(is_delete);
+        let deleted = Entry::Delete { key: "b", revision: Revision::new(revision), replaces: old };
+        prop_assert_eq!(records[1].entry().unwrap(), deleted);
     }
 }

@@ -48,15 +48,18 @@ fn records(body: &[u8]) {
     for record in Records::new(body) {
         let Ok(record) = record else { return };
         let Ok(entry) = record.entry() else { return };
+        if entry.check_key().is_err() {
+            return;
+        }
         let mut frame = FrameBuf::new();
         match &entry {
-            Entry::Put { key, value, revision, expiry } => {
+            Entry::Put { key, value, revision, replaces, expiry } => {
                 let key = Key::new(key).unwrap();
-                frame.push_change(&put(key, *revision, Revision::ZERO, value, *expiry));
+                frame.push_change(&put(key, *revision, *replaces, value, *expiry));
             }
-            Entry::Delete { key, revision } => {
+            Entry::Delete { key, revision, replaces } => {
                 let (key, action) = (Key::new(key).unwrap(), Action::Delete { reason: Reason::Deleted });
-                frame.push_change(&Change { key, revision: *revision, replaces: Revision::ZERO, action });
+                frame.push_change(&Change { key, revision: *revision, replaces: *replaces, action });
             }
             Entry::Epoch(epoch) => frame.push_epoch(*epoch),
             Entry::Head(number) => frame.push_head(*number),

@@ -1,14 +1,11 @@
 //! Where the value of each key stands, and how much of each segment is still needed.
 //!
-//! The one idea: a record is known by its revision, which no other has. A store names the revision that each change
-//! replaces, so a log that runs needs no keys: 16 bytes for each value. Only whoever reads the log anew needs them, until
-//! it has been read: [`Keys`].
+//! The one idea: a record is known by its revision, which no other has. Each change names the revision that it replaces,
+//! also in the log, so nobody needs keys to know what counts: 16 bytes for each value.
 
 use std::collections::{HashMap, VecDeque};
-use std::hash::{BuildHasher, RandomState};
 
 use hashbrown::HashTable;
-use hashbrown::hash_table::Entry;
 use nkv_core::Revision;
 
 use crate::format::SegmentHeader;
@@ -46,6 +43,11 @@ impl Packed {
         Packed(place.position << LEN_BITS | u64::from(place.len).min(LONG))
     }
 
+    /// Whether it has the bits of this position, which must be in the log.
+    fn is_at(self, position: u64) -> bool {
+        self.0 >> LEN_BITS == position & SPAN_MAX.wrapping_sub(1)
+    }
+
     /// The last position before the `end` of the log that has these bits.
     fn position(self, end: u64) -> u64 {
         let position = end & !(SPAN_MAX.wrapping_sub(1)) | self.0 >> LEN_BITS;
@@ -66,6 +68,18 @@ pub(crate) struct Index {
 }
 
 impl Index {
+    /// Makes room for so many more values at once, if there is that much memory.
+    pub(crate) fn expect(&mut self, more: usize) {
+        if self.places.try_reserve(more, |(revision, _)| hash(*revision)).is_err() {
+            tracing::debug!(more, "no room yet for all values of the log that are expected");
+        }
+    }
+
+    /// Gives back the room that was expected to be needed and is not.
+    pub(crate) fn fit(&mut self) {
+        self.places.shrink_to_fit(|(revision, _)| hash(*revision));
+    }
+
     /// Notes a record that has become the value of its key.
     pub(crate) fn insert(&mut self, revision: Revision, place: Place) {
         if u64::from(place.len) >= LONG {
@@ -76,20 +90,12 @@ impl Index {
         self.count_live(place, true);
     }
 
-    /// Forgets a record that is not the value of its key any more; says whether it was.
+    /// Forgets a record that is not the value of its key any more; says whether it was. Zero is none.
     pub(crate) fn remove(&mut self, revision: Revision) -> bool {
-        self.take(revision, |_| true)
-    }
-
-    /// Notes that a copy of the value at `position` stands elsewhere now.
-    pub(crate) fn move_to(&mut self, revision: Revision, position: u64, place: Place) {
-        let end = self.end();
-        self.take(revision, |packed| packed.position(end) == position);
-        self.insert(revision, place);
-    }
-
-    fn take(&mut self, revision: Revision, is_it: impl Fn(Packed) -> bool) -> bool {
-        let found = self.places.find_entry(hash(revision), |slot| slot.0 == revision && is_it(slot.1));
+        if revision == Revision::ZERO {
+            return false;
+        }
+        let found = self.places.find_entry(hash(revision), |slot| slot.0 == revision);
         let Ok(entry) = found else { return false };
         let ((_, packed), _) = entry.remove();
         let place = self.unpack(packed);
@@ -101,15 +107,24 @@ impl Index {
         true
     }
 
+    /// Notes that a value stands elsewhere now.
+    pub(crate) fn move_to(&mut self, revision: Revision, place: Place) {
+        self.remove(revision);
+        self.insert(revision, place);
+    }
+
     /// Whether some value has this revision.
     pub(crate) fn contains(&self, revision: Revision) -> bool {
-        self.places.find(hash(revision), |slot| slot.0 == revision).is_some()
+        self.find(revision).is_some()
     }
 
     /// Whether the record at this place is the value of its key.
     pub(crate) fn is_live(&self, revision: Revision, position: u64) -> bool {
-        let end = self.end();
-        self.places.find(hash(revision), |slot| slot.0 == revision && slot.1.position(end) == position).is_some()
+        self.find(revision).is_some_and(|packed| packed.is_at(position))
+    }
+
+    fn find(&self, revision: Revision) -> Option<Packed> {
+        self.places.find(hash(revision), |slot| slot.0 == revision).map(|slot| slot.1)
     }
 
     /// Where the newest segment ends: no position is beyond.
@@ -202,93 +217,6 @@ fn spread(number: u64) -> u64 {
     hash ^ hash >> 32
 }
 
-/// The newest record of each key, of those that were read so far.
-#[derive(Debug, Default)]
-pub(crate) struct Keys {
-    /// By the hash of the key: which of the records.
-    numbers: HashTable<Number>,
-    newest: Vec<Newest>,
-    /// All keys, one behind the other.
-    text: Vec<u8>,
-    hasher: RandomState,
-}
-
-/// Which of the records, in the low bits, and the high bits of the hash of its key: a table that grows need not look at
-/// keys, which are all over the memory.
-#[derive(Clone, Copy, Debug)]
-struct Number(u64);
-
-impl Number {
-    const BITS: u32 = 36;
-
-    fn new(hash: u64, number: usize) -> Self {
-        Number(hash >> Self::BITS << Self::BITS | number as u64)
-    }
-
-    fn hash(self) -> u64 {
-        spread(self.0 >> Self::BITS)
-    }
-
-    fn get(self) -> usize {
-        (self.0 & ((1 << Self::BITS) - 1)) as usize
-    }
-}
-
-#[derive(Debug)]
-struct Newest {
-    key_at: usize,
-    key_len: u16,
-    revision: Revision,
-    position: u64,
-    /// Zero if the key was deleted.
-    len: u32,
-}
-
-impl Newest {
-    fn key<'a>(&self, text: &'a [u8]) -> &'a [u8] {
-        let rest = text.get(self.key_at..).unwrap_or_default();
-        rest.get(..usize::from(self.key_len)).unwrap_or_default()
-    }
-}
-
-impl Keys {
-    /// Notes a record: that of a put with its place, that of a delete without. One that is older than another of the same
-    /// key counts for nothing, wherever it stands; of two copies the later one counts.
-    pub(crate) fn note(&mut self, key: &str, revision: Revision, place: Option<Place>) {
-        let Place { position, len } = place.unwrap_or(Place { position: 0, len: 0 });
-        let key = key.as_bytes();
-        let number = Number::new(self.hasher.hash_one(key), self.newest.len());
-        let is_it = |known: &Number| {
-            let newest = self.newest.get(known.get()).filter(|_| known.hash() == number.hash());
-            newest.is_some_and(|newest| newest.key(&self.text) == key)
-        };
-        match self.numbers.entry(number.hash(), is_it, |number| number.hash()) {
-            Entry::Occupied(known) => {
-                if let Some(newest) =
-                    self.newest.get_mut(known.get().get()).filter(|newest| newest.revision <= revision)
-                {
-                    (newest.revision, newest.position, newest.len) = (revision, position, len);
-                }
-            }
-            Entry::Vacant(unknown) => {
-                unknown.insert(number);
-                let (key_at, key_len) = (self.text.len(), key.len() as u16);
-                self.newest.push(Newest { key_at, key_len, revision, position, len });
-                self.text.extend_from_slice(key);
-            }
-        }
-    }
-
-    /// Puts what is left into an index that knows its segments.
-    pub(crate) fn fill(self, index: &mut Index) {
-        let present = || self.newest.iter().filter(|newest| newest.len > 0);
-        index.places.reserve(present().count(), |(revision, _)| hash(*revision));
-        present().for_each(|Newest { revision, position, len, .. }| {
-            index.insert(*revision, Place { position: *position, len: *len });
-        });
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use nkv_core::Epoch;
@@ -316,7 +244,7 @@ mod tests {
                 assert!(index.is_live(revision, place.position) && !index.is_live(revision, place.position + 1));
                 assert_eq!((index.live_bytes(), index.usage(7).live), (u64::from(len), u64::from(len)));
                 let copy = Place { position: base + offset + 1, ..place };
-                index.move_to(revision, place.position, copy);
+                index.move_to(revision, copy);
                 assert!(index.is_live(revision, copy.position) && index.live_bytes() == u64::from(len));
                 assert!(index.remove(revision) && !index.remove(revision) && !index.contains(revision));
                 assert_eq!((index.live_bytes(), index.usage(7).live, index.long.len()), (0, 0, 0));
@@ -325,37 +253,27 @@ mod tests {
     }
 
     #[test]
-    fn of_the_records_of_a_key_the_one_with_the_highest_revision_counts() {
-        let (mut keys, mut index) = (Keys::default(), index_at(0));
-        let place = |position| Some(Place { position, len: 30 });
-        for (key, revision, place) in [
-            ("a", 2, place(100)),
-            ("a", 1, place(200)),
-            ("a", 2, place(300)),
-            ("b", 5, None),
-            ("b", 4, place(400)),
-            ("c", 6, place(500)),
-            ("c", 7, None),
-            ("c", 8, place(600)),
-        ] {
-            keys.note(key, Revision::new(revision), place);
-        }
-        keys.fill(&mut index);
-        assert_eq!((index.key_count(), index.live_bytes()), (2, 60));
-        assert!(index.is_live(Revision::new(2), 300) && index.is_live(Revision::new(8), 600));
-    }
-
-    #[test]
     fn when_most_values_are_gone_so_is_their_room() {
         let mut index = index_at(0);
-        for at in 0..10_000 {
+        for at in 1..=10_000 {
             index.insert(Revision::new(at), Place { position: at * 32, len: 30 });
         }
-        for at in 0..9_900 {
+        for at in 1..=9_900 {
             assert!(index.remove(Revision::new(at)));
         }
         assert!(index.places.capacity() <= 1_000, "room for {}", index.places.capacity());
-        assert!((9_900..10_000).all(|at| index.is_live(Revision::new(at), at * 32)));
+        assert!((9_901..=10_000).all(|at| index.is_live(Revision::new(at), at * 32)));
+    }
+
+    #[test]
+    fn values_that_were_expected_and_did_not_come_keep_no_room_and_too_many_are_not_expected() {
+        let mut index = index_at(0);
+        index.expect(100_000);
+        assert!(index.places.capacity() >= 100_000);
+        index.expect(usize::MAX);
+        (1..=10).for_each(|at| index.insert(Revision::new(at), Place { position: at * 32, len: 30 }));
+        index.fit();
+        assert!(index.places.capacity() < 100 && (1..=10).all(|at| index.is_live(Revision::new(at), at * 32)));
     }
 
     #[test]

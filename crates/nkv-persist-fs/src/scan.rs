@@ -10,7 +10,7 @@ use nkv_core::{Epoch, PersistError, Revision};
 use crate::disk::{Disk, broken_name, segment_name};
 use crate::error::damaged;
 use crate::format::{Entry, FrameHeader, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
-use crate::index::{Index, Keys, Place};
+use crate::index::{Index, Place};
 use crate::reader::{Next, Opened, SegmentReader, body_of};
 
 /// A place that had been durable and cannot be trusted now.
@@ -55,8 +55,6 @@ pub(crate) struct Scan {
     pub(crate) numbers: Vec<u64>,
     pub(crate) head: u64,
     pub(crate) index: Index,
-    /// What the index is made of, when all is read.
-    keys: Keys,
     pub(crate) epoch: Epoch,
     pub(crate) revision: Revision,
     pub(crate) frames: u64,
@@ -77,6 +75,8 @@ pub(crate) struct Scan {
     last_frame_at: u64,
     /// The newest segment is damaged before the place that says which segment is the oldest.
     head_is_behind_damage: bool,
+    /// How many bytes the newest segment has, up to its first bad frame.
+    newest_bytes: u64,
     /// Where the newest segment has its first bad frame: it may have said which segment is the oldest.
     bad_in_newest: Option<(u64, u64)>,
 }
@@ -111,8 +111,9 @@ impl Scan {
         let mut number = scan.head;
         while scan.read_segment(disk, number, last)? {
             number = number.saturating_add(1);
+            scan.expect(number);
         }
-        std::mem::take(&mut scan.keys).fill(&mut scan.index);
+        scan.index.fit();
         if let Some(tail) = scan.tail {
             let broken = broken_name(&segment_name(tail.header.number), tail.end);
             scan.cut_before = disk.list()?.contains(&broken);
@@ -141,6 +142,7 @@ impl Scan {
         for number in self.numbers.iter().rev() {
             let Opened::Good(mut reader) = SegmentReader::open(disk, *number)? else { continue };
             self.head = newest_head(&mut reader)?.max(reader.header.head).min(*number);
+            self.newest_bytes = reader.offset();
             self.bad_in_newest = (reader.offset() < reader.written_to()?).then_some((*number, reader.offset()));
             // What stands behind a bad frame counts only if it was acted upon, which is after it was durable.
             while self.numbers.binary_search(&self.head).is_err() && reader.skip_bad()? {
@@ -188,6 +190,17 @@ impl Scan {
         self.judge_end(disk, &mut reader, bad, last)
     }
 
+    /// Expects of the segments from `next` on as many values for their bytes as those before have held. An index that
+    /// grows by and by moves all that is in it again and again; one that has been too large leaves a hole in the heap, so
+    /// a little less is expected.
+    fn expect(&mut self, next: u64) {
+        let between = self.numbers.iter().filter(|number| **number >= next).count().saturating_sub(1) as u64;
+        let (read, segments) = (self.index.total_bytes(), self.index.segment_count() as u64);
+        let left = read.checked_div(segments).unwrap_or(0).saturating_mul(between).saturating_add(self.newest_bytes);
+        let more = (self.index.key_count() as u64).saturating_mul(left).checked_div(read).unwrap_or(0);
+        self.index.expect(usize::try_from(more.saturating_sub(more / 16)).unwrap_or(0));
+    }
+
     /// Why a segment cannot follow what was read so far.
     fn misfit(&self, header: &SegmentHeader) -> Option<&'static str> {
         let Some(before) = self.tail else {
@@ -204,6 +217,8 @@ impl Scan {
         self.revision = self.revision.max(reader.header.revision);
         self.sealed = false;
         self.sealed_before = self.tail.map(|before| before.end);
+        // Until it is known where its frames end, the index is to know that they are of this segment.
+        self.index.set_bytes(&reader.header, reader.size());
     }
 
     /// Replays frames until something else comes; says what, unless it is the end.
@@ -233,7 +248,9 @@ impl Scan {
         for record in Records::new(body) {
             let record = record?;
             let position = body_of(header.position).saturating_add(u64::from(record.offset));
-            self.apply(record.entry()?, Place { position, len: record.bytes.len() as u32 });
+            let entry = record.entry()?;
+            entry.check_key()?;
+            self.apply(entry, Place { position, len: record.bytes.len() as u32 });
         }
         // An empty frame is no batch.
         self.frames = self.frames.saturating_add(u64::from(!body.is_empty()));
@@ -245,13 +262,16 @@ impl Scan {
     fn apply(&mut self, entry: Entry<'_>, place: Place) {
         self.records = self.records.saturating_add(1);
         match entry {
-            Entry::Put { key, revision, .. } => {
+            Entry::Put { revision, replaces, .. } => {
+                // A copy stands behind what it is a copy of, and before the record that replaces both.
+                let is_copy = revision <= self.revision;
+                self.index.remove(if is_copy { revision } else { replaces });
+                self.index.insert(revision, place);
                 self.revision = self.revision.max(revision);
-                self.keys.note(key, revision, Some(place));
             }
-            Entry::Delete { key, revision } => {
+            Entry::Delete { revision, replaces, .. } => {
+                self.index.remove(replaces);
                 self.revision = self.revision.max(revision);
-                self.keys.note(key, revision, None);
             }
             Entry::Epoch(epoch) => self.epoch = epoch,
             Entry::Seal => self.sealed = true,
@@ -312,11 +332,8 @@ impl Scan {
 fn newest_head(reader: &mut SegmentReader) -> Result<u64, PersistError> {
     let mut head = 0;
     while let Next::Frame(_, _, body) = reader.next()? {
-        for record in Records::new(body).flatten() {
-            if let Ok(Entry::Head(newer)) = record.entry() {
-                head = head.max(newer);
-            }
-        }
+        let newest = Records::new(body).flatten().filter_map(|record| record.head()).max();
+        head = head.max(newest.unwrap_or(0));
     }
     Ok(head)
 }

@@ -185,9 +185,7 @@ impl FsPersist {
         // While the log is locked: a copy of what a batch deletes must not come to stand behind the delete.
         for (change, (offset, len)) in batch.iter().zip(&self.places) {
             log.revision = change.revision;
-            if change.replaces != Revision::ZERO {
-                log.index.remove(change.replaces);
-            }
+            log.index.remove(change.replaces);
             if let Action::Put { .. } = change.action {
                 let position = start.saturating_add(u64::from(*offset));
                 log.index.insert(change.revision, Place { position, len: *len });
@@ -307,7 +305,7 @@ fn visit_segment(
             let record = record.map_err(|reason| damaged(&name, offset, reason))?;
             let position = start.saturating_add(u64::from(record.offset));
             if record.put_revision().is_some_and(|revision| index.is_live(revision, position))
-                && let Entry::Put { key, value, revision, expiry } =
+                && let Entry::Put { key, value, revision, expiry, .. } =
                     record.entry().map_err(|reason| damaged(&name, offset, reason))?
             {
                 visited = visited.saturating_add(record.bytes.len() as u64);

@@ -6,6 +6,8 @@ use std::path::Path;
 use nkv_core::{Key, Reason};
 
 use super::*;
+use crate::check_with;
+use crate::format::{FRAME_HEADER_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::sim::SimFs;
 use crate::vfs::VfsFile;
 
@@ -256,4 +258,24 @@ fn values_that_turn_into_zeros_between_the_opening_and_the_loading_are_missed() 
     fs.place(path, Some(bytes));
     let error = persist.load(&mut |_| ()).unwrap_err();
     assert!(error.kind() == PersistErrorKind::Damaged && error.to_string().contains("0001.log"), "{error}");
+}
+
+#[test]
+fn a_whole_frame_with_a_text_that_is_no_key_is_damage() {
+    let action = Action::Put { value: "x".into(), expiry: None };
+    for (change, text) in [(delete("a.b", 1, 0), "a b"), (change("a.b", 1, 0, action), "a..")] {
+        let fs = SimFs::new();
+        let persist = FsPersist::open_with(Arc::new(fs.clone()), "/data", options()).unwrap();
+        let mut len = 0;
+        let mut frame = FrameBuf::of(|frame| len = frame.push_change(&change).1 as usize);
+        let mut record = frame.stamp(0, 0, 0, 0)[FRAME_HEADER_LEN..][..len].to_vec();
+        record[RECORD_HEADER_LEN..][..3].copy_from_slice(text.as_bytes());
+        let append = |frame: &mut FrameBuf| lock(&persist.shared.log).append(frame);
+        append(&mut FrameBuf::of(|frame| _ = frame.push_copy(&record))).unwrap();
+        drop(persist);
+        let damage = check_with(Arc::new(fs.clone()), "/data").unwrap().damage.unwrap();
+        assert_eq!((damage.reason, damage.offset), ("a key is not valid", SEGMENT_HEADER_LEN), "{text}");
+        let error = FsPersist::open_with(Arc::new(fs), "/data", options()).unwrap_err();
+        assert_eq!(error.kind(), PersistErrorKind::Damaged, "{error}");
+    }
 }

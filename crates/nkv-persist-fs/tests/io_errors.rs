@@ -251,7 +251,7 @@ fn a_lock_file_whose_sync_failed_is_written_again() {
     for (call, fs, _) in first_lives() {
         drop(open(&fs, &options()).unwrap());
         let lock = fs.crash(&mut |_| 0).read(&Path::new(DIR).join("LOCK"));
-        assert_eq!(lock.as_deref(), Some(&b"nkv data directory, format 1\n"[..]), "call {call}");
+        assert_eq!(lock.as_deref(), Some(&b"nkv data directory, format 2\n"[..]), "call {call}");
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use std::vec;
 
 use nkv_core::{PersistError, PersistErrorKind, Revision};
 
@@ -14,7 +15,7 @@ use crate::error::damaged;
 use crate::format::{FrameBuf, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN};
 use crate::index::Place;
 use crate::log::{Log, sync_unlocked};
-use crate::reader::{Next, Opened, SegmentReader, body_of};
+use crate::reader::{Next, Opened, SegmentReader};
 
 /// How long compaction rests after it failed.
 const REST: Duration = Duration::from_secs(1);
@@ -112,6 +113,8 @@ struct Candidate {
 struct Job {
     number: u64,
     reader: Option<SegmentReader>,
+    /// Where the frames start that hold what is needed, if that is known.
+    frames: Option<vec::IntoIter<u64>>,
 }
 
 /// Does the work, one step at a time. Lock order: this one first, then the log.
@@ -191,9 +194,10 @@ impl Compactor {
             let may_spend = is_empty || log.reserve_takes(number, 0);
             log.rotate_for_compaction(may_spend)?;
         }
+        let frames = log.index.frames_of(number).map(Vec::into_iter);
         drop(log);
         let reader = if is_empty { None } else { Some(self.open(number)?) };
-        Ok(Job { number, reader })
+        Ok(Job { number, reader, frames })
     }
 
     fn open(&self, number: u64) -> Result<SegmentReader, PersistError> {
@@ -211,16 +215,19 @@ impl Compactor {
             if self.candidates.is_empty() && lock(log).index.usage(job.number).live == 0 {
                 return Ok(true);
             }
+            if let Some(frames) = &mut job.frames {
+                let Some(position) = frames.next() else { return Ok(true) };
+                reader.skip_to_position(position);
+            }
             let at = reader.offset();
-            let (start, body) = match reader.next()? {
-                Next::Frame(header, _, body) => (body_of(header.position), body),
+            let (position, body) = match reader.next()? {
+                Next::Frame(header, _, body) => (header.position, body),
                 Next::End => return Ok(true),
                 Next::Bad(reason) => return Err(damaged(&segment_name(job.number), at, reason)),
             };
             let log = lock(log);
             for record in Records::new(body) {
                 let record = record.map_err(|reason| damaged(&segment_name(job.number), at, reason))?;
-                let position = start.saturating_add(u64::from(record.offset));
                 if let Some(revision) = record.put_revision()
                     && log.index.is_live(revision, position)
                 {
@@ -258,18 +265,18 @@ impl Compactor {
             if log.index.is_live(revision, position)
                 && let Some(record) = self.bytes.get(bytes)
             {
-                copies.push((revision, self.frame.push_copy(record), record.len() as u32));
+                self.frame.push_copy(record);
+                copies.push((revision, record.len() as u32));
             }
         }
         if copies.is_empty() {
             return Ok(());
         }
         self.frame.finish();
-        let start = body_of(log.append_copy(&mut self.frame, number)?);
+        let position = log.append_copy(&mut self.frame, number)?;
         log.counters.copied_bytes = log.counters.copied_bytes.saturating_add(self.frame.len());
-        for (revision, offset, len) in copies {
-            let copy = Place { position: start.saturating_add(u64::from(offset)), len };
-            log.index.move_to(revision, copy);
+        for (revision, len) in copies {
+            log.index.move_to(revision, Place { position, len });
         }
         Ok(())
     }
@@ -355,12 +362,12 @@ mod tests {
         let revision = log.revision.next();
         let replaces = newest.remove(key).unwrap_or_default();
         let change = Change { key: Key::new(key).unwrap(), revision, replaces, action };
-        let mut place = (0, 0);
-        let mut frame = FrameBuf::of(|frame| place = frame.push_change(&change));
-        let position = body_of(log.append(&mut frame).unwrap());
+        let mut len = 0;
+        let mut frame = FrameBuf::of(|frame| len = frame.push_change(&change));
+        let position = log.append(&mut frame).unwrap();
         log.index.remove(replaces);
         if value_len.is_some() {
-            log.index.insert(revision, Place { position, len: place.1 });
+            log.index.insert(revision, Place { position, len });
             newest.insert(key.to_owned(), revision);
         }
         log.revision = revision;
@@ -469,6 +476,7 @@ mod tests {
         let log = Mutex::new(log);
         let mut compactor = Compactor::new(disk);
         let mut job = compactor.begin(&log).unwrap();
+        job.frames = None;
         let mut steps = 1;
         while !compactor.gather(&log, &mut job, 1 << 10).unwrap() {
             compactor.copy(&log, job.number).unwrap();
@@ -478,6 +486,25 @@ mod tests {
             assert!(read <= steps * (READ_MAX + 2_000), "{read} bytes in {steps} steps");
         }
         assert!(steps > 5);
+    }
+
+    #[test]
+    fn of_a_segment_that_holds_little_only_that_is_read() {
+        let mut puts = vec![("dead", 1_000); 3_000];
+        (puts[1_200], puts[2_500]) = (("one", 10), ("other", 10));
+        let (disk, log) = log_of(&SimFs::new(), FsOptions::default(), &puts);
+        let log = Mutex::new(log);
+        let mut compactor = Compactor::new(disk);
+        let mut job = compactor.begin(&log).unwrap();
+        let frames = job.frames.clone().unwrap().count();
+        assert_eq!(frames, 3, "the two, and the last of the others");
+        let mut found = Vec::new();
+        while !compactor.gather(&log, &mut job, 1 << 10).unwrap() {
+            found.extend(compactor.candidates.iter().map(|candidate| candidate.revision.get()));
+            compactor.copy(&log, job.number).unwrap();
+            compactor.bytes.clear();
+        }
+        assert_eq!(found, [1_201, 2_501, 3_000]);
     }
 
     #[test]

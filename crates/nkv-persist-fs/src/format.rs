@@ -195,8 +195,8 @@ impl FrameBuf {
         self.bytes.shrink_to(1 << 20);
     }
 
-    /// Adds a change; gives its place in the body.
-    pub(crate) fn push_change(&mut self, change: &Change) -> (u32, u32) {
+    /// Adds a change; gives the length of its record.
+    pub(crate) fn push_change(&mut self, change: &Change) -> u32 {
         let (revision, replaces, key) = (change.revision, change.replaces, change.key.as_str());
         match &change.action {
             Action::Put { value, expiry } => {
@@ -233,11 +233,9 @@ impl FrameBuf {
         self.push((kind, 0), (Revision::ZERO, Revision::ZERO), "", value, &[]);
     }
 
-    /// Adds a record as it stands elsewhere in the log; gives its offset in the body.
-    pub(crate) fn push_copy(&mut self, record: &[u8]) -> u32 {
-        let at = self.body().len();
+    /// Adds a record as it stands elsewhere in the log.
+    pub(crate) fn push_copy(&mut self, record: &[u8]) {
         self.bytes.extend_from_slice(record);
-        at as u32
     }
 
     // The casts cannot cut: keys are short, and `would_fit` is asked before.
@@ -248,8 +246,7 @@ impl FrameBuf {
         key: &str,
         value: &[u8],
         fields: &[u8],
-    ) -> (u32, u32) {
-        let at = self.body().len();
+    ) -> u32 {
         let number = replaces.get().to_le_bytes();
         // Most records take nobody's place, and need no room to say so.
         let (flag, number) = if replaces == Revision::ZERO { (0, &[][..]) } else { (REPLACES, &number[..]) };
@@ -264,7 +261,7 @@ impl FrameBuf {
         self.bytes.reserve(len);
         self.bytes.extend_from_slice(&header);
         parts.iter().for_each(|part| self.bytes.extend_from_slice(part));
-        (at as u32, len as u32)
+        len as u32
     }
 
     /// Whether the batch is one that a frame can hold.
@@ -309,8 +306,6 @@ impl FrameBuf {
 pub(crate) struct RawRecord<'a> {
     /// All of its bytes.
     pub(crate) bytes: &'a [u8],
-    /// Where in the body it starts.
-    pub(crate) offset: u32,
 }
 
 const CUT: &str = "a record runs past the end of its frame";
@@ -344,7 +339,7 @@ impl<'a> Records<'a> {
         if bytes.len() < RECORD_HEADER_LEN {
             return Err(CUT);
         }
-        Ok(RawRecord { bytes, offset: self.offset as u32 })
+        Ok(RawRecord { bytes })
     }
 }
 

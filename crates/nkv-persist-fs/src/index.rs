@@ -17,12 +17,16 @@ const LEN_BITS: u32 = u64::BITS - POSITION_BITS;
 /// Stands for every length that is not below it.
 const LONG: u64 = (1 << LEN_BITS) - 1;
 
-/// Where in the log a record stands, and how long it is.
+/// Where in the log the frame of a record starts, and how long the record is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) position: u64,
     pub(crate) len: u32,
 }
+
+/// An index with one value for so many bytes of a segment, or fewer, is looked through in a fraction of the time that the
+/// segment takes to be read.
+const FRAMES_SHARE: u64 = 256;
 
 /// What is known of a segment.
 #[derive(Clone, Copy, Debug, Default)]
@@ -59,8 +63,8 @@ impl Packed {
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     places: HashTable<(Revision, Packed)>,
-    /// The lengths, by position, of the few records that are too long to have theirs beside it.
-    long: HashMap<u64, u32>,
+    /// The lengths of the few records that are too long to have theirs beside the position.
+    long: HashMap<Revision, u32>,
     /// In order, without gaps.
     segments: VecDeque<Usage>,
     live_bytes: u64,
@@ -83,7 +87,7 @@ impl Index {
     /// Notes a record that has become the value of its key.
     pub(crate) fn insert(&mut self, revision: Revision, place: Place) {
         if u64::from(place.len) >= LONG {
-            self.long.insert(place.position, place.len);
+            self.long.insert(revision, place.len);
         }
         let slot = (revision, Packed::new(place));
         self.places.insert_unique(hash(revision), slot, |(revision, _)| hash(*revision));
@@ -98,8 +102,9 @@ impl Index {
         let found = self.places.find_entry(hash(revision), |slot| slot.0 == revision);
         let Ok(entry) = found else { return false };
         let ((_, packed), _) = entry.remove();
-        let place = self.unpack(packed);
-        self.long.remove(&place.position);
+        let (position, len) = (packed.position(self.end()), packed.0 & LONG);
+        let long = if len == LONG { self.long.remove(&revision) } else { None };
+        let place = Place { position, len: long.unwrap_or(len as u32) };
         self.count_live(place, false);
         if self.places.capacity() / 8 > self.places.len() {
             self.places.shrink_to(self.places.len().saturating_mul(2), |(revision, _)| hash(*revision));
@@ -118,13 +123,28 @@ impl Index {
         self.find(revision).is_some()
     }
 
-    /// Whether the record at this place is the value of its key.
+    /// Whether the record of this revision, in the frame at this position, is the value of its key.
     pub(crate) fn is_live(&self, revision: Revision, position: u64) -> bool {
         self.find(revision).is_some_and(|packed| packed.is_at(position))
     }
 
     fn find(&self, revision: Revision) -> Option<Packed> {
         self.places.find(hash(revision), |slot| slot.0 == revision).map(|slot| slot.1)
+    }
+
+    /// Where the frames of a segment start that hold values, in order. None if the index is so large that to look through
+    /// it is no less work than to read the segment.
+    pub(crate) fn frames_of(&self, segment: u64) -> Option<Vec<u64>> {
+        let (usage, end) = (self.usage(segment), self.end());
+        if self.places.len() as u64 > usage.bytes / FRAMES_SHARE {
+            return None;
+        }
+        let positions = self.places.iter().map(|(_, packed)| packed.position(end));
+        let is_here = |position: &u64| *position >= usage.base && *position < usage.base.saturating_add(usage.bytes);
+        let mut frames: Vec<u64> = positions.filter(is_here).collect();
+        frames.sort_unstable();
+        frames.dedup();
+        Some(frames)
     }
 
     /// Where the newest segment ends: no position is beyond.
@@ -135,12 +155,6 @@ impl Index {
     /// How far apart the ends of the log are.
     pub(crate) fn span(&self) -> u64 {
         self.end().saturating_sub(self.segments.front().map_or(0, |first| first.base))
-    }
-
-    fn unpack(&self, packed: Packed) -> Place {
-        let (position, len) = (packed.position(self.end()), packed.0 & LONG);
-        let long = || self.long.get(&position).copied().unwrap_or_default();
-        Place { position, len: if len == LONG { long() } else { len as u32 } }
     }
 
     fn count_live(&mut self, place: Place, live: bool) {
@@ -250,6 +264,25 @@ mod tests {
                 assert_eq!((index.live_bytes(), index.usage(7).live, index.long.len()), (0, 0, 0));
             }
         }
+    }
+
+    #[test]
+    fn the_frames_that_hold_values_are_known_where_they_are_few() {
+        let mut index = index_at(1 << 40);
+        let mut next = index_at(1 << 40).segments[0];
+        (next.number, next.base) = (8, next.base + next.bytes);
+        index.segments.push_back(next);
+        let base = 1 << 40;
+        for (revision, position) in [(1, base + 900), (2, base + 40), (3, base + 40), (4, next.base), (5, base)] {
+            index.insert(Revision::new(revision), Place { position, len: 30 });
+        }
+        assert_eq!(index.frames_of(7), Some(vec![base, base + 40, base + 900]));
+        assert_eq!(index.frames_of(8), Some(vec![next.base]));
+        assert!(index.remove(Revision::new(5)));
+        index.segments[0].bytes = 4 * FRAMES_SHARE;
+        assert_eq!(index.frames_of(7), Some(vec![base + 40, base + 900]));
+        index.segments[0].bytes -= 1;
+        assert_eq!(index.frames_of(7), None);
     }
 
     #[test]

@@ -71,6 +71,11 @@ impl SegmentReader {
         self.offset = offset.max(SEGMENT_HEADER_LEN);
     }
 
+    /// Goes on at the frame that starts there in the log.
+    pub(crate) fn skip_to_position(&mut self, position: u64) {
+        self.skip_to(position.saturating_sub(self.header.base).saturating_add(SEGMENT_HEADER_LEN));
+    }
+
     /// Where the next frame starts, in the log.
     pub(crate) fn position(&self) -> u64 {
         self.position_at(self.offset)
@@ -183,6 +188,6 @@ impl SegmentReader {
 }
 
 /// Where the body of the frame at this offset, or this position, starts.
-pub(crate) fn body_of(frame_at: u64) -> u64 {
+fn body_of(frame_at: u64) -> u64 {
     frame_at.saturating_add(FRAME_HEADER_LEN as u64)
 }

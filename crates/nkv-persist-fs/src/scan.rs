@@ -11,7 +11,7 @@ use crate::disk::{Disk, broken_name, segment_name};
 use crate::error::damaged;
 use crate::format::{Entry, FrameHeader, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
 use crate::index::{Index, Place};
-use crate::reader::{Next, Opened, SegmentReader, body_of};
+use crate::reader::{Next, Opened, SegmentReader};
 
 /// A place that had been durable and cannot be trusted now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -247,10 +247,9 @@ impl Scan {
         }
         for record in Records::new(body) {
             let record = record?;
-            let position = body_of(header.position).saturating_add(u64::from(record.offset));
             let entry = record.entry()?;
             entry.check_key()?;
-            self.apply(entry, Place { position, len: record.bytes.len() as u32 });
+            self.apply(entry, Place { position: header.position, len: record.bytes.len() as u32 });
         }
         // An empty frame is no batch.
         self.frames = self.frames.saturating_add(u64::from(!body.is_empty()));

@@ -15,7 +15,7 @@ use crate::index::{Index, Place};
 use crate::log::{Log, sync_unlocked};
 use crate::open::open_log;
 use crate::options::{Durability, FsOptions};
-use crate::reader::{Next, Opened, SegmentReader, body_of};
+use crate::reader::{Next, Opened, SegmentReader};
 use crate::vfs::{Open, RealFs, Vfs};
 
 /// So much is kept for the places of a batch; the room that a longer one took is given back.
@@ -29,7 +29,7 @@ pub struct FsPersist {
     shared: Arc<Shared>,
     frame: FrameBuf,
     /// Where in the frame each change of the batch stands, and how long it is.
-    places: Vec<(u32, u32)>,
+    lens: Vec<u32>,
     /// What the batch replaces.
     replaced: Vec<Revision>,
     thread: Option<JoinHandle<()>>,
@@ -121,8 +121,8 @@ impl FsPersist {
         let compactor = Mutex::new(Compactor::new(disk.clone()));
         let shared = Arc::new(Shared { disk, log, compactor, work: Condvar::new() });
         let thread = if background { Some(spawn(&shared)?) } else { None };
-        let (frame, places, replaced) = (FrameBuf::new(), Vec::new(), Vec::new());
-        Ok(FsPersist { shared, frame, places, replaced, thread, closed: false, _lock: dir_lock })
+        let (frame, lens, replaced) = (FrameBuf::new(), Vec::new(), Vec::new());
+        Ok(FsPersist { shared, frame, lens, replaced, thread, closed: false, _lock: dir_lock })
     }
 
     /// A handle to watch it with, after a store has taken it over.
@@ -181,13 +181,12 @@ impl FsPersist {
             log.regain_reserve_in_time()?;
         }
         let appended = if has_puts { log.append(&mut self.frame) } else { log.append_at_any_price(&mut self.frame) };
-        let start = body_of(appended?);
+        let position = appended?;
         // While the log is locked: a copy of what a batch deletes must not come to stand behind the delete.
-        for (change, (offset, len)) in batch.iter().zip(&self.places) {
+        for (change, len) in batch.iter().zip(&self.lens) {
             log.revision = change.revision;
             log.index.remove(change.replaces);
             if let Action::Put { .. } = change.action {
-                let position = start.saturating_add(u64::from(*offset));
                 log.index.insert(change.revision, Place { position, len: *len });
             }
         }
@@ -257,9 +256,9 @@ impl PersistValue for FsPersist {
             return Err(PersistError::new(PersistErrorKind::Rejected, "the batch has more than 256 MiB"));
         }
         self.frame.clear();
-        self.places.clear();
-        self.places.shrink_to(BATCH_KEPT);
-        self.places.extend(batch.iter().map(|change| self.frame.push_change(change)));
+        self.lens.clear();
+        self.lens.shrink_to(BATCH_KEPT);
+        self.lens.extend(batch.iter().map(|change| self.frame.push_change(change)));
         self.frame.finish();
         let result = self.store(batch);
         if result.as_ref().is_err_and(|error| error.kind() == PersistErrorKind::NoSpace) {
@@ -296,14 +295,13 @@ fn visit_segment(
     };
     loop {
         let offset = reader.offset();
-        let (start, body) = match reader.next()? {
-            Next::Frame(header, _, body) => (body_of(header.position), body),
+        let (position, body) = match reader.next()? {
+            Next::Frame(header, _, body) => (header.position, body),
             Next::End => return Ok(visited),
             Next::Bad(reason) => return Err(damaged(&name, offset, reason)),
         };
         for record in Records::new(body) {
             let record = record.map_err(|reason| damaged(&name, offset, reason))?;
-            let position = start.saturating_add(u64::from(record.offset));
             if record.put_revision().is_some_and(|revision| index.is_live(revision, position))
                 && let Entry::Put { key, value, revision, expiry, .. } =
                     record.entry().map_err(|reason| damaged(&name, offset, reason))?

@@ -267,11 +267,11 @@ fn a_whole_frame_with_a_text_that_is_no_key_is_damage() {
         let fs = SimFs::new();
         let persist = FsPersist::open_with(Arc::new(fs.clone()), "/data", options()).unwrap();
         let mut len = 0;
-        let mut frame = FrameBuf::of(|frame| len = frame.push_change(&change).1 as usize);
+        let mut frame = FrameBuf::of(|frame| len = frame.push_change(&change) as usize);
         let mut record = frame.stamp(0, 0, 0, 0)[FRAME_HEADER_LEN..][..len].to_vec();
         record[RECORD_HEADER_LEN..][..3].copy_from_slice(text.as_bytes());
         let append = |frame: &mut FrameBuf| lock(&persist.shared.log).append(frame);
-        append(&mut FrameBuf::of(|frame| _ = frame.push_copy(&record))).unwrap();
+        append(&mut FrameBuf::of(|frame| frame.push_copy(&record))).unwrap();
         drop(persist);
         let damage = check_with(Arc::new(fs.clone()), "/data").unwrap().damage.unwrap();
         assert_eq!((damage.reason, damage.offset), ("a key is not valid", SEGMENT_HEADER_LEN), "{text}");

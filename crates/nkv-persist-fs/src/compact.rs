@@ -293,11 +293,9 @@ impl Compactor {
         let head = (next..).find(|next| is_needed(&guard, *next)).unwrap_or(next);
         guard.append_at_any_price(&mut FrameBuf::of(|frame| frame.push_head(head)))?;
         guard.head = head;
-        let pending = guard.start_sync()?;
         drop(guard);
-        let result = pending.run();
+        sync_unlocked(log)?;
         let mut guard = lock(log);
-        guard.end_sync(&pending, result)?;
         for number in number..head {
             guard.index.drop_oldest_segment();
             guard.counters.compacted_segments = guard.counters.compacted_segments.saturating_add(1);

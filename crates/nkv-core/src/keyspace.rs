@@ -14,7 +14,7 @@ use bytes::Bytes;
 use crate::key::{Key, Pattern, first_bytes};
 use crate::order::Order;
 use crate::packed::Unpacked;
-use crate::record::{Action, Change, Expiry, Millis, RecordRef, VALUE_LEN_LONG, ValueRef};
+use crate::record::{Action, Change, Expiry, Millis, RecordRef, ValueRef};
 use crate::revision::Revision;
 use crate::slots::Slots;
 use crate::table::Table;
@@ -114,10 +114,7 @@ impl Keyspace {
 
     /// Takes a record from storage. Nobody finds it before [`end_loading`](Self::end_loading).
     pub(crate) fn load(&mut self, record: RecordRef<'_>) {
-        let RecordRef { key, value, revision, expiry } = record;
-        let long = (value.len() >= VALUE_LEN_LONG).then(|| value.to_bytes());
-        let value = long.as_ref().map_or(ValueRef::Lent(&value), ValueRef::Shared);
-        let long = self.pack(RecordRef { key, value, revision, expiry });
+        let long = self.pack(record);
         self.slots.add(&self.packed, long);
     }
 
@@ -183,7 +180,9 @@ impl Keyspace {
             return;
         };
         self.forget_value(slot, key, record.expiry);
-        if !self.slots.set(slot, &self.packed, long) {
+        if self.slots.has_room(slot, self.packed.len(), long.is_some()) {
+            self.slots.set(slot, &self.packed, long);
+        } else {
             let other = self.slots.add(&self.packed, long);
             self.renumber(slot, other);
             self.vacate(slot);
@@ -191,16 +190,14 @@ impl Keyspace {
     }
 
     /// Packs a record that is to be kept, and counts it. What it gives is a value that lies by itself.
-    fn pack<'a>(&mut self, record: RecordRef<'a>) -> Option<&'a Bytes> {
+    fn pack(&mut self, record: RecordRef<'_>) -> Option<Bytes> {
         let RecordRef { key, value, revision, expiry } = record;
         self.value_bytes += value.len();
         if let Some(expiry) = expiry {
             self.expiries.insert((expiry.at, Key::trusted(key)));
         }
-        let (value, long) = match value {
-            ValueRef::Lent(bytes) => (bytes, None),
-            ValueRef::Shared(value) => (&[][..], Some(value)),
-        };
+        let long = value.long();
+        let value = if long.is_some() { &[][..] } else { &value };
         self.packed.clear();
         Unpacked { key: key.as_bytes(), value, is_long: long.is_some(), revision, expiry }.pack(&mut self.packed);
         long
@@ -264,7 +261,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::record::Record;
+    use crate::record::{Record, VALUE_LEN_LONG};
 
     fn key(number: u64) -> Key {
         Key::new(&format!("some.branch.of.the.keyspace.k{number:05}")).unwrap()

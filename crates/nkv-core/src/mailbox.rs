@@ -410,6 +410,7 @@ impl<T> Inbox<T> {
     /// As [`poll_take`](Self::poll_take), for many at once: moves items to the end of `items` until none is left, or they
     /// have `len` bytes (see [`ITEM_LEN`]), or the last one is a snapshot, which may be large. False once the mailbox is
     /// closed and empty. If none is left, `cx` is woken for the next as well: see [`is_waited_for`](Self::is_waited_for).
+    /// `len` is not to be zero: that takes nothing, and waits for nothing.
     pub fn poll_take_many(&self, cx: &mut Context<'_>, len: usize, items: &mut Vec<Item<T>>) -> Poll<bool> {
         let mut state = self.shared.lock();
         let mut taken = 0;

@@ -30,7 +30,9 @@ pub(crate) struct Unpacked<'a> {
 }
 
 impl<'a> Unpacked<'a> {
+    /// The key of a backend is not checked again, but one that is too long would end in the value's length.
     pub(crate) fn pack(&self, out: &mut Vec<u8>) {
+        assert!(self.key.len() <= KEY_LEN_MAX && self.value.len() < VALUE_LEN_LONG, "what is packed is short");
         let flag = |flag, is_set| if is_set { flag } else { 0 };
         let revision = self.revision.get();
         let fits = revision < 1 << (u64::BITS - REVISION_AT);

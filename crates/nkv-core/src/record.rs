@@ -99,6 +99,11 @@ impl<'a> ValueRef<'a> {
         if value.len() < VALUE_LEN_LONG { ValueRef::Lent(value) } else { ValueRef::Shared(value) }
     }
 
+    /// The value, to be kept by itself, if it is long.
+    pub(crate) fn long(self) -> Option<Bytes> {
+        (self.len() >= VALUE_LEN_LONG).then(|| self.to_bytes())
+    }
+
     /// The value, to be kept: a copy of a lent one, a share of a shared one.
     #[must_use]
     pub fn to_bytes(self) -> Bytes {

@@ -69,14 +69,10 @@ impl Records {
     fn push(&mut self, record: RecordRef<'_>) {
         let RecordRef { key, value, revision, expiry } = record;
         let number = (self.long.len() as u32).to_le_bytes();
-        let (value, is_long) = match value {
-            ValueRef::Lent(bytes) => (bytes, false),
-            ValueRef::Shared(bytes) => {
-                self.long.push(bytes.clone());
-                (&number[..], true)
-            }
-        };
+        let long = value.long();
+        let (value, is_long) = if long.is_some() { (&number[..], true) } else { (&*value, false) };
         Unpacked { key: key.as_bytes(), value, is_long, revision, expiry }.pack(&mut self.packed);
+        self.long.extend(long);
         self.ends.push(self.packed.len());
     }
 
@@ -130,6 +126,9 @@ mod tests {
         let records: Records = all.iter().cloned().collect();
         assert_eq!(records.iter().map(RecordRef::to_record).collect::<Vec<_>>(), all);
         assert_eq!(records.iter().collect::<Records>(), records);
+        // As storage lends them.
+        let lent = all.iter().map(|record| RecordRef { value: ValueRef::Lent(&record.value), ..record.lend() });
+        assert_eq!(lent.collect::<Records>(), records);
         for (record, original) in records.iter().zip(&all) {
             let is_shared = record.value.as_ptr() == original.value.as_ptr();
             assert_eq!(is_shared, original.value.len() >= VALUE_LEN_LONG, "{}", record.key);

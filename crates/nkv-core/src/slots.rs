@@ -1,12 +1,12 @@
 //! Records by number, in cells.
 //!
 //! A cell holds one packed record and is a little longer than it. Cells of one length lie side by side in pages, all of
-//! them full but the last: when a record goes, the last one of its length takes its place. So there are no holes, and
+//! them full but the last: when a record goes, the last one of its kind takes its place. So there are no holes, and
 //! what is free is given back. The number of a slot says where its cell is, and nothing lies between the two; a record
-//! that moves has another number from then on.
+//! that moves has another number from then on. Records with a long value have pages of their own, with the values beside
+//! the cells.
 
 use std::cmp::Ordering;
-use std::collections::HashMap;
 use std::collections::btree_map::{BTreeMap, Entry};
 
 use bytes::Bytes;
@@ -28,15 +28,22 @@ pub(crate) struct Slots {
     pages: Vec<Page>,
     /// The numbers of the pages that were given back. They are empty.
     free: Vec<usize>,
-    /// The numbers of the others, by the length of their cells.
-    by_cell_len: BTreeMap<usize, Vec<usize>>,
-    long: HashMap<u32, Bytes>,
+    /// The numbers of the others, by what is in them.
+    by_kind: BTreeMap<Kind, Vec<usize>>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Kind {
+    cell_len: usize,
+    is_long: bool,
 }
 
 #[derive(Debug, Default)]
 struct Page {
-    cell_len: usize,
+    kind: Kind,
     cells: Vec<u8>,
+    /// One for each cell if they are long, none otherwise.
+    long: Vec<Bytes>,
 }
 
 impl Slots {
@@ -44,7 +51,7 @@ impl Slots {
         self.pages.iter().map(Page::len).sum()
     }
 
-    /// In the order of their numbers. That is the order of adding for those of one length, if none was removed.
+    /// In the order of their numbers. That is the order of adding for those of one kind, if none was removed.
     pub(crate) fn iter(&self) -> impl Iterator<Item = u32> {
         self.pages.iter().enumerate().flat_map(|(number, page)| (0..page.len()).map(move |at| slot_at(number, at)))
     }
@@ -61,93 +68,87 @@ impl Slots {
 
     pub(crate) fn lend<'a>(&'a self, slot: u32, key: impl FnOnce(&'a [u8]) -> &'a str) -> RecordRef<'a> {
         let record = self.get(slot);
-        let short = ValueRef::Lent(record.value);
-        let value = if record.is_long { self.long.get(&slot).map_or(short, ValueRef::Shared) } else { short };
+        let (number, at) = place_of(slot);
+        let long = || self.pages.get(number).and_then(|page| page.long.get(at)).map(ValueRef::Shared);
+        let value = if record.is_long { long() } else { None }.unwrap_or(ValueRef::Lent(record.value));
         RecordRef { key: key(record.key), value, revision: record.revision, expiry: record.expiry }
     }
 
-    pub(crate) fn add(&mut self, packed: &[u8], long: Option<&Bytes>) -> u32 {
-        let number = self.page_for(cell_len(packed.len()));
-        let at = self.pages.get_mut(number).map_or(0, |page| page.push(packed));
-        let slot = slot_at(number, at);
-        self.set_long(slot, long.cloned());
-        slot
+    pub(crate) fn add(&mut self, packed: &[u8], long: Option<Bytes>) -> u32 {
+        let number = self.page_for(Kind { cell_len: cell_len(packed.len()), is_long: long.is_some() });
+        let at = self.pages.get_mut(number).map_or(0, |page| page.push(packed, long));
+        slot_at(number, at)
     }
 
     /// One that has room for another cell.
-    fn page_for(&mut self, cell_len: usize) -> usize {
-        let numbers = self.by_cell_len.entry(cell_len).or_default();
+    fn page_for(&mut self, kind: Kind) -> usize {
+        let numbers = self.by_kind.entry(kind).or_default();
         let last = numbers.last().and_then(|last| Some((*last, self.pages.get(*last)?)));
         if let Some((number, _)) = last.filter(|(_, page)| page.has_room()) {
             return number;
         }
-        let page = Page::after(last.map(|(_, page)| page), cell_len);
+        let page = Page::after(last.map(|(_, page)| page), kind);
         let number = self.free.pop().unwrap_or(self.pages.len());
         match self.pages.get_mut(number) {
             Some(free) => *free = page,
             None => self.pages.push(page),
         }
-        assert!(number < PAGES_MAX, "no machine has the memory for so many records");
+        assert!(number < PAGES_MAX, "short records of more than 200 GiB");
         numbers.push(number);
         number
     }
 
-    /// Puts a record in the place of another, unless that cell is too short or much too long for it.
-    pub(crate) fn set(&mut self, slot: u32, packed: &[u8], long: Option<&Bytes>) -> bool {
+    /// Whether a record may take the place of another. The cell must be neither too short nor much too long for it: a
+    /// value that is now longer, now shorter, stays where it fits when it is longest.
+    pub(crate) fn has_room(&self, slot: u32, packed_len: usize, is_long: bool) -> bool {
+        let kind = self.pages.get(place_of(slot).0).map(|page| page.kind).unwrap_or_default();
+        let fits = kind.cell_len >= packed_len && kind.cell_len <= cell_len(packed_len + packed_len / 4);
+        fits && kind.is_long == is_long
+    }
+
+    /// Puts a record in the place of another, which [has room](Self::has_room) for it.
+    pub(crate) fn set(&mut self, slot: u32, packed: &[u8], long: Option<Bytes>) {
         let (number, at) = place_of(slot);
-        let Some(page) = self.pages.get_mut(number) else { return false };
-        // A value that is now longer, now shorter, stays where it fits when it is longest.
-        if page.cell_len < packed.len() || page.cell_len > cell_len(packed.len() + packed.len() / 4) {
-            return false;
-        }
-        page.set(at, packed);
-        self.set_long(slot, long.cloned());
-        true
-    }
-
-    fn set_long(&mut self, slot: u32, long: Option<Bytes>) {
-        match long {
-            Some(value) => _ = self.long.insert(slot, value),
-            None if self.long.is_empty() => {}
-            None => _ = self.long.remove(&slot),
+        if let Some(page) = self.pages.get_mut(number) {
+            page.set(at, packed, long);
         }
     }
 
-    /// The last record of one length: that which moves when this one is removed.
+    /// The last record of one kind: that which moves when this one is removed.
     pub(crate) fn last_like(&self, slot: u32) -> u32 {
         let page = self.pages.get(place_of(slot).0);
-        let last = page.and_then(|page| self.by_cell_len.get(&page.cell_len)?.last());
+        let last = page.and_then(|page| self.by_kind.get(&page.kind)?.last());
         last.and_then(|number| Some(slot_at(*number, self.pages.get(*number)?.len() - 1))).unwrap_or(slot)
     }
 
     /// Removes a record. The one that [`last_like`](Self::last_like) told has this slot from then on.
     pub(crate) fn remove(&mut self, slot: u32) {
         let last = self.last_like(slot);
-        let long = if self.long.is_empty() { None } else { self.long.remove(&last) };
         let ((number, at), (last_number, _)) = (place_of(slot), place_of(last));
         let Some(page) = self.pages.get_mut(last_number) else { return };
-        let moved = page.pop();
+        let (moved, long) = page.pop();
         if page.cells.is_empty() {
             self.give_back(last_number);
         }
-        if last != slot {
-            self.pages.get_mut(number).into_iter().for_each(|page| page.set(at, &moved));
+        if last != slot
+            && let Some(page) = self.pages.get_mut(number)
+        {
+            page.set(at, &moved, long);
         }
-        self.set_long(slot, long.filter(|_| last != slot));
     }
 
     /// The last page of its kind.
     fn give_back(&mut self, number: usize) {
         let Some(page) = self.pages.get_mut(number) else { return };
-        let Page { cell_len, .. } = std::mem::take(page);
-        if let Entry::Occupied(mut numbers) = self.by_cell_len.entry(cell_len) {
+        let Page { kind, .. } = std::mem::take(page);
+        if let Entry::Occupied(mut numbers) = self.by_kind.entry(kind) {
             numbers.get_mut().pop();
             if numbers.get().is_empty() {
                 numbers.remove();
             }
         }
         self.free.push(number);
-        if self.by_cell_len.is_empty() {
+        if self.by_kind.is_empty() {
             *self = Slots::default();
         }
     }
@@ -155,41 +156,44 @@ impl Slots {
 
 impl Page {
     fn len(&self) -> usize {
-        self.cells.len().checked_div(self.cell_len).unwrap_or(0)
+        self.cells.len().checked_div(self.kind.cell_len).unwrap_or(0)
     }
 
     /// A page is somewhat longer than the one before it, so that few records take little and many are in few pages.
-    fn after(last: Option<&Page>, cell_len: usize) -> Self {
+    fn after(last: Option<&Page>, kind: Kind) -> Self {
         let cells = last.map_or(0, |page| page.len() + page.len() / 4) + 1;
-        let cells_max = CELLS_MAX.min(PAGE_LEN_MAX / cell_len);
-        Page { cell_len, cells: Vec::with_capacity(cells.min(cells_max) * cell_len) }
+        let cells_max = CELLS_MAX.min(PAGE_LEN_MAX / kind.cell_len);
+        Page { kind, cells: Vec::with_capacity(cells.min(cells_max) * kind.cell_len), long: Vec::new() }
     }
 
     fn has_room(&self) -> bool {
-        let end = self.cells.len() + self.cell_len;
-        end <= self.cells.capacity() && end <= CELLS_MAX * self.cell_len
+        let end = self.cells.len() + self.kind.cell_len;
+        end <= self.cells.capacity() && end <= CELLS_MAX * self.kind.cell_len
     }
 
     /// A cell and what follows it: a record knows its length.
     fn from(&self, at: usize) -> Option<&[u8]> {
-        self.cells.get(at * self.cell_len..)
+        self.cells.get(at * self.kind.cell_len..)
     }
 
-    fn set(&mut self, at: usize, packed: &[u8]) {
-        let cell = self.cells.get_mut(at * self.cell_len..).and_then(|cells| cells.get_mut(..packed.len()));
+    fn set(&mut self, at: usize, packed: &[u8], long: Option<Bytes>) {
+        debug_assert!(at < self.len(), "a slot is the number of a record");
+        let cell = self.cells.get_mut(at * self.kind.cell_len..).and_then(|cells| cells.get_mut(..packed.len()));
         cell.into_iter().for_each(|cell| cell.copy_from_slice(packed));
+        self.long.get_mut(at).into_iter().zip(long).for_each(|(known, long)| *known = long);
     }
 
     /// Says which cell it is.
-    fn push(&mut self, packed: &[u8]) -> usize {
+    fn push(&mut self, packed: &[u8], long: Option<Bytes>) -> usize {
         let at = self.len();
         self.cells.extend_from_slice(packed);
-        self.cells.resize((at + 1) * self.cell_len, 0);
+        self.cells.resize((at + 1) * self.kind.cell_len, 0);
+        self.long.extend(long);
         at
     }
 
-    fn pop(&mut self) -> Vec<u8> {
-        self.cells.split_off(self.cells.len() - self.cell_len)
+    fn pop(&mut self) -> (Vec<u8>, Option<Bytes>) {
+        (self.cells.split_off(self.cells.len() - self.kind.cell_len), self.long.pop())
     }
 }
 
@@ -219,14 +223,19 @@ mod tests {
         }
 
         pub(crate) fn long_len(&self) -> usize {
-            self.long.len()
+            self.pages.iter().map(|page| page.long.len()).sum()
         }
     }
 
     fn packed(number: usize, value_len: usize) -> Vec<u8> {
+        record(number, value_len, false)
+    }
+
+    /// A record with a long value has as many bytes here: nobody reads them.
+    fn record(number: usize, value_len: usize, is_long: bool) -> Vec<u8> {
         let (key, value, revision) = (number.to_string(), vec![number as u8; value_len], Revision::new(1));
         let mut packed = Vec::new();
-        Unpacked { key: key.as_bytes(), value: &value, is_long: false, revision, expiry: None }.pack(&mut packed);
+        Unpacked { key: key.as_bytes(), value: &value, is_long, revision, expiry: None }.pack(&mut packed);
         packed
     }
 
@@ -265,22 +274,40 @@ mod tests {
     }
 
     #[test]
-    fn the_last_record_of_its_length_takes_the_place_of_one_that_goes() {
+    fn the_last_record_of_its_kind_takes_the_place_of_one_that_goes() {
+        for is_long in [false, true] {
+            let mut slots = Slots::default();
+            let long = |number: usize| is_long.then(|| Bytes::from(vec![number as u8; 5_000]));
+            let add = |slots: &mut Slots, number| slots.add(&record(number, 10, is_long), long(number));
+            let all: Vec<u32> = (0..20).map(|number| add(&mut slots, number)).collect();
+            let other = slots.add(&packed(20, 100), None);
+            assert_eq!(slots.last_like(all[3]), all[19]);
+            slots.remove(all[3]);
+            assert_eq!((key(&slots, all[3]), key(&slots, other), slots.len()), (19, 20, 20));
+            assert_eq!(slots.lend(all[3], |_| "").value.first(), Some(&19));
+            assert_eq!(slots.last_like(all[3]), all[18]);
+            slots.remove(all[18]);
+            slots.remove(all[3]);
+            assert_eq!((key(&slots, all[3]), slots.len()), (17, 18));
+            assert_eq!(
+                (slots.lend(all[3], |_| "").value.first(), slots.long_len()),
+                (Some(&17), 17 * usize::from(is_long))
+            );
+            // A page that was given back is another's.
+            slots.remove(other);
+            assert_eq!(slots.add(&packed(21, 200), None), other);
+        }
+    }
+
+    #[test]
+    fn long_and_short_records_have_cells_of_their_own() {
         let mut slots = Slots::default();
-        let long = Bytes::from(vec![0; 5_000]);
-        let all: Vec<u32> =
-            (0..20).map(|number| slots.add(&packed(number, 10), (number == 19).then_some(&long))).collect();
-        let other = slots.add(&packed(20, 100), None);
-        assert_eq!(slots.last_like(all[3]), all[19]);
-        slots.remove(all[3]);
-        assert_eq!((key(&slots, all[3]), key(&slots, other), slots.len()), (19, 20, 20));
-        assert_eq!(slots.long.keys().collect::<Vec<_>>(), [&all[3]]);
-        assert_eq!(slots.last_like(all[3]), all[18]);
-        slots.remove(all[18]);
-        slots.remove(all[3]);
-        assert_eq!((key(&slots, all[3]), slots.long.len(), slots.len()), (17, 0, 18));
-        // A page that was given back is another's.
-        slots.remove(other);
-        assert_eq!(slots.add(&packed(21, 200), None), other);
+        let (short, long) = (record(1, 10, false), record(2, 10, true));
+        assert_eq!(short.len(), long.len());
+        let slot = slots.add(&short, None);
+        assert!(slots.has_room(slot, short.len(), false) && !slots.has_room(slot, long.len(), true));
+        let other = slots.add(&long, Some(Bytes::from(vec![0; 5_000])));
+        assert_ne!(place_of(slot).0, place_of(other).0);
+        assert!(slots.has_room(other, long.len(), true) && !slots.has_room(other, short.len(), false));
     }
 }

@@ -68,6 +68,23 @@ fn read_polling(inbox: &Inbox<u32>) -> View {
 }
 
 /// Two threads that give changes in the order of their revisions, as a store does: under a lock of theirs.
+/// As an outbox reads: many at a time, and not again while it is waited for.
+fn read_many(inbox: &Inbox<u32>) -> View {
+    let (mut view, mut items) = (View::default(), Vec::new());
+    block_on(poll_fn(|cx| {
+        loop {
+            if inbox.is_waited_for() {
+                return Poll::Pending;
+            }
+            if inbox.poll_take_many(cx, 1_000, &mut items) == Poll::Ready(false) {
+                return Poll::Ready(());
+            }
+            items.drain(..).for_each(|item| view.apply(item));
+        }
+    }));
+    view
+}
+
 fn two_posters(post: Mailbox<u32>, keys: [&'static str; 2]) -> Vec<thread::JoinHandle<()>> {
     let revisions = Arc::new(loom::sync::Mutex::new(0));
     let spawn = |key: &'static str| {
@@ -101,6 +118,11 @@ fn a_polling_reader_is_told_the_latest_of_one_key() {
 #[test]
 fn a_polling_reader_is_told_the_latest_of_two_keys() {
     all_is_told(["a", "b"], read_polling);
+}
+
+#[test]
+fn a_reader_of_many_at_a_time_is_told_the_latest_of_two_keys() {
+    all_is_told(["a", "b"], read_many);
 }
 
 #[test]
@@ -168,6 +190,11 @@ fn closing_loses_nothing_that_was_accepted(read: fn(&Inbox<u32>) -> View) {
 #[test]
 fn a_polling_reader_ends_when_a_poster_closes_and_misses_nothing() {
     closing_loses_nothing_that_was_accepted(read_polling);
+}
+
+#[test]
+fn a_reader_of_many_at_a_time_ends_when_a_poster_closes_and_misses_nothing() {
+    closing_loses_nothing_that_was_accepted(read_many);
 }
 
 #[test]

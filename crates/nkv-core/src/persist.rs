@@ -83,6 +83,8 @@ pub enum PersistErrorKind {
     Damaged,
     /// Another process owns the data. Nothing was changed.
     InUse,
+    /// Another version of the program wrote the data, in a format that this one does not know. Nothing was changed.
+    OtherVersion,
 }
 
 impl PersistError {

@@ -112,6 +112,9 @@ pub fn repair_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report,
 fn salvage(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<(Log, Vec<(String, u64)>), PersistError> {
     let scan = Scan::salvage(disk, lock.promises_segments()?)?;
     let drops = drops(&scan);
+    for number in &scan.skipped {
+        disk.keep_aside(&segment_name(*number), 0, u64::MAX)?;
+    }
     let log = match scan.cut() {
         Some(tail) => {
             if scan.damage.is_some() {
@@ -133,16 +136,18 @@ fn nothing_left() -> PersistError {
     PersistError::new(PersistErrorKind::Damaged, "the repair has left no segment")
 }
 
-/// Keeps aside and drops everything at and after the damage; the newest segment goes first, so that a crash in between
-/// leaves a directory that still refuses to open.
+/// Keeps aside and drops everything at and after the damage; the newest segment goes first. A crash in between leaves a
+/// directory that still refuses to open, or one that ends where it was to be cut: what was kept aside there first tells the
+/// next opening that a new epoch is to begin.
 fn drop_after(disk: &Disk, scan: &Scan, tail: &Tail) -> Result<(), PersistError> {
+    let kept = keep(disk, tail)?;
     let later = scan.numbers.iter().rev().filter(|number| **number > tail.header.number);
     for number in later {
         let name = segment_name(*number);
         disk.keep_aside(&name, 0, u64::MAX)?;
         disk.remove(&name)?;
     }
-    cut(disk, tail, &keep(disk, tail)?, "repair")
+    cut(disk, tail, &kept, "repair")
 }
 
 /// Nothing can be saved: a new log behind all that is there, which makes the rest leftovers.
@@ -174,11 +179,12 @@ fn report(scan: &Scan) -> Report {
 }
 
 fn drops(scan: &Scan) -> Vec<(String, u64)> {
+    let skipped = scan.skipped.iter().map(|number| (segment_name(*number), 0));
     if scan.damage.is_none() {
-        return Vec::new();
+        return skipped.collect();
     }
     let cut = scan.cut().map(|tail| (tail.header.number, tail.end));
     let here = cut.map(|(number, end)| (segment_name(number), end));
     let later = scan.numbers.iter().filter(|later| cut.is_none_or(|(number, _)| **later > number));
-    here.into_iter().chain(later.map(|later| (segment_name(*later), 0))).collect()
+    skipped.chain(here).chain(later.map(|later| (segment_name(*later), 0))).collect()
 }

@@ -194,7 +194,7 @@ impl Compactor {
             let may_spend = is_empty || log.reserve_takes(number, 0);
             log.rotate_for_compaction(may_spend)?;
         }
-        let frames = log.index.frames_of(number).map(Vec::into_iter);
+        let frames = if is_empty { None } else { log.index.frames_of(number).map(Vec::into_iter) };
         drop(log);
         let reader = if is_empty { None } else { Some(self.open(number)?) };
         Ok(Job { number, reader, frames })

@@ -4,6 +4,8 @@ use std::io;
 
 use nkv_core::{PersistError, PersistErrorKind};
 
+use crate::format::VERSION;
+
 /// An error of the operating system, while `doing` something to the file `name`.
 pub(crate) fn from_io(doing: &str, name: &str, error: io::Error) -> PersistError {
     let kind = match error.kind() {
@@ -23,4 +25,12 @@ pub(crate) fn damaged(name: &str, offset: u64, reason: &str) -> PersistError {
 /// Nobody knows what the storage holds.
 pub(crate) fn poisoned(context: &str) -> PersistError {
     PersistError::new(PersistErrorKind::Poisoned, context)
+}
+
+/// Data in a format that this program does not know.
+pub(crate) fn other_version(name: &str, version: u32) -> PersistError {
+    let context = format!(
+        "{name} has format version {version}, and this program reads version {VERSION}: use the program that wrote it"
+    );
+    PersistError::new(PersistErrorKind::OtherVersion, context)
 }

@@ -73,6 +73,12 @@ impl SegmentHeader {
         bytes
     }
 
+    /// The format version of a header that is whole, if it is another one.
+    pub(crate) fn other_version(bytes: &[u8]) -> Option<u32> {
+        let is_whole = bytes.starts_with(SEGMENT_MAGIC) && Some(crc32c::crc32c(bytes.get(..64)?)) == u32_at(bytes, 64);
+        u32_at(bytes, 8).filter(|version| is_whole && *version != VERSION)
+    }
+
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, &'static str> {
         let cut = "the segment header is cut";
         if bytes.get(..8).ok_or(cut)? != SEGMENT_MAGIC {
@@ -81,14 +87,8 @@ impl SegmentHeader {
         if crc32c::crc32c(bytes.get(..64).ok_or(cut)?) != u32_at(bytes, 64).ok_or(cut)? {
             return Err("the checksum of the segment header does not match");
         }
-        match u32_at(bytes, 8).ok_or(cut)? {
-            VERSION => {}
-            1 => {
-                return Err(
-                    "the segment has format version 1, which no release has written; this program reads version 2",
-                );
-            }
-            _ => return Err("the segment has a format version that this program does not know; it reads version 2"),
+        if u32_at(bytes, 8).ok_or(cut)? != VERSION {
+            return Err("the segment has another format version");
         }
         if u32_at(bytes, 68).ok_or(cut)? != 0 {
             return Err("the segment header does not end in zeros");

@@ -114,6 +114,9 @@ pub fn recover(data: &[u8]) {
             assert!(checked.is_err() || checked.is_ok_and(|report| report.damage.is_none()), "check has seen damage");
             use_it(&fs, persist);
         }
+        Err(error) if error.kind() == PersistErrorKind::OtherVersion => {
+            assert!(repair_with(Arc::new(fs.clone()), DIR).is_err_and(|e| e.kind() == PersistErrorKind::OtherVersion));
+        }
         Err(error) => {
             assert_eq!(error.kind(), PersistErrorKind::Damaged, "{error}");
             assert!(checked.is_err() || checked.is_ok_and(|report| report.damage.is_some()), "check has seen nothing");

@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use hashbrown::HashTable;
 use nkv_core::Revision;
 
-use crate::format::SegmentHeader;
+use crate::format::{SEGMENT_HEADER_LEN, SegmentHeader};
 
 /// How far apart the ends of a log may be: the index does not tell more positions from each other.
 pub(crate) const SPAN_MAX: u64 = 1 << POSITION_BITS;
@@ -27,6 +27,8 @@ pub(crate) struct Place {
 /// An index with one value for so many bytes of a segment, or fewer, is looked through in a fraction of the time that the
 /// segment takes to be read.
 const FRAMES_SHARE: u64 = 256;
+/// Nobody can use the log while the index is looked through: with more values that would take more than a millisecond.
+const FRAMES_MAX: u64 = 64 << 10;
 
 /// What is known of a segment.
 #[derive(Clone, Copy, Debug, Default)]
@@ -69,11 +71,16 @@ pub(crate) struct Index {
     segments: VecDeque<Usage>,
     live_bytes: u64,
     total_bytes: u64,
+    /// So many values are expected in all: room for them is not given back.
+    expected: usize,
 }
 
 impl Index {
-    /// Makes room for so many more values at once, if there is that much memory.
+    /// Makes room for so many more values at once, if there is that much memory. What was read so far may mislead, so it is
+    /// room for a few times as many as there are at most.
     pub(crate) fn expect(&mut self, more: usize) {
+        let more = more.min(self.places.len().saturating_mul(4));
+        self.expected = self.places.len().saturating_add(more);
         if self.places.try_reserve(more, |(revision, _)| hash(*revision)).is_err() {
             tracing::debug!(more, "no room yet for all values of the log that are expected");
         }
@@ -81,6 +88,7 @@ impl Index {
 
     /// Gives back the room that was expected to be needed and is not.
     pub(crate) fn fit(&mut self) {
+        self.expected = 0;
         self.places.shrink_to_fit(|(revision, _)| hash(*revision));
     }
 
@@ -106,7 +114,7 @@ impl Index {
         let long = if len == LONG { self.long.remove(&revision) } else { None };
         let place = Place { position, len: long.unwrap_or(len as u32) };
         self.count_live(place, false);
-        if self.places.capacity() / 8 > self.places.len() {
+        if self.places.capacity() / 8 > self.places.len().max(self.expected) {
             self.places.shrink_to(self.places.len().saturating_mul(2), |(revision, _)| hash(*revision));
         }
         true
@@ -136,11 +144,12 @@ impl Index {
     /// it is no less work than to read the segment.
     pub(crate) fn frames_of(&self, segment: u64) -> Option<Vec<u64>> {
         let (usage, end) = (self.usage(segment), self.end());
-        if self.places.len() as u64 > usage.bytes / FRAMES_SHARE {
+        if self.places.len() as u64 > (usage.bytes / FRAMES_SHARE).min(FRAMES_MAX) {
             return None;
         }
         let positions = self.places.iter().map(|(_, packed)| packed.position(end));
-        let is_here = |position: &u64| *position >= usage.base && *position < usage.base.saturating_add(usage.bytes);
+        let next = usage.base.saturating_add(usage.bytes.saturating_sub(SEGMENT_HEADER_LEN));
+        let is_here = |position: &u64| *position >= usage.base && *position < next;
         let mut frames: Vec<u64> = positions.filter(is_here).collect();
         frames.sort_unstable();
         frames.dedup();
@@ -236,7 +245,6 @@ mod tests {
     use nkv_core::Epoch;
 
     use super::*;
-    use crate::format::SEGMENT_HEADER_LEN;
 
     /// An index of one segment, which starts at `base`.
     fn index_at(base: u64) -> Index {
@@ -270,7 +278,7 @@ mod tests {
     fn the_frames_that_hold_values_are_known_where_they_are_few() {
         let mut index = index_at(1 << 40);
         let mut next = index_at(1 << 40).segments[0];
-        (next.number, next.base) = (8, next.base + next.bytes);
+        (next.number, next.base) = (8, next.base + next.bytes - SEGMENT_HEADER_LEN);
         index.segments.push_back(next);
         let base = 1 << 40;
         for (revision, position) in [(1, base + 900), (2, base + 40), (3, base + 40), (4, next.base), (5, base)] {
@@ -301,10 +309,11 @@ mod tests {
     #[test]
     fn values_that_were_expected_and_did_not_come_keep_no_room_and_too_many_are_not_expected() {
         let mut index = index_at(0);
-        index.expect(100_000);
-        assert!(index.places.capacity() >= 100_000);
+        (1..=1_000).for_each(|at| index.insert(Revision::new(at), Place { position: at * 32, len: 30 }));
         index.expect(usize::MAX);
-        (1..=10).for_each(|at| index.insert(Revision::new(at), Place { position: at * 32, len: 30 }));
+        assert!((5_000..10_000).contains(&index.places.capacity()));
+        (11..=1_000).for_each(|at| _ = index.remove(Revision::new(at)));
+        assert!(index.places.capacity() >= 5_000, "it is expected to be needed");
         index.fit();
         assert!(index.places.capacity() < 100 && (1..=10).all(|at| index.is_live(Revision::new(at), at * 32)));
     }

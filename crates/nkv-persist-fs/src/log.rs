@@ -355,6 +355,7 @@ impl Log {
     /// to the put, or to what stands before it, is not taken for a torn tail.
     pub(crate) fn prove(&mut self) {
         if !self.last_proves
+            && self.check_usable().is_ok()
             && let Err(error) = self.write(&mut FrameBuf::of(|_| {}), self.flags())
         {
             tracing::debug!(%error, "no frame says what is durable");

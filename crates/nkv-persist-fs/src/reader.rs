@@ -5,7 +5,7 @@ use std::sync::Arc;
 use nkv_core::PersistError;
 
 use crate::disk::{Disk, segment_name};
-use crate::error::from_io;
+use crate::error::{from_io, other_version};
 use crate::format::{FRAME_HEADER_LEN, FrameHeader, SEGMENT_HEADER_LEN, SegmentHeader};
 use crate::vfs::{Open, VfsFile, read_exact};
 
@@ -49,6 +49,10 @@ impl SegmentReader {
         let size = file.size().map_err(|e| from_io("read", &path, e))?;
         let mut bytes = vec![0; SEGMENT_HEADER_LEN.min(size) as usize];
         read_exact(&*file, &mut bytes, 0).map_err(|e| from_io("read", &path, e))?;
+        if let Some(version) = SegmentHeader::other_version(&bytes) {
+            // Not damage: who cannot read it is not to repair it either.
+            return Err(other_version(&path, version));
+        }
         Ok(match SegmentHeader::decode(&bytes) {
             Ok(header) if header.number != number => {
                 Opened::Bad { reason: "its header has the number of another segment", size }

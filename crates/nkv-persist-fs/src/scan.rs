@@ -54,6 +54,8 @@ pub(crate) struct Scan {
     /// All segments, needed or not.
     pub(crate) numbers: Vec<u64>,
     pub(crate) head: u64,
+    /// Segments that are needed and that a repair has to do without, before the head.
+    pub(crate) skipped: Vec<u64>,
     pub(crate) index: Index,
     pub(crate) epoch: Epoch,
     pub(crate) revision: Revision,
@@ -106,7 +108,7 @@ impl Scan {
         }
         scan.find_head(disk)?;
         if salvage {
-            scan.head = scan.numbers.iter().copied().find(|number| *number >= scan.head).unwrap_or(last);
+            scan.skip_to_readable(disk)?;
         }
         let mut number = scan.head;
         while scan.read_segment(disk, number, last)? {
@@ -119,6 +121,20 @@ impl Scan {
             scan.cut_before = disk.list()?.contains(&broken);
         }
         Ok(scan)
+    }
+
+    /// The oldest segments may be missing, or have no header that can be read: begins behind them, if there is another.
+    fn skip_to_readable(&mut self, disk: &Disk) -> Result<(), PersistError> {
+        let needed = self.numbers.iter().copied().filter(|number| *number >= self.head);
+        for number in needed.collect::<Vec<_>>() {
+            if matches!(SegmentReader::open(disk, number)?, Opened::Good(_)) {
+                self.head = number;
+                return Ok(());
+            }
+            self.skipped.push(number);
+        }
+        self.skipped.clear();
+        Ok(())
     }
 
     /// The segments that the log no longer needs.
@@ -249,6 +265,7 @@ impl Scan {
             let record = record?;
             let entry = record.entry()?;
             entry.check_key()?;
+            self.check_revisions(&entry, header.position)?;
             self.apply(entry, Place { position: header.position, len: record.bytes.len() as u32 });
         }
         // An empty frame is no batch.
@@ -256,6 +273,18 @@ impl Scan {
         self.relaxed = header.is_relaxed();
         self.synced_to = self.synced_to.max(header.synced_to);
         Ok(())
+    }
+
+    /// Records are known by their revisions: one that has none, or another's, would be counted wrongly ever after.
+    fn check_revisions(&self, entry: &Entry<'_>, position: u64) -> Result<(), &'static str> {
+        let (&Entry::Put { revision, replaces, .. } | &Entry::Delete { revision, replaces, .. }) = entry else {
+            return Ok(());
+        };
+        if revision <= replaces {
+            return Err("a record replaces what is no older");
+        }
+        let is_twice = matches!(entry, Entry::Put { .. }) && self.index.is_live(revision, position);
+        if is_twice { Err("two records of a frame have one revision") } else { Ok(()) }
     }
 
     fn apply(&mut self, entry: Entry<'_>, place: Place) {

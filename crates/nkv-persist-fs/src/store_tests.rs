@@ -279,3 +279,44 @@ fn a_whole_frame_with_a_text_that_is_no_key_is_damage() {
         assert_eq!(error.kind(), PersistErrorKind::Damaged, "{error}");
     }
 }
+
+// Such a log was opened, and never loaded.
+#[test]
+fn a_revision_that_is_none_or_stands_twice_in_a_frame_is_damage() {
+    for (frames, reason) in [
+        (vec![vec![put("a", 1, 0)], vec![put("b", 0, 0)]], "a record replaces what is no older"),
+        (vec![vec![put("a", 1, 0)], vec![delete("a", 0, 0)]], "a record replaces what is no older"),
+        (vec![vec![put("a", 1, 0)], vec![put("a", 2, 2)]], "a record replaces what is no older"),
+        (vec![vec![put("a", 1, 0)], vec![put("a", 5, 1), put("b", 5, 0)]], "two records of a frame have one revision"),
+    ] {
+        let fs = SimFs::new();
+        let persist = FsPersist::open_with(Arc::new(fs.clone()), "/data", options()).unwrap();
+        for batch in frames {
+            let mut frame = FrameBuf::of(|frame| batch.iter().for_each(|change| _ = frame.push_change(change)));
+            lock(&persist.shared.log).append(&mut frame).unwrap();
+        }
+        drop(persist);
+        assert_eq!(check_with(Arc::new(fs.clone()), "/data").unwrap().damage.unwrap().reason, reason);
+        crate::repair_with(Arc::new(fs.clone()), "/data").unwrap();
+        let mut persist = FsPersist::open_with(Arc::new(fs), "/data", options()).unwrap();
+        assert_eq!(revisions(&mut persist), [("a".to_owned(), 1)]);
+    }
+}
+
+#[test]
+fn nothing_says_what_is_durable_in_a_log_whose_sync_has_failed() {
+    let fs = SimFs::new();
+    let persist = FsPersist::open_with(Arc::new(fs.clone()), "/data", options()).unwrap();
+    let mut log = lock(&persist.shared.log);
+    let append = |log: &mut Log, change| log.append(&mut FrameBuf::of(|frame| _ = frame.push_change(&change)));
+    append(&mut log, put("a", 1, 0)).unwrap();
+    let pending = log.start_sync().unwrap();
+    let result = pending.run();
+    // Compaction, meanwhile.
+    append(&mut log, put("b", 2, 0)).unwrap();
+    let _ = log.poison(PersistError::new(PersistErrorKind::Io, "its sync has failed"));
+    log.end_sync(&pending, result).unwrap();
+    let before = fs.mutations();
+    log.prove();
+    assert_eq!(fs.mutations(), before);
+}

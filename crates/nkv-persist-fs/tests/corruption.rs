@@ -222,17 +222,48 @@ fn a_cut_file_is_refused_unless_the_end_of_the_log_was_cut_off() {
 fn a_repair_that_a_power_cut_interrupts_can_be_done_again() {
     let subject = subject(7, 60);
     let names = segments(&subject.fs);
+    let images = interrupted(&subject, || subject.with(&names[names.len() / 2], |bytes| bytes[700] ^= 1));
+    println!("{images} images");
+}
+
+// What was left when the later segments were gone looked like the end of a log, in the old epoch.
+#[test]
+fn a_repair_of_a_segment_that_ends_between_two_frames_can_be_interrupted_too() {
+    let fs = SimFs::new();
+    let mut persist = open(&fs, &options()).unwrap();
+    let history: Vec<_> = (1..=40).map(|at| vec![put(&format!("k.{at}"), at, [1; 600])]).collect();
+    history.iter().for_each(|batch| persist.persist(batch).unwrap());
+    let subject = Subject::new(kill(&fs, persist), &history);
+    let names = segments(&subject.fs);
     let name = &names[names.len() / 2];
+    let at = frame_ends(&subject.fs.read(&path(name)).unwrap())[2];
+    let images = interrupted(&subject, || subject.with(name, |bytes| bytes.truncate(at)))
+        + interrupted(&subject, || subject.with(name, |bytes| bytes[at..].fill(0)));
+    println!("{images} images");
+}
+
+/// Where the frames of a segment end, the header first.
+fn frame_ends(bytes: &[u8]) -> Vec<usize> {
+    let mut ends = vec![72];
+    while let Some(frame) = bytes[ends[ends.len() - 1]..].strip_prefix(b"nkvF") {
+        let body_len = u32::from_le_bytes(frame[4..8].try_into().unwrap()) as usize;
+        ends.push(ends[ends.len() - 1] + (40 + body_len).next_multiple_of(8));
+    }
+    ends
+}
+
+/// Cuts the power at each step of a repair: it can be done again, or has begun a new epoch. Gives the number of images.
+fn interrupted(subject: &Subject, damaged: impl Fn() -> SimFs) -> usize {
     let (mut rng, mut images) = (Rng(3), 0);
     for cut in 0.. {
-        let fs = subject.with(name, |bytes| bytes[700] ^= 1);
+        let fs = damaged();
         fs.cut_power_at(cut);
         let is_done = repair_with(Arc::new(fs.clone()), DIR).is_ok();
         for _ in 0..20 {
             let image = fs.crash(&mut |n| rng.below(n));
             match open(&image, &options()) {
                 Err(_) => subject.repair(&image, &format!("cut {cut}")),
-                Ok(mut persist) => assert_ne!(load(&mut persist).unwrap().1.epoch, check(&subject.fs).epoch),
+                Ok(mut persist) => assert_ne!(load(&mut persist).unwrap().1.epoch, subject.epoch),
             }
             images += 1;
         }
@@ -240,7 +271,60 @@ fn a_repair_that_a_power_cut_interrupts_can_be_done_again() {
             break;
         }
     }
-    println!("{images} images");
+    images
+}
+
+#[test]
+fn data_of_another_version_is_refused_and_a_repair_leaves_it_as_it_is() {
+    let subject = subject(1, 40);
+    let names = segments(&subject.fs);
+    let of_version = |version: u8| {
+        move |bytes: &mut Vec<u8>| {
+            bytes[8] = version;
+            let crc = crc32c::crc32c(&bytes[..64]);
+            bytes[64..68].copy_from_slice(&crc.to_le_bytes());
+        }
+    };
+    let last = &names[names.len() - 1];
+    for fs in [
+        subject.with(last, of_version(1)),
+        subject.with(last, of_version(3)),
+        subject.with(&names[0], of_version(3)),
+        // As if its making had been interrupted.
+        subject.with(last, |bytes| {
+            of_version(3)(bytes);
+            bytes.truncate(72);
+        }),
+    ] {
+        let before = fs.digest();
+        let refused = [
+            open(&fs, &options()).map(drop).unwrap_err(),
+            check_with(Arc::new(fs.clone()), DIR).map(drop).unwrap_err(),
+            repair_with(Arc::new(fs.clone()), DIR).map(drop).unwrap_err(),
+        ];
+        for error in refused {
+            assert_eq!(error.kind(), PersistErrorKind::OtherVersion, "{error}");
+            assert!(error.to_string().contains("reads version 2"), "{error}");
+        }
+        assert_eq!(fs.digest(), before);
+    }
+}
+
+// All was lost, but for what was kept aside, where a missing file would have cost next to nothing.
+#[test]
+fn a_repair_without_the_header_of_the_oldest_segment_keeps_what_stands_behind() {
+    let subject = subject(7, 60);
+    let oldest = &segments(&subject.fs)[0];
+    let flipped = subject.with(oldest, |bytes| bytes[20] ^= 1);
+    let gone = subject.fs.fork();
+    gone.place(&path(oldest), None);
+    let [of_flipped, of_gone] = [&flipped, &gone].map(|fs| {
+        repair_with(Arc::new(fs.clone()), DIR).unwrap();
+        load(&mut open(fs, &options()).unwrap()).unwrap().0
+    });
+    assert!(of_gone.len() > 10, "this test is about a store that has more segments");
+    assert_eq!(of_flipped, of_gone);
+    assert_eq!(kept_aside(&flipped).len(), 1);
 }
 
 #[test]

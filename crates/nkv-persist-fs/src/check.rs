@@ -76,7 +76,10 @@ pub fn check(dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
 pub fn check_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
     let disk = Disk::new(vfs, dir.into());
     let lock = disk.lock(Open::Read)?;
-    Ok(report(&Scan::run(&disk, lock.promises_segments()?)?))
+    let promised = lock.promises_segments()?;
+    let scan = Scan::run(&disk, promised)?;
+    let drops = if scan.damage.is_some() { drops(&Scan::salvage(&disk, promised)?) } else { Vec::new() };
+    Ok(Report { drops, ..report(&scan) })
 }
 
 /// Makes a damaged data directory usable: what stands at the damage and after it is kept aside in files named
@@ -174,7 +177,7 @@ fn report(scan: &Scan) -> Report {
         epoch: scan.epoch,
         torn_bytes: scan.torn_bytes(),
         damage: scan.damage.clone(),
-        drops: drops(scan),
+        drops: Vec::new(),
     }
 }
 

@@ -318,6 +318,8 @@ fn a_repair_without_the_header_of_the_oldest_segment_keeps_what_stands_behind() 
     let flipped = subject.with(oldest, |bytes| bytes[20] ^= 1);
     let gone = subject.fs.fork();
     gone.place(&path(oldest), None);
+    assert_eq!(check(&flipped).drops, [(oldest.clone(), 0)]);
+    assert_eq!(check(&gone).drops, []);
     let [of_flipped, of_gone] = [&flipped, &gone].map(|fs| {
         repair_with(Arc::new(fs.clone()), DIR).unwrap();
         load(&mut open(fs, &options()).unwrap()).unwrap().0

@@ -10,6 +10,7 @@ use crate::disk::{Disk, Lock, segment_name};
 use crate::log::Log;
 use crate::open::{create, cut, keep, open_log, renew, resume};
 use crate::options::FsOptions;
+use crate::reader::SegmentReader;
 use crate::scan::{Damage, Scan, Tail};
 use crate::vfs::{Open, RealFs, Vfs};
 
@@ -33,7 +34,8 @@ pub struct Report {
     pub epoch: Epoch,
     /// How many bytes a crash left torn at the end; the next opening keeps them aside and cuts them off.
     pub torn_bytes: u64,
-    /// Where the data is damaged, if it is; then everything else is about what stands before.
+    /// Where the data is damaged first, if it is; then everything else is about what stands before, and after a repair
+    /// about what was kept.
     pub damage: Option<Damage>,
     /// What a repair drops, or has dropped: each file with the offset from which on it goes.
     pub drops: Vec<(String, u64)>,
@@ -63,7 +65,8 @@ impl fmt::Display for Report {
 /// # Errors
 ///
 /// [`PersistErrorKind::InUse`] while a process has it,
-/// [`PersistErrorKind::Io`] when it cannot be read. Damage is no error here.
+/// [`PersistErrorKind::Io`] when it cannot be read, [`PersistErrorKind::OtherVersion`] when another version of the program
+/// wrote it. Damage is no error here.
 pub fn check(dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
     check_with(Arc::new(RealFs::default()), dir)
 }
@@ -83,7 +86,8 @@ pub fn check_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report, 
 }
 
 /// Makes a damaged data directory usable: what stands at the damage and after it is kept aside in files named
-/// `*.broken-*`, then dropped, and a new epoch begins. Without damage this is an ordinary opening.
+/// `*.broken-*`, then dropped, and a new epoch begins. If it is the oldest segments that are missing, or have no header that
+/// can be read, what stands behind them stays. Without damage this is an ordinary opening.
 ///
 /// # Errors
 ///
@@ -100,26 +104,33 @@ pub fn repair(dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
 pub fn repair_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
     let disk = Disk::new(vfs, dir.into());
     let lock = disk.lock(Open::Write)?;
+    // One of another version, wherever it stands, is refused before anything is changed.
+    disk.segments()?.into_iter().try_for_each(|number| SegmentReader::open(&disk, number).map(drop))?;
     let scan = Scan::run(&disk, lock.promises_segments()?)?;
-    let before = report(&scan);
     let options = FsOptions::default().with_reserve_bytes(0);
-    if scan.damage.is_none() {
+    let Some(damage) = &scan.damage else {
         let log = open_log(&disk, &lock, options)?;
-        return Ok(Report { epoch: log.epoch, ..before });
-    }
-    let (log, drops) = salvage(&disk, &lock, options)?;
-    Ok(Report { epoch: log.epoch, keys: log.index.key_count(), live_bytes: log.index.live_bytes(), drops, ..before })
+        return Ok(Report { epoch: log.epoch, ..report(&scan) });
+    };
+    let (log, kept) = salvage(&disk, &lock, options)?;
+    let (keys, live_bytes) = (log.index.key_count(), log.index.live_bytes());
+    Ok(Report { epoch: log.epoch, keys, live_bytes, damage: Some(damage.clone()), ..kept })
 }
 
-/// Saves what stands before the damage. If the oldest segments are missing, what stands behind those.
-fn salvage(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<(Log, Vec<(String, u64)>), PersistError> {
+/// Saves what stands before the damage. If the oldest segments are missing, or have no header that can be read, what
+/// stands behind those.
+fn salvage(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<(Log, Report), PersistError> {
     let scan = Scan::salvage(disk, lock.promises_segments()?)?;
-    let drops = drops(&scan);
+    let kept = Report { drops: drops(&scan), ..report(&scan) };
     for number in &scan.skipped {
-        disk.keep_aside(&segment_name(*number), 0, u64::MAX)?;
+        keep_all(disk, *number)?;
     }
     let log = match scan.cut() {
         Some(tail) => {
+            // The newest segment, which knows where the log begins, may go now: nobody is to begin before that.
+            for number in scan.leftovers() {
+                disk.remove(&segment_name(number))?;
+            }
             if scan.damage.is_some() {
                 drop_after(disk, &scan, &tail)?;
             }
@@ -132,7 +143,12 @@ fn salvage(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<(Log, Vec<(St
         None => start_over(disk, &scan, options)?,
     };
     lock.promise_segments()?;
-    Ok((log, drops))
+    Ok((log, kept))
+}
+
+/// Keeps a whole segment aside, in the room of the reserve if there is no other.
+fn keep_all(disk: &Disk, number: u64) -> Result<(), PersistError> {
+    disk.at_any_price(|| disk.keep_aside(&segment_name(number), 0, u64::MAX)).map(drop)
 }
 
 fn nothing_left() -> PersistError {
@@ -146,9 +162,8 @@ fn drop_after(disk: &Disk, scan: &Scan, tail: &Tail) -> Result<(), PersistError>
     let kept = keep(disk, tail)?;
     let later = scan.numbers.iter().rev().filter(|number| **number > tail.header.number);
     for number in later {
-        let name = segment_name(*number);
-        disk.keep_aside(&name, 0, u64::MAX)?;
-        disk.remove(&name)?;
+        keep_all(disk, *number)?;
+        disk.remove(&segment_name(*number))?;
     }
     cut(disk, tail, &kept, "repair")
 }
@@ -156,7 +171,7 @@ fn drop_after(disk: &Disk, scan: &Scan, tail: &Tail) -> Result<(), PersistError>
 /// Nothing can be saved: a new log behind all that is there, which makes the rest leftovers.
 fn start_over(disk: &Disk, scan: &Scan, options: FsOptions) -> Result<Log, PersistError> {
     for number in &scan.numbers {
-        disk.keep_aside(&segment_name(*number), 0, u64::MAX)?;
+        keep_all(disk, *number)?;
     }
     let mut log = create(disk, options, scan.numbers.last().map_or(1, |last| last.saturating_add(1)))?;
     for number in &scan.numbers {

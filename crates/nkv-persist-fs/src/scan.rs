@@ -246,7 +246,9 @@ impl Scan {
                 Next::End => return Ok(None),
                 Next::Bad(reason) => return Ok(Some(reason)),
             };
+            let last_good = self.revision;
             if let Err(reason) = self.replay(&header, body) {
+                self.revision = last_good;
                 self.damage(number, at, reason);
                 return Ok(None);
             }
@@ -275,7 +277,8 @@ impl Scan {
         Ok(())
     }
 
-    /// Records are known by their revisions: one that has none, or another's, would be counted wrongly ever after.
+    /// Records are known by their revisions: a put that has none, or that of another put of its frame, would be counted
+    /// wrongly ever after.
     fn check_revisions(&self, entry: &Entry<'_>, position: u64) -> Result<(), &'static str> {
         let (&Entry::Put { revision, replaces, .. } | &Entry::Delete { revision, replaces, .. }) = entry else {
             return Ok(());

@@ -101,7 +101,8 @@ impl FsPersist {
     /// # Errors
     ///
     /// [`PersistErrorKind::InUse`] when another process has it, [`PersistErrorKind::Damaged`] with file and offset
-    /// when something that had been durable cannot be read; nothing was changed then. [`PersistErrorKind::Io`] and
+    /// when something that had been durable cannot be read, [`PersistErrorKind::OtherVersion`] when another version of the
+    /// program wrote it; nothing was changed then. [`PersistErrorKind::Io`] and
     /// [`PersistErrorKind::NoSpace`] when the file system fails.
     pub fn open(dir: impl Into<PathBuf>, options: FsOptions) -> Result<Self, PersistError> {
         Self::open_with(Arc::new(RealFs::default()), dir, options)

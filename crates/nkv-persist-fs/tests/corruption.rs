@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -307,6 +308,54 @@ fn data_of_another_version_is_refused_and_a_repair_leaves_it_as_it_is() {
             assert!(error.to_string().contains("reads version 2"), "{error}");
         }
         assert_eq!(fs.digest(), before);
+    }
+}
+
+// The newest segment knew where the log begins, and went first. Then the log seemed to begin with a segment that was no
+// longer needed, and what the repair was to save was dropped.
+#[test]
+fn a_repair_is_not_misled_by_a_segment_that_is_no_longer_needed() {
+    let fs = SimFs::new();
+    let history = history_of(24, 7, 60, 900);
+    let mut persist = open(&fs, &options()).unwrap();
+    let mut files = BTreeMap::new();
+    for batch in &history {
+        persist.persist(batch).unwrap();
+        files.extend(segments(&fs).into_iter().map(|name| (name.clone(), fs.read(&path(&name)))));
+    }
+    let subject = Subject::new(kill(&fs, persist), &history);
+    let names = segments(&subject.fs);
+    let (leftover, bytes) = files.range(..names[0].clone()).next_back().unwrap();
+    let damaged = |has_leftover: bool| {
+        let fs = subject.with(&names[0], |bytes| bytes[20] ^= 1);
+        let later = &names[names.len() - 2];
+        let mut bytes_of_later = fs.read(&path(later)).unwrap();
+        bytes_of_later[700] ^= 1;
+        fs.place(&path(later), Some(bytes_of_later));
+        if has_leftover {
+            fs.place(&path(leftover), bytes.clone());
+        }
+        fs
+    };
+    let repaired = |fs: &SimFs| {
+        repair_with(Arc::new(fs.clone()), DIR).unwrap();
+        load(&mut open(fs, &options()).unwrap()).unwrap().0
+    };
+    let saved = repaired(&damaged(false));
+    assert!(saved.len() > 5, "this test is about a store of which something is saved: {}", saved.len());
+    let mut rng = Rng(3);
+    for cut in 0.. {
+        let fs = damaged(true);
+        fs.cut_power_at(cut);
+        let is_done = repair_with(Arc::new(fs.clone()), DIR).is_ok();
+        for _ in 0..10 {
+            let image = fs.crash(&mut |n| rng.below(n));
+            let state = open(&image, &options()).map(|mut persist| load(&mut persist).unwrap().0);
+            assert_eq!(state.unwrap_or_else(|_| repaired(&image)), saved, "cut {cut}");
+        }
+        if is_done {
+            break;
+        }
     }
 }
 

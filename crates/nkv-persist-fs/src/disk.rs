@@ -117,16 +117,27 @@ impl Disk {
     /// Copies what stands between `offset` and `end` into a file beside it, durably. The copy also tells the next opening,
     /// should this one not live to say so, that something was cut there.
     pub(crate) fn keep_aside(&self, name: &str, offset: u64, end: u64) -> Result<String, PersistError> {
-        let broken = broken_name(name, offset);
-        let (from, to) = (self.open(name, Open::Read)?, self.open(&broken, Open::Create)?);
+        let from = self.open(name, Open::Read)?;
         let end = from.size().map_err(|e| from_io("read", name, e))?.min(end);
-        // One that is as long may not be on the disk, although the system shows it. A longer copy is of an earlier cut at
-        // the same place, which nobody made before the copy was durable.
-        if to.size().map_err(|e| from_io("read", &broken, e))? <= end.saturating_sub(offset) {
-            let copied = to.set_len(0).and_then(|()| copy(&*from, &*to, offset, end, 0));
-            copied.map_err(|e| from_io("copy a torn tail to", &broken, e))?;
+        let len = end.saturating_sub(offset);
+        let (first, mut broken) = (broken_name(name, offset), broken_name(name, offset));
+        for number in 1_u32.. {
+            let to = self.open(&broken, Open::Create)?;
+            let size = to.size().map_err(|e| from_io("read", &broken, e))?;
+            let is_ours = are_same(&*from, offset, &*to, size.min(len)).map_err(|e| from_io("read", &broken, e))?;
+            if is_ours {
+                // One that is as long may not be on the disk, although the system shows it. A longer copy is of an earlier
+                // cut at the same place, which nobody made before the copy was durable.
+                if size <= len {
+                    let copied = to.set_len(0).and_then(|()| copy(&*from, &*to, offset, end, 0));
+                    copied.map_err(|e| from_io("copy a torn tail to", &broken, e))?;
+                }
+                to.sync_data().map_err(|e| from_io("sync", &broken, e))?;
+                break;
+            }
+            // Something else was kept under that name: numbers of segments are given again after a repair.
+            broken = format!("{first}-{number}");
         }
-        to.sync_data().map_err(|e| from_io("sync", &broken, e))?;
         self.sync_dir()?;
         Ok(broken)
     }
@@ -207,6 +218,24 @@ fn copy(from: &dyn VfsFile, to: &dyn VfsFile, mut offset: u64, end: u64, mut to_
     Ok(())
 }
 
+/// Whether the first `len` bytes of `other` are those of `one` from `offset` on.
+fn are_same(one: &dyn VfsFile, offset: u64, other: &dyn VfsFile, len: u64) -> io::Result<bool> {
+    let (mut left, mut right) = (vec![0; COPY_CHUNK], vec![0; COPY_CHUNK]);
+    let mut at = 0_u64;
+    while at < len {
+        let step = usize::try_from(len.saturating_sub(at)).unwrap_or(COPY_CHUNK).min(COPY_CHUNK);
+        left.truncate(step);
+        right.truncate(step);
+        vfs::read_exact(one, &mut left, offset.saturating_add(at))?;
+        vfs::read_exact(other, &mut right, at)?;
+        if left != right {
+            return Ok(false);
+        }
+        at = at.saturating_add(step as u64);
+    }
+    Ok(true)
+}
+
 fn fill(file: &dyn VfsFile, bytes: u64) -> io::Result<()> {
     let size = file.size()?;
     if size > bytes {
@@ -235,7 +264,7 @@ pub(crate) fn broken_name(name: &str, offset: u64) -> String {
 }
 
 fn is_torn_tail(name: &str) -> bool {
-    name.contains(".log.broken-") && !name.ends_with(".broken-0000000000000000")
+    name.contains(".log.broken-") && !name.contains(".broken-0000000000000000")
 }
 
 fn parse_segment_name(name: &str) -> Option<u64> {

@@ -311,6 +311,24 @@ fn data_of_another_version_is_refused_and_a_repair_leaves_it_as_it_is() {
     }
 }
 
+// After a repair numbers of segments are given again. What the next one dropped was not kept, or took the place of what
+// the first had kept.
+#[test]
+fn what_an_earlier_repair_kept_under_the_same_name_stays() {
+    let subject = subject(7, 60);
+    let names = segments(&subject.fs);
+    let last = &names[names.len() - 1];
+    let of_last = subject.fs.read(&path(last)).unwrap();
+    let name = format!("{last}.broken-0000000000000000");
+    for earlier in [b"short".to_vec(), vec![7; 100_000]] {
+        let fs = subject.with(&names[names.len() - 2], |bytes| bytes[700] ^= 1);
+        fs.place(&path(&name), Some(earlier.clone()));
+        repair_with(Arc::new(fs.clone()), DIR).unwrap();
+        assert_eq!(fs.read(&path(&name)), Some(earlier));
+        assert_eq!(fs.read(&path(&format!("{name}-1"))), Some(of_last.clone()));
+    }
+}
+
 // The newest segment knew where the log begins, and went first. Then the log seemed to begin with a segment that was no
 // longer needed, and what the repair was to save was dropped.
 #[test]

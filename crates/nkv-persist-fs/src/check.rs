@@ -80,9 +80,11 @@ pub fn check_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report, 
     let disk = Disk::new(vfs, dir.into());
     let lock = disk.lock(Open::Read)?;
     let promised = lock.promises_segments()?;
-    let scan = Scan::run(&disk, promised)?;
-    let drops = if scan.damage.is_some() { drops(&Scan::salvage(&disk, promised)?) } else { Vec::new() };
-    Ok(Report { drops, ..report(&scan) })
+    let report = report(&Scan::run(&disk, promised)?);
+    if report.damage.is_none() {
+        return Ok(report);
+    }
+    Ok(Report { drops: drops(&Scan::salvage(&disk, promised)?), ..report })
 }
 
 /// Makes a damaged data directory usable: what stands at the damage and after it is kept aside in files named
@@ -121,7 +123,7 @@ pub fn repair_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report,
 /// stands behind those.
 fn salvage(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<(Log, Report), PersistError> {
     let scan = Scan::salvage(disk, lock.promises_segments()?)?;
-    let kept = Report { drops: drops(&scan), ..report(&scan) };
+    let kept = report(&scan);
     for number in &scan.skipped {
         keep_all(disk, *number)?;
     }
@@ -192,7 +194,7 @@ fn report(scan: &Scan) -> Report {
         epoch: scan.epoch,
         torn_bytes: scan.torn_bytes(),
         damage: scan.damage.clone(),
-        drops: Vec::new(),
+        drops: drops(scan),
     }
 }
 

@@ -120,7 +120,8 @@ impl Disk {
         let from = self.open(name, Open::Read)?;
         let end = from.size().map_err(|e| from_io("read", name, e))?.min(end);
         let len = end.saturating_sub(offset);
-        let (first, mut broken) = (broken_name(name, offset), broken_name(name, offset));
+        let first = broken_name(name, offset);
+        let mut broken = first.clone();
         for number in 1_u32.. {
             let to = self.open(&broken, Open::Create)?;
             let size = to.size().map_err(|e| from_io("read", &broken, e))?;

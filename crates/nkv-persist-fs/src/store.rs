@@ -18,7 +18,7 @@ use crate::options::{Durability, FsOptions};
 use crate::reader::{Next, Opened, SegmentReader};
 use crate::vfs::{Open, RealFs, Vfs};
 
-/// So much is kept for the places of a batch; the room that a longer one took is given back.
+/// So much is kept for the records of a batch; the room that a longer one took is given back.
 const BATCH_KEPT: usize = 1 << 12;
 
 /// Keeps values in a directory, in a checksummed log.
@@ -28,7 +28,7 @@ const BATCH_KEPT: usize = 1 << 12;
 pub struct FsPersist {
     shared: Arc<Shared>,
     frame: FrameBuf,
-    /// Where in the frame each change of the batch stands, and how long it is.
+    /// How long the record of each change of the batch is.
     lens: Vec<u32>,
     /// What the batch replaces.
     replaced: Vec<Revision>,

@@ -231,7 +231,7 @@ fn persist_16() -> Box<dyn FnMut()> {
 type Store = NotifyKeyValue<NoPersist, Mailbox>;
 
 fn store() -> (Store, Vec<nkv_core::Key>) {
-    let store = NotifyKeyValue::open(NoPersist::default(), 0).expect("nothing is loaded");
+    let store = NotifyKeyValue::open(NoPersist::default()).expect("nothing is loaded");
     let keys = keys(KEYS);
     let value = Bytes::from_static(VALUE);
     let ops: Vec<Op> = keys.iter().map(|key| put(key, &value)).collect();

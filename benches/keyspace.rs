@@ -127,7 +127,7 @@ fn by_depth(criterion: &mut Criterion) {
 }
 
 fn store_of(keys: &[Key]) -> Store {
-    let store = NotifyKeyValue::open(NoPersist::default(), 0).expect("nothing is loaded");
+    let store = NotifyKeyValue::open(NoPersist::default()).expect("nothing is loaded");
     let value = Bytes::from_static(VALUE);
     for keys in keys.chunks(10_000) {
         let ops: Vec<_> = keys.iter().map(|key| put(key, &value)).collect();

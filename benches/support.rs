@@ -48,7 +48,7 @@ pub(crate) fn key(text: &str) -> Key {
 #[allow(dead_code, reason = "not every bench needs it")]
 pub(crate) fn events(keys: &[Key], rounds: usize, value: &Bytes) -> Vec<Arc<Event>> {
     let store: NotifyKeyValue<NoPersist, Mailbox> =
-        NotifyKeyValue::open(NoPersist::default(), 0).expect("nothing is loaded");
+        NotifyKeyValue::open(NoPersist::default()).expect("nothing is loaded");
     let (post, inbox) = mailbox();
     store.subscribe(Pattern::All, "bench".into(), post, false);
     let event = |key| {

@@ -30,7 +30,7 @@ fn write_batch(criterion: &mut Criterion) {
     let keys = keys(KEYS);
     let value = Bytes::from_static(VALUE);
     let store: NotifyKeyValue<NoPersist, Mailbox> =
-        NotifyKeyValue::open(NoPersist::default(), 0).expect("nothing is loaded");
+        NotifyKeyValue::open(NoPersist::default()).expect("nothing is loaded");
     store.write(&keys.iter().map(|key| put(key, &value)).collect::<Vec<_>>()).expect("nothing is stored");
     let mut random = Random(SEED);
     let mut group = criterion.benchmark_group("write_batch");

@@ -20,7 +20,8 @@ use std::time::Duration;
 
 use nkv_core::mailbox::{Inbox, Item, Mailbox, mailbox};
 use nkv_core::{
-    Action, Delivery, Event, EventKind, Key, NoPersist, Notifier, NotifyKeyValue, Pattern, PutOptions, RecordRef,
+    Action, BeginCause, Delivery, Event, EventKind, Key, NoPersist, Notifier, NotifyKeyValue, Pattern, PutOptions,
+    RecordRef,
 };
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +39,8 @@ pub(crate) enum Line {
     Put { key: String, value: Vec<u8>, revision: u64, skipped: u64 },
     /// A key is gone.
     Delete { key: String, reason: String, revision: u64, skipped: u64 },
+    /// Too much waited: the present state follows, and a key that is not in it is gone.
+    Reset { pattern: String },
     /// The puts before this were the present state.
     Synced { pattern: String, revision: u64, epoch: String },
     /// Nothing follows.
@@ -89,8 +92,11 @@ fn lines(event: &Event, skipped: u64) -> Vec<Line> {
         }
         EventKind::Snapshot(snapshot) => {
             let (pattern, revision) = (snapshot.pattern.to_string(), snapshot.revision.get());
-            let synced = Line::Synced { pattern, revision, epoch: snapshot.epoch.to_string() };
-            snapshot.records.iter().map(present).chain([synced]).collect()
+            let synced = || Line::Synced { pattern, revision, epoch: snapshot.epoch.to_string() };
+            snapshot.records.iter().map(present).chain(snapshot.is_last.then(synced)).collect()
+        }
+        EventKind::Began(began) if began.cause == BeginCause::Reset => {
+            vec![Line::Reset { pattern: began.pattern.to_string() }]
         }
         EventKind::Ended { pattern, reason } => {
             vec![Line::Ended { pattern: pattern.to_string(), reason: reason.as_str().into() }]
@@ -105,7 +111,7 @@ fn present(record: RecordRef<'_>) -> Line {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let store: NotifyKeyValue<NoPersist, LineNotifier> = NotifyKeyValue::open(NoPersist::default(), 0)?;
+    let store: NotifyKeyValue<NoPersist, LineNotifier> = NotifyKeyValue::open(NoPersist::default())?;
     let lamp = Key::new("lamp.hall")?;
     store.put(&lamp, "on", PutOptions::default())?;
 

@@ -243,7 +243,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let temporary = tempfile::tempdir()?;
     let dir = std::env::args_os().nth(1).map_or_else(|| temporary.path().join("state"), PathBuf::from);
 
-    let store: Store = NotifyKeyValue::open(JsonFiles::open(&dir)?, 0)?;
+    let store: Store = NotifyKeyValue::open(JsonFiles::open(&dir)?)?;
     let put = |key: &str, value: &'static str| -> Result<Op, Box<dyn Error>> {
         Ok(Op::Put { key: Key::new(key)?, value: value.into(), options: PutOptions::default() })
     };
@@ -260,7 +260,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("{}: {}", path.display(), fs::read_to_string(path)?);
     }
 
-    let store: Store = NotifyKeyValue::open(JsonFiles::open(&dir)?, 0)?;
+    let store: Store = NotifyKeyValue::open(JsonFiles::open(&dir)?)?;
     let after = store.stats();
     assert_eq!((after.epoch, after.revision, after.keys), (before.epoch, before.revision, before.keys));
     assert_eq!(store.get(&Key::new("lamp.hall")?).map(|record| record.value), Some("on".into()));

@@ -31,10 +31,10 @@ fn main() -> Result<(), AnyError> {
 
 /// Four sensors, each a thread, and a display that sees the newest reading of each, however slow it is.
 fn plain_threads() -> Result<(), AnyError> {
-    let store: NotifyKeyValue<NoPersist, Mailbox> = NotifyKeyValue::open(NoPersist::default(), 0)?;
+    let store: NotifyKeyValue<NoPersist, Mailbox> = NotifyKeyValue::open(NoPersist::default())?;
     let sensors = ["north", "east", "south", "west"];
     let (post, inbox) = mailbox();
-    store.subscribe(Pattern::new("sensor")?, "display".into(), post, true);
+    store.subscribe(Pattern::new("sensor")?, "display".into(), post, false);
 
     thread::scope(|scope| {
         for name in sensors {

@@ -26,8 +26,8 @@ pub(crate) struct Keyspace {
     table: Table,
     hasher: RandomState,
     order: Order,
-    /// Only keys with a TTL are here.
-    expiries: BTreeSet<(Millis, Key)>,
+    /// When each value with a TTL ends, and the slot of its key.
+    expiries: BTreeSet<(Millis, u32)>,
     value_bytes: usize,
     revision: Revision,
     /// Where a record is packed before it is known whether its slot has room for it.
@@ -53,38 +53,52 @@ impl Keyspace {
         self.hasher.hash_one(key)
     }
 
-    pub(crate) fn get<'a>(&'a self, key: &'a str) -> Option<RecordRef<'a>> {
+    /// The record of a key; a value whose TTL has ended by `now` is absent, whether it was removed already or not.
+    pub(crate) fn get<'a>(&'a self, key: &'a str, now: Millis) -> Option<RecordRef<'a>> {
         let slot = self.find(key, self.hash(key))?;
-        Some(self.slots.lend(slot, |_| key))
+        Some(self.slots.lend(slot, |_| key)).filter(|record| !is_due(record.expiry, now))
     }
 
-    /// The revision of a key whose hash is known; zero if it is absent.
-    pub(crate) fn revision_of(&self, key: &str, hash: u64) -> Revision {
-        self.find(key, hash).map_or(Revision::ZERO, |slot| self.slots.get(slot).revision)
+    /// What is stored of a key whose hash is known.
+    pub(crate) fn stored(&self, key: &str, hash: u64, now: Millis) -> Stored {
+        let Some(slot) = self.find(key, hash) else { return Stored::default() };
+        let Unpacked { revision, expiry, .. } = self.slots.get(slot);
+        Stored { revision, is_due: is_due(expiry, now) }
     }
 
     fn find(&self, key: &str, hash: u64) -> Option<u32> {
         self.table.find(hash, |slot| self.slots.get(slot).key == key.as_bytes())
     }
 
-    /// The records that `pattern` selects, in key order, after `after`.
+    /// The records that `pattern` selects, in key order, after `after`, without those whose TTL has ended by `now`.
     pub(crate) fn select<'a>(
         &'a self,
         pattern: &'a Pattern,
         after: Option<&'a Key>,
+        now: Millis,
     ) -> impl Iterator<Item = RecordRef<'a>> {
-        let start = match (first(pattern), after) {
-            (Bound::Included(key), Some(after)) if after < key => Bound::Included(key),
-            (Bound::Excluded(key), Some(after)) => Bound::Excluded(key.max(after)),
-            (start, None) => start,
-            (_, Some(after)) => Bound::Excluded(after),
-        };
-        self.walk(start, move |key| pattern.selects_text(key))
+        self.select_stored(pattern, after).filter(move |record| !is_due(record.expiry, now))
     }
 
-    /// Every record that a subscription to `pattern` covers, in key order.
-    pub(crate) fn covered<'a>(&'a self, pattern: &'a Pattern) -> impl Iterator<Item = RecordRef<'a>> {
-        self.walk(first(pattern), move |key| pattern.covers_text(key))
+    /// As [`select`](Self::select), also what is only waiting to be removed.
+    pub(crate) fn select_stored<'a>(
+        &'a self,
+        pattern: &'a Pattern,
+        after: Option<&'a Key>,
+    ) -> impl Iterator<Item = RecordRef<'a>> {
+        self.walk(start(pattern, after), move |key| pattern.selects_text(key))
+    }
+
+    /// Every record that a subscription to `pattern` covers, in key order, after `after`, without those whose TTL has
+    /// ended by `now`.
+    pub(crate) fn covered<'a>(
+        &'a self,
+        pattern: &'a Pattern,
+        after: Option<&'a Key>,
+        now: Millis,
+    ) -> impl Iterator<Item = RecordRef<'a>> {
+        let covered = self.walk(start(pattern, after), move |key| pattern.covers_text(key));
+        covered.filter(move |record| !is_due(record.expiry, now))
     }
 
     /// What lies below a key follows it at once, so a walk may start there and end at the first stranger.
@@ -103,9 +117,10 @@ impl Keyspace {
         records.take_while(move |record| belongs(record.key))
     }
 
-    /// Keys whose TTL has ended by `now`.
-    pub(crate) fn due(&self, now: Millis) -> impl Iterator<Item = &Key> {
-        self.expiries.iter().take_while(move |(at, _)| *at <= now).map(|(_, key)| key)
+    /// Keys whose TTL has ended by `now`, the earliest first.
+    pub(crate) fn due(&self, now: Millis) -> impl Iterator<Item = &str> {
+        let slots = self.expiries.iter().take_while(move |(at, _)| *at <= now).map(|(_, slot)| *slot);
+        slots.map(|slot| str::from_utf8(self.slots.get(slot).key).unwrap_or_default())
     }
 
     pub(crate) fn next_expiry(&self) -> Option<Millis> {
@@ -115,7 +130,8 @@ impl Keyspace {
     /// Takes a record from storage. Nobody finds it before [`end_loading`](Self::end_loading).
     pub(crate) fn load(&mut self, record: RecordRef<'_>) {
         let long = self.pack(record);
-        self.slots.add(&self.packed, long);
+        let slot = self.slots.add(&self.packed, long);
+        self.note_expiry(slot, record.expiry);
     }
 
     /// Now that it is known how many they are, the table is made in its size, and the order by sorting once.
@@ -151,8 +167,8 @@ impl Keyspace {
     /// Removes what storage visited of a key beside the newest.
     fn supersede(&mut self, slot: u32) {
         let key = str::from_utf8(self.slots.get(slot).key).unwrap_or_default().to_owned();
-        let newest = self.get(&key).and_then(|record| record.expiry);
-        self.forget_value(slot, &key, newest);
+        debug_assert_ne!(self.find(&key, self.hash(&key)), Some(slot), "the newest is found");
+        self.forget_value(slot);
         self.vacate(slot);
     }
 
@@ -177,15 +193,24 @@ impl Keyspace {
             let (slots, hasher) = (&self.slots, &self.hasher);
             self.table.insert(hash, slot, &|slot| hash_of(hasher, slots.get(slot).key));
             self.order.insert(slot, |known| slots.compare(known, key.as_bytes()).is_lt());
+            self.note_expiry(slot, record.expiry);
             return;
         };
-        self.forget_value(slot, key, record.expiry);
+        self.forget_value(slot);
         if self.slots.has_room(slot, self.packed.len(), long.is_some()) {
             self.slots.set(slot, &self.packed, long);
+            self.note_expiry(slot, record.expiry);
         } else {
             let other = self.slots.add(&self.packed, long);
             self.renumber(slot, other);
+            self.note_expiry(other, record.expiry);
             self.vacate(slot);
+        }
+    }
+
+    fn note_expiry(&mut self, slot: u32, expiry: Option<Expiry>) {
+        if let Some(Expiry { at, .. }) = expiry {
+            self.expiries.insert((at, slot));
         }
     }
 
@@ -193,9 +218,6 @@ impl Keyspace {
     fn pack(&mut self, record: RecordRef<'_>) -> Option<Bytes> {
         let RecordRef { key, value, revision, expiry } = record;
         self.value_bytes += value.len();
-        if let Some(expiry) = expiry {
-            self.expiries.insert((expiry.at, Key::trusted(key)));
-        }
         let long = value.long();
         let value = if long.is_some() { &[][..] } else { &value };
         self.packed.clear();
@@ -208,7 +230,7 @@ impl Keyspace {
         let is_same = |slot| slots.get(slot).key == key.as_bytes();
         let Some(slot) = self.table.remove(hash, is_same, &|slot| hash_of(hasher, slots.get(slot).key)) else { return };
         self.order.remove(|known| slots.compare(known, key.as_bytes()).is_lt());
-        self.forget_value(slot, key, None);
+        self.forget_value(slot);
         self.vacate(slot);
     }
 
@@ -217,6 +239,11 @@ impl Keyspace {
         let last = self.slots.last_like(slot);
         if last != slot {
             self.renumber(last, slot);
+            if let Some(Expiry { at, .. }) = self.slots.get(last).expiry
+                && self.expiries.remove(&(at, last))
+            {
+                self.expiries.insert((at, slot));
+            }
         }
         self.slots.remove(slot);
     }
@@ -231,18 +258,42 @@ impl Keyspace {
     }
 
     /// Before a slot has another value, or none.
-    fn forget_value(&mut self, slot: u32, key: &str, next: Option<Expiry>) {
+    fn forget_value(&mut self, slot: u32) {
         let old = self.slots.lend(slot, |_| "");
         self.value_bytes -= old.value.len();
-        if let Some(at) = old.expiry.map(|e| e.at).filter(|at| Some(*at) != next.map(|e| e.at)) {
-            self.expiries.remove(&(at, Key::trusted(key)));
+        if let Some(Expiry { at, .. }) = old.expiry {
+            self.expiries.remove(&(at, slot));
         }
     }
+}
+
+/// What is stored of a key.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Stored {
+    /// Zero if it is absent.
+    pub(crate) revision: Revision,
+    /// Its TTL has ended: it is absent for everyone, and only waits to be removed.
+    pub(crate) is_due: bool,
+}
+
+/// Whether a value has ended by `now`.
+pub(crate) fn is_due(expiry: Option<Expiry>, now: Millis) -> bool {
+    expiry.is_some_and(|expiry| expiry.at <= now)
 }
 
 /// The same for a packed key as `Keyspace::hash` for its text.
 fn hash_of(hasher: &RandomState, key: &[u8]) -> u64 {
     hasher.hash_one(str::from_utf8(key).unwrap_or_default())
+}
+
+/// Where the keys of a pattern start, of those after `after`.
+fn start<'a>(pattern: &'a Pattern, after: Option<&'a Key>) -> Bound<&'a Key> {
+    match (first(pattern), after) {
+        (Bound::Included(key), Some(after)) if after < key => Bound::Included(key),
+        (Bound::Excluded(key), Some(after)) => Bound::Excluded(key.max(after)),
+        (start, None) => start,
+        (_, Some(after)) => Bound::Excluded(after),
+    }
 }
 
 /// Where the keys of a pattern start.
@@ -282,7 +333,7 @@ mod tests {
     }
 
     fn numbers(keyspace: &Keyspace) -> Vec<u64> {
-        let records = keyspace.select(&Pattern::All, None);
+        let records = keyspace.select(&Pattern::All, None, 0);
         records.map(|record| record.key.rsplit('k').next().unwrap().parse().unwrap()).collect()
     }
 
@@ -293,7 +344,7 @@ mod tests {
             let value = Bytes::from(vec![len as u8; len]);
             put(&mut keyspace, key(1), value.clone());
             let key = key(1);
-            let found = keyspace.get(key.as_str()).unwrap().value;
+            let found = keyspace.get(key.as_str(), 0).unwrap().value;
             assert_eq!((found.to_bytes(), keyspace.value_bytes()), (value.clone(), len));
             let is_shared = matches!(found, ValueRef::Shared(bytes) if bytes.as_ptr() == value.as_ptr());
             assert_eq!(is_shared, len >= VALUE_LEN_LONG, "{len}");
@@ -316,7 +367,7 @@ mod tests {
         keyspace.end_loading(Revision::new(4));
         for (number, value) in (1..).zip(values) {
             let key = key(number);
-            let found = keyspace.get(key.as_str()).unwrap();
+            let found = keyspace.get(key.as_str(), 0).unwrap();
             assert_eq!((&*found.value, found.revision, found.expiry), (&*value, Revision::new(number), expiry(number)));
             let shares = matches!(found.value, ValueRef::Shared(bytes) if bytes.as_ptr() == value.as_ptr());
             assert_eq!(shares, number == 1, "{number}");
@@ -399,7 +450,7 @@ mod tests {
     fn step() -> impl Strategy<Value = Step> {
         let (number, len) = (0_u64..24, prop::sample::select(LENS.to_vec()));
         prop_oneof![
-            20 => (number.clone(), len, prop::option::weighted(0.2, 0_u64..9))
+            20 => (number.clone(), len, prop::option::weighted(0.2, 1_u64..9))
                 .prop_map(|(number, len, ttl)| Step::Put { number, len, ttl }),
             10 => number.prop_map(|number| Step::Delete { number }),
             1 => (0_u64..4, any::<bool>()).prop_map(|(older, newest_first)| Step::Reload { older, newest_first }),
@@ -456,9 +507,9 @@ mod tests {
                     }
                 }
                 let all: Vec<Record> = model.values().cloned().collect();
-                let found: Vec<Record> = keyspace.select(&Pattern::All, None).map(RecordRef::to_record).collect();
+                let found: Vec<Record> = keyspace.select(&Pattern::All, None, 0).map(RecordRef::to_record).collect();
                 prop_assert_eq!(&found, &all);
-                prop_assert!(all.iter().all(|r| keyspace.get(r.key.as_str()).map(RecordRef::to_record).as_ref() == Some(r)));
+                prop_assert!(all.iter().all(|r| keyspace.get(r.key.as_str(), 0).map(RecordRef::to_record).as_ref() == Some(r)));
                 let is_long = |record: &&Record| record.value.len() >= VALUE_LEN_LONG;
                 let expected = (all.len(), all.len(), all.iter().filter(is_long).count());
                 prop_assert_eq!((keyspace.len(), keyspace.slots.len(), keyspace.slots.long_len()), expected);

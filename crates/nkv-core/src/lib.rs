@@ -10,24 +10,31 @@ mod notifier;
 mod order;
 mod packed;
 mod persist;
+mod plan;
+mod queue;
 mod record;
 mod records;
 mod revision;
 mod route;
+mod shared;
 mod slots;
 mod store;
 mod subscribers;
 mod sync;
 mod table;
+mod wake;
+mod write;
 
 pub use key::{KEY_LEN_MAX, Key, KeyError, Pattern};
 pub use notifier::{Delivery, Notifier};
 pub use persist::{Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue};
 pub use record::{
-    Action, Change, EndReason, Event, EventKind, Expiry, Millis, Reason, Record, RecordRef, Snapshot, ValueRef,
+    Action, Began, BeginCause, Change, EndReason, Event, EventKind, Expiry, Millis, Reason, Record, RecordRef,
+    Snapshot, SnapshotReader, ValueRef,
 };
 pub use records::Records;
 pub use revision::{Epoch, Revision};
 pub use route::RoutePersist;
-pub use store::{NotifyKeyValue, Op, Outcome, Page, PageTooLarge, PutOptions, Stats, WriteError};
+pub use store::{NotifyKeyValue, Page, PageTooLarge, Stats};
 pub use subscribers::{SubscriberId, Subscription};
+pub use write::{Failed, Op, Outcome, PutOptions, Write, WriteError, WriteResult};

@@ -1,12 +1,16 @@
 //! The conflating mailbox: between a store that never waits and a reader that may be slow.
 //!
 //! One slot per key: a newer change of a key takes the place of an older one that was not read yet and moves to the
-//! end of the queue, so that revisions come out in increasing order; how many changes were passed over is counted.
-//! What is not a change of a key (a snapshot, the end of a subscription, an item of the owner's own) is never conflated
-//! and keeps its place. Memory is bounded by the number of keys and the slack, whatever the number of changes.
+//! end of the queue, so that revisions come out in increasing order; how many changes were passed over is counted. A key
+//! that came and went unread takes no place at all. What is not a change of a key (the beginning and the end of a
+//! subscription, an item of the owner's own) is never conflated and keeps its place.
 //!
-//! A mailbox may have some slack: so many bytes of changes wait as they came, each to be told, and only what comes on top
-//! of them is conflated. A reader that keeps up is then told every change, and many with each wake-up.
+//! Memory is bounded by the keys that the subscriptions cover now, [`DELETES_MAX`] and the slack, whatever comes and goes:
+//! past that, all changes that wait are dropped, and each subscription begins anew with a fresh snapshot. A snapshot takes
+//! no memory before it is read: it comes out in parts, of which one at a time exists.
+//!
+//! A mailbox may have some slack: so many bytes of changes wait as they came, each to be read, and only what comes on top
+//! of them is conflated. A reader that keeps up then reads every change, and many with each wake-up.
 //!
 //! No runtime: the reader polls with a waker, or blocks its thread. Explored with loom: see `tests/loom_mailbox.rs`.
 
@@ -22,9 +26,10 @@ use std::time::{Duration, Instant};
 
 use crate::key::Key;
 use crate::notifier::{Delivery, Notifier};
-use crate::record::{Action, Change, Event, EventKind};
+use crate::record::{Action, Began, Change, Event, EventKind, Snapshot, SnapshotReader};
 use crate::revision::Revision;
 use crate::sync::{AtomicBool, Condvar, Mutex, MutexGuard};
+use crate::wake::wake;
 
 /// Makes a mailbox; `T` is what its owner wants to send along the same queue, such as answers to requests.
 ///
@@ -32,9 +37,9 @@ use crate::sync::{AtomicBool, Condvar, Mutex, MutexGuard};
 ///
 /// ```
 /// use nkv_core::mailbox::{Item, mailbox};
-/// use nkv_core::{Key, NoPersist, NotifyKeyValue, Pattern, PutOptions};
+/// use nkv_core::{EventKind, Key, NoPersist, NotifyKeyValue, Pattern, PutOptions};
 ///
-/// let store = NotifyKeyValue::open(NoPersist::default(), 0)?;
+/// let store = NotifyKeyValue::open(NoPersist::default())?;
 /// let (post, inbox) = mailbox::<()>();
 /// store.subscribe(Pattern::new("lamp")?, "me".into(), post, false);
 ///
@@ -42,7 +47,9 @@ use crate::sync::{AtomicBool, Condvar, Mutex, MutexGuard};
 /// for value in ["on", "off", "on"] {
 ///     store.put(&key, value, PutOptions::default())?;
 /// }
-/// let Some(Item::Event { skipped, .. }) = inbox.try_take() else { panic!("nothing was told") };
+/// let Some(Item::Event { event, .. }) = inbox.try_take() else { panic!("nothing came") };
+/// assert!(matches!(event.kind(), EventKind::Began(_)));
+/// let Some(Item::Event { skipped, .. }) = inbox.try_take() else { panic!("nothing came") };
 /// assert_eq!(skipped, 2); // only the latest state, and how many were passed over
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -62,6 +69,19 @@ pub fn mailbox_with_slack<T>(slack: usize) -> (Mailbox<T>, Inbox<T>) {
 
 /// What an item counts, in bytes; a change counts its key and its value besides.
 pub const ITEM_LEN: usize = 64;
+
+/// So many deletes may wait beside the changes of keys that there are.
+pub const DELETES_MAX: usize = 4_096;
+
+/// What becomes of a subscriber for which too much waits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Overflow {
+    /// All changes that wait are dropped; each subscription [begins anew](crate::BeginCause::Reset).
+    #[default]
+    Reset,
+    /// The mailbox closes: its reader cannot understand that a subscription begins anew.
+    Close,
+}
 
 /// What comes out of a mailbox.
 #[derive(Clone, Debug)]
@@ -88,9 +108,23 @@ impl<T> Item<T> {
         }
     }
 
-    fn is_snapshot(&self) -> bool {
-        matches!(self, Item::Event { event, .. } if matches!(event.kind(), EventKind::Snapshot(_)))
+    fn change(&self) -> Option<&Change> {
+        match self {
+            Item::Event { event, .. } => change_of(event),
+            Item::Own(_) => None,
+        }
     }
+}
+
+fn change_of(event: &Event) -> Option<&Change> {
+    match event.kind() {
+        EventKind::Change(change) => Some(change),
+        _ => None,
+    }
+}
+
+fn is_delete(change: &Change) -> bool {
+    matches!(change.action, Action::Delete { .. })
 }
 
 fn change_len(change: &Change) -> usize {
@@ -106,8 +140,12 @@ fn change_len(change: &Change) -> usize {
 pub struct Backlog {
     /// Items not yet taken.
     pub queued: usize,
-    /// Changes passed over since the mailbox was made.
+    /// Changes passed over or dropped since the mailbox was made.
     pub skipped: u64,
+    /// What the mailbox takes for what waits, in bytes, without the events themselves.
+    pub own_bytes: usize,
+    /// What the changes that wait take, in bytes; others may share them.
+    pub event_bytes: usize,
     /// How much of the slack is taken, in bytes.
     pub slack: usize,
     /// By how many of the items.
@@ -116,6 +154,11 @@ pub struct Backlog {
 
 /// The side that posts. Clones post to the same mailbox; when the last is dropped, the mailbox closes.
 pub struct Mailbox<T = Infallible> {
+    shared: Arc<Shared<T>>,
+}
+
+/// Looks at a mailbox without keeping it open.
+pub struct Observer<T = Infallible> {
     shared: Arc<Shared<T>>,
 }
 
@@ -142,15 +185,39 @@ struct Place<T> {
     slack: usize,
 }
 
+/// Where the pending change of a key is.
+struct Slot {
+    number: u64,
+    /// When the first change that is passed over for it came, the key was absent, and no snapshot that is still to be
+    /// read has it: of a key that is gone again the reader need not know.
+    is_new: bool,
+}
+
+/// What comes next.
+enum Next<T> {
+    Item(Item<T>),
+    Part(SnapshotReader),
+}
+
 struct State<T> {
     queue: VecDeque<Place<T>>,
     /// Number of the item at the front; items are numbered in the order of their arrival.
     front: u64,
-    /// Where the pending change of a key is, by item number.
-    slots: HashMap<Key, u64>,
+    slots: HashMap<Key, Slot>,
+    /// How many of the slots have a delete.
+    deletes: usize,
+    /// What the changes in the queue take.
+    event_bytes: usize,
+    /// The subscriptions that post here.
+    subscriptions: Vec<Began>,
+    /// How many snapshots wait to be read, with the one that is being read.
+    snapshots: usize,
+    reading: Option<SnapshotReader>,
+    overflow: Overflow,
+    has_overflowed: bool,
     /// How many `None`s the queue holds.
     vacant: usize,
-    /// The newest revision told or pending: a change up to it is a duplicate.
+    /// That of the newest change that came: one up to it is a duplicate.
     newest: Revision,
     skipped: u64,
     /// How much slack there is, and how much of it is taken.
@@ -180,6 +247,13 @@ impl<T> State<T> {
             queue: VecDeque::new(),
             front: 0,
             slots: HashMap::new(),
+            deletes: 0,
+            event_bytes: 0,
+            subscriptions: Vec::new(),
+            snapshots: 0,
+            reading: None,
+            overflow: Overflow::default(),
+            has_overflowed: false,
             vacant: 0,
             newest: Revision::ZERO,
             skipped: 0,
@@ -214,47 +288,113 @@ impl<T> State<T> {
     }
 
     fn post_event(&mut self, event: &Arc<Event>) -> Delivery {
-        let (mut item_skipped, mut slack) = (0, 0);
         match event.kind() {
-            EventKind::Change(change) => {
-                if change.revision <= self.newest {
-                    return Delivery::Queued; // a second subscription of this reader covers the key too
-                }
-                self.newest = change.revision;
-                slack = self.slack_for(change);
-                if slack == 0 {
-                    item_skipped = self.take_place(&change.key);
+            EventKind::Change(change) => return self.post_change(event, change),
+            EventKind::Began(began) => {
+                self.subscriptions.retain(|known| !known.reader.has_ended());
+                self.subscriptions.push(began.clone());
+                if began.has_snapshot {
+                    self.snapshots += 1;
+                    // The snapshot may have what was passed over until now.
+                    let covered = self.slots.iter_mut().filter(|(key, _)| began.pattern.covers(key));
+                    covered.for_each(|(_, slot)| slot.is_new = false);
                 }
             }
-            EventKind::Snapshot(snapshot) => {
-                self.newest = self.newest.max(snapshot.revision);
-                // What waits of its keys is told before it, and nothing after it counts from there.
-                self.slots.retain(|key, _| !snapshot.pattern.covers(key));
-            }
-            EventKind::Ended { .. } => {}
+            EventKind::Ended { .. } => self.subscriptions.retain(|known| !known.reader.has_ended()),
+            EventKind::Snapshot(_) => {}
         }
-        let item = Item::Event { event: Arc::clone(event), skipped: item_skipped };
-        self.queue.push_back(Place { item: Some(item), slack });
+        self.push(Item::Event { event: Arc::clone(event), skipped: 0 }, 0);
+        Delivery::Queued
+    }
+
+    fn post_change(&mut self, event: &Arc<Event>, change: &Change) -> Delivery {
+        if change.revision <= self.newest {
+            return Delivery::Queued; // a second subscription of this reader covers the key too
+        }
+        self.newest = change.revision;
+        let slack = self.slack_for(change);
+        let mut item_skipped = 0;
+        if slack == 0 {
+            match self.take_place(change) {
+                Some(skipped) => item_skipped = skipped,
+                None => return Delivery::Conflated,
+            }
+        }
+        self.event_bytes += event.size();
+        self.push(Item::Event { event: Arc::clone(event), skipped: item_skipped }, slack);
         if self.vacant > TIDY_MIN && self.vacant > self.queue.len() / 2 {
             self.tidy();
+        }
+        if self.deletes > DELETES_MAX {
+            self.overflow();
+            return if self.closed { Delivery::Closed } else { Delivery::Conflated };
         }
         if item_skipped > 0 { Delivery::Conflated } else { Delivery::Queued }
     }
 
-    /// Gives the next item to come the slot of its key, and says how many changes it is told in place of.
-    fn take_place(&mut self, key: &Key) -> u64 {
-        let back = self.back();
-        let Some(slot) = self.slots.get_mut(key) else {
-            self.slots.insert(key.clone(), back);
-            return 0;
+    fn push(&mut self, item: Item<T>, slack: usize) {
+        self.queue.push_back(Place { item: Some(item), slack });
+    }
+
+    /// Gives the next item to come the slot of its key, and says how many changes are passed over for it; `None` if the
+    /// reader knows nothing of the key and is to know nothing.
+    fn take_place(&mut self, change: &Change) -> Option<u64> {
+        let (back, is_delete) = (self.back(), is_delete(change));
+        let Some(slot) = self.slots.get_mut(&change.key) else {
+            let is_new = change.replaces == Revision::ZERO && self.snapshots == 0;
+            self.slots.insert(change.key.clone(), Slot { number: back, is_new });
+            self.deletes += usize::from(is_delete);
+            return Some(0);
         };
-        let at = (std::mem::replace(slot, back) - self.front) as usize;
+        let (at, is_new) = ((std::mem::replace(&mut slot.number, back) - self.front) as usize, slot.is_new);
+        let old = self.queue.get_mut(at).and_then(|place| place.item.take());
         self.vacant += 1;
         self.skipped += 1;
-        match self.queue.get_mut(at).and_then(|place| place.item.take()) {
-            Some(Item::Event { skipped, .. }) => skipped + 1,
-            _ => 0,
+        let mut passed_over = 0;
+        if let Some(Item::Event { event, skipped }) = &old {
+            passed_over = skipped + 1;
+            self.event_bytes -= event.size();
+            self.deletes -= usize::from(change_of(event).is_some_and(self::is_delete));
         }
+        if is_delete && is_new {
+            self.slots.remove(&change.key);
+            self.skipped += 1;
+            return None;
+        }
+        self.deletes += usize::from(is_delete);
+        Some(passed_over)
+    }
+
+    fn overflow(&mut self) {
+        match self.overflow {
+            Overflow::Reset => self.begin_anew(),
+            Overflow::Close => {
+                (self.closed, self.has_overflowed) = (true, true);
+                self.drop_changes();
+            }
+        }
+    }
+
+    /// Drops all changes, in favour of fresh snapshots of what the subscriptions cover.
+    fn begin_anew(&mut self) {
+        self.drop_changes();
+        self.subscriptions.retain(|known| !known.reader.has_ended());
+        for at in 0..self.subscriptions.len() {
+            let Some(began) = self.subscriptions.get(at).filter(|began| began.reader.reset()) else { continue };
+            let event = Event::new(EventKind::Began(began.clone().as_reset()));
+            self.snapshots += 1;
+            self.push(Item::Event { event, skipped: 0 }, 0);
+        }
+    }
+
+    fn drop_changes(&mut self) {
+        let before = self.queue.len() - self.vacant;
+        self.queue.retain(|place| place.item.as_ref().is_some_and(|item| item.change().is_none()));
+        self.queue.shrink_to(TIDY_MIN.max(self.queue.len() * 2));
+        self.skipped += (before - self.queue.len()) as u64;
+        self.slots = HashMap::new();
+        (self.vacant, self.deletes, self.event_bytes) = (0, 0, 0);
+        (self.slack_taken, self.slack_items) = (0, 0);
     }
 
     /// Drops the vacant places: a reader that stands still while one key changes must not cost memory.
@@ -262,18 +402,19 @@ impl<T> State<T> {
         self.queue.retain(|place| place.item.is_some());
         self.vacant = 0;
         for (number, place) in (self.front..).zip(&self.queue) {
-            if let Some(Item::Event { event, .. }) = &place.item
-                && place.slack == 0
-                && let EventKind::Change(change) = event.kind()
+            if place.slack == 0
+                && let Some(change) = place.item.as_ref().and_then(Item::change)
                 && let Some(slot) = self.slots.get_mut(&change.key)
             {
-                // Of two items of a key, one stands before a snapshot; the slot is the later one's, and ends up so.
-                *slot = number;
+                slot.number = number;
             }
         }
     }
 
-    fn take(&mut self) -> Option<Item<T>> {
+    fn next(&mut self) -> Option<Next<T>> {
+        if let Some(reader) = &self.reading {
+            return Some(Next::Part(reader.clone()));
+        }
         while let Some(Place { item, slack }) = self.queue.pop_front() {
             self.front += 1;
             self.taken += 1;
@@ -283,14 +424,20 @@ impl<T> State<T> {
                 self.vacant -= 1;
                 continue;
             };
-            if let Item::Event { event, .. } = &item
-                && slack == 0
-                && let EventKind::Change(change) = event.kind()
-                && self.slots.get(&change.key) == Some(&(self.front - 1))
-            {
-                self.slots.remove(&change.key);
+            if let Item::Event { event, .. } = &item {
+                match event.kind() {
+                    EventKind::Change(change) => {
+                        self.event_bytes -= event.size();
+                        if slack == 0 {
+                            self.slots.remove(&change.key);
+                            self.deletes -= usize::from(is_delete(change));
+                        }
+                    }
+                    EventKind::Began(began) if began.has_snapshot => self.reading = Some(began.reader.clone()),
+                    _ => {}
+                }
             }
-            return Some(item);
+            return Some(Next::Item(item));
         }
         let was_full = std::mem::take(&mut self.taken) > self.queue.capacity() / 4;
         if self.queue.capacity() > if was_full { KEEP_MAX } else { TIDY_MIN } {
@@ -298,6 +445,26 @@ impl<T> State<T> {
             self.slots = HashMap::new();
         }
         None
+    }
+
+    /// A part of the snapshot was read; `None` if there will be no more.
+    fn take_part(&mut self, part: Option<Snapshot>) -> Option<Item<T>> {
+        if part.as_ref().is_none_or(|part| part.is_last) {
+            self.reading = None;
+            self.snapshots -= 1;
+        }
+        part.map(|part| Item::Event { event: Event::new(EventKind::Snapshot(part)), skipped: 0 })
+    }
+
+    fn is_empty(&self) -> bool {
+        self.reading.is_none() && self.queue.len() == self.vacant
+    }
+
+    /// What queue and slots take.
+    fn own_bytes(&self) -> usize {
+        // A hash table keeps an eighth of its places free, and a byte beside each.
+        let slots = self.slots.capacity() * (size_of::<(Key, Slot)>() + 1) * 8 / 7;
+        self.queue.capacity() * size_of::<Place<T>>() + slots
     }
 }
 
@@ -320,9 +487,39 @@ impl<T> Shared<T> {
             self.arrived.notify_one(); // a system call
         }
         if let Some(waker) = waker {
-            waker.wake();
+            wake(waker);
         }
         result
+    }
+
+    /// Takes the next item; the lock is given back while part of a snapshot is read, since that takes locks of the store.
+    fn take<'a>(&'a self, mut state: MutexGuard<'a, State<T>>) -> Result<Item<T>, MutexGuard<'a, State<T>>> {
+        loop {
+            match state.next() {
+                None => return Err(state),
+                Some(Next::Item(item)) => return Ok(item),
+                Some(Next::Part(reader)) => {
+                    drop(state);
+                    let part = reader.next_part();
+                    state = self.lock();
+                    if let Some(item) = state.take_part(part) {
+                        return Ok(item);
+                    }
+                }
+            }
+        }
+    }
+
+    fn backlog(&self) -> Backlog {
+        let state = self.lock();
+        Backlog {
+            queued: state.queue.len() - state.vacant,
+            skipped: state.skipped,
+            own_bytes: state.own_bytes(),
+            event_bytes: state.event_bytes,
+            slack: state.slack_taken,
+            slack_items: state.slack_items,
+        }
     }
 
     fn close(&self) {
@@ -362,16 +559,31 @@ impl<T> Mailbox<T> {
     pub fn wake(&self) {
         let called = self.shared.post(|state| state.called.take());
         if let Some(waker) = called {
-            waker.wake();
+            wake(waker);
         }
+    }
+
+    /// What becomes of the subscriber if too much waits for it. [`Overflow::Reset`] at first.
+    pub fn set_overflow(&self, overflow: Overflow) {
+        self.shared.lock().overflow = overflow;
+    }
+
+    /// Whether it closed because too much waited.
+    #[must_use]
+    pub fn has_overflowed(&self) -> bool {
+        self.shared.lock().has_overflowed
     }
 
     /// What waits to be taken.
     #[must_use]
     pub fn backlog(&self) -> Backlog {
-        let state = self.shared.lock();
-        let (slack, slack_items) = (state.slack_taken, state.slack_items);
-        Backlog { queued: state.queue.len() - state.vacant, skipped: state.skipped, slack, slack_items }
+        self.shared.backlog()
+    }
+
+    /// One that looks at the mailbox without keeping it open.
+    #[must_use]
+    pub fn observer(&self) -> Observer<T> {
+        Observer { shared: Arc::clone(&self.shared) }
     }
 
     /// Whether both post to the same mailbox.
@@ -397,33 +609,54 @@ impl<T> Inbox<T> {
 
     /// Takes the next item if one is there.
     pub fn try_take(&self) -> Option<Item<T>> {
-        self.shared.lock().take()
+        self.shared.take(self.shared.lock()).ok()
     }
 
     /// Takes the next item, or has `cx` woken when there is one; `None` once the mailbox is closed and empty.
     ///
     /// One reader at a time: a later call's waker replaces an earlier one's.
     pub fn poll_take(&self, cx: &mut Context<'_>) -> Poll<Option<Item<T>>> {
-        self.poll_with(cx, State::take)
+        match self.shared.take(self.shared.lock()) {
+            Ok(item) => Poll::Ready(Some(item)),
+            Err(state) if state.closed => Poll::Ready(None),
+            Err(state) => {
+                self.wait(state, cx);
+                Poll::Pending
+            }
+        }
     }
 
     /// As [`poll_take`](Self::poll_take), for many at once: moves items to the end of `items` until none is left, or they
-    /// have `len` bytes (see [`ITEM_LEN`]), or the last one is a snapshot, which may be large. False once the mailbox is
+    /// have `len` bytes (see [`ITEM_LEN`]); a part of a snapshot comes alone. False once the mailbox is
     /// closed and empty. If none is left, `cx` is woken for the next as well: see [`is_waited_for`](Self::is_waited_for).
     /// `len` is not to be zero: that takes nothing, and waits for nothing.
     pub fn poll_take_many(&self, cx: &mut Context<'_>, len: usize, items: &mut Vec<Item<T>>) -> Poll<bool> {
         let mut state = self.shared.lock();
         let mut taken = 0;
         while taken < len {
-            let Some(item) = state.take() else {
-                let is_closed = state.closed;
-                if !is_closed {
-                    self.wait(state, cx);
+            match state.next() {
+                Some(Next::Item(item)) => {
+                    taken += item.len();
+                    items.push(item);
                 }
-                return if taken > 0 || is_closed { Poll::Ready(taken > 0) } else { Poll::Pending };
-            };
-            taken += if item.is_snapshot() { len } else { item.len() };
-            items.push(item);
+                Some(Next::Part(_)) if taken > 0 => break,
+                Some(Next::Part(reader)) => {
+                    drop(state);
+                    let part = reader.next_part();
+                    state = self.shared.lock();
+                    if let Some(item) = state.take_part(part) {
+                        items.push(item);
+                        break;
+                    }
+                }
+                None => {
+                    let is_closed = state.closed;
+                    if !is_closed {
+                        self.wait(state, cx);
+                    }
+                    return if taken > 0 || is_closed { Poll::Ready(taken > 0) } else { Poll::Pending };
+                }
+            }
         }
         Poll::Ready(true)
     }
@@ -452,20 +685,7 @@ impl<T> Inbox<T> {
         if self.is_waited_for() {
             return true;
         }
-        let state = self.shared.lock();
-        state.queue.len() == state.vacant
-    }
-
-    fn poll_with<R>(&self, cx: &mut Context<'_>, take: impl FnOnce(&mut State<T>) -> Option<R>) -> Poll<Option<R>> {
-        let mut state = self.shared.lock();
-        if let Some(taken) = take(&mut state) {
-            return Poll::Ready(Some(taken));
-        }
-        if state.closed {
-            return Poll::Ready(None);
-        }
-        self.wait(state, cx);
-        Poll::Pending
+        self.shared.lock().is_empty()
     }
 
     /// Has `cx` woken when something comes.
@@ -493,9 +713,10 @@ impl<T> Inbox<T> {
     pub fn take_blocking(&self) -> Option<Item<T>> {
         let mut state = self.shared.lock();
         loop {
-            if let Some(item) = state.take() {
-                return Some(item);
-            }
+            state = match self.shared.take(state) {
+                Ok(item) => return Some(item),
+                Err(state) => state,
+            };
             if state.closed {
                 return None;
             }
@@ -510,9 +731,10 @@ impl<T> Inbox<T> {
         let deadline = Instant::now().checked_add(patience);
         let mut state = self.shared.lock();
         loop {
-            if let Some(item) = state.take() {
-                return Some(item);
-            }
+            state = match self.shared.take(state) {
+                Ok(item) => return Some(item),
+                Err(state) => state,
+            };
             let left = deadline.map_or(patience, |deadline| deadline.saturating_duration_since(Instant::now()));
             if state.closed || left.is_zero() {
                 return None;
@@ -522,6 +744,20 @@ impl<T> Inbox<T> {
             state = waited.unwrap_or_else(std::sync::PoisonError::into_inner).0;
             state.blocked -= 1;
         }
+    }
+}
+
+impl<T> Observer<T> {
+    /// What waits to be taken.
+    #[must_use]
+    pub fn backlog(&self) -> Backlog {
+        self.shared.backlog()
+    }
+
+    /// Gives up what waits, as if there were too much of it: see [`Overflow`]. A change that another thread gives to the
+    /// subscriber at the same moment may come once more.
+    pub fn give_up(&self) {
+        self.shared.post(State::overflow);
     }
 }
 
@@ -546,7 +782,9 @@ impl<T> Drop for Inbox<T> {
         let left = self.shared.post(|state| {
             state.closed = true;
             (state.vacant, state.slack_taken, state.slack_items) = (0, 0, 0);
-            (std::mem::take(&mut state.queue), std::mem::take(&mut state.slots))
+            (state.deletes, state.event_bytes, state.snapshots) = (0, 0, 0);
+            let subscriptions = (std::mem::take(&mut state.subscriptions), state.reading.take());
+            (std::mem::take(&mut state.queue), std::mem::take(&mut state.slots), subscriptions)
         });
         drop(left);
     }
@@ -556,6 +794,12 @@ impl<T> fmt::Debug for Mailbox<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Backlog { queued, skipped, .. } = self.backlog();
         f.debug_struct("Mailbox").field("queued", &queued).field("skipped", &skipped).finish()
+    }
+}
+
+impl<T> fmt::Debug for Observer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Observer").finish_non_exhaustive()
     }
 }
 

@@ -6,7 +6,7 @@ use std::thread;
 
 use super::*;
 use crate::key::Pattern;
-use crate::record::{Action, Change, EndReason, Reason, Snapshot};
+use crate::record::{BeginCause, EndReason, Reason};
 use crate::records::Records;
 use crate::revision::Epoch;
 
@@ -21,6 +21,9 @@ const MANY: u64 = if cfg!(miri) { 100 } else { 20_000 };
 enum Out {
     /// Key, revision, skipped.
     Change(String, u64, u64),
+    Began,
+    Reset,
+    /// Its revision.
     Snapshot(u64),
     Ended,
     Own(u32),
@@ -33,6 +36,8 @@ fn out(item: Item<u32>) -> Out {
     };
     match event.kind() {
         EventKind::Change(change) => Out::Change(change.key.to_string(), change.revision.get(), skipped),
+        EventKind::Began(began) if began.cause == BeginCause::Reset => Out::Reset,
+        EventKind::Began(_) => Out::Began,
         EventKind::Snapshot(snapshot) => Out::Snapshot(snapshot.revision.get()),
         EventKind::Ended { .. } => Out::Ended,
     }
@@ -46,21 +51,41 @@ fn drain(inbox: &Inbox<u32>) -> Vec<Out> {
     std::iter::from_fn(|| inbox.try_take()).map(out).collect()
 }
 
+/// Each key had a value before, unless it is said that it is new.
+const REPLACED: Revision = Revision::new(1);
+
+fn event(key: &str, revision: u64, replaces: Revision, action: Action) -> Arc<Event> {
+    let (key, revision) = (Key::new(key).unwrap(), Revision::new(revision));
+    Event::new(EventKind::Change(Change { key, revision, replaces, action }))
+}
+
 fn delete(key: &str, revision: u64) -> Arc<Event> {
-    let action = Action::Delete { reason: Reason::Deleted };
-    let key = Key::new(key).unwrap();
-    Event::new(EventKind::Change(Change { key, revision: Revision::new(revision), replaces: Revision::ZERO, action }))
+    event(key, revision, REPLACED, Action::Delete { reason: Reason::Deleted })
 }
 
 fn put(key: &str, revision: u64) -> Arc<Event> {
-    let action = Action::Put { value: revision.to_string().into(), expiry: None };
-    let key = Key::new(key).unwrap();
-    Event::new(EventKind::Change(Change { key, revision: Revision::new(revision), replaces: Revision::ZERO, action }))
+    event(key, revision, REPLACED, Action::Put { value: revision.to_string().into(), expiry: None })
+}
+
+/// The key was absent before.
+fn put_new(key: &str, revision: u64) -> Arc<Event> {
+    event(key, revision, Revision::ZERO, Action::Put { value: revision.to_string().into(), expiry: None })
+}
+
+fn part(revision: u64, is_last: bool) -> Snapshot {
+    let (pattern, records, epoch) = (Pattern::All, Records::default(), Epoch::new(1));
+    Snapshot { pattern, records, revision: Revision::new(revision), epoch, is_last }
+}
+
+/// A subscription to all begins, with a snapshot of one part for each of these revisions.
+fn snapshot_of(revisions: &[u64]) -> Arc<Event> {
+    let parts = revisions.iter().enumerate().map(|(at, revision)| part(*revision, at + 1 == revisions.len()));
+    let began = Began::new(Pattern::All, REPLACED, Epoch::new(1), SnapshotReader::of(parts));
+    Event::new(EventKind::Began(began.with_snapshot()))
 }
 
 fn snapshot(revision: u64) -> Arc<Event> {
-    let (revision, epoch) = (Revision::new(revision), Epoch::new(1));
-    Event::new(EventKind::Snapshot(Snapshot { pattern: Pattern::All, records: Records::default(), revision, epoch }))
+    snapshot_of(&[revision])
 }
 
 fn ended() -> Arc<Event> {
@@ -124,7 +149,7 @@ fn skipped_counts_from_the_last_change_taken() {
     assert_eq!(drain(&inbox), [change("a", 3, 0)]);
     let _ = post_all(&post, (4..=9).map(|revision| put("a", revision)));
     assert_eq!(drain(&inbox), [change("a", 9, 5)]);
-    assert_eq!(post.backlog(), Backlog { queued: 0, skipped: 6, ..Backlog::default() });
+    assert_eq!((post.backlog().queued, post.backlog().skipped), (0, 6));
 }
 
 #[test]
@@ -139,28 +164,91 @@ fn a_change_that_two_subscriptions_cover_is_told_once_and_not_counted_as_skipped
 }
 
 #[test]
-fn a_change_that_a_snapshot_contains_is_not_told_after_it() {
-    let (post, inbox) = mailbox();
-    let _ = post_all(&post, [snapshot(5), put("a", 5), put("a", 6)]);
-    assert_eq!(drain(&inbox), [Out::Snapshot(5), change("a", 6, 0)]);
-}
-
-#[test]
-fn an_older_snapshot_does_not_bring_told_changes_back() {
-    let (post, inbox) = mailbox();
-    let _ = post_all(&post, [put("a", 7), snapshot(5), put("a", 6)]);
-    assert_eq!(drain(&inbox), [change("a", 7, 0), Out::Snapshot(5)]);
-}
-
-#[test]
 fn snapshots_and_ends_are_never_conflated_and_keep_their_place() {
     let (post, inbox) = mailbox();
-    let events = [put("a", 1), snapshot(1), snapshot(1), put("b", 2), ended(), put("a", 3), ended()];
+    let events = [put("a", 1), snapshot_of(&[1, 1]), snapshot(2), put("b", 2), ended(), put("c", 3), ended()];
     assert!(post_all(&post, events).iter().all(|delivery| *delivery != Delivery::Closed));
-    // What waits of a snapshot's keys is told before it.
-    let before = [change("a", 1, 0), Out::Snapshot(1), Out::Snapshot(1)];
-    let after = [change("b", 2, 0), Out::Ended, change("a", 3, 0), Out::Ended];
+    let before = [change("a", 1, 0), Out::Began, Out::Snapshot(1), Out::Snapshot(1), Out::Began, Out::Snapshot(2)];
+    let after = [change("b", 2, 0), Out::Ended, change("c", 3, 0), Out::Ended];
     assert_eq!(drain(&inbox), before.into_iter().chain(after).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_key_that_comes_and_goes_unread_takes_no_place_and_is_counted() {
+    let (post, inbox) = mailbox();
+    for n in 0..MANY {
+        let key = format!("k{n}");
+        let _ = post_all(&post, [put_new(&key, 3 * n + 1), put(&key, 3 * n + 2), delete(&key, 3 * n + 3)]);
+    }
+    let backlog = post.backlog();
+    assert_eq!((backlog.queued, backlog.skipped, backlog.event_bytes), (0, 3 * MANY, 0));
+    assert!(inbox.shared.lock().queue.capacity() <= 8 * TIDY_MIN, "{}", inbox.shared.lock().queue.capacity());
+    // One that was read is told to be gone, also if it comes and goes again meanwhile.
+    let last = 3 * MANY;
+    let _ = post_all(&post, [put_new("a", last + 1)]);
+    assert_eq!(drain(&inbox), [change("a", last + 1, 0)]);
+    let _ = post_all(&post, [delete("a", last + 2), put_new("a", last + 3), delete("a", last + 4)]);
+    assert_eq!(drain(&inbox), [change("a", last + 4, 2)]);
+}
+
+#[test]
+fn a_key_that_a_snapshot_may_have_is_not_forgotten_when_it_goes() {
+    let (post, inbox) = mailbox();
+    // It came before the snapshot began, or while it waited or was read: the snapshot may have read it.
+    let _ = post_all(&post, [put_new("a", 1), snapshot_of(&[2, 2]), put_new("b", 2)]);
+    let _ = post_all(&post, [delete("a", 3), delete("b", 4)]);
+    let next = || inbox.try_take().map(out).unwrap();
+    assert_eq!([next(), next()], [Out::Began, Out::Snapshot(2)]);
+    let _ = post_all(&post, [put_new("c", 5), delete("c", 6)]);
+    assert_eq!(drain(&inbox), [Out::Snapshot(2), change("a", 3, 1), change("b", 4, 1), change("c", 6, 1)]);
+    let _ = post_all(&post, [put_new("c", 7), delete("c", 8)]);
+    assert_eq!(drain(&inbox), []);
+}
+
+#[test]
+fn past_the_bound_what_waits_is_dropped_and_each_subscription_begins_anew() {
+    let (post, inbox) = mailbox_with_slack(CHANGE_LEN);
+    let (a, b) = (snapshot_of(&[1]), snapshot_of(&[1]));
+    let _ = post_all(&post, [a, b]);
+    assert_eq!(drain(&inbox).len(), 4);
+    post.post(7).unwrap();
+    let _ = post_all(&post, [put("x", 10), put("y", 11)]);
+    let count = DELETES_MAX as u64;
+    let _ = post_all(&post, (0..count).map(|n| delete(&format!("k{n}"), 100 + n)));
+    let full = post.backlog();
+    assert_eq!((full.queued as u64, full.skipped), (count + 3, 0));
+    assert_eq!(post.notify(&delete("one.more", 100 + count)), Delivery::Conflated);
+    let backlog = post.backlog();
+    assert_eq!((backlog.queued, backlog.skipped, backlog.event_bytes, backlog.slack), (3, count + 3, 0, 0));
+    assert!(backlog.own_bytes < full.own_bytes / 10, "{backlog:?}");
+    let _ = post.notify(&put("z", 200 + count));
+    // The readers of this test have no parts any more.
+    assert_eq!(drain(&inbox), [Out::Own(7), Out::Reset, Out::Reset, change("z", 200 + count, 0)]);
+}
+
+#[test]
+fn a_reader_that_cannot_begin_anew_is_closed_past_the_bound() {
+    let (post, inbox) = mailbox();
+    post.set_overflow(Overflow::Close);
+    let _ = post_all(&post, [snapshot(1)]);
+    post.post(7).unwrap();
+    let deliveries = post_all(&post, (0..=DELETES_MAX as u64).map(|n| delete(&format!("k{n}"), 2 + n)));
+    assert_eq!(deliveries.last(), Some(&Delivery::Closed));
+    assert!(post.has_overflowed() && post.is_closed());
+    assert_eq!(drain(&inbox), [Out::Began, Out::Snapshot(1), Out::Own(7)]);
+    assert_eq!(inbox.take_blocking().map(out), None);
+}
+
+#[test]
+fn what_a_mailbox_takes_is_known_whatever_comes_goes_and_is_passed_over() {
+    let (post, inbox) = mailbox_with_slack(10 * CHANGE_LEN);
+    let size = |event: Arc<Event>| event.size();
+    let _ = post_all(&post, (1..=30).map(|revision| put(["a", "b", "c"][revision as usize % 3], revision)));
+    assert_eq!(post.backlog().event_bytes, 9 * size(put("a", 1)) + 3 * size(put("a", 30)));
+    inbox.try_take().unwrap();
+    assert_eq!(post.backlog().event_bytes, 8 * size(put("a", 1)) + 3 * size(put("a", 30)));
+    drain(&inbox);
+    assert_eq!(post.backlog().event_bytes, 0);
 }
 
 #[test]
@@ -349,7 +437,7 @@ fn one_key_that_changes_often_costs_the_memory_of_one_change() {
     }
     assert!(longest <= 4 * TIDY_MIN, "{longest} places for two changes");
     assert!(inbox.shared.lock().queue.capacity() <= 8 * TIDY_MIN);
-    assert_eq!(post.backlog(), Backlog { queued: 2, skipped: MANY - 2, ..Backlog::default() });
+    assert_eq!((post.backlog().queued, post.backlog().skipped), (2, MANY - 2));
     assert_eq!(drain(&inbox), [change("waits.at.the.front", 1, 0), change("busy", MANY, MANY - 2)]);
 }
 
@@ -380,11 +468,11 @@ fn tidying_keeps_order_places_and_counts_whatever_waits() {
     let busy = TIDY_MIN as u64 * 3;
     let expected = [
         change("x", 1, 0),
-        change("y", 2, 0),
         change("z", 3, 0),
         Out::Own(99),
+        Out::Began,
         Out::Snapshot(3),
-        change("y", last - 1, 0),
+        change("y", last - 1, 1),
         change("busy", last, busy),
     ];
     assert_eq!(drain(&inbox), expected);
@@ -398,22 +486,6 @@ fn the_room_that_a_backlog_took_is_given_back_once_it_is_read() {
     assert_eq!(drain(&inbox).len() as u64, MANY);
     let state = inbox.shared.lock();
     assert!(state.queue.capacity() <= TIDY_MIN && state.slots.capacity() <= TIDY_MIN);
-}
-
-#[test]
-fn what_a_snapshot_told_does_not_count_as_skipped_afterwards() {
-    let (post, inbox) = mailbox::<u32>();
-    let (pattern, records) = (Pattern::new("a").unwrap(), Records::default());
-    let snapshot = Snapshot { pattern, records, revision: Revision::new(3), epoch: Epoch::default() };
-    for event in [put("a", 1), put("a", 2), put("b", 3), Event::new(EventKind::Snapshot(snapshot))] {
-        assert_ne!(post.notify(&event), Delivery::Closed);
-    }
-    for event in [put("a", 4), put("b", 5), put("a", 6)] {
-        assert_ne!(post.notify(&event), Delivery::Closed);
-    }
-    let expected = [change("a", 2, 1), Out::Snapshot(3), change("b", 5, 1), change("a", 6, 1)];
-    assert_eq!(drain(&inbox), expected);
-    assert_eq!(post.backlog().queued, 0);
 }
 
 /// What a change takes of the slack: its key, and a revision as its value, are one byte each.
@@ -442,7 +514,7 @@ fn whatever_comes_behind_a_change_that_may_be_conflated_may_be_too() {
 }
 
 #[test]
-fn many_are_taken_at_once_up_to_so_many_bytes_a_snapshot_or_the_end() {
+fn many_are_taken_at_once_up_to_so_many_bytes_a_part_of_a_snapshot_or_the_end() {
     let (post, inbox) = mailbox();
     let waker = Arc::new(CountingWaker::default());
     let task = Waker::from(Arc::clone(&waker));
@@ -453,7 +525,8 @@ fn many_are_taken_at_once_up_to_so_many_bytes_a_snapshot_or_the_end() {
     };
     let _ = post_all(&post, [put("a", 1), put("b", 2), put("c", 3), snapshot(3), put("d", 4)]);
     assert_eq!(take(2 * CHANGE_LEN), (Poll::Ready(true), vec![change("a", 1, 0), change("b", 2, 0)]));
-    assert_eq!(take(MANY as usize), (Poll::Ready(true), vec![change("c", 3, 0), Out::Snapshot(3)]));
+    assert_eq!(take(MANY as usize), (Poll::Ready(true), vec![change("c", 3, 0), Out::Began]));
+    assert_eq!(take(MANY as usize), (Poll::Ready(true), vec![Out::Snapshot(3)]), "a part of a snapshot comes alone");
     assert_eq!(take(1), (Poll::Ready(true), vec![change("d", 4, 0)]));
     assert_eq!(take(1), (Poll::Pending, vec![]));
     post.post(1).unwrap();

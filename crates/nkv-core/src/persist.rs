@@ -60,11 +60,11 @@ pub struct Loaded {
 }
 
 /// Why something could not be stored or loaded.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct PersistError {
     kind: PersistErrorKind,
     context: String,
-    source: Option<Box<dyn StdError + Send + Sync>>,
+    source: Option<Arc<dyn StdError + Send + Sync>>,
 }
 
 /// What a caller can act on.
@@ -96,7 +96,7 @@ impl PersistError {
     /// With the error that caused it.
     #[must_use]
     pub fn with_source(self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        PersistError { source: Some(source.into()), ..self }
+        PersistError { source: Some(Arc::from(source.into())), ..self }
     }
 
     /// What a caller can act on.

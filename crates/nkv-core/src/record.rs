@@ -1,8 +1,11 @@
 //! What is stored (a record), what happened (a change) and what a subscriber is told (an event).
 
 use std::any::Any;
+use std::collections::VecDeque;
 use std::fmt;
 use std::ops::Deref;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -11,7 +14,7 @@ use bytes::Bytes;
 use crate::key::{Key, Pattern};
 use crate::records::Records;
 use crate::revision::{Epoch, Revision};
-use crate::sync::{Mutex, Once};
+use crate::sync::Mutex;
 
 /// A point in time: milliseconds since an origin that the caller chooses and keeps across restarts,
 /// the Unix epoch for instance.
@@ -195,27 +198,157 @@ impl EndReason {
     }
 }
 
-/// The state of all keys that a subscription covers, at one revision.
+/// The beginning of a subscription, or of a fresh snapshot of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Began {
+    /// The subscription's pattern.
+    pub pattern: Pattern,
+    /// Why.
+    pub cause: BeginCause,
+    /// Without a snapshot, changes after this revision follow, and none up to it.
+    pub revision: Revision,
+    /// Within which this revision may be compared.
+    pub epoch: Epoch,
+    /// Whether the present state follows, as a snapshot.
+    pub has_snapshot: bool,
+    /// Reads the snapshot that follows, or one that becomes necessary later.
+    pub reader: SnapshotReader,
+}
+
+impl Began {
+    /// The beginning of a subscription that was asked for, without a snapshot.
+    #[must_use]
+    pub fn new(pattern: Pattern, revision: Revision, epoch: Epoch, reader: SnapshotReader) -> Self {
+        Began { pattern, cause: BeginCause::Subscribed, revision, epoch, has_snapshot: false, reader }
+    }
+
+    /// With a snapshot.
+    #[must_use]
+    pub fn with_snapshot(self) -> Self {
+        Began { has_snapshot: true, ..self }
+    }
+
+    /// As [`BeginCause::Reset`], with a snapshot.
+    #[must_use]
+    pub fn as_reset(self) -> Self {
+        Began { cause: BeginCause::Reset, has_snapshot: true, ..self }
+    }
+}
+
+/// Why a subscription begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BeginCause {
+    /// It was asked for.
+    Subscribed,
+    /// It lives on, but too much waited for its subscriber. All that was not delivered is dropped, and the whole present
+    /// state follows as a snapshot: a key that is not in it is gone.
+    Reset,
+}
+
+/// One part of a snapshot: some of the keys that a subscription covers, all of one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     /// The subscription's pattern.
     pub pattern: Pattern,
-    /// The present keys, in key order; none if nothing matches.
+    /// The present keys behind those of the parts before, in key order; none if nothing more matches.
     pub records: Records,
-    /// Every change up to and including this revision is contained, none after it.
+    /// That of the whole snapshot, the same in all its parts: every change up to and including this revision is
+    /// contained. One after it is either contained or follows behind the last part.
     pub revision: Revision,
     /// Within which this revision may be compared.
     pub epoch: Epoch,
+    /// Whether this part ends the snapshot.
+    pub is_last: bool,
+}
+
+/// Reads a snapshot, part by part, when its subscriber is ready for it. Until then nothing is copied and nothing waits:
+/// no change of a key that is not read yet is given to the notifier.
+///
+/// [`Inbox`](crate::mailbox::Inbox) does the reading for a subscriber that has a mailbox.
+#[derive(Clone)]
+pub struct SnapshotReader(Arc<dyn ReadSnapshot>);
+
+/// What a store does for a [`SnapshotReader`].
+pub(crate) trait ReadSnapshot: Send + Sync {
+    fn next_part(&self) -> Option<Snapshot>;
+
+    fn reset(&self) -> bool;
+
+    fn has_ended(&self) -> bool;
+}
+
+impl SnapshotReader {
+    pub(crate) fn new(of: Arc<dyn ReadSnapshot>) -> Self {
+        SnapshotReader(of)
+    }
+
+    /// A reader of these parts, once, without a store: for tests of notifiers.
+    pub fn of(parts: impl IntoIterator<Item = Snapshot>) -> Self {
+        SnapshotReader(Arc::new(Mutex::new(parts.into_iter().collect::<VecDeque<_>>())))
+    }
+
+    /// Reads the next part; after the last one the snapshot begins anew. `None` once the store is gone.
+    ///
+    /// Takes locks of the store: [`Notifier::notify`](crate::Notifier::notify) must not call it.
+    #[must_use]
+    pub fn next_part(&self) -> Option<Snapshot> {
+        self.0.next_part()
+    }
+
+    /// Has the store give no more changes of this subscription to its notifier until a fresh snapshot is read: the
+    /// notifier is about to drop all that waits for it. True if the notifier is to note that a snapshot
+    /// [begins](Began::as_reset); false if one that nobody has begun to read waits already, or the subscription has ended.
+    #[must_use]
+    pub fn reset(&self) -> bool {
+        self.0.reset()
+    }
+
+    /// Whether the subscription has ended.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.0.has_ended()
+    }
+}
+
+impl ReadSnapshot for Mutex<VecDeque<Snapshot>> {
+    fn next_part(&self) -> Option<Snapshot> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
+    fn reset(&self) -> bool {
+        true
+    }
+
+    fn has_ended(&self) -> bool {
+        false
+    }
+}
+
+impl PartialEq for SnapshotReader {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for SnapshotReader {}
+
+impl fmt::Debug for SnapshotReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SnapshotReader").finish_non_exhaustive()
+    }
 }
 
 /// What an event says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum EventKind {
+    /// A subscription begins, or begins anew: the first event of each.
+    Began(Began),
+    /// Part of the snapshot that began last. A store gives none to a notifier: they are [read](SnapshotReader).
+    Snapshot(Snapshot),
     /// A key changed.
     Change(Change),
-    /// The current state, first thing after a subscribe that asked for it.
-    Snapshot(Snapshot),
     /// The subscription has ended; nothing follows for it.
     Ended {
         /// The subscription's pattern.
@@ -225,12 +358,12 @@ pub enum EventKind {
     },
 }
 
-/// What subscribers are told, shared by all of them.
+/// What subscribers are given, shared by all of them.
 pub struct Event {
     kind: EventKind,
-    /// The memo that was made first; most events never have another. Set under the lock of the others.
-    first: Once<Memo>,
-    others: Mutex<Vec<Memo>>,
+    memos: Mutex<Vec<Memo>>,
+    /// Where its bytes are counted.
+    counter: Option<Arc<AtomicUsize>>,
 }
 
 type Memo = Arc<dyn Any + Send + Sync>;
@@ -239,7 +372,14 @@ impl Event {
     /// An event that says `kind`.
     #[must_use]
     pub fn new(kind: EventKind) -> Arc<Self> {
-        Arc::new(Event { kind, first: Once::new(), others: Mutex::new(Vec::new()) })
+        Arc::new(Event { kind, memos: Mutex::new(Vec::new()), counter: None })
+    }
+
+    /// An event that says `kind`, whose bytes are counted for as long as it lives.
+    pub(crate) fn counted(kind: EventKind, counter: &Arc<AtomicUsize>) -> Arc<Self> {
+        let event = Event { kind, memos: Mutex::new(Vec::new()), counter: Some(Arc::clone(counter)) };
+        counter.fetch_add(event.size(), Relaxed);
+        Arc::new(event)
     }
 
     /// What it says.
@@ -248,24 +388,56 @@ impl Event {
         &self.kind
     }
 
-    /// What a family of notifiers derived from this event, made by whoever asks first and shared by all who ask
-    /// for the same type. An event that goes to hundreds of connections is encoded once this way.
+    /// Roughly how many bytes of memory it takes, without what was derived from it. A long value counts in full,
+    /// although the store may hold it too.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        let data = match &self.kind {
+            EventKind::Change(change) => change_size(change),
+            EventKind::Snapshot(snapshot) => snapshot.records.size(),
+            _ => 0,
+        };
+        size_of::<Self>() + ALLOC_LEN + data
+    }
+
+    /// What a family of notifiers derived from this event, made by the first that asks and shared by all that ask
+    /// for the same type, until [`forget_memos`](Self::forget_memos). An event that goes to hundreds of connections is
+    /// encoded once this way.
     pub fn memo<T: Any + Send + Sync>(&self, make: impl FnOnce(&EventKind) -> T) -> Arc<T> {
-        let first = || self.first.get().and_then(|memo| memo.downcast::<T>().ok());
-        // The hundreds that come after the first take no lock.
-        if let Some(memo) = first() {
-            return memo;
-        }
-        let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
-        let other = || others.iter().find_map(|memo| Arc::clone(memo).downcast::<T>().ok());
-        if let Some(memo) = first().or_else(other) {
+        let mut memos = self.memos.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(memo) = memos.iter().find_map(|memo| Arc::clone(memo).downcast::<T>().ok()) {
             return memo;
         }
         let memo = Arc::new(make(&self.kind));
-        if let Err(memo) = self.first.set(Arc::clone(&memo) as Memo) {
-            others.push(memo);
-        }
+        memos.push(Arc::clone(&memo) as Memo);
         memo
+    }
+
+    /// Forgets what was derived: an event that only waits holds its own bytes and no others. Those who have it keep it.
+    pub fn forget_memos(&self) {
+        let memos = std::mem::take(&mut *self.memos.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(memos);
+    }
+}
+
+/// What an allocation takes besides its bytes, and a counter of references: a rough mean.
+pub(crate) const ALLOC_LEN: usize = 24;
+
+/// What a change takes besides its own size.
+fn change_size(change: &Change) -> usize {
+    let value_len = match &change.action {
+        // A value that came by itself has an allocation of its own.
+        Action::Put { value, .. } if !value.is_empty() => value.len() + 2 * ALLOC_LEN,
+        _ => 0,
+    };
+    change.key.as_str().len() + ALLOC_LEN + value_len
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if let Some(counter) = &self.counter {
+            counter.fetch_sub(self.size(), Relaxed);
+        }
     }
 }
 

@@ -66,7 +66,7 @@ impl Records {
         self.packed.len() + self.ends.len() * size_of::<usize>() + self.long.iter().map(Bytes::len).sum::<usize>()
     }
 
-    fn push(&mut self, record: RecordRef<'_>) {
+    pub(crate) fn push(&mut self, record: RecordRef<'_>) {
         let RecordRef { key, value, revision, expiry } = record;
         let number = (self.long.len() as u32).to_le_bytes();
         let long = value.long();

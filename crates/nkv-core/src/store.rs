@@ -1,27 +1,29 @@
 //! The store: keys in memory, storage behind them, subscribers in front.
 //!
-//! Three locks, always taken in this order: the writer (held while storage works, so writers queue there and nobody
-//! else does), the subscribers (so that a subscription sees a change either in its snapshot or as an event), the
-//! keyspace (held only to look or to apply). Reads take the last alone.
+//! Its locks, always taken in this order: the writer (held while storage works, so writers queue there and no other
+//! caller does), then those of [`Shared`].
 
-use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::ops::ControlFlow;
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 
 use bytes::Bytes;
-use hashbrown::HashTable;
 use thiserror::Error;
 
 use crate::key::{Key, Pattern};
 use crate::keyspace::Keyspace;
-use crate::notifier::{Delivery, Notifier};
+use crate::notifier::Notifier;
 use crate::persist::{PersistError, PersistErrorKind, PersistValue};
-use crate::record::{Action, Change, EndReason, Event, EventKind, Expiry, Millis, Reason, Record, RecordRef, Snapshot};
+use crate::plan::{Extent, Plan};
+use crate::queue::Queue;
+use crate::record::{Millis, Record, RecordRef};
 use crate::revision::{Epoch, Revision};
-use crate::subscribers::{SubscriberId, Subscribers, Subscription};
-use crate::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
+use crate::shared::{NEVER, PART_KEYS_MAX, Shared};
+use crate::subscribers::{SubscriberId, Subscription};
+use crate::sync::{Mutex, MutexGuard};
+use crate::write::{Op, Outcome, PutOptions, Write, WriteError};
 
 /// A notify key-value store: values that survive, and subscribers that are told the latest of them.
 ///
@@ -34,28 +36,23 @@ use crate::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 /// use nkv_core::mailbox::{Item, mailbox};
 /// use nkv_core::{Key, NoPersist, NotifyKeyValue, Pattern, PutOptions};
 ///
-/// let store = NotifyKeyValue::open(NoPersist::default(), 0)?;
+/// let store = NotifyKeyValue::open(NoPersist::default())?;
 /// let (post, inbox) = mailbox::<()>();
 /// store.subscribe(Pattern::new("host")?, "screen".into(), post, false);
 ///
 /// store.put(&Key::new("host.load")?, "0.7", PutOptions::default())?;
 ///
-/// assert!(matches!(inbox.try_take(), Some(Item::Event { .. })));
+/// assert!(matches!(inbox.try_take(), Some(Item::Event { .. }))); // it began
+/// assert!(matches!(inbox.try_take(), Some(Item::Event { .. }))); // the change
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
 pub struct NotifyKeyValue<P, N> {
+    /// Writes of callers that have no thread for writing: those that wait are done together.
+    queue: Queue,
     writer: Mutex<Writer<P>>,
-    subscribers: Mutex<Subscribers<N>>,
-    keyspace: RwLock<Keyspace>,
-    /// That of the keyspace, for whoever asks after every batch.
-    next_expiry: AtomicU64,
-    epoch: Epoch,
-    counters: Counters,
+    shared: Arc<Shared<N>>,
 }
-
-/// When no TTL ends.
-const NEVER: Millis = Millis::MAX;
 
 #[derive(Debug)]
 struct Writer<P> {
@@ -64,98 +61,6 @@ struct Writer<P> {
     revision: Revision,
     /// Storage no longer knows what it holds; it is not asked again.
     poisoned: bool,
-}
-
-#[derive(Debug, Default)]
-struct Counters {
-    puts: AtomicU64,
-    deletes: AtomicU64,
-    expired: AtomicU64,
-    batches: AtomicU64,
-    failed_batches: AtomicU64,
-    notified: AtomicU64,
-    conflated: AtomicU64,
-}
-
-/// So many keys expire in one batch.
-const EXPIRE_MAX: usize = 10_000;
-
-/// One operation of a batch.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Op {
-    /// Writes a value.
-    Put {
-        /// The key.
-        key: Key,
-        /// The value.
-        value: Bytes,
-        /// On what condition, and for how long.
-        options: PutOptions,
-    },
-    /// Removes the keys that a pattern selects.
-    Delete {
-        /// Which keys.
-        pattern: Pattern,
-        /// Only if the key is at this revision. A pattern that is no key has no revision: the condition does not hold.
-        if_revision: Option<Revision>,
-    },
-    /// Removes the keys whose TTL has ended, the earliest first: at most 10,000, so that a great many at once hold up
-    /// nobody for long.
-    Expire {
-        /// The present.
-        now: Millis,
-    },
-}
-
-/// Condition and lifetime of a put.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PutOptions {
-    /// Write only if the key is at this revision; [`Revision::ZERO`]: only if it is absent.
-    pub if_revision: Option<Revision>,
-    /// When the value ends by itself. A later put without expiry ends that.
-    pub expiry: Option<Expiry>,
-}
-
-/// What became of an operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The value is stored.
-    Put {
-        /// Its revision.
-        revision: Revision,
-    },
-    /// So many keys are gone; an [`Op::Expire`] may remove none.
-    Deleted {
-        /// How many.
-        count: u64,
-        /// The highest revision given, one to each key; zero if none was.
-        revision: Revision,
-    },
-    /// There was nothing to delete.
-    NotFound,
-    /// The condition did not hold; nothing was changed.
-    Conflict {
-        /// The key's present revision; zero if it is absent.
-        revision: Revision,
-    },
-}
-
-/// Why a single write was not done.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum WriteError {
-    /// The condition did not hold; nothing was changed.
-    #[error("the key is at revision {revision}")]
-    Conflict {
-        /// The key's present revision; zero if it is absent.
-        revision: Revision,
-    },
-    /// There was nothing to delete.
-    #[error("no such key")]
-    NotFound,
-    /// Storage failed; see [`PersistError::kind`] for what that means.
-    #[error("the write was not stored")]
-    Persist(#[from] PersistError),
 }
 
 /// Part of a keyspace, in key order.
@@ -206,28 +111,40 @@ pub struct Stats {
 }
 
 impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
-    /// Loads what `persist` kept. `now` is the present, on the clock that expiries are counted on.
+    /// Loads what `persist` kept. Expiries are taken as they were stored.
     ///
     /// # Errors
     ///
     /// What [`PersistValue::load`] says.
-    pub fn open(mut persist: P, now: Millis) -> Result<Self, PersistError> {
+    pub fn open(persist: P) -> Result<Self, PersistError> {
+        Self::load(persist, Millis::MIN, Millis::MAX)
+    }
+
+    /// Loads what `persist` kept. `now` is the present, on the clock that expiries are counted on: values that have ended
+    /// by then are absent, and none lives longer from then on than its TTL, so that a clock that was set back between two
+    /// runs cannot keep values for years.
+    ///
+    /// # Errors
+    ///
+    /// What [`PersistValue::load`] says.
+    pub fn open_at(persist: P, now: Millis) -> Result<Self, PersistError> {
+        Self::load(persist, now, now)
+    }
+
+    fn load(mut persist: P, now: Millis, clamp_at: Millis) -> Result<Self, PersistError> {
         let mut keyspace = Keyspace::default();
         let loaded = persist.load(&mut |mut record| {
             debug_assert_eq!(Key::check(record.key), Ok(()), "storage visits nothing else");
             if let Some(expiry) = &mut record.expiry {
-                expiry.at = expiry.at.min(now.saturating_add(expiry.ttl_ms));
+                expiry.at = expiry.at.min(clamp_at.saturating_add(expiry.ttl_ms));
             }
             keyspace.load(record);
         })?;
         keyspace.end_loading(loaded.revision);
         Ok(NotifyKeyValue {
+            queue: Queue::default(),
             writer: Mutex::new(Writer { persist, revision: loaded.revision, poisoned: false }),
-            subscribers: Mutex::new(Subscribers::new()),
-            next_expiry: AtomicU64::new(keyspace.next_expiry().unwrap_or(NEVER)),
-            keyspace: RwLock::new(keyspace),
-            epoch: loaded.epoch,
-            counters: Counters::default(),
+            shared: Arc::new(Shared::new(keyspace, loaded.epoch, now)),
         })
     }
 
@@ -241,26 +158,49 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     ///
     /// No write becomes visible while `look` looks, so it is to be quick, and must not call back into the store.
     pub fn look_up<R>(&self, key: &str, look: impl FnOnce(RecordRef<'_>) -> R) -> Option<R> {
-        self.read().get(key).map(look)
+        self.shared.read().get(key, self.shared.now()).map(look)
     }
 
-    /// Lends each record that `pattern` selects, after `after`, to `visit`, in key order and all of one moment, until
-    /// it breaks off. What [`look_up`](Self::look_up) says of the lock holds here too.
+    /// Lends each record that `pattern` selects, after `after`, to `visit`, in key order, until it breaks off. What
+    /// [`look_up`](Self::look_up) says of the lock holds here too.
+    ///
+    /// Up to 1,024 keys are of one moment. Then others have the lock in between, and the next keys are of a later one.
     pub fn walk<B>(
         &self,
         pattern: &Pattern,
         after: Option<&Key>,
-        visit: impl FnMut(RecordRef<'_>) -> ControlFlow<B>,
+        mut visit: impl FnMut(RecordRef<'_>) -> ControlFlow<B>,
     ) -> ControlFlow<B> {
-        self.read().select(pattern, after).try_for_each(visit)
+        let mut after = after.cloned();
+        loop {
+            let (keyspace, now) = (self.shared.read(), self.shared.now());
+            let mut selected = keyspace.select(pattern, after.as_ref(), now);
+            let mut last = None;
+            for record in selected.by_ref().take(PART_KEYS_MAX) {
+                last = Some(record.key);
+                visit(record)?;
+            }
+            let Some(last) = last.filter(|_| selected.next().is_some()).map(Key::trusted) else {
+                return ControlFlow::Continue(());
+            };
+            drop(selected);
+            drop(keyspace);
+            after = Some(last);
+        }
     }
 
-    /// The keys and values that `pattern` selects, in key order, all of one moment.
+    /// The keys and values that `pattern` selects, in key order, of one moment as [`walk`](Self::walk) has it.
     pub fn get_all(&self, pattern: &Pattern) -> Vec<Record> {
-        self.read().select(pattern, None).map(RecordRef::to_record).collect()
+        let mut all = Vec::new();
+        let _: ControlFlow<()> = self.walk(pattern, None, |record| {
+            all.push(record.to_record());
+            ControlFlow::Continue(())
+        });
+        all
     }
 
-    /// At most `limit` keys and values that `pattern` selects, after `after`, in key order, all of one moment.
+    /// At most `limit` keys and values that `pattern` selects, after `after`, in key order, of one moment as
+    /// [`walk`](Self::walk) has it.
     ///
     /// # Errors
     ///
@@ -272,39 +212,57 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         limit: usize,
         bytes_max: usize,
     ) -> Result<Page<Record>, PageTooLarge> {
-        let mut page = Page { entries: Vec::new(), more: false };
         let mut bytes = 0;
-        for record in self.read().select(pattern, after) {
-            if page.entries.len() == limit {
-                page.more = true;
-                break;
-            }
+        self.page(pattern, after, limit, |record| {
             bytes += record.key.len() + record.value.len();
-            if bytes > bytes_max {
-                return Err(PageTooLarge { bytes_max });
-            }
-            page.entries.push(record.to_record());
-        }
-        Ok(page)
+            if bytes > bytes_max { Err(PageTooLarge { bytes_max }) } else { Ok(record.to_record()) }
+        })
     }
 
-    /// At most `limit` keys that `pattern` selects, after `after`, with their revisions, in key order.
+    /// At most `limit` keys that `pattern` selects, after `after`, with their revisions, in key order, of one moment as
+    /// [`walk`](Self::walk) has it.
     pub fn list(&self, pattern: &Pattern, after: Option<&Key>, limit: usize) -> Page<(Key, Revision)> {
-        let keyspace = self.read();
-        let mut selected = keyspace.select(pattern, after).map(|record| (Key::trusted(record.key), record.revision));
-        let entries = selected.by_ref().take(limit).collect();
-        Page { entries, more: selected.next().is_some() }
+        let listed = |record: RecordRef<'_>| Ok::<_, Infallible>((Key::trusted(record.key), record.revision));
+        match self.page(pattern, after, limit, listed) {
+            Ok(page) => page,
+            Err(never) => match never {},
+        }
+    }
+
+    fn page<T, E>(
+        &self,
+        pattern: &Pattern,
+        after: Option<&Key>,
+        limit: usize,
+        mut entry: impl FnMut(RecordRef<'_>) -> Result<T, E>,
+    ) -> Result<Page<T>, E> {
+        let mut page = Page { entries: Vec::new(), more: false };
+        let ended = self.walk(pattern, after, |record| {
+            if page.entries.len() == limit {
+                page.more = true;
+                return ControlFlow::Break(None);
+            }
+            match entry(record) {
+                Ok(entry) => page.entries.push(entry),
+                Err(error) => return ControlFlow::Break(Some(error)),
+            }
+            ControlFlow::Continue(())
+        });
+        match ended {
+            ControlFlow::Break(Some(error)) => Err(error),
+            _ => Ok(page),
+        }
     }
 
     /// Whether `pattern` selects any key.
     pub fn exists(&self, pattern: &Pattern) -> bool {
         match pattern {
-            Pattern::Key(key) => self.read().get(key.as_str()).is_some(),
-            _ => self.read().select(pattern, None).next().is_some(),
+            Pattern::Key(key) => self.shared.read().get(key.as_str(), self.shared.now()).is_some(),
+            _ => self.shared.read().select(pattern, None, self.shared.now()).next().is_some(),
         }
     }
 
-    /// Writes a value and returns its revision.
+    /// Writes a value and returns its revision. Threads that write at the same time share what storage does for it.
     ///
     /// # Errors
     ///
@@ -319,10 +277,13 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// Removes the keys that `pattern` selects and returns how many, with the highest revision given. A wildcard has no
     /// revision: with `if_revision` it is a conflict.
     ///
+    /// Up to 1,024 keys go in one step. More go in slices, in key order: what was there when it began and was not written
+    /// since is deleted, and readers may see that some keys are gone while others are not yet.
+    ///
     /// # Errors
     ///
     /// [`WriteError::NotFound`] when there is none, [`WriteError::Conflict`] when the condition does not hold,
-    /// [`WriteError::Persist`] when storage fails.
+    /// [`WriteError::Persist`] when storage fails, [`WriteError::Partial`] when it fails after some slices.
     pub fn delete(&self, pattern: &Pattern, if_revision: Option<Revision>) -> Result<(u64, Revision), WriteError> {
         match self.write_one(Op::Delete { pattern: pattern.clone(), if_revision })? {
             Outcome::Deleted { count, revision } => Ok((count, revision)),
@@ -330,15 +291,28 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         }
     }
 
-    /// Removes the keys whose TTL has ended by `now`, tells their subscribers, and returns how many they were: at most
-    /// 10,000, the earliest first. [`next_expiry`](Self::next_expiry) tells whether there are more.
+    fn write_one(&self, op: Op) -> Result<Outcome, WriteError> {
+        Ok(self.run(Write::apart(vec![op])).into_results().pop().unwrap_or(Ok(Outcome::NotFound))?)
+    }
+
+    /// Lets the time go on to `now`, on the clock that expiries are counted on: from here on, values that have ended by
+    /// then are absent for reads, snapshots, conditions and deletes, whether storage has removed them or not. That, and
+    /// the notification, is what [`expire`](Self::expire) does. The time does not go back. No lock is taken.
+    pub fn advance(&self, now: Millis) {
+        self.shared.advance(now);
+    }
+
+    /// [Advances](Self::advance) the time, removes the keys whose TTL has ended, notifies their subscribers, and returns
+    /// how many they were. They go in slices, the earliest first.
     ///
     /// # Errors
     ///
-    /// [`PersistError`] when storage fails; the keys stay until a later call.
+    /// [`PersistError`] when storage fails: what is left is removed by a later call.
     pub fn expire(&self, now: Millis) -> Result<u64, PersistError> {
-        match self.write_one(Op::Expire { now })? {
-            Outcome::Deleted { count, .. } => Ok(count),
+        self.advance(now);
+        match self.run(Write::expiry()).into_results().pop() {
+            Some(Ok(Outcome::Deleted { count, .. })) => Ok(count),
+            Some(Err(failed)) => Err(failed.error),
             _ => Ok(0),
         }
     }
@@ -346,172 +320,162 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// When the next key's TTL ends: when [`expire`](Self::expire) is to be called. The end of time, `u64::MAX`, never
     /// comes. No lock is taken.
     pub fn next_expiry(&self) -> Option<Millis> {
-        Some(self.next_expiry.load(Acquire)).filter(|at| *at != NEVER)
+        Some(self.shared.next_expiry()).filter(|at| *at != NEVER)
     }
 
-    /// The one way in: checks the conditions in order, each operation seeing the ones before it, has storage keep what
-    /// results as one batch, makes it visible, tells the subscribers, and says for each operation what became of it.
+    /// Does `ops` as one batch: checks the conditions in order, each operation seeing the ones before it, has storage keep
+    /// what results together, makes it visible at once, notifies the subscribers, and says for each operation what became
+    /// of it. Threads that write at the same time share what storage does for it.
     ///
     /// An operation whose condition does not hold does not keep the others from being done.
     ///
     /// # Errors
     ///
-    /// [`PersistError`]: none of it was done, nobody was told. After [`PersistErrorKind::Poisoned`] all later writes
-    /// fail in the same way, and a restart tells what was kept.
+    /// [`PersistError`]: none of it was done, no subscriber was notified. [`PersistErrorKind::Rejected`] if it changes more than 16,384
+    /// keys. After [`PersistErrorKind::Poisoned`] all later writes fail in the same way, and a restart shows what was
+    /// kept.
     pub fn write(&self, ops: &[Op]) -> Result<Vec<Outcome>, PersistError> {
-        let mut writer = self.lock_writer()?;
-        let (Plan { changes, hashes, .. }, outcomes) = plan(&self.read(), writer.revision, ops);
-        let Some(last) = changes.last() else { return Ok(outcomes) };
-        if let Err(error) = writer.persist.persist(&changes) {
-            writer.poisoned = error.kind() == PersistErrorKind::Poisoned;
-            self.counters.failed_batches.fetch_add(1, Relaxed);
-            return Err(error);
+        let results = self.run(Write::together(ops.to_vec())).into_results();
+        results.into_iter().collect::<Result<_, _>>().map_err(|failed| failed.error)
+    }
+
+    fn run(&self, write: Write) -> Write {
+        self.queue.run(write, |writes| self.commit(writes))
+    }
+
+    /// For callers that gather the writes of many: does as much of `writes` as one batch of storage takes, in order, makes
+    /// it visible and notifies the subscribers. To be called until all [are done](Write::is_done); others may be added
+    /// behind them meanwhile.
+    ///
+    /// If storage has no space for a batch or rejects it, each operation of it, and each group that is to be stored
+    /// together, is tried by itself: one that does not fit does not take others along.
+    pub fn commit(&self, writes: &mut [impl AsMut<Write>]) {
+        let mut writes: Vec<&mut Write> = writes.iter_mut().map(AsMut::as_mut).collect();
+        let writes = writes.as_mut_slice();
+        let mut writer = match self.lock_writer() {
+            Ok(writer) => writer,
+            Err(error) => return fail_all(writes, &error),
+        };
+        let Err(error) = self.store(&mut writer, writes, Extent::Group) else { return };
+        let planned: Vec<Option<usize>> = writes.iter_mut().map(|write| write.undo()).collect();
+        if writer.poisoned {
+            return fail_all(writes, &error);
         }
-        writer.revision = last.revision;
-        self.publish(changes, &hashes);
-        Ok(outcomes)
-    }
-
-    fn write_one(&self, op: Op) -> Result<Outcome, PersistError> {
-        Ok(self.write(std::slice::from_ref(&op))?.pop().unwrap_or(Outcome::NotFound))
-    }
-
-    fn lock_writer(&self) -> Result<MutexGuard<'_, Writer<P>>, PersistError> {
-        let refused = |context| Err(PersistError::new(PersistErrorKind::Poisoned, context));
-        match self.writer.lock() {
-            Ok(writer) if writer.poisoned => {
-                refused("storage failed earlier and takes no more writes; restart to recover")
-            }
-            Ok(writer) => Ok(writer),
-            Err(_) => refused("storage panicked earlier and takes no more writes; restart to recover"),
-        }
-    }
-
-    /// Makes stored changes visible and tells the subscribers, as one step for whoever subscribes meanwhile.
-    fn publish(&self, changes: Vec<Change>, hashes: &[u64]) {
-        let mut subscribers = self.lock_subscribers();
-        let mut keyspace = self.keyspace.write().unwrap_or_else(PoisonError::into_inner);
-        changes.iter().zip(hashes).for_each(|(change, hash)| keyspace.apply(change, *hash));
-        self.next_expiry.store(keyspace.next_expiry().unwrap_or(NEVER), Release);
-        drop(keyspace);
-        self.count(&changes);
-        if subscribers.len() > 0 {
-            self.tell(&mut subscribers, changes);
-        }
-    }
-
-    fn tell(&self, subscribers: &mut Subscribers<N>, changes: Vec<Change>) {
-        let (mut notified, mut conflated) = (0, 0);
-        let mut gone: Vec<Arc<Subscription<N>>> = Vec::new();
-        let mut covering = Vec::new();
-        for change in changes {
-            subscribers.for_each(&change.key, |subscription| covering.push(subscription));
-            if covering.is_empty() {
+        let may_fit_alone = matches!(error.kind(), PersistErrorKind::NoSpace | PersistErrorKind::Rejected);
+        let is_alone = planned.iter().flatten().count() == 1;
+        for (write, planned) in writes.iter_mut().zip(planned) {
+            let Some(planned) = planned.filter(|_| !writer.poisoned) else { continue };
+            if !may_fit_alone || is_alone && (write.is_together || planned <= write.results.len() + 1) {
+                while write.results.len() < planned && !write.is_done() {
+                    write.fail(&error);
+                }
                 continue;
             }
-            notified += covering.len() as u64;
-            let event = Event::new(EventKind::Change(change));
-            for subscription in covering.drain(..) {
-                match subscription.notifier.notify(&event) {
-                    Delivery::Queued => {}
-                    Delivery::Conflated => conflated += 1,
-                    Delivery::Closed => gone.push(Arc::clone(subscription)),
+            loop {
+                if let Err(error) = self.store(&mut writer, std::slice::from_mut(write), Extent::Unit) {
+                    write.undo();
+                    write.fail(&error);
+                }
+                if writer.poisoned
+                    || write.is_done()
+                    || write.results.len() + usize::from(write.sweep.is_some()) >= planned
+                {
+                    break;
                 }
             }
         }
-        self.counters.notified.fetch_add(notified, Relaxed);
-        self.counters.conflated.fetch_add(conflated, Relaxed);
-        for subscription in gone {
-            subscribers.remove(&subscription.pattern, |known| Arc::ptr_eq(known, &subscription));
+        if writer.poisoned {
+            fail_all(writes, &poisoned("storage failed earlier and takes no more writes; restart to recover"));
         }
     }
 
-    fn count(&self, changes: &[Change]) {
-        let (mut puts, mut deletes, mut expired) = (0, 0, 0);
-        for change in changes {
-            match change.action {
-                Action::Put { .. } => puts += 1,
-                Action::Delete { reason: Reason::Deleted } => deletes += 1,
-                Action::Delete { reason: Reason::Expired } => expired += 1,
+    /// Has storage keep what comes next of `writes`, and publishes it.
+    fn store(&self, writer: &mut Writer<P>, writes: &mut [&mut Write], extent: Extent) -> Result<(), PersistError> {
+        let keyspace = self.shared.read();
+        let Plan { changes, hashes, .. } = Plan::of(&keyspace, self.shared.now(), writer.revision, writes, extent);
+        drop(keyspace);
+        if let Some(last) = changes.last() {
+            let revision = last.revision;
+            if let Err(error) = writer.persist.persist(&changes) {
+                writer.poisoned = error.kind() == PersistErrorKind::Poisoned;
+                self.shared.counters.failed_batches.fetch_add(1, Relaxed);
+                return Err(error);
             }
+            writer.revision = revision;
+            self.shared.publish(changes, &hashes);
         }
-        let counters = &self.counters;
-        counters.batches.fetch_add(1, Relaxed);
-        for (counter, count) in [(&counters.puts, puts), (&counters.deletes, deletes), (&counters.expired, expired)] {
-            counter.fetch_add(count, Relaxed);
+        writes.iter_mut().for_each(|write| write.keep());
+        Ok(())
+    }
+
+    fn lock_writer(&self) -> Result<MutexGuard<'_, Writer<P>>, PersistError> {
+        match self.writer.lock() {
+            Ok(writer) if writer.poisoned => {
+                Err(poisoned("storage failed earlier and takes no more writes; restart to recover"))
+            }
+            Ok(writer) => Ok(writer),
+            Err(_) => Err(poisoned("storage panicked earlier and takes no more writes; restart to recover")),
         }
     }
 
-    /// Has `notifier` told of every change that `pattern` covers, from now on.
+    /// Has `notifier` notified of every change that `pattern` covers, from now on.
     ///
-    /// With `snapshot`, the first event is the present state of all covered keys; it and the registration are one
-    /// step: no change falls between them, none comes twice. A subscription of the same `id` and `pattern` is replaced,
-    /// and told so.
+    /// The first event, given before this returns, says that it [began](crate::EventKind::Began). With `snapshot`, the
+    /// notifier then reads the present state of all covered keys when it is ready for it, and is given the changes of what
+    /// it has read: none is missing between the two, none comes twice. A subscription of the same `id` and `pattern` is
+    /// replaced, and notified of it first.
     pub fn subscribe(&self, pattern: Pattern, id: SubscriberId, notifier: N, snapshot: bool) -> Arc<Subscription<N>> {
-        let subscription = Arc::new(Subscription { id, pattern, notifier });
-        let mut subscribers = self.lock_subscribers();
-        if let Some(old) = subscribers.remove(&subscription.pattern, |known| known.id == subscription.id) {
-            end(&old, EndReason::Replaced);
-        }
-        if snapshot {
-            let event = Event::new(EventKind::Snapshot(self.snapshot(&subscription.pattern)));
-            if subscription.notifier.notify(&event) == Delivery::Closed {
-                return subscription;
-            }
-        }
-        subscribers.insert(Arc::clone(&subscription));
+        let subscription = Arc::new(Subscription::new(id, pattern, notifier));
+        self.shared.subscribe(&subscription, snapshot);
         subscription
     }
 
-    fn snapshot(&self, pattern: &Pattern) -> Snapshot {
-        let keyspace = self.read();
-        Snapshot {
-            pattern: pattern.clone(),
-            records: keyspace.covered(pattern).collect(),
-            revision: keyspace.revision(),
-            epoch: self.epoch,
-        }
-    }
-
-    /// Ends a subscription, whoever asks, and tells its subscriber; false if there is none.
+    /// Ends a subscription, whoever asks, and notifies its subscriber; false if there is none.
     pub fn unsubscribe(&self, pattern: &Pattern, id: &SubscriberId) -> bool {
-        let removed = self.lock_subscribers().remove(pattern, |known| known.id == *id);
-        removed.inspect(|old| end(old, EndReason::Unsubscribed)).is_some()
+        self.shared.unsubscribe(pattern, |known| known.id() == id)
     }
 
-    /// Forgets a subscription whose subscriber has gone; nobody is told. One that replaced it meanwhile stays.
-    pub fn forget(&self, subscription: &Arc<Subscription<N>>) {
-        self.lock_subscribers().remove(&subscription.pattern, |known| Arc::ptr_eq(known, subscription));
+    /// Forgets subscriptions whose subscriber has gone, without a last event. One that replaced another meanwhile stays.
+    pub fn forget(&self, gone: &[Arc<Subscription<N>>]) {
+        self.shared.forget(gone);
     }
 
-    /// Who would be told of a change of `key`.
+    /// The subscriptions that cover `key`.
     pub fn subscribers_of(&self, key: &Key) -> Vec<Arc<Subscription<N>>> {
-        let mut found = Vec::new();
-        self.lock_subscribers().for_each(key, |subscription| found.push(Arc::clone(subscription)));
-        found
+        self.shared.subscribers_of(key)
+    }
+
+    /// How many subscriptions there are: [`Stats::subscriptions`], for the asking.
+    pub fn subscriptions(&self) -> u64 {
+        self.shared.subscriptions()
     }
 
     /// How many events were given to subscribers since the store was opened: [`Stats::notified`], for the asking.
     pub fn notified(&self) -> u64 {
-        self.counters.notified.load(Relaxed)
+        self.shared.counters.notified.load(Relaxed)
+    }
+
+    /// How many bytes the changes take that some notifier still has; one that many have counts once. The store keeps the
+    /// counter up to date.
+    pub fn event_bytes(&self) -> &Arc<AtomicUsize> {
+        self.shared.event_bytes()
     }
 
     /// The epoch of the data.
     pub fn epoch(&self) -> Epoch {
-        self.epoch
+        self.shared.epoch
     }
 
     /// Figures, roughly of one moment.
     pub fn stats(&self) -> Stats {
-        let subscriptions = self.lock_subscribers().len() as u64;
-        let keyspace = self.read();
-        let counters = &self.counters;
+        let keyspace = self.shared.read();
+        let counters = &self.shared.counters;
         Stats {
             keys: keyspace.len() as u64,
             value_bytes: keyspace.value_bytes() as u64,
-            subscriptions,
+            subscriptions: self.subscriptions(),
             revision: keyspace.revision(),
-            epoch: self.epoch,
+            epoch: self.shared.epoch,
             puts: counters.puts.load(Relaxed),
             deletes: counters.deletes.load(Relaxed),
             expired: counters.expired.load(Relaxed),
@@ -521,158 +485,16 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
             conflated: counters.conflated.load(Relaxed),
         }
     }
-
-    // A panic under one of these two locks comes from a notifier that broke its contract. The data under them is whole
-    // between two steps of this module, so reads and subscriptions go on; the writer, whose lock was held too, stops.
-
-    fn read(&self) -> RwLockReadGuard<'_, Keyspace> {
-        self.keyspace.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_subscribers(&self) -> MutexGuard<'_, Subscribers<N>> {
-        self.subscribers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
-/// Tells a subscriber that its subscription has ended; that it is gone already is no news to anyone.
-fn end<N: Notifier>(subscription: &Subscription<N>, reason: EndReason) {
-    let ended = EventKind::Ended { pattern: subscription.pattern.clone(), reason };
-    let (Delivery::Queued | Delivery::Conflated | Delivery::Closed) = subscription.notifier.notify(&Event::new(ended));
-}
-
-impl From<Outcome> for WriteError {
-    /// An outcome that is not the one hoped for.
-    fn from(outcome: Outcome) -> Self {
-        match outcome {
-            Outcome::Conflict { revision } => WriteError::Conflict { revision },
-            _ => WriteError::NotFound,
+fn fail_all(writes: &mut [&mut Write], error: &PersistError) {
+    for write in writes {
+        while !write.is_done() {
+            write.fail(error);
         }
     }
 }
 
-/// What a batch changes, and what becomes of each operation. Reads memory only.
-fn plan<'a>(keyspace: &'a Keyspace, revision: Revision, ops: &[Op]) -> (Plan<'a>, Vec<Outcome>) {
-    let (changes, hashes) = (Vec::with_capacity(ops.len()), Vec::with_capacity(ops.len()));
-    let latest = (ops.len() > 1).then(|| HashTable::with_capacity(ops.len()));
-    let mut plan = Plan { keyspace, revision, changes, hashes, latest };
-    // All keys are looked up before anything else is done: in so short a loop the processor waits for the memory of
-    // several at a time.
-    let hash = |op| (key_of(op).map_or(0, |key| keyspace.hash(key.as_str())), Revision::ZERO);
-    let mut found: Vec<(u64, Revision)> = ops.iter().map(hash).collect();
-    for (op, (hash, stored)) in ops.iter().zip(&mut found) {
-        *stored = key_of(op).map_or(Revision::ZERO, |key| keyspace.revision_of(key.as_str(), *hash));
-    }
-    let outcomes = ops.iter().zip(found).map(|(op, (hash, stored))| plan.step(op, hash, stored)).collect();
-    (plan, outcomes)
-}
-
-/// The one key that an operation is about, if it is about one.
-fn key_of(op: &Op) -> Option<&Key> {
-    match op {
-        Op::Put { key, .. } | Op::Delete { pattern: Pattern::Key(key), .. } => Some(key),
-        Op::Delete { .. } | Op::Expire { .. } => None,
-    }
-}
-
-struct Plan<'a> {
-    keyspace: &'a Keyspace,
-    revision: Revision,
-    changes: Vec<Change>,
-    /// Of the key of each change: a key is hashed once for each operation.
-    hashes: Vec<u64>,
-    /// The latest change of each key that has one, by the hash of the key: what later operations of the batch see.
-    /// Nobody asks if there is only one operation.
-    latest: Option<HashTable<usize>>,
-}
-
-impl Plan<'_> {
-    /// `hash` and `stored`, the revision before the batch, are those of the key that it is about.
-    fn step(&mut self, op: &Op, hash: u64, stored: Revision) -> Outcome {
-        match op {
-            Op::Put { key, value, options } => {
-                let present = self.latest(key, hash).map_or(stored, left_by);
-                if options.if_revision.is_some_and(|expected| expected != present) {
-                    return Outcome::Conflict { revision: present };
-                }
-                let action = Action::Put { value: value.clone(), expiry: options.expiry };
-                Outcome::Put { revision: self.change(key.clone(), hash, present, action) }
-            }
-            Op::Delete { pattern: Pattern::Key(key), if_revision } => {
-                let present = self.latest(key, hash).map_or(stored, left_by);
-                if present == Revision::ZERO {
-                    return Outcome::NotFound;
-                }
-                if if_revision.is_some_and(|expected| expected != present) {
-                    return Outcome::Conflict { revision: present };
-                }
-                let revision = self.change(key.clone(), hash, present, Action::Delete { reason: Reason::Deleted });
-                Outcome::Deleted { count: 1, revision }
-            }
-            Op::Delete { if_revision: Some(_), .. } => Outcome::Conflict { revision: Revision::ZERO },
-            Op::Delete { pattern, if_revision: None } => match self.delete(self.selected(pattern), Reason::Deleted) {
-                Outcome::Deleted { count: 0, .. } => Outcome::NotFound,
-                deleted => deleted,
-            },
-            Op::Expire { now } => {
-                // What an earlier operation of the batch wrote or removed is not due: its expiry is another.
-                let is_untouched = |key: &&Key| self.latest(key, self.keyspace.hash(key.as_str())).is_none();
-                let due = self.keyspace.due(*now).filter(is_untouched);
-                let due: Vec<Key> = due.take(EXPIRE_MAX).cloned().collect();
-                self.delete(due, Reason::Expired)
-            }
-        }
-    }
-
-    fn latest(&self, key: &Key, hash: u64) -> Option<&Change> {
-        let is_of_key = |at: &usize| self.changes.get(*at).is_some_and(|change| change.key == *key);
-        self.latest.as_ref()?.find(hash, is_of_key).and_then(|at| self.changes.get(*at))
-    }
-
-    fn selected(&self, pattern: &Pattern) -> BTreeSet<Key> {
-        let selected = self.keyspace.select(pattern, None);
-        let mut keys: BTreeSet<Key> = selected.map(|record| Key::trusted(record.key)).collect();
-        let latest = self.latest.iter().flatten().filter_map(|at| self.changes.get(*at));
-        for change in latest.filter(|change| pattern.selects(&change.key)) {
-            if left_by(change) == Revision::ZERO {
-                keys.remove(&change.key);
-            } else {
-                keys.insert(change.key.clone());
-            }
-        }
-        keys
-    }
-
-    fn delete(&mut self, keys: impl IntoIterator<Item = Key>, reason: Reason) -> Outcome {
-        let mut count = 0;
-        let mut revision = Revision::ZERO;
-        for key in keys {
-            let hash = self.keyspace.hash(key.as_str());
-            let stored = || self.keyspace.revision_of(key.as_str(), hash);
-            let present = self.latest(&key, hash).map_or_else(stored, left_by);
-            revision = self.change(key, hash, present, Action::Delete { reason });
-            count += 1;
-        }
-        Outcome::Deleted { count, revision }
-    }
-
-    fn change(&mut self, key: Key, hash: u64, replaces: Revision, action: Action) -> Revision {
-        self.revision = self.revision.next();
-        let (at, changes, hashes) = (self.changes.len(), &self.changes, &self.hashes);
-        let is_of_key = |known: &usize| changes.get(*known).is_some_and(|change: &Change| change.key == key);
-        let hash_of = |known: &usize| hashes.get(*known).copied().unwrap_or_default();
-        if let Some(latest) = &mut self.latest {
-            *latest.entry(hash, is_of_key, hash_of).or_insert(at).get_mut() = at;
-        }
-        self.hashes.push(hash);
-        self.changes.push(Change { key, revision: self.revision, replaces, action });
-        self.revision
-    }
-}
-
-/// At which revision a change leaves its key; zero if it is gone.
-fn left_by(change: &Change) -> Revision {
-    match change.action {
-        Action::Put { .. } => change.revision,
-        Action::Delete { .. } => Revision::ZERO,
-    }
+fn poisoned(context: &str) -> PersistError {
+    PersistError::new(PersistErrorKind::Poisoned, context)
 }

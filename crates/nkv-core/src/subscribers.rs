@@ -4,9 +4,12 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::{Arc, PoisonError};
 
 use crate::key::{Key, Pattern};
+use crate::revision::Revision;
+use crate::sync::{AtomicBool, Mutex, MutexGuard};
 
 /// Who subscribes: named by the client, so that one that comes back takes its own place again.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -41,12 +44,17 @@ impl fmt::Display for SubscriberId {
 /// One subscription: known by its subscriber and pattern.
 #[derive(Debug)]
 pub struct Subscription<N> {
-    pub(crate) id: SubscriberId,
-    pub(crate) pattern: Pattern,
-    pub(crate) notifier: N,
+    id: SubscriberId,
+    pattern: Pattern,
+    notifier: N,
+    pub(crate) progress: Arc<Progress>,
 }
 
 impl<N> Subscription<N> {
+    pub(crate) fn new(id: SubscriberId, pattern: Pattern, notifier: N) -> Self {
+        Subscription { id, pattern, notifier, progress: Arc::default() }
+    }
+
     /// Whose it is.
     pub fn id(&self) -> &SubscriberId {
         &self.id
@@ -61,12 +69,152 @@ impl<N> Subscription<N> {
     pub fn notifier(&self) -> &N {
         &self.notifier
     }
+
+    /// Whether it has ended: unsubscribed, replaced, forgotten, or its notifier has closed.
+    pub fn has_ended(&self) -> bool {
+        self.progress.has_ended()
+    }
+}
+
+/// How far a subscription is: which changes are for its notifier.
+///
+/// Decided under the lock of the subscribers, but for a [reset](Progress::reset).
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    /// Every change is for it: no need to look further.
+    takes_all: AtomicBool,
+    ended: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    phase: Phase,
+    /// While a snapshot is read: another is to follow it.
+    again: bool,
+    /// That of the snapshot that is being read.
+    revision: Revision,
+    /// Up to which key (all keys if `None`) the state of which revision was read before all subscribers were notified of it.
+    seen: Vec<(Option<Key>, Revision)>,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+enum Phase {
+    /// A snapshot will be read that contains all.
+    #[default]
+    Waiting,
+    /// All keys up to this one are read.
+    Reading(Key),
+    Live,
+}
+
+impl Progress {
+    /// Has every change from now on notified: after `revision`, if others have not been notified of all up to there.
+    pub(crate) fn go_live(&self, told: Revision, revision: Revision) {
+        let mut state = self.lock();
+        state.phase = Phase::Live;
+        state.see(None, told, revision);
+        self.takes_all.store(state.seen.is_empty(), Relaxed);
+    }
+
+    /// Whether a change is for the notifier.
+    pub(crate) fn wants(&self, key: &Key, revision: Revision) -> bool {
+        self.takes_all.load(Relaxed) || self.looks_whether_it_wants(key, revision)
+    }
+
+    #[cold]
+    fn looks_whether_it_wants(&self, key: &Key, revision: Revision) -> bool {
+        let mut state = self.lock();
+        if state.again || state.phase == Phase::Waiting {
+            return false;
+        }
+        let mut seen = state.seen.iter().filter(|(up_to, _)| up_to.as_ref().is_none_or(|up_to| key <= up_to));
+        if let Some((_, seen)) = seen.next()
+            && revision <= *seen
+        {
+            return false;
+        }
+        if state.seen.last().is_some_and(|(_, seen)| revision > *seen) {
+            state.seen = Vec::new();
+        }
+        match &state.phase {
+            Phase::Waiting => false,
+            Phase::Reading(up_to) => key <= up_to,
+            Phase::Live => {
+                self.takes_all.store(state.seen.is_empty(), Relaxed);
+                true
+            }
+        }
+    }
+
+    /// Behind which key the next part of the snapshot begins, and the revision of the whole; `present` is that of the
+    /// keyspace.
+    pub(crate) fn resume(&self, present: Revision) -> (Option<Key>, Revision) {
+        let mut state = self.lock();
+        match &state.phase {
+            Phase::Reading(up_to) => (Some(up_to.clone()), state.revision),
+            Phase::Waiting | Phase::Live => {
+                (state.revision, state.seen) = (present, Vec::new());
+                (None, present)
+            }
+        }
+    }
+
+    /// Notes that the snapshot was read up to a key, or to its end, as of `present`.
+    pub(crate) fn has_read(&self, up_to: Option<Key>, told: Revision, present: Revision) {
+        let mut state = self.lock();
+        state.see(up_to.clone(), told, present);
+        state.phase = match up_to {
+            Some(up_to) => Phase::Reading(up_to),
+            None if std::mem::take(&mut state.again) => Phase::Waiting,
+            None => Phase::Live,
+        };
+        let takes_all = state.phase == Phase::Live && state.seen.is_empty();
+        self.takes_all.store(takes_all, Relaxed);
+    }
+
+    /// See [`SnapshotReader::reset`](crate::SnapshotReader::reset).
+    pub(crate) fn reset(&self) -> bool {
+        let mut state = self.lock();
+        self.takes_all.store(false, Relaxed);
+        match state.phase {
+            Phase::Waiting => false,
+            Phase::Reading(_) => !std::mem::replace(&mut state.again, true) && !self.has_ended(),
+            Phase::Live => {
+                state.phase = Phase::Waiting;
+                !self.has_ended()
+            }
+        }
+    }
+
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Release);
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.load(Acquire)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// What was read as of `present` contains changes that others are still being notified of: they are no news here.
+    fn see(&mut self, up_to: Option<Key>, told: Revision, present: Revision) {
+        if told < present {
+            self.seen.push((up_to, present));
+        }
+    }
 }
 
 #[derive(Debug)]
 pub(crate) struct Subscribers<N> {
     root: Node<N>,
     len: usize,
+    /// All are notified of every change up to this one.
+    pub(crate) told: Revision,
 }
 
 type Entries<N> = Vec<Arc<Subscription<N>>>;
@@ -98,8 +246,8 @@ impl<N> Node<N> {
 }
 
 impl<N> Subscribers<N> {
-    pub(crate) fn new() -> Self {
-        Subscribers { root: Node::new(), len: 0 }
+    pub(crate) fn new(told: Revision) -> Self {
+        Subscribers { root: Node::new(), len: 0, told }
     }
 
     pub(crate) fn len(&self) -> usize {

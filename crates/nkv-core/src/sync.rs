@@ -4,50 +4,48 @@
 pub(crate) use loom::sync::atomic::AtomicBool;
 #[cfg(loom)]
 pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
+#[cfg(loom)]
+pub(crate) use loom::{thread::yield_now, thread_local};
 #[cfg(not(loom))]
 pub(crate) use std::sync::atomic::AtomicBool;
 #[cfg(not(loom))]
 pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
-
-/// A value that is set once, and read without a lock. Loom has none: there it is one under a lock, so that each reading
-/// and the setting are steps between which others may come.
 #[cfg(not(loom))]
-pub(crate) struct Once<T>(std::sync::OnceLock<T>);
-#[cfg(loom)]
-pub(crate) struct Once<T>(Mutex<Option<T>>);
+pub(crate) use std::{thread::yield_now, thread_local};
 
-#[cfg(not(loom))]
-impl<T: Clone> Once<T> {
-    pub(crate) fn new() -> Self {
-        Once(std::sync::OnceLock::new())
-    }
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::SeqCst;
 
-    pub(crate) fn get(&self) -> Option<T> {
-        self.0.get().cloned()
-    }
-
-    /// Gives the value back if another was set before.
-    pub(crate) fn set(&self, value: T) -> Result<(), T> {
-        self.0.set(value)
-    }
+/// A mutex whose owner, if it works for long, can let those who wait for it go first.
+#[derive(Debug)]
+pub(crate) struct TurnMutex<T> {
+    waiting: AtomicUsize,
+    mutex: Mutex<T>,
 }
 
-#[cfg(loom)]
-impl<T: Clone> Once<T> {
-    pub(crate) fn new() -> Self {
-        Once(Mutex::new(None))
+impl<T> TurnMutex<T> {
+    pub(crate) fn new(value: T) -> Self {
+        TurnMutex { waiting: AtomicUsize::new(0), mutex: Mutex::new(value) }
     }
 
-    pub(crate) fn get(&self) -> Option<T> {
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    /// Also after a panic of another owner: what is under it must be whole between two steps.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
+        self.waiting.fetch_add(1, SeqCst);
+        let guard = self.mutex.lock().unwrap_or_else(PoisonError::into_inner);
+        self.waiting.fetch_sub(1, SeqCst);
+        guard
     }
 
-    pub(crate) fn set(&self, value: T) -> Result<(), T> {
-        let mut own = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if own.is_some() {
-            return Err(value);
+    /// Whether another waits.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.waiting.load(SeqCst) > 0
+    }
+
+    /// Waits until all those who wait now have had their turn, to be called without the lock.
+    pub(crate) fn give_turns(&self) {
+        while self.is_wanted() {
+            yield_now();
         }
-        *own = Some(value);
-        Ok(())
     }
 }

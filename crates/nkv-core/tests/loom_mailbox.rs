@@ -252,8 +252,7 @@ fn revisions(inbox: &Inbox<u32>) -> Vec<u64> {
 #[test]
 fn whoever_subscribes_while_somebody_writes_is_told_once_and_readers_see_what_was_acknowledged() {
     loom::model(|| {
-        let store: Arc<NotifyKeyValue<_, Mailbox<u32>>> =
-            Arc::new(NotifyKeyValue::open(NoPersist::default(), 0).unwrap());
+        let store: Arc<NotifyKeyValue<_, Mailbox<u32>>> = Arc::new(NotifyKeyValue::open(NoPersist::default()).unwrap());
         let writer = {
             let store = Arc::clone(&store);
             thread::spawn(move || {

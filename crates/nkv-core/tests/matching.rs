@@ -38,7 +38,7 @@ fn told(inbox: &Inbox<()>) -> Vec<String> {
 }
 
 fn check(mut keys: Vec<String>, patterns: &[String], after: &str, limit: usize, ended: usize) -> u64 {
-    let store = NotifyKeyValue::open(NoPersist::default(), 0).unwrap();
+    let store = NotifyKeyValue::open(NoPersist::default()).unwrap();
     let put = |key: &String| _ = store.put(&Key::new(key).unwrap(), key.clone(), PutOptions::default()).unwrap();
     let order = |key: &str| key.split('.').map(str::to_owned).collect::<Vec<_>>();
     keys.iter().for_each(put);

@@ -71,7 +71,6 @@ enum Expected {
 enum Write {
     Put { path: Path, value: u8, condition: Option<Expected>, ttl_ms: Option<u64> },
     Delete { which: Which, condition: Option<Expected> },
-    Expire,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +83,9 @@ enum Failure {
 enum Step {
     Write(Vec<Write>),
     Time(u64),
+    /// The store learns what time it is; storage may not know of what has ended since.
+    Advance,
+    Expire,
     Fail(Failure),
     Query {
         which: Which,
@@ -129,8 +131,16 @@ type State = Result<(Bytes, Option<Expiry>), Reason>;
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Told {
     Change { path: Path, revision: u64, state: State, skipped: u64 },
-    Snapshot { of: Pattern, records: Vec<Record>, revision: u64 },
+    Began { of: Pattern, has_snapshot: bool },
     Ended { of: Pattern, reason: EndReason },
+}
+
+/// What is to be read: for a change, whether the reader knows nothing of its key; for a beginning, of which subscription.
+#[derive(Clone, Debug)]
+struct Due {
+    told: Told,
+    is_new: bool,
+    subscription: u64,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -143,7 +153,9 @@ struct Data {
 struct Connection {
     post: Mailbox,
     inbox: Option<Inbox>,
-    expected: Vec<Told>,
+    expected: Vec<Due>,
+    /// The snapshot that comes next, and the subscription whose it is.
+    reading: Option<(Pattern, u64)>,
     /// The highest revision read.
     read: u64,
 }
@@ -151,39 +163,87 @@ struct Connection {
 impl Connection {
     fn new() -> Self {
         let (post, inbox) = mailbox();
-        Connection { post, inbox: Some(inbox), expected: vec![], read: 0 }
+        Connection { post, inbox: Some(inbox), expected: vec![], reading: None, read: 0 }
     }
 
-    /// Conflation, as one would explain it.
-    fn change(&mut self, path: &Path, revision: u64, state: &State) {
-        // What stands before a snapshot of the key is told before it.
-        let key = Key::new(&path.join(".")).unwrap();
-        let snapshot = |told: &Told| matches!(told, Told::Snapshot { of, .. } if of.covers(&key));
-        let start = self.expected.iter().rposition(snapshot).map_or(0, |at| at + 1);
-        let same = |told: &Told| matches!(told, Told::Change { path: other, .. } if other == path);
-        let skipped = match self.expected[start..].iter().position(same).map(|at| self.expected.remove(start + at)) {
-            Some(Told::Change { skipped, .. }) => skipped + 1,
-            _ => 0,
-        };
-        self.expected.push(Told::Change { path: path.clone(), revision, state: state.clone(), skipped });
+    fn expect(&mut self, told: Told) {
+        self.expected.push(Due { told, is_new: false, subscription: 0 });
     }
 
-    fn read(&mut self, at_most: usize) {
-        let Some(inbox) = &self.inbox else { return };
-        for _ in 0..at_most {
-            let Some(item) = inbox.try_take() else {
-                assert_eq!(self.expected, [], "these were never told");
-                return;
-            };
-            assert!(!self.expected.is_empty(), "{item:?} was told, and nothing was to be");
-            let told = told(&item);
-            assert_eq!(told, self.expected.remove(0));
-            if let Told::Change { revision, .. } = told {
-                assert!(revision > self.read, "revisions increase");
-                self.read = revision;
+    fn begin(&mut self, of: Pattern, has_snapshot: bool, subscription: u64) {
+        if has_snapshot {
+            for due in &mut self.expected {
+                let covered = |path: &Path| of.covers(&key(path));
+                due.is_new &= !matches!(&due.told, Told::Change { path, .. } if covered(path));
             }
         }
+        self.expected.push(Due { told: Told::Began { of, has_snapshot }, is_new: false, subscription });
     }
+
+    /// Conflation, as one would explain it. `replaced`: the key was there before.
+    fn change(&mut self, path: &Path, revision: u64, state: &State, replaced: bool) {
+        let waits = |due: &Due| matches!(due.told, Told::Began { has_snapshot: true, .. });
+        let is_snapshot_to_come = self.reading.is_some() || self.expected.iter().any(waits);
+        let same = |due: &Due| matches!(&due.told, Told::Change { path: other, .. } if other == path);
+        let old = self.expected.iter().position(same).map(|at| self.expected.remove(at));
+        let (skipped, is_new) = match old {
+            Some(Due { told: Told::Change { skipped, .. }, is_new, .. }) if is_new && state.is_err() => {
+                let _ = skipped;
+                return; // it came and went
+            }
+            Some(Due { told: Told::Change { skipped, .. }, is_new, .. }) => (skipped + 1, is_new),
+            _ => (0, !replaced && !is_snapshot_to_come),
+        };
+        let told = Told::Change { path: path.clone(), revision, state: state.clone(), skipped };
+        self.expected.push(Due { told, is_new, subscription: 0 });
+    }
+
+    /// Reads on, and says which subscriptions have read their snapshots, given what a snapshot has now.
+    fn read(&mut self, at_most: usize, snapshot: impl Fn(&Pattern) -> (Vec<Record>, u64)) -> Vec<u64> {
+        let mut synced = vec![];
+        let Some(inbox) = &self.inbox else { return synced };
+        for _ in 0..at_most {
+            let Some(item) = inbox.try_take() else {
+                assert!(self.expected.is_empty() && self.reading.is_none(), "these never came: {:?}", self.expected);
+                break;
+            };
+            if let Some((of, subscription)) = self.reading.take() {
+                read_snapshot(inbox, &item, &of, snapshot(&of));
+                synced.push(subscription);
+                continue;
+            }
+            assert!(!self.expected.is_empty(), "{item:?} came, and nothing was to come");
+            let due = self.expected.remove(0);
+            let told = told(&item);
+            assert_eq!(told, due.told);
+            match told {
+                Told::Change { revision, .. } => {
+                    assert!(revision > self.read, "revisions increase");
+                    self.read = revision;
+                }
+                Told::Began { of, has_snapshot: true } => self.reading = Some((of, due.subscription)),
+                Told::Began { .. } | Told::Ended { .. } => {}
+            }
+        }
+        synced
+    }
+}
+
+/// Reads all parts; the store stands still meanwhile, so they are of one moment.
+fn read_snapshot(inbox: &Inbox, first: &Item, of: &Pattern, (expected, at): (Vec<Record>, u64)) {
+    let mut records = vec![];
+    let mut item = first.clone();
+    loop {
+        let Item::Event { event, .. } = &item else { panic!("{item:?}") };
+        let EventKind::Snapshot(part) = event.kind() else { panic!("{event:?} came before the snapshot's end") };
+        assert_eq!((&part.pattern, part.revision.get()), (of, at));
+        records.extend(part.records.iter().map(RecordRef::to_record));
+        if part.is_last {
+            break;
+        }
+        item = inbox.try_take().expect("a snapshot has an end");
+    }
+    assert_eq!(records, expected);
 }
 
 fn told(item: &Item) -> Told {
@@ -198,14 +258,18 @@ fn told(item: &Item) -> Told {
             },
             skipped: *skipped,
         },
-        EventKind::Snapshot(snapshot) => Told::Snapshot {
-            of: snapshot.pattern.clone(),
-            records: snapshot.records.iter().map(RecordRef::to_record).collect(),
-            revision: snapshot.revision.get(),
-        },
+        EventKind::Began(began) => Told::Began { of: began.pattern.clone(), has_snapshot: began.has_snapshot },
         EventKind::Ended { pattern, reason } => Told::Ended { of: pattern.clone(), reason: *reason },
         other => panic!("{other:?}"),
     }
+}
+
+/// A subscription: over which connection, and whether changes are for it, which they are once its snapshot is read.
+#[derive(Clone, Copy)]
+struct Subscribed {
+    number: u64,
+    connection: usize,
+    is_live: bool,
 }
 
 struct World {
@@ -215,17 +279,20 @@ struct World {
     memory: Data,
     stored: Data,
     now: u64,
+    /// What the store was last given as the time.
+    advanced: u64,
     failure: Option<Failure>,
     poisoned: bool,
     connections: Vec<Connection>,
     /// Over which connection each subscriber subscribes at present.
     current: [usize; SUBSCRIBERS],
-    subscriptions: BTreeMap<(usize, Which), usize>,
+    subscriptions: BTreeMap<(usize, Which), Subscribed>,
+    numbers: u64,
 }
 
 fn open(disk: &MemoryPersist, now: u64) -> (Store, PersistScript) {
     let (persist, script) = ScriptedPersist::new(disk.clone());
-    (NotifyKeyValue::open(persist, now).unwrap(), script)
+    (NotifyKeyValue::open_at(persist, now).unwrap(), script)
 }
 
 fn record(path: &Path, entry: &Entry) -> Record {
@@ -248,11 +315,13 @@ impl World {
             memory: Data::default(),
             stored: Data::default(),
             now: 1_000,
+            advanced: 1_000,
             failure: None,
             poisoned: false,
             connections: (0..SUBSCRIBERS).map(|_| Connection::new()).collect(),
             current: std::array::from_fn(|who| who),
             subscriptions: BTreeMap::new(),
+            numbers: 0,
         }
     }
 
@@ -260,11 +329,16 @@ impl World {
         match step {
             Step::Write(writes) => self.write(&writes),
             Step::Time(ms) => self.now += ms,
+            Step::Advance => {
+                self.advanced = self.advanced.max(self.now);
+                self.store.advance(self.now);
+            }
+            Step::Expire => self.expire(),
             Step::Fail(failure) => self.fail(failure),
             Step::Query { which, after, limit } => self.query(&which, after.as_ref(), limit),
             Step::Subscribe { who, to, snapshot } => self.subscribe(who, to, snapshot),
             Step::Unsubscribe { who, from } => self.unsubscribe(who, from),
-            Step::Read { who, at_most } => self.connections[self.current[who]].read(at_most),
+            Step::Read { who, at_most } => self.read(self.current[who], at_most),
             Step::Leave { who } => self.connections[self.current[who]].inbox = None,
             Step::Reconnect { who } => {
                 self.current[who] = self.connections.len();
@@ -286,23 +360,54 @@ impl World {
     fn write(&mut self, writes: &[Write]) {
         let ops: Vec<Op> = writes.iter().map(|write| self.op(write)).collect();
         let result = self.store.write(&ops);
-        if self.poisoned {
+        if self.poisoned && !ops.is_empty() {
             assert_eq!(result.unwrap_err().kind(), PersistErrorKind::Poisoned);
             return;
         }
         let mut planned = self.memory.clone();
-        let (changes, outcomes) = plan(&mut planned, &ops, self.now);
-        if changes.is_empty() {
-            assert_eq!(result.unwrap(), outcomes);
+        let (changes, outcomes) = plan(&mut planned, &ops, self.advanced);
+        self.conclude(changes, result, |result| assert_eq!(result, outcomes));
+    }
+
+    fn expire(&mut self) {
+        let result = self.store.expire(self.now);
+        self.advanced = self.advanced.max(self.now);
+        if self.poisoned {
+            assert_eq!(result.unwrap_err().kind(), PersistErrorKind::Poisoned);
             return;
+        }
+        let due = |(path, entry): (&Path, &Entry)| Some((entry.expiry?.at, path.clone()));
+        let mut due: Vec<_> =
+            self.memory.entries.iter().filter_map(due).filter(|(at, _)| *at <= self.advanced).collect();
+        due.sort();
+        if result.is_ok() && !due.is_empty() {
+            // In which order those go that end at the same time is the store's affair.
+            let order: Vec<Path> =
+                self.script.batches().pop().unwrap().iter().map(|change| path_of(&change.key)).collect();
+            due.sort_by_key(|(at, path)| (*at, order.iter().position(|other| other == path)));
+        }
+        let revisions = self.memory.revision + 1..;
+        let changes: Vec<_> =
+            revisions.zip(due).map(|(revision, (_, path))| (path, revision, Err(Reason::Expired))).collect();
+        let count = changes.len() as u64;
+        self.conclude(changes, result, |result| assert_eq!(result, count));
+    }
+
+    fn conclude<T: std::fmt::Debug>(
+        &mut self,
+        changes: Vec<(Path, u64, State)>,
+        result: Result<T, nkv_core::PersistError>,
+        compare: impl FnOnce(T),
+    ) {
+        if changes.is_empty() {
+            return compare(result.unwrap());
         }
         match self.failure.take() {
             None => {
-                assert_eq!(result.unwrap(), outcomes);
+                compare(result.unwrap());
                 self.compare_what_is_replaced(&changes);
-                self.memory = planned;
-                store_changes(&mut self.stored, &changes);
                 changes.iter().for_each(|change| self.publish(change));
+                store_changes(&mut self.stored, &changes);
             }
             Some(Failure::Kind(kind)) => assert_eq!(result.unwrap_err().kind(), kind),
             Some(Failure::Crash(crash)) => {
@@ -329,7 +434,7 @@ impl World {
 
     fn op(&self, write: &Write) -> Op {
         let condition = |path: &Path, condition: Option<Expected>| {
-            let present = self.memory.entries.get(path).map_or(0, |entry| entry.revision);
+            let present = present(&self.memory, path, self.advanced);
             condition.map(|expected| match expected {
                 Expected::Present => Revision::new(present),
                 Expected::Absent => Revision::ZERO,
@@ -351,19 +456,24 @@ impl World {
                 };
                 Op::Delete { pattern: which.pattern(), if_revision }
             }
-            Write::Expire => Op::Expire { now: self.now },
         }
     }
 
-    fn publish(&mut self, (path, revision, state): &(Path, u64, State)) {
+    fn publish(&mut self, change: &(Path, u64, State)) {
+        let (path, revision, state) = change;
+        let replaced = self.memory.entries.contains_key(path);
+        store_changes(&mut self.memory, std::slice::from_ref(change));
         let covering: Vec<_> = self.subscriptions.keys().filter(|(_, to)| to.covers(path)).cloned().collect();
         let mut told = BTreeSet::new();
         for subscription in covering {
-            let connection = self.subscriptions[&subscription];
+            let Subscribed { connection, is_live, .. } = self.subscriptions[&subscription];
+            if !is_live {
+                continue;
+            }
             if self.connections[connection].inbox.is_none() {
-                self.subscriptions.remove(&subscription); // the store is told so, and forgets it
+                self.subscriptions.remove(&subscription); // the store learns of it, and forgets it
             } else if told.insert(connection) {
-                self.connections[connection].change(path, *revision, state);
+                self.connections[connection].change(path, *revision, state, replaced);
             }
         }
     }
@@ -373,31 +483,41 @@ impl World {
         self.store.subscribe(to.pattern(), id(who), self.connections[over].post.clone(), snapshot);
         let of = to.pattern();
         if let Some(old) = self.subscriptions.remove(&(who, to.clone())) {
-            self.connections[old].expected.push(Told::Ended { of: of.clone(), reason: EndReason::Replaced });
+            self.connections[old.connection].expect(Told::Ended { of: of.clone(), reason: EndReason::Replaced });
         }
-        if snapshot {
-            let entries = self.memory.entries.iter().filter(|(path, _)| to.covers(path));
-            let records = entries.map(|(path, entry)| record(path, entry)).collect();
-            self.connections[over].expected.push(Told::Snapshot { of, records, revision: self.memory.revision });
-            if self.connections[over].inbox.is_none() {
-                return;
-            }
+        if self.connections[over].inbox.is_some() {
+            self.numbers += 1;
+            self.connections[over].begin(of, snapshot, self.numbers);
+            let subscribed = Subscribed { number: self.numbers, connection: over, is_live: !snapshot };
+            self.subscriptions.insert((who, to), subscribed);
         }
-        self.subscriptions.insert((who, to), over);
+    }
+
+    fn read(&mut self, connection: usize, at_most: usize) {
+        let World { memory, advanced, connections, subscriptions, .. } = self;
+        let snapshot = |of: &Pattern| {
+            let covered =
+                memory.entries.iter().filter(|(path, entry)| of.covers(&key(path)) && !is_due(entry, *advanced));
+            (covered.map(|(path, entry)| record(path, entry)).collect(), memory.revision)
+        };
+        let synced = connections[connection].read(at_most, snapshot);
+        let read = subscriptions.values_mut().filter(|subscribed| synced.contains(&subscribed.number));
+        read.for_each(|subscribed| subscribed.is_live = true);
     }
 
     fn unsubscribe(&mut self, who: usize, from: Which) {
         let of = from.pattern();
         let known = self.subscriptions.remove(&(who, from));
         assert_eq!(self.store.unsubscribe(&of, &id(who)), known.is_some());
-        if let Some(connection) = known {
-            self.connections[connection].expected.push(Told::Ended { of, reason: EndReason::Unsubscribed });
+        if let Some(known) = known {
+            self.connections[known.connection].expect(Told::Ended { of, reason: EndReason::Unsubscribed });
         }
     }
 
     fn restart(&mut self, set_clock_back: bool) {
         self.read_everything();
         self.now = if set_clock_back { self.now / 2 } else { self.now };
+        self.advanced = self.now;
         (self.store, self.script) = open(&self.disk, self.now);
         self.memory = self.stored.clone();
         for expiry in self.memory.entries.values_mut().filter_map(|entry| entry.expiry.as_mut()) {
@@ -411,12 +531,13 @@ impl World {
 
     /// Slow readers catch up: each ends with what is true.
     fn read_everything(&mut self) {
-        self.connections.iter_mut().for_each(|connection| connection.read(usize::MAX));
+        (0..self.connections.len()).for_each(|connection| self.read(connection, usize::MAX));
     }
 
     fn query(&self, which: &Which, after: Option<&Path>, limit: usize) {
         let pattern = which.pattern();
-        let selected = || self.memory.entries.iter().filter(|(path, _)| which.selects(path));
+        let is_there = |path: &Path, entry: &Entry| which.selects(path) && !is_due(entry, self.advanced);
+        let selected = || self.memory.entries.iter().filter(|(path, entry)| is_there(path, entry));
         let all: Vec<Record> = selected().map(|(path, entry)| record(path, entry)).collect();
         assert_eq!(self.store.exists(&pattern), !all.is_empty());
         assert_eq!(self.store.get_all(&pattern), all);
@@ -453,7 +574,8 @@ impl World {
     fn compare(&self) {
         let entries = &self.memory.entries;
         let all: Vec<Record> = entries.iter().map(|(path, entry)| record(path, entry)).collect();
-        assert_eq!(self.store.get_all(&Pattern::All), all);
+        let is_there = |record: &&Record| record.expiry.is_none_or(|expiry| expiry.at > self.advanced);
+        assert_eq!(self.store.get_all(&Pattern::All), all.iter().filter(is_there).cloned().collect::<Vec<_>>());
         let stats = self.store.stats();
         assert_eq!((stats.revision.get(), stats.keys), (self.memory.revision, entries.len() as u64));
         assert_eq!(stats.value_bytes, all.iter().map(|record| record.value.len() as u64).sum::<u64>());
@@ -463,14 +585,23 @@ impl World {
     }
 }
 
+fn is_due(entry: &Entry, now: u64) -> bool {
+    entry.expiry.is_some_and(|expiry| expiry.at <= now)
+}
+
+fn present(data: &Data, path: &Path, now: u64) -> u64 {
+    data.entries.get(path).filter(|entry| !is_due(entry, now)).map_or(0, |entry| entry.revision)
+}
+
 /// Does the operations one after the other, for real, and notes what changed.
 fn plan(data: &mut Data, ops: &[Op], now: u64) -> (Vec<(Path, u64, State)>, Vec<Outcome>) {
-    let before = data.clone();
     let mut changes: Vec<(Path, u64, State)> = vec![];
     let mut outcomes = vec![];
+    // What is put in this batch is there, even if its time has come.
+    let mut put = BTreeSet::new();
     for op in ops {
-        let present = |data: &Data, path: &Path| data.entries.get(path).map_or(0, |entry| entry.revision);
-        let (doomed, reason): (Vec<Path>, Reason) = match op {
+        let present = |data: &Data, path: &Path| present(data, path, if put.contains(path) { 0 } else { now });
+        let doomed: Vec<Path> = match op {
             Op::Put { key, value, options } => {
                 let path = path_of(key);
                 let at = Revision::new(present(data, &path));
@@ -478,6 +609,7 @@ fn plan(data: &mut Data, ops: &[Op], now: u64) -> (Vec<(Path, u64, State)>, Vec<
                     outcomes.push(Outcome::Conflict { revision: at });
                     continue;
                 }
+                put.insert(path.clone());
                 let change = (path, data.revision + 1, Ok((value.clone(), options.expiry)));
                 store_changes(data, std::slice::from_ref(&change));
                 outcomes.push(Outcome::Put { revision: Revision::new(change.1) });
@@ -491,29 +623,21 @@ fn plan(data: &mut Data, ops: &[Op], now: u64) -> (Vec<(Path, u64, State)>, Vec<
                     outcomes.push(Outcome::Conflict { revision: at });
                     continue;
                 }
-                (data.entries.keys().filter(|known| **known == path).cloned().collect(), Reason::Deleted)
+                Vec::from_iter((at != Revision::ZERO).then_some(path))
             }
             Op::Delete { pattern, .. } => {
-                (data.entries.keys().filter(|path| pattern.selects(&key(path))).cloned().collect(), Reason::Deleted)
-            }
-            Op::Expire { .. } => {
-                let touched = |path: &Path| changes.iter().any(|(changed, ..)| changed == path);
-                let due = before.entries.iter().filter(|(path, _)| !touched(path));
-                let due = due.filter_map(|(path, entry)| Some((entry.expiry?.at, path.clone())));
-                let mut due: Vec<_> = due.filter(|(at, _)| *at <= now).collect();
-                due.sort();
-                (due.into_iter().map(|(_, path)| path).collect(), Reason::Expired)
+                let selected = data.entries.keys().filter(|path| pattern.selects(&key(path)));
+                selected.filter(|path| present(data, path) > 0).cloned().collect()
             }
         };
         let count = doomed.len() as u64;
         for path in doomed {
-            let change = (path, data.revision + 1, Err(reason));
+            let change = (path, data.revision + 1, Err(Reason::Deleted));
             store_changes(data, std::slice::from_ref(&change));
             changes.push(change);
         }
-        let revision = Revision::new(if count == 0 { 0 } else { data.revision });
-        let nothing = count == 0 && reason == Reason::Deleted;
-        outcomes.push(if nothing { Outcome::NotFound } else { Outcome::Deleted { count, revision } });
+        let revision = Revision::new(data.revision);
+        outcomes.push(if count == 0 { Outcome::NotFound } else { Outcome::Deleted { count, revision } });
     }
     (changes, outcomes)
 }
@@ -553,7 +677,6 @@ fn write() -> impl Strategy<Value = Write> {
     prop_oneof![
         6 => put.prop_map(|(path, value, condition, ttl_ms)| Write::Put { path, value, condition, ttl_ms }),
         3 => (which(), condition()).prop_map(|(which, condition)| Write::Delete { which, condition }),
-        1 => Just(Write::Expire),
     ]
 }
 
@@ -571,6 +694,8 @@ fn step() -> impl Strategy<Value = Step> {
         16 => write().prop_map(|write| Step::Write(vec![write])),
         6 => prop::collection::vec(write(), 0..6).prop_map(Step::Write),
         3 => (0_u64..60).prop_map(Step::Time),
+        1 => Just(Step::Advance),
+        2 => Just(Step::Expire),
         2 => failure().prop_map(Step::Fail),
         5 => (which(), prop::option::of(path()), 0_usize..6)
             .prop_map(|(which, after, limit)| Step::Query { which, after, limit }),

@@ -1,11 +1,13 @@
-//! Events as bytes: each change once for each form of values, snapshots piece by piece.
+//! Events as bytes: each change once for each form of values.
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
 
-use nkv_core::{Action, Change, Event, EventKind, Reason, Snapshot};
-use nkv_protocol::{ChangeNotice, Chunks, ValueForm, hello, synced, unsubscribed};
+use nkv_core::{Action, BeginCause, Change, Event, EventKind, Reason, Snapshot};
+use nkv_protocol::{ChangeNotice, Chunks, ValueForm, hello, reset, synced, unsubscribed};
 
-/// The encoded forms of one change, kept with the event and shared by all connections.
+/// The encoded forms of one change, shared by the connections that are written to at the same time.
 #[derive(Default)]
 struct Encoded {
     bytes: OnceLock<ChangeNotice>,
@@ -13,15 +15,49 @@ struct Encoded {
     payload: OnceLock<ChangeNotice>,
 }
 
-/// A snapshot that is being written.
-#[derive(Debug)]
-pub(crate) struct SnapshotWriter {
+/// An event whose encodings are kept for the next connection that is written to, and what these take, about.
+struct Recent {
     event: Arc<Event>,
-    next: usize,
+    len: usize,
 }
 
-/// Writes an event; a snapshot only begins here and is returned to be continued.
-pub(crate) fn event(event: Arc<Event>, skipped: u64, form: ValueForm, out: &mut Chunks) -> Option<SnapshotWriter> {
+/// So many bytes of encodings are kept by a thread, or those of one event.
+const RECENT_LEN_MAX: usize = 256 << 10;
+
+#[derive(Default)]
+struct AllRecent {
+    events: VecDeque<Recent>,
+    len: usize,
+}
+
+thread_local! {
+    static RECENT: RefCell<AllRecent> = RefCell::default();
+}
+
+/// Forgets the encodings that this thread keeps: all connections that are to be written to have been. An event that
+/// waits for others then holds its value alone, and is encoded again when their turn comes.
+pub fn forget_encodings() {
+    let recent = RECENT.take();
+    recent.events.iter().for_each(|recent| recent.event.forget_memos());
+}
+
+impl AllRecent {
+    fn keep(&mut self, event: &Arc<Event>, len: usize) {
+        match self.events.back_mut().filter(|last| Arc::ptr_eq(&last.event, event)) {
+            Some(last) => last.len = last.len.saturating_add(len),
+            None => self.events.push_back(Recent { event: Arc::clone(event), len }),
+        }
+        self.len = self.len.saturating_add(len);
+        while self.len > RECENT_LEN_MAX && self.events.len() > 1 {
+            let Some(oldest) = self.events.pop_front() else { break };
+            self.len = self.len.saturating_sub(oldest.len);
+            oldest.event.forget_memos();
+        }
+    }
+}
+
+/// Writes an event.
+pub(crate) fn event(event: &Arc<Event>, skipped: u64, form: ValueForm, out: &mut Chunks) {
     match event.kind() {
         EventKind::Change(change) => {
             let encoded = event.memo(|_| Encoded::default());
@@ -30,17 +66,23 @@ pub(crate) fn event(event: Arc<Event>, skipped: u64, form: ValueForm, out: &mut 
                 ValueForm::Text => &encoded.text,
                 ValueForm::Payload => &encoded.payload,
             };
-            slot.get_or_init(|| notice(change, form)).write(skipped, out);
+            let mut is_made = false;
+            let notice = slot.get_or_init(|| {
+                is_made = true;
+                notice(change, form)
+            });
+            notice.write(skipped, out);
+            if is_made {
+                RECENT.with_borrow_mut(|recent| recent.keep(event, notice.size()));
+            }
         }
-        EventKind::Snapshot(_) => {
-            hello(out);
-            return Some(SnapshotWriter { event, next: 0 });
-        }
+        EventKind::Began(began) if began.cause == BeginCause::Reset => reset(&began.pattern.to_string(), out),
+        EventKind::Began(_) => hello(out),
+        EventKind::Snapshot(snapshot) => part(snapshot, form, out),
         EventKind::Ended { pattern, reason } => unsubscribed(&pattern.to_string(), reason.as_str(), out),
         // An event that this crate is too old to know has no words on the wire.
         _ => {}
     }
-    None
 }
 
 fn notice(change: &Change, form: ValueForm) -> ChangeNotice {
@@ -51,21 +93,13 @@ fn notice(change: &Change, form: ValueForm) -> ChangeNotice {
     }
 }
 
-impl SnapshotWriter {
-    /// Writes on until `out` holds `len` bytes; true when the snapshot is complete.
-    pub(crate) fn write(&mut self, form: ValueForm, len: usize, out: &mut Chunks) -> bool {
-        let EventKind::Snapshot(Snapshot { pattern, records, revision, epoch }) = self.event.kind() else {
-            return true;
-        };
-        while let Some(record) = records.get(self.next) {
-            if out.len() >= len {
-                return false;
-            }
-            ChangeNotice::update(record.key, &record.value.to_bytes(), record.revision.get(), form).write(0, out);
-            self.next = self.next.saturating_add(1);
-        }
+fn part(snapshot: &Snapshot, form: ValueForm, out: &mut Chunks) {
+    let Snapshot { pattern, records, revision, epoch, is_last } = snapshot;
+    for record in records.iter() {
+        ChangeNotice::update(record.key, &record.value.to_bytes(), record.revision.get(), form).write(0, out);
+    }
+    if *is_last {
         synced(&pattern.to_string(), revision.get(), &epoch.to_string(), out);
-        true
     }
 }
 
@@ -81,13 +115,45 @@ mod tests {
             Change { key: Key::new("a").unwrap(), revision: Revision::new(1), replaces: Revision::ZERO, action };
         let change = Event::new(EventKind::Change(change));
         let mut addresses = Vec::new();
+        let mut kept = Vec::new();
         for form in [ValueForm::Bytes, ValueForm::Text, ValueForm::Bytes, ValueForm::Text] {
             let mut out = Chunks::default();
-            assert!(event(Arc::clone(&change), 0, form, &mut out).is_none());
+            event(&change, 0, form, &mut out);
             // What is long is not copied, so its address tells which encoding it is.
-            addresses.push(out.take()[0].as_ptr());
+            let chunks = out.take();
+            addresses.push(chunks[0].as_ptr());
+            kept.push(chunks);
         }
         assert_eq!(addresses[..2], addresses[2..]);
         assert_ne!(addresses[0], addresses[1]);
+    }
+
+    fn has_encodings(event: &Event) -> bool {
+        let mut is_made = false;
+        let made = event.memo(|_| {
+            is_made = true;
+            Encoded::default()
+        });
+        drop(made);
+        !is_made
+    }
+
+    #[test]
+    fn encodings_are_kept_for_others_that_are_written_to_but_not_for_all_that_wait() {
+        let change = |revision: u64| {
+            let action = Action::Put { value: vec![b'x'; 10_000].into(), expiry: None };
+            let (key, replaces) = (Key::new("a").unwrap(), Revision::ZERO);
+            Event::new(EventKind::Change(Change { key, revision: Revision::new(revision), replaces, action }))
+        };
+        let events: Vec<_> = (1..=100).map(change).collect();
+        events.iter().for_each(|waiting| event(waiting, 0, ValueForm::Text, &mut Chunks::default()));
+        let kept: Vec<bool> = events.iter().map(|event| has_encodings(event)).collect();
+        assert!(kept[90..].iter().all(|kept| *kept) && kept[..50].iter().all(|kept| !kept), "{kept:?}");
+        forget_encodings();
+        // Those that were looked at have empty ones now.
+        let newest = change(101);
+        event(&newest, 0, ValueForm::Text, &mut Chunks::default());
+        forget_encodings();
+        assert!(!has_encodings(&newest));
     }
 }

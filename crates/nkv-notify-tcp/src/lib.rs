@@ -14,5 +14,6 @@ mod encode;
 mod notifier;
 mod outbox;
 
+pub use encode::forget_encodings;
 pub use notifier::{NotifierOptions, TcpNotifier};
 pub use outbox::{Outbox, WriterEnd, keep_alive, limit_send_buffer, spare};

@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
 
-use nkv_core::mailbox::{Backlog, Mailbox, mailbox_with_slack};
-use nkv_core::{Delivery, Event, EventKind, Notifier, Snapshot};
+use nkv_core::mailbox::{Backlog, Mailbox, Overflow, mailbox_with_slack};
+use nkv_core::{Delivery, Event, EventKind, Notifier};
 use nkv_protocol::{Chunks, ValueForm};
 use tokio::io::AsyncWrite;
 use tokio::sync::Notify;
@@ -44,8 +44,8 @@ impl Default for NotifierOptions {
 
 /// Tells one connection of events, in order with the answers to its requests.
 ///
-/// Clones stand for the same connection. A snapshot is told as `Hello`, its `Update`s and `Synced` in one go: it
-/// answers the request that asked for it.
+/// Clones stand for the same connection. The beginning of a subscription is its `Hello`, which answers the request; with
+/// a snapshot, its `Update`s and `Synced` follow in one go. They are read from the store as the peer takes them.
 #[derive(Clone, Debug)]
 pub struct TcpNotifier {
     mailbox: Mailbox<Box<Chunks>>,
@@ -73,6 +73,7 @@ impl TcpNotifier {
     #[must_use]
     pub fn new(options: NotifierOptions) -> (Self, Outbox) {
         let (mailbox, inbox) = mailbox_with_slack(options.slack);
+        mailbox.set_overflow(Overflow::Close);
         let shared = Arc::new(Shared {
             form: AtomicU8::new(0),
             waiting: AtomicUsize::new(0),
@@ -113,6 +114,22 @@ impl TcpNotifier {
         while self.shared.is_full() && !self.shared.ended.load(SeqCst) {
             self.shared.room.notified().await;
         }
+    }
+
+    /// The peer understands `Reset`: where too much waits for it, its subscriptions begin anew. Without that its
+    /// connection ends then, which [`has_overflowed`](Self::has_overflowed) tells.
+    pub fn allow_reset(&self) {
+        self.mailbox.set_overflow(Overflow::Reset);
+    }
+
+    /// Drops the changes that wait, as where too much waits.
+    pub fn give_up(&self) {
+        self.mailbox.observer().give_up();
+    }
+
+    /// Whether too much waited for a peer that does not understand `Reset`: the sending side ends.
+    pub fn has_overflowed(&self) -> bool {
+        self.mailbox.has_overflowed()
     }
 
     /// Chooses the form of values in what is told from now on.
@@ -217,7 +234,8 @@ impl Drop for Shared {
 pub(crate) fn waiting_len(event: &Event) -> usize {
     match event.kind() {
         EventKind::Change(_) => 0,
-        EventKind::Snapshot(Snapshot { records, .. }) => records.size().saturating_add(256),
+        // It was read to be written.
+        EventKind::Snapshot(_) => 0,
         _ => 256,
     }
 }

@@ -16,11 +16,14 @@ use nkv_protocol::{Chunks, ValueForm};
 use tokio::io::AsyncWrite;
 use tokio::time::{Sleep, sleep};
 
-use crate::encode::{self, SnapshotWriter};
+use crate::encode;
 use crate::notifier::{Shared, waiting_len};
 
 /// So many bytes are gathered for one write. What is still in the mailbox can be conflated, what is gathered cannot.
 const GATHER_LEN: usize = 64 << 10;
+
+/// A peer that takes all that comes, such as a long snapshot, has so many bytes written before others have their turn.
+const TURN_LEN: usize = 256 << 10;
 
 /// So many pieces go into one vectored write.
 const SLICES_MAX: usize = 64;
@@ -45,8 +48,6 @@ pub enum WriterEnd {
 pub struct Outbox {
     inbox: Inbox<Box<Chunks>>,
     shared: Arc<Shared>,
-    /// The snapshot that is being written, and what [`waiting_len`] said of it.
-    snapshot: Option<(SnapshotWriter, usize)>,
     /// Gathered for the next write.
     out: Chunks,
     /// Which encoding was most of it (an address), and how many bytes it had, before any of it was written: a long
@@ -87,14 +88,14 @@ fn give_back(chunks: Chunks) {
 
 impl Outbox {
     pub(crate) fn new(inbox: Inbox<Box<Chunks>>, shared: Arc<Shared>) -> Self {
-        let (snapshot, out, gathered, fresh, counted, stall, has_moved, told) = Default::default();
-        Outbox { inbox, shared, snapshot, out, gathered, fresh, counted, stall, has_moved, told }
+        let (out, gathered, fresh, counted, stall, has_moved, told) = Default::default();
+        Outbox { inbox, shared, out, gathered, fresh, counted, stall, has_moved, told }
     }
 
     /// Sends answers, after all that was sent or told before.
     pub fn send(&mut self, mut answers: Chunks) {
         let len = answers.len();
-        if len > 0 && self.out.is_empty() && self.snapshot.is_none() && self.inbox.is_empty() {
+        if len > 0 && self.out.is_empty() && self.inbox.is_empty() {
             self.fresh = len;
             self.out.append(&mut answers);
         } else if len > 0 {
@@ -119,9 +120,15 @@ impl Outbox {
     where
         W: AsyncWrite + Unpin,
     {
+        let mut turn_len = 0_usize;
         loop {
+            if turn_len > TURN_LEN {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             // What the peer does not take yet is nothing to be added to: in the mailbox it can still be conflated.
             let is_closed = self.gathered.1 == 0 && self.gather(told);
+            turn_len = turn_len.saturating_add(self.out.len());
             if !self.out.is_empty() {
                 match self.poll_write(cx, writer) {
                     Poll::Ready(Ok(())) => {}
@@ -143,20 +150,13 @@ impl Outbox {
     /// Takes out of the mailbox what the next write may take; says whether the mailbox is closed and empty.
     fn gather(&mut self, told: &Waker) -> bool {
         let is_known = self.told.as_ref().is_some_and(|known| known.will_wake(told));
-        if is_known && self.snapshot.is_none() && self.inbox.is_waited_for() {
+        if is_known && self.inbox.is_waited_for() {
             return false;
         }
         let mut cx = Context::from_waker(told);
         // A byte takes up to four as a number.
         let take_len = if self.shared.form() == ValueForm::Bytes { GATHER_LEN / 4 } else { GATHER_LEN };
         while self.out.len() < GATHER_LEN {
-            if let Some((snapshot, waiting)) = &mut self.snapshot {
-                if snapshot.write(self.shared.form(), GATHER_LEN, &mut self.out) {
-                    self.counted = self.counted.saturating_add(*waiting);
-                    self.snapshot = None;
-                }
-                continue;
-            }
             let mut items = ITEMS.take();
             let taken = self.inbox.poll_take_many(&mut cx, take_len, &mut items);
             if taken == Poll::Ready(true) && self.out.is_empty() && self.out.capacity() == 0 {
@@ -172,7 +172,7 @@ impl Outbox {
             if !is_known {
                 self.told = Some(told.clone());
             }
-            if self.snapshot.is_none() && self.inbox.is_waited_for() {
+            if self.inbox.is_waited_for() {
                 return false;
             }
         }
@@ -186,11 +186,8 @@ impl Outbox {
                 self.out.append(&mut answers);
             }
             Item::Event { event, skipped } => {
-                let waiting = waiting_len(&event);
-                match encode::event(event, skipped, self.shared.form(), &mut self.out) {
-                    Some(snapshot) => self.snapshot = Some((snapshot, waiting)),
-                    None => self.counted = self.counted.saturating_add(waiting),
-                }
+                self.counted = self.counted.saturating_add(waiting_len(&event));
+                encode::event(&event, skipped, self.shared.form(), &mut self.out);
             }
         }
     }

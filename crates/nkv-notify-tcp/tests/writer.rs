@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes};
 use nkv_core::mailbox::ITEM_LEN;
-use nkv_core::{Action, Change, Delivery, Epoch, Event, EventKind, Key, Notifier, Pattern, Record, Revision, Snapshot};
+use nkv_core::{
+    Action, Began, Change, Delivery, Epoch, Event, EventKind, Key, Notifier, Pattern, Record, Revision, Snapshot,
+    SnapshotReader,
+};
 use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd};
 use nkv_protocol::{Chunks, Message, MessageDecoder, ValueForm};
 use tokio::io::{AsyncReadExt, DuplexStream, duplex};
@@ -75,18 +78,20 @@ async fn a_long_value_travels_whole_between_short_ones() {
 async fn nothing_comes_between_hello_and_synced_however_long_the_snapshot() {
     let (ours, theirs) = duplex(512);
     let (notifier, _writer) = TcpNotifier::spawn(ours, NotifierOptions::default());
-    let records = (0..3_000)
-        .map(|n| Record {
-            key: Key::new(&format!("s.{n:04}")).unwrap(),
-            value: Bytes::from(vec![1; 100]),
-            revision: Revision::new(n + 1),
-            expiry: None,
-        })
-        .collect();
-    let (revision, epoch) = (Revision::new(3_000), Epoch::new(5));
-    let snapshot = Snapshot { pattern: Pattern::new("s").unwrap(), records, revision, epoch };
+    let record = |n| Record {
+        key: Key::new(&format!("s.{n:04}")).unwrap(),
+        value: Bytes::from(vec![1; 100]),
+        revision: Revision::new(n + 1),
+        expiry: None,
+    };
+    let (pattern, revision, epoch) = (Pattern::new("s").unwrap(), Revision::new(3_000), Epoch::new(5));
+    let part = |at: u64| {
+        let records = (1_000 * at..1_000 * (at + 1)).map(record).collect();
+        Snapshot { pattern: pattern.clone(), records, revision, epoch, is_last: at == 2 }
+    };
+    let began = Began::new(pattern.clone(), revision, epoch, SnapshotReader::of((0..3).map(part))).with_snapshot();
     assert_eq!(notifier.notify(&put("other", "before", 2_999)), Delivery::Queued);
-    assert_eq!(notifier.notify(&Event::new(EventKind::Snapshot(snapshot))), Delivery::Queued);
+    assert_eq!(notifier.notify(&Event::new(EventKind::Began(began))), Delivery::Queued);
     assert_eq!(notifier.notify(&put("s.0001", "after", 3_001)), Delivery::Queued);
     notifier.send(&mut text("answer\n"));
     notifier.close();

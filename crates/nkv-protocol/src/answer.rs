@@ -63,6 +63,69 @@ pub struct SubscriberFields<'a> {
     pub skipped: u64,
 }
 
+/// The entries of a long `Get` or `List`, encoded as they are read from the store, some at a time.
+#[derive(Debug)]
+pub struct Entries {
+    /// In which form values are; none for a `List`.
+    form: Option<ValueForm>,
+    count: usize,
+    /// The elements of each list. Of values as a payload these are their lengths.
+    data: Chunks,
+    keys: Vec<u8>,
+    revisions: Vec<u8>,
+    payload: Chunks,
+}
+
+impl Entries {
+    /// Those of a `Get`, with values in this form.
+    #[must_use]
+    pub fn of_get(form: ValueForm) -> Self {
+        Entries { form: Some(form), ..Entries::of_list() }
+    }
+
+    /// Those of a `List`.
+    #[must_use]
+    pub fn of_list() -> Self {
+        let (count, data, keys, revisions, payload) = Default::default();
+        Entries { form: None, count, data, keys, revisions, payload }
+    }
+
+    /// Adds an entry.
+    pub fn push(&mut self, entry: GetEntry<'_>) {
+        let lists = [self.data.tail(), &mut self.keys, &mut self.revisions];
+        if self.count > 0 {
+            lists.into_iter().for_each(|list| list.put_u8(b','));
+        }
+        self.count = self.count.saturating_add(1);
+        match self.form {
+            None => {}
+            Some(ValueForm::Payload) => {
+                json::number(self.data.tail(), entry.value.len() as u64);
+                match entry.shared {
+                    Some(shared) => self.payload.push(shared),
+                    None => self.payload.tail().put_slice(entry.value),
+                }
+            }
+            Some(form) => json::value(self.data.tail(), entry.value, form),
+        }
+        json::string(&mut self.keys, entry.key);
+        json::number(&mut self.revisions, entry.revision);
+    }
+
+    /// How many bytes they take so far.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        let lens = [self.data.len(), self.keys.len(), self.revisions.len(), self.payload.len()];
+        lens.into_iter().fold(0, usize::saturating_add)
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+}
+
 /// The name of this server in `Version` and `Connect`.
 const SERVER: &str = "nkv";
 
@@ -131,6 +194,41 @@ impl<'a> Answer<'a> {
                     None => chunks.tail().put_slice(entry.value),
                 }
             }
+            chunks.tail().put_u8(b'\n');
+        }
+    }
+
+    /// A `Get` or a `List` with these entries; a `Get` that has none is a 404.
+    pub fn entries(self, entries: Entries, more: bool) {
+        let Entries { form, count, mut data, keys, revisions, mut payload } = entries;
+        let start = if form.is_some() { "{\"Get\":{\"id\":" } else { "{\"List\":{\"id\":" };
+        let is_missing = form.is_some() && count == 0;
+        let (status, message) = if is_missing { (status::NOT_FOUND, NOT_FOUND) } else { (status::OK, NO_ERROR) };
+        let is_payload = form == Some(ValueForm::Payload) && count > 0;
+        let chunks = self.start(start, status, message);
+        if form.is_some() {
+            chunks.tail().put_slice(if is_payload { b",\"lens\":[" } else { b",\"data\":[" });
+            data.take().iter().for_each(|bytes| chunks.push(bytes));
+            chunks.tail().put_u8(b']');
+        }
+        if is_payload {
+            chunks.tail().put_slice(b",\"len\":");
+            json::number(chunks.tail(), payload.len() as u64);
+        }
+        for (name, list) in [(&b",\"keys\":["[..], keys), (b",\"revisions\":[", revisions)] {
+            chunks.tail().put_slice(name);
+            chunks.push(&list.into());
+            chunks.tail().put_u8(b']');
+        }
+        let out = chunks.tail();
+        if form.is_none() {
+            Object::resume(out).flag("more", more);
+        } else if more {
+            out.put_slice(b",\"more\":true");
+        }
+        out.put_slice(END);
+        if is_payload {
+            payload.take().iter().for_each(|bytes| chunks.push(bytes));
             chunks.tail().put_u8(b'\n');
         }
     }

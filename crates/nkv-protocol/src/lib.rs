@@ -19,11 +19,11 @@ mod message;
 mod notification;
 mod request;
 
-pub use answer::{Answer, BaseFields, GetEntry, ServerFields, SubscriberFields};
+pub use answer::{Answer, BaseFields, Entries, GetEntry, ServerFields, SubscriberFields};
 pub use chunks::Chunks;
 pub use decoder::{Decoded, Decoder, Limits, Refusal};
 pub use message::{Body, Message, MessageDecoder, MessageError, Reason, Stats, Subscriber};
-pub use notification::{ChangeNotice, hello, synced, unsubscribed};
+pub use notification::{ChangeNotice, hello, reset, synced, unsubscribed};
 pub use request::{Id, Kind, Request};
 
 /// The version of the protocol that this crate speaks.

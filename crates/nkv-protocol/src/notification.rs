@@ -54,6 +54,12 @@ impl ChangeNotice {
         ChangeNotice { text: text.into(), skipped_at, payload: None }
     }
 
+    /// How many bytes it takes.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.text.len().saturating_add(self.payload.as_ref().map_or(0, Bytes::len))
+    }
+
     /// Writes it for a subscriber who missed `skipped` changes of the key.
     pub fn write(&self, skipped: u64, out: &mut Chunks) {
         if skipped == 0 {
@@ -89,6 +95,16 @@ fn skipped(text: &mut Vec<u8>, end: &[u8]) -> usize {
 /// The answer to a `Subscribe`.
 pub fn hello(out: &mut Chunks) {
     out.tail().put_slice(b"\"Hello\"\n");
+}
+
+/// A fresh snapshot of the subscription to `pattern` begins: a key that is not in it is gone.
+pub fn reset(pattern: &str, out: &mut Chunks) {
+    let mut outer = Object::start(out.tail());
+    let mut object = Object::start(outer.name("Reset"));
+    object.text("key", pattern);
+    object.end();
+    outer.end();
+    out.tail().put_u8(b'\n');
 }
 
 /// The end of a snapshot of `pattern`.

@@ -1,5 +1,6 @@
-//! What connections hold, each and all together: requests that have not arrived whole, answers and snapshots that were
-//! not taken, changes that wait to be told or are being told. Past the limit, whoever holds most for longest is closed.
+//! What connections and subscriptions hold, each and all together: requests that have not arrived whole, answers that were
+//! not taken, changes that wait or are being written. Past the limit, the one that holds most for longest gives it up: if
+//! that is changes, they are dropped in favour of a fresh snapshot, else its connection is closed.
 //! Subscriptions to deep keys have a quarter of the limit for themselves, past which they are refused.
 
 use std::collections::{HashMap, HashSet};
@@ -7,15 +8,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use nkv_core::mailbox::Observer;
 use nkv_notify_tcp::TcpNotifier;
 use tokio::sync::Mutex as Turns;
 use tokio::time::Instant;
 
 use crate::clock::millis;
-
-/// What a pending change costs its connection, roughly; the value is shared with the store. What takes slack counts as it
-/// is: it may be older.
-const PENDING_LEN: usize = 256;
 
 /// Turns that others are given when there is too much, before more is made. It may be one alone that holds it, rightly.
 const RELIEF_TURNS: usize = 8;
@@ -29,7 +27,9 @@ const EVICTION_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(crate) struct Budget {
     limit: usize,
-    /// Bytes of answers and snapshots that wait on all connections; the notifiers keep it up.
+    /// Bytes of the changes that wait for any subscriber; the store keeps it up.
+    event_bytes: Arc<AtomicUsize>,
+    /// Bytes of answers that wait on all connections; the notifiers keep it up.
     waiting: Arc<AtomicUsize>,
     /// Bytes that the reading sides of all connections hold.
     read: AtomicUsize,
@@ -54,7 +54,9 @@ struct Holder {
     read: AtomicUsize,
     /// When its reading side came to hold what it holds of a request, in ms after the opening.
     read_since_ms: AtomicU64,
-    notifier: TcpNotifier,
+    source: Source,
+    /// It holds what it holds because the server keeps it waiting.
+    is_kept_waiting: AtomicBool,
     /// It was told to give up what it holds, and will.
     is_leaving: AtomicBool,
 }
@@ -105,30 +107,56 @@ pub(crate) struct Share {
     holder: Arc<Holder>,
 }
 
+/// What holds something: a connection, or a mailbox of this process.
+#[derive(Debug)]
+pub(crate) enum Source {
+    Connection(TcpNotifier),
+    Handle(Observer),
+}
+
+/// What one holds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Held {
+    /// That is its own alone.
+    own: usize,
+    /// Of changes that wait; others may share them.
+    changes: usize,
+    /// An encoding that is being written (an address), and how many bytes; others may share it.
+    gathered: (usize, usize),
+}
+
+impl Held {
+    fn all(&self) -> usize {
+        self.own.saturating_add(self.changes).saturating_add(self.gathered.1)
+    }
+}
+
 impl Holder {
-    fn new(notifier: TcpNotifier) -> Arc<Self> {
+    fn new(source: Source) -> Arc<Self> {
         let (opened, read_since_ms) = (Instant::now(), AtomicU64::new(0));
-        let (read, is_leaving) = Default::default();
-        Arc::new(Holder { opened, read, read_since_ms, notifier, is_leaving })
+        let (read, is_leaving, is_kept_waiting) = Default::default();
+        Arc::new(Holder { opened, read, read_since_ms, source, is_leaving, is_kept_waiting })
     }
 
-    /// All but what is being told of changes, which others may share.
-    fn held_alone(&self) -> usize {
-        let backlog = self.notifier.backlog();
-        let pending = backlog.queued.saturating_sub(backlog.slack_items).saturating_mul(PENDING_LEN);
-        // What a reader that keeps up has in its slack is gone with its next turn, and shared with others until then.
-        let slack = if self.notifier.busy_for() > Duration::ZERO { backlog.slack } else { 0 };
-        let pending = pending.saturating_add(slack);
-        self.read.load(Relaxed).saturating_add(self.notifier.waiting()).saturating_add(pending)
+    fn held(&self) -> Held {
+        let (backlog, waiting, gathered) = match &self.source {
+            Source::Connection(notifier) => (notifier.backlog(), notifier.waiting(), notifier.gathered()),
+            Source::Handle(mailbox) => (mailbox.backlog(), 0, (0, 0)),
+        };
+        let own = self.read.load(Relaxed).saturating_add(waiting).saturating_add(backlog.own_bytes);
+        Held { own, changes: backlog.event_bytes, gathered }
     }
 
-    fn held(&self) -> usize {
-        self.held_alone().saturating_add(self.notifier.gathered().1)
+    fn busy_for(&self) -> Duration {
+        match &self.source {
+            Source::Connection(notifier) => notifier.busy_for(),
+            Source::Handle(_) => Duration::ZERO,
+        }
     }
 
     /// For how long it has held what it holds without anything coming of it.
     fn held_for(&self) -> Duration {
-        let busy_for = self.notifier.busy_for();
+        let busy_for = self.busy_for();
         if self.read.load(Relaxed) == 0 {
             return busy_for;
         }
@@ -136,25 +164,35 @@ impl Holder {
         busy_for.max(self.opened.elapsed().saturating_sub(since))
     }
 
+    /// Drops the changes that wait.
+    fn give_up(&self) {
+        match &self.source {
+            Source::Connection(notifier) => notifier.give_up(),
+            Source::Handle(mailbox) => mailbox.give_up(),
+        }
+    }
+
     fn evict(&self) {
-        self.is_leaving.store(true, Relaxed);
-        self.notifier.wake();
+        if let Source::Connection(notifier) = &self.source {
+            self.is_leaving.store(true, Relaxed);
+            notifier.wake();
+        }
     }
 }
 
 impl Holders {
-    /// What those hold together that stay, and which of them holds most for longest, with what it holds. An encoding that
-    /// several write counts once.
-    fn total_and_worst(&self) -> (usize, Option<(usize, &Holder)>) {
+    /// What those hold together that stay, but for the changes that wait, and which of them holds most for longest, with
+    /// what it holds. An encoding that several write counts once.
+    fn total_and_worst(&self) -> (usize, Option<(Held, &Holder)>) {
         let mut encodings = HashSet::new();
         let (mut total, mut worst, mut most) = (0_usize, None, 0);
         for holder in self.by_id.values().filter(|holder| !holder.is_leaving.load(Relaxed)) {
-            let (alone, (encoding, gathered)) = (holder.held_alone(), holder.notifier.gathered());
+            let held = holder.held();
+            let (encoding, gathered) = held.gathered;
             let shared = if gathered == 0 || encodings.insert(encoding) { gathered } else { 0 };
-            total = total.saturating_add(alone).saturating_add(shared);
-            let held = alone.saturating_add(gathered);
-            // Bytes times milliseconds: whoever is in the middle of a large request is no worse than who stalls.
-            let weight = (held as u128).saturating_mul(holder.held_for().as_millis().saturating_add(1));
+            total = total.saturating_add(held.own).saturating_add(shared);
+            // Bytes times milliseconds: one that is in the middle of a large request is no worse than one that stalls.
+            let weight = (held.all() as u128).saturating_mul(holder.held_for().as_millis().saturating_add(1));
             if weight > most {
                 (worst, most) = (Some((held, &**holder)), weight);
             }
@@ -164,12 +202,13 @@ impl Holders {
 }
 
 impl Budget {
-    pub(crate) fn new(limit: usize) -> Arc<Self> {
+    /// `event_bytes` is what the store counts the changes in that wait.
+    pub(crate) fn new(limit: usize, event_bytes: Arc<AtomicUsize>) -> Arc<Self> {
         let (waiting, read, deep, holders, is_stopping, queue) = Default::default();
-        Arc::new(Budget { limit, waiting, read, deep, holders, is_stopping, queue })
+        Arc::new(Budget { limit, event_bytes, waiting, read, deep, holders, is_stopping, queue })
     }
 
-    /// What notifiers count answers and snapshots in.
+    /// What notifiers count answers in.
     pub(crate) fn waiting(&self) -> Arc<AtomicUsize> {
         Arc::clone(&self.waiting)
     }
@@ -179,8 +218,8 @@ impl Budget {
         self.limit / 64
     }
 
-    pub(crate) fn share(self: &Arc<Self>, notifier: TcpNotifier) -> Share {
-        let holder = Holder::new(notifier);
+    pub(crate) fn share(self: &Arc<Self>, source: Source) -> Share {
+        let holder = Holder::new(source);
         let mut holders = self.lock();
         let id = holders.next_id;
         holders.next_id = id.wrapping_add(1);
@@ -189,15 +228,16 @@ impl Budget {
         Share { budget: Arc::clone(self), id, holder }
     }
 
-    /// Closes the worst holder if all together hold too much. One that alone is the reason is let through: what it
-    /// asked for was admitted by [`room`](Self::room).
+    /// If all together hold too much, the worst holder gives up what it holds. If that is mostly an answer, one that alone
+    /// is over the limit is let through: what it asked for was admitted by [`room`](Self::room).
     pub(crate) fn check(&self) {
         let holders = self.lock();
         let (total, worst) = holders.total_and_worst();
-        if let Some((held, worst)) = worst
-            && total > self.limit
-            && total.saturating_sub(held) > self.limit / 2
-        {
+        let total = total.saturating_add(self.event_bytes.load(Relaxed));
+        let Some((held, worst)) = worst.filter(|_| total > self.limit) else { return };
+        if held.changes > held.all() / 2 {
+            worst.give_up();
+        } else if total.saturating_sub(held.all()) > self.limit / 2 {
             worst.evict();
         }
     }
@@ -216,7 +256,23 @@ impl Budget {
     /// Has all connections end.
     pub(crate) fn stop(&self) {
         self.is_stopping.store(true, Relaxed);
-        self.lock().by_id.values().for_each(|holder| holder.notifier.wake());
+        for holder in self.lock().by_id.values() {
+            if let Source::Connection(notifier) = &holder.source {
+                notifier.wake();
+            }
+        }
+    }
+
+    /// Closes the connection that has been sending a request for longest, if that is longer than `patience`.
+    pub(crate) fn evict_slowest(&self, patience: Duration) {
+        let holders = self.lock();
+        let sends = |holder: &&Arc<Holder>| {
+            let is_idle = holder.read.load(Relaxed) == 0 || holder.is_kept_waiting.load(Relaxed);
+            !is_idle && !holder.is_leaving.load(Relaxed) && holder.held_for() > patience
+        };
+        if let Some(slowest) = holders.by_id.values().filter(sends).max_by_key(|holder| holder.held_for()) {
+            slowest.evict();
+        }
     }
 
     /// To be called when somebody may have come to hold much more.
@@ -281,14 +337,21 @@ impl Share {
         }
     }
 
+    /// Notes whether the server keeps the connection waiting with what it has sent.
+    pub(crate) fn keep_waiting(&self, is_kept_waiting: bool) {
+        self.holder.is_kept_waiting.store(is_kept_waiting, Relaxed);
+    }
+
     /// What this connection holds.
     pub(crate) fn held(&self) -> usize {
-        self.holder.held()
+        self.holder.held().all()
     }
 
     /// Ends the connection's sending side once all that was sent is written.
     pub(crate) fn close(&self) {
-        self.holder.notifier.close();
+        if let Source::Connection(notifier) = &self.holder.source {
+            notifier.close();
+        }
     }
 
     /// Whether this connection is to give up what it holds. Its outbox is polled anew when it is.
@@ -340,7 +403,7 @@ mod tests {
         outbox.send(answer);
         poll_fn(|cx| Poll::Ready(outbox.poll(cx, &told, &mut ours).is_pending())).await;
         tokio::time::sleep(Duration::from_millis(5)).await;
-        let share = Budget::new(1).share(notifier.clone());
+        let share = Budget::new(1, Arc::default()).share(Source::Connection(notifier.clone()));
         for revision in 1..=2 {
             let (key, revision) = (Key::new("a").unwrap(), Revision::new(revision));
             let action = Action::Put { value: vec![0; 9_000].into(), expiry: None };

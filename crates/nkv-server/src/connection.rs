@@ -20,14 +20,17 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, Sleep, sleep_until};
 use tracing::debug;
 
-use crate::budget::Share;
-use crate::core::Core;
+use crate::budget::{Share, Source};
+use crate::core::{Core, Room};
 use crate::dispatch::{Hold, Session};
 use crate::server::Options;
 use crate::slots::Slot;
 
 /// So much is asked of the system at a time.
 const READ_LEN: usize = 64 << 10;
+
+/// So much when there is no room for values.
+const SHORT_READ_LEN: usize = 4 << 10;
 
 /// Whoever sends so much at a time gives others their turn. A buffer that had so much is not kept for what is left in it.
 const TURN_LEN: usize = 16 << 10;
@@ -214,8 +217,11 @@ struct Connection {
     has_request: bool,
     /// The peer sends no more.
     is_at_end: bool,
-    /// What holds up the requests.
+    /// What holds up the requests, and since when.
     hold: Option<Hold>,
+    held_since: Instant,
+    /// Room for the long request that is on its way.
+    arrival: Option<Room>,
     /// What others were to be given was given: whatever comes next is not held up for that.
     is_admitted: bool,
     session: Session,
@@ -247,8 +253,10 @@ impl Connection {
             has_request: false,
             is_at_end: false,
             hold: None,
+            held_since: Instant::now(),
+            arrival: None,
             is_admitted: false,
-            share: core.budget.share(notifier.clone()),
+            share: core.budget.share(Source::Connection(notifier.clone())),
             session: Session::new(Arc::clone(&core), notifier),
             since: Since { opened: Instant::now(), served: None, begun: None, unserved_len: 0, grace: None },
             timer: None,
@@ -260,7 +268,7 @@ impl Connection {
 
     /// Reads no more: lets go of what was read and not served, and of the subscriptions, before the answers are waited for.
     fn let_go(&mut self) {
-        (self.buffer, self.hold, self.timer) = (BytesMut::new(), None, None);
+        (self.buffer, self.hold, self.timer, self.arrival) = (BytesMut::new(), None, None, None);
         self.session.end();
         self.share.hold(0, true);
         self.share.close();
@@ -319,6 +327,16 @@ impl Connection {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
+            if let Some(len) = self.needs_room() {
+                match self.core.try_arrival(len) {
+                    Some(room) => self.arrival = Some(room),
+                    None => {
+                        let arrival = self.core.arrival(len);
+                        self.hold_up(Hold::Arrival(Box::pin(arrival)));
+                        continue;
+                    }
+                }
+            }
             let had_relief = std::mem::take(&mut self.is_admitted);
             let end = if self.core.budget.is_over() && !had_relief && self.socket.poll_read_ready(cx).is_ready() {
                 self.hold = Some(self.session.relief());
@@ -337,29 +355,89 @@ impl Connection {
 
     /// Until nothing holds up the requests any more; what was held up was answered then.
     fn poll_hold(&mut self, cx: &mut Context<'_>, told: &Waker) -> Poll<()> {
-        match &mut self.hold {
+        match self.hold.take() {
             None => {}
-            Some(Hold::Writes(written)) => {
-                let results = ready!(Pin::new(written).poll(&mut Context::from_waker(told)));
+            Some(Hold::Writes(mut written)) => {
+                let Poll::Ready(results) = Pin::new(&mut written).poll(&mut Context::from_waker(told)) else {
+                    self.hold = Some(Hold::Writes(written));
+                    return Poll::Pending;
+                };
                 let mut out = spare();
                 self.session.answer_writes(results, &mut out);
                 self.outbox.send(out);
             }
-            Some(Hold::Turns(turns)) => {
-                ready!(turns.as_mut().poll(cx));
-                // Who must wait once more, for room in its own outbox, asks again then.
+            Some(Hold::Reading(reading)) => {
+                let mut out = spare();
+                let left = self.session.read_on(reading, &mut out);
+                self.outbox.send(out);
+                if let Some(reading) = left {
+                    self.share.hold(self.room.saturating_add(reading.len()), true);
+                    self.hold = Some(Hold::Reading(reading));
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                self.share.hold(self.room, true);
+            }
+            Some(Hold::Room(mut room)) => {
+                let Poll::Ready(room) = room.as_mut().poll(cx) else {
+                    self.hold = Some(Hold::Room(room));
+                    return Poll::Pending;
+                };
+                // Where the server stops there is none any more: the write is refused as others are.
+                room.into_iter().for_each(|room| self.session.add_room(room));
+            }
+            Some(Hold::Arrival(mut room)) => {
+                let Poll::Ready(room) = room.as_mut().poll(cx) else {
+                    self.hold = Some(Hold::Arrival(room));
+                    return Poll::Pending;
+                };
+                self.arrival = room.ok();
+            }
+            Some(Hold::Turns(mut turns)) => {
+                if turns.as_mut().poll(cx).is_pending() {
+                    self.hold = Some(Hold::Turns(turns));
+                    return Poll::Pending;
+                }
+                // One that must wait once more, for room in its own outbox, asks again then.
                 self.is_admitted = !self.outbox.is_full();
             }
         }
-        self.hold = None;
+        self.end_waiting();
         Poll::Ready(())
+    }
+
+    fn hold_up(&mut self, hold: Hold) {
+        self.share.keep_waiting(true);
+        (self.hold, self.held_since) = (Some(hold), Instant::now());
+    }
+
+    /// Until now it was the server that kept the peer waiting.
+    fn end_waiting(&mut self) {
+        self.share.keep_waiting(false);
+        let waited = self.held_since.elapsed();
+        self.since.begun = self.since.begun.and_then(|begun| begun.checked_add(waited));
+    }
+
+    /// For how much there must be room before more of a long request is read. One whose length is not known yet counts as
+    /// the longest.
+    fn needs_room(&self) -> Option<usize> {
+        if self.arrival.is_some() || !self.decoder.is_within_message() {
+            return None;
+        }
+        match self.decoder.expected_len() {
+            Some(len) => (len > READ_LEN).then_some(len),
+            None => (self.buffer.len() >= READ_LEN).then(|| self.core.options.limits().line_len_max()),
+        }
     }
 
     /// Reads what is there, once, and serves it.
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<End>>> {
         let mut input = INPUT.take();
         input.resize(READ_LEN, 0);
-        let mut read = ReadBuf::new(&mut input);
+        // What may have to wait for room is not to wait here.
+        let is_short = self.arrival.is_none() && self.core.is_short_of_room();
+        let len = if is_short { SHORT_READ_LEN } else { READ_LEN };
+        let mut read = ReadBuf::new(input.get_mut(..len).unwrap_or_default());
         let result = Pin::new(&mut self.socket).poll_read(cx, &mut read);
         let result = result.map_ok(|()| self.take_input(read.filled()));
         INPUT.set(input);
@@ -443,11 +521,18 @@ impl Connection {
                 self.session.serve(item, std::mem::take(&mut self.is_admitted), &mut self.outbox, &mut out)
             {
                 // It is read again when its time has come.
-                (self.hold, self.decoder, self.has_request) = (Some(hold), before, true);
+                (self.decoder, self.has_request) = (before, true);
+                self.hold_up(hold);
                 break;
             }
+            self.session.give_room_back();
+            self.arrival = None;
             start = start.saturating_add(decoded.consumed);
             served = true;
+            if let Some(reading) = self.session.start_reading() {
+                (self.hold, self.has_request) = (Some(reading), true);
+                break;
+            }
             end = close.then_some(End::Refused);
             if out.len() >= SEND_LEN {
                 self.has_request = true;
@@ -456,7 +541,9 @@ impl Connection {
         }
         self.outbox.send(out);
         if self.hold.is_none() {
-            self.hold = self.session.start_writes();
+            if let Some(writes) = self.session.start_writes() {
+                self.hold_up(writes);
+            }
         }
         self.turn_len = self.turn_len.saturating_add(start);
         if served {

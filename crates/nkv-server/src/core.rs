@@ -2,17 +2,12 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use nkv_core::mailbox::{Backlog, Mailbox};
-use nkv_core::{
-    Delivery, EndReason, Event, EventKind, Key, Notifier, NotifyKeyValue, Op, Outcome, PersistError, PersistValue,
-    SubscriberId,
-};
+use nkv_core::{Delivery, Event, Key, Notifier, NotifyKeyValue, PersistValue, SubscriberId, Write, WriteResult};
 use nkv_notify_tcp::TcpNotifier;
-use nkv_protocol::{Chunks, hello};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::bell::Bell;
@@ -37,29 +32,44 @@ pub(crate) struct Core {
     pub(crate) complaints: Complaints,
     pub(crate) bell: Arc<Bell>,
     pub(crate) queue: Arc<Queue>,
-    /// Bytes of values that may still be handed to the writer.
+    /// Bytes of values that may still be taken.
     write_room: Arc<Semaphore>,
+    /// Bytes of long requests that may still be read.
+    arrival_room: Arc<Semaphore>,
+    arrival_len: usize,
 }
 
 /// Writes to be done, and where to say what became of them.
 #[derive(Debug)]
 pub(crate) struct Job {
-    pub(crate) ops: Vec<Op>,
-    /// Whether the operations are stored together or not at all.
-    pub(crate) atomic: bool,
+    pub(crate) write: Write,
     pub(crate) results: oneshot::Sender<Vec<WriteResult>>,
-    /// Its share of what may be handed to the writer, given back when it is done.
-    _room: OwnedSemaphorePermit,
+    /// Its share of what may wait to be stored, given back when it is done.
+    _room: Room,
 }
 
-/// Bytes of values that wait to be stored, on all connections; whoever brings more waits with them.
+impl AsMut<Write> for Job {
+    fn as_mut(&mut self) -> &mut Write {
+        &mut self.write
+    }
+}
+
+/// A share of the bytes of values that may wait to be stored: to be had before the value is.
+pub(crate) type Room = OwnedSemaphorePermit;
+
+/// Bytes of values that wait to be stored; those for which there is no room wait in the buffers of their connections.
 const WRITE_ROOM: usize = 64 << 20;
 
-/// A job counts as so many bytes at least, so that 1,024 of them wait at most.
-const JOB_LEN_MIN: usize = WRITE_ROOM / 1_024;
+/// Bytes of long requests that are on their way, at most, and as a part of what all connections may hold. Those for which
+/// there is no room wait in their sockets.
+const ARRIVAL_ROOM_MAX: usize = 64 << 20;
+const ARRIVAL_ROOM_PART: usize = 4;
 
-/// What became of one operation.
-pub(crate) type WriteResult = Result<Outcome, Arc<PersistError>>;
+/// One that waits so long to send a long request has the slowest of those that send theirs closed, if that has taken longer.
+const ARRIVAL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A job counts as so many bytes at least, so that 1,024 of them wait at most.
+pub(crate) const JOB_LEN_MIN: usize = WRITE_ROOM / 1_024;
 
 /// The server is stopping and takes no more writes.
 #[derive(Debug)]
@@ -75,6 +85,9 @@ impl Core {
         bell: Arc<Bell>,
         queue: Arc<Queue>,
     ) -> Self {
+        let line_len_max = options.limits().line_len_max();
+        let arrival_len =
+            (options.queued_max / ARRIVAL_ROOM_PART).clamp(line_len_max, ARRIVAL_ROOM_MAX.max(line_len_max));
         Core {
             store,
             clock,
@@ -86,27 +99,58 @@ impl Core {
             bell,
             queue,
             write_room: Arc::new(Semaphore::new(WRITE_ROOM)),
+            arrival_room: Arc::new(Semaphore::new(arrival_len)),
+            arrival_len,
         }
     }
 
-    /// Has the writer do `ops`, with whatever else waits; one result for each. Those of a connection wait until the turn
-    /// of the runtime has ended. Whoever calls from elsewhere cannot count on its turning: theirs are `urgent`.
-    pub(crate) fn write(&self, ops: Vec<Op>, atomic: bool, urgent: bool) -> Written {
-        // What is more than there is room for goes alone.
-        let bytes = ops.iter().map(value_len).sum::<usize>().clamp(JOB_LEN_MIN, WRITE_ROOM) as u32;
-        let (bell, queue) = (Arc::clone(&self.bell), Arc::clone(&self.queue));
-        match Arc::clone(&self.write_room).try_acquire_many_owned(bytes) {
-            Ok(room) => {
-                Written(hand_over(&bell, &queue, ops, atomic, urgent, room).map_or(Write::Refused, Write::Queued))
-            }
-            Err(_) => {
-                let room = Arc::clone(&self.write_room).acquire_many_owned(bytes);
-                Written(Write::Waiting(Box::pin(async move {
-                    let room = room.await.map_err(|_| Stopping)?;
-                    hand_over(&bell, &queue, ops, atomic, urgent, room)?.await.map_err(|_| Stopping)
-                })))
+    /// Room for so many bytes, if there is any now. What is more than there ever is counts as all of it.
+    pub(crate) fn try_room(&self, len: usize) -> Option<Room> {
+        Arc::clone(&self.write_room).try_acquire_many_owned(room_len(len)).ok()
+    }
+
+    /// Waits for room for so many bytes; those that came first go first.
+    pub(crate) fn room(&self, len: usize) -> impl Future<Output = Result<Room, Stopping>> + Send + use<> {
+        let room = Arc::clone(&self.write_room).acquire_many_owned(room_len(len));
+        async move { room.await.map_err(|_| Stopping) }
+    }
+
+    /// Room for a request of so many bytes to be read, if there is any now.
+    pub(crate) fn try_arrival(&self, len: usize) -> Option<Room> {
+        let len = len.min(self.arrival_len) as u32;
+        Arc::clone(&self.arrival_room).try_acquire_many_owned(len).ok()
+    }
+
+    /// Waits for room for a request of so many bytes to be read.
+    pub(crate) fn arrival(&self, len: usize) -> impl Future<Output = Result<Room, Stopping>> + Send + use<> {
+        let len = len.min(self.arrival_len) as u32;
+        let (room, budget) = (Arc::clone(&self.arrival_room).acquire_many_owned(len), Arc::clone(&self.budget));
+        async move {
+            let mut room = std::pin::pin!(room);
+            loop {
+                match tokio::time::timeout(ARRIVAL_PATIENCE, room.as_mut()).await {
+                    Ok(room) => return room.map_err(|_| Stopping),
+                    Err(_) => budget.evict_slowest(ARRIVAL_PATIENCE),
+                }
             }
         }
+    }
+
+    /// Whether long requests have to wait.
+    pub(crate) fn is_short_of_room(&self) -> bool {
+        self.arrival_room.available_permits() < JOB_LEN_MIN
+    }
+
+    /// Has the writer do `write`, with all others that wait. Those of a connection wait until the turn of the runtime has
+    /// ended. A caller from elsewhere cannot count on its turning: theirs are `urgent`.
+    pub(crate) fn write(&self, write: Write, room: Room, urgent: bool) -> Written {
+        Written(hand_over(&self.bell, &self.queue, write, urgent, room).ok())
+    }
+
+    /// As [`write`](Self::write), once there is room.
+    pub(crate) async fn write_urgently(&self, write: Write) -> Result<Vec<WriteResult>, Stopping> {
+        let room = self.room(write.value_len().max(JOB_LEN_MIN)).await?;
+        self.write(write, room, true).await
     }
 
     /// Who would be told of a change of `key`.
@@ -116,24 +160,30 @@ impl Core {
             id: subscription.id().clone(),
             pattern: subscription.pattern().to_string(),
             since_ms: crate::clock::millis(subscription.notifier().since.elapsed()),
-            backlog: subscription.notifier().backlog(),
+            backlog: match &subscription.notifier().reach {
+                Reach::Connection(notifier) => notifier.backlog(),
+                Reach::Handle(mailbox) => mailbox.backlog(),
+            },
         };
         subscriptions.into_iter().map(traced).collect()
     }
 }
 
-/// Gives the writer a job. If it sleeps, and the job is not urgent, the pump wakes it, once all who have something for it
+fn room_len(len: usize) -> u32 {
+    len.min(WRITE_ROOM) as u32
+}
+
+/// Gives the writer a job. If it sleeps, and the job is not urgent, the pump wakes it, once all that have something for it
 /// now have said so.
 fn hand_over(
     bell: &Bell,
     queue: &Queue,
-    ops: Vec<Op>,
-    atomic: bool,
+    write: Write,
     urgent: bool,
-    room: OwnedSemaphorePermit,
+    room: Room,
 ) -> Result<oneshot::Receiver<Vec<WriteResult>>, Stopping> {
     let (results, done) = oneshot::channel();
-    let is_asleep = queue.push(Job { ops, atomic, results, _room: room }, urgent).map_err(|_| Stopping)?;
+    let is_asleep = queue.push(Job { write, results, _room: room }, urgent).map_err(|_| Stopping)?;
     if is_asleep && urgent {
         queue.wake();
     } else if is_asleep {
@@ -144,31 +194,16 @@ fn hand_over(
 
 /// What becomes of some writes: a future. Dropping it leaves them as they are, done or not.
 #[must_use]
-pub(crate) struct Written(Write);
-
-enum Write {
-    Queued(oneshot::Receiver<Vec<WriteResult>>),
-    /// There is no room for them yet.
-    Waiting(Pin<Box<dyn Future<Output = Result<Vec<WriteResult>, Stopping>> + Send>>),
-    Refused,
-}
+pub(crate) struct Written(Option<oneshot::Receiver<Vec<WriteResult>>>);
 
 impl Future for Written {
     type Output = Result<Vec<WriteResult>, Stopping>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        Poll::Ready(match &mut self.0 {
-            Write::Queued(done) => ready!(Pin::new(done).poll(cx)).map_err(|_| Stopping),
-            Write::Waiting(done) => ready!(done.as_mut().poll(cx)),
-            Write::Refused => Err(Stopping),
-        })
-    }
-}
-
-pub(crate) fn value_len(op: &Op) -> usize {
-    match op {
-        Op::Put { value, .. } => value.len(),
-        Op::Delete { .. } | Op::Expire { .. } => 0,
+        match &mut self.0 {
+            Some(done) => Pin::new(done).poll(cx).map_err(|_| Stopping),
+            None => Poll::Ready(Err(Stopping)),
+        }
     }
 }
 
@@ -186,60 +221,25 @@ pub(crate) struct Traced {
 pub(crate) struct Subscriber {
     since: Instant,
     reach: Reach,
-    /// Whether another subscription of the same connection takes this one's place, and is to be answered.
-    hello_when_replaced: AtomicBool,
 }
 
+/// A connection, or a mailbox of this process.
 #[derive(Debug)]
-enum Reach {
+pub(crate) enum Reach {
     Connection(TcpNotifier),
     Handle(Mailbox),
 }
 
-impl From<TcpNotifier> for Subscriber {
-    fn from(notifier: TcpNotifier) -> Self {
-        Subscriber::new(Reach::Connection(notifier))
-    }
-}
-
-impl From<Mailbox> for Subscriber {
-    fn from(mailbox: Mailbox) -> Self {
-        Subscriber::new(Reach::Handle(mailbox))
-    }
-}
-
-impl Subscriber {
-    fn new(reach: Reach) -> Self {
-        Subscriber { since: Instant::now(), reach, hello_when_replaced: AtomicBool::new(false) }
-    }
-
-    /// Has the connection told `Hello` right behind the end of this subscription, before anything of the next.
-    pub(crate) fn hello_when_replaced(&self) -> bool {
-        self.hello_when_replaced.store(true, Relaxed);
-        true
-    }
-
-    fn backlog(&self) -> Backlog {
-        match &self.reach {
-            Reach::Connection(notifier) => notifier.backlog(),
-            Reach::Handle(mailbox) => mailbox.backlog(),
-        }
+impl From<Reach> for Subscriber {
+    fn from(reach: Reach) -> Self {
+        Subscriber { since: Instant::now(), reach }
     }
 }
 
 impl Notifier for Subscriber {
     fn notify(&self, event: &Arc<Event>) -> Delivery {
         match &self.reach {
-            Reach::Connection(notifier) => {
-                let delivery = notifier.notify(event);
-                let replaced = matches!(event.kind(), EventKind::Ended { reason: EndReason::Replaced, .. });
-                if replaced && self.hello_when_replaced.load(Relaxed) {
-                    let mut out = Chunks::default();
-                    hello(&mut out);
-                    notifier.send(&mut out);
-                }
-                delivery
-            }
+            Reach::Connection(notifier) => notifier.notify(event),
             Reach::Handle(mailbox) => mailbox.notify(event),
         }
     }
@@ -247,9 +247,7 @@ impl Notifier for Subscriber {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use nkv_core::{NoPersist, Pattern};
+    use nkv_core::{NoPersist, Op, Pattern};
     use tokio::sync::watch;
     use tokio::time::timeout;
 
@@ -259,13 +257,13 @@ mod tests {
     #[tokio::test]
     async fn what_comes_while_the_writer_is_busy_is_done_when_it_is_not() {
         let persist: Box<dyn PersistValue> = Box::new(NoPersist::default());
-        let store = Arc::new(NotifyKeyValue::open(persist, 0).unwrap());
+        let store = Arc::new(NotifyKeyValue::open(persist).unwrap());
         let (bell, queue, expiry_changed) = <(Arc<Bell>, Arc<Queue>, _)>::default();
         let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
         let ops = vec![Op::Delete { pattern: Pattern::All, if_revision: None }];
-        let done = hand_over(&bell, &queue, ops, false, false, room).unwrap();
+        let done = hand_over(&bell, &queue, Write::apart(ops), false, room).unwrap();
         // It could not be more busy than before it begins.
-        let (failure, budget) = (watch::Sender::new(None), Budget::new(1));
+        let (failure, budget) = (watch::Sender::new(None), Budget::new(1, Arc::default()));
         let writer =
             Writer { store, queue: Arc::clone(&queue), bell: Arc::clone(&bell), expiry_changed, failure, budget };
         let writer = writer.spawn().unwrap();

@@ -7,25 +7,22 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use nkv_core::{
-    Expiry, Key, KeyError, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Record, Revision, SubscriberId,
-    Subscription, ValueRef,
+    Expiry, Failed, Key, KeyError, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Revision, SubscriberId,
+    Subscription, ValueRef, Write, WriteResult,
 };
 use nkv_notify_tcp::{Outbox, TcpNotifier};
 use nkv_protocol::{
-    Answer, BaseFields, Chunks, GetEntry, Id, Kind, Refusal, Request, ServerFields, SubscriberFields, ValueForm, hello,
-    status,
+    Answer, BaseFields, Chunks, GetEntry, Id, Kind, Refusal, Request, ServerFields, SubscriberFields, ValueForm, status,
 };
 
 use crate::budget::DeepShare;
-use crate::core::{Core, Stopping, Subscriber, WriteResult, Written};
+use crate::core::{Core, JOB_LEN_MIN, Reach, Room, Stopping, Subscriber, Written};
+use crate::reading::{ANSWER_LEN_MAX, Reading, TooLong};
 use crate::server::VERSION;
 
 /// Keys in a `List` when it does not say, and at most.
 const LIST_LIMIT: u64 = 1_000;
 const LIST_LIMIT_MAX: u64 = 10_000;
-
-/// Longest answer to a `Get`, in bytes.
-const GET_LEN_MAX: usize = 64 << 20;
 
 /// The entries of a `Get` that finds none.
 const NOTHING: &[GetEntry<'_>] = &[];
@@ -45,8 +42,12 @@ pub(crate) struct Session {
     client: Option<SubscriberId>,
     subscriptions: HashMap<(SubscriberId, Pattern), Arc<Subscription<Subscriber>>>,
     deep: DeepShare,
-    /// Writes read but not done yet.
+    /// Writes read but not done yet, the room that was had for their values, and how much of it these take.
     writes: Vec<Op>,
+    room: Option<Room>,
+    room_taken: usize,
+    /// A read that takes several turns.
+    reading: Option<Reading>,
     /// The ids to answer them to, as JSON, one behind the other, and where each ends.
     write_ids: String,
     write_id_ends: Vec<usize>,
@@ -56,6 +57,12 @@ pub(crate) struct Session {
 pub(crate) enum Hold {
     /// The writes before it, whose answers come first.
     Writes(Written),
+    /// Room for a value, to be stored.
+    Room(Pin<Box<dyn Future<Output = Result<Room, Stopping>> + Send>>),
+    /// Room for a long request, to be read.
+    Arrival(Pin<Box<dyn Future<Output = Result<Room, Stopping>> + Send>>),
+    /// The read before it, whose answer comes first.
+    Reading(Box<Reading>),
     /// The turns of others, and room.
     Turns(Pin<Box<dyn Future<Output = ()> + Send>>),
 }
@@ -69,6 +76,9 @@ impl Session {
             client: None,
             subscriptions: HashMap::new(),
             writes: Vec::new(),
+            room: None,
+            room_taken: 0,
+            reading: None,
             write_ids: String::new(),
             write_id_ends: Vec::new(),
         }
@@ -83,15 +93,19 @@ impl Session {
         outbox: &mut Outbox,
         out: &mut Chunks,
     ) -> Result<(), Hold> {
-        let served = item.and_then(|request| match request.kind {
-            Kind::Put | Kind::Delete => self.write_op(&request).map(|op| {
-                self.writes.push(op);
-                self.write_ids.push_str(request.id.as_json());
-                self.write_id_ends.push(self.write_ids.len());
-                None
-            }),
-            _ => Ok(Some(request)),
-        });
+        let served = match item {
+            Ok(request) if matches!(request.kind, Kind::Put | Kind::Delete) => {
+                // Before the value is copied.
+                self.admit(request.value.as_deref().map_or(0, <[u8]>::len))?;
+                self.write_op(&request).map(|op| {
+                    self.writes.push(op);
+                    self.write_ids.push_str(request.id.as_json());
+                    self.write_id_ends.push(self.write_ids.len());
+                    None
+                })
+            }
+            item => item.map(Some),
+        };
         if matches!(served, Ok(None)) {
             return Ok(());
         }
@@ -111,10 +125,62 @@ impl Session {
         Ok(())
     }
 
+    /// Takes room for the value of another write, or says what it has to wait for.
+    fn admit(&mut self, len: usize) -> Result<(), Hold> {
+        let taken = self.room_taken.saturating_add(len);
+        let has = self.room.as_ref().map_or(0, Room::num_permits);
+        if self.room.is_none() || taken > has.max(JOB_LEN_MIN) {
+            let missing = taken.saturating_sub(has).max(if has == 0 { JOB_LEN_MIN } else { 0 });
+            match self.core.try_room(missing) {
+                Some(room) => self.add_room(room),
+                // Those before it give back what they have when they are done.
+                None => return Err(self.start_writes().unwrap_or_else(|| self.wait_for_room(missing))),
+            }
+        }
+        self.room_taken = taken;
+        Ok(())
+    }
+
+    pub(crate) fn wait_for_room(&self, len: usize) -> Hold {
+        Hold::Room(Box::pin(self.core.room(len)))
+    }
+
+    /// Takes room that was waited for, for the writes to come.
+    pub(crate) fn add_room(&mut self, room: Room) {
+        match &mut self.room {
+            Some(known) => known.merge(room),
+            none => *none = Some(room),
+        }
+    }
+
+    /// Gives room back that no write needs.
+    pub(crate) fn give_room_back(&mut self) {
+        if self.writes.is_empty() {
+            (self.room, self.room_taken) = (None, 0);
+        }
+    }
+
     /// Has the writes under way done, if there are any.
     pub(crate) fn start_writes(&mut self) -> Option<Hold> {
+        self.room_taken = 0;
+        let room = self.room.take().filter(|_| !self.writes.is_empty())?;
         let writes = std::mem::take(&mut self.writes);
-        (!writes.is_empty()).then(|| Hold::Writes(self.core.write(writes, false, false)))
+        Some(Hold::Writes(self.core.write(Write::apart(writes), room, false)))
+    }
+
+    /// The read under way, if one takes several turns.
+    pub(crate) fn start_reading(&mut self) -> Option<Hold> {
+        self.reading.take().map(|reading| Hold::Reading(Box::new(reading)))
+    }
+
+    /// Reads on for a turn. True once the answer is written.
+    pub(crate) fn read_on(&self, mut reading: Box<Reading>, out: &mut Chunks) -> Option<Box<Reading>> {
+        match reading.read(&self.core.store) {
+            Ok(false) => return Some(reading),
+            Ok(true) => reading.finish(out),
+            Err(TooLong) => refuse(out, too_large(reading.id())),
+        }
+        None
     }
 
     /// Answers the writes that were under way.
@@ -156,9 +222,8 @@ impl Session {
 
     /// Forgets the connection's subscriptions.
     pub(crate) fn end(&mut self) {
-        for subscription in std::mem::take(&mut self.subscriptions).into_values() {
-            self.core.store.forget(&subscription);
-        }
+        let subscriptions: Vec<_> = std::mem::take(&mut self.subscriptions).into_values().collect();
+        self.core.store.forget(&subscriptions);
     }
 
     fn write_op<'r>(&self, request: &Request<'r>) -> Result<Op, Refusal<'r>> {
@@ -220,7 +285,7 @@ impl Session {
         }
     }
 
-    fn get<'r>(&self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
+    fn get<'r>(&mut self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
         let id = request.id;
         let after = after(request)?;
         let form = self.notifier.form();
@@ -228,17 +293,17 @@ impl Session {
             self.get_one(request, form, out);
             return Ok(());
         }
-        let pattern = pattern(request)?;
         let limit = request.limit.map_or(u64::MAX, |limit| limit.min(LIST_LIMIT_MAX));
-        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        let page = self.core.store.get_page(&pattern, after.as_ref(), limit, GET_LEN_MAX);
-        let page = page.map_err(|_| too_large(id))?;
-        let answer_len = page.entries.iter().map(|record| entry_len(record, form)).fold(0, usize::saturating_add);
-        if answer_len > GET_LEN_MAX {
-            return Err(too_large(id));
+        self.read_many(Reading::new(id, pattern(request)?, after, limit_of(limit), Some(form)), id, out)
+    }
+
+    /// Answers at once what is read in one turn, and notes what takes more.
+    fn read_many<'r>(&mut self, mut reading: Reading, id: Id<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
+        match reading.read(&self.core.store) {
+            Ok(true) => reading.finish(out),
+            Ok(false) => self.reading = Some(reading),
+            Err(TooLong) => return Err(too_large(id)),
         }
-        let entries: Vec<_> = page.entries.iter().map(|r| (r.key.as_str(), &r.value, r.revision.get())).collect();
-        Answer::to(id, out).get(form, &entries, page.more);
         Ok(())
     }
 
@@ -263,20 +328,18 @@ impl Session {
         }
     }
 
-    fn list<'r>(&self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
-        let limit = request.limit.unwrap_or(LIST_LIMIT).min(LIST_LIMIT_MAX);
-        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        let page = self.core.store.list(&pattern(request)?, after(request)?.as_ref(), limit);
-        let entries: Vec<_> = page.entries.iter().map(|(key, revision)| (key.as_str(), revision.get())).collect();
-        Answer::to(request.id, out).list(&entries, page.more);
-        Ok(())
+    fn list<'r>(&mut self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
+        let limit = limit_of(request.limit.unwrap_or(LIST_LIMIT).min(LIST_LIMIT_MAX));
+        self.read_many(Reading::new(request.id, pattern(request)?, after(request)?, limit, None), request.id, out)
     }
 
     fn trace<'r>(&self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
         let traced = self.core.trace(&key(request)?);
         let lens = traced.iter().map(|traced| traced.id.as_str().len().saturating_add(traced.pattern.len()));
         // A control character takes six bytes.
-        if lens.fold(0, |sum: usize, len| sum.saturating_add(len.saturating_mul(6)).saturating_add(128)) > GET_LEN_MAX {
+        if lens.fold(0, |sum: usize, len| sum.saturating_add(len.saturating_mul(6)).saturating_add(128))
+            > ANSWER_LEN_MAX
+        {
             return Err(too_large(request.id));
         }
         let subscribers: Vec<_> = traced
@@ -313,7 +376,7 @@ impl Session {
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
         let total = self.core.options.subscriptions_total_max;
-        if !again && self.core.store.stats().subscriptions >= total as u64 {
+        if !again && self.core.store.subscriptions() >= total as u64 {
             let message = format!("more than {total} subscriptions on all connections");
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
@@ -321,19 +384,10 @@ impl Session {
             let message = "too many subscriptions to keys with many segments".into();
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
-        // Whatever is told from the subscription on comes after its `Hello`, and that after the answers so far. With a
-        // snapshot the notifier says it, so that nothing comes between the two. When the subscription replaces one of
-        // this connection, the end of that is to be told first: then the old one says `Hello` for the new one.
-        let hello_by_old = match self.subscriptions.get(&name).filter(|_| again && !request.snapshot) {
-            Some(old) => old.notifier().hello_when_replaced(),
-            None => false,
-        };
-        if !request.snapshot && !hello_by_old {
-            hello(out);
-        }
+        // What the store gives the notifier from here on, `Hello` first, comes after the answers so far.
         outbox.send(std::mem::take(out));
         let (client, pattern) = name.clone();
-        let subscriber = Subscriber::from(self.notifier.clone());
+        let subscriber = Subscriber::from(Reach::Connection(self.notifier.clone()));
         let subscription = self.core.store.subscribe(pattern, client, subscriber, request.snapshot);
         let len = deep_len(&name.1);
         if self.subscriptions.insert(name, subscription).is_none() {
@@ -389,16 +443,18 @@ fn found(id: Id<'_>, found: bool, out: &mut Chunks) {
     if found { answer.ok(&BaseFields::default()) } else { answer.not_found() }
 }
 
-/// Whether the store still knows a subscription: one that somebody else ended or replaced is held here alone.
 fn is_live(subscription: &Arc<Subscription<Subscriber>>) -> bool {
-    Arc::strong_count(subscription) > 1
+    !subscription.has_ended()
+}
+
+fn limit_of(limit: u64) -> usize {
+    usize::try_from(limit).unwrap_or(usize::MAX)
 }
 
 /// Whether a request may read or make a lot.
 fn is_long(request: &Request<'_>) -> bool {
     match request.kind {
         Kind::Get | Kind::List => request.key.ends_with('*'),
-        Kind::Subscribe => request.snapshot,
         kind => kind == Kind::Trace,
     }
 }
@@ -410,11 +466,6 @@ fn deep_len(pattern: &Pattern) -> usize {
         Pattern::All => 0,
     };
     segments.saturating_sub(FREE_SEGMENTS).saturating_mul(NODE_LEN)
-}
-
-/// What a record takes in an answer, all but its value estimated from above.
-fn entry_len(record: &Record, form: ValueForm) -> usize {
-    form.len_of(&record.value).saturating_add(record.key.as_str().len().saturating_mul(2)).saturating_add(48)
 }
 
 /// A name for a client that gave none.
@@ -443,7 +494,15 @@ fn answer_write(answer: Answer<'_>, result: WriteResult) {
                 &BaseFields { revision: revision(present), ..BaseFields::default() },
             );
         }
-        Err(error) => {
+        Err(Failed { deleted: deleted @ 1.., .. }) => {
+            let message = format!("storage failed: only {deleted} keys are gone, the others were not deleted");
+            answer.base(
+                status::STORAGE_FAILED,
+                &message,
+                &BaseFields { count: Some(deleted), ..BaseFields::default() },
+            );
+        }
+        Err(Failed { error, .. }) => {
             let (status, message) = match error.kind() {
                 PersistErrorKind::NoSpace => (status::DISK_FULL, "the disk is full; nothing was changed"),
                 PersistErrorKind::Rejected => {
@@ -468,7 +527,7 @@ fn bad_request(id: Id<'_>, message: String) -> Refusal<'_> {
 }
 
 fn too_large(id: Id<'_>) -> Refusal<'_> {
-    let message = format!("the answer would pass {GET_LEN_MAX} bytes: ask in pages, with 'limit' and 'after'");
+    let message = format!("the answer would pass {ANSWER_LEN_MAX} bytes: ask in pages, with 'limit' and 'after'");
     Refusal { id, status: status::TOO_LARGE, message, close: false }
 }
 

@@ -9,12 +9,13 @@ use bytes::Bytes;
 use futures_core::Stream;
 use nkv_core::mailbox::{Inbox, Item, mailbox};
 use nkv_core::{
-    Event, Expiry, Key, Op, Outcome, Page, Pattern, PersistError, PutOptions, Record, Revision, Stats, SubscriberId,
-    WriteError,
+    Event, Expiry, Failed, Key, Op, Outcome, Page, Pattern, PersistError, PutOptions, Record, Revision, Stats,
+    SubscriberId, Write, WriteError,
 };
 use thiserror::Error;
 
-use crate::core::{Core, Subscriber};
+use crate::budget::{Share, Source};
+use crate::core::{Core, Reach, Subscriber};
 
 /// The store of a running server, from within its process. Clones are cheap and stand for the same store.
 ///
@@ -53,11 +54,22 @@ pub enum HandleError {
     NotFound,
     /// Storage failed; see [`PersistError::kind`] for what that means.
     #[error("the write was not stored")]
-    Persist(#[source] Arc<PersistError>),
+    Persist(#[source] PersistError),
+    /// Storage failed in the middle of a large wildcard delete.
+    #[error("only {deleted} keys are gone, the others were not deleted")]
+    Partial {
+        /// How many keys are gone.
+        deleted: u64,
+        /// What failed then.
+        source: PersistError,
+    },
     /// The server has stopped. A write that was under way may or may not be done.
     #[error("the server has stopped")]
     Stopped,
 }
+
+/// So many keys are read at a time.
+const PART_KEYS: usize = 1_024;
 
 impl Handle {
     pub(crate) fn new(core: &Arc<Core>) -> Self {
@@ -73,13 +85,24 @@ impl Handle {
         Ok(self.core()?.store.get(key))
     }
 
-    /// The keys and values that `pattern` selects, in key order, all of one moment.
+    /// The keys and values that `pattern` selects, in key order. Up to 1,024 are of one moment; of more, the next are of a
+    /// later one, and other tasks have their turn in between.
     ///
     /// # Errors
     ///
     /// [`HandleError::Stopped`].
     pub async fn get_all(&self, pattern: &Pattern) -> Result<Vec<Record>, HandleError> {
-        Ok(self.core()?.store.get_all(pattern))
+        let mut all: Vec<Record> = Vec::new();
+        loop {
+            let after = all.last().map(|record| record.key.clone());
+            let page = self.core()?.store.get_page(pattern, after.as_ref(), PART_KEYS, usize::MAX);
+            let mut page = page.map_err(|_| HandleError::Stopped)?;
+            all.append(&mut page.entries);
+            if !page.more {
+                return Ok(all);
+            }
+            tokio::task::yield_now().await;
+        }
     }
 
     /// At most `limit` keys that `pattern` selects, after `after`, with their revisions.
@@ -125,7 +148,8 @@ impl Handle {
         }
     }
 
-    /// Removes the keys that `pattern` selects and returns how many, with the highest revision given.
+    /// Removes the keys that `pattern` selects and returns how many, with the highest revision given. What of a wildcard
+    /// delete is one step, [`NotifyKeyValue::delete`](nkv_core::NotifyKeyValue::delete) says.
     ///
     /// # Errors
     ///
@@ -149,8 +173,8 @@ impl Handle {
     ///
     /// [`HandleError::Persist`], [`HandleError::Stopped`].
     pub async fn write(&self, ops: Vec<Op>) -> Result<Vec<Outcome>, HandleError> {
-        let results = self.core()?.write(ops, true, true).await.map_err(|_| HandleError::Stopped)?;
-        results.into_iter().map(|result| result.map_err(HandleError::Persist)).collect()
+        let results = self.core()?.write_urgently(Write::together(ops)).await.map_err(|_| HandleError::Stopped)?;
+        results.into_iter().map(|result| result.map_err(HandleError::from)).collect()
     }
 
     /// The present, on the clock that expiries are counted on.
@@ -176,9 +200,11 @@ impl Handle {
         id: impl Into<SubscriberId>,
         snapshot: bool,
     ) -> Result<Subscription, HandleError> {
-        let (post, inbox) = mailbox();
-        let entry = self.core()?.store.subscribe(pattern, id.into(), Subscriber::from(post), snapshot);
-        Ok(Subscription { core: self.core.clone(), entry: Arc::downgrade(&entry), inbox })
+        let (core, (post, inbox)) = (self.core()?, mailbox());
+        let share = core.budget.share(Source::Handle(post.observer()));
+        let subscriber = Subscriber::from(Reach::Handle(post));
+        let entry = core.store.subscribe(pattern, id.into(), subscriber, snapshot);
+        Ok(Subscription { core: self.core.clone(), entry: Arc::downgrade(&entry), inbox, _share: share })
     }
 
     /// Who would be told of a change of `key`: names and patterns.
@@ -205,24 +231,32 @@ impl Handle {
 }
 
 async fn write_one(core: &Core, op: Op) -> Result<Outcome, HandleError> {
-    let mut results = core.write(vec![op], true, true).await.map_err(|_| HandleError::Stopped)?;
-    results.pop().ok_or(HandleError::Stopped)?.map_err(HandleError::Persist)
+    let mut results = core.write_urgently(Write::apart(vec![op])).await.map_err(|_| HandleError::Stopped)?;
+    results.pop().ok_or(HandleError::Stopped)?.map_err(HandleError::from)
 }
 
 impl From<WriteError> for HandleError {
     fn from(error: WriteError) -> Self {
         match error {
             WriteError::Conflict { revision } => HandleError::Conflict { revision },
-            WriteError::Persist(error) => HandleError::Persist(Arc::new(error)),
+            WriteError::Persist(error) => HandleError::Persist(error),
+            WriteError::Partial { deleted, source } => HandleError::Partial { deleted, source },
             _ => HandleError::NotFound,
         }
     }
 }
 
-/// What a subscription tells.
+impl From<Failed> for HandleError {
+    fn from(failed: Failed) -> Self {
+        WriteError::from(failed).into()
+    }
+}
+
+/// What a subscription brings.
 #[derive(Clone, Debug)]
 pub struct Notice {
-    /// The event: a change, the snapshot, or the subscription's end.
+    /// The event: the beginning, a part of the snapshot, a change, or the end. Where too much waited the subscription
+    /// [begins anew](nkv_core::BeginCause::Reset).
     pub event: Arc<Event>,
     /// How many changes of its key, since the last one told, were passed over in its favour.
     pub skipped: u64,
@@ -234,6 +268,8 @@ pub struct Subscription {
     core: Weak<Core>,
     entry: Weak<nkv_core::Subscription<Subscriber>>,
     inbox: Inbox,
+    /// What waits for it counts with what connections hold.
+    _share: Share,
 }
 
 impl Subscription {
@@ -263,7 +299,7 @@ impl Stream for Subscription {
 impl Drop for Subscription {
     fn drop(&mut self) {
         if let (Some(core), Some(entry)) = (self.core.upgrade(), self.entry.upgrade()) {
-            core.store.forget(&entry);
+            core.store.forget(&[entry]);
         }
     }
 }

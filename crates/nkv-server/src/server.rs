@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use nkv_core::{NoPersist, NotifyKeyValue, Op, PersistError, PersistValue};
+use nkv_core::{NoPersist, NotifyKeyValue, PersistError, PersistValue, Write};
+use nkv_notify_tcp::forget_encodings;
 use nkv_protocol::Limits;
 use thiserror::Error;
 use tokio::sync::{Notify, watch};
@@ -192,14 +193,14 @@ impl Builder {
                 Box::new(|| Ok(Box::new(persist) as Box<dyn PersistValue>))
             }
         };
-        let open = tokio::task::spawn_blocking(move || NotifyKeyValue::open(persist()?, clock.now()));
+        let open = tokio::task::spawn_blocking(move || NotifyKeyValue::open_at(persist()?, clock.now()));
         let store = Arc::new(open.await.map_err(|error| ServerError::System(error.into()))??);
 
         let (bell, queue) = (Arc::new(Bell::default()), Arc::new(Queue::default()));
         let (failure, failed) = watch::channel(None);
         let (stop, stopped) = watch::channel(false);
         let expiry_changed = Arc::new(Notify::new());
-        let budget = Budget::new(options.queued_max);
+        let budget = Budget::new(options.queued_max, Arc::clone(store.event_bytes()));
         let writer = Writer {
             store: Arc::clone(&store),
             queue: Arc::clone(&queue),
@@ -212,7 +213,13 @@ impl Builder {
         let pump = tokio::spawn({
             // Also if the runtime is dropped before the server has stopped, the writer must not sleep for ever.
             let (bell, queue) = (Arc::clone(&bell), CloseOnDrop(Arc::clone(&queue)));
-            async move { bell.pump(|| queue.0.wake()).await }
+            async move {
+                bell.pump(|| {
+                    forget_encodings();
+                    queue.0.wake();
+                })
+                .await;
+            }
         });
         let core = Arc::new(Core::new(store, clock, durability, options, budget, bell, queue));
 
@@ -375,7 +382,9 @@ async fn expire(core: Arc<Core>, changed: Arc<Notify>, mut stop: watch::Receiver
             () = changed.notified() => continue,
             () = due => {}
         }
-        let expired = core.write(vec![Op::Expire { now: core.clock.now() }], true, false).await;
+        // From here on what is due is absent for all, however long storage takes.
+        core.store.advance(core.clock.now());
+        let expired = core.write_urgently(Write::expiry()).await;
         if !matches!(expired.as_deref(), Ok([Ok(_)])) {
             tokio::time::sleep(EXPIRY_PAUSE).await;
         }

@@ -3,20 +3,16 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use nkv_core::{Op, PersistError, PersistErrorKind};
+use nkv_core::{PersistError, PersistErrorKind};
 use tokio::sync::{Notify, watch};
 
 use crate::bell::Bell;
 use crate::budget::Budget;
-use crate::core::{Job, Store, WriteResult, value_len};
+use crate::core::{Job, Store};
 
 /// What waits for subscribers is looked at each time so many more events were given to them, or as much was written
 /// as [`Budget::check_every`] says.
 const CHECK_EVERY: u64 = 4_096;
-
-/// A batch takes no more jobs once it has so many operations, or bytes of values.
-const GROUP_OPS_MAX: usize = 4_096;
-const GROUP_BYTES_MAX: usize = 4 << 20;
 
 /// The jobs that wait to be done. How many that may be is up to those who let them in.
 #[derive(Debug, Default)]
@@ -68,10 +64,16 @@ impl Queue {
         self.wake();
     }
 
-    /// Sleeps until it is woken for jobs, and takes them all out; there are none once the queue is closed. If some wait
-    /// already, the pump wakes it when those who were just answered have had their turn.
+    /// Adds all jobs that wait to those under way. If there are none it sleeps until it is woken for some; there are none
+    /// once the queue is closed. If some wait already, the pump wakes it when those that were just answered have had their
+    /// turn.
     fn take(&self, bell: &Bell, jobs: &mut Vec<Job>) {
         let mut waiting = self.lock();
+        if !jobs.is_empty() {
+            waiting.is_urgent = false;
+            jobs.append(&mut waiting.jobs);
+            return;
+        }
         waiting.is_asleep = !waiting.is_urgent;
         if waiting.is_asleep && !waiting.jobs.is_empty() {
             bell.ring();
@@ -127,97 +129,48 @@ impl Writer {
 
     fn run(self) {
         let _gone = Gone(Arc::clone(&self.queue));
-        let (mut jobs, mut ops, mut group) = (Vec::new(), Vec::new(), Vec::new());
+        let mut jobs: Vec<Job> = Vec::new();
         let (mut checked_at, mut written) = (0, 0_usize);
         loop {
+            let under_way = jobs.len();
             self.queue.take(&self.bell, &mut jobs);
             if jobs.is_empty() {
                 return;
             }
-            let mut jobs = jobs.drain(..).peekable();
-            while jobs.peek().is_some() {
-                let mut bytes = 0;
-                while ops.len() < GROUP_OPS_MAX
-                    && bytes < GROUP_BYTES_MAX
-                    && let Some(mut job) = jobs.next()
-                {
-                    bytes = job.ops.iter().map(value_len).fold(bytes, usize::saturating_add);
-                    let count = job.ops.len();
-                    ops.append(&mut job.ops);
-                    group.push((job, count));
-                }
-                let expiry = self.store.next_expiry();
-                self.bell.quietly(|| self.write(&ops, group.drain(..)));
-                ops.clear();
-                if self.store.next_expiry() != expiry {
-                    self.expiry_changed.notify_one();
-                }
-                let notified = self.store.notified();
-                written = written.saturating_add(bytes);
-                if notified.saturating_sub(checked_at) >= CHECK_EVERY || written >= self.budget.check_every() {
-                    (checked_at, written) = (notified, 0);
-                    self.budget.check();
-                }
+            let more = jobs.get(under_way..).unwrap_or_default();
+            written = more.iter().map(|job| job.write.value_len()).fold(written, usize::saturating_add);
+            let expiry = self.store.next_expiry();
+            self.bell.quietly(|| self.commit(&mut jobs));
+            if self.store.next_expiry() != expiry {
+                self.expiry_changed.notify_one();
+            }
+            let notified = self.store.notified();
+            if notified.saturating_sub(checked_at) >= CHECK_EVERY || written >= self.budget.check_every() {
+                (checked_at, written) = (notified, 0);
+                self.budget.check();
             }
         }
     }
 
-    /// Stores the operations of a group of jobs, of which each has brought so many.
-    fn write(&self, mut ops: &[Op], group: impl Iterator<Item = (Job, usize)>) {
-        match self.store.write(ops) {
-            Ok(outcomes) => {
-                let mut outcomes = outcomes.into_iter().map(Ok);
-                for (job, count) in group {
-                    answer(job, outcomes.by_ref().take(count).collect());
-                }
-            }
-            // One value too many for the disk must not take along what would fit, nor the deletes that make space.
-            Err(error) if splits(&error) && ops.len() > 1 => {
-                for (job, count) in group {
-                    let own = ops.split_off(..count).unwrap_or_default();
-                    let results = if job.atomic {
-                        self.write_together(own)
-                    } else {
-                        own.chunks(1).flat_map(|op| self.write_together(op)).collect()
-                    };
-                    answer(job, results);
-                    self.bell.ring(); // each has been synced by itself, and waits no longer for the others
-                }
-            }
-            Err(error) => {
-                let error = self.failed(error);
-                for (job, count) in group {
-                    answer(job, std::iter::repeat_n(Err(Arc::clone(&error)), count).collect());
-                }
-            }
+    /// Does as much as one batch takes, and answers the jobs that are done then.
+    fn commit(&self, jobs: &mut Vec<Job>) {
+        self.store.commit(jobs);
+        let mut failed = None;
+        for Job { write, results, .. } in jobs.extract_if(.., |job| job.write.is_done()) {
+            let done = write.into_results();
+            failed = failed.or_else(|| done.iter().find_map(|result| result.as_ref().err()).map(|f| f.error.clone()));
+            // The peer may have gone away meanwhile, its connection cut; the write stands all the same.
+            drop(results.send(done));
+        }
+        if let Some(error) = failed {
+            self.failed(error);
         }
     }
 
-    fn write_together(&self, ops: &[Op]) -> Vec<WriteResult> {
-        match self.store.write(ops) {
-            Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
-            Err(error) => {
-                let error = self.failed(error);
-                ops.iter().map(|_| Err(Arc::clone(&error))).collect()
-            }
-        }
-    }
-
-    fn failed(&self, error: PersistError) -> Arc<PersistError> {
-        let error = Arc::new(error);
-        tracing::error!(error = &*error as &dyn std::error::Error, "a batch was not stored");
+    fn failed(&self, error: PersistError) {
+        tracing::error!(error = &error as &dyn std::error::Error, "a batch was not stored");
         if error.kind() == PersistErrorKind::Poisoned {
-            self.failure.send_replace(Some(Arc::clone(&error)));
+            self.failure.send_replace(Some(Arc::new(error)));
         }
-        error
     }
-}
-
-fn splits(error: &PersistError) -> bool {
-    matches!(error.kind(), PersistErrorKind::NoSpace | PersistErrorKind::Rejected)
-}
-
-/// Whoever asked may have gone away meanwhile, its connection cut; the write stands all the same.
-fn answer(job: Job, results: Vec<WriteResult>) {
-    drop(job.results.send(results));
 }

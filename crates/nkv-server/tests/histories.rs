@@ -263,6 +263,8 @@ fn a_subscription_begins_with_what_was_acknowledged_before_it_and_misses_nothing
     let mut race = |told_enough: &dyn Fn(u64, u64) -> bool| {
         let before = last.max(newest.load(SeqCst));
         let mut subscription = subscribe();
+        let began = next(&mut subscription);
+        assert!(matches!(began.event.kind(), EventKind::Began(_)), "{began:?}");
         let first = next(&mut subscription);
         let EventKind::Snapshot(snapshot) = first.event.kind() else { panic!("{first:?}") };
         let revision = snapshot.revision.get();

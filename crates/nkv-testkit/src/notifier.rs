@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use nkv_core::mailbox::{Inbox, Item};
 use nkv_core::{
-    Action, Change, Delivery, EndReason, Epoch, Event, EventKind, Key, Notifier, Pattern, Reason, Record, RecordRef,
-    Revision, Snapshot,
+    Action, Began, BeginCause, Change, Delivery, EndReason, Epoch, Event, EventKind, Key, Notifier, Pattern, Reason,
+    Record, RecordRef, Revision, Snapshot, SnapshotReader,
 };
 
 /// How long the suite waits for what must happen. Only a broken notifier makes it wait so long.
@@ -69,6 +69,12 @@ pub enum Told {
         /// How many changes of the key were passed over; `None` if the notifier does not tell.
         skipped: Option<u64>,
     },
+    /// Too much waited: the puts that follow, up to the next [`Synced`](Self::Synced), are a fresh snapshot of the
+    /// subscription, and a key that is not among them is gone.
+    Reset {
+        /// The subscription's pattern.
+        pattern: Pattern,
+    },
     /// The puts told just before this, one for each key present, are a snapshot, which is complete now.
     Synced {
         /// The subscription's pattern.
@@ -88,10 +94,15 @@ pub enum Told {
 }
 
 impl Told {
-    /// What an event tells, for readers that are handed events whole: one thing, or a snapshot's puts and its end.
+    /// What an event says, for readers that are handed events whole: one thing, the puts of a snapshot's part and the
+    /// snapshot's end, or nothing, as where a subscription begins that was asked for.
     #[must_use]
     pub fn all(event: &Event, skipped: Option<u64>) -> Vec<Told> {
         match event.kind() {
+            EventKind::Began(began) if began.cause == BeginCause::Reset => {
+                vec![Told::Reset { pattern: began.pattern.clone() }]
+            }
+            EventKind::Began(_) => vec![],
             EventKind::Change(change) => vec![Told::change(change, skipped)],
             EventKind::Snapshot(snapshot) => Told::snapshot(snapshot),
             EventKind::Ended { pattern, reason } => vec![Told::Ended { pattern: pattern.clone(), reason: *reason }],
@@ -108,14 +119,15 @@ impl Told {
     }
 
     fn snapshot(snapshot: &Snapshot) -> Vec<Told> {
-        let Snapshot { pattern, records, revision, epoch } = snapshot;
+        let Snapshot { pattern, records, revision, epoch, is_last } = snapshot;
         let puts = records.iter().map(RecordRef::to_record).map(|Record { key, value, revision, .. }| Told::Put {
             key,
             value,
             revision,
             skipped: Some(0),
         });
-        puts.chain([Told::Synced { pattern: pattern.clone(), revision: *revision, epoch: *epoch }]).collect()
+        let synced = is_last.then(|| Told::Synced { pattern: pattern.clone(), revision: *revision, epoch: *epoch });
+        puts.chain(synced).collect()
     }
 
     /// The key, if this is about one.
@@ -123,7 +135,7 @@ impl Told {
     pub fn key(&self) -> Option<&Key> {
         match self {
             Told::Put { key, .. } | Told::Delete { key, .. } => Some(key),
-            Told::Synced { .. } | Told::Ended { .. } => None,
+            Told::Reset { .. } | Told::Synced { .. } | Told::Ended { .. } => None,
         }
     }
 
@@ -134,7 +146,7 @@ impl Told {
             Told::Put { revision, .. } | Told::Delete { revision, .. } | Told::Synced { revision, .. } => {
                 Some(*revision)
             }
-            Told::Ended { .. } => None,
+            Told::Reset { .. } | Told::Ended { .. } => None,
         }
     }
 
@@ -143,7 +155,7 @@ impl Told {
     pub fn skipped(&self) -> Option<u64> {
         match self {
             Told::Put { skipped, .. } | Told::Delete { skipped, .. } => *skipped,
-            Told::Synced { .. } | Told::Ended { .. } => None,
+            Told::Reset { .. } | Told::Synced { .. } | Told::Ended { .. } => None,
         }
     }
 
@@ -372,7 +384,7 @@ pub fn a_snapshot_is_told_whole<H: NotifierHarness>(harness: &H) {
     let keys: Vec<String> = (100..400).map(|n| format!("a.k{n}")).collect();
     let records = (1..).zip(&keys).map(|(revision, key)| record(key, revision, key)).collect();
     let snapshot = snapshot("a", records, 500);
-    must_take(notifier.notify(&Event::new(EventKind::Snapshot(snapshot.clone()))));
+    must_take(begin(&notifier, &snapshot));
     must_take(tell(&notifier, put("a.k100", 501, "new")));
     must_take(tell(&notifier, put("a.k101", 502, "new")));
     must_take(tell(&notifier, put("a.k101", 503, "newer")));
@@ -386,7 +398,7 @@ pub fn an_empty_snapshot_is_told<H: NotifierHarness>(harness: &H) {
     for pattern in ["a", "a.*", "*"] {
         let (notifier, mut reader) = harness.open();
         let snapshot = snapshot(pattern, vec![], 0);
-        must_take(notifier.notify(&Event::new(EventKind::Snapshot(snapshot.clone()))));
+        must_take(begin(&notifier, &snapshot));
         assert_eq!([read(&mut reader, "an empty snapshot")], Told::snapshot(&snapshot)[..]);
     }
 }
@@ -397,7 +409,7 @@ pub fn a_snapshot_keeps_its_place<H: NotifierHarness>(harness: &H) {
     must_take(tell(&notifier, put("a", 1, "old")));
     must_take(tell(&notifier, put("b", 2, "old")));
     let snapshot = snapshot("*", vec![record("a", 1, "old"), record("b", 2, "old")], 2);
-    must_take(notifier.notify(&Event::new(EventKind::Snapshot(snapshot.clone()))));
+    must_take(begin(&notifier, &snapshot));
     must_take(tell(&notifier, put("a", 3, "new")));
     must_take(tell(&notifier, put("c", 4, "new")));
     let told = read_until(&mut reader, 4);
@@ -419,7 +431,7 @@ pub fn every_snapshot_is_told<H: NotifierHarness>(harness: &H) {
         snapshot("b.*", vec![record("b.c", 3, "3")], 4),
     ];
     for snapshot in &snapshots {
-        must_take(notifier.notify(&Event::new(EventKind::Snapshot(snapshot.clone()))));
+        must_take(begin(&notifier, snapshot));
     }
     must_take(tell(&notifier, put("end", 5, "")));
     let mut told = read_until(&mut reader, 5);
@@ -507,6 +519,16 @@ fn tell<N: Notifier>(notifier: &N, change: Change) -> Delivery {
     notifier.notify(&Event::new(EventKind::Change(change)))
 }
 
+/// A subscription begins, with a snapshot that is read in two parts.
+fn begin<N: Notifier>(notifier: &N, snapshot: &Snapshot) -> Delivery {
+    let records = || snapshot.records.iter().map(RecordRef::to_record);
+    let (half, pattern) = (snapshot.records.len() / 2, snapshot.pattern.clone());
+    let first = Snapshot { records: records().take(half).collect(), is_last: false, ..snapshot.clone() };
+    let second = Snapshot { records: records().skip(half).collect(), ..snapshot.clone() };
+    let began = Began::new(pattern, snapshot.revision, snapshot.epoch, SnapshotReader::of([first, second]));
+    notifier.notify(&Event::new(EventKind::Began(began.with_snapshot())))
+}
+
 fn must_take(delivery: Delivery) {
     assert_ne!(delivery, Delivery::Closed, "notify says that a subscriber is gone who is there");
 }
@@ -566,20 +588,23 @@ fn pattern(text: &str) -> Pattern {
     Pattern::new(text).unwrap_or_else(|error| panic!("{text:?}: {error}"))
 }
 
+/// Each key had a value before: none is one that came and went.
+const REPLACED: Revision = Revision::new(1);
+
 fn put(at: &str, revision: u64, value: &str) -> Change {
     put_bytes(at, revision, value.as_bytes())
 }
 
 fn put_bytes(at: &str, revision: u64, value: &[u8]) -> Change {
     let action = Action::Put { value: Bytes::copy_from_slice(value), expiry: None };
-    Change { key: key(at), revision: Revision::new(revision), replaces: Revision::ZERO, action }
+    Change { key: key(at), revision: Revision::new(revision), replaces: REPLACED, action }
 }
 
 fn delete(at: &str, revision: u64) -> Change {
     Change {
         key: key(at),
         revision: Revision::new(revision),
-        replaces: Revision::ZERO,
+        replaces: REPLACED,
         action: Action::Delete { reason: Reason::Deleted },
     }
 }
@@ -588,7 +613,7 @@ fn expire(at: &str, revision: u64) -> Change {
     Change {
         key: key(at),
         revision: Revision::new(revision),
-        replaces: Revision::ZERO,
+        replaces: REPLACED,
         action: Action::Delete { reason: Reason::Expired },
     }
 }
@@ -600,7 +625,8 @@ fn record(at: &str, revision: u64, value: &str) -> Record {
 
 fn snapshot(of: &str, records: Vec<Record>, revision: u64) -> Snapshot {
     let records = records.into_iter().collect();
-    Snapshot { pattern: pattern(of), records, revision: Revision::new(revision), epoch: Epoch::new(0xabc) }
+    let (pattern, revision, epoch) = (pattern(of), Revision::new(revision), Epoch::new(0xabc));
+    Snapshot { pattern, records, revision, epoch, is_last: true }
 }
 
 /// The same numbers on every machine: a failure is a failure again. (Marsaglia's xorshift.)

@@ -6,7 +6,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nkv_core::{Change, Delivery, Event, Loaded, Notifier, PersistError, PersistErrorKind, PersistValue, RecordRef};
+use nkv_core::{
+    Change, Delivery, Event, EventKind, Loaded, Notifier, PersistError, PersistErrorKind, PersistValue, RecordRef,
+    SnapshotReader,
+};
 
 /// A backend that fails when it is told to, around one that works.
 ///
@@ -18,7 +21,7 @@ use nkv_core::{Change, Delivery, Event, Loaded, Notifier, PersistError, PersistE
 /// use nkv_testkit::script::ScriptedPersist;
 ///
 /// let (persist, script) = ScriptedPersist::new(MemoryPersist::default());
-/// let store: NotifyKeyValue<_, Mailbox> = NotifyKeyValue::open(persist, 0)?;
+/// let store: NotifyKeyValue<_, Mailbox> = NotifyKeyValue::open(persist)?;
 ///
 /// script.fail_next(PersistErrorKind::NoSpace);
 /// let key = Key::new("a")?;
@@ -230,12 +233,12 @@ fn failure(kind: PersistErrorKind) -> PersistError {
 /// use nkv_core::{Key, NoPersist, NotifyKeyValue, Pattern, PutOptions};
 /// use nkv_testkit::script::ScriptedNotifier;
 ///
-/// let store = NotifyKeyValue::open(NoPersist::default(), 0)?;
+/// let store = NotifyKeyValue::open(NoPersist::default())?;
 /// let notifier = ScriptedNotifier::new();
 /// store.subscribe(Pattern::All, "me".into(), notifier.clone(), false);
 ///
 /// store.put(&Key::new("a")?, "1", PutOptions::default())?;
-/// assert_eq!(notifier.take().len(), 1);
+/// assert_eq!(notifier.take().len(), 2); // it began, and the change
 ///
 /// notifier.close();
 /// store.put(&Key::new("a")?, "2", PutOptions::default())?;
@@ -272,10 +275,26 @@ impl ScriptedNotifier {
         self.lock().calls
     }
 
-    /// What it took since the last such call, in order.
+    /// What it took since the last such call, in order; snapshots are read now, and stand behind their beginnings.
     #[must_use]
     pub fn take(&self) -> Vec<Arc<Event>> {
-        std::mem::take(&mut self.lock().events)
+        let events = std::mem::take(&mut self.lock().events);
+        let mut taken = Vec::with_capacity(events.len());
+        for event in events {
+            let began = match event.kind() {
+                EventKind::Began(began) if began.has_snapshot => Some(began.reader.clone()),
+                _ => None,
+            };
+            taken.push(event);
+            while let Some(part) = began.as_ref().and_then(SnapshotReader::next_part) {
+                let is_last = part.is_last;
+                taken.push(Event::new(EventKind::Snapshot(part)));
+                if is_last {
+                    break;
+                }
+            }
+        }
+        taken
     }
 
     fn lock(&self) -> MutexGuard<'_, NotifierState> {

@@ -1,0 +1,350 @@
+//! What writes change, decided before anything is stored. Reads memory only.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+use hashbrown::HashTable;
+
+use crate::key::{Key, Pattern};
+use crate::keyspace::{Keyspace, Stored};
+use crate::persist::{PersistError, PersistErrorKind};
+use crate::record::{Action, Change, Millis, Reason};
+use crate::revision::Revision;
+use crate::write::{Op, Outcome, Sweep, Write};
+
+/// A batch takes no more writes once it has so many changes, or bytes of values.
+const GROUP_CHANGES_MAX: usize = 4_096;
+const GROUP_LEN_MAX: usize = 4 << 20;
+
+/// What one caller wants stored together has no more changes: they become visible under one hold of a lock.
+pub(crate) const TOGETHER_CHANGES_MAX: usize = 16_384;
+
+/// A wildcard delete and an expiry take so many keys at a time, and look at so many.
+const SLICE_KEYS_MAX: usize = 1_024;
+const SLICE_LOOKS_MAX: usize = 8_192;
+
+/// How much of a group goes into one batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// As much as a batch takes.
+    Group,
+    /// The next operation of the first write that is not done, or all of it if it is to be stored together.
+    Unit,
+}
+
+/// The changes of one batch, in the order of their revisions.
+pub(crate) struct Plan<'a> {
+    keyspace: &'a Keyspace,
+    now: Millis,
+    revision: Revision,
+    pub(crate) changes: Vec<Change>,
+    /// Of the key of each change: a key is hashed once for each operation.
+    pub(crate) hashes: Vec<u64>,
+    /// The latest change of each key that has one, by the hash of the key: what later operations of the batch see.
+    /// None is looked for if there is only one operation.
+    latest: Option<HashTable<usize>>,
+    /// Bytes of values.
+    len: usize,
+}
+
+/// What is known of the key of one operation before the batch.
+#[derive(Clone, Copy, Debug, Default)]
+struct Lookup {
+    hash: u64,
+    stored: Stored,
+}
+
+/// A write that is to be stored together has too many changes.
+struct TooLarge;
+
+impl<'a> Plan<'a> {
+    /// Plans what comes next of `writes`, notes in each of them what becomes of its operations if the batch is stored, and
+    /// refuses those that are too large.
+    pub(crate) fn of(
+        keyspace: &'a Keyspace,
+        now: Millis,
+        revision: Revision,
+        writes: &mut [&mut Write],
+        extent: Extent,
+    ) -> Self {
+        loop {
+            let mut plan = Plan::new(keyspace, now, revision);
+            match plan.add_all(writes, extent) {
+                Ok(()) => return plan,
+                // Very rare: all others are planned once more.
+                Err((at, TooLarge)) => {
+                    for (other, write) in writes.iter_mut().enumerate() {
+                        write.undo();
+                        if other == at {
+                            write.fail(&too_large());
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn new(keyspace: &'a Keyspace, now: Millis, revision: Revision) -> Self {
+        Plan { keyspace, now, revision, changes: Vec::new(), hashes: Vec::new(), latest: None, len: 0 }
+    }
+
+    fn add_all(&mut self, writes: &mut [&mut Write], extent: Extent) -> Result<(), (usize, TooLarge)> {
+        let lookups = self.look_up(writes, extent);
+        self.changes.reserve(lookups.len());
+        self.hashes.reserve(lookups.len());
+        let is_alone = lookups.len() <= 1 && writes.iter().filter(|write| !write.is_done()).nth(1).is_none();
+        self.latest = (!is_alone).then(|| HashTable::with_capacity(lookups.len()));
+        let mut lookups = lookups.as_slice();
+        for (at, write) in writes.iter_mut().enumerate() {
+            if write.is_done() {
+                continue;
+            }
+            if self.is_full() || (write.is_together && lookups.len() < write.ops.len()) {
+                break;
+            }
+            let (own, others) = lookups.split_at_checked(write.rest().len()).unwrap_or((lookups, &[]));
+            lookups = others;
+            self.add(write, own, extent).map_err(|error| (at, error))?;
+            if extent == Extent::Unit {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// All keys are looked up before anything else is done: in so short a loop the processor waits for the memory of
+    /// several at a time.
+    fn look_up(&self, writes: &[&mut Write], extent: Extent) -> Vec<Lookup> {
+        let mut lookups = Vec::new();
+        for write in writes.iter().filter(|write| !write.is_done()) {
+            let rest = write.rest();
+            if !lookups.is_empty() && write.is_together && lookups.len() + rest.len() > GROUP_CHANGES_MAX {
+                break;
+            }
+            let max = match extent {
+                _ if write.is_together => usize::MAX,
+                Extent::Group => GROUP_CHANGES_MAX - lookups.len(),
+                Extent::Unit => 1,
+            };
+            let hash =
+                |op| Lookup { hash: key_of(op).map_or(0, |key| self.keyspace.hash(key.as_str())), ..Lookup::default() };
+            lookups.extend(rest.iter().take(max).map(hash));
+            if extent == Extent::Unit || lookups.len() >= GROUP_CHANGES_MAX {
+                break;
+            }
+        }
+        let ops = writes.iter().filter(|write| !write.is_done()).flat_map(|write| write.rest());
+        for (op, lookup) in ops.zip(&mut lookups) {
+            if let Some(key) = key_of(op) {
+                lookup.stored = self.keyspace.stored(key.as_str(), lookup.hash, self.now);
+            }
+        }
+        lookups
+    }
+
+    fn is_full(&self) -> bool {
+        self.changes.len() >= GROUP_CHANGES_MAX || self.len >= GROUP_LEN_MAX
+    }
+
+    fn add(&mut self, write: &mut Write, lookups: &[Lookup], extent: Extent) -> Result<(), TooLarge> {
+        write.note();
+        if write.is_expiry {
+            self.expire(write);
+            return Ok(());
+        }
+        let first = write.results.len();
+        if write.is_together {
+            let room = self.changes.len() + TOGETHER_CHANGES_MAX;
+            for (op, lookup) in write.ops.iter().zip(lookups) {
+                write.results.push(Ok(self.step(op, lookup, room)?));
+            }
+            return if self.changes.len() > room { Err(TooLarge) } else { Ok(()) };
+        }
+        for lookup in lookups {
+            let Some(op) = write.ops.get(write.results.len()) else { break };
+            match op {
+                Op::Delete { pattern, if_revision: None } if !matches!(pattern, Pattern::Key(_)) => {
+                    let Some(outcome) = self.sweep(pattern, &mut write.sweep) else { break };
+                    write.results.push(Ok(outcome));
+                }
+                op => write.results.push(Ok(self.step(op, lookup, usize::MAX)?)),
+            }
+            if self.is_full() || extent == Extent::Unit {
+                break;
+            }
+        }
+        debug_assert!(write.results.len() >= first);
+        Ok(())
+    }
+
+    /// What becomes of an operation, whose changes must not bring the plan past `room`.
+    fn step(&mut self, op: &Op, lookup: &Lookup, room: usize) -> Result<Outcome, TooLarge> {
+        let Lookup { hash, stored } = *lookup;
+        Ok(match op {
+            Op::Put { key, value, options } => {
+                let (present, replaces) = self.present(key, hash, stored);
+                if options.if_revision.is_some_and(|expected| expected != present) {
+                    return Ok(Outcome::Conflict { revision: present });
+                }
+                self.len += value.len();
+                let action = Action::Put { value: Bytes::clone(value), expiry: options.expiry };
+                Outcome::Put { revision: self.change(key.clone(), hash, replaces, action) }
+            }
+            Op::Delete { pattern: Pattern::Key(key), if_revision } => {
+                let (present, replaces) = self.present(key, hash, stored);
+                if present == Revision::ZERO {
+                    return Ok(Outcome::NotFound);
+                }
+                if if_revision.is_some_and(|expected| expected != present) {
+                    return Ok(Outcome::Conflict { revision: present });
+                }
+                let action = Action::Delete { reason: Reason::Deleted };
+                Outcome::Deleted { count: 1, revision: self.change(key.clone(), hash, replaces, action) }
+            }
+            Op::Delete { if_revision: Some(_), .. } => Outcome::Conflict { revision: Revision::ZERO },
+            Op::Delete { pattern, if_revision: None } => {
+                let keys = self.selected(pattern, room.saturating_sub(self.changes.len()))?;
+                match self.delete(keys, Reason::Deleted) {
+                    (0, _) => Outcome::NotFound,
+                    (count, revision) => Outcome::Deleted { count, revision },
+                }
+            }
+        })
+    }
+
+    /// At which revision a key is for everyone (zero: absent), and which stored record a change of it replaces. The two
+    /// differ where a TTL has ended and storage does not know yet.
+    fn present(&self, key: &Key, hash: u64, stored: Stored) -> (Revision, Revision) {
+        match self.latest(key, hash) {
+            Some(change) => (left_by(change), left_by(change)),
+            None if stored.is_due => (Revision::ZERO, stored.revision),
+            None => (stored.revision, stored.revision),
+        }
+    }
+
+    fn latest(&self, key: &Key, hash: u64) -> Option<&Change> {
+        let is_of_key = |at: &usize| self.changes.get(*at).is_some_and(|change| change.key == *key);
+        self.latest.as_ref()?.find(hash, is_of_key).and_then(|at| self.changes.get(*at))
+    }
+
+    /// The keys that a pattern selects, as the operations so far leave them.
+    fn selected(&self, pattern: &Pattern, keys_max: usize) -> Result<BTreeSet<Key>, TooLarge> {
+        let selected = self.keyspace.select(pattern, None, self.now);
+        let mut keys: BTreeSet<Key> =
+            selected.take(keys_max.saturating_add(1)).map(|record| Key::trusted(record.key)).collect();
+        let latest = self.latest.iter().flatten().filter_map(|at| self.changes.get(*at));
+        for change in latest.filter(|change| pattern.selects(&change.key)) {
+            if left_by(change) == Revision::ZERO {
+                keys.remove(&change.key);
+            } else {
+                keys.insert(change.key.clone());
+            }
+        }
+        if keys.len() > keys_max { Err(TooLarge) } else { Ok(keys) }
+    }
+
+    /// The next slice of a wildcard delete, in key order. It deletes what was there when it began and was not written
+    /// since. `None` if more is to be done, in another batch.
+    fn sweep(&mut self, pattern: &Pattern, sweep: &mut Option<Sweep>) -> Option<Outcome> {
+        let has_begun = sweep.is_some();
+        // What the operations before it left is selected once it is visible.
+        if !has_begun && self.changes.iter().any(|change| pattern.selects(&change.key)) {
+            return None;
+        }
+        let Sweep { after, until, count, revision } = sweep.get_or_insert_with(|| Sweep::from(self.revision));
+        let keys_max = SLICE_KEYS_MAX.min(GROUP_CHANGES_MAX.saturating_sub(self.changes.len()));
+        let (mut keys, mut looks) = (Vec::new(), 0);
+        let mut selected = self.keyspace.select(pattern, after.as_ref(), self.now);
+        let mut last = None;
+        let is_done = loop {
+            if keys.len() == keys_max || looks == SLICE_LOOKS_MAX {
+                break false;
+            }
+            let Some(record) = selected.next() else { break true };
+            looks += 1;
+            let key = Key::trusted(record.key);
+            let hash = self.keyspace.hash(record.key);
+            if record.revision <= *until && self.latest(&key, hash).is_none() {
+                keys.push((key.clone(), hash, record.revision));
+            }
+            last = Some(key);
+        };
+        drop(selected);
+        *after = last.or(after.take());
+        *count += keys.len() as u64;
+        for (key, hash, replaces) in keys {
+            *revision = self.change(key, hash, replaces, Action::Delete { reason: Reason::Deleted });
+        }
+        let outcome = match *count {
+            0 => Outcome::NotFound,
+            count => Outcome::Deleted { count, revision: *revision },
+        };
+        is_done.then(|| {
+            *sweep = None;
+            outcome
+        })
+    }
+
+    /// The next slice of what is due, the earliest first.
+    fn expire(&mut self, write: &mut Write) {
+        let sweep = write.sweep.get_or_insert_with(|| Sweep::from(self.revision));
+        // What an earlier operation of the batch wrote or removed is not due: its expiry is another.
+        let is_untouched = |key: &Key| self.latest(key, self.keyspace.hash(key.as_str())).is_none();
+        let keys_max = SLICE_KEYS_MAX.min(GROUP_CHANGES_MAX.saturating_sub(self.changes.len()));
+        let due = self.keyspace.due(self.now).take(SLICE_LOOKS_MAX).map(Key::trusted).filter(is_untouched);
+        let due: Vec<Key> = due.take(keys_max).collect();
+        let is_done = due.len() < keys_max;
+        let (count, revision) = self.delete(due, Reason::Expired);
+        (sweep.count, sweep.revision) = (sweep.count + count, sweep.revision.max(revision));
+        if is_done {
+            write.results.push(Ok(Outcome::Deleted { count: sweep.count, revision: sweep.revision }));
+            write.sweep = None;
+        }
+    }
+
+    fn delete(&mut self, keys: impl IntoIterator<Item = Key>, reason: Reason) -> (u64, Revision) {
+        let (mut count, mut revision) = (0, Revision::ZERO);
+        for key in keys {
+            let hash = self.keyspace.hash(key.as_str());
+            let stored = self.keyspace.stored(key.as_str(), hash, self.now);
+            let (_, replaces) = self.present(&key, hash, stored);
+            revision = self.change(key, hash, replaces, Action::Delete { reason });
+            count += 1;
+        }
+        (count, revision)
+    }
+
+    fn change(&mut self, key: Key, hash: u64, replaces: Revision, action: Action) -> Revision {
+        self.revision = self.revision.next();
+        let (at, changes, hashes) = (self.changes.len(), &self.changes, &self.hashes);
+        let is_of_key = |known: &usize| changes.get(*known).is_some_and(|change: &Change| change.key == key);
+        let hash_of = |known: &usize| hashes.get(*known).copied().unwrap_or_default();
+        if let Some(latest) = &mut self.latest {
+            *latest.entry(hash, is_of_key, hash_of).or_insert(at).get_mut() = at;
+        }
+        self.hashes.push(hash);
+        self.changes.push(Change { key, revision: self.revision, replaces, action });
+        self.revision
+    }
+}
+
+/// The one key that an operation is about, if it is about one.
+fn key_of(op: &Op) -> Option<&Key> {
+    match op {
+        Op::Put { key, .. } | Op::Delete { pattern: Pattern::Key(key), .. } => Some(key),
+        Op::Delete { .. } => None,
+    }
+}
+
+/// At which revision a change leaves its key; zero if it is gone.
+fn left_by(change: &Change) -> Revision {
+    match change.action {
+        Action::Put { .. } => change.revision,
+        Action::Delete { .. } => Revision::ZERO,
+    }
+}
+
+fn too_large() -> PersistError {
+    let context = format!("a batch that is stored together changes at most {TOGETHER_CHANGES_MAX} keys");
+    PersistError::new(PersistErrorKind::Rejected, context)
+}

@@ -1,0 +1,315 @@
+//! What reading, writing and subscribing share: the keyspace, the subscribers, the time and the figures.
+//!
+//! Two locks, always taken in this order: the subscribers (so that a subscription sees a change either in its snapshot
+//! or as an event), the keyspace (held only to look or to apply). Reads take the second alone.
+
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::sync::{Arc, PoisonError, Weak};
+
+use crate::key::{Key, Pattern};
+use crate::keyspace::Keyspace;
+use crate::notifier::{Delivery, Notifier};
+use crate::record::{
+    Action, Began, Change, EndReason, Event, EventKind, Millis, ReadSnapshot, Reason, Snapshot, SnapshotReader,
+};
+use crate::records::Records;
+use crate::revision::{Epoch, Revision};
+use crate::subscribers::{Progress, Subscribers, Subscription};
+use crate::sync::{MutexGuard, RwLock, RwLockReadGuard, TurnMutex};
+use crate::wake::Later;
+
+/// When no TTL ends.
+pub(crate) const NEVER: Millis = Millis::MAX;
+
+/// So many keys are read under one hold of a lock. A part of a snapshot has no more, and ends at the key that brings its
+/// keys and values to so many bytes.
+pub(crate) const PART_KEYS_MAX: usize = 1_024;
+const PART_LEN_MAX: usize = 64 << 10;
+
+/// After so many notifications, those who wait for the lock of the subscribers go first.
+const TURN_NOTIFICATIONS: u64 = 1_024;
+
+#[derive(Debug)]
+pub(crate) struct Shared<N> {
+    subscribers: TurnMutex<Subscribers<N>>,
+    keyspace: RwLock<Keyspace>,
+    /// How many subscriptions there are, for the asking.
+    subscriptions: AtomicU64,
+    /// That of the keyspace, for the asking after every batch.
+    next_expiry: AtomicU64,
+    /// Values whose TTL has ended by then are absent, also those that storage still has.
+    now: AtomicU64,
+    /// What the events that are not delivered yet take.
+    event_bytes: Arc<AtomicUsize>,
+    pub(crate) epoch: Epoch,
+    pub(crate) counters: Counters,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) puts: AtomicU64,
+    pub(crate) deletes: AtomicU64,
+    pub(crate) expired: AtomicU64,
+    pub(crate) batches: AtomicU64,
+    pub(crate) failed_batches: AtomicU64,
+    pub(crate) notified: AtomicU64,
+    pub(crate) conflated: AtomicU64,
+}
+
+impl<N: Notifier> Shared<N> {
+    pub(crate) fn new(keyspace: Keyspace, epoch: Epoch, now: Millis) -> Self {
+        Shared {
+            subscribers: TurnMutex::new(Subscribers::new(keyspace.revision())),
+            subscriptions: AtomicU64::new(0),
+            next_expiry: AtomicU64::new(keyspace.next_expiry().unwrap_or(NEVER)),
+            now: AtomicU64::new(now),
+            event_bytes: Arc::default(),
+            keyspace: RwLock::new(keyspace),
+            epoch,
+            counters: Counters::default(),
+        }
+    }
+
+    // A panic under one of the two locks comes from a notifier that broke its contract. The data under them is whole
+    // between two steps of this module, so reads and subscriptions go on; the writer, whose lock was held too, stops.
+
+    pub(crate) fn read(&self) -> RwLockReadGuard<'_, Keyspace> {
+        self.keyspace.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn now(&self) -> Millis {
+        self.now.load(Acquire)
+    }
+
+    pub(crate) fn advance(&self, now: Millis) {
+        self.now.fetch_max(now, Release);
+    }
+
+    pub(crate) fn next_expiry(&self) -> Millis {
+        self.next_expiry.load(Acquire)
+    }
+
+    pub(crate) fn subscriptions(&self) -> u64 {
+        self.subscriptions.load(Relaxed)
+    }
+
+    pub(crate) fn event_bytes(&self) -> &Arc<AtomicUsize> {
+        &self.event_bytes
+    }
+
+    /// Makes stored changes visible, all at once, and notifies the subscribers.
+    pub(crate) fn publish(&self, changes: Vec<Change>, hashes: &[u64]) {
+        let later = Later::begin();
+        let subscribers = self.subscribers.lock();
+        let mut keyspace = self.keyspace.write().unwrap_or_else(PoisonError::into_inner);
+        changes.iter().zip(hashes).for_each(|(change, hash)| keyspace.apply(change, *hash));
+        self.next_expiry.store(keyspace.next_expiry().unwrap_or(NEVER), Release);
+        drop(keyspace);
+        self.count(&changes);
+        self.notify_all(&later, subscribers, changes);
+    }
+
+    /// After some changes those who wait to subscribe, to unsubscribe, or to read part of a snapshot go first: they see
+    /// which changes the others have been notified of.
+    fn notify_all<'a>(&'a self, later: &Later, mut subscribers: MutexGuard<'a, Subscribers<N>>, changes: Vec<Change>) {
+        let last = changes.last().map_or(Revision::ZERO, |change| change.revision);
+        let mut tally = Tally { notified: 0, conflated: 0, gone: Vec::new() };
+        let mut changes = changes.into_iter();
+        while subscribers.len() > 0 && self.notify_some(&mut subscribers, &mut changes, &mut tally) {
+            drop(subscribers);
+            tally.gone.clear();
+            later.wake_all();
+            self.subscribers.give_turns();
+            subscribers = self.subscribers.lock();
+        }
+        subscribers.told = last;
+        drop(subscribers);
+        self.counters.notified.fetch_add(tally.notified, Relaxed);
+        self.counters.conflated.fetch_add(tally.conflated, Relaxed);
+    }
+
+    /// False once all are notified of all changes.
+    fn notify_some(
+        &self,
+        subscribers: &mut Subscribers<N>,
+        changes: &mut impl Iterator<Item = Change>,
+        tally: &mut Tally<N>,
+    ) -> bool {
+        let (until, gone_before) = (tally.notified + TURN_NOTIFICATIONS, tally.gone.len());
+        let mut covering = Vec::new();
+        let mut is_done = true;
+        for change in changes {
+            let revision = change.revision;
+            subscribers.for_each(&change.key, |subscription| {
+                if subscription.progress.wants(&change.key, revision) {
+                    covering.push(subscription);
+                }
+            });
+            if covering.is_empty() {
+                continue;
+            }
+            tally.notified += covering.len() as u64;
+            let event = Event::counted(EventKind::Change(change), &self.event_bytes);
+            for subscription in covering.drain(..) {
+                match subscription.notifier().notify(&event) {
+                    Delivery::Queued => {}
+                    Delivery::Conflated => tally.conflated += 1,
+                    Delivery::Closed => tally.gone.push(Arc::clone(subscription)),
+                }
+            }
+            if tally.notified >= until && self.subscribers.is_wanted() {
+                is_done = false;
+                break;
+            }
+        }
+        for gone in tally.gone.iter().skip(gone_before) {
+            self.remove(subscribers, &gone.pattern().clone(), |known| Arc::ptr_eq(known, gone));
+        }
+        !is_done
+    }
+
+    fn count(&self, changes: &[Change]) {
+        let (mut puts, mut deletes, mut expired) = (0, 0, 0);
+        for change in changes {
+            match change.action {
+                Action::Put { .. } => puts += 1,
+                Action::Delete { reason: Reason::Deleted } => deletes += 1,
+                Action::Delete { reason: Reason::Expired } => expired += 1,
+            }
+        }
+        let counters = &self.counters;
+        counters.batches.fetch_add(1, Relaxed);
+        for (counter, count) in [(&counters.puts, puts), (&counters.deletes, deletes), (&counters.expired, expired)] {
+            counter.fetch_add(count, Relaxed);
+        }
+    }
+
+    /// See [`NotifyKeyValue::subscribe`](crate::NotifyKeyValue::subscribe).
+    pub(crate) fn subscribe(self: &Arc<Self>, subscription: &Arc<Subscription<N>>, has_snapshot: bool) {
+        let later = Later::begin();
+        let (pattern, progress) = (subscription.pattern(), &subscription.progress);
+        let reader = Reader { shared: Arc::downgrade(self), pattern: pattern.clone(), progress: Arc::clone(progress) };
+        let reader = SnapshotReader::new(Arc::new(reader));
+        let mut subscribers = self.subscribers.lock();
+        let replaced = self.remove(&mut subscribers, pattern, |known| known.id() == subscription.id());
+        replaced.iter().for_each(|old| end(old, EndReason::Replaced));
+        let revision = self.read().revision();
+        let mut began = Began::new(pattern.clone(), revision, self.epoch, reader);
+        if has_snapshot {
+            began = began.with_snapshot();
+        } else {
+            progress.go_live(subscribers.told, revision);
+        }
+        if subscription.notifier().notify(&Event::new(EventKind::Began(began))) == Delivery::Closed {
+            progress.end();
+        } else {
+            subscribers.insert(Arc::clone(subscription));
+            self.subscriptions.store(subscribers.len() as u64, Relaxed);
+        }
+        drop(subscribers);
+        drop((later, replaced));
+    }
+
+    /// See [`NotifyKeyValue::unsubscribe`](crate::NotifyKeyValue::unsubscribe).
+    pub(crate) fn unsubscribe(&self, pattern: &Pattern, is_it: impl Fn(&Arc<Subscription<N>>) -> bool) -> bool {
+        let later = Later::begin();
+        let mut subscribers = self.subscribers.lock();
+        let removed = self.remove(&mut subscribers, pattern, is_it);
+        removed.iter().for_each(|old| end(old, EndReason::Unsubscribed));
+        drop(subscribers);
+        drop(later);
+        removed.is_some()
+    }
+
+    /// See [`NotifyKeyValue::forget`](crate::NotifyKeyValue::forget).
+    pub(crate) fn forget(&self, gone: &[Arc<Subscription<N>>]) {
+        for some in gone.chunks(TURN_SUBSCRIPTIONS) {
+            let mut subscribers = self.subscribers.lock();
+            let removed: Vec<_> = some
+                .iter()
+                .map(|gone| self.remove(&mut subscribers, gone.pattern(), |known| Arc::ptr_eq(known, gone)))
+                .collect();
+            drop(subscribers);
+            drop(removed);
+        }
+    }
+
+    /// What is removed is to be dropped without the lock.
+    fn remove(
+        &self,
+        subscribers: &mut Subscribers<N>,
+        pattern: &Pattern,
+        is_it: impl Fn(&Arc<Subscription<N>>) -> bool,
+    ) -> Option<Arc<Subscription<N>>> {
+        let removed = subscribers.remove(pattern, is_it);
+        removed.iter().for_each(|removed| removed.progress.end());
+        self.subscriptions.store(subscribers.len() as u64, Relaxed);
+        removed
+    }
+
+    /// See [`NotifyKeyValue::subscribers_of`](crate::NotifyKeyValue::subscribers_of).
+    pub(crate) fn subscribers_of(&self, key: &Key) -> Vec<Arc<Subscription<N>>> {
+        let mut found = Vec::new();
+        self.subscribers.lock().for_each(key, |subscription| found.push(Arc::clone(subscription)));
+        found
+    }
+}
+
+/// So many subscriptions are forgotten under one hold of the lock.
+const TURN_SUBSCRIPTIONS: usize = 64;
+
+/// What became of notifications.
+struct Tally<N> {
+    notified: u64,
+    conflated: u64,
+    /// Subscriptions whose notifiers have closed; to be dropped without the lock.
+    gone: Vec<Arc<Subscription<N>>>,
+}
+
+/// Notifies a subscriber that its subscription has ended; one that is gone already need not know.
+fn end<N: Notifier>(subscription: &Subscription<N>, reason: EndReason) {
+    let ended = EventKind::Ended { pattern: subscription.pattern().clone(), reason };
+    let (Delivery::Queued | Delivery::Conflated | Delivery::Closed) =
+        subscription.notifier().notify(&Event::new(ended));
+}
+
+/// Reads the snapshots of one subscription.
+struct Reader<N> {
+    shared: Weak<Shared<N>>,
+    pattern: Pattern,
+    progress: Arc<Progress>,
+}
+
+impl<N: Notifier> ReadSnapshot for Reader<N> {
+    fn next_part(&self) -> Option<Snapshot> {
+        let shared = self.shared.upgrade()?;
+        let subscribers = shared.subscribers.lock();
+        let keyspace = shared.read();
+        let present = keyspace.revision();
+        let (after, revision) = self.progress.resume(present);
+        let (mut records, mut len) = (Records::default(), 0);
+        let mut covered = keyspace.covered(&self.pattern, after.as_ref(), shared.now());
+        while records.len() < PART_KEYS_MAX && len < PART_LEN_MAX {
+            let Some(record) = covered.next() else { break };
+            len += record.key.len() + record.value.len();
+            records.push(record);
+        }
+        let last = records.len().checked_sub(1).and_then(|last| records.get(last));
+        let up_to = last.filter(|_| covered.next().is_some()).map(|last| Key::trusted(last.key));
+        let is_last = up_to.is_none();
+        self.progress.has_read(up_to, subscribers.told, present);
+        drop(covered);
+        drop(keyspace);
+        drop(subscribers);
+        Some(Snapshot { pattern: self.pattern.clone(), records, revision, epoch: shared.epoch, is_last })
+    }
+
+    fn reset(&self) -> bool {
+        self.progress.reset()
+    }
+
+    fn has_ended(&self) -> bool {
+        self.progress.has_ended()
+    }
+}

@@ -1,0 +1,103 @@
+//! Long reads: a wildcard `Get` or `List`, a part at a time, so that others have their turn in between.
+
+use std::vec;
+
+use nkv_core::{Key, Pattern, Record};
+use nkv_protocol::{Answer, Chunks, Entries, GetEntry, Id, ValueForm};
+
+use crate::core::Store;
+
+/// So many keys are taken from the store at a time: they are of one moment.
+const PART_KEYS: usize = 1_024;
+
+/// A turn encodes no more bytes of values than these, and one value.
+const TURN_LEN: usize = 64 << 10;
+
+/// Longest answer, in bytes.
+pub(crate) const ANSWER_LEN_MAX: usize = 64 << 20;
+
+/// A read that is under way.
+#[derive(Debug)]
+pub(crate) struct Reading {
+    /// As JSON.
+    id: String,
+    pattern: Pattern,
+    after: Option<Key>,
+    /// How many keys may still be taken.
+    left: usize,
+    /// Without values.
+    is_list: bool,
+    /// What was taken and is not encoded yet.
+    part: vec::IntoIter<Record>,
+    part_len: usize,
+    /// Whether there is more behind that.
+    more: bool,
+    entries: Entries,
+}
+
+/// The answer would be too long.
+#[derive(Debug)]
+pub(crate) struct TooLong;
+
+impl Reading {
+    /// A `Get` with values in this form, or a `List`.
+    pub(crate) fn new(id: Id<'_>, pattern: Pattern, after: Option<Key>, limit: usize, form: Option<ValueForm>) -> Self {
+        let entries = form.map_or_else(Entries::of_list, Entries::of_get);
+        let (part, part_len, more) = (Vec::new().into_iter(), 0, true);
+        let (id, is_list) = (id.as_json().to_owned(), form.is_none());
+        Reading { id, pattern, after, left: limit, is_list, part, part_len, more, entries }
+    }
+
+    pub(crate) fn id(&self) -> Id<'_> {
+        Id::from_json(&self.id)
+    }
+
+    /// How many bytes it holds.
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len().saturating_add(self.part_len)
+    }
+
+    /// Reads on for a turn; true if there is nothing left to read.
+    pub(crate) fn read(&mut self, store: &Store) -> Result<bool, TooLong> {
+        if self.part.len() == 0 && self.more {
+            self.take_part(store)?;
+        }
+        let mut len = 0_usize;
+        while len < TURN_LEN
+            && let Some(Record { key, value, revision, .. }) = self.part.next()
+        {
+            len = len.saturating_add(value.len());
+            self.entries.push(GetEntry::from((key.as_str(), &value, revision.get())));
+        }
+        self.part_len = self.part_len.saturating_sub(len);
+        if self.entries.len() > ANSWER_LEN_MAX {
+            return Err(TooLong);
+        }
+        Ok(self.part.len() == 0 && (!self.more || self.left == 0))
+    }
+
+    fn take_part(&mut self, store: &Store) -> Result<(), TooLong> {
+        let limit = self.left.min(PART_KEYS);
+        let (part, more) = if self.is_list {
+            let page = store.list(&self.pattern, self.after.as_ref(), limit);
+            let keys = page.entries.into_iter();
+            let record = |(key, revision)| Record { key, value: Default::default(), revision, expiry: None };
+            (keys.map(record).collect(), page.more)
+        } else {
+            let page = store.get_page(&self.pattern, self.after.as_ref(), limit, ANSWER_LEN_MAX);
+            let page = page.map_err(|_| TooLong)?;
+            (page.entries, page.more)
+        };
+        self.left = self.left.saturating_sub(part.len());
+        self.after = part.last().map(|record: &Record| record.key.clone()).or(self.after.take());
+        self.part_len = part.iter().map(|record| record.value.len()).fold(0, usize::saturating_add);
+        (self.part, self.more) = (part.into_iter(), more);
+        Ok(())
+    }
+
+    /// Writes the answer.
+    pub(crate) fn finish(self, out: &mut Chunks) {
+        let Reading { id, entries, more, .. } = self;
+        Answer::to(Id::from_json(&id), out).entries(entries, more);
+    }
+}

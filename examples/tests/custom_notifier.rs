@@ -48,6 +48,7 @@ fn told(line: Line) -> Told {
             let (key, revision) = (Key::new(&key).unwrap(), Revision::new(revision));
             Told::Delete { key, reason, revision, skipped: Some(skipped) }
         }
+        Line::Reset { pattern } => Told::Reset { pattern: Pattern::new(&pattern).unwrap() },
         Line::Synced { pattern, revision, epoch } => {
             let (pattern, revision) = (Pattern::new(&pattern).unwrap(), Revision::new(revision));
             Told::Synced { pattern, revision, epoch: epoch.parse().unwrap() }

@@ -23,13 +23,15 @@ use crate::revision::{Epoch, Revision};
 /// - *Replaces*: [`Change::replaces`] names the revision of the record whose place a change takes, as the batches stored
 ///   so far and the changes before it in its own have left it; zero where there is none. A backend may rely on it: one
 ///   that knows its records by their revisions need not know them by their keys.
+/// - *Prepared*: [`prepare`](Self::prepare) stores nothing, and says no more than is known.
+/// - *Closed*: what [`close`](Self::close) returns is the result of the last sync; everything stored before survives it.
 /// - *Alone*: methods may block; the caller owns a thread for them and never calls two at once.
 ///
 /// `nkv_testkit::persist` checks each line; a backend is finished when it passes.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot keep values",
     label = "this type does not implement `PersistValue`",
-    note = "implement `nkv_core::PersistValue` (two methods); examples/custom_persist.rs does so with one file per key",
+    note = "implement `nkv_core::PersistValue` (two of its methods are enough); examples/custom_persist.rs does so with one file per key",
     note = "or use `nkv_core::MemoryPersist`, or `nkv_persist_fs::FsPersist`"
 )]
 pub trait PersistValue: fmt::Debug + Send + 'static {
@@ -48,6 +50,42 @@ pub trait PersistValue: fmt::Debug + Send + 'static {
     /// After any kind but [`PersistErrorKind::Poisoned`] the batch was not stored, and another may follow.
     /// After `Poisoned` nobody knows: it may or may not be there after a restart, and no other batch follows.
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError>;
+
+    /// Makes room for a batch before any part of it is stored, or refuses it: for callers that give one batch to several
+    /// backends, such as [`RoutePersist`](crate::RoutePersist), and must know beforehand whether one of them is full.
+    ///
+    /// Nothing is stored, and nothing has to follow: the room is kept for the next call of [`persist`](Self::persist), if
+    /// that has the same batch, and is the backend's again with any other call. A batch need not be prepared.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`persist`](Self::persist), with the same meaning.
+    fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
+        let _ = batch;
+        Ok(Prepared::Unknown)
+    }
+
+    /// Ends the use of the storage: what was stored and not synced yet is synced now. Called once, as the last call. A
+    /// backend that is dropped without it does the same as far as it can, and no caller learns of a failure.
+    ///
+    /// A backend that syncs each batch has nothing to do here.
+    ///
+    /// # Errors
+    ///
+    /// After any error the storage may lack something that `persist` has returned `Ok` for, to the degree that the backend
+    /// promises, and the next opening reads what it holds.
+    fn close(&mut self) -> Result<(), PersistError> {
+        Ok(())
+    }
+}
+
+/// What a backend knows about a batch before it stores it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prepared {
+    /// There is room for it: to store it fails only as any device may fail.
+    Room,
+    /// Only an attempt to store it can show whether there is room.
+    Unknown,
 }
 
 /// What a backend knows besides its records.
@@ -133,6 +171,14 @@ impl<P: PersistValue + ?Sized> PersistValue for Box<P> {
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
         (**self).persist(batch)
     }
+
+    fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
+        (**self).prepare(batch)
+    }
+
+    fn close(&mut self) -> Result<(), PersistError> {
+        (**self).close()
+    }
 }
 
 /// A shared backend: whoever else holds it can look at it between two calls.
@@ -144,6 +190,14 @@ impl<P: PersistValue + ?Sized> PersistValue for Arc<Mutex<P>> {
 
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
         self.lock().unwrap_or_else(PoisonError::into_inner).persist(batch)
+    }
+
+    fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).prepare(batch)
+    }
+
+    fn close(&mut self) -> Result<(), PersistError> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).close()
     }
 }
 
@@ -170,6 +224,10 @@ impl PersistValue for NoPersist {
 
     fn persist(&mut self, _batch: &[Change]) -> Result<(), PersistError> {
         Ok(())
+    }
+
+    fn prepare(&mut self, _batch: &[Change]) -> Result<Prepared, PersistError> {
+        Ok(Prepared::Room)
     }
 }
 
@@ -219,5 +277,9 @@ impl PersistValue for MemoryPersist {
             disk.loaded.revision = *revision;
         }
         Ok(())
+    }
+
+    fn prepare(&mut self, _batch: &[Change]) -> Result<Prepared, PersistError> {
+        Ok(Prepared::Room)
     }
 }

@@ -64,6 +64,8 @@ struct Writer<P> {
     revision: Revision,
     /// Storage no longer knows what it holds; it is not asked again.
     poisoned: bool,
+    /// Storage was closed.
+    closed: bool,
 }
 
 #[derive(Debug, Default)]
@@ -222,7 +224,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         })?;
         keyspace.end_loading(loaded.revision);
         Ok(NotifyKeyValue {
-            writer: Mutex::new(Writer { persist, revision: loaded.revision, poisoned: false }),
+            writer: Mutex::new(Writer { persist, revision: loaded.revision, poisoned: false, closed: false }),
             subscribers: Mutex::new(Subscribers::new()),
             next_expiry: AtomicU64::new(keyspace.next_expiry().unwrap_or(NEVER)),
             keyspace: RwLock::new(keyspace),
@@ -372,18 +374,33 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         Ok(outcomes)
     }
 
+    /// Closes storage, with its last sync, and says what became of that. Later writes are refused as
+    /// [`PersistErrorKind::Rejected`]; reads go on. A store that is dropped without it closes storage too, and no caller
+    /// learns whether that failed.
+    ///
+    /// # Errors
+    ///
+    /// What [`PersistValue::close`] says, once; another call does nothing.
+    pub fn close(&self) -> Result<(), PersistError> {
+        // After a panic nobody knows in what state storage is, so it is not asked.
+        let mut writer = self.writer.lock().map_err(|_| poisoned("storage panicked earlier and was not closed"))?;
+        if std::mem::replace(&mut writer.closed, true) { Ok(()) } else { writer.persist.close() }
+    }
+
     fn write_one(&self, op: Op) -> Result<Outcome, PersistError> {
         Ok(self.write(std::slice::from_ref(&op))?.pop().unwrap_or(Outcome::NotFound))
     }
 
     fn lock_writer(&self) -> Result<MutexGuard<'_, Writer<P>>, PersistError> {
-        let refused = |context| Err(PersistError::new(PersistErrorKind::Poisoned, context));
         match self.writer.lock() {
+            Ok(writer) if writer.closed => {
+                Err(PersistError::new(PersistErrorKind::Rejected, "the store is closed and takes no more writes"))
+            }
             Ok(writer) if writer.poisoned => {
-                refused("storage failed earlier and takes no more writes; restart to recover")
+                Err(poisoned("storage failed earlier and takes no more writes; restart to recover"))
             }
             Ok(writer) => Ok(writer),
-            Err(_) => refused("storage panicked earlier and takes no more writes; restart to recover"),
+            Err(_) => Err(poisoned("storage panicked earlier and takes no more writes; restart to recover")),
         }
     }
 
@@ -532,6 +549,10 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     fn lock_subscribers(&self) -> MutexGuard<'_, Subscribers<N>> {
         self.subscribers.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn poisoned(context: &str) -> PersistError {
+    PersistError::new(PersistErrorKind::Poisoned, context)
 }
 
 /// Tells a subscriber that its subscription has ended; that it is gone already is no news to anyone.

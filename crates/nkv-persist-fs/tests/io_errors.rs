@@ -436,3 +436,34 @@ fn when_the_thread_that_syncs_has_panicked_nothing_is_acknowledged_any_more() {
         }
     }
 }
+
+// A last sync that failed was logged, and the caller took the end for a clean one.
+#[test]
+fn a_last_sync_that_fails_is_the_result_of_the_close() {
+    for durability in [Durability::Sync, Durability::Interval(Duration::from_secs(3_600)), Durability::Os] {
+        let (fs, options) = (SimFs::new(), options().with_durability(durability));
+        let mut persist = open(&fs, &options).unwrap();
+        persist.persist(&[put("a", 1, "1")]).unwrap();
+        fs.fail_at(fs.calls(), Fault::Eio, true);
+        let error = PersistValue::close(&mut persist).unwrap_err();
+        assert_eq!(error.kind(), PersistErrorKind::Poisoned, "{durability}");
+        fs.heal();
+        drop(persist); // nothing is tried again
+        assert_eq!(load(&mut open(&fs, &options).unwrap()).unwrap().1.revision.get(), 1);
+    }
+}
+
+#[test]
+fn what_was_closed_takes_no_writes_and_lets_go_of_the_directory() {
+    let fs = SimFs::new();
+    let mut persist = open(&fs, &options()).unwrap();
+    persist.persist(&[put("a", 1, "1")]).unwrap();
+    PersistValue::close(&mut persist).unwrap();
+    let mut next = open(&fs, &options()).unwrap();
+    next.persist(&[put("a", 2, "2")]).unwrap();
+    assert_eq!(persist.persist(&[put("a", 2, "other")]).unwrap_err().kind(), PersistErrorKind::Poisoned);
+    assert!(persist.prepare(&[put("a", 2, "other")]).is_err());
+    drop(persist);
+    next.close().unwrap();
+    assert_eq!(load(&mut open(&fs, &options()).unwrap()).unwrap().0["a"].1, b"2");
+}

@@ -274,6 +274,6 @@ mod tests {
             done = timeout(Duration::from_secs(10), done) => assert_eq!(done.unwrap().unwrap().len(), 1),
         }
         queue.close();
-        writer.join().unwrap();
+        writer.join().unwrap().unwrap();
     }
 }

@@ -269,7 +269,7 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// [`ServerError`] if the server had failed before.
+    /// [`ServerError`] if the server had failed before; [`ServerError::Persist`] if the last sync of storage failed.
     pub async fn shutdown(self) -> Result<(), ServerError> {
         self.stop.send_replace(true);
         self.wait().await
@@ -313,11 +313,11 @@ async fn run(
     core: Arc<Core>,
     mut tasks: JoinSet<()>,
     pump: JoinHandle<()>,
-    writer: thread::JoinHandle<()>,
+    writer: thread::JoinHandle<Result<(), PersistError>>,
     mut failed: watch::Receiver<Option<Arc<PersistError>>>,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), ServerError> {
-    let mut result = tokio::select! {
+    let result = tokio::select! {
         () = stopped(&mut stop) => Ok(()),
         failure = failed.wait_for(Option::is_some) => Err(match failure.as_deref() {
             Ok(Some(failure)) => ServerError::Persist(Arc::clone(failure)),
@@ -350,10 +350,11 @@ async fn run(
     drop(core);
     let joined = tokio::task::spawn_blocking(move || writer.join()).await;
     pump.abort();
-    if !matches!(joined, Ok(Ok(()))) && result.is_ok() {
-        result = Err(broken("the writer"));
-    }
-    result
+    let closed = match joined {
+        Ok(Ok(closed)) => closed.map_err(ServerError::from),
+        _ => Err(broken("the writer")),
+    };
+    result.and(closed)
 }
 
 fn broken(what: &str) -> ServerError {

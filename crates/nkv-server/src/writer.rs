@@ -121,18 +121,19 @@ impl Drop for Gone {
 }
 
 impl Writer {
-    pub(crate) fn spawn(self) -> std::io::Result<JoinHandle<()>> {
+    /// The thread ends, with the result of the last sync, when the queue is closed and empty.
+    pub(crate) fn spawn(self) -> std::io::Result<JoinHandle<Result<(), PersistError>>> {
         thread::Builder::new().name("nkv-writer".into()).spawn(move || self.run())
     }
 
-    fn run(self) {
+    fn run(self) -> Result<(), PersistError> {
         let _gone = Gone(Arc::clone(&self.queue));
         let (mut jobs, mut ops, mut group) = (Vec::new(), Vec::new(), Vec::new());
         let (mut checked_at, mut written) = (0, 0_usize);
         loop {
             self.queue.take(&self.bell, &mut jobs);
             if jobs.is_empty() {
-                return;
+                return self.store.close();
             }
             let mut jobs = jobs.drain(..).peekable();
             while jobs.peek().is_some() {

@@ -127,6 +127,20 @@ fn when_a_flush_fails_nothing_is_acknowledged_any_more() {
 }
 
 #[test]
+fn a_last_flush_that_fails_is_what_the_exit_code_says() {
+    for durability in ["sync", "interval:60m", "os"] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut server = Process::start(dir.path(), &["--durability", durability]);
+        server.connect().put("a", "x");
+        let inject = ["-e", SYNCS, "-e", "inject=fsync,fdatasync:error=EIO", "-o", "/dev/null"];
+        let Some(_strace) = Strace::attach(&server, &inject) else { return };
+        server.signal("-TERM");
+        assert_eq!(server.wait().code(), Some(74), "{durability}");
+    }
+    println!("TEST strace_eio_at_the_end durabilities=3 code=74");
+}
+
+#[test]
 fn while_a_flush_takes_its_time_reads_are_served_and_what_is_durable_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let server = Process::start(dir.path(), &[]);

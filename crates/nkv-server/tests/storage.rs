@@ -7,8 +7,8 @@ mod support;
 use std::time::{Duration, Instant};
 
 use nkv_core::{
-    Action, Change, Epoch, Key, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue,
-    RecordRef,
+    Action, Change, Epoch, Key, Loaded, MemoryPersist, NoPersist, Op, PersistError, PersistErrorKind, PersistValue,
+    PutOptions, RecordRef, RoutePersist,
 };
 use nkv_server::{HandleError, ServerError, WriteOptions};
 use nkv_testkit::script::{Crash, ScriptedPersist};
@@ -58,6 +58,36 @@ fn on_a_full_disk_what_makes_space_is_done_although_it_waited_with_what_does_not
     assert_eq!(script.calls(), 4, "a alone, both together, each alone");
 }
 
+// The route that had stored its part could not take it back, and the server ended.
+#[test]
+fn a_full_route_refuses_its_own_writes_and_nothing_else() {
+    let (disk, full_disk) = (MemoryPersist::default(), MemoryPersist::default());
+    let (full, script) = ScriptedPersist::new(full_disk.clone());
+    let routes = RoutePersist::new(disk.clone()).route(Key::new("full").unwrap(), full);
+    let server = TestServer::with(|builder| builder.persist("routes", || Ok(routes)));
+    let mut conn = server.connect();
+    script.fail_prepare(PersistErrorKind::NoSpace);
+    script.fail_always(PersistErrorKind::NoSpace);
+    // What arrives together is stored as one batch.
+    let keys = ["a", "full.a", "b", "full.b", "full.a", "c"];
+    conn.send(keys.map(|key| format!(r#"{{"type":"Put","key":"{key}","value":"x"}}"#)).join("\n"));
+    for key in keys {
+        assert_eq!(status(&conn.line()), if key.starts_with("full") { 507 } else { 200 }, "{key}");
+    }
+    // What one caller gives as one batch is refused whole.
+    let put = |key: &str| Op::Put { key: Key::new(key).unwrap(), value: "x".into(), options: PutOptions::default() };
+    let written = server.runtime.block_on(server.handle.write(vec![put("d"), put("full.d")]));
+    assert!(matches!(written, Err(HandleError::Persist(error)) if error.kind() == PersistErrorKind::NoSpace));
+    let listed = conn.ask(r#"{"type":"List","key":"*"}"#);
+    assert!(listed.contains(r#""keys":["a","b","c"]"#), "{listed}");
+
+    script.work();
+    server.runtime.block_on(server.handle.write(vec![put("d"), put("full.d")])).unwrap();
+    server.shutdown().unwrap();
+    let loaded = |mut disk: MemoryPersist| disk.load(&mut |_| {}).unwrap().revision.get();
+    assert_eq!((loaded(disk), loaded(full_disk)), (4, 5));
+}
+
 #[test]
 fn when_nobody_knows_what_is_stored_the_server_ends_and_a_restart_tells() {
     let disk = MemoryPersist::new(Epoch::new(1));
@@ -93,6 +123,17 @@ fn a_server_that_stops_finishes_what_it_accepted() {
     stopper.join().unwrap().unwrap();
     let server = TestServer::with(|builder| builder.persist("memory", || Ok(disk)));
     assert_eq!(status(&server.connect().ask(r#"{"type":"Get","key":"a"}"#)), 200);
+}
+
+// The failure was logged, and the program ended with 0.
+#[test]
+fn a_last_sync_that_fails_is_what_a_shutdown_returns() {
+    let (persist, script) = ScriptedPersist::new(NoPersist::default());
+    let server = TestServer::with(|builder| builder.persist("scripted", || Ok(persist)));
+    server.connect().put("a", "x");
+    script.fail_close(PersistErrorKind::Io);
+    assert!(matches!(server.shutdown(), Err(ServerError::Persist(error)) if error.kind() == PersistErrorKind::Io));
+    assert_eq!(script.closes(), 1);
 }
 
 #[test]

@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nkv_core::{Change, Delivery, Event, Loaded, Notifier, PersistError, PersistErrorKind, PersistValue, RecordRef};
+use nkv_core::{
+    Change, Delivery, Event, Loaded, Notifier, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef,
+};
 
 /// A backend that fails when it is told to, around one that works.
 ///
@@ -61,6 +63,9 @@ struct PersistState {
     plan: BTreeMap<u64, Step>,
     always: Option<PersistErrorKind>,
     load: Option<PersistErrorKind>,
+    prepare: Option<PersistErrorKind>,
+    close: Option<PersistErrorKind>,
+    closes: u64,
     blocked: bool,
     waiting: bool,
     crashed: bool,
@@ -95,6 +100,7 @@ impl<P: PersistValue> ScriptedPersist<P> {
     }
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl<P: PersistValue> PersistValue for ScriptedPersist<P> {
     fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         let scripted = self.script.lock().load.take();
@@ -113,6 +119,24 @@ impl<P: PersistValue> PersistValue for ScriptedPersist<P> {
                 Err(failure(PersistErrorKind::Poisoned))
             }
             None => self.store(batch),
+        }
+    }
+
+    fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
+        let scripted = self.script.lock().prepare;
+        match scripted {
+            Some(kind) => Err(failure(kind)),
+            None => self.inner.prepare(batch),
+        }
+    }
+
+    /// A close that fails has closed the inner backend all the same.
+    fn close(&mut self) -> Result<(), PersistError> {
+        let scripted = self.script.close();
+        let closed = self.inner.close();
+        match scripted {
+            Some(kind) => Err(failure(kind)),
+            None => closed,
         }
     }
 }
@@ -141,11 +165,23 @@ impl PersistScript {
         state.plan.clear();
         state.always = None;
         state.load = None;
+        state.prepare = None;
+        state.close = None;
     }
 
     /// The next `load` fails with `kind`.
     pub fn fail_load(&self, kind: PersistErrorKind) {
         self.lock().load = Some(kind);
+    }
+
+    /// Every `prepare` fails with `kind`, until [`work`](Self::work).
+    pub fn fail_prepare(&self, kind: PersistErrorKind) {
+        self.lock().prepare = Some(kind);
+    }
+
+    /// `close` fails with `kind`.
+    pub fn fail_close(&self, kind: PersistErrorKind) {
+        self.lock().close = Some(kind);
     }
 
     /// The next `persist` crashes: it says [`PersistErrorKind::Poisoned`], having stored the batch or not. A caller
@@ -186,6 +222,12 @@ impl PersistScript {
         self.lock().calls
     }
 
+    /// How often `close` was called.
+    #[must_use]
+    pub fn closes(&self) -> u64 {
+        self.lock().closes
+    }
+
     /// The batches that were stored, in order.
     #[must_use]
     pub fn batches(&self) -> Vec<Vec<Change>> {
@@ -211,6 +253,12 @@ impl PersistScript {
         }
         state.crashed = matches!(planned, Some(Step::Crash(_)));
         planned
+    }
+
+    fn close(&self) -> Option<PersistErrorKind> {
+        let mut state = self.lock();
+        state.closes += 1;
+        state.close
     }
 
     fn lock(&self) -> MutexGuard<'_, PersistState> {

@@ -188,32 +188,14 @@ impl FsPersist {
     }
 
     fn hold_back(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        lock(&self.shared.log).held_back = 0;
-        let mut log = self.shared.make_room(lock(&self.shared.log), self.frame.len());
-        log.check_usable()?;
-        check_batch(&log, batch, &mut self.replaced)?;
-        let has_puts = has_puts(batch);
-        if has_puts {
-            log.regain_reserve_in_time()?;
-        }
-        log.hold_back(self.frame.len(), !has_puts)
+        let mut log = self.shared.lock_for(batch, self.frame.len(), &mut self.replaced)?;
+        log.hold_back(self.frame.len(), !has_puts(batch))
     }
 
     fn store(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        let mut log = lock(&self.shared.log);
-        // For a batch that was prepared all that may need room was done then.
-        let is_prepared = std::mem::take(&mut log.held_back) == self.frame.len();
-        if !is_prepared {
-            log = self.shared.make_room(log, self.frame.len());
-        }
-        log.check_usable()?;
-        check_batch(&log, batch, &mut self.replaced)?;
-        let has_puts = has_puts(batch);
-        if has_puts && !is_prepared {
-            // The room that deletes need is not for puts.
-            log.regain_reserve_in_time()?;
-        }
-        let appended = if has_puts { log.append(&mut self.frame) } else { log.append_at_any_price(&mut self.frame) };
+        let mut log = self.shared.lock_for(batch, self.frame.len(), &mut self.replaced)?;
+        let appended =
+            if has_puts(batch) { log.append(&mut self.frame) } else { log.append_at_any_price(&mut self.frame) };
         let position = appended?;
         // While the log is locked: a copy of what a batch deletes must not come to stand behind the delete.
         for (change, len) in batch.iter().zip(&self.lens) {
@@ -360,6 +342,28 @@ impl Shared {
         let mut compactor = lock(&self.compactor);
         let chunk = lock(&self.log).options.chunk_bytes();
         compactor.step(&self.log, chunk.max(extra.saturating_mul(4)))
+    }
+
+    /// Locks the log for a batch that takes `len` bytes, once nothing that is known speaks against it.
+    fn lock_for(
+        &self,
+        batch: &[Change],
+        len: u64,
+        replaced: &mut Vec<Revision>,
+    ) -> Result<MutexGuard<'_, Log>, PersistError> {
+        let mut log = lock(&self.log);
+        // For a batch that was prepared all that needs room was done then.
+        let is_prepared = std::mem::take(&mut log.held_back) == len;
+        if !is_prepared {
+            log = self.make_room(log, len);
+        }
+        log.check_usable()?;
+        check_batch(&log, batch, replaced)?;
+        if has_puts(batch) && !is_prepared {
+            // The room that deletes need is not for puts.
+            log.regain_reserve_in_time()?;
+        }
+        Ok(log)
     }
 
     /// Keeps the space bounded before `extra` bytes are appended. If compaction fails, the append shall say why.

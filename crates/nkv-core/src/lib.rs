@@ -22,7 +22,9 @@ mod table;
 
 pub use key::{KEY_LEN_MAX, Key, KeyError, Pattern};
 pub use notifier::{Delivery, Notifier};
-pub use persist::{Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue, Prepared};
+pub use persist::{
+    FailureHandler, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue, Prepared,
+};
 pub use record::{
     Action, Change, EndReason, Event, EventKind, Expiry, Millis, Reason, Record, RecordRef, Snapshot, ValueRef,
 };

@@ -65,6 +65,15 @@ pub trait PersistValue: fmt::Debug + Send + 'static {
         Ok(Prepared::Unknown)
     }
 
+    /// Takes a handler for failures that no call shows, before anything else is asked. A backend that works in the
+    /// background, such as one that syncs from time to time, [reports](FailureHandler::report) to it once it finds that it
+    /// can take no more: the next `persist`, which would say [`PersistErrorKind::Poisoned`], may be long in coming.
+    ///
+    /// A backend that fails only when it is called has nothing to do here.
+    fn on_failure(&mut self, handler: FailureHandler) {
+        drop(handler);
+    }
+
     /// Ends the use of the storage: what was stored and not synced yet is synced now. Called once, as the last call. A
     /// backend that is dropped without it does the same as far as it can, and no caller learns of a failure.
     ///
@@ -76,6 +85,31 @@ pub trait PersistValue: fmt::Debug + Send + 'static {
     /// promises, and the next opening reads what it holds.
     fn close(&mut self) -> Result<(), PersistError> {
         Ok(())
+    }
+}
+
+/// Where a backend reports that it takes no more, from whatever thread finds out. Clones report to the same place.
+#[derive(Clone)]
+pub struct FailureHandler {
+    handle: Arc<dyn Fn(PersistError) + Send + Sync>,
+}
+
+impl FailureHandler {
+    /// Has `handle` called for each failure that is reported: under locks of the backend, so it returns at once and does
+    /// not call the backend.
+    pub fn new(handle: impl Fn(PersistError) + Send + Sync + 'static) -> Self {
+        FailureHandler { handle: Arc::new(handle) }
+    }
+
+    /// Reports a failure.
+    pub fn report(&self, error: PersistError) {
+        (self.handle)(error);
+    }
+}
+
+impl fmt::Debug for FailureHandler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FailureHandler").finish_non_exhaustive()
     }
 }
 
@@ -176,6 +210,10 @@ impl<P: PersistValue + ?Sized> PersistValue for Box<P> {
         (**self).prepare(batch)
     }
 
+    fn on_failure(&mut self, handler: FailureHandler) {
+        (**self).on_failure(handler);
+    }
+
     fn close(&mut self) -> Result<(), PersistError> {
         (**self).close()
     }
@@ -194,6 +232,10 @@ impl<P: PersistValue + ?Sized> PersistValue for Arc<Mutex<P>> {
 
     fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
         self.lock().unwrap_or_else(PoisonError::into_inner).prepare(batch)
+    }
+
+    fn on_failure(&mut self, handler: FailureHandler) {
+        self.lock().unwrap_or_else(PoisonError::into_inner).on_failure(handler);
     }
 
     fn close(&mut self) -> Result<(), PersistError> {

@@ -1,7 +1,7 @@
 //! Several backends behind one: which branch is kept where.
 
 use crate::key::Key;
-use crate::persist::{Loaded, PersistError, PersistErrorKind, PersistValue, Prepared};
+use crate::persist::{FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared};
 use crate::record::{Change, RecordRef};
 use crate::revision::{Epoch, Revision};
 
@@ -146,6 +146,10 @@ impl PersistValue for RoutePersist {
             Split::One(backend) => backend.prepare(batch),
             Split::Many(mut parts) => prepare(&mut parts),
         }
+    }
+
+    fn on_failure(&mut self, handler: FailureHandler) {
+        self.backends.iter_mut().for_each(|backend| backend.on_failure(handler.clone()));
     }
 
     /// Closes every backend, also when one of them fails, and returns the first error.

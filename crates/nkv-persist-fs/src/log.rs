@@ -8,7 +8,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use nkv_core::{Epoch, PersistError, PersistErrorKind, Revision};
+use nkv_core::{Epoch, FailureHandler, PersistError, PersistErrorKind, Revision};
 
 use crate::compact::lock;
 use crate::disk::{Disk, segment_name, write_zeros};
@@ -68,6 +68,8 @@ pub(crate) struct Log {
     /// Whether the last frame says that all before it is durable.
     last_proves: bool,
     poisoned: Option<String>,
+    /// Learns at once when the log is poisoned.
+    pub(crate) failure_handler: Option<FailureHandler>,
     reserve_held: bool,
     /// How much of the reserve is left; once it was given up, appends eat it.
     pub(crate) reserve_left: u64,
@@ -147,6 +149,7 @@ impl Log {
             synced_to: tail.header.base,
             last_proves: true,
             poisoned: None,
+            failure_handler: None,
             reserve_held: false,
             reserve_left: 0,
             refill_after: None,
@@ -173,6 +176,9 @@ impl Log {
         let why = format!("the log takes no more writes: {cause}");
         tracing::error!(error = %cause, "{why}");
         self.poisoned.get_or_insert(why.clone());
+        if let Some(handler) = self.failure_handler.take() {
+            handler.report(poisoned(&why));
+        }
         poisoned(&why).with_source(cause)
     }
 

@@ -6,7 +6,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nkv_core::{
-    Action, Change, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef, Revision, ValueRef,
+    Action, Change, FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef,
+    Revision, ValueRef,
 };
 
 use crate::compact::{Compactor, Need, lock};
@@ -281,6 +282,10 @@ impl PersistValue for FsPersist {
         let result = self.encode(batch).and_then(|()| self.hold_back(batch));
         self.wake_if_full(&result);
         result.map(|()| Prepared::Room)
+    }
+
+    fn on_failure(&mut self, handler: FailureHandler) {
+        lock(&self.shared.log).failure_handler = Some(handler);
     }
 
     /// Syncs and ends the log cleanly, and lets go of the directory; the next opening continues the epoch. After an error

@@ -5,12 +5,12 @@ mod common;
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use common::*;
-use nkv_core::{Change, PersistErrorKind, PersistValue};
+use nkv_core::{Change, FailureHandler, PersistErrorKind, PersistValue};
 use nkv_persist_fs::sim::{Fault, SimFs};
 use nkv_persist_fs::{Durability, FsOptions, FsPersist, Open, Vfs, VfsFile};
 
@@ -435,6 +435,25 @@ fn when_the_thread_that_syncs_has_panicked_nothing_is_acknowledged_any_more() {
             break;
         }
     }
+}
+
+// The caller learned of it with its next batch, however long that took.
+#[test]
+fn a_failed_sync_of_the_interval_is_reported_although_nothing_is_written() {
+    let fs = SimFs::new();
+    let period = Durability::Interval(Duration::from_millis(1));
+    let mut persist = open(&fs, &options().with_background(true).with_durability(period)).unwrap();
+    let (reports, reported) = mpsc::channel();
+    persist.on_failure(FailureHandler::new(move |error| drop(reports.send(error))));
+    load(&mut persist).unwrap();
+    // The call after the one that writes is the sync.
+    fs.fail_at(fs.calls() + 1, Fault::Eio, true);
+    persist.persist(&[put("a", 1, "1")]).unwrap();
+    let error = reported.recv_timeout(Duration::from_secs(10)).unwrap();
+    assert_eq!(error.kind(), PersistErrorKind::Poisoned, "{error}");
+    assert!(persist.persist(&[put("a", 2, "2")]).is_err());
+    drop(persist);
+    assert!(reported.try_recv().is_err(), "it is reported once");
 }
 
 // A last sync that failed was logged, and the caller took the end for a clean one.

@@ -65,6 +65,15 @@ pub(crate) type WriteResult = Result<Outcome, Arc<PersistError>>;
 #[derive(Debug)]
 pub(crate) struct Stopping;
 
+#[cfg(test)]
+impl Job {
+    pub(crate) fn for_tests(ops: Vec<Op>) -> (Self, oneshot::Receiver<Vec<WriteResult>>) {
+        let (results, done) = oneshot::channel();
+        let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        (Job { ops, atomic: true, results, _room: room }, done)
+    }
+}
+
 impl Core {
     pub(crate) fn new(
         store: Arc<Store>,
@@ -250,10 +259,10 @@ mod tests {
     use std::time::Duration;
 
     use nkv_core::{NoPersist, Pattern};
-    use tokio::sync::watch;
     use tokio::time::timeout;
 
     use super::*;
+    use crate::failure::Failure;
     use crate::writer::Writer;
 
     #[tokio::test]
@@ -265,15 +274,23 @@ mod tests {
         let ops = vec![Op::Delete { pattern: Pattern::All, if_revision: None }];
         let done = hand_over(&bell, &queue, ops, false, false, room).unwrap();
         // It could not be more busy than before it begins.
-        let (failure, budget) = (watch::Sender::new(None), Budget::new(1));
-        let writer =
-            Writer { store, queue: Arc::clone(&queue), bell: Arc::clone(&bell), expiry_changed, failure, budget };
+        let (failure, complaints, budget) = (Failure::new(), Complaints::default(), Budget::new(1));
+        let (queue, bell) = (&queue, &bell);
+        let writer = Writer {
+            store,
+            queue: Arc::clone(queue),
+            bell: Arc::clone(bell),
+            expiry_changed,
+            failure,
+            complaints,
+            budget,
+        };
         let writer = writer.spawn().unwrap();
         tokio::select! {
             () = bell.pump(|| queue.wake()) => {}
             done = timeout(Duration::from_secs(10), done) => assert_eq!(done.unwrap().unwrap().len(), 1),
         }
         queue.close();
-        writer.join().unwrap().unwrap();
+        timeout(Duration::from_secs(10), writer).await.unwrap().unwrap().unwrap();
     }
 }

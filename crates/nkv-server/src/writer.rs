@@ -1,14 +1,17 @@
 //! The writer thread: takes everything that waits, stores it as one batch, answers. Group commit by nature.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread;
 
-use nkv_core::{Op, PersistError, PersistErrorKind};
-use tokio::sync::{Notify, watch};
+use nkv_core::{Op, Outcome, PersistError, PersistErrorKind};
+use tokio::sync::{Notify, oneshot};
 
 use crate::bell::Bell;
 use crate::budget::Budget;
+use crate::complaints::Complaints;
 use crate::core::{Job, Store, WriteResult, value_len};
+use crate::failure::{Chain, Failure};
 
 /// What waits for subscribers is looked at each time so many more events were given to them, or as much was written
 /// as [`Budget::check_every`] says.
@@ -94,8 +97,9 @@ pub(crate) struct Writer {
     pub(crate) bell: Arc<Bell>,
     /// Told when the time of the next expiry may have changed.
     pub(crate) expiry_changed: Arc<Notify>,
-    /// Told when storage is poisoned.
-    pub(crate) failure: watch::Sender<Option<Arc<PersistError>>>,
+    /// Learns when storage is poisoned.
+    pub(crate) failure: Failure,
+    pub(crate) complaints: Complaints,
     pub(crate) budget: Arc<Budget>,
 }
 
@@ -121,9 +125,14 @@ impl Drop for Gone {
 }
 
 impl Writer {
-    /// The thread ends, with the result of the last sync, when the queue is closed and empty.
-    pub(crate) fn spawn(self) -> std::io::Result<JoinHandle<Result<(), PersistError>>> {
-        thread::Builder::new().name("nkv-writer".into()).spawn(move || self.run())
+    /// Starts the thread. It closes storage when the queue is closed and empty, sends what came of that, and ends. It is not
+    /// joined: storage may never return.
+    pub(crate) fn spawn(self) -> std::io::Result<oneshot::Receiver<Result<(), PersistError>>> {
+        let (ended, end) = oneshot::channel();
+        let thread = thread::Builder::new().name("nkv-writer".into());
+        // The server may have given up waiting for it.
+        thread.spawn(move || drop(ended.send(self.run())))?;
+        Ok(end)
     }
 
     fn run(self) -> Result<(), PersistError> {
@@ -165,7 +174,7 @@ impl Writer {
 
     /// Stores the operations of a group of jobs, of which each has brought so many.
     fn write(&self, mut ops: &[Op], group: impl Iterator<Item = (Job, usize)>) {
-        match self.store.write(ops) {
+        match self.store(ops) {
             Ok(outcomes) => {
                 let mut outcomes = outcomes.into_iter().map(Ok);
                 for (job, count) in group {
@@ -195,7 +204,7 @@ impl Writer {
     }
 
     fn write_together(&self, ops: &[Op]) -> Vec<WriteResult> {
-        match self.store.write(ops) {
+        match self.store(ops) {
             Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
             Err(error) => {
                 let error = self.failed(error);
@@ -204,11 +213,24 @@ impl Writer {
         }
     }
 
+    /// Nobody knows what storage that panicked has done, and the store takes no more writes after it.
+    fn store(&self, ops: &[Op]) -> Result<Vec<Outcome>, PersistError> {
+        let panicked = |_| Err(PersistError::new(PersistErrorKind::Poisoned, "storage panicked"));
+        catch_unwind(AssertUnwindSafe(|| self.store.write(ops))).unwrap_or_else(panicked)
+    }
+
+    /// A full disk refuses every put: one line a second says so.
     fn failed(&self, error: PersistError) -> Arc<PersistError> {
         let error = Arc::new(error);
-        tracing::error!(error = &*error as &dyn std::error::Error, "a batch was not stored");
+        let kind = match error.kind() {
+            PersistErrorKind::NoSpace => "no space",
+            PersistErrorKind::Rejected => "rejected",
+            PersistErrorKind::Poisoned => "poisoned",
+            _ => "not stored",
+        };
+        self.complaints.error(kind, format_args!("a write was not stored: {}", Chain(&*error)));
         if error.kind() == PersistErrorKind::Poisoned {
-            self.failure.send_replace(Some(Arc::clone(&error)));
+            self.failure.report(Arc::clone(&error));
         }
         error
     }
@@ -221,4 +243,19 @@ fn splits(error: &PersistError) -> bool {
 /// Whoever asked may have gone away meanwhile, its connection cut; the write stands all the same.
 fn answer(job: Job, results: Vec<WriteResult>) {
     drop(job.results.send(results));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_a_writer_that_is_gone() {
+        let queue = Arc::new(Queue::default());
+        let (job, done) = Job::for_tests(vec![]);
+        queue.push(job, true).unwrap();
+        drop(Gone(Arc::clone(&queue)));
+        assert!(done.blocking_recv().is_err());
+        assert!(queue.push(Job::for_tests(vec![]).0, true).is_err());
+    }
 }

@@ -7,7 +7,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nkv_core::{
-    Change, Delivery, Event, Loaded, Notifier, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef,
+    Change, Delivery, Event, FailureHandler, Loaded, Notifier, PersistError, PersistErrorKind, PersistValue, Prepared,
+    RecordRef,
 };
 
 /// A backend that fails when it is told to, around one that works.
@@ -66,6 +67,7 @@ struct PersistState {
     prepare: Option<PersistErrorKind>,
     close: Option<PersistErrorKind>,
     closes: u64,
+    handler: Option<FailureHandler>,
     blocked: bool,
     waiting: bool,
     crashed: bool,
@@ -130,6 +132,12 @@ impl<P: PersistValue> PersistValue for ScriptedPersist<P> {
         }
     }
 
+    /// The inner backend's failures, and those that the script is told to report.
+    fn on_failure(&mut self, handler: FailureHandler) {
+        self.script.lock().handler = Some(handler.clone());
+        self.inner.on_failure(handler);
+    }
+
     /// A close that fails has closed the inner backend all the same.
     fn close(&mut self) -> Result<(), PersistError> {
         let scripted = self.script.close();
@@ -177,6 +185,15 @@ impl PersistScript {
     /// Every `prepare` fails with `kind`, until [`work`](Self::work).
     pub fn fail_prepare(&self, kind: PersistErrorKind) {
         self.lock().prepare = Some(kind);
+    }
+
+    /// Reports a failure of `kind` now, as a sync in the background would; false if no caller wants to know.
+    pub fn report_failure(&self, kind: PersistErrorKind) -> bool {
+        let handler = self.lock().handler.clone();
+        handler.is_some_and(|handler| {
+            handler.report(failure(kind));
+            true
+        })
     }
 
     /// `close` fails with `kind`.

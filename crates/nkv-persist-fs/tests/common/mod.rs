@@ -8,7 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nkv_core::{
-    Action, Change, Expiry, Key, Loaded, PersistError, PersistValue, Prepared, Reason, RecordRef, Revision,
+    Action, Change, Expiry, FailureHandler, Key, Loaded, PersistError, PersistValue, Prepared, Reason, RecordRef,
+    Revision,
 };
 use nkv_persist_fs::sim::SimFs;
 use nkv_persist_fs::{FsOptions, FsPersist};
@@ -130,6 +131,10 @@ impl PersistValue for Storage {
     fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
         let (batch, _) = self.with_replaced(batch)?;
         self.persist.prepare(&batch)
+    }
+
+    fn on_failure(&mut self, handler: FailureHandler) {
+        self.persist.on_failure(handler);
     }
 
     fn close(&mut self) -> Result<(), PersistError> {

@@ -25,6 +25,11 @@ use crate::revision::{Epoch, Revision};
 ///   that knows its records by their revisions need not know them by their keys.
 /// - *Prepared*: [`prepare`](Self::prepare) stores nothing, and says no more than is known.
 /// - *Closed*: what [`close`](Self::close) returns is the result of the last sync; everything stored before survives it.
+/// - *One owner*: storage that is open cannot be opened again ([`PersistErrorKind::InUse`]); or the last instance to load it
+///   owns it. In that case a batch is stored only if the stored revision and the stored owner, a random number that each
+///   [`load`](Self::load) writes, are still this instance's: else nothing is stored, and the error is
+///   [`PersistErrorKind::Poisoned`]. So two servers on one database do not diverge, and after a connection that was lost
+///   during a commit the two numbers tell whether it happened ([`RowPersist`](crate::rows::RowPersist) does so).
 /// - *Alone*: methods may block; the caller owns a thread for them and never calls two at once.
 ///
 /// `nkv_testkit::persist` checks each line; a backend is finished when it passes.
@@ -32,6 +37,7 @@ use crate::revision::{Epoch, Revision};
     message = "`{Self}` cannot keep values",
     label = "this type does not implement `PersistValue`",
     note = "implement `nkv_core::PersistValue` (two of its methods are enough); examples/custom_persist.rs does so with one file per key",
+    note = "or `nkv_core::rows::Rows`, for a database; examples/sqlite.rs does so",
     note = "or use `nkv_core::MemoryPersist`, or `nkv_persist_fs::FsPersist`"
 )]
 pub trait PersistValue: fmt::Debug + Send + 'static {
@@ -275,16 +281,28 @@ impl PersistValue for NoPersist {
 
 /// Keeps values in memory that clones share: the model of a disk, for tests and examples.
 ///
-/// A clone that is opened later finds what was stored, as after a restart.
-#[derive(Clone, Debug, Default)]
+/// A clone that is opened later finds what was stored, as after a restart, and owns it from then on: what was opened before
+/// stores nothing more.
+#[derive(Debug, Default)]
 pub struct MemoryPersist {
     disk: Arc<Mutex<Disk>>,
+    /// Its number among those that have opened the disk, once it has.
+    owner: Option<u64>,
 }
 
 #[derive(Debug, Default)]
 struct Disk {
     records: HashMap<Key, Record>,
     loaded: Loaded,
+    /// How many have opened it; the last one owns it.
+    owner: u64,
+}
+
+impl Disk {
+    fn take_over(&mut self) -> u64 {
+        self.owner = self.owner.saturating_add(1);
+        self.owner
+    }
 }
 
 impl MemoryPersist {
@@ -292,19 +310,30 @@ impl MemoryPersist {
     #[must_use]
     pub fn new(epoch: Epoch) -> Self {
         let loaded = Loaded { epoch, revision: Revision::ZERO };
-        MemoryPersist { disk: Arc::new(Mutex::new(Disk { records: HashMap::new(), loaded })) }
+        MemoryPersist { disk: Arc::new(Mutex::new(Disk { loaded, ..Disk::default() })), owner: None }
+    }
+}
+
+impl Clone for MemoryPersist {
+    /// The same disk, not opened yet.
+    fn clone(&self) -> Self {
+        MemoryPersist { disk: Arc::clone(&self.disk), owner: None }
     }
 }
 
 impl PersistValue for MemoryPersist {
     fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
-        let disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
+        self.owner = Some(disk.take_over());
         disk.records.values().map(Record::lend).for_each(visit);
         Ok(disk.loaded)
     }
 
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
         let mut disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
+        if *self.owner.get_or_insert_with(|| disk.take_over()) != disk.owner {
+            return Err(PersistError::new(PersistErrorKind::Poisoned, "another instance owns the storage now"));
+        }
         for Change { key, revision, action, .. } in batch {
             match action {
                 Action::Put { value, expiry } => {

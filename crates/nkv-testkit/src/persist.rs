@@ -564,7 +564,7 @@ impl fmt::Debug for Brief<'_> {
     }
 }
 
-fn load<P: PersistValue>(backend: &mut P) -> (Vec<Record>, Loaded) {
+pub(crate) fn load<P: PersistValue>(backend: &mut P) -> (Vec<Record>, Loaded) {
     let mut records: BTreeMap<Key, Record> = BTreeMap::new();
     let loaded = backend.load(&mut |record| {
         assert_eq!(Key::check(record.key), Ok(()), "load visited {:?}", record.key);
@@ -576,7 +576,7 @@ fn load<P: PersistValue>(backend: &mut P) -> (Vec<Record>, Loaded) {
     (records.into_values().collect(), loaded)
 }
 
-fn persist<P: PersistValue>(backend: &mut P, batch: &[Change]) {
+pub(crate) fn persist<P: PersistValue>(backend: &mut P, batch: &[Change]) {
     backend.persist(batch).unwrap_or_else(|error| panic!("persist failed: {error} ({:?})", error.kind()));
 }
 
@@ -584,7 +584,7 @@ fn key(text: &str) -> Key {
     Key::new(text).unwrap_or_else(|error| panic!("{text:?}: {error}"))
 }
 
-fn put(at: &str, revision: u64, value: &str) -> Change {
+pub(crate) fn put(at: &str, revision: u64, value: &str) -> Change {
     put_bytes(at, revision, value.as_bytes().to_vec())
 }
 
@@ -598,7 +598,7 @@ fn put_expiring(at: &str, revision: u64, value: &str, expiry: Expiry) -> Change 
     Change { key: key(at), revision: Revision::new(revision), replaces: Revision::ZERO, action }
 }
 
-fn delete(at: &str, revision: u64) -> Change {
+pub(crate) fn delete(at: &str, revision: u64) -> Change {
     Change {
         key: key(at),
         revision: Revision::new(revision),

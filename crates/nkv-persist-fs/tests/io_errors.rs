@@ -23,6 +23,17 @@ struct Belief {
 
 /// Writes the history through the fault. A batch with a definite error is left out, as the trait says it may be.
 fn run(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>], call: u64, fault: Fault, forever: bool) -> Belief {
+    run_with(fs, options, history, (call, fault, forever), false)
+}
+
+/// The same; batches may be prepared.
+fn run_with(
+    fs: &SimFs,
+    options: &FsOptions,
+    history: &[Vec<Change>],
+    (call, fault, forever): (u64, Fault, bool),
+    prepares: bool,
+) -> Belief {
     let mut belief = Belief { sure: Model::new(), maybe: None, revision: 0 };
     fs.fail_at(call, fault, forever);
     let mut persist = match open(fs, options) {
@@ -32,7 +43,8 @@ fn run(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>], call: u64, faul
     for batch in history {
         let mut next = belief.sure.clone();
         apply(&mut next, batch);
-        match persist.persist(batch) {
+        let prepared = if prepares { persist.prepare(batch).map(|_| ()) } else { Ok(()) };
+        match prepared.and_then(|()| persist.persist(batch)) {
             Ok(()) => {
                 assert!(belief.maybe.is_none(), "acknowledged after it was poisoned");
                 belief.sure = next;
@@ -68,11 +80,15 @@ fn go_on(persist: &mut Storage, belief: &mut Belief) {
 }
 
 fn explore(options: &FsOptions, history: &[Vec<Change>], fault: Fault, forever: bool) -> u64 {
+    explore_with(options, history, fault, forever, false)
+}
+
+fn explore_with(options: &FsOptions, history: &[Vec<Change>], fault: Fault, forever: bool, prepares: bool) -> u64 {
     let is_sync = format!("{options:?}").contains("durability: Sync");
     let mut rng = Rng(5);
     for call in 0.. {
         let fs = SimFs::new();
-        let belief = run(&fs, options, history, call, fault, forever);
+        let belief = run_with(&fs, options, history, (call, fault, forever), prepares);
         let is_done = fs.calls() <= call;
         fs.heal();
         // After the death of the process, and, when writes are synced, after a power cut.
@@ -301,6 +317,20 @@ fn whatever_call_fails_the_disk_holds_what_was_acknowledged_and_nothing_that_was
         }
     }
     println!("TEST sim_io_errors calls={calls} violations=0");
+}
+
+#[test]
+fn whatever_call_fails_while_batches_are_prepared_nothing_is_lost_and_nothing_comes_back() {
+    let mut calls = 0;
+    for (durability, seed) in [(Durability::Sync, 8), (Durability::Os, 9)] {
+        let options = options().with_durability(durability);
+        for (fault, forever) in
+            [(Fault::Eio, false), (Fault::NoSpace, false), (Fault::NoSpace, true), (Fault::Short, false)]
+        {
+            calls += explore_with(&options, &history(seed, 16, 900), fault, forever, true);
+        }
+    }
+    println!("TEST sim_io_errors_prepared calls={calls} violations=0");
 }
 
 #[test]

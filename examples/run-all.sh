@@ -14,6 +14,7 @@ run() {
 
 run server --self-check
 run embed
+run sqlite
 run custom_persist
 run custom_notifier
 run watch_config

@@ -3,6 +3,7 @@
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 pub mod mailbox;
+pub mod rows;
 
 mod key;
 mod keyspace;
@@ -27,7 +28,9 @@ mod write;
 
 pub use key::{KEY_LEN_MAX, Key, KeyError, Pattern};
 pub use notifier::{Delivery, Notifier};
-pub use persist::{Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue};
+pub use persist::{
+    FailureHandler, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue, Prepared,
+};
 pub use record::{
     Action, Began, BeginCause, Change, EndReason, Event, EventKind, Expiry, Millis, Reason, Record, RecordRef,
     Snapshot, SnapshotReader, ValueRef,

@@ -1,17 +1,22 @@
 //! Several backends behind one: which branch is kept where.
 
 use crate::key::Key;
-use crate::persist::{Loaded, PersistError, PersistErrorKind, PersistValue};
+use crate::persist::{FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared};
 use crate::record::{Change, RecordRef};
 use crate::revision::{Epoch, Revision};
 
 /// Keeps each branch with a backend of its own: the route whose branch has the most segments wins, and a key that no
 /// route covers goes to the default.
 ///
-/// A batch is given to the backends one after another: the default first, then the routes in the order in which they
-/// were added. It is atomic within each. When one refuses after another has stored its part, the error is
-/// [`PersistErrorKind::Poisoned`]; so add the backends that cannot fail, such as
-/// [`NoPersist`](crate::NoPersist), last.
+/// A batch for one route goes to its backend as it is. One that spans routes is [prepared](PersistValue::prepare) by each of
+/// their backends before any stores its part: when one refuses, as a full disk does, no part is stored, and the error is that
+/// one's. Then the parts are stored one after another, each atomic in itself; first those of backends that cannot say
+/// beforehand whether they have [room](Prepared), then the others, in the order in which they were added, the default
+/// first.
+///
+/// When a backend refuses its part after another has stored one, the batch is stored in part, and the error is
+/// [`PersistErrorKind::Poisoned`]. This takes two backends in one batch that cannot say whether they have room, or a device
+/// that fails in between. A crash in between leaves the parts that were stored by then.
 ///
 /// # Examples
 ///
@@ -48,6 +53,35 @@ impl RoutePersist {
         self.backends.push(Box::new(backend));
         self
     }
+
+    #[expect(clippy::indexing_slicing, reason = "`pick` gives the index of a branch, and each has a backend")]
+    fn split(&mut self, batch: &[Change]) -> Split<'_> {
+        let picked: Vec<usize> = batch.iter().map(|change| pick(&self.branches, change.key.as_str())).collect();
+        let first = picked.first().copied().unwrap_or_default();
+        if picked.iter().all(|at| *at == first) {
+            return Split::One(&mut *self.backends[first]);
+        }
+        let part = |backend| Part { backend, batch: Vec::new(), prepared: Prepared::Unknown };
+        let mut parts: Vec<_> = self.backends.iter_mut().map(|backend| part(&mut **backend)).collect();
+        for (change, at) in batch.iter().zip(picked) {
+            parts[at].batch.push(change.clone());
+        }
+        parts.retain(|part| !part.batch.is_empty());
+        Split::Many(parts)
+    }
+}
+
+/// Which backends a batch is for.
+enum Split<'a> {
+    One(&'a mut dyn PersistValue),
+    Many(Vec<Part<'a>>),
+}
+
+/// The changes of a batch that are for one backend.
+struct Part<'a> {
+    backend: &'a mut dyn PersistValue,
+    batch: Vec<Change>,
+    prepared: Prepared,
 }
 
 /// Index of the route that covers `key` with the most segments. The branches that cover one key are prefixes of each
@@ -60,6 +94,7 @@ fn pick(branches: &[Option<Key>], key: &str) -> usize {
     covering.max().map_or(0, |(_, at)| at)
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl PersistValue for RoutePersist {
     fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         let mut all = Loaded::default();
@@ -85,15 +120,16 @@ impl PersistValue for RoutePersist {
         Ok(all)
     }
 
-    #[expect(clippy::indexing_slicing, reason = "`pick` gives the index of a branch, and each has a backend")]
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        let mut parts = vec![Vec::new(); self.backends.len()];
-        for change in batch {
-            parts[pick(&self.branches, change.key.as_str())].push(change.clone());
-        }
+        let mut parts = match self.split(batch) {
+            Split::One(backend) => return backend.persist(batch),
+            Split::Many(parts) => parts,
+        };
+        prepare(&mut parts)?;
+        parts.sort_by_key(|part| part.prepared == Prepared::Room);
         let mut stored = false;
-        for (backend, part) in self.backends.iter_mut().zip(&parts).filter(|(_, part)| !part.is_empty()) {
-            match backend.persist(part) {
+        for Part { backend, batch, .. } in parts {
+            match backend.persist(&batch) {
                 Ok(()) => stored = true,
                 Err(error) if stored => {
                     let context = "a batch was stored in part: one backend has it, another refused it";
@@ -104,4 +140,32 @@ impl PersistValue for RoutePersist {
         }
         Ok(())
     }
+
+    fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
+        match self.split(batch) {
+            Split::One(backend) => backend.prepare(batch),
+            Split::Many(mut parts) => prepare(&mut parts),
+        }
+    }
+
+    fn on_failure(&mut self, handler: FailureHandler) {
+        self.backends.iter_mut().for_each(|backend| backend.on_failure(handler.clone()));
+    }
+
+    /// Closes every backend, also when one of them fails, and returns the first error.
+    fn close(&mut self) -> Result<(), PersistError> {
+        self.backends.iter_mut().map(|backend| backend.close()).fold(Ok(()), Result::and)
+    }
+}
+
+/// Prepares each part; what is unknown of one is unknown of all.
+fn prepare(parts: &mut [Part<'_>]) -> Result<Prepared, PersistError> {
+    let mut all = Prepared::Room;
+    for part in parts {
+        part.prepared = part.backend.prepare(&part.batch)?;
+        if part.prepared == Prepared::Unknown {
+            all = Prepared::Unknown;
+        }
+    }
+    Ok(all)
 }

@@ -61,6 +61,8 @@ struct Writer<P> {
     revision: Revision,
     /// Storage no longer knows what it holds; it is not asked again.
     poisoned: bool,
+    /// Storage was closed.
+    closed: bool,
 }
 
 /// Part of a keyspace, in key order.
@@ -143,7 +145,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         keyspace.end_loading(loaded.revision);
         Ok(NotifyKeyValue {
             queue: Queue::default(),
-            writer: Mutex::new(Writer { persist, revision: loaded.revision, poisoned: false }),
+            writer: Mutex::new(Writer { persist, revision: loaded.revision, poisoned: false, closed: false }),
             shared: Arc::new(Shared::new(keyspace, loaded.epoch, now)),
         })
     }
@@ -352,6 +354,8 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     pub fn commit(&self, writes: &mut [impl AsMut<Write>]) {
         let mut writes: Vec<&mut Write> = writes.iter_mut().map(AsMut::as_mut).collect();
         let writes = writes.as_mut_slice();
+        // Only after a panic of storage is something planned and neither stored nor refused.
+        writes.iter_mut().for_each(|write| _ = write.undo());
         let mut writer = match self.lock_writer() {
             Ok(writer) => writer,
             Err(error) => return fail_all(writes, &error),
@@ -408,8 +412,24 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         Ok(())
     }
 
+    /// Closes storage, with its last sync, and says what became of that. Later writes are refused as
+    /// [`PersistErrorKind::Rejected`]; reads go on. A store that is dropped without it closes storage too, and no caller
+    /// learns whether that failed.
+    ///
+    /// # Errors
+    ///
+    /// What [`PersistValue::close`] says, once; another call does nothing.
+    pub fn close(&self) -> Result<(), PersistError> {
+        // After a panic it is not known in what state storage is, so it is not asked.
+        let mut writer = self.writer.lock().map_err(|_| poisoned("storage panicked earlier and was not closed"))?;
+        if std::mem::replace(&mut writer.closed, true) { Ok(()) } else { writer.persist.close() }
+    }
+
     fn lock_writer(&self) -> Result<MutexGuard<'_, Writer<P>>, PersistError> {
         match self.writer.lock() {
+            Ok(writer) if writer.closed => {
+                Err(PersistError::new(PersistErrorKind::Rejected, "the store is closed and takes no more writes"))
+            }
             Ok(writer) if writer.poisoned => {
                 Err(poisoned("storage failed earlier and takes no more writes; restart to recover"))
             }

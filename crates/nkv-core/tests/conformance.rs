@@ -11,6 +11,15 @@ mod memory {
     });
 }
 
+mod memory_fencing {
+    use nkv_core::{Epoch, MemoryPersist};
+
+    nkv_testkit::fencing_conformance!({
+        let disk = MemoryPersist::new(Epoch::new(7));
+        move || disk.clone()
+    });
+}
+
 mod boxed_persist {
     use nkv_core::{Epoch, MemoryPersist, PersistValue};
 
@@ -43,6 +52,15 @@ mod routes {
                 .route(Key::new("a.b").unwrap(), disks[2].clone())
                 .route(Key::new("host").unwrap(), disks[3].clone())
         }
+    });
+}
+
+mod routes_fencing {
+    use nkv_core::{Epoch, Key, MemoryPersist, RoutePersist};
+
+    nkv_testkit::fencing_conformance!({
+        let disks: Vec<_> = (1..=2).map(|epoch| MemoryPersist::new(Epoch::new(epoch))).collect();
+        move || RoutePersist::new(disks[0].clone()).route(Key::new("a").unwrap(), disks[1].clone())
     });
 }
 

@@ -8,7 +8,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use nkv_core::{Epoch, PersistError, PersistErrorKind, Revision};
+use nkv_core::{Epoch, FailureHandler, PersistError, PersistErrorKind, Revision};
 
 use crate::compact::lock;
 use crate::disk::{Disk, segment_name, write_zeros};
@@ -62,10 +62,14 @@ pub(crate) struct Log {
     file_len: u64,
     /// Whether there was no room for zeros, in this segment.
     without_zeros: bool,
+    /// Bytes that a prepared batch will take: other appends leave room for them.
+    pub(crate) held_back: u64,
     synced_to: u64,
     /// Whether the last frame says that all before it is durable.
     last_proves: bool,
     poisoned: Option<String>,
+    /// Learns at once when the log is poisoned.
+    pub(crate) failure_handler: Option<FailureHandler>,
     reserve_held: bool,
     /// How much of the reserve is left; once it was given up, appends eat it.
     pub(crate) reserve_left: u64,
@@ -141,9 +145,11 @@ impl Log {
             len: tail.end,
             file_len,
             without_zeros: false,
+            held_back: 0,
             synced_to: tail.header.base,
             last_proves: true,
             poisoned: None,
+            failure_handler: None,
             reserve_held: false,
             reserve_left: 0,
             refill_after: None,
@@ -170,7 +176,15 @@ impl Log {
         let why = format!("the log takes no more writes: {cause}");
         tracing::error!(error = %cause, "{why}");
         self.poisoned.get_or_insert(why.clone());
+        if let Some(handler) = self.failure_handler.take() {
+            handler.report(poisoned(&why));
+        }
         poisoned(&why).with_source(cause)
+    }
+
+    /// Takes nothing more: the directory may have another owner.
+    pub(crate) fn shut(&mut self) {
+        self.poisoned.get_or_insert_with(|| "the log was closed".to_owned());
     }
 
     /// Gives up if a sync of the directory has failed; other errors pass.
@@ -186,13 +200,47 @@ impl Log {
     /// Appends a finished frame; gives its position.
     pub(crate) fn append(&mut self, frame: &mut FrameBuf) -> Result<u64, PersistError> {
         self.check_usable()?;
-        let needed = self.len.saturating_add(frame.len()).saturating_add(SEAL_FRAME_LEN);
-        if needed > self.options.segment_bytes && self.len > SEGMENT_HEADER_LEN {
-            self.rotate()?;
+        if self.held_back > 0 {
+            self.make_room(frame.len().saturating_add(self.held_back))?;
         }
+        self.rotate_if_full(frame.len())?;
         let position = self.write(frame, self.flags())?;
         self.zero_ahead();
         Ok(position)
+    }
+
+    fn rotate_if_full(&mut self, frame_len: u64) -> Result<(), PersistError> {
+        let needed = self.len.saturating_add(frame_len).saturating_add(SEAL_FRAME_LEN);
+        if needed > self.options.segment_bytes && self.len > SEGMENT_HEADER_LEN { self.rotate() } else { Ok(()) }
+    }
+
+    /// Makes the room that an append of `len` bytes takes, where it will stand: what is written over zeros needs no more of
+    /// the disk, unless the file system copies on write.
+    fn make_room(&mut self, len: u64) -> Result<(), PersistError> {
+        self.check_usable()?;
+        self.rotate_if_full(len)?;
+        let end = self.len.saturating_add(len);
+        if end <= self.file_len {
+            return Ok(());
+        }
+        if let Err(error) = write_zeros(&*self.file.file, self.file_len, end) {
+            self.take_back_zeros();
+            return Err(from_io("make room in", &self.file.path, error));
+        }
+        self.grow_to(end);
+        Ok(())
+    }
+
+    /// Like [`make_room`](Self::make_room), and gives up the reserve if nothing else helps and `at_any_price` says so.
+    pub(crate) fn hold_back(&mut self, len: u64, at_any_price: bool) -> Result<(), PersistError> {
+        match self.make_room(len) {
+            Err(error) if error.kind() == PersistErrorKind::NoSpace && at_any_price && self.give_up_reserve()? => {
+                self.make_room(len)?;
+            }
+            result => result?,
+        }
+        self.held_back = len;
+        Ok(())
     }
 
     /// Like [`append`](Self::append), and gives up the reserve if nothing else helps.
@@ -262,13 +310,18 @@ impl Log {
         }
         self.last_proves = self.synced_to == position;
         self.len = self.len.saturating_add(bytes.len() as u64);
-        let growth = self.len.saturating_sub(self.file_len);
+        self.grow_to(self.len);
+        self.index.set_bytes(&self.active, self.len);
+        Ok(position)
+    }
+
+    /// Notes that the file has `len` bytes at least; what it grows by may come out of the reserve.
+    fn grow_to(&mut self, len: u64) {
+        let growth = len.saturating_sub(self.file_len);
         self.file_len = self.file_len.saturating_add(growth);
         if !self.reserve_held {
             self.reserve_left = self.reserve_left.saturating_sub(growth);
         }
-        self.index.set_bytes(&self.active, self.len);
-        Ok(position)
     }
 
     /// Takes away what a failed append left, so durably that it cannot come back after the caller was told.
@@ -312,11 +365,15 @@ impl Log {
             Err(error) => {
                 tracing::debug!(%error, "no zeros behind the log: its syncs cost more");
                 self.without_zeros = true;
-                // Some may have been written. If they cannot be given back they are still zeros, and room for frames.
-                if self.trim().is_err() {
-                    self.file_len = self.file.file.size().unwrap_or(self.len);
-                }
+                self.take_back_zeros();
             }
+        }
+    }
+
+    /// Gives back what was written of zeros that do not fit. If that fails they are still zeros, and room for frames.
+    fn take_back_zeros(&mut self) {
+        if self.trim().is_err() {
+            self.file_len = self.file.file.size().unwrap_or(self.len);
         }
     }
 
@@ -465,13 +522,15 @@ mod tests {
         create(&disk, FsOptions::default().with_segment_bytes(segment_bytes).with_reserve_bytes(0), 1).unwrap()
     }
 
-    fn append(log: &mut Log, len: usize) {
+    fn frame(log: &mut Log, len: usize) -> FrameBuf {
         log.revision = log.revision.next();
         let action = Action::Put { value: vec![1; len].into(), expiry: None };
         let change = Change { key: Key::new("k").unwrap(), revision: log.revision, replaces: Revision::ZERO, action };
-        let mut frame = FrameBuf::new();
-        frame.push_change(&change);
-        frame.finish();
+        FrameBuf::of(|frame| _ = frame.push_change(&change))
+    }
+
+    fn append(log: &mut Log, len: usize) {
+        let mut frame = frame(log, len);
         log.append(&mut frame).unwrap();
         log.sync().unwrap();
     }
@@ -508,6 +567,24 @@ mod tests {
         append(&mut log, 1_000);
         assert_eq!((log.without_zeros, log.file_len), (true, size(&log)));
         assert!((log.len..log.len + 16_384).contains(&log.file_len), "{} of {}", log.file_len, log.len);
+    }
+
+    // Compaction took the room that had been made for a batch.
+    #[test]
+    fn what_is_appended_in_between_leaves_a_prepared_batch_its_room() {
+        for len in [30_000, 45_000, 60_000] {
+            let fs = SimFs::new();
+            let mut log = log_on(&fs, SMALL);
+            append(&mut log, 20_000);
+            let (mut prepared, mut copy) = (frame(&mut log, len), frame(&mut log, 90));
+            log.hold_back(prepared.len(), false).unwrap();
+            fs.set_capacity(Some(fs.used()));
+            // In this segment, or in the next.
+            let error = log.append(&mut copy).map(|_| ()).unwrap_err();
+            assert_eq!(error.kind(), PersistErrorKind::NoSpace, "{error}");
+            log.held_back = 0;
+            log.append(&mut prepared).unwrap_or_else(|error| panic!("{len}: {error}"));
+        }
     }
 
     #[test]

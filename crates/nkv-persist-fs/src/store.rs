@@ -1,11 +1,14 @@
-//! [`FsPersist`]: the trait's two methods on top of the log, and the thread that syncs and compacts.
+//! [`FsPersist`]: the trait's methods on top of the log, and the thread that syncs and compacts.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nkv_core::{Action, Change, Loaded, PersistError, PersistErrorKind, PersistValue, RecordRef, Revision, ValueRef};
+use nkv_core::{
+    Action, Change, FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef,
+    Revision, ValueRef,
+};
 
 use crate::compact::{Compactor, Need, lock};
 use crate::disk::{Disk, Lock, segment_name};
@@ -23,7 +26,8 @@ const BATCH_KEPT: usize = 1 << 12;
 
 /// Keeps values in a directory, in a checksummed log.
 ///
-/// It owns the directory until it is dropped. Dropping it, or [`close`](Self::close), ends the log cleanly.
+/// It owns the directory until it is closed or dropped. [`close`](PersistValue::close) ends the log cleanly and says whether
+/// that succeeded; dropping it without does the same, and only logs a failure.
 #[derive(Debug)]
 pub struct FsPersist {
     shared: Arc<Shared>,
@@ -34,7 +38,8 @@ pub struct FsPersist {
     replaced: Vec<Revision>,
     thread: Option<JoinHandle<()>>,
     closed: bool,
-    _lock: Lock,
+    /// Held until the end; nothing is written without it.
+    lock: Option<Lock>,
 }
 
 #[derive(Debug)]
@@ -123,7 +128,7 @@ impl FsPersist {
         let shared = Arc::new(Shared { disk, log, compactor, work: Condvar::new() });
         let thread = if background { Some(spawn(&shared)?) } else { None };
         let (frame, lens, replaced) = (FrameBuf::new(), Vec::new(), Vec::new());
-        Ok(FsPersist { shared, frame, lens, replaced, thread, closed: false, _lock: dir_lock })
+        Ok(FsPersist { shared, frame, lens, replaced, thread, closed: false, lock: Some(dir_lock) })
     }
 
     /// A handle to watch it with, after a store has taken it over.
@@ -145,14 +150,13 @@ impl FsPersist {
         lock(&self.shared.log).check_usable()
     }
 
-    /// Syncs and ends the log cleanly; the next opening continues the epoch.
-    ///
-    /// # Errors
-    ///
-    /// [`PersistErrorKind::Poisoned`] when nobody knows whether everything is durable; otherwise the end was not
-    /// written, everything before it was.
-    pub fn close(mut self) -> Result<(), PersistError> {
-        self.end()
+    /// Lets the thread compact with urgency when there was no space for a batch.
+    fn wake_if_full(&self, result: &Result<(), PersistError>) {
+        if result.as_ref().is_err_and(|error| error.kind() == PersistErrorKind::NoSpace) {
+            let mut log = lock(&self.shared.log);
+            log.urgent_below = log.active_number().saturating_add(1);
+            self.shared.wake(&mut log);
+        }
     }
 
     fn end(&mut self) -> Result<(), PersistError> {
@@ -172,16 +176,27 @@ impl FsPersist {
         log.sync()
     }
 
-    fn store(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        let mut log = self.shared.make_room(lock(&self.shared.log), self.frame.len());
-        log.check_usable()?;
-        check_batch(&log, batch, &mut self.replaced)?;
-        let has_puts = batch.iter().any(|change| matches!(change.action, Action::Put { .. }));
-        if has_puts {
-            // The room that deletes need is not for puts.
-            log.regain_reserve_in_time()?;
+    fn encode(&mut self, batch: &[Change]) -> Result<(), PersistError> {
+        if !FrameBuf::would_fit(batch) {
+            return Err(PersistError::new(PersistErrorKind::Rejected, "the batch has more than 256 MiB"));
         }
-        let appended = if has_puts { log.append(&mut self.frame) } else { log.append_at_any_price(&mut self.frame) };
+        self.frame.clear();
+        self.lens.clear();
+        self.lens.shrink_to(BATCH_KEPT);
+        self.lens.extend(batch.iter().map(|change| self.frame.push_change(change)));
+        self.frame.finish();
+        Ok(())
+    }
+
+    fn hold_back(&mut self, batch: &[Change]) -> Result<(), PersistError> {
+        let mut log = self.shared.lock_for(batch, self.frame.len(), &mut self.replaced)?;
+        log.hold_back(self.frame.len(), !has_puts(batch))
+    }
+
+    fn store(&mut self, batch: &[Change]) -> Result<(), PersistError> {
+        let mut log = self.shared.lock_for(batch, self.frame.len(), &mut self.replaced)?;
+        let appended =
+            if has_puts(batch) { log.append(&mut self.frame) } else { log.append_at_any_price(&mut self.frame) };
         let position = appended?;
         // While the log is locked: a copy of what a batch deletes must not come to stand behind the delete.
         for (change, len) in batch.iter().zip(&self.lens) {
@@ -210,6 +225,10 @@ impl FsPersist {
         }
         Ok(())
     }
+}
+
+fn has_puts(batch: &[Change]) -> bool {
+    batch.iter().any(|change| matches!(change.action, Action::Put { .. }))
 }
 
 /// Refuses a batch that does not go on where the log has ended: the index knows records by their revisions.
@@ -253,21 +272,29 @@ impl PersistValue for FsPersist {
     }
 
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        if !FrameBuf::would_fit(batch) {
-            return Err(PersistError::new(PersistErrorKind::Rejected, "the batch has more than 256 MiB"));
-        }
-        self.frame.clear();
-        self.lens.clear();
-        self.lens.shrink_to(BATCH_KEPT);
-        self.lens.extend(batch.iter().map(|change| self.frame.push_change(change)));
-        self.frame.finish();
-        let result = self.store(batch);
-        if result.as_ref().is_err_and(|error| error.kind() == PersistErrorKind::NoSpace) {
-            let mut log = lock(&self.shared.log);
-            log.urgent_below = log.active_number().saturating_add(1);
-            self.shared.wake(&mut log);
-        }
+        let result = self.encode(batch).and_then(|()| self.store(batch));
+        self.wake_if_full(&result);
         result
+    }
+
+    /// Zeros are written where the batch will stand, and compaction leaves them to it.
+    fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
+        let result = self.encode(batch).and_then(|()| self.hold_back(batch));
+        self.wake_if_full(&result);
+        result.map(|()| Prepared::Room)
+    }
+
+    fn on_failure(&mut self, handler: FailureHandler) {
+        lock(&self.shared.log).failure_handler = Some(handler);
+    }
+
+    /// Syncs and ends the log cleanly, and lets go of the directory; the next opening continues the epoch. After an error
+    /// other than [`PersistErrorKind::Poisoned`] the end was not written, everything before it was.
+    fn close(&mut self) -> Result<(), PersistError> {
+        let ended = self.end();
+        lock(&self.shared.log).shut();
+        self.lock = None;
+        ended
     }
 }
 
@@ -320,6 +347,28 @@ impl Shared {
         let mut compactor = lock(&self.compactor);
         let chunk = lock(&self.log).options.chunk_bytes();
         compactor.step(&self.log, chunk.max(extra.saturating_mul(4)))
+    }
+
+    /// Locks the log for a batch that takes `len` bytes, once nothing that is known speaks against it.
+    fn lock_for(
+        &self,
+        batch: &[Change],
+        len: u64,
+        replaced: &mut Vec<Revision>,
+    ) -> Result<MutexGuard<'_, Log>, PersistError> {
+        let mut log = lock(&self.log);
+        // For a batch that was prepared all that needs room was done then.
+        let is_prepared = std::mem::take(&mut log.held_back) == len;
+        if !is_prepared {
+            log = self.make_room(log, len);
+        }
+        log.check_usable()?;
+        check_batch(&log, batch, replaced)?;
+        if has_puts(batch) && !is_prepared {
+            // The room that deletes need is not for puts.
+            log.regain_reserve_in_time()?;
+        }
+        Ok(log)
     }
 
     /// Keeps the space bounded before `extra` bytes are appended. If compaction fails, the append shall say why.

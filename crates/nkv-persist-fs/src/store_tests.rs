@@ -238,7 +238,7 @@ fn while_copies_are_made_beside_puts_what_is_acknowledged_survives_any_power_cut
                 assert_eq!(found, expected[..found.len()], "{is_before}, cut {cut}");
                 images += 1;
             }
-            if persist.is_ok_and(|persist| persist.close().is_ok()) {
+            if persist.is_ok_and(|mut persist| persist.close().is_ok()) {
                 break;
             }
         }

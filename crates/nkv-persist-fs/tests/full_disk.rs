@@ -7,9 +7,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::*;
-use nkv_core::{PersistErrorKind, PersistValue};
-use nkv_persist_fs::FsOptions;
+use nkv_core::{PersistErrorKind, PersistValue, Prepared};
 use nkv_persist_fs::sim::{Fault, SimFs};
+use nkv_persist_fs::{Durability, FsOptions};
 
 const CAPACITY: u64 = 200 << 10;
 
@@ -299,4 +299,42 @@ fn on_a_small_full_disk_every_key_can_be_deleted_in_any_order() {
     }
     println!("TEST scattered_deletes runs={runs} refused={}", failed.len());
     assert!(failed.is_empty(), "{}", failed.join("\n"));
+}
+
+// What a disk had no room for was found out when another backend had stored its part of the batch.
+#[test]
+fn a_batch_for_which_there_is_no_room_is_refused_before_it_is_stored_and_room_once_made_is_kept() {
+    for durability in [Durability::Sync, Durability::Os] {
+        let fs = SimFs::new();
+        fs.set_capacity(Some(CAPACITY));
+        let mut persist = open(&fs, &options().with_durability(durability)).unwrap();
+        let mut model = Model::new();
+        let mut revision = 1;
+        let mut stored = 0;
+        loop {
+            let batch = [put(&format!("k.{revision}"), revision, vec![3; 3_000])];
+            match persist.prepare(&batch) {
+                Ok(prepared) => assert_eq!(prepared, Prepared::Room),
+                Err(error) => {
+                    assert_eq!(error.kind(), PersistErrorKind::NoSpace);
+                    break;
+                }
+            }
+            // Others take all that is left.
+            let left = CAPACITY - fs.used();
+            fs.place(Path::new("/data/other"), Some(vec![1; usize::try_from(left).unwrap()]));
+            persist.persist(&batch).unwrap_or_else(|error| panic!("{durability}, put {revision}: {error}"));
+            fs.place(Path::new("/data/other"), None);
+            apply(&mut model, &batch);
+            (revision, stored) = (revision + 1, stored + 1);
+        }
+        assert!(stored > 30, "{stored} fit");
+        assert_eq!(load(&mut persist).unwrap().0, model);
+        let batch = [delete("k.1", revision)];
+        assert_eq!(persist.prepare(&batch).unwrap(), Prepared::Room, "deletes have room on a full disk");
+        persist.persist(&batch).unwrap();
+        apply(&mut model, &batch);
+        persist.close().unwrap();
+        assert_eq!(load(&mut open(&fs, &options()).unwrap()).unwrap().0, model);
+    }
 }

@@ -5,12 +5,12 @@ mod common;
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use common::*;
-use nkv_core::{Change, PersistErrorKind, PersistValue};
+use nkv_core::{Change, FailureHandler, PersistErrorKind, PersistValue};
 use nkv_persist_fs::sim::{Fault, SimFs};
 use nkv_persist_fs::{Durability, FsOptions, FsPersist, Open, Vfs, VfsFile};
 
@@ -23,6 +23,17 @@ struct Belief {
 
 /// Writes the history through the fault. A batch with a definite error is left out, as the trait says it may be.
 fn run(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>], call: u64, fault: Fault, forever: bool) -> Belief {
+    run_with(fs, options, history, (call, fault, forever), false)
+}
+
+/// The same; batches may be prepared.
+fn run_with(
+    fs: &SimFs,
+    options: &FsOptions,
+    history: &[Vec<Change>],
+    (call, fault, forever): (u64, Fault, bool),
+    prepares: bool,
+) -> Belief {
     let mut belief = Belief { sure: Model::new(), maybe: None, revision: 0 };
     fs.fail_at(call, fault, forever);
     let mut persist = match open(fs, options) {
@@ -32,7 +43,8 @@ fn run(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>], call: u64, faul
     for batch in history {
         let mut next = belief.sure.clone();
         apply(&mut next, batch);
-        match persist.persist(batch) {
+        let prepared = if prepares { persist.prepare(batch).map(|_| ()) } else { Ok(()) };
+        match prepared.and_then(|()| persist.persist(batch)) {
             Ok(()) => {
                 assert!(belief.maybe.is_none(), "acknowledged after it was poisoned");
                 belief.sure = next;
@@ -68,11 +80,15 @@ fn go_on(persist: &mut Storage, belief: &mut Belief) {
 }
 
 fn explore(options: &FsOptions, history: &[Vec<Change>], fault: Fault, forever: bool) -> u64 {
+    explore_with(options, history, fault, forever, false)
+}
+
+fn explore_with(options: &FsOptions, history: &[Vec<Change>], fault: Fault, forever: bool, prepares: bool) -> u64 {
     let is_sync = format!("{options:?}").contains("durability: Sync");
     let mut rng = Rng(5);
     for call in 0.. {
         let fs = SimFs::new();
-        let belief = run(&fs, options, history, call, fault, forever);
+        let belief = run_with(&fs, options, history, (call, fault, forever), prepares);
         let is_done = fs.calls() <= call;
         fs.heal();
         // After the death of the process, and, when writes are synced, after a power cut.
@@ -304,6 +320,20 @@ fn whatever_call_fails_the_disk_holds_what_was_acknowledged_and_nothing_that_was
 }
 
 #[test]
+fn whatever_call_fails_while_batches_are_prepared_nothing_is_lost_and_nothing_comes_back() {
+    let mut calls = 0;
+    for (durability, seed) in [(Durability::Sync, 8), (Durability::Os, 9)] {
+        let options = options().with_durability(durability);
+        for (fault, forever) in
+            [(Fault::Eio, false), (Fault::NoSpace, false), (Fault::NoSpace, true), (Fault::Short, false)]
+        {
+            calls += explore_with(&options, &history(seed, 16, 900), fault, forever, true);
+        }
+    }
+    println!("TEST sim_io_errors_prepared calls={calls} violations=0");
+}
+
+#[test]
 fn in_a_relaxed_mode_a_failed_call_loses_nothing_while_the_machine_lives() {
     let options = options().with_durability(Durability::Os);
     for fault in [Fault::Eio, Fault::NoSpace, Fault::Short] {
@@ -435,4 +465,54 @@ fn when_the_thread_that_syncs_has_panicked_nothing_is_acknowledged_any_more() {
             break;
         }
     }
+}
+
+// The caller learned of it with its next batch, however long that took.
+#[test]
+fn a_failed_sync_of_the_interval_is_reported_although_nothing_is_written() {
+    let fs = SimFs::new();
+    let period = Durability::Interval(Duration::from_millis(1));
+    let mut persist = open(&fs, &options().with_background(true).with_durability(period)).unwrap();
+    let (reports, reported) = mpsc::channel();
+    persist.on_failure(FailureHandler::new(move |error| drop(reports.send(error))));
+    load(&mut persist).unwrap();
+    // The call after the one that writes is the sync.
+    fs.fail_at(fs.calls() + 1, Fault::Eio, true);
+    persist.persist(&[put("a", 1, "1")]).unwrap();
+    let error = reported.recv_timeout(Duration::from_secs(10)).unwrap();
+    assert_eq!(error.kind(), PersistErrorKind::Poisoned, "{error}");
+    assert!(persist.persist(&[put("a", 2, "2")]).is_err());
+    drop(persist);
+    assert!(reported.try_recv().is_err(), "it is reported once");
+}
+
+// A last sync that failed was logged, and the caller took the end for a clean one.
+#[test]
+fn a_last_sync_that_fails_is_the_result_of_the_close() {
+    for durability in [Durability::Sync, Durability::Interval(Duration::from_secs(3_600)), Durability::Os] {
+        let (fs, options) = (SimFs::new(), options().with_durability(durability));
+        let mut persist = open(&fs, &options).unwrap();
+        persist.persist(&[put("a", 1, "1")]).unwrap();
+        fs.fail_at(fs.calls(), Fault::Eio, true);
+        let error = PersistValue::close(&mut persist).unwrap_err();
+        assert_eq!(error.kind(), PersistErrorKind::Poisoned, "{durability}");
+        fs.heal();
+        drop(persist); // nothing is tried again
+        assert_eq!(load(&mut open(&fs, &options).unwrap()).unwrap().1.revision.get(), 1);
+    }
+}
+
+#[test]
+fn what_was_closed_takes_no_writes_and_lets_go_of_the_directory() {
+    let fs = SimFs::new();
+    let mut persist = open(&fs, &options()).unwrap();
+    persist.persist(&[put("a", 1, "1")]).unwrap();
+    PersistValue::close(&mut persist).unwrap();
+    let mut next = open(&fs, &options()).unwrap();
+    next.persist(&[put("a", 2, "2")]).unwrap();
+    assert_eq!(persist.persist(&[put("a", 2, "other")]).unwrap_err().kind(), PersistErrorKind::Poisoned);
+    assert!(persist.prepare(&[put("a", 2, "other")]).is_err());
+    drop(persist);
+    next.close().unwrap();
+    assert_eq!(load(&mut open(&fs, &options()).unwrap()).unwrap().0["a"].1, b"2");
 }

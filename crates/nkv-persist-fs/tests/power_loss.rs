@@ -23,11 +23,23 @@ struct Told {
 
 /// Writes the history until something fails.
 fn run(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>]) -> Told {
+    run_with(fs, options, history, false)
+}
+
+/// The same; batches may be prepared, and now and then another is that does not follow.
+fn run_with(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>], prepares: bool) -> Told {
     let mut told = Told::default();
     let Ok(mut persist) = open(fs, options) else { return told };
     let Ok((_, loaded)) = load(&mut persist) else { return told };
     told.epoch = Some(loaded.epoch);
     for batch in history {
+        if prepares {
+            let other = [put("never.stored", batch[0].revision.get(), vec![7; 1_300])];
+            let both = [&other[..], batch];
+            if both[told.acked % 2..].iter().any(|batch| persist.prepare(batch).is_err()) {
+                return told;
+            }
+        }
         told.issued += 1;
         if persist.persist(batch).is_err() {
             return told;
@@ -84,11 +96,15 @@ fn write_on(image: &SimFs, options: &FsOptions, mut persist: Storage, mut state:
 /// Cuts the power at each call of a history, and tries up to `images_max` different images of each, all if there are
 /// fewer.
 fn explore(options: &FsOptions, history: &[Vec<Change>], images_max: usize) -> usize {
+    explore_with(options, history, images_max, false)
+}
+
+fn explore_with(options: &FsOptions, history: &[Vec<Change>], images_max: usize, prepares: bool) -> usize {
     let (mut images, images_max) = (0, images_max * scale());
     for cut in 0.. {
         let fs = SimFs::new();
         fs.cut_power_at(cut);
-        let told = run(&fs, options, history);
+        let told = run_with(&fs, options, history, prepares);
         let mut choices = Choices::new(images_max, seed() ^ cut);
         let mut seen = HashSet::new();
         loop {
@@ -135,6 +151,17 @@ fn in_sync_mode_every_acknowledged_batch_survives_any_power_cut() {
     }
     assert!(compacted > 0 || seed() != 1, "no workload compacts");
     println!("TEST sim_power_loss images={images} violations=0 seed={}", seed());
+}
+
+#[test]
+fn room_that_was_made_for_a_batch_is_no_loss_and_no_damage_after_any_power_cut() {
+    let mut images = 0;
+    for durability in [Durability::Sync, Durability::Os] {
+        for history in (20..23).map(|n| workload(seed() + n)) {
+            images += explore_with(&options().with_durability(durability), &history, 64, true);
+        }
+    }
+    println!("TEST sim_power_loss_prepared images={images} violations=0 seed={}", seed());
 }
 
 /// What was issued in the lives so far, and how much of it was acknowledged or seen.

@@ -1,11 +1,11 @@
-//! Warnings that a peer can provoke at will: one of a kind a second at most, so that nobody fills the log.
+//! Log lines that a peer can provoke at will: one of a kind a second at most, so that nobody fills the log.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tracing::warn;
+use tracing::{error, warn};
 
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -21,15 +21,46 @@ struct Said {
 impl Complaints {
     /// Logs `what`, with how many of its kind were passed over since the last; or passes it over.
     pub(crate) fn warn(&self, kind: &'static str, what: fmt::Arguments<'_>) {
+        if let Some(more) = self.due(kind) {
+            warn!("{what}{more}");
+        }
+    }
+
+    /// The same, for what an operator has to see to.
+    pub(crate) fn error(&self, kind: &'static str, what: fmt::Arguments<'_>) {
+        if let Some(more) = self.due(kind) {
+            error!("{what}{more}");
+        }
+    }
+
+    /// How many were passed over, in words, if this one is to be logged.
+    fn due(&self, kind: &'static str) -> Option<String> {
         let mut kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let said = kinds.entry(kind).or_default();
         if said.last.is_some_and(|last| last.elapsed() < PAUSE) {
             said.unsaid = said.unsaid.saturating_add(1);
-            return;
+            return None;
         }
-        let unsaid = std::mem::take(&mut said.unsaid);
         said.last = Some(Instant::now());
-        drop(kinds);
-        if unsaid == 0 { warn!("{what}") } else { warn!("{what} ({unsaid} more like this since the last)") }
+        Some(match std::mem::take(&mut said.unsaid) {
+            0 => String::new(),
+            unsaid => format!(" ({unsaid} more like this since the last)"),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_many_of_a_kind_one_a_second_is_logged_and_says_how_many_were_not() {
+        let (complaints, began) = (Complaints::default(), Instant::now());
+        let logged = (0..1_000).filter_map(|_| complaints.due("full")).count() as u64;
+        assert!(logged <= 1 + began.elapsed().as_secs(), "{logged}");
+        assert_eq!(complaints.due("another").as_deref(), Some(""));
+        std::thread::sleep(PAUSE);
+        let more = complaints.due("full").unwrap();
+        assert!(logged > 1 || more == " (999 more like this since the last)", "{more}");
     }
 }

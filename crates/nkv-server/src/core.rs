@@ -75,6 +75,15 @@ pub(crate) const JOB_LEN_MIN: usize = WRITE_ROOM / 1_024;
 #[derive(Debug)]
 pub(crate) struct Stopping;
 
+#[cfg(test)]
+impl Job {
+    pub(crate) fn for_tests(ops: Vec<nkv_core::Op>) -> (Self, oneshot::Receiver<Vec<WriteResult>>) {
+        let (results, done) = oneshot::channel();
+        let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        (Job { write: Write::together(ops), results, _room: room }, done)
+    }
+}
+
 impl Core {
     pub(crate) fn new(
         store: Arc<Store>,
@@ -248,10 +257,10 @@ impl Notifier for Subscriber {
 #[cfg(test)]
 mod tests {
     use nkv_core::{NoPersist, Op, Pattern};
-    use tokio::sync::watch;
     use tokio::time::timeout;
 
     use super::*;
+    use crate::failure::Failure;
     use crate::writer::Writer;
 
     #[tokio::test]
@@ -263,15 +272,23 @@ mod tests {
         let ops = vec![Op::Delete { pattern: Pattern::All, if_revision: None }];
         let done = hand_over(&bell, &queue, Write::apart(ops), false, room).unwrap();
         // It could not be more busy than before it begins.
-        let (failure, budget) = (watch::Sender::new(None), Budget::new(1, Arc::default()));
-        let writer =
-            Writer { store, queue: Arc::clone(&queue), bell: Arc::clone(&bell), expiry_changed, failure, budget };
+        let (failure, complaints, budget) = (Failure::new(), Complaints::default(), Budget::new(1, Arc::default()));
+        let (queue, bell) = (&queue, &bell);
+        let writer = Writer {
+            store,
+            queue: Arc::clone(queue),
+            bell: Arc::clone(bell),
+            expiry_changed,
+            failure,
+            complaints,
+            budget,
+        };
         let writer = writer.spawn().unwrap();
         tokio::select! {
             () = bell.pump(|| queue.wake()) => {}
             done = timeout(Duration::from_secs(10), done) => assert_eq!(done.unwrap().unwrap().len(), 1),
         }
         queue.close();
-        writer.join().unwrap();
+        timeout(Duration::from_secs(10), writer).await.unwrap().unwrap().unwrap();
     }
 }

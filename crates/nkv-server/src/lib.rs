@@ -18,6 +18,7 @@ mod complaints;
 mod connection;
 mod core;
 mod dispatch;
+mod failure;
 mod handle;
 mod listener;
 mod reading;

@@ -2,22 +2,24 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use nkv_core::{NoPersist, NotifyKeyValue, PersistError, PersistValue, Write};
+use nkv_core::{NoPersist, NotifyKeyValue, PersistError, PersistErrorKind, PersistValue, Write};
 use nkv_notify_tcp::forget_encodings;
 use nkv_protocol::Limits;
 use thiserror::Error;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::timeout;
 use tracing::{error, info};
 
 use crate::address::Address;
 use crate::bell::Bell;
 use crate::budget::Budget;
 use crate::clock::Clock;
+use crate::complaints::Complaints;
 use crate::core::Core;
+use crate::failure::Failure;
 use crate::handle::Handle;
 use crate::listener::{Acceptor, Listener};
 use crate::writer::{CloseOnDrop, Queue, Writer};
@@ -28,8 +30,8 @@ pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// How long connections may take to end when the server stops.
 const DRAIN_LIMIT: Duration = Duration::from_secs(4);
 
-/// How long whoever was cut may take to let go of the store.
-const RELEASE_LIMIT: Duration = Duration::from_secs(1);
+/// How long a server takes to stop, whatever storage does; a process takes a moment more to end, and 5 s are promised.
+const STOP_LIMIT: Duration = Duration::from_millis(4_900);
 
 /// After a failed expiry, so long passes before the next try.
 const EXPIRY_PAUSE: Duration = Duration::from_secs(1);
@@ -193,12 +195,17 @@ impl Builder {
                 Box::new(|| Ok(Box::new(persist) as Box<dyn PersistValue>))
             }
         };
-        let open = tokio::task::spawn_blocking(move || NotifyKeyValue::open_at(persist()?, clock.now()));
+        let failure = Failure::new();
+        let handler = failure.handler();
+        let open = tokio::task::spawn_blocking(move || {
+            let mut persist = persist()?;
+            persist.on_failure(handler);
+            NotifyKeyValue::open_at(persist, clock.now())
+        });
         let store = Arc::new(open.await.map_err(|error| ServerError::System(error.into()))??);
 
         let (bell, queue) = (Arc::new(Bell::default()), Arc::new(Queue::default()));
-        let (failure, failed) = watch::channel(None);
-        let (stop, stopped) = watch::channel(false);
+        let (stop, stop_asked) = watch::channel(false);
         let expiry_changed = Arc::new(Notify::new());
         let budget = Budget::new(options.queued_max, Arc::clone(store.event_bytes()));
         let writer = Writer {
@@ -206,7 +213,8 @@ impl Builder {
             queue: Arc::clone(&queue),
             bell: Arc::clone(&bell),
             expiry_changed: Arc::clone(&expiry_changed),
-            failure,
+            failure: failure.clone(),
+            complaints: Complaints::default(),
             budget: Arc::clone(&budget),
         };
         let writer = writer.spawn().map_err(ServerError::System)?;
@@ -224,14 +232,14 @@ impl Builder {
         let core = Arc::new(Core::new(store, clock, durability, options, budget, bell, queue));
 
         let mut tasks = JoinSet::new();
-        let acceptor = Acceptor { core: Arc::clone(&core), stop: stopped.clone() };
+        let acceptor = Acceptor { core: Arc::clone(&core), stop: stop_asked.clone() };
         for listener in listeners {
             tasks.spawn(acceptor.clone().run(listener));
         }
         drop(acceptor);
-        tasks.spawn(expire(Arc::clone(&core), expiry_changed, stopped));
+        tasks.spawn(expire(Arc::clone(&core), expiry_changed, stop_asked));
         let handle = Handle::new(&core);
-        let running = tokio::spawn(run(core, tasks, pump, writer, failed, stop.subscribe()));
+        let running = tokio::spawn(run(core, tasks, pump, writer, failure, stop.clone()));
         Ok(Server { addresses, handle, stop, running })
     }
 }
@@ -276,7 +284,8 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// [`ServerError`] if the server had failed before.
+    /// [`ServerError`] if the server had failed before; [`ServerError::Persist`] if the last sync of storage failed, or if
+    /// storage did not answer within 5 s. In that case the thread that waits for it goes on, and keeps the storage.
     pub async fn shutdown(self) -> Result<(), ServerError> {
         self.stop.send_replace(true);
         self.wait().await
@@ -320,27 +329,30 @@ async fn run(
     core: Arc<Core>,
     mut tasks: JoinSet<()>,
     pump: JoinHandle<()>,
-    writer: thread::JoinHandle<()>,
-    mut failed: watch::Receiver<Option<Arc<PersistError>>>,
-    mut stop: watch::Receiver<bool>,
+    mut writer: oneshot::Receiver<Result<(), PersistError>>,
+    failure: Failure,
+    stop: watch::Sender<bool>,
 ) -> Result<(), ServerError> {
-    let mut result = tokio::select! {
-        () = stopped(&mut stop) => Ok(()),
-        failure = failed.wait_for(Option::is_some) => Err(match failure.as_deref() {
-            Ok(Some(failure)) => ServerError::Persist(Arc::clone(failure)),
-            _ => broken("the writer"), // it is gone, without a word
-        }),
+    let mut stop_asked = stop.subscribe();
+    let mut writer_end = None;
+    let result = tokio::select! {
+        () = stopped(&mut stop_asked) => Ok(()),
+        failure = failure.reported() => Err(ServerError::Persist(failure)),
+        end = &mut writer => {
+            writer_end = Some(end);
+            Err(broken("the writer"))
+        }
         Some(_) = tasks.join_next() => match *stop.borrow() {
             true => Ok(()), // it was the first to hear of it
             false => Err(broken("a task that ends with the server alone")),
         },
     };
-    if result.is_err() {
-        // Fail-stop: nobody knows what the disk holds, so nothing more is served from memory.
-        tasks.abort_all();
-    }
+    let began = Instant::now();
+    let left = || STOP_LIMIT.saturating_sub(began.elapsed());
+    // After a failure, too: connections read no more, and write what they have to answer. What is in memory was stored.
+    stop.send_replace(true);
     let ended = async { while tasks.join_next().await.is_some() {} };
-    if tokio::time::timeout(DRAIN_LIMIT, ended).await.is_err() {
+    if timeout(DRAIN_LIMIT, ended).await.is_err() {
         info!("connections were cut that did not end within {DRAIN_LIMIT:?}");
         tasks.shutdown().await;
     }
@@ -351,24 +363,43 @@ async fn run(
             tokio::task::yield_now().await;
         }
     };
-    if tokio::time::timeout(RELEASE_LIMIT, released).await.is_err() {
+    if timeout(left(), released).await.is_err() {
         error!("something still holds the store");
     }
     drop(core);
-    let joined = tokio::task::spawn_blocking(move || writer.join()).await;
+    let writer_end = match writer_end {
+        None => timeout(left(), writer).await.ok(),
+        end => end,
+    };
     pump.abort();
-    if !matches!(joined, Ok(Ok(()))) && result.is_ok() {
-        result = Err(broken("the writer"));
-    }
-    result
+    result.and(match writer_end {
+        Some(Ok(closed)) => closed.map_err(ServerError::from),
+        Some(Err(_)) => Err(broken("the writer")),
+        None => Err(stalled()),
+    })
+}
+
+/// What was acknowledged is as durable as it was promised to be; what was not answered may or may not be stored.
+fn stalled() -> ServerError {
+    let context = format!("storage did not answer within {STOP_LIMIT:?}; its last sync was not waited for");
+    error!("stopping although {context}");
+    PersistError::new(PersistErrorKind::Io, context).into()
 }
 
 fn broken(what: &str) -> ServerError {
     ServerError::System(std::io::Error::other(format!("{what} broke")))
 }
 
-/// Has keys expire when their time has come.
+/// Has keys expire when their time has come, until the server stops: also while storage does not answer.
 async fn expire(core: Arc<Core>, changed: Arc<Notify>, mut stop: watch::Receiver<bool>) {
+    tokio::select! {
+        biased;
+        () = stopped(&mut stop) => {}
+        () = expire_in_time(&core, &changed) => {}
+    }
+}
+
+async fn expire_in_time(core: &Core, changed: &Notify) {
     loop {
         let due = async {
             match core.store.next_expiry() {
@@ -378,7 +409,6 @@ async fn expire(core: Arc<Core>, changed: Arc<Notify>, mut stop: watch::Receiver
         };
         tokio::select! {
             biased;
-            () = stopped(&mut stop) => return,
             () = changed.notified() => continue,
             () = due => {}
         }

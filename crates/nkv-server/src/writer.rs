@@ -1,14 +1,17 @@
 //! The writer thread: takes everything that waits, stores it as one batch, answers. Group commit by nature.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread;
 
 use nkv_core::{PersistError, PersistErrorKind};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, oneshot};
 
 use crate::bell::Bell;
 use crate::budget::Budget;
+use crate::complaints::Complaints;
 use crate::core::{Job, Store};
+use crate::failure::{Chain, Failure};
 
 /// What waits for subscribers is looked at each time so many more events were given to them, or as much was written
 /// as [`Budget::check_every`] says.
@@ -96,8 +99,9 @@ pub(crate) struct Writer {
     pub(crate) bell: Arc<Bell>,
     /// Told when the time of the next expiry may have changed.
     pub(crate) expiry_changed: Arc<Notify>,
-    /// Told when storage is poisoned.
-    pub(crate) failure: watch::Sender<Option<Arc<PersistError>>>,
+    /// Learns when storage is poisoned.
+    pub(crate) failure: Failure,
+    pub(crate) complaints: Complaints,
     pub(crate) budget: Arc<Budget>,
 }
 
@@ -123,11 +127,17 @@ impl Drop for Gone {
 }
 
 impl Writer {
-    pub(crate) fn spawn(self) -> std::io::Result<JoinHandle<()>> {
-        thread::Builder::new().name("nkv-writer".into()).spawn(move || self.run())
+    /// Starts the thread. It closes storage when the queue is closed and empty, sends what came of that, and ends. It is not
+    /// joined: storage may never return.
+    pub(crate) fn spawn(self) -> std::io::Result<oneshot::Receiver<Result<(), PersistError>>> {
+        let (ended, end) = oneshot::channel();
+        let thread = thread::Builder::new().name("nkv-writer".into());
+        // The server may have given up waiting for it.
+        thread.spawn(move || drop(ended.send(self.run())))?;
+        Ok(end)
     }
 
-    fn run(self) {
+    fn run(self) -> Result<(), PersistError> {
         let _gone = Gone(Arc::clone(&self.queue));
         let mut jobs: Vec<Job> = Vec::new();
         let (mut checked_at, mut written) = (0, 0_usize);
@@ -135,7 +145,7 @@ impl Writer {
             let under_way = jobs.len();
             self.queue.take(&self.bell, &mut jobs);
             if jobs.is_empty() {
-                return;
+                return self.store.close();
             }
             let more = jobs.get(under_way..).unwrap_or_default();
             written = more.iter().map(|job| job.write.value_len()).fold(written, usize::saturating_add);
@@ -154,7 +164,10 @@ impl Writer {
 
     /// Does as much as one batch takes, and answers the jobs that are done then.
     fn commit(&self, jobs: &mut Vec<Job>) {
-        self.store.commit(jobs);
+        // It is not known what storage that panicked has done, and the store takes no more writes after it.
+        if catch_unwind(AssertUnwindSafe(|| self.store.commit(jobs))).is_err() {
+            self.store.commit(jobs);
+        }
         let mut failed = None;
         for Job { write, results, .. } in jobs.extract_if(.., |job| job.write.is_done()) {
             let done = write.into_results();
@@ -167,10 +180,17 @@ impl Writer {
         }
     }
 
+    /// A full disk refuses every put: one line a second says so.
     fn failed(&self, error: PersistError) {
-        tracing::error!(error = &error as &dyn std::error::Error, "a batch was not stored");
+        let kind = match error.kind() {
+            PersistErrorKind::NoSpace => "no space",
+            PersistErrorKind::Rejected => "rejected",
+            PersistErrorKind::Poisoned => "poisoned",
+            _ => "not stored",
+        };
+        self.complaints.error(kind, format_args!("a write was not stored: {}", Chain(&error)));
         if error.kind() == PersistErrorKind::Poisoned {
-            self.failure.send_replace(Some(Arc::new(error)));
+            self.failure.report(Arc::new(error));
         }
     }
 }

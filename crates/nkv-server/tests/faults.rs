@@ -126,6 +126,75 @@ fn when_a_flush_fails_nothing_is_acknowledged_any_more() {
     assert_eq!(after, 0, "acknowledged although every flush failed");
 }
 
+// Their connections were cut before the answers were written: 95 of 96 saw the end of the stream.
+#[test]
+fn every_writer_that_waits_for_a_flush_that_fails_is_answered_500() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Process::start(dir.path(), &[]);
+    let mut conns: Vec<_> = (0..96).map(|_| server.connect()).collect();
+    let inject = ["-e", SYNCS, "-e", "inject=fsync,fdatasync:error=EIO:delay_enter=500000", "-o", "/dev/null"];
+    let Some(_strace) = Strace::attach(&server, &inject) else { return };
+    for conn in &mut conns {
+        // The put came with what is answered at once, so it waits for storage by then.
+        conn.send("{\"type\":\"Health\"}\n{\"type\":\"Put\",\"key\":\"a\",\"value\":\"x\"}");
+    }
+    let mut answers = BTreeMap::new();
+    for conn in &mut conns {
+        assert_eq!(status(&conn.line()), 200);
+        let answer = conn.line();
+        *answers.entry(if answer == "(closed)" { 0 } else { status(&answer) }).or_insert(0) += 1;
+    }
+    assert_eq!(server.wait().code(), Some(74));
+    println!("TEST strace_eio_answers {answers:?}");
+    assert_eq!(answers, BTreeMap::from([(500, 96)]));
+}
+
+// It went on to serve what was acknowledged and not durable, until the next write came.
+#[test]
+fn a_flush_of_the_interval_that_fails_ends_the_server_although_nothing_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Process::start(dir.path(), &["--durability", "interval:500ms"]);
+    let inject = ["-e", SYNCS, "-e", "inject=fsync,fdatasync:error=EIO", "-o", "/dev/null"];
+    let Some(_strace) = Strace::attach(&server, &inject) else { return };
+    assert!(server.connect().put("a", "acknowledged") > 0);
+    assert_eq!(server.wait().code(), Some(74));
+    println!("TEST strace_eio_interval writes_after=0 code=74");
+}
+
+// It waited for the disk, however long that took.
+#[test]
+fn sigterm_on_a_disk_that_stalls_ends_the_server_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Process::start(dir.path(), &[]);
+    let mut conn = server.connect();
+    let inject = ["-e", SYNCS, "-e", "inject=fsync,fdatasync:delay_enter=60000000", "-o", "/dev/null"];
+    let Some(strace) = Strace::attach(&server, &inject) else { return };
+    conn.send("{\"type\":\"Health\"}\n{\"type\":\"Put\",\"key\":\"a\",\"value\":\"x\"}");
+    assert_eq!(status(&conn.line()), 200);
+    let began = Instant::now();
+    server.signal("-TERM");
+    // The promise is 5 s; here the process is traced, on a machine that does other things.
+    server.wait_for_log("storage did not answer");
+    println!("TEST strace_stall stopped_ms={}", began.elapsed().as_millis());
+    // What is traced ends only when the tracer lets it.
+    strace.detach();
+    assert_eq!(server.wait().code(), Some(74));
+}
+
+#[test]
+fn a_last_flush_that_fails_is_what_the_exit_code_says() {
+    for durability in ["sync", "interval:60m", "os"] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut server = Process::start(dir.path(), &["--durability", durability]);
+        server.connect().put("a", "x");
+        let inject = ["-e", SYNCS, "-e", "inject=fsync,fdatasync:error=EIO", "-o", "/dev/null"];
+        let Some(_strace) = Strace::attach(&server, &inject) else { return };
+        server.signal("-TERM");
+        assert_eq!(server.wait().code(), Some(74), "{durability}");
+    }
+    println!("TEST strace_eio_at_the_end durabilities=3 code=74");
+}
+
 #[test]
 fn while_a_flush_takes_its_time_reads_are_served_and_what_is_durable_is_told() {
     let dir = tempfile::tempdir().unwrap();
@@ -199,7 +268,12 @@ fn fill_and_empty(name: &str, disk: &SmallDisk) {
     let mut server = Process::start(&disk.data(), &[]);
     let mut conn = server.connect();
     let stored = fill(&mut conn, 0);
-    assert_eq!(status(&conn.ask(&big_put(0))), 507);
+    let began = Instant::now();
+    (0..500).for_each(|_| assert_eq!(status(&conn.ask(&big_put(0))), 507));
+    let seconds = began.elapsed().as_secs();
+    let refusals = server.log.try_iter().filter(|line| line.contains("was not stored")).count() as u64;
+    // One a second, also for what was refused while the disk filled.
+    assert!((1..=seconds + 3).contains(&refusals), "{refusals} lines in {seconds} s for 500 refused puts");
     check_keys(&mut conn, stored);
 
     server.signal("-KILL");

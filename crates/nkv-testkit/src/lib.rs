@@ -1,10 +1,11 @@
 #![doc = include_str!("../README.md")]
 
+pub mod fencing;
 pub mod notifier;
 pub mod persist;
 pub mod script;
 
-/// What the two conformance macros have in common: one test per line, or a table of the lines.
+/// What the conformance macros have in common: one test per line, or a table of the lines.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! __conformance {

@@ -74,6 +74,9 @@ macro_rules! persist_conformance {
             a_large_batch_survives
             many_batches_survive
             restarts_between_batches_change_nothing
+            preparing_a_batch_stores_nothing
+            a_batch_may_be_prepared_and_another_stored
+            closing_loses_nothing
             a_backend_may_move_to_another_thread
         }
     };
@@ -410,6 +413,43 @@ pub fn restarts_between_batches_change_nothing<H: PersistHarness>(harness: &H) {
     }
 }
 
+/// *Prepared*: a batch that was prepared and not stored is not there, neither within the run nor after a restart.
+pub fn preparing_a_batch_stores_nothing<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.prepare(vec![put("a", 1, "prepared")]);
+    run.restart("after a batch was prepared in empty storage");
+    run.persist(vec![put("a", 1, "1"), put("b", 2, "2")]);
+    run.prepare(vec![put("a", 3, "prepared"), delete("b", 4), put("c", 5, "prepared")]);
+    run.restart("after a batch was prepared");
+}
+
+/// *Prepared*: what is stored after a batch was prepared is stored as it is given, be it that batch or another.
+pub fn a_batch_may_be_prepared_and_another_stored<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.prepare(vec![put("a", 1, "1")]);
+    run.persist(vec![put("a", 1, "1")]);
+    let prepared = vec![put("a", 2, "2"), delete("a", 3)];
+    run.prepare(prepared.clone());
+    run.prepare(vec![put("b", 2, "prepared and dropped")]);
+    run.prepare(prepared);
+    run.persist(vec![put("c", 2, "another, and longer than what was prepared"), put("d", 3, "x")]);
+    run.persist(vec![put("c", 4, "again, unprepared")]);
+    run.restart("after batches that were prepared and others that were not");
+}
+
+/// *Closed*: storage that was closed holds what it held, in the same epoch, and may be opened again.
+pub fn closing_loses_nothing<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.close();
+    run.restart("after empty storage was closed");
+    run.persist(vec![put("a", 1, "1"), put("b", 2, "2")]);
+    run.persist(vec![delete("a", 3), put("c", 4, "4")]);
+    run.close();
+    run.restart("after a close");
+    run.close();
+    run.restart("after a close with nothing written");
+}
+
 /// *Alone*: the one caller may be another thread than the one that opened the backend.
 pub fn a_backend_may_move_to_another_thread<H: PersistHarness>(harness: &H) {
     let mut backend = harness.open();
@@ -446,23 +486,44 @@ impl<'a, H: PersistHarness> Run<'a, H> {
         Run { harness, backend: Some(backend), model: BTreeMap::new(), loaded }
     }
 
-    /// Gives each change the revision that it replaces, as a store does.
     fn persist(&mut self, mut batch: Vec<Change>) {
-        for change in &mut batch {
-            change.replaces = self.model.get(&change.key).map_or(Revision::ZERO, |record| record.revision);
+        self.model = self.apply(&mut batch);
+        self.loaded.revision = batch.last().expect("a batch is never empty").revision;
+        persist(self.backend(), &batch);
+    }
+
+    /// Prepares a batch, which is not stored.
+    fn prepare(&mut self, mut batch: Vec<Change>) {
+        self.apply(&mut batch);
+        let prepared = self.backend().prepare(&batch);
+        prepared.unwrap_or_else(|error| panic!("prepare failed: {error} ({:?})", error.kind()));
+    }
+
+    /// What a batch makes of the model. Gives each change the revision that it replaces, as a store does.
+    fn apply(&self, batch: &mut [Change]) -> BTreeMap<Key, Record> {
+        let mut model = self.model.clone();
+        for change in batch {
+            change.replaces = model.get(&change.key).map_or(Revision::ZERO, |record| record.revision);
             let Change { key, revision, action, .. } = change.clone();
-            self.loaded.revision = revision;
             match action {
                 Action::Put { value, expiry } => {
-                    self.model.insert(key.clone(), Record { key, value, revision, expiry });
+                    model.insert(key.clone(), Record { key, value, revision, expiry });
                 }
                 Action::Delete { .. } => {
-                    self.model.remove(&key);
+                    model.remove(&key);
                 }
             }
         }
-        let backend = self.backend.as_mut().expect("a run has a backend between two restarts");
-        persist(backend, &batch);
+        model
+    }
+
+    fn close(&mut self) {
+        let closed = self.backend().close();
+        closed.unwrap_or_else(|error| panic!("close failed: {error} ({:?})", error.kind()));
+    }
+
+    fn backend(&mut self) -> &mut H::Backend {
+        self.backend.as_mut().expect("a run has a backend between two restarts")
     }
 
     fn restart(&mut self, when: &str) {
@@ -503,7 +564,7 @@ impl fmt::Debug for Brief<'_> {
     }
 }
 
-fn load<P: PersistValue>(backend: &mut P) -> (Vec<Record>, Loaded) {
+pub(crate) fn load<P: PersistValue>(backend: &mut P) -> (Vec<Record>, Loaded) {
     let mut records: BTreeMap<Key, Record> = BTreeMap::new();
     let loaded = backend.load(&mut |record| {
         assert_eq!(Key::check(record.key), Ok(()), "load visited {:?}", record.key);
@@ -515,7 +576,7 @@ fn load<P: PersistValue>(backend: &mut P) -> (Vec<Record>, Loaded) {
     (records.into_values().collect(), loaded)
 }
 
-fn persist<P: PersistValue>(backend: &mut P, batch: &[Change]) {
+pub(crate) fn persist<P: PersistValue>(backend: &mut P, batch: &[Change]) {
     backend.persist(batch).unwrap_or_else(|error| panic!("persist failed: {error} ({:?})", error.kind()));
 }
 
@@ -523,7 +584,7 @@ fn key(text: &str) -> Key {
     Key::new(text).unwrap_or_else(|error| panic!("{text:?}: {error}"))
 }
 
-fn put(at: &str, revision: u64, value: &str) -> Change {
+pub(crate) fn put(at: &str, revision: u64, value: &str) -> Change {
     put_bytes(at, revision, value.as_bytes().to_vec())
 }
 
@@ -537,7 +598,7 @@ fn put_expiring(at: &str, revision: u64, value: &str, expiry: Expiry) -> Change 
     Change { key: key(at), revision: Revision::new(revision), replaces: Revision::ZERO, action }
 }
 
-fn delete(at: &str, revision: u64) -> Change {
+pub(crate) fn delete(at: &str, revision: u64) -> Change {
     Change {
         key: key(at),
         revision: Revision::new(revision),

@@ -7,8 +7,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nkv_core::{
-    Change, Delivery, Event, EventKind, Loaded, Notifier, PersistError, PersistErrorKind, PersistValue, RecordRef,
-    SnapshotReader,
+    Change, Delivery, Event, EventKind, FailureHandler, Loaded, Notifier, PersistError, PersistErrorKind, PersistValue,
+    Prepared, RecordRef, SnapshotReader,
 };
 
 /// A backend that fails when it is told to, around one that works.
@@ -64,6 +64,10 @@ struct PersistState {
     plan: BTreeMap<u64, Step>,
     always: Option<PersistErrorKind>,
     load: Option<PersistErrorKind>,
+    prepare: Option<PersistErrorKind>,
+    close: Option<PersistErrorKind>,
+    closes: u64,
+    handler: Option<FailureHandler>,
     blocked: bool,
     waiting: bool,
     crashed: bool,
@@ -98,6 +102,7 @@ impl<P: PersistValue> ScriptedPersist<P> {
     }
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl<P: PersistValue> PersistValue for ScriptedPersist<P> {
     fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         let scripted = self.script.lock().load.take();
@@ -116,6 +121,30 @@ impl<P: PersistValue> PersistValue for ScriptedPersist<P> {
                 Err(failure(PersistErrorKind::Poisoned))
             }
             None => self.store(batch),
+        }
+    }
+
+    fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
+        let scripted = self.script.lock().prepare;
+        match scripted {
+            Some(kind) => Err(failure(kind)),
+            None => self.inner.prepare(batch),
+        }
+    }
+
+    /// The inner backend's failures, and those that the script is told to report.
+    fn on_failure(&mut self, handler: FailureHandler) {
+        self.script.lock().handler = Some(handler.clone());
+        self.inner.on_failure(handler);
+    }
+
+    /// A close that fails has closed the inner backend all the same.
+    fn close(&mut self) -> Result<(), PersistError> {
+        let scripted = self.script.close();
+        let closed = self.inner.close();
+        match scripted {
+            Some(kind) => Err(failure(kind)),
+            None => closed,
         }
     }
 }
@@ -144,11 +173,32 @@ impl PersistScript {
         state.plan.clear();
         state.always = None;
         state.load = None;
+        state.prepare = None;
+        state.close = None;
     }
 
     /// The next `load` fails with `kind`.
     pub fn fail_load(&self, kind: PersistErrorKind) {
         self.lock().load = Some(kind);
+    }
+
+    /// Every `prepare` fails with `kind`, until [`work`](Self::work).
+    pub fn fail_prepare(&self, kind: PersistErrorKind) {
+        self.lock().prepare = Some(kind);
+    }
+
+    /// Reports a failure of `kind` now, as a sync in the background would; false if no caller wants to know.
+    pub fn report_failure(&self, kind: PersistErrorKind) -> bool {
+        let handler = self.lock().handler.clone();
+        handler.is_some_and(|handler| {
+            handler.report(failure(kind));
+            true
+        })
+    }
+
+    /// `close` fails with `kind`.
+    pub fn fail_close(&self, kind: PersistErrorKind) {
+        self.lock().close = Some(kind);
     }
 
     /// The next `persist` crashes: it says [`PersistErrorKind::Poisoned`], having stored the batch or not. A caller
@@ -189,6 +239,12 @@ impl PersistScript {
         self.lock().calls
     }
 
+    /// How often `close` was called.
+    #[must_use]
+    pub fn closes(&self) -> u64 {
+        self.lock().closes
+    }
+
     /// The batches that were stored, in order.
     #[must_use]
     pub fn batches(&self) -> Vec<Vec<Change>> {
@@ -214,6 +270,12 @@ impl PersistScript {
         }
         state.crashed = matches!(planned, Some(Step::Crash(_)));
         planned
+    }
+
+    fn close(&self) -> Option<PersistErrorKind> {
+        let mut state = self.lock();
+        state.closes += 1;
+        state.close
     }
 
     fn lock(&self) -> MutexGuard<'_, PersistState> {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Mutex};
 
-use nkv_core::{Action, Change, Epoch, Key, Loaded, PersistError, PersistValue, Record, RecordRef, Revision};
+use nkv_core::{Action, Change, Epoch, Key, Loaded, PersistError, PersistValue, Prepared, Record, RecordRef, Revision};
 use nkv_testkit::persist::{self, PersistHarness};
 
 /// What is wrong with a [`Broken`].
@@ -33,6 +33,10 @@ enum Flaw {
     CountsRevisionsItself,
     IsNeverEmpty,
     PadsKeys,
+    StoresWhatIsPrepared,
+    StoresWhatWasPrepared,
+    ClosesInANewEpoch,
+    ForgetsOnClose,
 }
 
 #[derive(Debug)]
@@ -42,20 +46,22 @@ struct Disk {
     old: Vec<Record>,
     revision: Revision,
     opened: u128,
+    closed: u128,
 }
 
 #[derive(Debug)]
 struct Broken {
     disk: Arc<Mutex<Disk>>,
+    prepared: Option<Vec<Change>>,
     held_back: Option<Vec<Change>>,
 }
 
 fn broken(flaw: Flaw) -> impl PersistHarness {
-    let disk = Disk { flaw, records: BTreeMap::new(), old: vec![], revision: Revision::ZERO, opened: 0 };
+    let disk = Disk { flaw, records: BTreeMap::new(), old: vec![], revision: Revision::ZERO, opened: 0, closed: 0 };
     let disk = Arc::new(Mutex::new(disk));
     move || {
         disk.lock().unwrap().opened += 1;
-        Broken { disk: Arc::clone(&disk), held_back: None }
+        Broken { disk: Arc::clone(&disk), prepared: None, held_back: None }
     }
 }
 
@@ -118,7 +124,7 @@ impl PersistValue for Broken {
             visit(RecordRef { key, ..record.lend() });
         }
         let loaded = Loaded {
-            epoch: Epoch::new(if disk.flaw == Flaw::ChangesEpoch { disk.opened } else { 1 }),
+            epoch: Epoch::new(if disk.flaw == Flaw::ChangesEpoch { disk.opened } else { 1 + disk.closed }),
             revision: if disk.flaw == Flaw::IsNeverEmpty { disk.revision.max(Revision::new(1)) } else { disk.revision },
         };
         if disk.flaw == Flaw::LoadForgets {
@@ -139,7 +145,30 @@ impl PersistValue for Broken {
                 batch.iter().rev().for_each(|change| disk.apply(change));
                 disk.revision = batch.last().unwrap().revision;
             }
+            Flaw::StoresWhatWasPrepared => {
+                let prepared = self.prepared.take();
+                prepared.as_deref().unwrap_or(batch).iter().for_each(|change| disk.apply(change));
+            }
             _ => batch.iter().for_each(|change| disk.apply(change)),
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
+        let mut disk = self.disk.lock().unwrap();
+        if disk.flaw == Flaw::StoresWhatIsPrepared {
+            batch.iter().for_each(|change| disk.apply(change));
+        }
+        self.prepared = Some(batch.to_vec());
+        Ok(Prepared::Room)
+    }
+
+    fn close(&mut self) -> Result<(), PersistError> {
+        let mut disk = self.disk.lock().unwrap();
+        match disk.flaw {
+            Flaw::ClosesInANewEpoch => disk.closed += 1,
+            Flaw::ForgetsOnClose => disk.records.clear(),
+            _ => {}
         }
         Ok(())
     }
@@ -191,5 +220,9 @@ each_flaw_is_caught_by_its_line! {
     a_lost_batch_is_caught: LosesTheLastBatch, what_was_stored_survives_a_restart;
     a_load_that_forgets_is_caught: LoadForgets, loading_changes_nothing;
     a_text_that_is_no_key_is_caught: PadsKeys, what_was_stored_survives_a_restart;
+    a_batch_stored_when_it_is_prepared_is_caught: StoresWhatIsPrepared, preparing_a_batch_stores_nothing;
+    a_prepared_batch_in_place_of_another_is_caught: StoresWhatWasPrepared, a_batch_may_be_prepared_and_another_stored;
+    a_new_epoch_with_each_close_is_caught: ClosesInANewEpoch, closing_loses_nothing;
+    a_close_that_forgets_is_caught: ForgetsOnClose, closing_loses_nothing;
     storage_that_is_never_empty_is_caught: IsNeverEmpty, new_storage_is_empty;
 }

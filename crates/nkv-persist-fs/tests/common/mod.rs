@@ -7,7 +7,10 @@ use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
 
-use nkv_core::{Action, Change, Expiry, Key, Loaded, PersistError, PersistValue, Reason, RecordRef, Revision};
+use nkv_core::{
+    Action, Change, Expiry, FailureHandler, Key, Loaded, PersistError, PersistValue, Prepared, Reason, RecordRef,
+    Revision,
+};
 use nkv_persist_fs::sim::SimFs;
 use nkv_persist_fs::{FsOptions, FsPersist};
 
@@ -70,8 +73,25 @@ pub(crate) struct Storage {
 }
 
 impl Storage {
-    pub(crate) fn close(self) -> Result<(), PersistError> {
+    pub(crate) fn close(mut self) -> Result<(), PersistError> {
         self.persist.close()
+    }
+
+    /// The batch with what each change replaces, and the revisions that it leaves.
+    fn with_replaced(&mut self, batch: &[Change]) -> Result<(Vec<Change>, HashMap<Key, Revision>), PersistError> {
+        if self.present.is_none() {
+            self.load(&mut |_| {})?;
+        }
+        let present = self.present.as_ref().unwrap();
+        let mut next = HashMap::new();
+        let mut batch = batch.to_vec();
+        for change in &mut batch {
+            let stored = || present.get(&change.key).copied().unwrap_or_default();
+            change.replaces = next.get(&change.key).copied().unwrap_or_else(stored);
+            let is_put = matches!(change.action, Action::Put { .. });
+            next.insert(change.key.clone(), if is_put { change.revision } else { Revision::ZERO });
+        }
+        Ok((batch, next))
     }
 }
 
@@ -89,6 +109,7 @@ impl Deref for Storage {
     }
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl PersistValue for Storage {
     fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
         let mut present = HashMap::new();
@@ -101,21 +122,23 @@ impl PersistValue for Storage {
     }
 
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        if self.present.is_none() {
-            self.load(&mut |_| {})?;
-        }
-        let present = self.present.as_mut().unwrap();
-        let mut next = HashMap::new();
-        let mut batch = batch.to_vec();
-        for change in &mut batch {
-            let stored = || present.get(&change.key).copied().unwrap_or_default();
-            change.replaces = next.get(&change.key).copied().unwrap_or_else(stored);
-            let is_put = matches!(change.action, Action::Put { .. });
-            next.insert(change.key.clone(), if is_put { change.revision } else { Revision::ZERO });
-        }
+        let (batch, next) = self.with_replaced(batch)?;
         self.persist.persist(&batch)?;
-        present.extend(next);
+        self.present.as_mut().unwrap().extend(next);
         Ok(())
+    }
+
+    fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
+        let (batch, _) = self.with_replaced(batch)?;
+        self.persist.prepare(&batch)
+    }
+
+    fn on_failure(&mut self, handler: FailureHandler) {
+        self.persist.on_failure(handler);
+    }
+
+    fn close(&mut self) -> Result<(), PersistError> {
+        self.persist.close()
     }
 }
 

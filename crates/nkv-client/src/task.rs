@@ -150,6 +150,7 @@ impl Task {
 
     fn attach(&mut self, link: &mut Link) {
         self.set_trouble(None);
+        tracing::debug!(addr = %self.link_options.addr, features = ?link.features, "connected");
         for send in self.hub.attach(&link.epoch) {
             self.send(link, send);
         }

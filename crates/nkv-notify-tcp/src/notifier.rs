@@ -3,12 +3,12 @@
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use nkv_core::mailbox::{Backlog, Mailbox, mailbox_with_slack};
 use nkv_core::{Delivery, Event, EventKind, Notifier, Snapshot};
-use nkv_protocol::{Chunks, ValueForm};
+use nkv_protocol::{Chunks, Features, ValueForm};
 use tokio::io::AsyncWrite;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -56,6 +56,8 @@ pub struct TcpNotifier {
 #[derive(Debug)]
 pub(crate) struct Shared {
     form: AtomicU8,
+    /// The bits of what the client understands.
+    features: AtomicU32,
     /// Bytes of answers, snapshots and what else is not conflated, that were not written yet.
     waiting: AtomicUsize,
     made: Instant,
@@ -75,6 +77,7 @@ impl TcpNotifier {
         let (mailbox, inbox) = mailbox_with_slack(options.slack);
         let shared = Arc::new(Shared {
             form: AtomicU8::new(0),
+            features: AtomicU32::new(0),
             waiting: AtomicUsize::new(0),
             made: Instant::now(),
             gathered: Default::default(),
@@ -123,6 +126,16 @@ impl TcpNotifier {
     /// The form of values in what is told.
     pub fn form(&self) -> ValueForm {
         self.shared.form()
+    }
+
+    /// Says what the client understands beyond the first version of the protocol: nothing, unless this is called.
+    pub fn set_features(&self, features: Features) {
+        self.shared.features.store(features.bits(), Relaxed);
+    }
+
+    /// Returns what the client understands beyond the first version of the protocol.
+    pub fn features(&self) -> Features {
+        Features::from_bits(self.shared.features.load(Relaxed))
     }
 
     /// Bytes of answers and snapshots that wait to be written.

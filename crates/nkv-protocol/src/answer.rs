@@ -5,7 +5,7 @@ use bytes::{BufMut, Bytes};
 use crate::chunks::Chunks;
 use crate::json::{self, Object};
 use crate::request::Id;
-use crate::{ValueForm, status};
+use crate::{Features, ValueForm, status};
 
 /// What a `Base` may say besides its status.
 #[derive(Clone, Copy, Debug, Default)]
@@ -27,6 +27,8 @@ pub struct ServerFields<'a> {
     pub epoch: &'a str,
     /// The longest value it takes, in bytes.
     pub value_len_max: u64,
+    /// What it offers beyond the first version of the protocol.
+    pub features: Features,
 }
 
 /// What was found of a key.
@@ -90,10 +92,11 @@ impl<'a> Answer<'a> {
             out.put_slice(b",\"count\":");
             json::number(out, count);
         }
-        if let Some(ServerFields { version, epoch, value_len_max }) = fields.server {
+        if let Some(ServerFields { version, epoch, value_len_max, features }) = fields.server {
             let mut object = Object::resume(out);
             object.text("server", SERVER).text("version", version).number("protocol", crate::PROTOCOL);
             object.text("epoch", epoch).number("max_value", value_len_max);
+            json::array(object.name("features"), b"[", features.names(), json::string);
         }
         out.put_slice(END);
     }

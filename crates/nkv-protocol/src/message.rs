@@ -7,7 +7,9 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use thiserror::Error;
 
+use crate::Features;
 use crate::decoder::split_line;
+use crate::features::NameList;
 use crate::json::{Text, Value};
 
 /// Longest message a client takes, in bytes: the largest `Get` with values in their longest form is left to whoever
@@ -99,6 +101,8 @@ pub struct Body {
     pub epoch: Option<String>,
     /// The longest value the server takes, in bytes.
     pub max_value: Option<u64>,
+    /// What the server offers beyond the first version of the protocol.
+    pub features: Features,
     /// Figures.
     pub stats: Stats,
 }
@@ -196,6 +200,7 @@ struct WireBody<'a> {
     protocol: Option<u64>,
     epoch: Option<String>,
     max_value: Option<u64>,
+    features: Option<NameList>,
 }
 
 #[derive(Deserialize)]
@@ -337,6 +342,7 @@ fn answer(body: WireBody<'_>, payload: Option<&[u8]>) -> Result<Body, MessageErr
         protocol: body.protocol,
         epoch: body.epoch,
         max_value: body.max_value,
+        features: body.features.unwrap_or_default().0,
         stats: Stats::default(),
     })
 }

@@ -4,8 +4,8 @@
 
 use bytes::{Bytes, BytesMut};
 use nkv_protocol::{
-    Answer, BaseFields, ChangeNotice, Chunks, Decoder, Kind, Limits, Message, MessageDecoder, Reason, Request,
-    ValueForm,
+    Answer, BaseFields, ChangeNotice, Chunks, Decoder, Features, Kind, Limits, Message, MessageDecoder, Reason,
+    Request, ServerFields, ValueForm, status,
 };
 use proptest::prelude::*;
 
@@ -257,6 +257,7 @@ proptest! {
         numbers in proptest::option::of((any::<u64>(), 1u64.., 1u64..)),
         after in proptest::option::of(text(8)),
         snapshot in any::<bool>(),
+        features in prop_oneof![Just(Features::NONE), Just(Features::RESET)],
     ) {
         let mut request = Request::new(kind, if kind == Kind::Health { String::new() } else { key });
         if matches!(kind, Kind::Version | Kind::Stats | Kind::Connect) {
@@ -265,6 +266,7 @@ proptest! {
         request.value = (kind == Kind::Put).then(|| value.into());
         request.after = after.map(Into::into);
         request.snapshot = snapshot;
+        request.features = features;
         if let Some((if_revision, ttl_ms, limit)) = numbers {
             (request.if_revision, request.ttl_ms, request.limit) = (Some(if_revision), Some(ttl_ms), Some(limit));
         }
@@ -308,4 +310,56 @@ fn a_close_says_why() {
     assert_eq!(message(&out.take().concat()), expected);
     Answer::to(Default::default(), &mut out).base(409, "at 5", &BaseFields { revision: Some(5), ..Default::default() });
     assert_eq!(out.take().concat(), b"{\"Base\":{\"id\":\"\",\"status\":409,\"message\":\"at 5\",\"revision\":5}}\n");
+}
+
+/// What a `Connect` with this list understands, or its refusal.
+fn features(list: &str) -> Result<Features, (u16, String)> {
+    let line = format!("{{\"type\":\"Connect\",\"features\":{list}}}\n");
+    let decoded = Decoder::new(Limits::default()).decode(line.as_bytes()).item.unwrap();
+    decoded.map(|request| request.features).map_err(|refusal| (refusal.status, refusal.message))
+}
+
+#[test]
+fn a_list_of_features_is_read_for_the_names_that_are_known() {
+    assert_eq!(Request::new(Kind::Connect, "").features, Features::NONE);
+    for (list, expected) in [
+        ("null", Features::NONE),
+        ("[]", Features::NONE),
+        ("[\"reset\"]", Features::RESET),
+        ("[ \"of-a-later-version\", \"reset\", \"reset\", \"\" ]", Features::RESET),
+        ("[\"\\u0072eset\"]", Features::RESET),
+        ("[\"Reset\"]", Features::NONE),
+    ] {
+        assert_eq!(features(list), Ok(expected), "{list}");
+    }
+    for list in ["\"reset\"", "{}", "[1]", "[null]", "[\"reset\"],\"features\":[\"reset\"]"] {
+        assert_eq!(features(list).map_err(|(status, _)| status), Err(status::BAD_REQUEST), "{list}");
+    }
+}
+
+#[test]
+fn a_list_of_features_is_bounded() {
+    // Brackets and quotation marks take four of the bytes.
+    assert_eq!(features(&format!("[\"{}\"]", "x".repeat(4_092))), Ok(Features::NONE));
+    let (status, message) = features(&format!("[\"{}\"]", "x".repeat(4_093))).unwrap_err();
+    assert_eq!((status, message.as_str()), (status::TOO_LARGE, "features over the limit of 4096 bytes"));
+}
+
+#[test]
+fn a_server_says_what_it_offers() {
+    for (offered, text) in [(Features::NONE, "[]"), (Features::RESET, "[\"reset\"]")] {
+        let server = ServerFields { version: "1", epoch: "e", value_len_max: 9, features: offered };
+        let mut out = Chunks::default();
+        Answer::to(Default::default(), &mut out).ok(&BaseFields { server: Some(server), ..Default::default() });
+        let line = out.take().concat();
+        assert!(String::from_utf8_lossy(&line).contains(&format!(",\"features\":{text}")));
+        let Message::Answer(body) = message(&line) else { panic!("no answer") };
+        assert_eq!(body.features, offered);
+    }
+    let older = b"{\"Base\":{\"id\":0,\"status\":200,\"message\":\"No Error\",\"max_value\":9}}\n";
+    let later = b"{\"Base\":{\"id\":0,\"status\":200,\"message\":\"\",\"features\":[\"of-a-later-version\"]}}\n";
+    for line in [&older[..], later] {
+        let Message::Answer(body) = message(line) else { panic!("no answer") };
+        assert_eq!(body.features, Features::NONE);
+    }
 }

@@ -12,13 +12,16 @@ use nkv_core::{
 };
 use nkv_notify_tcp::{Outbox, TcpNotifier};
 use nkv_protocol::{
-    Answer, BaseFields, Chunks, GetEntry, Id, Kind, Refusal, Request, ServerFields, SubscriberFields, ValueForm, hello,
-    status,
+    Answer, BaseFields, Chunks, Features, GetEntry, Id, Kind, Refusal, Request, ServerFields, SubscriberFields,
+    ValueForm, hello, status,
 };
 
 use crate::budget::DeepShare;
 use crate::core::{Core, Stopping, Subscriber, WriteResult, Written};
 use crate::server::VERSION;
+
+/// What this server offers beyond the first version of the protocol.
+const FEATURES: Features = Features::NONE;
 
 /// Keys in a `List` when it does not say, and at most.
 const LIST_LIMIT: u64 = 1_000;
@@ -345,10 +348,12 @@ impl Session {
     fn connect(&mut self, request: &Request<'_>, out: &mut Chunks) {
         self.client = Some(self.client_of(request));
         self.notifier.set_form(request.values.unwrap_or_default());
+        self.notifier.set_features(request.features);
         let server = ServerFields {
             version: VERSION,
             epoch: &self.core.store.epoch().to_string(),
             value_len_max: self.core.options.limits().value_len_max as u64,
+            features: FEATURES,
         };
         Answer::to(request.id, out).ok(&BaseFields { server: Some(server), ..BaseFields::default() });
     }

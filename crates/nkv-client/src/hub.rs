@@ -130,7 +130,8 @@ impl Local {
         if let Some(ready) = self.ready.take() {
             let error = match &reason {
                 EndReason::Refused { status, message } => {
-                    let body = nkv_protocol::Body { status: *status, message: message.clone(), ..Default::default() };
+                    let mut body = nkv_protocol::Body::default();
+                    (body.status, body.message) = (*status, message.clone());
                     Error::from_answer(&body)
                 }
                 _ => Error::closed(),

@@ -18,12 +18,14 @@ const MESSAGE_LEN_MAX: u64 = 512 << 20;
 
 /// A message from a server.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Message {
     /// A subscription was accepted.
     Hello,
     /// The answer to any other request.
     Answer(Box<Body>),
     /// A key has a new value.
+    #[non_exhaustive]
     Update {
         /// The key.
         key: String,
@@ -35,6 +37,7 @@ pub enum Message {
         skipped: u64,
     },
     /// A key is gone, or a subscription has ended.
+    #[non_exhaustive]
     Close {
         /// The key, or the subscription's pattern.
         key: String,
@@ -46,6 +49,7 @@ pub enum Message {
         skipped: u64,
     },
     /// A snapshot is complete.
+    #[non_exhaustive]
     Synced {
         /// The subscription's pattern.
         key: String,
@@ -59,6 +63,7 @@ pub enum Message {
 /// Why a key or a subscription was closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Reason {
     /// The key was deleted.
     Deleted,
@@ -72,6 +77,7 @@ pub enum Reason {
 
 /// The fields of an answer; which are filled depends on what was asked.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Body {
     /// The request's id, as JSON text.
     pub id: String,
@@ -109,6 +115,7 @@ pub struct Body {
 
 /// A subscriber, in the answer to `Trace`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[non_exhaustive]
 pub struct Subscriber {
     /// The client's name.
     pub client_uuid: String,
@@ -124,6 +131,7 @@ pub struct Subscriber {
 
 /// A server's figures, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Stats {
     /// Those that are numbers.
     pub numbers: BTreeMap<String, u64>,

@@ -21,6 +21,7 @@ macro_rules! kinds {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// What a request asks for.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
         pub enum Kind {
             $($(#[$doc])* $name,)*
         }
@@ -125,6 +126,7 @@ impl fmt::Debug for Id<'_> {
 
 /// A request; which fields count depends on its kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Request<'a> {
     /// What it asks for.
     pub kind: Kind,

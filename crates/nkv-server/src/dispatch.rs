@@ -220,6 +220,7 @@ impl Session {
                 found(id, true, out);
                 Ok(())
             }
+            _ => Err(bad_request(id, format!("this server knows no '{}'", request.kind.as_str()))),
         }
     }
 
@@ -284,12 +285,11 @@ impl Session {
         }
         let subscribers: Vec<_> = traced
             .iter()
-            .map(|traced| SubscriberFields {
-                client_uuid: traced.id.as_str(),
-                pattern: &traced.pattern,
-                since_ms: traced.since_ms,
-                queued: traced.backlog.queued as u64,
-                skipped: traced.backlog.skipped,
+            .map(|traced| {
+                let mut fields = SubscriberFields::new(traced.id.as_str(), &traced.pattern);
+                fields.since_ms = traced.since_ms;
+                (fields.queued, fields.skipped) = (traced.backlog.queued as u64, traced.backlog.skipped);
+                fields
             })
             .collect();
         Answer::to(request.id, out).trace(&subscribers);
@@ -349,13 +349,10 @@ impl Session {
         self.client = Some(self.client_of(request));
         self.notifier.set_form(request.values.unwrap_or_default());
         self.notifier.set_features(request.features);
-        let server = ServerFields {
-            version: VERSION,
-            epoch: &self.core.store.epoch().to_string(),
-            value_len_max: self.core.options.limits().value_len_max as u64,
-            features: FEATURES,
-        };
-        Answer::to(request.id, out).ok(&BaseFields { server: Some(server), ..BaseFields::default() });
+        let (epoch, limits) = (self.core.store.epoch().to_string(), self.core.options.limits());
+        let mut server = ServerFields::new(VERSION, &epoch, limits.value_len_max as u64);
+        server.features = FEATURES;
+        Answer::to(request.id, out).ok(&BaseFields::server(server));
     }
 
     fn stats(&self, id: Id<'_>, out: &mut Chunks) {
@@ -431,22 +428,17 @@ fn random_name() -> SubscriberId {
 }
 
 fn answer_write(answer: Answer<'_>, result: WriteResult) {
-    let revision = |revision: Revision| Some(revision.get());
     match result {
         Ok(Outcome::Put { revision: given }) => {
-            answer.ok(&BaseFields { revision: revision(given), ..BaseFields::default() });
+            answer.ok(&BaseFields::revision(given.get()));
         }
         Ok(Outcome::Deleted { count, revision: given }) => {
-            answer.ok(&BaseFields { revision: revision(given), count: Some(count), ..BaseFields::default() });
+            answer.ok(&BaseFields::revision(given.get()).with_count(count));
         }
         Ok(Outcome::NotFound) => answer.not_found(),
         Ok(Outcome::Conflict { revision: present }) => {
             let message = format!("Conflict: the key is at revision {present}");
-            answer.base(
-                status::CONFLICT,
-                &message,
-                &BaseFields { revision: revision(present), ..BaseFields::default() },
-            );
+            answer.base(status::CONFLICT, &message, &BaseFields::revision(present.get()));
         }
         Err(error) => {
             let (status, message) = match error.kind() {

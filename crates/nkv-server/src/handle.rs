@@ -31,11 +31,26 @@ pub struct Handle {
 
 /// Condition and lifetime of a write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct WriteOptions {
     /// Write only if the key is at this revision; [`Revision::ZERO`]: only if it is absent.
     pub if_revision: Option<Revision>,
     /// How long the value lives, at least a millisecond.
     pub ttl: Option<Duration>,
+}
+
+impl WriteOptions {
+    /// Sets the revision that the key must have; [`Revision::ZERO`]: it must be absent.
+    #[must_use]
+    pub fn with_if_revision(self, revision: Revision) -> Self {
+        WriteOptions { if_revision: Some(revision), ..self }
+    }
+
+    /// Sets how long the value lives, at least a millisecond.
+    #[must_use]
+    pub fn with_ttl(self, ttl: Duration) -> Self {
+        WriteOptions { ttl: Some(ttl), ..self }
+    }
 }
 
 /// Why a handle's call was not done.
@@ -221,6 +236,7 @@ impl From<WriteError> for HandleError {
 
 /// What a subscription tells.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Notice {
     /// The event: a change, the snapshot, or the subscription's end.
     pub event: Arc<Event>,

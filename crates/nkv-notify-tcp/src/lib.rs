@@ -13,6 +13,8 @@
 mod encode;
 mod notifier;
 mod outbox;
+mod reset;
 
 pub use notifier::{NotifierOptions, TcpNotifier};
 pub use outbox::{Outbox, WriterEnd, keep_alive, limit_send_buffer, spare};
+pub use reset::{acknowledged, end_when_closed, reset_when_closed};

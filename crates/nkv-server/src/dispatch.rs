@@ -205,6 +205,7 @@ impl Session {
             }
             Kind::Connect => {
                 self.connect(request, out);
+                outbox.end_pace();
                 Ok(())
             }
             Kind::Version => {

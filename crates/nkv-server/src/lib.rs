@@ -20,6 +20,7 @@ mod core;
 mod dispatch;
 mod handle;
 mod listener;
+mod oldest;
 mod server;
 mod slots;
 mod writer;

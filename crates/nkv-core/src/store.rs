@@ -479,6 +479,11 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         removed.inspect(|old| end(old, EndReason::Unsubscribed)).is_some()
     }
 
+    /// Returns whether there is a subscription of this name and pattern: another one would replace it.
+    pub fn is_subscribed(&self, pattern: &Pattern, id: &SubscriberId) -> bool {
+        self.lock_subscribers().has(pattern, |known| known.id == *id)
+    }
+
     /// Forgets a subscription whose subscriber has gone; nobody is told. One that replaced it meanwhile stays.
     pub fn forget(&self, subscription: &Arc<Subscription<N>>) {
         self.lock_subscribers().remove(&subscription.pattern, |known| Arc::ptr_eq(known, subscription));

@@ -16,7 +16,7 @@ use nkv_protocol::{Chunks, hello};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::bell::Bell;
-use crate::budget::Budget;
+use crate::budget::{Budget, DeepHold};
 use crate::clock::Clock;
 use crate::complaints::Complaints;
 use crate::server::Options;
@@ -188,18 +188,14 @@ pub(crate) struct Subscriber {
     reach: Reach,
     /// Whether another subscription of the same connection takes this one's place, and is to be answered.
     hello_when_replaced: AtomicBool,
+    /// What its pattern takes, if it is a connection's.
+    deep: Option<DeepHold>,
 }
 
 #[derive(Debug)]
 enum Reach {
     Connection(TcpNotifier),
     Handle(Mailbox),
-}
-
-impl From<TcpNotifier> for Subscriber {
-    fn from(notifier: TcpNotifier) -> Self {
-        Subscriber::new(Reach::Connection(notifier))
-    }
 }
 
 impl From<Mailbox> for Subscriber {
@@ -210,7 +206,12 @@ impl From<Mailbox> for Subscriber {
 
 impl Subscriber {
     fn new(reach: Reach) -> Self {
-        Subscriber { since: Instant::now(), reach, hello_when_replaced: AtomicBool::new(false) }
+        Subscriber { since: Instant::now(), reach, hello_when_replaced: AtomicBool::new(false), deep: None }
+    }
+
+    /// A connection, and what the subscription's pattern takes.
+    pub(crate) fn connection(notifier: TcpNotifier, deep: DeepHold) -> Self {
+        Subscriber { deep: Some(deep), ..Subscriber::new(Reach::Connection(notifier)) }
     }
 
     /// Has the connection told `Hello` right behind the end of this subscription, before anything of the next.
@@ -229,6 +230,9 @@ impl Subscriber {
 
 impl Notifier for Subscriber {
     fn notify(&self, event: &Arc<Event>) -> Delivery {
+        if let (EventKind::Ended { .. }, Some(deep)) = (event.kind(), &self.deep) {
+            deep.release();
+        }
         match &self.reach {
             Reach::Connection(notifier) => {
                 let delivery = notifier.notify(event);

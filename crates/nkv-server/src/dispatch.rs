@@ -196,10 +196,7 @@ impl Session {
             Kind::Unsubscribe => {
                 let (client, pattern) = (self.client_of(request), pattern(request)?);
                 let was_there = self.core.store.unsubscribe(&pattern, &client);
-                let name = (client, pattern);
-                if self.subscriptions.remove(&name).is_some() {
-                    self.deep.set(self.deep.len().saturating_sub(deep_len(&name.1)));
-                }
+                self.subscriptions.remove(&(client, pattern));
                 found(id, was_there, out);
                 Ok(())
             }
@@ -308,20 +305,21 @@ impl Session {
         let limit = self.core.options.subscriptions_max;
         if self.subscriptions.len() >= limit {
             self.subscriptions.retain(|_, subscription| is_live(subscription));
-            let lens = self.subscriptions.keys().map(|(_, pattern)| deep_len(pattern));
-            self.deep.set(lens.fold(0, usize::saturating_add));
         }
         let again = self.subscriptions.get(&name).is_some_and(is_live);
         if self.subscriptions.len() >= limit && !again {
             let message = format!("more than {limit} subscriptions on one connection");
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
+        // What this one replaces, wherever that is, counts no more: a client that comes back is not to fail for its own
+        // subscription on a connection that died.
+        let replaces = again || self.core.store.is_subscribed(&name.1, &name.0);
         let total = self.core.options.subscriptions_total_max;
-        if !again && self.core.store.stats().subscriptions >= total as u64 {
+        if !replaces && self.core.store.stats().subscriptions >= total as u64 {
             let message = format!("more than {total} subscriptions on all connections");
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
-        if !again && self.deep.is_full(deep_len(&name.1)) {
+        if !again && self.deep.is_full(deep_len(&name.1), replaces) {
             let message = "too many subscriptions to keys with many segments".into();
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
@@ -337,12 +335,9 @@ impl Session {
         }
         outbox.send(std::mem::take(out));
         let (client, pattern) = name.clone();
-        let subscriber = Subscriber::from(self.notifier.clone());
+        let subscriber = Subscriber::connection(self.notifier.clone(), self.deep.hold(deep_len(&name.1)));
         let subscription = self.core.store.subscribe(pattern, client, subscriber, request.snapshot);
-        let len = deep_len(&name.1);
-        if self.subscriptions.insert(name, subscription).is_none() {
-            self.deep.set(self.deep.len().saturating_add(len));
-        }
+        self.subscriptions.insert(name, subscription);
         Ok(())
     }
 

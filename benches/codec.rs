@@ -73,7 +73,7 @@ fn encode_ok(criterion: &mut Criterion) {
     let mut out = Chunks::default();
     criterion.bench_function("codec/encode_ok", |bencher| {
         bencher.iter(|| {
-            let fields = BaseFields { revision: Some(black_box(12_345)), ..BaseFields::default() };
+            let fields = BaseFields::revision(black_box(12_345));
             Answer::to(Id::from_json("\"3\""), &mut out).ok(&fields);
             send(&mut out);
         });

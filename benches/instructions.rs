@@ -129,7 +129,7 @@ fn decode(input: Vec<u8>) -> Box<dyn FnMut()> {
 
 fn encode_ok() -> Box<dyn FnMut()> {
     encode(|out| {
-        let fields = BaseFields { revision: Some(12_345), ..BaseFields::default() };
+        let fields = BaseFields::revision(12_345);
         Answer::to(Id::from_json("7"), out).base(nkv_protocol::status::OK, "No Error", &fields);
     })
 }

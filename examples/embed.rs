@@ -116,7 +116,7 @@ async fn add(nkv: Handle, times: u32) -> Result<(), AnyError> {
             Some(record) => (std::str::from_utf8(&record.value)?.parse::<u32>()?, record.revision),
             None => (0, Revision::ZERO),
         };
-        let options = WriteOptions { if_revision: Some(revision), ..WriteOptions::default() };
+        let options = WriteOptions::default().with_if_revision(revision);
         match nkv.put(&key, (total + 1).to_string(), options).await {
             Ok(_) => done += 1,
             Err(HandleError::Conflict { .. }) => {}
@@ -130,8 +130,7 @@ async fn add(nkv: Handle, times: u32) -> Result<(), AnyError> {
 async fn expires_by_itself(nkv: &Handle) -> Result<(), AnyError> {
     let key = Key::new("session.1")?;
     let mut session = nkv.subscribe(Pattern::from(&key), "watcher", false).await?;
-    let ttl = Some(Duration::from_millis(50));
-    nkv.put(&key, "alive", WriteOptions { ttl, ..WriteOptions::default() }).await?;
+    nkv.put(&key, "alive", WriteOptions::default().with_ttl(Duration::from_millis(50))).await?;
     loop {
         let next = tokio::time::timeout(Duration::from_secs(10), session.next());
         let notice = next.await?.ok_or("the server has stopped")?;

@@ -52,7 +52,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 async fn publish(addr: &str) -> Result<(), Box<dyn Error>> {
     let client = Client::connect(addr).await?;
     let host = fs::read_to_string("/proc/sys/kernel/hostname")?.trim().replace('.', "-");
-    let options = PutOptions { ttl: Some(TTL), ..PutOptions::default() };
+    let options = PutOptions::default().with_ttl(TTL);
     let mut ticks = tokio::time::interval(PERIOD);
     loop {
         ticks.tick().await;

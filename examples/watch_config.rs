@@ -89,12 +89,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     println!("two operators at once: the one who has not seen the newest is refused");
     config.workers = 8;
-    let stale = PutOptions { if_revision: Some(revision), ..PutOptions::default() };
+    let stale = PutOptions::default().with_if_revision(revision);
     let refused = operator.put_as_with(KEY, &config, stale).await.expect_err("others have written since");
     println!("  {refused:#}");
     let &ErrorKind::Conflict { revision: newest } = refused.kind() else { return Err(refused.into()) };
     assert!(newest > Revision::ZERO && newest > revision);
-    let fresh = PutOptions { if_revision: Some(newest), ..PutOptions::default() };
+    let fresh = PutOptions::default().with_if_revision(newest);
     operator.put_as_with(KEY, &config, fresh).await?;
     service.reconfigured().await?;
     assert_eq!(service.config, config);

@@ -130,7 +130,8 @@ impl Local {
         if let Some(ready) = self.ready.take() {
             let error = match &reason {
                 EndReason::Refused { status, message } => {
-                    let body = nkv_protocol::Body { status: *status, message: message.clone(), ..Default::default() };
+                    let mut body = nkv_protocol::Body::default();
+                    (body.status, body.message) = (*status, message.clone());
                     Error::from_answer(&body)
                 }
                 _ => Error::closed(),
@@ -225,6 +226,16 @@ impl Hub {
         self.attached = false;
         self.filling = None;
         self.wires.values_mut().flat_map(|wire| &mut wire.locals).for_each(Local::detach);
+    }
+
+    /// `Reset`: a fresh snapshot begins, because too much waited. What it lacks was missed.
+    pub(crate) fn reset(&mut self, text: String) -> Result<()> {
+        let (id, asked) = self.wires.get(&text).map_or((0, 0), |wire| (wire.id, wire.asked));
+        self.hello(text.clone(), id)?;
+        if let Some(wire) = wire(&mut self.wires, &text, id) {
+            wire.asked = asked; // it answers no `Subscribe`
+        }
+        Ok(())
     }
 
     /// `Hello`: the snapshot of a wire subscription begins.
@@ -406,6 +417,27 @@ mod tests {
         assert_eq!(told(&queue), Vec::<String>::new());
         fill(&mut hub, &late.unwrap(), &[entry("a", 1)]);
         assert_eq!(told(&queue), ["a@1", "Synced"]);
+    }
+
+    #[test]
+    fn what_is_not_in_a_snapshot_that_was_not_asked_for_was_missed_and_what_is_known_comes_not_again() {
+        let mut hub = Hub::default();
+        hub.attach("e1");
+        let (queue, send) = add(&mut hub, 1, "*");
+        fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("b", 2), entry("c", 3)]);
+        assert_eq!(told(&queue), ["a@1", "b@2", "c@3", "Synced"]);
+        hub.reset("*".into()).unwrap();
+        [entry("a", 1), entry("c", 12), entry("d", 11)].iter().for_each(|entry| hub.update(entry, 0));
+        assert_eq!(told(&queue), ["c@12", "d@11"]);
+        hub.synced(Revision::new(10)).unwrap();
+        hub.update(&entry("e", 13), 0);
+        assert_eq!(told(&queue), ["b missed", "e@13"]);
+        // One that has just been unsubscribed is read past.
+        hub.remove(&Pattern::All, 1);
+        hub.reset("*".into()).unwrap();
+        hub.update(&entry("f", 14), 0);
+        hub.synced(Revision::new(14)).unwrap();
+        assert_eq!(told(&queue), Vec::<String>::new());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
-use nkv_protocol::{Body, Kind, Message, MessageDecoder, Request, ValueForm, status};
+use nkv_protocol::{Body, Features, Kind, Message, MessageDecoder, Request, ValueForm, status};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -15,6 +15,8 @@ use tokio::time::Instant;
 use crate::addr::Addr;
 use crate::error::{Error, ErrorKind, Result};
 
+/// What this client understands beyond the first version of the protocol.
+const FEATURES: Features = Features::RESET;
 /// How many bytes one read asks for at least.
 const READ_LEN: usize = 64 << 10;
 /// An empty buffer that grew beyond this is given back.
@@ -54,6 +56,8 @@ pub(crate) struct Link {
     pub(crate) heard: Instant,
     /// The epoch of the server's data.
     pub(crate) epoch: String,
+    /// What the server offers beyond the first version of the protocol.
+    pub(crate) features: Features,
 }
 
 impl Link {
@@ -75,12 +79,14 @@ impl Link {
         let mut greeting = Request::new(Kind::Connect, "");
         greeting.client_uuid = Some(options.client_uuid.as_str().into());
         greeting.values = Some(ValueForm::Payload);
+        greeting.features = FEATURES;
         greeting.token = options.token.as_deref().map(Into::into);
         link.push(&greeting);
         let body = link.answer().await?;
         if body.status != status::OK {
             return Err(Error::from_answer(&body));
         }
+        link.features = body.features;
         link.epoch = body.epoch.unwrap_or_default();
         link.message_len_max = options.message_len_max;
         Ok(link)
@@ -100,6 +106,7 @@ impl Link {
             blocked: false,
             heard: Instant::now(),
             epoch: String::new(),
+            features: Features::NONE,
         }
     }
 

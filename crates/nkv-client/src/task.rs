@@ -150,6 +150,7 @@ impl Task {
 
     fn attach(&mut self, link: &mut Link) {
         self.set_trouble(None);
+        tracing::debug!(addr = %self.link_options.addr, features = ?link.features, "connected");
         for send in self.hub.attach(&link.epoch) {
             self.send(link, send);
         }
@@ -272,16 +273,18 @@ impl Task {
                 _ => return Err(Error::protocol("a 'Hello' that no subscription asked for")),
             },
             Message::Answer(body) => self.answer(body)?,
-            Message::Update { key, value, revision, skipped } => {
+            Message::Update { key, value, revision, skipped, .. } => {
                 let entry = Entry { key: peer_key(&key)?, value, revision: Revision::new(revision) };
                 self.hub.update(&entry, skipped);
             }
-            Message::Close { key, reason: reason @ (Reason::Deleted | Reason::Expired), revision, skipped } => {
+            Message::Close { key, reason: reason @ (Reason::Deleted | Reason::Expired), revision, skipped, .. } => {
                 let reason = if reason == Reason::Deleted { GoneReason::Deleted } else { GoneReason::Expired };
                 self.hub.gone(&peer_key(&key)?, Revision::new(revision), reason, skipped);
             }
             Message::Close { key, reason, .. } => self.hub.ended(&key, reason),
+            Message::Reset { key, .. } => self.hub.reset(key)?,
             Message::Synced { revision, .. } => self.hub.synced(Revision::new(revision))?,
+            _ => return Err(Error::protocol("a message that this client does not know")),
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 
 /// A key with its value.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Entry {
     /// The key.
     pub key: Key,
@@ -36,6 +37,7 @@ impl Entry {
 #[non_exhaustive]
 pub enum Event {
     /// A key has a new value, or had it when the subscription began.
+    #[non_exhaustive]
     Update {
         /// The key, its value and revision.
         entry: Entry,
@@ -43,6 +45,7 @@ pub enum Event {
         skipped: u64,
     },
     /// A key is gone.
+    #[non_exhaustive]
     Gone {
         /// The key.
         key: Key,
@@ -54,6 +57,7 @@ pub enum Event {
         skipped: u64,
     },
     /// Everything up to this revision has been told: first after the present state, again after each reconnect.
+    #[non_exhaustive]
     Synced {
         /// The revision.
         revision: Revision,
@@ -119,6 +123,7 @@ pub enum EndReason {
 
 /// What becomes of the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum ConnectionState {
     /// Requests are answered.
     Connected,
@@ -130,6 +135,7 @@ pub enum ConnectionState {
 
 /// How a put is to be done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PutOptions {
     /// Write only if the key is at this revision; [`Revision::ZERO`] for "only if absent".
     pub if_revision: Option<Revision>,
@@ -137,8 +143,23 @@ pub struct PutOptions {
     pub ttl: Option<Duration>,
 }
 
+impl PutOptions {
+    /// Sets the revision that the key must have; [`Revision::ZERO`] for "only if absent".
+    #[must_use]
+    pub fn with_if_revision(self, revision: Revision) -> Self {
+        PutOptions { if_revision: Some(revision), ..self }
+    }
+
+    /// Sets how long the value lives.
+    #[must_use]
+    pub fn with_ttl(self, ttl: Duration) -> Self {
+        PutOptions { ttl: Some(ttl), ..self }
+    }
+}
+
 /// Which part of many keys is asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PageOptions {
     /// How many keys at most; the server's default if not given.
     pub limit: Option<u64>,
@@ -146,8 +167,23 @@ pub struct PageOptions {
     pub after: Option<String>,
 }
 
+impl PageOptions {
+    /// Sets how many keys are asked for at most.
+    #[must_use]
+    pub fn with_limit(self, limit: u64) -> Self {
+        PageOptions { limit: Some(limit), ..self }
+    }
+
+    /// Sets the key after which the part begins.
+    #[must_use]
+    pub fn with_after(self, key: impl Into<String>) -> Self {
+        PageOptions { after: Some(key.into()), ..self }
+    }
+}
+
 /// A part of many keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Page<T> {
     /// What was found, in key order.
     pub items: Vec<T>,
@@ -157,6 +193,7 @@ pub struct Page<T> {
 
 /// What a delete did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Deleted {
     /// How many keys are gone; 0 when there was nothing.
     pub count: u64,
@@ -166,6 +203,7 @@ pub struct Deleted {
 
 /// What a server says of itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ServerVersion {
     /// The server's version.
     pub version: String,

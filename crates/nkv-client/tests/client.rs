@@ -61,7 +61,7 @@ async fn what_cannot_be_a_key_is_refused_before_anything_is_sent() {
 async fn a_conditional_write_tells_the_present_revision_of_a_conflict() {
     let (_server, addr) = server().await;
     let client = Client::connect(&addr).await.unwrap();
-    let if_absent = PutOptions { if_revision: Some(Revision::ZERO), ttl: None };
+    let if_absent = PutOptions::default().with_if_revision(Revision::ZERO);
     let revision = client.put_with("a", "1", if_absent).await.unwrap();
     let error = client.put_with("a", "2", if_absent).await.unwrap_err();
     assert_eq!(error.kind(), &ErrorKind::Conflict { revision });
@@ -88,7 +88,7 @@ async fn what_is_too_large_for_one_answer_comes_in_pages() {
     let all = within(client.get_all("*")).await.unwrap();
     assert_eq!(all.len(), 70);
     assert!(all.is_sorted_by(|a, b| a.key < b.key) && all.iter().all(|entry| entry.value.len() == 1 << 20));
-    let page = client.list_page("big.*", PageOptions { limit: Some(3), after: Some("big.10".into()) }).await.unwrap();
+    let page = client.list_page("big.*", PageOptions::default().with_limit(3).with_after("big.10")).await.unwrap();
     let keys: Vec<_> = page.items.iter().map(|(key, _)| key.as_str()).collect();
     assert_eq!((keys, page.more), (vec!["big.11", "big.12", "big.13"], true));
     let error = client.put("big.x", vec![7; (1 << 20) + 1]).await.unwrap_err();
@@ -121,7 +121,7 @@ async fn a_subscription_tells_the_present_then_synced_then_changes() {
     assert_eq!(short(&next(&mut lamps).await), "lamp=1");
     client.delete("lamp.hall").await.unwrap();
     assert_eq!(short(&next(&mut lamps).await), "lamp.hall deleted");
-    let ttl = PutOptions { if_revision: None, ttl: Some(Duration::from_millis(20)) };
+    let ttl = PutOptions::default().with_ttl(Duration::from_millis(20));
     client.put_with("lamp.hall", "on", ttl).await.unwrap();
     assert_eq!(short(&next(&mut lamps).await), "lamp.hall=on");
     let expired = next(&mut lamps).await;

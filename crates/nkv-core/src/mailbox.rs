@@ -607,6 +607,12 @@ impl<T> Inbox<T> {
         self.shared.is_waited_for.store(false, Release);
     }
 
+    /// Sets how many bytes of changes may wait without being conflated from now on; returns how many could before. What
+    /// waits already stays as it is.
+    pub fn set_slack(&self, slack: usize) -> usize {
+        std::mem::replace(&mut self.shared.lock().slack, slack)
+    }
+
     /// Takes the next item if one is there.
     pub fn try_take(&self) -> Option<Item<T>> {
         self.shared.take(self.shared.lock()).ok()

@@ -584,3 +584,12 @@ fn a_call_reaches_a_reader_that_wants_no_items_and_one_that_waits_for_some() {
     post.wake();
     assert_eq!((idle.count(), inbox.is_waited_for()), (1, false));
 }
+
+#[test]
+fn slack_that_is_taken_away_leaves_what_waits_as_it_is() {
+    let (post, inbox) = mailbox_with_slack(2 * CHANGE_LEN);
+    post_all(&post, [put("a", 1)]);
+    assert_eq!((inbox.set_slack(0), inbox.set_slack(0)), (2 * CHANGE_LEN, 0));
+    assert_eq!(post_all(&post, [put("a", 2), put("a", 3)]), [Delivery::Queued, Delivery::Conflated]);
+    assert_eq!(drain(&inbox), [change("a", 1, 0), change("a", 3, 1)]);
+}

@@ -15,7 +15,7 @@ use crate::record::{
 };
 use crate::records::Records;
 use crate::revision::{Epoch, Revision};
-use crate::subscribers::{Progress, Subscribers, Subscription};
+use crate::subscribers::{Progress, SubscriberId, Subscribers, Subscription};
 use crate::sync::{MutexGuard, RwLock, RwLockReadGuard, TurnMutex};
 use crate::wake::Later;
 
@@ -220,6 +220,10 @@ impl<N: Notifier> Shared<N> {
         drop(subscribers);
         drop(later);
         removed.is_some()
+    }
+
+    pub(crate) fn is_subscribed(&self, pattern: &Pattern, id: &SubscriberId) -> bool {
+        self.subscribers.lock().has(pattern, |known| known.id() == id)
     }
 
     /// See [`NotifyKeyValue::forget`](crate::NotifyKeyValue::forget).

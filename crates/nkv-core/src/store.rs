@@ -455,6 +455,11 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         self.shared.unsubscribe(pattern, |known| known.id() == id)
     }
 
+    /// Returns whether there is a subscription of this name and pattern: another one would replace it.
+    pub fn is_subscribed(&self, pattern: &Pattern, id: &SubscriberId) -> bool {
+        self.shared.is_subscribed(pattern, id)
+    }
+
     /// Forgets subscriptions whose subscriber has gone, without a last event. One that replaced another meanwhile stays.
     pub fn forget(&self, gone: &[Arc<Subscription<N>>]) {
         self.shared.forget(gone);

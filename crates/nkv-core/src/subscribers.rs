@@ -237,6 +237,14 @@ impl<N> Node<N> {
         self.branch.is_empty() && self.below.is_empty() && self.children.is_empty()
     }
 
+    fn has(&self, pattern: &Pattern, is_it: impl Fn(&Arc<Subscription<N>>) -> bool) -> bool {
+        let entries = match pattern {
+            Pattern::Key(_) => &self.branch,
+            Pattern::Below(_) | Pattern::All => &self.below,
+        };
+        entries.iter().any(is_it)
+    }
+
     fn entries(&mut self, pattern: &Pattern) -> &mut Entries<N> {
         match pattern {
             Pattern::Key(_) => &mut self.branch,
@@ -262,6 +270,12 @@ impl<N> Subscribers<N> {
         }
         node.entries(&subscription.pattern).push(Arc::clone(&subscription));
         self.len += 1;
+    }
+
+    /// Whether there is a subscription of `pattern` that `is_it` finds.
+    pub(crate) fn has(&self, pattern: &Pattern, is_it: impl Fn(&Arc<Subscription<N>>) -> bool) -> bool {
+        let node = segments(pattern).try_fold(&self.root, |node, segment| node.children.get(segment));
+        node.is_some_and(|node| node.has(pattern, is_it))
     }
 
     /// Removes the subscription of `pattern` that `is_it` finds, and the nodes that it leaves empty.

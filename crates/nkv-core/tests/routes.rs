@@ -42,7 +42,7 @@ impl<P: PersistValue> PersistValue for Silent<P> {
 #[test]
 fn a_full_route_refuses_a_batch_that_spans_routes_before_any_part_is_stored() {
     let ((main, main_script), (side, side_script)) = (scripted(), scripted());
-    let store = Store::open(RoutePersist::new(main).route(Key::new("a").unwrap(), side), 0).unwrap();
+    let store = Store::open(RoutePersist::new(main).route(Key::new("a").unwrap(), side)).unwrap();
     side_script.fail_prepare(PersistErrorKind::NoSpace);
     let error = store.write(&[put("b"), put("a")]).unwrap_err();
     assert_eq!(error.kind(), PersistErrorKind::NoSpace);
@@ -57,7 +57,7 @@ fn a_full_route_refuses_a_batch_that_spans_routes_before_any_part_is_stored() {
 #[test]
 fn a_backend_that_cannot_say_whether_it_has_room_stores_its_part_first() {
     let ((main, main_script), (side, side_script)) = (scripted(), scripted());
-    let store = Store::open(RoutePersist::new(main).route(Key::new("a").unwrap(), Silent(side)), 0).unwrap();
+    let store = Store::open(RoutePersist::new(main).route(Key::new("a").unwrap(), Silent(side))).unwrap();
     side_script.fail_next(PersistErrorKind::NoSpace);
     let error = store.write(&[put("b"), put("a")]).unwrap_err();
     assert_eq!(error.kind(), PersistErrorKind::NoSpace);
@@ -90,7 +90,7 @@ fn closing_a_store_closes_every_route_once_and_the_first_failure_is_the_result()
     let ((main, main_script), (side, side_script), (other, other_script)) = (scripted(), scripted(), scripted());
     let boxed: Box<dyn PersistValue> = Box::new(Arc::new(Mutex::new(side)));
     let routes = RoutePersist::new(main).route(Key::new("a").unwrap(), boxed).route(Key::new("b").unwrap(), other);
-    let store = Store::open(routes, 0).unwrap();
+    let store = Store::open(routes).unwrap();
     store.write(&[put("a"), put("b"), put("c")]).unwrap();
     side_script.fail_close(PersistErrorKind::Poisoned);
     other_script.fail_close(PersistErrorKind::Io);
@@ -102,7 +102,7 @@ fn closing_a_store_closes_every_route_once_and_the_first_failure_is_the_result()
 #[test]
 fn a_closed_store_takes_no_writes_and_is_read_as_before() {
     let (persist, script) = scripted();
-    let store = Store::open(persist, 0).unwrap();
+    let store = Store::open(persist).unwrap();
     store.write(&[put("a")]).unwrap();
     store.close().unwrap();
     let error = store.write(&[put("b")]).unwrap_err();

@@ -458,8 +458,11 @@ mod subscriptions {
         let (mine, other) = (subscribe(&store, "a", "me"), subscribe(&store, "a", "other"));
         assert!(!store.unsubscribe(&pattern("a.*"), &"me".into()), "another pattern");
         assert!(!store.unsubscribe(&pattern("a"), &"nobody".into()));
+        let known = |text: &str, id: &str| store.is_subscribed(&pattern(text), &id.into());
+        assert!(known("a", "me") && !known("a.*", "me") && !known("a", "nobody") && !known("a.b", "me"));
         assert!(store.unsubscribe(&pattern("a"), &"me".into()));
         assert!(!store.unsubscribe(&pattern("a"), &"me".into()), "a second time");
+        assert!(!known("a", "me"));
         put(&store, "a", "x").unwrap();
         assert_eq!((told(&mine), told(&other)), (vec!["a unsubscribed".into()], vec!["a=x @1".into()]));
     }

@@ -13,7 +13,9 @@
 mod encode;
 mod notifier;
 mod outbox;
+mod reset;
 
 pub use encode::forget_encodings;
 pub use notifier::{NotifierOptions, TcpNotifier};
 pub use outbox::{Outbox, WriterEnd, keep_alive, limit_send_buffer, spare};
+pub use reset::{acknowledged, end_when_closed, reset_when_closed};

@@ -3,12 +3,12 @@
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use nkv_core::mailbox::{Backlog, Mailbox, Overflow, mailbox_with_slack};
 use nkv_core::{Delivery, Event, EventKind, Notifier};
-use nkv_protocol::{Chunks, ValueForm};
+use nkv_protocol::{Chunks, Features, ValueForm};
 use tokio::io::AsyncWrite;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -56,6 +56,8 @@ pub struct TcpNotifier {
 #[derive(Debug)]
 pub(crate) struct Shared {
     form: AtomicU8,
+    /// The bits of what the client understands.
+    features: AtomicU32,
     /// Bytes of answers, snapshots and what else is not conflated, that were not written yet.
     waiting: AtomicUsize,
     made: Instant,
@@ -76,6 +78,7 @@ impl TcpNotifier {
         mailbox.set_overflow(Overflow::Close);
         let shared = Arc::new(Shared {
             form: AtomicU8::new(0),
+            features: AtomicU32::new(0),
             waiting: AtomicUsize::new(0),
             made: Instant::now(),
             gathered: Default::default(),
@@ -116,18 +119,12 @@ impl TcpNotifier {
         }
     }
 
-    /// The peer understands `Reset`: where too much waits for it, its subscriptions begin anew. Without that its
-    /// connection ends then, which [`has_overflowed`](Self::has_overflowed) tells.
-    pub fn allow_reset(&self) {
-        self.mailbox.set_overflow(Overflow::Reset);
-    }
-
     /// Drops the changes that wait, as where too much waits.
     pub fn give_up(&self) {
         self.mailbox.observer().give_up();
     }
 
-    /// Whether too much waited for a peer that does not understand `Reset`: the sending side ends.
+    /// Whether too much waited for a peer that does not understand [`Features::RESET`]: the sending side ends.
     pub fn has_overflowed(&self) -> bool {
         self.mailbox.has_overflowed()
     }
@@ -140,6 +137,18 @@ impl TcpNotifier {
     /// The form of values in what is told.
     pub fn form(&self) -> ValueForm {
         self.shared.form()
+    }
+
+    /// Says what the client understands beyond the first version of the protocol: nothing, unless this is called.
+    pub fn set_features(&self, features: Features) {
+        self.shared.features.store(features.bits(), Relaxed);
+        let can_begin_anew = features.contains(Features::RESET);
+        self.mailbox.set_overflow(if can_begin_anew { Overflow::Reset } else { Overflow::Close });
+    }
+
+    /// Returns what the client understands beyond the first version of the protocol.
+    pub fn features(&self) -> Features {
+        Features::from_bits(self.shared.features.load(Relaxed))
     }
 
     /// Bytes of answers and snapshots that wait to be written.

@@ -8,7 +8,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use nkv_core::mailbox::{Inbox, Item};
@@ -18,6 +18,10 @@ use tokio::time::{Sleep, sleep};
 
 use crate::encode;
 use crate::notifier::{Shared, waiting_len};
+
+use self::pace::Pace;
+
+mod pace;
 
 /// So many bytes are gathered for one write. What is still in the mailbox can be conflated, what is gathered cannot.
 const GATHER_LEN: usize = 64 << 10;
@@ -63,6 +67,8 @@ pub struct Outbox {
     has_moved: bool,
     /// What the mailbox wakes.
     told: Option<Waker>,
+    /// Messages go out one at a time.
+    pace: Option<Box<Pace>>,
 }
 
 thread_local! {
@@ -89,13 +95,14 @@ fn give_back(chunks: Chunks) {
 impl Outbox {
     pub(crate) fn new(inbox: Inbox<Box<Chunks>>, shared: Arc<Shared>) -> Self {
         let (out, gathered, fresh, counted, stall, has_moved, told) = Default::default();
-        Outbox { inbox, shared, out, gathered, fresh, counted, stall, has_moved, told }
+        Outbox { inbox, shared, out, gathered, fresh, counted, stall, has_moved, told, pace: None }
     }
 
     /// Sends answers, after all that was sent or told before.
     pub fn send(&mut self, mut answers: Chunks) {
         let len = answers.len();
-        if len > 0 && self.out.is_empty() && self.inbox.is_empty() {
+        let is_next = self.out.is_empty() && self.pace.is_none();
+        if len > 0 && is_next && self.inbox.is_empty() {
             self.fresh = len;
             self.out.append(&mut answers);
         } else if len > 0 {
@@ -120,6 +127,11 @@ impl Outbox {
     where
         W: AsyncWrite + Unpin,
     {
+        if self.pace.is_some()
+            && let Some(end) = ready!(self.poll_paced(cx, told, writer))
+        {
+            return Poll::Ready(end);
+        }
         let mut turn_len = 0_usize;
         loop {
             if turn_len > TURN_LEN {

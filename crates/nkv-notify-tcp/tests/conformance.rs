@@ -60,22 +60,25 @@ fn told(message: Message) -> Option<Told> {
     let key = |key: &str| Key::new(key).unwrap();
     let pattern = |pattern: &str| Pattern::new(pattern).unwrap();
     Some(match message {
-        Message::Update { key: k, value, revision, skipped } => {
+        Message::Update { key: k, value, revision, skipped, .. } => {
             Told::Put { key: key(&k), value, revision: Revision::new(revision), skipped: Some(skipped) }
         }
-        Message::Close { key: k, reason, revision, skipped } => {
+        Message::Close { key: k, reason, revision, skipped, .. } => {
             let (revision, skipped) = (Revision::new(revision), Some(skipped));
             match reason {
                 WireReason::Deleted => Told::Delete { key: key(&k), reason: Reason::Deleted, revision, skipped },
                 WireReason::Expired => Told::Delete { key: key(&k), reason: Reason::Expired, revision, skipped },
                 WireReason::Unsubscribed => Told::Ended { pattern: pattern(&k), reason: EndReason::Unsubscribed },
                 WireReason::Replaced => Told::Ended { pattern: pattern(&k), reason: EndReason::Replaced },
+                other => panic!("{other:?}"),
             }
         }
-        Message::Synced { key, revision, epoch } => {
+        Message::Reset { key, .. } => Told::Reset { pattern: pattern(&key) },
+        Message::Synced { key, revision, epoch, .. } => {
             Told::Synced { pattern: pattern(&key), revision: Revision::new(revision), epoch: epoch.parse().unwrap() }
         }
         Message::Hello | Message::Answer(_) => return None,
+        other => panic!("{other:?}"),
     })
 }
 

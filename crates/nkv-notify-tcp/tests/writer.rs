@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::task::{Context, Poll, Wake, Waker};
@@ -15,7 +18,7 @@ use nkv_core::{
 };
 use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd};
 use nkv_protocol::{Chunks, Message, MessageDecoder, ValueForm};
-use tokio::io::{AsyncReadExt, DuplexStream, duplex};
+use tokio::io::{AsyncReadExt, AsyncWrite, DuplexStream, duplex};
 use tokio::time::{Instant, timeout};
 
 fn put(key: &str, value: impl Into<Bytes>, revision: u64) -> Arc<Event> {
@@ -221,4 +224,166 @@ async fn a_long_value_alone_is_added_to() {
     notifier.close();
     let all = all(theirs).await;
     assert!(all.contains(&long) && all.contains("short"), "{} bytes", all.len());
+}
+
+/// Takes all that is written, and notes each write with its time.
+#[derive(Default)]
+struct Writes(Vec<(Instant, String)>);
+
+impl AsyncWrite for Writes {
+    fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.0.push((Instant::now(), String::from_utf8(bytes.to_vec()).unwrap()));
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Err(io::ErrorKind::Unsupported.into()))
+    }
+}
+
+impl Writes {
+    /// What was written since the last time. Each write was one line, and at least `pause` after the one before.
+    fn lines(&mut self, pause: Duration) -> Vec<String> {
+        for pair in self.0.windows(2) {
+            assert!(pair[1].0 - pair[0].0 >= pause, "{pair:?}");
+        }
+        let lines: Vec<_> = self.0.drain(..).map(|(_, line)| line).collect();
+        for line in &lines {
+            assert_eq!(line.find('\n'), Some(line.len() - 1), "one line: {line}");
+        }
+        lines
+    }
+}
+
+const PAUSE: Duration = Duration::from_millis(2);
+
+fn paced(slack: usize) -> (TcpNotifier, Outbox) {
+    let (notifier, mut outbox) = TcpNotifier::new(NotifierOptions { slack, ..NotifierOptions::default() });
+    outbox.pace();
+    (notifier, outbox)
+}
+
+fn tell(notifier: &TcpNotifier, event: &Arc<Event>) {
+    assert_ne!(notifier.notify(event), Delivery::Closed);
+}
+
+/// Polls for so long.
+async fn poll_for(time: Duration, outbox: &mut Outbox, writes: &mut Writes) {
+    let end = poll_fn(|cx| outbox.poll(cx, cx.waker(), writes));
+    assert!(timeout(time, end).await.is_err(), "it has ended");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_paced_outbox_writes_one_message_at_a_time_and_what_waits_is_conflated() {
+    let (notifier, mut outbox) = paced(64 << 10);
+    let mut writes = Writes::default();
+    outbox.send(text("\"Hello\"\n"));
+    outbox.send(text("answer 1\nanswer 2\n"));
+    poll_for(PAUSE / 2, &mut outbox, &mut writes).await;
+    assert_eq!(writes.lines(PAUSE), ["\"Hello\"\n"], "nothing comes with it, and nothing too soon");
+    let mut revision = 0;
+    for round in 0..20 {
+        for key in ["a", "b", "c"] {
+            revision += 1;
+            tell(&notifier, &put(key, format!("{round}"), revision));
+        }
+    }
+    assert_eq!(notifier.backlog().queued, 4, "an item of two answers, and a change of each key");
+    poll_for(Duration::from_secs(1), &mut outbox, &mut writes).await;
+    let lines = writes.lines(PAUSE);
+    let values = |n: usize| format!("\"value\":[49,57],\"revision\":{n},\"skipped\":19}}}}\n");
+    assert_eq!(lines[..2], ["answer 1\n", "answer 2\n"]);
+    assert!((2..5).all(|at| lines[at].ends_with(&values(56 + at))) && lines.len() == 5, "{lines:?}");
+
+    // What waits while others are written is conflated too: none of it was taken before its time.
+    for key in ["a", "b", "c", "d"] {
+        revision += 1;
+        tell(&notifier, &put(key, "1", revision));
+    }
+    poll_for(PAUSE / 2, &mut outbox, &mut writes).await;
+    for key in ["d", "c", "b"] {
+        revision += 1;
+        tell(&notifier, &put(key, "2", revision));
+    }
+    poll_for(Duration::from_secs(1), &mut outbox, &mut writes).await;
+    let keys: Vec<_> = writes.lines(PAUSE).iter().map(|line| line[18..19].to_owned() + &line[31..32]).collect();
+    assert_eq!(keys, ["a9", "d0", "c0", "b0"], "the second digit of the value in numbers");
+
+    tell(&notifier, &put("a", "last", revision + 1));
+    notifier.close();
+    let end = poll_fn(|cx| outbox.poll(cx, cx.waker(), &mut writes));
+    assert!(matches!(end.await, WriterEnd::Finished), "how the connection ends is left to its owner");
+    assert_eq!(writes.lines(PAUSE).len(), 1);
+    assert_eq!(notifier.waiting(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_paced_line_leaves_its_revision_out_only_to_fit_into_a_read() {
+    let (notifier, mut outbox) = paced(0);
+    let mut writes = Writes::default();
+    let frame = "{\"Update\":{\"key\":\"k\",\"value\":[]}}\n".len();
+    let fields = ",\"revision\":1,\"skipped\":0".len();
+    // Each byte of 1 is two characters but the last one's comma; a byte of 10 has one more.
+    let value = |len: usize| {
+        let numbers = len - frame + 1;
+        Bytes::from([vec![1; numbers / 2 - numbers % 2], vec![10; numbers % 2]].concat())
+    };
+    for (len, is_short, revision) in [
+        (1_024 - fields - 1, false, 1),
+        (1_024 - fields, false, 2),
+        (1_024 - fields + 1, true, 3),
+        (1_024, true, 4),
+        (1_025, false, 5),
+        (9_000, false, 6),
+    ] {
+        tell(&notifier, &put("k", value(len), revision));
+        poll_for(Duration::from_secs(1), &mut outbox, &mut writes).await;
+        let line = writes.lines(PAUSE).pop().unwrap();
+        assert_eq!(line.len(), if is_short { len } else { len + fields }, "{line:.60}");
+        assert_eq!(line.contains("revision"), !is_short);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pace_ends_after_what_was_in_hand() {
+    let (notifier, mut outbox) = paced(64 << 10);
+    let mut writes = Writes::default();
+    outbox.send(text("answer 1\nanswer 2\n"));
+    poll_for(PAUSE / 2, &mut outbox, &mut writes).await;
+    assert!(outbox.is_paced());
+    outbox.end_pace();
+    assert!(!outbox.is_paced());
+    for revision in 1..=3 {
+        tell(&notifier, &put("a", "x", revision));
+    }
+    outbox.send(text("answer 3\n"));
+    poll_for(PAUSE / 2, &mut outbox, &mut writes).await;
+    let all: Vec<_> = writes.0.iter().map(|(_, bytes)| bytes.lines().count()).collect();
+    assert_eq!(all, [1, 1, 4], "the rest in one write, every change of it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_paced_snapshot_comes_message_by_message_too() {
+    let (notifier, mut outbox) = paced(0);
+    let mut writes = Writes::default();
+    let records = ["a", "b", "c"].map(|key| Record {
+        key: Key::new(key).unwrap(),
+        value: Bytes::from("x"),
+        revision: Revision::new(1),
+        expiry: None,
+    });
+    let (revision, epoch) = (Revision::new(7), Epoch::new(1));
+    let records = records.into_iter().collect();
+    let part = Snapshot { pattern: Pattern::All, records, revision, epoch, is_last: true };
+    let began = Began::new(Pattern::All, revision, epoch, SnapshotReader::of([part])).with_snapshot();
+    tell(&notifier, &Event::new(EventKind::Began(began)));
+    tell(&notifier, &put("a", "y", 8));
+    poll_for(Duration::from_secs(1), &mut outbox, &mut writes).await;
+    let starts: Vec<_> = writes.lines(PAUSE).iter().map(|line| line[..6].to_owned()).collect();
+    assert_eq!(starts, ["\"Hello", "{\"Upda", "{\"Upda", "{\"Upda", "{\"Sync", "{\"Upda"]);
+    assert_eq!(notifier.waiting(), 0);
 }

@@ -5,10 +5,11 @@ use bytes::{BufMut, Bytes};
 use crate::chunks::Chunks;
 use crate::json::{self, Object};
 use crate::request::Id;
-use crate::{ValueForm, status};
+use crate::{Features, ValueForm, status};
 
 /// What a `Base` may say besides its status.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub struct BaseFields<'a> {
     /// The revision given, or the present one in a conflict.
     pub revision: Option<u64>,
@@ -18,8 +19,29 @@ pub struct BaseFields<'a> {
     pub server: Option<ServerFields<'a>>,
 }
 
+impl<'a> BaseFields<'a> {
+    /// A revision, and nothing else.
+    #[must_use]
+    pub fn revision(revision: u64) -> Self {
+        BaseFields { revision: Some(revision), ..BaseFields::default() }
+    }
+
+    /// What a server says of itself, and nothing else.
+    #[must_use]
+    pub fn server(server: ServerFields<'a>) -> Self {
+        BaseFields { server: Some(server), ..BaseFields::default() }
+    }
+
+    /// Adds how many keys were deleted.
+    #[must_use]
+    pub fn with_count(self, count: u64) -> Self {
+        BaseFields { count: Some(count), ..self }
+    }
+}
+
 /// What a server says of itself.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct ServerFields<'a> {
     /// Its version.
     pub version: &'a str,
@@ -27,6 +49,16 @@ pub struct ServerFields<'a> {
     pub epoch: &'a str,
     /// The longest value it takes, in bytes.
     pub value_len_max: u64,
+    /// What it offers beyond the first version of the protocol.
+    pub features: Features,
+}
+
+impl<'a> ServerFields<'a> {
+    /// A server that offers no features.
+    #[must_use]
+    pub fn new(version: &'a str, epoch: &'a str, value_len_max: u64) -> Self {
+        ServerFields { version, epoch, value_len_max, features: Features::NONE }
+    }
 }
 
 /// What was found of a key.
@@ -50,6 +82,7 @@ impl<'a> From<(&'a str, &'a Bytes, u64)> for GetEntry<'a> {
 
 /// Who would be told of a change.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct SubscriberFields<'a> {
     /// The client's name.
     pub client_uuid: &'a str,
@@ -126,6 +159,14 @@ impl Entries {
     }
 }
 
+impl<'a> SubscriberFields<'a> {
+    /// A subscriber that has just subscribed and has nothing waiting.
+    #[must_use]
+    pub fn new(client_uuid: &'a str, pattern: &'a str) -> Self {
+        SubscriberFields { client_uuid, pattern, since_ms: 0, queued: 0, skipped: 0 }
+    }
+}
+
 /// The name of this server in `Version` and `Connect`.
 const SERVER: &str = "nkv";
 
@@ -153,10 +194,11 @@ impl<'a> Answer<'a> {
             out.put_slice(b",\"count\":");
             json::number(out, count);
         }
-        if let Some(ServerFields { version, epoch, value_len_max }) = fields.server {
+        if let Some(ServerFields { version, epoch, value_len_max, features }) = fields.server {
             let mut object = Object::resume(out);
             object.text("server", SERVER).text("version", version).number("protocol", crate::PROTOCOL);
             object.text("epoch", epoch).number("max_value", value_len_max);
+            json::array(object.name("features"), b"[", features.names(), json::string);
         }
         out.put_slice(END);
     }

@@ -43,6 +43,7 @@ pub struct Refusal<'a> {
 
 /// What became of some input.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Decoded<'a> {
     /// How many bytes of the input are done with.
     pub consumed: usize,

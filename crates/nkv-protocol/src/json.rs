@@ -60,11 +60,11 @@ impl<'a, B: BufMut> Object<'a, B> {
 
 /// Writes an array, each item by `write`; `start` ends with its bracket.
 #[inline]
-pub(crate) fn array<T>(
-    out: &mut Vec<u8>,
+pub(crate) fn array<T, B: BufMut>(
+    out: &mut B,
     start: &[u8],
     items: impl IntoIterator<Item = T>,
-    mut write: impl FnMut(&mut Vec<u8>, T),
+    mut write: impl FnMut(&mut B, T),
 ) {
     out.put_slice(start);
     for (at, item) in items.into_iter().enumerate() {

@@ -14,6 +14,7 @@
 mod answer;
 mod chunks;
 mod decoder;
+mod features;
 mod json;
 mod message;
 mod notification;
@@ -22,6 +23,7 @@ mod request;
 pub use answer::{Answer, BaseFields, Entries, GetEntry, ServerFields, SubscriberFields};
 pub use chunks::Chunks;
 pub use decoder::{Decoded, Decoder, Limits, Refusal};
+pub use features::Features;
 pub use message::{Body, Message, MessageDecoder, MessageError, Reason, Stats, Subscriber};
 pub use notification::{ChangeNotice, hello, reset, synced, unsubscribed};
 pub use request::{Id, Kind, Request};

@@ -7,7 +7,9 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use thiserror::Error;
 
+use crate::Features;
 use crate::decoder::split_line;
+use crate::features::NameList;
 use crate::json::{Text, Value};
 
 /// Longest message a client takes, in bytes: the largest `Get` with values in their longest form is left to whoever
@@ -16,12 +18,14 @@ const MESSAGE_LEN_MAX: u64 = 512 << 20;
 
 /// A message from a server.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Message {
     /// A subscription was accepted.
     Hello,
     /// The answer to any other request.
     Answer(Box<Body>),
     /// A key has a new value.
+    #[non_exhaustive]
     Update {
         /// The key.
         key: String,
@@ -33,6 +37,7 @@ pub enum Message {
         skipped: u64,
     },
     /// A key is gone, or a subscription has ended.
+    #[non_exhaustive]
     Close {
         /// The key, or the subscription's pattern.
         key: String,
@@ -43,7 +48,14 @@ pub enum Message {
         /// Changes of the key that were passed over.
         skipped: u64,
     },
+    /// A fresh snapshot begins that was not asked for, because too much waited: a key that is not in it is gone.
+    #[non_exhaustive]
+    Reset {
+        /// The subscription's pattern.
+        key: String,
+    },
     /// A snapshot is complete.
+    #[non_exhaustive]
     Synced {
         /// The subscription's pattern.
         key: String,
@@ -57,6 +69,7 @@ pub enum Message {
 /// Why a key or a subscription was closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Reason {
     /// The key was deleted.
     Deleted,
@@ -70,6 +83,7 @@ pub enum Reason {
 
 /// The fields of an answer; which are filled depends on what was asked.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Body {
     /// The request's id, as JSON text.
     pub id: String,
@@ -99,12 +113,15 @@ pub struct Body {
     pub epoch: Option<String>,
     /// The longest value the server takes, in bytes.
     pub max_value: Option<u64>,
+    /// What the server offers beyond the first version of the protocol.
+    pub features: Features,
     /// Figures.
     pub stats: Stats,
 }
 
 /// A subscriber, in the answer to `Trace`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[non_exhaustive]
 pub struct Subscriber {
     /// The client's name.
     pub client_uuid: String,
@@ -120,6 +137,7 @@ pub struct Subscriber {
 
 /// A server's figures, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Stats {
     /// Those that are numbers.
     pub numbers: BTreeMap<String, u64>,
@@ -165,6 +183,9 @@ enum Wire<'a> {
     #[serde(borrow)]
     Update(WireUpdate<'a>),
     Close(WireClose),
+    Reset {
+        key: String,
+    },
     Synced {
         key: String,
         revision: u64,
@@ -196,6 +217,7 @@ struct WireBody<'a> {
     protocol: Option<u64>,
     epoch: Option<String>,
     max_value: Option<u64>,
+    features: Option<NameList>,
 }
 
 #[derive(Deserialize)]
@@ -313,6 +335,7 @@ fn parse(line: &[u8], payload: Option<&[u8]>) -> Result<Message, MessageError> {
             Message::Update { key: key.0.into_owned(), value, revision, skipped }
         }
         Wire::Close(WireClose { key, reason, revision, skipped }) => Message::Close { key, reason, revision, skipped },
+        Wire::Reset { key } => Message::Reset { key },
         Wire::Synced { key, revision, epoch } => Message::Synced { key, revision, epoch },
     })
 }
@@ -337,6 +360,7 @@ fn answer(body: WireBody<'_>, payload: Option<&[u8]>) -> Result<Body, MessageErr
         protocol: body.protocol,
         epoch: body.epoch,
         max_value: body.max_value,
+        features: body.features.unwrap_or_default().0,
         stats: Stats::default(),
     })
 }

@@ -8,8 +8,9 @@ use serde::Deserializer;
 use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::ValueForm;
-use crate::json::{Object, Text, ValueVisitor};
+use crate::features::{self, NameList};
+use crate::json::{self, Object, Text, ValueVisitor};
+use crate::{Features, ValueForm};
 
 mod scan;
 
@@ -20,6 +21,7 @@ macro_rules! kinds {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// What a request asks for.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
         pub enum Kind {
             $($(#[$doc])* $name,)*
         }
@@ -124,6 +126,7 @@ impl fmt::Debug for Id<'_> {
 
 /// A request; which fields count depends on its kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Request<'a> {
     /// What it asks for.
     pub kind: Kind,
@@ -149,6 +152,8 @@ pub struct Request<'a> {
     pub values: Option<ValueForm>,
     /// The client's credential.
     pub token: Option<Cow<'a, str>>,
+    /// What the client understands beyond the first version of the protocol.
+    pub features: Features,
 }
 
 impl<'a> Request<'a> {
@@ -167,6 +172,7 @@ impl<'a> Request<'a> {
             snapshot: false,
             values: None,
             token: None,
+            features: Features::NONE,
         }
     }
 
@@ -192,6 +198,9 @@ impl<'a> Request<'a> {
         }
         if let Some(values) = self.values {
             object.text("values", values.as_str());
+        }
+        if self.features != Features::NONE {
+            json::array(object.name("features"), b"[", self.features.names(), json::string);
         }
         if let Some(value) = &self.value {
             object.number("len", value.len() as u64);
@@ -225,7 +234,7 @@ impl Default for Head<'_> {
     }
 }
 
-const FIELDS: [&str; 13] = [
+const FIELDS: [&str; 14] = [
     "type",
     "id",
     "key",
@@ -239,6 +248,7 @@ const FIELDS: [&str; 13] = [
     "snapshot",
     "values",
     "token",
+    "features",
 ];
 
 impl<'a> Head<'a> {
@@ -349,7 +359,8 @@ impl<'a> Head<'a> {
                 });
                 request.values = form.transpose()?;
             }
-            _ => request.token = text(map)?,
+            "token" => request.token = text(map)?,
+            _ => self.request.features = self.read_features(map.next_value()?)?,
         }
         Ok(())
     }
@@ -357,6 +368,13 @@ impl<'a> Head<'a> {
     fn read_id<E: Error>(&mut self, raw: &'a RawValue) -> Result<Id<'a>, E> {
         self.within("id", raw.get().len(), NAME_LEN_MAX)?;
         Id::new(raw).ok_or_else(|| E::custom("'id' must be a string or a number"))
+    }
+
+    fn read_features<E: Error>(&mut self, raw: Option<&'a RawValue>) -> Result<Features, E> {
+        let Some(raw) = raw else { return Ok(Features::NONE) };
+        self.within("features", raw.get().len(), features::LIST_LEN_MAX)?;
+        let list = serde_json::from_str::<NameList>(raw.get());
+        list.map(|list| list.0).map_err(|_| E::custom("'features' is a list of names"))
     }
 
     fn within<E: Error>(&mut self, what: &'static str, len: usize, len_max: usize) -> Result<(), E> {

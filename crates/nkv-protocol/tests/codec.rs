@@ -4,8 +4,8 @@
 
 use bytes::{Bytes, BytesMut};
 use nkv_protocol::{
-    Answer, BaseFields, ChangeNotice, Chunks, Decoder, Kind, Limits, Message, MessageDecoder, Reason, Request,
-    ValueForm,
+    Answer, BaseFields, ChangeNotice, Chunks, Decoder, Features, Kind, Limits, Message, MessageDecoder, Reason,
+    Request, ServerFields, ValueForm, status,
 };
 use proptest::prelude::*;
 
@@ -46,6 +46,11 @@ fn message(line: &[u8]) -> Message {
     let (consumed, message) = MessageDecoder::new().decode(line).unwrap();
     assert_eq!(consumed, line.len());
     message.unwrap()
+}
+
+fn update(line: &[u8]) -> (String, Bytes, u64, u64) {
+    let Message::Update { key, value, revision, skipped, .. } = message(line) else { panic!("no update") };
+    (key, value, revision, skipped)
 }
 
 const MIXED: &[u8] = b"{\"type\":\"Put\",\"id\":\"1\",\"key\":\"a\",\"len\":5}\nh\n{}i\n\r\n\n\
@@ -245,8 +250,7 @@ proptest! {
         prop_assert_eq!(whole - empty, form.len_of(&values[0]) - form.len_of(b"") + lens);
 
         ChangeNotice::update("k", &values[0], 9, form).write(skipped, &mut out);
-        let update = Message::Update { key: "k".into(), value: values[0].clone(), revision: 9, skipped };
-        prop_assert_eq!(message(&out.take().concat()), update);
+        prop_assert_eq!(update(&out.take().concat()), ("k".into(), values[0].clone(), 9, skipped));
     }
 
     #[test]
@@ -257,6 +261,7 @@ proptest! {
         numbers in proptest::option::of((any::<u64>(), 1u64.., 1u64..)),
         after in proptest::option::of(text(8)),
         snapshot in any::<bool>(),
+        features in prop_oneof![Just(Features::NONE), Just(Features::RESET)],
     ) {
         let mut request = Request::new(kind, if kind == Kind::Health { String::new() } else { key });
         if matches!(kind, Kind::Version | Kind::Stats | Kind::Connect) {
@@ -265,6 +270,7 @@ proptest! {
         request.value = (kind == Kind::Put).then(|| value.into());
         request.after = after.map(Into::into);
         request.snapshot = snapshot;
+        request.features = features;
         if let Some((if_revision, ttl_ms, limit)) = numbers {
             (request.if_revision, request.ttl_ms, request.limit) = (Some(if_revision), Some(ttl_ms), Some(limit));
         }
@@ -274,7 +280,8 @@ proptest! {
         prop_assert_eq!(decoded.consumed, out.len());
         let read = decoded.item.unwrap().unwrap();
         prop_assert_eq!(read.id.as_json(), "41");
-        prop_assert_eq!(Request { id: request.id, ..read }, request);
+        request.id = read.id;
+        prop_assert_eq!(read, request);
     }
 
     #[test]
@@ -293,8 +300,7 @@ fn what_was_skipped_is_told_with_short_and_with_long_values() {
             for skipped in [0, 1, u64::MAX, 0] {
                 let mut out = Chunks::default();
                 notice.write(skipped, &mut out);
-                let update = Message::Update { key: "k".into(), value: value.clone(), revision: 9, skipped };
-                assert_eq!(message(&out.take().concat()), update);
+                assert_eq!(update(&out.take().concat()), ("k".into(), value.clone(), 9, skipped));
             }
         }
     }
@@ -304,8 +310,63 @@ fn what_was_skipped_is_told_with_short_and_with_long_values() {
 fn a_close_says_why() {
     let mut out = Chunks::default();
     ChangeNotice::close("a.b", 42, true).write(3, &mut out);
-    let expected = Message::Close { key: "a.b".into(), reason: Reason::Expired, revision: 42, skipped: 3 };
-    assert_eq!(message(&out.take().concat()), expected);
-    Answer::to(Default::default(), &mut out).base(409, "at 5", &BaseFields { revision: Some(5), ..Default::default() });
+    let Message::Close { key, reason, revision, skipped, .. } = message(&out.take().concat()) else {
+        panic!("no close")
+    };
+    assert_eq!((key.as_str(), reason, revision, skipped), ("a.b", Reason::Expired, 42, 3));
+    Answer::to(Default::default(), &mut out).base(409, "at 5", &BaseFields::revision(5));
     assert_eq!(out.take().concat(), b"{\"Base\":{\"id\":\"\",\"status\":409,\"message\":\"at 5\",\"revision\":5}}\n");
+}
+
+/// What a `Connect` with this list understands, or its refusal.
+fn features(list: &str) -> Result<Features, (u16, String)> {
+    let line = format!("{{\"type\":\"Connect\",\"features\":{list}}}\n");
+    let decoded = Decoder::new(Limits::default()).decode(line.as_bytes()).item.unwrap();
+    decoded.map(|request| request.features).map_err(|refusal| (refusal.status, refusal.message))
+}
+
+#[test]
+fn a_list_of_features_is_read_for_the_names_that_are_known() {
+    assert_eq!(Request::new(Kind::Connect, "").features, Features::NONE);
+    for (list, expected) in [
+        ("null", Features::NONE),
+        ("[]", Features::NONE),
+        ("[\"reset\"]", Features::RESET),
+        ("[ \"of-a-later-version\", \"reset\", \"reset\", \"\" ]", Features::RESET),
+        ("[\"\\u0072eset\"]", Features::RESET),
+        ("[\"Reset\"]", Features::NONE),
+    ] {
+        assert_eq!(features(list), Ok(expected), "{list}");
+    }
+    for list in ["\"reset\"", "{}", "[1]", "[null]", "[\"reset\"],\"features\":[\"reset\"]"] {
+        assert_eq!(features(list).map_err(|(status, _)| status), Err(status::BAD_REQUEST), "{list}");
+    }
+}
+
+#[test]
+fn a_list_of_features_is_bounded() {
+    // Brackets and quotation marks take four of the bytes.
+    assert_eq!(features(&format!("[\"{}\"]", "x".repeat(4_092))), Ok(Features::NONE));
+    let (status, message) = features(&format!("[\"{}\"]", "x".repeat(4_093))).unwrap_err();
+    assert_eq!((status, message.as_str()), (status::TOO_LARGE, "features over the limit of 4096 bytes"));
+}
+
+#[test]
+fn a_server_says_what_it_offers() {
+    for (offered, text) in [(Features::NONE, "[]"), (Features::RESET, "[\"reset\"]")] {
+        let mut server = ServerFields::new("1", "e", 9);
+        server.features = offered;
+        let mut out = Chunks::default();
+        Answer::to(Default::default(), &mut out).ok(&BaseFields::server(server));
+        let line = out.take().concat();
+        assert!(String::from_utf8_lossy(&line).contains(&format!(",\"features\":{text}")));
+        let Message::Answer(body) = message(&line) else { panic!("no answer") };
+        assert_eq!(body.features, offered);
+    }
+    let older = b"{\"Base\":{\"id\":0,\"status\":200,\"message\":\"No Error\",\"max_value\":9}}\n";
+    let later = b"{\"Base\":{\"id\":0,\"status\":200,\"message\":\"\",\"features\":[\"of-a-later-version\"]}}\n";
+    for line in [&older[..], later] {
+        let Message::Answer(body) = message(line) else { panic!("no answer") };
+        assert_eq!(body.features, Features::NONE);
+    }
 }

@@ -8,6 +8,7 @@ use thiserror::Error;
 
 /// A place to listen at: `HOST:PORT`, or `unix:PATH`.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Address {
     /// A host and port as written; the host may be a name. Port 0: any free one.
     Tcp(String),

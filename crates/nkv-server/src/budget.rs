@@ -65,7 +65,15 @@ struct Holder {
 #[derive(Debug)]
 pub(crate) struct DeepShare {
     budget: Arc<Budget>,
-    len: usize,
+    len: Arc<AtomicUsize>,
+}
+
+/// What one subscription takes of that, until it ends or is dropped.
+#[derive(Debug)]
+pub(crate) struct DeepHold {
+    budget: Arc<Budget>,
+    of_connection: Arc<AtomicUsize>,
+    len: AtomicUsize,
 }
 
 /// What they may take on one connection; all together, a quarter of the limit.
@@ -73,29 +81,36 @@ const DEEP_LEN_MAX: usize = 4 << 20;
 
 impl DeepShare {
     pub(crate) fn new(budget: Arc<Budget>) -> Self {
-        DeepShare { budget, len: 0 }
+        DeepShare { budget, len: Arc::default() }
     }
 
-    /// Whether so much more is too much.
-    pub(crate) fn is_full(&self, more: usize) -> bool {
-        let all = self.budget.deep.load(Relaxed).saturating_add(more);
-        more > 0 && (self.len.saturating_add(more) > DEEP_LEN_MAX || all > self.budget.limit / 4)
+    /// Whether so much more is too much, where as much `is_replaced` by it on another connection.
+    pub(crate) fn is_full(&self, more: usize, is_replaced: bool) -> bool {
+        let before = self.budget.deep.load(Relaxed);
+        let all = if is_replaced { before } else { before.saturating_add(more) };
+        let own = self.len.load(Relaxed).saturating_add(more);
+        more > 0 && (own > DEEP_LEN_MAX || all > self.budget.limit / 4)
     }
 
-    pub(crate) fn set(&mut self, len: usize) {
+    pub(crate) fn hold(&self, len: usize) -> DeepHold {
+        self.len.fetch_add(len, Relaxed);
         self.budget.deep.fetch_add(len, Relaxed);
-        self.budget.deep.fetch_sub(self.len, Relaxed);
-        self.len = len;
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.len
+        let (budget, of_connection) = (Arc::clone(&self.budget), Arc::clone(&self.len));
+        DeepHold { budget, of_connection, len: AtomicUsize::new(len) }
     }
 }
 
-impl Drop for DeepShare {
+impl DeepHold {
+    pub(crate) fn release(&self) {
+        let len = self.len.swap(0, Relaxed);
+        self.of_connection.fetch_sub(len, Relaxed);
+        self.budget.deep.fetch_sub(len, Relaxed);
+    }
+}
+
+impl Drop for DeepHold {
     fn drop(&mut self) {
-        self.set(0);
+        self.release();
     }
 }
 

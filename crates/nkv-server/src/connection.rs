@@ -23,6 +23,7 @@ use tracing::debug;
 use crate::budget::{Share, Source};
 use crate::core::{Core, Room};
 use crate::dispatch::{Hold, Session};
+use crate::oldest;
 use crate::server::Options;
 use crate::slots::Slot;
 
@@ -162,6 +163,7 @@ pub(crate) async fn serve(socket: Socket, core: Arc<Core>, slot: Slot) {
     let mut connection = Connection::new(socket, core);
     let end = poll_fn(|cx| connection.poll(cx)).await.unwrap_or_else(|error| End::Writer(WriterEnd::Failed(error)));
     connection.let_go();
+    let is_reset = connection.is_to_be_reset();
     let end = match end {
         End::Writer(end) => end,
         end => {
@@ -174,7 +176,14 @@ pub(crate) async fn serve(socket: Socket, core: Arc<Core>, slot: Slot) {
             }
             // At a quiet end the peer may take its time, as long as it takes something.
             let patience = if matches!(end, End::Quiet) { Duration::MAX } else { LAST_WORDS_LIMIT };
-            match tokio::time::timeout(patience, poll_fn(|cx| connection.poll_rest(cx, was_evicted))).await {
+            let rest = async {
+                let end = poll_fn(|cx| connection.poll_rest(cx, was_evicted)).await;
+                if is_reset && matches!(end, Some(WriterEnd::Finished)) {
+                    oldest::arrived(&connection.socket).await;
+                }
+                end
+            };
+            match tokio::time::timeout(patience, rest).await {
                 Ok(Some(end)) => end,
                 Ok(None) => return connection.log_eviction(&slot),
                 Err(_) => return debug!(peer = %slot, "connection closed; its last answer was not taken"),
@@ -182,6 +191,10 @@ pub(crate) async fn serve(socket: Socket, core: Arc<Core>, slot: Slot) {
         }
     };
     match end {
+        WriterEnd::Finished if connection.session.has_overflowed() => {
+            let what = format_args!("connection closed: more deletes waited for {slot} than it may lag behind");
+            connection.core.complaints.warn("lag", what);
+        }
         WriterEnd::Finished => debug!(peer = %slot, "connection closed"),
         WriterEnd::Stalled => {
             let limit = connection.core.options.stall_limit;
@@ -217,6 +230,8 @@ struct Connection {
     has_request: bool,
     /// The peer sends no more.
     is_at_end: bool,
+    /// It began as one of the oldest clients does.
+    is_oldest: bool,
     /// What holds up the requests, and since when.
     hold: Option<Hold>,
     held_since: Instant,
@@ -252,6 +267,7 @@ impl Connection {
             room: 0,
             has_request: false,
             is_at_end: false,
+            is_oldest: false,
             hold: None,
             held_since: Instant::now(),
             arrival: None,
@@ -272,6 +288,15 @@ impl Connection {
         self.session.end();
         self.share.hold(0, true);
         self.share.close();
+    }
+
+    /// Whether the connection ends with a reset: one of the oldest clients that did not end it, nor greet in between.
+    fn is_to_be_reset(&self) -> bool {
+        let is_reset = self.is_oldest && self.outbox.is_paced() && !self.is_at_end;
+        if self.is_oldest && !is_reset {
+            oldest::end_in_order(&self.socket);
+        }
+        is_reset
     }
 
     /// Writes what is left; `None` if it is to give that up.
@@ -505,6 +530,10 @@ impl Connection {
 
     /// Serves the whole requests at the start of `input`, until one has to wait; says how many bytes are done with.
     fn serve(&mut self, input: &[u8]) -> (usize, Option<End>) {
+        if self.since.served.is_none() && !self.is_oldest && oldest::is_one(&self.decoder, input) {
+            self.is_oldest = true;
+            oldest::begin(&self.socket, &mut self.outbox);
+        }
         let mut out = spare();
         let (mut start, mut served) = (0, false);
         let mut end = None;

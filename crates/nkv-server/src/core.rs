@@ -6,12 +6,12 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use nkv_core::mailbox::{Backlog, Mailbox};
-use nkv_core::{Delivery, Event, Key, Notifier, NotifyKeyValue, PersistValue, SubscriberId, Write, WriteResult};
+use nkv_core::{Delivery, Event, EventKind, Key, Notifier, NotifyKeyValue, PersistValue, SubscriberId, Write, WriteResult};
 use nkv_notify_tcp::TcpNotifier;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::bell::Bell;
-use crate::budget::Budget;
+use crate::budget::{Budget, DeepHold};
 use crate::clock::Clock;
 use crate::complaints::Complaints;
 use crate::server::Options;
@@ -230,23 +230,33 @@ pub(crate) struct Traced {
 pub(crate) struct Subscriber {
     since: Instant,
     reach: Reach,
+    /// What its pattern takes, if it is a connection's.
+    deep: Option<DeepHold>,
 }
 
 /// A connection, or a mailbox of this process.
 #[derive(Debug)]
-pub(crate) enum Reach {
+enum Reach {
     Connection(TcpNotifier),
     Handle(Mailbox),
 }
 
-impl From<Reach> for Subscriber {
-    fn from(reach: Reach) -> Self {
-        Subscriber { since: Instant::now(), reach }
+impl Subscriber {
+    pub(crate) fn handle(mailbox: Mailbox) -> Self {
+        Subscriber { since: Instant::now(), reach: Reach::Handle(mailbox), deep: None }
+    }
+
+    /// A connection, and what the subscription's pattern takes.
+    pub(crate) fn connection(notifier: TcpNotifier, deep: DeepHold) -> Self {
+        Subscriber { since: Instant::now(), reach: Reach::Connection(notifier), deep: Some(deep) }
     }
 }
 
 impl Notifier for Subscriber {
     fn notify(&self, event: &Arc<Event>) -> Delivery {
+        if let (EventKind::Ended { .. }, Some(deep)) = (event.kind(), &self.deep) {
+            deep.release();
+        }
         match &self.reach {
             Reach::Connection(notifier) => notifier.notify(event),
             Reach::Handle(mailbox) => mailbox.notify(event),

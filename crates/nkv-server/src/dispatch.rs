@@ -12,13 +12,17 @@ use nkv_core::{
 };
 use nkv_notify_tcp::{Outbox, TcpNotifier};
 use nkv_protocol::{
-    Answer, BaseFields, Chunks, GetEntry, Id, Kind, Refusal, Request, ServerFields, SubscriberFields, ValueForm, status,
+    Answer, BaseFields, Chunks, Features, GetEntry, Id, Kind, Refusal, Request, ServerFields, SubscriberFields,
+    ValueForm, status,
 };
 
 use crate::budget::DeepShare;
-use crate::core::{Core, JOB_LEN_MIN, Reach, Room, Stopping, Subscriber, Written};
+use crate::core::{Core, JOB_LEN_MIN, Room, Stopping, Subscriber, Written};
 use crate::reading::{ANSWER_LEN_MAX, Reading, TooLong};
 use crate::server::VERSION;
+
+/// What this server offers beyond the first version of the protocol.
+const FEATURES: Features = Features::RESET;
 
 /// Keys in a `List` when it does not say, and at most.
 const LIST_LIMIT: u64 = 1_000;
@@ -215,6 +219,11 @@ impl Session {
         Hold::Turns(Box::pin(async move { budget.relief().await }))
     }
 
+    /// Whether more waited for it than it may lag behind, and it does not understand that a subscription begins anew.
+    pub(crate) fn has_overflowed(&self) -> bool {
+        self.notifier.has_overflowed()
+    }
+
     /// Whether anything may be told without being asked for.
     pub(crate) fn is_subscribed(&self) -> bool {
         self.subscriptions.values().any(is_live)
@@ -258,15 +267,13 @@ impl Session {
             Kind::Unsubscribe => {
                 let (client, pattern) = (self.client_of(request), pattern(request)?);
                 let was_there = self.core.store.unsubscribe(&pattern, &client);
-                let name = (client, pattern);
-                if self.subscriptions.remove(&name).is_some() {
-                    self.deep.set(self.deep.len().saturating_sub(deep_len(&name.1)));
-                }
+                self.subscriptions.remove(&(client, pattern));
                 found(id, was_there, out);
                 Ok(())
             }
             Kind::Connect => {
                 self.connect(request, out);
+                outbox.end_pace();
                 Ok(())
             }
             Kind::Version => {
@@ -282,6 +289,7 @@ impl Session {
                 found(id, true, out);
                 Ok(())
             }
+            _ => Err(bad_request(id, format!("this server knows no '{}'", request.kind.as_str()))),
         }
     }
 
@@ -344,12 +352,11 @@ impl Session {
         }
         let subscribers: Vec<_> = traced
             .iter()
-            .map(|traced| SubscriberFields {
-                client_uuid: traced.id.as_str(),
-                pattern: &traced.pattern,
-                since_ms: traced.since_ms,
-                queued: traced.backlog.queued as u64,
-                skipped: traced.backlog.skipped,
+            .map(|traced| {
+                let mut fields = SubscriberFields::new(traced.id.as_str(), &traced.pattern);
+                fields.since_ms = traced.since_ms;
+                (fields.queued, fields.skipped) = (traced.backlog.queued as u64, traced.backlog.skipped);
+                fields
             })
             .collect();
         Answer::to(request.id, out).trace(&subscribers);
@@ -367,44 +374,41 @@ impl Session {
         let limit = self.core.options.subscriptions_max;
         if self.subscriptions.len() >= limit {
             self.subscriptions.retain(|_, subscription| is_live(subscription));
-            let lens = self.subscriptions.keys().map(|(_, pattern)| deep_len(pattern));
-            self.deep.set(lens.fold(0, usize::saturating_add));
         }
         let again = self.subscriptions.get(&name).is_some_and(is_live);
         if self.subscriptions.len() >= limit && !again {
             let message = format!("more than {limit} subscriptions on one connection");
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
+        // What this one replaces, wherever that is, counts no more: a client that comes back is not to fail for its own
+        // subscription on a connection that died.
+        let replaces = again || self.core.store.is_subscribed(&name.1, &name.0);
         let total = self.core.options.subscriptions_total_max;
-        if !again && self.core.store.subscriptions() >= total as u64 {
+        if !replaces && self.core.store.subscriptions() >= total as u64 {
             let message = format!("more than {total} subscriptions on all connections");
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
-        if !again && self.deep.is_full(deep_len(&name.1)) {
+        if !again && self.deep.is_full(deep_len(&name.1), replaces) {
             let message = "too many subscriptions to keys with many segments".into();
             return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
         }
         // What the store gives the notifier from here on, `Hello` first, comes after the answers so far.
         outbox.send(std::mem::take(out));
         let (client, pattern) = name.clone();
-        let subscriber = Subscriber::from(Reach::Connection(self.notifier.clone()));
+        let subscriber = Subscriber::connection(self.notifier.clone(), self.deep.hold(deep_len(&name.1)));
         let subscription = self.core.store.subscribe(pattern, client, subscriber, request.snapshot);
-        let len = deep_len(&name.1);
-        if self.subscriptions.insert(name, subscription).is_none() {
-            self.deep.set(self.deep.len().saturating_add(len));
-        }
+        self.subscriptions.insert(name, subscription);
         Ok(())
     }
 
     fn connect(&mut self, request: &Request<'_>, out: &mut Chunks) {
         self.client = Some(self.client_of(request));
         self.notifier.set_form(request.values.unwrap_or_default());
-        let server = ServerFields {
-            version: VERSION,
-            epoch: &self.core.store.epoch().to_string(),
-            value_len_max: self.core.options.limits().value_len_max as u64,
-        };
-        Answer::to(request.id, out).ok(&BaseFields { server: Some(server), ..BaseFields::default() });
+        self.notifier.set_features(request.features);
+        let (epoch, limits) = (self.core.store.epoch().to_string(), self.core.options.limits());
+        let mut server = ServerFields::new(VERSION, &epoch, limits.value_len_max as u64);
+        server.features = FEATURES;
+        Answer::to(request.id, out).ok(&BaseFields::server(server));
     }
 
     fn stats(&self, id: Id<'_>, out: &mut Chunks) {
@@ -477,30 +481,21 @@ fn random_name() -> SubscriberId {
 }
 
 fn answer_write(answer: Answer<'_>, result: WriteResult) {
-    let revision = |revision: Revision| Some(revision.get());
     match result {
         Ok(Outcome::Put { revision: given }) => {
-            answer.ok(&BaseFields { revision: revision(given), ..BaseFields::default() });
+            answer.ok(&BaseFields::revision(given.get()));
         }
         Ok(Outcome::Deleted { count, revision: given }) => {
-            answer.ok(&BaseFields { revision: revision(given), count: Some(count), ..BaseFields::default() });
+            answer.ok(&BaseFields::revision(given.get()).with_count(count));
         }
         Ok(Outcome::NotFound) => answer.not_found(),
         Ok(Outcome::Conflict { revision: present }) => {
             let message = format!("Conflict: the key is at revision {present}");
-            answer.base(
-                status::CONFLICT,
-                &message,
-                &BaseFields { revision: revision(present), ..BaseFields::default() },
-            );
+            answer.base(status::CONFLICT, &message, &BaseFields::revision(present.get()));
         }
         Err(Failed { deleted: deleted @ 1.., .. }) => {
             let message = format!("storage failed: only {deleted} keys are gone, the others were not deleted");
-            answer.base(
-                status::STORAGE_FAILED,
-                &message,
-                &BaseFields { count: Some(deleted), ..BaseFields::default() },
-            );
+            answer.base(status::STORAGE_FAILED, &message, &BaseFields::default().with_count(deleted));
         }
         Err(Failed { error, .. }) => {
             let (status, message) = match error.kind() {

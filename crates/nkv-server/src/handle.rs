@@ -15,7 +15,7 @@ use nkv_core::{
 use thiserror::Error;
 
 use crate::budget::{Share, Source};
-use crate::core::{Core, Reach, Subscriber};
+use crate::core::{Core, Subscriber};
 
 /// The store of a running server, from within its process. Clones are cheap and stand for the same store.
 ///
@@ -32,11 +32,26 @@ pub struct Handle {
 
 /// Condition and lifetime of a write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct WriteOptions {
     /// Write only if the key is at this revision; [`Revision::ZERO`]: only if it is absent.
     pub if_revision: Option<Revision>,
     /// How long the value lives, at least a millisecond.
     pub ttl: Option<Duration>,
+}
+
+impl WriteOptions {
+    /// Sets the revision that the key must have; [`Revision::ZERO`]: it must be absent.
+    #[must_use]
+    pub fn with_if_revision(self, revision: Revision) -> Self {
+        WriteOptions { if_revision: Some(revision), ..self }
+    }
+
+    /// Sets how long the value lives, at least a millisecond.
+    #[must_use]
+    pub fn with_ttl(self, ttl: Duration) -> Self {
+        WriteOptions { ttl: Some(ttl), ..self }
+    }
 }
 
 /// Why a handle's call was not done.
@@ -202,7 +217,7 @@ impl Handle {
     ) -> Result<Subscription, HandleError> {
         let (core, (post, inbox)) = (self.core()?, mailbox());
         let share = core.budget.share(Source::Handle(post.observer()));
-        let subscriber = Subscriber::from(Reach::Handle(post));
+        let subscriber = Subscriber::handle(post);
         let entry = core.store.subscribe(pattern, id.into(), subscriber, snapshot);
         Ok(Subscription { core: self.core.clone(), entry: Arc::downgrade(&entry), inbox, _share: share })
     }
@@ -254,6 +269,7 @@ impl From<Failed> for HandleError {
 
 /// What a subscription brings.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Notice {
     /// The event: the beginning, a part of the snapshot, a change, or the end. Where too much waited the subscription
     /// [begins anew](nkv_core::BeginCause::Reset).

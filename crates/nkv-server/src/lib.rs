@@ -21,6 +21,7 @@ mod dispatch;
 mod failure;
 mod handle;
 mod listener;
+mod oldest;
 mod reading;
 mod server;
 mod slots;

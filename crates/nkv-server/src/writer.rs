@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use nkv_core::{PersistError, PersistErrorKind};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::Notify;
 
 use crate::bell::Bell;
 use crate::budget::Budget;
@@ -192,5 +192,22 @@ impl Writer {
         if error.kind() == PersistErrorKind::Poisoned {
             self.failure.report(Arc::new(error));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_a_writer_that_is_gone() {
+        let queue = Arc::new(Queue::default());
+        let (job, mut done) = Job::for_tests(vec![]);
+        queue.push(job, true).unwrap();
+        drop(Gone(Arc::clone(&queue)));
+        assert!(matches!(done.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
+        assert!(queue.push(Job::for_tests(vec![]).0, true).is_err());
     }
 }

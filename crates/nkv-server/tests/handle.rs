@@ -20,7 +20,7 @@ async fn a_handle_does_everything_without_a_socket() {
     let mut events = nkv.subscribe(Pattern::new("a").unwrap(), "me", true).await.unwrap();
 
     let first = nkv.put(&key("a.b"), "1", WriteOptions::default()).await.unwrap();
-    let only = WriteOptions { if_revision: Some(Revision::ZERO), ttl: None };
+    let only = WriteOptions::default().with_if_revision(Revision::ZERO);
     let conflict = nkv.put(&key("a.b"), "2", only).await.unwrap_err();
     assert!(matches!(conflict, HandleError::Conflict { revision } if revision == first));
     assert_eq!(nkv.get(&key("a.b")).await.unwrap().unwrap().value, "1");
@@ -37,7 +37,7 @@ async fn a_handle_does_everything_without_a_socket() {
     assert!(matches!(outcomes[..], [Outcome::Put { .. }, Outcome::Deleted { count: 2, .. }]));
     assert!(matches!(nkv.delete(&Pattern::All, None).await, Err(HandleError::NotFound)));
 
-    let short = WriteOptions { ttl: Some(Duration::from_millis(20)), ..WriteOptions::default() };
+    let short = WriteOptions::default().with_ttl(Duration::from_millis(20));
     nkv.put(&key("a.t"), "gone soon", short).await.unwrap();
     let mut expired = false;
     while !expired {

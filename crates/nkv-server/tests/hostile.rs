@@ -340,6 +340,7 @@ fn a_hundred_thousand_subscriptions_come_and_go_and_leave_nothing() {
     let (connections, puts, _) = victim.serves_during(|| {
         // 90,000 on connections that stay, and 10,000 that end with theirs.
         let mut conn = victim.connect();
+        conn.hello("churn", "bytes");
         for round in 0..90 {
             let mut input = String::new();
             for n in 0..1_000 {
@@ -387,6 +388,7 @@ fn storms_of_wildcards_keep_nobody_from_being_served() {
         let mut refused = 0;
         for s in 0..8 {
             let mut conn = victim.connect();
+            conn.hello("storm", "bytes");
             for n in 0..1_000 {
                 let pattern = ["*", "storm", "storm.*", "normal"][n % 4];
                 let name = format!("{s}-{n}");

@@ -289,6 +289,69 @@ fn subscriptions_that_others_have_ended_do_not_count() {
     }
 }
 
+/// A flow died silently, and the client that came back was refused because of its own dead subscription.
+#[test]
+fn a_subscription_that_is_about_to_be_replaced_counts_against_no_limit() {
+    let mut options = Options::default();
+    (options.subscriptions_total_max, options.subscriptions_max) = (3, 2);
+    let server = TestServer::with(|builder| builder.options(options));
+    let named = |name: &str| {
+        let mut conn = server.connect();
+        conn.hello(name, "text");
+        conn
+    };
+    let subscribe = |conn: &mut Conn, key: &str| conn.ask(&format!(r#"{{"type":"Subscribe","key":"{key}"}}"#));
+    let (mut dead, mut back, mut other) = (named("same"), named("same"), named("other"));
+    assert_eq!(subscribe(&mut dead, "a"), "\"Hello\"");
+    assert_eq!(subscribe(&mut dead, "b"), "\"Hello\"");
+    assert_eq!(subscribe(&mut other, "a"), "\"Hello\"");
+    assert_eq!(status(&subscribe(&mut other, "b")), 429, "it would replace nothing: the name is another");
+    assert_eq!(subscribe(&mut back, "b"), "\"Hello\"");
+    assert_eq!(dead.line(), r#"{"Close":{"key":"b","reason":"replaced"}}"#);
+    assert_eq!(status(&subscribe(&mut back, "c")), 429, "the new one counts");
+    assert_eq!(subscribe(&mut back, "a"), "\"Hello\"");
+    assert_eq!(status(&subscribe(&mut other, "b")), 429);
+    // One of a connection's own that is replaced there does not count either; one of another's does as far as its own go.
+    assert_eq!(subscribe(&mut back, "a"), r#"{"Close":{"key":"a","reason":"replaced"}}"#);
+    assert_eq!(back.line(), "\"Hello\"");
+    let mut full = named("other");
+    assert_eq!(subscribe(&mut full, "a"), "\"Hello\"");
+    back.send(r#"{"type":"Unsubscribe","key":"a"}"#);
+    assert!(back.line().contains("unsubscribed") && status(&back.line()) == 200);
+    assert_eq!(subscribe(&mut full, "b"), "\"Hello\"");
+    full.send(r#"{"type":"Subscribe","key":"b","client_uuid":"same"}"#);
+    assert_eq!(status(&full.line()), 429, "a third on this connection");
+}
+
+#[test]
+fn a_deep_subscription_that_is_replaced_counts_no_more() {
+    let mut options = Options::default();
+    // A quarter of it is for deep subscriptions: one of sixty segments beyond the free ones takes 30 KiB.
+    options.queued_max = 220 << 10;
+    let server = TestServer::with(|builder| builder.options(options));
+    let subscribe = |conn: &mut Conn, segments: usize| {
+        let key = vec!["s"; segments].join(".");
+        conn.ask(&format!(r#"{{"type":"Subscribe","key":"{key}"}}"#))
+    };
+    let mut conns = Vec::new();
+    for n in 0..5 {
+        let mut conn = server.connect();
+        conn.hello("same", "text");
+        assert_eq!(subscribe(&mut conn, 68), "\"Hello\"", "the connection {n}");
+        conns.push(conn);
+    }
+    let mut other = server.connect();
+    other.hello("other", "text");
+    assert_eq!(subscribe(&mut other, 48), "\"Hello\"", "those that were replaced count no more");
+    assert_eq!(status(&subscribe(&mut other, 47)), 429, "those that live do");
+    // One that another connection ends counts no more either.
+    let unsubscribe = format!(r#"{{"type":"Unsubscribe","key":"{}"}}"#, vec!["s"; 68].join("."));
+    let mut ends = server.connect();
+    ends.hello("same", "text");
+    assert_eq!(status(&ends.ask(&unsubscribe)), 200);
+    assert_eq!(subscribe(&mut other, 47), "\"Hello\"");
+}
+
 #[test]
 fn a_client_that_asks_without_reading_is_read_no_further() {
     let server = TestServer::start();

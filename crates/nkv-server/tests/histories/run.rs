@@ -280,17 +280,17 @@ impl Subscriber {
         };
         while let Some(event) = subscription.next().await {
             let told = match event {
-                Event::Update { entry, skipped } => Told::Update {
+                Event::Update { entry, skipped, .. } => Told::Update {
                     key: entry.key.to_string(),
                     revision: entry.revision.get(),
                     value: value_of(std::str::from_utf8(&entry.value).unwrap()),
                     skipped,
                 },
-                Event::Gone { key, revision, reason, skipped } => {
+                Event::Gone { key, revision, reason, skipped, .. } => {
                     let missed = reason == GoneReason::Missed;
                     Told::Gone { key: key.to_string(), revision: revision.get(), missed, skipped }
                 }
-                Event::Synced { revision, epoch } => Told::Synced { revision: revision.get(), epoch },
+                Event::Synced { revision, epoch, .. } => Told::Synced { revision: revision.get(), epoch },
                 Event::Connected => Told::Connected,
                 Event::Reconnecting => Told::Lost,
                 other => panic!("{pattern}: {other:?}"),

@@ -49,6 +49,15 @@ impl TestServer {
         self.runtime.block_on(async { tokio::time::timeout(PATIENCE, server.wait()).await }).unwrap()
     }
 
+    /// Ends as a process does that dies: nothing that was begun is ended.
+    pub fn die(mut self) {
+        let server = self.server.take().unwrap();
+        let runtime =
+            std::mem::replace(&mut self.runtime, tokio::runtime::Builder::new_current_thread().build().unwrap());
+        runtime.shutdown_background();
+        drop(server);
+    }
+
     pub fn shutdown(mut self) -> Result<(), ServerError> {
         let server = self.server.take().unwrap();
         self.runtime.block_on(async { tokio::time::timeout(PATIENCE, server.shutdown()).await }).unwrap()

@@ -149,12 +149,16 @@ impl PageArgs {
     }
 
     pub(crate) fn options(&self) -> PageOptions {
-        PageOptions { limit: self.limit, after: self.after.clone() }
+        let mut options = PageOptions::default();
+        (options.limit, options.after) = (self.limit, self.after.clone());
+        options
     }
 }
 
 pub(crate) fn put_options(if_revision: Option<u64>, ttl: Option<Duration>) -> PutOptions {
-    PutOptions { if_revision: if_revision.map(Revision::new), ttl }
+    let mut options = PutOptions::default();
+    (options.if_revision, options.ttl) = (if_revision.map(Revision::new), ttl);
+    options
 }
 
 impl Args {

@@ -111,15 +111,15 @@ fn value_json(value: &[u8]) -> Value {
 
 fn event_json(pattern: &str, event: &Event) -> Value {
     match event {
-        Event::Update { entry, skipped } => {
+        Event::Update { entry, skipped, .. } => {
             let mut object = entry_json("update", entry);
             object["skipped"] = (*skipped).into();
             object
         }
-        Event::Gone { key, revision, reason, skipped } => {
+        Event::Gone { key, revision, reason, skipped, .. } => {
             json!({"op": reason.as_str(), "key": key.as_str(), "revision": revision.get(), "skipped": skipped})
         }
-        Event::Synced { revision, epoch } => {
+        Event::Synced { revision, epoch, .. } => {
             json!({"op": "synced", "key": pattern, "revision": revision.get(), "epoch": epoch})
         }
         Event::Reconnecting => json!({"op": "reconnecting", "key": pattern}),

@@ -334,7 +334,9 @@ impl Words {
         let client = self.client.with_request_timeout(COMPLETION_PATIENCE);
         let after = Some(word.trim_end_matches('.').to_owned()).filter(|after| !after.is_empty());
         let found = self.runtime.block_on(async {
-            let page = client.list_page("*", PageOptions { limit: Some(COMPLETIONS_MAX), after }).await?;
+            let mut options = PageOptions::default().with_limit(COMPLETIONS_MAX);
+            options.after = after;
+            let page = client.list_page("*", options).await?;
             let own = if word.is_empty() || word.ends_with('.') { Vec::new() } else { client.list(word).await? };
             Ok::<_, nkv_client::Error>(own.into_iter().chain(page.items))
         });

@@ -206,7 +206,7 @@ async fn list(client: &Client, key: &str, page: &PageArgs, out: Output) -> Resul
 
 async fn trace(client: &Client, key: &str, out: Output) -> Result<Exit, Failure> {
     for subscriber in client.trace(key).await? {
-        let nkv_client::Subscriber { client_uuid, pattern, since_ms, queued, skipped } = subscriber;
+        let nkv_client::Subscriber { client_uuid, pattern, since_ms, queued, skipped, .. } = subscriber;
         let since = Duration::from_millis(since_ms);
         match out.json {
             true => out.object(&json!({"op": "trace", "key": key, "client_uuid": client_uuid, "pattern": pattern,

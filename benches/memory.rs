@@ -1,5 +1,5 @@
-//! What the store holds. Resource: memory, counted by the allocator and not seen from outside, so that a noisy machine
-//! tells the same twice: bytes that were allocated and not freed. What the allocator itself adds does not count.
+//! What the store holds. Resource: memory, counted in the allocator: bytes that were allocated and not yet freed, without
+//! what the allocator itself adds. Two runs find the same, also on a noisy machine.
 //!
 //! Each figure is for one key, or one change; the bytes of the key and of its value are in it, except where the name says
 //! `beyond`. The arguments filter figures by what is in their names. `--test` counts fewer.

@@ -243,7 +243,7 @@ def slow_storage(args):
 
 
 def puts_during_a_sync(args, name, pace_s):
-    """Each connection has so long before the next one begins: enough for its value to be read, if the server reads."""
+    """The next connection begins `pace_s` later: enough time to read one value, if the server reads."""
     with Server(args.server, "--max-queued", "64M") as server:
         other = Client(server)
         other.batch(put("first", b"x"), 1)

@@ -84,7 +84,7 @@ fn run(arguments: &[String]) -> Result<()> {
     }
 }
 
-/// The table of whatever was measured.
+/// The table for the kind of run that the figures are from.
 fn table(raw: &Raw) -> String {
     if raw.has_sides() {
         versions::table(raw)

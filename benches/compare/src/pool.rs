@@ -229,7 +229,7 @@ impl Pool {
         self.turn_ns(ms * 1_000_000, on)
     }
 
-    /// The same; waits so many nanoseconds at most.
+    /// The same; waits at most `ns` nanoseconds.
     pub(crate) fn turn_ns(&mut self, ns: u64, on: &mut dyn FnMut(usize, &Event)) -> Result<()> {
         self.epoll.wait_ns(ns)?;
         for ready in &self.epoll.events {

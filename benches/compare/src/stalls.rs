@@ -1,5 +1,5 @@
 //! How long other clients' gets wait while one client does something large: a million keys, a hundred subscribers of
-//! all of them that read, and nobody pinned to a processor.
+//! all of them that read, and no process pinned to a processor.
 
 mod actor;
 mod gets;
@@ -163,7 +163,7 @@ fn at(target: Target, large: Large, size: Size) -> Result<Figures> {
             // What is measured is how long the server lets a get wait, not how long this thread waits for a processor.
             let _ = rustix::process::setpriority_process(None, -10);
             let seen = gets::gets(target, size, &shared);
-            // Nobody counts them any more.
+            // From here on no gets are counted.
             shared.broken.store(true, Ordering::SeqCst);
             seen
         });

@@ -334,7 +334,7 @@ fn left() -> MutexGuard<'static, Left> {
 
 /// Ends a server at once.
 pub(crate) fn kill(pid: u32) {
-    // The number is nobody else's as long as the server is waited for by this process alone.
+    // No other process can have this number before this one has waited for the server.
     signal(pid, Signal::KILL);
 }
 

@@ -8,10 +8,10 @@ use std::fmt::{self, Write as _};
 use crate::goals::{self, Cell, UNPINNED};
 use crate::report::{Raw, Spread, more_is_better, title, with_unit};
 
-/// A ratio from here on is no worse, whatever the noise.
+/// The smallest ratio that is never called worse.
 const RATIO_MIN: f64 = 0.97;
 
-/// A server at rest may take so much more.
+/// MB that the new build may take more at rest.
 const REST_MB: f64 = 0.2;
 
 /// The builds that take turns.

@@ -12,7 +12,7 @@ use crate::Result;
 /// No answer takes longer.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// So much is written before answers are read, at most: both sides' buffers hold it.
+/// Bytes written before answers are read, at most: both sides' buffers hold them.
 const WRITE_LEN: usize = 16 << 10;
 
 #[derive(Debug)]
@@ -74,7 +74,7 @@ impl Wire {
         }
     }
 
-    /// Sends requests that were written one behind another, all at once, and reads so many answers, which must be good.
+    /// Sends encoded requests all at once, and reads `answers` answers, which must be good.
     pub(crate) fn batch(&mut self, requests: &[u8], answers: usize) -> Result<()> {
         let mut writer = self.input.get_ref().try_clone()?;
         thread::scope(|scope| {
@@ -91,7 +91,7 @@ impl Wire {
         })
     }
 
-    /// Reads so many answers, which must be good.
+    /// Reads `count` answers, which must be good.
     pub(crate) fn answers(&mut self, count: usize) -> Result<()> {
         for _ in 0..count {
             let status = self.status()?;

@@ -1,4 +1,4 @@
-//! The other client: gets at their times, whatever became of those before.
+//! The other client: it sends gets at fixed times, also while earlier ones are unanswered.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
@@ -10,8 +10,8 @@ use crate::load::Random;
 use crate::pool::{Pool, Target};
 use crate::sys::{self, SECOND};
 
-/// Gets come at their times, whatever became of those before: 5,000 a second, over some connections in turn. So a stall
-/// is seen by every get that falls into it.
+/// The time between two gets: 5,000 a second, over all connections in turn. They do not wait for earlier answers, so a
+/// stall is seen by every get that is due during it.
 const STEP: u64 = SECOND / 5_000;
 const CONNECTIONS: usize = 16;
 /// Gets of one connection that wait for their answers, at most.
@@ -20,7 +20,7 @@ const UNDER_WAY: usize = 4_096;
 /// A server that takes more is killed: the machine would be next.
 const RSS_LIMIT_MB: f64 = 8_000.0;
 
-/// What a get falls into.
+/// When a get was due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Phase {
@@ -32,14 +32,14 @@ pub(super) enum Phase {
     After,
 }
 
-/// What the thread of the gets and that of the large request tell each other.
+/// State shared by the thread of the gets and that of the large request.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
     phase: AtomicU8,
-    /// Gets that fell into the large request.
+    /// Gets that were due during the large request.
     pub(super) gets: AtomicU64,
     pub(super) done: AtomicBool,
-    /// Nobody gets any more.
+    /// The thread of the gets has ended.
     pub(super) broken: AtomicBool,
 }
 

@@ -1,4 +1,4 @@
-//! Subscribers of everything that read whatever comes, and drop it.
+//! Subscribers of everything that read all notifications and drop them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -12,11 +12,11 @@ use crate::{Result, drivers};
 
 const SUBSCRIBERS: usize = 100;
 
-/// Subscribers that received nothing for so long have received everything.
+/// Nanoseconds without a notification after which subscribers have received everything.
 const QUIET: u64 = SECOND / 4;
 const QUIET_LIMIT: u64 = 60 * SECOND;
 
-/// Subscribers of everything, on a thread of their own that reads whatever comes, and drops it.
+/// The subscribers, on a thread of their own.
 #[derive(Debug)]
 pub(super) struct Readers {
     state: Arc<Reading>,

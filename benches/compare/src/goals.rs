@@ -1,6 +1,6 @@
 //! The goals: what is measured, and what is compared with what. The list of lines is the only place that says so.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
@@ -263,7 +263,7 @@ fn unpinned() -> Vec<Line> {
 }
 
 /// The goal whose servers and load have all processors.
-const UNPINNED: u32 = 13;
+pub(crate) const UNPINNED: u32 = 13;
 
 /// Servers side by side at one work, for the picture; nkv is the first.
 #[derive(Clone, Debug)]
@@ -353,23 +353,23 @@ pub(crate) fn panels() -> Vec<Panel> {
 }
 
 /// What a measurement needs.
-#[derive(Debug)]
-pub(crate) struct Bench<'a> {
-    pub(crate) nkv: &'a Path,
-    pub(crate) dir: &'a Path,
+#[derive(Clone, Debug)]
+pub(crate) struct Bench {
+    pub(crate) nkv: PathBuf,
+    pub(crate) dir: PathBuf,
     /// All processors, the server's and the load's.
     pub(crate) cpus: [CpuSet; 3],
     pub(crate) span: Span,
     pub(crate) settle: Settle,
 }
 
-impl Bench<'_> {
+impl Bench {
     /// Starts the server of a cell, measures, and stops it.
     pub(crate) fn measure(&self, goal: u32, cell: Cell) -> Result<Figures> {
         let [all, server, load] = &self.cpus;
         let (server, own) = if goal == UNPINNED { (all, all) } else { (server, load) };
         crate::sys::pin(own)?;
-        let site = Site { nkv: self.nkv, dir: self.dir, cpus: server };
+        let site = Site { nkv: &self.nkv, dir: &self.dir, cpus: server };
         let running = Running::start(cell.peer, site)?;
         let (running, figures) = match cell.work {
             Work::Start { keys } => {

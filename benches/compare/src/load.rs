@@ -123,14 +123,14 @@ pub(crate) fn run(target: Target, shape: Shape, span: Span) -> Result<Figures> {
 
 /// Numbers that differ from run to run. (Marsaglia's xorshift.)
 #[derive(Debug)]
-struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    fn new() -> Random {
+    pub(crate) fn new() -> Random {
         Random(sys::now() << 1 | 1)
     }
 
-    fn below(&mut self, limit: usize) -> usize {
+    pub(crate) fn below(&mut self, limit: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;

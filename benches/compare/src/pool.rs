@@ -226,7 +226,12 @@ impl Pool {
 
     /// Reads and writes once wherever that is possible; `on` gets each event but `Ready`, with its connection.
     pub(crate) fn turn(&mut self, ms: u64, on: &mut dyn FnMut(usize, &Event)) -> Result<()> {
-        self.epoll.wait(ms)?;
+        self.turn_ns(ms * 1_000_000, on)
+    }
+
+    /// The same; waits at most `ns` nanoseconds.
+    pub(crate) fn turn_ns(&mut self, ns: u64, on: &mut dyn FnMut(usize, &Event)) -> Result<()> {
+        self.epoll.wait_ns(ns)?;
         for ready in &self.epoll.events {
             let id = ready.data.u64() as usize;
             let connection = &mut self.connections[id];

@@ -27,8 +27,12 @@ impl Log {
         Ok(log)
     }
 
-    pub(crate) fn note(&mut self, goal: u32, cell: Cell, round: usize, measured: &Result<Figures>) -> Result<()> {
-        let mut line = json!({ "goal": goal, "work": cell.work.name(), "peer": cell.peer.name(), "round": round });
+    pub(crate) fn note(&mut self, sample: &Sample, measured: &Result<Figures>) -> Result<()> {
+        let Sample { goal, work, peer, side, round } = sample;
+        let mut line = json!({ "goal": goal, "work": work, "peer": peer.name(), "round": round });
+        if let Some(side) = side {
+            line["side"] = json!(side);
+        }
         match measured {
             Ok(figures) => line["figures"] = json!(figures),
             Err(error) => line["failure"] = json!(error.to_string()),
@@ -38,6 +42,23 @@ impl Log {
 
     fn line(&mut self, line: &Value) -> Result<()> {
         Ok(writeln!(self.0, "{line}")?)
+    }
+}
+
+/// What one measurement was of.
+#[derive(Clone, Debug)]
+pub(crate) struct Sample {
+    pub(crate) goal: u32,
+    pub(crate) work: String,
+    pub(crate) peer: Peer,
+    /// Which of two builds of nkv, where a run has two.
+    pub(crate) side: Option<&'static str>,
+    pub(crate) round: usize,
+}
+
+impl Sample {
+    pub(crate) fn of(goal: u32, cell: Cell, side: Option<&'static str>, round: usize) -> Sample {
+        Sample { goal, work: cell.work.name(), peer: cell.peer, side, round }
     }
 }
 
@@ -57,7 +78,7 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    fn of(mut values: Vec<f64>) -> Option<Spread> {
+    pub(crate) fn of(mut values: Vec<f64>) -> Option<Spread> {
         values.sort_by(f64::total_cmp);
         let (min, max) = (*values.first()?, *values.last()?);
         let middle = values.len() / 2;
@@ -81,10 +102,35 @@ impl Raw {
         Ok(raw)
     }
 
+    #[cfg(test)]
+    pub(crate) fn of(samples: Vec<Value>) -> Raw {
+        Raw { settings: Value::Null, samples }
+    }
+
+    /// The samples of a goal, as they were written.
+    pub(crate) fn samples(&self, goal: u32) -> impl Iterator<Item = &Value> {
+        self.samples.iter().filter(move |sample| sample["goal"] == goal)
+    }
+
+    /// True if two builds of nkv were measured.
+    pub(crate) fn has_sides(&self) -> bool {
+        self.samples.iter().any(|sample| sample.get("side").is_some())
+    }
+
     /// The figure of each round in which it was measured.
     fn rounds(&self, goal: u32, cell: Cell, figure: &str) -> BTreeMap<u64, f64> {
+        self.rounds_of(None, goal, cell, figure)
+    }
+
+    /// The same, of one of two builds.
+    pub(crate) fn rounds_of(&self, side: Option<&str>, goal: u32, cell: Cell, figure: &str) -> BTreeMap<u64, f64> {
         let (work, peer) = (cell.work.name(), cell.peer.name());
-        let wanted = |sample: &&Value| sample["goal"] == goal && sample["work"] == work && sample["peer"] == peer;
+        let wanted = |sample: &&Value| {
+            sample["goal"] == goal
+                && sample["work"] == work
+                && sample["peer"] == peer
+                && sample["side"].as_str() == side
+        };
         let found = |sample: &Value| Some((sample["round"].as_u64()?, sample["figures"][figure].as_f64()?));
         self.samples.iter().filter(wanted).filter_map(found).collect()
     }
@@ -97,10 +143,9 @@ impl Raw {
     fn ratio(&self, line: &Line) -> Option<Spread> {
         let rounds = |cell: &Cell| self.rounds(line.goal, *cell, line.figure);
         let rivals: Vec<_> = line.theirs.iter().map(rounds).collect();
-        let more_is_better = line.figure.ends_with("per_s");
         let ratios = rounds(&line.ours).into_iter().filter_map(|(round, ours)| {
             let theirs = rivals.iter().filter_map(|rival| rival.get(&round)).copied();
-            let best = if more_is_better { theirs.reduce(f64::max) } else { theirs.reduce(f64::min) };
+            let best = if more_is_better(line.figure) { theirs.reduce(f64::max) } else { theirs.reduce(f64::min) };
             best.filter(|best| *best > 0.0).map(|best| ours / best)
         });
         Spread::of(ratios.collect())
@@ -173,7 +218,7 @@ impl Raw {
         if self.failures().is_empty() { Ok(()) } else { Err("not all could be measured".into()) }
     }
 
-    fn failures(&self) -> String {
+    pub(crate) fn failures(&self) -> String {
         let failed = self.samples.iter().filter(|sample| sample.get("failure").is_some());
         failed.fold(String::new(), |text, sample| text + &format!("\nFAILED: {sample}\n"))
     }
@@ -184,6 +229,10 @@ impl Raw {
         let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         for (name, value) in self.settings["machine"].as_object().into_iter().flatten() {
             let _ = write!(out, "\n- {name}: {}", text(value));
+        }
+        for build in self.settings["builds"].as_array().into_iter().flatten() {
+            let [side, version] = ["side", "version"].map(|name| text(&build[name]));
+            let _ = write!(out, "\n- {side}: {version}, {} bytes", build["bytes"]);
         }
         out += "\n\n| server | program | arguments | an acknowledged put is |\n|-|-|-|-|\n";
         for (peer, settings) in self.settings["servers"].as_object().into_iter().flatten() {
@@ -197,16 +246,32 @@ impl Raw {
 }
 
 /// What the figures depend on.
-pub(crate) fn settings(machine: &[(&str, String)], nkv: &Path, command: &str) -> Value {
+pub(crate) fn settings(machine: &[(&str, String)], nkv: &Path, old: Option<&Path>, command: &str) -> Value {
     let machine: serde_json::Map<_, _> =
         machine.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect();
     let servers = Peer::ALL.into_iter().filter_map(|peer| Some((peer.name().to_owned(), json!(peer.settings(nkv)?))));
     let servers: serde_json::Map<_, _> = servers.collect();
-    json!({ "command": command, "machine": machine, "servers": servers })
+    let mut settings = json!({ "command": command, "machine": machine, "servers": servers });
+    if let Some(old) = old {
+        settings["builds"] = json!([build("new", nkv), build("old", old)]);
+    }
+    settings
+}
+
+/// Which build a side is: two of them may say the same version.
+fn build(side: &str, program: &Path) -> Value {
+    let len = fs::metadata(program).map_or(0, |data| data.len());
+    let version = Peer::NkvSync.settings(program).map(|[version, ..]| version);
+    json!({ "side": side, "version": version, "bytes": len })
+}
+
+/// True of rates; of times and sizes less is better.
+pub(crate) fn more_is_better(figure: &str) -> bool {
+    figure.ends_with("per_s")
 }
 
 /// What a figure is called in the table, where its unit stands behind the number.
-fn title(figure: &str) -> String {
+pub(crate) fn title(figure: &str) -> String {
     match figure {
         "per_s" => "requests".to_owned(),
         "delivered_per_s" => "deliveries".to_owned(),
@@ -233,6 +298,7 @@ pub(crate) fn with_unit(value: f64, figure: &str) -> String {
             1e3.. => format!("{:.1} k/s", value / 1e3),
             _ => format!("{value:.0}/s"),
         },
+        "us" if value >= 1e6 => format!("{:.2} s", value / 1e6),
         "us" if value >= 1_000.0 => format!("{:.2} ms", value / 1e3),
         "us" => format!("{value:.0} us"),
         "s" if value < 1.0 => format!("{:.0} ms", value * 1e3),

@@ -142,6 +142,15 @@ pub(crate) fn read(socket: &OwnedFd, buf: &mut [u8]) -> Io {
     }
 }
 
+/// Reads as much as `read` would, without a copy of it: the kernel drops what was received.
+pub(crate) fn discard(socket: &OwnedFd, buf: &mut [u8]) -> Io {
+    match rustix::net::recv(socket, buf, RecvFlags::TRUNC) {
+        Ok((_, 0)) => Io::Closed,
+        Ok((_, len)) => Io::Done(len),
+        Err(error) => Io::of(error),
+    }
+}
+
 pub(crate) fn write(socket: &OwnedFd, bytes: &[u8]) -> Io {
     match rustix::net::send(socket, bytes, SendFlags::NOSIGNAL) {
         Ok(len) => Io::Done(len),
@@ -182,7 +191,12 @@ impl Epoll {
 
     /// Waits so many milliseconds at most; what is ready is in `events`.
     pub(crate) fn wait(&mut self, ms: u64) -> Result<()> {
-        let limit = Timespec { tv_sec: 0, tv_nsec: (ms.min(999) * 1_000_000) as _ };
+        self.wait_ns(ms * 1_000_000)
+    }
+
+    /// The same, in nanoseconds.
+    pub(crate) fn wait_ns(&mut self, ns: u64) -> Result<()> {
+        let limit = Timespec { tv_sec: 0, tv_nsec: ns.min(SECOND - 1) as _ };
         self.events.clear();
         match epoll::wait(&self.fd, spare_capacity(&mut self.events), Some(&limit)) {
             Ok(_) | Err(Errno::INTR) => Ok(()),
@@ -316,6 +330,12 @@ pub(crate) fn clean_up_on_signal() -> Result<()> {
 
 fn left() -> MutexGuard<'static, Left> {
     LEFT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends a server at once.
+pub(crate) fn kill(pid: u32) {
+    // No other process can have this number before this one has waited for the server.
+    signal(pid, Signal::KILL);
 }
 
 fn signal(pid: u32, signal: Signal) {

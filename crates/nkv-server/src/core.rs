@@ -6,7 +6,9 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use nkv_core::mailbox::{Backlog, Mailbox};
-use nkv_core::{Delivery, Event, EventKind, Key, Notifier, NotifyKeyValue, PersistValue, SubscriberId, Write, WriteResult};
+use nkv_core::{
+    Delivery, Event, EventKind, Key, Notifier, NotifyKeyValue, PersistValue, SubscriberId, Write, WriteResult,
+};
 use nkv_notify_tcp::TcpNotifier;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 

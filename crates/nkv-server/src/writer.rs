@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use nkv_core::{PersistError, PersistErrorKind};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use crate::bell::Bell;
 use crate::budget::Budget;
@@ -197,8 +197,6 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
-    use tokio::sync::oneshot;
-
     use super::*;
 
     #[test]

@@ -133,7 +133,7 @@ fn decimal(mut number: u64, out: &mut Vec<u8>) {
 }
 
 /// The number that is written here.
-fn number(text: &[u8]) -> Option<u64> {
+pub(crate) fn number(text: &[u8]) -> Option<u64> {
     let digits = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
     digits.then(|| text.iter().fold(0, |sum: u64, digit| sum.wrapping_mul(10) + u64::from(digit - b'0')))
 }

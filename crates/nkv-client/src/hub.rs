@@ -424,14 +424,14 @@ mod tests {
         let mut hub = Hub::default();
         hub.attach("e1");
         let (queue, send) = add(&mut hub, 1, "*");
-        fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("b", 2), entry("c", 3)]);
-        assert_eq!(told(&queue), ["a@1", "b@2", "c@3", "Synced"]);
+        fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("b", 2)]);
+        assert_eq!(told(&queue), ["a@1", "b@2", "Synced"]);
         hub.reset("*".into()).unwrap();
-        [entry("a", 1), entry("c", 12), entry("d", 11)].iter().for_each(|entry| hub.update(entry, 0));
-        assert_eq!(told(&queue), ["c@12", "d@11"]);
+        [entry("a", 1), entry("c", 12)].iter().for_each(|entry| hub.update(entry, 0));
+        assert_eq!(told(&queue), ["c@12"]);
         hub.synced(Revision::new(10)).unwrap();
-        hub.update(&entry("e", 13), 0);
-        assert_eq!(told(&queue), ["b missed", "e@13"]);
+        hub.update(&entry("d", 13), 0);
+        assert_eq!(told(&queue), ["b missed", "d@13"]);
         // One that has just been unsubscribed is read past.
         hub.remove(&Pattern::All, 1);
         hub.reset("*".into()).unwrap();

@@ -14,6 +14,7 @@
 mod answer;
 mod chunks;
 mod decoder;
+mod foreign;
 mod json;
 mod message;
 mod notification;

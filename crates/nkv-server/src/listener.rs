@@ -140,7 +140,7 @@ async fn bind_each(name: &str, found: &[SocketAddr]) -> io::Result<Vec<Listener>
     }
     match absent {
         Some((_, error)) if listeners.is_empty() => return Err(error),
-        Some((address, error)) => warn!("{name} is {} too, which this host does not have: {error}", address.ip()),
+        Some((address, error)) => warn!("{name} is also {}, which this host does not have: {error}", address.ip()),
         None if listeners.is_empty() => return Err(io::Error::new(io::ErrorKind::NotFound, "the name has no address")),
         None => {}
     }

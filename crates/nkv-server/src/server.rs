@@ -120,8 +120,8 @@ pub enum ServerError {
     #[error(transparent)]
     Persist(Arc<PersistError>),
     /// A thread cannot be started, or a task broke.
-    #[error("the server cannot run")]
-    System(#[source] std::io::Error),
+    #[error("the server cannot run: {0}")]
+    System(std::io::Error),
 }
 
 fn in_use_hint(address: &str, source: &std::io::Error) -> String {

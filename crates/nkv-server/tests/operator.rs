@@ -121,6 +121,26 @@ fn sighup_and_the_signals_of_users_end_nothing_and_cut_no_connection() {
     assert_eq!(server.wait().code(), Some(0));
 }
 
+/// It ended the process, with a core dump, at the first write past the limit.
+#[test]
+fn a_limit_of_the_size_of_files_is_as_a_full_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Process::spawn({
+        let mut command = Command::new("prlimit");
+        command.args(["--fsize=3000000", env!("CARGO_BIN_EXE_nkv-server"), "127.0.0.1:0", "--data-dir"]);
+        command.arg(dir.path().join("data")).stderr(Stdio::piped());
+        command
+    });
+    let mut conn = server.connect();
+    let value = "x".repeat(900_000);
+    let put = |n| format!(r#"{{"type":"Put","key":"k{n}","value":"{value}"}}"#);
+    let answers: Vec<_> = (0..8).map(|n| status(&conn.ask(&put(n)))).collect();
+    assert!(answers[0] == 200 && answers.contains(&507), "{answers:?}");
+    assert_eq!(status(&conn.ask(r#"{"type":"Delete","key":"k0"}"#)), 200);
+    server.signal("-TERM");
+    assert_eq!(server.wait().code(), Some(0));
+}
+
 /// A server that a connection keeps from ending for some seconds, after SIGTERM.
 fn stopping() -> (Process, support::Conn, Instant) {
     let server = Process::spawn({

@@ -1,4 +1,4 @@
-//! Signals: SIGTERM and SIGINT end the server, and SIGHUP, SIGUSR1 and SIGUSR2 end nothing.
+//! Signals: SIGTERM and SIGINT end the server, and SIGHUP, SIGUSR1 and SIGUSR2 end nothing; nor does SIGXFSZ.
 //!
 //! They are listened to on a thread of their own: who sends a second one does not want to wait for the rest of the program.
 
@@ -49,6 +49,8 @@ impl Signals {
                 }
             });
         }
+        // Listened to once, it ends nothing any more: a write past the limit of a file's size fails, as on a full disk.
+        drop(signal(SignalKind::from_raw(nix::libc::SIGXFSZ))?);
         Ok(Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 

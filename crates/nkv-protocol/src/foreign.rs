@@ -37,15 +37,15 @@ impl Foreign {
         Foreign::of_bytes(head).or_else(|| Foreign::of_line(line?.trim_ascii()))
     }
 
-    /// No text holds a zero byte. (A length of four bytes, the lowest first, and a text would have one in the fourth place
-    /// and a letter behind it.)
+    /// No text holds a zero byte, and none that is typed begins with several control characters. (A length of four bytes,
+    /// the lowest first, and a text would have a zero in the fourth place and a letter behind it.)
     fn of_bytes(head: &[u8]) -> Option<Self> {
         match head {
             // A record of a handshake, its version and length, and the message that a client begins with.
             [0x16, 3, 0..=4, _, _, 1] | [0x16, 3, .., b'\n'] => Some(Foreign::Tls),
             [0x10, _, 0, 4 | 6, b'M', b'Q'] => Some(Foreign::Mqtt),
             head if head.contains(&0) => Some(Foreign::Binary),
-            _ => None,
+            head => (head.iter().filter(|byte| is_control(**byte)).count() > 1).then_some(Foreign::Binary),
         }
     }
 
@@ -84,6 +84,11 @@ impl fmt::Display for Foreign {
             Foreign::Tls => "TLS",
         })
     }
+}
+
+/// Neither white space nor what an arrow key sends.
+fn is_control(byte: u8) -> bool {
+    byte < b' ' && !byte.is_ascii_whitespace() && byte != b'\x1b'
 }
 
 /// A request line, a status line, or a usual header. A request line has two fields or three: `GET ID CLIENT KEY` is none.
@@ -165,6 +170,7 @@ mod tests {
             (b"<policy-file-request/>\n", Foreign::Markup),
             (b"\0\0\0\x08\x04\xd2\x16\x2f", Foreign::Binary),
             (b"\0\r\nQUIT\n", Foreign::Binary),
+            (b"0\x0c\x02\x01\x01\x60\x07", Foreign::Binary),
         ] {
             assert_eq!(recognised(input), Some(foreign), "{:?}", String::from_utf8_lossy(input));
         }
@@ -189,6 +195,8 @@ mod tests {
             b"*\n",
             b"$x\n",
             b"\x1b[A\n",
+            b"\x1b[A\x1b[A\x1b[A\n",
+            b"\x01{\"type\":\"Health\"}\n",
             b"\xef\xbb\xbf{\"type\":\"Health\"}\n",
             b"",
             b"\0\0\0",

@@ -1,4 +1,4 @@
-//! Where a server listens: Unix sockets, their paths, modes and owners.
+//! Where a server listens: Unix sockets, their paths, modes and owners; and what is said of a server that does not start.
 
 #![allow(clippy::unwrap_used)]
 
@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 
+use nkv_core::{NoPersist, PersistError, PersistErrorKind};
 use nkv_server::{Address, Options, Server, ServerError};
 use tokio::runtime::{Builder, Runtime};
 
@@ -104,4 +105,16 @@ fn a_unix_socket_left_over_is_replaced_and_one_that_is_anothers_is_not() {
     std::fs::write(&path, "no socket").unwrap();
     assert!(unix_server(&path, Options::default()).is_err());
     assert_eq!(std::fs::read(&path).unwrap(), b"no socket");
+}
+
+/// The message was the word `storage`.
+#[test]
+fn an_error_that_keeps_a_server_from_starting_says_what_is_wrong() {
+    let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+    let open =
+        || Err::<NoPersist, _>(PersistError::new(PersistErrorKind::Io, "cannot read the tape").with_source("torn"));
+    let error = runtime.block_on(Server::builder().persist("sync", open).bind()).unwrap_err();
+    assert!(matches!(error, ServerError::Persist(_)));
+    assert_eq!(error.to_string(), "cannot read the tape");
+    assert_eq!(std::error::Error::source(&error).unwrap().to_string(), "torn");
 }

@@ -148,9 +148,8 @@ impl Args {
     /// Reads the command line and the environment; an address on the former wins over `NKV_LISTEN`. A variable that is
     /// empty counts as not set.
     pub(crate) fn read() -> Self {
-        let is_empty = |arg: &Arg| arg.get_env().and_then(std::env::var_os).is_some_and(|value| value.is_empty());
-        let command = Args::command().mut_args(|arg| if is_empty(&arg) { arg.env(Resettable::Reset) } else { arg });
-        let matches = command.clone().try_get_matches().unwrap_or_else(|error| with_variable(error, &command).exit());
+        let matches = without_empty_variables().try_get_matches();
+        let matches = matches.unwrap_or_else(|error| with_variable(error, &without_empty_variables()).exit());
         let mut args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
         if args.address.is_some() && matches.value_source("listen") == Some(ValueSource::EnvVariable) {
             args.listen.clear();
@@ -199,6 +198,11 @@ impl Args {
         })?;
         Ok(base.join("nkv"))
     }
+}
+
+fn without_empty_variables() -> clap::Command {
+    let is_empty = |arg: &Arg| arg.get_env().and_then(std::env::var_os).is_some_and(|value| value.is_empty());
+    Args::command().mut_args(|arg| if is_empty(&arg) { arg.env(Resettable::Reset) } else { arg })
 }
 
 /// An error in a value from the environment, with the variable in the place of the flag.

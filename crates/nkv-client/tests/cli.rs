@@ -239,6 +239,55 @@ fn an_interrupt_ends_with_130_and_a_closed_pipe_quietly() {
     assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0));
 }
 
+/// A subscription to what never changes lived on when `head -1` had all it wanted.
+#[cfg(unix)]
+#[test]
+fn a_subscription_ends_with_the_reader_of_its_stdout_although_nothing_changes() {
+    let nkv = nkv();
+    nkv.stdout(&["put", "a", "1"]);
+    let mut child = command(&[&nkv.addr, "subscribe", "a"]).spawn().unwrap();
+    let mut reader = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    assert_eq!(line, "a = 1\n");
+    // It has said what there is to say.
+    let mut synced = BufReader::new(child.stderr.take().unwrap());
+    synced.read_line(&mut line).unwrap();
+    drop(reader);
+    let output = finish(child);
+    assert_eq!(output.status.code(), Some(0));
+    let mut rest = String::new();
+    synced.read_to_string(&mut rest).unwrap();
+    assert_eq!(rest, "", "it ends quietly");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn without_a_stderr_it_goes_on() {
+    let nkv = nkv();
+    nkv.stdout(&["put", "a", "1"]);
+    let cases = [(&["put", "a", "2"][..], 0), (&["get", "b"], 1), (&["fly"], 2), (&["subscribe", "a", "--once"], 0)];
+    for (words, code) in cases {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = finish(command(words).env("NKV_ADDR", &nkv.addr).stderr(full).spawn().unwrap());
+        assert_eq!(output.status.code(), Some(code), "{words:?}");
+        let (reader, gone) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = finish(command(words).env("NKV_ADDR", &nkv.addr).stderr(gone).spawn().unwrap());
+        assert_eq!(output.status.code(), Some(code), "{words:?}");
+    }
+}
+
+#[test]
+fn an_empty_variable_is_as_if_not_set_and_one_that_is_wrong_is_named() {
+    let nkv = nkv();
+    let output = finish(command(&[&nkv.addr, "health"]).env("NKV_ADDR", "").env("NKV_TOKEN", "").spawn().unwrap());
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let output = finish(command(&["health"]).env("NKV_ADDR", "http://a").spawn().unwrap());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && stderr.contains("NKV_ADDR"), "{stderr}");
+}
+
 #[test]
 fn commands_may_come_from_a_pipe() {
     let nkv = nkv();

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use nkv_core::mailbox::{DELETES_MAX, Inbox, Item, Mailbox, mailbox};
 use nkv_core::{
-    Action, BeginCause, Delivery, Event, EventKind, Key, MemoryPersist, NoPersist, Notifier, NotifyKeyValue, Op, Outcome,
-    Pattern, PersistErrorKind, PutOptions, Reason, Revision, SnapshotReader, Write, WriteError,
+    Action, BeginCause, Delivery, Event, EventKind, Key, MemoryPersist, NoPersist, Notifier, NotifyKeyValue, Op,
+    Outcome, Pattern, PersistErrorKind, PutOptions, Reason, Revision, SnapshotReader, Write, WriteError,
 };
 use nkv_testkit::script::{PersistScript, ScriptedNotifier, ScriptedPersist};
 
@@ -169,7 +169,9 @@ fn a_snapshot_is_read_in_parts_when_its_reader_is_ready_and_changes_of_what_was_
     };
     assert_eq!(part(&inbox), (PART, "k.000000".into(), 3_002, false));
     // Before the place where the reader is, and behind it.
-    store.write(&[put(7), put(2_000), put(9_000), Op::Delete { pattern: Pattern::from(&key(8)), if_revision: None }]).unwrap();
+    store
+        .write(&[put(7), put(2_000), put(9_000), Op::Delete { pattern: Pattern::from(&key(8)), if_revision: None }])
+        .unwrap();
     assert_eq!(post.backlog().queued, 2);
     let second = part(&inbox);
     assert_eq!((second.0, second.2, second.3), (PART, 3_002, false));

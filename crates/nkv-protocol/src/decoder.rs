@@ -1,5 +1,6 @@
 //! From bytes to requests, incrementally: the framing of the server's side.
 
+use crate::foreign::Foreign;
 use crate::request::{Head, Id, NAME_LEN_MAX, Request};
 use crate::status;
 
@@ -116,7 +117,12 @@ impl Decoder {
 
     fn line<'a>(&mut self, head: &mut Head<'a>, input: &'a [u8], scanned: usize) -> Step<'a> {
         let line_len_max = self.limits.line_len_max();
-        let Some((line, rest)) = split_line(input, scanned) else {
+        let found = split_line(input, scanned);
+        if let Some(foreign) = Foreign::recognise(input, found.map(|(line, _)| line)) {
+            self.state = START;
+            return Step::refused(input.len(), not_nkv(foreign));
+        }
+        let Some((line, rest)) = found else {
             self.state = State::Line { scanned: input.len() };
             if input.len() <= line_len_max {
                 return Step { consumed: 0, item: None };
@@ -217,6 +223,11 @@ fn finish<'a>(head: &mut Head<'a>, read: Result<(), String>, payload: Option<&'a
 fn over<'a>(what: &str, len_max: usize, id: Id<'a>, close: bool) -> Refusal<'a> {
     let message = format!("{what} over the limit of {len_max} bytes");
     Refusal { id, status: status::TOO_LARGE, message, close }
+}
+
+fn not_nkv(foreign: Foreign) -> Refusal<'static> {
+    let message = format!("this is {foreign}, and nkv speaks another protocol: JSON objects, one on a line");
+    Refusal { id: Id::default(), status: status::BAD_REQUEST, message, close: true }
 }
 
 fn unterminated(id: Id<'_>) -> Refusal<'_> {

@@ -2,9 +2,10 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::marker::PhantomData;
 
 use bytes::BufMut;
-use serde::de::{Error, SeqAccess, Visitor};
+use serde::de::{Error, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::ValueForm;
@@ -247,7 +248,7 @@ impl<'de> Visitor<'de> for ValueVisitor {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
         let mut bytes = Vec::new();
-        while let Some(byte) = seq.next_element()? {
+        while let Some(Scalar(byte)) = seq.next_element()? {
             if bytes.len() > self.len_max {
                 return Err(A::Error::custom("value over the limit"));
             }
@@ -280,4 +281,81 @@ impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
         }
         deserializer.deserialize_str(TextVisitor)
     }
+}
+
+/// A number or a flag.
+///
+/// An error names the type of what is there instead and quotes no text: a text may be as long as the line, and would be
+/// longer still when it is escaped.
+pub(crate) struct Scalar<T>(pub(crate) T);
+
+/// What a [`Scalar`] may hold.
+pub(crate) trait ScalarType: Sized {
+    const EXPECTED: &'static str;
+
+    fn from_flag(_: bool) -> Option<Self> {
+        None
+    }
+
+    fn from_number(_: u64) -> Option<Self> {
+        None
+    }
+}
+
+impl ScalarType for bool {
+    const EXPECTED: &'static str = "a boolean";
+
+    fn from_flag(flag: bool) -> Option<Self> {
+        Some(flag)
+    }
+}
+
+impl ScalarType for u8 {
+    const EXPECTED: &'static str = "u8";
+
+    fn from_number(number: u64) -> Option<Self> {
+        u8::try_from(number).ok()
+    }
+}
+
+impl ScalarType for u64 {
+    const EXPECTED: &'static str = "u64";
+
+    fn from_number(number: u64) -> Option<Self> {
+        Some(number)
+    }
+}
+
+impl<'de, T: ScalarType> Deserialize<'de> for Scalar<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // Of a number that was asked for by its type, the deserializer itself says what is there instead, and quotes it.
+        deserializer.deserialize_any(ScalarVisitor(PhantomData))
+    }
+}
+
+struct ScalarVisitor<T>(PhantomData<T>);
+
+impl<T: ScalarType> Visitor<'_> for ScalarVisitor<T> {
+    type Value = Scalar<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(T::EXPECTED)
+    }
+
+    fn visit_bool<E: Error>(self, flag: bool) -> Result<Self::Value, E> {
+        T::from_flag(flag).map(Scalar).ok_or_else(|| E::invalid_type(Unexpected::Bool(flag), &self))
+    }
+
+    fn visit_u64<E: Error>(self, number: u64) -> Result<Self::Value, E> {
+        T::from_number(number).map(Scalar).ok_or_else(|| E::invalid_value(Unexpected::Unsigned(number), &self))
+    }
+
+    fn visit_str<E: Error>(self, _: &str) -> Result<Self::Value, E> {
+        Err(unexpected_text(&self))
+    }
+}
+
+/// The error for a text where something else is expected.
+pub(crate) fn unexpected_text<'de, E: Error>(expected: &impl Visitor<'de>) -> E {
+    E::invalid_type(Unexpected::Other("string"), expected)
 }

@@ -15,6 +15,7 @@ mod answer;
 mod chunks;
 mod decoder;
 mod features;
+mod foreign;
 mod json;
 mod message;
 mod notification;

@@ -401,9 +401,18 @@ fn unterminated() -> MessageError {
     MessageError::Malformed { reason: "no newline after a payload".into() }
 }
 
+/// How many characters of the reason are kept that a message is none.
+const REASON_CHARS_MAX: usize = 256;
+
 fn malformed(line: &[u8], error: &serde_json::Error) -> MessageError {
     if line.starts_with(b"INFO {") {
         return MessageError::Nats;
     }
-    MessageError::Malformed { reason: error.to_string() }
+    // It may quote all that the peer sent.
+    let whole = error.to_string();
+    let mut reason: String = whole.chars().take(REASON_CHARS_MAX).collect();
+    if reason.len() < whole.len() {
+        reason.push_str("...");
+    }
+    MessageError::Malformed { reason }
 }

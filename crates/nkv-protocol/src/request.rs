@@ -9,7 +9,7 @@ use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::features::{self, NameList};
-use crate::json::{self, Object, Text, ValueVisitor};
+use crate::json::{self, Object, Scalar, ScalarType, Text, ValueVisitor, unexpected_text};
 use crate::{Features, ValueForm};
 
 mod scan;
@@ -346,12 +346,12 @@ impl<'a> Head<'a> {
                 self.within("value", value.len(), value_len_max)?;
                 self.request.value = Some(value);
             }
-            "len" => self.len = map.next_value()?,
-            "if_revision" => request.if_revision = map.next_value()?,
-            "ttl_ms" => request.ttl_ms = map.next_value()?,
-            "limit" => request.limit = map.next_value()?,
+            "len" => self.len = scalar(map)?,
+            "if_revision" => request.if_revision = scalar(map)?,
+            "ttl_ms" => request.ttl_ms = scalar(map)?,
+            "limit" => request.limit = scalar(map)?,
             "after" => request.after = text(map)?,
-            "snapshot" => request.snapshot = map.next_value::<Option<bool>>()?.unwrap_or(false),
+            "snapshot" => request.snapshot = scalar(map)?.unwrap_or(false),
             "values" => {
                 let form = text(map)?.map(|word| {
                     let unknown = || A::Error::custom("'values' is \"bytes\", \"text\" or \"payload\"");
@@ -391,6 +391,11 @@ fn text<'a, A: MapAccess<'a>>(map: &mut A) -> Result<Option<Cow<'a, str>>, A::Er
     Ok(map.next_value::<Option<Text<'a>>>()?.map(|text| text.0))
 }
 
+/// A number or a flag, or null for none.
+fn scalar<'a, T: ScalarType, A: MapAccess<'a>>(map: &mut A) -> Result<Option<T>, A::Error> {
+    Ok(map.next_value::<Option<Scalar<T>>>()?.map(|scalar| scalar.0))
+}
+
 fn read_kind<E: Error>(word: &str) -> Result<Kind, E> {
     Kind::from_word(word).ok_or_else(|| {
         let words: Vec<_> = Kind::ALL.iter().map(|kind| kind.as_str()).collect();
@@ -408,7 +413,7 @@ impl<'a> DeserializeSeed<'a> for HeadSeed<'_, 'a> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_map(self)
+        deserializer.deserialize_any(self)
     }
 }
 
@@ -417,6 +422,10 @@ impl<'a> Visitor<'a> for HeadSeed<'_, 'a> {
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a JSON object on one line, such as {\"type\":\"Get\",\"key\":\"a.b\"}")
+    }
+
+    fn visit_str<E: Error>(self, _: &str) -> Result<(), E> {
+        Err(unexpected_text(&self))
     }
 
     fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {
@@ -440,7 +449,7 @@ impl<'a> DeserializeSeed<'a> for FramingSeed<'_, 'a> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_map(self)
+        deserializer.deserialize_any(self)
     }
 }
 
@@ -449,6 +458,10 @@ impl<'a> Visitor<'a> for FramingSeed<'_, 'a> {
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object")
+    }
+
+    fn visit_str<E: Error>(self, _: &str) -> Result<(), E> {
+        Err(unexpected_text(&self))
     }
 
     fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {

@@ -159,6 +159,71 @@ fn what_is_wrong_is_named() {
     }
 }
 
+/// A text in the place of a number was quoted whole, each of its bytes as up to seven: 6 MB in, 42 MB out.
+#[test]
+fn a_refusal_quotes_nothing_that_may_be_long() {
+    let text = format!("\"{}\"", "\u{7f}".repeat(100_000));
+    let mut lines: Vec<_> = [
+        "type",
+        "id",
+        "key",
+        "client_uuid",
+        "value",
+        "len",
+        "if_revision",
+        "ttl_ms",
+        "limit",
+        "after",
+        "snapshot",
+        "values",
+        "token",
+    ]
+    .map(|field| ["", "[", "{", "{\"a\":", "[["].map(|open| format!("{{\"{field}\":{open}{text}]}}")))
+    .concat();
+    lines.extend(["len", "limit", "snapshot", "values", "type"].map(|field| format!("{{\"{field}\":{text}}}")));
+    lines.extend([
+        text.clone(),
+        format!("[{text}]"),
+        format!("{{{text}:1}}"),
+        format!("{{{text}}}"),
+        text.replace('"', ""),
+    ]);
+    lines.push(format!("{{\"type\":\"Put\",\"key\":\"a\",\"value\":[{text}]}}"));
+    lines.push(format!("{{\"len\":1{}}}", "0".repeat(100_000)));
+    for line in lines {
+        let input = format!("{line}\n");
+        let refusal = Decoder::new(Limits::default()).decode(input.as_bytes()).item.unwrap().unwrap_err();
+        assert!(refusal.message.len() <= 512, "{:.60}: {:.300}", line, refusal.message);
+    }
+    let error = MessageDecoder::new().decode(format!("{{\"Base\":{{\"status\":{text}}}}}\n").as_bytes()).unwrap_err();
+    assert!(error.to_string().len() <= 1_000, "{:.300}", error.to_string());
+}
+
+/// What a browser was made to send behind the head of its request was read as requests and done.
+#[test]
+fn a_stream_of_another_protocol_ends_with_one_answer_and_nothing_in_it_is_read() {
+    let put = "{\"type\":\"Put\",\"key\":\"a\",\"value\":\"x\"}\n";
+    for start in [
+        &b"POST / HTTP/1.1\r\nHost: 127.0.0.1:4222\r\nContent-Type: text/plain\r\n\r\n"[..],
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n",
+        b"\x16\x03\x03\x00\x0a\x01\n",
+        b"*3\r\n$3\r\nSET\r\n",
+        b"\0\0\0\x08\x04\xd2\x16\x2f",
+    ] {
+        let input = [start, put.as_bytes()].concat();
+        for piece_len in [1, 2, 7, input.len()] {
+            assert_eq!(decode(&input, piece_len, Limits::default()), ["\"\" 400 close=true"], "{piece_len}");
+        }
+    }
+    // A hand-shake holds no newline, as a rule: it is known before one comes.
+    let hello = Decoder::new(Limits::default()).decode(b"\x16\x03\x01\x02\x00\x01").item.unwrap().unwrap_err();
+    assert!(hello.close && hello.message.contains("TLS"), "{hello:?}");
+    // In the middle of a stream too.
+    let input = format!("{put}not json\nGET / HTTP/1.1\n{put}");
+    let seen = decode(input.as_bytes(), input.len(), Limits::default());
+    assert_eq!(seen, ["Put \"\" a Some(\"x\")", "\"\" 400 close=false", "\"\" 400 close=true"]);
+}
+
 #[test]
 fn deep_nesting_is_refused_without_harm() {
     let depth = if cfg!(miri) { 150 } else { 200_000 };

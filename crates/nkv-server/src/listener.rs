@@ -1,21 +1,24 @@
 //! Listening sockets: bound safely, and an accept loop that survives every error.
 
+use std::fs::{File, Permissions, remove_file, set_permissions, symlink_metadata};
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, UnixListener, lookup_host};
+use tokio::net::{TcpListener, UnixListener, UnixSocket, lookup_host};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::address::Address;
 use crate::connection::{self, Socket};
 use crate::core::Core;
-use crate::server::{ServerError, stopped};
+use crate::server::{Options, ServerError, stopped};
 
 /// After a failed accept (no file descriptors, most often), so long passes before the next.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -28,35 +31,60 @@ pub(crate) enum Listener {
 
 /// The name of a Unix socket, removed when the server ends.
 #[derive(Debug)]
-pub(crate) struct SocketFile(PathBuf);
+pub(crate) struct SocketFile {
+    path: PathBuf,
+    /// Device and inode: another server may have put a socket of its own in the place of ours.
+    id: (u64, u64),
+}
+
+impl SocketFile {
+    fn of(path: &Path) -> io::Result<Self> {
+        Ok(SocketFile { path: path.to_owned(), id: id_of(path)? })
+    }
+}
+
+fn id_of(path: &Path) -> io::Result<(u64, u64)> {
+    let found = symlink_metadata(path)?;
+    Ok((found.dev(), found.ino()))
+}
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
-            debug!(%error, path = %self.0.display(), "the socket's name is gone already");
+        let is_ours = id_of(&self.path).is_ok_and(|id| id == self.id);
+        if !is_ours {
+            return debug!(path = %self.path.display(), "the socket's name is gone already");
+        }
+        if let Err(error) = remove_file(&self.path) {
+            debug!(%error, path = %self.path.display(), "the socket's name stays");
         }
     }
 }
 
 impl Listener {
-    pub(crate) async fn bind(address: &Address, insecure: bool) -> Result<Self, ServerError> {
+    /// Listens at `address`: at all addresses that a name has, or at none.
+    pub(crate) async fn bind(address: &Address, options: &Options) -> Result<Vec<Self>, ServerError> {
         let failed = |source| ServerError::Bind { address: address.to_string(), source };
         match address {
             Address::Tcp(text) => {
-                let found: Vec<SocketAddr> = lookup_host(text).await.map_err(failed)?.collect();
-                if !insecure && found.iter().any(|found| !found.ip().is_loopback()) {
+                let mut found: Vec<SocketAddr> = Vec::new();
+                for address in lookup_host(text).await.map_err(failed)? {
+                    if !found.contains(&address) {
+                        found.push(address);
+                    }
+                }
+                if !options.insecure && found.iter().any(|found| !is_loopback(*found)) {
                     return Err(ServerError::Insecure { address: text.clone() });
                 }
-                TcpListener::bind(&*found).await.map(Listener::Tcp).map_err(failed)
+                bind_all(text, &found).await.map_err(failed)
             }
-            Address::Unix(path) => bind_unix(path).map_err(failed),
+            Address::Unix(path) => bind_unix(path, options).map(|listener| vec![listener]).map_err(failed),
         }
     }
 
     pub(crate) fn address(&self) -> io::Result<Address> {
         Ok(match self {
             Listener::Tcp(listener) => Address::Tcp(listener.local_addr()?.to_string()),
-            Listener::Unix(_, file) => Address::Unix(file.0.clone()),
+            Listener::Unix(_, file) => Address::Unix(file.path.clone()),
         })
     }
 
@@ -72,30 +100,106 @@ impl Listener {
     }
 }
 
-/// Binds within a directory that only we may enter, then moves the socket to its place: at no time may others connect.
-fn bind_unix(path: &Path) -> io::Result<Listener> {
-    match std::fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => {
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "a file of this name is there, and no socket"));
+/// Whether only this host reaches an address.
+pub(crate) fn is_loopback(address: SocketAddr) -> bool {
+    address.ip().to_canonical().is_loopback()
+}
+
+/// How often a port is chosen that turns out to be in use at another address of the same name.
+const PORT_TRIES: usize = 16;
+
+/// Listens at the same port of all addresses, or at none: were one left out, its clients would find no server, or the
+/// next that starts. The exception is an address of loopback that this host does not have, as `::1` without IPv6.
+async fn bind_all(name: &str, found: &[SocketAddr]) -> io::Result<Vec<Listener>> {
+    let any_port = found.len() > 1 && found.iter().all(|address| address.port() == 0);
+    for _ in 1..PORT_TRIES {
+        match bind_each(name, found).await {
+            Err(error) if any_port && error.kind() == io::ErrorKind::AddrInUse => {}
+            bound => return bound,
         }
-        Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
-            return Err(io::ErrorKind::AddrInUse.into());
-        }
-        Ok(_) | Err(_) => {} // a socket that nobody listens at, left over from a crash, is replaced
     }
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let private = parent.join(format!(".nkv-{:08x}", getrandom::u32().map_err(io::Error::other)?));
-    std::fs::DirBuilder::new().mode(0o700).create(&private)?;
-    let hidden = private.join("s");
-    let bound = UnixListener::bind(&hidden).and_then(|listener| {
-        std::fs::set_permissions(&hidden, std::fs::Permissions::from_mode(0o600))?;
-        std::fs::rename(&hidden, path)?;
-        Ok(Listener::Unix(listener, SocketFile(path.to_owned())))
-    });
-    let removed = std::fs::remove_dir_all(&private);
-    let listener = bound?;
-    removed?;
-    Ok(listener)
+    bind_each(name, found).await
+}
+
+async fn bind_each(name: &str, found: &[SocketAddr]) -> io::Result<Vec<Listener>> {
+    let mut listeners = Vec::new();
+    let mut port = None;
+    let mut absent = None;
+    for address in found {
+        let mut address = *address;
+        address.set_port(port.unwrap_or(address.port()));
+        match TcpListener::bind(address).await {
+            Ok(listener) => {
+                port = Some(listener.local_addr()?.port());
+                listeners.push(Listener::Tcp(listener));
+            }
+            Err(error) if is_loopback(address) && is_absent(&error) => absent = Some((address, error)),
+            Err(error) if found.len() == 1 => return Err(error),
+            Err(error) => return Err(io::Error::new(error.kind(), format!("{address}: {error}"))),
+        }
+    }
+    match absent {
+        Some((_, error)) if listeners.is_empty() => return Err(error),
+        Some((address, error)) => warn!("{name} is also {}, which this host does not have: {error}", address.ip()),
+        None if listeners.is_empty() => return Err(io::Error::new(io::ErrorKind::NotFound, "the name has no address")),
+        None => {}
+    }
+    Ok(listeners)
+}
+
+/// `EAFNOSUPPORT`, for which there is no kind.
+const NO_SUCH_FAMILY: i32 = if cfg!(target_os = "linux") { 97 } else { 47 };
+
+fn is_absent(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(NO_SUCH_FAMILY)
+}
+
+/// The longest path of a socket that a client can name, in bytes.
+const PATH_LEN_MAX: usize = 107;
+
+/// Connections that may wait to be accepted.
+const BACKLOG: u32 = 1_024;
+
+/// Nobody can connect before the socket listens, and by then it has its group and mode.
+fn bind_unix(path: &Path, options: &Options) -> io::Result<Listener> {
+    let len = path.as_os_str().len();
+    if len > PATH_LEN_MAX {
+        let message = format!("a path of {len} bytes; the path of a socket may have {PATH_LEN_MAX}");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    }
+    remove_stale(path)?;
+    let socket = UnixSocket::new_stream()?;
+    // Linux gives the name the mode of the socket, less the umask. Elsewhere it is any mode until the one below is set.
+    let private = File::from(socket.as_fd().try_clone_to_owned()?).set_permissions(Permissions::from_mode(0o600));
+    if let Err(error) = private {
+        debug!(%error, "the socket's name gets its mode later");
+    }
+    socket.bind(path)?;
+    let file = SocketFile::of(path)?;
+    if let Some(group) = options.socket_group {
+        let failed = |error: io::Error| {
+            io::Error::new(error.kind(), format!("the socket cannot be given to the group {group}: {error}"))
+        };
+        lchown(path, None, Some(group)).map_err(failed)?;
+    }
+    set_permissions(path, Permissions::from_mode(options.socket_mode))?;
+    Ok(Listener::Unix(socket.listen(BACKLOG)?, file))
+}
+
+/// Removes a socket at which nobody listens, left over from a crash.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    match symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            Err(io::Error::new(io::ErrorKind::AlreadyExists, "a file of this name is there, and no socket"))
+        }
+        Ok(_) => match UnixStream::connect(path) {
+            Ok(_) => Err(io::ErrorKind::AddrInUse.into()),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => remove_file(path),
+            // It is another's: we may not even ask whether somebody listens.
+            Err(error) => Err(error),
+        },
+        Err(_) => Ok(()),
+    }
 }
 
 /// What every connection of a server needs.
@@ -148,5 +252,47 @@ fn log_panic(ended: &Result<(), tokio::task::JoinError>) {
         && error.is_panic()
     {
         tracing::error!(%error, "a connection's task broke");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn addresses(hosts: &[&str], port: u16) -> Vec<SocketAddr> {
+        hosts.iter().map(|host| SocketAddr::new(host.parse().unwrap(), port)).collect()
+    }
+
+    fn ports(listeners: &[Listener]) -> Vec<u16> {
+        let port = |listener: &Listener| match listener {
+            Listener::Tcp(listener) => listener.local_addr().unwrap().port(),
+            Listener::Unix(..) => panic!("a Unix socket"),
+        };
+        listeners.iter().map(port).collect()
+    }
+
+    // Only the first was listened at: clients of the second found nobody, or another server.
+    #[tokio::test(flavor = "current_thread")]
+    async fn all_addresses_of_a_name_are_listened_at_or_none() {
+        let listeners = bind_all("a", &addresses(&["127.0.0.1", "127.0.0.2", "127.0.0.3"], 0)).await.unwrap();
+        let [port, second, third] = ports(&listeners)[..] else { panic!("not three: {listeners:?}") };
+        assert!(port != 0 && port == second && port == third);
+
+        // One of them is in use.
+        let refused = bind_all("a", &addresses(&["127.0.0.4", "127.0.0.2"], port)).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
+        assert!(refused.to_string().contains("127.0.0.2"), "{refused}");
+        assert!(std::net::TcpListener::bind(("127.0.0.4", port)).is_ok(), "one is listened at all the same");
+
+        // One of them is another host's.
+        let refused = bind_all("a", &addresses(&["127.0.0.1", "192.0.2.1"], 0)).await.unwrap_err();
+        assert!(refused.to_string().contains("192.0.2.1"), "{refused}");
+    }
+
+    #[test]
+    fn loopback_is_known_in_every_notation() {
+        for (host, expected) in [("127.0.0.9", true), ("::1", true), ("::ffff:127.0.0.1", true), ("::", false)] {
+            assert_eq!(is_loopback(SocketAddr::new(host.parse().unwrap(), 1)), expected, "{host}");
+        }
     }
 }

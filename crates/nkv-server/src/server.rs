@@ -67,6 +67,10 @@ pub struct Options {
     pub idle_limit: Option<Duration>,
     /// Whether an address other than loopback may be listened at: nothing here asks who is there. No by default.
     pub insecure: bool,
+    /// The mode of a Unix socket; who may write to it may connect. 0600 by default: its owner alone.
+    pub socket_mode: u32,
+    /// The group of a Unix socket. That of the process, or of the directory, by default.
+    pub socket_group: Option<u32>,
 }
 
 impl Default for Options {
@@ -83,6 +87,8 @@ impl Default for Options {
             stall_limit: Duration::from_secs(30),
             idle_limit: None,
             insecure: false,
+            socket_mode: 0o600,
+            socket_group: None,
         }
     }
 }
@@ -98,7 +104,7 @@ impl Options {
 #[non_exhaustive]
 pub enum ServerError {
     /// An address cannot be listened at.
-    #[error("cannot listen at {address}{}", in_use_hint(source))]
+    #[error("cannot listen at {address}{}", in_use_hint(address, source))]
     Bind {
         /// The address.
         address: String,
@@ -113,18 +119,22 @@ pub enum ServerError {
         /// The address.
         address: String,
     },
-    /// Storage cannot be opened, or has failed.
-    #[error("storage")]
-    Persist(#[source] Arc<PersistError>),
+    /// Storage cannot be opened, or has failed. The message is that of the error.
+    #[error(transparent)]
+    Persist(Arc<PersistError>),
     /// A thread cannot be started, or a task broke.
-    #[error("the server cannot run")]
-    System(#[source] std::io::Error),
+    #[error("the server cannot run: {0}")]
+    System(std::io::Error),
 }
 
-fn in_use_hint(source: &std::io::Error) -> &'static str {
-    match source.kind() {
-        std::io::ErrorKind::AddrInUse => " (another nkv-server, or a NATS server: both use port 4222)",
-        _ => "",
+fn in_use_hint(address: &str, source: &std::io::Error) -> String {
+    let port = address.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+    match (source.kind(), port) {
+        (std::io::ErrorKind::AddrInUse, Some(port)) => {
+            format!(" (another nkv-server, or a NATS server, may have port {port})")
+        }
+        (std::io::ErrorKind::AddrInUse, None) => " (another nkv-server listens there)".into(),
+        _ => String::new(),
     }
 }
 
@@ -183,7 +193,7 @@ impl Builder {
         let Builder { addresses, persist, durability, options } = self;
         let mut listeners = Vec::new();
         for address in &addresses {
-            listeners.push(Listener::bind(address, options.insecure).await?);
+            listeners.extend(Listener::bind(address, &options).await?);
         }
         let addresses =
             listeners.iter().map(Listener::address).collect::<Result<_, _>>().map_err(ServerError::System)?;
@@ -268,7 +278,8 @@ impl Server {
         Builder { addresses: Vec::new(), persist: None, durability: "memory".into(), options: Options::default() }
     }
 
-    /// Where it listens, in the order asked for, with the ports that it was given.
+    /// Where it listens, in the order asked for, with the ports that it was given. A name has as many as it has addresses,
+    /// all with the same port.
     #[must_use]
     pub fn addresses(&self) -> &[Address] {
         &self.addresses

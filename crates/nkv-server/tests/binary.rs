@@ -57,7 +57,7 @@ fn a_second_signal_ends_it_at_once() {
     server.signal("-TERM");
     assert_eq!(other.line(), "(closed)");
     assert!(server.child.try_wait().unwrap().is_none(), "ended although a connection was not done");
-    server.signal("-TERM");
+    server.signal("-INT");
     assert_eq!(server.wait().code(), Some(130));
 }
 

@@ -169,6 +169,19 @@ fn hostile_input_harms_nobody() {
     }
 }
 
+/// The head was answered line by line and the body was done.
+#[test]
+fn a_browser_that_posts_to_the_port_has_one_answer_and_changes_nothing() {
+    let server = TestServer::start();
+    let mut conn = server.connect();
+    let put = r#"{"type":"Put","key":"a","value":"from a web page"}"#;
+    let head = format!("POST / HTTP/1.1\r\nHost: {}\r\nContent-Length: {}\r\n\r\n", server.addr, put.len());
+    let answer = conn.ask(&format!("{head}{put}"));
+    assert!(status(&answer) == 400 && answer.contains("HTTP"), "{answer}");
+    assert_eq!(conn.line(), "(closed)");
+    assert_eq!(status(&server.connect().ask(r#"{"type":"Get","key":"a"}"#)), 404);
+}
+
 #[test]
 fn a_line_without_end_costs_a_line_at_most() {
     let mut options = Options::default();

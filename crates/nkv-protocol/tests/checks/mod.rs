@@ -6,6 +6,9 @@ use nkv_protocol::{Decoder, Limits, MessageDecoder};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
+/// What is said of a request that is refused, in bytes: it quotes nothing that may be long.
+const REFUSAL_LEN_MAX: usize = 512;
+
 /// The first byte of an input chooses the limits, the second how it is cut; what follows is the stream.
 pub(crate) fn requests(data: &[u8]) {
     let [size, cut, stream @ ..] = data else { return };
@@ -67,6 +70,8 @@ fn decode(limits: Limits, stream: &[u8], piece_len: usize) -> Vec<Seen> {
             start += decoded.consumed;
             let Some(item) = decoded.item else { break };
             assert!(decoded.consumed > 0, "an item of nothing");
+            let said_len = item.as_ref().map_or_else(|refusal| refusal.message.len(), |_| 0);
+            assert!(said_len <= REFUSAL_LEN_MAX, "a refusal of {said_len} bytes");
             let (refused, close) = (item.is_err(), item.as_ref().is_err_and(|refusal| refusal.close));
             let end = if close { usize::MAX } else { start };
             seen.push(Seen { what: format!("{item:?}"), refused, close, end });

@@ -59,7 +59,13 @@ fn serve(runtime: &Runtime, addr: Option<String>, args: &Args) -> Result<Exit, F
 async fn connect(addr: Option<String>, timeout: Option<Duration>) -> Result<Client, Failure> {
     let addr = match addr {
         Some(addr) => addr,
-        None => variable("NKV_ADDR")?.unwrap_or_else(|| Addr::default().to_string()),
+        None => match variable("NKV_ADDR")? {
+            Some(addr) => match addr.parse::<Addr>() {
+                Ok(_) => addr,
+                Err(error) => return Err(Failure::Usage(format!("NKV_ADDR: {error:#}"))),
+            },
+            None => Addr::default().to_string(),
+        },
     };
     let mut builder = Client::builder(&addr);
     if let Some(timeout) = timeout {

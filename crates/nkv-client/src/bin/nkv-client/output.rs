@@ -2,9 +2,12 @@
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
 
 use nkv_client::{EndReason, Entry, Event};
 use serde_json::{Value, json};
+use tokio::io::Interest;
+use tokio::net::unix::pipe::Sender;
 
 /// How results are shown.
 #[derive(Clone, Copy, Debug)]
@@ -94,6 +97,18 @@ pub(crate) enum Line {
 pub(crate) fn complain(what: &str) {
     let what = if io::stderr().is_terminal() { shown(what.as_bytes(), Lines::Keep) } else { what.to_owned() };
     drop(writeln!(io::stderr().lock(), "{what}"));
+}
+
+/// Waits until nobody reads stdout any more; for ever where that cannot be known, as of a file.
+pub(crate) async fn reader_has_gone() {
+    let stdout = io::stdout().as_fd().try_clone_to_owned();
+    // Nothing is written through it, so it need not be a pipe, nor be set so that writing does not block.
+    if let Ok(stdout) = stdout.and_then(Sender::from_owned_fd_unchecked)
+        && stdout.ready(Interest::ERROR).await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
 }
 
 pub(crate) fn key_value(entry: &Entry) -> Vec<u8> {

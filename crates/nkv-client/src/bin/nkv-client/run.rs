@@ -2,13 +2,14 @@
 
 use std::io::{self, Read};
 use std::path::Path;
+use std::pin::pin;
 use std::time::Duration;
 
 use nkv_client::{Client, Error, ErrorKind, Event, Revision};
 use serde_json::json;
 
 use crate::args::{Command, PageArgs, put_options};
-use crate::output::{Line, Output, complain, ended, entry_json, key_value, tree};
+use crate::output::{Line, Output, complain, ended, entry_json, key_value, reader_has_gone, tree};
 
 /// What is read of stdin or a file at most: no server takes more.
 const VALUE_LEN_MAX: u64 = 64 << 20;
@@ -261,9 +262,16 @@ async fn stats(client: &Client, out: Output) -> Result<Exit, Failure> {
 /// Tells what a subscription tells, until it ends or has told enough.
 async fn follow(client: &Client, pattern: &str, count: Option<u64>, out: Output) -> Result<Exit, Failure> {
     let mut subscription = client.subscribe(pattern).await?;
+    let mut reader = pin!(reader_has_gone());
     let mut told = 0;
     while count.is_none_or(|count| told < count) {
-        let Some(event) = subscription.next().await else { break };
+        let event = tokio::select! {
+            biased;
+            event = subscription.next() => event,
+            // With the next change it would be noticed too, but that may be long in coming.
+            () = &mut reader => return Err(Failure::BrokenPipe),
+        };
+        let Some(event) = event else { break };
         told += u64::from(matches!(event, Event::Update { .. } | Event::Gone { .. }));
         match out.event(pattern, &event) {
             Line::Result(line) => out.line(&line)?,

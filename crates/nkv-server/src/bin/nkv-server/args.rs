@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::Resettable;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use nkv_core::{PersistError, PersistErrorKind};
 use nkv_persist_fs::Durability;
 use nkv_server::{Address, Options};
@@ -84,11 +86,19 @@ pub(crate) struct Args {
     max_value_size: usize,
 
     /// Allow an address that other hosts reach; nobody is asked who they are
-    #[arg(long, env = "NKV_INSECURE", value_parser = clap::builder::FalseyValueParser::new())]
+    #[arg(long, env = "NKV_INSECURE", value_parser = parse_flag)]
     insecure: bool,
 
+    /// The mode of a Unix socket: whoever may write to it may connect [default: 600; with --socket-group, 660]
+    #[arg(long, value_name = "MODE", env = "NKV_SOCKET_MODE", value_parser = parse_mode)]
+    socket_mode: Option<u32>,
+
+    /// The group of a Unix socket, as a name or a number
+    #[arg(long, value_name = "GROUP", env = "NKV_SOCKET_GROUP", value_parser = parse_group)]
+    socket_group: Option<u32>,
+
     /// How much to say on stderr: off, error, warn, info, debug, trace
-    #[arg(long, value_name = "LEVEL", env = "NKV_LOG_LEVEL", default_value = "info")]
+    #[arg(long, value_name = "LEVEL", env = "NKV_LOG_LEVEL", default_value = "info", value_parser = parse_level)]
     pub(crate) log_level: LevelFilter,
 
     /// How to say it
@@ -111,7 +121,10 @@ Examples:
   nkv-server
   nkv-server localhost:4222 --data-dir /var/lib/nkv --durability interval:50ms
   nkv-server unix:/run/user/1000/nkv.sock --persist memory
+  nkv-server unix:/run/nkv/nkv.sock --socket-group nkv
   nkv-server check --data-dir /var/lib/nkv
+
+A variable that is empty counts as not set; NKV_INSECURE is true, false, 1 or 0.
 
 Exit codes: 0 stopped on request, 2 usage, 65 damaged data, 73 data directory in use, 74 input or output failed";
 
@@ -132,9 +145,11 @@ pub(crate) enum LogFormat {
 }
 
 impl Args {
-    /// Reads the command line; an address on it wins over `NKV_LISTEN`.
+    /// Reads the command line and the environment; an address on the former wins over `NKV_LISTEN`. A variable that is
+    /// empty counts as not set.
     pub(crate) fn read() -> Self {
-        let matches = Args::command().get_matches();
+        let matches = without_empty_variables().try_get_matches();
+        let matches = matches.unwrap_or_else(|error| with_variable(error, &without_empty_variables()).exit());
         let mut args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
         if args.address.is_some() && matches.value_source("listen") == Some(ValueSource::EnvVariable) {
             args.listen.clear();
@@ -163,13 +178,18 @@ impl Args {
         options.stall_limit = self.stall_limit;
         options.idle_limit = self.idle_limit;
         options.insecure = self.insecure;
+        options.socket_group = self.socket_group;
+        options.socket_mode = self.socket_mode.unwrap_or(if self.socket_group.is_some() { 0o660 } else { 0o600 });
         options
     }
 
-    /// As given, or `nkv` where the XDG base directory specification puts a user's data.
+    /// As given, or `nkv` where the XDG base directory specification puts a user's data; absolute.
     pub(crate) fn data_dir(&self) -> Result<PathBuf, PersistError> {
         if let Some(dir) = &self.data_dir {
-            return Ok(dir.clone());
+            return std::path::absolute(dir).map_err(|error| {
+                PersistError::new(PersistErrorKind::Rejected, format!("no absolute path for {}", dir.display()))
+                    .with_source(error)
+            });
         }
         let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
         let home = || absolute("HOME").map(|home| home.join(".local/share"));
@@ -178,6 +198,30 @@ impl Args {
         })?;
         Ok(base.join("nkv"))
     }
+}
+
+fn without_empty_variables() -> clap::Command {
+    let is_empty = |arg: &Arg| arg.get_env().and_then(std::env::var_os).is_some_and(|value| value.is_empty());
+    Args::command().mut_args(|arg| if is_empty(&arg) { arg.env(Resettable::Reset) } else { arg })
+}
+
+/// An error in a value from the environment, with the variable in the place of the flag.
+fn with_variable(mut error: clap::Error, command: &clap::Command) -> clap::Error {
+    let with_variables = |is_kept: &dyn Fn(&Arg) -> bool| {
+        let command = command.clone().mut_args(|arg| if is_kept(&arg) { arg } else { arg.env(Resettable::Reset) });
+        command.try_get_matches()
+    };
+    if let Err(error) = with_variables(&|_| false) {
+        return error; // it is in the command line
+    }
+    let is_wrong = |arg: &&Arg| with_variables(&|other| other.get_id() == arg.get_id()).is_err();
+    let Some(variable) = command.get_arguments().find(is_wrong).and_then(Arg::get_env) else { return error };
+    let variable = variable.to_string_lossy().into_owned();
+    if error.kind() == ErrorKind::InvalidUtf8 {
+        return command.clone().error(error.kind(), format!("{variable} is not UTF-8"));
+    }
+    error.insert(ContextKind::InvalidArg, ContextValue::String(variable));
+    error
 }
 
 /// Descriptors that are not for connections: the log and its next segments, listeners, the runtime.
@@ -209,6 +253,33 @@ fn parse_size(text: &str) -> Result<usize, String> {
         usize::try_from(number.checked_mul(unit)?).ok()
     });
     size.ok_or_else(|| "expected a number of bytes, or one with k or M".into())
+}
+
+fn parse_flag(text: &str) -> Result<bool, String> {
+    match text {
+        "true" | "1" => Ok(true),
+        "false" | "0" => Ok(false),
+        _ => Err("expected true, false, 1 or 0".into()),
+    }
+}
+
+fn parse_level(text: &str) -> Result<LevelFilter, String> {
+    let levels = "off, error, warn, info, debug or trace";
+    let level = if text.is_empty() { None } else { text.parse().ok() };
+    level.ok_or_else(|| format!("expected {levels}"))
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777 && !text.starts_with('+'));
+    mode.ok_or_else(|| "expected an octal mode, such as 660".into())
+}
+
+fn parse_group(text: &str) -> Result<u32, String> {
+    match nix::unistd::Group::from_name(text) {
+        Ok(Some(group)) => Ok(group.gid.as_raw()),
+        Ok(None) => text.parse().map_err(|_| "there is no such group".into()),
+        Err(error) => Err(format!("cannot look for the group: {error}")),
+    }
 }
 
 fn parse_value_size(text: &str) -> Result<usize, String> {

@@ -12,20 +12,26 @@
         clippy::arithmetic_side_effects
     )
 )]
-#![allow(clippy::print_stderr, reason = "a program speaks to whoever started it")]
 
 mod args;
+mod log;
+mod signals;
 
 use std::error::Error;
+use std::io::{ErrorKind, Write};
+use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use nkv_core::{PersistError, PersistErrorKind};
 use nkv_persist_fs::{FsOptions, FsPersist, check, repair};
-use nkv_server::{Builder, Server, ServerError};
-use tokio::signal::unix::{SignalKind, signal};
-use tracing::{info, warn};
+use nkv_server::{Address, Builder, Server, ServerError};
+use tokio::sync::oneshot;
+use tracing::{error, info, warn};
 
-use crate::args::{Args, Command, LogFormat, Persist};
+use crate::args::{Args, Command, Persist};
+use crate::log::{FLUSH_LIMIT, Log};
 
 /// The command line makes no sense, or asks for what must be asked for otherwise.
 const USAGE: u8 = 2;
@@ -35,84 +41,100 @@ const DAMAGED: u8 = 65;
 const IN_USE: u8 = 73;
 /// Reading, writing or listening failed.
 const IO: u8 = 74;
-/// Ended by a second signal, before all was done.
-const INTERRUPTED: i32 = 130;
 
 fn main() -> ExitCode {
     let args = Args::read();
-    start_log(&args);
-    match args.command {
+    let log = match Log::start(args.log_level, args.log_format) {
+        Ok(log) => log,
+        Err(error) => {
+            say(&format!("nkv-server: cannot start a thread: {error}\n"));
+            return ExitCode::from(IO);
+        }
+    };
+    let code = match args.command {
         Some(Command::Check { repair }) => check_data(&args, repair),
-        None => serve(args),
-    }
+        None => serve(&args, &log),
+    };
+    log.flush(FLUSH_LIMIT);
+    code
 }
 
-fn serve(args: Args) -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let served = match runtime {
-        Ok(runtime) => {
-            let served = runtime.block_on(run(&args));
-            // Storage that is still being read, because a signal came first, is not waited for.
-            runtime.shutdown_background();
-            served
-        }
-        Err(error) => Err(ServerError::System(error)),
-    };
-    match served {
+fn serve(args: &Args, log: &Log) -> ExitCode {
+    match try_serve(args, log) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error, code_of(&error)),
+        Err(error) => {
+            let code = code_of(&error);
+            let dir = args.data_dir().ok().filter(|_| code == DAMAGED);
+            let hint = dir.map(|dir| format!("; see `nkv-server check --data-dir {}`", dir.display()));
+            fail_with_hint(&error, &hint.unwrap_or_default(), code)
+        }
     }
 }
 
-async fn run(args: &Args) -> Result<(), ServerError> {
-    let mut builder = Server::builder().options(args.options());
-    for address in args.addresses() {
-        builder = builder.listen(address);
-    }
+fn try_serve(args: &Args, log: &Log) -> Result<(), ServerError> {
     // Before anything is opened: a signal must find somebody who listens.
-    let mut terminate = signal(SignalKind::terminate()).map_err(ServerError::System)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(ServerError::System)?;
-    let mut signalled = async || {
-        tokio::select! {
-            _ = terminate.recv() => info!("stopping: SIGTERM"),
-            _ = interrupt.recv() => info!("stopping: SIGINT"),
-        }
-    };
+    let stop = signals::listen(log.clone()).map_err(ServerError::System)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::System)?;
+    let served = runtime.block_on(run(args, stop));
+    // Storage that is still being read, because a signal came first, is not waited for.
+    runtime.shutdown_background();
+    served
+}
+
+async fn run(args: &Args, mut stop: oneshot::Receiver<()>) -> Result<(), ServerError> {
+    info!(version = %env!("CARGO_PKG_VERSION"), "nkv-server");
     let mut server = tokio::select! {
-        bound = with_persist(builder, args)?.bind() => bound?,
-        () = signalled() => return Ok(()), // nothing was accepted yet
+        started = start(args) => started?,
+        _ = &mut stop => return Ok(()), // nothing was accepted yet
     };
-    for address in server.addresses() {
-        info!("listening at {address}");
-    }
     tokio::select! {
         ended = server.failed() => return ended,
-        () = signalled() => {}
+        _ = stop => {}
     }
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        warn!("ended by a second signal");
-        std::process::exit(INTERRUPTED);
-    });
     server.shutdown().await?;
     info!("stopped");
     Ok(())
 }
 
-fn with_persist(builder: Builder, args: &Args) -> Result<Builder, ServerError> {
+/// Opens and loads the data, listens, and says what an operator looks for.
+async fn start(args: &Args) -> Result<Server, ServerError> {
+    let mut builder = Server::builder().options(args.options());
+    for address in args.addresses() {
+        builder = builder.listen(address);
+    }
+    let opened = Arc::new(OnceLock::new());
+    let server = with_persist(builder, args, Arc::clone(&opened))?.bind().await?;
+    if let (Some(opened), Ok(stats)) = (opened.get(), server.handle().stats().await) {
+        let load_ms = u64::try_from(opened.elapsed().as_millis()).unwrap_or(u64::MAX);
+        info!(keys = stats.keys, revision = stats.revision.get(), load_ms, "loaded");
+    }
+    for address in server.addresses() {
+        info!("listening at {address}");
+        if let Address::Tcp(address) = address
+            && address.parse().is_ok_and(|address: SocketAddr| !address.ip().to_canonical().is_loopback())
+        {
+            warn!("{address} is open to other hosts (--insecure), and nobody is asked who they are");
+        }
+    }
+    Ok(server)
+}
+
+/// `opened` becomes when the opening began.
+fn with_persist(builder: Builder, args: &Args, opened: Arc<OnceLock<Instant>>) -> Result<Builder, ServerError> {
     match args.persist {
         Persist::Memory => {
-            info!("values live in memory only and are gone at the end");
+            info!(durability = "memory", "values live in memory only and are gone at the end");
             Ok(builder)
         }
         Persist::Log => {
-            let dir = args.data_dir()?;
-            let options = FsOptions::default().with_durability(args.durability);
-            info!(durability = %args.durability, "values are kept in {}", dir.display());
-            Ok(builder.persist(args.durability.to_string(), || FsPersist::open(dir, options)))
+            let (dir, durability) = (args.data_dir()?, args.durability);
+            let options = FsOptions::default().with_durability(durability);
+            Ok(builder.persist(durability.to_string(), move || {
+                opened.get_or_init(Instant::now);
+                let persist = FsPersist::open(&dir, options)?;
+                info!(data_dir = %dir.display(), %durability, "data directory opened");
+                Ok(persist)
+            }))
         }
     }
 }
@@ -121,42 +143,39 @@ fn check_data(args: &Args, with_repair: bool) -> ExitCode {
     let report = args.data_dir().and_then(|dir| if with_repair { repair(dir) } else { check(dir) });
     match report {
         Ok(report) => {
-            eprint!("{report}");
+            say(&report.to_string());
             if report.damage.is_some() && !with_repair { ExitCode::from(DAMAGED) } else { ExitCode::SUCCESS }
         }
         Err(error) => fail(&error, persist_code(&error)),
     }
 }
 
-fn start_log(args: &Args) {
-    use std::io::IsTerminal;
-    let ansi = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let log = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_max_level(args.log_level)
-        .with_target(false)
-        .with_ansi(ansi);
-    match args.log_format {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().init(),
-    }
+/// Writes to stderr, if that takes it.
+fn say(text: &str) {
+    drop(std::io::stderr().lock().write_all(text.as_bytes()));
 }
 
-/// One line, from the outermost cause to the innermost.
 fn fail(error: &dyn Error, code: u8) -> ExitCode {
-    let mut line = format!("nkv-server: {error}");
+    fail_with_hint(error, "", code)
+}
+
+/// One line of the log, whatever its level, from the outermost cause to the innermost.
+fn fail_with_hint(error: &dyn Error, hint: &str, code: u8) -> ExitCode {
+    let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
         line.push_str(&format!(": {inner}"));
         cause = inner.source();
     }
-    eprintln!("{line}");
+    error!(target: log::FATAL, "{line}{hint}");
     ExitCode::from(code)
 }
 
 fn code_of(error: &ServerError) -> u8 {
     match error {
         ServerError::Insecure { .. } => USAGE,
+        // Such as a path that no socket can have.
+        ServerError::Bind { source, .. } if source.kind() == ErrorKind::InvalidInput => USAGE,
         ServerError::Persist(error) => persist_code(error),
         _ => IO,
     }

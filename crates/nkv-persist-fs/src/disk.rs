@@ -174,6 +174,13 @@ impl Disk {
         if error.kind() == PersistErrorKind::NoSpace { Ok(room) } else { Err(error) }
     }
 
+    /// Makes the reserve longer, or leaves it as it is if there is no room for that.
+    pub(crate) fn grow_reserve(&self, from: u64, to: u64) -> Result<(), PersistError> {
+        let file = self.open(RESERVE, Open::Create)?;
+        let grown = fill(&*file, to).map_err(|e| from_io("fill", RESERVE, e));
+        grown.inspect_err(|_| drop(file.set_len(from)))
+    }
+
     /// Does it again, in the room of the reserve, if there is no other.
     pub(crate) fn at_any_price<T>(&self, does: impl Fn() -> Result<T, PersistError>) -> Result<T, PersistError> {
         match does() {

@@ -150,12 +150,15 @@ pub(crate) fn cut(disk: &Disk, tail: &Tail, kept: &str, why: &str) -> Result<(),
     file.set_len(tail.end).and_then(|()| file.sync_data()).map_err(|e| from_io("cut", &name, e))
 }
 
-/// Fills the reserve when the log is opened. Where all of it does not fit, the disk being small or nearly full, half of
-/// the room that there is has to do; where that is next to nothing, puts are refused until there is more.
+/// Fills the reserve when the log is opened. On a disk so small that the log and the reserve would have less than twice
+/// as much, half of that has to do, with segments that such a reserve can take. Half of the room alone would be less at
+/// each opening of a full disk, until deletes have none. Where it does not fit, puts are refused until it does.
 fn regain_reserve(log: &mut Log) -> Result<(), PersistError> {
     let mut result = log.regain_reserve();
-    if result.is_err() && log.reserve_left / 2 >= RESERVE_MIN {
-        log.options.reserve_bytes = log.reserve_left / 2;
+    let half = log.index.total_bytes().saturating_add(log.reserve_left) / 2;
+    if result.is_err() && half >= RESERVE_MIN && half < log.options.reserve_bytes {
+        log.options.reserve_bytes = half;
+        log.options.segment_bytes = log.options.segment_bytes.min(half.saturating_sub(half / 3));
         result = log.regain_reserve();
     }
     if let Err(error) = result {

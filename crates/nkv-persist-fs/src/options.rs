@@ -105,8 +105,9 @@ impl FsOptions {
         FsOptions { segment_bytes: bytes.clamp(Self::SEGMENT_BYTES_MIN, Self::SEGMENT_BYTES_MAX), ..self }
     }
 
-    /// Space that is kept aside so that deletes work on a full disk; 6 MiB unless told, zero for none. With less than
-    /// one and a half segments, deletes on a full disk may come to an end before they have made room.
+    /// Space that is kept aside so that deletes work on a full disk; 6 MiB unless told, zero for none. It grows with the log
+    /// by some 0.3 %. With less than one and a half segments, deletes on a full disk may come to an end before they have
+    /// made room.
     #[must_use]
     pub fn with_reserve_bytes(self, bytes: u64) -> Self {
         FsOptions { reserve_bytes: bytes, ..self }

@@ -475,7 +475,7 @@ mod tests {
     use nkv_core::{Action, Change, Key};
 
     use super::*;
-    use crate::open::create;
+    use crate::open::create_with;
     use crate::scan::Scan;
     use crate::sim::SimFs;
     use crate::vfs::Vfs;
@@ -486,7 +486,9 @@ mod tests {
     fn log_on(fs: &SimFs, segment_bytes: u64) -> Log {
         let disk = Disk::new(Arc::new(fs.clone()), "/data".into());
         disk.create_dir().unwrap();
-        create(&disk, FsOptions::default().with_segment_bytes(segment_bytes).with_reserve_bytes(0), 1).unwrap()
+        let options = FsOptions::default().with_segment_bytes(segment_bytes).with_reserve_bytes(0);
+        let (revision, epoch) = (Revision::ZERO, Epoch::new(1));
+        create_with(&disk, options, SegmentHeader { number: 1, head: 1, base: 0, revision, epoch, salt: 7 }).unwrap()
     }
 
     fn append(log: &mut Log, len: usize) {

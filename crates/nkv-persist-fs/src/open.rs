@@ -23,7 +23,7 @@ pub(crate) fn open_log(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<L
         Some(tail) => reopen(disk, options, scan, tail)?,
         None => {
             scan.stray.map_or(Ok(()), |number| disk.remove(&segment_name(number)))?;
-            create(disk, options, 1)?
+            create(disk, options)?
         }
     };
     match lock.promise_segments() {
@@ -119,10 +119,14 @@ fn start(log: &mut Log, needs_epoch: bool) -> Result<(), PersistError> {
 }
 
 /// Makes the first segment of a new log, in a new epoch.
-pub(crate) fn create(disk: &Disk, options: FsOptions, number: u64) -> Result<Log, PersistError> {
+fn create(disk: &Disk, options: FsOptions) -> Result<Log, PersistError> {
     let (epoch, salt) = (random_epoch()?, random_salt()?);
-    let header = SegmentHeader { number, head: number, base: 0, revision: Revision::ZERO, epoch, salt };
-    let file = disk.open(&segment_name(number), Open::CreateNew)?;
+    create_with(disk, options, SegmentHeader { number: 1, head: 1, base: 0, revision: Revision::ZERO, epoch, salt })
+}
+
+/// Makes a segment with this header, with which a log begins.
+pub(crate) fn create_with(disk: &Disk, options: FsOptions, header: SegmentHeader) -> Result<Log, PersistError> {
+    let file = disk.open(&segment_name(header.number), Open::CreateNew)?;
     disk.begin_segment(&*file, &header)?;
     let tail = Tail { header, end: SEGMENT_HEADER_LEN, written_to: SEGMENT_HEADER_LEN };
     let mut log = Log::new(disk.clone(), options, Default::default(), tail)?;
@@ -132,12 +136,12 @@ pub(crate) fn create(disk: &Disk, options: FsOptions, number: u64) -> Result<Log
 }
 
 /// Keeps aside what stands behind the tail, in the room of the reserve if there is no other; gives the name.
-pub(crate) fn keep(disk: &Disk, tail: &Tail) -> Result<String, PersistError> {
+fn keep(disk: &Disk, tail: &Tail) -> Result<String, PersistError> {
     disk.at_any_price(|| disk.keep_aside(&segment_name(tail.header.number), tail.end, tail.written_to))
 }
 
 /// Cuts off what stands behind the tail.
-pub(crate) fn cut(disk: &Disk, tail: &Tail, kept: &str, why: &str) -> Result<(), PersistError> {
+fn cut(disk: &Disk, tail: &Tail, kept: &str, why: &str) -> Result<(), PersistError> {
     let name = segment_name(tail.header.number);
     tracing::warn!(
         file = name,
@@ -171,23 +175,3 @@ fn regain_reserve(log: &mut Log) -> Result<(), PersistError> {
 
 /// A reserve smaller than this is none.
 const RESERVE_MIN: u64 = 64 << 10;
-
-/// Goes on behind what a repair has left: notes the new epoch, and where the log begins now.
-pub(crate) fn resume(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, PersistError> {
-    let mut log = tidy(disk, options, scan, tail)?;
-    renew(&mut log)?;
-    Ok(log)
-}
-
-/// Begins a new epoch, and says that the log begins at its head, whatever stood before.
-pub(crate) fn renew(log: &mut Log) -> Result<(), PersistError> {
-    let epoch = random_epoch()?;
-    let mut frame = FrameBuf::of(|frame| {
-        frame.push_head(log.head);
-        frame.push_epoch(epoch);
-    });
-    log.append_here(&mut frame, log.flags())?;
-    log.sync()?;
-    log.epoch = epoch;
-    Ok(())
-}

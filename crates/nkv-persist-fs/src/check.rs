@@ -7,7 +7,7 @@ use std::sync::Arc;
 use nkv_core::{Epoch, PersistError, Revision};
 
 use crate::disk::Disk;
-use crate::open::open_log;
+use crate::open::{open_log, renew};
 use crate::options::FsOptions;
 use crate::reader::SegmentReader;
 use crate::salvage::{Lost, Salvage};
@@ -34,6 +34,8 @@ pub struct Report {
     pub epoch: Epoch,
     /// How many bytes a crash left torn at the end; the next opening keeps them aside and cuts them off.
     pub torn_bytes: u64,
+    /// Whether the directory was copied since it was used: the next opening begins a new epoch.
+    pub is_copied: bool,
     /// Where the data is damaged first, if it is; then all that is said above is about what stands before.
     pub damage: Option<Damage>,
     /// If the data is damaged, how many keys a repair keeps, or has kept.
@@ -55,6 +57,9 @@ impl fmt::Display for Report {
         )?;
         if self.torn_bytes > 0 {
             writeln!(f, "torn by a crash: {} bytes at the end", self.torn_bytes)?;
+        }
+        if self.is_copied {
+            writeln!(f, "a copy: the next start begins a new epoch")?;
         }
         match &self.damage {
             None => writeln!(f, "no damage")?,
@@ -91,7 +96,7 @@ pub fn check_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report, 
     let lock = disk.lock(Open::Read)?;
     let promised = lock.promises_segments()?;
     let scan = Scan::run(&disk, promised)?;
-    let mut report = report(&scan);
+    let mut report = Report { is_copied: lock.is_copied()?, ..report(&scan) };
     if scan.damage.is_some() {
         Salvage::collect(&disk, &scan)?.note(&mut report);
     }
@@ -131,6 +136,32 @@ pub fn repair_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report,
     report.epoch = salvage.rewrite(&disk, &options)?.epoch;
     lock.promise_segments()?;
     Ok(report)
+}
+
+/// Begins a new epoch in a data directory that is not damaged: for one that was put back to an earlier state, so that
+/// clients which have seen a later one notice. A copy is noticed without that, where the file system knows when a file was
+/// made; a snapshot that was rolled back, or files that were written over, are not.
+///
+/// # Errors
+///
+/// Those of [`FsPersist::open`](crate::FsPersist::open).
+pub fn restore(dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
+    restore_with(Arc::new(RealFs::default()), dir)
+}
+
+/// Like [`restore`], on another file system.
+///
+/// # Errors
+///
+/// Those of [`restore`].
+pub fn restore_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
+    let disk = Disk::new(vfs, dir.into());
+    let lock = disk.lock(Open::Write)?;
+    let scan = Scan::run(&disk, lock.promises_segments()?)?;
+    let mut log = open_log(&disk, &lock, FsOptions::default().with_reserve_bytes(0))?;
+    renew(&mut log)?;
+    log.close()?;
+    Ok(Report { epoch: log.epoch, torn_bytes: 0, ..report(&scan) })
 }
 
 fn report(scan: &Scan) -> Report {

@@ -15,6 +15,8 @@ const LOCK: &str = "LOCK";
 const RESERVE: &str = "reserve";
 /// What the lock file holds once there is a segment: from then on, a directory without one has lost it.
 const LOCK_TEXT: &[u8] = b"nkv data directory, format 2\n";
+/// No lock file is longer.
+const LOCK_LEN_MAX: u64 = 64;
 /// How many torn tails are kept aside; the oldest go first.
 const BROKEN_FILES_MAX: usize = 16;
 const COPY_CHUNK: usize = 64 << 10;
@@ -200,15 +202,26 @@ impl Disk {
 }
 
 impl Lock {
+    /// Whether the directory was copied since it was used: the lock file says when it was made, and was made at another time.
+    pub(crate) fn is_copied(&self) -> Result<bool, PersistError> {
+        let size = self.file.size().map_err(|e| from_io("read", LOCK, e))?;
+        let mut text = vec![0; usize::try_from(size.min(LOCK_LEN_MAX)).unwrap_or(0)];
+        vfs::read_exact(&*self.file, &mut text, 0).map_err(|e| from_io("read", LOCK, e))?;
+        let said = text.strip_prefix(LOCK_TEXT).and_then(parse_born);
+        Ok(said.zip(self.file.born_ns()).is_some_and(|(said, born)| said != born))
+    }
+
     /// Whether the directory has ever had a segment.
     pub(crate) fn promises_segments(&self) -> Result<bool, PersistError> {
         Ok(self.file.size().map_err(|e| from_io("read", LOCK, e))? > 0)
     }
 
-    /// Notes durably that the directory has a segment now.
+    /// Notes durably that the directory has a segment now, and when its lock file was made.
     pub(crate) fn promise_segments(&self) -> Result<(), PersistError> {
+        let born = self.file.born_ns().map_or_else(String::new, |born| format!("made {born:016x}\n"));
         // Also if it was there: it may not be on the disk, although the system shows it.
-        vfs::write_all(&*self.file, LOCK_TEXT, 0).map_err(|e| from_io("write", LOCK, e))?;
+        vfs::write_all(&*self.file, &[LOCK_TEXT, born.as_bytes()].concat(), 0)
+            .map_err(|e| from_io("write", LOCK, e))?;
         self.file.sync_data().map_err(|e| from_io("sync", LOCK, e))
     }
 }
@@ -261,6 +274,12 @@ pub(crate) fn write_zeros(file: &dyn VfsFile, mut offset: u64, end: u64) -> io::
         offset = offset.saturating_add(zeros.len() as u64);
     }
     Ok(())
+}
+
+/// When a lock file was made, as it says.
+fn parse_born(text: &[u8]) -> Option<u64> {
+    let digits = str::from_utf8(text).ok()?.strip_prefix("made ")?.strip_suffix('\n')?;
+    u64::from_str_radix(digits, 16).ok()
 }
 
 pub(crate) fn segment_name(number: u64) -> String {

@@ -31,7 +31,7 @@ mod scan;
 mod store;
 mod vfs;
 
-pub use check::{Report, check, check_with, repair, repair_with};
+pub use check::{Report, check, check_with, repair, repair_with, restore, restore_with};
 pub use options::{Durability, DurabilityError, FsOptions};
 pub use salvage::Lost;
 pub use scan::Damage;

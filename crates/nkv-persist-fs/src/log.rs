@@ -404,6 +404,14 @@ impl Log {
         }
     }
 
+    /// Ends the log cleanly, once all is synced: an empty frame proves the one before it, and says that nothing acknowledged is
+    /// missing.
+    pub(crate) fn close(&mut self) -> Result<(), PersistError> {
+        self.append_here(&mut FrameBuf::of(|_| {}), 0)?;
+        self.trim_zeros();
+        self.sync()
+    }
+
     /// Tries to have the reserve, unless it is there already. While it is not, there is no room for puts.
     pub(crate) fn regain_reserve(&mut self) -> Result<(), PersistError> {
         if !self.reserve_held && self.options.reserve_bytes > 0 {

@@ -20,7 +20,13 @@ pub(crate) fn open_log(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<L
         return Err(damage.to_error());
     }
     let mut log = match scan.tail {
-        Some(tail) => reopen(disk, options, scan, tail)?,
+        Some(tail) => {
+            let is_copied = lock.is_copied()?;
+            if is_copied {
+                tracing::info!("the data directory is a copy");
+            }
+            reopen(disk, options, scan, tail, is_copied)?
+        }
         None => {
             scan.stray.map_or(Ok(()), |number| disk.remove(&segment_name(number)))?;
             create(disk, options)?
@@ -33,11 +39,12 @@ pub(crate) fn open_log(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<L
     Ok(log)
 }
 
-fn reopen(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, PersistError> {
+/// In a copy a new epoch begins: the original may have gone further, or go on.
+fn reopen(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail, is_copied: bool) -> Result<Log, PersistError> {
     let needs_epoch = tail.end < tail.written_to || scan.cut_before || scan.relaxed;
     let mut log = tidy(disk, options, scan, tail)?;
     regain_reserve(&mut log)?;
-    start(&mut log, needs_epoch)?;
+    start(&mut log, needs_epoch || is_copied)?;
     Ok(log)
 }
 
@@ -175,3 +182,8 @@ fn regain_reserve(log: &mut Log) -> Result<(), PersistError> {
 
 /// A reserve smaller than this is none.
 const RESERVE_MIN: u64 = 64 << 10;
+
+/// Begins a new epoch.
+pub(crate) fn renew(log: &mut Log) -> Result<(), PersistError> {
+    start(log, true)
+}

@@ -319,9 +319,7 @@ impl Salvage {
         log.append(&mut frame)?;
         log.sync()?;
         log.head = number;
-        log.append_here(&mut FrameBuf::of(|_| {}), 0)?;
-        log.trim_zeros();
-        log.sync()?;
+        log.close()?;
         Ok(log)
     }
 

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
 use std::{fmt, fs};
 
 use rustix::fs::OFlags;
@@ -50,6 +51,10 @@ pub trait VfsFile: fmt::Debug + Send + Sync {
     fn sync_data(&self) -> io::Result<()>;
     /// Takes the lock on it until it is dropped; false if somebody else has it.
     fn try_lock(&self) -> io::Result<bool>;
+    /// When it was made, in nanoseconds since 1970, where the file system knows that. A copy was made later.
+    fn born_ns(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// Writes all of `bytes`.
@@ -211,5 +216,10 @@ impl VfsFile for File {
             Err(fs::TryLockError::WouldBlock) => Ok(false),
             Err(fs::TryLockError::Error(error)) => Err(error),
         }
+    }
+
+    fn born_ns(&self) -> Option<u64> {
+        let born = self.metadata().ok()?.created().ok()?.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+        u64::try_from(born.as_nanos()).ok()
     }
 }

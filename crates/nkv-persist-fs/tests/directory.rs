@@ -11,9 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::*;
-use nkv_core::{PersistErrorKind, PersistValue};
+use nkv_core::{Epoch, PersistErrorKind, PersistValue};
 use nkv_persist_fs::sim::SimFs;
-use nkv_persist_fs::{Durability, FsOptions, FsPersist, check, check_with, repair};
+use nkv_persist_fs::{Durability, FsOptions, FsPersist, check, check_with, repair, restore};
 use tempfile::TempDir;
 
 fn open_dir(dir: &Path, durability: Durability) -> Storage {
@@ -133,13 +133,44 @@ fn a_clean_stop_keeps_the_epoch_and_a_sudden_one_in_a_relaxed_mode_does_not() {
         let killed = dir.path().join("killed");
         fs::create_dir(&killed).unwrap();
         fs::set_permissions(&killed, fs::Permissions::from_mode(0o700)).unwrap();
-        for (name, _) in listing(&path) {
+        // Without the file that tells a copy.
+        for (name, _) in listing(&path).into_iter().filter(|(name, _)| name != "LOCK") {
             fs::copy(path.join(&name), killed.join(&name)).unwrap();
         }
         let (state, loaded) = load(&mut open_dir(&killed, durability)).unwrap();
         assert_eq!(state["a"].1, b"2", "{durability}");
         assert_eq!(loaded.epoch == epoch, durability == Durability::Sync, "{durability}");
     }
+}
+
+fn epoch_in(path: &Path) -> Epoch {
+    load(&mut open_dir(path, Durability::Sync)).unwrap().1.epoch
+}
+
+// A copy had the epoch of its original: of two that went on, or of one that was put back, the same revisions meant
+// different things.
+#[test]
+fn a_copy_is_in_an_epoch_of_its_own_and_a_directory_that_was_moved_is_not() {
+    let dir = TempDir::new().unwrap();
+    let [path, copy, moved] = ["data", "copy", "moved"].map(|name| dir.path().join(name));
+    open_dir(&path, Durability::Sync).persist(&[put("a", 1, "1")]).unwrap();
+    let epoch = epoch_in(&path);
+    let copied = Command::new("cp").arg("-a").args([&path, &copy]).status().unwrap();
+    assert!(copied.success());
+    if fs::metadata(copy.join("LOCK")).unwrap().created().is_err() {
+        return; // nothing shows a copy here
+    }
+    assert!(check(&copy).unwrap().to_string().contains("a copy"));
+    let of_copy = epoch_in(&copy);
+    assert_ne!(of_copy, epoch);
+    assert_eq!(epoch_in(&copy), of_copy);
+    assert!(!check(&copy).unwrap().is_copied);
+    fs::rename(&path, &moved).unwrap();
+    assert_eq!(epoch_in(&moved), epoch);
+    let renewed = restore(&moved).unwrap().epoch;
+    assert_ne!(renewed, epoch);
+    assert_eq!(epoch_in(&moved), renewed);
+    assert_eq!(load(&mut open_dir(&moved, Durability::Sync)).unwrap().0["a"].1, b"1");
 }
 
 #[test]

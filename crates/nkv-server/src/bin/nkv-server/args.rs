@@ -100,10 +100,12 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Say what is in the data directory, and whether it is damaged; changes nothing without --repair
     Check {
-        /// Keep damaged parts aside and cut them out, so that the server starts
+        /// Keep what can be read, and damaged parts aside, so that the server starts
         #[arg(long)]
         repair: bool,
     },
+    /// Begin a new epoch in a data directory that was put back to an earlier state, so that clients notice
+    Restore,
 }
 
 const EXAMPLES: &str = "\
@@ -112,6 +114,7 @@ Examples:
   nkv-server localhost:4222 --data-dir /var/lib/nkv --durability interval:50ms
   nkv-server unix:/run/user/1000/nkv.sock --persist memory
   nkv-server check --data-dir /var/lib/nkv
+  nkv-server restore --data-dir /var/lib/nkv
 
 Exit codes: 0 stopped on request, 2 usage, 65 damaged data, 73 data directory in use, 74 input or output failed";
 

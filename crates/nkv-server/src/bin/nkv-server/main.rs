@@ -20,7 +20,7 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use nkv_core::{PersistError, PersistErrorKind};
-use nkv_persist_fs::{FsOptions, FsPersist, check, repair};
+use nkv_persist_fs::{FsOptions, FsPersist, check, repair, restore};
 use nkv_server::{Builder, Server, ServerError};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
@@ -43,6 +43,7 @@ fn main() -> ExitCode {
     start_log(&args);
     match args.command {
         Some(Command::Check { repair }) => check_data(&args, repair),
+        Some(Command::Restore) => restore_data(&args),
         None => serve(args),
     }
 }
@@ -123,6 +124,16 @@ fn check_data(args: &Args, with_repair: bool) -> ExitCode {
         Ok(report) => {
             eprint!("{report}");
             if report.damage.is_some() && !with_repair { ExitCode::from(DAMAGED) } else { ExitCode::SUCCESS }
+        }
+        Err(error) => fail(&error, persist_code(&error)),
+    }
+}
+
+fn restore_data(args: &Args) -> ExitCode {
+    match args.data_dir().and_then(restore) {
+        Ok(report) => {
+            info!(epoch = %report.epoch, keys = report.keys, revision = report.revision.get(), "a new epoch begins");
+            ExitCode::SUCCESS
         }
         Err(error) => fail(&error, persist_code(&error)),
     }

@@ -301,7 +301,7 @@ impl Salvage {
             number,
             head: if self.numbers.is_empty() { number } else { self.head },
             base: 0,
-            // So that each record that is copied is known for a copy, which replaces nothing.
+            // It may be that of a delete, which is not copied. What is copied is known for a copy then, which replaces nothing.
             revision: self.revision,
             epoch: random_epoch()?,
             salt: random_salt()?,

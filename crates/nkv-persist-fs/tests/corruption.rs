@@ -369,8 +369,10 @@ fn a_repair_brings_nothing_back_that_a_record_which_can_be_read_has_replaced() {
         let report = repair_with(Arc::new(fs.clone()), DIR).unwrap_or_else(|e| panic!("{what}: {e}"));
         repaired += 1;
         let may_be_lost = |change: &Change| report.lost.iter().any(|lost| lost.may_hold(change.revision));
-        let (state, _) = load(&mut open(&fs, &options()).unwrap()).unwrap();
+        let (state, loaded) = load(&mut open(&fs, &options()).unwrap()).unwrap();
         assert_eq!(state.len(), report.kept_keys, "{what}");
+        let newest = history.iter().flatten().filter(|change| !may_be_lost(change)).map(|change| change.revision).max();
+        assert!(newest.is_none_or(|newest| newest <= loaded.revision), "{what}: {newest:?}, {loaded:?}");
         let model = &subject.models.last().unwrap().0;
         lost_nothing += usize::from(state == *model);
         for (key, (revision, value, expiry)) in &state {

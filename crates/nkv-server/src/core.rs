@@ -265,9 +265,16 @@ mod tests {
         let ops = vec![Op::Delete { pattern: Pattern::All, if_revision: None }];
         let done = hand_over(&bell, &queue, ops, false, false, room).unwrap();
         // It could not be more busy than before it begins.
-        let (failure, budget) = (watch::Sender::new(None), Budget::new(1));
-        let writer =
-            Writer { store, queue: Arc::clone(&queue), bell: Arc::clone(&bell), expiry_changed, failure, budget };
+        let (failure, budget, clock) = (watch::Sender::new(None), Budget::new(1), Clock::start(None));
+        let writer = Writer {
+            store,
+            queue: Arc::clone(&queue),
+            bell: Arc::clone(&bell),
+            expiry_changed,
+            failure,
+            budget,
+            clock,
+        };
         let writer = writer.spawn().unwrap();
         tokio::select! {
             () = bell.pump(|| queue.wake()) => {}

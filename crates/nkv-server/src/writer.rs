@@ -8,6 +8,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::bell::Bell;
 use crate::budget::Budget;
+use crate::clock::Clock;
 use crate::core::{Job, Store, WriteResult, value_len};
 
 /// What waits for subscribers is looked at each time so many more events were given to them, or as much was written
@@ -97,6 +98,7 @@ pub(crate) struct Writer {
     /// Told when storage is poisoned.
     pub(crate) failure: watch::Sender<Option<Arc<PersistError>>>,
     pub(crate) budget: Arc<Budget>,
+    pub(crate) clock: Clock,
 }
 
 /// Closes the queue when it is dropped.
@@ -147,6 +149,10 @@ impl Writer {
                     group.push((job, count));
                 }
                 let expiry = self.store.next_expiry();
+                if ops.iter().any(has_ttl) && self.clock.is_unkept() {
+                    // Before the first value with a TTL is stored: from then on it is known how far the clock had come.
+                    self.clock.keep();
+                }
                 self.bell.quietly(|| self.write(&ops, group.drain(..)));
                 ops.clear();
                 if self.store.next_expiry() != expiry {
@@ -211,6 +217,10 @@ impl Writer {
         }
         error
     }
+}
+
+fn has_ttl(op: &Op) -> bool {
+    matches!(op, Op::Put { options, .. } if options.expiry.is_some())
 }
 
 fn splits(error: &PersistError) -> bool {

@@ -113,6 +113,7 @@ fn with_persist(builder: Builder, args: &Args) -> Result<Builder, ServerError> {
             let dir = args.data_dir()?;
             let options = FsOptions::default().with_durability(args.durability);
             info!(durability = %args.durability, "values are kept in {}", dir.display());
+            let builder = builder.clock_file(dir.join("clock"));
             Ok(builder.persist(args.durability.to_string(), || FsPersist::open(dir, options)))
         }
     }

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use nkv_core::{PersistError, PersistErrorKind};
 
@@ -15,6 +16,9 @@ const LOCK: &str = "LOCK";
 const RESERVE: &str = "reserve";
 /// What the lock file holds once there is a segment: from then on, a directory without one has lost it.
 const LOCK_TEXT: &[u8] = b"nkv data directory, format 2\n";
+/// What was dropped in this process may take so long to let go of its directory.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 /// No lock file is longer.
 const LOCK_LEN_MAX: u64 = 64;
 /// How many torn tails are kept aside; the oldest go first.
@@ -101,11 +105,24 @@ impl Disk {
 
     pub(crate) fn lock(&self, how: Open) -> Result<Lock, PersistError> {
         let file = self.open(LOCK, how)?;
-        if file.try_lock().map_err(|e| from_io("lock", &self.dir.to_string_lossy(), e))? {
-            return Ok(Lock { file });
+        let try_lock = || file.try_lock().map_err(|e| from_io("lock", &self.dir.to_string_lossy(), e));
+        let began = Instant::now();
+        while !try_lock()? {
+            if !file.is_locked_here() {
+                if try_lock()? {
+                    break; // it was given up in between
+                }
+                let context = format!("another process uses the data directory {}", self.dir.display());
+                return Err(PersistError::new(PersistErrorKind::InUse, context));
+            }
+            if began.elapsed() >= LOCK_PATIENCE {
+                let why = "uses it already: close that before, or wait until a server that was dropped has stopped";
+                let context = format!("cannot use the data directory {}: this process {why}", self.dir.display());
+                return Err(PersistError::new(PersistErrorKind::InUse, context));
+            }
+            std::thread::sleep(LOCK_PAUSE);
         }
-        let context = format!("another process uses the data directory {}", self.dir.display());
-        Err(PersistError::new(PersistErrorKind::InUse, context))
+        Ok(Lock { file })
     }
 
     /// Makes the new and empty `file` a segment that survives a power cut, with no frame in it.
@@ -198,6 +215,12 @@ impl Disk {
     pub(crate) fn release_reserve(&self) -> Result<(), PersistError> {
         let file = self.open(RESERVE, Open::Create)?;
         file.set_len(0).and_then(|()| file.sync_data()).map_err(|e| from_io("empty", RESERVE, e))
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        self.file.unlock();
     }
 }
 

@@ -4,9 +4,9 @@
 //! had come, with the wall clock beside it. The next run goes on from there, and counts what passed in between, if both
 //! readings of the wall clock can be believed.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -153,10 +153,15 @@ fn parse(text: &str) -> Option<Reading> {
 fn write(path: &Path, Reading { store, wall }: Reading) -> io::Result<()> {
     let new = path.with_extension("new");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if std::fs::metadata(dir)?.permissions().mode() & 0o020 != 0 {
+        // Another user of the group may be the next to run a server here.
+        file.set_permissions(Permissions::from_mode(0o660))?;
+    }
     file.write_all(format!("store_ms {store}\nwall_ms {wall}\n").as_bytes())?;
     file.sync_data()?;
     std::fs::rename(&new, path)?;
-    File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    File::open(dir)?.sync_all()
 }
 
 fn wall() -> Millis {

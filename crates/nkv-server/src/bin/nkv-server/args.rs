@@ -31,6 +31,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR", env = "NKV_DATA_DIR", global = true)]
     data_dir: Option<PathBuf>,
 
+    /// Allow a data directory that its group may write to; files in it are made for the group too
+    #[arg(long, env = "NKV_GROUP_ACCESS", value_parser = clap::builder::FalseyValueParser::new())]
+    pub(crate) group_access: bool,
+
     /// When a write is safe: sync (before it is answered), interval:DURATION (at most that long after), os (whenever
     /// the system likes; a crash of the server alone loses nothing)
     #[arg(long, value_name = "WHEN", env = "NKV_DURABILITY", default_value = "sync")]

@@ -111,7 +111,7 @@ fn with_persist(builder: Builder, args: &Args) -> Result<Builder, ServerError> {
         }
         Persist::Log => {
             let dir = args.data_dir()?;
-            let options = FsOptions::default().with_durability(args.durability);
+            let options = FsOptions::default().with_durability(args.durability).with_group_access(args.group_access);
             info!(durability = %args.durability, "values are kept in {}", dir.display());
             let builder = builder.clock_file(dir.join("clock"));
             Ok(builder.persist(args.durability.to_string(), || FsPersist::open(dir, options)))

@@ -379,7 +379,7 @@ fn a_branch_of_any_size_can_be_deleted_in_slices_on_a_full_disk() {
     let mut all = vec![(64, 12, 300), (14, KEY_LEN_MAX, 0), (9, KEY_LEN_MAX, 500), (3, KEY_LEN_MAX, 10), (2, 8, 0)];
     if scale() > 1 {
         // More than the longest batch.
-        all.push((290, KEY_LEN_MAX, 0));
+        all.push((380, KEY_LEN_MAX, 300));
     }
     for (megabytes, key_len, value_len) in all {
         for is_in_order in [false, true].into_iter().take(if megabytes < 64 { 2 } else { 1 }) {

@@ -8,8 +8,7 @@ use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use nkv_core::Millis;
@@ -41,9 +40,19 @@ pub(crate) struct Clock {
 #[derive(Debug)]
 struct Keeper {
     path: PathBuf,
-    kept: Mutex<Option<Reading>>,
+    last: Mutex<Last>,
+    /// Locked while the file is written: there is one name for the next one.
+    writing: Mutex<()>,
+}
+
+/// What was written last.
+#[derive(Clone, Copy, Debug, Default)]
+struct Last {
+    /// Whether or not that succeeded.
+    tried: Option<Reading>,
+    is_kept: bool,
     /// It could not be written, and that was said.
-    has_failed: AtomicBool,
+    has_failed: bool,
 }
 
 /// How far the store has come, and what the wall clock shows then.
@@ -64,8 +73,7 @@ impl Clock {
                 None
             }
         });
-        let keeper =
-            file.map(|path| Arc::new(Keeper { path, kept: Mutex::default(), has_failed: AtomicBool::new(false) }));
+        let keeper = file.map(|path| Arc::new(Keeper { path, last: Mutex::default(), writing: Mutex::default() }));
         Clock { started: Instant::now(), start: since_boot(), origin: origin(kept, wall()), keeper }
     }
 
@@ -84,26 +92,29 @@ impl Clock {
 
     /// Whether a file is to say how far the clock has come, and does not since the start.
     pub(crate) fn is_unkept(&self) -> bool {
-        self.keeper.as_ref().is_some_and(|keeper| keeper.kept().is_none())
+        self.keeper.as_ref().is_some_and(|keeper| !keeper.last().is_kept)
     }
 
     /// Whether what the file says is old, or the wall clock was set since.
     pub(crate) fn is_due(&self) -> bool {
-        self.keeper.as_ref().is_some_and(|keeper| keeper.kept().is_none_or(|kept| kept.is_old(self.read())))
+        self.keeper.as_ref().is_some_and(|keeper| keeper.last().tried.is_none_or(|last| last.is_old(self.read())))
     }
 
     /// Writes down how far the clock has come, while there are values with a TTL. Blocks; a failure is logged once.
     pub(crate) fn keep(&self) {
         let Some(keeper) = &self.keeper else { return };
+        let _alone = keeper.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.read();
-        if let Err(error) = write(&keeper.path, now) {
-            if !keeper.has_failed.swap(true, Relaxed) {
-                tracing::warn!(%error, "cannot write {}: TTLs may last longer after a restart", keeper.path.display());
-            }
-            return;
+        let written = write(&keeper.path, now);
+        let mut last = keeper.last();
+        last.tried = Some(now);
+        last.is_kept |= written.is_ok();
+        if let Err(error) = &written
+            && !last.has_failed
+        {
+            tracing::warn!(%error, "cannot write {}: TTLs may last longer after a restart", keeper.path.display());
         }
-        *keeper.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
-        keeper.has_failed.store(false, Relaxed);
+        last.has_failed = written.is_err();
     }
 
     fn read(&self) -> Reading {
@@ -112,8 +123,8 @@ impl Clock {
 }
 
 impl Keeper {
-    fn kept(&self) -> Option<Reading> {
-        *self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    fn last(&self) -> MutexGuard<'_, Last> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

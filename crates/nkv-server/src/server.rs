@@ -391,6 +391,13 @@ fn broken(what: &str) -> ServerError {
 /// Has keys expire when their time has come.
 async fn expire(core: Arc<Core>, changed: Arc<Notify>, mut stop: watch::Receiver<bool>) {
     loop {
+        if core.store.next_expiry().is_some() && core.clock.is_due() {
+            let clock = core.clock.clone();
+            tokio::select! {
+                () = stopped(&mut stop) => return,
+                _ = tokio::task::spawn_blocking(move || clock.keep()) => {}
+            }
+        }
         let due = async {
             match core.store.next_expiry() {
                 Some(at) => tokio::time::sleep(core.clock.until(at).min(CLOCK_TICK)).await,
@@ -402,10 +409,6 @@ async fn expire(core: Arc<Core>, changed: Arc<Notify>, mut stop: watch::Receiver
             () = stopped(&mut stop) => return,
             () = changed.notified() => continue,
             () = due => {}
-        }
-        if core.clock.is_due() {
-            let clock = core.clock.clone();
-            drop(tokio::task::spawn_blocking(move || clock.keep()).await);
         }
         if core.store.next_expiry().is_none_or(|at| at > core.clock.now()) {
             continue;

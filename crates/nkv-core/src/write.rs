@@ -185,6 +185,12 @@ impl Write {
         self.rest().iter().map(Op::value_len).sum()
     }
 
+    /// Whether it still has to write a value with a TTL.
+    #[must_use]
+    pub fn has_ttl(&self) -> bool {
+        self.rest().iter().any(|op| matches!(op, Op::Put { options, .. } if options.expiry.is_some()))
+    }
+
     /// What became of its operations, one result each.
     #[must_use]
     pub fn into_results(self) -> Vec<WriteResult> {

@@ -4,14 +4,14 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use nkv_core::{Epoch, PersistError, PersistErrorKind, Revision};
+use nkv_core::{Epoch, PersistError, Revision};
 
-use crate::disk::{Disk, Lock, segment_name};
-use crate::log::Log;
-use crate::open::{create, cut, keep, open_log, renew, resume};
+use crate::disk::Disk;
+use crate::open::{open_log, renew};
 use crate::options::FsOptions;
 use crate::reader::SegmentReader;
-use crate::scan::{Damage, Scan, Tail};
+use crate::salvage::{Lost, Salvage};
+use crate::scan::{Damage, Scan};
 use crate::vfs::{Open, RealFs, Vfs};
 
 /// What a data directory holds.
@@ -34,11 +34,17 @@ pub struct Report {
     pub epoch: Epoch,
     /// How many bytes a crash left torn at the end; the next opening keeps them aside and cuts them off.
     pub torn_bytes: u64,
-    /// Where the data is damaged first, if it is; then everything else is about what stands before, and after a repair
-    /// about what was kept.
+    /// Whether the directory was copied since it was used: the next opening begins a new epoch.
+    pub is_copied: bool,
+    /// Where the data is damaged first, if it is; then all that is said above is about what stands before.
     pub damage: Option<Damage>,
-    /// What a repair drops, or has dropped: each file with the offset from which on it goes.
-    pub drops: Vec<(String, u64)>,
+    /// If the data is damaged, how many keys a repair keeps, or has kept.
+    pub kept_keys: usize,
+    /// How many keys a repair drops that can be read: they stand behind what another program has written, or where this log
+    /// has nothing. The keys of what cannot be read nobody knows.
+    pub dropped_keys: usize,
+    /// What cannot be read or used, and which revisions it had.
+    pub lost: Vec<Lost>,
 }
 
 impl fmt::Display for Report {
@@ -52,11 +58,20 @@ impl fmt::Display for Report {
         if self.torn_bytes > 0 {
             writeln!(f, "torn by a crash: {} bytes at the end", self.torn_bytes)?;
         }
+        if self.is_copied {
+            writeln!(f, "a copy: the next start begins a new epoch")?;
+        }
         match &self.damage {
             None => writeln!(f, "no damage")?,
             Some(damage) => writeln!(f, "damaged: {damage}")?,
         }
-        self.drops.iter().try_for_each(|(file, offset)| writeln!(f, "a repair drops {file} from offset {offset} on"))
+        if self.damage.is_none() {
+            return Ok(());
+        }
+        self.lost.iter().try_for_each(|lost| writeln!(f, "lost: {lost}"))?;
+        writeln!(f, "a repair keeps {} keys, and drops {} that can be read", self.kept_keys, self.dropped_keys)?;
+        let lost = "what is lost is undone: a key may be gone, have an older value, or be back though it was deleted";
+        if self.lost.is_empty() { Ok(()) } else { writeln!(f, "{lost}") }
     }
 }
 
@@ -80,16 +95,17 @@ pub fn check_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report, 
     let disk = Disk::new(vfs, dir.into());
     let lock = disk.lock(Open::Read)?;
     let promised = lock.promises_segments()?;
-    let report = report(&Scan::run(&disk, promised)?);
-    if report.damage.is_none() {
-        return Ok(report);
+    let scan = Scan::run(&disk, promised)?;
+    let mut report = Report { is_copied: lock.is_copied()?, ..report(&scan) };
+    if scan.damage.is_some() {
+        Salvage::collect(&disk, &scan)?.note(&mut report);
     }
-    Ok(Report { drops: drops(&Scan::salvage(&disk, promised)?), ..report })
+    Ok(report)
 }
 
-/// Makes a damaged data directory usable: what stands at the damage and after it is kept aside in files named
-/// `*.broken-*`, then dropped, and a new epoch begins. If it is the oldest segments that are missing, or have no header that
-/// can be read, what stands behind them stays. Without damage this is an ordinary opening.
+/// Makes a damaged data directory usable, with what can be read of it: of each key the value that is the newest, unless a
+/// delete that can be read is newer. A new epoch begins. Each segment of which something is lost is kept aside in a file
+/// named `*.broken-*`. Needs room for all that is kept. Without damage this is an ordinary opening.
 ///
 /// # Errors
 ///
@@ -110,77 +126,42 @@ pub fn repair_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report,
     disk.segments()?.into_iter().try_for_each(|number| SegmentReader::open(&disk, number).map(drop))?;
     let scan = Scan::run(&disk, lock.promises_segments()?)?;
     let options = FsOptions::default().with_reserve_bytes(0);
-    let Some(damage) = &scan.damage else {
-        let log = open_log(&disk, &lock, options)?;
-        return Ok(Report { epoch: log.epoch, ..report(&scan) });
-    };
-    let (log, kept) = salvage(&disk, &lock, options)?;
-    let (keys, live_bytes) = (log.index.key_count(), log.index.live_bytes());
-    Ok(Report { epoch: log.epoch, keys, live_bytes, damage: Some(damage.clone()), ..kept })
-}
-
-/// Saves what stands before the damage. If the oldest segments are missing, or have no header that can be read, what
-/// stands behind those.
-fn salvage(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<(Log, Report), PersistError> {
-    let scan = Scan::salvage(disk, lock.promises_segments()?)?;
-    let kept = report(&scan);
-    for number in &scan.skipped {
-        keep_all(disk, *number)?;
+    let mut report = report(&scan);
+    if scan.damage.is_none() {
+        report.epoch = open_log(&disk, &lock, options)?.epoch;
+        return Ok(report);
     }
-    let log = match scan.cut() {
-        Some(tail) => {
-            // The newest segment, which knows where the log begins, may go now: nobody is to begin before that.
-            for number in scan.leftovers() {
-                disk.remove(&segment_name(number))?;
-            }
-            if scan.damage.is_some() {
-                drop_after(disk, &scan, &tail)?;
-            }
-            let scan = Scan::salvage(disk, true)?;
-            match (scan.tail, &scan.damage) {
-                (Some(tail), None) => resume(disk, options, scan, tail)?,
-                (_, damage) => return Err(damage.as_ref().map_or_else(nothing_left, Damage::to_error)),
-            }
-        }
-        None => start_over(disk, &scan, options)?,
-    };
+    let salvage = Salvage::collect(&disk, &scan)?;
+    salvage.note(&mut report);
+    report.epoch = salvage.rewrite(&disk, &options)?.epoch;
     lock.promise_segments()?;
-    Ok((log, kept))
+    Ok(report)
 }
 
-/// Keeps a whole segment aside, in the room of the reserve if there is no other.
-fn keep_all(disk: &Disk, number: u64) -> Result<(), PersistError> {
-    disk.at_any_price(|| disk.keep_aside(&segment_name(number), 0, u64::MAX)).map(drop)
+/// Begins a new epoch in a data directory that is not damaged: for one that was put back to an earlier state, so that
+/// clients which have seen a later one notice. A copy is noticed without that, where the file system knows when a file was
+/// made; a snapshot that was rolled back, or files that were written over, are not.
+///
+/// # Errors
+///
+/// Those of [`FsPersist::open`](crate::FsPersist::open).
+pub fn restore(dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
+    restore_with(Arc::new(RealFs::default()), dir)
 }
 
-fn nothing_left() -> PersistError {
-    PersistError::new(PersistErrorKind::Damaged, "the repair has left no segment")
-}
-
-/// Keeps aside and drops everything at and after the damage; the newest segment goes first. A crash in between leaves a
-/// directory that still refuses to open, or one that ends where it was to be cut: what was kept aside there first tells the
-/// next opening that a new epoch is to begin.
-fn drop_after(disk: &Disk, scan: &Scan, tail: &Tail) -> Result<(), PersistError> {
-    let kept = keep(disk, tail)?;
-    let later = scan.numbers.iter().rev().filter(|number| **number > tail.header.number);
-    for number in later {
-        keep_all(disk, *number)?;
-        disk.remove(&segment_name(*number))?;
-    }
-    cut(disk, tail, &kept, "repair")
-}
-
-/// Nothing can be saved: a new log behind all that is there, which makes the rest leftovers.
-fn start_over(disk: &Disk, scan: &Scan, options: FsOptions) -> Result<Log, PersistError> {
-    for number in &scan.numbers {
-        keep_all(disk, *number)?;
-    }
-    let mut log = create(disk, options, scan.numbers.last().map_or(1, |last| last.saturating_add(1)))?;
-    for number in &scan.numbers {
-        disk.remove(&segment_name(*number))?;
-    }
+/// Like [`restore`], on another file system.
+///
+/// # Errors
+///
+/// Those of [`restore`].
+pub fn restore_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
+    let disk = Disk::new(vfs, dir.into());
+    let lock = disk.lock(Open::Write)?;
+    let scan = Scan::run(&disk, lock.promises_segments()?)?;
+    let mut log = open_log(&disk, &lock, FsOptions::default().with_reserve_bytes(0))?;
     renew(&mut log)?;
-    Ok(log)
+    log.close()?;
+    Ok(Report { epoch: log.epoch, torn_bytes: 0, ..report(&scan) })
 }
 
 fn report(scan: &Scan) -> Report {
@@ -194,17 +175,6 @@ fn report(scan: &Scan) -> Report {
         epoch: scan.epoch,
         torn_bytes: scan.torn_bytes(),
         damage: scan.damage.clone(),
-        drops: drops(scan),
+        ..Report::default()
     }
-}
-
-fn drops(scan: &Scan) -> Vec<(String, u64)> {
-    let skipped = scan.skipped.iter().map(|number| (segment_name(*number), 0));
-    if scan.damage.is_none() {
-        return skipped.collect();
-    }
-    let cut = scan.cut().map(|tail| (tail.header.number, tail.end));
-    let here = cut.map(|(number, end)| (segment_name(number), end));
-    let later = scan.numbers.iter().filter(|later| cut.is_none_or(|(number, _)| **later > number));
-    skipped.chain(here).chain(later.map(|later| (segment_name(*later), 0))).collect()
 }

@@ -67,14 +67,21 @@ impl Log {
 
     /// Whether deletes eat the reserve, and compaction would give more back than it makes garbage anew.
     fn is_eaten(&self) -> bool {
-        let live = self.index.live_bytes();
-        let made = live / self.options.chunk_bytes() * 96 + live / self.options.segment_bytes * 256;
         let reserve = self.options.reserve_bytes;
-        reserve > 0 && !self.reserve_held() && self.garbage() > reserve / 8 + made
+        reserve > 0 && !self.reserve_held() && self.garbage() > reserve / 8 + self.pass_cost()
     }
 
+    /// The most that compaction makes garbage anew while it copies all that is live, once.
+    pub(crate) fn pass_cost(&self) -> u64 {
+        let live = self.index.live_bytes();
+        live / self.options.chunk_bytes() * 96 + live / self.options.segment_bytes * 256
+    }
+
+    /// Whether the segment that holds most could not be copied any more, after all others have been: one that holds less
+    /// may come before it.
     fn is_near(&self, extra: u64) -> bool {
-        !self.reserve_takes(self.head, self.options.reserve_bytes / 16 + extra)
+        let spare = self.options.reserve_bytes / 16 + self.pass_cost() + extra;
+        !self.reserve_takes(self.index.fullest_segment(), spare)
     }
 
     fn garbage(&self) -> u64 {

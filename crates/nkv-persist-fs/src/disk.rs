@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use nkv_core::{PersistError, PersistErrorKind};
 
@@ -15,6 +16,11 @@ const LOCK: &str = "LOCK";
 const RESERVE: &str = "reserve";
 /// What the lock file holds once there is a segment: from then on, a directory without one has lost it.
 const LOCK_TEXT: &[u8] = b"nkv data directory, format 2\n";
+/// What was dropped in this process may take so long to let go of its directory.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
+/// No lock file is longer.
+const LOCK_LEN_MAX: u64 = 64;
 /// How many torn tails are kept aside; the oldest go first.
 const BROKEN_FILES_MAX: usize = 16;
 const COPY_CHUNK: usize = 64 << 10;
@@ -99,11 +105,24 @@ impl Disk {
 
     pub(crate) fn lock(&self, how: Open) -> Result<Lock, PersistError> {
         let file = self.open(LOCK, how)?;
-        if file.try_lock().map_err(|e| from_io("lock", &self.dir.to_string_lossy(), e))? {
-            return Ok(Lock { file });
+        let try_lock = || file.try_lock().map_err(|e| from_io("lock", &self.dir.to_string_lossy(), e));
+        let began = Instant::now();
+        while !try_lock()? {
+            if !file.is_locked_here() {
+                if try_lock()? {
+                    break; // it was given up in between
+                }
+                let context = format!("another process uses the data directory {}", self.dir.display());
+                return Err(PersistError::new(PersistErrorKind::InUse, context));
+            }
+            if began.elapsed() >= LOCK_PATIENCE {
+                let why = "uses it already: close that before, or wait until a server that was dropped has stopped";
+                let context = format!("cannot use the data directory {}: this process {why}", self.dir.display());
+                return Err(PersistError::new(PersistErrorKind::InUse, context));
+            }
+            std::thread::sleep(LOCK_PAUSE);
         }
-        let context = format!("another process uses the data directory {}", self.dir.display());
-        Err(PersistError::new(PersistErrorKind::InUse, context))
+        Ok(Lock { file })
     }
 
     /// Makes the new and empty `file` a segment that survives a power cut, with no frame in it.
@@ -174,6 +193,13 @@ impl Disk {
         if error.kind() == PersistErrorKind::NoSpace { Ok(room) } else { Err(error) }
     }
 
+    /// Makes the reserve longer, or leaves it as it is if there is no room for that.
+    pub(crate) fn grow_reserve(&self, from: u64, to: u64) -> Result<(), PersistError> {
+        let file = self.open(RESERVE, Open::Create)?;
+        let grown = fill(&*file, to).map_err(|e| from_io("fill", RESERVE, e));
+        grown.inspect_err(|_| drop(file.set_len(from)))
+    }
+
     /// Does it again, in the room of the reserve, if there is no other.
     pub(crate) fn at_any_price<T>(&self, does: impl Fn() -> Result<T, PersistError>) -> Result<T, PersistError> {
         match does() {
@@ -192,16 +218,33 @@ impl Disk {
     }
 }
 
+impl Drop for Lock {
+    fn drop(&mut self) {
+        self.file.unlock();
+    }
+}
+
 impl Lock {
+    /// Whether the directory was copied since it was used: the lock file says when it was made, and was made at another time.
+    pub(crate) fn is_copied(&self) -> Result<bool, PersistError> {
+        let size = self.file.size().map_err(|e| from_io("read", LOCK, e))?;
+        let mut text = vec![0; usize::try_from(size.min(LOCK_LEN_MAX)).unwrap_or(0)];
+        vfs::read_exact(&*self.file, &mut text, 0).map_err(|e| from_io("read", LOCK, e))?;
+        let said = text.strip_prefix(LOCK_TEXT).and_then(parse_born);
+        Ok(said.zip(self.file.born_ns()).is_some_and(|(said, born)| said != born))
+    }
+
     /// Whether the directory has ever had a segment.
     pub(crate) fn promises_segments(&self) -> Result<bool, PersistError> {
         Ok(self.file.size().map_err(|e| from_io("read", LOCK, e))? > 0)
     }
 
-    /// Notes durably that the directory has a segment now.
+    /// Notes durably that the directory has a segment now, and when its lock file was made.
     pub(crate) fn promise_segments(&self) -> Result<(), PersistError> {
+        let born = self.file.born_ns().map_or_else(String::new, |born| format!("made {born:016x}\n"));
         // Also if it was there: it may not be on the disk, although the system shows it.
-        vfs::write_all(&*self.file, LOCK_TEXT, 0).map_err(|e| from_io("write", LOCK, e))?;
+        vfs::write_all(&*self.file, &[LOCK_TEXT, born.as_bytes()].concat(), 0)
+            .map_err(|e| from_io("write", LOCK, e))?;
         self.file.sync_data().map_err(|e| from_io("sync", LOCK, e))
     }
 }
@@ -254,6 +297,12 @@ pub(crate) fn write_zeros(file: &dyn VfsFile, mut offset: u64, end: u64) -> io::
         offset = offset.saturating_add(zeros.len() as u64);
     }
     Ok(())
+}
+
+/// When a lock file was made, as it says.
+fn parse_born(text: &[u8]) -> Option<u64> {
+    let digits = str::from_utf8(text).ok()?.strip_prefix("made ")?.strip_suffix('\n')?;
+    u64::from_str_radix(digits, 16).ok()
 }
 
 pub(crate) fn segment_name(number: u64) -> String {

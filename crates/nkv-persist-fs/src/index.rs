@@ -202,6 +202,11 @@ impl Index {
         at.and_then(|at| self.segments.get(at)).copied().unwrap_or_default()
     }
 
+    /// The segment that holds most of what is needed.
+    pub(crate) fn fullest_segment(&self) -> u64 {
+        self.segments.iter().max_by_key(|segment| segment.live).map_or(0, |segment| segment.number)
+    }
+
     pub(crate) fn segments(&self) -> impl Iterator<Item = u64> {
         self.segments.iter().map(|segment| segment.number)
     }

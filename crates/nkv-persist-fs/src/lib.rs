@@ -26,12 +26,14 @@ mod log;
 mod open;
 mod options;
 mod reader;
+mod salvage;
 mod scan;
 mod store;
 mod vfs;
 
-pub use check::{Report, check, check_with, repair, repair_with};
+pub use check::{Report, check, check_with, repair, repair_with, restore, restore_with};
 pub use options::{Durability, DurabilityError, FsOptions};
+pub use salvage::Lost;
 pub use scan::Damage;
 pub use store::{FsMonitor, FsPersist, FsStats};
 pub use vfs::{Open, RealFs, Vfs, VfsFile};

@@ -22,6 +22,9 @@ use crate::vfs::{Open, VfsFile, write_all};
 /// How long puts are refused without another try to fill the reserve.
 const REFILL_REST: Duration = Duration::from_secs(1);
 
+/// No record of a value is longer, as the limits of a server have it.
+const VALUE_ROOM: u64 = (8 << 20) + (4 << 10);
+
 /// So many zeros are written behind a frame at most: the put waits for them.
 const ZEROS_MAX: u64 = 256 << 10;
 
@@ -446,6 +449,7 @@ impl Log {
         (self.active, self.len, self.file_len) = (header, SEGMENT_HEADER_LEN, SEGMENT_HEADER_LEN);
         self.without_zeros = false;
         self.index.set_bytes(&self.active, self.len);
+        self.grow_reserve();
         Ok(())
     }
 
@@ -457,14 +461,42 @@ impl Log {
         }
     }
 
+    /// Ends the log cleanly, once all is synced: an empty frame proves the one before it, and says that nothing acknowledged is
+    /// missing.
+    pub(crate) fn close(&mut self) -> Result<(), PersistError> {
+        self.append_here(&mut FrameBuf::of(|_| {}), 0)?;
+        self.trim_zeros();
+        self.sync()
+    }
+
     /// Tries to have the reserve, unless it is there already. While it is not, there is no room for puts.
     pub(crate) fn regain_reserve(&mut self) -> Result<(), PersistError> {
         if !self.reserve_held && self.options.reserve_bytes > 0 {
-            let filled = self.disk.fill_reserve(self.options.reserve_bytes);
+            let wanted = self.reserve_wanted();
+            let filled = self.disk.fill_reserve(wanted);
             self.reserve_left = filled.map_err(|e| self.poison_in_doubt(e))?;
-            self.reserve_held = self.reserve_left == self.options.reserve_bytes;
+            self.reserve_held = self.reserve_left == wanted;
         }
         if self.reserve_held || self.options.reserve_bytes == 0 { Ok(()) } else { Err(no_room_for_puts()) }
+    }
+
+    /// How large the reserve is to be: as asked for, and larger by what it may cost to compact the whole log, and by what
+    /// the longest value takes beyond a segment. A longer batch than that is cut when it is copied first.
+    #[allow(clippy::arithmetic_side_effects, reason = "sums of the sizes of files")]
+    fn reserve_wanted(&self) -> u64 {
+        let fullest = self.index.usage(self.index.fullest_segment()).live.min(VALUE_ROOM);
+        self.options.reserve_bytes + 2 * self.pass_cost() + fullest.saturating_sub(self.options.segment_bytes)
+    }
+
+    /// Lets the reserve grow with the log. Where there is no room for that it stays as it is: puts will find none either.
+    fn grow_reserve(&mut self) {
+        let wanted = self.reserve_wanted();
+        if self.reserve_held && self.options.reserve_bytes > 0 && wanted > self.reserve_left {
+            match self.disk.grow_reserve(self.reserve_left, wanted) {
+                Ok(()) => self.reserve_left = wanted,
+                Err(error) => tracing::debug!(%error, "the reserve does not grow"),
+            }
+        }
     }
 
     /// Like [`regain_reserve`](Self::regain_reserve), but not again and again: each try writes all the space there is.
@@ -508,7 +540,7 @@ mod tests {
     use nkv_core::{Action, Change, Key};
 
     use super::*;
-    use crate::open::create;
+    use crate::open::create_with;
     use crate::scan::Scan;
     use crate::sim::SimFs;
     use crate::vfs::Vfs;
@@ -519,7 +551,9 @@ mod tests {
     fn log_on(fs: &SimFs, segment_bytes: u64) -> Log {
         let disk = Disk::new(Arc::new(fs.clone()), "/data".into());
         disk.create_dir().unwrap();
-        create(&disk, FsOptions::default().with_segment_bytes(segment_bytes).with_reserve_bytes(0), 1).unwrap()
+        let options = FsOptions::default().with_segment_bytes(segment_bytes).with_reserve_bytes(0);
+        let (revision, epoch) = (Revision::ZERO, Epoch::new(1));
+        create_with(&disk, options, SegmentHeader { number: 1, head: 1, base: 0, revision, epoch, salt: 7 }).unwrap()
     }
 
     fn frame(log: &mut Log, len: usize) -> FrameBuf {

@@ -20,10 +20,16 @@ pub(crate) fn open_log(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<L
         return Err(damage.to_error());
     }
     let mut log = match scan.tail {
-        Some(tail) => reopen(disk, options, scan, tail)?,
+        Some(tail) => {
+            let is_copied = lock.is_copied()?;
+            if is_copied {
+                tracing::info!("the data directory is a copy");
+            }
+            reopen(disk, options, scan, tail, is_copied)?
+        }
         None => {
             scan.stray.map_or(Ok(()), |number| disk.remove(&segment_name(number)))?;
-            create(disk, options, 1)?
+            create(disk, options)?
         }
     };
     match lock.promise_segments() {
@@ -33,11 +39,12 @@ pub(crate) fn open_log(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<L
     Ok(log)
 }
 
-fn reopen(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, PersistError> {
+/// In a copy a new epoch begins: the original may have gone further, or go on.
+fn reopen(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail, is_copied: bool) -> Result<Log, PersistError> {
     let needs_epoch = tail.end < tail.written_to || scan.cut_before || scan.relaxed;
     let mut log = tidy(disk, options, scan, tail)?;
     regain_reserve(&mut log)?;
-    start(&mut log, needs_epoch)?;
+    start(&mut log, needs_epoch || is_copied)?;
     Ok(log)
 }
 
@@ -119,10 +126,14 @@ fn start(log: &mut Log, needs_epoch: bool) -> Result<(), PersistError> {
 }
 
 /// Makes the first segment of a new log, in a new epoch.
-pub(crate) fn create(disk: &Disk, options: FsOptions, number: u64) -> Result<Log, PersistError> {
+fn create(disk: &Disk, options: FsOptions) -> Result<Log, PersistError> {
     let (epoch, salt) = (random_epoch()?, random_salt()?);
-    let header = SegmentHeader { number, head: number, base: 0, revision: Revision::ZERO, epoch, salt };
-    let file = disk.open(&segment_name(number), Open::CreateNew)?;
+    create_with(disk, options, SegmentHeader { number: 1, head: 1, base: 0, revision: Revision::ZERO, epoch, salt })
+}
+
+/// Makes a segment with this header, with which a log begins.
+pub(crate) fn create_with(disk: &Disk, options: FsOptions, header: SegmentHeader) -> Result<Log, PersistError> {
+    let file = disk.open(&segment_name(header.number), Open::CreateNew)?;
     disk.begin_segment(&*file, &header)?;
     let tail = Tail { header, end: SEGMENT_HEADER_LEN, written_to: SEGMENT_HEADER_LEN };
     let mut log = Log::new(disk.clone(), options, Default::default(), tail)?;
@@ -132,12 +143,12 @@ pub(crate) fn create(disk: &Disk, options: FsOptions, number: u64) -> Result<Log
 }
 
 /// Keeps aside what stands behind the tail, in the room of the reserve if there is no other; gives the name.
-pub(crate) fn keep(disk: &Disk, tail: &Tail) -> Result<String, PersistError> {
+fn keep(disk: &Disk, tail: &Tail) -> Result<String, PersistError> {
     disk.at_any_price(|| disk.keep_aside(&segment_name(tail.header.number), tail.end, tail.written_to))
 }
 
 /// Cuts off what stands behind the tail.
-pub(crate) fn cut(disk: &Disk, tail: &Tail, kept: &str, why: &str) -> Result<(), PersistError> {
+fn cut(disk: &Disk, tail: &Tail, kept: &str, why: &str) -> Result<(), PersistError> {
     let name = segment_name(tail.header.number);
     tracing::warn!(
         file = name,
@@ -150,12 +161,15 @@ pub(crate) fn cut(disk: &Disk, tail: &Tail, kept: &str, why: &str) -> Result<(),
     file.set_len(tail.end).and_then(|()| file.sync_data()).map_err(|e| from_io("cut", &name, e))
 }
 
-/// Fills the reserve when the log is opened. Where all of it does not fit, the disk being small or nearly full, half of
-/// the room that there is has to do; where that is next to nothing, puts are refused until there is more.
+/// Fills the reserve when the log is opened. On a disk so small that the log and the reserve would have less than twice
+/// as much, half of that has to do, with segments that such a reserve can take. Half of the room alone would be less at
+/// each opening of a full disk, until deletes have none. Where it does not fit, puts are refused until it does.
 fn regain_reserve(log: &mut Log) -> Result<(), PersistError> {
     let mut result = log.regain_reserve();
-    if result.is_err() && log.reserve_left / 2 >= RESERVE_MIN {
-        log.options.reserve_bytes = log.reserve_left / 2;
+    let half = log.index.total_bytes().saturating_add(log.reserve_left) / 2;
+    if result.is_err() && half >= RESERVE_MIN && half < log.options.reserve_bytes {
+        log.options.reserve_bytes = half;
+        log.options.segment_bytes = log.options.segment_bytes.min(half.saturating_sub(half / 3));
         result = log.regain_reserve();
     }
     if let Err(error) = result {
@@ -169,22 +183,7 @@ fn regain_reserve(log: &mut Log) -> Result<(), PersistError> {
 /// A reserve smaller than this is none.
 const RESERVE_MIN: u64 = 64 << 10;
 
-/// Goes on behind what a repair has left: notes the new epoch, and where the log begins now.
-pub(crate) fn resume(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, PersistError> {
-    let mut log = tidy(disk, options, scan, tail)?;
-    renew(&mut log)?;
-    Ok(log)
-}
-
-/// Begins a new epoch, and says that the log begins at its head, whatever stood before.
+/// Begins a new epoch.
 pub(crate) fn renew(log: &mut Log) -> Result<(), PersistError> {
-    let epoch = random_epoch()?;
-    let mut frame = FrameBuf::of(|frame| {
-        frame.push_head(log.head);
-        frame.push_epoch(epoch);
-    });
-    log.append_here(&mut frame, log.flags())?;
-    log.sync()?;
-    log.epoch = epoch;
-    Ok(())
+    start(log, true)
 }

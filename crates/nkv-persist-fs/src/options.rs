@@ -78,11 +78,18 @@ pub struct FsOptions {
     pub(crate) segment_bytes: u64,
     pub(crate) reserve_bytes: u64,
     pub(crate) background: bool,
+    pub(crate) group_access: bool,
 }
 
 impl Default for FsOptions {
     fn default() -> Self {
-        FsOptions { durability: Durability::Sync, segment_bytes: 4 << 20, reserve_bytes: 6 << 20, background: true }
+        FsOptions {
+            durability: Durability::Sync,
+            segment_bytes: 4 << 20,
+            reserve_bytes: 6 << 20,
+            background: true,
+            group_access: false,
+        }
     }
 }
 
@@ -105,8 +112,9 @@ impl FsOptions {
         FsOptions { segment_bytes: bytes.clamp(Self::SEGMENT_BYTES_MIN, Self::SEGMENT_BYTES_MAX), ..self }
     }
 
-    /// Space that is kept aside so that deletes work on a full disk; 6 MiB unless told, zero for none. With less than
-    /// one and a half segments, deletes on a full disk may come to an end before they have made room.
+    /// Space that is kept aside so that deletes work on a full disk; 6 MiB unless told, zero for none. It grows with the log
+    /// by some 0.3 %. With less than one and a half segments, deletes on a full disk may come to an end before they have
+    /// made room.
     #[must_use]
     pub fn with_reserve_bytes(self, bytes: u64) -> Self {
         FsOptions { reserve_bytes: bytes, ..self }
@@ -117,6 +125,13 @@ impl FsOptions {
     #[must_use]
     pub fn with_background(self, background: bool) -> Self {
         FsOptions { background, ..self }
+    }
+
+    /// Whether the group of the directory may write to it; no unless told. Files in such a directory are made with mode
+    /// 0660, so that another user of the group can go on with them. For [`FsPersist::open`](crate::FsPersist::open) alone.
+    #[must_use]
+    pub fn with_group_access(self, group_access: bool) -> Self {
+        FsOptions { group_access, ..self }
     }
 
     /// How many bytes one step of compaction copies.

@@ -54,8 +54,6 @@ pub(crate) struct Scan {
     /// All segments, needed or not.
     pub(crate) numbers: Vec<u64>,
     pub(crate) head: u64,
-    /// Segments that are needed and that a repair has to do without, before the head.
-    pub(crate) skipped: Vec<u64>,
     pub(crate) index: Index,
     pub(crate) epoch: Epoch,
     pub(crate) revision: Revision,
@@ -74,7 +72,6 @@ pub(crate) struct Scan {
     /// The size of the segment before the last one that was read.
     pub(crate) sealed_before: Option<u64>,
     sealed: bool,
-    last_frame_at: u64,
     /// The newest segment is damaged before the place that says which segment is the oldest.
     head_is_behind_damage: bool,
     /// How many bytes the newest segment has, up to its first bad frame.
@@ -86,15 +83,6 @@ pub(crate) struct Scan {
 impl Scan {
     /// Reads everything. `promised`: the directory had a segment once.
     pub(crate) fn run(disk: &Disk, promised: bool) -> Result<Self, PersistError> {
-        Self::run_from(disk, promised, false)
-    }
-
-    /// Like [`run`](Self::run), but puts up with the loss of the oldest segments.
-    pub(crate) fn salvage(disk: &Disk, promised: bool) -> Result<Self, PersistError> {
-        Self::run_from(disk, promised, true)
-    }
-
-    fn run_from(disk: &Disk, promised: bool, salvage: bool) -> Result<Self, PersistError> {
         let mut scan = Scan { numbers: disk.segments()?, ..Scan::default() };
         let Some(&last) = scan.numbers.last() else {
             if promised {
@@ -107,9 +95,6 @@ impl Scan {
             return Ok(scan);
         }
         scan.find_head(disk)?;
-        if salvage {
-            scan.skip_to_readable(disk)?;
-        }
         let mut number = scan.head;
         while scan.read_segment(disk, number, last)? {
             number = number.saturating_add(1);
@@ -121,20 +106,6 @@ impl Scan {
             scan.cut_before = disk.list()?.contains(&broken);
         }
         Ok(scan)
-    }
-
-    /// The oldest segments may be missing, or have no header that can be read: begins behind them, if there is another.
-    fn skip_to_readable(&mut self, disk: &Disk) -> Result<(), PersistError> {
-        let needed = self.numbers.iter().copied().filter(|number| *number >= self.head);
-        for number in needed.collect::<Vec<_>>() {
-            if matches!(SegmentReader::open(disk, number)?, Opened::Good(_)) {
-                self.head = number;
-                return Ok(());
-            }
-            self.skipped.push(number);
-        }
-        self.skipped.clear();
-        Ok(())
     }
 
     /// The segments that the log no longer needs.
@@ -252,7 +223,6 @@ impl Scan {
                 self.damage(number, at, reason);
                 return Ok(None);
             }
-            self.last_frame_at = at;
         }
     }
 
@@ -350,12 +320,6 @@ impl Scan {
             return is_frameless(disk, last);
         }
         Ok(None)
-    }
-
-    /// Where the log must be cut so that nothing after the damage is left: a segment and an offset in it.
-    pub(crate) fn cut(&self) -> Option<Tail> {
-        // The frame that announced the next segment must go too.
-        self.tail.map(|tail| if self.sealed { Tail { end: self.last_frame_at, ..tail } } else { tail })
     }
 }
 

@@ -110,7 +110,8 @@ impl FsPersist {
     /// program wrote it; nothing was changed then. [`PersistErrorKind::Io`] and
     /// [`PersistErrorKind::NoSpace`] when the file system fails.
     pub fn open(dir: impl Into<PathBuf>, options: FsOptions) -> Result<Self, PersistError> {
-        Self::open_with(Arc::new(RealFs::default()), dir, options)
+        let fs = RealFs::default().with_group_access(options.group_access);
+        Self::open_with(Arc::new(fs), dir, options)
     }
 
     /// Like [`open`](Self::open), on another file system.

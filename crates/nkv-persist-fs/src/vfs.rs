@@ -1,17 +1,19 @@
 //! The few file calls that the log needs, so that a simulated disk can take the place of a real one.
 
+use std::collections::BTreeSet;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::SystemTime;
 use std::{fmt, fs};
 
 use rustix::fs::OFlags;
 
 /// A file system.
 pub trait Vfs: fmt::Debug + Send + Sync + 'static {
-    /// Makes sure that `dir` exists durably, and that only its owner can write to it.
+    /// Makes sure that `dir` exists durably, and that nobody can write to it who is not to.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
     /// The names of what is in `dir`.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
@@ -50,6 +52,16 @@ pub trait VfsFile: fmt::Debug + Send + Sync {
     fn sync_data(&self) -> io::Result<()>;
     /// Takes the lock on it until it is dropped; false if somebody else has it.
     fn try_lock(&self) -> io::Result<bool>;
+    /// Gives up the lock on it.
+    fn unlock(&self) {}
+    /// Whether it is this process that has the lock on it.
+    fn is_locked_here(&self) -> bool {
+        false
+    }
+    /// When it was made, in nanoseconds since 1970, where the file system knows that. A copy was made later.
+    fn born_ns(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// Writes all of `bytes`.
@@ -90,6 +102,32 @@ pub struct RealFs {
     /// The directory that was made or found first, kept open: a process that has no descriptor left can still make
     /// its names durable, and a rotation does not fail half-way for want of one.
     dir: Arc<OnceLock<(PathBuf, File)>>,
+    group_access: bool,
+}
+
+impl RealFs {
+    /// Accepts a directory that its group may write to as well, if `allowed`.
+    #[must_use]
+    pub fn with_group_access(self, allowed: bool) -> Self {
+        RealFs { group_access: allowed, ..self }
+    }
+
+    fn check_mode(&self, dir: &Path, mode: u32) -> io::Result<()> {
+        let (who, way_out) = match mode & 0o022 {
+            0 => return Ok(()),
+            0o020 if self.group_access => return Ok(()),
+            0o020 => ("its group", ", or allow the group (--group-access)"),
+            _ => ("every user", ""),
+        };
+        let inner = dir.join("nkv");
+        let text = format!("{who} may write to it: use a directory in it, such as {}{way_out}", inner.display());
+        Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
+    }
+}
+
+/// Whether the group of a directory may write to it: then it may write to what is in it, too.
+fn is_for_group(dir: &Path) -> bool {
+    fs::metadata(dir).is_ok_and(|meta| meta.permissions().mode() & 0o020 != 0)
 }
 
 impl Vfs for RealFs {
@@ -99,10 +137,7 @@ impl Vfs for RealFs {
         if !meta.is_dir() {
             return Err(io::ErrorKind::NotADirectory.into());
         }
-        if meta.permissions().mode() & 0o022 != 0 {
-            let text = "others than its owner may write to the directory; take that right away (chmod go-w)";
-            return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
-        }
+        self.check_mode(dir, meta.permissions().mode())?;
         let opened = (dir.to_owned(), File::open(dir)?);
         self.dir.get_or_init(|| opened);
         Ok(())
@@ -115,6 +150,7 @@ impl Vfs for RealFs {
     }
 
     fn open(&self, path: &Path, how: Open) -> io::Result<Arc<dyn VfsFile>> {
+        let makes = matches!(how, Open::Create | Open::CreateNew);
         let file = OpenOptions::new()
             .read(true)
             .write(how != Open::Read)
@@ -123,6 +159,10 @@ impl Vfs for RealFs {
             .mode(0o600)
             .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
             .open(path)?;
+        if makes && path.parent().is_some_and(is_for_group) {
+            // Whatever the umask takes away. Of a file that another user of the group has made this fails, and need not be.
+            drop(file.set_permissions(fs::Permissions::from_mode(0o660)));
+        }
         Ok(Arc::new(file))
     }
 
@@ -179,6 +219,14 @@ fn link_count(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.nlink())
 }
 
+/// The locked files of this process, by device and number; locked while a lock is taken or given up.
+static HELD: Mutex<BTreeSet<(u64, u64)>> = Mutex::new(BTreeSet::new());
+
+fn identity(file: &File) -> io::Result<(u64, u64)> {
+    let meta = file.metadata()?;
+    Ok((meta.dev(), meta.ino()))
+}
+
 impl VfsFile for File {
     fn size(&self) -> io::Result<u64> {
         Ok(self.metadata()?.len())
@@ -206,10 +254,33 @@ impl VfsFile for File {
     }
 
     fn try_lock(&self) -> io::Result<bool> {
+        let identity = identity(self)?;
+        let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
         match File::try_lock(self) {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                held.insert(identity);
+                Ok(true)
+            }
             Err(fs::TryLockError::WouldBlock) => Ok(false),
             Err(fs::TryLockError::Error(error)) => Err(error),
         }
+    }
+
+    fn unlock(&self) {
+        let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Ok(identity) = identity(self) {
+            held.remove(&identity);
+        }
+        drop(File::unlock(self));
+    }
+
+    fn is_locked_here(&self) -> bool {
+        let held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+        identity(self).is_ok_and(|identity| held.contains(&identity))
+    }
+
+    fn born_ns(&self) -> Option<u64> {
+        let born = self.metadata().ok()?.created().ok()?.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+        u64::try_from(born.as_nanos()).ok()
     }
 }

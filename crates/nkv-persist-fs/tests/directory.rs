@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::error::Error;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -11,9 +12,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::*;
-use nkv_core::{PersistErrorKind, PersistValue};
+use nkv_core::{Epoch, PersistErrorKind, PersistValue};
 use nkv_persist_fs::sim::SimFs;
-use nkv_persist_fs::{Durability, FsOptions, FsPersist, check, check_with, repair};
+use nkv_persist_fs::{Durability, FsOptions, FsPersist, check, check_with, repair, restore};
 use tempfile::TempDir;
 
 fn open_dir(dir: &Path, durability: Durability) -> Storage {
@@ -26,17 +27,36 @@ fn a_second_owner_is_turned_away_before_it_touches_anything() {
     let path = dir.path().join("data");
     let mut first = open_dir(&path, Durability::Sync);
     let before = listing(&path);
+    let began = Instant::now();
     for error in [
         FsPersist::open(&path, FsOptions::default()).unwrap_err(),
         check(&path).unwrap_err(),
         repair(&path).unwrap_err(),
     ] {
         assert_eq!(error.kind(), PersistErrorKind::InUse, "{error}");
+        assert!(error.to_string().contains("this process"), "{error}");
     }
+    assert!(began.elapsed() >= Duration::from_secs(3), "each waits a little");
     assert_eq!(listing(&path), before);
     first.persist(&[put("a", 1, "1")]).unwrap();
     drop(first);
     open_dir(&path, Durability::Sync);
+}
+
+// What was dropped on another thread a moment ago was "another process".
+#[test]
+fn a_directory_that_this_process_lets_go_of_is_waited_for() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("data");
+    for _ in 0..20 {
+        let first = open_dir(&path, Durability::Sync);
+        let dropped = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            drop(first);
+        });
+        open_dir(&path, Durability::Sync);
+        dropped.join().unwrap();
+    }
 }
 
 fn listing(path: &Path) -> Vec<(String, u64)> {
@@ -61,15 +81,41 @@ fn the_directory_and_its_files_are_for_their_owner_alone() {
     assert_eq!(names, ["0000000000000001.log", "LOCK", "reserve"]);
 }
 
+// The advice was to change the mode, which a process that does not own the volume cannot.
 #[test]
-fn a_directory_that_others_may_write_to_is_refused() {
+fn a_directory_that_others_may_write_to_is_refused_and_one_in_it_works() {
     let dir = TempDir::new().unwrap();
-    for mode in [0o770, 0o702] {
+    for (mode, who) in [(0o770, "its group"), (0o702, "every user"), (0o777, "every user")] {
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
-        let error = FsPersist::open(dir.path(), FsOptions::default()).unwrap_err();
-        assert_eq!(error.kind(), PersistErrorKind::Io);
+        for group_access in [false, mode == 0o777] {
+            let options = FsOptions::default().with_group_access(group_access);
+            let error = FsPersist::open(dir.path(), options).unwrap_err();
+            let text = error.source().unwrap().to_string();
+            assert_eq!(error.kind(), PersistErrorKind::Io);
+            assert!(
+                text.contains(who) && text.contains("/nkv") && error.to_string().contains("data directory"),
+                "{text}"
+            );
+        }
     }
     assert_eq!(listing(dir.path()), []);
+    let inner = dir.path().join("nkv");
+    FsPersist::open(&inner, FsOptions::default()).unwrap();
+    assert_eq!(fs::metadata(&inner).unwrap().permissions().mode() & 0o777, 0o700);
+}
+
+#[test]
+fn a_group_may_share_a_directory_if_it_is_allowed_to() {
+    let dir = TempDir::new().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o770)).unwrap();
+    let options = FsOptions::default().with_group_access(true);
+    drop(FsPersist::open(dir.path(), options).unwrap());
+    let names = listing(dir.path());
+    assert_eq!(names.len(), 3);
+    for (name, _) in names {
+        let mode = fs::metadata(dir.path().join(&name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o660, "{name}");
+    }
 }
 
 #[test]
@@ -133,13 +179,44 @@ fn a_clean_stop_keeps_the_epoch_and_a_sudden_one_in_a_relaxed_mode_does_not() {
         let killed = dir.path().join("killed");
         fs::create_dir(&killed).unwrap();
         fs::set_permissions(&killed, fs::Permissions::from_mode(0o700)).unwrap();
-        for (name, _) in listing(&path) {
+        // Without the file that tells a copy.
+        for (name, _) in listing(&path).into_iter().filter(|(name, _)| name != "LOCK") {
             fs::copy(path.join(&name), killed.join(&name)).unwrap();
         }
         let (state, loaded) = load(&mut open_dir(&killed, durability)).unwrap();
         assert_eq!(state["a"].1, b"2", "{durability}");
         assert_eq!(loaded.epoch == epoch, durability == Durability::Sync, "{durability}");
     }
+}
+
+fn epoch_in(path: &Path) -> Epoch {
+    load(&mut open_dir(path, Durability::Sync)).unwrap().1.epoch
+}
+
+// A copy had the epoch of its original: of two that went on, or of one that was put back, the same revisions meant
+// different things.
+#[test]
+fn a_copy_is_in_an_epoch_of_its_own_and_a_directory_that_was_moved_is_not() {
+    let dir = TempDir::new().unwrap();
+    let [path, copy, moved] = ["data", "copy", "moved"].map(|name| dir.path().join(name));
+    open_dir(&path, Durability::Sync).persist(&[put("a", 1, "1")]).unwrap();
+    let epoch = epoch_in(&path);
+    let copied = Command::new("cp").arg("-a").args([&path, &copy]).status().unwrap();
+    assert!(copied.success());
+    if fs::metadata(copy.join("LOCK")).unwrap().created().is_err() {
+        return; // nothing shows a copy here
+    }
+    assert!(check(&copy).unwrap().to_string().contains("a copy"));
+    let of_copy = epoch_in(&copy);
+    assert_ne!(of_copy, epoch);
+    assert_eq!(epoch_in(&copy), of_copy);
+    assert!(!check(&copy).unwrap().is_copied);
+    fs::rename(&path, &moved).unwrap();
+    assert_eq!(epoch_in(&moved), epoch);
+    let renewed = restore(&moved).unwrap().epoch;
+    assert_ne!(renewed, epoch);
+    assert_eq!(epoch_in(&moved), renewed);
+    assert_eq!(load(&mut open_dir(&moved, Durability::Sync)).unwrap().0["a"].1, b"1");
 }
 
 #[test]

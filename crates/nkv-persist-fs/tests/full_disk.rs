@@ -3,13 +3,15 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::*;
-use nkv_core::{PersistErrorKind, PersistValue, Prepared};
+use nkv_core::{Change, KEY_LEN_MAX, Key, PersistErrorKind, PersistValue, Prepared, Revision};
 use nkv_persist_fs::sim::{Fault, SimFs};
-use nkv_persist_fs::{Durability, FsOptions};
+use nkv_persist_fs::{Durability, FsOptions, FsPersist};
 
 const CAPACITY: u64 = 200 << 10;
 
@@ -337,4 +339,135 @@ fn a_batch_for_which_there_is_no_room_is_refused_before_it_is_stored_and_room_on
         persist.close().unwrap();
         assert_eq!(load(&mut open(&fs, &options()).unwrap()).unwrap().0, model);
     }
+}
+
+/// A disk that is as full as puts can make it, and what is on it.
+struct Full {
+    persist: FsPersist,
+    fs: SimFs,
+    options: FsOptions,
+    present: BTreeMap<Key, Revision>,
+    revision: u64,
+}
+
+impl Full {
+    fn new(capacity: u64, options: FsOptions) -> Self {
+        let (fs, options) = (SimFs::new(), options.with_background(false));
+        fs.set_capacity(Some(capacity));
+        let persist = FsPersist::open_with(Arc::new(fs.clone()), DIR, options.clone()).unwrap();
+        Full { persist, fs, options, present: BTreeMap::new(), revision: 0 }
+    }
+
+    /// Puts new keys, so many at a time, until they are refused.
+    fn fill(&mut self, some: u64, key: impl Fn(u64) -> String, value_len: usize) {
+        loop {
+            let revisions = self.revision + 1..=self.revision + some;
+            let batch: Vec<_> = revisions.map(|at| put(&key(at), at, vec![3; value_len])).collect();
+            if let Err(error) = self.persist.persist(&batch) {
+                assert_eq!(error.kind(), PersistErrorKind::NoSpace, "{error}");
+                return;
+            }
+            self.revision += some;
+            self.present.extend(batch.into_iter().map(|change| (change.key, change.revision)));
+        }
+    }
+
+    /// Deletes this many of the first keys, a slice at a time. Gives how many bytes the records had that say so.
+    fn delete(&mut self, count: usize, slice: usize) -> u64 {
+        let (keys, mut bytes): (Vec<_>, u64) = (self.present.iter().take(count).collect(), 0);
+        for (at, some) in keys.chunks(slice).enumerate() {
+            let batch = some.iter().map(|(key, replaces)| {
+                self.revision += 1;
+                bytes += 28 + key.as_str().len() as u64;
+                Change { replaces: **replaces, ..delete(key.as_str(), self.revision) }
+            });
+            let deleted = self.persist.persist(&batch.collect::<Vec<_>>());
+            let stats = self.persist.monitor().stats();
+            deleted.unwrap_or_else(|e| panic!("slice {at} of {}: {e}, {stats:?}", keys.len() / slice));
+        }
+        self.present = self.present.split_off(&keys.last().map_or(Key::new("k").unwrap(), |last| last.0.clone()));
+        self.present.pop_first();
+        bytes
+    }
+
+    /// Nothing is left, and puts find room again.
+    fn end(mut self) {
+        assert_eq!((self.persist.monitor().stats().keys, self.present.len()), (0, 0));
+        self.persist.maintain().unwrap();
+        self.persist.persist(&[put("again", self.revision + 1, vec![1; 5_000])]).unwrap();
+    }
+}
+
+/// Keys of this length, whose order is that of the puts, or none.
+fn key_of(len: usize, is_in_order: bool) -> impl Fn(u64) -> String {
+    move |at| {
+        let number = if is_in_order { at } else { at.wrapping_mul(0x9e37_79b9) & 0xffff_ffff };
+        format!("{number:0len$x}")
+    }
+}
+
+/// A wildcard delete comes in slices of so many deletes.
+const SLICE: usize = 1_024;
+
+// A wildcard delete was one batch, which found no room on a full disk. On a small disk the only segment could not be
+// copied out of the reserve, and slices came to an end too.
+#[test]
+fn a_branch_of_any_size_can_be_deleted_in_slices_on_a_full_disk() {
+    let mut all = vec![(64, 12, 300), (14, KEY_LEN_MAX, 0), (9, KEY_LEN_MAX, 500), (3, KEY_LEN_MAX, 10), (2, 8, 0)];
+    if scale() > 1 {
+        // More than the longest batch.
+        all.push((380, KEY_LEN_MAX, 300));
+    }
+    for (megabytes, key_len, value_len) in all {
+        for is_in_order in [false, true].into_iter().take(if megabytes < 64 { 2 } else { 1 }) {
+            let mut full = Full::new(megabytes << 20, FsOptions::default());
+            full.fill(64, key_of(key_len, is_in_order), value_len);
+            let keys = full.present.len();
+            let bytes = full.delete(keys, SLICE);
+            full.end();
+            println!("TEST branch_on_a_full_disk mib={megabytes} keys={keys} bytes_of_deletes={bytes} refused=0");
+        }
+    }
+}
+
+// What compaction may cost grows with the log, and the reserve did not: deletes ate it up, little by little, and were
+// then refused for ever.
+#[test]
+fn however_large_a_log_is_beside_its_reserve_all_of_it_can_be_deleted() {
+    for (segment, megabytes, some) in [(64, 8, 400), (16, 3, 100)] {
+        for is_in_order in [true, false] {
+            let options = FsOptions::default().with_segment_bytes(segment << 10);
+            let mut full = Full::new(megabytes << 20, options.with_reserve_bytes((segment << 10) * 3 / 2));
+            full.fill(some, key_of(12, is_in_order), 1);
+            full.delete(usize::MAX, 16);
+            full.end();
+        }
+    }
+}
+
+// The reserve had half of the room at each opening, and puts the other half, until deletes had none.
+#[test]
+fn restarts_on_a_full_disk_do_not_use_up_the_room_for_deletes() {
+    let mut full = Full::new(8 << 20, FsOptions::default());
+    full.fill(64, key_of(KEY_LEN_MAX, false), 0);
+    for _ in 0..6 {
+        // Few enough that the reserve is eaten and does not come back.
+        full.delete(100, 100);
+        drop(full.persist);
+        full.persist = FsPersist::open_with(Arc::new(full.fs.clone()), DIR, full.options.clone()).unwrap();
+        full.fill(64, key_of(KEY_LEN_MAX, false), 0);
+    }
+    full.delete(usize::MAX, SLICE);
+    full.end();
+}
+
+// One value that did not fit into the reserve stood first in the log, and none of it could be compacted.
+#[test]
+fn behind_the_longest_value_all_can_be_deleted() {
+    let mut full = Full::new(26 << 20, FsOptions::default());
+    full.revision = 1;
+    full.persist.persist(&[put("z", 1, vec![1; 8 << 20])]).unwrap();
+    full.fill(64, key_of(900, false), 0);
+    full.delete(usize::MAX, SLICE);
+    assert_eq!(full.persist.monitor().stats().keys, 1);
 }

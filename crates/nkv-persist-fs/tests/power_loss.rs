@@ -5,12 +5,13 @@
 mod common;
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::*;
 use nkv_core::{Change, Epoch, PersistValue};
 use nkv_persist_fs::sim::SimFs;
-use nkv_persist_fs::{Durability, FsOptions};
+use nkv_persist_fs::{Durability, FsOptions, restore_with};
 
 /// What a process had been told when the power went.
 #[derive(Clone, Copy, Debug, Default)]
@@ -356,4 +357,30 @@ fn a_loss_in_a_relaxed_mode_changes_the_epoch_though_the_segment_is_full_and_the
         }
     }
     println!("{images} images");
+}
+
+#[test]
+fn whenever_the_power_goes_a_restored_directory_is_in_the_old_epoch_or_in_a_new_one_with_all_its_values() {
+    let fs = SimFs::new();
+    let history = history(seed(), 30, 400);
+    let mut persist = open(&fs, &options()).unwrap();
+    history.iter().for_each(|batch| persist.persist(batch).unwrap());
+    let (state, loaded) = load(&mut persist).unwrap();
+    persist.close().unwrap();
+    let mut rng = Rng(seed());
+    for cut in 0.. {
+        let fs = fs.fork();
+        fs.cut_power_at(cut);
+        let is_done = restore_with(Arc::new(fs.clone()), DIR).is_ok();
+        for _ in 0..10 {
+            let image = fs.crash(&mut |n| rng.below(n));
+            let mut persist = open(&image, &options()).unwrap_or_else(|e| panic!("cut {cut}: {e}"));
+            let (after, now) = load(&mut persist).unwrap();
+            assert_eq!((&after, now.revision), (&state, loaded.revision), "cut {cut}");
+            assert!(!is_done || now.epoch != loaded.epoch, "cut {cut}");
+        }
+        if is_done {
+            break;
+        }
+    }
 }

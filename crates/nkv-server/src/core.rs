@@ -294,6 +294,7 @@ mod tests {
             failure,
             complaints,
             budget,
+            clock: Clock::start(None),
         };
         let writer = writer.spawn().unwrap();
         tokio::select! {

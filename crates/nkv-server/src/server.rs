@@ -1,6 +1,7 @@
 //! A running server: made by a builder, stopped on request or on drop.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,6 +33,10 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(4);
 
 /// How long a server takes to stop, whatever storage does; a process takes a moment more to end, and 5 s are promised.
 const STOP_LIMIT: Duration = Duration::from_millis(4_900);
+
+/// The clock is looked at so often while there are values with a TTL: a machine that was suspended counts on, and its timers
+/// do not.
+const CLOCK_TICK: Duration = Duration::from_secs(1);
 
 /// After a failed expiry, so long passes before the next try.
 const EXPIRY_PAUSE: Duration = Duration::from_secs(1);
@@ -152,6 +157,7 @@ pub struct Builder {
     addresses: Vec<Address>,
     persist: Option<Open>,
     durability: String,
+    clock_file: Option<PathBuf>,
     options: Options,
 }
 
@@ -177,6 +183,16 @@ impl Builder {
         self
     }
 
+    /// Keeps in this file how far the clock has come that TTLs are counted on, while there are values with one. What is left of
+    /// a TTL after a restart does then not depend on two runs having the same wall clock: what passed between them counts only
+    /// if both had a clock that was set. Without it the wall clock is believed. `FsPersist` leaves a file `clock` in its
+    /// directory alone.
+    #[must_use]
+    pub fn clock_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.clock_file = Some(path.into());
+        self
+    }
+
     /// Sets the limits.
     #[must_use]
     pub fn options(mut self, options: Options) -> Self {
@@ -190,14 +206,13 @@ impl Builder {
     ///
     /// [`ServerError`]; nothing runs then.
     pub async fn bind(self) -> Result<Server, ServerError> {
-        let Builder { addresses, persist, durability, options } = self;
+        let Builder { addresses, persist, durability, clock_file, options } = self;
         let mut listeners = Vec::new();
         for address in &addresses {
             listeners.extend(Listener::bind(address, &options).await?);
         }
         let addresses =
             listeners.iter().map(Listener::address).collect::<Result<_, _>>().map_err(ServerError::System)?;
-        let clock = Clock::start();
         let persist = match persist {
             Some(open) => open,
             None => {
@@ -210,9 +225,16 @@ impl Builder {
         let open = tokio::task::spawn_blocking(move || {
             let mut persist = persist()?;
             persist.on_failure(handler);
-            NotifyKeyValue::open_at(persist, clock.now())
+            // Only now: until storage is open, the file may be another server's.
+            let clock = Clock::start(clock_file);
+            let store = NotifyKeyValue::open_at(persist, clock.now())?;
+            if store.next_expiry().is_some() {
+                clock.keep();
+            }
+            Ok::<_, PersistError>((store, clock))
         });
-        let store = Arc::new(open.await.map_err(|error| ServerError::System(error.into()))??);
+        let (store, clock) = open.await.map_err(|error| ServerError::System(error.into()))??;
+        let store = Arc::new(store);
 
         let (bell, queue) = (Arc::new(Bell::default()), Arc::new(Queue::default()));
         let (stop, stop_asked) = watch::channel(false);
@@ -226,6 +248,7 @@ impl Builder {
             failure: failure.clone(),
             complaints: Complaints::default(),
             budget: Arc::clone(&budget),
+            clock: clock.clone(),
         };
         let writer = writer.spawn().map_err(ServerError::System)?;
         let pump = tokio::spawn({
@@ -256,9 +279,10 @@ impl Builder {
 
 impl fmt::Debug for Builder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Builder { addresses, durability, options, .. } = self;
+        let Builder { addresses, durability, clock_file, options, .. } = self;
         let mut builder = f.debug_struct("Builder");
-        builder.field("addresses", addresses).field("durability", durability).field("options", options).finish()
+        builder.field("addresses", addresses).field("durability", durability);
+        builder.field("clock_file", clock_file).field("options", options).finish()
     }
 }
 
@@ -275,7 +299,8 @@ impl Server {
     /// A server to be described: at no address, in memory, with the default limits.
     #[must_use]
     pub fn builder() -> Builder {
-        Builder { addresses: Vec::new(), persist: None, durability: "memory".into(), options: Options::default() }
+        let (durability, options) = ("memory".into(), Options::default());
+        Builder { addresses: Vec::new(), persist: None, durability, clock_file: None, options }
     }
 
     /// Where it listens, in the order asked for, with the ports that it was given. A name has as many as it has addresses,
@@ -412,9 +437,14 @@ async fn expire(core: Arc<Core>, changed: Arc<Notify>, mut stop: watch::Receiver
 
 async fn expire_in_time(core: &Core, changed: &Notify) {
     loop {
+        if core.store.next_expiry().is_some() && core.clock.is_due() {
+            let clock = core.clock.clone();
+            // One that could not be kept is tried again.
+            _ = tokio::task::spawn_blocking(move || clock.keep()).await;
+        }
         let due = async {
             match core.store.next_expiry() {
-                Some(at) => tokio::time::sleep(core.clock.until(at)).await,
+                Some(at) => tokio::time::sleep(core.clock.until(at).min(CLOCK_TICK)).await,
                 None => std::future::pending().await,
             }
         };
@@ -423,8 +453,12 @@ async fn expire_in_time(core: &Core, changed: &Notify) {
             () = changed.notified() => continue,
             () = due => {}
         }
+        let now = core.clock.now();
+        if core.store.next_expiry().is_none_or(|at| at > now) {
+            continue;
+        }
         // From here on what is due is absent for all, however long storage takes.
-        core.store.advance(core.clock.now());
+        core.store.advance(now);
         let expired = core.write_urgently(Write::expiry()).await;
         if !matches!(expired.as_deref(), Ok([Ok(_)])) {
             tokio::time::sleep(EXPIRY_PAUSE).await;

@@ -9,6 +9,7 @@ use tokio::sync::{Notify, oneshot};
 
 use crate::bell::Bell;
 use crate::budget::Budget;
+use crate::clock::Clock;
 use crate::complaints::Complaints;
 use crate::core::{Job, Store};
 use crate::failure::{Chain, Failure};
@@ -103,6 +104,7 @@ pub(crate) struct Writer {
     pub(crate) failure: Failure,
     pub(crate) complaints: Complaints,
     pub(crate) budget: Arc<Budget>,
+    pub(crate) clock: Clock,
 }
 
 /// Closes the queue when it is dropped.
@@ -149,6 +151,10 @@ impl Writer {
             }
             let more = jobs.get(under_way..).unwrap_or_default();
             written = more.iter().map(|job| job.write.value_len()).fold(written, usize::saturating_add);
+            if more.iter().any(|job| job.write.has_ttl()) && self.clock.is_unkept() {
+                // Before the first value with a TTL is stored: from then on it is known how far the clock had come.
+                self.clock.keep();
+            }
             let expiry = self.store.next_expiry();
             self.bell.quietly(|| self.commit(&mut jobs));
             if self.store.next_expiry() != expiry {

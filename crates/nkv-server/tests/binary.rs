@@ -7,6 +7,7 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -153,6 +154,47 @@ fn damaged_data_is_refused_with_its_place_until_it_is_repaired() {
     let listed = server.connect().ask(r#"{"type":"List","key":"*"}"#);
     let left = listed.matches("\"k").count() - 1; // less the field `keys`
     assert!((10..50).contains(&left), "{left} keys are left");
+}
+
+/// The epoch of a server.
+fn epoch_of(server: &Process) -> String {
+    let stats = server.connect().ask(r#"{"type":"Stats"}"#);
+    let (_, rest) = stats.split_once("\"epoch\":\"").unwrap();
+    rest.split_once('"').unwrap().0.to_owned()
+}
+
+// A backup that was put back went on in its epoch: clients that had seen more took its revisions for old ones.
+#[test]
+fn data_that_was_put_back_is_in_a_new_epoch() {
+    let dir = tempfile::tempdir().unwrap();
+    let [data, backup] = ["data", "backup"].map(|name| dir.path().join(name));
+    let stop = |mut server: Process| {
+        let epoch = epoch_of(&server);
+        server.signal("-TERM");
+        assert_eq!(server.wait().code(), Some(0));
+        epoch
+    };
+    let server = Process::start(&data, &[]);
+    server.connect().put("a", "1");
+    let first = stop(server);
+    assert!(Command::new("cp").arg("-a").args([&data, &backup]).status().unwrap().success());
+    assert_eq!(stop(Process::start(&data, &[])), first);
+
+    // Put back with a copy.
+    std::fs::remove_dir_all(&data).unwrap();
+    assert!(Command::new("cp").arg("-a").args([&backup, &data]).status().unwrap().success());
+    let copied = std::fs::metadata(data.join("LOCK")).unwrap().created().is_ok();
+    let second = stop(Process::start(&data, &[]));
+    assert!(second != first || !copied);
+    assert_eq!(stop(Process::start(&data, &[])), second, "it is no copy any more");
+
+    // Put back in a way that nothing shows.
+    let (code, said) = run(&["restore", "--data-dir", data.to_str().unwrap()]);
+    assert_eq!(code, 0, "{said}");
+    let third = stop(Process::start(&data, &[]));
+    assert!(third != second && said.contains(&third), "{said}");
+    let kept = Process::start(&data, &[]).connect().ask(r#"{"type":"Get","key":"a"}"#);
+    assert!(kept.contains(r#""data":[[49]]"#), "{kept}");
 }
 
 #[test]

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use nkv_core::{Action, EventKind, Key, Op, Outcome, Pattern, PutOptions, Reason, Revision};
+use nkv_persist_fs::{FsOptions, FsPersist};
 use nkv_server::{HandleError, Server, WriteOptions};
 use tokio::time::timeout;
 
@@ -62,6 +63,18 @@ async fn a_dropped_subscription_is_forgotten() {
     assert_eq!(nkv.stats().await.unwrap().subscriptions, 1);
     drop(events);
     assert_eq!(nkv.stats().await.unwrap().subscriptions, 0);
+}
+
+// 32 of 40 were refused: "another process" had the directory.
+#[tokio::test]
+async fn a_server_that_was_dropped_is_opened_again_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    for round in 0..40 {
+        let path = dir.path().join("data");
+        let open = move || FsPersist::open(path, FsOptions::default());
+        let server = Server::builder().persist("sync", open).bind().await.unwrap_or_else(|e| panic!("{round}: {e:?}"));
+        server.handle().put(&key("a"), "1", WriteOptions::default()).await.unwrap();
+    }
 }
 
 #[tokio::test]

@@ -198,3 +198,34 @@ fn a_wall_clock_that_jumps_ends_no_value_early_and_keeps_none() {
     eventually("what had a long time has ended", || status(&conn.ask(r#"{"type":"Get","key":"long"}"#)) == 404);
     println!("TEST clock_jumps jumps=4 early=0 kept=0");
 }
+
+// Its wall clock was set after the value was put, and the next start took the TTL for over.
+#[test]
+fn on_a_board_without_a_clock_a_ttl_outlives_the_setting_of_the_clock() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, clock) = (dir.path().join("data"), dir.path().join("wall"));
+    std::fs::write(&clock, "-1764000000").unwrap();
+    let Some(mut server) = with_clock(&data, &clock) else { return };
+    let put = r#"{"type":"Put","key":"lock","value":"x","ttl_ms":3600000}"#;
+    assert_eq!(status(&server.connect().ask(put)), 200);
+    let kept = || std::fs::read_to_string(data.join("clock")).unwrap();
+    let before = kept();
+    for set in [false, true] {
+        if set {
+            std::fs::write(&clock, "+0").unwrap();
+            eventually("the clock is kept when it is set", || kept() != before);
+        }
+        server.signal("-KILL");
+        server.wait();
+        std::fs::write(&clock, "+0").unwrap();
+        server = with_clock(&data, &clock).unwrap();
+        assert_eq!(status(&server.connect().ask(r#"{"type":"Get","key":"lock"}"#)), 200);
+    }
+    // From then on time while nothing runs counts.
+    server.signal("-KILL");
+    server.wait();
+    std::fs::write(&clock, "+3700").unwrap();
+    let server = with_clock(&data, &clock).unwrap();
+    let mut conn = server.connect();
+    eventually("it has ended", || status(&conn.ask(r#"{"type":"Get","key":"lock"}"#)) == 404);
+}

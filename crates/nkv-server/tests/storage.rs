@@ -7,8 +7,8 @@ mod support;
 use std::time::{Duration, Instant};
 
 use nkv_core::{
-    Action, Change, Epoch, Key, Loaded, MemoryPersist, NoPersist, Op, PersistError, PersistErrorKind, PersistValue,
-    PutOptions, RecordRef, RoutePersist,
+    Action, Change, Epoch, Expiry, Key, Loaded, MemoryPersist, NoPersist, Op, PersistError, PersistErrorKind,
+    PersistValue, PutOptions, RecordRef, Revision, RoutePersist,
 };
 use nkv_server::{HandleError, ServerError, WriteOptions};
 use nkv_testkit::script::{Crash, ScriptedPersist};
@@ -215,6 +215,69 @@ fn a_ttl_goes_on_over_a_restart_and_its_end_is_told() {
     conn.send(r#"{"type":"Subscribe","key":"a"}"#);
     assert_eq!(conn.line(), "\"Hello\"");
     assert_eq!(conn.line(), r#"{"Close":{"key":"a","revision":2,"skipped":0,"reason":"expired"}}"#);
+}
+
+const HOUR_MS: u64 = 3_600_000;
+
+/// A server that finds one value, which was put when the store had come to `put_at`, with a TTL of two hours, and a clock
+/// that was kept then, `ago` before now or at a time that no clock shows which was set.
+fn server_after(put_at: u64, kept_wall: Option<u64>, dir: &std::path::Path) -> TestServer {
+    let mut disk = MemoryPersist::new(Epoch::new(1));
+    let expiry = Some(Expiry { at: put_at + 2 * HOUR_MS, ttl_ms: 2 * HOUR_MS });
+    let action = Action::Put { value: "x".into(), expiry };
+    let change = Change { key: Key::new("a").unwrap(), revision: Revision::new(1), replaces: Revision::ZERO, action };
+    disk.persist(&[change]).unwrap();
+    let file = dir.join("clock");
+    if let Some(wall) = kept_wall {
+        std::fs::write(&file, format!("store_ms {put_at}\nwall_ms {wall}\n")).unwrap();
+    }
+    TestServer::with(|builder| builder.persist("memory", || Ok(disk)).clock_file(file))
+}
+
+// A board booted in 1970, its clock was set, and the next start ended each TTL at once.
+#[test]
+fn what_is_left_of_a_ttl_after_a_restart_does_not_depend_on_a_wall_clock_that_was_not_set() {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64;
+    let dir = tempfile::tempdir().unwrap();
+    let is_there = |put_at, kept_wall| {
+        let server = server_after(put_at, kept_wall, dir.path());
+        let mut conn = server.connect();
+        assert_eq!(status(&conn.ask(r#"{"type":"Put","key":"short","value":"x","ttl_ms":1}"#)), 200);
+        // What is due goes in the order in which it is.
+        eventually("it expires", || status(&conn.ask(r#"{"type":"Get","key":"short"}"#)) == 404);
+        status(&conn.ask(r#"{"type":"Get","key":"a"}"#)) == 200
+    };
+    assert!(is_there(9_000, Some(9_000)), "nobody knows how long nothing ran");
+    assert!(is_there(9_000, Some(now - HOUR_MS)));
+    assert!(!is_there(9_000, Some(now - 3 * HOUR_MS)), "time while nothing ran counts");
+    assert!(is_there(now - 5 * HOUR_MS, Some(now - HOUR_MS)), "the wall clock was set forward meanwhile");
+    assert!(is_there(now, Some(now + 5 * HOUR_MS)), "it was set back");
+    std::fs::remove_file(dir.path().join("clock")).unwrap();
+    assert!(!is_there(now - 3 * HOUR_MS, None), "what was stored before there was such a file");
+}
+
+#[test]
+fn how_far_the_clock_has_come_is_kept_before_the_first_ttl_is_stored_and_not_without_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("clock");
+    let disk = MemoryPersist::new(Epoch::new(1));
+    let start = || {
+        let (disk, file) = (disk.clone(), file.clone());
+        TestServer::with(|builder| builder.persist("memory", || Ok(disk)).clock_file(file))
+    };
+    let server = start();
+    let mut conn = server.connect();
+    conn.put("a", "x");
+    assert!(!file.exists());
+    assert_eq!(status(&conn.ask(r#"{"type":"Put","key":"a","value":"x","ttl_ms":3600000}"#)), 200);
+    let kept = std::fs::read_to_string(&file).unwrap();
+    eventually("it is kept now and then", || std::fs::read_to_string(&file).unwrap() != kept);
+    server.shutdown().unwrap();
+    // And when a server starts that has such a value.
+    std::fs::remove_file(&file).unwrap();
+    let server = start();
+    assert!(file.exists());
+    server.shutdown().unwrap();
 }
 
 /// Storage with a mistake in it.

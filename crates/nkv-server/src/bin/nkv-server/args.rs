@@ -33,6 +33,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR", env = "NKV_DATA_DIR", global = true)]
     data_dir: Option<PathBuf>,
 
+    /// Allow a data directory that its group may write to; files in it are made for the group too
+    #[arg(long, env = "NKV_GROUP_ACCESS", value_parser = clap::builder::FalseyValueParser::new())]
+    pub(crate) group_access: bool,
+
     /// When a write is safe: sync (before it is answered), interval:DURATION (at most that long after), os (whenever
     /// the system likes; a crash of the server alone loses nothing)
     #[arg(long, value_name = "WHEN", env = "NKV_DURABILITY", default_value = "sync")]
@@ -110,10 +114,12 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Say what is in the data directory, and whether it is damaged; changes nothing without --repair
     Check {
-        /// Keep damaged parts aside and cut them out, so that the server starts
+        /// Keep what can be read, and damaged parts aside, so that the server starts
         #[arg(long)]
         repair: bool,
     },
+    /// Begin a new epoch in a data directory that was put back to an earlier state, so that clients notice
+    Restore,
 }
 
 const EXAMPLES: &str = "\
@@ -123,6 +129,7 @@ Examples:
   nkv-server unix:/run/user/1000/nkv.sock --persist memory
   nkv-server unix:/run/nkv/nkv.sock --socket-group nkv
   nkv-server check --data-dir /var/lib/nkv
+  nkv-server restore --data-dir /var/lib/nkv
 
 A variable that is empty counts as not set; NKV_INSECURE is true, false, 1 or 0.
 

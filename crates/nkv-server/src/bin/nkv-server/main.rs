@@ -25,7 +25,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use nkv_core::{PersistError, PersistErrorKind};
-use nkv_persist_fs::{FsOptions, FsPersist, check, repair};
+use nkv_persist_fs::{FsOptions, FsPersist, check, repair, restore};
 use nkv_server::{Address, Builder, Server, ServerError};
 use tokio::sync::oneshot;
 use tracing::{error, info, warn};
@@ -53,6 +53,7 @@ fn main() -> ExitCode {
     };
     let code = match args.command {
         Some(Command::Check { repair }) => check_data(&args, repair),
+        Some(Command::Restore) => restore_data(&args),
         None => serve(&args, &log),
     };
     log.flush(FLUSH_LIMIT);
@@ -128,7 +129,8 @@ fn with_persist(builder: Builder, args: &Args, opened: Arc<OnceLock<Instant>>) -
         }
         Persist::Log => {
             let (dir, durability) = (args.data_dir()?, args.durability);
-            let options = FsOptions::default().with_durability(durability);
+            let options = FsOptions::default().with_durability(durability).with_group_access(args.group_access);
+            let builder = builder.clock_file(dir.join("clock"));
             Ok(builder.persist(durability.to_string(), move || {
                 opened.get_or_init(Instant::now);
                 let persist = FsPersist::open(&dir, options)?;
@@ -145,6 +147,16 @@ fn check_data(args: &Args, with_repair: bool) -> ExitCode {
         Ok(report) => {
             say(&report.to_string());
             if report.damage.is_some() && !with_repair { ExitCode::from(DAMAGED) } else { ExitCode::SUCCESS }
+        }
+        Err(error) => fail(&error, persist_code(&error)),
+    }
+}
+
+fn restore_data(args: &Args) -> ExitCode {
+    match args.data_dir().and_then(restore) {
+        Ok(report) => {
+            info!(epoch = %report.epoch, keys = report.keys, revision = report.revision.get(), "a new epoch begins");
+            ExitCode::SUCCESS
         }
         Err(error) => fail(&error, persist_code(&error)),
     }

@@ -1,0 +1,87 @@
+//! Data directories that programs of each format version have left are opened, or refused, for ever.
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use common::*;
+use nkv_core::{Epoch, Expiry, PersistErrorKind, PersistValue};
+use nkv_persist_fs::{FsOptions, FsPersist, check, repair, restore};
+use tempfile::TempDir;
+
+/// A copy of a directory, for one test.
+fn thaw(name: &str) -> TempDir {
+    let dir = TempDir::new().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    let frozen = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name);
+    for entry in fs::read_dir(frozen).unwrap().map(|entry| entry.unwrap()) {
+        fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+    }
+    dir
+}
+
+/// The bytes of all files.
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+    entries.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())).collect()
+}
+
+/// What is in each of them.
+fn model() -> Model {
+    let load = |at: u64, len: usize| (format!("host.db{at}.load"), (16 + at + 1, vec![b'c'; len], None));
+    let mut model: Model = [0, 1, 2, 4, 6, 7].map(|at| load(at, 200 * at as usize)).into();
+    let expiry = Some(Expiry { at: 1_700_000_060_000, ttl_ms: 60_000 });
+    for (key, revision, value, expiry) in [
+        ("lock.door", 25, "held", expiry),
+        ("grüße.🔔", 26, "ü", None),
+        ("empty", 27, "", None),
+        ("batch.b", 30, "2", None),
+        ("batch.a", 31, "3", None),
+    ] {
+        model.insert(key.to_owned(), (revision, value.into(), expiry));
+    }
+    model
+}
+
+#[test]
+fn version_1_is_refused_and_stays_as_it_is() {
+    let dir = thaw("format-1");
+    let before = files(dir.path());
+    for error in [
+        FsPersist::open(dir.path(), FsOptions::default()).unwrap_err(),
+        check(dir.path()).unwrap_err(),
+        repair(dir.path()).unwrap_err(),
+        restore(dir.path()).unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), PersistErrorKind::OtherVersion, "{error}");
+        assert!(error.to_string().contains("format version 1"), "{error}");
+    }
+    assert_eq!(files(dir.path()), before);
+}
+
+#[test]
+fn version_2_is_opened_with_all_that_is_in_it_and_goes_on() {
+    for (name, epoch) in [
+        ("format-2", 0xf5b5_a3e8_ee61_521e_267b_2ca3_66d6_24a0),
+        ("format-2-killed", 0xea6e_752d_1bc8_91c5_5f88_8d33_7466_7d48),
+    ] {
+        let dir = thaw(name);
+        let report = check(dir.path()).unwrap();
+        assert_eq!((report.damage, report.torn_bytes, report.keys, report.segments), (None, 0, 11, 3), "{name}");
+        let open = || Storage::from(FsPersist::open(dir.path(), FsOptions::default()).unwrap());
+        let mut persist = open();
+        let (state, loaded) = load(&mut persist).unwrap();
+        assert_eq!((state, loaded.revision.get(), loaded.epoch), (model(), 32, Epoch::new(epoch)), "{name}");
+        let batch = [put("empty", 33, "no more"), delete("batch.a", 34), put("new", 35, vec![1; 5_000])];
+        persist.persist(&batch).unwrap();
+        persist.close().unwrap();
+        let mut expected = model();
+        apply(&mut expected, &batch);
+        let (state, loaded) = load(&mut open()).unwrap();
+        assert_eq!((state, loaded.epoch), (expected, Epoch::new(epoch)), "{name}");
+    }
+}

@@ -177,11 +177,9 @@ fn a_second_sigterm_counts_a_second_after_the_first_and_a_second_sigint_at_once(
     server.signal("-TERM");
     assert_eq!(server.wait().code(), Some(130));
 
-    let (mut server, _slow, since) = stopping();
+    let (mut server, _slow, _) = stopping();
     server.signal("-INT");
     assert_eq!(server.wait().code(), Some(130));
-    // It has 4 s otherwise.
-    assert!(since.elapsed() < Duration::from_secs(3), "{:?}", since.elapsed());
 }
 
 /// All of the log, as JSON, of a server that is stopped as soon as it listens.

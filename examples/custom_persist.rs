@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use nkv_core::mailbox::Mailbox;
 use nkv_core::{
     Action, Change, Epoch, Expiry, Key, Loaded, NotifyKeyValue, Op, Pattern, PersistError, PersistErrorKind,
-    PersistValue, PutOptions, Record, RecordRef, Revision,
+    PersistValue, PutOptions, Record, RecordRef, Revision, Timestamp,
 };
 use serde::{Deserialize, Serialize};
 
@@ -191,7 +191,7 @@ impl Entry {
             Some(Value::Bytes(bytes)) => bytes.into(),
             None => return Err(invalid("a file without a value")),
         };
-        let expiry = self.expiry.map(|(at, ttl_ms)| Expiry { at, ttl_ms });
+        let expiry = self.expiry.map(|(at, ttl_ms)| Expiry { at: Timestamp::from_millis(at), ttl_ms });
         Ok(Record { key: key(&self.key)?, value, revision: Revision::new(self.revision), expiry })
     }
 }
@@ -199,7 +199,7 @@ impl Entry {
 impl From<&Change> for Entry {
     fn from(change: &Change) -> Self {
         let (value, expiry) = match &change.action {
-            Action::Put { value, expiry } => (Some(value), expiry.map(|expiry| (expiry.at, expiry.ttl_ms))),
+            Action::Put { value, expiry } => (Some(value), expiry.map(|expiry| (expiry.at.as_millis(), expiry.ttl_ms))),
             Action::Delete { .. } => (None, None),
         };
         let value = value.map(|bytes| match std::str::from_utf8(bytes) {

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use crate::key::{Key, Pattern, first_bytes};
 use crate::order::Order;
 use crate::packed::Unpacked;
-use crate::record::{Action, Change, Expiry, Millis, RecordRef, ValueRef};
+use crate::record::{Action, Change, Expiry, RecordRef, Timestamp, ValueRef};
 use crate::revision::Revision;
 use crate::slots::Slots;
 use crate::table::Table;
@@ -27,7 +27,7 @@ pub(crate) struct Keyspace {
     hasher: RandomState,
     order: Order,
     /// When each value with a TTL ends, and the slot of its key.
-    expiries: BTreeSet<(Millis, u32)>,
+    expiries: BTreeSet<(Timestamp, u32)>,
     value_bytes: usize,
     revision: Revision,
     /// Where a record is packed before it is known whether its slot has room for it.
@@ -54,13 +54,13 @@ impl Keyspace {
     }
 
     /// The record of a key; a value whose TTL has ended by `now` is absent, whether it was removed already or not.
-    pub(crate) fn get<'a>(&'a self, key: &'a str, now: Millis) -> Option<RecordRef<'a>> {
+    pub(crate) fn get<'a>(&'a self, key: &'a str, now: Timestamp) -> Option<RecordRef<'a>> {
         let slot = self.find(key, self.hash(key))?;
         Some(self.slots.lend(slot, |_| key)).filter(|record| !is_due(record.expiry, now))
     }
 
     /// What is stored of a key whose hash is known.
-    pub(crate) fn stored(&self, key: &str, hash: u64, now: Millis) -> Stored {
+    pub(crate) fn stored(&self, key: &str, hash: u64, now: Timestamp) -> Stored {
         let Some(slot) = self.find(key, hash) else { return Stored::default() };
         let Unpacked { revision, expiry, .. } = self.slots.get(slot);
         Stored { revision, is_due: is_due(expiry, now) }
@@ -75,7 +75,7 @@ impl Keyspace {
         &'a self,
         pattern: &'a Pattern,
         after: Option<&'a Key>,
-        now: Millis,
+        now: Timestamp,
     ) -> impl Iterator<Item = RecordRef<'a>> {
         self.select_stored(pattern, after).filter(move |record| !is_due(record.expiry, now))
     }
@@ -95,7 +95,7 @@ impl Keyspace {
         &'a self,
         pattern: &'a Pattern,
         after: Option<&'a Key>,
-        now: Millis,
+        now: Timestamp,
     ) -> impl Iterator<Item = RecordRef<'a>> {
         let covered = self.walk(start(pattern, after), move |key| pattern.covers_text(key));
         covered.filter(move |record| !is_due(record.expiry, now))
@@ -118,12 +118,12 @@ impl Keyspace {
     }
 
     /// Keys whose TTL has ended by `now`, the earliest first.
-    pub(crate) fn due(&self, now: Millis) -> impl Iterator<Item = &str> {
+    pub(crate) fn due(&self, now: Timestamp) -> impl Iterator<Item = &str> {
         let slots = self.expiries.iter().take_while(move |(at, _)| *at <= now).map(|(_, slot)| *slot);
         slots.map(|slot| str::from_utf8(self.slots.get(slot).key).unwrap_or_default())
     }
 
-    pub(crate) fn next_expiry(&self) -> Option<Millis> {
+    pub(crate) fn next_expiry(&self) -> Option<Timestamp> {
         self.expiries.first().map(|(at, _)| *at)
     }
 
@@ -277,7 +277,7 @@ pub(crate) struct Stored {
 }
 
 /// Whether a value has ended by `now`.
-pub(crate) fn is_due(expiry: Option<Expiry>, now: Millis) -> bool {
+pub(crate) fn is_due(expiry: Option<Expiry>, now: Timestamp) -> bool {
     expiry.is_some_and(|expiry| expiry.at <= now)
 }
 
@@ -314,6 +314,10 @@ mod tests {
     use super::*;
     use crate::record::{Record, VALUE_LEN_LONG};
 
+    fn t(millis: u64) -> Timestamp {
+        Timestamp::from_millis(millis)
+    }
+
     fn key(number: u64) -> Key {
         Key::new(&format!("some.branch.of.the.keyspace.k{number:05}")).unwrap()
     }
@@ -333,7 +337,7 @@ mod tests {
     }
 
     fn numbers(keyspace: &Keyspace) -> Vec<u64> {
-        let records = keyspace.select(&Pattern::All, None, 0);
+        let records = keyspace.select(&Pattern::All, None, t(0));
         records.map(|record| record.key.rsplit('k').next().unwrap().parse().unwrap()).collect()
     }
 
@@ -344,7 +348,7 @@ mod tests {
             let value = Bytes::from(vec![len as u8; len]);
             put(&mut keyspace, key(1), value.clone());
             let key = key(1);
-            let found = keyspace.get(key.as_str(), 0).unwrap().value;
+            let found = keyspace.get(key.as_str(), t(0)).unwrap().value;
             assert_eq!((found.to_bytes(), keyspace.value_bytes()), (value.clone(), len));
             let is_shared = matches!(found, ValueRef::Shared(bytes) if bytes.as_ptr() == value.as_ptr());
             assert_eq!(is_shared, len >= VALUE_LEN_LONG, "{len}");
@@ -359,7 +363,7 @@ mod tests {
         let mut keyspace = Keyspace::default();
         let (long, short) = (Bytes::from(vec![7; VALUE_LEN_LONG]), Bytes::from_static(b"short"));
         let values = [ValueRef::Shared(&long), ValueRef::Lent(&long), ValueRef::Shared(&short), ValueRef::Lent(&short)];
-        let expiry = |number| Some(Expiry { at: number, ttl_ms: 9 });
+        let expiry = |number| Some(Expiry { at: t(number), ttl_ms: 9 });
         for (number, value) in (1..).zip(values) {
             let (key, revision) = (key(number), Revision::new(number));
             keyspace.load(RecordRef { key: key.as_str(), value, revision, expiry: expiry(number) });
@@ -367,13 +371,13 @@ mod tests {
         keyspace.end_loading(Revision::new(4));
         for (number, value) in (1..).zip(values) {
             let key = key(number);
-            let found = keyspace.get(key.as_str(), 0).unwrap();
+            let found = keyspace.get(key.as_str(), t(0)).unwrap();
             assert_eq!((&*found.value, found.revision, found.expiry), (&*value, Revision::new(number), expiry(number)));
             let shares = matches!(found.value, ValueRef::Shared(bytes) if bytes.as_ptr() == value.as_ptr());
             assert_eq!(shares, number == 1, "{number}");
         }
         assert_eq!(keyspace.slots.long_len(), 2);
-        assert_eq!((keyspace.next_expiry(), keyspace.due(4).count()), (Some(1), 4));
+        assert_eq!((keyspace.next_expiry(), keyspace.due(t(4)).count()), (Some(t(1)), 4));
     }
 
     #[test]
@@ -462,7 +466,7 @@ mod tests {
             let older = (1..=older.min(record.revision.get() - 1)).map(|age| Record {
                 revision: Revision::new(record.revision.get() - age),
                 value: vec![age as u8; LENS[age as usize]].into(),
-                expiry: (age % 2 == 0).then_some(Expiry { at: age, ttl_ms: 1 }),
+                expiry: (age % 2 == 0).then_some(Expiry { at: t(age), ttl_ms: 1 }),
                 ..record.clone()
             });
             let mut all: Vec<Record> = [record.clone()].into_iter().chain(older).collect();
@@ -494,7 +498,7 @@ mod tests {
                 match step {
                     Step::Put { number, len, ttl } => {
                         let (key, value) = (key(number), Bytes::from(vec![number as u8; len]));
-                        let expiry = ttl.map(|ttl| Expiry { at: ttl, ttl_ms: ttl });
+                        let expiry = ttl.map(|ttl| Expiry { at: t(ttl), ttl_ms: ttl });
                         change(&mut keyspace, key.clone(), Action::Put { value: value.clone(), expiry });
                         model.insert(key.clone(), Record { key, value, revision: keyspace.revision(), expiry });
                     }
@@ -507,9 +511,9 @@ mod tests {
                     }
                 }
                 let all: Vec<Record> = model.values().cloned().collect();
-                let found: Vec<Record> = keyspace.select(&Pattern::All, None, 0).map(RecordRef::to_record).collect();
+                let found: Vec<Record> = keyspace.select(&Pattern::All, None, t(0)).map(RecordRef::to_record).collect();
                 prop_assert_eq!(&found, &all);
-                prop_assert!(all.iter().all(|r| keyspace.get(r.key.as_str(), 0).map(RecordRef::to_record).as_ref() == Some(r)));
+                prop_assert!(all.iter().all(|r| keyspace.get(r.key.as_str(), t(0)).map(RecordRef::to_record).as_ref() == Some(r)));
                 let is_long = |record: &&Record| record.value.len() >= VALUE_LEN_LONG;
                 let expected = (all.len(), all.len(), all.iter().filter(is_long).count());
                 prop_assert_eq!((keyspace.len(), keyspace.slots.len(), keyspace.slots.long_len()), expected);

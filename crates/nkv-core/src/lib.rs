@@ -32,8 +32,8 @@ pub use persist::{
     FailureHandler, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue, Prepared,
 };
 pub use record::{
-    Action, Began, BeginCause, Change, EndReason, Event, EventKind, Expiry, Millis, Reason, Record, RecordRef,
-    Snapshot, SnapshotReader, ValueRef,
+    Action, Began, BeginCause, Change, EndReason, Event, EventKind, Expiry, Reason, Record, RecordRef, Snapshot,
+    SnapshotReader, Timestamp, ValueRef,
 };
 pub use records::Records;
 pub use revision::{Epoch, Revision};

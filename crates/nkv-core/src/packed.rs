@@ -6,7 +6,7 @@
 //! as long, and what lies behind it does not matter.
 
 use crate::key::KEY_LEN_MAX;
-use crate::record::{Expiry, VALUE_LEN_LONG};
+use crate::record::{Expiry, Timestamp, VALUE_LEN_LONG};
 use crate::revision::Revision;
 
 const IS_LONG: u64 = 1;
@@ -47,7 +47,7 @@ impl<'a> Unpacked<'a> {
             out.extend_from_slice(&revision.to_le_bytes());
         }
         if let Some(Expiry { at, ttl_ms }) = self.expiry {
-            out.extend_from_slice(&at.to_le_bytes());
+            out.extend_from_slice(&at.as_millis().to_le_bytes());
             out.extend_from_slice(&ttl_ms.to_le_bytes());
         }
         out.extend_from_slice(self.key);
@@ -69,7 +69,10 @@ impl<'a> Unpacked<'a> {
                 revision = take_number(&mut rest)?;
             }
             if head & HAS_EXPIRY != 0 {
-                expiry = Some(Expiry { at: take_number(&mut rest)?, ttl_ms: take_number(&mut rest)? });
+                expiry = Some(Expiry {
+                    at: Timestamp::from_millis(take_number(&mut rest)?),
+                    ttl_ms: take_number(&mut rest)?,
+                });
             }
         }
         let key = rest.split_off(..bits(KEY_LEN_AT, VALUE_LEN_AT))?;
@@ -94,7 +97,7 @@ mod tests {
         for (revision, key_len) in
             numbers.into_iter().flat_map(|number| [1, 15, 31, 32, 1_024].map(|len| (number, len)))
         {
-            for expiry in [None, Some(Expiry { at: revision, ttl_ms: u64::MAX })] {
+            for expiry in [None, Some(Expiry { at: Timestamp::from_millis(revision), ttl_ms: u64::MAX })] {
                 for (value, is_long) in [(&b""[..], false), (&[0xff; VALUE_LEN_LONG - 1], false), (b"", true)] {
                     let (key, revision) = ("k".repeat(key_len), Revision::new(revision));
                     let record = Unpacked { key: key.as_bytes(), value, is_long, revision, expiry };

@@ -8,7 +8,7 @@ use hashbrown::HashTable;
 use crate::key::{Key, Pattern};
 use crate::keyspace::{Keyspace, Stored};
 use crate::persist::{PersistError, PersistErrorKind};
-use crate::record::{Action, Change, Millis, Reason};
+use crate::record::{Action, Change, Reason, Timestamp};
 use crate::revision::Revision;
 use crate::write::{Op, Outcome, Sweep, Write};
 
@@ -35,7 +35,7 @@ pub(crate) enum Extent {
 /// The changes of one batch, in the order of their revisions.
 pub(crate) struct Plan<'a> {
     keyspace: &'a Keyspace,
-    now: Millis,
+    now: Timestamp,
     revision: Revision,
     pub(crate) changes: Vec<Change>,
     /// Of the key of each change: a key is hashed once for each operation.
@@ -62,7 +62,7 @@ impl<'a> Plan<'a> {
     /// refuses those that are too large.
     pub(crate) fn of(
         keyspace: &'a Keyspace,
-        now: Millis,
+        now: Timestamp,
         revision: Revision,
         writes: &mut [&mut Write],
         extent: Extent,
@@ -84,7 +84,7 @@ impl<'a> Plan<'a> {
         }
     }
 
-    fn new(keyspace: &'a Keyspace, now: Millis, revision: Revision) -> Self {
+    fn new(keyspace: &'a Keyspace, now: Timestamp, revision: Revision) -> Self {
         Plan { keyspace, now, revision, changes: Vec::new(), hashes: Vec::new(), latest: None, len: 0 }
     }
 

@@ -16,15 +16,46 @@ use crate::records::Records;
 use crate::revision::{Epoch, Revision};
 use crate::sync::Mutex;
 
-/// A point in time: milliseconds since an origin that the caller chooses and keeps across restarts,
-/// the Unix epoch for instance.
-pub type Millis = u64;
+/// A point in time, on a clock that the caller chooses and keeps across restarts: milliseconds since an origin of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Timestamp(u64);
+
+impl Timestamp {
+    /// The origin.
+    pub const MIN: Timestamp = Timestamp(0);
+    /// The end of time, which never comes.
+    pub const MAX: Timestamp = Timestamp(u64::MAX);
+
+    /// So many milliseconds after the origin.
+    #[must_use]
+    pub const fn from_millis(millis: u64) -> Self {
+        Timestamp(millis)
+    }
+
+    /// How many milliseconds after the origin it is.
+    #[must_use]
+    pub const fn as_millis(self) -> u64 {
+        self.0
+    }
+
+    /// So many milliseconds later; at most the end of time.
+    #[must_use]
+    pub const fn saturating_add(self, millis: u64) -> Self {
+        Timestamp(self.0.saturating_add(millis))
+    }
+}
+
+impl fmt::Display for Timestamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ms", self.0)
+    }
+}
 
 /// When a value ends by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Expiry {
     /// When.
-    pub at: Millis,
+    pub at: Timestamp,
     /// How long it was to live when it was put. A reopened store lets no value live longer than this from then on,
     /// so that a clock that was set back between two runs cannot keep values for years.
     pub ttl_ms: u64,
@@ -33,7 +64,7 @@ pub struct Expiry {
 impl Expiry {
     /// `ttl` from `now`; at least one millisecond.
     #[must_use]
-    pub fn after(now: Millis, ttl: Duration) -> Self {
+    pub fn after(now: Timestamp, ttl: Duration) -> Self {
         let ttl_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1);
         Expiry { at: now.saturating_add(ttl_ms), ttl_ms }
     }

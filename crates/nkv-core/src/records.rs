@@ -120,7 +120,7 @@ mod tests {
             key: Key::new(&format!("k{at}")).unwrap(),
             value: vec![at as u8; len].into(),
             revision: Revision::new(1 << (9 * at)),
-            expiry: (at % 2 == 0).then_some(Expiry { at: 5, ttl_ms: at as u64 }),
+            expiry: (at % 2 == 0).then_some(Expiry { at: crate::Timestamp::from_millis(5), ttl_ms: at as u64 }),
         };
         let all: Vec<Record> = lens.into_iter().enumerate().map(record).collect();
         let records: Records = all.iter().cloned().collect();

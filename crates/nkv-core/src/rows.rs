@@ -218,9 +218,9 @@ impl Head {
 /// A record as a row: revision, whether there is an expiry, when and after how long that is, and the value.
 fn encode(change: &Change) -> Option<Vec<u8>> {
     let Action::Put { value, expiry } = &change.action else { return None };
-    let Expiry { at, ttl_ms } = expiry.unwrap_or(Expiry { at: 0, ttl_ms: 0 });
+    let Expiry { at, ttl_ms } = expiry.unwrap_or(Expiry { at: crate::Timestamp::MIN, ttl_ms: 0 });
     let (revision, flag) = (change.revision.get().to_le_bytes(), [u8::from(expiry.is_some())]);
-    Some([&revision[..], &flag, &at.to_le_bytes(), &ttl_ms.to_le_bytes(), value].concat())
+    Some([&revision[..], &flag, &at.as_millis().to_le_bytes(), &ttl_ms.to_le_bytes(), value].concat())
 }
 
 fn decode<'a>(name: &'a str, bytes: &'a [u8]) -> Option<RecordRef<'a>> {
@@ -229,7 +229,8 @@ fn decode<'a>(name: &'a str, bytes: &'a [u8]) -> Option<RecordRef<'a>> {
     let ([flag], rest) = rest.split_first_chunk()?;
     let (at, rest) = rest.split_first_chunk()?;
     let (ttl_ms, value) = rest.split_first_chunk()?;
-    let expiry = Expiry { at: u64::from_le_bytes(*at), ttl_ms: u64::from_le_bytes(*ttl_ms) };
+    let expiry =
+        Expiry { at: crate::Timestamp::from_millis(u64::from_le_bytes(*at)), ttl_ms: u64::from_le_bytes(*ttl_ms) };
     let revision = Revision::new(u64::from_le_bytes(*revision));
     Some(RecordRef { key: name, value: ValueRef::Lent(value), revision, expiry: (*flag != 0).then_some(expiry) })
 }

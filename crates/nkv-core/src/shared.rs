@@ -11,7 +11,7 @@ use crate::key::{Key, Pattern};
 use crate::keyspace::Keyspace;
 use crate::notifier::{Delivery, Notifier};
 use crate::record::{
-    Action, Began, Change, EndReason, Event, EventKind, Millis, ReadSnapshot, Reason, Snapshot, SnapshotReader,
+    Action, Began, Change, EndReason, Event, EventKind, ReadSnapshot, Reason, Snapshot, SnapshotReader, Timestamp,
 };
 use crate::records::Records;
 use crate::revision::{Epoch, Revision};
@@ -20,7 +20,7 @@ use crate::sync::{MutexGuard, RwLock, RwLockReadGuard, TurnMutex};
 use crate::wake::Later;
 
 /// When no TTL ends.
-pub(crate) const NEVER: Millis = Millis::MAX;
+pub(crate) const NEVER: Timestamp = Timestamp::MAX;
 
 /// So many keys are read under one hold of a lock. A part of a snapshot has no more, and ends at the key that brings its
 /// keys and values to so many bytes.
@@ -58,12 +58,12 @@ pub(crate) struct Counters {
 }
 
 impl<N: Notifier> Shared<N> {
-    pub(crate) fn new(keyspace: Keyspace, epoch: Epoch, now: Millis) -> Self {
+    pub(crate) fn new(keyspace: Keyspace, epoch: Epoch, now: Timestamp) -> Self {
         Shared {
             subscribers: TurnMutex::new(Subscribers::new(keyspace.revision())),
             subscriptions: AtomicU64::new(0),
-            next_expiry: AtomicU64::new(keyspace.next_expiry().unwrap_or(NEVER)),
-            now: AtomicU64::new(now),
+            next_expiry: AtomicU64::new(keyspace.next_expiry().unwrap_or(NEVER).as_millis()),
+            now: AtomicU64::new(now.as_millis()),
             event_bytes: Arc::default(),
             keyspace: RwLock::new(keyspace),
             epoch,
@@ -78,16 +78,16 @@ impl<N: Notifier> Shared<N> {
         self.keyspace.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn now(&self) -> Millis {
-        self.now.load(Acquire)
+    pub(crate) fn now(&self) -> Timestamp {
+        Timestamp::from_millis(self.now.load(Acquire))
     }
 
-    pub(crate) fn advance(&self, now: Millis) {
-        self.now.fetch_max(now, Release);
+    pub(crate) fn advance(&self, now: Timestamp) {
+        self.now.fetch_max(now.as_millis(), Release);
     }
 
-    pub(crate) fn next_expiry(&self) -> Millis {
-        self.next_expiry.load(Acquire)
+    pub(crate) fn next_expiry(&self) -> Timestamp {
+        Timestamp::from_millis(self.next_expiry.load(Acquire))
     }
 
     pub(crate) fn subscriptions(&self) -> u64 {
@@ -104,7 +104,7 @@ impl<N: Notifier> Shared<N> {
         let subscribers = self.subscribers.lock();
         let mut keyspace = self.keyspace.write().unwrap_or_else(PoisonError::into_inner);
         changes.iter().zip(hashes).for_each(|(change, hash)| keyspace.apply(change, *hash));
-        self.next_expiry.store(keyspace.next_expiry().unwrap_or(NEVER), Release);
+        self.next_expiry.store(keyspace.next_expiry().unwrap_or(NEVER).as_millis(), Release);
         drop(keyspace);
         self.count(&changes);
         self.notify_all(&later, subscribers, changes);

@@ -18,7 +18,7 @@ use crate::notifier::Notifier;
 use crate::persist::{PersistError, PersistErrorKind, PersistValue};
 use crate::plan::{Extent, Plan};
 use crate::queue::Queue;
-use crate::record::{Millis, Record, RecordRef};
+use crate::record::{Record, RecordRef, Timestamp};
 use crate::revision::{Epoch, Revision};
 use crate::shared::{NEVER, PART_KEYS_MAX, Shared};
 use crate::subscribers::{SubscriberId, Subscription};
@@ -119,7 +119,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     ///
     /// What [`PersistValue::load`] says.
     pub fn open(persist: P) -> Result<Self, PersistError> {
-        Self::load(persist, Millis::MIN, Millis::MAX)
+        Self::load(persist, Timestamp::MIN, Timestamp::MAX)
     }
 
     /// Loads what `persist` kept. `now` is the present, on the clock that expiries are counted on: values that have ended
@@ -129,11 +129,11 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// # Errors
     ///
     /// What [`PersistValue::load`] says.
-    pub fn open_at(persist: P, now: Millis) -> Result<Self, PersistError> {
+    pub fn open_at(persist: P, now: Timestamp) -> Result<Self, PersistError> {
         Self::load(persist, now, now)
     }
 
-    fn load(mut persist: P, now: Millis, clamp_at: Millis) -> Result<Self, PersistError> {
+    fn load(mut persist: P, now: Timestamp, clamp_at: Timestamp) -> Result<Self, PersistError> {
         let mut keyspace = Keyspace::default();
         let loaded = persist.load(&mut |mut record| {
             debug_assert_eq!(Key::check(record.key), Ok(()), "storage visits nothing else");
@@ -300,7 +300,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// Lets the time go on to `now`, on the clock that expiries are counted on: from here on, values that have ended by
     /// then are absent for reads, snapshots, conditions and deletes, whether storage has removed them or not. That, and
     /// the notification, is what [`expire`](Self::expire) does. The time does not go back. No lock is taken.
-    pub fn advance(&self, now: Millis) {
+    pub fn advance(&self, now: Timestamp) {
         self.shared.advance(now);
     }
 
@@ -310,7 +310,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// # Errors
     ///
     /// [`PersistError`] when storage fails: what is left is removed by a later call.
-    pub fn expire(&self, now: Millis) -> Result<u64, PersistError> {
+    pub fn expire(&self, now: Timestamp) -> Result<u64, PersistError> {
         self.advance(now);
         match self.run(Write::expiry()).into_results().pop() {
             Some(Ok(Outcome::Deleted { count, .. })) => Ok(count),
@@ -319,9 +319,9 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         }
     }
 
-    /// When the next key's TTL ends: when [`expire`](Self::expire) is to be called. The end of time, `u64::MAX`, never
-    /// comes. No lock is taken.
-    pub fn next_expiry(&self) -> Option<Millis> {
+    /// When the next key's TTL ends: when [`expire`](Self::expire) is to be called. The end of time, [`Timestamp::MAX`],
+    /// never comes. No lock is taken.
+    pub fn next_expiry(&self) -> Option<Timestamp> {
         Some(self.shared.next_expiry()).filter(|at| *at != NEVER)
     }
 

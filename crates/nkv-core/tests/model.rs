@@ -11,7 +11,7 @@ use bytes::Bytes;
 use nkv_core::mailbox::{Inbox, Item, Mailbox, mailbox};
 use nkv_core::{
     Action, EndReason, Epoch, EventKind, Expiry, Key, MemoryPersist, NotifyKeyValue, Op, Outcome, Pattern,
-    PersistErrorKind, PutOptions, Reason, Record, RecordRef, Revision,
+    PersistErrorKind, PutOptions, Reason, Record, RecordRef, Revision, Timestamp,
 };
 use nkv_testkit::script::{Crash, PersistScript, ScriptedPersist};
 use proptest::prelude::*;
@@ -53,6 +53,10 @@ impl Which {
             Which::All => Pattern::All,
         }
     }
+}
+
+fn t(millis: u64) -> Timestamp {
+    Timestamp::from_millis(millis)
 }
 
 fn key(path: &Path) -> Key {
@@ -292,7 +296,7 @@ struct World {
 
 fn open(disk: &MemoryPersist, now: u64) -> (Store, PersistScript) {
     let (persist, script) = ScriptedPersist::new(disk.clone());
-    (NotifyKeyValue::open_at(persist, now).unwrap(), script)
+    (NotifyKeyValue::open_at(persist, t(now)).unwrap(), script)
 }
 
 fn record(path: &Path, entry: &Entry) -> Record {
@@ -331,7 +335,7 @@ impl World {
             Step::Time(ms) => self.now += ms,
             Step::Advance => {
                 self.advanced = self.advanced.max(self.now);
-                self.store.advance(self.now);
+                self.store.advance(t(self.now));
             }
             Step::Expire => self.expire(),
             Step::Fail(failure) => self.fail(failure),
@@ -370,7 +374,7 @@ impl World {
     }
 
     fn expire(&mut self) {
-        let result = self.store.expire(self.now);
+        let result = self.store.expire(t(self.now));
         self.advanced = self.advanced.max(self.now);
         if self.poisoned {
             assert_eq!(result.unwrap_err().kind(), PersistErrorKind::Poisoned);
@@ -378,7 +382,7 @@ impl World {
         }
         let due = |(path, entry): (&Path, &Entry)| Some((entry.expiry?.at, path.clone()));
         let mut due: Vec<_> =
-            self.memory.entries.iter().filter_map(due).filter(|(at, _)| *at <= self.advanced).collect();
+            self.memory.entries.iter().filter_map(due).filter(|(at, _)| *at <= t(self.advanced)).collect();
         due.sort();
         if result.is_ok() && !due.is_empty() {
             // In which order those go that end at the same time is the store's affair.
@@ -443,7 +447,7 @@ impl World {
         };
         match write {
             Write::Put { path, value, condition: expected, ttl_ms } => {
-                let expiry = ttl_ms.map(|ttl_ms| Expiry { at: self.now + ttl_ms, ttl_ms });
+                let expiry = ttl_ms.map(|ttl_ms| Expiry { at: t(self.now + ttl_ms), ttl_ms });
                 let options = PutOptions { if_revision: condition(path, *expected), expiry };
                 // The longest lies in the store by itself, the others beside their keys.
                 let len = [0, 1, 40, 100, 5_000][usize::from(*value)];
@@ -521,7 +525,7 @@ impl World {
         (self.store, self.script) = open(&self.disk, self.now);
         self.memory = self.stored.clone();
         for expiry in self.memory.entries.values_mut().filter_map(|entry| entry.expiry.as_mut()) {
-            expiry.at = expiry.at.min(self.now + expiry.ttl_ms);
+            expiry.at = expiry.at.min(t(self.now + expiry.ttl_ms));
         }
         (self.failure, self.poisoned) = (None, false);
         self.connections = (0..SUBSCRIBERS).map(|_| Connection::new()).collect();
@@ -574,7 +578,7 @@ impl World {
     fn compare(&self) {
         let entries = &self.memory.entries;
         let all: Vec<Record> = entries.iter().map(|(path, entry)| record(path, entry)).collect();
-        let is_there = |record: &&Record| record.expiry.is_none_or(|expiry| expiry.at > self.advanced);
+        let is_there = |record: &&Record| record.expiry.is_none_or(|expiry| expiry.at > t(self.advanced));
         assert_eq!(self.store.get_all(&Pattern::All), all.iter().filter(is_there).cloned().collect::<Vec<_>>());
         let stats = self.store.stats();
         assert_eq!((stats.revision.get(), stats.keys), (self.memory.revision, entries.len() as u64));
@@ -586,7 +590,7 @@ impl World {
 }
 
 fn is_due(entry: &Entry, now: u64) -> bool {
-    entry.expiry.is_some_and(|expiry| expiry.at <= now)
+    entry.expiry.is_some_and(|expiry| expiry.at <= t(now))
 }
 
 fn present(data: &Data, path: &Path, now: u64) -> u64 {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use nkv_core::rows::{Committed, HEAD, RowChange, RowPersist, Rows};
 use nkv_core::{
-    Action, Change, Expiry, Key, PersistError, PersistErrorKind, PersistValue, Reason, RecordRef, Revision,
+    Action, Change, Expiry, Key, PersistError, PersistErrorKind, PersistValue, Reason, RecordRef, Revision, Timestamp,
 };
 
 type Bytes = BTreeMap<String, Vec<u8>>;
@@ -142,7 +142,10 @@ mod fencing {
 }
 
 fn put(key: &str, revision: u64, value: &str) -> Change {
-    let action = Action::Put { value: value.to_owned().into(), expiry: Some(Expiry { at: revision, ttl_ms: 5 }) };
+    let action = Action::Put {
+        value: value.to_owned().into(),
+        expiry: Some(Expiry { at: Timestamp::from_millis(revision), ttl_ms: 5 }),
+    };
     Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), replaces: Revision::ZERO, action }
 }
 
@@ -155,7 +158,7 @@ fn contents(table: &Table) -> BTreeMap<String, (u64, Vec<u8>)> {
     let mut persist = table.open(99);
     let mut visit = |record: RecordRef<'_>| {
         let record = record.to_record();
-        assert_eq!(record.expiry, Some(Expiry { at: record.revision.get(), ttl_ms: 5 }));
+        assert_eq!(record.expiry, Some(Expiry { at: Timestamp::from_millis(record.revision.get()), ttl_ms: 5 }));
         found.insert(record.key.to_string(), (record.revision.get(), record.value.to_vec()));
     };
     persist.load(&mut visit).unwrap();

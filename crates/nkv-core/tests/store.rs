@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use nkv_core::mailbox::{Inbox, Item, Mailbox, mailbox};
 use nkv_core::{
-    Action, Epoch, Event, EventKind, Expiry, Key, MemoryPersist, Millis, NoPersist, NotifyKeyValue, Op, Outcome,
-    Pattern, PersistError, PersistErrorKind, PersistValue, PutOptions, Record, Revision, RoutePersist, Write,
+    Action, Epoch, Event, EventKind, Expiry, Key, MemoryPersist, NoPersist, NotifyKeyValue, Op, Outcome, Pattern,
+    PersistError, PersistErrorKind, PersistValue, PutOptions, Record, Revision, RoutePersist, Timestamp, Write,
     WriteError,
 };
 use nkv_testkit::script::{Crash, PersistScript, ScriptedNotifier, ScriptedPersist};
@@ -29,6 +29,10 @@ fn key(text: &str) -> Key {
 
 fn pattern(text: &str) -> Pattern {
     Pattern::new(text).unwrap()
+}
+
+fn t(millis: u64) -> Timestamp {
+    Timestamp::from_millis(millis)
 }
 
 fn r(number: u64) -> Revision {
@@ -56,8 +60,8 @@ fn put<P: PersistValue>(store: &Store<P>, at: &str, value: &str) -> Result<Revis
     store.put(&key(at), value.to_owned(), PutOptions::default())
 }
 
-fn put_until<P: PersistValue>(store: &Store<P>, at: &str, now: Millis, ttl_ms: u64) {
-    let expiry = Some(Expiry::after(now, Duration::from_millis(ttl_ms)));
+fn put_until<P: PersistValue>(store: &Store<P>, at: &str, now: u64, ttl_ms: u64) {
+    let expiry = Some(Expiry::after(t(now), Duration::from_millis(ttl_ms)));
     store.put(&key(at), "x", PutOptions { expiry, if_revision: None }).unwrap();
 }
 
@@ -180,7 +184,7 @@ mod order_of_a_write {
         drop(store);
         let (persist, script) = ScriptedPersist::new(disk);
         let store = Store::open(persist).unwrap();
-        store.expire(5).unwrap();
+        store.expire(t(5)).unwrap();
         assert_eq!(replaces(&script), [9]);
     }
 
@@ -214,14 +218,14 @@ mod failing_storage {
             assert_eq!(failed(put(&store, "new", "2")), kind);
             assert_eq!(failed(delete(&store, "a").map(|deleted| deleted.1)), kind);
             assert_eq!(failed(delete(&store, "*").map(|deleted| deleted.1)), kind);
-            assert_eq!(store.expire(100).unwrap_err().kind(), kind);
+            assert_eq!(store.expire(t(100)).unwrap_err().kind(), kind);
             let left = (before.0.into_iter().filter(|record| record.expiry.is_none()).collect(), before.1);
-            assert_eq!((state(&store), told(&notifier), store.next_expiry()), (left, vec![], Some(10)));
+            assert_eq!((state(&store), told(&notifier), store.next_expiry()), (left, vec![], Some(t(10))));
             assert_eq!(store.stats().failed_batches, 5);
             script.work();
             assert_eq!(put(&store, "a", "3").unwrap(), r(3), "no revision was used up");
             assert_eq!(told(&notifier), ["a=3 @3"]);
-            let again: Store = NotifyKeyValue::open_at(disk, 100).unwrap();
+            let again: Store = NotifyKeyValue::open_at(disk, t(100)).unwrap();
             assert_eq!(state(&again), state(&store));
         }
     }
@@ -238,7 +242,7 @@ mod failing_storage {
             poisoned(store.write(&[op_put("a", "2", PutOptions::default())]).unwrap_err());
             poisoned(store.write(&[op_put("b", "2", PutOptions::default())]).unwrap_err());
             poisoned(store.write(&[op_delete("a")]).unwrap_err());
-            poisoned(store.expire(9).unwrap_err());
+            poisoned(store.expire(t(9)).unwrap_err());
             assert_eq!(script.calls(), 2);
             assert_eq!((state(&store), told(&notifier)), (before, vec![]));
             let again: Store = NotifyKeyValue::open(disk).unwrap();
@@ -589,12 +593,12 @@ mod expiry {
         put_until(&store, "soon", 0, 10);
         put(&store, "never", "x").unwrap();
         let _ = told(&notifier);
-        assert_eq!(store.next_expiry(), Some(10));
-        assert_eq!(store.expire(9).unwrap(), 0);
-        assert_eq!(store.expire(10).unwrap(), 1);
+        assert_eq!(store.next_expiry(), Some(t(10)));
+        assert_eq!(store.expire(t(9)).unwrap(), 0);
+        assert_eq!(store.expire(t(10)).unwrap(), 1);
         assert_eq!(told(&notifier), ["soon expired @4"]);
-        assert_eq!((store.get(&key("soon")), store.next_expiry()), (None, Some(20)));
-        assert_eq!(store.expire(1_000).unwrap(), 1);
+        assert_eq!((store.get(&key("soon")), store.next_expiry()), (None, Some(t(20))));
+        assert_eq!(store.expire(t(1_000)).unwrap(), 1);
         assert_eq!((keys(&store, "*"), store.next_expiry()), (vec!["never".into()], None));
         assert_eq!(store.stats().expired, 2);
     }
@@ -606,8 +610,8 @@ mod expiry {
         put_until(&store, "b", 0, 10);
         put(&store, "a", "stays").unwrap();
         put_until(&store, "b", 0, 30);
-        assert_eq!((store.next_expiry(), store.expire(29).unwrap()), (Some(30), 0));
-        assert_eq!(store.expire(30).unwrap(), 1);
+        assert_eq!((store.next_expiry(), store.expire(t(29)).unwrap()), (Some(t(30)), 0));
+        assert_eq!(store.expire(t(30)).unwrap(), 1);
         assert_eq!(keys(&store, "*"), ["a"]);
     }
 
@@ -616,7 +620,7 @@ mod expiry {
         let store = store();
         put_until(&store, "a", 0, 10);
         put_until(&store, "a", 5, 5);
-        assert_eq!((store.next_expiry(), store.expire(10).unwrap()), (Some(10), 1));
+        assert_eq!((store.next_expiry(), store.expire(t(10)).unwrap()), (Some(t(10)), 1));
     }
 
     #[test]
@@ -624,7 +628,7 @@ mod expiry {
         let store = store();
         put_until(&store, "a", 0, 10);
         delete(&store, "a").unwrap();
-        assert_eq!((store.next_expiry(), store.expire(10).unwrap()), (None, 0));
+        assert_eq!((store.next_expiry(), store.expire(t(10)).unwrap()), (None, 0));
     }
 
     #[test]
@@ -632,23 +636,26 @@ mod expiry {
         let disk = MemoryPersist::default();
         let first: Store = NotifyKeyValue::open(disk.clone()).unwrap();
         put_until(&first, "a", 0, 10);
-        let again: Store = NotifyKeyValue::open_at(disk, 5).unwrap();
-        assert_eq!((again.next_expiry(), again.expire(10).unwrap()), (Some(10), 1));
+        let again: Store = NotifyKeyValue::open_at(disk, t(5)).unwrap();
+        assert_eq!((again.next_expiry(), again.expire(t(10)).unwrap()), (Some(t(10)), 1));
     }
 
     #[test]
     fn a_clock_that_was_set_back_between_two_runs_keeps_no_value_longer_than_its_ttl() {
         let disk = MemoryPersist::default();
-        let first: Store = NotifyKeyValue::open_at(disk.clone(), 1_000_000).unwrap();
+        let first: Store = NotifyKeyValue::open_at(disk.clone(), t(1_000_000)).unwrap();
         put_until(&first, "a", 1_000_000, 60);
-        let again: Store = NotifyKeyValue::open_at(disk, 500).unwrap();
-        assert_eq!((again.next_expiry(), again.expire(559).unwrap(), again.expire(560).unwrap()), (Some(560), 0, 1));
+        let again: Store = NotifyKeyValue::open_at(disk, t(500)).unwrap();
+        assert_eq!(
+            (again.next_expiry(), again.expire(t(559)).unwrap(), again.expire(t(560)).unwrap()),
+            (Some(t(560)), 0, 1)
+        );
     }
 
     #[test]
     fn a_time_to_live_is_at_least_a_millisecond_and_never_runs_over() {
-        assert_eq!(Expiry::after(5, Duration::ZERO), Expiry { at: 6, ttl_ms: 1 });
-        assert_eq!(Expiry::after(5, Duration::MAX), Expiry { at: u64::MAX, ttl_ms: u64::MAX });
+        assert_eq!(Expiry::after(t(5), Duration::ZERO), Expiry { at: t(6), ttl_ms: 1 });
+        assert_eq!(Expiry::after(t(5), Duration::MAX), Expiry { at: Timestamp::MAX, ttl_ms: u64::MAX });
     }
 }
 
@@ -882,11 +889,11 @@ fn a_great_many_keys_expire_in_steps_the_earliest_first() {
     let put = |n: u64| Op::Put {
         key: Key::new(&format!("k{n}")).unwrap(),
         value: "x".into(),
-        options: PutOptions { if_revision: None, expiry: Some(Expiry { at: n, ttl_ms: 1 }) },
+        options: PutOptions { if_revision: None, expiry: Some(Expiry { at: t(n), ttl_ms: 1 }) },
     };
     store.write(&(1..=15_000).map(put).collect::<Vec<_>>()).unwrap();
-    assert_eq!((store.expire(10_000).unwrap(), store.next_expiry()), (10_000, Some(10_001)));
-    assert_eq!((store.expire(20_000).unwrap(), store.next_expiry()), (5_000, None));
+    assert_eq!((store.expire(t(10_000)).unwrap(), store.next_expiry()), (10_000, Some(t(10_001))));
+    assert_eq!((store.expire(t(20_000)).unwrap(), store.next_expiry()), (5_000, None));
     assert_eq!(store.stats().batches, 1 + 10 + 5, "in slices");
 }
 

@@ -24,6 +24,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// What one hold of a lock, one batch of a large delete and one part of a snapshot do at most.
 const PART: usize = 1_024;
 
+fn t(millis: u64) -> nkv_core::Timestamp {
+    nkv_core::Timestamp::from_millis(millis)
+}
+
 fn key(number: usize) -> Key {
     Key::new(&format!("k.{number:06}")).unwrap()
 }
@@ -480,7 +484,7 @@ fn an_end_is_the_last_that_a_subscription_brings_however_many_subscribe_at_once(
 fn from_its_time_on_a_value_is_absent_for_all_although_storage_still_has_it() {
     let (persist, script) = ScriptedPersist::new(MemoryPersist::default());
     let store: Store = NotifyKeyValue::open(persist).unwrap();
-    let until = |at| PutOptions { expiry: Some(nkv_core::Expiry { at, ttl_ms: 10 }), ..PutOptions::default() };
+    let until = |at| PutOptions { expiry: Some(nkv_core::Expiry { at: t(at), ttl_ms: 10 }), ..PutOptions::default() };
     for number in 1..=4 {
         store.put(&key(number), "x", until(10)).unwrap();
     }
@@ -488,7 +492,7 @@ fn from_its_time_on_a_value_is_absent_for_all_although_storage_still_has_it() {
     let subscriber = ScriptedNotifier::new();
     store.subscribe(Pattern::All, "me".into(), subscriber.clone(), false);
     script.fail_always(PersistErrorKind::Io);
-    assert!(store.expire(10).is_err());
+    assert!(store.expire(t(10)).is_err());
     script.work();
     assert_eq!((store.get(&key(1)), store.exists(&Pattern::from(&key(1)))), (None, false));
     assert_eq!((store.get_all(&below()).len(), store.list(&below(), None, 9).entries.len()), (1, 1));
@@ -505,10 +509,10 @@ fn from_its_time_on_a_value_is_absent_for_all_although_storage_still_has_it() {
     let replaced: Vec<u64> = script.batches().pop().unwrap().iter().map(|change| change.replaces.get()).collect();
     assert_eq!(replaced, [2], "storage is asked to replace what it has");
     assert_eq!(store.delete(&below(), None).unwrap().0, 2, "the two that are there");
-    assert_eq!((store.expire(10).unwrap(), store.expire(100).unwrap()), (3, 0));
+    assert_eq!((store.expire(t(10)).unwrap(), store.expire(t(100)).unwrap()), (3, 0));
     // The time does not go back.
     store.put(&key(6), "x", until(50)).unwrap();
-    store.advance(5);
+    store.advance(t(5));
     assert_eq!(store.get(&key(6)), None);
 }
 

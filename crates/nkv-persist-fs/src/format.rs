@@ -2,7 +2,7 @@
 //!
 //! All numbers are little-endian. Nothing here touches a file, and nothing here trusts a length it has read.
 
-use nkv_core::{Action, Change, Epoch, Expiry, Key, Reason, Revision};
+use nkv_core::{Action, Change, Epoch, Expiry, Key, Reason, Revision, Timestamp};
 
 pub(crate) const VERSION: u32 = 2;
 pub(crate) const SEGMENT_HEADER_LEN: u64 = 72;
@@ -204,7 +204,7 @@ impl FrameBuf {
                 if let Some(Expiry { at, ttl_ms }) = expiry {
                     fields.extend_from_slice(&FIELD_EXPIRY.to_le_bytes());
                     fields.extend_from_slice(&16_u16.to_le_bytes());
-                    fields.extend_from_slice(&at.to_le_bytes());
+                    fields.extend_from_slice(&at.as_millis().to_le_bytes());
                     fields.extend_from_slice(&ttl_ms.to_le_bytes());
                 }
                 self.push((PUT, 0), (revision, replaces), key, value, &fields)
@@ -424,7 +424,7 @@ fn read_fields(mut fields: &[u8]) -> Result<Option<Expiry>, &'static str> {
         match tag {
             FIELD_EXPIRY => {
                 let (at, ttl_ms) = (u64_at(data, 0).ok_or(cut)?, u64_at(data, 8).ok_or(cut)?);
-                expiry = Some(Expiry { at, ttl_ms });
+                expiry = Some(Expiry { at: Timestamp::from_millis(at), ttl_ms });
             }
             _ if tag & FIELD_TO_UNDERSTAND != 0 => return Err("a record has a field that this program must know"),
             _ => {}

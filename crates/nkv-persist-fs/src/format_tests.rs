@@ -57,7 +57,12 @@ fn a_header_of_another_version_is_told_from_a_damaged_one() {
 #[test]
 fn every_flipped_bit_of_a_frame_is_seen_and_so_is_another_segment() {
     let mut frame = FrameBuf::of(|frame| {
-        frame.push_change(&put("a.b", 3, b"value", Some(Expiry { at: 5, ttl_ms: 6 })));
+        frame.push_change(&put(
+            "a.b",
+            3,
+            b"value",
+            Some(Expiry { at: nkv_core::Timestamp::from_millis(5), ttl_ms: 6 }),
+        ));
     });
     let bytes = frame.stamp(64, 8, RELAXED, SALT).to_vec();
     assert!(read(&bytes).is_some() && bytes.len().is_multiple_of(8));
@@ -111,7 +116,12 @@ fn the_worked_example_of_the_documentation_is_what_is_written() {
     let epoch = Epoch::new(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
     let header = SegmentHeader { number: 1, head: 1, base: 0, revision: Revision::ZERO, epoch, salt: 0x1234_5678 };
     let mut frame = FrameBuf::of(|frame| {
-        frame.push_change(&put("host.db1", 1, b"up", Some(Expiry { at: 1_700_000_000_000, ttl_ms: 60_000 })));
+        frame.push_change(&put(
+            "host.db1",
+            1,
+            b"up",
+            Some(Expiry { at: nkv_core::Timestamp::from_millis(1_700_000_000_000), ttl_ms: 60_000 }),
+        ));
         frame.push_change(&delete("host.db1", 2, 1));
     });
     let mut bytes = header.encode();
@@ -142,7 +152,7 @@ proptest! {
 
     #[test]
     fn changes_read_back(value: Vec<u8>, revision: u64, old: u64, at: u64, ttl_ms: u64, expires: bool, is_new: bool) {
-        let expiry = expires.then_some(Expiry { at, ttl_ms });
+        let expiry = expires.then_some(Expiry { at: nkv_core::Timestamp::from_millis(at), ttl_ms });
         let old = Revision::new(if is_new { 0 } else { old });
         let batch = [
             Change { replaces: old, ..put("a", revision, &value, expiry) },

@@ -280,7 +280,7 @@ mod tests {
                 Revision::new(3),
                 Revision::ZERO,
                 b"value",
-                Some(Expiry { at: 5, ttl_ms: 6 }),
+                Some(Expiry { at: nkv_core::Timestamp::from_millis(5), ttl_ms: 6 }),
             ));
             frame.push_head(4);
             frame.push_seal();

@@ -34,7 +34,7 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 fn model() -> Model {
     let load = |at: u64, len: usize| (format!("host.db{at}.load"), (16 + at + 1, vec![b'c'; len], None));
     let mut model: Model = [0, 1, 2, 4, 6, 7].map(|at| load(at, 200 * at as usize)).into();
-    let expiry = Some(Expiry { at: 1_700_000_060_000, ttl_ms: 60_000 });
+    let expiry = Some(Expiry { at: nkv_core::Timestamp::from_millis(1_700_000_060_000), ttl_ms: 60_000 });
     for (key, revision, value, expiry) in [
         ("lock.door", 25, "held", expiry),
         ("grüße.🔔", 26, "ü", None),

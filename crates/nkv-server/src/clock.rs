@@ -11,7 +11,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use nkv_core::Millis;
+use nkv_core::Timestamp;
+
+/// Milliseconds.
+type Millis = u64;
 
 /// A wall clock that shows less was never set: 2026-01-01.
 const BELIEVED_FROM: Millis = 1_767_225_600_000;
@@ -77,7 +80,11 @@ impl Clock {
         Clock { started: Instant::now(), start: since_boot(), origin: origin(kept, wall()), keeper }
     }
 
-    pub(crate) fn now(&self) -> Millis {
+    pub(crate) fn now(&self) -> Timestamp {
+        Timestamp::from_millis(self.now_ms())
+    }
+
+    fn now_ms(&self) -> Millis {
         self.origin.saturating_add(since_boot().saturating_sub(self.start))
     }
 
@@ -86,8 +93,8 @@ impl Clock {
     }
 
     /// How long it is until `at`.
-    pub(crate) fn until(&self, at: Millis) -> Duration {
-        Duration::from_millis(at.saturating_sub(self.now()))
+    pub(crate) fn until(&self, at: Timestamp) -> Duration {
+        Duration::from_millis(at.as_millis().saturating_sub(self.now_ms()))
     }
 
     /// Whether a file is to say how far the clock has come, and does not since the start.
@@ -118,7 +125,7 @@ impl Clock {
     }
 
     fn read(&self) -> Reading {
-        Reading { store: self.now(), wall: wall() }
+        Reading { store: self.now_ms(), wall: wall() }
     }
 }
 

@@ -197,7 +197,7 @@ impl Handle {
     /// # Errors
     ///
     /// [`HandleError::Stopped`].
-    pub fn now(&self) -> Result<nkv_core::Millis, HandleError> {
+    pub fn now(&self) -> Result<nkv_core::Timestamp, HandleError> {
         Ok(self.core()?.clock.now())
     }
 

@@ -223,7 +223,7 @@ const HOUR_MS: u64 = 3_600_000;
 /// that was kept then, `ago` before now or at a time that no clock shows which was set.
 fn server_after(put_at: u64, kept_wall: Option<u64>, dir: &std::path::Path) -> TestServer {
     let mut disk = MemoryPersist::new(Epoch::new(1));
-    let expiry = Some(Expiry { at: put_at + 2 * HOUR_MS, ttl_ms: 2 * HOUR_MS });
+    let expiry = Some(Expiry { at: nkv_core::Timestamp::from_millis(put_at + 2 * HOUR_MS), ttl_ms: 2 * HOUR_MS });
     let action = Action::Put { value: "x".into(), expiry };
     let change = Change { key: Key::new("a").unwrap(), revision: Revision::new(1), replaces: Revision::ZERO, action };
     disk.persist(&[change]).unwrap();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use std::{fmt, thread};
 
 use bytes::Bytes;
-use nkv_core::{Action, Change, Expiry, KEY_LEN_MAX, Key, Loaded, PersistValue, Reason, Record, Revision};
+use nkv_core::{Action, Change, Expiry, KEY_LEN_MAX, Key, Loaded, PersistValue, Reason, Record, Revision, Timestamp};
 
 /// Opens one storage, as often as it is asked to.
 ///
@@ -234,9 +234,9 @@ pub fn loading_changes_nothing<H: PersistHarness>(harness: &H) {
 pub fn expiry_survives<H: PersistHarness>(harness: &H) {
     let mut run = Run::start(harness);
     let expiries = [(1, 1), (1_700_000_000_000, 60_000), (u64::MAX, u64::MAX), ((1 << 53) + 1, (1 << 53) + 3)];
-    let batch = (1..)
-        .zip(expiries)
-        .map(|(revision, (at, ttl_ms))| put_expiring(&format!("k{revision}"), revision, "x", Expiry { at, ttl_ms }));
+    let batch = (1..).zip(expiries).map(|(revision, (at, ttl_ms))| {
+        put_expiring(&format!("k{revision}"), revision, "x", Expiry { at: Timestamp::from_millis(at), ttl_ms })
+    });
     run.persist(batch.collect());
     run.persist(vec![put("forever", 5, "x")]);
     run.restart("after values with and without expiry");
@@ -245,7 +245,7 @@ pub fn expiry_survives<H: PersistHarness>(harness: &H) {
 /// An overwrite gives the key the new expiry, or none.
 pub fn an_overwrite_replaces_the_expiry<H: PersistHarness>(harness: &H) {
     let mut run = Run::start(harness);
-    let expiry = |at| Expiry { at, ttl_ms: 1_000 };
+    let expiry = |at| Expiry { at: Timestamp::from_millis(at), ttl_ms: 1_000 };
     run.persist(vec![put_expiring("ends", 1, "x", expiry(5_000)), put("starts", 2, "x")]);
     run.persist(vec![put("ends", 3, "x"), put_expiring("starts", 4, "x", expiry(6_000))]);
     run.restart("after one expiry was ended and one was given");
@@ -642,7 +642,12 @@ impl Random {
         let value = "v".repeat(self.below(100) as usize);
         match self.below(4) {
             0 => delete(at, revision),
-            1 => put_expiring(at, revision, &value, Expiry::after(self.below(1_000), Duration::from_millis(revision))),
+            1 => put_expiring(
+                at,
+                revision,
+                &value,
+                Expiry::after(Timestamp::from_millis(self.below(1_000)), Duration::from_millis(revision)),
+            ),
             _ => put(at, revision, &value),
         }
     }

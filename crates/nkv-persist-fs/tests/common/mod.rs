@@ -20,7 +20,8 @@ pub(crate) const DIR: &str = "/data";
 pub(crate) type Model = BTreeMap<String, (u64, Vec<u8>, Option<Expiry>)>;
 
 pub(crate) fn put(key: &str, revision: u64, value: impl Into<Vec<u8>>) -> Change {
-    let expiry = revision.is_multiple_of(5).then_some(Expiry { at: revision, ttl_ms: 7 });
+    let expiry =
+        revision.is_multiple_of(5).then_some(Expiry { at: nkv_core::Timestamp::from_millis(revision), ttl_ms: 7 });
     let action = Action::Put { value: value.into().into(), expiry };
     Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), replaces: Revision::ZERO, action }
 }

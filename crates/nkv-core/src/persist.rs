@@ -143,6 +143,7 @@ pub struct PersistError {
     kind: PersistErrorKind,
     context: String,
     source: Option<Arc<dyn StdError + Send + Sync>>,
+    refused: Option<Arc<[usize]>>,
 }
 
 /// What a caller can act on.
@@ -168,13 +169,25 @@ pub enum PersistErrorKind {
 impl PersistError {
     /// An error of `kind`; `context` says what was being done, to what.
     pub fn new(kind: PersistErrorKind, context: impl Into<String>) -> Self {
-        PersistError { kind, context: context.into(), source: None }
+        PersistError { kind, context: context.into(), source: None, refused: None }
     }
 
     /// With the error that caused it.
     #[must_use]
     pub fn with_source(self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         PersistError { source: Some(Arc::from(source.into())), ..self }
+    }
+
+    /// With the positions of those changes of the batch that it is about: all others may be stored without them.
+    #[must_use]
+    pub fn with_refused(self, changes: impl Into<Arc<[usize]>>) -> Self {
+        PersistError { refused: Some(changes.into()), ..self }
+    }
+
+    /// Which changes of the batch were refused, in order, if it is known that others may be stored without them.
+    #[must_use]
+    pub fn refused(&self) -> Option<&[usize]> {
+        self.refused.as_deref()
     }
 
     /// What a caller can act on.

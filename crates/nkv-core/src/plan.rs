@@ -10,7 +10,7 @@ use crate::keyspace::{Keyspace, Stored};
 use crate::persist::{PersistError, PersistErrorKind};
 use crate::record::{Action, Change, Reason, Timestamp};
 use crate::revision::Revision;
-use crate::write::{Op, Outcome, Sweep, Write};
+use crate::write::{Op, Outcome, Sweep, Write, WriteResult};
 
 /// A batch takes no more writes once it has so many changes, or bytes of values.
 const GROUP_CHANGES_MAX: usize = 4_096;
@@ -164,8 +164,8 @@ impl<'a> Plan<'a> {
             let Some(op) = write.ops.get(write.results.len()) else { break };
             match op {
                 Op::Delete { pattern, if_revision: None } if !matches!(pattern, Pattern::Key(_)) => {
-                    let Some(outcome) = self.sweep(pattern, &mut write.sweep) else { break };
-                    write.results.push(Ok(outcome));
+                    let Some(result) = self.sweep(pattern, &mut write.sweep) else { break };
+                    write.results.push(result);
                 }
                 op => write.results.push(Ok(self.step(op, lookup, usize::MAX)?)),
             }
@@ -245,16 +245,16 @@ impl<'a> Plan<'a> {
 
     /// The next slice of a wildcard delete, in key order. It deletes what was there when it began and was not written
     /// since. `None` if more is to be done, in another batch.
-    fn sweep(&mut self, pattern: &Pattern, sweep: &mut Option<Sweep>) -> Option<Outcome> {
-        let has_begun = sweep.is_some();
+    fn sweep(&mut self, pattern: &Pattern, progress: &mut Option<Sweep>) -> Option<WriteResult> {
+        let has_begun = progress.is_some();
         // What the operations before it left is selected once it is visible.
         if !has_begun && self.changes.iter().any(|change| pattern.selects(&change.key)) {
             return None;
         }
-        let Sweep { after, until, count, revision } = sweep.get_or_insert_with(|| Sweep::from(self.revision));
+        let sweep = progress.get_or_insert_with(|| Sweep::from(self.revision));
         let keys_max = SLICE_KEYS_MAX.min(GROUP_CHANGES_MAX.saturating_sub(self.changes.len()));
         let (mut keys, mut looks) = (Vec::new(), 0);
-        let mut selected = self.keyspace.select(pattern, after.as_ref(), self.now);
+        let mut selected = self.keyspace.select(pattern, sweep.after.as_ref(), self.now);
         let mut last = None;
         let is_done = loop {
             if keys.len() == keys_max || looks == SLICE_LOOKS_MAX {
@@ -264,24 +264,24 @@ impl<'a> Plan<'a> {
             looks += 1;
             let key = Key::trusted(record.key);
             let hash = self.keyspace.hash(record.key);
-            if record.revision <= *until && self.latest(&key, hash).is_none() {
+            if record.revision <= sweep.until && self.latest(&key, hash).is_none() {
                 keys.push((key.clone(), hash, record.revision));
             }
             last = Some(key);
         };
         drop(selected);
-        *after = last.or(after.take());
-        *count += keys.len() as u64;
+        sweep.after = last.or(sweep.after.take());
+        sweep.count += keys.len() as u64;
         for (key, hash, replaces) in keys {
-            *revision = self.change(key, hash, replaces, Action::Delete { reason: Reason::Deleted });
+            sweep.revision = self.change(key, hash, replaces, Action::Delete { reason: Reason::Deleted });
         }
-        let outcome = match *count {
-            0 => Outcome::NotFound,
-            count => Outcome::Deleted { count, revision: *revision },
+        let result = match (sweep.count, &sweep.refusal) {
+            (0, None) => Ok(Outcome::NotFound),
+            _ => sweep.result(),
         };
         is_done.then(|| {
-            *sweep = None;
-            outcome
+            *progress = None;
+            result
         })
     }
 
@@ -292,12 +292,14 @@ impl<'a> Plan<'a> {
         let is_untouched = |key: &Key| self.latest(key, self.keyspace.hash(key.as_str())).is_none();
         let keys_max = SLICE_KEYS_MAX.min(GROUP_CHANGES_MAX.saturating_sub(self.changes.len()));
         let due = self.keyspace.due(self.now).take(SLICE_LOOKS_MAX).map(Key::trusted).filter(is_untouched);
-        let due: Vec<Key> = due.take(keys_max).collect();
+        // What was refused is due still, and comes first again.
+        let due: Vec<Key> = due.skip(sweep.refused).take(keys_max).collect();
         let is_done = due.len() < keys_max;
         let (count, revision) = self.delete(due, Reason::Expired);
         (sweep.count, sweep.revision) = (sweep.count + count, sweep.revision.max(revision));
         if is_done {
-            write.results.push(Ok(Outcome::Deleted { count: sweep.count, revision: sweep.revision }));
+            let result = sweep.result();
+            write.results.push(result);
             write.sweep = None;
         }
     }

@@ -61,10 +61,11 @@ impl RoutePersist {
         if picked.iter().all(|at| *at == first) {
             return Split::One(&mut *self.backends[first]);
         }
-        let part = |backend| Part { backend, batch: Vec::new(), prepared: Prepared::Unknown };
+        let part = |backend| Part { backend, batch: Vec::new(), positions: Vec::new(), prepared: Prepared::Unknown };
         let mut parts: Vec<_> = self.backends.iter_mut().map(|backend| part(&mut **backend)).collect();
-        for (change, at) in batch.iter().zip(picked) {
+        for (position, (change, at)) in batch.iter().zip(picked).enumerate() {
             parts[at].batch.push(change.clone());
+            parts[at].positions.push(position);
         }
         parts.retain(|part| !part.batch.is_empty());
         Split::Many(parts)
@@ -81,6 +82,8 @@ enum Split<'a> {
 struct Part<'a> {
     backend: &'a mut dyn PersistValue,
     batch: Vec<Change>,
+    /// Where they stand in the whole batch.
+    positions: Vec<usize>,
     prepared: Prepared,
 }
 
@@ -122,20 +125,20 @@ impl PersistValue for RoutePersist {
 
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
         let mut parts = match self.split(batch) {
-            Split::One(backend) => return backend.persist(batch),
+            Split::One(backend) => return backend.persist(batch).map_err(|error| refused_in(error, 0..batch.len())),
             Split::Many(parts) => parts,
         };
         prepare(&mut parts)?;
         parts.sort_by_key(|part| part.prepared == Prepared::Room);
         let mut stored = false;
-        for Part { backend, batch, .. } in parts {
+        for Part { backend, batch, positions, .. } in parts {
             match backend.persist(&batch) {
                 Ok(()) => stored = true,
                 Err(error) if stored => {
                     let context = "a batch was stored in part: one backend has it, another refused it";
                     return Err(PersistError::new(PersistErrorKind::Poisoned, context).with_source(error));
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Err(refused_in(error, positions)),
             }
         }
         Ok(())
@@ -143,7 +146,7 @@ impl PersistValue for RoutePersist {
 
     fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
         match self.split(batch) {
-            Split::One(backend) => backend.prepare(batch),
+            Split::One(backend) => backend.prepare(batch).map_err(|error| refused_in(error, 0..batch.len())),
             Split::Many(mut parts) => prepare(&mut parts),
         }
     }
@@ -158,14 +161,39 @@ impl PersistValue for RoutePersist {
     }
 }
 
-/// Prepares each part; what is unknown of one is unknown of all.
+/// Prepares each part; what is unknown of one is unknown of all. If some have no room, the error names all changes of theirs.
 fn prepare(parts: &mut [Part<'_>]) -> Result<Prepared, PersistError> {
-    let mut all = Prepared::Room;
+    let (mut all, mut refusal, mut refused) = (Prepared::Room, None, Vec::new());
     for part in parts {
-        part.prepared = part.backend.prepare(&part.batch)?;
-        if part.prepared == Prepared::Unknown {
-            all = Prepared::Unknown;
+        match part.backend.prepare(&part.batch).map_err(|error| refused_in(error, part.positions.iter().copied())) {
+            Ok(prepared) => {
+                part.prepared = prepared;
+                if prepared == Prepared::Unknown {
+                    all = Prepared::Unknown;
+                }
+            }
+            Err(error) => match error.refused() {
+                Some(changes) => {
+                    refused.extend_from_slice(changes);
+                    refusal.get_or_insert(error);
+                }
+                None => return Err(error),
+            },
         }
     }
-    Ok(all)
+    refused.sort_unstable();
+    refusal.map_or(Ok(all), |error| Err(error.with_refused(refused)))
+}
+
+/// That a backend has no room for its part, the changes at these positions of the whole, says nothing of other backends.
+fn refused_in(error: PersistError, positions: impl IntoIterator<Item = usize>) -> PersistError {
+    if !matches!(error.kind(), PersistErrorKind::NoSpace | PersistErrorKind::Rejected) {
+        return error;
+    }
+    let positions: Vec<usize> = positions.into_iter().collect();
+    let refused = match error.refused() {
+        Some(changes) => changes.iter().filter_map(|at| positions.get(*at).copied()).collect(),
+        None => positions,
+    };
+    error.with_refused(refused)
 }

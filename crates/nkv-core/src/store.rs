@@ -350,7 +350,8 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// behind them meanwhile.
     ///
     /// If storage has no space for a batch or rejects it, each operation of it, and each group that is to be stored
-    /// together, is tried by itself: one that does not fit does not take others along.
+    /// together, is tried by itself: one that does not fit does not take others along. Of a wildcard delete and of an
+    /// expiry all is removed that storage does not refuse, if it [says](PersistError::refused) what it refuses.
     pub fn commit(&self, writes: &mut [impl AsMut<Write>]) {
         let mut writes: Vec<&mut Write> = writes.iter_mut().map(AsMut::as_mut).collect();
         let writes = writes.as_mut_slice();
@@ -393,20 +394,31 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         }
     }
 
-    /// Has storage keep what comes next of `writes`, and publishes it.
+    /// Has storage keep what comes next of `writes`, and publishes it. What one of several backends refuses of a slice is left
+    /// out of it.
     fn store(&self, writer: &mut Writer<P>, writes: &mut [&mut Write], extent: Extent) -> Result<(), PersistError> {
         let keyspace = self.shared.read();
-        let Plan { changes, hashes, .. } = Plan::of(&keyspace, self.shared.now(), writer.revision, writes, extent);
+        let plan = Plan::of(&keyspace, self.shared.now(), writer.revision, writes, extent);
+        let (mut changes, mut hashes) = (plan.changes, plan.hashes);
         drop(keyspace);
-        if let Some(last) = changes.last() {
+        while let Some(last) = changes.last() {
             let revision = last.revision;
-            if let Err(error) = writer.persist.persist(&changes) {
-                writer.poisoned = error.kind() == PersistErrorKind::Poisoned;
-                self.shared.counters.failed_batches.fetch_add(1, Relaxed);
+            let Err(error) = writer.persist.persist(&changes) else {
+                writer.revision = revision;
+                self.shared.publish(changes, &hashes);
+                break;
+            };
+            writer.poisoned = error.kind() == PersistErrorKind::Poisoned;
+            self.shared.counters.failed_batches.fetch_add(1, Relaxed);
+            let refused = error.refused().filter(|refused| !refused.is_empty() && !writer.poisoned);
+            let (Some(refused), Some(write)) = (refused, only_slice(writes)) else { return Err(error) };
+            let before = changes.len();
+            leave_out(&mut changes, refused);
+            leave_out(&mut hashes, refused);
+            if changes.len() == before {
                 return Err(error);
             }
-            writer.revision = revision;
-            self.shared.publish(changes, &hashes);
+            write.leave_out(before - changes.len(), &error);
         }
         writes.iter_mut().for_each(|write| write.keep());
         Ok(())
@@ -518,6 +530,19 @@ fn fail_all(writes: &mut [&mut Write], error: &PersistError) {
             write.fail(error);
         }
     }
+}
+
+/// The write that a plan is for, if it is for a slice of one and nothing else.
+fn only_slice<'a>(writes: &'a mut [&mut Write]) -> Option<&'a mut Write> {
+    let mut planned = writes.iter_mut().filter(|write| write.is_planned());
+    let write = planned.next().filter(|write| write.is_slice())?;
+    planned.next().is_none().then_some(write)
+}
+
+/// Removes what stands at these positions, which are in order.
+fn leave_out<T>(list: &mut Vec<T>, positions: &[usize]) {
+    let mut at = 0..;
+    list.retain(|_| at.next().is_some_and(|at| positions.binary_search(&at).is_err()));
 }
 
 fn poisoned(context: &str) -> PersistError {

@@ -144,11 +144,24 @@ pub(crate) struct Sweep {
     pub(crate) count: u64,
     /// The highest given.
     pub(crate) revision: Revision,
+    /// Keys that storage refused to delete, and why it did the first time.
+    pub(crate) refused: usize,
+    pub(crate) refusal: Option<PersistError>,
 }
 
 impl From<Revision> for Sweep {
     fn from(until: Revision) -> Self {
-        Sweep { after: None, until, count: 0, revision: Revision::ZERO }
+        Sweep { after: None, until, count: 0, revision: Revision::ZERO, refused: 0, refusal: None }
+    }
+}
+
+impl Sweep {
+    /// What becomes of the operation when all that it selects has been looked at.
+    pub(crate) fn result(&self) -> WriteResult {
+        match &self.refusal {
+            Some(error) => Err(Failed { error: error.clone(), deleted: self.count }),
+            None => Ok(Outcome::Deleted { count: self.count, revision: self.revision }),
+        }
     }
 }
 
@@ -210,6 +223,36 @@ impl Write {
     /// What was planned is stored.
     pub(crate) fn keep(&mut self) {
         self.undo = None;
+    }
+
+    /// Whether something is planned.
+    pub(crate) fn is_planned(&self) -> bool {
+        self.undo.is_some()
+    }
+
+    /// Whether a slice of a wildcard delete or an expiry is what is planned, and all that is.
+    pub(crate) fn is_slice(&self) -> bool {
+        let Some((at, _)) = &self.undo else { return false };
+        let is_wildcard =
+            |op: &Op| matches!(op, Op::Delete { pattern, if_revision: None } if !matches!(pattern, Pattern::Key(_)));
+        let is_sweep = self.is_expiry || !self.is_together && self.ops.get(*at).is_some_and(is_wildcard);
+        is_sweep && self.results.len() + usize::from(self.sweep.is_some()) == at + 1
+    }
+
+    /// So many keys of the slice that is planned are left out, as storage refused them.
+    pub(crate) fn leave_out(&mut self, count: usize, error: &PersistError) {
+        if let Some(sweep) = &mut self.sweep {
+            sweep.count = sweep.count.saturating_sub(count as u64);
+            sweep.refused = sweep.refused.saturating_add(count);
+            sweep.refusal.get_or_insert_with(|| error.clone());
+        } else if let Some(result) = self.results.last_mut() {
+            let failed = match std::mem::replace(result, Ok(Outcome::NotFound)) {
+                Ok(Outcome::Deleted { count: all, .. }) => Failed { error: error.clone(), deleted: all },
+                Ok(_) => Failed { error: error.clone(), deleted: 0 },
+                Err(failed) => failed,
+            };
+            *result = Err(Failed { deleted: failed.deleted.saturating_sub(count as u64), ..failed });
+        }
     }
 
     /// What was planned is not stored. Says up to which operation that was, and whether it had anything planned.

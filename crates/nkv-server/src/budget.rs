@@ -59,6 +59,8 @@ struct Holder {
     is_kept_waiting: AtomicBool,
     /// It was told to give up what it holds, and will.
     is_leaving: AtomicBool,
+    /// What it held when that was decided.
+    evicted_with: AtomicUsize,
 }
 
 /// What one connection's subscriptions take, beyond what the limit of their number allows for.
@@ -149,8 +151,8 @@ impl Held {
 impl Holder {
     fn new(source: Source) -> Arc<Self> {
         let (opened, read_since_ms) = (Instant::now(), AtomicU64::new(0));
-        let (read, is_leaving, is_kept_waiting) = Default::default();
-        Arc::new(Holder { opened, read, read_since_ms, source, is_leaving, is_kept_waiting })
+        let (read, is_leaving, is_kept_waiting, evicted_with) = Default::default();
+        Arc::new(Holder { opened, read, read_since_ms, source, is_leaving, is_kept_waiting, evicted_with })
     }
 
     fn held(&self) -> Held {
@@ -189,6 +191,7 @@ impl Holder {
 
     fn evict(&self) {
         if let Source::Connection(notifier) = &self.source {
+            self.evicted_with.fetch_max(self.held().all(), Relaxed);
             self.is_leaving.store(true, Relaxed);
             notifier.wake();
         }
@@ -374,6 +377,11 @@ impl Share {
         self.holder.is_leaving.load(Relaxed)
     }
 
+    /// What this connection held when it was told so: for the log, as it may have given it up since.
+    pub(crate) fn evicted_with(&self) -> usize {
+        self.holder.evicted_with.load(Relaxed)
+    }
+
     /// Whether all connections are to end. Its outbox is polled anew when they are.
     pub(crate) fn is_stopping(&self) -> bool {
         self.budget.is_stopping.load(Relaxed)
@@ -429,5 +437,16 @@ mod tests {
         woken.0.store(false, Relaxed);
         share.holder.evict();
         assert!(share.is_evicted() && woken.0.load(Relaxed));
+    }
+
+    // The log said that connections were closed because of 0 bytes.
+    #[tokio::test]
+    async fn what_a_connection_is_closed_for_is_what_it_held_then() {
+        let (notifier, _outbox) = TcpNotifier::new(NotifierOptions::default());
+        let share = Budget::new(1 << 20, Arc::default()).share(Source::Connection(notifier));
+        share.hold(50_000, false);
+        share.holder.evict();
+        share.hold(0, true);
+        assert_eq!((share.held(), share.evicted_with()), (0, 50_000));
     }
 }

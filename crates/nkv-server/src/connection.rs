@@ -310,7 +310,7 @@ impl Connection {
     }
 
     fn log_eviction(&self, slot: &Slot) {
-        let held = self.share.held();
+        let held = self.share.evicted_with();
         let what = format_args!("connection closed: all hold too much, and {slot} the most, {held} bytes");
         self.core.complaints.warn("evicted", what);
     }

@@ -174,10 +174,15 @@ impl Writer {
         if catch_unwind(AssertUnwindSafe(|| self.store.commit(jobs))).is_err() {
             self.store.commit(jobs);
         }
-        let mut failed = None;
+        let mut failed: Option<PersistError> = None;
         for Job { write, results, .. } in jobs.extract_if(.., |job| job.write.is_done()) {
             let done = write.into_results();
-            failed = failed.or_else(|| done.iter().find_map(|result| result.as_ref().err()).map(|f| f.error.clone()));
+            for error in done.iter().filter_map(|result| result.as_ref().err()).map(|failed| &failed.error) {
+                // What ends the server counts before what does not.
+                if failed.as_ref().is_none_or(|known| known.kind() != PersistErrorKind::Poisoned) {
+                    failed = Some(error.clone());
+                }
+            }
             // The peer may have gone away meanwhile, its connection cut; the write stands all the same.
             drop(results.send(done));
         }

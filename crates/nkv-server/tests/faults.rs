@@ -176,8 +176,8 @@ fn sigterm_on_a_disk_that_stalls_ends_the_server_and_says_so() {
     // The promise is 5 s; here the process is traced, on a machine that does other things.
     server.wait_for_log("storage did not answer");
     println!("TEST strace_stall stopped_ms={}", began.elapsed().as_millis());
-    // What is traced ends only when the tracer lets it.
-    strace.detach();
+    // What is traced ends only when the tracer lets it; and that does not hear of signals while its tracee is ending.
+    drop(strace);
     assert_eq!(server.wait().code(), Some(74));
 }
 

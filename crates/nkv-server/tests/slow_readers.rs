@@ -238,7 +238,8 @@ fn whoever_reads_drop_by_drop_is_closed_for_those_who_wait_and_nobody_else_is() 
         assert!(stats.contains("\"connections\":16,"), "more than the one were closed: {stats}");
         drop(others);
     });
-    process.wait_for_log("all hold too much");
+    let line = process.wait_for_log("all hold too much");
+    assert!(!line.contains(", 0 bytes"), "{line}");
     drop(idle);
 }
 
@@ -263,7 +264,8 @@ fn versions_that_stalled_readers_are_stuck_in_are_bounded() {
     }
     let peak = process.gauge();
     println!("TEST stuck_versions limit_kib=4096 rss_kib=+{}", peak.rss_kib.saturating_sub(before.rss_kib));
-    process.wait_for_log("all hold too much");
+    let line = process.wait_for_log("all hold too much");
+    assert!(!line.contains(", 0 bytes"), "{line}");
     assert!(peak.rss_kib < before.rss_kib + (20 << 10), "{before:?} {peak:?}");
 }
 

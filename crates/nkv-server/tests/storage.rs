@@ -142,6 +142,22 @@ fn every_writer_that_waited_for_a_failed_sync_is_answered_500() {
     assert_eq!(script.calls(), 2, "storage was asked again");
 }
 
+// Only the first failure of a group was looked at, and the server went on until the next write.
+#[test]
+fn storage_that_fails_over_one_of_several_writes_ends_the_server() {
+    let (persist, script) = ScriptedPersist::new(NoPersist::default());
+    let mut server = TestServer::with(|builder| builder.persist("scripted", || Ok(persist)));
+    let mut conn = server.connect();
+    // Both together, the first alone, the second alone.
+    script.fail_call(1, PersistErrorKind::NoSpace);
+    script.fail_call(2, PersistErrorKind::NoSpace);
+    script.crash_call(3, Crash::BeforeStoring);
+    let put = r#"{"type":"Put","key":"a","value":"x"}"#;
+    conn.send(format!("{put}\n{put}"));
+    assert_eq!((status(&conn.line()), status(&conn.line())), (507, 500));
+    assert_poisoned(server.ended());
+}
+
 // It went on to serve values that were acknowledged and not durable, until the next write came.
 #[test]
 fn a_sync_that_fails_in_the_background_ends_the_server_although_nothing_is_written() {

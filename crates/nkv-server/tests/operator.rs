@@ -44,7 +44,7 @@ fn ask(socket: &Path, request: &str) -> String {
 
 /// The next line of the log panicked, and a client causes one whenever it likes.
 #[test]
-fn a_log_that_cannot_be_written_ends_nothing_and_holds_up_nobody() {
+fn a_log_that_cannot_be_written_neither_ends_nor_holds_up_the_server() {
     let dir = tempfile::tempdir().unwrap();
     let full = || Stdio::from(File::options().write(true).open("/dev/full").unwrap());
     for name in ["full", "reader has gone", "reader does not read"] {

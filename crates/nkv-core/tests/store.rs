@@ -328,7 +328,7 @@ mod batches {
         put_until(&store, "c", 0, 10);
         let ops = vec![op_put("a", "fresh", PutOptions::default()), op_delete("b")];
         let mut writes = [Write::apart(ops), Write::expiry()];
-        store.advance(50);
+        store.advance(t(50));
         store.commit(&mut writes);
         let [ops, expiry] =
             writes.map(|write| write.into_results().into_iter().map(Result::unwrap).collect::<Vec<_>>());

@@ -160,7 +160,7 @@ const PATH_LEN_MAX: usize = 107;
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 1_024;
 
-/// Nobody can connect before the socket listens, and by then it has its group and mode.
+/// No client can connect before the socket listens, and by then it has its group and mode.
 fn bind_unix(path: &Path, options: &Options) -> io::Result<Listener> {
     let len = path.as_os_str().len();
     if len > PATH_LEN_MAX {
@@ -186,7 +186,7 @@ fn bind_unix(path: &Path, options: &Options) -> io::Result<Listener> {
     Ok(Listener::Unix(socket.listen(BACKLOG)?, file))
 }
 
-/// Removes a socket at which nobody listens, left over from a crash.
+/// Removes a socket without a listener, left over from a crash.
 fn remove_stale(path: &Path) -> io::Result<()> {
     match symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
@@ -195,7 +195,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
         Ok(_) => match UnixStream::connect(path) {
             Ok(_) => Err(io::ErrorKind::AddrInUse.into()),
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => remove_file(path),
-            // It is another's: we may not even ask whether somebody listens.
+            // It may be another user's, and in use.
             Err(error) => Err(error),
         },
         Err(_) => Ok(()),
@@ -271,7 +271,7 @@ mod tests {
         listeners.iter().map(port).collect()
     }
 
-    // Only the first was listened at: clients of the second found nobody, or another server.
+    // Only the first was listened at: clients of the second found no server, or another one.
     #[tokio::test(flavor = "current_thread")]
     async fn all_addresses_of_a_name_are_listened_at_or_none() {
         let listeners = bind_all("a", &addresses(&["127.0.0.1", "127.0.0.2", "127.0.0.3"], 0)).await.unwrap();

@@ -11,7 +11,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,15 +22,40 @@ use support::{PATIENCE, eventually, status};
 
 /// Runs to the end: exit code and what it said on stderr.
 fn run(command: &mut Command) -> (i32, String) {
-    let mut child = command.spawn().unwrap();
-    let mut ended = None;
-    eventually("the process ends", || {
-        ended = child.try_wait().unwrap();
-        ended.is_some()
-    });
+    let mut child = Guarded::spawn(command);
+    let code = child.wait();
     let mut said = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    (ended.unwrap().code().unwrap(), said)
+    child.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    (code, said)
+}
+
+/// A process whose log the test reads itself; killed when dropped.
+struct Guarded(Child);
+
+impl Guarded {
+    fn spawn(command: &mut Command) -> Self {
+        Guarded(command.spawn().unwrap())
+    }
+
+    fn signal(&self, signal: &str) {
+        assert!(Command::new("kill").args([signal, &self.0.id().to_string()]).status().unwrap().success());
+    }
+
+    fn wait(&mut self) -> i32 {
+        let mut ended = None;
+        eventually("the process ends", || {
+            ended = self.0.try_wait().unwrap();
+            ended.is_some()
+        });
+        ended.unwrap().code().unwrap()
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
 }
 
 fn ask(socket: &Path, request: &str) -> String {
@@ -44,7 +69,7 @@ fn ask(socket: &Path, request: &str) -> String {
 
 /// The next line of the log panicked, and a client causes one whenever it likes.
 #[test]
-fn a_log_that_cannot_be_written_ends_nothing_and_holds_up_nobody() {
+fn a_log_that_cannot_be_written_neither_ends_nor_holds_up_the_server() {
     let dir = tempfile::tempdir().unwrap();
     let full = || Stdio::from(File::options().write(true).open("/dev/full").unwrap());
     for name in ["full", "reader has gone", "reader does not read"] {
@@ -54,8 +79,8 @@ fn a_log_that_cannot_be_written_ends_nothing_and_holds_up_nobody() {
         command.arg(format!("unix:{}", socket.display())).arg("--data-dir").arg(&data);
         command.args(["--log-level", "trace", "--stall-limit", "60s"]);
         command.stderr(if name == "full" { full() } else { Stdio::piped() });
-        let mut child = command.spawn().unwrap();
-        let mut reader = child.stderr.take();
+        let mut child = Guarded::spawn(&mut command);
+        let mut reader = child.0.stderr.take();
         if name == "reader has gone" {
             // As `| head -1` does.
             BufReader::new(reader.take().unwrap()).read_line(&mut String::new()).unwrap();
@@ -67,16 +92,9 @@ fn a_log_that_cannot_be_written_ends_nothing_and_holds_up_nobody() {
             let request = if n % 100 == 0 { &put } else { r#"{"type":"Health"}"# };
             assert_eq!(status(&ask(&socket, request)), 200, "{name}");
         }
-        let pid = child.id().to_string();
-        for signal in ["-HUP", "-TERM"] {
-            assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
-        }
-        let mut ended = None;
-        eventually("the process ends", || {
-            ended = child.try_wait().unwrap();
-            ended.is_some()
-        });
-        assert_eq!(ended.unwrap().code(), Some(0), "{name}");
+        child.signal("-HUP");
+        child.signal("-TERM");
+        assert_eq!(child.wait(), 0, "{name}");
     }
 }
 
@@ -86,13 +104,12 @@ fn lines_of_the_log_for_which_there_is_no_room_are_counted() {
     let socket = dir.path().join("socket");
     let mut command = command();
     command.arg(format!("unix:{}", socket.display())).args(["--persist", "memory", "--log-level", "debug"]);
-    let mut child = command.spawn().unwrap();
+    let mut child = Guarded::spawn(&mut command);
     eventually("it listens", || UnixStream::connect(&socket).is_ok());
     for _ in 0..4_000 {
         assert_eq!(status(&ask(&socket, r#"{"type":"Health"}"#)), 200);
     }
-    let pid = child.id().to_string();
-    let log = BufReader::new(child.stderr.take().unwrap());
+    let log = BufReader::new(child.0.stderr.take().unwrap());
     let (said, heard) = channel();
     thread::spawn(move || log.lines().map_while(Result::ok).try_for_each(|line| said.send(line)));
     let mut lines = 0;
@@ -106,8 +123,8 @@ fn lines_of_the_log_for_which_there_is_no_room_are_counted() {
     };
     println!("TEST log_without_reader connections=4000 lines={lines} lost={lost}");
     assert!(lost > 500, "{lost} lines");
-    assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    child.signal("-TERM");
+    assert_eq!(child.wait(), 0);
     assert!(lines > 1_000 && lines < 4_000, "{lines} lines");
 }
 
@@ -183,16 +200,16 @@ fn a_second_sigterm_counts_a_second_after_the_first_and_a_second_sigint_at_once(
 
 /// All of the log, as JSON, of a server that is stopped as soon as it listens.
 fn json_log(command: &mut Command) -> Vec<Value> {
-    let mut child = command.args(["--log-format", "json"]).spawn().unwrap();
+    let mut child = Guarded::spawn(command.args(["--log-format", "json"]));
     let mut said = Vec::new();
-    for line in BufReader::new(child.stderr.take().unwrap()).lines() {
+    for line in BufReader::new(child.0.stderr.take().unwrap()).lines() {
         let line = line.unwrap();
         if line.contains("listening at ") {
-            assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+            child.signal("-TERM");
         }
         said.push(serde_json::from_str(&line).unwrap_or_else(|_| panic!("no JSON: {line}")));
     }
-    child.wait().unwrap();
+    child.wait();
     said
 }
 

@@ -28,7 +28,7 @@ fn unix_server(path: &Path, options: Options) -> Result<Running, ServerError> {
 }
 
 #[test]
-fn a_unix_socket_is_its_groups_if_that_is_asked_for_and_nobody_elses_at_any_moment() {
+fn a_unix_socket_may_be_opened_to_a_group_and_is_open_to_no_other_user_at_any_moment() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("nkv.sock");
     let group = std::fs::metadata(dir.path()).unwrap().gid();
@@ -95,7 +95,7 @@ fn a_unix_socket_left_over_is_replaced_and_one_that_is_anothers_is_not() {
     let server = unix_server(&path, Options::default()).unwrap();
     let refused = unix_server(&path, Options::default()).unwrap_err();
     assert!(refused.to_string().contains("nkv-server listens there"), "{refused}");
-    // Somebody has put a socket of theirs there; it stays when this server ends.
+    // Another server has put its socket there; it stays when this server ends.
     std::fs::remove_file(&path).unwrap();
     let _theirs = UnixListener::bind(&path).unwrap();
     drop(server);

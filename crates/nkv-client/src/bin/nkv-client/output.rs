@@ -99,7 +99,7 @@ pub(crate) fn complain(what: &str) {
     drop(writeln!(io::stderr().lock(), "{what}"));
 }
 
-/// Waits until nobody reads stdout any more; for ever where that cannot be known, as of a file.
+/// Waits until the reader of stdout has gone; for ever where that cannot be known, such as for a file.
 pub(crate) async fn reader_has_gone() {
     let stdout = io::stdout().as_fd().try_clone_to_owned();
     // Nothing is written through it, so it need not be a pipe, nor be set so that writing does not block.

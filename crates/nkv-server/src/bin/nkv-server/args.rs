@@ -93,7 +93,7 @@ pub(crate) struct Args {
     #[arg(long, env = "NKV_INSECURE", value_parser = parse_flag)]
     insecure: bool,
 
-    /// The mode of a Unix socket: whoever may write to it may connect [default: 600; with --socket-group, 660]
+    /// The mode of a Unix socket, octal; the right to write is the right to connect [default: 600; with --socket-group, 660]
     #[arg(long, value_name = "MODE", env = "NKV_SOCKET_MODE", value_parser = parse_mode)]
     socket_mode: Option<u32>,
 

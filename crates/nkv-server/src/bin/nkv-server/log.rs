@@ -1,5 +1,5 @@
-//! The log on stderr: written by a thread of its own, so that a stderr which takes nothing holds up nobody and one that is
-//! broken ends nothing. Lines for which there is no room are lost, counted, and mentioned in the next.
+//! The log on stderr: written by a thread of its own, so that a stderr that takes nothing does not hold up the server and
+//! one that is broken does not end it. Lines for which there is no room are lost, counted, and mentioned in the next.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};

@@ -114,7 +114,7 @@ async fn start(args: &Args) -> Result<Server, ServerError> {
         if let Address::Tcp(address) = address
             && address.parse().is_ok_and(|address: SocketAddr| !address.ip().to_canonical().is_loopback())
         {
-            warn!("{address} is open to other hosts (--insecure), and nobody is asked who they are");
+            warn!("{address} is open to other hosts (--insecure), and clients are not asked who they are");
         }
     }
     Ok(server)

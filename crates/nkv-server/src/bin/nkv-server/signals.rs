@@ -1,6 +1,6 @@
 //! Signals: SIGTERM and SIGINT end the server, and SIGHUP, SIGUSR1 and SIGUSR2 end nothing; nor does SIGXFSZ.
 //!
-//! They are listened to on a thread of their own: who sends a second one does not want to wait for the rest of the program.
+//! They are listened to on a thread of their own: a second one takes effect whatever the rest of the program does.
 
 use std::io;
 use std::thread;
@@ -13,8 +13,9 @@ use tracing::{info, warn};
 
 use crate::log::{FLUSH_LIMIT, Log};
 
-/// Some send SIGTERM twice in a row, to a process and to its group. So soon after the first signal it is no second wish.
-const SAME_WISH: Duration = Duration::from_secs(1);
+/// Some programs send SIGTERM twice in a row, to a process and to its group. One that comes within this time of the first
+/// signal is not counted.
+const REPEAT_LIMIT: Duration = Duration::from_secs(1);
 
 /// How a program ends by a second signal, before all was done.
 const INTERRUPTED: i32 = 130;
@@ -60,7 +61,7 @@ impl Signals {
             _ = self.interrupt.recv() => info!("stopping: SIGINT"),
         }
         let first = Instant::now();
-        // If nobody waits for it, the program ends already.
+        // If the receiver has gone, the program is ending already.
         _ = stop.send(());
         loop {
             tokio::select! {
@@ -68,7 +69,7 @@ impl Signals {
                 _ = self.interrupt.recv() => break,
                 _ = self.terminate.recv() => {}
             }
-            if first.elapsed() >= SAME_WISH {
+            if first.elapsed() >= REPEAT_LIMIT {
                 break;
             }
         }

@@ -8,7 +8,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use nkv_core::mailbox::{Inbox, Item};
@@ -19,7 +19,7 @@ use tokio::time::{Sleep, sleep};
 use crate::encode::{self, SnapshotWriter};
 use crate::notifier::{Shared, waiting_len};
 
-use self::pace::Pace;
+use self::pace::{Next, Pace};
 
 mod pace;
 
@@ -126,14 +126,9 @@ impl Outbox {
     where
         W: AsyncWrite + Unpin,
     {
-        if self.pace.is_some()
-            && let Some(end) = ready!(self.poll_paced(cx, told, writer))
-        {
-            return Poll::Ready(end);
-        }
         loop {
             // What the peer does not take yet is nothing to be added to: in the mailbox it can still be conflated.
-            let is_closed = self.gathered.1 == 0 && self.gather(told);
+            let is_closed = self.gathered.1 == 0 && self.gather(cx, told);
             if !self.out.is_empty() {
                 match self.poll_write(cx, writer) {
                     Poll::Ready(Ok(())) => {}
@@ -153,17 +148,35 @@ impl Outbox {
     }
 
     /// Takes out of the mailbox what the next write may take; says whether the mailbox is closed and empty.
-    fn gather(&mut self, told: &Waker) -> bool {
+    fn gather(&mut self, cx: &mut Context<'_>, told: &Waker) -> bool {
+        let mut len = GATHER_LEN;
+        if self.pace.is_some() {
+            match self.next_line(cx, told) {
+                Next::Wait => return false,
+                Next::Item => len = 1,
+                Next::GoOn => {}
+            }
+        }
+        let is_closed = self.take(len, told);
+        if len == 1 {
+            self.keep_rest();
+        }
+        is_closed
+    }
+
+    /// Takes so many bytes out of the mailbox, or one item more.
+    #[inline(always)]
+    fn take(&mut self, len: usize, told: &Waker) -> bool {
         let is_known = self.told.as_ref().is_some_and(|known| known.will_wake(told));
         if is_known && self.snapshot.is_none() && self.inbox.is_waited_for() {
             return false;
         }
         let mut cx = Context::from_waker(told);
         // A byte takes up to four as a number.
-        let take_len = if self.shared.form() == ValueForm::Bytes { GATHER_LEN / 4 } else { GATHER_LEN };
-        while self.out.len() < GATHER_LEN {
+        let take_len = if self.shared.form() == ValueForm::Bytes { len.div_ceil(4) } else { len };
+        while self.out.len() < len {
             if let Some((snapshot, waiting)) = &mut self.snapshot {
-                if snapshot.write(self.shared.form(), GATHER_LEN, &mut self.out) {
+                if snapshot.write(self.shared.form(), len, &mut self.out) {
                     self.counted = self.counted.saturating_add(*waiting);
                     self.snapshot = None;
                 }
@@ -251,6 +264,9 @@ impl Outbox {
     where
         W: AsyncWrite + Unpin,
     {
+        if self.is_paced() {
+            return Poll::Ready(WriterEnd::Finished);
+        }
         match Pin::new(writer).poll_shutdown(cx) {
             Poll::Ready(Ok(())) => Poll::Ready(WriterEnd::Finished),
             Poll::Ready(Err(error)) => Poll::Ready(WriterEnd::Failed(error)),

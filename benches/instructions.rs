@@ -12,10 +12,12 @@ mod support;
 
 use std::hint::black_box;
 use std::process::{Command, ExitCode, Stdio};
+use std::task::{Context, Waker};
 
 use bytes::Bytes;
 use nkv_core::mailbox::{Mailbox, mailbox};
 use nkv_core::{Change, EventKind, NoPersist, Notifier, NotifyKeyValue, Op, PersistValue, PutOptions};
+use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, spare};
 use nkv_persist_fs::{Durability, FsOptions, FsPersist};
 use nkv_protocol::{Answer, BaseFields, ChangeNotice, Chunks, Decoder, Id, Limits, ValueForm};
 
@@ -34,7 +36,7 @@ const KEY: &str = "host.db1.load";
 type Prepare = fn() -> Box<dyn FnMut()>;
 
 /// By names, which are stable: figures are compared by them.
-const SCENARIOS: [(&str, Prepare); 12] = [
+const SCENARIOS: [(&str, Prepare); 14] = [
     ("decode_get", decode_get),
     ("decode_put", decode_put),
     ("encode_ok", encode_ok),
@@ -46,6 +48,8 @@ const SCENARIOS: [(&str, Prepare); 12] = [
     ("store_put_subscribed", store_put_subscribed),
     ("store_write_16", store_write_16),
     ("mailbox_post_and_take", mailbox_post_and_take),
+    ("outbox_answer", outbox_answer),
+    ("outbox_updates_16", outbox_updates_16),
     ("persist_16", persist_16),
 ];
 
@@ -207,6 +211,44 @@ fn mailbox_post_and_take() -> Box<dyn FnMut()> {
         let _ = post.notify(&changes[turn.next().expect("it goes round")]);
         black_box(inbox.try_take());
     })
+}
+
+/// An answer that the peer takes at once, without the system call.
+fn outbox_answer() -> Box<dyn FnMut()> {
+    let (_notifier, mut outbox) = outbox();
+    Box::new(move || {
+        let _keep = &_notifier;
+        let mut out = spare();
+        Answer::to(Id::from_json("7"), &mut out).ok(&BaseFields::default());
+        outbox.send(out);
+        write_all(&mut outbox);
+    })
+}
+
+/// Changes that the peer takes at once, encoded for it alone.
+fn outbox_updates_16() -> Box<dyn FnMut()> {
+    let (notifier, mut outbox) = outbox();
+    let changes = events(&keys(KEYS), (2 * COUNT * BATCH).div_ceil(KEYS), &Bytes::from_static(VALUE));
+    let mut turn = changes.into_iter();
+    Box::new(move || {
+        for change in turn.by_ref().take(BATCH) {
+            let _ = notifier.notify(&change);
+        }
+        write_all(&mut outbox);
+    })
+}
+
+/// What a connection of the server has.
+fn outbox() -> (TcpNotifier, Outbox) {
+    let (notifier, mut outbox) = TcpNotifier::new(NotifierOptions { slack: 64 << 10, ..NotifierOptions::default() });
+    notifier.set_form(ValueForm::Payload);
+    write_all(&mut outbox);
+    (notifier, outbox)
+}
+
+fn write_all(outbox: &mut Outbox) {
+    let mut cx = Context::from_waker(Waker::noop());
+    assert!(outbox.poll(&mut cx, Waker::noop(), &mut tokio::io::sink()).is_pending(), "it has ended");
 }
 
 /// One frame, written to a file and not synced: the kernel's work does not count.

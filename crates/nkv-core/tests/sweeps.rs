@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 use nkv_core::{
     Change, Expiry, Key, Loaded, MemoryPersist, NotifyKeyValue, Op, Outcome, Pattern, PersistError, PersistErrorKind,
-    PersistValue, PutOptions, RecordRef, RoutePersist, Write, WriteError,
+    PersistValue, PutOptions, RecordRef, RoutePersist, Timestamp, Write, WriteError,
 };
 use nkv_testkit::script::{ScriptedNotifier, ScriptedPersist};
 
@@ -99,11 +99,11 @@ fn keys_that_are_refused_here_and_there_keep_no_others() {
 #[test]
 fn values_expire_although_others_are_refused_and_those_go_when_there_is_space() {
     let all = keys("full", 30).chain(keys("z", 3_000));
-    let (store, persist) = store_of(all, Some(Expiry { at: 10, ttl_ms: 1 }));
-    assert_eq!(store.expire(20).unwrap_err().kind(), PersistErrorKind::NoSpace);
-    assert_eq!((store.stats().expired, store.next_expiry()), (3_000, Some(10)));
+    let (store, persist) = store_of(all, Some(Expiry { at: Timestamp::from_millis(10), ttl_ms: 1 }));
+    assert_eq!(store.expire(Timestamp::from_millis(20)).unwrap_err().kind(), PersistErrorKind::NoSpace);
+    assert_eq!((store.stats().expired, store.next_expiry()), (3_000, Some(Timestamp::from_millis(10))));
     persist.is_full.store(false, SeqCst);
-    assert_eq!(store.expire(20).unwrap(), 30);
+    assert_eq!(store.expire(Timestamp::from_millis(20)).unwrap(), 30);
     assert_eq!(store.next_expiry(), None);
 }
 

@@ -8,7 +8,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use nkv_core::mailbox::{Inbox, Item};
@@ -19,7 +19,7 @@ use tokio::time::{Sleep, sleep};
 use crate::encode;
 use crate::notifier::{Shared, waiting_len};
 
-use self::pace::Pace;
+use self::pace::{Next, Pace};
 
 mod pace;
 
@@ -127,11 +127,6 @@ impl Outbox {
     where
         W: AsyncWrite + Unpin,
     {
-        if self.pace.is_some()
-            && let Some(end) = ready!(self.poll_paced(cx, told, writer))
-        {
-            return Poll::Ready(end);
-        }
         let mut turn_len = 0_usize;
         loop {
             if turn_len > TURN_LEN {
@@ -139,7 +134,7 @@ impl Outbox {
                 return Poll::Pending;
             }
             // What the peer does not take yet is nothing to be added to: in the mailbox it can still be conflated.
-            let is_closed = self.gathered.1 == 0 && self.gather(told);
+            let is_closed = self.gathered.1 == 0 && self.gather(cx, told);
             turn_len = turn_len.saturating_add(self.out.len());
             if !self.out.is_empty() {
                 match self.poll_write(cx, writer) {
@@ -160,15 +155,33 @@ impl Outbox {
     }
 
     /// Takes out of the mailbox what the next write may take; says whether the mailbox is closed and empty.
-    fn gather(&mut self, told: &Waker) -> bool {
+    fn gather(&mut self, cx: &mut Context<'_>, told: &Waker) -> bool {
+        let mut len = GATHER_LEN;
+        if self.pace.is_some() {
+            match self.next_line(cx, told) {
+                Next::Wait => return false,
+                Next::Item => len = 1,
+                Next::GoOn => {}
+            }
+        }
+        let is_closed = self.take(len, told);
+        if len == 1 {
+            self.keep_rest();
+        }
+        is_closed
+    }
+
+    /// Takes so many bytes out of the mailbox, or one item more.
+    #[inline(always)]
+    fn take(&mut self, len: usize, told: &Waker) -> bool {
         let is_known = self.told.as_ref().is_some_and(|known| known.will_wake(told));
         if is_known && self.inbox.is_waited_for() {
             return false;
         }
         let mut cx = Context::from_waker(told);
         // A byte takes up to four as a number.
-        let take_len = if self.shared.form() == ValueForm::Bytes { GATHER_LEN / 4 } else { GATHER_LEN };
-        while self.out.len() < GATHER_LEN {
+        let take_len = if self.shared.form() == ValueForm::Bytes { len.div_ceil(4) } else { len };
+        while self.out.len() < len {
             let mut items = ITEMS.take();
             let taken = self.inbox.poll_take_many(&mut cx, take_len, &mut items);
             if taken == Poll::Ready(true) && self.out.is_empty() && self.out.capacity() == 0 {
@@ -248,6 +261,9 @@ impl Outbox {
     where
         W: AsyncWrite + Unpin,
     {
+        if self.is_paced() {
+            return Poll::Ready(WriterEnd::Finished);
+        }
         match Pin::new(writer).poll_shutdown(cx) {
             Poll::Ready(Ok(())) => Poll::Ready(WriterEnd::Finished),
             Poll::Ready(Err(error)) => Poll::Ready(WriterEnd::Failed(error)),

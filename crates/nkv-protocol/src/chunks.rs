@@ -98,6 +98,7 @@ impl Chunks {
     }
 
     /// Drops the first `count` bytes: they were sent.
+    #[inline(always)]
     pub fn advance(&mut self, mut count: usize) {
         while let Some((at, bytes)) = self.shared.front_mut() {
             let short_len = at.saturating_sub(self.start);
@@ -122,6 +123,28 @@ impl Chunks {
             // A peer that takes a little at a time while more is appended must not make the buffer grow for ever.
             self.close_up();
         }
+    }
+
+    /// Moves the first line, or all that is left behind the last one, to the end of `to`.
+    pub fn move_line(&mut self, to: &mut Chunks) {
+        let mut len = 0_usize;
+        for slice in self.slices() {
+            let end = memchr::memchr(b'\n', slice);
+            len = len.saturating_add(end.map_or(slice.len(), |at| at.saturating_add(1)));
+            if end.is_some() {
+                break;
+            }
+        }
+        if len == self.len() {
+            return to.append(self);
+        }
+        let mut left = len;
+        for slice in self.slices() {
+            let part = slice.get(..left).unwrap_or(slice);
+            to.tail().put_slice(part);
+            left = left.saturating_sub(part.len());
+        }
+        self.advance(len);
     }
 
     /// How much memory is held for short pieces.

@@ -92,6 +92,37 @@ fn skipped(text: &mut Vec<u8>, end: &[u8]) -> usize {
     skipped_at
 }
 
+/// The longest that [`without_revision`] can leave out: two names and two numbers.
+const REVISION_LEN_MAX: usize = 64;
+
+/// Leaves `revision` and `skipped` out of the line of a change, if it is longer than `len_max` with them and not without.
+/// For clients that read no more at a time; others need both.
+pub fn leave_out_revision(line: &mut Chunks, len_max: usize) {
+    let excess = line.len().saturating_sub(len_max);
+    if excess == 0 || excess > REVISION_LEN_MAX {
+        return;
+    }
+    let short = line.slices().next().and_then(without_revision).filter(|short| short.len() <= len_max);
+    if let Some(short) = short {
+        *line = short;
+    }
+}
+
+/// The line of a change without its `revision` and `skipped`, which stand next to each other; `None` for any other line.
+/// A quotation mark within a string is escaped, so the name is found nowhere but where it is one.
+fn without_revision(line: &[u8]) -> Option<Chunks> {
+    const REVISION: &[u8] = b",\"revision\":";
+    let digits = |text: &[u8]| text.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let at = line.windows(REVISION.len()).rposition(|window| window == REVISION)?;
+    let (before, fields) = line.split_at_checked(at)?;
+    let behind = fields.strip_prefix(REVISION)?;
+    let behind = behind.get(digits(behind)..)?.strip_prefix(b",\"skipped\":")?;
+    let mut short = Chunks::default();
+    short.tail().put_slice(before);
+    short.tail().put_slice(behind.get(digits(behind)..)?);
+    Some(short)
+}
+
 /// The answer to a `Subscribe`.
 pub fn hello(out: &mut Chunks) {
     out.tail().put_slice(b"\"Hello\"\n");
@@ -125,4 +156,35 @@ pub fn unsubscribed(pattern: &str, reason: &str, out: &mut Chunks) {
     object.end();
     outer.end();
     out.tail().put_u8(b'\n');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_change_is_written_without_its_revision() {
+        let short = |line: &str| without_revision(line.as_bytes()).map(|mut line| line.take().concat());
+        let key = r#"a,\"revision\":1,\"skipped\":2"#;
+        for (line, expected) in [
+            (
+                r#"{"Update":{"key":"KEY","value":[1],"revision":12,"skipped":0}}"#,
+                r#"{"Update":{"key":"KEY","value":[1]}}"#,
+            ),
+            (
+                r#"{"Close":{"key":"KEY","revision":9,"skipped":34,"reason":"deleted"}}"#,
+                r#"{"Close":{"key":"KEY","reason":"deleted"}}"#,
+            ),
+        ] {
+            assert_eq!(short(&line.replace("KEY", key)).unwrap(), expected.replace("KEY", key).as_bytes());
+        }
+        for line in [
+            r#"{"Base":{"id":"1","status":200,"message":"No Error","revision":3}}"#,
+            r#"{"Synced":{"key":"a","revision":3,"epoch":"e"}}"#,
+            r#"{"Close":{"key":"KEY","reason":"replaced"}}"#,
+            "\"Hello\"",
+        ] {
+            assert_eq!(short(&line.replace("KEY", key)), None, "{line}");
+        }
+    }
 }

@@ -145,3 +145,18 @@ fn a_peer_that_always_stops_inside_a_long_value_does_not_make_the_buffer_grow() 
     assert_eq!(out.len(), LONG - 100);
     assert!(out.capacity() <= 256 << 10, "{} bytes for a few", out.capacity());
 }
+
+#[test]
+fn lines_come_one_by_one_wherever_the_pieces_end() {
+    let long = [&[b'x'; 9_000][..], b"\n"].concat();
+    let mut rest = Chunks::default();
+    let pieces: [&[u8]; 6] = [b"one\ntw", b"o\n", &long, b"th", &long, b"end"];
+    pieces.iter().for_each(|piece| rest.push(&Bytes::copy_from_slice(piece)));
+    let expected: [&[u8]; 5] = [b"one\n", b"two\n", &long, &[b"th", &long[..]].concat(), b"end"];
+    for line in expected {
+        let mut out = Chunks::default();
+        rest.move_line(&mut out);
+        assert!(out.take().concat() == line, "{}", line.len());
+    }
+    assert!(rest.is_empty());
+}

@@ -396,13 +396,23 @@ impl State {
             return;
         }
         let own: Vec<PathBuf> = self.name_history.keys().filter(|path| path.parent() == Some(dir)).cloned().collect();
+        let mut gone = Vec::new();
         for path in own {
-            self.name_history.remove(&path);
-            match self.names.get(&path) {
+            gone.extend(self.name_history.remove(&path).into_iter().flatten().flatten());
+            gone.extend(match self.names.get(&path) {
                 Some(node) => self.durable_names.insert(path, *node),
                 None => self.durable_names.remove(&path),
-            };
+            });
         }
+        gone.retain(|node| !self.is_reachable(*node));
+        gone.into_iter().for_each(|node| self.nodes[node] = Node::default());
+    }
+
+    /// Whether a file has a name, or may have one after a crash, or is open.
+    fn is_reachable(&self, node: usize) -> bool {
+        let past = self.name_history.values().flatten().flatten();
+        let mut named = self.names.values().chain(self.durable_names.values()).chain(past);
+        self.open.contains_key(&node) || named.any(|known| *known == node)
     }
 }
 

@@ -132,7 +132,9 @@ fn what_is_stored_together_is_refused_whole_if_it_is_too_large() {
     let (store, script) = store_of::<ScriptedNotifier>(16_385);
     let (before, revision) = (script.calls(), store.stats().revision);
     let puts: Vec<Op> = (0..16_385).map(put).collect();
-    for ops in [&puts[..], &[put(1), Op::Delete { pattern: below(), if_revision: None }]] {
+    let delete = |pattern| Op::Delete { pattern, if_revision: None };
+    let one_and_all = [delete(Pattern::from(&key(0))), delete(below())];
+    for ops in [&puts[..], &[put(1), delete(below())], &one_and_all] {
         assert_eq!(store.write(ops).unwrap_err().kind(), PersistErrorKind::Rejected);
     }
     assert_eq!((script.calls(), store.stats().revision), (before, revision), "nothing of it was done");
@@ -334,6 +336,37 @@ fn whoever_subscribes_while_many_are_notified_waits_for_some_and_is_told_each_ch
     assert!(take(&first).is_none() && take(&second).is_none(), "what was there when it began comes not again");
     store.write(&[put(1)]).unwrap();
     assert!(take(&second).is_some());
+}
+
+// A part that was read while others were being notified hid the changes of the parts before it.
+#[test]
+fn a_part_that_is_read_while_many_are_notified_hides_no_change_of_the_parts_before_it() {
+    let (store, _) = store_of::<Either>(3_000);
+    let store = Arc::new(store);
+    let (post, inbox) = mailbox();
+    store.subscribe(below(), "me".into(), Either::Mailbox(post), true);
+    let part_len = |event: Option<Arc<Event>>| match event?.kind() {
+        EventKind::Snapshot(part) => Some(part.records.len()),
+        _ => None,
+    };
+    assert_eq!((part_len(take(&inbox)), part_len(take(&inbox))), (None, Some(PART)));
+    let counted = Arc::new(Counted::default());
+    let barrier = Arc::new(Barrier::new(2));
+    counted.others_wait.set((Arc::clone(&barrier), mpsc::channel().0)).unwrap();
+    for id in ["1", "2", "3", "4"] {
+        store.subscribe(Pattern::All, id.into(), Either::Counted(Arc::clone(&counted)), false);
+    }
+    let reader = thread::spawn(move || {
+        barrier.wait();
+        let second = part_len(take(&inbox));
+        (inbox, second)
+    });
+    // The last of many is one that was read with the first part.
+    store.write(&(1_024..3_000).chain([5]).map(put).collect::<Vec<_>>()).unwrap();
+    let (inbox, second) = reader.join().unwrap();
+    assert_eq!((second, part_len(take(&inbox))), (Some(PART), Some(3_000 - 2 * PART)));
+    let rest: Vec<u64> = std::iter::from_fn(|| take(&inbox)).map(revision).collect();
+    assert_eq!(rest.last(), Some(&4_977), "the put of 5: {rest:?}");
 }
 
 /// Looks at the store when it is dropped, and when it is woken.

@@ -71,6 +71,24 @@ fn deleted(event: &Arc<Event>) -> Option<Key> {
 }
 
 #[test]
+fn a_part_of_a_snapshot_ends_with_the_value_that_brings_it_to_64_kib() {
+    let (store, _) = store_of::<Mailbox>(0);
+    let (len, count) = (10_000, 20);
+    for number in 0..count {
+        store.put(&key(number), vec![0; len], PutOptions::default()).unwrap();
+    }
+    let (post, inbox) = mailbox();
+    store.subscribe(below(), "me".into(), post, true);
+    take(&inbox);
+    let parts: Vec<usize> = std::iter::from_fn(|| match take(&inbox)?.kind() {
+        EventKind::Snapshot(part) => Some(part.records.len()),
+        other => panic!("{other:?}"),
+    })
+    .collect();
+    assert_eq!(parts, [7, 7, 6]);
+}
+
+#[test]
 fn what_is_written_while_a_large_delete_is_under_way_stays_and_is_done_between_its_slices() {
     let (store, _) = store_of::<ScriptedNotifier>(3_000);
     let mut writes = vec![Write::apart(vec![Op::Delete { pattern: below(), if_revision: None }])];
@@ -89,6 +107,20 @@ fn what_is_written_while_a_large_delete_is_under_way_stays_and_is_done_between_i
     assert_eq!(puts.iter().filter(|put| put.is_ok()).count(), 4);
     let left: Vec<Key> = store.list(&below(), None, 9).entries.into_iter().map(|(key, _)| key).collect();
     assert_eq!(left, [5, 2_998, 2_999, 7_000].map(key));
+}
+
+#[test]
+fn a_large_delete_goes_on_where_it_was_however_much_was_put_before_that_place() {
+    let (store, _) = store_of::<ScriptedNotifier>(0);
+    store.write(&(20_000..23_000).map(put).collect::<Vec<_>>()).unwrap();
+    let mut writes = [Write::apart(vec![Op::Delete { pattern: below(), if_revision: None }])];
+    store.commit(&mut writes);
+    store.write(&(0..9_000).map(put).collect::<Vec<_>>()).unwrap();
+    for _ in 0..10 {
+        store.commit(&mut writes);
+    }
+    assert!(writes[0].is_done());
+    assert_eq!(store.get_all(&below()).len(), 9_000);
 }
 
 #[test]
@@ -309,7 +341,7 @@ fn whoever_subscribes_while_many_are_notified_waits_for_some_and_is_told_each_ch
         let (store, counted) = (Arc::clone(&store), Arc::clone(&counted));
         move || {
             barrier.wait();
-            let inboxes = [true, false].map(|has_snapshot| {
+            [true, false].map(|has_snapshot| {
                 let (post, inbox) = mailbox();
                 store.subscribe(Pattern::All, "other".into(), Either::Mailbox(post), has_snapshot);
                 sent.send(counted.calls.load(SeqCst)).unwrap();
@@ -321,8 +353,7 @@ fn whoever_subscribes_while_many_are_notified_waits_for_some_and_is_told_each_ch
                 })
                 .collect();
                 (inbox, parts)
-            });
-            inboxes
+            })
         }
     });
     store.write(&(0..count).map(put).collect::<Vec<_>>()).unwrap();
@@ -507,6 +538,32 @@ fn an_end_is_the_last_that_a_subscription_brings_however_many_subscribe_at_once(
         ended += ends;
     }
     assert_eq!(inboxes.len() - ended, store.stats().subscriptions as usize, "those that live have heard of no end");
+}
+
+// One mailbox may have a subscription that ends and its next that begins.
+#[test]
+fn an_end_comes_before_the_next_beginning_of_the_same_subscription() {
+    let store: NotifyKeyValue<NoPersist, Mailbox> = NotifyKeyValue::open(NoPersist::default()).unwrap();
+    let (post, inbox) = mailbox();
+    thread::scope(|scope| {
+        for thread in 0..3 {
+            let (store, post) = (&store, &post);
+            scope.spawn(move || {
+                for _ in 0..if cfg!(miri) { 10 } else { 1_000 } {
+                    if thread == 0 {
+                        store.unsubscribe(&Pattern::All, &"me".into());
+                    } else {
+                        store.subscribe(Pattern::All, "me".into(), post.clone(), false);
+                    }
+                }
+            });
+        }
+    });
+    let events: Vec<_> = std::iter::from_fn(|| take(&inbox)).collect();
+    for (at, event) in events.iter().enumerate() {
+        let is_beginning = matches!(event.kind(), EventKind::Began(_));
+        assert_eq!(is_beginning, at % 2 == 0, "{at}: {event:?}");
+    }
 }
 
 #[test]

@@ -245,7 +245,7 @@ pub(crate) fn waiting_len(event: &Event) -> usize {
         EventKind::Change(_) => 0,
         // It was read to be written.
         EventKind::Snapshot(_) => 0,
-        // It was made by the mailbox, and no notifier counted it.
+        // The mailbox made it, of what it has anyway.
         EventKind::Began(began) if began.cause == BeginCause::Reset => 0,
         _ => 256,
     }

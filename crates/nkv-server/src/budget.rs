@@ -440,27 +440,26 @@ mod tests {
     #[test]
     fn past_the_limit_the_one_for_which_most_changes_wait_gives_them_up_and_nobody_else() {
         let event_bytes = Arc::<AtomicUsize>::default();
-        let budget = Budget::new(1_000_000, Arc::clone(&event_bytes));
-        let [(much, _much), (little, _little)] = [100, 10].map(|count| {
+        let budget = Budget::new(2_000_000, Arc::clone(&event_bytes));
+        let holders = [100, 10].map(|count| {
             let (post, inbox) = nkv_core::mailbox::mailbox();
             for number in 0..count {
                 let _ = post.notify(&put(number, number as u64 + 1, vec![0; 9_000]));
             }
             let share = budget.share(Source::Handle(post.observer()));
-            ((post, inbox), share)
+            (post, inbox, share)
         });
-        let queued = || (much.0.backlog().queued, little.0.backlog().queued);
-        let event_len = much.0.backlog().event_bytes + little.0.backlog().event_bytes;
-        assert_eq!(_much.held(), much.0.backlog().event_bytes + much.0.backlog().own_bytes);
-        assert!(much.0.backlog().own_bytes > 0);
-        event_bytes.store(event_len, Relaxed);
-        // Not yet: what others hold is not counted.
-        let before = budget.lock().total_and_worst().0 + event_len;
-        assert!(before <= budget.limit, "{before}");
+        let backlogs = || holders.each_ref().map(|(post, ..)| post.backlog());
+        for ((.., share), backlog) in holders.iter().zip(backlogs()) {
+            assert!(backlog.own_bytes > 0);
+            assert_eq!(share.held(), backlog.own_bytes + backlog.event_bytes);
+        }
+        let own: usize = backlogs().iter().map(|backlog| backlog.own_bytes).sum();
+        event_bytes.store(budget.limit - own, Relaxed);
         budget.check();
-        assert_eq!(queued(), (100, 10));
-        event_bytes.store(event_len + budget.limit - before + 1, Relaxed);
+        assert_eq!(backlogs().map(|backlog| backlog.queued), [100, 10]);
+        event_bytes.fetch_add(1, Relaxed);
         budget.check();
-        assert_eq!(queued(), (0, 10));
+        assert_eq!(backlogs().map(|backlog| backlog.queued), [0, 10]);
     }
 }

@@ -364,7 +364,8 @@ impl Connection {
             }
             let had_relief = std::mem::take(&mut self.is_admitted);
             let end = if self.core.budget.is_over() && !had_relief && self.socket.poll_read_ready(cx).is_ready() {
-                self.hold = Some(self.session.relief());
+                let relief = self.session.relief();
+                self.hold_up(relief);
                 None
             } else {
                 match self.poll_read(cx) {

@@ -407,30 +407,6 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn changes_that_wait_as_they_came_for_a_peer_that_takes_nothing_are_held_until_it_is_told_to_leave() {
-        let (notifier, mut outbox) = TcpNotifier::new(NotifierOptions { slack: 20_000, ..NotifierOptions::default() });
-        let (mut ours, _theirs) = tokio::io::duplex(1);
-        let woken = Arc::new(Woken::default());
-        let told = Waker::from(Arc::clone(&woken));
-        let mut answer = Chunks::default();
-        answer.tail().extend(b"an answer");
-        outbox.send(answer);
-        poll_fn(|cx| Poll::Ready(outbox.poll(cx, &told, &mut ours).is_pending())).await;
-        tokio::time::sleep(Duration::from_millis(5)).await;
-        let share = Budget::new(1, Arc::default()).share(Source::Connection(notifier.clone()));
-        for revision in 1..=2 {
-            let (key, revision) = (Key::new("a").unwrap(), Revision::new(revision));
-            let action = Action::Put { value: vec![0; 9_000].into(), expiry: None };
-            let change = Change { key, revision, replaces: Revision::ZERO, action };
-            assert_eq!(notifier.notify(&Event::new(EventKind::Change(change))), Delivery::Queued);
-        }
-        assert!(share.held() > 18_000, "{}", share.held());
-        woken.0.store(false, Relaxed);
-        share.holder.evict();
-        assert!(share.is_evicted() && woken.0.load(Relaxed));
-    }
-
     fn put(key: usize, revision: u64, value: Vec<u8>) -> Arc<Event> {
         let (key, revision) = (Key::new(&format!("k{key}")).unwrap(), Revision::new(revision));
         let action = Action::Put { value: value.into(), expiry: None };
@@ -461,5 +437,29 @@ mod tests {
         event_bytes.fetch_add(1, Relaxed);
         budget.check();
         assert_eq!(backlogs().map(|backlog| backlog.queued), [0, 10]);
+    }
+
+    #[tokio::test]
+    async fn changes_that_wait_as_they_came_for_a_peer_that_takes_nothing_are_held_until_it_is_told_to_leave() {
+        let (notifier, mut outbox) = TcpNotifier::new(NotifierOptions { slack: 20_000, ..NotifierOptions::default() });
+        let (mut ours, _theirs) = tokio::io::duplex(1);
+        let woken = Arc::new(Woken::default());
+        let told = Waker::from(Arc::clone(&woken));
+        let mut answer = Chunks::default();
+        answer.tail().extend(b"an answer");
+        outbox.send(answer);
+        poll_fn(|cx| Poll::Ready(outbox.poll(cx, &told, &mut ours).is_pending())).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        let share = Budget::new(1, Arc::default()).share(Source::Connection(notifier.clone()));
+        for revision in 1..=2 {
+            let (key, revision) = (Key::new("a").unwrap(), Revision::new(revision));
+            let action = Action::Put { value: vec![0; 9_000].into(), expiry: None };
+            let change = Change { key, revision, replaces: Revision::ZERO, action };
+            assert_eq!(notifier.notify(&Event::new(EventKind::Change(change))), Delivery::Queued);
+        }
+        assert!(share.held() > 18_000, "{}", share.held());
+        woken.0.store(false, Relaxed);
+        share.holder.evict();
+        assert!(share.is_evicted() && woken.0.load(Relaxed));
     }
 }

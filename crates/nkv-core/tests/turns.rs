@@ -626,6 +626,26 @@ fn threads_that_write_at_the_same_time_share_a_batch() {
     assert_eq!(store.put(&key(9), "x", PutOptions::default()).unwrap().get(), 9);
 }
 
+// The first to write did all of it at once, and a put of another thread waited for a whole delete.
+#[test]
+fn a_thread_that_puts_waits_for_a_slice_of_a_large_delete_and_not_for_all_of_it() {
+    let (store, script) = store_of::<ScriptedNotifier>(20_000);
+    let before = script.batches().len();
+    script.block();
+    thread::scope(|scope| {
+        let deletes = scope.spawn(|| store.delete(&below(), None).unwrap().0);
+        assert!(script.wait_until_blocked(PATIENCE));
+        scope.spawn(|| store.put(&Key::new("other").unwrap(), "x", PutOptions::default()).unwrap());
+        // The other is there by then; on a machine that is very busy it may come between two later slices.
+        thread::sleep(Duration::from_millis(300));
+        script.release();
+        assert_eq!(deletes.join().unwrap(), 20_000);
+    });
+    let batches = script.batches().split_off(before);
+    let at = batches.iter().position(|batch| batch.iter().any(|change| change.key.as_str() == "other"));
+    assert!(at.is_some_and(|at| at + 1 < batches.len()), "{at:?} of {}", batches.len());
+}
+
 #[test]
 fn a_reader_of_a_scripted_snapshot_reads_each_part_once() {
     let reader = SnapshotReader::of([]);

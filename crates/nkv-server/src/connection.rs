@@ -569,10 +569,10 @@ impl Connection {
             }
         }
         self.outbox.send(out);
-        if self.hold.is_none() {
-            if let Some(writes) = self.session.start_writes() {
-                self.hold_up(writes);
-            }
+        if self.hold.is_none()
+            && let Some(writes) = self.session.start_writes()
+        {
+            self.hold_up(writes);
         }
         self.turn_len = self.turn_len.saturating_add(start);
         if served {

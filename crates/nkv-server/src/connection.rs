@@ -433,14 +433,14 @@ impl Connection {
     }
 
     fn hold_up(&mut self, hold: Hold) {
-        self.share.keep_waiting(true);
+        self.share.begin_waiting();
         (self.hold, self.held_since) = (Some(hold), Instant::now());
     }
 
     /// Until now it was the server that kept the peer waiting.
     fn end_waiting(&mut self) {
-        self.share.keep_waiting(false);
         let waited = self.held_since.elapsed();
+        self.share.end_waiting(waited);
         self.since.begun = self.since.begun.and_then(|begun| begun.checked_add(waited));
     }
 
@@ -560,7 +560,8 @@ impl Connection {
             start = start.saturating_add(decoded.consumed);
             served = true;
             if let Some(reading) = self.session.start_reading() {
-                (self.hold, self.has_request) = (Some(reading), true);
+                self.has_request = true;
+                self.hold_up(reading);
                 break;
             }
             end = close.then_some(End::Refused);
@@ -570,10 +571,10 @@ impl Connection {
             }
         }
         self.outbox.send(out);
-        if self.hold.is_none() {
-            if let Some(writes) = self.session.start_writes() {
-                self.hold_up(writes);
-            }
+        if self.hold.is_none()
+            && let Some(writes) = self.session.start_writes()
+        {
+            self.hold_up(writes);
         }
         self.turn_len = self.turn_len.saturating_add(start);
         if served {

@@ -440,36 +440,39 @@ mod tests {
         }
     }
 
-    fn put(key: usize, revision: u64, value: Vec<u8>) -> Arc<Event> {
-        let (key, revision) = (Key::new(&format!("k{key}")).unwrap(), Revision::new(revision));
-        let action = Action::Put { value: value.into(), expiry: None };
-        Event::new(EventKind::Change(Change { key, revision, replaces: Revision::ZERO, action }))
-    }
-
     #[test]
     fn past_the_limit_the_one_for_which_most_changes_wait_gives_them_up_and_nobody_else() {
-        let event_bytes = Arc::<AtomicUsize>::default();
-        let budget = Budget::new(2_000_000, Arc::clone(&event_bytes));
-        let holders = [100, 10].map(|count| {
-            let (post, inbox) = nkv_core::mailbox::mailbox();
-            for number in 0..count {
-                let _ = post.notify(&put(number, number as u64 + 1, vec![0; 9_000]));
-            }
-            let share = budget.share(Source::Handle(post.observer()));
-            (post, inbox, share)
-        });
-        let backlogs = || holders.each_ref().map(|(post, ..)| post.backlog());
-        for ((.., share), backlog) in holders.iter().zip(backlogs()) {
+        let store = NotifyKeyValue::open(NoPersist::default()).unwrap();
+        let put = |branch: &str, n: usize| {
+            store.put(&Key::new(&format!("{branch}.{n}")).unwrap(), vec![0; 4_000], PutOptions::default()).unwrap();
+        };
+        let boxes: Vec<(Mailbox, _)> = ["much", "little"]
+            .into_iter()
+            .map(|branch| {
+                let (post, inbox) = mailbox();
+                store.subscribe(Pattern::new(branch).unwrap(), "me".into(), post.clone(), false);
+                assert!(inbox.try_take().is_some());
+                (0..if branch == "much" { 100 } else { 10 }).for_each(|n| put(branch, n));
+                (post, inbox)
+            })
+            .collect();
+        let backlogs = || boxes.iter().map(|(post, _)| post.backlog());
+        let queued = || backlogs().map(|backlog| backlog.queued).collect::<Vec<_>>();
+        let own: usize = backlogs().map(|backlog| backlog.own_bytes).sum();
+        let event_bytes = Arc::clone(store.event_bytes());
+        let budget = Budget::new(own + event_bytes.load(Relaxed), event_bytes);
+        for (post, _) in &boxes {
+            let (share, backlog) = (budget.share(Source::Handle(post.observer())), post.backlog());
             assert!(backlog.own_bytes > 0);
             assert_eq!(share.held(), backlog.own_bytes + backlog.event_bytes);
         }
-        let own: usize = backlogs().iter().map(|backlog| backlog.own_bytes).sum();
-        event_bytes.store(budget.limit - own, Relaxed);
+        let _shares: Vec<Share> = boxes.iter().map(|(post, _)| budget.share(Source::Handle(post.observer()))).collect();
         budget.check();
-        assert_eq!(backlogs().map(|backlog| backlog.queued), [100, 10]);
-        event_bytes.fetch_add(1, Relaxed);
+        assert_eq!(queued(), [100, 10]);
+        put("much", 100);
         budget.check();
-        assert_eq!(backlogs().map(|backlog| backlog.queued), [0, 10]);
+        // That it begins anew.
+        assert_eq!(queued(), [1, 10]);
     }
 
     #[tokio::test]

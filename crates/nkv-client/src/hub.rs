@@ -442,6 +442,23 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_that_was_not_asked_for_answers_no_subscribe() {
+        let mut hub = Hub::default();
+        hub.attach("e1");
+        let (first, send) = add(&mut hub, 1, "a");
+        fill(&mut hub, &send.unwrap(), &[]);
+        let (second, send) = add(&mut hub, 2, "a");
+        hub.reset("a".into()).unwrap();
+        hub.synced(Revision::new(9)).unwrap();
+        hub.ended("a", Reason::Replaced); // by the `Subscribe` that is under way
+        fill(&mut hub, &send.unwrap(), &[entry("a", 10)]);
+        assert_eq!(
+            (told(&first), told(&second)),
+            (vec!["Synced".into(), "a@10".into()], vec!["Synced".into(), "a@10".into()])
+        );
+    }
+
+    #[test]
     fn within_an_epoch_a_server_that_goes_back_is_not_followed() {
         let mut hub = Hub::default();
         hub.attach("e1");

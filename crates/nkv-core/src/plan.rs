@@ -230,8 +230,9 @@ impl<'a> Plan<'a> {
     /// The keys that a pattern selects, as the operations so far leave them.
     fn selected(&self, pattern: &Pattern, keys_max: usize) -> Result<BTreeSet<Key>, TooLarge> {
         let selected = self.keyspace.select(pattern, None, self.now);
-        let mut keys: BTreeSet<Key> =
-            selected.take(keys_max.saturating_add(1)).map(|record| Key::trusted(record.key)).collect();
+        // Each change before it may have removed one of them.
+        let looks_max = keys_max.saturating_add(self.changes.len()).saturating_add(1);
+        let mut keys: BTreeSet<Key> = selected.take(looks_max).map(|record| Key::trusted(record.key)).collect();
         let latest = self.latest.iter().flatten().filter_map(|at| self.changes.get(*at));
         for change in latest.filter(|change| pattern.selects(&change.key)) {
             if left_by(change) == Revision::ZERO {

@@ -1,6 +1,7 @@
 //! Group commit among threads: those that write at the same time share what storage does for one batch.
 //!
-//! The first to come does its own write at once. What comes meanwhile waits, and one of those that wait does it for all.
+//! The first to come does its own write at once: one batch of it. What comes meanwhile waits, with what is left of that, and
+//! one of those that wait does it for all.
 
 use std::collections::HashMap;
 use std::sync::PoisonError;
@@ -36,11 +37,14 @@ impl Queue {
         if !waiting.is_busy && waiting.writes.is_empty() {
             waiting.is_busy = true;
             drop(waiting);
-            let _leader = Leader { queue: self, numbers: Vec::new(), writes: Vec::new() };
-            while !write.is_done() {
-                commit(std::slice::from_mut(&mut write));
+            let leader = Leader { queue: self, numbers: Vec::new(), writes: Vec::new() };
+            commit(std::slice::from_mut(&mut write));
+            drop(leader);
+            if write.is_done() {
+                return write;
             }
-            return write;
+            // What is left of it is done with what others want meanwhile.
+            waiting = self.lock();
         }
         let number = waiting.next;
         waiting.next += 1;

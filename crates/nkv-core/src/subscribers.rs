@@ -163,6 +163,15 @@ impl Progress {
     /// Notes that the snapshot was read up to a key, or to its end, as of `present`.
     pub(crate) fn has_read(&self, up_to: Option<Key>, told: Revision, present: Revision) {
         let mut state = self.lock();
+        if told < present
+            && let Phase::Reading(before) = &state.phase
+        {
+            // What was read before this part was read as of an earlier moment.
+            let before = Some(before.clone());
+            if state.seen.last().is_none_or(|(up_to, _)| *up_to != before) {
+                state.seen.push((before, told));
+            }
+        }
         state.see(up_to.clone(), told, present);
         state.phase = match up_to {
             Some(up_to) => Phase::Reading(up_to),

@@ -8,14 +8,27 @@ use std::task::Waker;
 
 use crate::sync::thread_local;
 
+#[cfg(not(loom))]
 thread_local! {
-    static NOTED: RefCell<Noted> = const { RefCell::new(Noted { depth: 0, wakers: Vec::new() }) };
+    static NOTED: RefCell<Noted> = const { RefCell::new(Noted::new()) };
+}
+
+// Loom's macro knows no `const`.
+#[cfg(loom)]
+thread_local! {
+    static NOTED: RefCell<Noted> = RefCell::new(Noted::new());
 }
 
 struct Noted {
     /// How many stores of this thread hold a lock.
     depth: usize,
     wakers: Vec<Waker>,
+}
+
+impl Noted {
+    const fn new() -> Self {
+        Noted { depth: 0, wakers: Vec::new() }
+    }
 }
 
 /// While one lives, [`wake`] only notes. To be made before a lock is taken and dropped after it is given back.

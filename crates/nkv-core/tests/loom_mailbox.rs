@@ -243,6 +243,7 @@ fn revisions(inbox: &Inbox<u32>) -> Vec<u64> {
         match event.kind() {
             EventKind::Snapshot(snapshot) => told.extend(snapshot.records.iter().map(|record| record.revision.get())),
             EventKind::Change(change) => told.push(change.revision.get()),
+            EventKind::Began(_) => {}
             other => panic!("{other:?} was not expected"),
         }
     }

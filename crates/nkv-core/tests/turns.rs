@@ -75,6 +75,24 @@ fn deleted(event: &Arc<Event>) -> Option<Key> {
 }
 
 #[test]
+fn a_part_of_a_snapshot_ends_with_the_value_that_brings_it_to_64_kib() {
+    let (store, _) = store_of::<Mailbox>(0);
+    let (len, count) = (10_000, 20);
+    for number in 0..count {
+        store.put(&key(number), vec![0; len], PutOptions::default()).unwrap();
+    }
+    let (post, inbox) = mailbox();
+    store.subscribe(below(), "me".into(), post, true);
+    take(&inbox);
+    let parts: Vec<usize> = std::iter::from_fn(|| match take(&inbox)?.kind() {
+        EventKind::Snapshot(part) => Some(part.records.len()),
+        other => panic!("{other:?}"),
+    })
+    .collect();
+    assert_eq!(parts, [7, 7, 6]);
+}
+
+#[test]
 fn what_is_written_while_a_large_delete_is_under_way_stays_and_is_done_between_its_slices() {
     let (store, _) = store_of::<ScriptedNotifier>(3_000);
     let mut writes = vec![Write::apart(vec![Op::Delete { pattern: below(), if_revision: None }])];
@@ -93,6 +111,20 @@ fn what_is_written_while_a_large_delete_is_under_way_stays_and_is_done_between_i
     assert_eq!(puts.iter().filter(|put| put.is_ok()).count(), 4);
     let left: Vec<Key> = store.list(&below(), None, 9).entries.into_iter().map(|(key, _)| key).collect();
     assert_eq!(left, [5, 2_998, 2_999, 7_000].map(key));
+}
+
+#[test]
+fn a_large_delete_goes_on_where_it_was_however_much_was_put_before_that_place() {
+    let (store, _) = store_of::<ScriptedNotifier>(0);
+    store.write(&(20_000..23_000).map(put).collect::<Vec<_>>()).unwrap();
+    let mut writes = [Write::apart(vec![Op::Delete { pattern: below(), if_revision: None }])];
+    store.commit(&mut writes);
+    store.write(&(0..9_000).map(put).collect::<Vec<_>>()).unwrap();
+    for _ in 0..10 {
+        store.commit(&mut writes);
+    }
+    assert!(writes[0].is_done());
+    assert_eq!(store.get_all(&below()).len(), 9_000);
 }
 
 #[test]
@@ -136,7 +168,9 @@ fn what_is_stored_together_is_refused_whole_if_it_is_too_large() {
     let (store, script) = store_of::<ScriptedNotifier>(16_385);
     let (before, revision) = (script.calls(), store.stats().revision);
     let puts: Vec<Op> = (0..16_385).map(put).collect();
-    for ops in [&puts[..], &[put(1), Op::Delete { pattern: below(), if_revision: None }]] {
+    let delete = |pattern| Op::Delete { pattern, if_revision: None };
+    let one_and_all = [delete(Pattern::from(&key(0))), delete(below())];
+    for ops in [&puts[..], &[put(1), delete(below())], &one_and_all] {
         assert_eq!(store.write(ops).unwrap_err().kind(), PersistErrorKind::Rejected);
     }
     assert_eq!((script.calls(), store.stats().revision), (before, revision), "nothing of it was done");
@@ -339,6 +373,37 @@ fn whoever_subscribes_while_many_are_notified_waits_for_some_and_is_told_each_ch
     assert!(take(&second).is_some());
 }
 
+// A part that was read while others were being notified hid the changes of the parts before it.
+#[test]
+fn a_part_that_is_read_while_many_are_notified_hides_no_change_of_the_parts_before_it() {
+    let (store, _) = store_of::<Either>(3_000);
+    let store = Arc::new(store);
+    let (post, inbox) = mailbox();
+    store.subscribe(below(), "me".into(), Either::Mailbox(post), true);
+    let part_len = |event: Option<Arc<Event>>| match event?.kind() {
+        EventKind::Snapshot(part) => Some(part.records.len()),
+        _ => None,
+    };
+    assert_eq!((part_len(take(&inbox)), part_len(take(&inbox))), (None, Some(PART)));
+    let counted = Arc::new(Counted::default());
+    let barrier = Arc::new(Barrier::new(2));
+    counted.others_wait.set((Arc::clone(&barrier), mpsc::channel().0)).unwrap();
+    for id in ["1", "2", "3", "4"] {
+        store.subscribe(Pattern::All, id.into(), Either::Counted(Arc::clone(&counted)), false);
+    }
+    let reader = thread::spawn(move || {
+        barrier.wait();
+        let second = part_len(take(&inbox));
+        (inbox, second)
+    });
+    // The last of many is one that was read with the first part.
+    store.write(&(1_024..3_000).chain([5]).map(put).collect::<Vec<_>>()).unwrap();
+    let (inbox, second) = reader.join().unwrap();
+    assert_eq!((second, part_len(take(&inbox))), (Some(PART), Some(3_000 - 2 * PART)));
+    let rest: Vec<u64> = std::iter::from_fn(|| take(&inbox)).map(revision).collect();
+    assert_eq!(rest, [4_977], "the put of 5, and nothing that the second part had");
+}
+
 /// Looks at the store when it is dropped, and when it is woken.
 struct Looks(Mutex<Option<Arc<NotifyKeyValue<NoPersist, Either3>>>>, AtomicBool);
 
@@ -479,6 +544,32 @@ fn an_end_is_the_last_that_a_subscription_brings_however_many_subscribe_at_once(
     assert_eq!(inboxes.len() - ended, store.stats().subscriptions as usize, "those that live have heard of no end");
 }
 
+// One mailbox may have a subscription that ends and its next that begins.
+#[test]
+fn an_end_comes_before_the_next_beginning_of_the_same_subscription() {
+    let store: NotifyKeyValue<NoPersist, Mailbox> = NotifyKeyValue::open(NoPersist::default()).unwrap();
+    let (post, inbox) = mailbox();
+    thread::scope(|scope| {
+        for thread in 0..3 {
+            let (store, post) = (&store, &post);
+            scope.spawn(move || {
+                for _ in 0..if cfg!(miri) { 10 } else { 1_000 } {
+                    if thread == 0 {
+                        store.unsubscribe(&Pattern::All, &"me".into());
+                    } else {
+                        store.subscribe(Pattern::All, "me".into(), post.clone(), false);
+                    }
+                }
+            });
+        }
+    });
+    let events: Vec<_> = std::iter::from_fn(|| take(&inbox)).collect();
+    for (at, event) in events.iter().enumerate() {
+        let is_beginning = matches!(event.kind(), EventKind::Began(_));
+        assert_eq!(is_beginning, at % 2 == 0, "{at}: {event:?}");
+    }
+}
+
 #[test]
 fn from_its_time_on_a_value_is_absent_for_all_although_storage_still_has_it() {
     let (persist, script) = ScriptedPersist::new(MemoryPersist::default());
@@ -537,6 +628,26 @@ fn threads_that_write_at_the_same_time_share_a_batch() {
     assert!(store.put(&key(9), "x", PutOptions::default()).is_err());
     script.work();
     assert_eq!(store.put(&key(9), "x", PutOptions::default()).unwrap().get(), 9);
+}
+
+// The first to write did all of it at once, and a put of another thread waited for a whole delete.
+#[test]
+fn a_thread_that_puts_waits_for_a_slice_of_a_large_delete_and_not_for_all_of_it() {
+    let (store, script) = store_of::<ScriptedNotifier>(20_000);
+    let before = script.batches().len();
+    script.block();
+    thread::scope(|scope| {
+        let deletes = scope.spawn(|| store.delete(&below(), None).unwrap().0);
+        assert!(script.wait_until_blocked(PATIENCE));
+        scope.spawn(|| store.put(&Key::new("other").unwrap(), "x", PutOptions::default()).unwrap());
+        // The other is there by then; on a machine that is very busy it may come between two later slices.
+        thread::sleep(Duration::from_millis(300));
+        script.release();
+        assert_eq!(deletes.join().unwrap(), 20_000);
+    });
+    let batches = script.batches().split_off(before);
+    let at = batches.iter().position(|batch| batch.iter().any(|change| change.key.as_str() == "other"));
+    assert!(at.is_some_and(|at| at + 1 < batches.len()), "{at:?} of {}", batches.len());
 }
 
 #[test]

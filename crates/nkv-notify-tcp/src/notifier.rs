@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize}
 use std::time::{Duration, Instant};
 
 use nkv_core::mailbox::{Backlog, Mailbox, Overflow, mailbox_with_slack};
-use nkv_core::{Delivery, Event, EventKind, Notifier};
+use nkv_core::{BeginCause, Delivery, Event, EventKind, Notifier};
 use nkv_protocol::{Chunks, Features, ValueForm};
 use tokio::io::AsyncWrite;
 use tokio::sync::Notify;
@@ -245,6 +245,8 @@ pub(crate) fn waiting_len(event: &Event) -> usize {
         EventKind::Change(_) => 0,
         // It was read to be written.
         EventKind::Snapshot(_) => 0,
+        // The mailbox made it, of what it has anyway.
+        EventKind::Began(began) if began.cause == BeginCause::Reset => 0,
         _ => 256,
     }
 }

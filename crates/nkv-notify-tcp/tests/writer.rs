@@ -17,7 +17,7 @@ use nkv_core::{
     SnapshotReader,
 };
 use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd};
-use nkv_protocol::{Chunks, Message, MessageDecoder, ValueForm};
+use nkv_protocol::{Chunks, Features, Message, MessageDecoder, ValueForm};
 use tokio::io::{AsyncReadExt, AsyncWrite, DuplexStream, duplex};
 use tokio::time::{Instant, timeout};
 
@@ -107,6 +107,27 @@ async fn nothing_comes_between_hello_and_synced_however_long_the_snapshot() {
     }
     assert_eq!(lines[3_002], format!("{{\"Synced\":{{\"key\":\"s\",\"revision\":3000,\"epoch\":\"{epoch}\"}}}}"));
     assert!(lines[3_003].contains("\"revision\":3001") && lines[3_004] == "answer");
+}
+
+// What says so was taken off what waits, to which it had not been added: the connection was full for good.
+#[tokio::test]
+async fn a_subscription_that_begins_anew_takes_nothing_off_what_waits() {
+    let total = Arc::<AtomicUsize>::default();
+    let options = NotifierOptions { waiting_total: Arc::clone(&total), ..NotifierOptions::default() };
+    let (ours, theirs) = duplex(1_000);
+    let (notifier, _writer) = TcpNotifier::spawn(ours, options);
+    notifier.set_features(Features::RESET);
+    let (pattern, revision, epoch) = (Pattern::new("s").unwrap(), Revision::new(1), Epoch::new(5));
+    let records = std::iter::empty::<Record>().collect();
+    let part = Snapshot { pattern: pattern.clone(), records, revision, epoch, is_last: true };
+    let began = Began::new(pattern, revision, epoch, SnapshotReader::of([part]));
+    assert_eq!(notifier.notify(&Event::new(EventKind::Began(began))), Delivery::Queued);
+    notifier.give_up();
+    notifier.close();
+    let all = all(theirs).await;
+    let words: Vec<&str> = all.lines().filter_map(|line| line.split('"').nth(1)).collect();
+    assert_eq!(words, ["Hello", "Reset", "Synced"]);
+    assert_eq!((notifier.waiting(), total.load(SeqCst)), (0, 0));
 }
 
 #[tokio::test(start_paused = true)]

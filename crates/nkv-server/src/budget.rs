@@ -3,6 +3,7 @@
 //! that is changes, they are dropped in favour of a fresh snapshot, else its connection is closed.
 //! Subscriptions to deep keys have a quarter of the limit for themselves, past which they are refused.
 
+use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -148,6 +149,11 @@ impl Held {
     }
 }
 
+/// Bytes times milliseconds: one that is in the middle of a large request is no worse than one that stalls.
+fn weight(bytes: usize, holder: &Holder) -> u128 {
+    (bytes as u128).saturating_mul(holder.held_for().as_millis().saturating_add(1))
+}
+
 impl Holder {
     fn new(source: Source) -> Arc<Self> {
         let (opened, read_since_ms) = (Instant::now(), AtomicU64::new(0));
@@ -199,23 +205,19 @@ impl Holder {
 }
 
 impl Holders {
-    /// What those hold together that stay, but for the changes that wait, and which of them holds most for longest, with
-    /// what it holds. An encoding that several write counts once.
-    fn total_and_worst(&self) -> (usize, Option<(Held, &Holder)>) {
+    /// What those hold together that stay, but for the changes that wait, and who they are with what each holds. An
+    /// encoding that several write counts once.
+    fn total_and_staying(&self) -> (usize, Vec<(Held, &Holder)>) {
         let mut encodings = HashSet::new();
-        let (mut total, mut worst, mut most) = (0_usize, None, 0);
+        let (mut total, mut staying) = (0_usize, Vec::new());
         for holder in self.by_id.values().filter(|holder| !holder.is_leaving.load(Relaxed)) {
             let held = holder.held();
             let (encoding, gathered) = held.gathered;
             let shared = if gathered == 0 || encodings.insert(encoding) { gathered } else { 0 };
             total = total.saturating_add(held.own).saturating_add(shared);
-            // Bytes times milliseconds: one that is in the middle of a large request is no worse than one that stalls.
-            let weight = (held.all() as u128).saturating_mul(holder.held_for().as_millis().saturating_add(1));
-            if weight > most {
-                (worst, most) = (Some((held, &**holder)), weight);
-            }
+            staying.push((held, &**holder));
         }
-        (total, worst)
+        (total, staying)
     }
 }
 
@@ -246,17 +248,29 @@ impl Budget {
         Share { budget: Arc::clone(self), id, holder }
     }
 
-    /// If all together hold too much, the worst holder gives up what it holds. If that is mostly an answer, one that alone
-    /// is over the limit is let through: what it asked for was admitted by [`room`](Self::room).
+    /// If all together hold too much, the worst holder gives up what it holds. If that is mostly changes, so do others of
+    /// the kind, from the worst on, until it is not too much any more: they may share them. If it is mostly an answer, one
+    /// that alone is over the limit is let through: what it asked for was admitted by [`room`](Self::room).
     pub(crate) fn check(&self) {
         let holders = self.lock();
-        let (total, worst) = holders.total_and_worst();
-        let total = total.saturating_add(self.event_bytes.load(Relaxed));
-        let Some((held, worst)) = worst.filter(|_| total > self.limit) else { return };
-        if held.changes > held.all() / 2 {
-            worst.give_up();
-        } else if total.saturating_sub(held.all()) > self.limit / 2 {
-            worst.evict();
+        let (others, mut staying) = holders.total_and_staying();
+        let total = || others.saturating_add(self.event_bytes.load(Relaxed));
+        if total() <= self.limit {
+            return;
+        }
+        staying.sort_by_cached_key(|(held, holder)| Reverse(weight(held.all(), holder)));
+        let has_changes = |held: &Held| held.changes > held.all() / 2;
+        match staying.first() {
+            Some((held, _)) if has_changes(held) => {
+                for (_, holder) in staying.iter().filter(|(held, _)| has_changes(held)) {
+                    if total() <= self.limit {
+                        break;
+                    }
+                    holder.give_up();
+                }
+            }
+            Some((held, worst)) if total().saturating_sub(held.all()) > self.limit / 2 => worst.evict(),
+            _ => {}
         }
     }
 
@@ -320,14 +334,22 @@ impl Budget {
         while self.queued() > self.limit / 2 {
             if start.elapsed() >= patience
                 && last_eviction.is_none_or(|last| last.elapsed() >= EVICTION_PAUSE)
-                && let (total, Some((_, worst))) = self.lock().total_and_worst()
-                && total > self.limit / 2
+                && self.evict_for_room()
             {
-                worst.evict();
                 *last_eviction = Some(Instant::now());
             }
             tokio::time::sleep(ROOM_PAUSE).await;
         }
+    }
+
+    /// Closes the connection that holds most for longest, if they hold so much. Changes that wait take no room of answers.
+    fn evict_for_room(&self) -> bool {
+        let holders = self.lock();
+        let (total, staying) = holders.total_and_staying();
+        let bytes = |held: &Held| held.own.saturating_add(held.gathered.1);
+        let worst = staying.iter().max_by_key(|(held, holder)| weight(bytes(held), holder));
+        let worst = worst.filter(|(held, _)| total > self.limit / 2 && bytes(held) > 0);
+        worst.inspect(|(_, worst)| worst.evict()).is_some()
     }
 
     /// All but the changes that wait, which are counted only when it matters.
@@ -355,9 +377,16 @@ impl Share {
         }
     }
 
-    /// Notes whether the server keeps the connection waiting with what it has sent.
-    pub(crate) fn keep_waiting(&self, is_kept_waiting: bool) {
-        self.holder.is_kept_waiting.store(is_kept_waiting, Relaxed);
+    /// The server keeps the connection waiting with what it has sent.
+    pub(crate) fn begin_waiting(&self) {
+        self.holder.is_kept_waiting.store(true, Relaxed);
+    }
+
+    /// It does so no more. The time that it did is not held against the connection.
+    pub(crate) fn end_waiting(&self, waited: Duration) {
+        let since = self.holder.read_since_ms.load(Relaxed).saturating_add(millis(waited));
+        self.holder.read_since_ms.store(since.min(millis(self.holder.opened.elapsed())), Relaxed);
+        self.holder.is_kept_waiting.store(false, Relaxed);
     }
 
     /// What this connection holds.
@@ -400,7 +429,11 @@ mod tests {
     use std::future::poll_fn;
     use std::task::{Poll, Wake, Waker};
 
-    use nkv_core::{Action, Change, Delivery, Event, EventKind, Key, Notifier, Revision};
+    use nkv_core::mailbox::{Mailbox, mailbox};
+    use nkv_core::{
+        Action, Change, Delivery, Event, EventKind, Key, NoPersist, Notifier, NotifyKeyValue, Pattern, PutOptions,
+        Revision,
+    };
     use nkv_notify_tcp::NotifierOptions;
     use nkv_protocol::Chunks;
 
@@ -413,6 +446,41 @@ mod tests {
         fn wake(self: Arc<Self>) {
             self.0.store(true, Relaxed);
         }
+    }
+
+    #[test]
+    fn past_the_limit_the_one_for_which_most_changes_wait_gives_them_up_and_nobody_else() {
+        let store = NotifyKeyValue::open(NoPersist::default()).unwrap();
+        let put = |branch: &str, n: usize| {
+            store.put(&Key::new(&format!("{branch}.{n}")).unwrap(), vec![0; 4_000], PutOptions::default()).unwrap();
+        };
+        let boxes: Vec<(Mailbox, _)> = ["much", "little"]
+            .into_iter()
+            .map(|branch| {
+                let (post, inbox) = mailbox();
+                store.subscribe(Pattern::new(branch).unwrap(), "me".into(), post.clone(), false);
+                assert!(inbox.try_take().is_some());
+                (0..if branch == "much" { 100 } else { 10 }).for_each(|n| put(branch, n));
+                (post, inbox)
+            })
+            .collect();
+        let backlogs = || boxes.iter().map(|(post, _)| post.backlog());
+        let queued = || backlogs().map(|backlog| backlog.queued).collect::<Vec<_>>();
+        let own: usize = backlogs().map(|backlog| backlog.own_bytes).sum();
+        let event_bytes = Arc::clone(store.event_bytes());
+        let budget = Budget::new(own + event_bytes.load(Relaxed), event_bytes);
+        for (post, _) in &boxes {
+            let (share, backlog) = (budget.share(Source::Handle(post.observer())), post.backlog());
+            assert!(backlog.own_bytes > 0);
+            assert_eq!(share.held(), backlog.own_bytes + backlog.event_bytes);
+        }
+        let _shares: Vec<Share> = boxes.iter().map(|(post, _)| budget.share(Source::Handle(post.observer()))).collect();
+        budget.check();
+        assert_eq!(queued(), [100, 10]);
+        put("much", 100);
+        budget.check();
+        // That it begins anew.
+        assert_eq!(queued(), [1, 10]);
     }
 
     #[tokio::test]
@@ -448,5 +516,68 @@ mod tests {
         share.holder.evict();
         share.hold(0, true);
         assert_eq!((share.held(), share.evicted_with()), (0, 50_000));
+    }
+
+    fn change(revision: u64, len: usize) -> Arc<Event> {
+        let (key, revision) = (Key::new(&format!("k.{revision}")).unwrap(), Revision::new(revision));
+        let action = Action::Put { value: vec![0; len].into(), expiry: None };
+        let change = Change { key, revision, replaces: Revision::ZERO, action };
+        Event::new(EventKind::Change(change))
+    }
+
+    // One of them gave up, and the others kept all that it had.
+    #[test]
+    fn changes_that_many_share_are_given_up_by_as_many_as_it_takes() {
+        let store = NotifyKeyValue::open(NoPersist::default()).unwrap();
+        let event_bytes = store.event_bytes();
+        let budget = Budget::new(1 << 20, Arc::clone(event_bytes));
+        let boxes: Vec<(Mailbox, _)> = (0..100).map(|_| mailbox()).collect();
+        let shares: Vec<Share> = boxes.iter().map(|(post, _)| budget.share(Source::Handle(post.observer()))).collect();
+        for (n, (post, _)) in boxes.iter().enumerate() {
+            store.subscribe(Pattern::All, n.to_string().as_str().into(), post.clone(), false);
+        }
+        for n in 0..300 {
+            store.put(&Key::new(&format!("k.{n}")).unwrap(), vec![0; 4_000], PutOptions::default()).unwrap();
+        }
+        assert!(event_bytes.load(Relaxed) > 1 << 20);
+        budget.check();
+        assert!(event_bytes.load(Relaxed) <= 1 << 20, "{}", event_bytes.load(Relaxed));
+        assert!(!shares.iter().any(Share::is_evicted));
+    }
+
+    #[tokio::test]
+    async fn one_that_was_kept_waiting_is_not_the_slowest() {
+        let budget = Budget::new(1 << 20, Arc::default());
+        let patience = Duration::from_millis(50);
+        let (waits, slow) =
+            (TcpNotifier::new(NotifierOptions::default()), TcpNotifier::new(NotifierOptions::default()));
+        let share = budget.share(Source::Connection(waits.0));
+        let since = Instant::now();
+        share.hold(1_000, true);
+        share.begin_waiting();
+        tokio::time::sleep(patience * 4).await;
+        share.end_waiting(since.elapsed());
+        budget.evict_slowest(patience);
+        assert!(!share.is_evicted());
+        let slow_share = budget.share(Source::Connection(slow.0));
+        slow_share.hold(1_000, true);
+        tokio::time::sleep(patience * 4).await;
+        budget.evict_slowest(patience);
+        assert!(share.is_evicted() || slow_share.is_evicted());
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_for_room_has_nobody_closed_for_changes_that_wait() {
+        let budget = Budget::new(1 << 20, Arc::default());
+        let (subscriber, _outbox) = TcpNotifier::new(NotifierOptions::default());
+        let (reader, _other) = TcpNotifier::new(NotifierOptions::default());
+        for revision in 1..=1_000 {
+            assert_eq!(subscriber.notify(&change(revision, 4_000)), Delivery::Queued);
+        }
+        let subscriber = budget.share(Source::Connection(subscriber));
+        let reader = budget.share(Source::Connection(reader));
+        reader.hold((1 << 20) - 1, true);
+        drop(tokio::time::timeout(Duration::from_secs(1), budget.room(Duration::from_millis(20))).await);
+        assert_eq!((subscriber.is_evicted(), reader.is_evicted()), (false, true));
     }
 }

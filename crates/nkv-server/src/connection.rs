@@ -364,7 +364,8 @@ impl Connection {
             }
             let had_relief = std::mem::take(&mut self.is_admitted);
             let end = if self.core.budget.is_over() && !had_relief && self.socket.poll_read_ready(cx).is_ready() {
-                self.hold = Some(self.session.relief());
+                let relief = self.session.relief();
+                self.hold_up(relief);
                 None
             } else {
                 match self.poll_read(cx) {
@@ -432,14 +433,14 @@ impl Connection {
     }
 
     fn hold_up(&mut self, hold: Hold) {
-        self.share.keep_waiting(true);
+        self.share.begin_waiting();
         (self.hold, self.held_since) = (Some(hold), Instant::now());
     }
 
     /// Until now it was the server that kept the peer waiting.
     fn end_waiting(&mut self) {
-        self.share.keep_waiting(false);
         let waited = self.held_since.elapsed();
+        self.share.end_waiting(waited);
         self.since.begun = self.since.begun.and_then(|begun| begun.checked_add(waited));
     }
 
@@ -559,7 +560,8 @@ impl Connection {
             start = start.saturating_add(decoded.consumed);
             served = true;
             if let Some(reading) = self.session.start_reading() {
-                (self.hold, self.has_request) = (Some(reading), true);
+                self.has_request = true;
+                self.hold_up(reading);
                 break;
             }
             end = close.then_some(End::Refused);

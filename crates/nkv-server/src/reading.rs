@@ -101,3 +101,35 @@ impl Reading {
         Answer::to(Id::from_json(&id), out).entries(entries, more);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nkv_core::{NoPersist, NotifyKeyValue, PersistValue, PutOptions};
+
+    use super::*;
+
+    /// How many turns it takes to read so many keys with values so long.
+    fn turns(count: usize, value_len: usize) -> usize {
+        let persist: Box<dyn PersistValue> = Box::new(NoPersist::default());
+        let store: Store = NotifyKeyValue::open(persist).unwrap();
+        for number in 0..count {
+            store.put(&Key::new(&format!("k{number}")).unwrap(), vec![b'x'; value_len], PutOptions::default()).unwrap();
+        }
+        let form = Some(ValueForm::Text);
+        let mut reading = Reading::new(Id::from_json("1"), Pattern::All, None, usize::MAX, form);
+        let mut turns = 1;
+        while !reading.read(&store).unwrap() {
+            turns += 1;
+        }
+        let mut out = Chunks::default();
+        reading.finish(&mut out);
+        assert!(out.len() > count * value_len);
+        turns
+    }
+
+    #[test]
+    fn a_long_read_takes_a_turn_for_each_1024_keys_and_each_64_kib() {
+        assert_eq!((turns(10, 10), turns(1_025, 0), turns(2_500, 1)), (1, 2, 3));
+        assert_eq!(turns(20, 32 << 10), 10);
+    }
+}

@@ -41,6 +41,9 @@ const CLOCK_TICK: Duration = Duration::from_secs(1);
 /// After a failed expiry, so long passes before the next try.
 const EXPIRY_PAUSE: Duration = Duration::from_secs(1);
 
+/// While storage has not done an expiry, the time goes on so often for other values whose TTL ends.
+const EXPIRY_TICK: Duration = Duration::from_millis(10);
+
 /// Limits of a server.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
@@ -459,10 +462,21 @@ async fn expire_in_time(core: &Core, changed: &Notify) {
         }
         // From here on what is due is absent for all, however long storage takes.
         core.store.advance(now);
-        let expired = core.write_urgently(Write::expiry()).await;
-        if !matches!(expired.as_deref(), Ok([Ok(_)])) {
-            tokio::time::sleep(EXPIRY_PAUSE).await;
-        }
+        advancing(core, async {
+            let expired = core.write_urgently(Write::expiry()).await;
+            if !matches!(expired.as_deref(), Ok([Ok(_)])) {
+                tokio::time::sleep(EXPIRY_PAUSE).await;
+            }
+        })
+        .await;
+    }
+}
+
+/// Waits for storage, while the time goes on for all values that become due meanwhile.
+async fn advancing(core: &Core, work: impl Future<Output = ()>) {
+    let mut work = std::pin::pin!(work);
+    while timeout(EXPIRY_TICK, work.as_mut()).await.is_err() {
+        core.store.advance(core.clock.now());
     }
 }
 

@@ -32,7 +32,12 @@ impl TestServer {
     }
 
     pub fn with(describe: impl FnOnce(Builder) -> Builder) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        TestServer::on(threads(), describe)
+    }
+
+    /// On a runtime with so many threads.
+    pub fn on(threads: usize, describe: impl FnOnce(Builder) -> Builder) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build().unwrap();
         let builder = describe(Server::builder().listen("127.0.0.1:0".parse().unwrap()));
         let server = runtime.block_on(builder.bind()).unwrap();
         let Address::Tcp(addr) = server.addresses()[0].clone() else { panic!("no TCP address") };
@@ -75,6 +80,11 @@ impl Drop for TestServer {
     }
 }
 
+/// How many threads the runtime of a server has: what `NKV_TEST_THREADS` says, or one.
+fn threads() -> usize {
+    std::env::var("NKV_TEST_THREADS").map_or(1, |threads| threads.parse().unwrap())
+}
+
 /// A connection that speaks lines.
 pub struct Conn {
     reader: BufReader<TcpStream>,
@@ -82,7 +92,10 @@ pub struct Conn {
 
 impl Conn {
     pub fn to(addr: &str) -> Self {
-        let stream = TcpStream::connect(addr).unwrap();
+        Conn::over(TcpStream::connect(addr).unwrap())
+    }
+
+    pub fn over(stream: TcpStream) -> Self {
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();

@@ -1,0 +1,60 @@
+//! Long requests for which there is no room: they wait in their sockets, and nobody else does.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::time::Duration;
+
+use nkv_server::Options;
+use support::{Conn, TestServer, status};
+
+const VALUE_LEN: usize = 1 << 20;
+
+fn announce(conn: &mut Conn, key: &str) {
+    conn.send(format!(r#"{{"type":"Put","key":"{key}","len":{VALUE_LEN}}}"#));
+}
+
+#[test]
+fn small_writes_go_on_while_slow_senders_hold_all_the_room_and_one_makes_way_for_another() {
+    let mut options = Options::default();
+    options.queued_max = 64 << 20; // room for 16 MiB that are on their way
+    let server = TestServer::with(|builder| builder.options(options));
+    let mut slow: Vec<Conn> = (0..15).map(|_| server.connect()).collect();
+    for (n, conn) in slow.iter_mut().enumerate() {
+        announce(conn, &format!("slow.{n}"));
+        conn.send(vec![b'x'; 200_000]);
+    }
+    let mut small = server.connect();
+    small.put("small", "x");
+    let mut honest = server.connect();
+    honest.stream().set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    honest.stream().set_write_timeout(Some(Duration::from_secs(60))).unwrap();
+    announce(&mut honest, "honest");
+    let waiting = std::thread::spawn(move || {
+        honest.send(vec![b'x'; VALUE_LEN]);
+        status(&honest.line())
+    });
+    let mut puts = 0;
+    while !waiting.is_finished() {
+        small.put("small", &"x".repeat(1_000));
+        puts += 1;
+    }
+    assert_eq!(waiting.join().unwrap(), 200);
+    assert!(puts >= 100, "{puts} small ones were done meanwhile");
+    let closed = slow.iter_mut().map(is_closed).filter(|is_closed| *is_closed).count();
+    assert_eq!(closed, 1);
+}
+
+/// Whether the server has closed it, and said why.
+fn is_closed(conn: &mut Conn) -> bool {
+    conn.stream().set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    match conn.stream().peek(&mut [0]) {
+        Ok(_) => {
+            let said = conn.line();
+            assert_eq!(status(&said), 503, "{said}");
+            true
+        }
+        Err(_) => false,
+    }
+}

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use nkv_core::mailbox::Observer;
 use nkv_notify_tcp::TcpNotifier;
-use tokio::sync::Mutex as Turns;
+use tokio::sync::{Mutex as Turns, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use crate::clock::millis;
@@ -41,7 +41,12 @@ pub(crate) struct Budget {
     is_stopping: AtomicBool,
     /// Whoever waits for room, in the order in which they came; and when somebody was last closed for them.
     queue: Turns<Option<Instant>>,
+    /// For those that make a long answer while much waits: one at a time.
+    leave: Arc<Semaphore>,
 }
+
+/// That a long answer may be made although much waits.
+pub(crate) type Leave = OwnedSemaphorePermit;
 
 #[derive(Debug, Default)]
 struct Holders {
@@ -225,7 +230,8 @@ impl Budget {
     /// `event_bytes` is what the store counts the changes in that wait.
     pub(crate) fn new(limit: usize, event_bytes: Arc<AtomicUsize>) -> Arc<Self> {
         let (waiting, read, deep, holders, is_stopping, queue) = Default::default();
-        Arc::new(Budget { limit, event_bytes, waiting, read, deep, holders, is_stopping, queue })
+        let leave = Arc::new(Semaphore::new(1));
+        Arc::new(Budget { limit, event_bytes, waiting, read, deep, holders, is_stopping, queue, leave })
     }
 
     /// What notifiers count answers in.
@@ -340,6 +346,27 @@ impl Budget {
             }
             tokio::time::sleep(ROOM_PAUSE).await;
         }
+    }
+
+    /// Whether so much waits that answers which take many turns are made one after another. Those that were
+    /// [let in](Self::room) together would come to hold too much together.
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.queued() > self.limit / 4
+    }
+
+    /// Waits for the others that are made, and until their peers have taken most of the answers, but for that no longer than
+    /// `patience`.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future gives up the place in the queue.
+    pub(crate) async fn leave(&self, patience: Duration) -> Option<Leave> {
+        let leave = Arc::clone(&self.leave).acquire_owned().await.ok();
+        let start = Instant::now();
+        while self.waiting.load(Relaxed) > self.limit / 4 && start.elapsed() < patience {
+            tokio::time::sleep(ROOM_PAUSE).await;
+        }
+        leave
     }
 
     /// Closes the connection that holds most for longest, if they hold so much. Changes that wait take no room of answers.

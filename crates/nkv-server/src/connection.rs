@@ -392,6 +392,21 @@ impl Connection {
                 self.session.answer_writes(results, &mut out);
                 self.outbox.send(out);
             }
+            Some(Hold::Reading(reading)) if reading.needs_leave() && self.core.budget.is_crowded() => {
+                self.hold = Some(self.session.wait_for_leave(reading));
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            Some(Hold::Leave(mut reading, mut leave)) => {
+                let Poll::Ready(leave) = leave.as_mut().poll(cx) else {
+                    self.hold = Some(Hold::Leave(reading, leave));
+                    return Poll::Pending;
+                };
+                reading.give_leave(leave);
+                self.hold = Some(Hold::Reading(reading));
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             Some(Hold::Reading(reading)) => {
                 let mut out = spare();
                 let left = self.session.read_on(reading, &mut out);

@@ -16,7 +16,7 @@ use nkv_protocol::{
     ValueForm, status,
 };
 
-use crate::budget::DeepShare;
+use crate::budget::{DeepShare, Leave};
 use crate::core::{Core, JOB_LEN_MIN, Room, Stopping, Subscriber, Written};
 use crate::reading::{ANSWER_LEN_MAX, Reading, TooLong};
 use crate::server::VERSION;
@@ -67,6 +67,8 @@ pub(crate) enum Hold {
     Arrival(Pin<Box<dyn Future<Output = Result<Room, Stopping>> + Send>>),
     /// The read before it, whose answer comes first.
     Reading(Box<Reading>),
+    /// The same, which waits until it may go on.
+    Leave(Box<Reading>, Pin<Box<dyn Future<Output = Option<Leave>> + Send>>),
     /// The turns of others, and room.
     Turns(Pin<Box<dyn Future<Output = ()> + Send>>),
 }
@@ -175,6 +177,12 @@ impl Session {
     /// The read under way, if one takes several turns.
     pub(crate) fn start_reading(&mut self) -> Option<Hold> {
         self.reading.take().map(|reading| Hold::Reading(Box::new(reading)))
+    }
+
+    /// Has a read wait until it may go on.
+    pub(crate) fn wait_for_leave(&self, reading: Box<Reading>) -> Hold {
+        let (budget, patience) = (Arc::clone(&self.core.budget), self.core.options.stall_limit);
+        Hold::Leave(reading, Box::pin(async move { budget.leave(patience).await }))
     }
 
     /// Reads on for a turn. True once the answer is written.

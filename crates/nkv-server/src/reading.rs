@@ -5,6 +5,7 @@ use std::vec;
 use nkv_core::{Key, Pattern, Record};
 use nkv_protocol::{Answer, Chunks, Entries, GetEntry, Id, ValueForm};
 
+use crate::budget::Leave;
 use crate::core::Store;
 
 /// So many keys are taken from the store at a time: they are of one moment.
@@ -33,6 +34,8 @@ pub(crate) struct Reading {
     /// Whether there is more behind that.
     more: bool,
     entries: Entries,
+    /// That it may go on although much waits.
+    leave: Option<Leave>,
 }
 
 /// The answer would be too long.
@@ -45,7 +48,7 @@ impl Reading {
         let entries = form.map_or_else(Entries::of_list, Entries::of_get);
         let (part, part_len, more) = (Vec::new().into_iter(), 0, true);
         let (id, is_list) = (id.as_json().to_owned(), form.is_none());
-        Reading { id, pattern, after, left: limit, is_list, part, part_len, more, entries }
+        Reading { id, pattern, after, left: limit, is_list, part, part_len, more, entries, leave: None }
     }
 
     pub(crate) fn id(&self) -> Id<'_> {
@@ -55,6 +58,15 @@ impl Reading {
     /// How many bytes it holds.
     pub(crate) fn len(&self) -> usize {
         self.entries.len().saturating_add(self.part_len)
+    }
+
+    /// Whether it is to ask for leave before it takes more from the store.
+    pub(crate) fn needs_leave(&self) -> bool {
+        self.leave.is_none() && self.part.len() == 0
+    }
+
+    pub(crate) fn give_leave(&mut self, leave: Option<Leave>) {
+        self.leave = leave;
     }
 
     /// Reads on for a turn; true if there is nothing left to read.
@@ -131,5 +143,21 @@ mod tests {
     fn a_long_read_takes_a_turn_for_each_1024_keys_and_each_64_kib() {
         assert_eq!((turns(10, 10), turns(1_025, 0), turns(2_500, 1)), (1, 2, 3));
         assert_eq!(turns(20, 32 << 10), 10);
+    }
+
+    #[test]
+    fn a_turn_encodes_no_more_than_others_can_wait_for() {
+        let persist: Box<dyn PersistValue> = Box::new(NoPersist::default());
+        let store: Store = NotifyKeyValue::open(persist).unwrap();
+        for n in 0..3_000 {
+            store.put(&Key::new(&format!("k.{n:04}")).unwrap(), vec![b'v'; 1_000], PutOptions::default()).unwrap();
+        }
+        let mut get = Reading::new(Id::default(), Pattern::All, None, usize::MAX, Some(ValueForm::Text));
+        let (mut turns, mut before) = (1, 0);
+        while !get.read(&store).unwrap() {
+            assert!(get.entries.len() - before <= 2 * TURN_LEN, "{} bytes in one turn", get.entries.len() - before);
+            (turns, before) = (turns + 1, get.entries.len());
+        }
+        assert!(turns >= 3_000_000 / TURN_LEN, "{turns} turns");
     }
 }

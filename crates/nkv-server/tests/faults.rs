@@ -264,6 +264,35 @@ fn a_full_disk_keeps_what_it_has_takes_deletes_and_then_puts_again() {
     }
 }
 
+#[test]
+fn on_a_full_disk_everything_can_be_deleted_at_once() {
+    for (name, disk) in [("tmpfs", SmallDisk::tmpfs()), ("ext4", SmallDisk::ext4())] {
+        let Some(disk) = disk else { continue };
+        let server = Process::start(&disk.data(), &[]);
+        let mut conn = server.connect();
+        let put = |n: usize| format!(r#"{{"type":"Put","key":"k.{n}","value":"{}"}}"#, "x".repeat(500));
+        let (mut stored, mut sent) = (0, 0);
+        loop {
+            // The last ones to fit are short, and come alone.
+            let some: Vec<String> = (sent..sent + 256).map(put).collect();
+            sent += some.len();
+            conn.send(some.join("\n"));
+            let done: Vec<u64> = some.iter().map(|_| status(&conn.line())).collect();
+            stored += done.iter().filter(|status| **status == 200).count();
+            assert!(done.iter().all(|status| matches!(status, 200 | 507)), "{done:?}");
+            assert!(sent < 100_000, "the disk does not fill");
+            if done.iter().all(|status| *status == 507) {
+                break;
+            }
+        }
+        conn.send(r#"{"type":"Delete","key":"*"}"#);
+        let answer = conn.json();
+        assert_eq!((&answer["Base"]["status"], &answer["Base"]["count"]), (&200.into(), &stored.into()), "{answer}");
+        eventually("puts fit again", || status(&conn.ask(&put(0))) == 200);
+        println!("TEST enospc_wildcard disk={name} deleted={stored}");
+    }
+}
+
 fn fill_and_empty(name: &str, disk: &SmallDisk) {
     let mut server = Process::start(&disk.data(), &[]);
     let mut conn = server.connect();

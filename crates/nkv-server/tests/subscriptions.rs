@@ -192,6 +192,41 @@ fn a_client_that_comes_back_takes_its_subscription_over() {
 }
 
 #[test]
+fn two_that_take_each_others_place_are_each_answered_on_many_threads() {
+    const ROUNDS: usize = 2_000;
+    let server = TestServer::on(4, |builder| builder);
+    let conns: Vec<_> = (0..2)
+        .map(|_| {
+            let mut conn = server.connect();
+            thread::spawn(move || {
+                let mut closes = 0;
+                for round in 0..ROUNDS {
+                    conn.send(r#"{"type":"Subscribe","client_uuid":"me","key":"a"}"#);
+                    loop {
+                        match conn.line() {
+                            line if line == "\"Hello\"" => break,
+                            line => assert_eq!(line, REPLACED, "in round {round}"),
+                        }
+                        closes += 1;
+                    }
+                }
+                (conn, closes)
+            })
+        })
+        .collect();
+    let conns: Vec<_> = conns.into_iter().map(|conn| conn.join().unwrap()).collect();
+    let mut all_closes = 0;
+    for (mut conn, closes) in conns {
+        conn.send(r#"{"type":"Health"}"#);
+        let late = std::iter::from_fn(|| Some(conn.line()).filter(|line| line == REPLACED)).count();
+        all_closes += closes + late;
+    }
+    assert_eq!(all_closes, 2 * ROUNDS - 1, "all but the last were replaced, and notified of it");
+}
+
+const REPLACED: &str = r#"{"Close":{"key":"a","reason":"replaced"}}"#;
+
+#[test]
 fn subscriptions_end_with_their_connection() {
     let server = TestServer::start();
     let mut watcher = server.connect();

@@ -89,16 +89,14 @@ impl Keyspace {
         self.walk(start(pattern, after), move |key| pattern.selects_text(key))
     }
 
-    /// Every record that a subscription to `pattern` covers, in key order, after `after`, without those whose TTL has
-    /// ended by `now`.
+    /// Every record that a subscription to `pattern` covers, in key order, after `after`, also what is only waiting to be
+    /// removed.
     pub(crate) fn covered<'a>(
         &'a self,
         pattern: &'a Pattern,
         after: Option<&'a Key>,
-        now: Timestamp,
     ) -> impl Iterator<Item = RecordRef<'a>> {
-        let covered = self.walk(start(pattern, after), move |key| pattern.covers_text(key));
-        covered.filter(move |record| !is_due(record.expiry, now))
+        self.walk(start(pattern, after), move |key| pattern.covers_text(key))
     }
 
     /// What lies below a key follows it at once, so a walk may start there and end at the first stranger.

@@ -162,7 +162,7 @@ pub struct Observer<T = Infallible> {
     shared: Arc<Shared<T>>,
 }
 
-/// The side that takes. Dropping it closes the mailbox.
+/// The side that takes: one reader at a time. Dropping it closes the mailbox.
 pub struct Inbox<T = Infallible> {
     shared: Arc<Shared<T>>,
 }
@@ -213,6 +213,8 @@ struct State<T> {
     /// How many snapshots wait to be read, with the one that is being read.
     snapshots: usize,
     reading: Option<SnapshotReader>,
+    /// A part of it is being read: nothing else is to be had until it is there.
+    is_part_on_its_way: bool,
     overflow: Overflow,
     has_overflowed: bool,
     /// How many `None`s the queue holds.
@@ -252,6 +254,7 @@ impl<T> State<T> {
             subscriptions: Vec::new(),
             snapshots: 0,
             reading: None,
+            is_part_on_its_way: false,
             overflow: Overflow::default(),
             has_overflowed: false,
             vacant: 0,
@@ -279,7 +282,7 @@ impl<T> State<T> {
     /// How much of the slack a change takes; none if it is to be conflated, as all are while one is that was not read.
     fn slack_for(&mut self, change: &Change) -> usize {
         let len = change_len(change);
-        if self.slack_taken + len > self.slack || !self.slots.is_empty() {
+        if self.slack_taken + len > self.slack || !self.slots.is_empty() || self.snapshots > 0 {
             return 0;
         }
         self.slack_taken += len;
@@ -311,6 +314,9 @@ impl<T> State<T> {
         if change.revision <= self.newest {
             return Delivery::Queued; // a second subscription of this reader covers the key too
         }
+        if self.snapshots > 0 && self.is_for_a_snapshot(change) {
+            return Delivery::Queued;
+        }
         self.newest = change.revision;
         let slack = self.slack_for(change);
         let mut item_skipped = 0;
@@ -330,6 +336,12 @@ impl<T> State<T> {
             return if self.closed { Delivery::Closed } else { Delivery::Conflated };
         }
         if item_skipped > 0 { Delivery::Conflated } else { Delivery::Queued }
+    }
+
+    /// Whether the backlog was given up after the store had decided to give this change: a snapshot that waits will have it.
+    fn is_for_a_snapshot(&self, change: &Change) -> bool {
+        let mut covering = self.subscriptions.iter().filter(|began| began.pattern.covers(&change.key)).peekable();
+        covering.peek().is_some() && !covering.any(|began| began.reader.wants(change))
     }
 
     fn push(&mut self, item: Item<T>, slack: usize) {
@@ -413,7 +425,8 @@ impl<T> State<T> {
 
     fn next(&mut self) -> Option<Next<T>> {
         if let Some(reader) = &self.reading {
-            return Some(Next::Part(reader.clone()));
+            let is_free = !std::mem::replace(&mut self.is_part_on_its_way, true);
+            return is_free.then(|| Next::Part(reader.clone()));
         }
         while let Some(Place { item, slack }) = self.queue.pop_front() {
             self.front += 1;
@@ -449,9 +462,10 @@ impl<T> State<T> {
 
     /// A part of the snapshot was read; `None` if there will be no more.
     fn take_part(&mut self, part: Option<Snapshot>) -> Option<Item<T>> {
+        self.is_part_on_its_way = false;
         if part.as_ref().is_none_or(|part| part.is_last) {
             self.reading = None;
-            self.snapshots -= 1;
+            self.snapshots = self.snapshots.saturating_sub(1);
         }
         part.map(|part| Item::Event { event: Event::new(EventKind::Snapshot(part)), skipped: 0 })
     }
@@ -502,7 +516,11 @@ impl<T> Shared<T> {
                     drop(state);
                     let part = reader.next_part();
                     state = self.lock();
-                    if let Some(item) = state.take_part(part) {
+                    let item = state.take_part(part);
+                    if state.blocked > 0 {
+                        self.arrived.notify_all();
+                    }
+                    if let Some(item) = item {
                         return Ok(item);
                     }
                 }
@@ -645,7 +663,10 @@ impl<T> Inbox<T> {
                     taken += item.len();
                     items.push(item);
                 }
-                Some(Next::Part(_)) if taken > 0 => break,
+                Some(Next::Part(_)) if taken > 0 => {
+                    state.is_part_on_its_way = false;
+                    break;
+                }
                 Some(Next::Part(reader)) => {
                     drop(state);
                     let part = reader.next_part();
@@ -760,8 +781,7 @@ impl<T> Observer<T> {
         self.shared.backlog()
     }
 
-    /// Gives up what waits, as if there were too much of it: see [`Overflow`]. A change that another thread gives to the
-    /// subscriber at the same moment may come once more.
+    /// Gives up what waits, as if there were too much of it: see [`Overflow`].
     pub fn give_up(&self) {
         self.shared.post(State::overflow);
     }

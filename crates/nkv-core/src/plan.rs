@@ -115,10 +115,12 @@ impl<'a> Plan<'a> {
     /// All keys are looked up before anything else is done: in so short a loop the processor waits for the memory of
     /// several at a time.
     fn look_up(&self, writes: &[&mut Write], extent: Extent) -> Vec<Lookup> {
-        let mut lookups = Vec::new();
+        let (mut lookups, mut without_key) = (Vec::new(), 0);
         for write in writes.iter().filter(|write| !write.is_done()) {
             let rest = write.rest();
-            if !lookups.is_empty() && write.is_together && lookups.len() + rest.len() > GROUP_CHANGES_MAX {
+            // A delete of many keys that comes first must not keep a large batch waiting for its end.
+            let with_key = lookups.len() - without_key;
+            if with_key > 0 && write.is_together && with_key + rest.len() > GROUP_CHANGES_MAX {
                 break;
             }
             let max = match extent {
@@ -129,6 +131,7 @@ impl<'a> Plan<'a> {
             let hash =
                 |op| Lookup { hash: key_of(op).map_or(0, |key| self.keyspace.hash(key.as_str())), ..Lookup::default() };
             lookups.extend(rest.iter().take(max).map(hash));
+            without_key += rest.iter().take(max).filter(|op| key_of(op).is_none()).count();
             if extent == Extent::Unit || lookups.len() >= GROUP_CHANGES_MAX {
                 break;
             }
@@ -252,8 +255,11 @@ impl<'a> Plan<'a> {
         if !has_begun && self.changes.iter().any(|change| pattern.selects(&change.key)) {
             return None;
         }
+        let keys_max = self.slice_keys_max();
+        if keys_max == 0 {
+            return None;
+        }
         let sweep = progress.get_or_insert_with(|| Sweep::from(self.revision));
-        let keys_max = SLICE_KEYS_MAX.min(GROUP_CHANGES_MAX.saturating_sub(self.changes.len()));
         let (mut keys, mut looks) = (Vec::new(), 0);
         let mut selected = self.keyspace.select(pattern, sweep.after.as_ref(), self.now);
         let mut last = None;
@@ -286,13 +292,22 @@ impl<'a> Plan<'a> {
         })
     }
 
+    /// How many keys a slice has now. Slices take half of a batch at most: other writes are not to wait for them.
+    fn slice_keys_max(&self) -> usize {
+        SLICE_KEYS_MAX.min((GROUP_CHANGES_MAX / 2).saturating_sub(self.changes.len()))
+    }
+
     /// The next slice of what is due, the earliest first.
     fn expire(&mut self, write: &mut Write) {
+        let keys_max = self.slice_keys_max();
+        if keys_max == 0 {
+            return;
+        }
         let sweep = write.sweep.get_or_insert_with(|| Sweep::from(self.revision));
         // What an earlier operation of the batch wrote or removed is not due: its expiry is another.
         let is_untouched = |key: &Key| self.latest(key, self.keyspace.hash(key.as_str())).is_none();
-        let keys_max = SLICE_KEYS_MAX.min(GROUP_CHANGES_MAX.saturating_sub(self.changes.len()));
-        let due = self.keyspace.due(self.now).take(SLICE_LOOKS_MAX).map(Key::trusted).filter(is_untouched);
+        let due =
+            self.keyspace.due(self.now).take(SLICE_LOOKS_MAX + sweep.refused).map(Key::trusted).filter(is_untouched);
         // What was refused is due still, and comes first again.
         let due: Vec<Key> = due.skip(sweep.refused).take(keys_max).collect();
         let is_done = due.len() < keys_max;

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::PoisonError;
 
 use crate::sync::{Condvar, Mutex, MutexGuard, yield_now};
+use crate::wake::Later;
 use crate::write::Write;
 
 #[derive(Debug, Default)]
@@ -37,9 +38,12 @@ impl Queue {
         if !waiting.is_busy && waiting.writes.is_empty() {
             waiting.is_busy = true;
             drop(waiting);
+            // What is woken may write, and is not to wait for this thread.
+            let later = Later::begin();
             let leader = Leader { queue: self, numbers: Vec::new(), writes: Vec::new() };
             commit(std::slice::from_mut(&mut write));
             drop(leader);
+            drop(later);
             if write.is_done() {
                 return write;
             }
@@ -69,9 +73,11 @@ impl Queue {
             let (numbers, writes): (Vec<u64>, Vec<Write>) = std::mem::take(&mut waiting.writes).into_iter().unzip();
             waiting.last = writes.len();
             drop(waiting);
+            let later = Later::begin();
             let mut leader = Leader { queue: self, numbers, writes };
             commit(&mut leader.writes);
             drop(leader);
+            drop(later);
             waiting = self.lock();
         }
     }

@@ -307,6 +307,8 @@ pub(crate) trait ReadSnapshot: Send + Sync {
     fn reset(&self) -> bool;
 
     fn has_ended(&self) -> bool;
+
+    fn wants(&self, change: &Change) -> bool;
 }
 
 impl SnapshotReader {
@@ -340,6 +342,11 @@ impl SnapshotReader {
     pub fn has_ended(&self) -> bool {
         self.0.has_ended()
     }
+
+    /// Whether a change is for the notifier, or for a snapshot that is to be read.
+    pub(crate) fn wants(&self, change: &Change) -> bool {
+        self.0.wants(change)
+    }
 }
 
 impl ReadSnapshot for Mutex<VecDeque<Snapshot>> {
@@ -353,6 +360,10 @@ impl ReadSnapshot for Mutex<VecDeque<Snapshot>> {
 
     fn has_ended(&self) -> bool {
         false
+    }
+
+    fn wants(&self, _change: &Change) -> bool {
+        true
     }
 }
 

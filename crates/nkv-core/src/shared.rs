@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, PoisonError, Weak};
 
 use crate::key::{Key, Pattern};
-use crate::keyspace::Keyspace;
+use crate::keyspace::{Keyspace, is_due};
 use crate::notifier::{Delivery, Notifier};
 use crate::record::{
     Action, Began, Change, EndReason, Event, EventKind, ReadSnapshot, Reason, Snapshot, SnapshotReader, Timestamp,
@@ -17,7 +17,7 @@ use crate::records::Records;
 use crate::revision::{Epoch, Revision};
 use crate::subscribers::{Progress, SubscriberId, Subscribers, Subscription};
 use crate::sync::{MutexGuard, RwLock, RwLockReadGuard, TurnMutex};
-use crate::wake::Later;
+use crate::wake::{Later, drop_later};
 
 /// When no TTL ends.
 pub(crate) const NEVER: Timestamp = Timestamp::MAX;
@@ -107,19 +107,18 @@ impl<N: Notifier> Shared<N> {
         self.next_expiry.store(keyspace.next_expiry().unwrap_or(NEVER).as_millis(), Release);
         drop(keyspace);
         self.count(&changes);
-        self.notify_all(&later, subscribers, changes);
+        self.notify_all(subscribers, changes);
+        drop(later);
     }
 
     /// After some changes those who wait to subscribe, to unsubscribe, or to read part of a snapshot go first: they see
     /// which changes the others have been notified of.
-    fn notify_all<'a>(&'a self, later: &Later, mut subscribers: MutexGuard<'a, Subscribers<N>>, changes: Vec<Change>) {
+    fn notify_all<'a>(&'a self, mut subscribers: MutexGuard<'a, Subscribers<N>>, changes: Vec<Change>) {
         let last = changes.last().map_or(Revision::ZERO, |change| change.revision);
         let mut tally = Tally { notified: 0, conflated: 0, gone: Vec::new() };
         let mut changes = changes.into_iter();
         while subscribers.len() > 0 && self.notify_some(&mut subscribers, &mut changes, &mut tally) {
             drop(subscribers);
-            tally.gone.clear();
-            later.wake_all();
             self.subscribers.give_turns();
             subscribers = self.subscribers.lock();
         }
@@ -127,6 +126,7 @@ impl<N: Notifier> Shared<N> {
         drop(subscribers);
         self.counters.notified.fetch_add(tally.notified, Relaxed);
         self.counters.conflated.fetch_add(tally.conflated, Relaxed);
+        drop_later(tally.gone);
     }
 
     /// False once all are notified of all changes.
@@ -136,29 +136,30 @@ impl<N: Notifier> Shared<N> {
         changes: &mut impl Iterator<Item = Change>,
         tally: &mut Tally<N>,
     ) -> bool {
-        let (until, gone_before) = (tally.notified + TURN_NOTIFICATIONS, tally.gone.len());
+        let gone_before = tally.gone.len();
         let mut covering = Vec::new();
-        let mut is_done = true;
+        // Each subscription that was looked at counts, also one that does not want the change.
+        let (mut looks, mut is_done) = (0, true);
         for change in changes {
             let revision = change.revision;
             subscribers.for_each(&change.key, |subscription| {
+                looks += 1;
                 if subscription.progress.wants(&change.key, revision) {
                     covering.push(subscription);
                 }
             });
-            if covering.is_empty() {
-                continue;
-            }
-            tally.notified += covering.len() as u64;
-            let event = Event::counted(EventKind::Change(change), &self.event_bytes);
-            for subscription in covering.drain(..) {
-                match subscription.notifier().notify(&event) {
-                    Delivery::Queued => {}
-                    Delivery::Conflated => tally.conflated += 1,
-                    Delivery::Closed => tally.gone.push(Arc::clone(subscription)),
+            if !covering.is_empty() {
+                tally.notified += covering.len() as u64;
+                let event = Event::counted(EventKind::Change(change), &self.event_bytes);
+                for subscription in covering.drain(..) {
+                    match subscription.notifier().notify(&event) {
+                        Delivery::Queued => {}
+                        Delivery::Conflated => tally.conflated += 1,
+                        Delivery::Closed => tally.gone.push(Arc::clone(subscription)),
+                    }
                 }
             }
-            if tally.notified >= until && self.subscribers.is_wanted() {
+            if looks >= TURN_NOTIFICATIONS && self.subscribers.is_wanted() {
                 is_done = false;
                 break;
             }
@@ -293,14 +294,17 @@ impl<N: Notifier> ReadSnapshot for Reader<N> {
         let present = keyspace.revision();
         let (after, revision) = self.progress.resume(present);
         let (mut records, mut len) = (Records::default(), 0);
-        let mut covered = keyspace.covered(&self.pattern, after.as_ref(), shared.now());
-        while records.len() < PART_KEYS_MAX && len < PART_LEN_MAX {
+        let (now, mut looks, mut last) = (shared.now(), 0, None);
+        let mut covered = keyspace.covered(&self.pattern, after.as_ref());
+        while looks < PART_KEYS_MAX && len < PART_LEN_MAX {
             let Some(record) = covered.next() else { break };
-            len += record.key.len() + record.value.len();
-            records.push(record);
+            (looks, last) = (looks + 1, Some(record.key));
+            if !is_due(record.expiry, now) {
+                len += record.key.len() + record.value.len();
+                records.push(record);
+            }
         }
-        let last = records.len().checked_sub(1).and_then(|last| records.get(last));
-        let up_to = last.filter(|_| covered.next().is_some()).map(|last| Key::trusted(last.key));
+        let up_to = last.filter(|_| covered.next().is_some()).map(Key::trusted);
         let is_last = up_to.is_none();
         self.progress.has_read(up_to, subscribers.told, present);
         drop(covered);
@@ -315,5 +319,9 @@ impl<N: Notifier> ReadSnapshot for Reader<N> {
 
     fn has_ended(&self) -> bool {
         self.progress.has_ended()
+    }
+
+    fn wants(&self, change: &Change) -> bool {
+        self.progress.wants(&change.key, change.revision)
     }
 }

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use thiserror::Error;
 
 use crate::key::{Key, Pattern};
-use crate::keyspace::Keyspace;
+use crate::keyspace::{Keyspace, is_due};
 use crate::notifier::Notifier;
 use crate::persist::{PersistError, PersistErrorKind, PersistValue};
 use crate::plan::{Extent, Plan};
@@ -23,6 +23,7 @@ use crate::revision::{Epoch, Revision};
 use crate::shared::{NEVER, PART_KEYS_MAX, Shared};
 use crate::subscribers::{SubscriberId, Subscription};
 use crate::sync::{Mutex, MutexGuard};
+use crate::wake::Later;
 use crate::write::{Op, Outcome, PutOptions, Write, WriteError};
 
 /// A notify key-value store: values that survive, and subscribers that are told the latest of them.
@@ -176,11 +177,13 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         let mut after = after.cloned();
         loop {
             let (keyspace, now) = (self.shared.read(), self.shared.now());
-            let mut selected = keyspace.select(pattern, after.as_ref(), now);
+            let mut selected = keyspace.select_stored(pattern, after.as_ref());
             let mut last = None;
             for record in selected.by_ref().take(PART_KEYS_MAX) {
                 last = Some(record.key);
-                visit(record)?;
+                if !is_due(record.expiry, now) {
+                    visit(record)?;
+                }
             }
             let Some(last) = last.filter(|_| selected.next().is_some()).map(Key::trusted) else {
                 return ControlFlow::Continue(());
@@ -260,7 +263,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     pub fn exists(&self, pattern: &Pattern) -> bool {
         match pattern {
             Pattern::Key(key) => self.shared.read().get(key.as_str(), self.shared.now()).is_some(),
-            _ => self.shared.read().select(pattern, None, self.shared.now()).next().is_some(),
+            _ => self.walk(pattern, None, |_| ControlFlow::Break(())).is_break(),
         }
     }
 
@@ -357,6 +360,8 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         let writes = writes.as_mut_slice();
         // Only after a panic of storage is something planned and neither stored nor refused.
         writes.iter_mut().for_each(|write| _ = write.undo());
+        // Ends after the lock of the writer: what is woken then may write, and so may what is dropped.
+        let _later = Later::begin();
         let mut writer = match self.lock_writer() {
             Ok(writer) => writer,
             Err(error) => return fail_all(writes, &error),

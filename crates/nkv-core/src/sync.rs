@@ -21,12 +21,14 @@ use std::sync::atomic::Ordering::SeqCst;
 #[derive(Debug)]
 pub(crate) struct TurnMutex<T> {
     waiting: AtomicUsize,
+    /// How often it was locked.
+    locked: AtomicUsize,
     mutex: Mutex<T>,
 }
 
 impl<T> TurnMutex<T> {
     pub(crate) fn new(value: T) -> Self {
-        TurnMutex { waiting: AtomicUsize::new(0), mutex: Mutex::new(value) }
+        TurnMutex { waiting: AtomicUsize::new(0), locked: AtomicUsize::new(0), mutex: Mutex::new(value) }
     }
 
     /// Also after a panic of another owner: what is under it must be whole between two steps.
@@ -34,6 +36,7 @@ impl<T> TurnMutex<T> {
         self.waiting.fetch_add(1, SeqCst);
         let guard = self.mutex.lock().unwrap_or_else(PoisonError::into_inner);
         self.waiting.fetch_sub(1, SeqCst);
+        self.locked.fetch_add(1, SeqCst);
         guard
     }
 
@@ -42,9 +45,10 @@ impl<T> TurnMutex<T> {
         self.waiting.load(SeqCst) > 0
     }
 
-    /// Waits until all those who wait now have had their turn, to be called without the lock.
+    /// Waits until as many as wait now have had their turn, to be called without the lock.
     pub(crate) fn give_turns(&self) {
-        while self.is_wanted() {
+        let (before, waiting) = (self.locked.load(SeqCst), self.waiting.load(SeqCst));
+        while self.is_wanted() && self.locked.load(SeqCst).wrapping_sub(before) < waiting {
             yield_now();
         }
     }

@@ -1,8 +1,9 @@
-//! Wakers that are called once no lock is held.
+//! Wakers that are called, and notifiers that are dropped, once no lock is held.
 //!
-//! What a waker does is its owner's business: it may call the store, or drop what owns a subscription. So a store that
-//! notifies under its locks notes the wakers of the thread and calls them afterwards.
+//! What these do is their owners' business: they may call the store, or drop what owns a subscription. So a store that
+//! notifies under its locks notes them for the thread and lets them go afterwards.
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::task::Waker;
 
@@ -23,11 +24,12 @@ struct Noted {
     /// How many stores of this thread hold a lock.
     depth: usize,
     wakers: Vec<Waker>,
+    dropped: Vec<Box<dyn Any>>,
 }
 
 impl Noted {
     const fn new() -> Self {
-        Noted { depth: 0, wakers: Vec::new() }
+        Noted { depth: 0, wakers: Vec::new(), dropped: Vec::new() }
     }
 }
 
@@ -40,26 +42,38 @@ impl Later {
         NOTED.with(|noted| noted.borrow_mut().depth += 1);
         Later(())
     }
-
-    /// Wakes all that were noted. No lock may be held.
-    pub(crate) fn wake_all(&self) {
-        let wakers = NOTED.with(|noted| {
-            let mut noted = noted.borrow_mut();
-            if noted.depth == 1 { std::mem::take(&mut noted.wakers) } else { Vec::new() }
-        });
-        wakers.into_iter().for_each(Waker::wake);
-    }
 }
 
 impl Drop for Later {
     fn drop(&mut self) {
-        let wakers = NOTED.with(|noted| {
+        let (wakers, dropped) = NOTED.with(|noted| {
             let mut noted = noted.borrow_mut();
             noted.depth -= 1;
-            if noted.depth == 0 { std::mem::take(&mut noted.wakers) } else { Vec::new() }
+            if noted.depth > 0 {
+                return Default::default();
+            }
+            (std::mem::take(&mut noted.wakers), std::mem::take(&mut noted.dropped))
         });
         wakers.into_iter().for_each(Waker::wake);
+        drop(dropped);
     }
+}
+
+/// Drops, or has it done when the locks of this thread's stores are given back.
+pub(crate) fn drop_later<T: 'static>(all: Vec<T>) {
+    if all.is_empty() {
+        return;
+    }
+    let all: Box<dyn Any> = Box::new(all);
+    let all = NOTED.with(|noted| {
+        let mut noted = noted.borrow_mut();
+        if noted.depth == 0 {
+            return Some(all);
+        }
+        noted.dropped.push(all);
+        None
+    });
+    drop(all);
 }
 
 /// Wakes, or has it done when the locks of this thread's stores are given back.

@@ -96,8 +96,9 @@ pub enum WriteError {
 /// use nkv_core::{Key, NoPersist, NotifyKeyValue, Op, Outcome, PutOptions, Revision, Write, mailbox::Mailbox};
 ///
 /// let store: NotifyKeyValue<_, Mailbox> = NotifyKeyValue::open(NoPersist::default())?;
-/// let put = |key| Ok(Op::Put { key: Key::new(key)?, value: "on".into(), options: PutOptions::default() });
-/// let mut writes = [Write::together(vec![put("a")?, put("b")?]), Write::apart(vec![put("c")?])];
+/// let put = |key| Op::Put { key, value: "on".into(), options: PutOptions::default() };
+/// let [a, b, c] = [Key::new("a")?, Key::new("b")?, Key::new("c")?];
+/// let mut writes = [Write::together(vec![put(a), put(b)]), Write::apart(vec![put(c)])];
 /// while !writes.iter().all(Write::is_done) {
 ///     store.commit(&mut writes);
 /// }

@@ -84,7 +84,7 @@ mod tests {
             let mutex = Arc::clone(&mutex);
             move || {
                 (0..20).for_each(|_| mutex.give_turns());
-                drop(done.send(()));
+                _ = done.send(());
             }
         });
         let ended = is_done.recv_timeout(Duration::from_secs(20));

@@ -307,7 +307,7 @@ fn whoever_subscribes_while_many_are_notified_waits_for_some_and_is_told_each_ch
         let (store, counted) = (Arc::clone(&store), Arc::clone(&counted));
         move || {
             barrier.wait();
-            let inboxes = [true, false].map(|has_snapshot| {
+            [true, false].map(|has_snapshot| {
                 let (post, inbox) = mailbox();
                 store.subscribe(Pattern::All, "other".into(), Either::Mailbox(post), has_snapshot);
                 sent.send(counted.calls.load(SeqCst)).unwrap();
@@ -319,8 +319,7 @@ fn whoever_subscribes_while_many_are_notified_waits_for_some_and_is_told_each_ch
                 })
                 .collect();
                 (inbox, parts)
-            });
-            inboxes
+            })
         }
     });
     store.write(&(0..count).map(put).collect::<Vec<_>>()).unwrap();

@@ -20,36 +20,76 @@ use std::sync::atomic::Ordering::SeqCst;
 /// A mutex whose owner, if it works for long, can let those who wait for it go first.
 #[derive(Debug)]
 pub(crate) struct TurnMutex<T> {
-    waiting: AtomicUsize,
-    /// How often it was locked.
-    locked: AtomicUsize,
+    /// How often the lock was asked for, and had.
+    asked: AtomicUsize,
+    had: AtomicUsize,
     mutex: Mutex<T>,
 }
 
 impl<T> TurnMutex<T> {
     pub(crate) fn new(value: T) -> Self {
-        TurnMutex { waiting: AtomicUsize::new(0), locked: AtomicUsize::new(0), mutex: Mutex::new(value) }
+        TurnMutex { asked: AtomicUsize::new(0), had: AtomicUsize::new(0), mutex: Mutex::new(value) }
     }
 
     /// Also after a panic of another owner: what is under it must be whole between two steps.
     pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
-        self.waiting.fetch_add(1, SeqCst);
+        self.asked.fetch_add(1, SeqCst);
         let guard = self.mutex.lock().unwrap_or_else(PoisonError::into_inner);
-        self.waiting.fetch_sub(1, SeqCst);
-        self.locked.fetch_add(1, SeqCst);
+        self.had.fetch_add(1, SeqCst);
         guard
     }
 
     /// Whether another waits.
     pub(crate) fn is_wanted(&self) -> bool {
-        self.waiting.load(SeqCst) > 0
+        self.had.load(SeqCst) != self.asked.load(SeqCst)
     }
 
-    /// Waits until as many as wait now have had their turn, to be called without the lock.
+    /// Waits until as many have had their turn as wait now, to be called without the lock. Those who come meanwhile may be
+    /// among them: they are not waited for, or it might never end.
     pub(crate) fn give_turns(&self) {
-        let (before, waiting) = (self.locked.load(SeqCst), self.waiting.load(SeqCst));
-        while self.is_wanted() && self.locked.load(SeqCst).wrapping_sub(before) < waiting {
+        let (had, asked) = (self.had.load(SeqCst), self.asked.load(SeqCst));
+        let waiting = asked.wrapping_sub(had);
+        while self.had.load(SeqCst).wrapping_sub(had) < waiting {
             yield_now();
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicBool;
+    use std::time::Duration;
+
+    use super::*;
+
+    // It ended when nobody waited: among several that always ask again, never.
+    #[test]
+    fn turns_are_given_to_those_who_wait_and_not_to_all_who_come() {
+        let (mutex, is_over) = (Arc::new(TurnMutex::new(())), Arc::new(AtomicBool::new(false)));
+        let others: Vec<_> = (0..4)
+            .map(|_| {
+                let (mutex, is_over) = (Arc::clone(&mutex), Arc::clone(&is_over));
+                std::thread::spawn(move || {
+                    while !is_over.load(SeqCst) {
+                        let guard = mutex.lock();
+                        std::thread::sleep(Duration::from_millis(1));
+                        drop(guard);
+                    }
+                })
+            })
+            .collect();
+        let (done, is_done) = std::sync::mpsc::channel();
+        let giving = std::thread::spawn({
+            let mutex = Arc::clone(&mutex);
+            move || {
+                (0..20).for_each(|_| mutex.give_turns());
+                _ = done.send(());
+            }
+        });
+        let ended = is_done.recv_timeout(Duration::from_secs(20));
+        is_over.store(true, SeqCst);
+        others.into_iter().chain([giving]).for_each(|thread| thread.join().unwrap());
+        ended.unwrap();
     }
 }

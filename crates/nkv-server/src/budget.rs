@@ -374,7 +374,8 @@ impl Budget {
         let holders = self.lock();
         let (total, staying) = holders.total_and_staying();
         let bytes = |held: &Held| held.own.saturating_add(held.gathered.1);
-        let worst = staying.iter().max_by_key(|(held, holder)| weight(bytes(held), holder));
+        let connections = staying.iter().filter(|(_, holder)| matches!(holder.source, Source::Connection(_)));
+        let worst = connections.max_by_key(|(held, holder)| weight(bytes(held), holder));
         let worst = worst.filter(|(held, _)| total > self.limit / 2 && bytes(held) > 0);
         worst.inspect(|(_, worst)| worst.evict()).is_some()
     }
@@ -604,7 +605,7 @@ mod tests {
         let subscriber = budget.share(Source::Connection(subscriber));
         let reader = budget.share(Source::Connection(reader));
         reader.hold((1 << 20) - 1, true);
-        drop(tokio::time::timeout(Duration::from_secs(1), budget.room(Duration::from_millis(20))).await);
+        drop(tokio::time::timeout(Duration::from_secs(1), budget.room(Duration::ZERO)).await);
         assert_eq!((subscriber.is_evicted(), reader.is_evicted()), (false, true));
     }
 }

@@ -6,10 +6,10 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::Conn;
 use super::process::Process;
+use super::{Conn, PATIENCE};
 
 pub fn skip(why: &str) {
     assert!(std::env::var_os("NKV_FAULTS").is_none(), "NKV_FAULTS is set, and this cannot run: {why}");
@@ -44,7 +44,11 @@ impl Strace {
     pub fn detach(mut self) {
         let pid = self.0.id().to_string();
         assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
-        self.0.wait().unwrap();
+        // One that holds up a call of a process whose first thread has ended may not hear it: when it is dropped it is killed.
+        let deadline = Instant::now() + PATIENCE;
+        while self.0.try_wait().unwrap().is_none() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 

@@ -441,31 +441,39 @@ impl View {
 fn whatever_is_written_while_a_reader_reads_as_it_likes_it_ends_with_what_is_there() {
     const KEYS: usize = 6_000;
     let (store, _) = store_of::<Either>(KEYS);
-    for id in ["1", "2", "3"] {
-        store.subscribe(Pattern::All, id.into(), Either::Counted(Arc::default()), false);
+    // There are turns to give in each batch.
+    for id in 0..20 {
+        store.subscribe(Pattern::All, id.to_string().as_str().into(), Either::Counted(Arc::default()), false);
     }
-    let inboxes: Vec<Inbox> = [true, false, true, true]
+    let subscribe = |n: usize, post: &Mailbox, has_snapshot| {
+        store.subscribe(below(), format!("reader {n}").as_str().into(), Either::Mailbox(post.clone()), has_snapshot);
+    };
+    let boxes: Vec<(Mailbox, Inbox)> = [true, false, true, true]
         .into_iter()
         .enumerate()
         .map(|(n, has_snapshot)| {
             let (post, inbox) = mailbox();
-            store.subscribe(below(), format!("reader {n}").as_str().into(), Either::Mailbox(post), has_snapshot);
-            inbox
+            subscribe(n, &post, has_snapshot);
+            (post, inbox)
         })
         .collect();
     let before: BTreeMap<String, u64> = state(&store);
     let is_over = AtomicBool::new(false);
     let views = thread::scope(|scope| {
-        let readers: Vec<_> = inboxes
+        let readers: Vec<_> = boxes
             .into_iter()
             .enumerate()
-            .map(|(n, inbox)| {
-                let (is_over, before) = (&is_over, before.clone());
+            .map(|(n, (post, inbox))| {
+                let (is_over, before, subscribe) = (&is_over, before.clone(), &subscribe);
                 scope.spawn(move || {
                     let mut view = View { known: if n == 1 { before } else { BTreeMap::new() }, ..View::default() };
                     let mut random = Random(n as u64 + 1);
                     loop {
                         let was_over = is_over.load(SeqCst);
+                        // Some subscribe again and again.
+                        if n >= 2 && random.below(4) == 0 {
+                            subscribe(n, &post, true);
+                        }
                         for _ in 0..random.below(400) {
                             take(&inbox).into_iter().for_each(|event| view.apply(&event));
                         }

@@ -268,3 +268,21 @@ fn whoever_subscribes_while_somebody_writes_is_told_once_and_readers_see_what_wa
         assert_eq!(revisions(&inbox), [1], "in the snapshot or after it, not in neither, not in both");
     });
 }
+
+#[test]
+fn whoever_subscribes_without_a_snapshot_is_told_of_what_comes_after_its_beginning() {
+    loom::model(|| {
+        let store: Arc<NotifyKeyValue<_, Mailbox<u32>>> = Arc::new(NotifyKeyValue::open(NoPersist::default()).unwrap());
+        let writer = {
+            let store = Arc::clone(&store);
+            thread::spawn(move || store.put(&Key::new("a").unwrap(), "x", PutOptions::default()).unwrap())
+        };
+        let (post, inbox) = mailbox();
+        store.subscribe(Pattern::All, "me".into(), post, false);
+        writer.join().unwrap();
+        let Some(Item::Event { event, .. }) = inbox.try_take() else { panic!("the beginning comes at once") };
+        let EventKind::Began(began) = event.kind() else { panic!("{event:?} came before the beginning") };
+        let after: Vec<u64> = (began.revision.get() + 1..=1).collect();
+        assert_eq!(revisions(&inbox), after);
+    });
+}

@@ -3,6 +3,7 @@
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "the helpers of a test are test code too")]
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Barrier, Mutex, OnceLock, mpsc};
 use std::task::{Context, Wake, Waker};
@@ -402,6 +403,132 @@ fn a_part_that_is_read_while_many_are_notified_hides_no_change_of_the_parts_befo
     assert_eq!((second, part_len(take(&inbox))), (Some(PART), Some(3_000 - 2 * PART)));
     let rest: Vec<u64> = std::iter::from_fn(|| take(&inbox)).map(revision).collect();
     assert_eq!(rest, [4_977], "the put of 5, and nothing that the second part had");
+}
+
+/// What a reader of a mailbox knows: the revision of each key.
+#[derive(Default)]
+struct View {
+    known: BTreeMap<String, u64>,
+    /// What the parts of a snapshot have that is not whole yet.
+    fresh: Option<BTreeMap<String, u64>>,
+    snapshots: usize,
+}
+
+impl View {
+    fn apply(&mut self, event: &Event) {
+        match event.kind() {
+            EventKind::Began(began) if began.has_snapshot => assert!(self.fresh.replace(BTreeMap::new()).is_none()),
+            EventKind::Snapshot(part) => {
+                let fresh = self.fresh.as_mut().unwrap();
+                fresh.extend(part.records.iter().map(|record| (record.key.to_owned(), record.revision.get())));
+                if part.is_last {
+                    (self.known, self.snapshots) = (self.fresh.take().unwrap(), self.snapshots + 1);
+                }
+            }
+            EventKind::Change(change) => {
+                assert!(self.fresh.is_none(), "a change within a snapshot");
+                let (key, revision) = (change.key.as_str(), change.revision.get());
+                let before = self.known.get(key).copied().unwrap_or_default();
+                assert!(revision > before, "{key} went from {before} to {revision}");
+                match change.action {
+                    Action::Put { .. } => _ = self.known.insert(key.to_owned(), revision),
+                    Action::Delete { .. } => _ = self.known.remove(key),
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "it is too much for Miri")]
+fn whatever_is_written_while_a_reader_reads_as_it_likes_it_ends_with_what_is_there() {
+    const KEYS: usize = 6_000;
+    let (store, _) = store_of::<Either>(KEYS);
+    // There are turns to give in each batch.
+    for id in 0..20 {
+        store.subscribe(Pattern::All, id.to_string().as_str().into(), Either::Counted(Arc::default()), false);
+    }
+    let subscribe = |n: usize, post: &Mailbox, has_snapshot| {
+        store.subscribe(below(), format!("reader {n}").as_str().into(), Either::Mailbox(post.clone()), has_snapshot);
+    };
+    let boxes: Vec<(Mailbox, Inbox)> = [true, false, true, true]
+        .into_iter()
+        .enumerate()
+        .map(|(n, has_snapshot)| {
+            let (post, inbox) = mailbox();
+            subscribe(n, &post, has_snapshot);
+            (post, inbox)
+        })
+        .collect();
+    let before: BTreeMap<String, u64> = state(&store);
+    let is_over = AtomicBool::new(false);
+    let views = thread::scope(|scope| {
+        let readers: Vec<_> = boxes
+            .into_iter()
+            .enumerate()
+            .map(|(n, (post, inbox))| {
+                let (is_over, before, subscribe) = (&is_over, before.clone(), &subscribe);
+                scope.spawn(move || {
+                    let mut view = View { known: if n == 1 { before } else { BTreeMap::new() }, ..View::default() };
+                    let mut random = Random(n as u64 + 1);
+                    loop {
+                        let was_over = is_over.load(SeqCst);
+                        // Some subscribe again and again.
+                        if n >= 2 && random.below(4) == 0 {
+                            subscribe(n, &post, true);
+                        }
+                        for _ in 0..random.below(400) {
+                            take(&inbox).into_iter().for_each(|event| view.apply(&event));
+                        }
+                        // Some read slowly.
+                        thread::sleep(Duration::from_micros(200 * n as u64));
+                        if was_over {
+                            std::iter::from_fn(|| take(&inbox)).for_each(|event| view.apply(&event));
+                            return view;
+                        }
+                    }
+                })
+            })
+            .collect();
+        let mut random = Random(99);
+        for _ in 0..60 {
+            let first = random.below(KEYS);
+            let ops: Vec<Op> = (0..random.below(2_000))
+                .map(|n| {
+                    let number = (first + n * 7) % KEYS;
+                    let delete = || Op::Delete { pattern: Pattern::from(&key(number)), if_revision: None };
+                    if random.below(3) == 0 { delete() } else { put(number) }
+                })
+                .collect();
+            store.write(&ops).unwrap();
+            if random.below(20) == 0 {
+                let _ = store.delete(&below(), None);
+            }
+        }
+        is_over.store(true, SeqCst);
+        readers.into_iter().map(|reader| reader.join().unwrap()).collect::<Vec<View>>()
+    });
+    let after = state(&store);
+    for (n, view) in views.into_iter().enumerate() {
+        assert!(view.known == after, "reader {n}, after {} snapshots", view.snapshots);
+    }
+}
+
+/// The revision of each key.
+fn state(store: &Store<Either>) -> BTreeMap<String, u64> {
+    let all = store.get_all(&Pattern::All).into_iter();
+    all.map(|record| (record.key.to_string(), record.revision.get())).collect()
+}
+
+/// Numbers that look random, the same in each run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % limit
+    }
 }
 
 /// Looks at the store when it is dropped, and when it is woken.

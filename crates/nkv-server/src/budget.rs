@@ -463,7 +463,7 @@ mod tests {
         Revision,
     };
     use nkv_notify_tcp::NotifierOptions;
-    use nkv_protocol::Chunks;
+    use nkv_protocol::{Chunks, Features};
 
     use super::*;
 
@@ -509,6 +509,23 @@ mod tests {
         budget.check();
         // That it begins anew.
         assert_eq!(queued(), [1, 10]);
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_can_begin_anew_gives_up_the_changes_that_wait_for_it() {
+        let store = NotifyKeyValue::open(NoPersist::default()).unwrap();
+        let (notifier, _outbox) = TcpNotifier::new(NotifierOptions::default());
+        notifier.set_features(Features::RESET);
+        store.subscribe(Pattern::All, "me".into(), notifier.clone(), false);
+        for n in 0..100 {
+            store.put(&Key::new(&format!("k.{n}")).unwrap(), vec![0; 4_000], PutOptions::default()).unwrap();
+        }
+        assert_eq!(notifier.backlog().queued, 101);
+        let budget = Budget::new(1, Arc::clone(store.event_bytes()));
+        let share = budget.share(Source::Connection(notifier.clone()));
+        budget.check();
+        // That it began, and that it begins anew.
+        assert_eq!((notifier.backlog().queued, share.is_evicted()), (2, false));
     }
 
     #[tokio::test]

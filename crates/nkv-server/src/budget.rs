@@ -142,6 +142,8 @@ pub(crate) enum Source {
 struct Held {
     /// That is its own alone.
     own: usize,
+    /// That the mailbox takes for what waits.
+    queue: usize,
     /// Of changes that wait; others may share them.
     changes: usize,
     /// An encoding that is being written (an address), and how many bytes; others may share it.
@@ -149,8 +151,17 @@ struct Held {
 }
 
 impl Held {
+    /// What is given up with the changes that wait.
+    fn waiting_changes(&self) -> usize {
+        self.queue.saturating_add(self.changes)
+    }
+
+    fn rest(&self) -> usize {
+        self.own.saturating_add(self.gathered.1)
+    }
+
     fn all(&self) -> usize {
-        self.own.saturating_add(self.changes).saturating_add(self.gathered.1)
+        self.waiting_changes().saturating_add(self.rest())
     }
 }
 
@@ -171,8 +182,8 @@ impl Holder {
             Source::Connection(notifier) => (notifier.backlog(), notifier.waiting(), notifier.gathered()),
             Source::Handle(mailbox) => (mailbox.backlog(), 0, (0, 0)),
         };
-        let own = self.read.load(Relaxed).saturating_add(waiting).saturating_add(backlog.own_bytes);
-        Held { own, changes: backlog.event_bytes, gathered }
+        let own = self.read.load(Relaxed).saturating_add(waiting);
+        Held { own, queue: backlog.own_bytes, changes: backlog.event_bytes, gathered }
     }
 
     fn busy_for(&self) -> Duration {
@@ -219,7 +230,7 @@ impl Holders {
             let held = holder.held();
             let (encoding, gathered) = held.gathered;
             let shared = if gathered == 0 || encodings.insert(encoding) { gathered } else { 0 };
-            total = total.saturating_add(held.own).saturating_add(shared);
+            total = total.saturating_add(held.own).saturating_add(held.queue).saturating_add(shared);
             staying.push((held, &**holder));
         }
         (total, staying)
@@ -254,29 +265,32 @@ impl Budget {
         Share { budget: Arc::clone(self), id, holder }
     }
 
-    /// If all together hold too much, the worst holder gives up what it holds. If that is mostly changes, so do others of
-    /// the kind, from the worst on, until it is not too much any more: they may share them. If it is mostly an answer, one
-    /// that alone is over the limit is let through: what it asked for was admitted by [`room`](Self::room).
+    /// If all together hold too much: where that is mostly changes, they are given up, by the worst holder and on until it
+    /// is not too much any more, for several may share them. Else the worst holder of the rest is closed, but one that alone
+    /// is over the limit is let through: what it asked for was admitted by [`room`](Self::room).
     pub(crate) fn check(&self) {
         let holders = self.lock();
-        let (others, mut staying) = holders.total_and_staying();
-        let total = || others.saturating_add(self.event_bytes.load(Relaxed));
-        if total() <= self.limit {
+        let (mut others, mut staying) = holders.total_and_staying();
+        let changes = || self.event_bytes.load(Relaxed);
+        let total = others.saturating_add(changes());
+        if total <= self.limit {
             return;
         }
-        staying.sort_by_cached_key(|(held, holder)| Reverse(weight(held.all(), holder)));
-        let has_changes = |held: &Held| held.changes > held.all() / 2;
-        match staying.first() {
-            Some((held, _)) if has_changes(held) => {
-                for (_, holder) in staying.iter().filter(|(held, _)| has_changes(held)) {
-                    if total() <= self.limit {
-                        break;
-                    }
-                    holder.give_up();
+        let queues = staying.iter().map(|(held, _)| held.queue).fold(0, usize::saturating_add);
+        if changes().saturating_add(queues) > total / 2 {
+            staying.sort_by_cached_key(|(held, holder)| Reverse(weight(held.waiting_changes(), holder)));
+            for (held, holder) in staying.iter().filter(|(held, _)| held.changes > 0) {
+                if others.saturating_add(changes()) <= self.limit {
+                    break;
                 }
+                holder.give_up();
+                others = others.saturating_sub(held.queue);
             }
-            Some((held, worst)) if total().saturating_sub(held.all()) > self.limit / 2 => worst.evict(),
-            _ => {}
+            return;
+        }
+        let worst = staying.iter().max_by_key(|(held, holder)| weight(held.rest(), holder));
+        if let Some((_, worst)) = worst.filter(|(held, _)| total.saturating_sub(held.rest()) > self.limit / 2) {
+            worst.evict();
         }
     }
 
@@ -373,7 +387,7 @@ impl Budget {
     fn evict_for_room(&self) -> bool {
         let holders = self.lock();
         let (total, staying) = holders.total_and_staying();
-        let bytes = |held: &Held| held.own.saturating_add(held.gathered.1);
+        let bytes = |held: &Held| held.rest();
         let connections = staying.iter().filter(|(_, holder)| matches!(holder.source, Source::Connection(_)));
         let worst = connections.max_by_key(|(held, holder)| weight(bytes(held), holder));
         let worst = worst.filter(|(held, _)| total > self.limit / 2 && bytes(held) > 0);

@@ -19,9 +19,8 @@ use crate::record::Event;
 ///   conflated away, and keep their place in the order.
 /// - *Honest*: after the subscriber is gone, `notify` says [`Delivery::Closed`], and the store forgets it.
 ///
-/// Where a store drops a notifier or calls the waker of a mailbox, it holds no lock that a read or a subscription takes.
-/// But it may be within a write, and other writes wait for that: so a `Drop` or a waker may look at the store, subscribe
-/// and unsubscribe, and must not write to it.
+/// Where a store drops a notifier or calls the waker of a mailbox, it holds no lock and keeps no write waiting: a `Drop`
+/// or a waker may read and write the store, subscribe and unsubscribe.
 ///
 /// `nkv_testkit::notifier` checks each line. [`Mailbox`](crate::mailbox::Mailbox) does all of it; most notifiers are
 /// a mailbox and something that empties it.

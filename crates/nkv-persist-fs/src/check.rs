@@ -79,9 +79,9 @@ impl fmt::Display for Report {
 ///
 /// # Errors
 ///
-/// [`PersistErrorKind::InUse`] while a process has it,
-/// [`PersistErrorKind::Io`] when it cannot be read, [`PersistErrorKind::OtherVersion`] when another version of the program
-/// wrote it. Damage is no error here.
+/// [`InUse`](nkv_core::PersistErrorKind::InUse) while a process has it, [`Io`](nkv_core::PersistErrorKind::Io) when it
+/// cannot be read, [`OtherVersion`](nkv_core::PersistErrorKind::OtherVersion) when another version of the program wrote
+/// it. Damage is no error here.
 pub fn check(dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
     check_with(Arc::new(RealFs::default()), dir)
 }

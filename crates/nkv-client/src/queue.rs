@@ -1,4 +1,4 @@
-//! The queue of one subscription: one place for each key that there is now, or that the reader knows of.
+//! The queue of one subscription: one place per key, so that a slow reader costs memory bounded by its keys.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,8 +9,7 @@ use nkv_core::Key;
 use crate::types::Event;
 
 /// Events between the connection's task and one reader. A newer event replaces a pending one with the same slot and
-/// moves to the end, but not past [`Event::Synced`]: whoever has read that knows some state of every key. A key that came
-/// and went unread takes no place.
+/// moves to the end, but not past [`Event::Synced`]: whoever has read that knows some state of every key.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
     state: Mutex<State>,
@@ -19,20 +18,13 @@ pub(crate) struct Queue {
 #[derive(Debug, Default)]
 struct State {
     /// By the order of their arrival.
-    events: BTreeMap<u64, Waiting>,
+    events: BTreeMap<u64, Event>,
     slots: HashMap<Slot, u64>,
     /// Of all events.
     len: usize,
     next: u64,
     closed: bool,
     waker: Option<Waker>,
-}
-
-#[derive(Debug)]
-struct Waiting {
-    event: Event,
-    /// That there is the key is news for the reader.
-    is_new: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -61,16 +53,7 @@ impl Slot {
 
 impl Queue {
     /// Posts an event; after [`Event::Ended`] nothing more is taken. Returns how many bytes wait, about.
-    pub(crate) fn post(&self, event: Event) -> usize {
-        self.post_as(event, false)
-    }
-
-    /// As [`post`](Self::post), for the update of a key that was not there when its reader was told of it last, or ever.
-    pub(crate) fn post_new(&self, event: Event) -> usize {
-        self.post_as(event, true)
-    }
-
-    fn post_as(&self, mut event: Event, mut is_new: bool) -> usize {
+    pub(crate) fn post(&self, mut event: Event) -> usize {
         let mut state = self.lock();
         if state.closed {
             return state.len;
@@ -79,13 +62,8 @@ impl Queue {
         let slot = Slot::of(&event);
         let old = state.slots.get(&slot).copied();
         if let Some(old) = old.and_then(|old| state.events.remove(&old)) {
-            pass_over(&old.event, &mut event);
-            state.len = state.len.saturating_sub(len_of(&old.event));
-            is_new = old.is_new;
-            if is_new && matches!(event, Event::Gone { .. }) {
-                state.slots.remove(&slot);
-                return state.len;
-            }
+            pass_over(&old, &mut event);
+            state.len = state.len.saturating_sub(len_of(&old));
         }
         let synced = state.slots.get(&Slot::Synced).copied();
         let place = match old.filter(|old| slot.is_key() && synced.is_some_and(|synced| *old < synced)) {
@@ -96,7 +74,7 @@ impl Queue {
         state.len += len_of(&event);
         let len = state.len;
         state.slots.insert(slot, place);
-        state.events.insert(place, Waiting { event, is_new });
+        state.events.insert(place, event);
         let waker = state.waker.take();
         drop(state);
         if let Some(waker) = waker {
@@ -108,7 +86,7 @@ impl Queue {
     /// Takes the next event, or has `cx` woken when there is one; `None` after the end.
     pub(crate) fn poll_take(&self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
         let mut state = self.lock();
-        if let Some((_, Waiting { event, .. })) = state.events.pop_first() {
+        if let Some((_, event)) = state.events.pop_first() {
             state.slots.remove(&Slot::of(&event));
             state.len = state.len.saturating_sub(len_of(&event));
             if state.events.is_empty() {
@@ -217,29 +195,6 @@ mod tests {
             queue.post(Event::Synced { revision: Revision::new(revision), epoch: String::new() });
         }
         assert_eq!(drain(&queue).len(), 2);
-    }
-
-    #[test]
-    fn a_key_that_came_and_went_unread_takes_no_place_and_one_that_was_read_is_told_gone() {
-        let queue = Queue::default();
-        let gone = |key: &str| {
-            let (key, reason) = (Key::new(key).unwrap(), GoneReason::Deleted);
-            Event::Gone { key, revision: Revision::new(9), reason, skipped: 0 }
-        };
-        queue.post_new(update("known", 1));
-        drain(&queue);
-        for n in 0..10_000 {
-            queue.post_new(update(&format!("k.{n}"), 2));
-            queue.post(update(&format!("k.{n}"), 3));
-            assert_eq!(queue.post(gone(&format!("k.{n}"))), 0);
-        }
-        assert_eq!((queue.len(), queue.lock().slots.len()), (0, 0));
-        for event in [update("known", 4), gone("known")] {
-            queue.post(event);
-        }
-        queue.post_new(update("known", 5));
-        queue.post(gone("known"));
-        let [Event::Gone { skipped: 3, .. }] = &drain(&queue)[..] else { panic!("one event was expected") };
     }
 
     #[test]

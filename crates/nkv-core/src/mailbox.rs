@@ -9,8 +9,8 @@
 //! past that, all changes that wait are dropped, and each subscription begins anew with a fresh snapshot. A snapshot takes
 //! no memory before it is read: it comes out in parts, of which one at a time exists.
 //!
-//! A mailbox may have some slack: so many bytes of changes wait as they came, each to be read, and only what comes on top
-//! of them is conflated. A reader that keeps up then reads every change, and many with each wake-up.
+//! A mailbox may have some slack: a number of bytes of changes that wait as they came, each to be read; only what comes
+//! on top of them is conflated. A reader that keeps up then reads every change, and many with each wake-up.
 //!
 //! No runtime: the reader polls with a waker, or blocks its thread. Explored with loom: see `tests/loom_mailbox.rs`.
 
@@ -70,7 +70,7 @@ pub fn mailbox_with_slack<T>(slack: usize) -> (Mailbox<T>, Inbox<T>) {
 /// What an item counts, in bytes; a change counts its key and its value besides.
 pub const ITEM_LEN: usize = 64;
 
-/// So many deletes may wait beside the changes of keys that there are.
+/// How many deletes may wait beside the changes of keys that there are.
 pub const DELETES_MAX: usize = 4_096;
 
 /// What becomes of a subscriber for which too much waits.

@@ -183,7 +183,7 @@ fn a_key_that_comes_and_goes_unread_takes_no_place_and_is_counted() {
     let backlog = post.backlog();
     assert_eq!((backlog.queued, backlog.skipped, backlog.event_bytes), (0, 3 * MANY, 0));
     assert!(inbox.shared.lock().queue.capacity() <= 8 * TIDY_MIN, "{}", inbox.shared.lock().queue.capacity());
-    // One that was read is told to be gone, also if it comes and goes again meanwhile.
+    // The delete of a key that was read is kept, also if it comes and goes again meanwhile.
     let last = 3 * MANY;
     let _ = post_all(&post, [put_new("a", last + 1)]);
     assert_eq!(drain(&inbox), [change("a", last + 1, 0)]);

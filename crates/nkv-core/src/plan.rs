@@ -12,14 +12,14 @@ use crate::record::{Action, Change, Reason, Timestamp};
 use crate::revision::Revision;
 use crate::write::{Op, Outcome, Sweep, Write, WriteResult};
 
-/// A batch takes no more writes once it has so many changes, or bytes of values.
+/// A batch with this number of changes, or of bytes of values, takes no more writes.
 const GROUP_CHANGES_MAX: usize = 4_096;
 const GROUP_LEN_MAX: usize = 4 << 20;
 
 /// What one caller wants stored together has no more changes: they become visible under one hold of a lock.
 pub(crate) const TOGETHER_CHANGES_MAX: usize = 16_384;
 
-/// A wildcard delete and an expiry take so many keys at a time, and look at so many.
+/// How many keys a wildcard delete or an expiry takes at a time, and how many it looks at.
 const SLICE_KEYS_MAX: usize = 1_024;
 const SLICE_LOOKS_MAX: usize = 8_192;
 

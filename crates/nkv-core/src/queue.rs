@@ -28,7 +28,7 @@ struct Waiting {
     last: usize,
 }
 
-/// Those that were just answered may bring their next write: a batch waits for so many turns of others at most.
+/// Those that were just answered may bring their next write: the turns of others that a batch waits for, at most.
 const TURNS: usize = 16;
 
 impl Queue {

@@ -26,7 +26,7 @@ impl Timestamp {
     /// The end of time, which never comes.
     pub const MAX: Timestamp = Timestamp(u64::MAX);
 
-    /// So many milliseconds after the origin.
+    /// The time `millis` milliseconds after the origin.
     #[must_use]
     pub const fn from_millis(millis: u64) -> Self {
         Timestamp(millis)
@@ -38,7 +38,7 @@ impl Timestamp {
         self.0
     }
 
-    /// So many milliseconds later; at most the end of time.
+    /// The time `millis` milliseconds later; at most the end of time.
     #[must_use]
     pub const fn saturating_add(self, millis: u64) -> Self {
         Timestamp(self.0.saturating_add(millis))

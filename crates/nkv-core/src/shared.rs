@@ -22,12 +22,12 @@ use crate::wake::{Later, drop_later};
 /// When no TTL ends.
 pub(crate) const NEVER: Timestamp = Timestamp::MAX;
 
-/// So many keys are read under one hold of a lock. A part of a snapshot has no more, and ends at the key that brings its
-/// keys and values to so many bytes.
+/// How many keys are read under one hold of a lock. A part of a snapshot has no more, and ends at the key that brings its
+/// keys and values to `PART_LEN_MAX` bytes.
 pub(crate) const PART_KEYS_MAX: usize = 1_024;
 const PART_LEN_MAX: usize = 64 << 10;
 
-/// After so many notifications, those who wait for the lock of the subscribers go first.
+/// The number of notifications after which those who wait for the lock of the subscribers go first.
 const TURN_NOTIFICATIONS: u64 = 1_024;
 
 #[derive(Debug)]
@@ -261,7 +261,7 @@ impl<N: Notifier> Shared<N> {
     }
 }
 
-/// So many subscriptions are forgotten under one hold of the lock.
+/// How many subscriptions are forgotten under one hold of the lock.
 const TURN_SUBSCRIPTIONS: usize = 64;
 
 /// What became of notifications.

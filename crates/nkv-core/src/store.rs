@@ -467,7 +467,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         subscription
     }
 
-    /// Ends a subscription, whoever asks, and notifies its subscriber; false if there is none.
+    /// Ends a subscription and notifies its subscriber; false if there is none.
     pub fn unsubscribe(&self, pattern: &Pattern, id: &SubscriberId) -> bool {
         self.shared.unsubscribe(pattern, |known| known.id() == id)
     }

@@ -63,7 +63,7 @@ mod tests {
 
     use super::*;
 
-    // It ended when nobody waited: among several that always ask again, never.
+    // It once went on until none waited: beside several that always ask again, for ever.
     #[test]
     fn turns_are_given_to_those_who_wait_and_not_to_all_who_come() {
         let (mutex, is_over) = (Arc::new(TurnMutex::new(())), Arc::new(AtomicBool::new(false)));

@@ -240,7 +240,7 @@ impl Write {
         is_sweep && self.results.len() + usize::from(self.sweep.is_some()) == at + 1
     }
 
-    /// So many keys of the slice that is planned are left out, as storage refused them.
+    /// How many keys of the slice that is planned are left out, as storage refused them.
     pub(crate) fn leave_out(&mut self, count: usize, error: &PersistError) {
         if let Some(sweep) = &mut self.sweep {
             sweep.count = sweep.count.saturating_sub(count as u64);

@@ -21,7 +21,7 @@ struct Recent {
     len: usize,
 }
 
-/// So many bytes of encodings are kept by a thread, or those of one event.
+/// How many bytes of encodings a thread keeps, or those of one event.
 const RECENT_LEN_MAX: usize = 256 << 10;
 
 #[derive(Default)]

@@ -26,7 +26,7 @@ mod pace;
 /// So many bytes are gathered for one write. What is still in the mailbox can be conflated, what is gathered cannot.
 const GATHER_LEN: usize = 64 << 10;
 
-/// A peer that takes all that comes, such as a long snapshot, has so many bytes written before others have their turn.
+/// How many bytes are written to a peer that takes all that comes, such as a long snapshot, before others have their turn.
 const TURN_LEN: usize = 256 << 10;
 
 /// So many pieces go into one vectored write.
@@ -171,7 +171,7 @@ impl Outbox {
         is_closed
     }
 
-    /// Takes so many bytes out of the mailbox, or one item more.
+    /// Takes `len` bytes out of the mailbox, or one item more.
     #[inline(always)]
     fn take(&mut self, len: usize, told: &Waker) -> bool {
         let is_known = self.told.as_ref().is_some_and(|known| known.will_wake(told));

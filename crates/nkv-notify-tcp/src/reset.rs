@@ -125,7 +125,7 @@ mod tests {
 
     use super::*;
 
-    /// A connection over this address: our side, and a peer that reads only when it is told to.
+    /// A connection over this address: our side, and a peer that reads only when asked to.
     async fn connection(address: &str) -> (TcpStream, std::net::TcpStream) {
         let listener = TcpListener::bind((address, 0)).await.unwrap();
         let theirs = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();

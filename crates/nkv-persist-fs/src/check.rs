@@ -41,7 +41,7 @@ pub struct Report {
     /// If the data is damaged, how many keys a repair keeps, or has kept.
     pub kept_keys: usize,
     /// How many keys a repair drops that can be read: they stand behind what another program has written, or where this log
-    /// has nothing. The keys of what cannot be read nobody knows.
+    /// has nothing. The keys of what cannot be read are not known.
     pub dropped_keys: usize,
     /// What cannot be read or used, and which revisions it had.
     pub lost: Vec<Lost>,

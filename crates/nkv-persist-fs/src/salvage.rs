@@ -19,7 +19,7 @@ use crate::options::FsOptions;
 use crate::reader::{Next, Opened, SegmentReader};
 use crate::scan::Scan;
 
-/// Bytes that nobody can read or use any more, and the revisions of the changes that stood there.
+/// Bytes that cannot be read or used any more, and the revisions of the changes that stood there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Lost {
@@ -197,7 +197,7 @@ impl Salvage {
             }
             is_whole = false;
             if reader.offset() > end {
-                // A whole frame that this program does not understand: what it does to others nobody here knows.
+                // A whole frame that this program does not understand: what it does to others is not known here.
                 self.is_over = true;
                 reader.skip_to(end);
                 let written_to = reader.written_to()?;

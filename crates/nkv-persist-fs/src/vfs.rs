@@ -13,7 +13,7 @@ use rustix::fs::OFlags;
 
 /// A file system.
 pub trait Vfs: fmt::Debug + Send + Sync + 'static {
-    /// Makes sure that `dir` exists durably, and that nobody can write to it who is not to.
+    /// Makes sure that `dir` exists durably, and that only those who may can write to it.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
     /// The names of what is in `dir`.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;

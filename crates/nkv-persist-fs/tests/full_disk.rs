@@ -358,7 +358,7 @@ impl Full {
         Full { persist, fs, options, present: BTreeMap::new(), revision: 0 }
     }
 
-    /// Puts new keys, so many at a time, until they are refused.
+    /// Puts new keys, `some` at a time, until they are refused.
     fn fill(&mut self, some: u64, key: impl Fn(u64) -> String, value_len: usize) {
         loop {
             let revisions = self.revision + 1..=self.revision + some;
@@ -406,7 +406,7 @@ fn key_of(len: usize, is_in_order: bool) -> impl Fn(u64) -> String {
     }
 }
 
-/// A wildcard delete comes in slices of so many deletes.
+/// How many deletes a slice of a wildcard delete has.
 const SLICE: usize = 1_024;
 
 // A wildcard delete was one batch, which found no room on a full disk. On a small disk the only segment could not be

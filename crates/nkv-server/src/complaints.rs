@@ -1,4 +1,4 @@
-//! Log lines that a peer can provoke at will: one of a kind a second at most, so that nobody fills the log.
+//! Log lines that a peer can provoke at will: one of a kind a second at most, so that no peer fills the log.
 
 use std::collections::HashMap;
 use std::fmt;

@@ -70,7 +70,7 @@ const ARRIVAL_ROOM_PART: usize = 4;
 /// One that waits so long to send a long request has the slowest of those that send theirs closed, if that has taken longer.
 const ARRIVAL_PATIENCE: Duration = Duration::from_secs(5);
 
-/// A job counts as so many bytes at least, so that 1,024 of them wait at most.
+/// The bytes that a job counts as at least, so that 1,024 of them wait at most.
 pub(crate) const JOB_LEN_MIN: usize = WRITE_ROOM / 1_024;
 
 /// The server is stopping and takes no more writes.
@@ -115,24 +115,24 @@ impl Core {
         }
     }
 
-    /// Room for so many bytes, if there is any now. What is more than there ever is counts as all of it.
+    /// Room for `len` bytes, if there is any now. What is more than there ever is counts as all of it.
     pub(crate) fn try_room(&self, len: usize) -> Option<Room> {
         Arc::clone(&self.write_room).try_acquire_many_owned(room_len(len)).ok()
     }
 
-    /// Waits for room for so many bytes; those that came first go first.
+    /// Waits for room for `len` bytes; those that came first go first.
     pub(crate) fn room(&self, len: usize) -> impl Future<Output = Result<Room, Stopping>> + Send + use<> {
         let room = Arc::clone(&self.write_room).acquire_many_owned(room_len(len));
         async move { room.await.map_err(|_| Stopping) }
     }
 
-    /// Room for a request of so many bytes to be read, if there is any now.
+    /// Room for a request of `len` bytes to be read, if there is any now.
     pub(crate) fn try_arrival(&self, len: usize) -> Option<Room> {
         let len = len.min(self.arrival_len) as u32;
         Arc::clone(&self.arrival_room).try_acquire_many_owned(len).ok()
     }
 
-    /// Waits for room for a request of so many bytes to be read.
+    /// Waits for room for a request of `len` bytes to be read.
     pub(crate) fn arrival(&self, len: usize) -> impl Future<Output = Result<Room, Stopping>> + Send + use<> {
         let len = len.min(self.arrival_len) as u32;
         let (room, budget) = (Arc::clone(&self.arrival_room).acquire_many_owned(len), Arc::clone(&self.budget));

@@ -83,7 +83,7 @@ pub enum HandleError {
     Stopped,
 }
 
-/// So many keys are read at a time.
+/// How many keys are read at a time.
 const PART_KEYS: usize = 1_024;
 
 impl Handle {

@@ -8,7 +8,7 @@ use nkv_protocol::{Answer, Chunks, Entries, GetEntry, Id, ValueForm};
 use crate::budget::Leave;
 use crate::core::Store;
 
-/// So many keys are taken from the store at a time: they are of one moment.
+/// How many keys are taken from the store at a time: they are of one moment.
 const PART_KEYS: usize = 1_024;
 
 /// A turn encodes no more bytes of values than these, and one value.
@@ -120,7 +120,7 @@ mod tests {
 
     use super::*;
 
-    /// How many turns it takes to read so many keys with values so long.
+    /// How many turns it takes to read `count` keys with values of `len` bytes.
     fn turns(count: usize, value_len: usize) -> usize {
         let persist: Box<dyn PersistValue> = Box::new(NoPersist::default());
         let store: Store = NotifyKeyValue::open(persist).unwrap();

@@ -1,4 +1,4 @@
-//! Long requests for which there is no room: they wait in their sockets, and nobody else does.
+//! Long requests for which there is no room: they wait in their sockets, and other requests do not.
 
 #![allow(clippy::unwrap_used)]
 

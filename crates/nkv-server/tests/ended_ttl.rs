@@ -1,4 +1,5 @@
-//! A value whose TTL has ended, while storage does not answer: absent for all, and its end is told once it is stored.
+//! A value whose TTL has ended, while storage does not answer: absent for all, and subscribers hear of it once that is
+//! stored.
 
 #![allow(clippy::unwrap_used)]
 

@@ -95,7 +95,7 @@ fn held_by_one_that_does_not_read(queued_max: usize, forms: &[&str]) -> (usize, 
     write_all(&server, 'b');
     let with = live().saturating_sub(before);
     let queued = queued(&server, "stuck");
-    // Nobody is closed, whatever is given up.
+    // No connection is closed, whatever is given up.
     forms.iter().for_each(|form| assert_eq!(self::queued(&server, form), 0));
     drop(stuck);
     server.shutdown().unwrap();

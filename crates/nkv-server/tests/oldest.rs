@@ -148,7 +148,7 @@ fn put(conn: &mut Conn, key: &str, value: &[u8]) {
     assert!(answer.contains("\"status\":200"), "{answer}");
 }
 
-/// How many changes a subscriber is told of 100 puts of one key that are stored together, if it begins like this: with
+/// How many changes a subscriber gets of 100 puts of one key that are stored together, if it begins like this: with
 /// each line answered before the next is sent, or all of them at once.
 fn told_of_a_hundred(lines: &[&str], in_turn: bool) -> usize {
     let server = TestServer::start();

@@ -263,7 +263,7 @@ fn what_is_left_of_a_ttl_after_a_restart_does_not_depend_on_a_wall_clock_that_wa
         eventually("it expires", || status(&conn.ask(r#"{"type":"Get","key":"short"}"#)) == 404);
         status(&conn.ask(r#"{"type":"Get","key":"a"}"#)) == 200
     };
-    assert!(is_there(9_000, Some(9_000)), "nobody knows how long nothing ran");
+    assert!(is_there(9_000, Some(9_000)), "how long nothing ran is not known");
     assert!(is_there(9_000, Some(now - HOUR_MS)));
     assert!(!is_there(9_000, Some(now - 3 * HOUR_MS)), "time while nothing ran counts");
     assert!(is_there(now - 5 * HOUR_MS, Some(now - HOUR_MS)), "the wall clock was set forward meanwhile");

@@ -1,4 +1,4 @@
-//! The line *One owner* of the contract of [`PersistValue`], for storage that several processes can have open: whoever
+//! The line *One owner* of the contract of [`PersistValue`], for storage that several processes can have open: the one that
 //! loaded it last owns it, and an instance that was replaced stores nothing.
 //!
 //! [`fencing_conformance!`](crate::fencing_conformance) makes a test of each part. Storage that refuses a second owner, as a

@@ -132,7 +132,7 @@ impl<P: PersistValue> PersistValue for ScriptedPersist<P> {
         }
     }
 
-    /// The inner backend's failures, and those that the script is told to report.
+    /// The inner backend's failures, and those that the script is to report.
     fn on_failure(&mut self, handler: FailureHandler) {
         self.script.lock().handler = Some(handler.clone());
         self.inner.on_failure(handler);

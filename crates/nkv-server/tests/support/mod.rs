@@ -35,7 +35,7 @@ impl TestServer {
         TestServer::on(threads(), describe)
     }
 
-    /// On a runtime with so many threads.
+    /// On a runtime with `threads` threads.
     pub fn on(threads: usize, describe: impl FnOnce(Builder) -> Builder) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build().unwrap();
         let builder = describe(Server::builder().listen("127.0.0.1:0".parse().unwrap()));

@@ -258,20 +258,20 @@ impl Pool {
 
     /// Subscribes on one connection, and waits until it is.
     pub(crate) fn subscribe(&mut self, id: usize, key: &str) -> Result<()> {
+        self.begin_to_subscribe(id, key);
+        self.wait_until_ready()
+    }
+
+    fn begin_to_subscribe(&mut self, id: usize, key: &str) {
         let connection = &mut self.connections[id];
         connection.ready = false;
         connection.driver.subscribe(key, &mut connection.out);
         connection.flush(&self.epoll, id);
-        self.wait_until_ready()
     }
 
     /// Subscribes all connections but the first to a key.
     pub(crate) fn subscribe_others(&mut self, key: &str) -> Result<()> {
-        for (id, connection) in self.connections.iter_mut().enumerate().skip(1) {
-            connection.ready = false;
-            connection.driver.subscribe(key, &mut connection.out);
-            connection.flush(&self.epoll, id);
-        }
+        (1..self.connections.len()).for_each(|id| self.begin_to_subscribe(id, key));
         self.wait_until_ready()
     }
 

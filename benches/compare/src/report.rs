@@ -78,6 +78,11 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
+    /// A ratio as two cells of a table: the middle, and the ends.
+    pub(crate) fn as_ratio(self) -> (String, String) {
+        (format!("**{:.2}**", self.median), format!("{:.2}-{:.2}", self.min, self.max))
+    }
+
     pub(crate) fn of(mut values: Vec<f64>) -> Option<Spread> {
         values.sort_by(f64::total_cmp);
         let (min, max) = (*values.first()?, *values.last()?);
@@ -173,9 +178,7 @@ impl Raw {
                 Bound::None => (String::new(), None),
             };
             let (ratio, spread) = match (ratio, line.bound) {
-                (Some(ratio), Bound::AtLeast(_) | Bound::AtMost(_) | Bound::None) => {
-                    (format!("**{:.2}**", ratio.median), format!("{:.2}-{:.2}", ratio.min, ratio.max))
-                }
+                (Some(ratio), Bound::AtLeast(_) | Bound::AtMost(_) | Bound::None) => ratio.as_ratio(),
                 (None, Bound::AtLeast(_) | Bound::AtMost(_)) => Default::default(),
                 _ => {
                     let ends = [ours.min, ours.max].map(|end| with_unit(end, line.figure));

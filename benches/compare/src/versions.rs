@@ -184,9 +184,7 @@ pub(crate) fn table(raw: &Raw) -> String {
     for (line, found) in found(raw) {
         let unit = |value| with_unit(value, line.figure);
         let times = |ratio: Option<Spread>| match ratio {
-            Some(ratio) if line.rule != Rule::Shown => {
-                (format!("**{:.2}**", ratio.median), format!("{:.2}-{:.2}", ratio.min, ratio.max))
-            }
+            Some(ratio) if line.rule != Rule::Shown => ratio.as_ratio(),
             _ => Default::default(),
         };
         let (noise, noise_spread) = times(found.noise);

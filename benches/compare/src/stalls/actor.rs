@@ -82,7 +82,7 @@ impl Actor {
             shared.enter(Phase::After);
             readers.wait_until_quiet();
             shared.enter(Phase::Between);
-            acted.closed += readers.stop();
+            acted.closed += readers.stop()?;
             if shared.gets.load(Ordering::SeqCst) >= self.size.gets || self.is_over(begin, shared) {
                 return Ok(acted);
             }
@@ -131,7 +131,11 @@ impl Actor {
             Large::Batch => self.wire.batch(stage.next(), BATCH),
             Large::GroupBatch => stage.group(),
             Large::Expiry => {
+                let limit = sys::now() + LIMIT;
                 while self.wire.ask(r#"{"type":"Exists","key":"soon.*"}"#)? == 200 {
+                    if sys::now() > limit {
+                        return Err("the keys do not expire".into());
+                    }
                     thread::sleep(Duration::from_millis(5));
                 }
                 Ok(())

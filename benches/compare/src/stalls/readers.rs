@@ -20,7 +20,7 @@ const QUIET_LIMIT: u64 = 60 * SECOND;
 #[derive(Debug)]
 pub(super) struct Readers {
     state: Arc<Reading>,
-    thread: JoinHandle<Result<()>>,
+    thread: Option<JoinHandle<Result<()>>>,
 }
 
 #[derive(Debug, Default)]
@@ -40,10 +40,9 @@ impl Readers {
             let state = Arc::clone(&state);
             move || Readers::read(target, &state, &ready)
         });
-        let readers = Readers { state, thread };
+        let mut readers = Readers { state, thread: Some(thread) };
         if when_ready.recv().is_err() {
-            let failed = readers.thread.join().unwrap_or_else(|_| Err("the subscribers panicked".into()));
-            return Err(failed.err().unwrap_or_else(|| "the subscribers ended".into()));
+            return Err(readers.join().err().unwrap_or_else(|| "the subscribers ended".into()));
         }
         Ok(readers)
     }
@@ -81,9 +80,20 @@ impl Readers {
     }
 
     /// Ends them; returns how many the server had closed.
-    pub(super) fn stop(self) -> usize {
+    pub(super) fn stop(mut self) -> Result<usize> {
+        self.join()?;
+        Ok(self.state.closed.load(Ordering::SeqCst))
+    }
+
+    fn join(&mut self) -> Result<()> {
         self.state.stop.store(true, Ordering::SeqCst);
-        let _ = self.thread.join();
-        self.state.closed.load(Ordering::SeqCst)
+        let ended = self.thread.take().map(JoinHandle::join);
+        ended.unwrap_or(Ok(Ok(()))).unwrap_or_else(|_| Err("the subscribers panicked".into()))
+    }
+}
+
+impl Drop for Readers {
+    fn drop(&mut self) {
+        self.state.stop.store(true, Ordering::SeqCst);
     }
 }

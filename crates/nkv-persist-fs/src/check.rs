@@ -7,7 +7,7 @@ use std::sync::Arc;
 use nkv_core::{Epoch, PersistError, Revision};
 
 use crate::disk::Disk;
-use crate::open::{open_log, renew};
+use crate::open::{open_scanned, renew};
 use crate::options::FsOptions;
 use crate::reader::SegmentReader;
 use crate::salvage::{Lost, Salvage};
@@ -128,7 +128,7 @@ pub fn repair_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report,
     let options = FsOptions::default().with_reserve_bytes(0);
     let mut report = report(&scan);
     if scan.damage.is_none() {
-        report.epoch = open_log(&disk, &lock, options)?.epoch;
+        report.epoch = open_scanned(&disk, &lock, options, scan)?.epoch;
         return Ok(report);
     }
     let salvage = Salvage::collect(&disk, &scan)?;
@@ -158,10 +158,11 @@ pub fn restore_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report
     let disk = Disk::new(vfs, dir.into());
     let lock = disk.lock(Open::Write)?;
     let scan = Scan::run(&disk, lock.promises_segments()?)?;
-    let mut log = open_log(&disk, &lock, FsOptions::default().with_reserve_bytes(0))?;
+    let found = report(&scan);
+    let mut log = open_scanned(&disk, &lock, FsOptions::default().with_reserve_bytes(0), scan)?;
     renew(&mut log)?;
     log.close()?;
-    Ok(Report { epoch: log.epoch, torn_bytes: 0, ..report(&scan) })
+    Ok(Report { epoch: log.epoch, torn_bytes: 0, ..found })
 }
 
 fn report(scan: &Scan) -> Report {

@@ -16,6 +16,11 @@ use crate::vfs::Open;
 /// Recovers and gives the log.
 pub(crate) fn open_log(disk: &Disk, lock: &Lock, options: FsOptions) -> Result<Log, PersistError> {
     let scan = Scan::run(disk, lock.promises_segments()?)?;
+    open_scanned(disk, lock, options, scan)
+}
+
+/// As [`open_log`], of what was read under this lock.
+pub(crate) fn open_scanned(disk: &Disk, lock: &Lock, options: FsOptions, scan: Scan) -> Result<Log, PersistError> {
     if let Some(damage) = &scan.damage {
         return Err(damage.to_error());
     }

@@ -308,10 +308,8 @@ impl Salvage {
         };
         let mut log = create_with(disk, options, header)?;
         let mut frame = FrameBuf::new();
-        frame.clear();
-        let mut copied = HashSet::new();
         for span in &self.spans {
-            self.copy(disk, span, (&mut log, &mut frame), &mut copied)?;
+            self.copy(disk, span, &mut log, &mut frame)?;
         }
         // No header may name the new head before all stands behind it.
         frame.push_head(number);
@@ -324,13 +322,7 @@ impl Salvage {
     }
 
     /// Copies the records of some frames that are the newest of their keys.
-    fn copy(
-        &self,
-        disk: &Disk,
-        span: &Span,
-        (log, frame): (&mut Log, &mut FrameBuf),
-        copied: &mut HashSet<Revision>,
-    ) -> Result<(), PersistError> {
+    fn copy(&self, disk: &Disk, span: &Span, log: &mut Log, frame: &mut FrameBuf) -> Result<(), PersistError> {
         let name = segment_name(span.number);
         let changed = |at| damaged(&name, at, "it is not any more what it was when it was read first");
         let Opened::Good(mut reader) = SegmentReader::open(disk, span.number)? else { return Err(changed(0)) };
@@ -341,7 +333,7 @@ impl Salvage {
             for record in Records::new(body).flatten() {
                 let Ok(Entry::Put { key, revision, .. }) = record.entry() else { continue };
                 let is_newest = |newest: &&Newest| newest.revision == revision && newest.put == Some((span.number, at));
-                if self.newest.get(key).filter(is_newest).is_some() && copied.insert(revision) {
+                if self.newest.get(key).filter(is_newest).is_some() {
                     frame.push_copy(record.bytes);
                 }
                 if frame.len() >= log.options.chunk_bytes() {

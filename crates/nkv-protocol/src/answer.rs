@@ -74,6 +74,15 @@ pub struct GetEntry<'a> {
     pub revision: u64,
 }
 
+impl GetEntry<'_> {
+    fn push_value(&self, out: &mut Chunks) {
+        match self.shared {
+            Some(shared) => out.push(shared),
+            None => out.tail().put_slice(self.value),
+        }
+    }
+}
+
 impl<'a> From<(&'a str, &'a Bytes, u64)> for GetEntry<'a> {
     fn from((key, value, revision): (&'a str, &'a Bytes, u64)) -> Self {
         GetEntry { key, value, shared: Some(value), revision }
@@ -101,7 +110,6 @@ pub struct SubscriberFields<'a> {
 pub struct Entries {
     /// In which form values are; none for a `List`.
     form: Option<ValueForm>,
-    count: usize,
     /// The elements of each list. Of values as a payload these are their lengths.
     data: Chunks,
     keys: Vec<u8>,
@@ -119,25 +127,21 @@ impl Entries {
     /// Those of a `List`.
     #[must_use]
     pub fn of_list() -> Self {
-        let (count, data, keys, revisions, payload) = Default::default();
-        Entries { form: None, count, data, keys, revisions, payload }
+        let (data, keys, revisions, payload) = Default::default();
+        Entries { form: None, data, keys, revisions, payload }
     }
 
     /// Adds an entry.
     pub fn push(&mut self, entry: GetEntry<'_>) {
-        let lists = [self.data.tail(), &mut self.keys, &mut self.revisions];
-        if self.count > 0 {
+        if !self.is_empty() {
+            let lists = [self.data.tail(), &mut self.keys, &mut self.revisions];
             lists.into_iter().for_each(|list| list.put_u8(b','));
         }
-        self.count = self.count.saturating_add(1);
         match self.form {
             None => {}
             Some(ValueForm::Payload) => {
                 json::number(self.data.tail(), entry.value.len() as u64);
-                match entry.shared {
-                    Some(shared) => self.payload.push(shared),
-                    None => self.payload.tail().put_slice(entry.value),
-                }
+                entry.push_value(&mut self.payload);
             }
             Some(form) => json::value(self.data.tail(), entry.value, form),
         }
@@ -155,7 +159,7 @@ impl Entries {
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.count == 0
+        self.keys.is_empty()
     }
 }
 
@@ -230,23 +234,19 @@ impl<'a> Answer<'a> {
         }
         out.put_slice(END);
         if payload {
-            for entry in entries() {
-                match entry.shared {
-                    Some(shared) => chunks.push(shared),
-                    None => chunks.tail().put_slice(entry.value),
-                }
-            }
+            entries().for_each(|entry| entry.push_value(chunks));
             chunks.tail().put_u8(b'\n');
         }
     }
 
     /// A `Get` or a `List` with these entries; a `Get` that has none is a 404.
     pub fn entries(self, entries: Entries, more: bool) {
-        let Entries { form, count, mut data, keys, revisions, mut payload } = entries;
+        let is_empty = entries.is_empty();
+        let Entries { form, mut data, keys, revisions, mut payload } = entries;
         let start = if form.is_some() { "{\"Get\":{\"id\":" } else { "{\"List\":{\"id\":" };
-        let is_missing = form.is_some() && count == 0;
+        let is_missing = form.is_some() && is_empty;
         let (status, message) = if is_missing { (status::NOT_FOUND, NOT_FOUND) } else { (status::OK, NO_ERROR) };
-        let is_payload = form == Some(ValueForm::Payload) && count > 0;
+        let is_payload = form == Some(ValueForm::Payload) && !is_empty;
         let chunks = self.start(start, status, message);
         if form.is_some() {
             chunks.tail().put_slice(if is_payload { b",\"lens\":[" } else { b",\"data\":[" });
@@ -273,15 +273,6 @@ impl<'a> Answer<'a> {
             payload.take().iter().for_each(|bytes| chunks.push(bytes));
             chunks.tail().put_u8(b'\n');
         }
-    }
-
-    /// A `List`: keys and revisions, and whether there are more.
-    pub fn list(self, entries: &[(&str, u64)], more: bool) {
-        let out = self.start("{\"List\":{\"id\":", status::OK, NO_ERROR).tail();
-        json::array(out, b",\"keys\":[", entries, |out, (key, _)| json::string(out, key));
-        json::array(out, b",\"revisions\":[", entries, |out, (_, revision)| json::number(out, *revision));
-        Object::resume(out).flag("more", more);
-        out.put_slice(END);
     }
 
     /// A `Trace`: the subscribers.

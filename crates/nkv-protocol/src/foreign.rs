@@ -1,5 +1,5 @@
-//! Programs that speak another protocol, recognised by how a line of theirs begins. This is the one place that tells
-//! protocols apart.
+//! Programs that speak another protocol, recognised by how a line of theirs begins. This is the one place where a
+//! server recognises them; a client knows the greeting of NATS (`message.rs`).
 //!
 //! A browser can be made to send any bytes to a local port, behind a request line of HTTP. So a stream that is plainly of
 //! another protocol ends there, and nothing that follows is read as requests. A line is of nkv if it begins with `{`. What

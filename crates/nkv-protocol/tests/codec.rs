@@ -4,8 +4,8 @@
 
 use bytes::{Bytes, BytesMut};
 use nkv_protocol::{
-    Answer, BaseFields, ChangeNotice, Chunks, Decoder, Features, Kind, Limits, Message, MessageDecoder, Reason,
-    Request, ServerFields, ValueForm, status,
+    Answer, BaseFields, ChangeNotice, Chunks, Decoder, Entries, Features, GetEntry, Kind, Limits, Message,
+    MessageDecoder, Reason, Request, ServerFields, ValueForm, status,
 };
 use proptest::prelude::*;
 
@@ -246,10 +246,17 @@ fn a_payload_from_the_server_ends_with_a_newline() {
     assert!(error.to_string().contains("no newline"), "{error}");
 }
 
+/// A list of one key, at revision 3.
+fn list_of(key: &str) -> Entries {
+    let mut list = Entries::of_list();
+    list.push(GetEntry { key, value: &[], shared: None, revision: 3 });
+    list
+}
+
 #[test]
 fn keys_are_escaped_in_answers() {
     let mut out = Chunks::default();
-    Answer::to(Default::default(), &mut out).list(&[("a\"\\b\u{1}é", 3)], true);
+    Answer::to(Default::default(), &mut out).entries(list_of("a\"\\b\u{1}é"), true);
     let Message::Answer(body) = message(&out.take().concat()) else { panic!("no answer") };
     assert_eq!((body.keys, body.revisions, body.more), (vec!["a\"\\b\u{1}é".to_owned()], vec![3], true));
 }
@@ -261,7 +268,7 @@ fn every_character_is_escaped_where_it_must_be_wherever_it_stands() {
         for before in (0..150).step_by(if cfg!(miri) { 37 } else { 1 }) {
             let key = format!("{}{special}{}", "x".repeat(before), "y".repeat(150 - before));
             let mut out = Chunks::default();
-            Answer::to(Default::default(), &mut out).list(&[(&key, 3)], true);
+            Answer::to(Default::default(), &mut out).entries(list_of(&key), true);
             let line = out.take().concat();
             assert_eq!(line.iter().filter(|byte| **byte < b' ').count(), 1, "{special:?}: one line");
             let Message::Answer(body) = message(&line) else { panic!("no answer") };

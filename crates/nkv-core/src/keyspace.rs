@@ -164,8 +164,8 @@ impl Keyspace {
 
     /// Removes what storage visited of a key beside the newest.
     fn supersede(&mut self, slot: u32) {
-        let key = str::from_utf8(self.slots.get(slot).key).unwrap_or_default().to_owned();
-        debug_assert_ne!(self.find(&key, self.hash(&key)), Some(slot), "the newest is found");
+        let key = str::from_utf8(self.slots.get(slot).key).unwrap_or_default();
+        debug_assert_ne!(self.find(key, self.hash(key)), Some(slot), "the newest is found");
         self.forget_value(slot);
         self.vacate(slot);
     }

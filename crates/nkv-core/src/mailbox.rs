@@ -128,11 +128,7 @@ fn is_delete(change: &Change) -> bool {
 }
 
 fn change_len(change: &Change) -> usize {
-    let value_len = match &change.action {
-        Action::Put { value, .. } => value.len(),
-        Action::Delete { .. } => 0,
-    };
-    ITEM_LEN + change.key.as_str().len() + value_len
+    ITEM_LEN + change.key.as_str().len() + change.action.value_len()
 }
 
 /// What waits in a mailbox, for people to look at.
@@ -148,8 +144,6 @@ pub struct Backlog {
     pub event_bytes: usize,
     /// How much of the slack is taken, in bytes.
     pub slack: usize,
-    /// By how many of the items.
-    pub slack_items: usize,
 }
 
 /// The side that posts. Clones post to the same mailbox; when the last is dropped, the mailbox closes.
@@ -225,7 +219,6 @@ struct State<T> {
     /// How much slack there is, and how much of it is taken.
     slack: usize,
     slack_taken: usize,
-    slack_items: usize,
     /// Items taken since the queue was empty last.
     taken: usize,
     closed: bool,
@@ -262,7 +255,6 @@ impl<T> State<T> {
             skipped: 0,
             slack,
             slack_taken: 0,
-            slack_items: 0,
             taken: 0,
             closed: false,
             waker: None,
@@ -276,7 +268,7 @@ impl<T> State<T> {
     }
 
     fn post_own(&mut self, item: T) {
-        self.queue.push_back(Place { item: Some(Item::Own(item)), slack: 0 });
+        self.push(Item::Own(item), 0);
     }
 
     /// How much of the slack a change takes; none if it is to be conflated, as all are while one is that was not read.
@@ -286,7 +278,6 @@ impl<T> State<T> {
             return 0;
         }
         self.slack_taken += len;
-        self.slack_items += 1;
         len
     }
 
@@ -294,7 +285,10 @@ impl<T> State<T> {
         match event.kind() {
             EventKind::Change(change) => return self.post_change(event, change),
             EventKind::Began(began) => {
-                self.subscriptions.retain(|known| !known.reader.has_ended());
+                // Those that were forgotten leave without an event: before the list grows for them.
+                if self.subscriptions.len() == self.subscriptions.capacity() {
+                    self.subscriptions.retain(|known| !known.reader.has_ended());
+                }
                 self.subscriptions.push(began.clone());
                 if began.has_snapshot {
                     self.snapshots += 1;
@@ -406,7 +400,7 @@ impl<T> State<T> {
         self.skipped += (before - self.queue.len()) as u64;
         self.slots = HashMap::new();
         (self.vacant, self.deletes, self.event_bytes) = (0, 0, 0);
-        (self.slack_taken, self.slack_items) = (0, 0);
+        self.slack_taken = 0;
     }
 
     /// Drops the vacant places: a reader that stands still while one key changes must not cost memory.
@@ -432,7 +426,6 @@ impl<T> State<T> {
             self.front += 1;
             self.taken += 1;
             self.slack_taken -= slack;
-            self.slack_items -= usize::from(slack > 0);
             let Some(item) = item else {
                 self.vacant -= 1;
                 continue;
@@ -513,19 +506,29 @@ impl<T> Shared<T> {
                 None => return Err(state),
                 Some(Next::Item(item)) => return Ok(item),
                 Some(Next::Part(reader)) => {
-                    drop(state);
-                    let part = reader.next_part();
-                    state = self.lock();
-                    let item = state.take_part(part);
-                    if state.blocked > 0 {
-                        self.arrived.notify_all();
-                    }
+                    let item;
+                    (state, item) = self.read_part(state, &reader);
                     if let Some(item) = item {
                         return Ok(item);
                     }
                 }
             }
         }
+    }
+
+    fn read_part<'a>(
+        &'a self,
+        state: MutexGuard<'a, State<T>>,
+        reader: &SnapshotReader,
+    ) -> (MutexGuard<'a, State<T>>, Option<Item<T>>) {
+        drop(state);
+        let part = reader.next_part();
+        let mut state = self.lock();
+        let item = state.take_part(part);
+        if state.blocked > 0 {
+            self.arrived.notify_all();
+        }
+        (state, item)
     }
 
     fn backlog(&self) -> Backlog {
@@ -536,7 +539,6 @@ impl<T> Shared<T> {
             own_bytes: state.own_bytes(),
             event_bytes: state.event_bytes,
             slack: state.slack_taken,
-            slack_items: state.slack_items,
         }
     }
 
@@ -658,20 +660,18 @@ impl<T> Inbox<T> {
         let mut state = self.shared.lock();
         let mut taken = 0;
         while taken < len {
+            if taken > 0 && state.reading.is_some() {
+                break;
+            }
             match state.next() {
                 Some(Next::Item(item)) => {
                     taken += item.len();
                     items.push(item);
                 }
-                Some(Next::Part(_)) if taken > 0 => {
-                    state.is_part_on_its_way = false;
-                    break;
-                }
                 Some(Next::Part(reader)) => {
-                    drop(state);
-                    let part = reader.next_part();
-                    state = self.shared.lock();
-                    if let Some(item) = state.take_part(part) {
+                    let item;
+                    (state, item) = self.shared.read_part(state, &reader);
+                    if let Some(item) = item {
                         items.push(item);
                         break;
                     }
@@ -807,8 +807,8 @@ impl<T> Drop for Inbox<T> {
         // What was not taken will not be: give its memory back now, not when the last poster is gone.
         let left = self.shared.post(|state| {
             state.closed = true;
-            (state.vacant, state.slack_taken, state.slack_items) = (0, 0, 0);
-            (state.deletes, state.event_bytes, state.snapshots) = (0, 0, 0);
+            (state.vacant, state.slack_taken, state.snapshots) = (0, 0, 0);
+            (state.deletes, state.event_bytes) = (0, 0);
             let subscriptions = (std::mem::take(&mut state.subscriptions), state.reading.take());
             (std::mem::take(&mut state.queue), std::mem::take(&mut state.slots), subscriptions)
         });

@@ -14,9 +14,11 @@ use crate::record::Event;
 /// - *In order*: events are given in the order of their revisions and must be told in that order. What cannot be
 ///   told yet may be conflated: a newer change of a key may take the place of an older change of the *same* key,
 ///   never of another.
-/// - *Latest, always*: when events stop, a live subscriber is told the last change of each key.
-/// - *Whole*: a [`Snapshot`](crate::EventKind::Snapshot) and an [`Ended`](crate::EventKind::Ended) are told, never
-///   conflated away, and keep their place in the order.
+/// - *Latest, always*: when events stop, a live subscriber has received the last change of each key, or a snapshot that
+///   contains it.
+/// - *Whole*: a [`Began`](crate::EventKind::Began) and an [`Ended`](crate::EventKind::Ended) are delivered, never conflated
+///   away, and keep their place in the order. Behind a `Began` that has a snapshot, the notifier reads all parts of it with
+///   its [reader](crate::SnapshotReader), and delivers them before anything later.
 /// - *Honest*: after the subscriber is gone, `notify` says [`Delivery::Closed`], and the store forgets it.
 ///
 /// Where a store drops a notifier or calls the waker of a mailbox, it holds no lock and keeps no write waiting: a `Drop`
@@ -39,9 +41,10 @@ pub trait Notifier: fmt::Debug + Send + Sync + 'static {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Delivery {
-    /// It will be told, or was told before.
+    /// It will be delivered, was delivered before, or is in a snapshot that is still to be read.
     Queued,
-    /// It will be told in place of an older change of the same key.
+    /// It, or an older change, is not delivered by itself: a newer change of the key or a fresh snapshot stands for it, or
+    /// the key came and went unread.
     Conflated,
     /// The subscriber is gone.
     Closed,

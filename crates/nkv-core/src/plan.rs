@@ -155,7 +155,6 @@ impl<'a> Plan<'a> {
             self.expire(write);
             return Ok(());
         }
-        let first = write.results.len();
         if write.is_together {
             let room = self.changes.len() + TOGETHER_CHANGES_MAX;
             for (op, lookup) in write.ops.iter().zip(lookups) {
@@ -176,7 +175,6 @@ impl<'a> Plan<'a> {
                 break;
             }
         }
-        debug_assert!(write.results.len() >= first);
         Ok(())
     }
 
@@ -282,13 +280,9 @@ impl<'a> Plan<'a> {
         for (key, hash, replaces) in keys {
             sweep.revision = self.change(key, hash, replaces, Action::Delete { reason: Reason::Deleted });
         }
-        let result = match (sweep.count, &sweep.refusal) {
-            (0, None) => Ok(Outcome::NotFound),
-            _ => sweep.result(),
-        };
-        is_done.then(|| {
-            *progress = None;
-            result
+        is_done.then(|| match progress.take() {
+            Some(sweep) if sweep.count > 0 || sweep.refusal.is_some() => sweep.result(),
+            _ => Ok(Outcome::NotFound),
         })
     }
 

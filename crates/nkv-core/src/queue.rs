@@ -24,7 +24,7 @@ struct Waiting {
     /// Each with the number by which its caller knows it; those that have begun come first.
     writes: Vec<(u64, Write)>,
     done: HashMap<u64, Write>,
-    /// How many were done together last: as many may come again.
+    /// How many were done together last: the same number may come again.
     last: usize,
 }
 

@@ -189,6 +189,15 @@ pub enum Action {
     },
 }
 
+impl Action {
+    pub(crate) fn value_len(&self) -> usize {
+        match self {
+            Action::Put { value, .. } => value.len(),
+            Action::Delete { .. } => 0,
+        }
+    }
+}
+
 /// Why a key is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
@@ -331,7 +340,7 @@ impl SnapshotReader {
 
     /// Has the store give no more changes of this subscription to its notifier until a fresh snapshot is read: the
     /// notifier is about to drop all that waits for it. True if the notifier is to note that a snapshot
-    /// [begins](Began::as_reset); false if one that nobody has begun to read waits already, or the subscription has ended.
+    /// [begins](Began::as_reset); false if an unread one waits already, or the subscription has ended.
     #[must_use]
     pub fn reset(&self) -> bool {
         self.0.reset()
@@ -467,10 +476,10 @@ pub(crate) const ALLOC_LEN: usize = 24;
 
 /// What a change takes besides its own size.
 fn change_size(change: &Change) -> usize {
-    let value_len = match &change.action {
+    let value_len = match change.action.value_len() {
+        0 => 0,
         // A value that came by itself has an allocation of its own.
-        Action::Put { value, .. } if !value.is_empty() => value.len() + 2 * ALLOC_LEN,
-        _ => 0,
+        len => len + 2 * ALLOC_LEN,
     };
     change.key.as_str().len() + ALLOC_LEN + value_len
 }

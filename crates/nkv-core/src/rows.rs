@@ -3,15 +3,15 @@
 //!
 //! There is one row for each key, with its record, and one more, [`HEAD`], that says what the rows together are: epoch,
 //! highest revision, owner, and which commit of the owner it was. A commit writes the rows of a batch and a new head, if the
-//! head is still the one that this instance wrote. That one comparison keeps two instances apart, and tells after a
-//! connection was lost whether the commit happened.
+//! head is still the one that this instance wrote. That one comparison keeps two instances apart, and shows after a lost
+//! connection whether the commit happened.
 
 use std::collections::HashSet;
 use std::fmt;
 
 use crate::key::Key;
 use crate::persist::{Loaded, PersistError, PersistErrorKind, PersistValue};
-use crate::record::{Action, Change, Expiry, RecordRef, ValueRef};
+use crate::record::{Action, Change, Expiry, RecordRef, Timestamp, ValueRef};
 use crate::revision::{Epoch, Revision};
 
 /// The name of the row that is no key's.
@@ -218,7 +218,7 @@ impl Head {
 /// A record as a row: revision, whether there is an expiry, when and after how long that is, and the value.
 fn encode(change: &Change) -> Option<Vec<u8>> {
     let Action::Put { value, expiry } = &change.action else { return None };
-    let Expiry { at, ttl_ms } = expiry.unwrap_or(Expiry { at: crate::Timestamp::MIN, ttl_ms: 0 });
+    let Expiry { at, ttl_ms } = expiry.unwrap_or(Expiry { at: Timestamp::MIN, ttl_ms: 0 });
     let (revision, flag) = (change.revision.get().to_le_bytes(), [u8::from(expiry.is_some())]);
     Some([&revision[..], &flag, &at.as_millis().to_le_bytes(), &ttl_ms.to_le_bytes(), value].concat())
 }
@@ -229,8 +229,7 @@ fn decode<'a>(name: &'a str, bytes: &'a [u8]) -> Option<RecordRef<'a>> {
     let ([flag], rest) = rest.split_first_chunk()?;
     let (at, rest) = rest.split_first_chunk()?;
     let (ttl_ms, value) = rest.split_first_chunk()?;
-    let expiry =
-        Expiry { at: crate::Timestamp::from_millis(u64::from_le_bytes(*at)), ttl_ms: u64::from_le_bytes(*ttl_ms) };
+    let expiry = Expiry { at: Timestamp::from_millis(u64::from_le_bytes(*at)), ttl_ms: u64::from_le_bytes(*ttl_ms) };
     let revision = Revision::new(u64::from_le_bytes(*revision));
     Some(RecordRef { key: name, value: ValueRef::Lent(value), revision, expiry: (*flag != 0).then_some(expiry) })
 }

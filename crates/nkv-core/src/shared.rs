@@ -98,9 +98,8 @@ impl<N: Notifier> Shared<N> {
         &self.event_bytes
     }
 
-    /// Makes stored changes visible, all at once, and notifies the subscribers.
+    /// Makes stored changes visible, all at once, and notifies the subscribers. The caller has begun a [`Later`].
     pub(crate) fn publish(&self, changes: Vec<Change>, hashes: &[u64]) {
-        let later = Later::begin();
         let subscribers = self.subscribers.lock();
         let mut keyspace = self.keyspace.write().unwrap_or_else(PoisonError::into_inner);
         changes.iter().zip(hashes).for_each(|(change, hash)| keyspace.apply(change, *hash));
@@ -108,7 +107,6 @@ impl<N: Notifier> Shared<N> {
         drop(keyspace);
         self.count(&changes);
         self.notify_all(subscribers, changes);
-        drop(later);
     }
 
     /// After some changes those who wait to subscribe, to unsubscribe, or to read part of a snapshot go first: they see
@@ -155,7 +153,12 @@ impl<N: Notifier> Shared<N> {
                     match subscription.notifier().notify(&event) {
                         Delivery::Queued => {}
                         Delivery::Conflated => tally.conflated += 1,
-                        Delivery::Closed => tally.gone.push(Arc::clone(subscription)),
+                        // It is notified of the rest of the turn all the same.
+                        Delivery::Closed if subscription.has_ended() => {}
+                        Delivery::Closed => {
+                            subscription.progress.end();
+                            tally.gone.push(Arc::clone(subscription));
+                        }
                     }
                 }
             }
@@ -165,7 +168,7 @@ impl<N: Notifier> Shared<N> {
             }
         }
         for gone in tally.gone.iter().skip(gone_before) {
-            self.remove(subscribers, &gone.pattern().clone(), |known| Arc::ptr_eq(known, gone));
+            self.remove(subscribers, gone.pattern(), |known| Arc::ptr_eq(known, gone));
         }
         !is_done
     }

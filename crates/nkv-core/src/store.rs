@@ -395,7 +395,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
             }
         }
         if writer.poisoned {
-            fail_all(writes, &poisoned("storage failed earlier and takes no more writes; restart to recover"));
+            fail_all(writes, &poisoned(FAILED_EARLIER));
         }
     }
 
@@ -447,9 +447,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
             Ok(writer) if writer.closed => {
                 Err(PersistError::new(PersistErrorKind::Rejected, "the store is closed and takes no more writes"))
             }
-            Ok(writer) if writer.poisoned => {
-                Err(poisoned("storage failed earlier and takes no more writes; restart to recover"))
-            }
+            Ok(writer) if writer.poisoned => Err(poisoned(FAILED_EARLIER)),
             Ok(writer) => Ok(writer),
             Err(_) => Err(poisoned("storage panicked earlier and takes no more writes; restart to recover")),
         }
@@ -549,6 +547,8 @@ fn leave_out<T>(list: &mut Vec<T>, positions: &[usize]) {
     let mut at = 0..;
     list.retain(|_| at.next().is_some_and(|at| positions.binary_search(&at).is_err()));
 }
+
+const FAILED_EARLIER: &str = "storage failed earlier and takes no more writes; restart to recover";
 
 fn poisoned(context: &str) -> PersistError {
     PersistError::new(PersistErrorKind::Poisoned, context)

@@ -300,12 +300,6 @@ impl From<Outcome> for WriteError {
     }
 }
 
-impl From<PersistError> for WriteError {
-    fn from(error: PersistError) -> Self {
-        WriteError::Persist(error)
-    }
-}
-
 impl From<Failed> for WriteError {
     fn from(Failed { error, deleted }: Failed) -> Self {
         if deleted == 0 { WriteError::Persist(error) } else { WriteError::Partial { deleted, source: error } }

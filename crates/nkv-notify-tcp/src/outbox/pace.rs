@@ -22,7 +22,7 @@ const READ_LEN: usize = 1_024;
 pub(super) struct Pace {
     /// Messages that were taken out of the mailbox as one item, and wait for their turns.
     rest: Chunks,
-    /// How many bytes [`Shared::flushed`](crate::notifier::Shared::flushed) is to be told of when the last of them is written.
+    /// The bytes to pass to [`Shared::flushed`](crate::notifier::Shared::flushed) when the last of them is written.
     counted: usize,
     pause: Pin<Box<Sleep>>,
     /// What was taken last is written when the next is to be taken: the pause begins then.

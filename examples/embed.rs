@@ -14,7 +14,9 @@ use std::thread;
 use std::time::Duration;
 
 use nkv_core::mailbox::{Item, Mailbox, mailbox};
-use nkv_core::{Action, Event, EventKind, Key, NoPersist, NotifyKeyValue, Pattern, PutOptions, Reason, Revision};
+use nkv_core::{
+    Action, Event, EventKind, Key, NoPersist, NotifyKeyValue, Pattern, PutOptions, Reason, Revision, WriteError,
+};
 use nkv_persist_fs::{FsOptions, FsPersist};
 use nkv_server::{Handle, HandleError, Server, WriteOptions};
 
@@ -119,7 +121,7 @@ async fn add(nkv: Handle, times: u32) -> Result<(), AnyError> {
         let options = WriteOptions::default().with_if_revision(revision);
         match nkv.put(&key, (total + 1).to_string(), options).await {
             Ok(_) => done += 1,
-            Err(HandleError::Conflict { .. }) => {}
+            Err(HandleError::Write(WriteError::Conflict { .. })) => {}
             Err(error) => return Err(error.into()),
         }
     }

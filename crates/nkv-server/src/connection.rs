@@ -87,9 +87,7 @@ impl Socket {
             Socket::Unix(stream) => limit_send_buffer(stream, SEND_BUFFER_LEN),
         }
     }
-}
 
-impl Socket {
     fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Socket::Tcp(stream) => stream.poll_read_ready(cx),

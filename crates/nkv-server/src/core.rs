@@ -128,14 +128,13 @@ impl Core {
 
     /// Room for a request of `len` bytes to be read, if there is any now.
     pub(crate) fn try_arrival(&self, len: usize) -> Option<Room> {
-        let len = len.min(self.arrival_len) as u32;
-        Arc::clone(&self.arrival_room).try_acquire_many_owned(len).ok()
+        Arc::clone(&self.arrival_room).try_acquire_many_owned(self.arrival_len(len)).ok()
     }
 
     /// Waits for room for a request of `len` bytes to be read.
     pub(crate) fn arrival(&self, len: usize) -> impl Future<Output = Result<Room, Stopping>> + Send + use<> {
-        let len = len.min(self.arrival_len) as u32;
-        let (room, budget) = (Arc::clone(&self.arrival_room).acquire_many_owned(len), Arc::clone(&self.budget));
+        let (room, budget) = (Arc::clone(&self.arrival_room), Arc::clone(&self.budget));
+        let room = room.acquire_many_owned(self.arrival_len(len));
         async move {
             let mut room = std::pin::pin!(room);
             loop {
@@ -145,6 +144,11 @@ impl Core {
                 }
             }
         }
+    }
+
+    /// What is more than there ever is counts as all of it.
+    fn arrival_len(&self, len: usize) -> u32 {
+        len.min(self.arrival_len) as u32
     }
 
     /// Whether long requests have to wait.

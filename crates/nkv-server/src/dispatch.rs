@@ -50,11 +50,11 @@ pub(crate) struct Session {
     writes: Vec<Op>,
     room: Option<Room>,
     room_taken: usize,
-    /// A read that takes several turns.
-    reading: Option<Reading>,
-    /// The ids to answer them to, as JSON, one behind the other, and where each ends.
+    /// The ids of the writes, as JSON, one behind the other, and where each ends.
     write_ids: String,
     write_id_ends: Vec<usize>,
+    /// A read that takes several turns.
+    reading: Option<Reading>,
 }
 
 /// What a request has to wait for.
@@ -185,7 +185,7 @@ impl Session {
         Hold::Leave(reading, Box::pin(async move { budget.leave(patience).await }))
     }
 
-    /// Reads on for a turn. True once the answer is written.
+    /// Reads on for a turn; gives the read back unless its answer is written.
     pub(crate) fn read_on(&self, mut reading: Box<Reading>, out: &mut Chunks) -> Option<Box<Reading>> {
         match reading.read(&self.core.store) {
             Ok(false) => return Some(reading),

@@ -9,13 +9,14 @@ use bytes::Bytes;
 use futures_core::Stream;
 use nkv_core::mailbox::{Inbox, Item, mailbox};
 use nkv_core::{
-    Event, Expiry, Failed, Key, Op, Outcome, Page, Pattern, PersistError, PutOptions, Record, Revision, Stats,
-    SubscriberId, Write, WriteError,
+    Event, Expiry, Failed, Key, Op, Outcome, Page, Pattern, PutOptions, Record, Revision, Stats, SubscriberId, Write,
+    WriteError,
 };
 use thiserror::Error;
 
 use crate::budget::{Share, Source};
 use crate::core::{Core, Subscriber};
+use crate::reading::PART_KEYS;
 
 /// The store of a running server, from within its process. Clones are cheap and stand for the same store.
 ///
@@ -58,33 +59,13 @@ impl WriteOptions {
 #[derive(Clone, Debug, Error)]
 #[non_exhaustive]
 pub enum HandleError {
-    /// The condition did not hold; nothing was changed.
-    #[error("the key is at revision {revision}")]
-    Conflict {
-        /// The key's present revision; zero if it is absent.
-        revision: Revision,
-    },
-    /// There was nothing to delete.
-    #[error("no such key")]
-    NotFound,
-    /// Storage failed; see [`PersistError::kind`] for what that means.
-    #[error("the write was not stored")]
-    Persist(#[source] PersistError),
-    /// Storage failed in the middle of a large wildcard delete.
-    #[error("only {deleted} keys are gone, the others were not deleted")]
-    Partial {
-        /// How many keys are gone.
-        deleted: u64,
-        /// What failed then.
-        source: PersistError,
-    },
+    /// The write was not done.
+    #[error(transparent)]
+    Write(#[from] WriteError),
     /// The server has stopped. A write that was under way may or may not be done.
     #[error("the server has stopped")]
     Stopped,
 }
-
-/// How many keys are read at a time.
-const PART_KEYS: usize = 1_024;
 
 impl Handle {
     pub(crate) fn new(core: &Arc<Core>) -> Self {
@@ -111,6 +92,7 @@ impl Handle {
         loop {
             let after = all.last().map(|record| record.key.clone());
             let page = self.core()?.store.get_page(pattern, after.as_ref(), PART_KEYS, usize::MAX);
+            // No page is larger than the largest number.
             let mut page = page.map_err(|_| HandleError::Stopped)?;
             all.append(&mut page.entries);
             if !page.more {
@@ -147,7 +129,7 @@ impl Handle {
     ///
     /// # Errors
     ///
-    /// Any of [`HandleError`] but `NotFound`.
+    /// Any of [`HandleError`] but [`WriteError::NotFound`].
     pub async fn put(
         &self,
         key: &Key,
@@ -186,7 +168,7 @@ impl Handle {
     ///
     /// # Errors
     ///
-    /// [`HandleError::Persist`], [`HandleError::Stopped`].
+    /// [`WriteError::Persist`], [`HandleError::Stopped`].
     pub async fn write(&self, ops: Vec<Op>) -> Result<Vec<Outcome>, HandleError> {
         let results = self.core()?.write_urgently(Write::together(ops)).await.map_err(|_| HandleError::Stopped)?;
         results.into_iter().map(|result| result.map_err(HandleError::from)).collect()
@@ -250,20 +232,9 @@ async fn write_one(core: &Core, op: Op) -> Result<Outcome, HandleError> {
     results.pop().ok_or(HandleError::Stopped)?.map_err(HandleError::from)
 }
 
-impl From<WriteError> for HandleError {
-    fn from(error: WriteError) -> Self {
-        match error {
-            WriteError::Conflict { revision } => HandleError::Conflict { revision },
-            WriteError::Persist(error) => HandleError::Persist(error),
-            WriteError::Partial { deleted, source } => HandleError::Partial { deleted, source },
-            _ => HandleError::NotFound,
-        }
-    }
-}
-
 impl From<Failed> for HandleError {
     fn from(failed: Failed) -> Self {
-        WriteError::from(failed).into()
+        HandleError::Write(failed.into())
     }
 }
 

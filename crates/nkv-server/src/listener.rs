@@ -101,7 +101,7 @@ impl Listener {
 }
 
 /// Whether only this host reaches an address.
-pub(crate) fn is_loopback(address: SocketAddr) -> bool {
+fn is_loopback(address: SocketAddr) -> bool {
     address.ip().to_canonical().is_loopback()
 }
 

@@ -9,7 +9,7 @@ use crate::budget::Leave;
 use crate::core::Store;
 
 /// How many keys are taken from the store at a time: they are of one moment.
-const PART_KEYS: usize = 1_024;
+pub(crate) const PART_KEYS: usize = 1_024;
 
 /// A turn encodes no more bytes of values than these, and one value.
 const TURN_LEN: usize = 64 << 10;

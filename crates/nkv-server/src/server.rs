@@ -59,9 +59,10 @@ pub struct Options {
     pub subscriptions_total_max: usize,
     /// Longest value, in bytes. 1 MiB by default; 8 MiB at most, so that it fits a message in every form.
     pub value_len_max: usize,
-    /// Bytes that all connections may hold together: of requests that have not arrived whole, of answers and snapshots
-    /// that were not taken, and of changes that wait to be told. Past that, the connection that holds most for longest is
-    /// closed, unless it alone is the reason. Subscriptions to deep keys may take a quarter as much. 256 MiB by default.
+    /// Bytes that all connections may hold together: of requests that have not arrived whole, of answers that were not
+    /// taken, and of changes that wait. Past that, if most of it is changes, those are dropped in favour of fresh snapshots (a
+    /// client that does not know `Reset` is closed); else the connection that holds most for longest is closed, unless the
+    /// others hold less than half. Subscriptions to deep keys may take a quarter as much. 256 MiB by default.
     pub queued_max: usize,
     /// A connection that begins no request within this time is closed. 30 s by default.
     pub first_byte_limit: Duration,
@@ -306,8 +307,8 @@ impl Server {
         Builder { addresses: Vec::new(), persist: None, durability, clock_file: None, options }
     }
 
-    /// Where it listens, in the order asked for, with the ports that it was given. A name has as many as it has addresses,
-    /// all with the same port.
+    /// Where it listens, in the order asked for, with the ports that it was given. A name has one for each of its
+    /// addresses, all with the same port.
     #[must_use]
     pub fn addresses(&self) -> &[Address] {
         &self.addresses
@@ -443,7 +444,7 @@ async fn expire_in_time(core: &Core, changed: &Notify) {
         if core.store.next_expiry().is_some() && core.clock.is_due() {
             let clock = core.clock.clone();
             // One that could not be kept is tried again.
-            _ = tokio::task::spawn_blocking(move || clock.keep()).await;
+            advancing(core, async { _ = tokio::task::spawn_blocking(move || clock.keep()).await }).await;
         }
         let due = async {
             match core.store.next_expiry() {

@@ -151,7 +151,7 @@ impl Writer {
             }
             let more = jobs.get(under_way..).unwrap_or_default();
             written = more.iter().map(|job| job.write.value_len()).fold(written, usize::saturating_add);
-            if more.iter().any(|job| job.write.has_ttl()) && self.clock.is_unkept() {
+            if more.iter().any(|job| job.write.has_ttl()) && self.clock.is_unkept() && self.clock.is_due() {
                 // Before the first value with a TTL is stored: from then on it is known how far the clock had come.
                 self.clock.keep();
             }

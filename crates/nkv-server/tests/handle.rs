@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use nkv_core::{Action, EventKind, Key, Op, Outcome, Pattern, PutOptions, Reason, Revision};
+use nkv_core::{Action, EventKind, Key, Op, Outcome, Pattern, PutOptions, Reason, Revision, WriteError};
 use nkv_persist_fs::{FsOptions, FsPersist};
 use nkv_server::{HandleError, Server, WriteOptions};
 use tokio::time::timeout;
@@ -23,7 +23,7 @@ async fn a_handle_does_everything_without_a_socket() {
     let first = nkv.put(&key("a.b"), "1", WriteOptions::default()).await.unwrap();
     let only = WriteOptions::default().with_if_revision(Revision::ZERO);
     let conflict = nkv.put(&key("a.b"), "2", only).await.unwrap_err();
-    assert!(matches!(conflict, HandleError::Conflict { revision } if revision == first));
+    assert!(matches!(conflict, HandleError::Write(WriteError::Conflict { revision }) if revision == first));
     assert_eq!(nkv.get(&key("a.b")).await.unwrap().unwrap().value, "1");
     assert_eq!(nkv.get_all(&Pattern::All).await.unwrap().len(), 1);
     assert_eq!(nkv.list(&Pattern::All, None, 10).await.unwrap().entries, [(key("a.b"), first)]);
@@ -36,7 +36,7 @@ async fn a_handle_does_everything_without_a_socket() {
     ];
     let outcomes = nkv.write(ops).await.unwrap();
     assert!(matches!(outcomes[..], [Outcome::Put { .. }, Outcome::Deleted { count: 2, .. }]));
-    assert!(matches!(nkv.delete(&Pattern::All, None).await, Err(HandleError::NotFound)));
+    assert!(matches!(nkv.delete(&Pattern::All, None).await, Err(HandleError::Write(WriteError::NotFound))));
 
     let short = WriteOptions::default().with_ttl(Duration::from_millis(20));
     nkv.put(&key("a.t"), "gone soon", short).await.unwrap();

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nkv_core::{
     Action, Change, Epoch, Expiry, Key, Loaded, MemoryPersist, NoPersist, Op, PersistError, PersistErrorKind,
-    PersistValue, PutOptions, RecordRef, Revision, RoutePersist,
+    PersistValue, PutOptions, RecordRef, Revision, RoutePersist, WriteError,
 };
 use nkv_server::{HandleError, ServerError, WriteOptions};
 use nkv_testkit::script::{Crash, ScriptedPersist};
@@ -77,7 +77,9 @@ fn a_full_route_refuses_its_own_writes_and_nothing_else() {
     // What one caller gives as one batch is refused whole.
     let put = |key: &str| Op::Put { key: Key::new(key).unwrap(), value: "x".into(), options: PutOptions::default() };
     let written = server.runtime.block_on(server.handle.write(vec![put("d"), put("full.d")]));
-    assert!(matches!(written, Err(HandleError::Persist(error)) if error.kind() == PersistErrorKind::NoSpace));
+    assert!(
+        matches!(written, Err(HandleError::Write(WriteError::Persist(error))) if error.kind() == PersistErrorKind::NoSpace)
+    );
     let listed = conn.ask(r#"{"type":"List","key":"*"}"#);
     assert!(listed.contains(r#""keys":["a","b","c"]"#), "{listed}");
 
@@ -339,7 +341,10 @@ fn nobody_waits_for_storage_that_panicked() {
     script.release();
     for write in writes {
         let written = server.runtime.block_on(write).unwrap().unwrap();
-        assert!(matches!(written, Err(HandleError::Persist(_) | HandleError::Stopped)), "{written:?}");
+        assert!(
+            matches!(written, Err(HandleError::Write(WriteError::Persist(_)) | HandleError::Stopped)),
+            "{written:?}"
+        );
     }
     assert_poisoned(server.ended());
 }

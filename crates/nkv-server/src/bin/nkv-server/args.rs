@@ -64,8 +64,8 @@ pub(crate) struct Args {
           default_value_t = Options::default().subscriptions_total_max)]
     max_subscriptions_total: usize,
 
-    /// What all connections may hold of incomplete requests, unread answers and changes that wait; past that, the one
-    /// that holds most is closed: bytes, or with k, M
+    /// What all connections may hold of incomplete requests, unread answers and changes that wait; past that,
+    /// changes give way to fresh snapshots, or the one that holds most is closed: bytes, or with k, M
     #[arg(long, value_name = "SIZE", env = "NKV_MAX_QUEUED", default_value = "256M", value_parser = parse_size)]
     max_queued: usize,
 

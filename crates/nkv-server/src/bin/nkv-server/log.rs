@@ -2,7 +2,7 @@
 //! one that is broken does not end it. Lines for which there is no room are lost, counted, and mentioned in the next.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -49,7 +49,6 @@ struct State {
 impl Log {
     /// Sends all events of `level` and above to stderr, from now on.
     pub(crate) fn start(level: LevelFilter, format: LogFormat) -> io::Result<Self> {
-        use std::io::IsTerminal;
         let log = Log::default();
         thread::Builder::new().name("nkv-log".into()).spawn({
             let log = log.clone();

@@ -12,7 +12,7 @@ use nkv_protocol::Reason;
 use tokio::sync::oneshot;
 
 use crate::error::{Error, Result};
-use crate::queue::{KEY_COST, Queue};
+use crate::queue::{KEY_COST, Known, Queue};
 use crate::types::{EndReason, Entry, Event, GoneReason};
 
 /// One subscription of the program.
@@ -80,18 +80,18 @@ impl Local {
             Some(last) if last.revision >= now.revision => last.snapshot = now.snapshot,
             Some(last) => {
                 *last = now;
-                self.post(Event::Update { entry: entry.clone(), skipped });
+                self.post(Event::Update { entry: entry.clone(), skipped }, false);
             }
             None => {
                 self.told.keys.insert(entry.key.clone(), now);
                 self.told.len += cost(&entry.key);
-                self.post(Event::Update { entry: entry.clone(), skipped });
+                self.post(Event::Update { entry: entry.clone(), skipped }, true);
             }
         }
     }
 
-    fn post(&mut self, event: Event) {
-        let waiting = self.queue.post(event);
+    fn post(&mut self, event: Event, is_new: bool) {
+        let waiting = self.queue.post_change(event, Known { is_new, is_synced: self.told.synced });
         self.told.too_much |= waiting.saturating_add(self.told.len) > self.len_max;
     }
 
@@ -101,17 +101,18 @@ impl Local {
             if self.told.keys.remove(key).is_some() {
                 self.told.len = self.told.len.saturating_sub(cost(key));
             }
-            self.post(Event::Gone { key: key.clone(), revision, reason, skipped });
+            self.post(Event::Gone { key: key.clone(), revision, reason, skipped }, false);
         }
     }
 
     /// Ends a snapshot: what it did not hold is gone.
     fn end_snapshot(&mut self, revision: Revision) {
-        let Told { keys, snapshot, len, .. } = &mut self.told;
+        let Told { keys, snapshot, len, synced, .. } = &mut self.told;
+        let known = Known { is_new: false, is_synced: *synced };
         let missed = keys.extract_if(|_, last| last.snapshot != *snapshot);
         for (key, _) in missed {
             *len = len.saturating_sub(cost(&key));
-            self.queue.post(Event::Gone { key, revision, reason: GoneReason::Missed, skipped: 0 });
+            self.queue.post_change(Event::Gone { key, revision, reason: GoneReason::Missed, skipped: 0 }, known);
         }
         if !std::mem::replace(&mut self.told.synced, true) {
             self.queue.post(Event::Synced { revision, epoch: self.told.epoch.clone() });
@@ -497,7 +498,7 @@ mod tests {
             hub.update(&entry(&format!("k{n}"), 300 + n), 0);
         }
         assert_eq!(told(&all).last().unwrap(), "Ended(TooMuch");
-        assert_eq!(told(&one), ["Synced", "a deleted"]);
+        assert_eq!(told(&one), ["Synced"], "it came and went unread");
         hub.update(&entry("a", 400), 0);
         assert_eq!(told(&one), ["a@400"]);
         assert_eq!(hub.remove(&Pattern::new("*").unwrap(), 1), Some(Send::Unsubscribe("*".into())));

@@ -1,4 +1,4 @@
-//! The queue of one subscription: one place per key, so that a slow reader costs memory bounded by its keys.
+//! The queue of one subscription: one place for each key that there is, or that its reader knows of.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,7 +9,8 @@ use nkv_core::Key;
 use crate::types::Event;
 
 /// Events between the connection's task and one reader. A newer event replaces a pending one with the same slot and
-/// moves to the end, but not past [`Event::Synced`]: whoever has read that knows some state of every key.
+/// moves to the end, but not past [`Event::Synced`]: whoever has read that knows some state of every key. A key that comes and
+/// goes unread takes no place.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
     state: Mutex<State>,
@@ -18,13 +19,29 @@ pub(crate) struct Queue {
 #[derive(Debug, Default)]
 struct State {
     /// By the order of their arrival.
-    events: BTreeMap<u64, Event>,
+    events: BTreeMap<u64, Waiting>,
     slots: HashMap<Slot, u64>,
     /// Of all events.
     len: usize,
     next: u64,
     closed: bool,
     waker: Option<Waker>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    event: Event,
+    /// Its reader does not know of the key yet.
+    is_new: bool,
+}
+
+/// What the reader knows when a change of a key is posted.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Known {
+    /// It never heard of the key, or last that it had gone.
+    pub(crate) is_new: bool,
+    /// No snapshot is under way whose end it waits for.
+    pub(crate) is_synced: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -53,28 +70,37 @@ impl Slot {
 
 impl Queue {
     /// Posts an event; after [`Event::Ended`] nothing more is taken. Returns how many bytes wait, about.
-    pub(crate) fn post(&self, mut event: Event) -> usize {
+    pub(crate) fn post(&self, event: Event) -> usize {
+        self.post_change(event, Known::default())
+    }
+
+    /// As [`post`](Self::post), for a change of a key. While a snapshot is under way nothing is left out: who is synced is to
+    /// know each key as it was then, or later.
+    pub(crate) fn post_change(&self, mut event: Event, known: Known) -> usize {
         let mut state = self.lock();
         if state.closed {
             return state.len;
         }
         state.closed = matches!(event, Event::Ended(_));
         let slot = Slot::of(&event);
-        let old = state.slots.get(&slot).copied();
+        let (old, synced) = (state.slots.get(&slot).copied(), state.slots.get(&Slot::Synced).copied());
+        let is_before_synced = slot.is_key() && old.zip(synced).is_some_and(|(old, synced)| old < synced);
+        let mut is_new = known.is_new;
         if let Some(old) = old.and_then(|old| state.events.remove(&old)) {
-            pass_over(&old, &mut event);
-            state.len = state.len.saturating_sub(len_of(&old));
+            pass_over(&old.event, &mut event);
+            state.len = state.len.saturating_sub(len_of(&old.event));
+            is_new = old.is_new;
+            if is_new && known.is_synced && !is_before_synced && matches!(event, Event::Gone { .. }) {
+                state.slots.remove(&slot);
+                return state.len;
+            }
         }
-        let synced = state.slots.get(&Slot::Synced).copied();
-        let place = match old.filter(|old| slot.is_key() && synced.is_some_and(|synced| *old < synced)) {
-            Some(old) => old,
-            None => state.next,
-        };
+        let place = old.filter(|_| is_before_synced).unwrap_or(state.next);
         state.next += 1;
         state.len += len_of(&event);
         let len = state.len;
         state.slots.insert(slot, place);
-        state.events.insert(place, event);
+        state.events.insert(place, Waiting { event, is_new });
         let waker = state.waker.take();
         drop(state);
         if let Some(waker) = waker {
@@ -86,7 +112,7 @@ impl Queue {
     /// Takes the next event, or has `cx` woken when there is one; `None` after the end.
     pub(crate) fn poll_take(&self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
         let mut state = self.lock();
-        if let Some((_, event)) = state.events.pop_first() {
+        if let Some((_, Waiting { event, .. })) = state.events.pop_first() {
             state.slots.remove(&Slot::of(&event));
             state.len = state.len.saturating_sub(len_of(&event));
             if state.events.is_empty() {
@@ -195,6 +221,49 @@ mod tests {
             queue.post(Event::Synced { revision: Revision::new(revision), epoch: String::new() });
         }
         assert_eq!(drain(&queue).len(), 2);
+    }
+
+    #[test]
+    fn a_key_that_comes_and_goes_unread_takes_no_place_and_one_that_was_read_is_told_gone() {
+        let (queue, known) = (Queue::default(), Known { is_new: false, is_synced: true });
+        let new = Known { is_new: true, ..known };
+        let gone = |key: &str| {
+            let (key, reason) = (Key::new(key).unwrap(), GoneReason::Deleted);
+            Event::Gone { key, revision: Revision::new(9), reason, skipped: 0 }
+        };
+        queue.post_change(update("known", 1), new);
+        drain(&queue);
+        for n in 0..10_000 {
+            let key = format!("k.{n}");
+            queue.post_change(update(&key, 2), new);
+            queue.post_change(update(&key, 3), known);
+            assert_eq!(queue.post_change(gone(&key), known), 0);
+        }
+        assert_eq!((queue.len(), queue.lock().slots.len()), (0, 0));
+        queue.post_change(update("known", 4), known);
+        queue.post_change(gone("known"), known);
+        queue.post_change(update("known", 5), new);
+        queue.post_change(gone("known"), known);
+        let [Event::Gone { skipped: 3, .. }] = &drain(&queue)[..] else { panic!("one event was expected") };
+    }
+
+    #[test]
+    fn of_what_was_put_before_a_snapshot_ended_nothing_is_left_out() {
+        let synced = Event::Synced { revision: Revision::new(6), epoch: String::new() };
+        let new = Known { is_new: true, is_synced: false };
+        let gone = || {
+            let (key, reason) = (Key::new("a").unwrap(), GoneReason::Deleted);
+            Event::Gone { key, revision: Revision::new(7), reason, skipped: 0 }
+        };
+        let queue = Queue::default();
+        queue.post_change(update("a", 6), new);
+        queue.post(synced.clone());
+        queue.post_change(gone(), Known { is_new: false, is_synced: true });
+        let [Event::Gone { .. }, Event::Synced { .. }] = &drain(&queue)[..] else { panic!("two events were expected") };
+        queue.post_change(update("a", 8), Known { is_new: true, is_synced: true });
+        queue.post_change(gone(), Known { is_new: false, is_synced: false });
+        queue.post(synced);
+        let [Event::Gone { .. }, Event::Synced { .. }] = &drain(&queue)[..] else { panic!("two events were expected") };
     }
 
     #[test]

@@ -4,8 +4,8 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
 
-use nkv_core::{Action, BeginCause, Change, Event, EventKind, Reason, Snapshot};
-use nkv_protocol::{ChangeNotice, Chunks, ValueForm, hello, reset, synced, unsubscribed};
+use nkv_core::{Action, BeginCause, Change, Event, EventKind, Reason, Snapshot, ValueRef};
+use nkv_protocol::{ChangeNotice, Chunks, GetEntry, ValueForm, hello, reset, synced, unsubscribed, update};
 
 /// The encoded forms of one change, shared by the connections that are written to at the same time.
 #[derive(Default)]
@@ -96,7 +96,11 @@ fn notice(change: &Change, form: ValueForm) -> ChangeNotice {
 fn part(snapshot: &Snapshot, form: ValueForm, out: &mut Chunks) {
     let Snapshot { pattern, records, revision, epoch, is_last } = snapshot;
     for record in records.iter() {
-        ChangeNotice::update(record.key, &record.value.to_bytes(), record.revision.get(), form).write(0, out);
+        let (value, shared) = match record.value {
+            ValueRef::Lent(value) => (value, None),
+            ValueRef::Shared(value) => (&value[..], Some(value)),
+        };
+        update(GetEntry { key: record.key, value, shared, revision: record.revision.get() }, form, out);
     }
     if *is_last {
         synced(&pattern.to_string(), revision.get(), &epoch.to_string(), out);

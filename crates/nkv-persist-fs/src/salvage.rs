@@ -351,7 +351,10 @@ impl Salvage {
         let last = self.numbers.last().copied().unwrap_or(0);
         let Ok(numbers) = disk.segments() else { return };
         for number in numbers.into_iter().rev().filter(|number| *number > last) {
-            drop(disk.remove(&segment_name(number)));
+            let name = segment_name(number);
+            if let Err(error) = disk.remove(&name) {
+                tracing::warn!(segment = name, %error, "what could not be written to its end could not be removed either");
+            }
         }
     }
 }

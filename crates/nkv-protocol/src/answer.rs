@@ -75,7 +75,7 @@ pub struct GetEntry<'a> {
 }
 
 impl GetEntry<'_> {
-    fn push_value(&self, out: &mut Chunks) {
+    pub(crate) fn push_value(&self, out: &mut Chunks) {
         match self.shared {
             Some(shared) => out.push(shared),
             None => out.tail().put_slice(self.value),

@@ -26,7 +26,7 @@ pub use chunks::Chunks;
 pub use decoder::{Decoded, Decoder, Limits, Refusal};
 pub use features::Features;
 pub use message::{Body, Message, MessageDecoder, MessageError, Reason, Stats, Subscriber};
-pub use notification::{ChangeNotice, hello, leave_out_revision, reset, synced, unsubscribed};
+pub use notification::{ChangeNotice, hello, leave_out_revision, reset, synced, unsubscribed, update};
 pub use request::{Id, Kind, Request};
 
 /// The version of the protocol that this crate speaks.

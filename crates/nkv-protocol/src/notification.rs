@@ -3,6 +3,7 @@
 use bytes::{BufMut, Bytes};
 
 use crate::ValueForm;
+use crate::answer::GetEntry;
 use crate::chunks::{Chunks, SHARE_LEN_MIN};
 use crate::json::{self, Object};
 
@@ -21,19 +22,8 @@ impl ChangeNotice {
     /// An `Update`: the key has this value now.
     #[must_use]
     pub fn update(key: &str, value: &Bytes, revision: u64, form: ValueForm) -> Self {
-        let mut text = start(b"{\"Update\":{\"key\":", key, value.len());
-        if form == ValueForm::Payload {
-            text.put_slice(b",\"revision\":");
-            json::number(&mut text, revision);
-            text.put_slice(b",\"len\":");
-            json::number(&mut text, value.len() as u64);
-        } else {
-            text.put_slice(b",\"value\":");
-            json::value(&mut text, value, form);
-            text.put_slice(b",\"revision\":");
-            json::number(&mut text, revision);
-        }
-        let skipped_at = skipped(&mut text, b"}}\n");
+        let mut text = with_room(key, value.len());
+        let skipped_at = update_line(&mut text, (key, value, revision), form);
         let payload = (form == ValueForm::Payload).then_some(value);
         if let Some(short) = payload.filter(|value| value.len() < SHARE_LEN_MIN) {
             text.put_slice(short);
@@ -46,7 +36,9 @@ impl ChangeNotice {
     /// A `Close`: the key is gone, deleted or expired.
     #[must_use]
     pub fn close(key: &str, revision: u64, expired: bool) -> Self {
-        let mut text = start(b"{\"Close\":{\"key\":", key, 0);
+        let mut text = with_room(key, 0);
+        text.put_slice(b"{\"Close\":{\"key\":");
+        json::string(&mut text, key);
         text.put_slice(b",\"revision\":");
         json::number(&mut text, revision);
         let end = if expired { b",\"reason\":\"expired\"}}\n" } else { b",\"reason\":\"deleted\"}}\n" };
@@ -76,11 +68,35 @@ impl ChangeNotice {
     }
 }
 
-fn start(start: &[u8], key: &str, value_len: usize) -> Vec<u8> {
-    let mut text = Vec::with_capacity(key.len().saturating_add(value_len.min(SHARE_LEN_MIN)).saturating_add(96));
-    text.put_slice(start);
-    json::string(&mut text, key);
-    text
+fn with_room(key: &str, value_len: usize) -> Vec<u8> {
+    Vec::with_capacity(key.len().saturating_add(value_len.min(SHARE_LEN_MIN)).saturating_add(96))
+}
+
+/// An `Update` for one subscriber alone, who skipped no change: a record of its snapshot.
+pub fn update(entry: GetEntry<'_>, form: ValueForm, out: &mut Chunks) {
+    update_line(out.tail(), (entry.key, entry.value, entry.revision), form);
+    if form == ValueForm::Payload {
+        entry.push_value(out);
+        out.tail().put_u8(b'\n');
+    }
+}
+
+/// Writes the line of an `Update` that skipped no change; returns where that number stands.
+fn update_line(text: &mut Vec<u8>, (key, value, revision): (&str, &[u8], u64), form: ValueForm) -> usize {
+    text.put_slice(b"{\"Update\":{\"key\":");
+    json::string(text, key);
+    if form == ValueForm::Payload {
+        text.put_slice(b",\"revision\":");
+        json::number(text, revision);
+        text.put_slice(b",\"len\":");
+        json::number(text, value.len() as u64);
+    } else {
+        text.put_slice(b",\"value\":");
+        json::value(text, value, form);
+        text.put_slice(b",\"revision\":");
+        json::number(text, revision);
+    }
+    skipped(text, b"}}\n")
 }
 
 /// Writes that no change was skipped, and the end of the line; returns where the number stands.

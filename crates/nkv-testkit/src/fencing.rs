@@ -31,7 +31,7 @@ macro_rules! fencing_conformance {
         $crate::__conformance! { $what fencing $argument;
             an_instance_that_was_replaced_stores_nothing
             an_instance_that_was_replaced_before_its_first_batch_stores_nothing
-            whoever_replaced_another_goes_on_where_that_one_was
+            a_new_owner_goes_on_where_the_old_one_was
             preparing_and_closing_an_instance_that_was_replaced_harms_nothing
             owners_that_come_and_go_change_neither_epoch_nor_revision
         }
@@ -73,7 +73,7 @@ pub fn an_instance_that_was_replaced_before_its_first_batch_stores_nothing<H: Pe
 }
 
 /// All that was stored before is loaded by the instance that takes over.
-pub fn whoever_replaced_another_goes_on_where_that_one_was<H: PersistHarness>(harness: &H) {
+pub fn a_new_owner_goes_on_where_the_old_one_was<H: PersistHarness>(harness: &H) {
     let (mut instance, _) = open(harness);
     for revision in 1..=5 {
         persist(&mut instance, &[replacing(put("a", revision, "x"), revision - 1)]);

@@ -119,7 +119,7 @@ fn each_flaw_is_caught_by_its_part() {
     for (flaw, part) in [
         (Flaw::AsksNobody, "an_instance_that_was_replaced_stores_nothing"),
         (Flaw::ComparesRevisionsAlone, "an_instance_that_was_replaced_before_its_first_batch_stores_nothing"),
-        (Flaw::IsOwnedByTheFirst, "whoever_replaced_another_goes_on_where_that_one_was"),
+        (Flaw::IsOwnedByTheFirst, "a_new_owner_goes_on_where_the_old_one_was"),
         (Flaw::IsTakenBack, "an_instance_that_was_replaced_stores_nothing"),
         (Flaw::StoresWhatItRefuses, "an_instance_that_was_replaced_before_its_first_batch_stores_nothing"),
         (Flaw::RefusesAsIfItMayBeTriedAgain, "an_instance_that_was_replaced_stores_nothing"),

@@ -15,9 +15,20 @@ struct Encoded {
     payload: OnceLock<ChangeNotice>,
 }
 
+impl Encoded {
+    fn form(&self, form: ValueForm) -> &OnceLock<ChangeNotice> {
+        match form {
+            ValueForm::Bytes => &self.bytes,
+            ValueForm::Text => &self.text,
+            ValueForm::Payload => &self.payload,
+        }
+    }
+}
+
 /// An event whose encodings are kept for the next connection that is written to, and what these take, about.
 struct Recent {
     event: Arc<Event>,
+    encoded: Arc<Encoded>,
     len: usize,
 }
 
@@ -28,6 +39,8 @@ const RECENT_LEN_MAX: usize = 256 << 10;
 struct AllRecent {
     events: VecDeque<Recent>,
     len: usize,
+    /// Where the next event is looked for: connections are written the same events, one behind the other.
+    next: usize,
 }
 
 thread_local! {
@@ -42,10 +55,19 @@ pub fn forget_encodings() {
 }
 
 impl AllRecent {
-    fn keep(&mut self, event: &Arc<Event>, len: usize) {
+    /// The encodings of an event, if they are kept where they are most likely to be: no lock and no counting, as
+    /// [`Event::memo`] would take.
+    fn find(&mut self, event: &Arc<Event>) -> Option<&Encoded> {
+        let is_it = |place: &usize| self.events.get(*place).is_some_and(|recent| Arc::ptr_eq(&recent.event, event));
+        let place = [self.next, 0].into_iter().find(is_it)?;
+        self.next = place.saturating_add(1);
+        self.events.get(place).map(|recent| &*recent.encoded)
+    }
+
+    fn keep(&mut self, event: &Arc<Event>, encoded: Arc<Encoded>, len: usize) {
         match self.events.back_mut().filter(|last| Arc::ptr_eq(&last.event, event)) {
             Some(last) => last.len = last.len.saturating_add(len),
-            None => self.events.push_back(Recent { event: Arc::clone(event), len }),
+            None => self.events.push_back(Recent { event: Arc::clone(event), encoded, len }),
         }
         self.len = self.len.saturating_add(len);
         while self.len > RECENT_LEN_MAX && self.events.len() > 1 {
@@ -59,23 +81,22 @@ impl AllRecent {
 /// Writes an event.
 pub(crate) fn event(event: &Arc<Event>, skipped: u64, form: ValueForm, out: &mut Chunks) {
     match event.kind() {
-        EventKind::Change(change) => {
+        EventKind::Change(change) => RECENT.with_borrow_mut(|recent| {
+            if let Some(known) = recent.find(event).and_then(|encoded| encoded.form(form).get()) {
+                return known.write(skipped, out);
+            }
             let encoded = event.memo(|_| Encoded::default());
-            let slot = match form {
-                ValueForm::Bytes => &encoded.bytes,
-                ValueForm::Text => &encoded.text,
-                ValueForm::Payload => &encoded.payload,
-            };
             let mut is_made = false;
-            let notice = slot.get_or_init(|| {
+            let notice = encoded.form(form).get_or_init(|| {
                 is_made = true;
                 notice(change, form)
             });
             notice.write(skipped, out);
+            let len = notice.size();
             if is_made {
-                RECENT.with_borrow_mut(|recent| recent.keep(event, notice.size()));
+                recent.keep(event, encoded, len);
             }
-        }
+        }),
         EventKind::Began(began) if began.cause == BeginCause::Reset => reset(&began.pattern.to_string(), out),
         EventKind::Began(_) => hello(out),
         EventKind::Snapshot(snapshot) => part(snapshot, form, out),

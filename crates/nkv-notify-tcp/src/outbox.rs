@@ -23,11 +23,10 @@ use self::pace::{Next, Pace};
 
 mod pace;
 
-/// So many bytes are gathered for one write. What is still in the mailbox can be conflated, what is gathered cannot.
-const GATHER_LEN: usize = 64 << 10;
-
-/// How many bytes are written to a peer that takes all that comes, such as a long snapshot, before others have their turn.
-const TURN_LEN: usize = 256 << 10;
+/// How many bytes of events are gathered for one write, and after how many that were written others have their turn. What
+/// is still in the mailbox can be conflated, what is gathered cannot; and with hundreds of peers that are notified of all
+/// that a large delete deletes, a request waits for a turn of each of them.
+const TURN_LEN: usize = 16 << 10;
 
 /// So many pieces go into one vectored write.
 const SLICES_MAX: usize = 64;
@@ -129,7 +128,7 @@ impl Outbox {
     {
         let mut turn_len = 0_usize;
         loop {
-            if turn_len > TURN_LEN {
+            if turn_len >= TURN_LEN {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -156,7 +155,7 @@ impl Outbox {
 
     /// Takes out of the mailbox what the next write may take; says whether the mailbox is closed and empty.
     fn gather(&mut self, cx: &mut Context<'_>, told: &Waker) -> bool {
-        let mut len = GATHER_LEN;
+        let mut len = TURN_LEN;
         if self.pace.is_some() {
             match self.next_line(cx, told) {
                 Next::Wait => return false,

@@ -89,7 +89,7 @@ async fn follow(addr: &str) -> Result<(), Box<dyn Error>> {
             Event::Gone { key, reason, .. } => println!("gone {key} {}", reason.as_str()),
             Event::Synced { epoch, .. } => println!("synced {epoch}"),
             Event::Reconnecting => println!("reconnecting"),
-            Event::Connected => println!("connected"),
+            Event::Connected { .. } => println!("connected"),
             other => println!("{other:?}"),
         }
     }

@@ -4,17 +4,16 @@
 //! cargo run -p nkv-examples --example watch_config
 //! ```
 //!
-//! The configuration is one key with JSON for its value, so that no reader sees half of a change. `watch_as` gives a
-//! receiver that holds the newest one, read into the struct; a value that cannot be read is an error there, and the
-//! service goes on with what it had.
+//! The configuration is one key with JSON for its value, so that no reader sees half of a change. `watch_as` holds
+//! the newest one, read into the struct; a value that cannot be read is an error beside the last good one, and the service
+//! goes on with that.
 
 use std::error::Error;
 use std::time::Duration;
 
-use nkv_client::{Client, ErrorKind, PutOptions, Revision};
+use nkv_client::{Client, ErrorKind, PutOptions, Revision, Watch};
 use nkv_server::Server;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
 
 const KEY: &str = "config.thumbnailer";
 
@@ -27,12 +26,10 @@ struct Config {
     formats: Vec<String>,
 }
 
-type Watched = watch::Receiver<nkv_client::Result<Option<Config>>>;
-
 /// Something that runs for months and must not be restarted to be configured.
 struct Service {
     config: Config,
-    watched: Watched,
+    watched: Watch<Config>,
 }
 
 impl Service {
@@ -53,10 +50,11 @@ impl Service {
     }
 
     fn take_newest(&mut self) {
-        match &*self.watched.borrow_and_update() {
-            Ok(Some(config)) => self.config = config.clone(),
-            Ok(None) => println!("  there is no configuration: it stays as it is"),
-            Err(error) => println!("  {error:#}: it stays as it is"),
+        let seen = self.watched.borrow_and_update().clone();
+        match (seen.error, seen.value) {
+            (Some(error), _) => println!("  {error}: it stays as it is"),
+            (None, Some(config)) => self.config = config,
+            (None, None) => println!("  there is no configuration: it stays as it is"),
         }
         println!("  running with {:?}", self.config);
     }

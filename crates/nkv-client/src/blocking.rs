@@ -10,15 +10,20 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nkv_core::{Key, Revision};
-use nkv_protocol::{Stats, Subscriber};
+use nkv_core::Key;
+use nkv_protocol::{ConnectedClient, Subscriber};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::ClientBuilder;
-use crate::types::{ConnectionState, Deleted, Entry, Event, Page, PageOptions, PutOptions, ServerVersion};
+use crate::revision::Revision;
+use crate::types::{
+    ConnectionState, Deleted, EndReason, Entry, Event, Page, PageOptions, PutOptions, ServerVersion, Stats,
+    SubscribeOptions,
+};
+use crate::watch::Watched;
 
 /// A connection to a server that is made again whenever it is lost; see [`crate::Client`].
 ///
@@ -74,6 +79,7 @@ macro_rules! blocking {
                 ///
                 /// Those of the method of the same name of [`crate::Client`].
                 pub fn $name $(<$T: $bound>)? (&self, $($arg: $of),*) -> Result<$out> {
+                    self.client.check()?;
                     self.runtime.block_on(self.client.$name($($arg),*))
                 }
             )*
@@ -110,6 +116,8 @@ blocking! {
     fn exists(pattern: &str) -> bool;
     /// Who would be told of a change of a key.
     fn trace(key: &str) -> Vec<Subscriber>;
+    /// Who is connected to the server.
+    fn clients() -> Vec<ConnectedClient>;
     /// Whether the server works: an error if not.
     fn health() -> ();
     /// What the server is.
@@ -139,10 +147,22 @@ impl Client {
         Ok(Client { client, runtime: Arc::new(runtime) })
     }
 
-    /// What becomes of the connection.
+    /// The same connection, with another limit for how long a request may take.
+    #[must_use]
+    pub fn with_request_timeout(&self, request_timeout: Duration) -> Self {
+        Client { client: self.client.with_request_timeout(request_timeout), runtime: Arc::clone(&self.runtime) }
+    }
+
+    /// What identifies the client.
+    #[must_use]
+    pub fn client_uuid(&self) -> &str {
+        self.client.client_uuid()
+    }
+
+    /// What becomes of the connection; in a process that was forked from the client's own, it is closed.
     #[must_use]
     pub fn state(&self) -> ConnectionState {
-        *self.client.state().borrow()
+        self.client.check().map_or(ConnectionState::Closed, |()| *self.client.state().borrow())
     }
 
     /// Closes the connection for all clones; subscriptions end.
@@ -156,8 +176,45 @@ impl Client {
     ///
     /// Those of [`crate::Client::subscribe`].
     pub fn subscribe(&self, pattern: &str) -> Result<Subscription> {
-        let subscription = self.runtime.block_on(self.client.subscribe(pattern))?;
-        Ok(Subscription { subscription, runtime: Arc::clone(&self.runtime) })
+        self.subscribe_with(pattern, SubscribeOptions::default())
+    }
+
+    /// Subscribes, with options.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::Client::subscribe_with`].
+    pub fn subscribe_with(&self, pattern: &str, options: SubscribeOptions) -> Result<Subscription> {
+        self.client.check()?;
+        let subscription = self.runtime.block_on(self.client.subscribe_with(pattern, options))?;
+        Ok(Subscription { subscription, client: self.clone(), has_ended: false })
+    }
+
+    /// The value of a key, as it changes; see [`crate::Client::watch`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::Client::watch`].
+    pub fn watch(&self, key: &str) -> Result<Watch<Entry>> {
+        self.client.check()?;
+        Ok(Watch { watch: self.runtime.block_on(self.client.watch(key))?, client: self.clone() })
+    }
+
+    /// The value of a key as JSON, as it changes; see [`crate::Client::watch_as`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::Client::watch_as`].
+    pub fn watch_as<T: DeserializeOwned + Send + Sync + 'static>(&self, key: &str) -> Result<Watch<T>> {
+        self.client.check()?;
+        Ok(Watch { watch: self.runtime.block_on(self.client.watch_as(key))?, client: self.clone() })
+    }
+
+    /// Waits for what takes at most so long.
+    fn wait<T>(&self, patience: Duration, work: impl Future<Output = T>) -> Result<T> {
+        self.client.check()?;
+        let waited = self.runtime.block_on(async { tokio::time::timeout(patience, work).await });
+        waited.map_err(|_| Error::new(ErrorKind::Timeout, format!("nothing within {patience:?}")))
     }
 }
 
@@ -170,14 +227,19 @@ impl fmt::Debug for Client {
 /// An iterator of what happens to the keys that a pattern covers; `next` blocks until something does.
 pub struct Subscription {
     subscription: crate::Subscription,
-    runtime: Arc<Background>,
+    client: Client,
+    has_ended: bool,
 }
 
 impl Subscription {
-    /// The next event if there is one within `patience`; `None` if there is not, and after [`Event::Ended`].
-    pub fn next_timeout(&mut self, patience: Duration) -> Option<Event> {
-        let next = self.subscription.next();
-        self.runtime.block_on(async { tokio::time::timeout(patience, next).await.ok().flatten() })
+    /// The next event; `None` after [`Event::Ended`].
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Timeout`] if there is none within `patience`; [`ErrorKind::Closed`] in a process that was forked from the
+    /// client's own.
+    pub fn next_timeout(&mut self, patience: Duration) -> Result<Option<Event>> {
+        self.client.wait(patience, self.subscription.next())
     }
 }
 
@@ -185,7 +247,43 @@ impl Iterator for Subscription {
     type Item = Event;
 
     fn next(&mut self) -> Option<Event> {
-        self.runtime.block_on(self.subscription.next())
+        if self.client.client.check().is_ok() {
+            return self.client.runtime.block_on(self.subscription.next());
+        }
+        let ended = Event::Ended(EndReason::Closed);
+        (!std::mem::replace(&mut self.has_ended, true)).then_some(ended)
+    }
+}
+
+/// The value of a key as it changes.
+#[derive(Clone)]
+pub struct Watch<T> {
+    watch: crate::Watch<T>,
+    client: Client,
+}
+
+impl<T: Clone> Watch<T> {
+    /// What is known now.
+    #[must_use]
+    pub fn get(&self) -> Watched<T> {
+        self.watch.borrow().clone()
+    }
+
+    /// Waits for a change that was not seen yet, and gives what is known then.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Timeout`] if there is none within `patience`; [`ErrorKind::Closed`] once the subscription has ended.
+    pub fn changed(&mut self, patience: Duration) -> Result<Watched<T>> {
+        let Watch { watch, client } = self;
+        client.wait(patience, watch.changed())??;
+        Ok(watch.borrow_and_update().clone())
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for Watch<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.watch, f)
     }
 }
 

@@ -2,23 +2,26 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use nkv_core::{Key, Pattern, Revision};
-use nkv_protocol::{Body, Kind, Request, Stats, Subscriber, status};
+use nkv_core::{Epoch, Key, Pattern};
+use nkv_protocol::{Body, ConnectedClient, Kind, Request, Subscriber, status};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::hub::{Local, Told};
+use crate::hub::{Local, Sink};
 use crate::options::ClientBuilder;
-use crate::subscription::{self, Subscription};
-use crate::task::{Ask, Control, Trouble};
-use crate::types::{ConnectionState, Deleted, Entry, Page, PageOptions, PutOptions, ServerVersion};
+use crate::revision::Revision;
+use crate::subscription::Subscription;
+use crate::task::{Answer, Ask, Control, Shared, Slot};
+use crate::types::{
+    ConnectionState, Deleted, Entry, Page, PageOptions, PutOptions, ServerVersion, Stats, SubscribeOptions,
+};
+use crate::watch::{ChannelWatcher, EndOnDrop, Watch};
 
 /// How many keys with their values are asked for at a time, to begin with.
 const GET_PAGE: u64 = 1_000;
@@ -31,8 +34,8 @@ const LIST_PAGE: u64 = 10_000;
 ///
 /// # Cancel safety
 ///
-/// Every future of this type may be dropped at any time. A request that was not sent by then will not be; one that was
-/// may take effect, and nobody will tell.
+/// Every future of this type may be dropped at any time. A request of which the socket has taken nothing by then is taken
+/// back, with its value, and never sent; one that was sent may take effect, and nobody will tell.
 #[derive(Clone)]
 pub struct Client {
     handle: Arc<Handle>,
@@ -46,9 +49,11 @@ pub(crate) struct Handle {
     asks: mpsc::Sender<Ask>,
     control: mpsc::UnboundedSender<Control>,
     state: watch::Receiver<ConnectionState>,
-    trouble: Trouble,
+    shared: Arc<Shared>,
     client_uuid: String,
     next_local: AtomicU64,
+    /// The process that it was made in.
+    process: u32,
 }
 
 impl Handle {
@@ -56,14 +61,32 @@ impl Handle {
         asks: mpsc::Sender<Ask>,
         control: mpsc::UnboundedSender<Control>,
         state: watch::Receiver<ConnectionState>,
-        trouble: Trouble,
+        shared: Arc<Shared>,
         client_uuid: String,
     ) -> Self {
-        Handle { asks, control, state, trouble, client_uuid, next_local: AtomicU64::new(0) }
+        let (next_local, process) = (AtomicU64::new(0), std::process::id());
+        Handle { asks, control, state, shared, client_uuid, next_local, process }
     }
 
     pub(crate) fn control(&self, control: Control) -> Result<()> {
-        self.control.send(control).map_err(|_| Error::closed())
+        self.check()?;
+        self.control.send(control).map_err(|_| self.closed())
+    }
+
+    /// After a fork nothing of the connection works in the child, and what it did there would harm the parent's.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.process == std::process::id() {
+            return Ok(());
+        }
+        let what = "the client belongs to the process that this one was forked from: make one here";
+        Err(Error::new(ErrorKind::Closed, what))
+    }
+
+    fn closed(&self) -> Error {
+        match self.shared.trouble() {
+            Some(trouble) => Error::closed().because(trouble),
+            None => Error::closed(),
+        }
     }
 }
 
@@ -96,7 +119,7 @@ impl Client {
         Client { request_timeout, ..self.clone() }
     }
 
-    /// The client's name.
+    /// What identifies the client.
     #[must_use]
     pub fn client_uuid(&self) -> &str {
         &self.handle.client_uuid
@@ -106,6 +129,11 @@ impl Client {
     #[must_use]
     pub fn state(&self) -> watch::Receiver<ConnectionState> {
         self.handle.state.clone()
+    }
+
+    /// Whether it can be used: an error in a process that was forked from its own.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.handle.check()
     }
 
     /// Closes the connection for all clones; subscriptions end with [`EndReason::Closed`](crate::EndReason::Closed).
@@ -128,14 +156,20 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// Those of [`put`](Self::put), and [`ErrorKind::Conflict`] with the key's present revision.
+    /// Those of [`put`](Self::put), and [`ErrorKind::Conflict`] with the key's present revision, or
+    /// [`ErrorKind::OtherEpoch`].
     pub async fn put_with(&self, key: &str, value: impl Into<Vec<u8>>, options: PutOptions) -> Result<Revision> {
         let mut request = Request::new(Kind::Put, Key::new(key)?.as_str().to_owned());
-        request.value = Some(value.into().into());
+        let (value, len_max) = (value.into(), self.handle.shared.value_len_max());
+        if value.len() as u64 > len_max {
+            return Err(Error::too_large(value.len(), len_max));
+        }
+        request.value = Some(value.into());
         request.if_revision = options.if_revision.map(Revision::get);
         request.ttl_ms = options.ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1));
-        let body = self.ask(request).await?;
-        body.revision.map(Revision::new).ok_or_else(|| Error::protocol("the server gave no revision"))
+        let (body, epoch) = self.ask_in(request, options.if_revision.and_then(Revision::epoch)).await?;
+        let revision = body.revision.ok_or_else(|| Error::protocol("the server gave no revision"))?;
+        Ok(Revision::of(epoch, revision))
     }
 
     /// Reads a value; `None` if there is no such key.
@@ -167,6 +201,7 @@ impl Client {
                     if done {
                         return Ok(found);
                     }
+                    limit = limit.saturating_mul(2).min(GET_PAGE);
                 }
                 // The values are larger than expected: fewer at a time.
                 Err(error) if *error.kind() == (ErrorKind::Server { status: status::TOO_LARGE }) && limit > 1 => {
@@ -215,8 +250,8 @@ impl Client {
     /// Those of [`get`](Self::get).
     pub async fn list_page(&self, pattern: &str, options: PageOptions) -> Result<Page<(Key, Revision)>> {
         let after = options.after.as_deref().map(Key::new).transpose()?;
-        let body = self.ask(page_request(Kind::List, pattern, options.limit, after.as_ref())?).await?;
-        let items = keys(&body)?.collect::<Result<Vec<_>>>()?;
+        let (body, epoch) = self.ask(page_request(Kind::List, pattern, options.limit, after.as_ref())?).await?;
+        let items = keys(&body, epoch)?.collect::<Result<Vec<_>>>()?;
         check_order(after.as_ref(), items.iter().map(|(key, _)| key))?;
         Ok(Page { items, more: body.more })
     }
@@ -228,7 +263,7 @@ impl Client {
     /// Those of [`put`](Self::put); that there is nothing to remove is no error.
     pub async fn delete(&self, pattern: &str) -> Result<Deleted> {
         Pattern::new(pattern)?;
-        self.deleted(Request::new(Kind::Delete, pattern.to_owned())).await
+        self.deleted(Request::new(Kind::Delete, pattern.to_owned()), None).await
     }
 
     /// Removes a key if it is at this revision.
@@ -239,7 +274,7 @@ impl Client {
     pub async fn delete_if(&self, key: &str, if_revision: Revision) -> Result<Deleted> {
         let mut request = Request::new(Kind::Delete, Key::new(key)?.as_str().to_owned());
         request.if_revision = Some(if_revision.get());
-        self.deleted(request).await
+        self.deleted(request, if_revision.epoch()).await
     }
 
     /// Whether a pattern selects any key.
@@ -263,7 +298,16 @@ impl Client {
     /// Those of [`get`](Self::get).
     pub async fn trace(&self, key: &str) -> Result<Vec<Subscriber>> {
         let request = Request::new(Kind::Trace, Key::new(key)?.as_str().to_owned());
-        Ok(self.ask(request).await?.subscribers)
+        Ok(self.ask(request).await?.0.subscribers)
+    }
+
+    /// Who is connected to the server: all clients, with their names, addresses and what waits for them.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get), and [`ErrorKind::Server`] with status 400 from a server that cannot tell.
+    pub async fn clients(&self) -> Result<Vec<ConnectedClient>> {
+        Ok(self.ask(Request::new(Kind::Trace, "")).await?.0.clients)
     }
 
     /// Whether the server works: an error if not.
@@ -281,7 +325,7 @@ impl Client {
     ///
     /// See [`ErrorKind`].
     pub async fn version(&self) -> Result<ServerVersion> {
-        let body = self.ask(Request::new(Kind::Version, "")).await?;
+        let (body, _) = self.ask(Request::new(Kind::Version, "")).await?;
         Ok(ServerVersion { version: body.version.unwrap_or_default(), protocol: body.protocol.unwrap_or(0) })
     }
 
@@ -291,7 +335,7 @@ impl Client {
     ///
     /// See [`ErrorKind`].
     pub async fn stats(&self) -> Result<Stats> {
-        Ok(self.ask(Request::new(Kind::Stats, "")).await?.stats)
+        Ok(Stats::from(self.ask(Request::new(Kind::Stats, "")).await?.0.stats))
     }
 
     /// Reads a value that is JSON; `None` if there is no such key.
@@ -331,100 +375,126 @@ impl Client {
     ///
     /// Those of [`get`](Self::get).
     pub async fn subscribe(&self, pattern: &str) -> Result<Subscription> {
-        self.subscribe_to(Pattern::new(pattern)?, false).await
+        self.subscribe_with(pattern, SubscribeOptions::default()).await
+    }
+
+    /// Subscribes, with options.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get), and [`ErrorKind::InvalidKey`] for a wildcard that is to stand for itself alone.
+    pub async fn subscribe_with(&self, pattern: &str, options: SubscribeOptions) -> Result<Subscription> {
+        let pattern = if options.exact { Pattern::Key(Key::new(pattern)?) } else { Pattern::new(pattern)? };
+        let id = self.handle.next_local.fetch_add(1, Relaxed);
+        let subscription = Subscription::new(Arc::clone(&self.handle), pattern.clone(), id);
+        let sink = Sink::Queue(Arc::clone(subscription.queue()));
+        let mut local = Local::new(id, pattern, sink, self.subscription_len_max);
+        (local.exact, local.has_snapshot) = (options.exact, options.snapshot);
+        self.subscribed(local).await?;
+        Ok(subscription)
     }
 
     /// The value of a key, as it changes; waits until the present value is known. While the connection is lost, the last
-    /// value stays. `changed()` fails when the client is closed; dropping the receiver ends the subscription.
+    /// value stays, and [`is_live`](crate::Watched::is_live) is false.
     ///
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn watch(&self, key: &str) -> Result<watch::Receiver<Option<Entry>>> {
-        self.watch_with(key, |entry| entry).await
+    pub async fn watch(&self, key: &str) -> Result<Watch<Entry>> {
+        self.watch_with(key, |entry| Ok(entry.clone())).await
     }
 
-    /// The value of a key as JSON, as it changes; an error when a value is not the JSON of a `T`. Otherwise like
-    /// [`watch`](Self::watch).
+    /// The value of a key as JSON, as it changes. Where a value is not the JSON of a `T`, the last one that was stays beside
+    /// the [`error`](crate::Watched::error). Otherwise like [`watch`](Self::watch).
     ///
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn watch_as<T>(&self, key: &str) -> Result<watch::Receiver<Result<Option<T>>>>
+    pub async fn watch_as<T>(&self, key: &str) -> Result<Watch<T>>
     where
         T: DeserializeOwned + Send + Sync + 'static,
     {
-        self.watch_with(key, |entry| entry.map(|entry| entry.json()).transpose()).await
+        self.watch_with(key, Entry::json).await
     }
 
     async fn watch_with<T: Send + Sync + 'static>(
         &self,
         key: &str,
-        read: impl Fn(Option<Entry>) -> T + Send + 'static,
-    ) -> Result<watch::Receiver<T>> {
+        read: impl Fn(&Entry) -> Result<T> + Send + 'static,
+    ) -> Result<Watch<T>> {
         let pattern = Pattern::Key(Key::new(key)?);
-        let watched = timeout(self.request_timeout, async {
-            subscription::watch(self.subscribe_to(pattern, true).await?, read).await
-        });
-        watched.await.unwrap_or_else(|_| Err(self.timed_out()))
+        let id = self.handle.next_local.fetch_add(1, Relaxed);
+        let (watcher, receiver) = ChannelWatcher::new(read);
+        let unsubscribe = Some(Control::Unsubscribe(pattern.clone(), id));
+        let mut watch = Watch::new(receiver, EndOnDrop { handle: Arc::clone(&self.handle), unsubscribe });
+        let mut local = Local::new(id, pattern, Sink::Watch(Box::new(watcher)), self.subscription_len_max);
+        local.exact = true;
+        self.subscribed(local).await?;
+        drop(watch.borrow_and_update());
+        Ok(watch)
     }
 
-    async fn subscribe_to(&self, pattern: Pattern, exact: bool) -> Result<Subscription> {
-        let id = self.handle.next_local.fetch_add(1, Relaxed);
-        let subscription = Subscription::new(Arc::clone(&self.handle), pattern.clone(), id);
+    async fn subscribed(&self, mut local: Local) -> Result<()> {
         let (ready, accepted) = oneshot::channel();
-        let (queue, len_max) = (Arc::clone(subscription.queue()), self.subscription_len_max);
-        let local = Local { id, pattern, exact, queue, ready: Some(ready), told: Told::default(), len_max };
+        local.ready = Some(ready);
         self.handle.control(Control::Subscribe(local))?;
         match timeout(self.request_timeout, accepted).await {
-            Ok(accepted) => accepted.map_err(|_| Error::closed())??,
-            Err(_) => return Err(self.timed_out()),
+            Ok(accepted) => accepted.map_err(|_| self.handle.closed())?,
+            Err(_) => Err(self.timed_out()),
         }
-        Ok(subscription)
     }
 
     async fn entries(&self, request: Request<'static>) -> Result<Page<Entry>> {
-        let body = match self.ask(request).await {
+        let (body, epoch) = match self.ask(request).await {
             Err(error) if *error.kind() == ErrorKind::NotFound => return Ok(Page { items: Vec::new(), more: false }),
-            body => body?,
+            answer => answer?,
         };
         if body.values.len() != body.keys.len() {
             return Err(Error::protocol("the server's answer has more keys than values, or fewer"));
         }
-        let entries = keys(&body)?.zip(&body.values);
+        let entries = keys(&body, epoch)?.zip(&body.values);
         let entries =
             entries.map(|(key, value)| key.map(|(key, revision)| Entry { key, value: value.clone(), revision }));
         Ok(Page { items: entries.collect::<Result<_>>()?, more: body.more })
     }
 
-    async fn deleted(&self, request: Request<'static>) -> Result<Deleted> {
-        match self.ask(request).await {
-            Ok(body) => Ok(Deleted { count: body.count.unwrap_or(0), revision: body.revision.map(Revision::new) }),
+    async fn deleted(&self, request: Request<'static>, epoch: Option<Epoch>) -> Result<Deleted> {
+        match self.ask_in(request, epoch).await {
+            Ok((body, epoch)) => {
+                let revision = body.revision.map(|revision| Revision::of(epoch, revision));
+                Ok(Deleted { count: body.count.unwrap_or(0), revision })
+            }
             Err(error) if *error.kind() == ErrorKind::NotFound => Ok(Deleted::default()),
             Err(error) => Err(error),
         }
     }
 
-    async fn ask(&self, request: Request<'static>) -> Result<Box<Body>> {
+    async fn ask(&self, request: Request<'static>) -> Result<Answer> {
+        self.ask_in(request, None).await
+    }
+
+    /// Asks, with a condition of this epoch.
+    async fn ask_in(&self, request: Request<'static>, epoch: Option<Epoch>) -> Result<Answer> {
+        self.handle.check()?;
         let is_write = matches!(request.kind, Kind::Put | Kind::Delete);
         let (reply, mut answer) = oneshot::channel();
-        let stage = Arc::default();
-        let ask = Ask { request, stage: Arc::clone(&stage), reply };
+        let taken_back = TakeBack(Arc::new(Slot::new(request)));
+        let ask = Ask { slot: Arc::clone(&taken_back.0), epoch, reply };
         let answered = timeout(self.request_timeout, async {
-            self.handle.asks.send(ask).await.map_err(|_| Error::closed())?;
-            (&mut answer).await.map_err(|_| Error::closed())?
+            self.handle.asks.send(ask).await.map_err(|_| self.handle.closed())?;
+            (&mut answer).await.map_err(|_| self.handle.closed())?
         });
         let failure = match answered.await {
-            Ok(Ok(body)) if body.status == status::OK => return Ok(body),
-            Ok(Ok(body)) => return Err(Error::from_answer(&body)),
-            Ok(Err(error)) if *error.kind() != ErrorKind::Closed => return Err(error),
-            Ok(Err(closed)) => closed,
-            Err(_) => {
-                answer.close();
-                self.timed_out()
-            }
+            Ok(Err(error)) if *error.kind() == ErrorKind::Closed => error,
+            Ok(answer) => return read(answer?, is_write),
+            Err(_) => self.timed_out(),
         };
-        if stage.give_up() && is_write {
+        let was_sent = taken_back.0.give_up();
+        answer.close();
+        if let Ok(answer) = answer.try_recv() {
+            return read(answer?, is_write); // it came at the last moment
+        }
+        if was_sent && is_write {
             let message = "it was sent, but no answer came: it may or may not have been done, or may be yet";
             return Err(Error::new(ErrorKind::OutcomeUnknown, message).because(failure));
         }
@@ -433,11 +503,27 @@ impl Client {
 
     fn timed_out(&self) -> Error {
         let error = Error::new(ErrorKind::Timeout, format!("no answer within {:?}", self.request_timeout));
-        let trouble = self.handle.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        match trouble {
+        match self.handle.shared.trouble() {
             Some(trouble) => error.because(trouble),
             None => error,
         }
+    }
+}
+
+/// Takes a request back when its caller gives up, however that is.
+struct TakeBack(Arc<Slot>);
+
+impl Drop for TakeBack {
+    fn drop(&mut self) {
+        self.0.give_up();
+    }
+}
+
+fn read((body, epoch): Answer, is_write: bool) -> Result<Answer> {
+    match body.status {
+        status::OK => Ok((body, epoch)),
+        _ if is_write => Err(Error::from_answer_to_write(&body, epoch)),
+        _ => Err(Error::from_answer(&body, epoch)),
     }
 }
 
@@ -460,14 +546,14 @@ fn check_order<'a>(mut after: Option<&'a Key>, keys: impl Iterator<Item = &'a Ke
     Ok(())
 }
 
-fn keys(body: &Body) -> Result<impl Iterator<Item = Result<(Key, Revision)>>> {
+fn keys(body: &Body, epoch: Epoch) -> Result<impl Iterator<Item = Result<(Key, Revision)>>> {
     if body.keys.len() != body.revisions.len() {
         return Err(Error::protocol("the server's answer has more keys than revisions, or fewer"));
     }
-    Ok(body.keys.iter().zip(&body.revisions).map(|(key, revision)| {
+    Ok(body.keys.iter().zip(&body.revisions).map(move |(key, revision)| {
         let key =
             Key::new(key).map_err(|error| Error::protocol(format!("the server names an impossible key: {error}")))?;
-        Ok((key, Revision::new(*revision)))
+        Ok((key, Revision::of(epoch, *revision)))
     }))
 }
 

@@ -3,17 +3,20 @@
 use std::error::Error as StdError;
 use std::{fmt, io};
 
-use nkv_core::{KeyError, Revision};
+use nkv_core::{Epoch, KeyError};
 use nkv_protocol::{Body, MessageError, status};
+
+use crate::revision::Revision;
 
 /// Short for a result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong with a request or a connection; formatted with `{:#}`, the message is followed by those of its sources.
+/// What went wrong with a request or a connection. Its message carries that of its cause; there is no
+/// [`source`](StdError::source) that would say it again.
+#[derive(Clone, PartialEq, Eq)]
 pub struct Error {
     kind: ErrorKind,
     message: String,
-    source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
 /// What a caller can tell apart.
@@ -36,15 +39,20 @@ pub enum ErrorKind {
     },
     /// There is no such key. Nothing was changed.
     NotFound,
+    /// The condition names a revision of another epoch than that of the server's data, about which it says nothing. Nothing
+    /// was changed; what the key holds now is to be read anew.
+    OtherEpoch,
     /// The server refused the request or failed to serve it. Nothing was changed, unless the status is 500: then the
-    /// server does not know what its disk holds.
+    /// server does not know what its disk holds, or a delete of many keys stopped half-way. A value that is too large for
+    /// the server is refused without it, with 413.
     Server {
         /// As in HTTP: 400, 401, 403, 413, 429, 500, 503, 507.
         status: u16,
     },
-    /// A put or delete was sent and the answer did not come: it may or may not have taken effect, or may do so yet.
+    /// A put or delete was sent, and no answer says what became of it: it may or may not have taken effect, or may do so
+    /// yet.
     OutcomeUnknown,
-    /// The client was closed.
+    /// The client was closed, its runtime has shut down, or this process was forked from the one that made it.
     Closed,
     /// The peer does not speak the protocol, or exceeds a limit.
     Protocol,
@@ -54,11 +62,11 @@ pub enum ErrorKind {
 
 impl Error {
     pub(crate) fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Error { kind, message: message.into(), source: None }
+        Error { kind, message: message.into() }
     }
 
-    pub(crate) fn because(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        self.source = Some(source.into());
+    pub(crate) fn because(mut self, cause: impl fmt::Display) -> Self {
+        self.message = format!("{}: {cause:#}", self.message);
         self
     }
 
@@ -78,21 +86,34 @@ impl Error {
         Error::new(ErrorKind::Json, what).because(error)
     }
 
-    /// The error that an answer stands for.
-    pub(crate) fn from_answer(body: &Body) -> Self {
-        let kind = match body.status {
-            status::NOT_FOUND => ErrorKind::NotFound,
+    pub(crate) fn too_large(len: usize, len_max: u64) -> Self {
+        let message = format!("the value has {len} bytes, and the server takes {len_max} at most");
+        Error::new(ErrorKind::Server { status: status::TOO_LARGE }, message)
+    }
+
+    /// The error that an answer stands for, from a server whose data are of this epoch.
+    pub(crate) fn from_answer(body: &Body, epoch: Epoch) -> Self {
+        match body.status {
+            status::NOT_FOUND => Error::new(ErrorKind::NotFound, "not found"),
             status::CONFLICT => {
-                let revision = Revision::new(body.revision.unwrap_or(0));
-                let message = format!("conflict: the key is at revision {revision}");
-                return Error::new(ErrorKind::Conflict { revision }, message);
+                let revision = Revision::of(epoch, body.revision.unwrap_or(0));
+                let message = match revision.get() {
+                    0 => "conflict: the key does not exist".to_owned(),
+                    number => format!("conflict: the key is at revision {number}"),
+                };
+                Error::new(ErrorKind::Conflict { revision }, message)
             }
-            status => ErrorKind::Server { status },
-        };
-        if kind == ErrorKind::NotFound {
-            return Error::new(kind, "not found");
+            status => Error::new(ErrorKind::Server { status }, format!("the server says {status}: {}", body.message)),
         }
-        Error::new(kind, format!("the server says {}: {}", body.status, body.message))
+    }
+
+    /// The same for a put or delete: one that the server gave up as it stopped may have been done.
+    pub(crate) fn from_answer_to_write(body: &Body, epoch: Epoch) -> Self {
+        let mut error = Error::from_answer(body, epoch);
+        if body.status == status::UNAVAILABLE {
+            error.kind = ErrorKind::OutcomeUnknown;
+        }
+        error
     }
 
     /// What went wrong, to be matched on.
@@ -101,7 +122,7 @@ impl Error {
         &self.kind
     }
 
-    /// Whether the same request may succeed later and asking again does no harm.
+    /// Whether the same request may succeed later, and asking again does no harm: nothing was changed.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self.kind {
@@ -114,27 +135,17 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)?;
-        let mut source = self.source().filter(|_| f.alternate());
-        while let Some(error) = source {
-            write!(f, ": {error}")?;
-            source = error.source();
-        }
-        Ok(())
+        f.write_str(&self.message)
     }
 }
 
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Error").field("kind", &self.kind).field("message", &format_args!("{self:#}")).finish()
+        f.debug_struct("Error").field("kind", &self.kind).field("message", &self.message).finish()
     }
 }
 
-impl StdError for Error {
-    fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source.as_deref().map(|source| source as _)
-    }
-}
+impl StdError for Error {}
 
 impl From<KeyError> for Error {
     fn from(error: KeyError) -> Self {

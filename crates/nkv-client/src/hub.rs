@@ -1,146 +1,199 @@
 //! Who within this client is told of what: the local subscriptions, what each was told, and their names on the wire.
 //!
 //! Local subscriptions of one pattern share one wire subscription, because a server knows a subscription by client and
-//! pattern. A server tells a change once per connection; it is handed here to every local subscription that covers it.
-//! The messages from `Hello` to `Synced` belong to one wire subscription alone.
+//! pattern. What the server told of it is known once; a local subscription that comes later is told a snapshot of its own,
+//! and from its end on what all are told. A server tells a change once per connection; it is handed here to every wire
+//! subscription that covers it. The messages from `Hello` to `Synced` belong to one wire subscription alone.
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
-use nkv_core::{Key, Pattern, Revision};
-use nkv_protocol::Reason;
+use nkv_core::{Epoch, Key, Pattern};
+use nkv_protocol::{Reason, status};
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::queue::{KEY_COST, Known, Queue};
+use crate::revision::Revision;
 use crate::types::{EndReason, Entry, Event, GoneReason};
+use crate::watch::Watcher;
+
+/// A refusal that time may cure is followed by another try after so long, and then after twice that.
+const RETRY_MIN: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(10);
+
+/// Where a local subscription's events go.
+pub(crate) enum Sink {
+    /// To a reader, one by one.
+    Queue(Arc<Queue>),
+    /// To whoever looks.
+    Watch(Box<dyn Watcher>),
+}
 
 /// One subscription of the program.
-#[derive(Debug)]
 pub(crate) struct Local {
     pub(crate) id: u64,
     pub(crate) pattern: Pattern,
     /// Whether only the pattern's own key counts, not those below it.
     pub(crate) exact: bool,
-    pub(crate) queue: Arc<Queue>,
-    /// Told once the server has accepted the subscription.
+    /// Whether it is told the present state first.
+    pub(crate) has_snapshot: bool,
+    pub(crate) sink: Sink,
+    /// Told once the server has accepted the subscription; of a watch, once the value is known.
     pub(crate) ready: Option<oneshot::Sender<Result<()>>>,
-    pub(crate) told: Told,
     /// So many bytes may be kept for it: what it was told of, and what waits for its reader.
     pub(crate) len_max: usize,
+    pub(crate) standing: Standing,
+    /// Whether it was told `Synced` on this connection.
+    pub(crate) synced: bool,
 }
 
-/// What a local subscription was told.
-#[derive(Debug, Default)]
-pub(crate) struct Told {
-    keys: HashMap<Key, LastTold>,
-    /// What the keys cost.
-    len: usize,
-    /// Whether there is more than the subscription may hold.
-    too_much: bool,
-    /// Number of the snapshot in hand or last seen.
-    snapshot: u64,
-    epoch: String,
-    /// Whether a snapshot has begun on this connection: before that, changes are none of its business.
-    live: bool,
-    synced: bool,
-}
-
+/// What a local subscription knows, beside what its wire subscription was told.
 #[derive(Debug)]
+pub(crate) enum Standing {
+    /// It waits for a snapshot; of an earlier one that broke off it was told these keys, at these revisions.
+    Waiting(HashMap<Key, u64>),
+    /// The snapshot under way is told to it too.
+    Filling(HashMap<Key, u64>),
+    /// It knows what the wire subscription was told.
+    Joined,
+}
+
+impl Default for Standing {
+    fn default() -> Self {
+        Standing::Waiting(HashMap::new())
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
 struct LastTold {
     revision: u64,
+    /// The number of the snapshot that it was last seen in, or that was the last when it changed.
     snapshot: u64,
 }
 
 impl Local {
-    fn begin_snapshot(&mut self, epoch: &str) {
-        if let Some(ready) = self.ready.take() {
-            // Nobody waits any more: the end of the subscription is on its way.
-            _ = ready.send(Ok(()));
-        }
-        self.told.snapshot += 1;
-        self.told.live = true;
-        if self.told.epoch != epoch {
-            // Revisions of another epoch say nothing: everything is told again.
-            self.told.keys.values_mut().for_each(|last| last.revision = 0);
-            epoch.clone_into(&mut self.told.epoch);
-        }
+    pub(crate) fn new(id: u64, pattern: Pattern, sink: Sink, len_max: usize) -> Self {
+        let (exact, has_snapshot, ready, standing, synced) = (false, true, None, Standing::default(), false);
+        Local { id, pattern, exact, has_snapshot, sink, ready, len_max, standing, synced }
     }
 
-    fn accepts(&self, key: &Key) -> bool {
-        self.told.live && if self.exact { self.pattern.selects(key) } else { self.pattern.covers(key) }
+    fn covers(&self, key: &Key) -> bool {
+        !self.exact || self.pattern.selects(key)
     }
 
-    fn update(&mut self, entry: &Entry, skipped: u64) {
-        if !self.accepts(&entry.key) {
-            return;
-        }
-        let now = LastTold { revision: entry.revision.get(), snapshot: self.told.snapshot };
-        match self.told.keys.get_mut(&entry.key) {
-            Some(last) if last.revision >= now.revision => last.snapshot = now.snapshot,
-            Some(last) => {
-                *last = now;
-                self.post(Event::Update { entry: entry.clone(), skipped }, false);
+    fn is_watch(&self) -> bool {
+        matches!(self.sink, Sink::Watch(_))
+    }
+
+    fn accepted(&mut self) {
+        // Nobody waits any more: the end of the subscription is on its way.
+        self.ready.take().into_iter().for_each(|ready| drop(ready.send(Ok(()))));
+    }
+
+    fn begin_snapshot(&mut self, is_new_epoch: bool) {
+        if let Standing::Waiting(partial) = &mut self.standing {
+            let mut partial = std::mem::take(partial);
+            if is_new_epoch {
+                partial.values_mut().for_each(|revision| *revision = 0);
             }
-            None => {
-                self.told.keys.insert(entry.key.clone(), now);
-                self.told.len += cost(&entry.key);
-                self.post(Event::Update { entry: entry.clone(), skipped }, true);
+            self.standing = Standing::Filling(partial);
+        }
+        if !self.is_watch() {
+            self.accepted();
+        }
+    }
+
+    /// An update that the wire subscription was told, `is_newer` than what it was told before of the key, if it
+    /// `was_known`.
+    fn update(&mut self, entry: &Entry, skipped: u64, is_newer: bool, was_known: bool, len: usize) -> bool {
+        let is_new = match &self.standing {
+            Standing::Waiting(_) => return false,
+            Standing::Joined if !is_newer => return false,
+            Standing::Joined => !was_known,
+            Standing::Filling(partial) => match partial.get(&entry.key) {
+                Some(told) if *told >= entry.revision.get() => return false,
+                Some(_) => false,
+                None if !self.has_snapshot => return false,
+                None => true,
+            },
+        };
+        if !self.covers(&entry.key) {
+            return false;
+        }
+        match &mut self.sink {
+            Sink::Watch(watch) => watch.set(Some(entry), entry.revision),
+            Sink::Queue(_) => return self.post(Event::Update { entry: entry.clone(), skipped }, is_new, len),
+        }
+        false
+    }
+
+    fn gone(&mut self, key: &Key, revision: Revision, reason: GoneReason, skipped: u64, len: usize) -> bool {
+        if matches!(self.standing, Standing::Waiting(_)) || !self.covers(key) {
+            return false;
+        }
+        match &mut self.sink {
+            Sink::Watch(watch) => watch.set(None, revision),
+            Sink::Queue(_) => {
+                return self.post(Event::Gone { key: key.clone(), revision, reason, skipped }, false, len);
             }
         }
+        false
     }
 
-    fn post(&mut self, event: Event, is_new: bool) {
-        let waiting = self.queue.post_change(event, Known { is_new, is_synced: self.told.synced });
-        self.told.too_much |= waiting.saturating_add(self.told.len) > self.len_max;
+    /// Whether there is more than it may hold, with `len` bytes that the wire subscription takes.
+    fn post(&mut self, event: Event, is_new: bool, len: usize) -> bool {
+        let Sink::Queue(queue) = &self.sink else { return false };
+        let waiting = queue.post_change(event, Known { is_new, is_synced: self.synced });
+        waiting.saturating_add(len) > self.len_max
     }
 
-    fn gone(&mut self, key: &Key, revision: Revision, reason: GoneReason, skipped: u64) {
-        let newer_told = self.told.keys.get(key).is_some_and(|last| last.revision > revision.get());
-        if self.accepts(key) && !newer_told {
-            if self.told.keys.remove(key).is_some() {
-                self.told.len = self.told.len.saturating_sub(cost(key));
-            }
-            self.post(Event::Gone { key: key.clone(), revision, reason, skipped }, false);
+    fn end_snapshot(&mut self, revision: Revision, epoch: Epoch) {
+        self.standing = Standing::Joined;
+        let is_first = !std::mem::replace(&mut self.synced, true);
+        match &mut self.sink {
+            Sink::Queue(queue) if is_first => drop(queue.post(Event::Synced { revision, epoch })),
+            Sink::Queue(_) => {}
+            Sink::Watch(watch) => watch.set_live(true),
         }
-    }
-
-    /// Ends a snapshot: what it did not hold is gone.
-    fn end_snapshot(&mut self, revision: Revision) {
-        let Told { keys, snapshot, len, synced, .. } = &mut self.told;
-        let known = Known { is_new: false, is_synced: *synced };
-        let missed = keys.extract_if(|_, last| last.snapshot != *snapshot);
-        for (key, _) in missed {
-            *len = len.saturating_sub(cost(&key));
-            self.queue.post_change(Event::Gone { key, revision, reason: GoneReason::Missed, skipped: 0 }, known);
-        }
-        if !std::mem::replace(&mut self.told.synced, true) {
-            self.queue.post(Event::Synced { revision, epoch: self.told.epoch.clone() });
-        }
+        self.accepted();
     }
 
     fn detach(&mut self) {
-        self.told.live = false;
-        self.told.synced = false;
-        if self.ready.is_none() {
-            self.queue.post(Event::Reconnecting);
+        self.synced = false;
+        match &mut self.sink {
+            Sink::Queue(queue) if self.ready.is_none() => drop(queue.post(Event::Reconnecting)),
+            Sink::Queue(_) => {}
+            Sink::Watch(watch) => watch.set_live(false),
         }
     }
 
-    fn end(mut self, reason: EndReason) {
-        if let Some(ready) = self.ready.take() {
+    fn attach(&self, epoch: Epoch) {
+        if let Sink::Queue(queue) = &self.sink
+            && self.ready.is_none()
+        {
+            queue.post(Event::Connected { epoch });
+        }
+    }
+
+    fn end(self, reason: EndReason) {
+        if let Some(ready) = self.ready {
             let error = match &reason {
                 EndReason::Refused { status, message } => {
-                    let mut body = nkv_protocol::Body::default();
-                    (body.status, body.message) = (*status, message.clone());
-                    Error::from_answer(&body)
+                    let kind = ErrorKind::Server { status: *status };
+                    Error::new(kind, format!("the server says {status}: {message}"))
                 }
                 _ => Error::closed(),
             };
             // Nobody waits any more: there is nobody to tell.
             _ = ready.send(Err(error));
         }
-        self.queue.post(Event::Ended(reason));
+        match self.sink {
+            Sink::Queue(queue) => drop(queue.post(Event::Ended(reason))),
+            Sink::Watch(mut watch) => watch.set_live(false),
+        }
     }
 }
 
@@ -148,34 +201,138 @@ fn cost(key: &Key) -> usize {
     key.as_str().len() + KEY_COST
 }
 
-/// A subscription as the server knows it.
-#[derive(Debug)]
+/// A subscription as the server knows it, and what it was told of it.
 struct Wire {
     id: u64,
+    pattern: Pattern,
+    /// Whether it was asked for one key alone.
+    exact: bool,
     /// How many `Subscribe`s are under way without a `Hello`.
     asked: u32,
+    keys: HashMap<Key, LastTold>,
+    /// What the keys cost.
+    len: usize,
+    /// Number of the snapshot in hand or last seen.
+    snapshot: u64,
+    epoch: Epoch,
+    /// Whether a snapshot has begun on this connection: before that, changes are none of its business.
+    live: bool,
+    /// When it is to be asked for again, and how long was waited for that.
+    retry: Option<(Instant, Duration)>,
     locals: Vec<Local>,
+}
+
+impl Wire {
+    fn is_exact(&self) -> bool {
+        self.locals.iter().all(|local| local.exact)
+    }
+
+    /// `Hello` or `Reset`.
+    fn begin_snapshot(&mut self, epoch: Epoch) {
+        self.snapshot += 1;
+        self.live = true;
+        self.retry = None;
+        let is_new_epoch = std::mem::replace(&mut self.epoch, epoch) != epoch;
+        if is_new_epoch {
+            // Revisions of another epoch say nothing: everything is told again.
+            self.keys.values_mut().for_each(|last| last.revision = 0);
+        }
+        self.locals.iter_mut().for_each(|local| local.begin_snapshot(is_new_epoch));
+    }
+
+    /// Gives those back that hold too much.
+    fn update(&mut self, entry: &Entry, skipped: u64) -> Vec<Local> {
+        if self.exact && !self.pattern.selects(&entry.key) {
+            return Vec::new();
+        }
+        let now = LastTold { revision: entry.revision.get(), snapshot: self.snapshot };
+        let (mut is_newer, mut was_known) = (true, true);
+        match self.keys.get_mut(&entry.key) {
+            Some(last) if last.revision >= now.revision => (last.snapshot, is_newer) = (now.snapshot, false),
+            Some(last) => *last = now,
+            None => {
+                self.keys.insert(entry.key.clone(), now);
+                self.len += cost(&entry.key);
+                was_known = false;
+            }
+        }
+        let len = self.len;
+        self.locals.extract_if(.., |local| local.update(entry, skipped, is_newer, was_known, len)).collect()
+    }
+
+    fn gone(&mut self, key: &Key, revision: Revision, reason: GoneReason, skipped: u64) -> Vec<Local> {
+        if self.keys.get(key).is_some_and(|last| last.revision > revision.get()) {
+            return Vec::new();
+        }
+        if self.keys.remove(key).is_some() {
+            self.len = self.len.saturating_sub(cost(key));
+        }
+        let len = self.len;
+        self.locals.extract_if(.., |local| local.gone(key, revision, reason, skipped, len)).collect()
+    }
+
+    /// Ends a snapshot: what it did not hold is gone.
+    fn end_snapshot(&mut self, revision: Revision) {
+        let Wire { keys, snapshot, len, locals, epoch, .. } = self;
+        for local in locals.iter_mut() {
+            let Standing::Filling(partial) = &mut local.standing else { continue };
+            let partial = std::mem::take(partial);
+            let is_missed = |key: &Key| keys.get(key).is_none_or(|last| last.snapshot != *snapshot);
+            for key in partial.into_keys().filter(is_missed) {
+                local.gone(&key, revision, GoneReason::Missed, 0, 0);
+            }
+        }
+        for (key, _) in keys.extract_if(|_, last| last.snapshot != *snapshot) {
+            *len = len.saturating_sub(cost(&key));
+            for local in locals.iter_mut().filter(|local| matches!(local.standing, Standing::Joined)) {
+                local.gone(&key, revision, GoneReason::Missed, 0, 0);
+            }
+        }
+        let told = locals.iter_mut().filter(|local| !matches!(local.standing, Standing::Waiting(_)));
+        told.for_each(|local| local.end_snapshot(revision, *epoch));
+    }
+
+    fn detach(&mut self) {
+        (self.live, self.asked, self.retry) = (false, 0, None);
+        for local in &mut self.locals {
+            if let Standing::Filling(partial) = &mut local.standing {
+                // The snapshot broke off: what it was told of it is not to be told again.
+                let mut partial = std::mem::take(partial);
+                if local.has_snapshot {
+                    let seen = self.keys.iter().filter(|(_, last)| last.snapshot == self.snapshot);
+                    partial.extend(seen.map(|(key, last)| (key.clone(), last.revision)));
+                }
+                local.standing = Standing::Waiting(partial);
+            }
+            local.detach();
+        }
+    }
 }
 
 /// What is to be sent to the server.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Send {
     /// A `Subscribe`, and which wire subscription it is for.
-    Subscribe(String, u64),
+    Subscribe { pattern: String, wire: u64, exact: bool },
     /// An `Unsubscribe`.
     Unsubscribe(String),
 }
 
 /// All subscriptions of a client.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Hub {
     /// By pattern, as written.
     wires: HashMap<String, Wire>,
     next_id: u64,
     /// The pattern and wire subscription whose snapshot is under way.
     filling: Option<(String, u64)>,
-    epoch: String,
+    epoch: Epoch,
     attached: bool,
+    /// How many watches there are.
+    watches: usize,
+    /// What is to be sent because of what was received.
+    sends: Vec<Send>,
+    scratch: String,
 }
 
 impl Hub {
@@ -183,23 +340,39 @@ impl Hub {
     pub(crate) fn add(&mut self, local: Local) -> Option<Send> {
         let text = local.pattern.to_string();
         self.next_id += 1;
-        let fresh = Wire { id: self.next_id, asked: 0, locals: Vec::new() };
+        self.watches += usize::from(local.is_watch());
+        let fresh = Wire {
+            id: self.next_id,
+            pattern: local.pattern.clone(),
+            exact: local.exact,
+            asked: 0,
+            keys: HashMap::new(),
+            len: 0,
+            snapshot: 0,
+            epoch: self.epoch,
+            live: false,
+            retry: None,
+            locals: Vec::new(),
+        };
         let wire = self.wires.entry(text.clone()).or_insert(fresh);
+        let fits = local.exact || !wire.exact;
         wire.locals.push(local);
         // A snapshot that has not begun is for the new one too. One that has is not: it takes another, of which those
         // that know it all already are told nothing.
-        if !self.attached || wire.asked > 0 {
+        if !self.attached || (wire.asked > 0 && fits) {
             return None;
         }
         wire.asked += 1;
-        Some(Send::Subscribe(text, wire.id))
+        wire.exact = wire.is_exact();
+        Some(Send::Subscribe { pattern: text, wire: wire.id, exact: wire.exact })
     }
 
     /// Removes a local subscription.
     pub(crate) fn remove(&mut self, pattern: &Pattern, id: u64) -> Option<Send> {
         let text = pattern.to_string();
         let wire = self.wires.get_mut(&text)?;
-        wire.locals.retain(|local| local.id != id);
+        let gone = wire.locals.extract_if(.., |local| local.id == id).filter(Local::is_watch).count();
+        self.watches = self.watches.saturating_sub(gone);
         if !wire.locals.is_empty() {
             return None;
         }
@@ -208,16 +381,14 @@ impl Hub {
     }
 
     /// A connection is there: everything is subscribed again.
-    pub(crate) fn attach(&mut self, epoch: &str) -> Vec<Send> {
-        self.attached = true;
-        epoch.clone_into(&mut self.epoch);
+    pub(crate) fn attach(&mut self, epoch: Epoch) -> Vec<Send> {
+        (self.attached, self.epoch) = (true, epoch);
         let mut sends = Vec::with_capacity(self.wires.len());
         for (text, wire) in &mut self.wires {
             wire.asked = 1;
-            sends.push(Send::Subscribe(text.clone(), wire.id));
-            for local in wire.locals.iter().filter(|local| local.ready.is_none()) {
-                local.queue.post(Event::Connected);
-            }
+            wire.exact = wire.is_exact();
+            sends.push(Send::Subscribe { pattern: text.clone(), wire: wire.id, exact: wire.exact });
+            wire.locals.iter().for_each(|local| local.attach(epoch));
         }
         sends
     }
@@ -226,7 +397,8 @@ impl Hub {
     pub(crate) fn detach(&mut self) {
         self.attached = false;
         self.filling = None;
-        self.wires.values_mut().flat_map(|wire| &mut wire.locals).for_each(Local::detach);
+        self.sends.clear();
+        self.wires.values_mut().for_each(Wire::detach);
     }
 
     /// `Reset`: a fresh snapshot begins, because too much waited. What it lacks was missed.
@@ -246,44 +418,129 @@ impl Hub {
         }
         if let Some(wire) = wire(&mut self.wires, &text, id) {
             wire.asked = wire.asked.saturating_sub(1);
-            wire.locals.iter_mut().for_each(|local| local.begin_snapshot(&self.epoch));
+            wire.begin_snapshot(self.epoch);
         }
         self.filling = Some((text, id));
         Ok(())
     }
 
-    /// A `Subscribe` was refused.
+    /// A `Subscribe` was refused. Those who asked just now are told. Those who have it go on: the server has kept it, if it
+    /// had it; if not, because the connection is new, it is asked for again where time may cure the refusal.
     pub(crate) fn refused(&mut self, text: &str, id: u64, status: u16, message: &str) {
-        if wire(&mut self.wires, text, id).is_some() {
-            self.end(text, &EndReason::Refused { status, message: message.to_owned() });
+        let reason = EndReason::Refused { status, message: message.to_owned() };
+        let Some(wire) = wire(&mut self.wires, text, id) else { return };
+        wire.asked = wire.asked.saturating_sub(1);
+        let can_wait = matches!(status, status::TOO_MANY | status::UNAVAILABLE);
+        let is_served = |local: &Local| wire.live && matches!(local.standing, Standing::Joined);
+        let is_over = |local: &Local| local.ready.is_some() || !(can_wait || is_served(local));
+        let mut locals = std::mem::take(&mut wire.locals);
+        let over: Vec<Local> = locals.extract_if(.., |local| is_over(local)).collect();
+        if locals.iter().any(|local| !is_served(local)) {
+            let pause = wire.retry.map_or(RETRY_MIN, |(_, pause)| pause.saturating_mul(2).min(RETRY_MAX));
+            wire.retry = Some((Instant::now() + pause, pause));
         }
+        wire.locals = locals;
+        let is_empty = wire.locals.is_empty();
+        if is_empty {
+            self.wires.remove(text);
+        }
+        self.end_all(over, &reason);
+    }
+
+    /// When something refused is to be asked for again.
+    pub(crate) fn next_retry(&self) -> Option<Instant> {
+        self.wires.values().filter(|wire| wire.asked == 0).filter_map(|wire| Some(wire.retry?.0)).min()
+    }
+
+    /// What is to be asked for again by now.
+    pub(crate) fn retries(&mut self, now: Instant) -> Vec<Send> {
+        let is_due = |wire: &Wire| wire.asked == 0 && wire.retry.is_some_and(|(at, _)| at <= now);
+        let due = self.wires.iter_mut().filter(|(_, wire)| is_due(wire));
+        let again = due.map(|(text, wire)| {
+            wire.asked = 1;
+            Send::Subscribe { pattern: text.clone(), wire: wire.id, exact: wire.exact }
+        });
+        again.collect()
+    }
+
+    /// What is to be sent because of what was received.
+    pub(crate) fn take_sends(&mut self) -> Vec<Send> {
+        std::mem::take(&mut self.sends)
     }
 
     /// `Update`.
     pub(crate) fn update(&mut self, entry: &Entry, skipped: u64) {
-        match &self.filling {
+        match self.filling.take() {
             Some((text, id)) => {
-                let locals = wire(&mut self.wires, text, *id).into_iter().flat_map(|wire| &mut wire.locals);
-                locals.for_each(|local| local.update(entry, skipped));
+                let over = wire(&mut self.wires, &text, id).map(|wire| wire.update(entry, skipped));
+                self.end_too_much(&text, over.unwrap_or_default());
+                self.filling = Some((text, id));
             }
-            None => self.locals().for_each(|local| local.update(entry, skipped)),
+            None => self.each_covering(&entry.key, |wire| wire.update(entry, skipped)),
         }
-        self.end_what_holds_too_much();
     }
 
     /// `Close` of a key.
     pub(crate) fn gone(&mut self, key: &Key, revision: Revision, reason: GoneReason, skipped: u64) {
-        self.locals().for_each(|local| local.gone(key, revision, reason, skipped));
-        self.end_what_holds_too_much();
+        self.each_covering(key, |wire| wire.gone(key, revision, reason, skipped));
     }
 
-    /// The server is told when the reader drops the subscription; what it sends until then is read past.
-    fn end_what_holds_too_much(&mut self) {
-        for wire in self.wires.values_mut() {
-            for local in wire.locals.extract_if(.., |local| local.told.too_much) {
-                let len_max = local.len_max;
-                local.end(EndReason::TooMuch { len_max });
+    /// The wire subscriptions that cover a key: of the key itself, of each that it is below, and of everything.
+    fn each_covering(&mut self, key: &Key, mut tell: impl FnMut(&mut Wire) -> Vec<Local>) {
+        let mut text = std::mem::take(&mut self.scratch);
+        text.clear();
+        let mut visit = |hub: &mut Hub, text: &str| {
+            let Some(wire) = hub.wires.get_mut(text).filter(|wire| wire.live) else { return };
+            let over = tell(wire);
+            hub.end_too_much(text, over);
+        };
+        visit(self, "*");
+        let segments = key.as_str().split('.');
+        for segment in segments {
+            if !text.is_empty() {
+                let len = text.len();
+                text.push_str(".*");
+                visit(self, &text);
+                text.truncate(len);
+                text.push('.');
             }
+            text.push_str(segment);
+            visit(self, &text);
+        }
+        self.scratch = text;
+    }
+
+    /// Who watches is not to know less of a key than the answer to the client's own put or delete, though the server may pass
+    /// over the notification in favour of a newer one, which comes later.
+    pub(crate) fn own_write(&mut self, key: &Key, entry: Option<&Entry>, revision: Revision) {
+        if self.watches == 0 {
+            return;
+        }
+        let wire = self.wires.get_mut(key.as_str()).filter(|wire| wire.live);
+        let locals = wire.into_iter().flat_map(|wire| &mut wire.locals);
+        for local in locals.filter(|local| !matches!(local.standing, Standing::Waiting(_))) {
+            if let Sink::Watch(watch) = &mut local.sink {
+                watch.set(entry, revision);
+            }
+        }
+    }
+
+    /// Whether somebody watches this key.
+    pub(crate) fn is_watched(&self, key: &str) -> bool {
+        self.watches > 0 && self.wires.get(key).is_some_and(|wire| wire.locals.iter().any(Local::is_watch))
+    }
+
+    fn end_too_much(&mut self, text: &str, over: Vec<Local>) {
+        if over.is_empty() {
+            return;
+        }
+        for local in over {
+            let len_max = local.len_max;
+            local.end(EndReason::TooMuch { len_max });
+        }
+        if self.wires.get(text).is_some_and(|wire| wire.locals.is_empty()) {
+            self.wires.remove(text);
+            self.sends.push(Send::Unsubscribe(text.to_owned()));
         }
     }
 
@@ -292,26 +549,24 @@ impl Hub {
     pub(crate) fn ended(&mut self, text: &str, reason: Reason) {
         if self.wires.get(text).is_some_and(|wire| wire.asked == 0) {
             let replaced = reason == Reason::Replaced;
-            self.end(text, &if replaced { EndReason::Replaced } else { EndReason::Unsubscribed });
+            let reason = if replaced { EndReason::Replaced } else { EndReason::Unsubscribed };
+            let ended = self.wires.remove(text).map(|wire| wire.locals).unwrap_or_default();
+            self.end_all(ended, &reason);
         }
+    }
+
+    fn end_all(&mut self, locals: Vec<Local>, reason: &EndReason) {
+        self.watches = self.watches.saturating_sub(locals.iter().filter(|local| local.is_watch()).count());
+        locals.into_iter().for_each(|local| local.end(reason.clone()));
     }
 
     /// `Synced`.
     pub(crate) fn synced(&mut self, revision: Revision) -> Result<()> {
         let (text, id) = self.filling.take().ok_or_else(|| Error::protocol("a snapshot ends that did not begin"))?;
-        if let Some(wire) = wire(&mut self.wires, &text, id) {
-            wire.locals.iter_mut().filter(|local| local.told.live).for_each(|local| local.end_snapshot(revision));
+        if let Some(wire) = wire(&mut self.wires, &text, id).filter(|wire| wire.live) {
+            wire.end_snapshot(revision);
         }
         Ok(())
-    }
-
-    fn end(&mut self, text: &str, reason: &EndReason) {
-        let ended = self.wires.remove(text).into_iter().flat_map(|wire| wire.locals);
-        ended.for_each(|local| local.end(reason.clone()));
-    }
-
-    fn locals(&mut self) -> impl Iterator<Item = &mut Local> {
-        self.wires.values_mut().flat_map(|wire| &mut wire.locals)
     }
 }
 
@@ -334,14 +589,17 @@ mod tests {
 
     fn add(hub: &mut Hub, id: u64, pattern: &str) -> (Arc<Queue>, Option<Send>) {
         let (queue, pattern) = (Arc::<Queue>::default(), Pattern::new(pattern).unwrap());
-        let (ready, told, len_max) = (None, Told::default(), 1_000);
-        let local = Local { id, pattern, exact: false, queue: Arc::clone(&queue), ready, told, len_max };
+        let local = Local::new(id, pattern, Sink::Queue(Arc::clone(&queue)), 1_000);
         (queue, hub.add(local))
     }
 
-    fn entry(key: &str, revision: u64) -> Entry {
-        let value = bytes::Bytes::from(revision.to_string());
-        Entry { key: Key::new(key).unwrap(), value, revision: Revision::new(revision) }
+    fn revision(number: u64) -> Revision {
+        Revision::of(Epoch::default(), number)
+    }
+
+    fn entry(key: &str, number: u64) -> Entry {
+        let value = bytes::Bytes::from(number.to_string());
+        Entry { key: Key::new(key).unwrap(), value, revision: revision(number) }
     }
 
     /// Revisions and ends, as told.
@@ -360,16 +618,16 @@ mod tests {
 
     /// The snapshot of each pattern, in the order of `sends`.
     fn fill(hub: &mut Hub, send: &Send, entries: &[Entry]) {
-        let Send::Subscribe(pattern, id) = send else { panic!("{send:?}") };
+        let Send::Subscribe { pattern, wire: id, .. } = send else { panic!("{send:?}") };
         hub.hello(pattern.clone(), *id).unwrap();
         entries.iter().for_each(|entry| hub.update(entry, 0));
-        hub.synced(Revision::new(9)).unwrap();
+        hub.synced(revision(9)).unwrap();
     }
 
     #[test]
     fn a_change_that_comes_before_its_snapshot_on_a_new_connection_is_told_once() {
         let mut hub = Hub::default();
-        assert_eq!(hub.attach("e1"), []);
+        assert_eq!(hub.attach(Epoch::new(1)), []);
         let (all, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
         let (one, send) = add(&mut hub, 2, "a");
@@ -380,8 +638,8 @@ mod tests {
         );
 
         hub.detach();
-        let mut sends = hub.attach("e2");
-        sends.sort_by_key(|send| *send == Send::Subscribe("a".into(), 2));
+        let mut sends = hub.attach(Epoch::new(2));
+        sends.sort_by_key(|send| matches!(send, Send::Subscribe { pattern, .. } if pattern == "a"));
         fill(&mut hub, &sends[0], &[entry("a", 1)]);
         hub.update(&entry("a", 2), 0);
         assert_eq!(told(&one), ["Connected"], "its own snapshot has not begun");
@@ -393,7 +651,7 @@ mod tests {
     #[test]
     fn an_end_is_expected_after_our_own_request_and_else_it_is_the_end() {
         let mut hub = Hub::default();
-        hub.attach("e1");
+        hub.attach(Epoch::new(1));
         let (first, send) = add(&mut hub, 1, "a");
         hub.ended("a", Reason::Replaced); // by the `Subscribe` that is under way
         fill(&mut hub, &send.unwrap(), &[]);
@@ -409,7 +667,7 @@ mod tests {
     #[test]
     fn a_snapshot_that_nobody_waits_for_any_more_is_read_past() {
         let mut hub = Hub::default();
-        hub.attach("e1");
+        hub.attach(Epoch::new(1));
         let (_, early) = add(&mut hub, 1, "a");
         hub.remove(&Pattern::new("a").unwrap(), 1);
         let (queue, late) = add(&mut hub, 2, "a");
@@ -423,14 +681,14 @@ mod tests {
     #[test]
     fn what_is_not_in_a_snapshot_that_was_not_asked_for_was_missed_and_what_is_known_comes_not_again() {
         let mut hub = Hub::default();
-        hub.attach("e1");
+        hub.attach(Epoch::new(1));
         let (queue, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("b", 2)]);
         assert_eq!(told(&queue), ["a@1", "b@2", "Synced"]);
         hub.reset("*".into()).unwrap();
         [entry("a", 1), entry("c", 12)].iter().for_each(|entry| hub.update(entry, 0));
         assert_eq!(told(&queue), ["c@12"]);
-        hub.synced(Revision::new(10)).unwrap();
+        hub.synced(revision(10)).unwrap();
         assert_eq!(told(&queue), ["b missed"]);
         hub.update(&entry("c", 13), 0);
         assert_eq!(told(&queue), ["c@13"]);
@@ -438,19 +696,19 @@ mod tests {
         hub.remove(&Pattern::All, 1);
         hub.reset("*".into()).unwrap();
         hub.update(&entry("f", 14), 0);
-        hub.synced(Revision::new(14)).unwrap();
+        hub.synced(revision(14)).unwrap();
         assert_eq!(told(&queue), Vec::<String>::new());
     }
 
     #[test]
     fn a_snapshot_that_was_not_asked_for_answers_no_subscribe() {
         let mut hub = Hub::default();
-        hub.attach("e1");
+        hub.attach(Epoch::new(1));
         let (first, send) = add(&mut hub, 1, "a");
         fill(&mut hub, &send.unwrap(), &[]);
         let (second, send) = add(&mut hub, 2, "a");
         hub.reset("a".into()).unwrap();
-        hub.synced(Revision::new(9)).unwrap();
+        hub.synced(revision(9)).unwrap();
         hub.ended("a", Reason::Replaced); // by the `Subscribe` that is under way
         fill(&mut hub, &send.unwrap(), &[entry("a", 10)]);
         assert_eq!(
@@ -462,17 +720,17 @@ mod tests {
     #[test]
     fn within_an_epoch_a_server_that_goes_back_is_not_followed() {
         let mut hub = Hub::default();
-        hub.attach("e1");
+        hub.attach(Epoch::new(1));
         let (queue, send) = add(&mut hub, 1, "a");
         fill(&mut hub, &send.unwrap(), &[entry("a", 5)]);
         told(&queue);
         hub.detach();
-        let sends = hub.attach("e1");
+        let sends = hub.attach(Epoch::new(1));
         fill(&mut hub, &sends[0], &[entry("a", 3)]);
         hub.update(&entry("a", 4), 0);
         assert_eq!(told(&queue), ["Connected", "Synced"]);
         hub.detach();
-        let sends = hub.attach("e2");
+        let sends = hub.attach(Epoch::new(2));
         fill(&mut hub, &sends[0], &[entry("a", 3)]);
         assert_eq!(told(&queue), ["Connected", "a@3", "Synced"]);
     }
@@ -480,15 +738,15 @@ mod tests {
     #[test]
     fn whoever_would_hold_too_much_is_ended_and_others_go_on() {
         let mut hub = Hub::default();
-        hub.attach("e1");
+        hub.attach(Epoch::new(1));
         let (all, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[]);
         let (one, send) = add(&mut hub, 2, "a");
         fill(&mut hub, &send.unwrap(), &[]);
         // Two keys, told of and not read; one that comes and goes, and is read, costs nothing.
-        for revision in 1..100 {
-            hub.update(&entry("a", 2 * revision), 0);
-            hub.gone(&Key::new("a").unwrap(), Revision::new(2 * revision + 1), GoneReason::Deleted, 0);
+        for n in 1..100 {
+            hub.update(&entry("a", 2 * n), 0);
+            hub.gone(&Key::new("a").unwrap(), revision(2 * n + 1), GoneReason::Deleted, 0);
             told(&all);
         }
         hub.update(&entry("b", 200), 0);
@@ -501,13 +759,14 @@ mod tests {
         assert_eq!(told(&one), ["Synced"], "it came and went unread");
         hub.update(&entry("a", 400), 0);
         assert_eq!(told(&one), ["a@400"]);
-        assert_eq!(hub.remove(&Pattern::new("*").unwrap(), 1), Some(Send::Unsubscribe("*".into())));
+        assert_eq!(hub.take_sends(), [Send::Unsubscribe("*".into())]);
+        assert_eq!(hub.remove(&Pattern::new("*").unwrap(), 1), None);
     }
 
     #[test]
     fn a_snapshot_within_another_or_an_end_without_a_beginning_is_an_error() {
         let mut hub = Hub::default();
-        hub.attach("e1");
+        hub.attach(Epoch::new(1));
         assert!(hub.synced(Revision::ZERO).is_err());
         hub.hello("a".into(), 1).unwrap();
         assert!(hub.hello("b".into(), 2).is_err());

@@ -14,17 +14,22 @@ mod hub;
 mod link;
 mod options;
 mod queue;
+mod revision;
 mod subscription;
 mod task;
 mod types;
+mod watch;
 
 pub use addr::Addr;
 pub use client::Client;
 pub use error::{Error, ErrorKind, Result};
-pub use nkv_core::{Key, Pattern, Revision};
-pub use nkv_protocol::{Stats, Subscriber};
+pub use nkv_core::{Epoch, Key, Pattern};
+pub use nkv_protocol::{ConnectedClient, Subscriber};
 pub use options::ClientBuilder;
+pub use revision::Revision;
 pub use subscription::Subscription;
 pub use types::{
-    ConnectionState, Deleted, EndReason, Entry, Event, GoneReason, Page, PageOptions, PutOptions, ServerVersion,
+    ConnectionState, Deleted, EndReason, Entry, Event, GoneReason, Page, PageOptions, PutOptions, ServerVersion, Stats,
+    SubscribeOptions,
 };
+pub use watch::{Watch, Watched};

@@ -2,29 +2,35 @@
 
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
+use nkv_core::Epoch;
 use nkv_protocol::{Body, Features, Kind, Message, MessageDecoder, Request, ValueForm, status};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::addr::Addr;
 use crate::error::{Error, ErrorKind, Result};
 
 /// What this client understands beyond the first version of the protocol.
-const FEATURES: Features = Features::RESET;
+const FEATURES: Features =
+    Features::RESET.with(Features::AHEAD).with(Features::EXACT).with(Features::NAMES).with(Features::ALIVE);
 /// How many bytes one read asks for at least.
 const READ_LEN: usize = 64 << 10;
 /// An empty buffer that grew beyond this is given back.
 const KEEP_LEN_MAX: usize = 1 << 20;
-/// While so many bytes wait to be sent, no more requests are taken.
-const OUT_LEN_MAX: usize = 1 << 20;
+/// While so many bytes wait to be sent, no more requests are encoded.
+const OUT_LEN_MAX: usize = 64 << 10;
 /// Longest answer to the greeting: until then nobody knows who is there.
 const GREETING_LEN_MAX: usize = 64 << 10;
+/// So long one address of a name has before the next is tried beside it (RFC 8305).
+const ADDRESS_PAUSE: Duration = Duration::from_millis(250);
 
 pub(crate) trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 
@@ -35,6 +41,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 pub(crate) struct LinkOptions {
     pub(crate) addr: Addr,
     pub(crate) client_uuid: String,
+    pub(crate) name: Option<String>,
     pub(crate) token: Option<String>,
     pub(crate) connect_timeout: Duration,
     pub(crate) message_len_max: usize,
@@ -45,17 +52,21 @@ pub(crate) struct Link {
     input: BytesMut,
     decoder: MessageDecoder,
     out: BytesMut,
-    /// Bytes ever given to be sent, and bytes ever sent.
+    /// Bytes ever given to be sent, less those taken back, and bytes ever sent.
     encoded: u64,
     written: u64,
     next_id: u64,
     message_len_max: usize,
     /// Whether the peer must take some bytes before more can be sent.
     blocked: bool,
+    /// Why nothing can be sent any more. What the server had sent before is read to its end all the same.
+    broken: Option<io::Error>,
     /// When the peer last gave a sign of life: sent something, or took something that had to wait for it.
     pub(crate) heard: Instant,
     /// The epoch of the server's data.
-    pub(crate) epoch: String,
+    pub(crate) epoch: Epoch,
+    /// The longest value that the server takes.
+    pub(crate) value_len_max: u64,
     /// What the server offers beyond the first version of the protocol.
     pub(crate) features: Features,
 }
@@ -67,7 +78,7 @@ impl Link {
         let cannot = |why: String| Error::new(ErrorKind::CannotConnect, format!("cannot connect to {addr}: {why}"));
         match tokio::time::timeout(*connect_timeout, Link::greeted(options)).await {
             Ok(Ok(link)) => Ok(link),
-            Ok(Err(error)) => Err(cannot(format!("{error:#}"))),
+            Ok(Err(error)) => Err(cannot(error.to_string())),
             Err(_) => Err(cannot(format!("no answer within {connect_timeout:?}"))),
         }
     }
@@ -80,14 +91,19 @@ impl Link {
         greeting.client_uuid = Some(options.client_uuid.as_str().into());
         greeting.values = Some(ValueForm::Payload);
         greeting.features = FEATURES;
+        greeting.name = options.name.as_deref().map(Into::into);
         greeting.token = options.token.as_deref().map(Into::into);
         link.push(&greeting);
         let body = link.answer().await?;
         if body.status != status::OK {
-            return Err(Error::from_answer(&body));
+            return Err(Error::from_answer(&body, Epoch::default()));
         }
         link.features = body.features;
-        link.epoch = body.epoch.unwrap_or_default();
+        link.value_len_max = body.max_value.unwrap_or(u64::MAX);
+        if let Some(epoch) = body.epoch {
+            let error = || Error::protocol(format!("the server's epoch '{epoch}' is no hexadecimal number"));
+            link.epoch = epoch.parse().map_err(|_| error())?;
+        }
         link.message_len_max = options.message_len_max;
         Ok(link)
     }
@@ -104,8 +120,10 @@ impl Link {
             next_id: 0,
             message_len_max,
             blocked: false,
+            broken: None,
             heard: Instant::now(),
-            epoch: String::new(),
+            epoch: Epoch::default(),
+            value_len_max: u64::MAX,
             features: Features::NONE,
         }
     }
@@ -130,14 +148,34 @@ impl Link {
         (id, start)
     }
 
+    /// Takes back a request, of which no byte was sent, from its first byte to the last.
+    pub(crate) fn take_back(&mut self, start: u64, end: u64) {
+        let at = |place: u64| usize::try_from(place.saturating_sub(self.written)).unwrap_or(usize::MAX);
+        let (start, end) = (at(start).min(self.out.len()), at(end).min(self.out.len()));
+        let behind = self.out.split_off(end);
+        self.out.truncate(start);
+        self.out.extend_from_slice(&behind);
+        self.encoded = self.written + self.out.len() as u64;
+    }
+
     /// Whether any byte from this one on was sent.
     pub(crate) fn has_sent(&self, start: u64) -> bool {
         start < self.written
     }
 
+    /// The number of the next byte to be encoded.
+    pub(crate) fn encoded(&self) -> u64 {
+        self.encoded
+    }
+
     /// Whether more requests may be pushed.
     pub(crate) fn has_room(&self) -> bool {
-        self.out.len() < OUT_LEN_MAX
+        self.out.len() < OUT_LEN_MAX && self.broken.is_none()
+    }
+
+    /// Whether nothing can be sent any more.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken.is_some()
     }
 
     /// Takes the next whole message of what was read.
@@ -154,19 +192,34 @@ impl Link {
         Ok(message)
     }
 
-    /// Sends what can be sent, and reads: ready when something was read, or when the connection is lost.
+    /// How many bytes that were read are not decoded yet.
+    pub(crate) fn undecoded(&self) -> usize {
+        self.input.len()
+    }
+
+    /// Sends what can be sent, and reads: ready when something was read, or when the connection is lost. That nothing can be
+    /// sent any more does not end it: answers may have come before, and are to be read.
     pub(crate) fn poll_io(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if let Poll::Ready(Err(error)) = self.poll_write(cx) {
-            return Poll::Ready(Err(error));
-        }
+        self.poll_send(cx);
         self.input.reserve(READ_LEN);
         // Reading keeps no state between two polls, so the future may be made anew each time.
-        match ready!(pin!(self.io.read_buf(&mut self.input)).poll(cx))? {
-            0 => Poll::Ready(Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the server"))),
-            _ => {
+        let end = match ready!(pin!(self.io.read_buf(&mut self.input)).poll(cx)) {
+            Ok(0) => io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the server"),
+            Ok(_) => {
                 self.heard = Instant::now();
-                Poll::Ready(Ok(()))
+                return Poll::Ready(Ok(()));
             }
+            Err(error) => error,
+        };
+        Poll::Ready(Err(self.broken.take().unwrap_or(end)))
+    }
+
+    /// Sends what can be sent.
+    pub(crate) fn poll_send(&mut self, cx: &mut Context<'_>) {
+        if self.broken.is_none()
+            && let Poll::Ready(Err(error)) = self.poll_write(cx)
+        {
+            self.broken = Some(error);
         }
     }
 
@@ -196,13 +249,95 @@ impl Link {
 async fn connect(addr: &Addr) -> io::Result<Box<dyn Io>> {
     match addr {
         Addr::Tcp { host, port } => {
-            let stream = TcpStream::connect((host.as_str(), *port)).await?;
+            let stream = connect_to_any(tokio::net::lookup_host((host.as_str(), *port)).await?.collect()).await?;
             stream.set_nodelay(true)?;
+            keep_alive(&stream)?;
             Ok(Box::new(stream))
         }
         #[cfg(unix)]
         Addr::Unix { path } => Ok(Box::new(tokio::net::UnixStream::connect(path).await?)),
         #[cfg(not(unix))]
         Addr::Unix { .. } => Err(io::Error::new(io::ErrorKind::Unsupported, "no Unix sockets on this system")),
+    }
+}
+
+/// Has the kernel find out within a minute or so that the server's host has vanished.
+fn keep_alive(stream: &TcpStream) -> io::Result<()> {
+    let socket = socket2::SockRef::from(stream);
+    let (idle, interval) = (Duration::from_secs(30), Duration::from_secs(10));
+    socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(3))?;
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    socket.set_tcp_user_timeout(Some(Duration::from_secs(60)))?;
+    Ok(())
+}
+
+/// Connects to the first of some addresses that answers: they are tried in turn, the two families alternating, the next when
+/// one has failed or has had its time.
+async fn connect_to_any(addrs: Vec<SocketAddr>) -> io::Result<TcpStream> {
+    let is_first_v6 = addrs.first().is_some_and(SocketAddr::is_ipv6);
+    let (first, second): (Vec<_>, Vec<_>) = addrs.into_iter().partition(|addr| addr.is_ipv6() == is_first_v6);
+    let (mut first, mut second) = (first.into_iter(), second.into_iter());
+    let mut addrs = std::iter::from_fn(|| {
+        std::mem::swap(&mut first, &mut second);
+        second.next().or_else(|| first.next())
+    });
+    // What is not awaited to its end is given up when this is dropped.
+    let mut attempts = JoinSet::new();
+    let mut failure = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    loop {
+        let next = addrs.next();
+        let is_last = next.is_none();
+        if let Some(addr) = next {
+            attempts.spawn(TcpStream::connect(addr));
+        }
+        let attempt = async {
+            match attempts.join_next().await {
+                Some(Ok(connected)) => Some(connected),
+                Some(Err(error)) => Some(Err(io::Error::other(error))),
+                None => None,
+            }
+        };
+        let attempt = if is_last { Ok(attempt.await) } else { tokio::time::timeout(ADDRESS_PAUSE, attempt).await };
+        match attempt {
+            Ok(Some(Ok(stream))) => return Ok(stream),
+            Ok(Some(Err(error))) => failure = error,
+            Ok(None) => return Err(failure),
+            Err(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_next_address_is_tried_when_one_refuses_or_says_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let there = listener.local_addr().unwrap();
+        let refuses = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+        // A backlog that is full says nothing.
+        let silent = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        silent.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
+        silent.listen(0).unwrap();
+        let silent_addr = silent.local_addr().unwrap().as_socket().unwrap();
+        let _fill: Vec<_> = (0..4)
+            .map(|_| {
+                let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+                socket.set_nonblocking(true).unwrap();
+                drop(socket.connect(&silent_addr.into()));
+                socket
+            })
+            .collect();
+        for addrs in [vec![refuses, there], vec![silent_addr, there], vec![silent_addr, refuses, there]] {
+            let stream = connect_to_any(addrs).await.unwrap();
+            assert_eq!(stream.peer_addr().unwrap(), there);
+        }
+        assert_eq!(connect_to_any(vec![refuses]).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(connect_to_any(vec![]).await.unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 }

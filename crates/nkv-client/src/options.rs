@@ -1,20 +1,23 @@
 //! How a client is to behave.
 
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep};
 
 use crate::addr::Addr;
 use crate::client::{Client, Handle};
 use crate::error::{Error, ErrorKind, Result};
 use crate::link::{Link, LinkOptions};
-use crate::task::{Pace, Task};
+use crate::task::{Pace, Shared, Task};
 use crate::types::ConnectionState;
 
 /// So many requests may wait to be taken by the connection's task; more wait with their callers.
 const WAITING_MAX: usize = 1_024;
+/// Shortest pause to begin with: a pause of nothing would never grow.
+const BACKOFF_MIN: Duration = Duration::from_millis(1);
 /// Longest heartbeat and backoff: sums of them never overflow.
 const INTERVAL_MAX: Duration = Duration::from_secs(365 * 86_400);
 
@@ -24,7 +27,9 @@ const INTERVAL_MAX: Duration = Duration::from_secs(365 * 86_400);
 pub struct ClientBuilder {
     addr: String,
     client_uuid: Option<String>,
+    name: Option<String>,
     token: Option<String>,
+    wait_for_server: Duration,
     request_timeout: Duration,
     connect_timeout: Duration,
     message_len_max: usize,
@@ -37,7 +42,9 @@ impl ClientBuilder {
         ClientBuilder {
             addr: addr.to_owned(),
             client_uuid: None,
+            name: None,
             token: None,
+            wait_for_server: Duration::ZERO,
             request_timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(5),
             message_len_max: 80 << 20,
@@ -50,10 +57,24 @@ impl ClientBuilder {
         }
     }
 
-    /// Names the client across connections, at most 1,024 bytes. Random if not given; two clients of one name take each
-    /// other's subscriptions away.
-    pub fn client_uuid(mut self, name: impl Into<String>) -> Self {
-        self.client_uuid = Some(name.into());
+    /// Identifies the client across connections, at most 1,024 bytes. Random if not given; two clients that have the same
+    /// take each other's subscriptions away.
+    pub fn client_uuid(mut self, uuid: impl Into<String>) -> Self {
+        self.client_uuid = Some(uuid.into());
+        self
+    }
+
+    /// A name for people, which the server shows to those who ask who is connected: at most 256 bytes, without control
+    /// characters. It identifies nothing, and any number of clients may share it.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// For how long [`connect`](Self::connect) tries again while no server answers. Not at all if not given: it fails at
+    /// once where nobody listens.
+    pub fn wait_for_server(mut self, patience: Duration) -> Self {
+        self.wait_for_server = patience.min(INTERVAL_MAX);
         self
     }
 
@@ -78,18 +99,19 @@ impl ClientBuilder {
     /// After so long without a sign of life the server is asked for a word, and after twice that the connection counts
     /// as lost. 15 s if not given.
     ///
-    /// Bytes that the server takes of a long request are a sign of life. While the request whose answer is due has a
-    /// caller who still waits, [`request_timeout`](Self::request_timeout) alone decides.
+    /// Bytes that the server takes of a long request are a sign of life. A server that keeps requests waiting gives one every
+    /// few seconds, and counts as lost after 20 s without any at the earliest. Of an older server, which gives none, the
+    /// request whose answer is due decides: while its caller still waits, nothing counts as lost.
     pub fn heartbeat(mut self, interval: Duration) -> Self {
         self.pace.heartbeat = interval.clamp(Duration::from_millis(1), INTERVAL_MAX);
         self
     }
 
-    /// How long to wait before connecting again: a random part of a span that doubles from `min` to `max`. 50 ms and
-    /// 5 s if not given.
+    /// How long to wait before connecting again: a random part of a span that doubles from `min`, 1 ms at least, to
+    /// `max`. 50 ms and 5 s if not given.
     pub fn backoff(mut self, min: Duration, max: Duration) -> Self {
-        self.pace.backoff_min = min.min(INTERVAL_MAX);
-        self.pace.backoff_max = max.max(min).min(INTERVAL_MAX);
+        self.pace.backoff_min = min.clamp(BACKOFF_MIN, INTERVAL_MAX);
+        self.pace.backoff_max = max.clamp(self.pace.backoff_min, INTERVAL_MAX);
         self
     }
 
@@ -112,7 +134,8 @@ impl ClientBuilder {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidAddress`]; [`ErrorKind::CannotConnect`] when no nkv server answers in time.
+    /// [`ErrorKind::InvalidAddress`]; [`ErrorKind::CannotConnect`] when no nkv server answers, once
+    /// [`wait_for_server`](Self::wait_for_server) is over.
     ///
     /// # Panics
     ///
@@ -122,27 +145,60 @@ impl ClientBuilder {
     ///
     /// Dropping the future drops the connection.
     pub async fn connect(self) -> Result<Client> {
-        let addr: Addr = self.addr.parse()?;
-        let client_uuid = match self.client_uuid {
-            Some(name) => name,
-            None => random_name()?,
-        };
-        let link_options = LinkOptions {
-            addr,
-            client_uuid: client_uuid.clone(),
-            token: self.token,
+        let options = self.link_options()?;
+        let deadline = Instant::now() + self.wait_for_server;
+        let mut failures = 0;
+        loop {
+            let error = match Link::open(&options).await {
+                Ok(link) => return Ok(self.begin(options, Some(link))),
+                Err(error) => error,
+            };
+            let pause = self.pace.pause(failures);
+            failures += 1;
+            if self.wait_for_server.is_zero() || Instant::now() + pause >= deadline {
+                return Err(error);
+            }
+            sleep(pause).await;
+        }
+    }
+
+    /// Begins without waiting for a server: requests wait for the connection within their own limits, and subscriptions are
+    /// accepted once it is there.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidAddress`].
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub fn start(self) -> Result<Client> {
+        let options = self.link_options()?;
+        Ok(self.begin(options, None))
+    }
+
+    fn link_options(&self) -> Result<LinkOptions> {
+        Ok(LinkOptions {
+            addr: self.addr.parse::<Addr>()?,
+            client_uuid: self.client_uuid.clone().map_or_else(random_name, Ok)?,
+            name: self.name.clone(),
+            token: self.token.clone(),
             connect_timeout: self.connect_timeout,
             message_len_max: self.message_len_max,
-        };
-        let link = Link::open(&link_options).await?;
+        })
+    }
+
+    fn begin(self, options: LinkOptions, link: Option<Link>) -> Client {
         let (asks, asks_rx) = mpsc::channel(WAITING_MAX);
         let (control, control_rx) = mpsc::unbounded_channel();
-        let (state_tx, state) = watch::channel(ConnectionState::Connected);
-        let trouble = Arc::new(Mutex::new(None));
-        let task = Task::new((link_options, self.pace), asks_rx, control_rx, state_tx, Arc::clone(&trouble));
+        let begin = if link.is_some() { ConnectionState::Connected } else { ConnectionState::Reconnecting };
+        let (state_tx, state) = watch::channel(begin);
+        let shared = Arc::new(Shared::new());
+        let client_uuid = options.client_uuid.clone();
+        let task = Task::new((options, self.pace), asks_rx, control_rx, state_tx, Arc::clone(&shared));
         tokio::spawn(task.run(link));
-        let handle = Handle::new(asks, control, state, trouble, client_uuid);
-        Ok(Client::new(handle, self.request_timeout, self.subscription_len_max))
+        let handle = Handle::new(asks, control, state, shared, client_uuid);
+        Client::new(handle, self.request_timeout, self.subscription_len_max)
     }
 }
 

@@ -8,9 +8,13 @@ use nkv_core::Key;
 
 use crate::types::Event;
 
-/// Events between the connection's task and one reader. A newer event replaces a pending one with the same slot and
-/// moves to the end, but not past [`Event::Synced`]: whoever has read that knows some state of every key. A key that comes and
-/// goes unread takes no place.
+/// Events between the connection's task and one reader. A newer event of a key replaces a pending one and moves to the
+/// end, but not past [`Event::Synced`]: after that the reader knows some state of every key. A key that comes and goes
+/// unread takes no place.
+///
+/// When the connection is lost, a pending `Synced` is dropped, since another will come. So whatever is posted on a new
+/// connection stands behind its [`Event::Connected`], which names the epoch, and a `Connected` stays where it is for as
+/// long as an event stands between it and the next.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
     state: Mutex<State>,
@@ -21,6 +25,8 @@ struct State {
     /// By the order of their arrival.
     events: BTreeMap<u64, Waiting>,
     slots: HashMap<Slot, u64>,
+    /// Where events of the connection stand, but for the newest.
+    connections: Vec<u64>,
     /// Of all events.
     len: usize,
     next: u64,
@@ -57,7 +63,7 @@ impl Slot {
         match event {
             Event::Update { entry, .. } => Slot::Key(entry.key.clone()),
             Event::Gone { key, .. } => Slot::Key(key.clone()),
-            Event::Reconnecting | Event::Connected => Slot::Connection,
+            Event::Reconnecting | Event::Connected { .. } => Slot::Connection,
             Event::Synced { .. } => Slot::Synced,
             Event::Ended(_) => Slot::Ended,
         }
@@ -65,6 +71,35 @@ impl Slot {
 
     fn is_key(&self) -> bool {
         matches!(self, Slot::Key(_))
+    }
+}
+
+impl State {
+    /// Another event of the connection is to follow: the newest one so far stays if anything has come behind it, and so do
+    /// those before it that still have something behind them.
+    fn leave_connection(&mut self) {
+        let Some(newest) = self.slots.get(&Slot::Connection).copied() else { return self.connections.clear() };
+        if self.events.range(newest..).nth(1).is_none() {
+            return; // it is replaced
+        }
+        self.slots.remove(&Slot::Connection);
+        let mut places = std::mem::take(&mut self.connections);
+        places.push(newest);
+        let events = &mut self.events;
+        let (mut kept, mut next) = (Vec::with_capacity(places.len()), u64::MAX);
+        for place in places.into_iter().rev() {
+            if !events.contains_key(&place) {
+                continue; // it was read
+            }
+            if next == u64::MAX || events.range(place..next).nth(1).is_some() {
+                kept.push(place);
+                next = place;
+            } else {
+                events.remove(&place);
+            }
+        }
+        kept.reverse();
+        self.connections = kept;
     }
 }
 
@@ -83,6 +118,14 @@ impl Queue {
         }
         state.closed = matches!(event, Event::Ended(_));
         let slot = Slot::of(&event);
+        if event == Event::Reconnecting
+            && let Some(synced) = state.slots.remove(&Slot::Synced)
+        {
+            state.events.remove(&synced);
+        }
+        if slot == Slot::Connection {
+            state.leave_connection();
+        }
         let (old, synced) = (state.slots.get(&slot).copied(), state.slots.get(&Slot::Synced).copied());
         let is_before_synced = slot.is_key() && old.zip(synced).is_some_and(|(old, synced)| old < synced);
         let mut is_new = known.is_new;
@@ -112,8 +155,11 @@ impl Queue {
     /// Takes the next event, or has `cx` woken when there is one; `None` after the end.
     pub(crate) fn poll_take(&self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
         let mut state = self.lock();
-        if let Some((_, Waiting { event, .. })) = state.events.pop_first() {
-            state.slots.remove(&Slot::of(&event));
+        if let Some((place, Waiting { event, .. })) = state.events.pop_first() {
+            let slot = Slot::of(&event);
+            if state.slots.get(&slot) == Some(&place) {
+                state.slots.remove(&slot);
+            }
             state.len = state.len.saturating_sub(len_of(&event));
             if state.events.is_empty() {
                 state.slots = HashMap::new();
@@ -160,9 +206,10 @@ fn pass_over(old: &Event, new: &mut Event) {
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
-    use nkv_core::Revision;
+    use nkv_core::Epoch;
 
     use super::*;
+    use crate::revision::Revision;
     use crate::types::{EndReason, Entry, GoneReason};
 
     fn update(key: &str, revision: u64) -> Event {
@@ -202,7 +249,7 @@ mod tests {
     #[test]
     fn whoever_is_synced_knows_some_state_of_every_key() {
         let queue = Queue::default();
-        let synced = Event::Synced { revision: Revision::new(2), epoch: String::new() };
+        let synced = Event::Synced { revision: Revision::new(2), epoch: Epoch::default() };
         for event in [update("a", 1), update("b", 2), synced.clone(), update("a", 3), update("c", 4), update("c", 5)] {
             queue.post(event);
         }
@@ -217,10 +264,48 @@ mod tests {
         let queue = Queue::default();
         for revision in 0..1_000 {
             queue.post(Event::Reconnecting);
-            queue.post(Event::Connected);
-            queue.post(Event::Synced { revision: Revision::new(revision), epoch: String::new() });
+            queue.post(Event::Connected { epoch: Epoch::default() });
+            queue.post(Event::Synced { revision: Revision::new(revision), epoch: Epoch::default() });
         }
         assert_eq!(drain(&queue).len(), 2);
+    }
+
+    #[test]
+    fn what_comes_in_a_new_epoch_stands_behind_the_event_that_names_it() {
+        let queue = Queue::default();
+        let connected = |epoch| Event::Connected { epoch: Epoch::new(epoch) };
+        let synced = |epoch| Event::Synced { revision: Revision::new(9), epoch: Epoch::new(epoch) };
+        for event in [update("a", 5), update("b", 6), synced(1), Event::Reconnecting, connected(2), update("a", 1)] {
+            queue.post(event);
+        }
+        // The second loss is into a third epoch, while all of that is unread.
+        for event in [Event::Reconnecting, connected(3), update("c", 1), synced(3)] {
+            queue.post(event);
+        }
+        let told: Vec<String> = drain(&queue)
+            .iter()
+            .map(|event| match event {
+                Event::Update { entry, .. } => format!("{}@{}", entry.key, entry.revision),
+                Event::Connected { epoch } => format!("epoch {}", epoch.get()),
+                Event::Synced { .. } => "synced".into(),
+                other => format!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(told, ["b@6", "epoch 2", "a@1", "epoch 3", "c@1", "synced"]);
+    }
+
+    #[test]
+    fn epochs_that_nobody_reads_of_cost_no_memory() {
+        let queue = Queue::default();
+        for epoch in 0..1_000 {
+            queue.post(Event::Reconnecting);
+            queue.post(Event::Connected { epoch: Epoch::new(epoch) });
+            queue.post(update("a", 1));
+            queue.post(update(if epoch % 2 == 0 { "b" } else { "c" }, 1));
+            queue.post(Event::Synced { revision: Revision::new(1), epoch: Epoch::new(epoch) });
+        }
+        let (len, kept) = (queue.len(), queue.lock().connections.len());
+        assert!(len <= 8 && kept <= 4, "{len} events, {kept} of connections");
     }
 
     #[test]
@@ -249,7 +334,7 @@ mod tests {
 
     #[test]
     fn of_what_was_put_before_a_snapshot_ended_nothing_is_left_out() {
-        let synced = Event::Synced { revision: Revision::new(6), epoch: String::new() };
+        let synced = Event::Synced { revision: Revision::new(6), epoch: Epoch::default() };
         let new = Known { is_new: true, is_synced: false };
         let gone = || {
             let (key, reason) = (Key::new("a").unwrap(), GoneReason::Deleted);

@@ -8,13 +8,11 @@ use std::task::{Context, Poll};
 
 use futures_core::Stream;
 use nkv_core::Pattern;
-use tokio::sync::watch;
 
 use crate::client::Handle;
-use crate::error::{Error, ErrorKind, Result};
 use crate::queue::Queue;
 use crate::task::Control;
-use crate::types::{EndReason, Entry, Event};
+use crate::types::Event;
 
 /// A stream of what happens to the keys that a pattern covers.
 ///
@@ -22,7 +20,8 @@ use crate::types::{EndReason, Entry, Event};
 /// connection is lost, [`Event::Reconnecting`]; once it is there again, [`Event::Connected`], then what was missed as if
 /// it had just happened (of a key that has gone, [`GoneReason::Missed`](crate::GoneReason)), then [`Event::Synced`].
 ///
-/// For one key, revisions only grow within an epoch, and nothing is told twice. A reader that falls behind gets the
+/// For one key, revisions only grow within an epoch, and nothing is told twice. What is of a new epoch comes behind the
+/// [`Event::Connected`] that names it. A reader that falls behind gets the
 /// newest state of each key and how many changes were skipped: memory is bounded by the number of keys covered.
 /// Events of the connection and of being synced are conflated in the same way.
 ///
@@ -82,40 +81,4 @@ impl fmt::Debug for Subscription {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Subscription").field("pattern", &self.pattern).field("queued", &self.queue.len()).finish()
     }
-}
-
-/// Follows the one key of a subscription until nobody looks any more.
-pub(crate) async fn watch<T: Send + Sync + 'static>(
-    mut subscription: Subscription,
-    read: impl Fn(Option<Entry>) -> T + Send + 'static,
-) -> Result<watch::Receiver<T>> {
-    let mut present = None;
-    loop {
-        match subscription.next().await {
-            Some(Event::Update { entry, .. }) => present = Some(entry),
-            Some(Event::Gone { .. }) => present = None,
-            Some(Event::Synced { .. }) => break,
-            Some(Event::Reconnecting | Event::Connected) => {}
-            Some(Event::Ended(EndReason::Refused { status, message })) => {
-                return Err(Error::new(ErrorKind::Server { status }, message));
-            }
-            Some(Event::Ended(_)) | None => return Err(Error::closed()),
-        }
-    }
-    let (sender, receiver) = watch::channel(read(present));
-    tokio::spawn(async move {
-        loop {
-            let event = tokio::select! {
-                event = subscription.next() => event,
-                () = sender.closed() => return,
-            };
-            match event {
-                Some(Event::Update { entry, .. }) => sender.send_replace(read(Some(entry))),
-                Some(Event::Gone { .. }) => sender.send_replace(read(None)),
-                Some(Event::Ended(_)) | None => return,
-                Some(_) => continue,
-            };
-        }
-    });
-    Ok(receiver)
 }

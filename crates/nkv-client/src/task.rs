@@ -3,62 +3,146 @@
 
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU8, Ordering::AcqRel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::Poll;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use nkv_core::{Key, Pattern, Revision};
-use nkv_protocol::{Body, Kind, Message, Reason, Request, status};
+use bytes::Bytes;
+use nkv_core::{Epoch, Key, Pattern};
+use nkv_protocol::{Body, Features, Kind, Message, Reason, Request, status};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::hub::{Hub, Local, Send};
 use crate::link::{Link, LinkOptions};
+use crate::revision::Revision;
 use crate::types::{ConnectionState, Entry, GoneReason};
 
 /// So many requests may be under way; more wait with their callers.
 const PENDING_MAX: usize = 4_096;
-/// So many requests are taken at a time.
-const BATCH: usize = 256;
 /// A connection that lasted this long ends a row of failures.
 const HEALTHY: Duration = Duration::from_secs(10);
+/// After so many bytes of messages other tasks have their turn.
+const TURN_LEN: usize = 128 << 10;
+/// A server that offers signs of life gives one every 5 s at least; three may be late.
+const SIGNS_LIMIT: Duration = Duration::from_secs(20);
 
-/// Why the connection is not there, for those whose patience ends meanwhile.
-pub(crate) type Trouble = Arc<Mutex<Option<String>>>;
+/// What the task and the callers both know.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    /// Why the connection is not there, for those whose patience ends meanwhile.
+    trouble: Mutex<Option<String>>,
+    /// The longest value that the server takes, as far as is known.
+    value_len_max: AtomicU64,
+}
+
+impl Shared {
+    pub(crate) fn new() -> Self {
+        Shared { trouble: Mutex::new(None), value_len_max: AtomicU64::new(u64::MAX) }
+    }
+
+    pub(crate) fn trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_trouble(&self, trouble: Option<String>) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+    }
+
+    pub(crate) fn value_len_max(&self) -> u64 {
+        self.value_len_max.load(Relaxed)
+    }
+}
+
+/// An answer, and the epoch of the server's data within which its revisions count.
+pub(crate) type Answer = (Box<Body>, Epoch);
 
 /// A request and who waits for its answer.
 #[derive(Debug)]
 pub(crate) struct Ask {
-    pub(crate) request: Request<'static>,
-    pub(crate) stage: Arc<Stage>,
-    pub(crate) reply: oneshot::Sender<Result<Box<Body>>>,
+    pub(crate) slot: Arc<Slot>,
+    /// The epoch of the revision in its condition.
+    pub(crate) epoch: Option<Epoch>,
+    pub(crate) reply: oneshot::Sender<Result<Answer>>,
 }
 
-/// Whether a request was given to be sent or given up, agreed between its caller and the task.
-#[derive(Debug, Default)]
-pub(crate) struct Stage(AtomicU8);
+/// A request as its caller and the task share it: the caller takes it back when it gives up, and learns whether the socket
+/// had it by then.
+#[derive(Debug)]
+pub(crate) struct Slot(Mutex<Stage>);
 
-const QUEUED: u8 = 0;
-const SENT: u8 = 1;
-const GIVEN_UP: u8 = 2;
+#[derive(Debug)]
+enum Stage {
+    /// For the task to take.
+    Waiting(Box<Request<'static>>),
+    /// Encoded; the socket has taken none of it.
+    Encoded,
+    /// The socket may have taken some of it.
+    Sent,
+    GivenUp,
+}
 
-impl Stage {
-    /// The caller waits no longer. True if it was sent: what becomes of it is not known.
-    pub(crate) fn give_up(&self) -> bool {
-        self.0.swap(GIVEN_UP, AcqRel) == SENT
+impl Slot {
+    pub(crate) fn new(request: Request<'static>) -> Self {
+        Slot(Mutex::new(Stage::Waiting(Box::new(request))))
     }
 
-    fn change(&self, from: u8, to: u8) -> bool {
-        self.0.compare_exchange(from, to, AcqRel, std::sync::atomic::Ordering::Acquire).is_ok()
+    /// The caller waits no longer. True if it was sent: what becomes of it is not known.
+    pub(crate) fn give_up(&self) -> bool {
+        matches!(std::mem::replace(&mut *self.lock(), Stage::GivenUp), Stage::Sent)
+    }
+
+    /// The request, to be sent now, unless it was given up.
+    fn take(&self) -> Option<Box<Request<'static>>> {
+        let mut stage = self.lock();
+        match std::mem::replace(&mut *stage, Stage::Sent) {
+            Stage::Waiting(request) => Some(request),
+            other => {
+                *stage = other;
+                None
+            }
+        }
+    }
+
+    /// It was not sent on this connection, and is to be sent on the next.
+    fn put_back(&self, request: Box<Request<'static>>) -> bool {
+        let mut stage = self.lock();
+        let is_wanted = !matches!(*stage, Stage::GivenUp);
+        if is_wanted {
+            *stage = Stage::Waiting(request);
+        }
+        is_wanted
+    }
+
+    /// The socket took nothing of it.
+    fn unsend(&self) {
+        let mut stage = self.lock();
+        if matches!(*stage, Stage::Sent) {
+            *stage = Stage::Encoded;
+        }
+    }
+
+    /// It is to be given to the socket once more; false if it was given up meanwhile.
+    fn send_again(&self) -> bool {
+        let mut stage = self.lock();
+        if matches!(*stage, Stage::Encoded) {
+            *stage = Stage::Sent;
+        }
+        matches!(*stage, Stage::Sent)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Stage> {
+        // Nothing in this module panics while it holds the lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// What is asked of the task besides requests.
-#[derive(Debug)]
 pub(crate) enum Control {
     Subscribe(Local),
     Unsubscribe(Pattern, u64),
@@ -67,18 +151,114 @@ pub(crate) enum Control {
 
 #[derive(Debug)]
 struct Pending {
-    id: u64,
-    /// The number of its first byte on the connection.
+    /// The numbers of its first byte on the connection, and of the one behind the last.
     start: u64,
+    end: u64,
     what: What,
 }
 
 #[derive(Debug)]
 enum What {
-    Ask(Ask),
+    /// A request; the value of a write is kept until the socket has it, or until it is answered if somebody watches the key.
+    Ask(Ask, Box<Request<'static>>),
     Subscribe(String, u64),
     /// Its answer is of interest to nobody.
     Other,
+}
+
+/// The requests under way, by id: ids are given one after another.
+#[derive(Debug, Default)]
+struct AllPending {
+    /// Those that were answered or taken back are `None`.
+    places: VecDeque<Option<Pending>>,
+    /// The id of the first.
+    first: u64,
+    /// The first id of which the socket has taken nothing.
+    unsent: u64,
+    /// Those of the `Subscribe`s, which are answered in their order, without id.
+    subscribes: VecDeque<u64>,
+}
+
+impl AllPending {
+    fn push(&mut self, id: u64, pending: Pending) {
+        if self.places.is_empty() {
+            (self.first, self.unsent) = (id, id);
+        }
+        if matches!(pending.what, What::Subscribe(..)) {
+            self.subscribes.push_back(id);
+        }
+        self.places.push_back(Some(pending));
+    }
+
+    fn remove(&mut self, id: u64) -> Option<Pending> {
+        let place = usize::try_from(id.checked_sub(self.first)?).ok()?;
+        let pending = self.places.get_mut(place)?.take()?;
+        if matches!(pending.what, What::Subscribe(..)) {
+            self.subscribes.retain(|known| *known != id);
+        }
+        while let Some(None) = self.places.front() {
+            self.places.pop_front();
+            self.first += 1;
+        }
+        self.unsent = self.unsent.max(self.first);
+        Some(pending)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Pending> {
+        self.places.iter().flatten()
+    }
+}
+
+/// Which keys have writes under way: counted by a hash, so that two keys may seem one, but a key never seems free that is
+/// not.
+#[derive(Debug)]
+struct Writes {
+    counts: Box<[u16; 1_024]>,
+    wildcards: usize,
+    total: usize,
+    hasher: RandomState,
+}
+
+impl Writes {
+    fn place(&mut self, key: &str) -> Option<&mut u16> {
+        let place = self.hasher.hash_one(key) % self.counts.len() as u64;
+        self.counts.get_mut(usize::try_from(place).unwrap_or(0))
+    }
+
+    fn add(&mut self, request: &Request<'_>) {
+        self.total += 1;
+        match is_wildcard(&request.key) {
+            true => self.wildcards += 1,
+            false => self.place(&request.key).into_iter().for_each(|count| *count += 1),
+        }
+    }
+
+    fn remove(&mut self, request: &Request<'_>) {
+        self.total = self.total.saturating_sub(1);
+        match is_wildcard(&request.key) {
+            true => self.wildcards = self.wildcards.saturating_sub(1),
+            false => self.place(&request.key).into_iter().for_each(|count| *count = count.saturating_sub(1)),
+        }
+    }
+
+    fn clear(&mut self) {
+        (self.total, self.wildcards) = (0, 0);
+        self.counts.fill(0);
+    }
+}
+
+impl Default for Writes {
+    fn default() -> Self {
+        Writes { counts: Box::new([0; 1_024]), wildcards: 0, total: 0, hasher: RandomState::new() }
+    }
+}
+
+fn is_wildcard(pattern: &str) -> bool {
+    pattern.ends_with('*')
+}
+
+fn is_write(request: &Request<'_>) -> bool {
+    matches!(request.kind, Kind::Put | Kind::Delete)
 }
 
 /// Times of a connection's life.
@@ -95,11 +275,16 @@ pub(crate) struct Task {
     pub(crate) asks: mpsc::Receiver<Ask>,
     pub(crate) control: mpsc::UnboundedReceiver<Control>,
     pub(crate) state: watch::Sender<ConnectionState>,
-    pub(crate) trouble: Trouble,
+    pub(crate) shared: Arc<Shared>,
     pub(crate) hub: Hub,
-    pending: VecDeque<Pending>,
+    pending: AllPending,
+    writes: Writes,
     /// To be asked again, or for the first time, on the next connection.
     again: VecDeque<Ask>,
+    /// Bytes of messages since others had their turn.
+    turn_len: usize,
+    /// It ended in order, and not because its runtime has gone.
+    has_ended: bool,
 }
 
 /// Why the task stops serving a connection.
@@ -115,60 +300,88 @@ impl From<Error> for Stop {
     }
 }
 
+impl Drop for Task {
+    fn drop(&mut self) {
+        if !self.has_ended {
+            self.shared.set_trouble(Some("the runtime that it was made on has shut down".into()));
+        }
+        self.state.send_replace(ConnectionState::Closed);
+    }
+}
+
 impl Task {
     pub(crate) fn new(
         (link_options, pace): (LinkOptions, Pace),
         asks: mpsc::Receiver<Ask>,
         control: mpsc::UnboundedReceiver<Control>,
         state: watch::Sender<ConnectionState>,
-        trouble: Trouble,
+        shared: Arc<Shared>,
     ) -> Self {
-        let (pending, again) = (VecDeque::new(), VecDeque::new());
-        Task { link_options, pace, asks, control, state, trouble, hub: Hub::default(), pending, again }
+        Task {
+            link_options,
+            pace,
+            asks,
+            control,
+            state,
+            shared,
+            hub: Hub::default(),
+            pending: AllPending::default(),
+            writes: Writes::default(),
+            again: VecDeque::new(),
+            turn_len: 0,
+            has_ended: false,
+        }
     }
 
-    pub(crate) async fn run(mut self, mut link: Link) {
+    /// Serves, with a connection that is there already or without.
+    pub(crate) async fn run(mut self, link: Option<Link>) {
         let mut failures = 0;
-        loop {
+        let mut link = match link {
+            None => self.reconnect(&mut failures).await,
+            link => link,
+        };
+        while let Some(mut present) = link {
             let since = Instant::now();
-            self.attach(&mut link);
-            match self.serve(&mut link).await {
+            self.attach(&mut present);
+            match self.serve(&mut present).await {
                 Stop::Done => break,
-                Stop::Lost(error) => self.detach(&link, &error),
+                Stop::Lost(error) => self.detach(&present, &error),
             }
-            drop(link);
+            drop(present);
             if since.elapsed() >= HEALTHY {
                 failures = 0;
             }
-            match self.reconnect(&mut failures).await {
-                Some(next) => link = next,
-                None => break,
-            }
+            link = self.reconnect(&mut failures).await;
         }
-        self.state.send_replace(ConnectionState::Closed);
+        self.has_ended = true;
     }
 
     fn attach(&mut self, link: &mut Link) {
-        self.set_trouble(None);
+        self.shared.set_trouble(None);
+        self.shared.value_len_max.store(link.value_len_max, Relaxed);
         tracing::debug!(addr = %self.link_options.addr, features = ?link.features, "connected");
-        for send in self.hub.attach(&link.epoch) {
+        for send in self.hub.attach(link.epoch) {
             self.send(link, send);
-        }
-        for ask in std::mem::take(&mut self.again) {
-            self.ask(link, ask);
         }
         self.state.send_replace(ConnectionState::Connected);
     }
 
     /// Serves a connection until it is lost or nobody needs it.
     async fn serve(&mut self, link: &mut Link) -> Stop {
+        let mut next_beat = Instant::now() + self.pace.heartbeat;
         let mut timer = pin!(sleep(self.pace.heartbeat));
-        let mut asks = Vec::with_capacity(BATCH);
         loop {
-            if let Err(error) = self.receive_all(link) {
+            if let Err(error) = self.receive_all(link).await {
                 return Stop::Lost(error);
             }
-            let (mut read, mut ticked) = (false, false);
+            for send in self.hub.take_sends() {
+                self.send(link, send);
+            }
+            let wanted = self.hub.next_retry().map_or(next_beat, |retry| retry.min(next_beat));
+            if timer.deadline() != wanted {
+                timer.as_mut().reset(wanted);
+            }
+            let mut ticked = false;
             let woken = poll_fn(|cx| {
                 while let Poll::Ready(control) = self.control.poll_recv(cx) {
                     match control {
@@ -181,31 +394,100 @@ impl Task {
                         }
                     }
                 }
-                match link.poll_io(cx) {
+                self.poll_requests(link, cx);
+                let read = match link.poll_io(cx) {
                     Poll::Ready(Err(error)) => return Poll::Ready(Err(Stop::Lost(Error::lost(error)))),
-                    Poll::Ready(Ok(())) => read = true,
-                    Poll::Pending => {}
-                }
-                if link.has_room() && self.pending.len() < PENDING_MAX {
-                    // Closed means that no handle is left, which the other channel tells too.
-                    _ = self.asks.poll_recv_many(cx, &mut asks, BATCH);
-                }
+                    Poll::Ready(Ok(())) => true,
+                    Poll::Pending => false,
+                };
+                self.settle(link);
                 ticked = timer.as_mut().poll(cx).is_ready();
-                if read || ticked || !asks.is_empty() { Poll::Ready(Ok(())) } else { Poll::Pending }
+                if read || ticked { Poll::Ready(Ok(())) } else { Poll::Pending }
             });
             if let Err(stop) = woken.await {
                 return stop;
             }
-            for ask in asks.drain(..) {
-                self.ask(link, ask);
-            }
-            if ticked {
+            let now = Instant::now();
+            if ticked && now >= next_beat {
                 match self.beat(link) {
-                    Ok(next) => timer.as_mut().reset(next),
+                    Ok(next) => next_beat = next,
                     Err(error) => return Stop::Lost(Error::lost(error)),
                 }
             }
+            if ticked {
+                for send in self.hub.retries(now) {
+                    self.send(link, send);
+                }
+            }
         }
+    }
+
+    /// Encodes and sends the requests that wait, as long as the socket takes them.
+    fn poll_requests(&mut self, link: &mut Link, cx: &mut Context<'_>) {
+        self.unsettle(link);
+        loop {
+            let mut any = false;
+            while link.has_room() && self.pending.places.len() < PENDING_MAX {
+                let ask = match self.again.pop_front() {
+                    Some(ask) => ask,
+                    None => match self.asks.poll_recv(cx) {
+                        Poll::Ready(Some(ask)) => ask,
+                        // Closed means that no handle is left, which the other channel tells too.
+                        Poll::Ready(None) | Poll::Pending => break,
+                    },
+                };
+                self.ask(link, ask);
+                any = true;
+            }
+            link.poll_send(cx);
+            if !any || !link.has_room() || self.pending.places.len() >= PENDING_MAX {
+                return;
+            }
+        }
+    }
+
+    /// Notes what the socket has taken, and what not.
+    fn settle(&mut self, link: &Link) {
+        let AllPending { places, first, unsent, .. } = &mut self.pending;
+        let skip = usize::try_from(unsent.saturating_sub(*first)).unwrap_or(usize::MAX);
+        let mut is_sent = true;
+        for pending in places.iter_mut().skip(skip) {
+            let sent = pending.as_ref().is_none_or(|pending| link.has_sent(pending.start));
+            is_sent &= sent;
+            *unsent += u64::from(is_sent);
+            if let Some(Pending { what: What::Ask(ask, request), .. }) = pending {
+                if !sent {
+                    ask.slot.unsend();
+                } else if request.value.is_some() && !self.hub.is_watched(&request.key) {
+                    request.value = None;
+                }
+            }
+        }
+    }
+
+    /// Takes back what its caller gave up before the socket had any of it; the rest is to be sent now.
+    fn unsettle(&mut self, link: &mut Link) {
+        let AllPending { places, first, unsent, .. } = &mut self.pending;
+        let skip = usize::try_from(unsent.saturating_sub(*first)).unwrap_or(usize::MAX);
+        let mut gone = 0;
+        for place in places.iter_mut().skip(skip) {
+            let Some(pending) = place else { continue };
+            (pending.start, pending.end) = (pending.start - gone, pending.end - gone);
+            let What::Ask(ask, request) = &pending.what else { continue };
+            if !ask.slot.send_again() {
+                if is_write(request) {
+                    self.writes.remove(request);
+                }
+                link.take_back(pending.start, pending.end);
+                gone += pending.end - pending.start;
+                *place = None;
+            }
+        }
+        while let Some(None) = places.front() {
+            places.pop_front();
+            *first += 1;
+        }
+        *unsent = (*unsent).max(*first);
     }
 
     /// Judges the silence of the server; says when to do so again.
@@ -215,14 +497,20 @@ impl Task {
         if silence < heartbeat {
             return Ok(link.heard + heartbeat);
         }
-        // Answers come in order, so it is the first that is due. Its caller may have more patience than we; that of the
-        // next one does not count, or a program that keeps asking would never learn that nobody is there.
-        let patient =
-            matches!(self.pending.front(), Some(Pending { what: What::Ask(ask), .. }) if !ask.reply.is_closed());
-        if self.pending.is_empty() {
-            let (id, start) = link.push(&Request::new(Kind::Health, ""));
-            self.pending.push_back(Pending { id, start, what: What::Other });
-        } else if silence >= 2 * heartbeat && !patient {
+        if link.is_broken() {
+            return Err(io::Error::new(io::ErrorKind::BrokenPipe, "nothing can be sent, and nothing comes"));
+        }
+        let has_signs = link.features.contains(Features::ALIVE);
+        let limit = if has_signs { (2 * heartbeat).max(SIGNS_LIMIT) } else { 2 * heartbeat };
+        // A server without signs of life may be busy with the first request that is due. Its caller may have more patience
+        // than we; that of the next one does not count, or a program that keeps asking would never learn that nobody is
+        // there.
+        let first = self.pending.iter().next();
+        let is_patient =
+            !has_signs && matches!(first, Some(Pending { what: What::Ask(ask, _), .. }) if !ask.reply.is_closed());
+        if first.is_none() {
+            self.push(link, &Request::new(Kind::Health, ""), What::Other);
+        } else if silence >= limit && !is_patient {
             return Err(io::Error::new(io::ErrorKind::TimedOut, format!("nothing heard for {silence:?}")));
         }
         Ok(now + heartbeat)
@@ -237,95 +525,167 @@ impl Task {
         }
     }
 
+    fn push(&mut self, link: &mut Link, request: &Request<'_>, what: What) {
+        let (id, start) = link.push(request);
+        self.pending.push(id, Pending { start, end: link.encoded(), what });
+    }
+
     fn send(&mut self, link: &mut Link, send: Send) {
-        let (request, what) = match send {
-            Send::Subscribe(pattern, wire) => {
+        match send {
+            Send::Subscribe { pattern, wire, exact } => {
                 let mut request = Request::new(Kind::Subscribe, pattern.clone());
                 request.snapshot = true;
-                (request, What::Subscribe(pattern, wire))
+                request.ahead = link.features.contains(Features::AHEAD);
+                request.exact = exact && link.features.contains(Features::EXACT);
+                self.push(link, &request, What::Subscribe(pattern, wire));
             }
-            Send::Unsubscribe(pattern) => (Request::new(Kind::Unsubscribe, pattern), What::Other),
-        };
-        let (id, start) = link.push(&request);
-        self.pending.push_back(Pending { id, start, what });
+            Send::Unsubscribe(pattern) => {
+                self.push(link, &Request::new(Kind::Unsubscribe, pattern), What::Other);
+            }
+        }
     }
 
     fn ask(&mut self, link: &mut Link, ask: Ask) {
         // A caller that dropped its future must not find its put done later.
-        if ask.reply.is_closed() || !ask.stage.change(QUEUED, SENT) {
+        let Some(mut request) = ask.slot.take() else { return };
+        if ask.reply.is_closed() {
             return;
         }
-        let (id, start) = link.push(&ask.request);
-        self.pending.push_back(Pending { id, start, what: What::Ask(ask) });
-    }
-
-    fn receive_all(&mut self, link: &mut Link) -> Result<()> {
-        while let Some(message) = link.next_message()? {
-            self.receive(message)?;
+        if ask.epoch.is_some_and(|epoch| epoch != link.epoch) {
+            let what = "the condition's revision is of another epoch than the server's data: read the key anew";
+            // The caller may have gone; then there is nobody to tell.
+            return drop(ask.reply.send(Err(Error::new(ErrorKind::OtherEpoch, what))));
         }
-        Ok(())
+        if is_write(&request) {
+            self.writes.add(&request);
+        } else {
+            request.ahead = link.features.contains(Features::AHEAD) && !self.overlaps(&request);
+        }
+        let (id, start) = link.push(&request);
+        self.pending.push(id, Pending { start, end: link.encoded(), what: What::Ask(ask, request) });
     }
 
-    fn receive(&mut self, message: Message) -> Result<()> {
+    /// Whether a read may see what a write under way does: then it is to be served after that, in order.
+    fn overlaps(&mut self, read: &Request<'_>) -> bool {
+        let writes = &mut self.writes;
+        if writes.total == 0 || !matches!(read.kind, Kind::Get | Kind::List | Kind::Exists) {
+            return false;
+        }
+        if writes.wildcards > 0 {
+            return true;
+        }
+        if !is_wildcard(&read.key) && read.after.is_none() {
+            return writes.place(&read.key).is_some_and(|count| *count > 0);
+        }
+        let Ok(pattern) = Pattern::new(&read.key) else { return true };
+        let mut keys = self.pending.iter().filter_map(|pending| match &pending.what {
+            What::Ask(_, request) if is_write(request) => Key::new(&request.key).ok(),
+            _ => None,
+        });
+        keys.any(|key| pattern.selects(&key))
+    }
+
+    async fn receive_all(&mut self, link: &mut Link) -> Result<()> {
+        loop {
+            let before = link.undecoded();
+            let Some(message) = link.next_message()? else { return Ok(()) };
+            self.receive(message, link.epoch)?;
+            self.turn_len += before.saturating_sub(link.undecoded());
+            if self.turn_len >= TURN_LEN {
+                self.turn_len = 0;
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
+    fn receive(&mut self, message: Message, epoch: Epoch) -> Result<()> {
         match message {
-            Message::Hello => match self.pending.pop_front() {
-                Some(Pending { what: What::Subscribe(pattern, wire), .. }) => self.hub.hello(pattern, wire)?,
-                _ => return Err(Error::protocol("a 'Hello' that no subscription asked for")),
-            },
-            Message::Answer(body) => self.answer(body)?,
+            Message::Hello => {
+                let asked = self.pending.subscribes.front().copied().and_then(|id| self.pending.remove(id));
+                match asked {
+                    Some(Pending { what: What::Subscribe(pattern, wire), .. }) => self.hub.hello(pattern, wire)?,
+                    _ => return Err(Error::protocol("a 'Hello' that no subscription asked for")),
+                }
+            }
+            Message::Answer(body) => self.answer(body, epoch)?,
             Message::Update { key, value, revision, skipped, .. } => {
-                let entry = Entry { key: peer_key(&key)?, value, revision: Revision::new(revision) };
+                let entry = Entry { key: peer_key(&key)?, value, revision: Revision::of(epoch, revision) };
                 self.hub.update(&entry, skipped);
             }
             Message::Close { key, reason: reason @ (Reason::Deleted | Reason::Expired), revision, skipped, .. } => {
                 let reason = if reason == Reason::Deleted { GoneReason::Deleted } else { GoneReason::Expired };
-                self.hub.gone(&peer_key(&key)?, Revision::new(revision), reason, skipped);
+                self.hub.gone(&peer_key(&key)?, Revision::of(epoch, revision), reason, skipped);
             }
             Message::Close { key, reason, .. } => self.hub.ended(&key, reason),
             Message::Reset { key, .. } => self.hub.reset(key)?,
-            Message::Synced { revision, .. } => self.hub.synced(Revision::new(revision))?,
-            _ => return Err(Error::protocol("a message that this client does not know")),
+            Message::Synced { revision, .. } => self.hub.synced(Revision::of(epoch, revision))?,
+            // A sign of life has done its work by coming. What a later version of the protocol says is passed over.
+            _ => {}
         }
         Ok(())
     }
 
-    fn answer(&mut self, body: Box<Body>) -> Result<()> {
-        if self.pending.front().is_none_or(|pending| body.id.parse() != Ok(pending.id)) {
+    fn answer(&mut self, body: Box<Body>, epoch: Epoch) -> Result<()> {
+        let pending = body.id.parse().ok().and_then(|id| self.pending.remove(id));
+        match pending.map(|pending| pending.what) {
             // What a server says before it closes a connection that it is tired of.
-            return Err(match body.status {
-                status::OK => Error::protocol("an answer that nobody asked for"),
-                _ => Error::from_answer(&body),
-            });
-        }
-        match self.pending.pop_front().map_or(What::Other, |pending| pending.what) {
-            // The caller may have gone; then the answer is of interest to nobody.
-            What::Ask(ask) => drop(ask.reply.send(Ok(body))),
-            What::Subscribe(pattern, wire) => match body.status {
+            None => {
+                return Err(match body.status {
+                    status::OK => Error::protocol("an answer that nobody asked for"),
+                    _ => Error::from_answer(&body, epoch),
+                });
+            }
+            Some(What::Ask(ask, mut request)) => {
+                if is_write(&request) {
+                    self.writes.remove(&request);
+                    self.own_write(&mut request, &body, epoch);
+                }
+                // The caller may have gone; then the answer is of interest to nobody.
+                drop(ask.reply.send(Ok((body, epoch))));
+            }
+            Some(What::Subscribe(pattern, wire)) => match body.status {
                 status::OK => return Err(Error::protocol("an answer other than 'Hello' to a subscription")),
-                // It is going away: another connection may have more luck.
-                status::UNAVAILABLE => return Err(Error::from_answer(&body)),
                 status => self.hub.refused(&pattern, wire, status, &body.message),
             },
-            What::Other => {}
+            Some(What::Other) => {}
         }
         Ok(())
+    }
+
+    /// A put or delete is done: whoever watches the key is to know before its caller does.
+    fn own_write(&mut self, request: &mut Request<'static>, body: &Body, epoch: Epoch) {
+        let (status::OK, Some(revision)) = (body.status, body.revision) else { return };
+        if !self.hub.is_watched(&request.key) {
+            return;
+        }
+        let Ok(key) = Key::new(&request.key) else { return };
+        let revision = Revision::of(epoch, revision);
+        match (request.kind, request.value.take()) {
+            (Kind::Delete, _) => self.hub.own_write(&key, None, revision),
+            (_, Some(value)) => {
+                let entry = Entry { key: key.clone(), value: Bytes::from(value.into_owned()), revision };
+                self.hub.own_write(&key, Some(&entry), revision);
+            }
+            // It began to be watched after it was sent: the snapshot has it, or an update that came before.
+            (_, None) => {}
+        }
     }
 
     /// Decides what becomes of requests under way on a connection that is lost.
     fn detach(&mut self, link: &Link, error: &Error) {
-        let why = format!("{error:#}");
-        tracing::info!(addr = %self.link_options.addr, error = why, "connection lost");
-        for Pending { start, what, .. } in std::mem::take(&mut self.pending) {
-            let What::Ask(ask) = what else { continue };
+        tracing::info!(addr = %self.link_options.addr, %error, "connection lost");
+        let pending = std::mem::take(&mut self.pending);
+        for Pending { start, what, .. } in pending.places.into_iter().flatten() {
+            let What::Ask(ask, request) = what else { continue };
             let sent = link.has_sent(start);
-            let failure = if sent && ask.is_write() {
+            let failure = if sent && is_write(&request) {
                 let message = "the connection was lost before the answer came: it may or may not have been done";
-                Error::new(ErrorKind::OutcomeUnknown, message).because(why.clone())
+                Error::new(ErrorKind::OutcomeUnknown, message).because(error)
             } else if sent && *error.kind() == ErrorKind::Protocol {
                 // Asked again, it would end the next connection too.
-                Error::protocol(why.clone())
+                Error::protocol(error.to_string())
             } else {
-                if ask.stage.change(SENT, QUEUED) {
+                if ask.slot.put_back(request) {
                     self.again.push_back(ask);
                 }
                 continue;
@@ -333,7 +693,8 @@ impl Task {
             // The caller may have gone; then there is nobody to tell.
             drop(ask.reply.send(Err(failure)));
         }
-        self.set_trouble(Some(why));
+        self.writes.clear();
+        self.shared.set_trouble(Some(error.to_string()));
         self.hub.detach();
         self.state.send_replace(ConnectionState::Reconnecting);
     }
@@ -341,15 +702,15 @@ impl Task {
     /// Tries until a connection is there; `None` when nobody needs it any more.
     async fn reconnect(&mut self, failures: &mut u32) -> Option<Link> {
         loop {
-            let pause = self.pause(*failures);
+            let pause = self.pace.pause(*failures);
             *failures = failures.saturating_add(1);
             self.meanwhile(sleep(pause)).await?;
             let options = self.link_options.clone();
             match self.meanwhile(Link::open(&options)).await? {
                 Ok(link) => return Some(link),
                 Err(error) => {
-                    tracing::debug!(error = format!("{error:#}"), "reconnect failed");
-                    self.set_trouble(Some(format!("{error:#}")));
+                    tracing::debug!(%error, "reconnect failed");
+                    self.shared.set_trouble(Some(error.to_string()));
                 }
             }
             self.again.retain(|ask| !ask.reply.is_closed());
@@ -369,24 +730,16 @@ impl Task {
             }
         }
     }
+}
 
+impl Pace {
     /// How long to wait before the next attempt: a random part of a span that doubles, so that the clients of a server
     /// that comes back do not come all at once.
-    fn pause(&self, failures: u32) -> Duration {
-        let span = self.pace.backoff_min.saturating_mul(1 << failures.min(16)).min(self.pace.backoff_max);
+    pub(crate) fn pause(&self, failures: u32) -> Duration {
+        let span = self.backoff_min.saturating_mul(1 << failures.min(16)).min(self.backoff_max);
         // Without randomness they do come at once, which is no reason not to come.
         let part = getrandom::u32().unwrap_or(u32::MAX);
         span.mul_f64(f64::from(part) / f64::from(u32::MAX))
-    }
-
-    fn set_trouble(&self, trouble: Option<String>) {
-        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
-    }
-}
-
-impl Ask {
-    fn is_write(&self) -> bool {
-        matches!(self.request.kind, Kind::Put | Kind::Delete)
     }
 }
 
@@ -400,7 +753,7 @@ mod tests {
 
     use super::*;
     use crate::addr::Addr;
-    use crate::hub::Told;
+    use crate::hub::Sink;
 
     const HEARTBEAT: Duration = Duration::from_secs(10);
 
@@ -421,27 +774,26 @@ mod tests {
         let link_options = LinkOptions {
             addr: Addr::default(),
             client_uuid: "test".into(),
+            name: None,
             token: None,
             connect_timeout: HEARTBEAT,
             message_len_max: 1 << 20,
         };
         let pace = Pace { heartbeat: HEARTBEAT, backoff_min: HEARTBEAT, backoff_max: HEARTBEAT };
-        let task = Task::new((link_options, pace), asks_rx, control_rx, state, Trouble::default());
+        let task = Task::new((link_options, pace), asks_rx, control_rx, state, Arc::new(Shared::new()));
         Rig { task, link: Link::over(Box::new(near), 1 << 20), far, control, _asks: asks }
     }
 
     fn local(id: u64) -> Local {
-        let (queue, told) = (Arc::default(), Told::default());
-        let pattern = Pattern::new("a").unwrap();
-        Local { id, pattern, exact: false, queue, ready: None, told, len_max: usize::MAX }
+        Local::new(id, Pattern::new("a").unwrap(), Sink::Queue(Arc::default()), usize::MAX)
     }
 
     /// A put under way, and where its answer comes.
-    fn put(rig: &mut Rig, len: usize) -> oneshot::Receiver<Result<Box<Body>>> {
+    fn put(rig: &mut Rig, len: usize) -> oneshot::Receiver<Result<Answer>> {
         let mut request = Request::new(Kind::Put, "a");
         request.value = Some(vec![b'x'; len].into());
         let (reply, answer) = oneshot::channel();
-        rig.task.ask(&mut rig.link, Ask { request, stage: Arc::default(), reply });
+        rig.task.ask(&mut rig.link, Ask { slot: Arc::new(Slot::new(request)), epoch: None, reply });
         answer
     }
 
@@ -454,7 +806,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_subscribed_or_unsubscribed_as_the_connection_breaks_is_not_forgotten() {
         for (command, after) in [
-            (Control::Subscribe(local(1)), vec![Send::Subscribe("a".into(), 1)]),
+            (Control::Subscribe(local(1)), vec![Send::Subscribe { pattern: "a".into(), wire: 1, exact: false }]),
             (Control::Unsubscribe(Pattern::new("a").unwrap(), 0), vec![]),
         ] {
             let mut rig = rig(1 << 16);
@@ -464,7 +816,7 @@ mod tests {
             rig.control.send(command).unwrap();
             drop(std::mem::replace(&mut rig.far, duplex(1).0));
             lost(&mut rig).await;
-            assert_eq!(rig.task.hub.attach("e"), after);
+            assert_eq!(rig.task.hub.attach(Epoch::default()), after);
         }
     }
 

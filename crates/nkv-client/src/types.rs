@@ -1,12 +1,14 @@
 //! What goes in and comes out, besides keys and bytes.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use nkv_core::{Key, Revision};
+use nkv_core::{Epoch, Key};
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
+use crate::revision::Revision;
 
 /// A key with its value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,12 +64,17 @@ pub enum Event {
         /// The revision.
         revision: Revision,
         /// The life of the server's data within which revisions may be compared.
-        epoch: String,
+        epoch: Epoch,
     },
     /// The connection is lost and being made again; what is known may be old.
     Reconnecting,
     /// The connection is there again; what was missed is told next, then [`Event::Synced`].
-    Connected,
+    #[non_exhaustive]
+    Connected {
+        /// The life of the server's data. If it is another than before, the server has lost some of them: every key is
+        /// told anew, and its revisions may begin again.
+        epoch: Epoch,
+    },
     /// The subscription has ended; nothing follows.
     Ended(EndReason),
 }
@@ -137,7 +144,8 @@ pub enum ConnectionState {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PutOptions {
-    /// Write only if the key is at this revision; [`Revision::ZERO`] for "only if absent".
+    /// Write only if the key is at this revision; [`Revision::ZERO`] for "only if absent". One of another epoch than that of
+    /// the server's data is refused as [`ErrorKind::OtherEpoch`](crate::ErrorKind::OtherEpoch).
     pub if_revision: Option<Revision>,
     /// How long the value lives; forever if not given.
     pub ttl: Option<Duration>,
@@ -154,6 +162,37 @@ impl PutOptions {
     #[must_use]
     pub fn with_ttl(self, ttl: Duration) -> Self {
         PutOptions { ttl: Some(ttl), ..self }
+    }
+}
+
+/// How a subscription is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SubscribeOptions {
+    /// Whether the present state is told first. It is, if not given. Without it the server sends it all the same: it is how
+    /// the client knows, when it has to connect again, what was missed.
+    pub snapshot: bool,
+    /// Whether a key stands for itself alone, and not for all below it too. Not, if not given.
+    pub exact: bool,
+}
+
+impl Default for SubscribeOptions {
+    fn default() -> Self {
+        SubscribeOptions { snapshot: true, exact: false }
+    }
+}
+
+impl SubscribeOptions {
+    /// Sets whether the present state is told first.
+    #[must_use]
+    pub fn with_snapshot(self, snapshot: bool) -> Self {
+        SubscribeOptions { snapshot, ..self }
+    }
+
+    /// Sets whether a key stands for itself alone.
+    #[must_use]
+    pub fn with_exact(self, exact: bool) -> Self {
+        SubscribeOptions { exact, ..self }
     }
 }
 
@@ -209,4 +248,71 @@ pub struct ServerVersion {
     pub version: String,
     /// The protocol's version.
     pub protocol: u64,
+}
+
+/// A server's figures; those that it does not give are 0, or empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// The life of the server's data within which revisions may be compared.
+    pub epoch: String,
+    /// What an acknowledged write has reached: `sync`, `interval:50ms`, `os` or `memory`.
+    pub durability: String,
+    /// Keys.
+    pub keys: u64,
+    /// Bytes of all values.
+    pub value_bytes: u64,
+    /// Subscriptions.
+    pub subscriptions: u64,
+    /// Connections.
+    pub connections: u64,
+    /// The number of the newest change.
+    pub revision: u64,
+    /// For how long the server runs.
+    pub uptime: Duration,
+    /// Puts since it started, and so on with all that follow.
+    pub puts: u64,
+    /// Keys deleted.
+    pub deletes: u64,
+    /// Keys whose time to live ended.
+    pub expired: u64,
+    /// Batches stored.
+    pub batches: u64,
+    /// Batches that could not be stored.
+    pub failed_batches: u64,
+    /// Notifications given to subscribers.
+    pub notified: u64,
+    /// Changes passed over in favour of newer ones.
+    pub conflated: u64,
+    /// All that are numbers, by name: also those that this version of the client does not know.
+    pub numbers: BTreeMap<String, u64>,
+    /// All that are words, by name.
+    pub words: BTreeMap<String, String>,
+}
+
+impl From<nkv_protocol::Stats> for Stats {
+    fn from(stats: nkv_protocol::Stats) -> Self {
+        let nkv_protocol::Stats { numbers, words, .. } = stats;
+        let word = |name: &str| words.get(name).cloned().unwrap_or_default();
+        let number = |name: &str| numbers.get(name).copied().unwrap_or(0);
+        Stats {
+            epoch: word("epoch"),
+            durability: word("durability"),
+            keys: number("keys"),
+            value_bytes: number("value_bytes"),
+            subscriptions: number("subscriptions"),
+            connections: number("connections"),
+            revision: number("revision"),
+            uptime: Duration::from_millis(number("uptime_ms")),
+            puts: number("puts"),
+            deletes: number("deletes"),
+            expired: number("expired"),
+            batches: number("batches"),
+            failed_batches: number("failed_batches"),
+            notified: number("notified"),
+            conflated: number("conflated"),
+            numbers,
+            words,
+        }
+    }
 }

@@ -108,7 +108,7 @@ fn each_end_has_its_exit_code() {
     assert_eq!(nkv.run(&["exists", "b"]).0, 1);
     let big = vec![b'x'; (1 << 20) + 1];
     let (code, _, stderr) = nkv.feed(&["put", "big", "-"], &big);
-    assert_eq!((code, stderr.contains("413")), (7, true), "{stderr}");
+    assert_eq!((code, stderr.contains("takes 1048576 at most")), (7, true), "{stderr}");
 
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let started = Instant::now();

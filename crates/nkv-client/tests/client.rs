@@ -65,7 +65,7 @@ async fn a_conditional_write_tells_the_present_revision_of_a_conflict() {
     let revision = client.put_with("a", "1", if_absent).await.unwrap();
     let error = client.put_with("a", "2", if_absent).await.unwrap_err();
     assert_eq!(error.kind(), &ErrorKind::Conflict { revision });
-    let error = client.delete_if("a", revision.next()).await.unwrap_err();
+    let error = client.delete_if("a", Revision::new(revision.get() + 1)).await.unwrap_err();
     assert_eq!(error.kind(), &ErrorKind::Conflict { revision });
     assert_eq!(client.delete_if("a", revision).await.unwrap().count, 1);
     assert_eq!(client.delete_if("a", revision).await.unwrap().count, 0);
@@ -183,7 +183,7 @@ async fn a_slow_reader_gets_the_latest_state_of_each_key() {
     }
 }
 
-#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Lamp {
     on: bool,
     level: u8,
@@ -199,14 +199,15 @@ async fn values_may_be_json_of_a_type() {
     assert_eq!(client.get_as("lamp").await.unwrap(), Some(lamp(1)));
 
     let mut watched = client.watch_as::<Lamp>("lamp").await.unwrap();
-    assert_eq!(watched.borrow_and_update().as_ref().unwrap(), &Some(lamp(1)));
+    assert_eq!(watched.borrow_and_update().value, Some(lamp(1)));
     client.put_as_with("lamp", &lamp(2), PutOptions::default()).await.unwrap();
-    within(watched.wait_for(|seen| matches!(seen, Ok(Some(Lamp { level: 2, .. }))))).await.unwrap();
-    client.put("lamp", "broken").await.unwrap();
-    within(watched.wait_for(|seen| seen.as_ref().is_err_and(|error| *error.kind() == ErrorKind::Json))).await.unwrap();
+    assert_eq!(watched.borrow().value, Some(lamp(2)));
+    let broken = client.put("lamp", "broken").await.unwrap();
+    let seen = watched.borrow().clone();
+    assert_eq!((seen.value, seen.revision, seen.error.unwrap().kind()), (Some(lamp(2)), broken, &ErrorKind::Json));
     assert_eq!(client.get_as::<Lamp>("lamp").await.unwrap_err().kind(), &ErrorKind::Json);
     client.delete("lamp").await.unwrap();
-    within(watched.wait_for(|seen| matches!(seen, Ok(None)))).await.unwrap();
+    within(watched.wait_for(|seen| seen.value.is_none() && seen.error.is_none())).await.unwrap();
 }
 
 #[tokio::test]
@@ -216,16 +217,19 @@ async fn a_watch_knows_the_present_value_at_once_and_follows_it() {
     client.put("a", "1").await.unwrap();
     client.put("a.b", "below").await.unwrap();
     let mut watched = client.watch("a").await.unwrap();
-    assert_eq!(watched.borrow_and_update().as_ref().unwrap().value, "1");
+    assert_eq!(watched.borrow_and_update().value.as_ref().unwrap().value, "1");
     client.put("a.b", "still below").await.unwrap();
     client.put("a", "2").await.unwrap();
     within(watched.changed()).await.unwrap();
-    assert_eq!(watched.borrow_and_update().as_ref().unwrap().value, "2");
+    assert_eq!(watched.borrow_and_update().value.as_ref().unwrap().value, "2");
     client.delete("a").await.unwrap();
     within(watched.changed()).await.unwrap();
-    assert_eq!(*watched.borrow_and_update(), None);
+    assert_eq!(watched.borrow_and_update().value, None);
+    assert!(watched.borrow().is_live);
     client.close();
-    assert!(within(watched.changed()).await.is_err());
+    within(watched.changed()).await.unwrap();
+    assert!(!watched.borrow_and_update().is_live);
+    assert_eq!(within(watched.changed()).await.unwrap_err().kind(), &ErrorKind::Closed);
 }
 
 #[tokio::test]
@@ -279,12 +283,19 @@ fn a_program_without_a_runtime_has_the_same_client() {
     let mut subscription = client.subscribe("a").unwrap();
     assert_eq!(short(&subscription.next().unwrap()), "a.b=1");
     assert_eq!(short(&subscription.next().unwrap()), "synced");
-    assert_eq!(subscription.next_timeout(Duration::from_millis(10)), None);
+    let nothing = subscription.next_timeout(Duration::from_millis(10)).unwrap_err();
+    assert_eq!(nothing.kind(), &ErrorKind::Timeout);
     client.put("a", "2").unwrap();
-    assert_eq!(short(&subscription.next_timeout(Duration::from_secs(10)).unwrap()), "a=2");
+    assert_eq!(short(&subscription.next_timeout(Duration::from_secs(10)).unwrap().unwrap()), "a=2");
+    let mut watch = client.with_request_timeout(Duration::from_secs(20)).watch("a").unwrap();
+    assert_eq!(watch.get().value.unwrap().value, "2");
+    client.put("a", "3").unwrap();
+    assert_eq!(watch.changed(Duration::from_secs(10)).unwrap().value.unwrap().value, "3");
+    assert_eq!(watch.changed(Duration::from_millis(10)).unwrap_err().kind(), &ErrorKind::Timeout);
     assert_eq!(client.delete("*").unwrap().count, 3);
     client.close();
-    assert_eq!(subscription.last(), Some(Event::Ended(EndReason::Closed)));
+    assert_eq!(subscription.by_ref().last(), Some(Event::Ended(EndReason::Closed)));
+    assert_eq!(subscription.next_timeout(Duration::from_secs(10)), Ok(None), "the end is told from a time-out");
     assert_eq!(client.health().unwrap_err().kind(), &ErrorKind::Closed);
     // Dropped within a runtime, it must not panic.
     runtime.block_on(async { drop(client) });

@@ -321,7 +321,7 @@ async fn when_client_and_subscriptions_are_dropped_the_connection_closes() {
     peer.update("a", "3", 4).await;
     within(watched.changed()).await.unwrap();
     assert_eq!(
-        watched.borrow_and_update().as_ref().unwrap().value,
+        watched.borrow_and_update().value.as_ref().unwrap().value,
         "3",
         "what is below the key is none of its business"
     );
@@ -385,7 +385,7 @@ async fn no_time_is_too_long() {
         peer.request().await.unwrap();
         peer.snapshot("a", &[("a", "1", 1)], 1).await;
     });
-    assert_eq!(watched.unwrap().borrow().as_ref().unwrap().value, "1");
+    assert_eq!(watched.unwrap().borrow().value.as_ref().unwrap().value, "1");
     drop(peer);
     server.accept().await;
 }

@@ -50,6 +50,7 @@ pub(crate) fn short(event: &Event) -> String {
         Event::Update { entry, .. } => format!("{}={}", entry.key, String::from_utf8_lossy(&entry.value)),
         Event::Gone { key, reason, .. } => format!("{key} {}", reason.as_str()),
         Event::Synced { .. } => "synced".into(),
+        Event::Connected { .. } => "Connected".into(),
         other => format!("{other:?}"),
     }
 }

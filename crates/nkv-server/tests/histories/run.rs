@@ -290,8 +290,10 @@ impl Subscriber {
                     let missed = reason == GoneReason::Missed;
                     Told::Gone { key: key.to_string(), revision: revision.get(), missed, skipped }
                 }
-                Event::Synced { revision, epoch, .. } => Told::Synced { revision: revision.get(), epoch },
-                Event::Connected => Told::Connected,
+                Event::Synced { revision, epoch, .. } => {
+                    Told::Synced { revision: revision.get(), epoch: epoch.to_string() }
+                }
+                Event::Connected { .. } => Told::Connected,
                 Event::Reconnecting => Told::Lost,
                 other => panic!("{pattern}: {other:?}"),
             };

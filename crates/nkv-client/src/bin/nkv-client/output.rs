@@ -73,7 +73,7 @@ impl Output {
             }
             Event::Synced { revision, .. } => format!("{pattern}: synced at revision {revision}"),
             Event::Reconnecting => format!("{pattern}: connection lost, reconnecting"),
-            Event::Connected => format!("{pattern}: connected again"),
+            Event::Connected { .. } => format!("{pattern}: connected again"),
             Event::Ended(reason) => format!("{pattern}: ended, {}", ended(reason)),
             other => format!("{pattern}: {other:?}"),
         };
@@ -135,10 +135,10 @@ fn event_json(pattern: &str, event: &Event) -> Value {
             json!({"op": reason.as_str(), "key": key.as_str(), "revision": revision.get(), "skipped": skipped})
         }
         Event::Synced { revision, epoch, .. } => {
-            json!({"op": "synced", "key": pattern, "revision": revision.get(), "epoch": epoch})
+            json!({"op": "synced", "key": pattern, "revision": revision.get(), "epoch": epoch.to_string()})
         }
         Event::Reconnecting => json!({"op": "reconnecting", "key": pattern}),
-        Event::Connected => json!({"op": "connected", "key": pattern}),
+        Event::Connected { .. } => json!({"op": "connected", "key": pattern}),
         Event::Ended(reason) => json!({"op": "ended", "key": pattern, "reason": ended(reason)}),
         other => json!({"op": format!("{other:?}"), "key": pattern}),
     }

@@ -51,13 +51,15 @@ pub struct ServerFields<'a> {
     pub value_len_max: u64,
     /// What it offers beyond the first version of the protocol.
     pub features: Features,
+    /// For how many milliseconds it may keep a request waiting, for clients with [`Features::ALIVE`].
+    pub patience_ms: Option<u64>,
 }
 
 impl<'a> ServerFields<'a> {
     /// A server that offers no features.
     #[must_use]
     pub fn new(version: &'a str, epoch: &'a str, value_len_max: u64) -> Self {
-        ServerFields { version, epoch, value_len_max, features: Features::NONE }
+        ServerFields { version, epoch, value_len_max, features: Features::NONE, patience_ms: None }
     }
 }
 
@@ -103,6 +105,38 @@ pub struct SubscriberFields<'a> {
     pub queued: u64,
     /// Changes passed over on its connection.
     pub skipped: u64,
+    /// The name of its client for people, for clients with [`Features::NAMES`].
+    pub name: Option<&'a str>,
+    /// The address of its peer, for clients with [`Features::NAMES`].
+    pub peer: Option<&'a str>,
+}
+
+/// A connected client, as [`Answer::clients`] lists it.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct ClientFields<'a> {
+    /// The address of its peer.
+    pub peer: &'a str,
+    /// Its `client_uuid`, if it gave one.
+    pub client_uuid: Option<&'a str>,
+    /// Its name for people.
+    pub name: Option<&'a str>,
+    /// For how long it has been connected, in milliseconds.
+    pub since_ms: u64,
+    /// How many subscriptions it has.
+    pub subscriptions: u64,
+    /// Messages waiting for it.
+    pub queued: u64,
+    /// Changes passed over on its connection.
+    pub skipped: u64,
+}
+
+impl<'a> ClientFields<'a> {
+    /// A client that has just connected and has said nothing of itself.
+    #[must_use]
+    pub fn new(peer: &'a str) -> Self {
+        ClientFields { peer, client_uuid: None, name: None, since_ms: 0, subscriptions: 0, queued: 0, skipped: 0 }
+    }
 }
 
 /// The entries of a long `Get` or `List`, encoded as they are read from the store, some at a time.
@@ -167,7 +201,7 @@ impl<'a> SubscriberFields<'a> {
     /// A subscriber that has just subscribed and has nothing waiting.
     #[must_use]
     pub fn new(client_uuid: &'a str, pattern: &'a str) -> Self {
-        SubscriberFields { client_uuid, pattern, since_ms: 0, queued: 0, skipped: 0 }
+        SubscriberFields { client_uuid, pattern, since_ms: 0, queued: 0, skipped: 0, name: None, peer: None }
     }
 }
 
@@ -198,11 +232,14 @@ impl<'a> Answer<'a> {
             out.put_slice(b",\"count\":");
             json::number(out, count);
         }
-        if let Some(ServerFields { version, epoch, value_len_max, features }) = fields.server {
+        if let Some(ServerFields { version, epoch, value_len_max, features, patience_ms }) = fields.server {
             let mut object = Object::resume(out);
             object.text("server", SERVER).text("version", version).number("protocol", crate::PROTOCOL);
             object.text("epoch", epoch).number("max_value", value_len_max);
             json::array(object.name("features"), b"[", features.names(), json::string);
+            if let Some(patience_ms) = patience_ms {
+                object.number("patience_ms", patience_ms);
+            }
         }
         out.put_slice(END);
     }
@@ -283,6 +320,29 @@ impl<'a> Answer<'a> {
             fields.text("client_uuid", subscriber.client_uuid).text("pattern", subscriber.pattern);
             fields.number("since_ms", subscriber.since_ms);
             fields.number("queued", subscriber.queued).number("skipped", subscriber.skipped);
+            for (name, text) in [("name", subscriber.name), ("peer", subscriber.peer)] {
+                if let Some(text) = text {
+                    fields.text(name, text);
+                }
+            }
+            fields.end();
+        });
+        out.put_slice(END);
+    }
+
+    /// A `Trace` without a key: the connected clients.
+    pub fn clients(self, clients: &[ClientFields<'_>]) {
+        let out = self.start("{\"Trace\":{\"id\":", status::OK, NO_ERROR).tail();
+        json::array(out, b",\"clients\":[", clients, |out, client| {
+            let mut fields = Object::start(out);
+            fields.text("peer", client.peer);
+            for (name, text) in [("client_uuid", client.client_uuid), ("name", client.name)] {
+                if let Some(text) = text {
+                    fields.text(name, text);
+                }
+            }
+            fields.number("since_ms", client.since_ms).number("subscriptions", client.subscriptions);
+            fields.number("queued", client.queued).number("skipped", client.skipped);
             fields.end();
         });
         out.put_slice(END);

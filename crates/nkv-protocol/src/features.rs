@@ -12,7 +12,7 @@ use crate::json::Text;
 pub(crate) const LIST_LEN_MAX: usize = 4_096;
 
 /// All names. The place of a name is its bit in [`Features`] and never changes.
-const NAMES: [&str; 1] = ["reset"];
+const NAMES: [&str; 5] = ["reset", "ahead", "exact", "names", "alive"];
 
 /// A set of features: what a client understands, or what a server offers.
 ///
@@ -31,11 +31,25 @@ impl Features {
     pub const NONE: Features = Features(0);
     /// The message that begins a snapshot for which the client did not ask.
     pub const RESET: Features = Features(1);
+    /// Reads and subscriptions that may be served before earlier writes of their connection.
+    pub const AHEAD: Features = Features(1 << 1);
+    /// Subscriptions to one key, without its branch.
+    pub const EXACT: Features = Features(1 << 2);
+    /// Clients have a name for people, which `Trace` shows, and `Trace` lists them.
+    pub const NAMES: Features = Features(1 << 3);
+    /// Signs of life while the server keeps requests waiting, and for how long it may.
+    pub const ALIVE: Features = Features(1 << 4);
 
     /// Returns whether every feature of `others` is in this set.
     #[must_use]
     pub fn contains(self, others: Features) -> bool {
         self.0 & others.0 == others.0
+    }
+
+    /// Returns this set with every feature of `others`.
+    #[must_use]
+    pub const fn with(self, others: Features) -> Self {
+        Features(self.0 | others.0)
     }
 
     /// Returns the names of the features, in the order in which they were added to the protocol.
@@ -66,7 +80,7 @@ impl BitOr for Features {
     type Output = Features;
 
     fn bitor(self, others: Features) -> Features {
-        Features(self.0 | others.0)
+        self.with(others)
     }
 }
 
@@ -117,6 +131,7 @@ mod tests {
             seen = seen | feature;
         }
         assert_eq!(Features::named("other"), Features::NONE);
-        assert_eq!(Features::named("reset"), Features::RESET);
+        let all = [Features::RESET, Features::AHEAD, Features::EXACT, Features::NAMES, Features::ALIVE];
+        assert_eq!(NAMES.map(Features::named), all);
     }
 }

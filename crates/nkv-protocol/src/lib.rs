@@ -21,12 +21,12 @@ mod message;
 mod notification;
 mod request;
 
-pub use answer::{Answer, BaseFields, Entries, GetEntry, ServerFields, SubscriberFields};
+pub use answer::{Answer, BaseFields, ClientFields, Entries, GetEntry, ServerFields, SubscriberFields};
 pub use chunks::Chunks;
 pub use decoder::{Decoded, Decoder, Limits, Refusal};
 pub use features::Features;
-pub use message::{Body, Message, MessageDecoder, MessageError, Reason, Stats, Subscriber};
-pub use notification::{ChangeNotice, hello, leave_out_revision, reset, synced, unsubscribed, update};
+pub use message::{Body, ConnectedClient, Message, MessageDecoder, MessageError, Reason, Stats, Subscriber};
+pub use notification::{ChangeNotice, alive, hello, leave_out_revision, reset, synced, unsubscribed, update};
 pub use request::{Id, Kind, Request};
 
 /// The version of the protocol that this crate speaks.

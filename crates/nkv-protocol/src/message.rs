@@ -1,9 +1,12 @@
 //! What a server says, as a client reads it.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use bytes::Bytes;
-use serde::Deserialize;
+use serde::de::value::{BorrowedStrDeserializer, Error as WordError};
+use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use thiserror::Error;
 
@@ -64,6 +67,11 @@ pub enum Message {
         /// The epoch of the data.
         epoch: String,
     },
+    /// The server keeps a request waiting; sent only to clients that named [`Features::ALIVE`].
+    Alive,
+    /// A message of a later version of the protocol, or a `Close` with a reason that this one does not know: to be
+    /// passed over.
+    Unknown,
 }
 
 /// Why a key or a subscription was closed.
@@ -79,6 +87,12 @@ pub enum Reason {
     Unsubscribed,
     /// The subscription was replaced by another of the same name.
     Replaced,
+}
+
+impl Reason {
+    fn from_word(word: &str) -> Option<Self> {
+        Reason::deserialize(BorrowedStrDeserializer::<WordError>::new(word)).ok()
+    }
 }
 
 /// The fields of an answer; which are filled depends on what was asked.
@@ -105,6 +119,8 @@ pub struct Body {
     pub more: bool,
     /// Who would be told.
     pub subscribers: Vec<Subscriber>,
+    /// The connected clients, in the answer to a `Trace` without a key.
+    pub clients: Vec<ConnectedClient>,
     /// The server's version.
     pub version: Option<String>,
     /// The protocol's version.
@@ -115,6 +131,8 @@ pub struct Body {
     pub max_value: Option<u64>,
     /// What the server offers beyond the first version of the protocol.
     pub features: Features,
+    /// For how many milliseconds the server may keep a request waiting before it answers or closes the connection.
+    pub patience_ms: Option<u64>,
     /// Figures.
     pub stats: Stats,
 }
@@ -129,6 +147,30 @@ pub struct Subscriber {
     pub pattern: String,
     /// For how long it has been subscribed, in milliseconds.
     pub since_ms: u64,
+    /// Messages waiting for it.
+    pub queued: u64,
+    /// Changes passed over on its connection.
+    pub skipped: u64,
+    /// The name of its client for people, if that has one and the server says so.
+    pub name: Option<String>,
+    /// The address of its peer, if the server says so.
+    pub peer: Option<String>,
+}
+
+/// A connected client, in the answer to a `Trace` without a key.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[non_exhaustive]
+pub struct ConnectedClient {
+    /// The address of its peer.
+    pub peer: String,
+    /// Its `client_uuid`, if it gave one.
+    pub client_uuid: Option<String>,
+    /// Its name for people, if it has one.
+    pub name: Option<String>,
+    /// For how long it has been connected, in milliseconds.
+    pub since_ms: u64,
+    /// How many subscriptions it has.
+    pub subscriptions: u64,
     /// Messages waiting for it.
     pub queued: u64,
     /// Changes passed over on its connection.
@@ -169,6 +211,7 @@ pub enum MessageError {
 #[derive(Deserialize)]
 enum Wire<'a> {
     Hello,
+    Alive,
     #[serde(borrow)]
     Base(WireBody<'a>),
     #[serde(borrow)]
@@ -182,7 +225,8 @@ enum Wire<'a> {
     Stats(BTreeMap<String, serde_json::Value>),
     #[serde(borrow)]
     Update(WireUpdate<'a>),
-    Close(WireClose),
+    #[serde(borrow)]
+    Close(WireClose<'a>),
     Reset {
         key: String,
     },
@@ -213,11 +257,14 @@ struct WireBody<'a> {
     more: bool,
     #[serde(default)]
     subscribers: Vec<Subscriber>,
+    #[serde(default)]
+    clients: Vec<ConnectedClient>,
     version: Option<String>,
     protocol: Option<u64>,
     epoch: Option<String>,
     max_value: Option<u64>,
     features: Option<NameList>,
+    patience_ms: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -232,9 +279,10 @@ struct WireUpdate<'a> {
 }
 
 #[derive(Deserialize)]
-struct WireClose {
+struct WireClose<'a> {
     key: String,
-    reason: Reason,
+    #[serde(borrow)]
+    reason: Text<'a>,
     #[serde(default)]
     revision: u64,
     #[serde(default)]
@@ -299,33 +347,88 @@ impl MessageDecoder {
     }
 }
 
+#[derive(Deserialize)]
+struct Len {
+    len: Option<u64>,
+}
+
 /// The length of the payload that belongs to a line, if one does.
 fn payload_len(line: &[u8]) -> Result<Option<usize>, MessageError> {
-    // Only these carry payloads, and most messages are neither.
-    if !line.starts_with(b"{\"Update\"") && !line.starts_with(b"{\"Get\"") {
-        return Ok(None);
-    }
     #[derive(Deserialize)]
     enum Framed {
         Update(Len),
         Get(Len),
     }
-    #[derive(Deserialize)]
-    struct Len {
-        len: Option<u64>,
-    }
-    let (Framed::Update(Len { len }) | Framed::Get(Len { len })) =
-        serde_json::from_slice(line).map_err(|error| malformed(line, &error))?;
+    let len = if line.starts_with(b"{\"Update\"") || line.starts_with(b"{\"Get\"") {
+        let (Framed::Update(Len { len }) | Framed::Get(Len { len })) =
+            serde_json::from_slice(line).map_err(|error| malformed(line, &error))?;
+        len
+    } else if is_without_payload(line) {
+        None
+    } else {
+        unknown(line).and_then(|body| serde_json::from_str::<Len>(body?.get()).ok()?.len)
+    };
     match len {
         Some(len) if len > MESSAGE_LEN_MAX => Err(MessageError::TooLarge { len_max: MESSAGE_LEN_MAX }),
         len => Ok(len.map(|len| len as usize)),
     }
 }
 
+/// The words that messages without a payload begin with.
+const WITHOUT_PAYLOAD: [&str; 10] =
+    ["Base", "Close", "Hello", "Alive", "Synced", "Reset", "List", "Trace", "Version", "Stats"];
+
+/// Whether a line is plainly one of the messages that never have a payload, as most are.
+fn is_without_payload(line: &[u8]) -> bool {
+    let word = line.strip_prefix(b"{").unwrap_or(line).strip_prefix(b"\"").unwrap_or_default();
+    WITHOUT_PAYLOAD.iter().any(|known| word.strip_prefix(known.as_bytes()).is_some_and(|rest| rest.starts_with(b"\"")))
+}
+
+/// What a message has beside its name, if it is one that only a later version of the protocol knows.
+fn unknown(line: &[u8]) -> Option<Option<&RawValue>> {
+    struct Unknown<'a>(Option<&'a RawValue>);
+    struct UnknownVisitor;
+    impl<'de> Visitor<'de> for UnknownVisitor {
+        type Value = Unknown<'de>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a message")
+        }
+
+        fn visit_str<E: serde::de::Error>(self, word: &str) -> Result<Unknown<'de>, E> {
+            if is_known(word) { Err(E::custom("a known one")) } else { Ok(Unknown(None)) }
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Unknown<'de>, A::Error> {
+            let name = map.next_key::<Text<'de>>()?.filter(|name| !is_known(&name.0));
+            let body = name.map(|_| map.next_value()).transpose()?;
+            match map.next_key::<IgnoredAny>()? {
+                None if body.is_some() => Ok(Unknown(body)),
+                _ => Err(A::Error::custom("none")),
+            }
+        }
+    }
+    impl<'de: 'a, 'a> Deserialize<'de> for Unknown<'a> {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            deserializer.deserialize_any(UnknownVisitor)
+        }
+    }
+    serde_json::from_slice::<Unknown<'_>>(line).ok().map(|unknown| unknown.0)
+}
+
+fn is_known(word: &str) -> bool {
+    WITHOUT_PAYLOAD.contains(&word) || matches!(word, "Update" | "Get")
+}
+
 fn parse(line: &[u8], payload: Option<&[u8]>) -> Result<Message, MessageError> {
-    let wire: Wire<'_> = serde_json::from_slice(line).map_err(|error| malformed(line, &error))?;
+    let wire: Wire<'_> = match serde_json::from_slice(line) {
+        Ok(wire) => wire,
+        Err(_) if unknown(line).is_some() => return Ok(Message::Unknown),
+        Err(error) => return Err(malformed(line, &error)),
+    };
     Ok(match wire {
         Wire::Hello => Message::Hello,
+        Wire::Alive => Message::Alive,
         Wire::Base(body) | Wire::Get(body) | Wire::List(body) | Wire::Trace(body) | Wire::Version(body) => {
             Message::Answer(Box::new(answer(body, payload)?))
         }
@@ -334,7 +437,10 @@ fn parse(line: &[u8], payload: Option<&[u8]>) -> Result<Message, MessageError> {
             let value = Bytes::copy_from_slice(payload.unwrap_or(&value.0));
             Message::Update { key: key.0.into_owned(), value, revision, skipped }
         }
-        Wire::Close(WireClose { key, reason, revision, skipped }) => Message::Close { key, reason, revision, skipped },
+        Wire::Close(WireClose { key, reason, revision, skipped }) => match Reason::from_word(&reason.0) {
+            Some(reason) => Message::Close { key, reason, revision, skipped },
+            None => Message::Unknown,
+        },
         Wire::Reset { key } => Message::Reset { key },
         Wire::Synced { key, revision, epoch } => Message::Synced { key, revision, epoch },
     })
@@ -356,11 +462,13 @@ fn answer(body: WireBody<'_>, payload: Option<&[u8]>) -> Result<Body, MessageErr
         values,
         more: body.more,
         subscribers: body.subscribers,
+        clients: body.clients,
         version: body.version,
         protocol: body.protocol,
         epoch: body.epoch,
         max_value: body.max_value,
         features: body.features.unwrap_or_default().0,
+        patience_ms: body.patience_ms,
         stats: Stats::default(),
     })
 }

@@ -144,6 +144,11 @@ pub fn hello(out: &mut Chunks) {
     out.tail().put_slice(b"\"Hello\"\n");
 }
 
+/// The server is there, and keeps requests waiting: for clients with [`Features::ALIVE`](crate::Features::ALIVE).
+pub fn alive(out: &mut Chunks) {
+    out.tail().put_slice(b"\"Alive\"\n");
+}
+
 /// A fresh snapshot of the subscription to `pattern` begins: a key that is not in it is gone.
 pub fn reset(pattern: &str, out: &mut Chunks) {
     let mut outer = Object::start(out.tail());

@@ -17,6 +17,9 @@ mod scan;
 /// Longest `id` and `client_uuid`, in bytes as written.
 pub(crate) const NAME_LEN_MAX: usize = 1_024;
 
+/// Longest `name`, in bytes.
+const LABEL_LEN_MAX: usize = 256;
+
 macro_rules! kinds {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// What a request asks for.
@@ -64,7 +67,7 @@ kinds! {
     List,
     /// Asks whether there is a key.
     Exists,
-    /// Asks who would be told of a change.
+    /// Asks who would be told of a change, or, without a key, which clients are connected.
     Trace,
     /// Asks whether the server works.
     Health,
@@ -81,8 +84,13 @@ impl Kind {
         Kind::ALL.iter().copied().find(|kind| kind.as_str() == word)
     }
 
-    fn needs_key(self) -> bool {
+    fn takes_key(self) -> bool {
         !matches!(self, Kind::Health | Kind::Version | Kind::Stats | Kind::Connect)
+    }
+
+    /// A `Trace` without a key is another request.
+    fn needs_key(self) -> bool {
+        self.takes_key() && self != Kind::Trace
     }
 }
 
@@ -132,7 +140,7 @@ pub struct Request<'a> {
     pub kind: Kind,
     /// Echoed in the answer.
     pub id: Id<'a>,
-    /// The key or pattern; empty for kinds without one.
+    /// The key or pattern; empty for kinds without one, and for a `Trace` of all clients.
     pub key: Cow<'a, str>,
     /// Names the client across connections.
     pub client_uuid: Option<Cow<'a, str>>,
@@ -148,6 +156,12 @@ pub struct Request<'a> {
     pub after: Option<Cow<'a, str>>,
     /// Whether a subscription starts with the present state.
     pub snapshot: bool,
+    /// Whether it may be served before earlier writes of its connection ([`Features::AHEAD`]).
+    pub ahead: bool,
+    /// Whether a subscription is to its key alone, without the branch ([`Features::EXACT`]).
+    pub exact: bool,
+    /// The client's name for people ([`Features::NAMES`]).
+    pub name: Option<Cow<'a, str>>,
     /// How values are to travel to this client.
     pub values: Option<ValueForm>,
     /// The client's credential.
@@ -170,6 +184,9 @@ impl<'a> Request<'a> {
             limit: None,
             after: None,
             snapshot: false,
+            ahead: false,
+            exact: false,
+            name: None,
             values: None,
             token: None,
             features: Features::NONE,
@@ -180,10 +197,12 @@ impl<'a> Request<'a> {
     pub fn encode(&self, id: u64, out: &mut BytesMut) {
         let mut object = Object::start(out);
         object.text("type", self.kind.as_str()).number("id", id);
-        if self.kind.needs_key() {
+        if self.kind.needs_key() || self.kind.takes_key() && !self.key.is_empty() {
             object.text("key", &self.key);
         }
-        for (name, text) in [("client_uuid", &self.client_uuid), ("after", &self.after), ("token", &self.token)] {
+        let texts =
+            [("client_uuid", &self.client_uuid), ("after", &self.after), ("token", &self.token), ("name", &self.name)];
+        for (name, text) in texts {
             if let Some(text) = text {
                 object.text(name, text);
             }
@@ -193,8 +212,10 @@ impl<'a> Request<'a> {
                 object.number(name, number);
             }
         }
-        if self.snapshot {
-            object.flag("snapshot", true);
+        for (name, flag) in [("snapshot", self.snapshot), ("ahead", self.ahead), ("exact", self.exact)] {
+            if flag {
+                object.flag(name, true);
+            }
         }
         if let Some(values) = self.values {
             object.text("values", values.as_str());
@@ -217,7 +238,7 @@ impl<'a> Request<'a> {
 /// What was read of a line: all of it, or the part before an error.
 #[cfg_attr(test, derive(Debug, PartialEq))]
 pub(crate) struct Head<'a> {
-    seen: u16,
+    seen: u32,
     /// Its kind and key count if they were given.
     request: Request<'a>,
     has_kind: bool,
@@ -234,7 +255,7 @@ impl Default for Head<'_> {
     }
 }
 
-const FIELDS: [&str; 14] = [
+const FIELDS: [&str; 17] = [
     "type",
     "id",
     "key",
@@ -249,6 +270,9 @@ const FIELDS: [&str; 14] = [
     "values",
     "token",
     "features",
+    "ahead",
+    "exact",
+    "name",
 ];
 
 impl<'a> Head<'a> {
@@ -360,6 +384,16 @@ impl<'a> Head<'a> {
                 request.values = form.transpose()?;
             }
             "token" => request.token = text(map)?,
+            "ahead" => request.ahead = scalar(map)?.unwrap_or(false),
+            "exact" => request.exact = scalar(map)?.unwrap_or(false),
+            "name" => {
+                let label = text(map)?;
+                self.within("name", label.as_ref().map_or(0, |label| label.len()), LABEL_LEN_MAX)?;
+                if label.as_ref().is_some_and(|label| label.contains(char::is_control)) {
+                    return Err(A::Error::custom("'name' must not hold control characters"));
+                }
+                self.request.name = label.filter(|label| !label.is_empty());
+            }
             _ => self.request.features = self.read_features(map.next_value()?)?,
         }
         Ok(())

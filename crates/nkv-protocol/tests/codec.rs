@@ -4,8 +4,9 @@
 
 use bytes::{Bytes, BytesMut};
 use nkv_protocol::{
-    Answer, BaseFields, ChangeNotice, Chunks, Decoder, Entries, Features, GetEntry, Kind, Limits, Message,
-    MessageDecoder, Reason, Request, ServerFields, ValueForm, status,
+    Answer, BaseFields, ChangeNotice, Chunks, ClientFields, ConnectedClient, Decoder, Entries, Features, GetEntry,
+    Kind, Limits, Message, MessageDecoder, MessageError, Reason, Request, ServerFields, SubscriberFields, ValueForm,
+    alive, status,
 };
 use proptest::prelude::*;
 
@@ -150,6 +151,9 @@ fn what_is_wrong_is_named() {
         ("{\"type\":\"Grab\"}", "unknown type 'Grab'"),
         ("{\"type\":\"Get\",\"id\":{}}", "'id' must be a string or a number"),
         ("{\"type\":\"Get\",\"key\":7}", "column 21"),
+        ("{\"type\":\"Get\",\"key\":\"a\",\"ahead\":1}", "expected a boolean"),
+        ("{\"type\":\"Subscribe\",\"key\":\"a\",\"exact\":\"yes\"}", "expected a boolean"),
+        ("{\"type\":\"Connect\",\"name\":\"a\\u0085b\"}", "'name' must not hold control characters"),
         ("[1]", "a JSON object on one line"),
     ];
     for (line, part) in cases {
@@ -332,8 +336,9 @@ proptest! {
         value in proptest::collection::vec(any::<u8>(), 0..40),
         numbers in proptest::option::of((any::<u64>(), 1u64.., 1u64..)),
         after in proptest::option::of(text(8)),
-        snapshot in any::<bool>(),
-        features in prop_oneof![Just(Features::NONE), Just(Features::RESET)],
+        (snapshot, ahead, exact) in any::<(bool, bool, bool)>(),
+        name in proptest::option::of("[a-zé ]{1,20}"),
+        features in prop_oneof![Just(Features::NONE), Just(Features::RESET), Just(Features::ALIVE | Features::AHEAD)],
     ) {
         let mut request = Request::new(kind, if kind == Kind::Health { String::new() } else { key });
         if matches!(kind, Kind::Version | Kind::Stats | Kind::Connect) {
@@ -341,7 +346,8 @@ proptest! {
         }
         request.value = (kind == Kind::Put).then(|| value.into());
         request.after = after.map(Into::into);
-        request.snapshot = snapshot;
+        (request.snapshot, request.ahead, request.exact) = (snapshot, ahead, exact);
+        request.name = name.map(Into::into);
         request.features = features;
         if let Some((if_revision, ttl_ms, limit)) = numbers {
             (request.if_revision, request.ttl_ms, request.limit) = (Some(if_revision), Some(ttl_ms), Some(limit));
@@ -388,6 +394,96 @@ fn a_close_says_why() {
     assert_eq!((key.as_str(), reason, revision, skipped), ("a.b", Reason::Expired, 42, 3));
     Answer::to(Default::default(), &mut out).base(409, "at 5", &BaseFields::revision(5));
     assert_eq!(out.take().concat(), b"{\"Base\":{\"id\":\"\",\"status\":409,\"message\":\"at 5\",\"revision\":5}}\n");
+}
+
+/// What a line of a server is read as.
+fn read(line: &str) -> Message {
+    message(format!("{line}\n").as_bytes())
+}
+
+/// A message that a client did not know ended its connection, and the next one, for ever.
+#[test]
+fn messages_and_reasons_of_later_versions_are_passed_over() {
+    for line in [
+        r#""Moved""#,
+        r#"{"Moved":{"key":"a"}}"#,
+        r#"{"Moved":{"key":"a","len":null}}"#,
+        r#"{"Moved":[1,{"len":5}]}"#,
+        r#"{"M\u006fved":"a"}"#,
+        r#"{"Close":{"key":"a","revision":7,"skipped":0,"reason":"moved"}}"#,
+        r#"{"Close":{"key":"a","reason":"m\u006fved","to":{"b":1}}}"#,
+    ] {
+        assert_eq!(read(line), Message::Unknown, "{line}");
+    }
+    // A payload belongs to the framing of these too.
+    let stream = b"{\"Moved\":{\"key\":\"a\",\"len\":9}}\n\"Hello\"\n\n\n\"Hello\"\n";
+    assert_eq!(MessageDecoder::new().decode(stream), Ok((stream.len() - 8, Some(Message::Unknown))));
+    assert_eq!(MessageDecoder::new().decode(&stream[..30]).unwrap().1, None);
+}
+
+#[test]
+fn what_is_no_message_is_none_of_a_later_version_either() {
+    for line in [
+        "{}",
+        "[]",
+        "7",
+        "null",
+        "Moved",
+        r#"{"Moved":{}"#,
+        r#"{"Moved":{},"Hello":{}}"#,
+        r#"{"Update":{"key":"a"}}"#,
+        r#"{"Base":{"id":1}}"#,
+        r#"{"Close":{"reason":"moved"}}"#,
+        r#""Base""#,
+        r#"{"Hello":{"len":3}}"#,
+    ] {
+        let decoded = MessageDecoder::new().decode(format!("{line}\n").as_bytes());
+        assert!(matches!(decoded, Err(MessageError::Malformed { .. })), "{line}: {decoded:?}");
+    }
+}
+
+#[test]
+fn a_name_is_bounded() {
+    let name = |name: &str| {
+        let line = format!("{{\"type\":\"Connect\",\"name\":\"{name}\"}}\n");
+        let decoded = Decoder::new(Limits::default()).decode(line.as_bytes()).item.unwrap();
+        let read = decoded.map(|request| request.name.map(|name| name.into_owned()));
+        read.map_err(|refusal| (refusal.status, refusal.message))
+    };
+    assert_eq!((name(&"é".repeat(128)), name("")), (Ok(Some("é".repeat(128))), Ok(None)));
+    assert_eq!(name(&"x".repeat(257)), Err((status::TOO_LARGE, "name over the limit of 256 bytes".into())));
+}
+
+#[test]
+fn clients_read_what_features_add_to_answers() {
+    let mut out = Chunks::default();
+    alive(&mut out);
+    assert_eq!(message(&out.take().concat()), Message::Alive);
+
+    let mut server = ServerFields::new("1", "e", 9);
+    server.patience_ms = Some(40_000);
+    Answer::to(Default::default(), &mut out).ok(&BaseFields::server(server));
+    let Message::Answer(body) = message(&out.take().concat()) else { panic!("no answer") };
+    assert_eq!(body.patience_ms, Some(40_000));
+
+    let plain = SubscriberFields::new("c1", "a");
+    let mut named = SubscriberFields::new("c2", "a.*");
+    (named.name, named.peer) = (Some("the \"lamp\""), Some("unix"));
+    Answer::to(Default::default(), &mut out).trace(&[plain, named]);
+    let Message::Answer(body) = message(&out.take().concat()) else { panic!("no answer") };
+    let shown: Vec<_> = body.subscribers.iter().map(|one| (one.name.as_deref(), one.peer.as_deref())).collect();
+    assert_eq!(shown, [(None, None), (Some("the \"lamp\""), Some("unix"))]);
+
+    let silent = ClientFields::new("unix");
+    let mut client = ClientFields::new("[::1]:5");
+    (client.client_uuid, client.name) = (Some("c1"), Some("lamp"));
+    (client.since_ms, client.subscriptions, client.queued, client.skipped) = (1, 2, 3, 4);
+    Answer::to(Default::default(), &mut out).clients(&[silent, client]);
+    let Message::Answer(body) = message(&out.take().concat()) else { panic!("no answer") };
+    let ConnectedClient { peer, client_uuid, name, since_ms, subscriptions, queued, skipped, .. } = &body.clients[1];
+    assert_eq!((body.clients.len(), peer.as_str(), client_uuid.as_deref()), (2, "[::1]:5", Some("c1")));
+    assert_eq!((name.as_deref(), *since_ms, *subscriptions, *queued, *skipped), (Some("lamp"), 1, 2, 3, 4));
+    assert_eq!((body.clients[0].client_uuid.as_deref(), body.clients[0].name.as_deref()), (None, None));
 }
 
 /// What a `Connect` with this list understands, or its refusal.

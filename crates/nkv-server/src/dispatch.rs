@@ -350,6 +350,9 @@ impl Session {
     }
 
     fn trace<'r>(&self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
+        if request.key.is_empty() {
+            return Err(bad_request(request.id, "missing field 'key'".into()));
+        }
         let traced = self.core.trace(&key(request)?);
         let lens = traced.iter().map(|traced| traced.id.as_str().len().saturating_add(traced.pattern.len()));
         // A control character takes six bytes.

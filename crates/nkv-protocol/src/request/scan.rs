@@ -72,6 +72,9 @@ impl<'a> Head<'a> {
         } else if cursor.name(b"\"snapshot\":") {
             request.snapshot = cursor.flag()?;
             10
+        } else if cursor.name(b"\"ahead\":") {
+            request.ahead = cursor.flag()?;
+            14
         } else if cursor.name(b"\"values\":") {
             request.values = Some(ValueForm::from_word(cursor.string()?)?);
             11
@@ -248,7 +251,7 @@ mod tests {
             3 => number().prop_map(|len| ("len", len)),
             3 => (proptest::sample::select(&["if_revision", "ttl_ms", "limit"][..]), number()),
             2 => (proptest::sample::select(&["after", "token"][..]), string("\"[a-z]{0,12}\"")),
-            1 => "true|false|null|tru|1".prop_map(|flag| ("snapshot", flag)),
+            1 => (proptest::sample::select(&["snapshot", "ahead"][..]), "true|false|null|tru|1"),
             1 => "\"(bytes|text|payload|byte)\"".prop_map(|form| ("values", form)),
             1 => "0|\\{\\}|\"\"".prop_map(|value| ("other", value)),
         ]
@@ -299,6 +302,7 @@ mod tests {
                 format!("\"len\":{space}{},{space}\"type\":\"Put\"", value.len()),
                 format!("\"type\":\"Put\",\"value\":{space}{}", json(&value)),
                 format!("\"value\":\"{}\",\"ttl_ms\":{space}{},\"if_revision\":0", "x".repeat(value.len()), u64::MAX >> 1),
+                "\"type\":\"List\",\"ahead\":true".to_owned(),
                 "\"snapshot\":true,\"client_uuid\":\"c12\",\"type\":\"Subscribe\"".to_owned(),
                 "\"snapshot\":false,\"values\":\"payload\",\"token\":\"\",\"after\":\"a\",\"limit\":1".to_owned(),
             ] {

@@ -53,6 +53,8 @@ pub struct Outbox {
     shared: Arc<Shared>,
     /// Gathered for the next write.
     out: Chunks,
+    /// Answers that come before all that is in the mailbox.
+    ahead: Chunks,
     /// Which encoding was most of it (an address), and how many bytes it had, before any of it was written: a long
     /// encoding is kept until the last of it is.
     gathered: (usize, usize),
@@ -93,8 +95,8 @@ fn give_back(chunks: Chunks) {
 
 impl Outbox {
     pub(crate) fn new(inbox: Inbox<Box<Chunks>>, shared: Arc<Shared>) -> Self {
-        let (out, gathered, fresh, counted, stall, has_moved, told) = Default::default();
-        Outbox { inbox, shared, out, gathered, fresh, counted, stall, has_moved, told, pace: None }
+        let (out, ahead, gathered, fresh, counted, stall, has_moved, told) = Default::default();
+        Outbox { inbox, shared, out, ahead, gathered, fresh, counted, stall, has_moved, told, pace: None }
     }
 
     /// Sends answers, after all that was sent or told before.
@@ -107,6 +109,23 @@ impl Outbox {
         } else if len > 0 {
             self.shared.wait_for(len);
             self.inbox.post(Box::new(std::mem::take(&mut answers)));
+        }
+        give_back(answers);
+    }
+
+    /// Sends answers before all that waits and is not being written: the peer understands that, as it said with
+    /// [`Features::AHEAD`](nkv_protocol::Features::AHEAD). They come behind others that were sent this way.
+    pub fn send_ahead(&mut self, mut answers: Chunks) {
+        let len = answers.len();
+        if len == 0 || self.pace.is_some() {
+            return self.send(answers);
+        }
+        if self.gathered.1 == 0 && self.ahead.is_empty() {
+            self.fresh = self.fresh.saturating_add(len);
+            self.out.append(&mut answers);
+        } else {
+            self.shared.wait_for(len);
+            self.ahead.append(&mut answers);
         }
         give_back(answers);
     }
@@ -156,6 +175,10 @@ impl Outbox {
     /// Takes out of the mailbox what the next write may take; says whether the mailbox is closed and empty.
     fn gather(&mut self, cx: &mut Context<'_>, told: &Waker) -> bool {
         let mut len = TURN_LEN;
+        if !self.ahead.is_empty() {
+            self.counted = self.counted.saturating_add(self.ahead.len());
+            self.out.append(&mut self.ahead);
+        }
         if self.pace.is_some() {
             match self.next_line(cx, told) {
                 Next::Wait => return false,
@@ -170,7 +193,7 @@ impl Outbox {
         is_closed
     }
 
-    /// Takes `len` bytes out of the mailbox, or one item more.
+    /// Takes `len` bytes out of the mailbox, or one item more, to come behind what is gathered already.
     #[inline(always)]
     fn take(&mut self, len: usize, told: &Waker) -> bool {
         let is_known = self.told.as_ref().is_some_and(|known| known.will_wake(told));
@@ -180,7 +203,8 @@ impl Outbox {
         let mut cx = Context::from_waker(told);
         // A byte takes up to four as a number.
         let take_len = if self.shared.form() == ValueForm::Bytes { len.div_ceil(4) } else { len };
-        while self.out.len() < len {
+        let before = self.out.len();
+        while self.out.len().saturating_sub(before) < len {
             let mut items = ITEMS.take();
             let taken = self.inbox.poll_take_many(&mut cx, take_len, &mut items);
             if taken == Poll::Ready(true) && self.out.is_empty() && self.out.capacity() == 0 {

@@ -77,24 +77,30 @@ async fn a_long_value_travels_whole_between_short_ones() {
     assert_eq!((start, lens), (all.len(), vec![5, 300_000, 0, 300_000]));
 }
 
-#[tokio::test]
-async fn nothing_comes_between_hello_and_synced_however_long_the_snapshot() {
-    let (ours, theirs) = duplex(512);
-    let (notifier, _writer) = TcpNotifier::spawn(ours, NotifierOptions::default());
+/// The beginning of a subscription to `s` with a snapshot of 3,000 keys, in three parts.
+fn long_snapshot(epoch: Epoch) -> Arc<Event> {
     let record = |n| Record {
         key: Key::new(&format!("s.{n:04}")).unwrap(),
         value: Bytes::from(vec![1; 100]),
         revision: Revision::new(n + 1),
         expiry: None,
     };
-    let (pattern, revision, epoch) = (Pattern::new("s").unwrap(), Revision::new(3_000), Epoch::new(5));
+    let (pattern, revision) = (Pattern::new("s").unwrap(), Revision::new(3_000));
     let part = |at: u64| {
         let records = (1_000 * at..1_000 * (at + 1)).map(record).collect();
         Snapshot { pattern: pattern.clone(), records, revision, epoch, is_last: at == 2 }
     };
     let began = Began::new(pattern.clone(), revision, epoch, SnapshotReader::of((0..3).map(part))).with_snapshot();
+    Event::new(EventKind::Began(began))
+}
+
+#[tokio::test]
+async fn nothing_comes_between_hello_and_synced_however_long_the_snapshot() {
+    let (ours, theirs) = duplex(512);
+    let (notifier, _writer) = TcpNotifier::spawn(ours, NotifierOptions::default());
+    let epoch = Epoch::new(5);
     assert_eq!(notifier.notify(&put("other", "before", 2_999)), Delivery::Queued);
-    assert_eq!(notifier.notify(&Event::new(EventKind::Began(began))), Delivery::Queued);
+    assert_eq!(notifier.notify(&long_snapshot(epoch)), Delivery::Queued);
     assert_eq!(notifier.notify(&put("s.0001", "after", 3_001)), Delivery::Queued);
     notifier.send(&mut text("answer\n"));
     notifier.close();
@@ -195,6 +201,42 @@ async fn answers_that_the_peer_does_not_take_are_counted_until_it_does() {
         assert!(is_held_up(&mut outbox, Waker::noop(), &mut ours));
         assert_eq!(notifier.waiting(), waiting);
     }
+}
+
+// An answer waited for the whole snapshot before it.
+#[tokio::test]
+async fn answers_that_go_ahead_pass_what_waits_and_nothing_that_is_being_written() {
+    let (mut ours, theirs) = duplex(512);
+    let (notifier, mut outbox) = TcpNotifier::new(NotifierOptions::default());
+    assert_eq!(notifier.notify(&long_snapshot(Epoch::new(5))), Delivery::Queued);
+    assert!(is_held_up(&mut outbox, Waker::noop(), &mut ours));
+    let before = notifier.waiting();
+    outbox.send(text("in its turn\n"));
+    outbox.send_ahead(text("first\n"));
+    outbox.send_ahead(text("second\n"));
+    assert_eq!(notifier.waiting() - before, 25);
+    notifier.close();
+    tokio::spawn(async move { poll_fn(|cx| outbox.poll(cx, cx.waker(), &mut ours)).await });
+    let all = all(theirs).await;
+    let lines: Vec<&str> = all.lines().collect();
+    let at = |line| lines.iter().position(|found| *found == line).unwrap();
+    assert_eq!((lines.len(), at("in its turn"), at("second") - at("first")), (3_005, 3_004, 1));
+    assert!(at("first") < 1_500, "behind {} lines", at("first"));
+    assert!(lines.iter().all(|line| line.starts_with("{\"") || line.len() < 15), "within a message");
+    assert_eq!(notifier.waiting(), 0);
+}
+
+#[tokio::test]
+async fn notifications_keep_their_share_beside_answers_that_go_ahead() {
+    let (mut ours, mut theirs) = duplex(1 << 20);
+    let (notifier, mut outbox) = TcpNotifier::new(NotifierOptions::default());
+    outbox.send_ahead(text(&"x".repeat(100_000)));
+    assert_eq!(notifier.notify(&put("a", "1", 1)), Delivery::Queued);
+    outbox.send_ahead(text(&"y".repeat(100_000)));
+    assert!(is_held_up(&mut outbox, Waker::noop(), &mut ours));
+    let mut bytes = vec![0; 200_050];
+    theirs.read_exact(&mut bytes).await.unwrap();
+    assert!(bytes[200_000..].starts_with(b"{\"Update\""), "{:?}", &bytes[200_000..]);
 }
 
 #[tokio::test]

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd, keep_alive, limit_send_buffer, spare};
-use nkv_protocol::{Answer, BaseFields, Chunks, Decoder, status};
+use nkv_protocol::{Answer, BaseFields, Chunks, Decoder, Kind, Request, status};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -329,8 +329,11 @@ impl Connection {
             if self.share.is_evicted() {
                 return Poll::Ready(Ok(self.evict()));
             }
+            if self.poll_writes(told) {
+                continue;
+            }
             if self.hold.is_some() {
-                ready!(self.poll_hold(cx, told));
+                ready!(self.poll_hold(cx));
                 continue;
             }
             if self.outbox.is_full() {
@@ -343,7 +346,8 @@ impl Connection {
                 continue;
             }
             if self.is_at_end || self.share.is_stopping() {
-                return Poll::Ready(Ok(End::Quiet));
+                // What was sent before is answered first.
+                return if self.session.has_writes() { Poll::Pending } else { Poll::Ready(Ok(End::Quiet)) };
             }
             if self.turn_len >= TURN_LEN {
                 self.turn_len = 0;
@@ -377,18 +381,28 @@ impl Connection {
         }
     }
 
-    /// Until nothing holds up the requests any more; what was held up was answered then.
-    fn poll_hold(&mut self, cx: &mut Context<'_>, told: &Waker) -> Poll<()> {
+    /// Whether writes that were under way are done, and were answered.
+    fn poll_writes(&mut self, told: &Waker) -> bool {
+        let Poll::Ready(out) = self.session.poll_writes(&mut Context::from_waker(told)) else { return false };
+        self.outbox.send(out);
+        let is_free = match self.hold {
+            Some(Hold::Writes) => !self.session.has_writes(),
+            ref hold => matches!(hold, Some(Hold::Job)),
+        };
+        if is_free {
+            self.hold = None;
+            self.end_waiting();
+        }
+        true
+    }
+
+    /// Until nothing holds up the requests any more.
+    fn poll_hold(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match self.hold.take() {
             None => {}
-            Some(Hold::Writes(mut written)) => {
-                let Poll::Ready(results) = Pin::new(&mut written).poll(&mut Context::from_waker(told)) else {
-                    self.hold = Some(Hold::Writes(written));
-                    return Poll::Pending;
-                };
-                let mut out = spare();
-                self.session.answer_writes(results, &mut out);
-                self.outbox.send(out);
+            hold @ Some(Hold::Writes | Hold::Job) => {
+                self.hold = hold;
+                return Poll::Pending;
             }
             Some(Hold::Reading(reading)) if reading.needs_leave() && self.core.budget.is_crowded() => {
                 self.hold = Some(self.session.wait_for_leave(reading));
@@ -406,9 +420,9 @@ impl Connection {
                 return Poll::Pending;
             }
             Some(Hold::Reading(reading)) => {
-                let mut out = spare();
+                let (mut out, is_ahead) = (spare(), reading.is_ahead);
                 let left = self.session.read_on(reading, &mut out);
-                self.outbox.send(out);
+                self.send(out, is_ahead);
                 if let Some(reading) = left {
                     self.share.hold(self.room.saturating_add(reading.len()), true);
                     self.hold = Some(Hold::Reading(reading));
@@ -548,7 +562,7 @@ impl Connection {
             self.is_oldest = true;
             oldest::begin(&self.socket, &mut self.outbox);
         }
-        let mut out = spare();
+        let (mut out, mut is_ahead) = (spare(), false);
         let (mut start, mut served) = (0, false);
         let mut end = None;
         self.has_request = false;
@@ -560,6 +574,10 @@ impl Connection {
                 break;
             };
             let close = item.as_ref().is_err_and(|refusal| refusal.close);
+            let goes_ahead = item.as_ref().is_ok_and(|request| self.goes_ahead(request));
+            if goes_ahead != std::mem::replace(&mut is_ahead, goes_ahead) && !out.is_empty() {
+                self.send(std::mem::replace(&mut out, spare()), !goes_ahead);
+            }
             if let Err(hold) =
                 self.session.serve(item, std::mem::take(&mut self.is_admitted), &mut self.outbox, &mut out)
             {
@@ -583,11 +601,9 @@ impl Connection {
                 break;
             }
         }
-        self.outbox.send(out);
-        if self.hold.is_none()
-            && let Some(writes) = self.session.start_writes()
-        {
-            self.hold_up(writes);
+        self.send(out, is_ahead);
+        if self.session.start_writes() && self.hold.is_none() && !self.session.goes_ahead() {
+            self.hold_up(Hold::Writes);
         }
         self.turn_len = self.turn_len.saturating_add(start);
         if served {
@@ -599,9 +615,25 @@ impl Connection {
         (start, end)
     }
 
+    /// Whether the answer to a request may come before what waits to be written.
+    fn goes_ahead(&self, request: &Request<'_>) -> bool {
+        request.ahead && request.kind != Kind::Subscribe && self.session.is_ahead(request)
+    }
+
+    fn send(&mut self, answers: Chunks, is_ahead: bool) {
+        if is_ahead {
+            self.outbox.send_ahead(answers);
+        } else {
+            self.outbox.send(answers);
+        }
+    }
+
     /// When something must have come: the whole of a request that has begun, the first request, or any.
     fn deadline(&mut self) -> Option<Instant> {
         let Options { request_limit, first_byte_limit, idle_limit, .. } = self.core.options;
+        if self.session.has_writes() {
+            return None;
+        }
         let deadline = if self.decoder.is_within_message() {
             let begun = *self.since.begun.get_or_insert_with(Instant::now);
             let parts = u32::try_from(self.since.unserved_len >> 20).unwrap_or(u32::MAX).saturating_add(1);

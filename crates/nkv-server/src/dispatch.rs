@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,7 +11,7 @@ use nkv_core::{
     Expiry, Failed, Key, KeyError, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Revision, SubscriberId,
     Subscription, ValueRef, Write, WriteResult,
 };
-use nkv_notify_tcp::{Outbox, TcpNotifier};
+use nkv_notify_tcp::{Outbox, TcpNotifier, spare};
 use nkv_protocol::{
     Answer, BaseFields, Chunks, Features, GetEntry, Id, Kind, Refusal, Request, ServerFields, SubscriberFields,
     ValueForm, status,
@@ -22,7 +23,7 @@ use crate::reading::{ANSWER_LEN_MAX, Reading, TooLong};
 use crate::server::VERSION;
 
 /// What this server offers beyond the first version of the protocol.
-const FEATURES: Features = Features::RESET;
+const FEATURES: Features = Features::RESET.with(Features::AHEAD);
 
 /// Keys in a `List` when it does not say, and at most.
 const LIST_LIMIT: u64 = 1_000;
@@ -38,6 +39,11 @@ const NODE_LEN: usize = 512;
 /// So many bytes for the ids of writes are kept from one batch to the next.
 const IDS_LEN_KEPT: usize = 512;
 
+/// At most so many writes, or so many bytes of their keys and ids, are gathered while others of the connection are under
+/// way: one more is read when these are done.
+const GATHERED_MAX: usize = 1_024;
+const GATHERED_LEN_MAX: usize = 64 << 10;
+
 /// What a connection is about: who it is, what it subscribed to, what is under way.
 pub(crate) struct Session {
     core: Arc<Core>,
@@ -46,21 +52,62 @@ pub(crate) struct Session {
     client: Option<SubscriberId>,
     subscriptions: HashMap<(SubscriberId, Pattern), Arc<Subscription<Subscriber>>>,
     deep: DeepShare,
-    /// Writes read but not done yet, the room that was had for their values, and how much of it these take.
+    /// What the client understands.
+    features: Features,
+    /// Writes that were read and are not under way yet, the room that was had for their values, and how much of it these
+    /// take.
     writes: Vec<Op>,
     room: Option<Room>,
     room_taken: usize,
-    /// The ids of the writes, as JSON, one behind the other, and where each ends.
-    write_ids: String,
-    write_id_ends: Vec<usize>,
+    write_ids: WriteIds,
+    /// Writes that are under way.
+    written: Option<Written>,
+    written_ids: WriteIds,
     /// A read that takes several turns.
     reading: Option<Reading>,
 }
 
+/// The ids of some writes.
+#[derive(Default)]
+struct WriteIds {
+    /// As JSON, one behind the other.
+    json: String,
+    /// Where each ends.
+    ends: Vec<usize>,
+    /// How many bytes the keys of these writes have.
+    keys_len: usize,
+}
+
+impl WriteIds {
+    fn push(&mut self, request: &Request<'_>) {
+        self.json.push_str(request.id.as_json());
+        self.ends.push(self.json.len());
+        self.keys_len = self.keys_len.saturating_add(request.key.len());
+    }
+
+    fn is_full(&self) -> bool {
+        self.ends.len() >= GATHERED_MAX || self.json.len().saturating_add(self.keys_len) > GATHERED_LEN_MAX
+    }
+
+    /// Gives each id in turn and forgets all.
+    fn drain(&mut self, mut each: impl FnMut(Id<'_>)) {
+        let mut start = 0;
+        for end in self.ends.drain(..) {
+            each(Id::from_json(self.json.get(std::mem::replace(&mut start, end)..end).unwrap_or_default()));
+        }
+        self.keys_len = 0;
+        self.json.clear();
+        self.json.shrink_to(IDS_LEN_KEPT);
+        self.ends.shrink_to(IDS_LEN_KEPT / 8);
+    }
+}
+
 /// What a request has to wait for.
 pub(crate) enum Hold {
-    /// The writes before it, whose answers come first.
-    Writes(Written),
+    /// All writes before it, whose answers come first.
+    Writes,
+    /// The writes that are under way: those that were gathered since begin then, and give back what they hold.
+    Job,
     /// Room for a value, to be stored.
     Room(Pin<Box<dyn Future<Output = Result<Room, Stopping>> + Send>>),
     /// Room for a long request, to be read.
@@ -85,8 +132,10 @@ impl Session {
             room: None,
             room_taken: 0,
             reading: None,
-            write_ids: String::new(),
-            write_id_ends: Vec::new(),
+            features: Features::NONE,
+            write_ids: WriteIds::default(),
+            written: None,
+            written_ids: WriteIds::default(),
         }
     }
 
@@ -105,18 +154,19 @@ impl Session {
                 self.admit(request.value.as_deref().map_or(0, <[u8]>::len))?;
                 self.write_op(&request).map(|op| {
                     self.writes.push(op);
-                    self.write_ids.push_str(request.id.as_json());
-                    self.write_id_ends.push(self.write_ids.len());
+                    self.write_ids.push(&request);
                     None
                 })
             }
             item => item.map(Some),
         };
-        if matches!(served, Ok(None)) {
-            return Ok(());
-        }
-        if let Some(writes) = self.start_writes() {
-            return Err(writes);
+        let is_ahead = match &served {
+            Ok(None) => return Ok(()),
+            Ok(Some(request)) => self.is_ahead(request),
+            Err(_) => false,
+        };
+        if !is_ahead && self.has_writes() {
+            return Err(Hold::Writes);
         }
         let served = match served {
             Ok(Some(request)) if is_long(&request) && !is_admitted => return Err(self.turns()),
@@ -131,8 +181,26 @@ impl Session {
         Ok(())
     }
 
+    /// Whether a request is served before the writes that came before it on its connection: it asks for that, and is of a
+    /// kind that changes no value.
+    pub(crate) fn is_ahead(&self, request: &Request<'_>) -> bool {
+        let is_read = || match request.kind {
+            Kind::Get | Kind::List | Kind::Exists | Kind::Trace | Kind::Subscribe => true,
+            kind => matches!(kind, Kind::Health | Kind::Version | Kind::Stats),
+        };
+        request.ahead && self.goes_ahead() && is_read()
+    }
+
+    /// Whether the client understands that answers come out of order: requests are read while writes are under way.
+    pub(crate) fn goes_ahead(&self) -> bool {
+        self.features.contains(Features::AHEAD)
+    }
+
     /// Takes room for the value of another write, or says what it has to wait for.
     fn admit(&mut self, len: usize) -> Result<(), Hold> {
+        if self.written.is_some() && self.write_ids.is_full() {
+            return Err(Hold::Job);
+        }
         let taken = self.room_taken.saturating_add(len);
         let has = self.room.as_ref().map_or(0, Room::num_permits);
         if self.room.is_none() || taken > has.max(JOB_LEN_MIN) {
@@ -140,7 +208,8 @@ impl Session {
             match self.core.try_room(missing) {
                 Some(room) => self.add_room(room),
                 // Those before it give back what they have when they are done.
-                None => return Err(self.start_writes().unwrap_or_else(|| self.wait_for_room(missing))),
+                None if !self.writes.is_empty() => return Err(Hold::Job),
+                None => return Err(self.wait_for_room(missing)),
             }
         }
         self.room_taken = taken;
@@ -166,12 +235,34 @@ impl Session {
         }
     }
 
-    /// Has the writes under way done, if there are any.
-    pub(crate) fn start_writes(&mut self) -> Option<Hold> {
-        self.room_taken = 0;
-        let room = self.room.take().filter(|_| !self.writes.is_empty())?;
-        let writes = std::mem::take(&mut self.writes);
-        Some(Hold::Writes(self.core.write(Write::apart(writes), room, false)))
+    /// Has the writes done that were gathered, if there are any, unless others are under way. Says whether some are.
+    pub(crate) fn start_writes(&mut self) -> bool {
+        if self.written.is_none()
+            && !self.writes.is_empty()
+            && let Some(room) = self.room.take()
+        {
+            let writes = std::mem::take(&mut self.writes);
+            self.room_taken = 0;
+            self.written_ids = std::mem::take(&mut self.write_ids);
+            self.written = Some(self.core.write(Write::apart(writes), room, false));
+        }
+        self.written.is_some()
+    }
+
+    /// Whether writes are under way or gathered.
+    pub(crate) fn has_writes(&self) -> bool {
+        self.written.is_some() || !self.writes.is_empty()
+    }
+
+    /// Answers the writes that are under way once they are done; those that were gathered meanwhile are next.
+    pub(crate) fn poll_writes(&mut self, cx: &mut Context<'_>) -> Poll<Chunks> {
+        let Some(written) = &mut self.written else { return Poll::Pending };
+        let results = ready!(Pin::new(written).poll(cx));
+        self.written = None;
+        let mut out = spare();
+        self.answer_writes(results, &mut out);
+        self.start_writes();
+        Poll::Ready(out)
     }
 
     /// The read under way, if one takes several turns.
@@ -196,19 +287,17 @@ impl Session {
     }
 
     /// Answers the writes that were under way.
-    pub(crate) fn answer_writes(&mut self, results: Result<Vec<WriteResult>, Stopping>, out: &mut Chunks) {
+    fn answer_writes(&mut self, results: Result<Vec<WriteResult>, Stopping>, out: &mut Chunks) {
         let mut results = results.map(Vec::into_iter);
-        let mut start = 0;
-        for end in self.write_id_ends.drain(..) {
-            let id = Id::from_json(self.write_ids.get(std::mem::replace(&mut start, end)..end).unwrap_or_default());
-            match results.as_mut().map(Iterator::next) {
-                Ok(Some(result)) => answer_write(Answer::to(id, out), result),
-                _ => Answer::to(id, out).base(status::UNAVAILABLE, "the server is stopping", &BaseFields::default()),
-            }
+        let mut ids = std::mem::take(&mut self.written_ids);
+        ids.drain(|id| match results.as_mut().map(Iterator::next) {
+            Ok(Some(result)) => answer_write(Answer::to(id, out), result),
+            _ => Answer::to(id, out).base(status::UNAVAILABLE, "the server is stopping", &BaseFields::default()),
+        });
+        // The room of the ids is for the next, unless these have some of their own.
+        if self.write_ids.ends.is_empty() {
+            self.write_ids = ids;
         }
-        self.write_ids.clear();
-        self.write_ids.shrink_to(IDS_LEN_KEPT);
-        self.write_id_ends.shrink_to(IDS_LEN_KEPT / 8);
     }
 
     /// What a request that may take its time waits for: others have their turn, and there must be room for the answer.
@@ -237,8 +326,9 @@ impl Session {
         self.subscriptions.values().any(is_live)
     }
 
-    /// Forgets the connection's subscriptions.
+    /// Forgets the connection's subscriptions, and leaves the writes that are under way as they are, done or not.
     pub(crate) fn end(&mut self) {
+        (self.written, self.writes, self.room) = (None, Vec::new(), None);
         let subscriptions: Vec<_> = std::mem::take(&mut self.subscriptions).into_values().collect();
         self.core.store.forget(&subscriptions);
     }
@@ -310,15 +400,23 @@ impl Session {
             return Ok(());
         }
         let limit = request.limit.map_or(u64::MAX, |limit| limit.min(LIST_LIMIT_MAX));
-        self.read_many(Reading::new(id, pattern(request)?, after, limit_of(limit), Some(form)), id, out)
+        self.read_many(Reading::new(id, pattern(request)?, after, limit_of(limit), Some(form)), request, out)
     }
 
     /// Answers at once what is read in one turn, and notes what takes more.
-    fn read_many<'r>(&mut self, mut reading: Reading, id: Id<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
+    fn read_many<'r>(
+        &mut self,
+        mut reading: Reading,
+        request: &Request<'r>,
+        out: &mut Chunks,
+    ) -> Result<(), Refusal<'r>> {
         match reading.read(&self.core.store) {
             Ok(true) => reading.finish(out),
-            Ok(false) => self.reading = Some(reading),
-            Err(TooLong) => return Err(too_large(id)),
+            Ok(false) => {
+                reading.is_ahead = self.is_ahead(request);
+                self.reading = Some(reading);
+            }
+            Err(TooLong) => return Err(too_large(request.id)),
         }
         Ok(())
     }
@@ -346,7 +444,7 @@ impl Session {
 
     fn list<'r>(&mut self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
         let limit = limit_of(request.limit.unwrap_or(LIST_LIMIT).min(LIST_LIMIT_MAX));
-        self.read_many(Reading::new(request.id, pattern(request)?, after(request)?, limit, None), request.id, out)
+        self.read_many(Reading::new(request.id, pattern(request)?, after(request)?, limit, None), request, out)
     }
 
     fn trace<'r>(&self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
@@ -415,6 +513,7 @@ impl Session {
     fn connect(&mut self, request: &Request<'_>, out: &mut Chunks) {
         self.client = Some(self.client_of(request));
         self.notifier.set_form(request.values.unwrap_or_default());
+        self.features = request.features;
         self.notifier.set_features(request.features);
         let (epoch, limits) = (self.core.store.epoch().to_string(), self.core.options.limits());
         let mut server = ServerFields::new(VERSION, &epoch, limits.value_len_max as u64);

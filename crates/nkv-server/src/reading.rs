@@ -36,6 +36,8 @@ pub(crate) struct Reading {
     entries: Entries,
     /// That it may go on although much waits.
     leave: Option<Leave>,
+    /// Its answer may come before those of earlier requests.
+    pub(crate) is_ahead: bool,
 }
 
 /// The answer would be too long.
@@ -48,7 +50,8 @@ impl Reading {
         let entries = form.map_or_else(Entries::of_list, Entries::of_get);
         let (part, part_len, more) = (Vec::new().into_iter(), 0, true);
         let (id, is_list) = (id.as_json().to_owned(), form.is_none());
-        Reading { id, pattern, after, left: limit, is_list, part, part_len, more, entries, leave: None }
+        let (leave, is_ahead) = (None, false);
+        Reading { id, pattern, after, left: limit, is_list, part, part_len, more, entries, leave, is_ahead }
     }
 
     pub(crate) fn id(&self) -> Id<'_> {

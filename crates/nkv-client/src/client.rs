@@ -425,8 +425,8 @@ impl Client {
         let pattern = Pattern::Key(Key::new(key)?);
         let id = self.handle.next_local.fetch_add(1, Relaxed);
         let (watcher, receiver) = ChannelWatcher::new(read);
-        let unsubscribe = Some(Control::Unsubscribe(pattern.clone(), id));
-        let mut watch = Watch::new(receiver, EndOnDrop { handle: Arc::clone(&self.handle), unsubscribe });
+        let end = EndOnDrop { handle: Arc::clone(&self.handle), pattern: pattern.clone(), id };
+        let mut watch = Watch::new(receiver, end);
         let mut local = Local::new(id, pattern, Sink::Watch(Box::new(watcher)), self.subscription_len_max);
         local.exact = true;
         self.subscribed(local).await?;

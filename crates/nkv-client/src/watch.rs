@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use nkv_core::Pattern;
 use tokio::sync::watch;
 
 use crate::client::Handle;
@@ -35,13 +36,14 @@ pub struct Watch<T> {
 /// Ends the subscription.
 pub(crate) struct EndOnDrop {
     pub(crate) handle: Arc<Handle>,
-    pub(crate) unsubscribe: Option<Control>,
+    pub(crate) pattern: Pattern,
+    pub(crate) id: u64,
 }
 
 impl Drop for EndOnDrop {
     fn drop(&mut self) {
         // If it fails, the connection is closed, and the subscription with it.
-        self.unsubscribe.take().into_iter().for_each(|control| drop(self.handle.control(control)));
+        drop(self.handle.control(Control::Unsubscribe(self.pattern.clone(), self.id)));
     }
 }
 

@@ -589,7 +589,7 @@ mod tests {
 
     fn add(hub: &mut Hub, id: u64, pattern: &str) -> (Arc<Queue>, Option<Send>) {
         let (queue, pattern) = (Arc::<Queue>::default(), Pattern::new(pattern).unwrap());
-        let local = Local::new(id, pattern, Sink::Queue(Arc::clone(&queue)), 1_000);
+        let local = Local::new(id, pattern, Sink::Queue(Arc::clone(&queue)), 2_000);
         (queue, hub.add(local))
     }
 
@@ -770,5 +770,74 @@ mod tests {
         assert!(hub.synced(Revision::ZERO).is_err());
         hub.hello("a".into(), 1).unwrap();
         assert!(hub.hello("b".into(), 2).is_err());
+    }
+
+    #[test]
+    fn a_snapshot_that_broke_off_is_told_on_and_nothing_twice() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::new(1));
+        let (first, send) = add(&mut hub, 1, "*");
+        fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("b", 2)]);
+        assert_eq!(told(&first), ["a@1", "b@2", "Synced"]);
+        let (second, send) = add(&mut hub, 2, "*");
+        let Some(Send::Subscribe { pattern, wire, .. }) = send else { panic!("{send:?}") };
+        hub.hello(pattern, wire).unwrap();
+        hub.update(&entry("a", 1), 0);
+        assert_eq!(told(&second), ["a@1"]);
+        hub.detach();
+        let sends = hub.attach(Epoch::new(1));
+        fill(&mut hub, &sends[0], &[entry("b", 2), entry("d", 4)]);
+        assert_eq!(told(&first), ["Connected", "d@4", "a missed", "Synced"]);
+        assert_eq!(told(&second), ["Connected", "b@2", "d@4", "a missed", "Synced"]);
+    }
+
+    #[test]
+    fn a_snapshot_costs_those_who_know_it_nothing() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::new(1));
+        let (first, send) = add(&mut hub, 1, "a");
+        fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
+        told(&first);
+        let wakes = (0..100).map(|id| {
+            let (_, send) = add(&mut hub, 2 + id, "a");
+            fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
+            first.len()
+        });
+        assert_eq!(wakes.sum::<usize>(), 0);
+    }
+
+    /// Notes what it is given.
+    #[derive(Clone, Default)]
+    struct Notes(Arc<std::sync::Mutex<Vec<String>>>);
+
+    impl Watcher for Notes {
+        fn set(&mut self, entry: Option<&Entry>, revision: Revision) {
+            let word = if entry.is_some() { "is" } else { "gone" };
+            self.0.lock().unwrap().push(format!("{word}@{revision}"));
+        }
+
+        fn set_live(&mut self, is_live: bool) {
+            self.0.lock().unwrap().push(if is_live { "live".into() } else { "lost".into() });
+        }
+    }
+
+    // A notification may be passed over in favour of one that comes behind the answer.
+    #[test]
+    fn who_watches_knows_of_the_clients_own_write_with_its_answer() {
+        let (mut hub, notes) = (Hub::default(), Notes::default());
+        hub.attach(Epoch::new(1));
+        let pattern = Pattern::new("a").unwrap();
+        let send = hub.add(Local::new(1, pattern.clone(), Sink::Watch(Box::new(notes.clone())), 1_000));
+        fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
+        assert!(hub.is_watched("a") && !hub.is_watched("b"));
+        let (key, own) = (Key::new("a").unwrap(), entry("a", 2));
+        hub.own_write(&key, Some(&own), revision(2));
+        hub.own_write(&key, None, revision(3));
+        hub.update(&entry("a", 4), 0);
+        hub.detach();
+        hub.own_write(&key, None, revision(5));
+        assert_eq!(*notes.0.lock().unwrap(), ["is@1", "live", "is@2", "gone@3", "is@4", "lost"]);
+        assert_eq!(hub.remove(&pattern, 1), None);
+        assert!(!hub.is_watched("a"));
     }
 }

@@ -193,7 +193,7 @@ impl ClientBuilder {
         let (control, control_rx) = mpsc::unbounded_channel();
         let begin = if link.is_some() { ConnectionState::Connected } else { ConnectionState::Reconnecting };
         let (state_tx, state) = watch::channel(begin);
-        let shared = Arc::new(Shared::new());
+        let shared = Arc::new(Shared::new(link.as_ref().map_or(u64::MAX, |link| link.value_len_max)));
         let client_uuid = options.client_uuid.clone();
         let task = Task::new((options, self.pace), asks_rx, control_rx, state_tx, Arc::clone(&shared));
         tokio::spawn(task.run(link));

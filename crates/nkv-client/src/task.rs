@@ -42,8 +42,8 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new() -> Self {
-        Shared { trouble: Mutex::new(None), value_len_max: AtomicU64::new(u64::MAX) }
+    pub(crate) fn new(value_len_max: u64) -> Self {
+        Shared { trouble: Mutex::new(None), value_len_max: AtomicU64::new(value_len_max) }
     }
 
     pub(crate) fn trouble(&self) -> Option<String> {
@@ -749,7 +749,11 @@ fn peer_key(text: &str) -> Result<Key> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, DuplexStream, duplex};
+    use std::io::ErrorKind::BrokenPipe;
+    use std::pin::Pin;
+    use std::sync::atomic::AtomicBool;
+
+    use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex};
 
     use super::*;
     use crate::addr::Addr;
@@ -780,8 +784,34 @@ mod tests {
             message_len_max: 1 << 20,
         };
         let pace = Pace { heartbeat: HEARTBEAT, backoff_min: HEARTBEAT, backoff_max: HEARTBEAT };
-        let task = Task::new((link_options, pace), asks_rx, control_rx, state, Arc::new(Shared::new()));
+        let task = Task::new((link_options, pace), asks_rx, control_rx, state, Arc::new(Shared::new(u64::MAX)));
         Rig { task, link: Link::over(Box::new(near), 1 << 20), far, control, _asks: asks }
+    }
+
+    /// A stream that can be read and, from some time on, not written any more.
+    struct HalfDead(DuplexStream, Arc<AtomicBool>);
+
+    impl AsyncRead for HalfDead {
+        fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_read(cx, buf)
+        }
+    }
+
+    impl AsyncWrite for HalfDead {
+        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            match self.1.load(Relaxed) {
+                true => Poll::Ready(Err(BrokenPipe.into())),
+                false => Pin::new(&mut self.0).poll_write(cx, bytes),
+            }
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_shutdown(cx)
+        }
     }
 
     fn local(id: u64) -> Local {
@@ -861,5 +891,156 @@ mod tests {
         let started = Instant::now();
         lost(&mut rig).await;
         assert!(started.elapsed() <= HEARTBEAT, "the second is not due: it excuses nothing");
+    }
+
+    // The first write that failed ended the connection, with answers unread.
+    #[tokio::test]
+    async fn what_was_answered_before_nothing_could_be_sent_any_more_is_answered() {
+        let (mut rig, is_dead) = (rig(1 << 16), Arc::<AtomicBool>::default());
+        let (near, mut far) = duplex(1 << 16);
+        rig.link = Link::over(Box::new(HalfDead(near, Arc::clone(&is_dead))), 1 << 20);
+        let answered = put(&mut rig, 1);
+        std::future::poll_fn(|cx| Poll::Ready(rig.task.poll_requests(&mut rig.link, cx))).await;
+        rig.task.settle(&rig.link);
+        is_dead.store(true, Relaxed);
+        let unsent = put(&mut rig, 1);
+        far.write_all(b"{\"Base\":{\"id\":0,\"status\":200,\"message\":\"\",\"revision\":1}}\n").await.unwrap();
+        drop(far);
+        let Stop::Lost(error) = rig.task.serve(&mut rig.link).await else { panic!("it is lost") };
+        rig.task.detach(&rig.link, &error);
+        assert_eq!(answered.await.unwrap().unwrap().0.revision, Some(1));
+        assert_eq!(rig.task.again.len(), 1, "of the other nothing was sent: it is sent on the next connection");
+        drop(unsent);
+    }
+
+    // 256 requests were encoded at a time, however long they were.
+    #[tokio::test]
+    async fn what_waits_to_be_sent_is_encoded_when_there_is_room() {
+        let mut rig = rig(1_000);
+        let (asks, asks_rx) = mpsc::channel(100);
+        rig.task.asks = asks_rx;
+        let mut answers = Vec::new();
+        for _ in 0..100 {
+            let mut request = Request::new(Kind::Put, "a");
+            request.value = Some(vec![b'x'; 100_000].into());
+            let (reply, answer) = oneshot::channel();
+            asks.try_send(Ask { slot: Arc::new(Slot::new(request)), epoch: None, reply }).unwrap();
+            answers.push(answer);
+        }
+        std::future::poll_fn(|cx| Poll::Ready(rig.task.poll_requests(&mut rig.link, cx))).await;
+        assert!(rig.link.encoded() < 200_000, "{} bytes encoded", rig.link.encoded());
+        assert_eq!(rig.task.pending.places.len(), 1);
+        // It keeps no value of which the socket has some.
+        let (mut far, mut taken) = (rig.far, vec![0; 1_000]);
+        for _ in 0..150 {
+            far.read_exact(&mut taken).await.unwrap();
+            tokio::task::yield_now().await; // for streams have a budget for each turn
+            std::future::poll_fn(|cx| Poll::Ready(rig.task.poll_requests(&mut rig.link, cx))).await;
+            rig.task.settle(&rig.link);
+        }
+        let kept = rig.task.pending.iter().filter(|pending| match &pending.what {
+            What::Ask(_, request) => request.value.is_some(),
+            _ => false,
+        });
+        assert_eq!((rig.task.pending.places.len(), kept.count()), (3, 1), "the third is encoded, and not begun");
+    }
+
+    // Values of requests that were given up stayed for as long as the server was away: 400 of 1 MiB.
+    #[test]
+    fn a_request_that_is_given_up_takes_its_value_with_it() {
+        let mut request = Request::new(Kind::Put, "a");
+        request.value = Some(vec![b'x'; 1_000].into());
+        let slot = Slot::new(request.clone());
+        assert!(!slot.give_up());
+        assert!(slot.take().is_none());
+        let slot = Slot::new(request.clone());
+        assert!(slot.take().is_some() && slot.give_up(), "it is on its way");
+        let slot = Slot::new(request.clone());
+        let taken = slot.take().unwrap();
+        slot.unsend();
+        assert!(slot.send_again());
+        slot.unsend();
+        assert!(!slot.give_up() && !slot.send_again(), "the socket had nothing of it");
+        assert!(!slot.put_back(taken));
+        let slot = Slot::new(request);
+        let taken = slot.take().unwrap();
+        assert!(slot.put_back(taken) && slot.take().is_some());
+    }
+
+    // The silence of a dead server was hidden by one patient request.
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_promised_signs_of_life_and_gives_none_is_given_up() {
+        let mut rig = rig(1 << 16);
+        rig.link.features = Features::ALIVE;
+        let (_patient, started) = (put(&mut rig, 1), Instant::now());
+        lost(&mut rig).await;
+        assert_eq!(started.elapsed(), SIGNS_LIMIT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_gives_signs_of_life_may_take_its_time() {
+        let mut rig = rig(1 << 16);
+        rig.link.features = Features::ALIVE;
+        let (_patient, started) = (put(&mut rig, 1), Instant::now());
+        let mut far = std::mem::replace(&mut rig.far, duplex(1).0);
+        let signs = async {
+            for _ in 0..20 {
+                sleep(Duration::from_secs(5)).await;
+                far.write_all(b"\"Alive\"\n").await.unwrap();
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = lost(&mut rig) => assert!(started.elapsed() >= Duration::from_secs(100) + SIGNS_LIMIT),
+            () = signs => {}
+        }
+    }
+
+    #[tokio::test]
+    async fn a_read_goes_ahead_of_the_writes_that_it_does_not_overlap() {
+        let mut rig = rig(1 << 16);
+        rig.link.features = Features::AHEAD;
+        let _put = put(&mut rig, 1);
+        let mut ahead = |kind: Kind, key: &'static str| rig.task.overlaps(&Request::new(kind, key));
+        assert!(ahead(Kind::Get, "a") && ahead(Kind::Exists, "a") && ahead(Kind::List, "*"));
+        assert!(!ahead(Kind::Get, "b.*") && !ahead(Kind::Get, "a.*") && !ahead(Kind::Health, ""));
+        let mut after = Request::new(Kind::Get, "*");
+        after.after = Some("b".into());
+        assert!(rig.task.overlaps(&after));
+        let (reply, _answer) = oneshot::channel();
+        let delete = Request::new(Kind::Delete, "z.*");
+        rig.task.ask(&mut rig.link, Ask { slot: Arc::new(Slot::new(delete)), epoch: None, reply });
+        assert!(rig.task.overlaps(&Request::new(Kind::Get, "b")));
+        for id in 0..2 {
+            let mut body = Body::default();
+            (body.id, body.status) = (id.to_string(), status::OK);
+            rig.task.answer(Box::new(body), Epoch::default()).unwrap();
+        }
+        assert!(!rig.task.overlaps(&Request::new(Kind::Get, "a")) && rig.task.writes.total == 0);
+    }
+
+    // A server that sent without end kept a runtime of one thread from all other tasks.
+    #[tokio::test]
+    async fn others_have_their_turn_while_a_server_sends_without_end() {
+        let mut rig = rig(1 << 22);
+        let mut far = std::mem::replace(&mut rig.far, duplex(1).0);
+        let update = b"{\"Update\":{\"key\":\"a\",\"revision\":1,\"skipped\":0,\"value\":[1]}}\n";
+        far.write_all(&update.repeat((4 << 20) / update.len())).await.unwrap();
+        drop(far);
+        let turns = async {
+            let mut turns = 0;
+            loop {
+                tokio::task::yield_now().await;
+                turns += 1;
+                if turns > 20 {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            () = turns => {}
+            () = lost(&mut rig) => panic!("nobody else had a turn"),
+        }
     }
 }

@@ -18,12 +18,13 @@ use nkv_protocol::{
 };
 
 use crate::budget::{DeepShare, Leave};
+use crate::clock::millis;
 use crate::core::{Core, JOB_LEN_MIN, Room, Stopping, Subscriber, Written};
 use crate::reading::{ANSWER_LEN_MAX, Reading, TooLong};
 use crate::server::VERSION;
 
 /// What this server offers beyond the first version of the protocol.
-const FEATURES: Features = Features::RESET.with(Features::AHEAD);
+const FEATURES: Features = Features::RESET.with(Features::AHEAD).with(Features::ALIVE);
 
 /// Keys in a `List` when it does not say, and at most.
 const LIST_LIMIT: u64 = 1_000;
@@ -39,8 +40,8 @@ const NODE_LEN: usize = 512;
 /// So many bytes for the ids of writes are kept from one batch to the next.
 const IDS_LEN_KEPT: usize = 512;
 
-/// At most so many writes, or so many bytes of their keys and ids, are gathered while others of the connection are under
-/// way: one more is read when these are done.
+/// The number of writes, and of bytes of their keys and ids, that are gathered at most while others of the connection are
+/// under way: the next one is read when these are done.
 const GATHERED_MAX: usize = 1_024;
 const GATHERED_LEN_MAX: usize = 64 << 10;
 
@@ -194,6 +195,11 @@ impl Session {
     /// Whether the client understands that answers come out of order: requests are read while writes are under way.
     pub(crate) fn goes_ahead(&self) -> bool {
         self.features.contains(Features::AHEAD)
+    }
+
+    /// Whether the client is to get a sign of life while its requests are kept waiting.
+    pub(crate) fn wants_signs(&self) -> bool {
+        self.features.contains(Features::ALIVE)
     }
 
     /// Takes room for the value of another write, or says what it has to wait for.
@@ -518,6 +524,7 @@ impl Session {
         let (epoch, limits) = (self.core.store.epoch().to_string(), self.core.options.limits());
         let mut server = ServerFields::new(VERSION, &epoch, limits.value_len_max as u64);
         server.features = FEATURES;
+        server.patience_ms = self.wants_signs().then(|| millis(self.core.options.stall_limit));
         Answer::to(request.id, out).ok(&BaseFields::server(server));
     }
 

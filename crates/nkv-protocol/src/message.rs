@@ -145,6 +145,9 @@ pub struct Subscriber {
     pub client_uuid: String,
     /// What it subscribed to.
     pub pattern: String,
+    /// Whether that is a key without its branch, if the server says so.
+    #[serde(default)]
+    pub exact: bool,
     /// For how long it has been subscribed, in milliseconds.
     pub since_ms: u64,
     /// Messages waiting for it.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nkv_core::mailbox::{Backlog, Mailbox};
 use nkv_core::{
-    Delivery, Event, EventKind, Key, Notifier, NotifyKeyValue, PersistValue, SubscriberId, Write, WriteResult,
+    Delivery, Event, EventKind, Key, Notifier, NotifyKeyValue, Pattern, PersistValue, SubscriberId, Write, WriteResult,
 };
 use nkv_notify_tcp::TcpNotifier;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
@@ -174,6 +174,7 @@ impl Core {
         let traced = |subscription: Arc<nkv_core::Subscription<Subscriber>>| Traced {
             id: subscription.id().clone(),
             pattern: subscription.pattern().to_string(),
+            is_exact: matches!(subscription.pattern(), Pattern::Exact(_)),
             since_ms: crate::clock::millis(subscription.notifier().since.elapsed()),
             backlog: match &subscription.notifier().reach {
                 Reach::Connection(notifier) => notifier.backlog(),
@@ -227,6 +228,7 @@ impl Future for Written {
 pub(crate) struct Traced {
     pub(crate) id: SubscriberId,
     pub(crate) pattern: String,
+    pub(crate) is_exact: bool,
     pub(crate) since_ms: u64,
     pub(crate) backlog: Backlog,
 }
@@ -272,7 +274,7 @@ impl Notifier for Subscriber {
 
 #[cfg(test)]
 mod tests {
-    use nkv_core::{NoPersist, Op, Pattern};
+    use nkv_core::{NoPersist, Op};
     use tokio::time::timeout;
 
     use super::*;

@@ -24,7 +24,7 @@ use crate::reading::{ANSWER_LEN_MAX, Reading, TooLong};
 use crate::server::VERSION;
 
 /// What this server offers beyond the first version of the protocol.
-const FEATURES: Features = Features::RESET.with(Features::AHEAD).with(Features::ALIVE);
+const FEATURES: Features = Features::RESET.with(Features::AHEAD).with(Features::EXACT).with(Features::ALIVE);
 
 /// Keys in a `List` when it does not say, and at most.
 const LIST_LIMIT: u64 = 1_000;
@@ -470,6 +470,7 @@ impl Session {
             .map(|traced| {
                 let mut fields = SubscriberFields::new(traced.id.as_str(), &traced.pattern);
                 fields.since_ms = traced.since_ms;
+                fields.exact = traced.is_exact && self.features.contains(Features::EXACT);
                 (fields.queued, fields.skipped) = (traced.backlog.queued as u64, traced.backlog.skipped);
                 fields
             })
@@ -485,6 +486,11 @@ impl Session {
         out: &mut Chunks,
     ) -> Result<(), Refusal<'r>> {
         let pattern = pattern(request)?;
+        let is_exact = request.exact && self.features.contains(Features::EXACT);
+        if is_exact && !matches!(pattern, Pattern::Key(_)) {
+            return Err(bad_request(request.id, "'exact' goes with one key, not with a wildcard".into()));
+        }
+        // Exact or not, it is the same subscription.
         let name = (self.client_of(request), pattern);
         let limit = self.core.options.subscriptions_max;
         if self.subscriptions.len() >= limit {
@@ -509,7 +515,10 @@ impl Session {
         }
         // What the store gives the notifier from here on, `Hello` first, comes after the answers so far.
         outbox.send(std::mem::take(out));
-        let (client, pattern) = name.clone();
+        let (client, pattern) = match name.clone() {
+            (client, Pattern::Key(key)) if is_exact => (client, Pattern::Exact(key)),
+            name => name,
+        };
         let subscriber = Subscriber::connection(self.notifier.clone(), self.deep.hold(deep_len(&name.1)));
         let subscription = self.core.store.subscribe(pattern, client, subscriber, request.snapshot);
         self.subscriptions.insert(name, subscription);
@@ -583,7 +592,7 @@ fn is_long(request: &Request<'_>) -> bool {
 /// What a subscription costs beyond what the limit of their number allows for: a node for each segment of its pattern.
 fn deep_len(pattern: &Pattern) -> usize {
     let segments = match pattern {
-        Pattern::Key(key) | Pattern::Below(key) => key.segments().count(),
+        Pattern::Key(key) | Pattern::Exact(key) | Pattern::Below(key) => key.segments().count(),
         Pattern::All => 0,
     };
     segments.saturating_sub(FREE_SEGMENTS).saturating_mul(NODE_LEN)

@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
@@ -158,7 +159,7 @@ pub(crate) async fn serve(socket: Socket, core: Arc<Core>, slot: Slot) {
     if let Err(error) = socket.prepare() {
         return debug!(%error, "a connection ended before it began");
     }
-    let mut connection = Connection::new(socket, core);
+    let mut connection = Connection::new(socket, core, slot.from());
     let end = poll_fn(|cx| connection.poll(cx)).await.unwrap_or_else(|error| End::Writer(WriterEnd::Failed(error)));
     connection.let_go();
     let is_reset = connection.is_to_be_reset();
@@ -252,7 +253,7 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(socket: Socket, core: Arc<Core>) -> Self {
+    fn new(socket: Socket, core: Arc<Core>, from: Option<SocketAddr>) -> Self {
         let (notifier, outbox) = TcpNotifier::new(NotifierOptions {
             stall_limit: core.options.stall_limit,
             waiting_total: core.budget.waiting(),
@@ -273,7 +274,7 @@ impl Connection {
             arrival: None,
             is_admitted: false,
             share: core.budget.share(Source::Connection(notifier.clone())),
-            session: Session::new(Arc::clone(&core), notifier),
+            session: Session::new(Arc::clone(&core), notifier, from),
             since: Since { opened: Instant::now(), served: None, begun: None, unserved_len: 0, grace: None },
             timer: None,
             sign: None,

@@ -232,6 +232,7 @@ async fn a_condition_of_another_epoch_is_refused() {
     let revision = client.put("a", "1").await.unwrap();
     first.shutdown().await.unwrap();
     let _second = nkv_server::Server::builder().listen(addr.parse().unwrap()).bind().await.unwrap();
+    assert_eq!(client.get("a").await.unwrap(), None, "the new server's");
     assert_eq!(client.put("a", "other").await.unwrap().get(), revision.get());
     let stale = PutOptions::default().with_if_revision(revision);
     assert_eq!(client.put_with("a", "2", stale).await.unwrap_err().kind(), &ErrorKind::OtherEpoch);

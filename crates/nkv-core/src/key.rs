@@ -131,10 +131,15 @@ impl fmt::Display for Key {
 /// | `a` | `a` alone | `a` and every key below it |
 /// | `a.*` | every key below `a`, not `a` | the same |
 /// | `*` | every key | the same |
+///
+/// A subscription to `a` alone is to [`Exact`](Self::Exact). It takes the place of the same subscriber's subscription to
+/// `a` with its branch, and the other way round.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Pattern {
     /// A key, written without a wildcard.
     Key(Key),
+    /// A key, without what is below it also as a subscription. No text stands for it; it is displayed as the key.
+    Exact(Key),
     /// Everything below a key, written `a.*`.
     Below(Key),
     /// Everything, written `*`.
@@ -166,7 +171,7 @@ impl Pattern {
 
     pub(crate) fn selects_text(&self, key: &str) -> bool {
         match self {
-            Pattern::Key(own) => own.as_str() == key,
+            Pattern::Key(own) | Pattern::Exact(own) => own.as_str() == key,
             Pattern::Below(branch) => branch.is_above(key),
             Pattern::All => true,
         }
@@ -206,7 +211,7 @@ impl FromStr for Pattern {
 impl fmt::Display for Pattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Pattern::Key(key) => write!(f, "{key}"),
+            Pattern::Key(key) | Pattern::Exact(key) => write!(f, "{key}"),
             Pattern::Below(branch) => write!(f, "{branch}.*"),
             Pattern::All => f.write_str("*"),
         }
@@ -369,6 +374,10 @@ mod tests {
         for (pattern, k, selects, covers) in cases {
             let p = Pattern::new(pattern).unwrap();
             assert_eq!((p.selects(&key(k)), p.covers(&key(k))), (selects, covers), "{pattern} {k}");
+        }
+        let exact = Pattern::Exact(key("a"));
+        for (k, expected) in [("a", true), ("a.b", false), ("ab", false)] {
+            assert_eq!((exact.selects(&key(k)), exact.covers(&key(k))), (expected, expected), "{k}");
         }
     }
 }

@@ -297,7 +297,7 @@ fn start<'a>(pattern: &'a Pattern, after: Option<&'a Key>) -> Bound<&'a Key> {
 /// Where the keys of a pattern start.
 fn first(pattern: &Pattern) -> Bound<&Key> {
     match pattern {
-        Pattern::Key(key) => Bound::Included(key),
+        Pattern::Key(key) | Pattern::Exact(key) => Bound::Included(key),
         Pattern::Below(key) => Bound::Excluded(key),
         Pattern::All => Bound::Unbounded,
     }

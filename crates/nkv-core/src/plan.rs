@@ -165,7 +165,9 @@ impl<'a> Plan<'a> {
         for lookup in lookups {
             let Some(op) = write.ops.get(write.results.len()) else { break };
             match op {
-                Op::Delete { pattern, if_revision: None } if !matches!(pattern, Pattern::Key(_)) => {
+                Op::Delete { pattern, if_revision: None }
+                    if !matches!(pattern, Pattern::Key(_) | Pattern::Exact(_)) =>
+                {
                     let Some(result) = self.sweep(pattern, &mut write.sweep) else { break };
                     write.results.push(result);
                 }
@@ -191,7 +193,7 @@ impl<'a> Plan<'a> {
                 let action = Action::Put { value: Bytes::clone(value), expiry: options.expiry };
                 Outcome::Put { revision: self.change(key.clone(), hash, replaces, action) }
             }
-            Op::Delete { pattern: Pattern::Key(key), if_revision } => {
+            Op::Delete { pattern: Pattern::Key(key) | Pattern::Exact(key), if_revision } => {
                 let (present, replaces) = self.present(key, hash, stored);
                 if present == Revision::ZERO {
                     return Ok(Outcome::NotFound);
@@ -343,7 +345,7 @@ impl<'a> Plan<'a> {
 /// The one key that an operation is about, if it is about one.
 fn key_of(op: &Op) -> Option<&Key> {
     match op {
-        Op::Put { key, .. } | Op::Delete { pattern: Pattern::Key(key), .. } => Some(key),
+        Op::Put { key, .. } | Op::Delete { pattern: Pattern::Key(key) | Pattern::Exact(key), .. } => Some(key),
         Op::Delete { .. } => None,
     }
 }

@@ -262,7 +262,9 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// Whether `pattern` selects any key.
     pub fn exists(&self, pattern: &Pattern) -> bool {
         match pattern {
-            Pattern::Key(key) => self.shared.read().get(key.as_str(), self.shared.now()).is_some(),
+            Pattern::Key(key) | Pattern::Exact(key) => {
+                self.shared.read().get(key.as_str(), self.shared.now()).is_some()
+            }
             _ => self.walk(pattern, None, |_| ControlFlow::Break(())).is_break(),
         }
     }
@@ -457,8 +459,8 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     ///
     /// The first event, given before this returns, says that it [began](crate::EventKind::Began). With `snapshot`, the
     /// notifier then reads the present state of all covered keys when it is ready for it, and is given the changes of what
-    /// it has read: none is missing between the two, none comes twice. A subscription of the same `id` and `pattern` is
-    /// replaced, and notified of it first.
+    /// it has read: none is missing between the two, none comes twice. A subscription of the same `id` and `pattern`, or to
+    /// the same key with its branch or without, is replaced, and notified of it first.
     pub fn subscribe(&self, pattern: Pattern, id: SubscriberId, notifier: N, snapshot: bool) -> Arc<Subscription<N>> {
         let subscription = Arc::new(Subscription::new(id, pattern, notifier));
         self.shared.subscribe(&subscription, snapshot);
@@ -470,7 +472,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         self.shared.unsubscribe(pattern, |known| known.id() == id)
     }
 
-    /// Returns whether there is a subscription of this name and pattern: another one would replace it.
+    /// Returns whether there is a subscription that another one of this name and pattern would replace.
     pub fn is_subscribed(&self, pattern: &Pattern, id: &SubscriberId) -> bool {
         self.shared.is_subscribed(pattern, id)
     }

@@ -230,6 +230,8 @@ type Entries<N> = Vec<Arc<Subscription<N>>>;
 
 #[derive(Debug)]
 struct Node<N> {
+    /// Notified of this key alone.
+    exact: Entries<N>,
     /// Told of this key and everything below it.
     branch: Entries<N>,
     /// Told of everything below this key.
@@ -239,23 +241,37 @@ struct Node<N> {
 
 impl<N> Node<N> {
     fn new() -> Self {
-        Node { branch: Vec::new(), below: Vec::new(), children: HashMap::new() }
+        Node { exact: Vec::new(), branch: Vec::new(), below: Vec::new(), children: HashMap::new() }
     }
 
     fn is_empty(&self) -> bool {
-        self.branch.is_empty() && self.below.is_empty() && self.children.is_empty()
+        self.exact.is_empty() && self.branch.is_empty() && self.below.is_empty() && self.children.is_empty()
     }
 
+    /// Among the subscriptions that one to `pattern` takes the place of, if they have the same subscriber.
     fn has(&self, pattern: &Pattern, is_it: impl Fn(&Arc<Subscription<N>>) -> bool) -> bool {
-        let entries = match pattern {
-            Pattern::Key(_) => &self.branch,
-            Pattern::Below(_) | Pattern::All => &self.below,
-        };
-        entries.iter().any(is_it)
+        match pattern {
+            Pattern::Key(_) | Pattern::Exact(_) => self.branch.iter().chain(&self.exact).any(is_it),
+            Pattern::Below(_) | Pattern::All => self.below.iter().any(is_it),
+        }
+    }
+
+    /// As [`has`](Self::has).
+    fn remove(
+        &mut self,
+        pattern: &Pattern,
+        is_it: impl Fn(&Arc<Subscription<N>>) -> bool,
+    ) -> Option<Arc<Subscription<N>>> {
+        let remove = |entries: &mut Entries<N>| Some(entries.swap_remove(entries.iter().position(&is_it)?));
+        match pattern {
+            Pattern::Key(_) | Pattern::Exact(_) => remove(&mut self.branch).or_else(|| remove(&mut self.exact)),
+            Pattern::Below(_) | Pattern::All => remove(&mut self.below),
+        }
     }
 
     fn entries(&mut self, pattern: &Pattern) -> &mut Entries<N> {
         match pattern {
+            Pattern::Exact(_) => &mut self.exact,
             Pattern::Key(_) => &mut self.branch,
             Pattern::Below(_) | Pattern::All => &mut self.below,
         }
@@ -281,13 +297,14 @@ impl<N> Subscribers<N> {
         self.len += 1;
     }
 
-    /// Whether there is a subscription of `pattern` that `is_it` finds.
+    /// Whether there is a subscription that one to `pattern` takes the place of, and that `is_it` finds.
     pub(crate) fn has(&self, pattern: &Pattern, is_it: impl Fn(&Arc<Subscription<N>>) -> bool) -> bool {
         let node = segments(pattern).try_fold(&self.root, |node, segment| node.children.get(segment));
         node.is_some_and(|node| node.has(pattern, is_it))
     }
 
-    /// Removes the subscription of `pattern` that `is_it` finds, and the nodes that it leaves empty.
+    /// Removes the subscription that one to `pattern` takes the place of and that `is_it` finds, and the nodes that it
+    /// leaves empty.
     pub(crate) fn remove(
         &mut self,
         pattern: &Pattern,
@@ -310,13 +327,13 @@ impl<N> Subscribers<N> {
                 None => return,
             }
         }
-        node.branch.iter().for_each(tell);
+        node.branch.iter().chain(&node.exact).for_each(tell);
     }
 }
 
 fn segments(pattern: &Pattern) -> impl Iterator<Item = &str> {
     let branch = match pattern {
-        Pattern::Key(key) | Pattern::Below(key) => Some(key),
+        Pattern::Key(key) | Pattern::Exact(key) | Pattern::Below(key) => Some(key),
         Pattern::All => None,
     };
     branch.into_iter().flat_map(Key::segments)
@@ -330,9 +347,7 @@ fn remove_below<N>(
     is_it: &impl Fn(&Arc<Subscription<N>>) -> bool,
 ) -> Option<Arc<Subscription<N>>> {
     let Some((segment, rest)) = path.split_first() else {
-        let entries = node.entries(pattern);
-        let at = entries.iter().position(is_it)?;
-        return Some(entries.swap_remove(at));
+        return node.remove(pattern, is_it);
     };
     let child = node.children.get_mut(*segment)?;
     let removed = remove_below(child, rest, pattern, is_it);

@@ -21,7 +21,25 @@ fn key() -> impl Strategy<Value = String> {
 }
 
 fn pattern() -> impl Strategy<Value = String> {
-    prop_oneof![1 => Just("*".to_owned()), 4 => key(), 4 => key().prop_map(|key| key + ".*")]
+    let exact = key().prop_map(|key| key + EXACT);
+    prop_oneof![1 => Just("*".to_owned()), 4 => key(), 3 => exact, 4 => key().prop_map(|key| key + ".*")]
+}
+
+/// Stands behind a key that is meant alone; no key holds it.
+const EXACT: &str = " alone";
+
+fn parse(pattern: &str) -> Pattern {
+    match pattern.strip_suffix(EXACT) {
+        Some(key) => Pattern::Exact(Key::new(key).unwrap()),
+        None => Pattern::new(pattern).unwrap(),
+    }
+}
+
+fn matches(pattern: &str, key: &str) -> (bool, bool) {
+    match pattern.strip_suffix(EXACT) {
+        Some(own) => (own == key, own == key),
+        None => selects_and_covers(pattern, key),
+    }
 }
 
 /// What a mailbox was told: of a snapshot each key, of a change its key.
@@ -44,14 +62,14 @@ fn check(mut keys: Vec<String>, patterns: &[String], after: &str, limit: usize, 
     keys.iter().for_each(put);
     keys.sort_by_key(|key| order(key));
     keys.dedup();
-    let mut matches = 0;
+    let mut count = 0;
 
     let mut inboxes = Vec::new();
     for (at, text) in patterns.iter().enumerate() {
-        let pattern = Pattern::new(text).unwrap();
-        let selected: Vec<_> = keys.iter().filter(|key| selects_and_covers(text, key).0).cloned().collect();
-        let covered: Vec<_> = keys.iter().filter(|key| selects_and_covers(text, key).1).cloned().collect();
-        matches += covered.len() as u64;
+        let pattern = parse(text);
+        let selected: Vec<_> = keys.iter().filter(|key| matches(text, key).0).cloned().collect();
+        let covered: Vec<_> = keys.iter().filter(|key| matches(text, key).1).cloned().collect();
+        count += covered.len() as u64;
 
         let (post, inbox) = mailbox();
         store.subscribe(pattern.clone(), at.to_string().as_str().into(), post, true);
@@ -70,13 +88,13 @@ fn check(mut keys: Vec<String>, patterns: &[String], after: &str, limit: usize, 
 
     // Some end, so that the trie is pruned.
     for (at, text) in patterns.iter().enumerate().take(ended) {
-        assert!(store.unsubscribe(&Pattern::new(text).unwrap(), &at.to_string().as_str().into()));
+        assert!(store.unsubscribe(&parse(text), &at.to_string().as_str().into()));
         told(&inboxes[at]);
     }
     for key in keys.iter().chain([&after.to_owned()]) {
         put(key);
         for (at, text) in patterns.iter().enumerate() {
-            let expected = at >= ended && selects_and_covers(text, key).1;
+            let expected = at >= ended && matches(text, key).1;
             assert_eq!(told(&inboxes[at]).contains(key), expected, "{text} is told of {key}");
         }
     }
@@ -86,11 +104,11 @@ fn check(mut keys: Vec<String>, patterns: &[String], after: &str, limit: usize, 
     }
     for text in patterns {
         let before = keys.len();
-        keys.retain(|key| !selects_and_covers(text, key).0);
-        let gone = store.delete(&Pattern::new(text).unwrap(), None).map_or(0, |(count, _)| count);
+        keys.retain(|key| !matches(text, key).0);
+        let gone = store.delete(&parse(text), None).map_or(0, |(count, _)| count);
         assert_eq!(gone as usize, before - keys.len(), "delete {text}");
     }
-    matches
+    count
 }
 
 #[test]

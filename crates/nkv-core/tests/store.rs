@@ -456,6 +456,26 @@ mod subscriptions {
         assert_eq!(store.stats().subscriptions, 3);
     }
 
+    // A subscription to a key came with its branch, of any size.
+    #[test]
+    fn a_subscription_to_a_key_alone_and_that_to_its_branch_take_each_others_place() {
+        let store = store();
+        let alone = || Pattern::Exact(key("a"));
+        let notifiers: Vec<_> = (0..4).map(|_| ScriptedNotifier::new()).collect();
+        for (notifier, pattern) in notifiers.iter().zip([alone(), alone(), pattern("a"), alone()]) {
+            store.subscribe(pattern, "me".into(), notifier.clone(), false);
+            put(&store, "a", "x").unwrap();
+            put(&store, "a.b", "x").unwrap();
+        }
+        let heard: Vec<Vec<String>> = notifiers.iter().map(told).collect();
+        assert_eq!(heard[0], ["a=x @1", "a replaced"]);
+        assert_eq!(heard[1], ["a=x @3", "a replaced"]);
+        assert_eq!(heard[2], ["a=x @5", "a.b=x @6", "a replaced"]);
+        assert_eq!((&heard[3][..], store.stats().subscriptions), (&["a=x @7".to_owned()][..], 1));
+        assert!(store.is_subscribed(&pattern("a"), &"me".into()) && store.is_subscribed(&alone(), &"me".into()));
+        assert!(store.unsubscribe(&pattern("a"), &"me".into()) && !store.unsubscribe(&alone(), &"me".into()));
+    }
+
     #[test]
     fn whoever_is_unsubscribed_is_told_so_and_nothing_else_after() {
         let store = store();

@@ -66,6 +66,8 @@ pub struct Outbox {
     stall: Option<Pin<Box<Sleep>>>,
     /// It has taken something since that was set.
     has_moved: bool,
+    /// How many bytes were written.
+    written: u64,
     /// What the mailbox wakes.
     told: Option<Waker>,
     /// Messages go out one at a time.
@@ -95,8 +97,8 @@ fn give_back(chunks: Chunks) {
 
 impl Outbox {
     pub(crate) fn new(inbox: Inbox<Box<Chunks>>, shared: Arc<Shared>) -> Self {
-        let (out, ahead, gathered, fresh, counted, stall, has_moved, told) = Default::default();
-        Outbox { inbox, shared, out, ahead, gathered, fresh, counted, stall, has_moved, told, pace: None }
+        let (out, ahead, gathered, fresh, counted, stall, has_moved, written, told) = Default::default();
+        Outbox { inbox, shared, out, ahead, gathered, fresh, counted, stall, has_moved, written, told, pace: None }
     }
 
     /// Sends answers, after all that was sent or told before.
@@ -134,6 +136,18 @@ impl Outbox {
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.shared.is_full()
+    }
+
+    /// Returns whether nothing waits to be written.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.out.is_empty() && self.ahead.is_empty() && self.inbox.is_empty()
+    }
+
+    /// Returns how many bytes were written so far.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        self.written
     }
 
     /// Writes what there is. Ready when the connection's sending side has ended: all that was to be sent is written, and
@@ -175,10 +189,6 @@ impl Outbox {
     /// Takes out of the mailbox what the next write may take; says whether the mailbox is closed and empty.
     fn gather(&mut self, cx: &mut Context<'_>, told: &Waker) -> bool {
         let mut len = TURN_LEN;
-        if !self.ahead.is_empty() {
-            self.counted = self.counted.saturating_add(self.ahead.len());
-            self.out.append(&mut self.ahead);
-        }
         if self.pace.is_some() {
             match self.next_line(cx, told) {
                 Next::Wait => return false,
@@ -193,9 +203,13 @@ impl Outbox {
         is_closed
     }
 
-    /// Takes `len` bytes out of the mailbox, or one item more, to come behind what is gathered already.
+    /// Takes `len` bytes out of the mailbox, or one item more, to come behind what is gathered already and what goes ahead.
     #[inline(always)]
     fn take(&mut self, len: usize, told: &Waker) -> bool {
+        if !self.ahead.is_empty() {
+            self.counted = self.counted.saturating_add(self.ahead.len());
+            self.out.append(&mut self.ahead);
+        }
         let is_known = self.told.as_ref().is_some_and(|known| known.will_wake(told));
         if is_known && self.inbox.is_waited_for() {
             return false;
@@ -255,6 +269,7 @@ impl Outbox {
                 Poll::Ready(Ok(written)) => {
                     self.out.advance(written);
                     self.has_moved = true;
+                    self.written = self.written.wrapping_add(written as u64);
                 }
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(WriterEnd::Failed(error))),
                 Poll::Pending => return self.poll_stall(cx).map(|()| Err(WriterEnd::Stalled)),

@@ -99,6 +99,8 @@ pub struct SubscriberFields<'a> {
     pub client_uuid: &'a str,
     /// What it subscribed to.
     pub pattern: &'a str,
+    /// Whether that is a key without its branch, for clients with [`Features::EXACT`].
+    pub exact: bool,
     /// Since when, in milliseconds before now.
     pub since_ms: u64,
     /// Messages waiting for it.
@@ -201,7 +203,16 @@ impl<'a> SubscriberFields<'a> {
     /// A subscriber that has just subscribed and has nothing waiting.
     #[must_use]
     pub fn new(client_uuid: &'a str, pattern: &'a str) -> Self {
-        SubscriberFields { client_uuid, pattern, since_ms: 0, queued: 0, skipped: 0, name: None, peer: None }
+        SubscriberFields {
+            client_uuid,
+            pattern,
+            exact: false,
+            since_ms: 0,
+            queued: 0,
+            skipped: 0,
+            name: None,
+            peer: None,
+        }
     }
 }
 
@@ -318,6 +329,9 @@ impl<'a> Answer<'a> {
         json::array(out, b",\"subscribers\":[", subscribers, |out, subscriber| {
             let mut fields = Object::start(out);
             fields.text("client_uuid", subscriber.client_uuid).text("pattern", subscriber.pattern);
+            if subscriber.exact {
+                fields.flag("exact", true);
+            }
             fields.number("since_ms", subscriber.since_ms);
             fields.number("queued", subscriber.queued).number("skipped", subscriber.skipped);
             for (name, text) in [("name", subscriber.name), ("peer", subscriber.peer)] {

@@ -5,7 +5,7 @@ use std::fmt;
 
 use bytes::Bytes;
 use serde::de::value::{BorrowedStrDeserializer, Error as WordError};
-use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use thiserror::Error;
@@ -145,6 +145,9 @@ pub struct Subscriber {
     pub client_uuid: String,
     /// What it subscribed to.
     pub pattern: String,
+    /// Whether that is a key without its branch, if the server says so.
+    #[serde(default)]
+    pub exact: bool,
     /// For how long it has been subscribed, in milliseconds.
     pub since_ms: u64,
     /// Messages waiting for it.
@@ -400,11 +403,10 @@ fn unknown(line: &[u8]) -> Option<Option<&RawValue>> {
         }
 
         fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Unknown<'de>, A::Error> {
-            let name = map.next_key::<Text<'de>>()?.filter(|name| !is_known(&name.0));
-            let body = name.map(|_| map.next_value()).transpose()?;
-            match map.next_key::<IgnoredAny>()? {
-                None if body.is_some() => Ok(Unknown(body)),
-                _ => Err(A::Error::custom("none")),
+            match map.next_key::<Text<'de>>()?.filter(|name| !is_known(&name.0)) {
+                // What follows but the end of the object is an error of its own.
+                Some(_) => Ok(Unknown(Some(map.next_value()?))),
+                None => Err(A::Error::custom("a known one, or none")),
             }
         }
     }

@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
@@ -14,10 +15,10 @@ use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd, keep_alive, limit_send_buffer, spare};
-use nkv_protocol::{Answer, BaseFields, Chunks, Decoder, Kind, Request, status};
+use nkv_protocol::{Answer, BaseFields, Chunks, Decoder, Kind, Request, alive, status};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tracing::debug;
 
 use crate::budget::{Share, Source};
@@ -158,7 +159,7 @@ pub(crate) async fn serve(socket: Socket, core: Arc<Core>, slot: Slot) {
     if let Err(error) = socket.prepare() {
         return debug!(%error, "a connection ended before it began");
     }
-    let mut connection = Connection::new(socket, core);
+    let mut connection = Connection::new(socket, core, slot.from());
     let end = poll_fn(|cx| connection.poll(cx)).await.unwrap_or_else(|error| End::Writer(WriterEnd::Failed(error)));
     connection.let_go();
     let is_reset = connection.is_to_be_reset();
@@ -240,6 +241,8 @@ struct Connection {
     session: Session,
     since: Since,
     timer: Option<Pin<Box<Sleep>>>,
+    /// When the next sign of life may be due, and how many bytes had been written when that was set.
+    sign: Option<(Pin<Box<Sleep>>, u64)>,
     share: Share,
     core: Arc<Core>,
     /// This task's waker, and one that wakes it with all others that are told of the same batch: see
@@ -250,7 +253,7 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(socket: Socket, core: Arc<Core>) -> Self {
+    fn new(socket: Socket, core: Arc<Core>, from: Option<SocketAddr>) -> Self {
         let (notifier, outbox) = TcpNotifier::new(NotifierOptions {
             stall_limit: core.options.stall_limit,
             waiting_total: core.budget.waiting(),
@@ -271,9 +274,10 @@ impl Connection {
             arrival: None,
             is_admitted: false,
             share: core.budget.share(Source::Connection(notifier.clone())),
-            session: Session::new(Arc::clone(&core), notifier),
+            session: Session::new(Arc::clone(&core), notifier, from),
             since: Since { opened: Instant::now(), served: None, begun: None, unserved_len: 0, grace: None },
             timer: None,
+            sign: None,
             core,
             told: None,
             turn_len: 0,
@@ -282,7 +286,7 @@ impl Connection {
 
     /// Reads no more: lets go of what was read and not served, and of the subscriptions, before the answers are waited for.
     fn let_go(&mut self) {
-        (self.buffer, self.hold, self.timer, self.arrival) = (BytesMut::new(), None, None, None);
+        (self.buffer, self.hold, self.timer, self.sign, self.arrival) = (BytesMut::new(), None, None, None, None);
         self.session.end();
         self.share.hold(0, true);
         self.share.close();
@@ -316,9 +320,33 @@ impl Connection {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<End>> {
         let known = self.told.take().filter(|(task, _)| task.will_wake(cx.waker()));
         let wakers = known.unwrap_or_else(|| (cx.waker().clone(), self.core.bell.waker(cx.waker())));
-        let end = self.poll_told(cx, &wakers.1);
+        let mut end = self.poll_told(cx, &wakers.1);
+        while end.is_pending() && self.session.wants_signs() && self.poll_sign(cx).is_ready() {
+            end = self.poll_told(cx, &wakers.1);
+        }
         self.told = Some(wakers);
         end
+    }
+
+    /// Gives a sign of life when one is due: requests are kept waiting, and nothing was written for a while. The timer is not
+    /// set anew for each request: what was written tells whether one came and went meanwhile.
+    fn poll_sign(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.hold.is_none() && !self.session.has_writes() {
+            self.sign = self.sign.take().filter(|(timer, _)| !timer.is_elapsed());
+            return Poll::Pending;
+        }
+        let (interval, written) = (self.core.options.alive_interval(), self.outbox.written());
+        let (timer, before) = self.sign.get_or_insert_with(|| (Box::pin(sleep(interval)), written));
+        while timer.as_mut().poll(cx).is_ready() {
+            timer.set(sleep(interval));
+            if std::mem::replace(before, written) == written && self.outbox.is_empty() {
+                let mut out = spare();
+                alive(&mut out);
+                self.outbox.send(out);
+                return Poll::Ready(());
+            }
+        }
+        Poll::Pending
     }
 
     fn poll_told(&mut self, cx: &mut Context<'_>, told: &Waker) -> Poll<io::Result<End>> {

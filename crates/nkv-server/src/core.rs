@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 
 use nkv_core::mailbox::{Backlog, Mailbox};
 use nkv_core::{
-    Delivery, Event, EventKind, Key, Notifier, NotifyKeyValue, PersistValue, SubscriberId, Write, WriteResult,
+    Delivery, Event, EventKind, Key, Notifier, NotifyKeyValue, Pattern, PersistValue, SubscriberId, Write, WriteResult,
 };
 use nkv_notify_tcp::TcpNotifier;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::bell::Bell;
 use crate::budget::{Budget, DeepHold};
+use crate::clients::{Client, Clients, Counted};
 use crate::clock::Clock;
 use crate::complaints::Complaints;
 use crate::server::Options;
@@ -30,6 +31,7 @@ pub(crate) struct Core {
     pub(crate) durability: String,
     pub(crate) options: Options,
     pub(crate) slots: Slots,
+    pub(crate) clients: Arc<Clients>,
     pub(crate) budget: Arc<Budget>,
     pub(crate) complaints: Complaints,
     pub(crate) bell: Arc<Bell>,
@@ -104,6 +106,7 @@ impl Core {
             clock,
             durability,
             options,
+            clients: Arc::default(),
             slots: Slots::new(options.connections_max, options.connections_per_address_max),
             budget,
             complaints: Complaints::default(),
@@ -174,7 +177,9 @@ impl Core {
         let traced = |subscription: Arc<nkv_core::Subscription<Subscriber>>| Traced {
             id: subscription.id().clone(),
             pattern: subscription.pattern().to_string(),
+            is_exact: matches!(subscription.pattern(), Pattern::Exact(_)),
             since_ms: crate::clock::millis(subscription.notifier().since.elapsed()),
+            client: subscription.notifier().held.as_ref().map(|(_, counted)| Arc::clone(&counted.client)),
             backlog: match &subscription.notifier().reach {
                 Reach::Connection(notifier) => notifier.backlog(),
                 Reach::Handle(mailbox) => mailbox.backlog(),
@@ -227,7 +232,10 @@ impl Future for Written {
 pub(crate) struct Traced {
     pub(crate) id: SubscriberId,
     pub(crate) pattern: String,
+    pub(crate) is_exact: bool,
     pub(crate) since_ms: u64,
+    /// Whose it is, if it is a connection's.
+    pub(crate) client: Option<Arc<Client>>,
     pub(crate) backlog: Backlog,
 }
 
@@ -236,8 +244,8 @@ pub(crate) struct Traced {
 pub(crate) struct Subscriber {
     since: Instant,
     reach: Reach,
-    /// What its pattern takes, if it is a connection's.
-    deep: Option<DeepHold>,
+    /// What its pattern takes, and its client, if it is a connection's.
+    held: Option<(DeepHold, Counted)>,
 }
 
 /// A connection, or a mailbox of this process.
@@ -249,19 +257,20 @@ enum Reach {
 
 impl Subscriber {
     pub(crate) fn handle(mailbox: Mailbox) -> Self {
-        Subscriber { since: Instant::now(), reach: Reach::Handle(mailbox), deep: None }
+        Subscriber { since: Instant::now(), reach: Reach::Handle(mailbox), held: None }
     }
 
-    /// A connection, and what the subscription's pattern takes.
-    pub(crate) fn connection(notifier: TcpNotifier, deep: DeepHold) -> Self {
-        Subscriber { since: Instant::now(), reach: Reach::Connection(notifier), deep: Some(deep) }
+    /// A connection, what the subscription's pattern takes, and its client.
+    pub(crate) fn connection(notifier: TcpNotifier, deep: DeepHold, counted: Counted) -> Self {
+        Subscriber { since: Instant::now(), reach: Reach::Connection(notifier), held: Some((deep, counted)) }
     }
 }
 
 impl Notifier for Subscriber {
     fn notify(&self, event: &Arc<Event>) -> Delivery {
-        if let (EventKind::Ended { .. }, Some(deep)) = (event.kind(), &self.deep) {
+        if let (EventKind::Ended { .. }, Some((deep, counted))) = (event.kind(), &self.held) {
             deep.release();
+            counted.end();
         }
         match &self.reach {
             Reach::Connection(notifier) => notifier.notify(event),
@@ -272,7 +281,7 @@ impl Notifier for Subscriber {
 
 #[cfg(test)]
 mod tests {
-    use nkv_core::{NoPersist, Op, Pattern};
+    use nkv_core::{NoPersist, Op};
     use tokio::time::timeout;
 
     use super::*;

@@ -1,6 +1,7 @@
 //! What each request does, and how its answer reads.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -13,17 +14,20 @@ use nkv_core::{
 };
 use nkv_notify_tcp::{Outbox, TcpNotifier, spare};
 use nkv_protocol::{
-    Answer, BaseFields, Chunks, Features, GetEntry, Id, Kind, Refusal, Request, ServerFields, SubscriberFields,
-    ValueForm, status,
+    Answer, BaseFields, Chunks, ClientFields, Features, GetEntry, Id, Kind, Refusal, Request, ServerFields,
+    SubscriberFields, ValueForm, status,
 };
 
 use crate::budget::{DeepShare, Leave};
+use crate::clients::Listed;
+use crate::clock::millis;
 use crate::core::{Core, JOB_LEN_MIN, Room, Stopping, Subscriber, Written};
 use crate::reading::{ANSWER_LEN_MAX, Reading, TooLong};
 use crate::server::VERSION;
 
 /// What this server offers beyond the first version of the protocol.
-const FEATURES: Features = Features::RESET.with(Features::AHEAD);
+const FEATURES: Features =
+    Features::RESET.with(Features::AHEAD).with(Features::EXACT).with(Features::NAMES).with(Features::ALIVE);
 
 /// Keys in a `List` when it does not say, and at most.
 const LIST_LIMIT: u64 = 1_000;
@@ -32,6 +36,9 @@ const LIST_LIMIT_MAX: u64 = 10_000;
 /// The entries of a `Get` that finds none.
 const NOTHING: &[GetEntry<'_>] = &[];
 
+/// What a row of `Trace` takes beside its texts, at most.
+const ROW_LEN: usize = 256;
+
 /// Segments of a subscription's pattern that are not counted, and what each further one takes.
 const FREE_SEGMENTS: usize = 8;
 const NODE_LEN: usize = 512;
@@ -39,8 +46,8 @@ const NODE_LEN: usize = 512;
 /// So many bytes for the ids of writes are kept from one batch to the next.
 const IDS_LEN_KEPT: usize = 512;
 
-/// At most so many writes, or so many bytes of their keys and ids, are gathered while others of the connection are under
-/// way: one more is read when these are done.
+/// The number of writes, and of bytes of their keys and ids, that are gathered at most while others of the connection are
+/// under way: the next one is read when these are done.
 const GATHERED_MAX: usize = 1_024;
 const GATHERED_LEN_MAX: usize = 64 << 10;
 
@@ -48,6 +55,7 @@ const GATHERED_LEN_MAX: usize = 64 << 10;
 pub(crate) struct Session {
     core: Arc<Core>,
     notifier: TcpNotifier,
+    listed: Listed,
     /// Who it says it is; a name is made up when one is needed.
     client: Option<SubscriberId>,
     subscriptions: HashMap<(SubscriberId, Pattern), Arc<Subscription<Subscriber>>>,
@@ -121,9 +129,10 @@ pub(crate) enum Hold {
 }
 
 impl Session {
-    pub(crate) fn new(core: Arc<Core>, notifier: TcpNotifier) -> Self {
+    pub(crate) fn new(core: Arc<Core>, notifier: TcpNotifier, from: Option<SocketAddr>) -> Self {
         Session {
             deep: DeepShare::new(Arc::clone(&core.budget)),
+            listed: core.clients.list(from, notifier.clone()),
             core,
             notifier,
             client: None,
@@ -194,6 +203,11 @@ impl Session {
     /// Whether the client understands that answers come out of order: requests are read while writes are under way.
     pub(crate) fn goes_ahead(&self) -> bool {
         self.features.contains(Features::AHEAD)
+    }
+
+    /// Whether the client is to get a sign of life while its requests are kept waiting.
+    pub(crate) fn wants_signs(&self) -> bool {
+        self.features.contains(Features::ALIVE)
     }
 
     /// Takes room for the value of another write, or says what it has to wait for.
@@ -448,27 +462,68 @@ impl Session {
     }
 
     fn trace<'r>(&self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
+        let shows_names = self.features.contains(Features::NAMES);
         if request.key.is_empty() {
-            return Err(bad_request(request.id, "missing field 'key'".into()));
+            return if shows_names {
+                self.list_clients(request.id, out)
+            } else {
+                Err(bad_request(request.id, "missing field 'key'".into()))
+            };
         }
-        let traced = self.core.trace(&key(request)?);
-        let lens = traced.iter().map(|traced| traced.id.as_str().len().saturating_add(traced.pattern.len()));
-        // A control character takes six bytes.
-        if lens.fold(0, |sum: usize, len| sum.saturating_add(len.saturating_mul(6)).saturating_add(128))
-            > ANSWER_LEN_MAX
-        {
-            return Err(too_large(request.id));
-        }
+        let traced: Vec<_> = self
+            .core
+            .trace(&key(request)?)
+            .into_iter()
+            .map(|traced| {
+                let shown = traced.client.as_ref().filter(|_| shows_names);
+                let shown = shown.map(|client| (client.said().name, client.peer()));
+                (traced, shown)
+            })
+            .collect();
+        let lens = traced.iter().map(|(traced, shown)| {
+            let shown_len = shown.as_ref().map_or(0, |(name, _)| name.as_ref().map_or(0, |name| name.len()));
+            traced.id.as_str().len().saturating_add(traced.pattern.len()).saturating_add(shown_len)
+        });
+        fits(request.id, lens)?;
         let subscribers: Vec<_> = traced
             .iter()
-            .map(|traced| {
+            .map(|(traced, shown)| {
                 let mut fields = SubscriberFields::new(traced.id.as_str(), &traced.pattern);
                 fields.since_ms = traced.since_ms;
+                fields.exact = traced.is_exact && self.features.contains(Features::EXACT);
                 (fields.queued, fields.skipped) = (traced.backlog.queued as u64, traced.backlog.skipped);
+                if let Some((name, peer)) = shown {
+                    (fields.name, fields.peer) = (name.as_deref(), Some(peer.as_str()));
+                }
                 fields
             })
             .collect();
         Answer::to(request.id, out).trace(&subscribers);
+        Ok(())
+    }
+
+    /// All connected clients.
+    fn list_clients<'r>(&self, id: Id<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
+        let clients = self.core.clients.all();
+        let clients: Vec<_> = clients.iter().map(|client| (client, client.peer(), client.said())).collect();
+        let lens = clients.iter().map(|(_, _, said)| {
+            let uuid_len = said.client_uuid.as_ref().map_or(0, |uuid| uuid.as_str().len());
+            said.name.as_ref().map_or(0, |name| name.len()).saturating_add(uuid_len)
+        });
+        fits(id, lens)?;
+        let shown: Vec<_> = clients
+            .iter()
+            .map(|(client, peer, said)| {
+                let mut fields = ClientFields::new(peer);
+                fields.client_uuid = said.client_uuid.as_ref().map(SubscriberId::as_str);
+                fields.name = said.name.as_deref();
+                (fields.since_ms, fields.subscriptions) = (millis(client.since.elapsed()), client.subscriptions());
+                let backlog = client.backlog();
+                (fields.queued, fields.skipped) = (backlog.queued as u64, backlog.skipped);
+                fields
+            })
+            .collect();
+        Answer::to(id, out).clients(&shown);
         Ok(())
     }
 
@@ -479,6 +534,11 @@ impl Session {
         out: &mut Chunks,
     ) -> Result<(), Refusal<'r>> {
         let pattern = pattern(request)?;
+        let is_exact = request.exact && self.features.contains(Features::EXACT);
+        if is_exact && !matches!(pattern, Pattern::Key(_)) {
+            return Err(bad_request(request.id, "'exact' goes with one key, not with a wildcard".into()));
+        }
+        // Exact or not, it is the same subscription.
         let name = (self.client_of(request), pattern);
         let limit = self.core.options.subscriptions_max;
         if self.subscriptions.len() >= limit {
@@ -503,21 +563,32 @@ impl Session {
         }
         // What the store gives the notifier from here on, `Hello` first, comes after the answers so far.
         outbox.send(std::mem::take(out));
-        let (client, pattern) = name.clone();
-        let subscriber = Subscriber::connection(self.notifier.clone(), self.deep.hold(deep_len(&name.1)));
+        let (client, pattern) = match name.clone() {
+            (client, Pattern::Key(key)) if is_exact => (client, Pattern::Exact(key)),
+            name => name,
+        };
+        let (deep, counted) = (self.deep.hold(deep_len(&name.1)), self.listed.client.count());
+        let subscriber = Subscriber::connection(self.notifier.clone(), deep, counted);
         let subscription = self.core.store.subscribe(pattern, client, subscriber, request.snapshot);
         self.subscriptions.insert(name, subscription);
         Ok(())
     }
 
     fn connect(&mut self, request: &Request<'_>, out: &mut Chunks) {
-        self.client = Some(self.client_of(request));
+        let client = self.client_of(request);
+        self.client = Some(client.clone());
         self.notifier.set_form(request.values.unwrap_or_default());
         self.features = request.features;
+        let name = request.name.as_deref().filter(|_| self.features.contains(Features::NAMES)).map(Arc::from);
+        self.listed.client.says(|said| {
+            said.client_uuid = Some(client);
+            said.name = name.or(said.name.take());
+        });
         self.notifier.set_features(request.features);
         let (epoch, limits) = (self.core.store.epoch().to_string(), self.core.options.limits());
         let mut server = ServerFields::new(VERSION, &epoch, limits.value_len_max as u64);
         server.features = FEATURES;
+        server.patience_ms = self.wants_signs().then(|| millis(self.core.options.stall_limit));
         Answer::to(request.id, out).ok(&BaseFields::server(server));
     }
 
@@ -547,7 +618,15 @@ impl Session {
     fn client_of(&mut self, request: &Request<'_>) -> SubscriberId {
         match request.client_uuid.as_deref() {
             Some(name) => SubscriberId::from(name),
-            None => self.client.get_or_insert_with(random_name).clone(),
+            None => {
+                let listed = &self.listed.client;
+                let make = || {
+                    let name = random_name();
+                    listed.says(|said| said.client_uuid = Some(name.clone()));
+                    name
+                };
+                self.client.get_or_insert_with(make).clone()
+            }
         }
     }
 }
@@ -576,7 +655,7 @@ fn is_long(request: &Request<'_>) -> bool {
 /// What a subscription costs beyond what the limit of their number allows for: a node for each segment of its pattern.
 fn deep_len(pattern: &Pattern) -> usize {
     let segments = match pattern {
-        Pattern::Key(key) | Pattern::Below(key) => key.segments().count(),
+        Pattern::Key(key) | Pattern::Exact(key) | Pattern::Below(key) => key.segments().count(),
         Pattern::All => 0,
     };
     segments.saturating_sub(FREE_SEGMENTS).saturating_mul(NODE_LEN)
@@ -625,6 +704,16 @@ fn answer_write(answer: Answer<'_>, result: WriteResult) {
 
 fn refuse(out: &mut Chunks, refusal: Refusal<'_>) {
     Answer::to(refusal.id, out).base(refusal.status, &refusal.message, &BaseFields::default());
+}
+
+/// Whether an answer fits that holds texts of these lengths, each with some fields around it.
+fn fits<'r>(id: Id<'r>, mut lens: impl Iterator<Item = usize>) -> Result<(), Refusal<'r>> {
+    // A control character takes six bytes.
+    let most = lens.try_fold(0_usize, |sum, len| {
+        let sum = sum.saturating_add(len.saturating_mul(6)).saturating_add(ROW_LEN);
+        (sum <= ANSWER_LEN_MAX).then_some(sum)
+    });
+    most.map(drop).ok_or_else(|| too_large(id))
 }
 
 fn bad_request(id: Id<'_>, message: String) -> Refusal<'_> {

@@ -13,6 +13,7 @@
 mod address;
 mod bell;
 mod budget;
+mod clients;
 mod clock;
 mod complaints;
 mod connection;

@@ -44,6 +44,9 @@ const EXPIRY_PAUSE: Duration = Duration::from_secs(1);
 /// While storage has not done an expiry, the time goes on so often for other values whose TTL ends.
 const EXPIRY_TICK: Duration = Duration::from_millis(10);
 
+/// The longest time between two signs of life.
+const ALIVE_INTERVAL_MAX: Duration = Duration::from_secs(5);
+
 /// Limits of a server.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
@@ -103,6 +106,13 @@ impl Default for Options {
 }
 
 impl Options {
+    /// How often a connection whose requests are kept waiting gets a sign of life: while it gets none, and nothing else, for
+    /// the stall limit, the server is not there.
+    pub(crate) fn alive_interval(&self) -> Duration {
+        let third = self.stall_limit.checked_div(3).unwrap_or_default();
+        third.clamp(Duration::from_millis(1), ALIVE_INTERVAL_MAX)
+    }
+
     pub(crate) fn limits(&self) -> Limits {
         Limits { value_len_max: self.value_len_max.min(8 << 20), ..Limits::default() }
     }

@@ -68,6 +68,13 @@ impl Slots {
     }
 }
 
+impl Slot {
+    /// The address of its peer; none on a Unix socket.
+    pub(crate) fn from(&self) -> Option<SocketAddr> {
+        self.from
+    }
+}
+
 impl Drop for Slot {
     fn drop(&mut self) {
         let mut taken = self.slots.lock();

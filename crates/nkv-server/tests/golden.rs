@@ -13,7 +13,9 @@ use support::{Conn, TestServer};
 /// What differs from run to run is named instead of shown.
 fn normalised(line: &str) -> String {
     let mut line = line.to_owned();
-    for (field, name) in [("\"epoch\":\"", "EPOCH"), ("\"version\":\"", "VERSION"), ("_ms\":", "MS")] {
+    for (field, name) in
+        [("\"epoch\":\"", "EPOCH"), ("\"version\":\"", "VERSION"), ("\"peer\":\"", "PEER"), ("_ms\":", "MS")]
+    {
         let mut from = 0;
         while let Some(found) = line[from..].find(field) {
             let start = from + found + field.len();

@@ -827,6 +827,15 @@ mod tests {
         answer
     }
 
+    /// Sends what the stream takes.
+    async fn send(task: &mut Task, link: &mut Link) {
+        poll_fn(|cx| {
+            task.poll_requests(link, cx);
+            Poll::Ready(())
+        })
+        .await;
+    }
+
     async fn lost(rig: &mut Rig) {
         assert!(matches!(rig.task.serve(&mut rig.link).await, Stop::Lost(_)));
     }
@@ -900,7 +909,7 @@ mod tests {
         let (near, mut far) = duplex(1 << 16);
         rig.link = Link::over(Box::new(HalfDead(near, Arc::clone(&is_dead))), 1 << 20);
         let answered = put(&mut rig, 1);
-        std::future::poll_fn(|cx| Poll::Ready(rig.task.poll_requests(&mut rig.link, cx))).await;
+        send(&mut rig.task, &mut rig.link).await;
         rig.task.settle(&rig.link);
         is_dead.store(true, Relaxed);
         let unsent = put(&mut rig, 1);
@@ -927,7 +936,7 @@ mod tests {
             asks.try_send(Ask { slot: Arc::new(Slot::new(request)), epoch: None, reply }).unwrap();
             answers.push(answer);
         }
-        std::future::poll_fn(|cx| Poll::Ready(rig.task.poll_requests(&mut rig.link, cx))).await;
+        send(&mut rig.task, &mut rig.link).await;
         assert!(rig.link.encoded() < 200_000, "{} bytes encoded", rig.link.encoded());
         assert_eq!(rig.task.pending.places.len(), 1);
         // It keeps no value of which the socket has some.
@@ -935,7 +944,7 @@ mod tests {
         for _ in 0..150 {
             far.read_exact(&mut taken).await.unwrap();
             tokio::task::yield_now().await; // for streams have a budget for each turn
-            std::future::poll_fn(|cx| Poll::Ready(rig.task.poll_requests(&mut rig.link, cx))).await;
+            send(&mut rig.task, &mut rig.link).await;
             rig.task.settle(&rig.link);
         }
         let kept = rig.task.pending.iter().filter(|pending| match &pending.what {

@@ -69,6 +69,8 @@ pub(crate) struct Link {
     pub(crate) value_len_max: u64,
     /// What the server offers beyond the first version of the protocol.
     pub(crate) features: Features,
+    /// The longest silence of a server that gives signs of life, while a request waits.
+    pub(crate) patience: Option<Duration>,
 }
 
 impl Link {
@@ -99,6 +101,7 @@ impl Link {
             return Err(Error::from_answer(&body, Epoch::default()));
         }
         link.features = body.features;
+        link.patience = body.patience_ms.map(Duration::from_millis).filter(|_| body.features.contains(Features::ALIVE));
         link.value_len_max = body.max_value.unwrap_or(u64::MAX);
         if let Some(epoch) = body.epoch {
             let error = || Error::protocol(format!("the server's epoch '{epoch}' is no hexadecimal number"));
@@ -125,6 +128,7 @@ impl Link {
             epoch: Epoch::default(),
             value_len_max: u64::MAX,
             features: Features::NONE,
+            patience: None,
         }
     }
 

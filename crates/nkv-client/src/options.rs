@@ -100,7 +100,7 @@ impl ClientBuilder {
     /// as lost. 15 s if not given.
     ///
     /// Bytes that the server takes of a long request are a sign of life. A server that keeps requests waiting gives one every
-    /// few seconds, and counts as lost after 20 s without any at the earliest. Of an older server, which gives none, the
+    /// few seconds, and does not count as lost before the time that it states has passed without any, or 20 s. Of an older server, which gives none, the
     /// request whose answer is due decides: while its caller still waits, nothing counts as lost.
     pub fn heartbeat(mut self, interval: Duration) -> Self {
         self.pace.heartbeat = interval.clamp(Duration::from_millis(1), INTERVAL_MAX);

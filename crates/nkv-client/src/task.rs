@@ -29,7 +29,7 @@ const PENDING_MAX: usize = 4_096;
 const HEALTHY: Duration = Duration::from_secs(10);
 /// After so many bytes of messages other tasks have their turn.
 const TURN_LEN: usize = 128 << 10;
-/// A server that offers signs of life gives one every 5 s at least; three may be late.
+/// However long a server's patience is, it gives signs of life every 5 s or so; three may be late.
 const SIGNS_LIMIT: Duration = Duration::from_secs(20);
 
 /// What the task and the callers both know.
@@ -500,8 +500,8 @@ impl Task {
         if link.is_broken() {
             return Err(io::Error::new(io::ErrorKind::BrokenPipe, "nothing can be sent, and nothing comes"));
         }
-        let has_signs = link.features.contains(Features::ALIVE);
-        let limit = if has_signs { (2 * heartbeat).max(SIGNS_LIMIT) } else { 2 * heartbeat };
+        let has_signs = link.patience.is_some();
+        let limit = (2 * heartbeat).max(link.patience.unwrap_or_default().min(SIGNS_LIMIT));
         // A server without signs of life may be busy with the first request that is due. Its caller may have more patience
         // than we; that of the next one does not count, or a program that keeps asking would never learn that nobody is
         // there.
@@ -980,7 +980,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_server_that_promised_signs_of_life_and_gives_none_is_given_up() {
         let mut rig = rig(1 << 16);
-        rig.link.features = Features::ALIVE;
+        rig.link.patience = Some(Duration::from_secs(60));
         let (_patient, started) = (put(&mut rig, 1), Instant::now());
         lost(&mut rig).await;
         assert_eq!(started.elapsed(), SIGNS_LIMIT);
@@ -989,7 +989,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_server_that_gives_signs_of_life_may_take_its_time() {
         let mut rig = rig(1 << 16);
-        rig.link.features = Features::ALIVE;
+        rig.link.patience = Some(Duration::from_secs(60));
         let (_patient, started) = (put(&mut rig, 1), Instant::now());
         let mut far = std::mem::replace(&mut rig.far, duplex(1).0);
         let signs = async {

@@ -954,6 +954,37 @@ mod tests {
         assert_eq!((rig.task.pending.places.len(), kept.count()), (3, 1), "the third is encoded, and not begun");
     }
 
+    // It was sent after its caller had been told that it never would be.
+    #[tokio::test]
+    async fn what_is_given_up_is_cut_out_of_what_waits_to_be_sent() {
+        let mut rig = rig(10);
+        let mut asks = Vec::new();
+        for key in ["first", "given.up", "last"] {
+            let (slot, (reply, answer)) = (Arc::new(Slot::new(Request::new(Kind::Delete, key))), oneshot::channel());
+            rig.task.ask(&mut rig.link, Ask { slot: Arc::clone(&slot), epoch: None, reply });
+            asks.push((slot, answer));
+        }
+        send(&mut rig.task, &mut rig.link).await;
+        rig.task.settle(&rig.link);
+        assert!(asks[0].0.give_up(), "some of it is on its way");
+        assert!(!asks[1].0.give_up(), "nothing of it is");
+        let (mut sent, mut part) = (Vec::new(), [0; 10]);
+        while !sent.ends_with(b"\"last\"}\n") {
+            send(&mut rig.task, &mut rig.link).await;
+            rig.task.settle(&rig.link);
+            let len = rig.far.read(&mut part).await.unwrap();
+            sent.extend_from_slice(&part[..len]);
+        }
+        let sent = String::from_utf8(sent).unwrap();
+        assert_eq!((sent.lines().count(), sent.contains("given")), (2, false), "{sent}");
+        // The answer to the last finds its caller.
+        let mut body = Body::default();
+        (body.id, body.status) = ("2".into(), status::OK);
+        rig.task.answer(Box::new(body), Epoch::default()).unwrap();
+        assert!(asks.pop().unwrap().1.await.unwrap().is_ok());
+        assert_eq!(rig.task.writes.total, 1);
+    }
+
     // Values of requests that were given up stayed for as long as the server was away: 400 of 1 MiB.
     #[test]
     fn a_request_that_is_given_up_takes_its_value_with_it() {

@@ -161,6 +161,12 @@ pub(crate) async fn serve(socket: Socket, core: Arc<Core>, slot: Slot) {
     }
     let mut connection = Connection::new(socket, core, slot.from());
     let end = poll_fn(|cx| connection.poll(cx)).await.unwrap_or_else(|error| End::Writer(WriterEnd::Failed(error)));
+    // In memory of its own: a connection that goes on takes none for its end.
+    Box::pin(finish(connection, end, slot)).await;
+}
+
+/// Writes what is left to be written, and says how the connection ended.
+async fn finish(mut connection: Connection, end: End, slot: Slot) {
     connection.let_go();
     let is_reset = connection.is_to_be_reset();
     let end = match end {

@@ -72,7 +72,7 @@ pub(crate) struct Session {
     written: Option<Written>,
     written_ids: WriteIds,
     /// A read that takes several turns.
-    reading: Option<Reading>,
+    reading: Option<Box<Reading>>,
 }
 
 /// The ids of some writes.
@@ -281,7 +281,7 @@ impl Session {
 
     /// The read under way, if one takes several turns.
     pub(crate) fn start_reading(&mut self) -> Option<Hold> {
-        self.reading.take().map(|reading| Hold::Reading(Box::new(reading)))
+        self.reading.take().map(Hold::Reading)
     }
 
     /// Has a read wait until it may go on.
@@ -428,7 +428,7 @@ impl Session {
             Ok(true) => reading.finish(out),
             Ok(false) => {
                 reading.is_ahead = self.is_ahead(request);
-                self.reading = Some(reading);
+                self.reading = Some(Box::new(reading));
             }
             Err(TooLong) => return Err(too_large(request.id)),
         }

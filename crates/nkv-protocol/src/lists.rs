@@ -183,8 +183,13 @@ impl<'a> Numbers<'a> {
         Some(Numbers(list.get().strip_prefix('[')?.strip_suffix(']')?.trim_ascii()))
     }
 
+    /// The list, if it has as many elements as another one.
+    pub(crate) fn exactly(self, count: usize) -> Option<Self> {
+        (self.count() == count).then_some(self)
+    }
+
     /// How many numbers there are at most; exactly so many, if it holds numbers alone.
-    pub(crate) fn count(self) -> usize {
+    fn count(self) -> usize {
         let commas = memchr::memchr_iter(b',', self.0.as_bytes()).count();
         if self.0.is_empty() { 0 } else { commas.saturating_add(1) }
     }

@@ -402,10 +402,7 @@ fn answer(body: WireBody<'_>, payload: Option<&[u8]>) -> Result<Body, MessageErr
 /// Numbers that belong to keys; an error if there are more of them, or fewer.
 fn parallel<'a>(name: &str, list: Option<&'a RawValue>, keys: usize) -> Result<Numbers<'a>, MessageError> {
     let numbers = Numbers::of(list).ok_or_else(|| wrong(&format!("'{name}' is not an array")))?;
-    if numbers.count() == keys {
-        return Ok(numbers);
-    }
-    Err(wrong(&format!("'{name}' and 'keys' are not of one length")))
+    numbers.exactly(keys).ok_or_else(|| wrong(&format!("'{name}' and 'keys' are not of one length")))
 }
 
 impl<'de> Deserialize<'de> for WireStats {

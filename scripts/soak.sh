@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-steps=(model codec loom power kill faults histories hostile fuzz miri mutants cut mixed)
+steps=(model codec loom power kill faults histories client hostile fuzz miri mutants cut mixed)
 
 # What two cores do in a second, in release mode: half of what was measured, as machines differ.
 MODEL_CASES_PER_S=1000
@@ -83,6 +83,10 @@ run() {
     histories)
       NKV_HISTORY_SECONDS="${NKV_HISTORY_SECONDS:-$share}" cargo test -p nkv-server --release --locked \
         --test histories -- --nocapture
+      ;;
+    client)
+      NKV_SOAK_SECONDS="${NKV_SOAK_SECONDS:-$share}" cargo test -p nkv-server --release --locked \
+        --test client_soak -- --nocapture
       ;;
     hostile)
       # Two minutes, whatever the budget.

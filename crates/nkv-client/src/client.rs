@@ -453,8 +453,7 @@ impl Client {
             return Err(Error::protocol("the server's answer has more keys than values, or fewer"));
         }
         let entries = keys(&body, epoch)?.zip(&body.values);
-        let entries =
-            entries.map(|(key, value)| key.map(|(key, revision)| Entry { key, value: value.clone(), revision }));
+        let entries = entries.map(|(key, value)| key.map(|(key, revision)| Entry { key, value, revision }));
         Ok(Page { items: entries.collect::<Result<_>>()?, more: body.more })
     }
 

@@ -5,7 +5,8 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use bytes::BufMut;
-use serde::de::{Error, SeqAccess, Unexpected, Visitor};
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{Error, MapAccess, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::ValueForm;
@@ -318,6 +319,14 @@ impl ScalarType for u8 {
     }
 }
 
+impl ScalarType for u16 {
+    const EXPECTED: &'static str = "u16";
+
+    fn from_number(number: u64) -> Option<Self> {
+        u16::try_from(number).ok()
+    }
+}
+
 impl ScalarType for u64 {
     const EXPECTED: &'static str = "u64";
 
@@ -351,6 +360,48 @@ impl<T: ScalarType> Visitor<'_> for ScalarVisitor<T> {
     }
 
     fn visit_str<E: Error>(self, _: &str) -> Result<Self::Value, E> {
+        Err(unexpected_text(&self))
+    }
+}
+
+/// A number that is a field of its own type; see [`Scalar`].
+pub(crate) fn read_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    Scalar::deserialize(deserializer).map(|Scalar(number)| number)
+}
+
+/// A flag that is a field of its own type; see [`Scalar`].
+pub(crate) fn read_flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    Scalar::deserialize(deserializer).map(|Scalar(flag)| flag)
+}
+
+/// An object or an array. As with [`Scalar`], an error quotes no text that is there instead.
+#[derive(Default)]
+pub(crate) struct NoText<T>(pub(crate) T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for NoText<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(NoTextVisitor(PhantomData)).map(NoText)
+    }
+}
+
+struct NoTextVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for NoTextVisitor<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object or an array")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(map))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<T, A::Error> {
+        T::deserialize(SeqAccessDeserializer::new(seq))
+    }
+
+    fn visit_str<E: Error>(self, _: &str) -> Result<T, E> {
         Err(unexpected_text(&self))
     }
 }

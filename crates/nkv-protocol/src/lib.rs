@@ -17,6 +17,7 @@ mod decoder;
 mod features;
 mod foreign;
 mod json;
+mod lists;
 mod message;
 mod notification;
 mod request;
@@ -25,6 +26,7 @@ pub use answer::{Answer, BaseFields, ClientFields, Entries, GetEntry, ServerFiel
 pub use chunks::Chunks;
 pub use decoder::{Decoded, Decoder, Limits, Refusal};
 pub use features::Features;
+pub use lists::{Texts, Values, ValuesIter};
 pub use message::{Body, ConnectedClient, Message, MessageDecoder, MessageError, Reason, Stats, Subscriber};
 pub use notification::{ChangeNotice, alive, hello, leave_out_revision, reset, synced, unsubscribed, update};
 pub use request::{Id, Kind, Request};

@@ -1,11 +1,11 @@
 //! What a server says, as a client reads it.
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::fmt::{self, Write};
 
 use bytes::Bytes;
 use serde::de::value::{BorrowedStrDeserializer, Error as WordError};
-use serde::de::{Error as _, MapAccess, Visitor};
+use serde::de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use thiserror::Error;
@@ -13,7 +13,8 @@ use thiserror::Error;
 use crate::Features;
 use crate::decoder::split_line;
 use crate::features::NameList;
-use crate::json::{Text, Value};
+use crate::json::{NoText, Scalar, Text, Value, read_flag, read_number, unexpected_text};
+use crate::lists::{Numbers, Texts, Values, objects};
 
 /// Longest message a client takes, in bytes: the largest `Get` with values in their longest form is left to whoever
 /// asks for it in pages.
@@ -110,11 +111,11 @@ pub struct Body {
     /// How many keys were deleted.
     pub count: Option<u64>,
     /// Keys found.
-    pub keys: Vec<String>,
+    pub keys: Texts,
     /// Their revisions.
     pub revisions: Vec<u64>,
     /// Their values.
-    pub values: Vec<Bytes>,
+    pub values: Values,
     /// Whether there are others.
     pub more: bool,
     /// Who would be told.
@@ -146,13 +147,16 @@ pub struct Subscriber {
     /// What it subscribed to.
     pub pattern: String,
     /// Whether that is a key without its branch, if the server says so.
-    #[serde(default)]
+    #[serde(deserialize_with = "read_flag", default)]
     pub exact: bool,
     /// For how long it has been subscribed, in milliseconds.
+    #[serde(deserialize_with = "read_number")]
     pub since_ms: u64,
     /// Messages waiting for it.
+    #[serde(deserialize_with = "read_number")]
     pub queued: u64,
     /// Changes passed over on its connection.
+    #[serde(deserialize_with = "read_number")]
     pub skipped: u64,
     /// The name of its client for people, if that has one and the server says so.
     pub name: Option<String>,
@@ -171,12 +175,16 @@ pub struct ConnectedClient {
     /// Its name for people, if it has one.
     pub name: Option<String>,
     /// For how long it has been connected, in milliseconds.
+    #[serde(deserialize_with = "read_number")]
     pub since_ms: u64,
     /// How many subscriptions it has.
+    #[serde(deserialize_with = "read_number")]
     pub subscriptions: u64,
     /// Messages waiting for it.
+    #[serde(deserialize_with = "read_number")]
     pub queued: u64,
     /// Changes passed over on its connection.
+    #[serde(deserialize_with = "read_number")]
     pub skipped: u64,
 }
 
@@ -211,63 +219,62 @@ pub enum MessageError {
     },
 }
 
+/// A message that is written as a word alone: in an object, an error would quote what stands behind the word.
 #[derive(Deserialize)]
-enum Wire<'a> {
+enum Word {
     Hello,
     Alive,
+}
+
+/// A message that is written as an object. Reading it takes a few times the memory of its line at most, whatever the peer wrote: lists
+/// are packed, and no error quotes a text. So numbers and flags are a [`Scalar`], objects a [`NoText`].
+#[derive(Deserialize)]
+enum Wire<'a> {
     #[serde(borrow)]
-    Base(WireBody<'a>),
+    Base(NoText<WireBody<'a>>),
     #[serde(borrow)]
-    Get(WireBody<'a>),
+    Get(NoText<WireBody<'a>>),
     #[serde(borrow)]
-    List(WireBody<'a>),
+    List(NoText<WireBody<'a>>),
     #[serde(borrow)]
-    Trace(WireBody<'a>),
+    Trace(NoText<WireBody<'a>>),
     #[serde(borrow)]
-    Version(WireBody<'a>),
-    Stats(BTreeMap<String, serde_json::Value>),
+    Version(NoText<WireBody<'a>>),
+    Stats(WireStats),
     #[serde(borrow)]
-    Update(WireUpdate<'a>),
+    Update(NoText<WireUpdate<'a>>),
     #[serde(borrow)]
-    Close(WireClose<'a>),
-    Reset {
-        key: String,
-    },
-    Synced {
-        key: String,
-        revision: u64,
-        epoch: String,
-    },
+    Close(NoText<WireClose<'a>>),
+    Reset(NoText<WireReset>),
+    Synced(NoText<WireSynced>),
 }
 
 #[derive(Deserialize)]
 struct WireBody<'a> {
     #[serde(borrow)]
     id: &'a RawValue,
-    status: u16,
+    status: Scalar<u16>,
     message: String,
-    revision: Option<u64>,
-    count: Option<u64>,
+    revision: Option<Scalar<u64>>,
+    count: Option<Scalar<u64>>,
     #[serde(default)]
-    keys: Vec<String>,
-    #[serde(default)]
-    revisions: Vec<u64>,
-    #[serde(borrow, default)]
-    data: Vec<Value<'a>>,
-    #[serde(default)]
-    lens: Vec<u64>,
-    #[serde(default)]
-    more: bool,
-    #[serde(default)]
+    keys: Texts,
+    #[serde(borrow)]
+    revisions: Option<&'a RawValue>,
+    data: Option<Values>,
+    #[serde(borrow)]
+    lens: Option<&'a RawValue>,
+    more: Option<Scalar<bool>>,
+    #[serde(deserialize_with = "objects", default)]
     subscribers: Vec<Subscriber>,
-    #[serde(default)]
+    #[serde(deserialize_with = "objects", default)]
     clients: Vec<ConnectedClient>,
     version: Option<String>,
-    protocol: Option<u64>,
+    protocol: Option<Scalar<u64>>,
     epoch: Option<String>,
-    max_value: Option<u64>,
-    features: Option<NameList>,
-    patience_ms: Option<u64>,
+    max_value: Option<Scalar<u64>>,
+    features: Option<NoText<NameList>>,
+    patience_ms: Option<Scalar<u64>>,
 }
 
 #[derive(Deserialize)]
@@ -276,9 +283,8 @@ struct WireUpdate<'a> {
     key: Text<'a>,
     #[serde(borrow, default)]
     value: Value<'a>,
-    revision: u64,
-    #[serde(default)]
-    skipped: u64,
+    revision: Scalar<u64>,
+    skipped: Option<Scalar<u64>>,
 }
 
 #[derive(Deserialize)]
@@ -286,10 +292,32 @@ struct WireClose<'a> {
     key: String,
     #[serde(borrow)]
     reason: Text<'a>,
-    #[serde(default)]
-    revision: u64,
-    #[serde(default)]
-    skipped: u64,
+    revision: Option<Scalar<u64>>,
+    skipped: Option<Scalar<u64>>,
+}
+
+#[derive(Deserialize)]
+struct WireReset {
+    key: String,
+}
+
+#[derive(Deserialize)]
+struct WireSynced {
+    key: String,
+    revision: Scalar<u64>,
+    epoch: String,
+}
+
+/// How many figures are taken; others are passed over.
+const FIGURES_MAX: usize = 1_024;
+
+/// The answer to `Stats`: its fields are not known by name.
+struct WireStats(Body);
+
+enum Figure {
+    Number(u64),
+    Word(String),
+    Other,
 }
 
 /// Decodes a server's messages from a stream of bytes.
@@ -352,26 +380,26 @@ impl MessageDecoder {
 
 #[derive(Deserialize)]
 struct Len {
-    len: Option<u64>,
+    len: Option<Scalar<u64>>,
 }
 
 /// The length of the payload that belongs to a line, if one does.
 fn payload_len(line: &[u8]) -> Result<Option<usize>, MessageError> {
     #[derive(Deserialize)]
     enum Framed {
-        Update(Len),
-        Get(Len),
+        Update(NoText<Len>),
+        Get(NoText<Len>),
     }
     let len = if line.starts_with(b"{\"Update\"") || line.starts_with(b"{\"Get\"") {
-        let (Framed::Update(Len { len }) | Framed::Get(Len { len })) =
+        let (Framed::Update(NoText(Len { len })) | Framed::Get(NoText(Len { len }))) =
             serde_json::from_slice(line).map_err(|error| malformed(line, &error))?;
         len
     } else if is_without_payload(line) {
         None
     } else {
-        unknown(line).and_then(|body| serde_json::from_str::<Len>(body?.get()).ok()?.len)
+        unknown(line).and_then(|body| serde_json::from_str::<NoText<Len>>(body?.get()).ok()?.0.len)
     };
-    match len {
+    match plain(len) {
         Some(len) if len > MESSAGE_LEN_MAX => Err(MessageError::TooLarge { len_max: MESSAGE_LEN_MAX }),
         len => Ok(len.map(|len| len as usize)),
     }
@@ -398,7 +426,7 @@ fn unknown(line: &[u8]) -> Option<Option<&RawValue>> {
             f.write_str("a message")
         }
 
-        fn visit_str<E: serde::de::Error>(self, word: &str) -> Result<Unknown<'de>, E> {
+        fn visit_str<E: Error>(self, word: &str) -> Result<Unknown<'de>, E> {
             if is_known(word) { Err(E::custom("a known one")) } else { Ok(Unknown(None)) }
         }
 
@@ -423,92 +451,176 @@ fn is_known(word: &str) -> bool {
 }
 
 fn parse(line: &[u8], payload: Option<&[u8]>) -> Result<Message, MessageError> {
+    if line.starts_with(b"\"") {
+        return match serde_json::from_slice(line) {
+            Ok(Word::Hello) => Ok(Message::Hello),
+            Ok(Word::Alive) => Ok(Message::Alive),
+            Err(error) => passed_over(line, &error),
+        };
+    }
     let wire: Wire<'_> = match serde_json::from_slice(line) {
         Ok(wire) => wire,
-        Err(_) if unknown(line).is_some() => return Ok(Message::Unknown),
-        Err(error) => return Err(malformed(line, &error)),
+        Err(error) => return passed_over(line, &error),
     };
     Ok(match wire {
-        Wire::Hello => Message::Hello,
-        Wire::Alive => Message::Alive,
         Wire::Base(body) | Wire::Get(body) | Wire::List(body) | Wire::Trace(body) | Wire::Version(body) => {
-            Message::Answer(Box::new(answer(body, payload)?))
+            Message::Answer(Box::new(answer(body.0, payload)?))
         }
-        Wire::Stats(fields) => Message::Answer(Box::new(stats(fields))),
-        Wire::Update(WireUpdate { key, value, revision, skipped }) => {
+        Wire::Stats(WireStats(body)) => Message::Answer(Box::new(body)),
+        Wire::Update(NoText(WireUpdate { key, value, revision: Scalar(revision), skipped })) => {
             let value = Bytes::copy_from_slice(payload.unwrap_or(&value.0));
-            Message::Update { key: key.0.into_owned(), value, revision, skipped }
+            Message::Update { key: key.0.into_owned(), value, revision, skipped: plain(skipped).unwrap_or(0) }
         }
-        Wire::Close(WireClose { key, reason, revision, skipped }) => match Reason::from_word(&reason.0) {
-            Some(reason) => Message::Close { key, reason, revision, skipped },
-            None => Message::Unknown,
-        },
-        Wire::Reset { key } => Message::Reset { key },
-        Wire::Synced { key, revision, epoch } => Message::Synced { key, revision, epoch },
+        Wire::Close(NoText(WireClose { key, reason, revision, skipped })) => {
+            let [revision, skipped] = [revision, skipped].map(|number| plain(number).unwrap_or(0));
+            match Reason::from_word(&reason.0) {
+                Some(reason) => Message::Close { key, reason, revision, skipped },
+                None => Message::Unknown,
+            }
+        }
+        Wire::Reset(NoText(WireReset { key })) => Message::Reset { key },
+        Wire::Synced(NoText(WireSynced { key, revision: Scalar(revision), epoch })) => {
+            Message::Synced { key, revision, epoch }
+        }
     })
+}
+
+/// What this version cannot read, if a later one may have meant it.
+fn passed_over(line: &[u8], error: &serde_json::Error) -> Result<Message, MessageError> {
+    if unknown(line).is_some() { Ok(Message::Unknown) } else { Err(malformed(line, error)) }
+}
+
+fn plain<T>(scalar: Option<Scalar<T>>) -> Option<T> {
+    scalar.map(|Scalar(value)| value)
 }
 
 fn answer(body: WireBody<'_>, payload: Option<&[u8]>) -> Result<Body, MessageError> {
     let values = match payload {
-        Some(payload) => split(payload, &body.lens)?,
-        None => body.data.into_iter().map(|value| Bytes::from(value.0.into_owned())).collect(),
+        Some(payload) => {
+            let lens = parallel("lens", body.lens, body.keys.len())?;
+            Values::split(payload, lens).ok_or_else(|| wrong("'lens' and 'len' do not agree"))?
+        }
+        None => body.data.unwrap_or_default(),
     };
+    let revisions = parallel("revisions", body.revisions, body.keys.len())?.read();
     Ok(Body {
         id: body.id.get().to_owned(),
-        status: body.status,
+        status: body.status.0,
         message: body.message,
-        revision: body.revision,
-        count: body.count,
+        revision: plain(body.revision),
+        count: plain(body.count),
         keys: body.keys,
-        revisions: body.revisions,
+        revisions: revisions.ok_or_else(|| wrong("'revisions' are not numbers"))?,
         values,
-        more: body.more,
+        more: plain(body.more).unwrap_or(false),
         subscribers: body.subscribers,
         clients: body.clients,
         version: body.version,
-        protocol: body.protocol,
+        protocol: plain(body.protocol),
         epoch: body.epoch,
-        max_value: body.max_value,
-        features: body.features.unwrap_or_default().0,
-        patience_ms: body.patience_ms,
+        max_value: plain(body.max_value),
+        features: body.features.unwrap_or_default().0.0,
+        patience_ms: plain(body.patience_ms),
         stats: Stats::default(),
     })
 }
 
-fn split(mut payload: &[u8], lens: &[u64]) -> Result<Vec<Bytes>, MessageError> {
-    let mut values = Vec::with_capacity(lens.len());
-    for len in lens {
-        let len = usize::try_from(*len).unwrap_or(usize::MAX);
-        let Some((value, rest)) = payload.split_at_checked(len) else { break };
-        values.push(Bytes::copy_from_slice(value));
-        payload = rest;
-    }
-    if values.len() == lens.len() && payload.is_empty() {
-        return Ok(values);
-    }
-    Err(MessageError::Malformed { reason: "'lens' and 'len' do not agree".into() })
+/// Numbers that belong to keys; an error if there are more of them, or fewer.
+fn parallel<'a>(name: &str, list: Option<&'a RawValue>, keys: usize) -> Result<Numbers<'a>, MessageError> {
+    let numbers = Numbers::of(list).ok_or_else(|| wrong(&format!("'{name}' is not an array")))?;
+    numbers.exactly(keys).ok_or_else(|| wrong(&format!("'{name}' and 'keys' are not of one length")))
 }
 
-fn stats(fields: BTreeMap<String, serde_json::Value>) -> Body {
-    let mut body = Body::default();
-    for (name, value) in fields {
-        match (name.as_str(), value) {
-            ("id", id) => body.id = id.to_string(),
-            ("message", serde_json::Value::String(message)) => body.message = message,
-            ("status", status) => body.status = status.as_u64().and_then(|n| u16::try_from(n).ok()).unwrap_or(0),
-            (_, serde_json::Value::String(word)) => _ = body.stats.words.insert(name, word),
-            (_, value) => {
-                if let Some(number) = value.as_u64() {
-                    body.stats.numbers.insert(name, number);
+impl<'de> Deserialize<'de> for WireStats {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct StatsVisitor;
+        impl<'de> Visitor<'de> for StatsVisitor {
+            type Value = WireStats;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<WireStats, A::Error> {
+                let mut body = Body::default();
+                while let Some(Text(name)) = map.next_key()? {
+                    if name == "id" {
+                        map.next_value::<&RawValue>()?.get().clone_into(&mut body.id);
+                        continue;
+                    }
+                    let Stats { numbers, words } = &mut body.stats;
+                    let has_room = numbers.len().saturating_add(words.len()) < FIGURES_MAX;
+                    match (&*name, map.next_value()?) {
+                        ("message", Figure::Word(message)) => body.message = message,
+                        ("status", Figure::Number(status)) => body.status = u16::try_from(status).unwrap_or(0),
+                        (_, Figure::Word(word)) if has_room => _ = words.insert(name.into_owned(), word),
+                        (_, Figure::Number(number)) if has_room => _ = numbers.insert(name.into_owned(), number),
+                        _ => {}
+                    }
                 }
+                Ok(WireStats(body))
+            }
+
+            fn visit_str<E: Error>(self, _: &str) -> Result<WireStats, E> {
+                Err(unexpected_text(&self))
             }
         }
+        deserializer.deserialize_any(StatsVisitor)
     }
-    body
+}
+
+impl<'de> Deserialize<'de> for Figure {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct FigureVisitor;
+        impl<'de> Visitor<'de> for FigureVisitor {
+            type Value = Figure;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a figure")
+            }
+
+            fn visit_u64<E>(self, number: u64) -> Result<Figure, E> {
+                Ok(Figure::Number(number))
+            }
+
+            fn visit_str<E>(self, word: &str) -> Result<Figure, E> {
+                Ok(Figure::Word(word.to_owned()))
+            }
+
+            fn visit_bool<E>(self, _: bool) -> Result<Figure, E> {
+                Ok(Figure::Other)
+            }
+
+            fn visit_i64<E>(self, _: i64) -> Result<Figure, E> {
+                Ok(Figure::Other)
+            }
+
+            fn visit_f64<E>(self, _: f64) -> Result<Figure, E> {
+                Ok(Figure::Other)
+            }
+
+            fn visit_unit<E>(self) -> Result<Figure, E> {
+                Ok(Figure::Other)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Figure, A::Error> {
+                IgnoredAny.visit_seq(seq).map(|_| Figure::Other)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Figure, A::Error> {
+                IgnoredAny.visit_map(map).map(|_| Figure::Other)
+            }
+        }
+        deserializer.deserialize_any(FigureVisitor)
+    }
 }
 
 fn unterminated() -> MessageError {
-    MessageError::Malformed { reason: "no newline after a payload".into() }
+    wrong("no newline after a payload")
+}
+
+fn wrong(reason: &str) -> MessageError {
+    MessageError::Malformed { reason: reason.to_owned() }
 }
 
 /// How many characters of the reason are kept that a message is none.
@@ -518,11 +630,35 @@ fn malformed(line: &[u8], error: &serde_json::Error) -> MessageError {
     if line.starts_with(b"INFO {") {
         return MessageError::Nats;
     }
-    // It may quote all that the peer sent.
-    let whole = error.to_string();
-    let mut reason: String = whole.chars().take(REASON_CHARS_MAX).collect();
-    if reason.len() < whole.len() {
-        reason.push_str("...");
+    // It may quote a name of any length.
+    let mut reason = Start::default();
+    // The start of it is all there is to write, and that never fails.
+    _ = write!(reason, "{error}");
+    if reason.is_cut {
+        reason.text.push_str("...");
     }
-    MessageError::Malformed { reason }
+    MessageError::Malformed { reason: reason.text }
+}
+
+/// The first characters of what is written to it.
+#[derive(Default)]
+struct Start {
+    text: String,
+    chars: usize,
+    is_cut: bool,
+}
+
+impl Write for Start {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let room = REASON_CHARS_MAX.saturating_sub(self.chars);
+        for (at, char) in text.chars().take(room.saturating_add(1)).enumerate() {
+            if at == room {
+                self.is_cut = true;
+                break;
+            }
+            self.text.push(char);
+            self.chars = self.chars.saturating_add(1);
+        }
+        Ok(())
+    }
 }

@@ -262,7 +262,7 @@ fn keys_are_escaped_in_answers() {
     let mut out = Chunks::default();
     Answer::to(Default::default(), &mut out).entries(list_of("a\"\\b\u{1}é"), true);
     let Message::Answer(body) = message(&out.take().concat()) else { panic!("no answer") };
-    assert_eq!((body.keys, body.revisions, body.more), (vec!["a\"\\b\u{1}é".to_owned()], vec![3], true));
+    assert_eq!((Vec::from_iter(body.keys.iter()), &*body.revisions, body.more), (vec!["a\"\\b\u{1}é"], &[3][..], true));
 }
 
 #[test]
@@ -276,8 +276,56 @@ fn every_character_is_escaped_where_it_must_be_wherever_it_stands() {
             let line = out.take().concat();
             assert_eq!(line.iter().filter(|byte| **byte < b' ').count(), 1, "{special:?}: one line");
             let Message::Answer(body) = message(&line) else { panic!("no answer") };
-            assert_eq!(body.keys, [key]);
+            assert_eq!(Vec::from_iter(body.keys.iter()), [key]);
         }
+    }
+}
+
+#[test]
+fn long_and_short_values_keep_their_places() {
+    let long = |byte: u8, len| Bytes::from(vec![byte; len]);
+    let values =
+        [long(b'a', 5_000), Bytes::new(), long(b'b', 4_096), long(b'c', 4_095), long(255, 9_000), long(b'd', 1)];
+    for places in [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [1, 0, 1, 4, 2, 0], [1, 1, 1, 1, 1, 1]] {
+        let values = places.map(|place| values[place].clone());
+        let entries: Vec<_> = values.iter().map(|value| ("k", value, 7)).collect();
+        for form in [ValueForm::Bytes, ValueForm::Text, ValueForm::Payload] {
+            let mut out = Chunks::default();
+            Answer::to(Default::default(), &mut out).get(form, &entries, false);
+            let Message::Answer(body) = message(&out.take().concat()) else { panic!("no answer") };
+            assert_eq!(Vec::from_iter(&body.values), values);
+            assert_eq!((body.values.len(), Vec::from_iter(body.keys.iter())), (6, vec!["k"; 6]));
+        }
+    }
+}
+
+#[test]
+fn lists_that_run_in_parallel_are_of_one_length_and_of_numbers() {
+    let read = |fields: &str, payload: &str| {
+        let start = r#"{"Get":{"id":1,"status":200,"message":"No Error""#;
+        let line = format!("{start},{fields}}}}}\n{payload}");
+        let (_, message) = MessageDecoder::new().decode(line.as_bytes())?;
+        let Some(Message::Answer(body)) = message else { panic!("no answer") };
+        Ok::<_, MessageError>((body.revisions, Vec::from_iter(&body.values)))
+    };
+    let values = vec![Bytes::from("x"), Bytes::from("yz")];
+    let good = r#""keys":["a","b"],"revisions":[ 1 , 18446744073709551615 ],"lens":[1,2],"len":3"#;
+    assert_eq!(read(good, "xyz\n"), Ok((vec![1, u64::MAX], values)));
+    assert_eq!(read(r#""keys":null,"revisions":null,"data":null"#, ""), Ok((vec![], vec![])));
+    assert_eq!(read(r#""keys":[],"revisions":[ ],"data":[]"#, ""), Ok((vec![], vec![])));
+    for (bad, payload) in [
+        (good.replace(" 1 ,", ""), "xyz\n"),
+        (good.replace("[1,2]", "[1,1,1]"), "xyz\n"),
+        (good.replace("[1,2]", "[1,1]"), "xyz\n"),
+        (good.replace("[1,2]", "[1,3]"), "xyz\n"),
+        (good.replace("[1,2]", "1"), "xyz\n"),
+        (good.replace(" 1 ", "1.0"), "xyz\n"),
+        (good.replace(" 1 ", "-1"), "xyz\n"),
+        (good.replace(" 1 ", "\"1\""), "xyz\n"),
+        (good.replace("\"a\"", "7"), "xyz\n"),
+        (r#""keys":["a"],"revisions":[1],"data":[[256]]"#.into(), ""),
+    ] {
+        assert!(matches!(read(&bad, payload), Err(MessageError::Malformed { .. })), "{bad}");
     }
 }
 
@@ -314,7 +362,7 @@ proptest! {
         let mut out = Chunks::default();
         Answer::to(Default::default(), &mut out).get(form, &entries, false);
         let Message::Answer(body) = message(&out.take().concat()) else { panic!("no answer") };
-        prop_assert_eq!(&body.values, &values);
+        prop_assert_eq!(&Vec::from_iter(&body.values), &values);
 
         let mut out = Chunks::default();
         Answer::to(Default::default(), &mut out).get(form, &[("k", &values[0], 7)], false);

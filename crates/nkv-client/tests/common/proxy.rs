@@ -55,6 +55,8 @@ pub(crate) struct Proxy {
     cut_within: Arc<AtomicU64>,
     generation: watch::Sender<u64>,
     pub(crate) accepted: Arc<AtomicU64>,
+    /// How many connections have ended, on whatever side.
+    pub(crate) ended: Arc<AtomicU64>,
 }
 
 impl Proxy {
@@ -67,10 +69,12 @@ impl Proxy {
             cut_within: Arc::default(),
             generation: watch::Sender::new(0),
             accepted: Arc::default(),
+            ended: Arc::default(),
         };
         let (target, cut_after) = (Arc::clone(&proxy.target), Arc::clone(&proxy.cut_after));
         let cut_within = Arc::clone(&proxy.cut_within);
         let (accepted, generation) = (Arc::clone(&proxy.accepted), proxy.generation.subscribe());
+        let ended = Arc::clone(&proxy.ended);
         tokio::spawn(async move {
             let mut dice = dice;
             while let Ok((near, _)) = listener.accept().await {
@@ -86,12 +90,18 @@ impl Proxy {
                 let rest = dice.below(400);
                 let (target, mut generation) = (target.lock().unwrap().clone(), generation.clone());
                 generation.mark_unchanged();
+                let ended = Arc::clone(&ended);
                 tokio::spawn(async move {
-                    let Ok(far) = TcpStream::connect(target).await else { return };
-                    tokio::select! {
-                        () = forward(near, far, limit, (Instant::now() + time, rest)) => {}
-                        _ = generation.changed() => {}
+                    let mut near = near;
+                    if let Ok(far) = TcpStream::connect(target).await {
+                        tokio::select! {
+                            () = forward(&mut near, far, limit, (Instant::now() + time, rest)) => {}
+                            _ = generation.changed() => {}
+                        }
                     }
+                    // Before the client can notice.
+                    ended.fetch_add(1, SeqCst);
+                    drop(near);
                 });
             }
         });
@@ -117,12 +127,12 @@ impl Proxy {
 }
 
 /// Passes on so many bytes, of both directions together, and from some time on only so many more.
-async fn forward(mut near: TcpStream, mut far: TcpStream, mut limit: u64, (mut end, mut rest): (Instant, u64)) {
+async fn forward(near: &mut TcpStream, mut far: TcpStream, mut limit: u64, (mut end, mut rest): (Instant, u64)) {
     let (mut out, mut back) = ([0; 1_024], [0; 1_024]);
     while limit > 0 {
         let (read, bytes, to) = tokio::select! {
             read = near.read(&mut out) => (read, &out, &mut far),
-            read = far.read(&mut back) => (read, &back, &mut near),
+            read = far.read(&mut back) => (read, &back, &mut *near),
             () = sleep_until(end) => {
                 limit = limit.min(std::mem::take(&mut rest));
                 // The second time it is cut, should there be nothing to pass on.

@@ -13,7 +13,7 @@ use peak_alloc::PeakAlloc;
 #[global_allocator]
 static ALLOCATED: PeakAlloc = PeakAlloc;
 
-const LEN: usize = 512 << 10;
+const LEN: usize = 256 << 10;
 /// Of a message's length; memory that is moved counts twice while it is.
 const TIMES: usize = 4;
 const BESIDES: usize = 128 << 10;
@@ -62,6 +62,7 @@ fn a_message_takes_four_times_its_length_at_most() {
             "subscribers",
             &[r#"{"client_uuid":"","pattern":"","since_ms":0,"queued":0,"skipped":0}"#, "{}", "[]", "\"\""],
         ),
+        ("clients", &[r#"{"peer":"","since_ms":0,"subscriptions":0,"queued":0,"skipped":0}"#, "{}", "\"\""]),
         ("later", &["[]", "{}", "\"\"", r#"{"a":[]}"#]),
     ] {
         for element in elements {
@@ -101,9 +102,11 @@ fn a_message_takes_four_times_its_length_at_most() {
         for kind in KINDS {
             check(&format!("a text as {kind}"), format!("{{\"{kind}\":\"{text}\"}}\n").as_bytes());
         }
-        for field in ["client_uuid", "pattern", "since_ms", "queued", "skipped"] {
-            let input = format!("{{\"Trace\":{{{ANSWER},\"subscribers\":[{{\"{field}\":\"{text}\"}}]}}}}\n");
-            check(&format!("a text as {field} of a subscriber"), input.as_bytes());
+        for field in ["client_uuid", "pattern", "since_ms", "queued", "skipped", "name", "peer", "subscriptions"] {
+            for list in ["subscribers", "clients"] {
+                let input = format!("{{\"Trace\":{{{ANSWER},\"{list}\":[{{\"{field}\":\"{text}\"}}]}}}}\n");
+                check(&format!("a text as {field} of {list}"), input.as_bytes());
+            }
         }
         check("a text as a kind", format!("{{\"{text}\":{{}}}}\n").as_bytes());
         check("a text alone", format!("\"{text}\"\n").as_bytes());
@@ -124,7 +127,7 @@ fn a_message_takes_four_times_its_length_at_most() {
 
 const KINDS: [&str; 10] = ["Base", "Get", "List", "Trace", "Version", "Stats", "Update", "Close", "Reset", "Synced"];
 
-const FIELDS: [&str; 22] = [
+const FIELDS: [&str; 26] = [
     "id",
     "status",
     "message",
@@ -146,5 +149,9 @@ const FIELDS: [&str; 22] = [
     "value",
     "skipped",
     "reason",
+    "patience_ms",
+    "clients",
+    "name",
+    "peer",
     "later",
 ];

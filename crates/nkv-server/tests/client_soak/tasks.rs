@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use nkv_client::Subscription;
 use nkv_client::{Client, ConnectionState, Entry, Error, ErrorKind, Event, GoneReason, Pattern, PutOptions, Revision};
-use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::ledger::Ledger;
@@ -172,6 +171,9 @@ impl Own {
     }
 }
 
+/// The revision that a watch shows; 0 for none.
+type Shown = Box<dyn Fn() -> u64 + Send + Sync>;
+
 /// Writes and reads until it is to stop.
 pub struct Task {
     world: Arc<World>,
@@ -179,7 +181,7 @@ pub struct Task {
     number: usize,
     dice: Dice,
     own: Vec<Own>,
-    watched: Option<watch::Receiver<Option<Entry>>>,
+    watched: Option<Shown>,
 }
 
 impl Task {
@@ -190,9 +192,12 @@ impl Task {
     }
 
     pub async fn run(mut self) {
-        if self.number % 5 == 0 {
+        if self.number.is_multiple_of(5) {
             let key = self.own[0].key.clone();
-            self.watched = self.world.call("watch", self.client.watch(&key)).await.ok();
+            let watched = self.world.call("watch", self.client.watch(&key)).await.ok();
+            self.watched = watched.map(|watched| {
+                Box::new(move || watched.borrow().as_ref().map_or(0, |entry| entry.revision.get())) as Shown
+            });
         }
         while !self.world.stop.load(SeqCst) {
             let own = self.dice.below(OWN as u64) as usize;
@@ -252,9 +257,8 @@ impl Task {
     /// A watch is not older than its own client's put.
     fn look_at_watch(&self, revision: u64) {
         let Some(watched) = &self.watched else { return };
-        let watched = watched.borrow().as_ref().map_or(0, |entry| entry.revision.get());
         self.world.count("watched");
-        if watched < revision {
+        if watched() < revision {
             self.world.count("stale_watches");
         }
     }

@@ -13,7 +13,9 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::ledger::Ledger;
 use crate::proxy::{Dice, Proxy};
 
+/// Tasks of the client, and of another one that no proxy cuts: it writes while the first is away.
 pub const TASKS: usize = 100;
+pub const OTHERS: usize = 4;
 /// Keys that one task alone writes.
 const OWN: usize = 3;
 /// Keys that all write, and nobody deletes.
@@ -55,7 +57,7 @@ struct Mark {
 }
 
 pub fn keys() -> impl Iterator<Item = String> {
-    let own = (0..TASKS).flat_map(|task| (0..OWN).map(move |n| format!("t{task}.k{n}")));
+    let own = (0..TASKS + OTHERS).flat_map(|task| (0..OWN).map(move |n| format!("t{task}.k{n}")));
     own.chain((0..SHARED).map(|n| format!("shared.s{n}")))
 }
 
@@ -64,7 +66,8 @@ pub fn patterns() -> impl Iterator<Item = String> {
     (0..100).map(|n| match n % 10 {
         0 => "*".into(),
         1 => "shared".into(),
-        2..=5 => format!("t{n}"),
+        2 => format!("t{}", TASKS + n / 10 % OTHERS),
+        3..=5 => format!("t{n}"),
         6 | 7 => format!("t{n}.*"),
         8 => format!("t{n}.k1"),
         _ => format!("shared.s{}", n / 10 % SHARED as usize),

@@ -12,7 +12,7 @@ use thiserror::Error;
 use crate::Features;
 use crate::decoder::split_line;
 use crate::features::NameList;
-use crate::json::{NoText, Scalar, Text, Value, read_number, unexpected_text};
+use crate::json::{NoText, Scalar, Text, Value, read_scalar, unexpected_text};
 use crate::lists::{Numbers, Texts, Values, objects};
 
 /// Longest message a client takes, in bytes: the largest `Get` with values in their longest form is left to whoever
@@ -131,13 +131,13 @@ pub struct Subscriber {
     /// What it subscribed to.
     pub pattern: String,
     /// For how long it has been subscribed, in milliseconds.
-    #[serde(deserialize_with = "read_number")]
+    #[serde(deserialize_with = "read_scalar")]
     pub since_ms: u64,
     /// Messages waiting for it.
-    #[serde(deserialize_with = "read_number")]
+    #[serde(deserialize_with = "read_scalar")]
     pub queued: u64,
     /// Changes passed over on its connection.
-    #[serde(deserialize_with = "read_number")]
+    #[serde(deserialize_with = "read_scalar")]
     pub skipped: u64,
 }
 

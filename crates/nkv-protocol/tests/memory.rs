@@ -102,7 +102,9 @@ fn a_message_takes_four_times_its_length_at_most() {
         for kind in KINDS {
             check(&format!("a text as {kind}"), format!("{{\"{kind}\":\"{text}\"}}\n").as_bytes());
         }
-        for field in ["client_uuid", "pattern", "since_ms", "queued", "skipped", "name", "peer", "subscriptions"] {
+        for field in
+            ["client_uuid", "pattern", "since_ms", "queued", "skipped", "name", "peer", "subscriptions", "exact"]
+        {
             for list in ["subscribers", "clients"] {
                 let input = format!("{{\"Trace\":{{{ANSWER},\"{list}\":[{{\"{field}\":\"{text}\"}}]}}}}\n");
                 check(&format!("a text as {field} of {list}"), input.as_bytes());

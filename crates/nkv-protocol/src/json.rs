@@ -364,14 +364,13 @@ impl<T: ScalarType> Visitor<'_> for ScalarVisitor<T> {
     }
 }
 
-/// A number that is a field of its own type; see [`Scalar`].
-pub(crate) fn read_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-    Scalar::deserialize(deserializer).map(|Scalar(number)| number)
-}
-
-/// A flag that is a field of its own type; see [`Scalar`].
-pub(crate) fn read_flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
-    Scalar::deserialize(deserializer).map(|Scalar(flag)| flag)
+/// Reads a number or a flag into a field of its own type; see [`Scalar`].
+pub(crate) fn read_scalar<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: ScalarType,
+{
+    Scalar::deserialize(deserializer).map(|Scalar(value)| value)
 }
 
 /// An object or an array. As with [`Scalar`], an error quotes no text that is there instead.

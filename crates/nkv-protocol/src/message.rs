@@ -13,7 +13,7 @@ use thiserror::Error;
 use crate::Features;
 use crate::decoder::split_line;
 use crate::features::NameList;
-use crate::json::{NoText, Scalar, Text, Value, read_flag, read_number, unexpected_text};
+use crate::json::{NoText, Scalar, Text, Value, read_scalar, unexpected_text};
 use crate::lists::{Numbers, Texts, Values, objects};
 
 /// Longest message a client takes, in bytes: the largest `Get` with values in their longest form is left to whoever
@@ -147,16 +147,16 @@ pub struct Subscriber {
     /// What it subscribed to.
     pub pattern: String,
     /// Whether that is a key without its branch, if the server says so.
-    #[serde(deserialize_with = "read_flag", default)]
+    #[serde(deserialize_with = "read_scalar", default)]
     pub exact: bool,
     /// For how long it has been subscribed, in milliseconds.
-    #[serde(deserialize_with = "read_number")]
+    #[serde(deserialize_with = "read_scalar")]
     pub since_ms: u64,
     /// Messages waiting for it.
-    #[serde(deserialize_with = "read_number")]
+    #[serde(deserialize_with = "read_scalar")]
     pub queued: u64,
     /// Changes passed over on its connection.
-    #[serde(deserialize_with = "read_number")]
+    #[serde(deserialize_with = "read_scalar")]
     pub skipped: u64,
     /// The name of its client for people, if that has one and the server says so.
     pub name: Option<String>,
@@ -175,16 +175,16 @@ pub struct ConnectedClient {
     /// Its name for people, if it has one.
     pub name: Option<String>,
     /// For how long it has been connected, in milliseconds.
-    #[serde(deserialize_with = "read_number")]
+    #[serde(deserialize_with = "read_scalar")]
     pub since_ms: u64,
     /// How many subscriptions it has.
-    #[serde(deserialize_with = "read_number")]
+    #[serde(deserialize_with = "read_scalar")]
     pub subscriptions: u64,
     /// Messages waiting for it.
-    #[serde(deserialize_with = "read_number")]
+    #[serde(deserialize_with = "read_scalar")]
     pub queued: u64,
     /// Changes passed over on its connection.
-    #[serde(deserialize_with = "read_number")]
+    #[serde(deserialize_with = "read_scalar")]
     pub skipped: u64,
 }
 

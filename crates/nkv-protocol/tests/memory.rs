@@ -13,7 +13,7 @@ use peak_alloc::PeakAlloc;
 #[global_allocator]
 static ALLOCATED: PeakAlloc = PeakAlloc;
 
-const LEN: usize = 512 << 10;
+const LEN: usize = 256 << 10;
 /// Of a message's length; memory that is moved counts twice while it is.
 const TIMES: usize = 4;
 const BESIDES: usize = 128 << 10;
@@ -150,7 +150,7 @@ fn a_message_takes_four_times_its_length_at_most() {
 const KINDS: [&str; 12] =
     ["Hello", "Alive", "Base", "Get", "List", "Trace", "Version", "Stats", "Update", "Close", "Reset", "Synced"];
 
-const FIELDS: [&str; 24] = [
+const FIELDS: [&str; 26] = [
     "id",
     "status",
     "message",
@@ -174,5 +174,7 @@ const FIELDS: [&str; 24] = [
     "value",
     "skipped",
     "reason",
+    "name",
+    "peer",
     "later",
 ];

@@ -26,7 +26,7 @@ use nkv_client::{Client, Pattern};
 use proxy::{Dice, Proxy};
 use support::PATIENCE;
 use support::process::{Process, command};
-use tasks::{LIMIT, TASKS, Task, View, World};
+use tasks::{LIMIT, OTHERS, TASKS, Task, View, World};
 use tokio::runtime::Runtime;
 
 /// From this length on it is judged whether memory grows, and by how much it may.
@@ -59,7 +59,10 @@ fn whatever_becomes_of_server_and_connection_the_client_says_what_is_true() {
     });
     let client = runtime.block_on(connect(&world.proxy.addr));
     let views = subscribe(&runtime, &world, &client, &mut dice);
-    let tasks: Vec<_> = (0..TASKS).map(|n| runtime.spawn(Task::new(&world, &client, n, dice.split()).run())).collect();
+    let other = runtime.block_on(connect(&addr));
+    let clients = std::iter::repeat_n(&client, TASKS).chain(std::iter::repeat_n(&other, OTHERS));
+    let tasks = clients.enumerate().map(|(n, client)| runtime.spawn(Task::new(&world, client, n, dice.split()).run()));
+    let tasks: Vec<_> = tasks.collect();
 
     let (began, mut memory) = (Instant::now(), Vec::new());
     let mut faults = Faults { dir: dir.path(), world: &world, addr: &addr, seconds, done: BTreeMap::new() };
@@ -75,7 +78,7 @@ fn whatever_becomes_of_server_and_connection_the_client_says_what_is_true() {
         let done = runtime.block_on(async { tokio::time::timeout(LIMIT * 6, task).await });
         done.unwrap_or_else(|_| panic!("a task does not end (seed {seed})")).unwrap();
     }
-    let converged = converge(&runtime, &world, &addr, &views);
+    let converged = converge(&runtime, &world, (&addr, &other), &views);
 
     let kinds = faults.done.iter().map(|(kind, count)| format!("{kind}={count}")).collect::<Vec<_>>().join(" ");
     let counts = world.counts.lock().unwrap().clone();
@@ -203,14 +206,25 @@ impl Faults<'_> {
     }
 }
 
-/// Waits until all subscriptions know what the store holds, and compares that with what was acknowledged.
-fn converge(runtime: &Runtime, world: &World, addr: &str, views: &[Arc<Mutex<View>>]) -> Duration {
+/// Deletes and puts while the client is away, waits until all its subscriptions know what the store holds, and compares
+/// that with what was acknowledged.
+fn converge(runtime: &Runtime, world: &World, (addr, other): (&str, &Client), views: &[Arc<Mutex<View>>]) -> Duration {
     world.proxy.cut_after(0);
-    world.proxy.lead_to(addr);
+    world.proxy.lead_to("127.0.0.1:1"); // where nobody listens
     world.proxy.cut_now();
+    for number in (0..TASKS + OTHERS).step_by(2) {
+        let deleted = runtime.block_on(other.delete(&format!("t{number}.*"))).unwrap();
+        let keys: Vec<_> = world.ledger.keys().filter(|key| key.starts_with(&format!("t{number}."))).collect();
+        assert!(deleted.count <= keys.len() as u64);
+        let (number, value) = world.ledger.begin(keys[0]);
+        let revision = runtime.block_on(other.put(keys[0], value)).unwrap().get();
+        if let Err(wrong) = world.ledger.written(keys[0], number, revision) {
+            world.wrong(format!("in the end, {}: {wrong}", keys[0]));
+        }
+    }
+    world.proxy.lead_to(addr);
     let began = Instant::now();
-    let reader = runtime.block_on(connect(addr));
-    let store = runtime.block_on(reader.get_all("*")).unwrap();
+    let store = runtime.block_on(other.get_all("*")).unwrap();
     for entry in &store {
         let (key, revision) = (entry.key.as_str(), entry.revision.get());
         if let Err(wrong) = world.ledger.seen(key, revision, &entry.value) {

@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use nkv_client::Subscription;
 use nkv_client::{Client, ConnectionState, Entry, Error, ErrorKind, Event, GoneReason, Pattern, PutOptions, Revision};
-use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::ledger::Ledger;
 use crate::proxy::{Dice, Proxy};
 
+/// Tasks of the client, and of another one that no proxy cuts: it writes while the first is away.
 pub const TASKS: usize = 100;
+pub const OTHERS: usize = 4;
 /// Keys that one task alone writes.
 const OWN: usize = 3;
 /// Keys that all write, and nobody deletes.
@@ -56,7 +57,7 @@ struct Mark {
 }
 
 pub fn keys() -> impl Iterator<Item = String> {
-    let own = (0..TASKS).flat_map(|task| (0..OWN).map(move |n| format!("t{task}.k{n}")));
+    let own = (0..TASKS + OTHERS).flat_map(|task| (0..OWN).map(move |n| format!("t{task}.k{n}")));
     own.chain((0..SHARED).map(|n| format!("shared.s{n}")))
 }
 
@@ -65,7 +66,8 @@ pub fn patterns() -> impl Iterator<Item = String> {
     (0..100).map(|n| match n % 10 {
         0 => "*".into(),
         1 => "shared".into(),
-        2..=5 => format!("t{n}"),
+        2 => format!("t{}", TASKS + n / 10 % OTHERS),
+        3..=5 => format!("t{n}"),
         6 | 7 => format!("t{n}.*"),
         8 => format!("t{n}.k1"),
         _ => format!("shared.s{}", n / 10 % SHARED as usize),
@@ -172,6 +174,9 @@ impl Own {
     }
 }
 
+/// The revision that a watch shows; 0 for none.
+type Shown = Box<dyn Fn() -> u64 + Send + Sync>;
+
 /// Writes and reads until it is to stop.
 pub struct Task {
     world: Arc<World>,
@@ -179,7 +184,7 @@ pub struct Task {
     number: usize,
     dice: Dice,
     own: Vec<Own>,
-    watched: Option<watch::Receiver<Option<Entry>>>,
+    watched: Option<Shown>,
 }
 
 impl Task {
@@ -190,9 +195,10 @@ impl Task {
     }
 
     pub async fn run(mut self) {
-        if self.number % 5 == 0 {
+        if self.number.is_multiple_of(5) {
             let key = self.own[0].key.clone();
-            self.watched = self.world.call("watch", self.client.watch(&key)).await.ok();
+            let watched = self.world.call("watch", self.client.watch(&key)).await.ok();
+            self.watched = watched.map(|watched| Box::new(move || watched.borrow().revision.get()) as Shown);
         }
         while !self.world.stop.load(SeqCst) {
             let own = self.dice.below(OWN as u64) as usize;
@@ -252,9 +258,8 @@ impl Task {
     /// A watch is not older than its own client's put.
     fn look_at_watch(&self, revision: u64) {
         let Some(watched) = &self.watched else { return };
-        let watched = watched.borrow().as_ref().map_or(0, |entry| entry.revision.get());
         self.world.count("watched");
-        if watched < revision {
+        if watched() < revision {
             self.world.count("stale_watches");
         }
     }
@@ -432,11 +437,11 @@ impl View {
             }
             Event::Synced { epoch, .. } => {
                 self.is_synced = true;
-                if *epoch != world.epoch {
+                if epoch.to_string() != world.epoch {
                     world.wrong(format!("{who}: synced in the epoch {epoch}, expected {}", world.epoch));
                 }
             }
-            Event::Reconnecting | Event::Connected => self.is_synced = false,
+            Event::Reconnecting | Event::Connected { .. } => self.is_synced = false,
             other => world.wrong(format!("{who}: {other:?}")),
         }
     }

@@ -6,73 +6,11 @@ mod common;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nkv_server::Server;
+use common::cli::{command, finish, lines, nkv};
 use serde_json::{Value, json};
-use tokio::runtime::Runtime;
-
-/// A server, for as long as it lives.
-struct Nkv {
-    addr: String,
-    _server: Server,
-    _runtime: Runtime,
-}
-
-fn nkv() -> Nkv {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let (server, addr) = runtime.block_on(common::server());
-    Nkv { addr, _server: server, _runtime: runtime }
-}
-
-fn command(words: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_nkv-client"));
-    command.args(words).env_remove("NKV_ADDR").env_remove("NKV_TOKEN");
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
-}
-
-/// Waits for the end, but not for ever.
-fn finish(mut child: Child) -> Output {
-    let started = Instant::now();
-    while child.try_wait().unwrap().is_none() {
-        if started.elapsed() > Duration::from_secs(20) {
-            child.kill().unwrap();
-            panic!("nkv-client does not end");
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    child.wait_with_output().unwrap()
-}
-
-impl Nkv {
-    fn run(&self, words: &[&str]) -> (i32, String, String) {
-        self.feed(words, b"")
-    }
-
-    fn feed(&self, words: &[&str], stdin: &[u8]) -> (i32, String, String) {
-        let output = self.raw(words, stdin);
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
-    }
-
-    fn raw(&self, words: &[&str], stdin: &[u8]) -> Output {
-        let mut child = command(words).env("NKV_ADDR", &self.addr).stdin(Stdio::piped()).spawn().unwrap();
-        child.stdin.take().unwrap().write_all(stdin).unwrap();
-        finish(child)
-    }
-
-    fn stdout(&self, words: &[&str]) -> String {
-        let (code, stdout, stderr) = self.run(words);
-        assert_eq!(code, 0, "{words:?}: {stderr}");
-        stdout
-    }
-}
-
-fn lines(text: &str) -> Vec<Value> {
-    text.lines().map(|line| serde_json::from_str(line).expect(line)).collect()
-}
 
 #[test]
 fn a_value_stands_alone_on_stdout_and_all_else_on_stderr() {
@@ -288,50 +226,6 @@ fn an_empty_variable_is_as_if_not_set_and_one_that_is_wrong_is_named() {
     assert!(output.status.code() == Some(2) && stderr.contains("NKV_ADDR"), "{stderr}");
 }
 
-#[test]
-fn commands_may_come_from_a_pipe() {
-    let nkv = nkv();
-    let script = b"PUT a.b 'two words'\nget a.b\nget nope\nsubscribe a\nset a.c 3\ndel a.b\n\nunsub a\nLIST\nlist --json\nquit\nget a.c\n";
-    let (code, stdout, stderr) = nkv.feed(&[], script);
-    assert_eq!((code, stderr.as_str()), (1, ""), "the first that failed: get nope");
-    let mut told: Vec<_> = stdout.lines().collect();
-    let events: Vec<_> = told
-        .extract_if(.., |line| line.contains(" = ") || line.ends_with(" deleted") || line.contains("synced"))
-        .collect();
-    assert!(events.contains(&"a.c = 3") && events.contains(&"a.b deleted"), "{stdout}");
-    let answers = [
-        "OK revision 1",
-        "two words",
-        "not found",
-        "OK",
-        "OK revision 2",
-        "OK deleted 1, revision 3",
-        "OK",
-        "a.c",
-        r#"{"key":"a.c","op":"list","revision":2}"#,
-    ];
-    assert_eq!(told, answers);
-
-    let (code, stdout, stderr) = nkv.feed(&[], b"fly\nput a\nget a..b\nput x 'open\nget a.c");
-    assert_eq!((code, stdout.as_str()), (2, "3\n"));
-    assert!(stderr.contains("fly") && stderr.contains("empty segment") && stderr.contains("quotation"), "{stderr}");
-}
-
-// Whatever failed, a script was told that all was well.
-#[test]
-fn the_first_command_of_a_pipe_that_fails_gives_the_exit_code() {
-    let nkv = nkv();
-    for (script, code) in [
-        (&b"put a 1\nget a\nhelp\n"[..], 0),
-        (b"put a 1\nput a 2 --if-revision 0\nget nope\nput b 1\nquit\n", 5),
-        (b"unsubscribe a\nfly\n", 1),
-        (b"get \xff\n", 2),
-    ] {
-        assert_eq!(nkv.feed(&[], script).0, code, "{}", String::from_utf8_lossy(script));
-    }
-    assert_eq!(nkv.stdout(&["get", "b"]), "1", "what follows a failure is run");
-}
-
 // A full disk was the user's mistake.
 #[cfg(target_os = "linux")]
 #[test]
@@ -343,6 +237,58 @@ fn a_stdout_that_takes_nothing_is_a_failure_and_no_usage_error() {
         let output = finish(command(&[&[nkv.addr.as_str()], words].concat()).stdout(full).spawn().unwrap());
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!((output.status.code(), stderr.contains("cannot write to stdout")), (Some(7), true), "{stderr}");
+    }
+}
+
+// A wildcard was called malformed, and an absent key one at revision 0.
+#[test]
+fn what_is_wrong_is_said_of_what_it_is() {
+    let nkv = nkv();
+    for words in [
+        &["put", "a.*", "1"][..],
+        &["trace", "*"],
+        &["delete", "a.*", "--if-revision", "1"],
+        &["list", "--after", "a.*"],
+        &["get", "*", "--after", "*"],
+    ] {
+        let (code, _, stderr) = nkv.run(words);
+        assert!(code == 2 && stderr.contains("a key is needed here"), "{words:?}: {stderr}");
+    }
+    let absent = "nkv-client: conflict: the key does not exist\n";
+    assert_eq!(nkv.run(&["put", "a", "1", "--if-revision", "7"]), (5, String::new(), absent.into()));
+}
+
+// It waited for ever.
+#[test]
+fn a_subscription_that_is_to_end_by_itself_has_a_time_to_do_so() {
+    let nkv = nkv();
+    nkv.stdout(&["put", "a", "1"]);
+    for words in
+        [&["subscribe", "b", "--once", "--timeout", "100ms"][..], &["sub", "a", "--count", "2", "--timeout", "0.1s"]]
+    {
+        let (code, _, stderr) = nkv.run(words);
+        assert!(code == 6 && stderr.contains("within 100ms"), "{words:?}: {stderr}");
+    }
+    assert_eq!(nkv.run(&["subscribe", "a", "--once", "--timeout", "1h"]), (0, "a = 1\n".into(), String::new()));
+}
+
+#[test]
+fn a_host_without_a_port_is_an_address_wherever_one_may_be() {
+    let free = "unix:/no/such/socket";
+    for (words, addr, shown) in [
+        (&["127.0.0.4", "get", "a"][..], "", "127.0.0.4:4222"),
+        (&["nkv://127.0.0.4", "get", "a"], "", "127.0.0.4:4222"),
+        (&["host.invalid", "--timeout", "10s", "get", "a"], "", "host.invalid:4222"),
+        (&["no-such-host", "get", "a"], "", "no-such-host:4222"),
+        (&["get", "a"], "127.0.0.4", "127.0.0.4:4222"),
+        (&["get", "get"], free, "/no/such/socket"),
+    ] {
+        let output = finish(command(words).env("NKV_ADDR", addr).spawn().unwrap());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(matches!(output.status.code(), Some(3 | 6)) && stderr.contains(shown), "{words:?}: {stderr}");
+    }
+    for words in [&["db1"][..], &["db1", "gte", "a"], &["gte", "a"]] {
+        assert_eq!(finish(command(words).env("NKV_ADDR", free).spawn().unwrap()).status.code(), Some(2), "{words:?}");
     }
 }
 

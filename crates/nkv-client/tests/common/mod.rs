@@ -1,6 +1,8 @@
 //! What tests need: a real server, a proxy that cuts, a server that follows a script, and limits to every wait.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+#[cfg(feature = "cli")]
+pub(crate) mod cli;
 pub(crate) mod proxy;
 
 use std::time::Duration;

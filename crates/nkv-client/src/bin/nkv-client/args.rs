@@ -1,14 +1,17 @@
 //! What may be written on the command line, and on a line of the interactive mode: one parser for both.
 
 use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
 use std::time::Duration;
 
+use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use nkv_client::{PageOptions, PutOptions, Revision};
 
 const AFTER_HELP: &str = "\
-ADDR is HOST:PORT, nkv://HOST:PORT, unix:PATH or /PATH; without it NKV_ADDR counts, then 127.0.0.1:4222.
-Without a COMMAND, commands are read from the terminal, or line by line from a pipe.
+ADDR is HOST[:PORT], nkv://HOST[:PORT], unix:PATH or /PATH; without it NKV_ADDR counts, then 127.0.0.1:4222.
+The first word is an ADDR if it has a ':', '/' or '.', is localhost, or stands before a COMMAND. A COMMAND's name never is.
+Without a COMMAND, commands are read from the terminal, or line by line from a pipe. An empty variable counts as not set.
 
 Examples:
   nkv-client put lamp.kitchen on
@@ -18,11 +21,16 @@ Examples:
   nkv-client put number -- -5
   nkv-client subscribe lamp --json | jq .
 
-A get writes the value alone to stdout, with a newline only on a terminal. With --json each line is an object: op, key,
-value (a string, or an array of bytes where it is not UTF-8), revision and more.
+A get of a key writes the value alone to stdout, with a newline only on a terminal. Where several keys are written, each is
+a line, KEY = VALUE, in which a backslash is written \\\\, a line end \\n, and a byte that is no text \\xff.
+With --json each line is an object: op, key, value (a string, or an array of bytes where it is not UTF-8), revision and
+more; an error is an object on stderr, with error and code. docs/cli.md describes all of them.
 
 Exit status: 0 ok, 1 not found, 2 usage, 3 cannot connect, 5 conflict, 6 timeout or outcome unknown, 7 the server or
 this machine fails, 130 interrupted. Commands from a pipe are all run; the first that fails gives the status.";
+
+/// Options of all commands that are followed by a value.
+const WITH_VALUE: [&str; 1] = ["--timeout"];
 
 const DELETE_HELP: &str = "`delete lamp` removes the key lamp alone; `delete 'lamp.*'` removes what is below it.";
 
@@ -35,7 +43,11 @@ pub(crate) struct Args {
     #[arg(long, global = true)]
     pub(crate) json: bool,
 
-    /// How long connecting or a request may take: 500ms, 5s, 2m, 1h.
+    /// Writes nothing to stderr that is not an error.
+    #[arg(long, short, global = true)]
+    pub(crate) quiet: bool,
+
+    /// How long connecting or a request may take: 500ms, 5s, 2m, 1h; and a subscribe with --once or --count in all.
     #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
     pub(crate) timeout: Option<Duration>,
 
@@ -161,13 +173,49 @@ pub(crate) fn put_options(if_revision: Option<u64>, ttl: Option<Duration>) -> Pu
     options
 }
 
+impl Command {
+    /// Its name, as in JSON.
+    pub(crate) fn op(&self) -> &'static str {
+        match self {
+            Command::Get { .. } => "get",
+            Command::Put { .. } => "put",
+            Command::Delete { .. } => "delete",
+            Command::Subscribe { .. } => "subscribe",
+            Command::Unsubscribe { .. } => "unsubscribe",
+            Command::List { .. } | Command::Tree { .. } => "list",
+            Command::Exists { .. } => "exists",
+            Command::Trace { .. } => "trace",
+            Command::Health => "health",
+            Command::Version => "version",
+            Command::Stats => "stats",
+            Command::Quit => "quit",
+        }
+    }
+
+    /// The key or pattern that it is about.
+    pub(crate) fn key(&self) -> Option<&str> {
+        match self {
+            Command::Get { key, .. }
+            | Command::Put { key, .. }
+            | Command::Delete { key, .. }
+            | Command::Subscribe { key, .. }
+            | Command::Unsubscribe { key }
+            | Command::List { key, .. }
+            | Command::Tree { key }
+            | Command::Exists { key }
+            | Command::Trace { key } => Some(key),
+            Command::Health | Command::Version | Command::Stats | Command::Quit => None,
+        }
+    }
+}
+
 impl Args {
     /// Parses a command line, the program's name first; the address is returned aside.
     pub(crate) fn from_command_line(mut words: Vec<OsString>) -> Result<(Option<String>, Self), clap::Error> {
         let mut addr = None;
         if let Some(at) = first_plain(&words, 1)
             && let Some(word) = words[at].to_str()
-            && word.contains([':', '/'])
+            && is_addr(word, first_plain(&words, at + 1).and_then(|next| words[next].to_str()))
         {
             addr = Some(word.to_owned());
             words.remove(at);
@@ -176,16 +224,44 @@ impl Args {
         Ok((addr, Args::try_parse_from(words)?))
     }
 
-    /// Parses a line of the interactive mode.
-    pub(crate) fn from_line(line: &str) -> Result<Self, clap::Error> {
+    /// Parses a line of a script or of the interactive mode, with or without its end.
+    ///
+    /// Scripts come from other systems too: a byte order mark in front and a carriage return at the end are no part of
+    /// the command, and what can only be another encoding or another kind of line end is refused.
+    pub(crate) fn from_line(line: &[u8]) -> Result<Self, clap::Error> {
         let mut command = Args::command().no_binary_name(true);
-        let Some(words) = shlex::split(line) else {
-            return Err(command.error(clap::error::ErrorKind::InvalidValue, "a quotation mark has no partner"));
-        };
-        let mut words: Vec<_> = words.into_iter().map(OsString::from).collect();
+        let line = line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line);
+        let line = line.strip_suffix(b"\n").unwrap_or(line);
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        let mut wrong = |what| Err(command.error(ErrorKind::InvalidValue, what));
+        if line.contains(&0) {
+            return wrong("a zero byte: commands are read as UTF-8, and this may be UTF-16");
+        }
+        if line.contains(&b'\r') {
+            return wrong(
+                "a carriage return within the line: each command needs a line of its own, a value may be an @FILE",
+            );
+        }
+        let Some(words) = shlex::bytes::split(line) else { return wrong("a quotation mark has no partner") };
+        // Only a file may have a name that is no text.
+        if words.iter().any(|word| !word.starts_with(b"@") && std::str::from_utf8(word).is_err()) {
+            return wrong("not UTF-8");
+        }
+        let mut words: Vec<_> = words.into_iter().map(OsString::from_vec).collect();
         lowercase_command(&mut words, 0);
-        Args::from_arg_matches(&command.try_get_matches_from_mut(words)?)
+        let args = Args::from_arg_matches(&command.try_get_matches_from_mut(words)?)?;
+        if let Some(Command::Put { raw: true, value, .. }) = &args.command
+            && value.to_str().is_none()
+        {
+            return Err(command.error(ErrorKind::InvalidValue, "not UTF-8"));
+        }
+        Ok(args)
     }
+}
+
+/// Whether JSON was asked for, in words that need not make sense.
+pub(crate) fn asks_for_json(words: &[OsString]) -> bool {
+    words.iter().take_while(|word| *word != "--").any(|word| word == "--json")
 }
 
 /// All words that a line may begin with.
@@ -195,13 +271,21 @@ pub(crate) fn command_words() -> Vec<String> {
     names.chain(["help"]).map(str::to_owned).collect()
 }
 
+/// Whether the first word of a command line says where the server is; `next` is the word after it.
+fn is_addr(word: &str, next: Option<&str>) -> bool {
+    let commands = command_words();
+    let is_command = |word: &str| commands.iter().any(|command| command.eq_ignore_ascii_case(word));
+    let looks_like_one = word.contains([':', '/', '.']) || word.eq_ignore_ascii_case("localhost");
+    !is_command(word) && (looks_like_one || next.is_some_and(is_command))
+}
+
 /// Where the first word stands that is neither an option nor an option's value.
 fn first_plain(words: &[OsString], start: usize) -> Option<usize> {
     let mut at = start;
     loop {
         match words.get(at)?.to_str() {
             Some("--") => return None,
-            Some("--timeout") => at += 2,
+            Some(word) if WITH_VALUE.contains(&word) => at += 2,
             Some(word) if word.starts_with('-') => at += 1,
             _ => return Some(at),
         }
@@ -212,6 +296,14 @@ fn lowercase_command(words: &mut [OsString], start: usize) {
     if let Some(at) = first_plain(words, start) {
         words[at].make_ascii_lowercase();
     }
+}
+
+/// What is wrong, in one line and without the usage.
+pub(crate) fn in_short(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    let end = ["\n\nUsage:", "\n\nFor more information"].iter().filter_map(|part| text.find(part)).min();
+    text[..end.unwrap_or(text.len())].split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
@@ -240,9 +332,16 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_known_by_its_colon_or_slash_and_only_in_front() {
+    fn an_address_is_told_from_a_command_and_stands_only_in_front() {
         for (words, addr) in [
             (&["db1:4222", "get", "a"][..], Some("db1:4222")),
+            (&["db1", "get", "a"], Some("db1")),
+            (&["-q", "localhost", "Get", "a"], Some("localhost")),
+            (&["10.0.0.1", "get", "a"], Some("10.0.0.1")),
+            (&["[::1]", "get", "a"], Some("[::1]")),
+            (&["get:4222", "get", "a"], Some("get:4222")),
+            (&["get", "get"], None),
+            (&["get", "list"], None),
             (&["--timeout", "1s", "/run/nkv", "get", "a"], Some("/run/nkv")),
             (&["--json", "unix:x", "GET", "a"], Some("unix:x")),
             (&["get", "a:b"], None),
@@ -256,15 +355,44 @@ mod tests {
 
     #[test]
     fn a_line_and_a_command_line_are_read_alike() {
-        let args = Args::from_line("--json PUT 'a b' \"c d\" --ttl 1.5s").unwrap();
+        let args = Args::from_line(b"--json PUT 'a b' \"c d\" --ttl 1.5s").unwrap();
         let Some(Command::Put { key, value, ttl, .. }) = args.command else { panic!("no put") };
         assert_eq!((key.as_str(), value.to_str(), ttl), ("a b", Some("c d"), Some(Duration::from_millis(1_500))));
         assert!(args.json);
         for line in ["put a -- --json", "put a -5", "del a", "sub a --once", "ls", "exit", "put a -"] {
-            assert!(Args::from_line(line).is_ok_and(|args| !args.json), "{line}");
+            assert!(Args::from_line(line.as_bytes()).is_ok_and(|args| !args.json), "{line}");
         }
         for line in ["put a", "get", "put a 'b", "fly", "put a b c", "put a b --ttl 0", "put a b --ttl 1y"] {
-            assert!(Args::from_line(line).is_err(), "{line}");
+            assert!(Args::from_line(line.as_bytes()).is_err(), "{line}");
         }
+    }
+
+    // A script from another system stored 'one\r', or bytes of Latin-1.
+    #[test]
+    fn lines_of_other_systems_are_understood_or_refused() {
+        for (line, value) in [
+            (&b"put a one\r\n"[..], "one"),
+            (b"\xef\xbb\xbfput a one\n", "one"),
+            (b"put a 'two words'\r", "two words"),
+            (b"put a '\xc3\xa9'\n", "\u{e9}"),
+        ] {
+            let Some(Command::Put { value: found, .. }) = Args::from_line(line).unwrap().command else {
+                panic!("no put")
+            };
+            assert_eq!(found.to_str(), Some(value), "{line:?}");
+        }
+        for line in
+            [&b"put a caf\xe9\n"[..], b"put a 1\rput b 2\r\n", b"p\0u\0t\0", b"\xff\xfep\0", b"put --raw a @\xff"]
+        {
+            assert!(Args::from_line(line).is_err(), "{line:?}");
+        }
+        assert!(Args::from_line(b"put a @caf\xe9").is_ok(), "the name of a file");
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_in_one_line() {
+        let error = Args::from_line(b"put a").unwrap_err();
+        assert_eq!(in_short(&error), "the following required arguments were not provided: <VALUE>");
+        assert_eq!(in_short(&Args::from_line(b"put 'a").unwrap_err()), "a quotation mark has no partner");
     }
 }

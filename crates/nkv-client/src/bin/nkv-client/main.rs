@@ -4,6 +4,9 @@ mod args;
 mod output;
 mod repl;
 mod run;
+mod script;
+mod session;
+mod stdio;
 
 use std::env::VarError;
 use std::process::ExitCode;
@@ -12,48 +15,59 @@ use std::time::Duration;
 use nkv_client::{Addr, Client};
 use tokio::runtime::Runtime;
 
-use args::{Args, Command};
-use output::{Output, complain};
-use run::{Exit, Failure};
+use args::{Args, Command, asks_for_json, in_short};
+use output::{Output, Place};
+use run::{Exit, Failure, Follow};
+use session::Settings;
 
 fn main() -> ExitCode {
-    let (addr, args) = match Args::from_command_line(std::env::args_os().collect()) {
+    let words: Vec<_> = std::env::args_os().collect();
+    let is_json = asks_for_json(&words);
+    let (addr, args) = match Args::from_command_line(words) {
         Ok(parsed) => parsed,
+        Err(error) if is_json && error.use_stderr() => {
+            let out = Output::new(true, false, Place::CommandLine);
+            return ExitCode::from(Failure::Usage(in_short(&error)).report(out, None) as u8);
+        }
         Err(error) => {
             // What cannot be shown cannot be helped.
             drop(error.print());
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage as u8));
         }
     };
+    let out = Output::new(args.json, args.quiet, Place::CommandLine);
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            complain(&format!("nkv-client: cannot start a thread: {error}"));
-            return ExitCode::from(Exit::Failed as u8);
+            let failure = Failure::System(format!("cannot start a thread: {error}"));
+            return ExitCode::from(failure.report(out, args.command.as_ref()) as u8);
         }
     };
-    let json = args.json;
-    let exit = serve(&runtime, addr, &args).unwrap_or_else(|failure| failure.report(json));
+    let exit = serve(&runtime, addr, &args, out);
+    let exit = exit.unwrap_or_else(|failure| failure.report(out, args.command.as_ref()));
     // A thread may be waiting for stdin.
     runtime.shutdown_background();
     ExitCode::from(exit as u8)
 }
 
-fn serve(runtime: &Runtime, addr: Option<String>, args: &Args) -> Result<Exit, Failure> {
-    match &args.command {
-        Some(Command::Unsubscribe { key }) => {
-            let what = format!("'unsubscribe {key}' belongs to the interactive mode; Ctrl-C ends a subscribe");
-            Err(Failure::Usage(what))
-        }
-        Some(command) => runtime.block_on(interruptible(async {
-            let client = connect(addr, args.timeout).await?;
-            run::run(&client, command, Output::new(args.json, false)).await
-        })),
-        None => {
-            let client = runtime.block_on(interruptible(connect(addr, args.timeout)))?;
-            repl::serve(runtime, &client, args.json)
-        }
+fn serve(runtime: &Runtime, addr: Option<String>, args: &Args, out: Output) -> Result<Exit, Failure> {
+    let Some(command) = &args.command else {
+        let client = runtime.block_on(interruptible(connect(addr, args.timeout)))?;
+        let settings = Settings { json: args.json, quiet: args.quiet, timeout: args.timeout };
+        return repl::serve(runtime, &client, settings);
+    };
+    if let Command::Unsubscribe { key } = command {
+        let what = format!("'unsubscribe {key}' belongs to the interactive mode; Ctrl-C ends a subscribe");
+        return Err(Failure::Usage(what));
     }
+    run::check(command)?;
+    runtime.block_on(interruptible(async {
+        let client = connect(addr, args.timeout).await?;
+        match Follow::new(command, args.timeout) {
+            Some(follow) => run::follow(&client, &follow, out).await,
+            None => run::run(&client, command, out).await,
+        }
+    }))
 }
 
 async fn connect(addr: Option<String>, timeout: Option<Duration>) -> Result<Client, Failure> {

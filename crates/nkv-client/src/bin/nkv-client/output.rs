@@ -1,50 +1,53 @@
 //! Where results go and what they look like.
 
 use std::fmt::Write as _;
-use std::io::{self, IsTerminal, Write};
-use std::os::fd::AsFd;
+use std::io::{self, IsTerminal};
 
 use nkv_client::{EndReason, Entry, Event};
 use serde_json::{Value, json};
-use tokio::io::Interest;
-use tokio::net::unix::pipe::Sender;
+
+use crate::stdio;
+
+/// Where a command was given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// With the program's name: its result is all that stdout gets.
+    CommandLine,
+    /// On a terminal, at the prompt: each answer is a line, and stays with it.
+    Prompt,
+    /// In a line of a script, which has this number.
+    Line(u64),
+}
 
 /// How results are shown.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Output {
     /// As JSON, one object per line.
     pub(crate) json: bool,
-    /// In the interactive mode each answer is a line, and none goes to stderr.
-    pub(crate) interactive: bool,
+    /// Whether only results and errors are written.
+    pub(crate) quiet: bool,
+    pub(crate) place: Place,
     /// Whether stdout is a terminal: then control characters are not written as they are.
     pub(crate) terminal: bool,
 }
 
 impl Output {
-    pub(crate) fn new(json: bool, interactive: bool) -> Self {
-        Output { json, interactive, terminal: io::stdout().is_terminal() }
+    pub(crate) fn new(json: bool, quiet: bool, place: Place) -> Self {
+        Output { json, quiet, place, terminal: io::stdout().is_terminal() }
     }
 
-    /// A value and nothing else.
+    /// A value and nothing else; in a script, where others follow, as a line.
     pub(crate) fn value(self, value: &[u8]) -> io::Result<()> {
-        let mut stdout = io::stdout().lock();
-        if self.terminal {
-            stdout.write_all(shown(value, Lines::Keep).as_bytes())?;
-        } else {
-            stdout.write_all(value)?;
+        match self.place {
+            Place::Line(_) => self.line(self.readable(value).as_bytes()),
+            _ if self.terminal => to_stdout((shown(value, Form::Terminal) + "\n").as_bytes()),
+            _ => to_stdout(value),
         }
-        if self.terminal || self.interactive {
-            stdout.write_all(b"\n")?;
-        }
-        stdout.flush()
     }
 
     /// A line of a result.
     pub(crate) fn line(self, line: &[u8]) -> io::Result<()> {
-        let mut stdout = io::stdout().lock();
-        stdout.write_all(&self.readable(line))?;
-        stdout.write_all(b"\n")?;
-        stdout.flush()
+        to_stdout(&[line, b"\n"].concat())
     }
 
     /// A JSON object of a result.
@@ -54,11 +57,32 @@ impl Output {
 
     /// What a person wants to know besides the result.
     pub(crate) fn note(self, note: &str) -> io::Result<()> {
-        if self.interactive {
-            return self.line(note.as_bytes());
+        match self.place {
+            _ if self.quiet => {}
+            Place::Prompt => return self.line(note.as_bytes()),
+            place => complain(&at(place, note)),
         }
-        complain(note);
         Ok(())
+    }
+
+    /// That only a part was shown, and after which key the rest comes.
+    pub(crate) fn more(self, op: &str, key: &str, after: &str) {
+        match self.json {
+            _ if self.quiet => {}
+            true => {
+                let mut object = json!({"note": "there are more", "op": op, "key": key, "after": after});
+                self.add_line(&mut object);
+                complain(&object.to_string());
+            }
+            false => complain(&at(self.place, &format!("there are more: --after {after}"))),
+        }
+    }
+
+    /// Adds the number of the line that an object on stderr is about.
+    pub(crate) fn add_line(self, object: &mut Value) {
+        if let Place::Line(number) = self.place {
+            object["line"] = number.into();
+        }
     }
 
     /// What a subscription tells, as a line. With no place for it, it is a note.
@@ -67,9 +91,9 @@ impl Output {
             return Line::Result(event_json(pattern, event).to_string().into_bytes());
         }
         let line = match event {
-            Event::Update { entry, .. } => return Line::Result(self.readable(&key_value(entry)).into_owned()),
+            Event::Update { entry, .. } => return Line::Result(self.key_value(entry).into_bytes()),
             Event::Gone { key, reason, .. } => {
-                return Line::Result(self.readable(format!("{key} {}", reason.as_str()).as_bytes()).into_owned());
+                return Line::Result(format!("{} {}", self.key(key.as_str()), reason.as_str()).into_bytes());
             }
             Event::Synced { revision, .. } => format!("{pattern}: synced at revision {revision}"),
             Event::Reconnecting => format!("{pattern}: connection lost, reconnecting"),
@@ -77,11 +101,21 @@ impl Output {
             Event::Ended(reason) => format!("{pattern}: ended, {}", ended(reason)),
             other => format!("{pattern}: {other:?}"),
         };
-        Line::Note(shown(line.as_bytes(), Lines::Escape))
+        Line::Note(shown(line.as_bytes(), Form::TerminalLine))
     }
 
-    fn readable(self, line: &[u8]) -> std::borrow::Cow<'_, [u8]> {
-        if self.terminal { shown(line, Lines::Escape).into_bytes().into() } else { line.into() }
+    /// One key of several, with its value: nothing that the value holds can pass for another key.
+    pub(crate) fn key_value(self, entry: &Entry) -> String {
+        format!("{} = {}", self.key(entry.key.as_str()), self.readable(&entry.value))
+    }
+
+    /// A key. It holds no white space and no control characters.
+    pub(crate) fn key(self, key: &str) -> String {
+        if self.terminal { shown(key.as_bytes(), Form::TerminalLine) } else { key.to_owned() }
+    }
+
+    fn readable(self, value: &[u8]) -> String {
+        shown(value, if self.terminal { Form::TerminalLine } else { Form::Line })
     }
 }
 
@@ -91,28 +125,34 @@ pub(crate) enum Line {
     Result(Vec<u8>),
     /// Something of the subscription itself.
     Note(String),
+    /// Why it ended.
+    Error(String),
+}
+
+fn to_stdout(bytes: &[u8]) -> io::Result<()> {
+    // The lock keeps lines of several threads apart.
+    stdio::write_all(io::stdout().lock(), bytes)
 }
 
 /// Writes to stderr; when that is not possible, there is nobody left to tell.
 pub(crate) fn complain(what: &str) {
-    let what = if io::stderr().is_terminal() { shown(what.as_bytes(), Lines::Keep) } else { what.to_owned() };
-    drop(writeln!(io::stderr().lock(), "{what}"));
+    let what = if io::stderr().is_terminal() { shown(what.as_bytes(), Form::Terminal) } else { what.to_owned() };
+    drop(stdio::write_all(io::stderr().lock(), (what + "\n").as_bytes()));
 }
 
-/// Waits until the reader of stdout has gone; for ever where that cannot be known, such as for a file.
-pub(crate) async fn reader_has_gone() {
-    let stdout = io::stdout().as_fd().try_clone_to_owned();
-    // Nothing is written through it, so it need not be a pipe, nor be set so that writing does not block.
-    if let Ok(stdout) = stdout.and_then(Sender::from_owned_fd_unchecked)
-        && stdout.ready(Interest::ERROR).await.is_ok()
-    {
-        return;
+/// What is said, with the number of the line that it is about.
+pub(crate) fn at(place: Place, what: &str) -> String {
+    match place {
+        Place::Line(number) => format!("line {number}: {what}"),
+        Place::CommandLine | Place::Prompt => what.to_owned(),
     }
-    std::future::pending().await
 }
 
-pub(crate) fn key_value(entry: &Entry) -> Vec<u8> {
-    [entry.key.as_str().as_bytes(), b" = ", &entry.value].concat()
+/// Writes the help that was asked for.
+pub(crate) fn help(help: &clap::Error) -> io::Result<()> {
+    let text = help.render();
+    let text = if io::stdout().is_terminal() { text.ansi().to_string() } else { text.to_string() };
+    to_stdout(text.as_bytes())
 }
 
 pub(crate) fn entry_json(op: &str, entry: &Entry) -> Value {
@@ -155,23 +195,34 @@ pub(crate) fn ended(reason: &EndReason) -> String {
     }
 }
 
-/// Whether line ends and tabs are shown as they are.
+/// How bytes become text.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Lines {
-    Keep,
-    Escape,
+enum Form {
+    /// For a terminal, with line ends and tabs as they are.
+    Terminal,
+    /// For a terminal, in one line that stands for these bytes and no others.
+    TerminalLine,
+    /// In one line that stands for these bytes and no others.
+    Line,
 }
 
-/// Bytes as text that cannot take hold of a terminal: control and direction characters are escaped, and so are bytes
-/// that are not UTF-8.
-fn shown(bytes: &[u8], lines: Lines) -> String {
+/// Bytes as text: control characters are escaped, and so are bytes that are not UTF-8. For a terminal, characters that
+/// change the direction or cannot be seen are escaped too.
+fn shown(bytes: &[u8], form: Form) -> String {
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
         for c in chunk.valid().chars() {
-            let kept = lines == Lines::Keep && matches!(c, '\n' | '\t');
-            let odd = c.is_control()
-                || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
-            if odd && !kept {
+            let is_escaped = match c {
+                '\n' | '\t' => form != Form::Terminal,
+                '\\' => form != Form::Terminal,
+                // Some programs take these for the ends of lines.
+                '\u{2028}' | '\u{2029}' => true,
+                '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}' => {
+                    form != Form::Line
+                }
+                c => c.is_control(),
+            };
+            if is_escaped {
                 text.extend(c.escape_default());
             } else {
                 text.push(c);
@@ -203,8 +254,22 @@ mod tests {
 
     #[test]
     fn nothing_that_a_terminal_obeys_is_shown_as_it_is() {
-        assert_eq!(shown(b"a\x1b[2J\xff\tb\n", Lines::Keep), "a\\u{1b}[2J\\xff\tb\n");
-        assert_eq!(shown("x\u{202e}y\u{9b}\n".as_bytes(), Lines::Escape), "x\\u{202e}y\\u{9b}\\n");
+        assert_eq!(shown(b"a\x1b[2J\xff\tb\\\n", Form::Terminal), "a\\u{1b}[2J\\xff\tb\\\n");
+        assert_eq!(shown("x\u{202e}y\u{9b}\n".as_bytes(), Form::TerminalLine), "x\\u{202e}y\\u{9b}\\n");
+    }
+
+    // A value with a line end looked like two keys.
+    #[test]
+    fn a_line_of_text_stands_for_one_value_and_no_other() {
+        for (value, text) in [
+            (&b"1\nb = 2"[..], r"1\nb = 2"),
+            (br"1\nb = 2", r"1\\nb = 2"),
+            (b"\xff\r\t", r"\xff\r\t"),
+            (br"\xff", r"\\xff"),
+            ("\u{2028}\u{85}\u{e9}\u{200d}".as_bytes(), "\\u{2028}\\u{85}\u{e9}\u{200d}"),
+        ] {
+            assert_eq!(shown(value, Form::Line), text);
+        }
     }
 
     #[test]

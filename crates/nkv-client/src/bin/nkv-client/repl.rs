@@ -1,100 +1,42 @@
-//! The interactive mode: commands from a terminal, with completion and a history, or plainly from a pipe.
+//! The interactive mode of a terminal, with completion and a history.
 //!
-//! From a terminal it ends with 0, whatever became of the commands; from a pipe, with the first failure among them.
-//! Subscriptions go on while the next command is typed. What they tell is written above the prompt.
+//! It ends with 0, whatever became of the commands. Subscriptions go on while the next command is typed. What they tell
+//! is written above the prompt.
 
-use std::collections::HashMap;
-use std::io::{self, BufRead, IsTerminal};
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use nkv_client::{Client, PageOptions, Subscription};
-use rustyline::completion::Completer;
+use nkv_client::{Client, PageOptions};
+use rustyline::completion::{Completer, Pair};
 use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 use rustyline::{Config, Context, Editor, ExternalPrinter, Helper};
-use serde_json::json;
 use tokio::runtime::{Handle, Runtime};
-use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
+use tokio::sync::mpsc;
 
-use crate::args::{Args, Command, command_words};
-use crate::interruptible;
-use crate::output::{Line, Output, complain};
-use crate::run::{Exit, Failure, not_found, run};
+use crate::args::{Command, command_words};
+use crate::output::{Line, Place, complain, help};
+use crate::run::{Exit, Failure};
+use crate::session::{LINES_MAX, Parsed, Session, Settings};
+use crate::{interruptible, script, stdio};
 
 const PROMPT: &str = "nkv> ";
 const HISTORY_LEN: usize = 1_000;
-/// How long a completion may keep a person waiting, and how many keys it offers.
+/// How long a completion may keep a person waiting, how many keys it shows, and how many it asks for at a time.
 const COMPLETION_PATIENCE: Duration = Duration::from_millis(300);
-const COMPLETIONS_MAX: u64 = 100;
-/// How long the last words of subscriptions are waited for.
-const FAREWELL: Duration = Duration::from_secs(1);
-/// Lines of subscriptions that wait to be written; more wait, conflated, in their subscriptions.
-const LINES_MAX: usize = 64;
+const COMPLETIONS_MAX: usize = 100;
+const COMPLETION_PAGE: u64 = 10_000;
 
 /// Reads and runs commands until there are no more.
-pub(crate) fn serve(runtime: &Runtime, client: &Client, json: bool) -> Result<Exit, Failure> {
-    if io::stdin().is_terminal() && io::stdout().is_terminal() {
-        from_terminal(runtime, client, json)
-    } else {
-        from_pipe(runtime, client, json)
+pub(crate) fn serve(runtime: &Runtime, client: &Client, settings: Settings) -> Result<Exit, Failure> {
+    if !io::stdin().is_terminal() || !io::stdout().is_terminal() {
+        return script::serve(runtime, client, settings);
     }
-}
-
-/// All commands are run, also after one that failed; the end is that of the first that did.
-fn from_pipe(runtime: &Runtime, client: &Client, json: bool) -> Result<Exit, Failure> {
-    let (lines, mut written) = mpsc::channel::<Vec<u8>>(LINES_MAX);
-    let out = Output { terminal: false, ..Output::new(json, true) };
-    let writer = runtime.spawn_blocking(move || {
-        while let Some(line) = written.blocking_recv() {
-            if out.line(&line).is_err() {
-                return;
-            }
-        }
-    });
-    let mut session = Session { client, json, lines, subscriptions: HashMap::new() };
-    // Nothing else could end a program that waits for its stdin; so this listens before the first command is read.
-    let (listening, listens) = oneshot::channel();
-    runtime.spawn(async {
-        let interrupted = interruptible(async {
-            // Nobody waits for it if the runtime is shutting down.
-            _ = listening.send(());
-            std::future::pending::<Result<(), Failure>>().await
-        });
-        if let Err(Failure::Interrupted) = interrupted.await {
-            std::process::exit(i32::from(Exit::Interrupted as u8));
-        }
-    });
-    // An error means that nobody can listen; commands are run all the same.
-    _ = runtime.block_on(listens);
-    let mut stdin = io::stdin().lock();
-    let mut line = Vec::new();
-    let mut exit = Exit::Ok;
-    loop {
-        line.clear();
-        match stdin.read_until(b'\n', &mut line) {
-            Ok(0) => break,
-            Ok(_) => {}
-            Err(error) => return Err(Failure::System(format!("cannot read stdin: {error}"))),
-        }
-        let done = match std::str::from_utf8(&line) {
-            Ok(text) => session.line(runtime, text)?,
-            Err(_) => Some(Failure::Usage("a line that is not UTF-8".into()).report(json)),
-        };
-        match done {
-            Some(done) if exit == Exit::Ok => exit = done,
-            Some(_) => {}
-            None => break,
-        }
-    }
-    runtime.block_on(session.end(writer));
-    Ok(exit)
-}
-
-fn from_terminal(runtime: &Runtime, client: &Client, json: bool) -> Result<Exit, Failure> {
     let terminal = |error: ReadlineError| Failure::System(format!("cannot use the terminal: {error}"));
     let config = Config::builder().completion_type(rustyline::CompletionType::List);
+    // One more than what is shown says that there are others.
+    let config = config.completion_prompt_limit(COMPLETIONS_MAX + 1).bracketed_paste(true);
     let config = config.max_history_size(HISTORY_LEN).map_err(terminal)?.history_ignore_space(true).build();
     let mut editor = Editor::<Words, FileHistory>::with_config(config).map_err(terminal)?;
     editor.set_helper(Some(Words {
@@ -111,35 +53,67 @@ fn from_terminal(runtime: &Runtime, client: &Client, json: bool) -> Result<Exit,
     }
     let Ok(mut printer) = editor.create_external_printer() else {
         // A terminal without a cursor to move, such as TERM=dumb.
-        return from_pipe(runtime, client, json).map(|_| Exit::Ok);
+        return script::serve(runtime, client, settings).map(|_| Exit::Ok);
     };
-    let (lines, mut written) = mpsc::channel::<Vec<u8>>(LINES_MAX);
+    let (lines, mut written) = mpsc::channel::<Line>(LINES_MAX);
     // A thread of its own: the printer blocks when the prompt is not there to take what it says.
     let writer = runtime.spawn_blocking(move || {
         while let Some(line) = written.blocking_recv() {
-            let line = String::from_utf8_lossy(&line).into_owned();
+            let line = match line {
+                Line::Result(line) => String::from_utf8_lossy(&line).into_owned(),
+                Line::Note(line) | Line::Error(line) => line,
+            };
             if printer.print(line + "\n").is_err() {
                 return;
             }
         }
     });
-    let mut session = Session { client, json, lines, subscriptions: HashMap::new() };
+    let mut session = Session::new(client, settings, lines);
     loop {
         match editor.readline(PROMPT) {
-            Ok(line) => {
-                remember(&mut editor, &mut history, &line);
-                if session.line(runtime, &line)?.is_none() {
+            // What was pasted comes as one, with the ends of its lines.
+            Ok(lines) => {
+                for line in lines.split('\n') {
+                    remember(&mut editor, &mut history, line);
+                }
+                if !run_lines(runtime, &mut session, &lines)? {
                     break;
                 }
             }
             Err(ReadlineError::Interrupted) => {}
             Err(ReadlineError::Eof) => break,
+            Err(ReadlineError::Io(error)) if error.kind() == io::ErrorKind::InvalidData => {
+                // Nobody knows where in a line what follows begins.
+                stdio::drop_typed().map_err(|error| terminal(error.into()))?;
+                let what = "not UTF-8: this line is dropped, and what was pasted behind it".to_owned();
+                Failure::Usage(what).report(session.output(Place::Prompt), None);
+            }
             Err(error) => return Err(terminal(error)),
         }
     }
     drop(editor);
     runtime.block_on(session.end(writer));
     Ok(Exit::Ok)
+}
+
+/// Runs lines one by one; false if one of them ends the session.
+fn run_lines(runtime: &Runtime, session: &mut Session<'_>, lines: &str) -> Result<bool, Failure> {
+    for line in lines.split('\n') {
+        match session.parse(line.as_bytes(), Place::Prompt) {
+            Ok(Parsed::Nothing) => {}
+            Ok(Parsed::Help(text)) => help(&text)?,
+            Ok(Parsed::Given(given)) if matches!(given.command, Command::Quit) => return Ok(false),
+            Ok(Parsed::Given(given)) => match runtime.block_on(interruptible(session.run(&given))) {
+                Ok(_) => {}
+                Err(Failure::BrokenPipe) => return Err(Failure::BrokenPipe),
+                // The lines behind it were given in one go with it.
+                Err(Failure::Interrupted) => return Ok(true),
+                Err(failure) => drop(failure.report(given.out, Some(&given.command))),
+            },
+            Err((out, failure)) => drop(failure.report(out, None)),
+        }
+    }
+    Ok(true)
 }
 
 /// Adds a line to the history and its file at once: what is typed next may end the program.
@@ -152,127 +126,6 @@ fn remember(editor: &mut Editor<Words, FileHistory>, file: &mut Option<PathBuf>,
     if let Err(error) = added.and_then(|_| editor.append_history(path)) {
         complain(&format!("nkv-client: cannot write the history {}: {error}", path.display()));
         *file = None;
-    }
-}
-
-struct Session<'a> {
-    client: &'a Client,
-    json: bool,
-    /// Where lines of subscriptions go.
-    lines: mpsc::Sender<Vec<u8>>,
-    /// By pattern: what ends it when it is dropped, and its end.
-    subscriptions: HashMap<String, (oneshot::Sender<()>, JoinHandle<()>)>,
-}
-
-impl Session<'_> {
-    /// Runs a line and says how it ended; `None` when it was the last.
-    fn line(&mut self, runtime: &Runtime, line: &str) -> Result<Option<Exit>, Failure> {
-        if line.trim().is_empty() {
-            return Ok(Some(Exit::Ok));
-        }
-        let args = match Args::from_line(line) {
-            Ok(args) => args,
-            Err(error) => {
-                // What cannot be shown cannot be helped.
-                drop(error.print());
-                return Ok(Some(if error.use_stderr() { Exit::Usage } else { Exit::Ok }));
-            }
-        };
-        let out = Output::new(self.json || args.json, true);
-        let client = match args.timeout {
-            Some(timeout) => self.client.with_request_timeout(timeout),
-            None => self.client.clone(),
-        };
-        let done = match &args.command {
-            None => Ok(Exit::Ok),
-            Some(Command::Quit) => return Ok(None),
-            Some(Command::Subscribe { key, once, count }) => {
-                let count = if *once { Some(1) } else { *count };
-                runtime.block_on(interruptible(self.subscribe(&client, key, count, out)))
-            }
-            Some(Command::Unsubscribe { key }) => self.unsubscribe(key, out),
-            Some(command) => runtime.block_on(interruptible(run(&client, command, out))),
-        };
-        match done {
-            Err(Failure::BrokenPipe) => Err(Failure::BrokenPipe),
-            done => Ok(Some(done.unwrap_or_else(|failure| failure.report(out.json)))),
-        }
-    }
-
-    async fn subscribe(
-        &mut self,
-        client: &Client,
-        pattern: &str,
-        count: Option<u64>,
-        out: Output,
-    ) -> Result<Exit, Failure> {
-        self.subscriptions.retain(|_, (_, telling)| !telling.is_finished());
-        if self.subscriptions.contains_key(pattern) {
-            return Err(Failure::Usage(format!("'{pattern}' is subscribed already")));
-        }
-        let subscription = client.subscribe(pattern).await?;
-        answer(out, "subscribe", pattern)?;
-        let (stop, stopped) = oneshot::channel();
-        let telling = tokio::spawn(tell(subscription, pattern.to_owned(), count, out, self.lines.clone(), stopped));
-        self.subscriptions.insert(pattern.to_owned(), (stop, telling));
-        Ok(Exit::Ok)
-    }
-
-    fn unsubscribe(&mut self, pattern: &str, out: Output) -> Result<Exit, Failure> {
-        self.subscriptions.retain(|_, (_, telling)| !telling.is_finished());
-        match self.subscriptions.remove(pattern) {
-            Some(_) => answer(out, "unsubscribe", pattern)?,
-            None => return not_found("unsubscribe", pattern, out),
-        }
-        Ok(Exit::Ok)
-    }
-
-    /// Lets subscriptions tell what has already come, such as the changes that this session itself made.
-    async fn end(self, writer: JoinHandle<()>) {
-        let Session { lines, subscriptions, .. } = self;
-        let last_words = async {
-            for (stop, telling) in subscriptions.into_values() {
-                drop(stop);
-                // A task that broke has nothing more to say.
-                drop(telling.await);
-            }
-            drop(lines);
-            drop(writer.await);
-        };
-        // Whoever does not read by then does not want to know.
-        drop(tokio::time::timeout(FAREWELL, last_words).await);
-    }
-}
-
-fn answer(out: Output, op: &str, pattern: &str) -> io::Result<()> {
-    if out.json { out.object(&json!({"op": op, "key": pattern})) } else { out.note("OK") }
-}
-
-/// Writes what a subscription tells until it has told enough, or is stopped and has nothing more to say.
-async fn tell(
-    mut subscription: Subscription,
-    pattern: String,
-    count: Option<u64>,
-    out: Output,
-    lines: mpsc::Sender<Vec<u8>>,
-    mut stopped: oneshot::Receiver<()>,
-) {
-    let mut told = 0;
-    while count.is_none_or(|count| told < count) {
-        let event = tokio::select! {
-            biased;
-            event = subscription.next() => event,
-            _ = &mut stopped => return,
-        };
-        let Some(event) = event else { return };
-        let line = match out.event(&pattern, &event) {
-            Line::Result(line) => line,
-            Line::Note(note) => note.into_bytes(),
-        };
-        told += u64::from(matches!(event, nkv_client::Event::Update { .. } | nkv_client::Event::Gone { .. }));
-        if lines.send(line).await.is_err() {
-            return;
-        }
     }
 }
 
@@ -298,9 +151,9 @@ struct Words {
 }
 
 impl Completer for Words {
-    type Candidate = String;
+    type Candidate = Pair;
 
-    fn complete(&self, line: &str, pos: usize, _: &Context<'_>) -> rustyline::Result<(usize, Vec<String>)> {
+    fn complete(&self, line: &str, pos: usize, _: &Context<'_>) -> rustyline::Result<(usize, Vec<Pair>)> {
         let before = &line[..pos];
         let start = before
             .rfind(char::is_whitespace)
@@ -309,9 +162,10 @@ impl Completer for Words {
         let found = match before[..start].split_whitespace().count() {
             0 => {
                 let word = word.to_ascii_lowercase();
-                self.words.iter().filter(|known| known.starts_with(&word)).map(|known| format!("{known} ")).collect()
+                let known = self.words.iter().filter(|known| known.starts_with(&word));
+                known.map(|known| Pair { display: known.clone(), replacement: format!("{known} ") }).collect()
             }
-            1 => self.keys(word),
+            1 => self.keys(&unquoted(word)),
             _ => Vec::new(),
         };
         Ok((start, found))
@@ -330,18 +184,129 @@ impl Helper for Words {}
 
 impl Words {
     /// Keys that begin like this: they follow one another in key order.
-    fn keys(&self, word: &str) -> Vec<String> {
-        let client = self.client.with_request_timeout(COMPLETION_PATIENCE);
-        let after = Some(word.trim_end_matches('.').to_owned()).filter(|after| !after.is_empty());
-        let found = self.runtime.block_on(async {
-            let mut options = PageOptions::default().with_limit(COMPLETIONS_MAX);
-            options.after = after;
-            let page = client.list_page("*", options).await?;
-            let own = if word.is_empty() || word.ends_with('.') { Vec::new() } else { client.list(word).await? };
-            Ok::<_, nkv_client::Error>(own.into_iter().chain(page.items))
-        });
+    fn keys(&self, word: &str) -> Vec<Pair> {
+        let mut known = Known::new(word);
+        let asked =
+            self.runtime.block_on(async { tokio::time::timeout(COMPLETION_PATIENCE, self.look_up(&mut known)).await });
         // No completion is no reason to disturb a person who types.
-        let keys = found.into_iter().flatten().map(|(key, _)| key.to_string());
-        keys.take_while(|key| key.starts_with(word)).collect()
+        let is_complete = matches!(asked, Ok(Ok(())));
+        known.candidates(is_complete)
+    }
+
+    async fn look_up(&self, known: &mut Known) -> nkv_client::Result<()> {
+        let mut after = Some(known.word.trim_end_matches('.').to_owned()).filter(|after| !after.is_empty());
+        if after.as_ref() == Some(&known.word)
+            && let Some((key, _)) = self.client.list(&known.word).await?.first()
+        {
+            known.add(key.as_str());
+        }
+        loop {
+            let mut options = PageOptions::default().with_limit(COMPLETION_PAGE);
+            options.after = after;
+            let page = self.client.list_page("*", options).await?;
+            if !page.items.iter().all(|(key, _)| known.add(key.as_str())) || !page.more || known.says_all() {
+                return Ok(());
+            }
+            after = page.items.last().map(|(key, _)| key.to_string());
+        }
+    }
+}
+
+/// What is known of the keys that begin with a word.
+struct Known {
+    word: String,
+    /// The first of them.
+    keys: Vec<String>,
+    count: usize,
+    /// What all of them begin with.
+    common: Option<String>,
+}
+
+impl Known {
+    fn new(word: &str) -> Self {
+        Known { word: word.to_owned(), keys: Vec::new(), count: 0, common: None }
+    }
+
+    /// Adds the next key in key order; false if it does not begin with the word: then no other does.
+    fn add(&mut self, key: &str) -> bool {
+        if !key.starts_with(&self.word) {
+            return false;
+        }
+        self.count += 1;
+        if self.keys.len() < COMPLETIONS_MAX {
+            self.keys.push(key.to_owned());
+        }
+        match &mut self.common {
+            None => self.common = Some(key.to_owned()),
+            Some(common) => {
+                let shared = common.chars().zip(key.chars()).take_while(|(a, b)| a == b);
+                common.truncate(shared.map(|(c, _)| c.len_utf8()).sum());
+            }
+        }
+        true
+    }
+
+    /// Whether no other key could change what is offered.
+    fn says_all(&self) -> bool {
+        self.count > COMPLETIONS_MAX && self.common.as_ref() == Some(&self.word)
+    }
+
+    /// What is offered. If there are more keys than these, what they have in common is offered too, so that no more than
+    /// that is put into the line.
+    fn candidates(self, is_complete: bool) -> Vec<Pair> {
+        let pair = |key: &String| Pair { display: key.clone(), replacement: quoted(key) };
+        let mut candidates: Vec<_> = self.keys.iter().map(pair).collect();
+        if !candidates.is_empty() && (!is_complete || self.count > COMPLETIONS_MAX) {
+            let common = if is_complete { self.common.unwrap_or_default() } else { self.word };
+            candidates.push(Pair { display: "...".into(), replacement: quoted(&common) });
+        }
+        candidates
+    }
+}
+
+/// What means something else to the parser of lines than itself.
+const SPECIAL: [char; 4] = ['\'', '"', '\\', '#'];
+
+fn quoted(key: &str) -> String {
+    key.chars().flat_map(|c| SPECIAL.contains(&c).then_some('\\').into_iter().chain([c])).collect()
+}
+
+/// A word as the parser of lines understands it, if it is quoted with backslashes alone.
+fn unquoted(word: &str) -> String {
+    let mut chars = word.chars();
+    std::iter::from_fn(|| chars.next().and_then(|c| if c == '\\' { chars.next() } else { Some(c) })).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offered(word: &str, keys: &[String], is_complete: bool) -> Vec<String> {
+        let mut known = Known::new(word);
+        assert!(keys.iter().all(|key| known.add(key)));
+        known.candidates(is_complete).into_iter().map(|pair| pair.replacement).collect()
+    }
+
+    // The first hundred keys were taken for all, and what they have in common was put into the line.
+    #[test]
+    fn what_is_completed_is_common_to_all_keys_however_many() {
+        let mut keys: Vec<_> = (0..COMPLETIONS_MAX).map(|n| format!("lamp.a.{n:03}")).collect();
+        assert_eq!(offered("la", &keys, true), keys);
+        keys.push("lamp.b".into());
+        let many = offered("la", &keys, true);
+        assert_eq!((many.len(), many.last().unwrap().as_str()), (COMPLETIONS_MAX + 1, "lamp."));
+        assert_eq!(rustyline::completion::longest_common_prefix(&many), Some("lamp."));
+        // Not all were seen in time.
+        let some = offered("la", &keys[..3], false);
+        assert_eq!(rustyline::completion::longest_common_prefix(&some), Some("la"));
+        assert!(offered("la", &[], false).is_empty());
+    }
+
+    #[test]
+    fn a_key_is_completed_as_the_parser_of_lines_understands_it() {
+        let key = r#"o'clock."x"\#1"#;
+        assert_eq!(unquoted(&quoted(key)), key);
+        assert_eq!(shlex::split(&quoted(key)).unwrap(), [key]);
+        assert_eq!(quoted("lamp.\u{e9}"), "lamp.\u{e9}");
     }
 }

@@ -1,18 +1,21 @@
 //! What each command does.
 
+use std::ffi::OsStr;
 use std::io::{self, Read};
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::time::Duration;
 
-use nkv_client::{Client, Error, ErrorKind, Event, Revision};
+use nkv_client::{Client, Deleted, Error, ErrorKind, Event, Key, Pattern, Revision};
 use serde_json::json;
 
 use crate::args::{Command, PageArgs, put_options};
-use crate::output::{Line, Output, complain, ended, entry_json, key_value, reader_has_gone, tree};
+use crate::output::{Line, Output, Place, at, complain, ended, entry_json, tree};
+use crate::stdio::{Stdin, reader_has_gone};
 
 /// What is read of stdin or a file at most: no server takes more.
-const VALUE_LEN_MAX: u64 = 64 << 20;
+pub(crate) const VALUE_LEN_MAX: u64 = 64 << 20;
 
 /// How a program ends; the numbers are a promise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +33,12 @@ pub(crate) enum Exit {
 /// Why a command did not do what it was asked.
 pub(crate) enum Failure {
     Usage(String),
+    NotFound,
     Client(Error),
+    /// What was waited for did not come in time.
+    Timeout(String),
+    /// A subscription has ended although it was not asked to.
+    Ended(String),
     /// What this machine does not do, such as to take what is written to stdout.
     System(String),
     /// Nobody reads what is written any more.
@@ -41,26 +49,59 @@ pub(crate) enum Failure {
 
 impl Failure {
     /// Tells it, and says how to end.
-    pub(crate) fn report(&self, json: bool) -> Exit {
+    pub(crate) fn report(&self, out: Output, command: Option<&Command>) -> Exit {
+        let (exit, what) = self.in_words(out, command);
+        match what {
+            // It stays with the command, like any other answer.
+            Some(what) if matches!(self, Failure::NotFound) && out.place == Place::Prompt && !out.json => {
+                // An stdout that is broken is noticed with the next result.
+                _ = out.line(what.as_bytes());
+            }
+            Some(what) => complain(&what),
+            None => {}
+        }
+        exit
+    }
+
+    /// How to end, and what to say.
+    pub(crate) fn in_words(&self, out: Output, command: Option<&Command>) -> (Exit, Option<String>) {
         let (exit, what) = match self {
-            Failure::BrokenPipe => return Exit::Ok,
-            Failure::Interrupted => return Exit::Interrupted,
+            Failure::BrokenPipe => return (Exit::Ok, None),
+            Failure::Interrupted => return (Exit::Interrupted, None),
             Failure::Usage(what) => (Exit::Usage, what.clone()),
+            Failure::NotFound => (Exit::NotFound, "not found".to_owned()),
+            Failure::Timeout(what) => (Exit::Timeout, what.clone()),
+            Failure::Ended(what) => (Exit::Failed, format!("the subscription ended: {what}")),
             Failure::System(what) => (Exit::Failed, what.clone()),
-            Failure::Client(error) => (exit_of(error.kind()), format!("{error:#}")),
+            Failure::Client(error) => (exit_of(error.kind()), message(error)),
         };
-        if !json {
-            complain(&format!("nkv-client: {what}"));
-            return exit;
+        if !out.json {
+            let what = at(out.place, &what);
+            return (exit, Some(if exit == Exit::NotFound { what } else { format!("nkv-client: {what}") }));
         }
         let mut object = json!({"error": what, "code": exit as u8});
-        if let Failure::Client(error) = self
-            && let ErrorKind::Conflict { revision } = error.kind()
-        {
-            object["revision"] = revision.get().into();
+        if let Some(command) = command {
+            object["op"] = command.op().into();
+            if let Some(key) = command.key() {
+                object["key"] = key.into();
+            }
         }
-        complain(&object.to_string());
-        exit
+        if let Failure::Client(error) = self {
+            match error.kind() {
+                ErrorKind::Conflict { revision } => object["revision"] = revision.get().into(),
+                ErrorKind::Server { status } => object["status"] = (*status).into(),
+                _ => {}
+            }
+        }
+        out.add_line(&mut object);
+        (exit, Some(object.to_string()))
+    }
+}
+
+fn message(error: &Error) -> String {
+    match error.kind() {
+        ErrorKind::Conflict { revision: Revision::ZERO } => "conflict: the key does not exist".into(),
+        _ => format!("{error:#}"),
     }
 }
 
@@ -90,27 +131,21 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// Runs a command that is the same in both modes.
+/// Runs a command that is the same in all modes.
 pub(crate) async fn run(client: &Client, command: &Command, out: Output) -> Result<Exit, Failure> {
+    check(command)?;
     match command {
         Command::Get { key, page } => get(client, key, page, out).await,
-        Command::Put { key, value, raw, if_revision, ttl } => {
-            let value = if *raw { value.as_encoded_bytes().to_vec() } else { read_value(value, out).await? };
-            let revision = client.put_with(key, value, put_options(*if_revision, *ttl)).await?.get();
-            match out.json {
-                true => out.object(&json!({"op": "put", "key": key, "revision": revision}))?,
-                false => out.note(&format!("OK revision {revision}"))?,
-            }
-            Ok(Exit::Ok)
+        Command::Put { .. } | Command::Delete { .. } => {
+            let value = value_of(command, out.place).await?;
+            written(command, write(client, command, value).await?, out)
         }
-        Command::Delete { key, if_revision } => delete(client, key, *if_revision, out).await,
-        Command::Subscribe { key, once, count } => follow(client, key, if *once { Some(1) } else { *count }, out).await,
         Command::List { key, page } => list(client, key, page, out).await,
         Command::Tree { key } if out.json => list(client, key, &PageArgs::default(), out).await,
         Command::Tree { key } => {
             let keys = client.list(key).await?;
             for line in tree(keys.iter().map(|(key, _)| key.as_str())) {
-                out.line(line.as_bytes())?;
+                out.line(out.key(&line).as_bytes())?;
             }
             Ok(Exit::Ok)
         }
@@ -133,9 +168,73 @@ pub(crate) async fn run(client: &Client, command: &Command, out: Output) -> Resu
         }
         Command::Version => version(client, out).await,
         Command::Stats => stats(client, out).await,
-        // Both are the interactive mode's own.
-        Command::Unsubscribe { .. } | Command::Quit => Ok(Exit::Ok),
+        // These are done elsewhere.
+        Command::Subscribe { .. } | Command::Unsubscribe { .. } | Command::Quit => Ok(Exit::Ok),
     }
+}
+
+/// Refuses a wildcard where only a key makes sense.
+pub(crate) fn check(command: &Command) -> Result<(), Failure> {
+    let key = match command {
+        Command::Put { key, .. } | Command::Trace { key } | Command::Delete { key, if_revision: Some(_) } => Some(key),
+        Command::Get { page, .. } | Command::List { page, .. } => page.after.as_ref(),
+        _ => None,
+    };
+    match key {
+        Some(key) if Key::new(key).is_err() && Pattern::new(key).is_ok() => {
+            Err(Failure::Usage(format!("a key is needed here: '{key}' is a wildcard")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What a put or a delete did.
+pub(crate) enum Written {
+    Put(Revision),
+    Deleted(Deleted),
+}
+
+/// The value of a put.
+pub(crate) async fn value_of(command: &Command, place: Place) -> Result<Vec<u8>, Failure> {
+    match command {
+        Command::Put { value, raw: true, .. } => Ok(value.as_bytes().to_vec()),
+        Command::Put { value, .. } => read_value(value, place).await,
+        _ => Ok(Vec::new()),
+    }
+}
+
+/// Does a put or a delete. The request is on its way to the server when this was first polled.
+pub(crate) async fn write(client: &Client, command: &Command, value: Vec<u8>) -> Result<Written, Failure> {
+    match command {
+        Command::Put { key, if_revision, ttl, .. } => {
+            Ok(Written::Put(client.put_with(key, value, put_options(*if_revision, *ttl)).await?))
+        }
+        Command::Delete { key, if_revision: Some(revision) } => {
+            Ok(Written::Deleted(client.delete_if(key, Revision::new(*revision)).await?))
+        }
+        Command::Delete { key, .. } => Ok(Written::Deleted(client.delete(key).await?)),
+        _ => Err(Failure::Usage("no write".into())),
+    }
+}
+
+/// Shows what a put or a delete did.
+pub(crate) fn written(command: &Command, written: Written, out: Output) -> Result<Exit, Failure> {
+    let (op, key) = (command.op(), command.key());
+    match written {
+        Written::Deleted(Deleted { count: 0, .. }) => return Err(Failure::NotFound),
+        Written::Put(revision) if out.json => {
+            out.object(&json!({"op": op, "key": key, "revision": revision.get()}))?;
+        }
+        Written::Put(revision) => out.note(&format!("OK revision {revision}"))?,
+        Written::Deleted(Deleted { count, revision, .. }) => {
+            let revision = revision.map_or(0, Revision::get);
+            match out.json {
+                true => out.object(&json!({"op": op, "key": key, "count": count, "revision": revision}))?,
+                false => out.note(&format!("OK deleted {count}, revision {revision}"))?,
+            }
+        }
+    }
+    Ok(Exit::Ok)
 }
 
 async fn get(client: &Client, key: &str, page: &PageArgs, out: Output) -> Result<Exit, Failure> {
@@ -152,38 +251,13 @@ async fn get(client: &Client, key: &str, page: &PageArgs, out: Output) -> Result
         match (out.json, single) {
             (true, _) => out.object(&entry_json("get", entry))?,
             (false, true) => out.value(&entry.value)?,
-            (false, false) => out.line(&key_value(entry))?,
+            (false, false) => out.line(out.key_value(entry).as_bytes())?,
         }
     }
     if more && let Some(last) = entries.last() {
-        complain(&format!("there are more: --after {}", last.key));
+        out.more("get", key, last.key.as_str());
     }
-    if entries.is_empty() { not_found("get", key, out) } else { Ok(Exit::Ok) }
-}
-
-pub(crate) fn not_found(op: &str, key: &str, out: Output) -> Result<Exit, Failure> {
-    match out.json && out.interactive {
-        true => out.object(&json!({"op": op, "key": key, "error": "not found"}))?,
-        false if out.json => complain(&json!({"error": "not found", "key": key, "code": 1}).to_string()),
-        false => out.note("not found")?,
-    }
-    Ok(Exit::NotFound)
-}
-
-async fn delete(client: &Client, key: &str, if_revision: Option<u64>, out: Output) -> Result<Exit, Failure> {
-    let deleted = match if_revision {
-        Some(revision) => client.delete_if(key, Revision::new(revision)).await?,
-        None => client.delete(key).await?,
-    };
-    if deleted.count == 0 {
-        return not_found("delete", key, out);
-    }
-    let revision = deleted.revision.map_or(0, Revision::get);
-    match out.json {
-        true => out.object(&json!({"op": "delete", "key": key, "count": deleted.count, "revision": revision}))?,
-        false => out.note(&format!("OK deleted {}, revision {revision}", deleted.count))?,
-    }
-    Ok(Exit::Ok)
+    if entries.is_empty() { Err(Failure::NotFound) } else { Ok(Exit::Ok) }
 }
 
 async fn list(client: &Client, key: &str, page: &PageArgs, out: Output) -> Result<Exit, Failure> {
@@ -196,11 +270,11 @@ async fn list(client: &Client, key: &str, page: &PageArgs, out: Output) -> Resul
     for (key, revision) in &keys {
         match out.json {
             true => out.object(&json!({"op": "list", "key": key.as_str(), "revision": revision.get()}))?,
-            false => out.line(key.as_str().as_bytes())?,
+            false => out.line(out.key(key.as_str()).as_bytes())?,
         }
     }
     if more && let Some((last, _)) = keys.last() {
-        complain(&format!("there are more: --after {last}"));
+        out.more("list", key, last.as_str());
     }
     Ok(Exit::Ok)
 }
@@ -259,49 +333,77 @@ async fn stats(client: &Client, out: Output) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
-/// Tells what a subscription tells, until it ends or has told enough.
-async fn follow(client: &Client, pattern: &str, count: Option<u64>, out: Output) -> Result<Exit, Failure> {
-    let mut subscription = client.subscribe(pattern).await?;
-    let mut reader = pin!(reader_has_gone());
-    let mut told = 0;
-    while count.is_none_or(|count| told < count) {
-        let event = tokio::select! {
-            biased;
-            event = subscription.next() => event,
-            // With the next change it would be noticed too, but that may be long in coming.
-            () = &mut reader => return Err(Failure::BrokenPipe),
-        };
-        let Some(event) = event else { break };
-        told += u64::from(matches!(event, Event::Update { .. } | Event::Gone { .. }));
-        match out.event(pattern, &event) {
-            Line::Result(line) => out.line(&line)?,
-            Line::Note(note) => complain(&note),
-        }
-        if let Event::Ended(reason) = event {
-            complain(&format!("nkv-client: the subscription ended: {}", ended(&reason)));
-            return Ok(Exit::Failed);
-        }
+/// What is asked of a subscription.
+#[derive(Clone, Debug)]
+pub(crate) struct Follow {
+    pub(crate) pattern: String,
+    /// After how many values and changes it ends.
+    pub(crate) count: Option<u64>,
+    /// How long these may take.
+    pub(crate) timeout: Option<Duration>,
+}
+
+impl Follow {
+    pub(crate) fn new(command: &Command, timeout: Option<Duration>) -> Option<Self> {
+        let Command::Subscribe { key, once, count } = command else { return None };
+        let count = if *once { Some(1) } else { *count };
+        Some(Follow { pattern: key.clone(), count, timeout: timeout.filter(|_| count.is_some()) })
     }
-    Ok(Exit::Ok)
+
+    /// Does the work, which ends after `count` values and changes, within the time that it may take.
+    pub(crate) async fn in_time<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+        let Some(timeout) = self.timeout else { return work.await };
+        let count = self.count.unwrap_or(0);
+        tokio::time::timeout(timeout, work).await.unwrap_or_else(|_| {
+            Err(Failure::Timeout(format!("fewer than {count} values and changes came within {timeout:?}")))
+        })
+    }
+}
+
+/// Tells what a subscription tells, until it ends or has told enough.
+pub(crate) async fn follow(client: &Client, follow: &Follow, out: Output) -> Result<Exit, Failure> {
+    let telling = async {
+        let Follow { pattern, count, .. } = follow;
+        let mut subscription = client.subscribe(pattern).await?;
+        let mut told = 0;
+        while count.is_none_or(|count| told < count) {
+            let Some(event) = subscription.next().await else { break };
+            told += u64::from(matches!(event, Event::Update { .. } | Event::Gone { .. }));
+            match out.event(pattern, &event) {
+                Line::Result(line) => out.line(&line)?,
+                Line::Note(note) | Line::Error(note) => out.note(&note)?,
+            }
+            if let Event::Ended(reason) = event {
+                return Err(Failure::Ended(ended(&reason)));
+            }
+        }
+        Ok(Exit::Ok)
+    };
+    let mut reader = pin!(reader_has_gone());
+    tokio::select! {
+        biased;
+        told = follow.in_time(telling) => told,
+        // With the next change it would be noticed too, but that may be long in coming.
+        () = &mut reader => Err(Failure::BrokenPipe),
+    }
 }
 
 /// The value itself, or what `-` or `@FILE` stand for.
-async fn read_value(value: &std::ffi::OsStr, out: Output) -> Result<Vec<u8>, Failure> {
-    let bytes = value.as_encoded_bytes();
-    let (name, path) = match bytes {
-        b"-" if out.interactive => {
+async fn read_value(value: &OsStr, place: Place) -> Result<Vec<u8>, Failure> {
+    let (name, path) = match value.as_bytes() {
+        b"-" if place != Place::CommandLine => {
             return Err(Failure::Usage("stdin holds the commands: give the value, or @FILE".into()));
         }
         b"-" => ("stdin".to_owned(), None),
-        [b'@', ..] => {
-            let path = value.to_string_lossy()[1..].to_owned();
-            (path.clone(), Some(path))
+        [b'@', name @ ..] => {
+            let path = PathBuf::from(OsStr::from_bytes(name));
+            (path.display().to_string(), Some(path))
         }
-        _ => return Ok(bytes.to_vec()),
+        value => return Ok(value.to_vec()),
     };
     let read = tokio::task::spawn_blocking(move || match path {
-        Some(path) => read_limited(std::fs::File::open(Path::new(&path))?),
-        None => read_limited(io::stdin().lock()),
+        Some(path) => read_limited(std::fs::File::open(path)?),
+        None => read_limited(Stdin),
     });
     match read.await {
         Ok(Ok(value)) => Ok(value),

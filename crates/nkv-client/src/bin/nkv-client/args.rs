@@ -223,17 +223,28 @@ impl Args {
         lowercase_command(&mut words, 1);
         Ok((addr, Args::try_parse_from(words)?))
     }
+}
 
-    /// Parses a line of a script or of the interactive mode, with or without its end.
+/// Parses lines of a script or of the interactive mode.
+#[derive(Debug)]
+pub(crate) struct LineParser {
+    command: clap::Command,
+}
+
+impl LineParser {
+    pub(crate) fn new() -> Self {
+        LineParser { command: Args::command().no_binary_name(true) }
+    }
+
+    /// Parses a line, with or without its end.
     ///
     /// Scripts come from other systems too: a byte order mark in front and a carriage return at the end are no part of
     /// the command, and what can only be another encoding or another kind of line end is refused.
-    pub(crate) fn from_line(line: &[u8]) -> Result<Self, clap::Error> {
-        let mut command = Args::command().no_binary_name(true);
+    pub(crate) fn parse(&mut self, line: &[u8]) -> Result<Args, clap::Error> {
         let line = line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line);
         let line = line.strip_suffix(b"\n").unwrap_or(line);
         let line = line.strip_suffix(b"\r").unwrap_or(line);
-        let mut wrong = |what| Err(command.error(ErrorKind::InvalidValue, what));
+        let mut wrong = |what| Err(self.command.error(ErrorKind::InvalidValue, what));
         if line.contains(&0) {
             return wrong("a zero byte: commands are read as UTF-8, and this may be UTF-16");
         }
@@ -249,11 +260,11 @@ impl Args {
         }
         let mut words: Vec<_> = words.into_iter().map(OsString::from_vec).collect();
         lowercase_command(&mut words, 0);
-        let args = Args::from_arg_matches(&command.try_get_matches_from_mut(words)?)?;
+        let args = Args::from_arg_matches(&self.command.try_get_matches_from_mut(words)?)?;
         if let Some(Command::Put { raw: true, value, .. }) = &args.command
             && value.to_str().is_none()
         {
-            return Err(command.error(ErrorKind::InvalidValue, "not UTF-8"));
+            return Err(self.command.error(ErrorKind::InvalidValue, "not UTF-8"));
         }
         Ok(args)
     }
@@ -355,44 +366,44 @@ mod tests {
 
     #[test]
     fn a_line_and_a_command_line_are_read_alike() {
-        let args = Args::from_line(b"--json PUT 'a b' \"c d\" --ttl 1.5s").unwrap();
+        let mut lines = LineParser::new();
+        let args = lines.parse(b"--json PUT 'a b' \"c d\" --ttl 1.5s").unwrap();
         let Some(Command::Put { key, value, ttl, .. }) = args.command else { panic!("no put") };
         assert_eq!((key.as_str(), value.to_str(), ttl), ("a b", Some("c d"), Some(Duration::from_millis(1_500))));
         assert!(args.json);
         for line in ["put a -- --json", "put a -5", "del a", "sub a --once", "ls", "exit", "put a -"] {
-            assert!(Args::from_line(line.as_bytes()).is_ok_and(|args| !args.json), "{line}");
+            assert!(lines.parse(line.as_bytes()).is_ok_and(|args| !args.json), "{line}");
         }
         for line in ["put a", "get", "put a 'b", "fly", "put a b c", "put a b --ttl 0", "put a b --ttl 1y"] {
-            assert!(Args::from_line(line.as_bytes()).is_err(), "{line}");
+            assert!(lines.parse(line.as_bytes()).is_err(), "{line}");
         }
     }
 
     // A script from another system stored 'one\r', or bytes of Latin-1.
     #[test]
     fn lines_of_other_systems_are_understood_or_refused() {
+        let mut lines = LineParser::new();
         for (line, value) in [
             (&b"put a one\r\n"[..], "one"),
             (b"\xef\xbb\xbfput a one\n", "one"),
             (b"put a 'two words'\r", "two words"),
             (b"put a '\xc3\xa9'\n", "\u{e9}"),
         ] {
-            let Some(Command::Put { value: found, .. }) = Args::from_line(line).unwrap().command else {
-                panic!("no put")
-            };
+            let Some(Command::Put { value: found, .. }) = lines.parse(line).unwrap().command else { panic!("no put") };
             assert_eq!(found.to_str(), Some(value), "{line:?}");
         }
         for line in
             [&b"put a caf\xe9\n"[..], b"put a 1\rput b 2\r\n", b"p\0u\0t\0", b"\xff\xfep\0", b"put --raw a @\xff"]
         {
-            assert!(Args::from_line(line).is_err(), "{line:?}");
+            assert!(lines.parse(line).is_err(), "{line:?}");
         }
-        assert!(Args::from_line(b"put a @caf\xe9").is_ok(), "the name of a file");
+        assert!(lines.parse(b"put a @caf\xe9").is_ok(), "the name of a file");
     }
 
     #[test]
     fn what_is_wrong_is_told_in_one_line() {
-        let error = Args::from_line(b"put a").unwrap_err();
+        let error = LineParser::new().parse(b"put a").unwrap_err();
         assert_eq!(in_short(&error), "the following required arguments were not provided: <VALUE>");
-        assert_eq!(in_short(&Args::from_line(b"put 'a").unwrap_err()), "a quotation mark has no partner");
+        assert_eq!(in_short(&LineParser::new().parse(b"put 'a").unwrap_err()), "a quotation mark has no partner");
     }
 }

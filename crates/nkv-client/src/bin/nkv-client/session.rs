@@ -10,7 +10,7 @@ use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use crate::args::{Args, Command, in_short};
+use crate::args::{Command, LineParser, in_short};
 use crate::output::{Line, Output, Place, at, ended};
 use crate::run::{Exit, Failure, Follow, run};
 
@@ -48,6 +48,7 @@ pub(crate) enum Parsed {
 pub(crate) struct Session<'a> {
     client: &'a Client,
     settings: Settings,
+    parser: LineParser,
     /// Where lines of subscriptions go.
     lines: mpsc::Sender<Line>,
     /// By pattern: what ends it when it is dropped, and its end.
@@ -75,7 +76,8 @@ impl Failures {
 
 impl<'a> Session<'a> {
     pub(crate) fn new(client: &'a Client, settings: Settings, lines: mpsc::Sender<Line>) -> Self {
-        Session { client, settings, lines, subscriptions: HashMap::new(), failures: Failures::default() }
+        let (parser, subscriptions, failures) = (LineParser::new(), HashMap::new(), Failures::default());
+        Session { client, settings, parser, lines, subscriptions, failures }
     }
 
     /// How what is about a line is shown, before it is known what the line asks for.
@@ -84,9 +86,9 @@ impl<'a> Session<'a> {
     }
 
     /// Parses a line; what is wrong with it goes with how to show that.
-    pub(crate) fn parse(&self, line: &[u8], place: Place) -> Result<Parsed, (Output, Failure)> {
+    pub(crate) fn parse(&mut self, line: &[u8], place: Place) -> Result<Parsed, (Output, Failure)> {
         let mut out = self.output(place);
-        let args = match Args::from_line(line) {
+        let args = match self.parser.parse(line) {
             Ok(args) => args,
             Err(error) if !error.use_stderr() => return Ok(Parsed::Help(Box::new(error))),
             Err(error) => {

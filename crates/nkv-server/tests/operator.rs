@@ -306,6 +306,7 @@ fn an_empty_variable_is_as_if_not_set_and_one_that_is_wrong_is_named() {
         "IDLE_LIMIT",
         "MAX_VALUE_SIZE",
         "INSECURE",
+        "GROUP_ACCESS",
         "LOG_LEVEL",
         "LOG_FORMAT",
         "SOCKET_MODE",
@@ -326,6 +327,7 @@ fn an_empty_variable_is_as_if_not_set_and_one_that_is_wrong_is_named() {
         ("NKV_IDLE_LIMIT", "0s"),
         ("NKV_LOG_LEVEL", "loud"),
         ("NKV_INSECURE", "yes"),
+        ("NKV_GROUP_ACCESS", "yes"),
         ("NKV_SOCKET_MODE", "888"),
         ("NKV_SOCKET_GROUP", "no such group"),
     ] {

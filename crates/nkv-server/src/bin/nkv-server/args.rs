@@ -34,7 +34,7 @@ pub(crate) struct Args {
     data_dir: Option<PathBuf>,
 
     /// Allow a data directory that its group may write to; files in it are made for the group too
-    #[arg(long, env = "NKV_GROUP_ACCESS", value_parser = clap::builder::FalseyValueParser::new())]
+    #[arg(long, env = "NKV_GROUP_ACCESS", value_parser = parse_flag)]
     pub(crate) group_access: bool,
 
     /// When a write is safe: sync (before it is answered), interval:DURATION (at most that long after), os (whenever
@@ -131,7 +131,7 @@ Examples:
   nkv-server check --data-dir /var/lib/nkv
   nkv-server restore --data-dir /var/lib/nkv
 
-A variable that is empty counts as not set; NKV_INSECURE is true, false, 1 or 0.
+A variable that is empty counts as not set; NKV_INSECURE and NKV_GROUP_ACCESS are true, false, 1 or 0.
 
 Exit codes: 0 stopped on request, 2 usage, 65 damaged data, 73 data directory in use, 74 input or output failed";
 

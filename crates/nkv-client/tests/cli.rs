@@ -77,6 +77,104 @@ fn a_server_that_greets_and_then_sleeps_is_a_timeout_and_one_of_nats_is_named() 
     sleeper.join().unwrap();
 }
 
+// It was said that nobody could be connected to.
+#[test]
+fn a_server_that_takes_connections_and_says_nothing_is_a_timeout() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    for addr in [&addr, path.to_str().unwrap()] {
+        let output = finish(command(&[addr, "--timeout", "100ms", "--json", "get", "a"]).spawn().unwrap());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), &lines(&stderr)[0]["code"]), (Some(6), &json!(6)), "{stderr}");
+        assert!(stderr.contains("no answer within 100ms"), "{stderr}");
+    }
+    drop((listener, socket));
+    let output = finish(command(&[&addr, "--timeout", "100ms", "get", "a"]).spawn().unwrap());
+    assert_eq!(output.status.code(), Some(3));
+}
+
+// A client that was started a little before its server failed at once.
+#[test]
+fn a_server_that_is_coming_up_is_waited_for_if_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let addr = format!("unix:{}", dir.path().join("socket").display());
+    let begun = Instant::now();
+    assert_eq!(finish(command(&[&addr, "put", "a", "1"]).spawn().unwrap()).status.code(), Some(3));
+    let output = finish(command(&[&addr, "--wait", "100ms", "put", "a", "1"]).spawn().unwrap());
+    assert_eq!(output.status.code(), Some(3));
+    assert!(begun.elapsed() < Duration::from_secs(20));
+    let child = command(&[&addr, "put", "a", "1", "--wait", "60s"]).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let server = runtime.block_on(nkv_server::Server::builder().listen(addr.parse().unwrap()).bind()).unwrap();
+    let output = finish(child);
+    assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b"OK revision 1\n"[..]));
+    drop(server);
+}
+
+#[test]
+fn a_client_has_a_name_for_people_and_all_that_are_connected_are_listed() {
+    let nkv = nkv();
+    let mut child = command(&[&nkv.addr, "--name", "the hall", "subscribe", "lamp"]).spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    said.read_line(&mut String::new()).unwrap();
+    let mut other = command(&["subscribe", "attic", "--exact"]);
+    let mut other = other.env("NKV_ADDR", &nkv.addr).env("NKV_NAME", "the hall").spawn().unwrap();
+    let mut said_too = BufReader::new(other.stderr.take().unwrap());
+    said_too.read_line(&mut String::new()).unwrap();
+
+    let subscribers = lines(&nkv.stdout(&["trace", "lamp.hall", "--json"]));
+    let [subscriber] = &subscribers[..] else { panic!("{subscribers:?}") };
+    assert_eq!((&subscriber["name"], &subscriber["pattern"]), (&json!("the hall"), &json!("lamp")));
+    assert_eq!(subscriber["exact"], json!(false));
+    let peer = subscriber["peer"].as_str().unwrap();
+    assert!(peer.starts_with("127.0.0.1:"), "{subscriber}");
+    let text = nkv.stdout(&["trace", "lamp.hall"]);
+    assert!(text.ends_with(&format!(" peer {peer} name the hall\n")), "{text}");
+    assert!(nkv.stdout(&["trace", "attic"]).contains(" attic exact since "));
+    assert_eq!(nkv.stdout(&["trace", "attic.box"]), "", "it covers no branch");
+
+    let clients = lines(&nkv.stdout(&["trace", "--json"]));
+    let named: Vec<_> = clients.iter().filter(|client| client["name"] == "the hall").collect();
+    assert_eq!((clients.len(), named.len()), (3, 2), "{clients:?}");
+    assert!(clients.iter().all(|client| client["op"] == "trace" && client["client_uuid"].is_string()));
+    assert!(named.iter().any(|client| client["peer"] == peer && client["subscriptions"] == 1), "{clients:?}");
+    assert_eq!(nkv.stdout(&["trace"]).lines().filter(|line| line.ends_with(" name the hall")).count(), 2);
+    for child in [&mut child, &mut other] {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    let output = finish(command(&[&nkv.addr, "health"]).env("NKV_NAME", "a\nb").spawn().unwrap());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && stderr.contains("NKV_NAME"), "{stderr}");
+    assert_eq!(nkv.run(&["--name", &"x".repeat(257), "health"]).0, 2);
+    assert_eq!(nkv.run(&["--name", &"x".repeat(256), "health"]).0, 0);
+}
+
+#[test]
+fn a_subscription_may_be_to_one_key_alone_and_without_what_is_there() {
+    let nkv = nkv();
+    for key in ["a", "a.b", "c"] {
+        nkv.stdout(&["put", key, "1"]);
+    }
+    let (code, stdout, _) = nkv.run(&["subscribe", "a", "--exact", "--count", "2", "--timeout", "300ms"]);
+    assert_eq!((code, stdout.as_str()), (6, "a = 1\n"));
+    let (code, _, stderr) = nkv.run(&["subscribe", "a.*", "--exact"]);
+    assert!(code == 2 && stderr.contains("a key is needed here"), "{stderr}");
+
+    let mut child = command(&[&nkv.addr, "subscribe", "*", "--no-snapshot", "--once"]).spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    assert!(line.contains("synced"), "{line}");
+    nkv.stdout(&["put", "c", "2"]);
+    assert_eq!(String::from_utf8(finish(child).stdout).unwrap(), "c = 2\n");
+}
+
 #[test]
 fn values_may_come_from_stdin_or_a_file_and_may_be_anything() {
     let nkv = nkv();

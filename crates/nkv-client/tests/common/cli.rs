@@ -24,7 +24,7 @@ pub(crate) fn nkv() -> Nkv {
 
 pub(crate) fn command(words: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nkv-client"));
-    command.args(words).env_remove("NKV_ADDR").env_remove("NKV_TOKEN");
+    command.args(words).env_remove("NKV_ADDR").env_remove("NKV_TOKEN").env_remove("NKV_NAME");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }

@@ -30,7 +30,7 @@ Exit status: 0 ok, 1 not found, 2 usage, 3 cannot connect, 5 conflict, 6 timeout
 this machine fails, 130 interrupted. Commands from a pipe are all run; the first that fails gives the status.";
 
 /// Options of all commands that are followed by a value.
-const WITH_VALUE: [&str; 1] = ["--timeout"];
+const WITH_VALUE: [&str; 3] = ["--timeout", "--wait", "--name"];
 
 const DELETE_HELP: &str = "`delete lamp` removes the key lamp alone; `delete 'lamp.*'` removes what is below it.";
 
@@ -50,6 +50,14 @@ pub(crate) struct Args {
     /// How long connecting or a request may take: 500ms, 5s, 2m, 1h; and a subscribe with --once or --count in all.
     #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
     pub(crate) timeout: Option<Duration>,
+
+    /// Waits so long for the server to come up. Without it, nobody at ADDR is an error at once.
+    #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
+    pub(crate) wait: Option<Duration>,
+
+    /// A name for people, which `trace` shows; without it NKV_NAME counts. It identifies nothing.
+    #[arg(long, global = true, value_name = "NAME")]
+    pub(crate) name: Option<String>,
 
     #[command(subcommand)]
     pub(crate) command: Option<Command>,
@@ -102,6 +110,12 @@ pub(crate) enum Command {
         /// Ends after so many values and changes
         #[arg(long, value_name = "N")]
         count: Option<u64>,
+        /// Tells changes alone, not the present values
+        #[arg(long)]
+        no_snapshot: bool,
+        /// Tells of the key alone, not of what is below it
+        #[arg(long)]
+        exact: bool,
     },
     /// Ends a subscription of the interactive mode
     #[command(visible_alias = "unsub")]
@@ -129,10 +143,10 @@ pub(crate) enum Command {
         /// A key, KEY.* or *
         key: String,
     },
-    /// Says who would be told of a change of a key
+    /// Shows who would be told of a change of a key, or without a key all clients that are connected
     Trace {
         /// The key
-        key: String,
+        key: Option<String>,
     },
     /// Asks whether the server works
     Health,
@@ -202,8 +216,8 @@ impl Command {
             | Command::Unsubscribe { key }
             | Command::List { key, .. }
             | Command::Tree { key }
-            | Command::Exists { key }
-            | Command::Trace { key } => Some(key),
+            | Command::Exists { key } => Some(key),
+            Command::Trace { key } => key.as_deref(),
             Command::Health | Command::Version | Command::Stats | Command::Quit => None,
         }
     }
@@ -261,6 +275,10 @@ impl LineParser {
         let mut words: Vec<_> = words.into_iter().map(OsString::from_vec).collect();
         lowercase_command(&mut words, 0);
         let args = Args::from_arg_matches(&self.command.try_get_matches_from_mut(words)?)?;
+        if args.wait.is_some() || args.name.is_some() {
+            let what = "--wait and --name are about the connection: they belong to the command line";
+            return Err(self.command.error(ErrorKind::ArgumentConflict, what));
+        }
         if let Some(Command::Put { raw: true, value, .. }) = &args.command
             && value.to_str().is_none()
         {

@@ -13,12 +13,18 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use nkv_client::{Addr, Client};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Runtime;
 
 use args::{Args, Command, asks_for_json, in_short};
 use output::{Output, Place};
 use run::{Exit, Failure, Follow};
 use session::Settings;
+
+/// Longest name for people that a server takes.
+const NAME_LEN_MAX: usize = 256;
+/// How long a server that said nothing is looked at again.
+const LOOK_LIMIT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let words: Vec<_> = std::env::args_os().collect();
@@ -52,7 +58,7 @@ fn main() -> ExitCode {
 
 fn serve(runtime: &Runtime, addr: Option<String>, args: &Args, out: Output) -> Result<Exit, Failure> {
     let Some(command) = &args.command else {
-        let client = runtime.block_on(interruptible(connect(addr, args.timeout)))?;
+        let client = runtime.block_on(interruptible(connect(addr, args)))?;
         let settings = Settings { json: args.json, quiet: args.quiet, timeout: args.timeout };
         return repl::serve(runtime, &client, settings);
     };
@@ -62,7 +68,7 @@ fn serve(runtime: &Runtime, addr: Option<String>, args: &Args, out: Output) -> R
     }
     run::check(command)?;
     runtime.block_on(interruptible(async {
-        let client = connect(addr, args.timeout).await?;
+        let client = connect(addr, args).await?;
         match Follow::new(command, args.timeout) {
             Some(follow) => run::follow(&client, &follow, out).await,
             None => run::run(&client, command, out).await,
@@ -70,7 +76,7 @@ fn serve(runtime: &Runtime, addr: Option<String>, args: &Args, out: Output) -> R
     }))
 }
 
-async fn connect(addr: Option<String>, timeout: Option<Duration>) -> Result<Client, Failure> {
+async fn connect(addr: Option<String>, args: &Args) -> Result<Client, Failure> {
     let addr = match addr {
         Some(addr) => addr,
         None => match variable("NKV_ADDR")? {
@@ -82,13 +88,45 @@ async fn connect(addr: Option<String>, timeout: Option<Duration>) -> Result<Clie
         },
     };
     let mut builder = Client::builder(&addr);
-    if let Some(timeout) = timeout {
+    if let Some(timeout) = args.timeout {
         builder = builder.request_timeout(timeout).connect_timeout(timeout);
+    }
+    if let Some(wait) = args.wait {
+        builder = builder.wait_for_server(wait);
+    }
+    let (name, from) = match &args.name {
+        Some(name) => (Some(name.clone()), "--name"),
+        None => (variable("NKV_NAME")?, "NKV_NAME"),
+    };
+    if let Some(name) = name.filter(|name| !name.is_empty()) {
+        if name.len() > NAME_LEN_MAX || name.contains(char::is_control) {
+            let what = format!("{from}: a name has {NAME_LEN_MAX} bytes at most, and no control characters");
+            return Err(Failure::Usage(what));
+        }
+        builder = builder.name(name);
     }
     if let Some(token) = variable("NKV_TOKEN")? {
         builder = builder.token(token);
     }
-    Ok(builder.connect().await?)
+    match builder.connect().await {
+        Ok(client) => Ok(client),
+        Err(error) if error.to_string().contains("no answer within") && takes_connections(&addr).await => {
+            Err(Failure::Timeout(format!("{error}, although it takes connections")))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether somebody is there: a server that hangs is not one that is absent.
+async fn takes_connections(addr: &str) -> bool {
+    let connected = async {
+        match addr.parse::<Addr>() {
+            Ok(Addr::Tcp { host, port }) => TcpStream::connect((host.as_str(), port)).await.is_ok(),
+            Ok(Addr::Unix { path }) => UnixStream::connect(path).await.is_ok(),
+            _ => false,
+        }
+    };
+    tokio::time::timeout(LOOK_LIMIT, connected).await.unwrap_or(false)
 }
 
 fn variable(name: &str) -> Result<Option<String>, Failure> {

@@ -114,7 +114,8 @@ impl Output {
         if self.terminal { shown(key.as_bytes(), Form::TerminalLine) } else { key.to_owned() }
     }
 
-    fn readable(self, value: &[u8]) -> String {
+    /// Anything, in one line.
+    pub(crate) fn readable(self, value: &[u8]) -> String {
         shown(value, if self.terminal { Form::TerminalLine } else { Form::Line })
     }
 }

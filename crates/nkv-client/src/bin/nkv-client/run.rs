@@ -7,7 +7,10 @@ use std::path::PathBuf;
 use std::pin::pin;
 use std::time::Duration;
 
-use nkv_client::{Client, Deleted, Error, ErrorKind, Event, Key, Pattern, Revision};
+use nkv_client::{
+    Client, ConnectedClient, Deleted, Error, ErrorKind, Event, Key, Pattern, Revision, SubscribeOptions, Subscriber,
+    Subscription,
+};
 use serde_json::json;
 
 use crate::args::{Command, PageArgs, put_options};
@@ -73,7 +76,7 @@ impl Failure {
             Failure::Timeout(what) => (Exit::Timeout, what.clone()),
             Failure::Ended(what) => (Exit::Failed, format!("the subscription ended: {what}")),
             Failure::System(what) => (Exit::Failed, what.clone()),
-            Failure::Client(error) => (exit_of(error.kind()), message(error)),
+            Failure::Client(error) => (exit_of(error.kind()), error.to_string()),
         };
         if !out.json {
             let what = at(out.place, &what);
@@ -95,13 +98,6 @@ impl Failure {
         }
         out.add_line(&mut object);
         (exit, Some(object.to_string()))
-    }
-}
-
-fn message(error: &Error) -> String {
-    match error.kind() {
-        ErrorKind::Conflict { revision: Revision::ZERO } => "conflict: the key does not exist".into(),
-        _ => format!("{error:#}"),
     }
 }
 
@@ -157,7 +153,8 @@ pub(crate) async fn run(client: &Client, command: &Command, out: Output) -> Resu
             }
             Ok(if exists { Exit::Ok } else { Exit::NotFound })
         }
-        Command::Trace { key } => trace(client, key, out).await,
+        Command::Trace { key: Some(key) } => trace(client, key, out).await,
+        Command::Trace { key: None } => clients(client, out).await,
         Command::Health => {
             client.health().await?;
             match out.json {
@@ -176,7 +173,8 @@ pub(crate) async fn run(client: &Client, command: &Command, out: Output) -> Resu
 /// Refuses a wildcard where only a key makes sense.
 pub(crate) fn check(command: &Command) -> Result<(), Failure> {
     let key = match command {
-        Command::Put { key, .. } | Command::Trace { key } | Command::Delete { key, if_revision: Some(_) } => Some(key),
+        Command::Put { key, .. } | Command::Delete { key, if_revision: Some(_) } => Some(key),
+        Command::Subscribe { key, exact: true, .. } | Command::Trace { key: Some(key) } => Some(key),
         Command::Get { page, .. } | Command::List { page, .. } => page.after.as_ref(),
         _ => None,
     };
@@ -281,18 +279,43 @@ async fn list(client: &Client, key: &str, page: &PageArgs, out: Output) -> Resul
 
 async fn trace(client: &Client, key: &str, out: Output) -> Result<Exit, Failure> {
     for subscriber in client.trace(key).await? {
-        let nkv_client::Subscriber { client_uuid, pattern, since_ms, queued, skipped, .. } = subscriber;
-        let since = Duration::from_millis(since_ms);
-        match out.json {
-            true => out.object(&json!({"op": "trace", "key": key, "client_uuid": client_uuid, "pattern": pattern,
-                "since_ms": since_ms, "queued": queued, "skipped": skipped}))?,
-            false => {
-                let line = format!("{client_uuid} {pattern} since {since:?} queued {queued} skipped {skipped}");
-                out.line(line.as_bytes())?;
-            }
+        let Subscriber { client_uuid, pattern, exact, since_ms, queued, skipped, name, peer, .. } = subscriber;
+        if out.json {
+            out.object(&json!({"op": "trace", "key": key, "client_uuid": client_uuid, "pattern": pattern,
+                "exact": exact, "since_ms": since_ms, "queued": queued, "skipped": skipped, "name": name,
+                "peer": peer}))?;
+            continue;
         }
+        let (client, pattern) = (out.readable(client_uuid.as_bytes()), out.key(&pattern));
+        let (exact, since) = (if exact { " exact" } else { "" }, Duration::from_millis(since_ms));
+        let who = who(name.as_deref(), peer.as_deref(), out);
+        let line = format!("{client} {pattern}{exact} since {since:?} queued {queued} skipped {skipped}{who}");
+        out.line(line.as_bytes())?;
     }
     Ok(Exit::Ok)
+}
+
+async fn clients(client: &Client, out: Output) -> Result<Exit, Failure> {
+    for client in client.clients().await? {
+        let ConnectedClient { peer, client_uuid, name, since_ms, subscriptions, queued, skipped, .. } = client;
+        if out.json {
+            out.object(&json!({"op": "trace", "client_uuid": client_uuid, "since_ms": since_ms,
+                "subscriptions": subscriptions, "queued": queued, "skipped": skipped, "name": name, "peer": peer}))?;
+            continue;
+        }
+        let client = client_uuid.map_or("-".into(), |client| out.readable(client.as_bytes()));
+        let (since, who) = (Duration::from_millis(since_ms), who(name.as_deref(), Some(&peer), out));
+        let line =
+            format!("{client} since {since:?} subscriptions {subscriptions} queued {queued} skipped {skipped}{who}");
+        out.line(line.as_bytes())?;
+    }
+    Ok(Exit::Ok)
+}
+
+/// From where a client comes and what it is called; the name stands last, since it may hold spaces.
+fn who(name: Option<&str>, peer: Option<&str>, out: Output) -> String {
+    let part = |title: &str, text: Option<&str>| text.map(|text| format!(" {title} {}", out.readable(text.as_bytes())));
+    [part("peer", peer), part("name", name)].into_iter().flatten().collect()
 }
 
 async fn version(client: &Client, out: Output) -> Result<Exit, Failure> {
@@ -337,6 +360,7 @@ async fn stats(client: &Client, out: Output) -> Result<Exit, Failure> {
 #[derive(Clone, Debug)]
 pub(crate) struct Follow {
     pub(crate) pattern: String,
+    options: SubscribeOptions,
     /// After how many values and changes it ends.
     pub(crate) count: Option<u64>,
     /// How long these may take.
@@ -345,9 +369,15 @@ pub(crate) struct Follow {
 
 impl Follow {
     pub(crate) fn new(command: &Command, timeout: Option<Duration>) -> Option<Self> {
-        let Command::Subscribe { key, once, count } = command else { return None };
+        let Command::Subscribe { key, once, count, no_snapshot, exact } = command else { return None };
         let count = if *once { Some(1) } else { *count };
-        Some(Follow { pattern: key.clone(), count, timeout: timeout.filter(|_| count.is_some()) })
+        let options = SubscribeOptions::default().with_snapshot(!no_snapshot).with_exact(*exact);
+        Some(Follow { pattern: key.clone(), options, count, timeout: timeout.filter(|_| count.is_some()) })
+    }
+
+    /// Begins it.
+    pub(crate) async fn begin(&self, client: &Client) -> nkv_client::Result<Subscription> {
+        client.subscribe_with(&self.pattern, self.options).await
     }
 
     /// Does the work, which ends after `count` values and changes, within the time that it may take.
@@ -364,7 +394,7 @@ impl Follow {
 pub(crate) async fn follow(client: &Client, follow: &Follow, out: Output) -> Result<Exit, Failure> {
     let telling = async {
         let Follow { pattern, count, .. } = follow;
-        let mut subscription = client.subscribe(pattern).await?;
+        let mut subscription = follow.begin(client).await?;
         let mut told = 0;
         while count.is_none_or(|count| told < count) {
             let Some(event) = subscription.next().await else { break };

@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 
 use crate::args::{Command, LineParser, in_short};
 use crate::output::{Line, Output, Place, at, ended};
-use crate::run::{Exit, Failure, Follow, run};
+use crate::run::{Exit, Failure, Follow, check, run};
 
 /// Lines of subscriptions that wait to be written; more wait, conflated, in their subscriptions.
 pub(crate) const LINES_MAX: usize = 64;
@@ -109,6 +109,7 @@ impl<'a> Session<'a> {
     /// Runs any command but the one that ends the session.
     pub(crate) async fn run(&mut self, given: &Given) -> Result<Exit, Failure> {
         let Given { client, command, out, timeout } = given;
+        check(command)?;
         match command {
             Command::Unsubscribe { key } => self.unsubscribe(key, *out),
             command => match Follow::new(command, *timeout) {
@@ -129,7 +130,7 @@ impl<'a> Session<'a> {
         if self.subscriptions.contains_key(&pattern) {
             return Err(Failure::Usage(format!("'{pattern}' is subscribed already")));
         }
-        let subscription = client.subscribe(&pattern).await?;
+        let subscription = follow.begin(client).await?;
         answer(out, "subscribe", &pattern)?;
         let (stop, stopped) = oneshot::channel();
         let (lines, failures) = (self.lines.clone(), self.failures.clone());

@@ -275,6 +275,25 @@ fn an_interrupt_ends_with_130_and_a_closed_pipe_quietly() {
     assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0));
 }
 
+// It went on waiting for a reader that does not read.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_ends_it_also_while_nobody_reads_its_stdout() {
+    let nkv = nkv();
+    let value = "x".repeat(1 << 20);
+    assert_eq!(nkv.feed(&["-q", "put", "a", "-"], value.as_bytes()).0, 0);
+    for words in [&["get", "a"][..], &[]] {
+        let mut child = command(&[&[nkv.addr.as_str()], words].concat()).stdin(Stdio::piped()).spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(b"get a\n").unwrap();
+        let mut stdout = child.stdout.take().unwrap();
+        stdout.read_exact(&mut [0; 1]).unwrap();
+        assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+        assert_eq!(finish(child).status.code(), Some(130), "{words:?}");
+        drop((stdin, stdout));
+    }
+}
+
 /// A subscription to what never changes lived on when `head -1` had all it wanted.
 #[cfg(unix)]
 #[test]

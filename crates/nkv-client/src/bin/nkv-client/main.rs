@@ -9,12 +9,14 @@ mod session;
 mod stdio;
 
 use std::env::VarError;
+use std::future::pending;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use nkv_client::{Addr, Client};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Runtime;
+use tokio::sync::oneshot;
 
 use args::{Args, Command, asks_for_json, in_short};
 use output::{Output, Place};
@@ -67,13 +69,14 @@ fn serve(runtime: &Runtime, addr: Option<String>, args: &Args, out: Output) -> R
         return Err(Failure::Usage(what));
     }
     run::check(command)?;
-    runtime.block_on(interruptible(async {
+    runtime.block_on(async {
+        end_when_interrupted().await;
         let client = connect(addr, args).await?;
         match Follow::new(command, args.timeout) {
             Some(follow) => run::follow(&client, &follow, out).await,
             None => run::run(&client, command, out).await,
         }
-    }))
+    })
 }
 
 async fn connect(addr: Option<String>, args: &Args) -> Result<Client, Failure> {
@@ -135,6 +138,23 @@ fn variable(name: &str) -> Result<Option<String>, Failure> {
         Ok(_) | Err(VarError::NotPresent) => Ok(None),
         Err(VarError::NotUnicode(_)) => Err(Failure::Usage(format!("{name} is not UTF-8"))),
     }
+}
+
+/// From now on Ctrl-C ends the program, also while it waits for its stdin, or for its stdout to be read.
+pub(crate) async fn end_when_interrupted() {
+    let (listening, listens) = oneshot::channel();
+    tokio::spawn(async {
+        let interrupted = interruptible(async {
+            // Nobody waits for it if the runtime is shutting down.
+            _ = listening.send(());
+            pending::<Result<(), Failure>>().await
+        });
+        if let Err(Failure::Interrupted) = interrupted.await {
+            std::process::exit(i32::from(Exit::Interrupted as u8));
+        }
+    });
+    // An error means that nobody can listen; commands are run all the same.
+    _ = listens.await;
 }
 
 /// Work that Ctrl-C ends.

@@ -328,7 +328,8 @@ async fn version(client: &Client, out: Output) -> Result<Exit, Failure> {
         }
         false => {
             out.line(format!("client {own}").as_bytes())?;
-            out.line(format!("server {} protocol {}", server.version, server.protocol).as_bytes())?;
+            let version = out.readable(server.version.as_bytes());
+            out.line(format!("server {version} protocol {}", server.protocol).as_bytes())?;
         }
     }
     Ok(Exit::Ok)
@@ -348,10 +349,10 @@ async fn stats(client: &Client, out: Output) -> Result<Exit, Failure> {
         return Ok(Exit::Ok);
     }
     for (name, word) in &stats.words {
-        out.line(format!("{name} {word}").as_bytes())?;
+        out.line(out.readable(format!("{name} {word}").as_bytes()).as_bytes())?;
     }
     for (name, number) in &stats.numbers {
-        out.line(format!("{name} {number}").as_bytes())?;
+        out.line(out.readable(format!("{name} {number}").as_bytes()).as_bytes())?;
     }
     Ok(Exit::Ok)
 }

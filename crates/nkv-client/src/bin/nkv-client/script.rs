@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 
 use nkv_client::Client;
 use tokio::runtime::Runtime;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::task::coop::unconstrained;
 
 use crate::args::Command;
-use crate::interruptible;
+use crate::end_when_interrupted;
 use crate::output::{Line, Output, Place, complain, help};
 use crate::run::{Exit, Failure, VALUE_LEN_MAX, Written, check, value_of, write, written};
 use crate::session::{Given, LINES_MAX, Parsed, Session, Settings};
@@ -54,21 +54,9 @@ pub(crate) fn serve(runtime: &Runtime, client: &Client, settings: Settings) -> R
             }
         }
     });
-    // Nothing else could end a program that waits for its stdin; so this listens before the first command is read.
-    let (listening, listens) = oneshot::channel();
-    runtime.spawn(async {
-        let interrupted = interruptible(async {
-            // Nobody waits for it if the runtime is shutting down.
-            _ = listening.send(());
-            pending::<Result<(), Failure>>().await
-        });
-        if let Err(Failure::Interrupted) = interrupted.await {
-            std::process::exit(i32::from(Exit::Interrupted as u8));
-        }
-    });
     runtime.block_on(async {
-        // An error means that nobody can listen; commands are run all the same.
-        _ = listens.await;
+        // Before the first command is read: nothing else could end a program that waits for its stdin.
+        end_when_interrupted().await;
         let session = Session::new(client, settings, lines);
         let mut script = Script { session, writes: VecDeque::new(), window: WRITES_MIN };
         let done = script.run(&mut lines_of_stdin()?).await;

@@ -81,10 +81,10 @@ pub(crate) fn drop_typed() -> io::Result<()> {
     raw.special_codes[SpecialCodeIndex::VTIME] = 1;
     termios::tcsetattr(&stdin, OptionalActions::Now, &raw)?;
     let dropped = loop {
-        match Stdin.read(&mut [0; 4_096]) {
-            Ok(0) => break Ok(()),
-            Ok(_) => {}
-            Err(error) => break Err(error),
+        match rustix::io::read(&stdin, &mut [0; 4_096]) {
+            Ok(0) | Err(Errno::AGAIN) => break Ok(()),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => break Err(error.into()),
         }
     };
     termios::tcsetattr(&stdin, OptionalActions::Now, &before)?;

@@ -161,7 +161,7 @@ fn a_subscription_may_be_to_one_key_alone_and_without_what_is_there() {
     for key in ["a", "a.b", "c"] {
         nkv.stdout(&["put", key, "1"]);
     }
-    let (code, stdout, _) = nkv.run(&["subscribe", "a", "--exact", "--count", "2", "--timeout", "300ms"]);
+    let (code, stdout, _) = nkv.run(&["subscribe", "a", "--exact", "--count", "2", "--timeout", "1500ms"]);
     assert_eq!((code, stdout.as_str()), (6, "a = 1\n"));
     let (code, _, stderr) = nkv.run(&["subscribe", "a.*", "--exact"]);
     assert!(code == 2 && stderr.contains("a key is needed here"), "{stderr}");

@@ -99,7 +99,7 @@ fn the_first_command_of_a_pipe_that_fails_gives_the_exit_code() {
         (b"unsubscribe a\nfly\n", 1),
         (b"get \xff\n", 2),
         (b"put a -\nget nope\n", 2),
-        (b"subscribe z --once --timeout 10ms\nfly\nsubscribe a --once --timeout 1h\n", 2),
+        (b"subscribe z --once --timeout 1h\nfly\nget nope\n", 2),
     ] {
         assert_eq!(nkv.feed(&[], script).0, code, "{}", String::from_utf8_lossy(script));
     }
@@ -230,6 +230,17 @@ fn running(nkv: &Nkv, script: &str) -> Child {
     let mut child = command(&[&nkv.addr]).stdin(Stdio::piped()).spawn().unwrap();
     child.stdin.as_mut().unwrap().write_all(script.as_bytes()).unwrap();
     child
+}
+
+#[test]
+fn a_subscription_of_a_script_that_gets_too_little_in_its_time_is_a_failure_of_its_line() {
+    let nkv = nkv();
+    let mut child = running(&nkv, "\nsubscribe z --count 3 --timeout 2s\nget nope\n");
+    let mut said = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let late = said.find(|line| line.starts_with("nkv-client: "));
+    assert_eq!(late.unwrap(), "nkv-client: line 2: fewer than 3 values and changes came within 2s");
+    drop(child.stdin.take());
+    assert_eq!(finish(child).status.code(), Some(6), "that of line 2, although line 3 failed before it");
 }
 
 #[test]

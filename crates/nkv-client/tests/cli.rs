@@ -405,7 +405,10 @@ fn a_host_without_a_port_is_an_address_wherever_one_may_be() {
         assert!(matches!(output.status.code(), Some(3 | 6)) && stderr.contains(shown), "{words:?}: {stderr}");
     }
     for words in [&["db1"][..], &["db1", "gte", "a"], &["gte", "a"]] {
-        assert_eq!(finish(command(words).env("NKV_ADDR", free).spawn().unwrap()).status.code(), Some(2), "{words:?}");
+        let output = finish(command(words).env("NKV_ADDR", free).spawn().unwrap());
+        let tip = format!("a host of this name is nkv://{}", words[0]);
+        assert_eq!(output.status.code(), Some(2), "{words:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains(&tip), "{output:?}");
     }
 }
 

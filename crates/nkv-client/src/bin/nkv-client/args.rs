@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::time::Duration;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use nkv_client::{PageOptions, PutOptions, Revision};
 
@@ -235,7 +235,15 @@ impl Args {
             words.remove(at);
         }
         lowercase_command(&mut words, 1);
-        Ok((addr, Args::try_parse_from(words)?))
+        let word = first_plain(&words, 1).and_then(|at| words[at].to_str()).map(str::to_owned);
+        match (Args::try_parse_from(words), word) {
+            (Err(mut error), Some(word)) if error.kind() == ErrorKind::InvalidSubcommand && addr.is_none() => {
+                let tip = format!("a host of this name is nkv://{word}");
+                error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+                Err(error)
+            }
+            (args, _) => Ok((addr, args?)),
+        }
     }
 }
 

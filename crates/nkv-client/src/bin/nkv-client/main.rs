@@ -1,6 +1,8 @@
 //! `nkv-client`: reads, writes and watches the values of an nkv server, one command at a time or interactively.
 
 mod args;
+mod failure;
+mod follow;
 mod output;
 mod repl;
 mod run;
@@ -19,8 +21,9 @@ use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 
 use args::{Args, Command, asks_for_json, in_short};
+use failure::{Exit, Failure};
+use follow::Follow;
 use output::{Output, Place};
-use run::{Exit, Failure, Follow};
 use session::Settings;
 
 /// Longest name for people that a server takes.
@@ -73,7 +76,7 @@ fn serve(runtime: &Runtime, addr: Option<String>, args: &Args, out: Output) -> R
         end_when_interrupted().await;
         let client = connect(addr, args).await?;
         match Follow::new(command, args.timeout) {
-            Some(follow) => run::follow(&client, &follow, out).await,
+            Some(follow) => follow::run(&client, &follow, out).await,
             None => run::run(&client, command, out).await,
         }
     })

@@ -16,8 +16,8 @@ use tokio::runtime::{Handle, Runtime};
 use tokio::sync::mpsc;
 
 use crate::args::{Command, command_words};
+use crate::failure::{Exit, Failure};
 use crate::output::{Line, Place, complain, help};
-use crate::run::{Exit, Failure};
 use crate::session::{LINES_MAX, Parsed, Session, Settings};
 use crate::{interruptible, script, stdio};
 

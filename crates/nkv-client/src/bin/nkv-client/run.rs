@@ -4,128 +4,18 @@ use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::pin::pin;
 use std::time::Duration;
 
-use nkv_client::{
-    Client, ConnectedClient, Deleted, Error, ErrorKind, Event, Key, Pattern, Revision, SubscribeOptions, Subscriber,
-    Subscription,
-};
+use nkv_client::{Client, ConnectedClient, Deleted, Key, Pattern, Revision, Subscriber};
 use serde_json::json;
 
 use crate::args::{Command, PageArgs, put_options};
-use crate::output::{Line, Output, Place, at, complain, ended, entry_json, tree};
-use crate::stdio::{Stdin, reader_has_gone};
+use crate::failure::{Exit, Failure};
+use crate::output::{Output, Place, entry_json, tree};
+use crate::stdio::Stdin;
 
 /// What is read of stdin or a file at most: no server takes more.
 pub(crate) const VALUE_LEN_MAX: u64 = 64 << 20;
-
-/// How a program ends; the numbers are a promise.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Exit {
-    Ok = 0,
-    NotFound = 1,
-    Usage = 2,
-    CannotConnect = 3,
-    Conflict = 5,
-    Timeout = 6,
-    Failed = 7,
-    Interrupted = 130,
-}
-
-/// Why a command did not do what it was asked.
-pub(crate) enum Failure {
-    Usage(String),
-    NotFound,
-    Client(Error),
-    /// What was waited for did not come in time.
-    Timeout(String),
-    /// A subscription has ended although it was not asked to.
-    Ended(String),
-    /// What this machine does not do, such as to take what is written to stdout.
-    System(String),
-    /// Nobody reads what is written any more.
-    BrokenPipe,
-    /// Ctrl-C.
-    Interrupted,
-}
-
-impl Failure {
-    /// Tells it, and says how to end.
-    pub(crate) fn report(&self, out: Output, command: Option<&Command>) -> Exit {
-        let (exit, what) = self.in_words(out, command);
-        match what {
-            // It stays with the command, like any other answer.
-            Some(what) if matches!(self, Failure::NotFound) && out.place == Place::Prompt && !out.json => {
-                // An stdout that is broken is noticed with the next result.
-                _ = out.line(what.as_bytes());
-            }
-            Some(what) => complain(&what),
-            None => {}
-        }
-        exit
-    }
-
-    /// How to end, and what to say.
-    pub(crate) fn in_words(&self, out: Output, command: Option<&Command>) -> (Exit, Option<String>) {
-        let (exit, what) = match self {
-            Failure::BrokenPipe => return (Exit::Ok, None),
-            Failure::Interrupted => return (Exit::Interrupted, None),
-            Failure::Usage(what) => (Exit::Usage, what.clone()),
-            Failure::NotFound => (Exit::NotFound, "not found".to_owned()),
-            Failure::Timeout(what) => (Exit::Timeout, what.clone()),
-            Failure::Ended(what) => (Exit::Failed, format!("the subscription ended: {what}")),
-            Failure::System(what) => (Exit::Failed, what.clone()),
-            Failure::Client(error) => (exit_of(error.kind()), error.to_string()),
-        };
-        if !out.json {
-            let what = at(out.place, &what);
-            return (exit, Some(if exit == Exit::NotFound { what } else { format!("nkv-client: {what}") }));
-        }
-        let mut object = json!({"error": what, "code": exit as u8});
-        if let Some(command) = command {
-            object["op"] = command.op().into();
-            if let Some(key) = command.key() {
-                object["key"] = key.into();
-            }
-        }
-        if let Failure::Client(error) = self {
-            match error.kind() {
-                ErrorKind::Conflict { revision } => object["revision"] = revision.get().into(),
-                ErrorKind::Server { status } => object["status"] = (*status).into(),
-                _ => {}
-            }
-        }
-        out.add_line(&mut object);
-        (exit, Some(object.to_string()))
-    }
-}
-
-fn exit_of(kind: &ErrorKind) -> Exit {
-    match kind {
-        ErrorKind::InvalidAddress | ErrorKind::InvalidKey => Exit::Usage,
-        ErrorKind::CannotConnect => Exit::CannotConnect,
-        ErrorKind::NotFound => Exit::NotFound,
-        ErrorKind::Conflict { .. } => Exit::Conflict,
-        ErrorKind::Timeout | ErrorKind::OutcomeUnknown => Exit::Timeout,
-        _ => Exit::Failed,
-    }
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Failure::Client(error)
-    }
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        match error.kind() {
-            io::ErrorKind::BrokenPipe => Failure::BrokenPipe,
-            _ => Failure::System(format!("cannot write to stdout: {error}")),
-        }
-    }
-}
 
 /// Runs a command that is the same in all modes.
 pub(crate) async fn run(client: &Client, command: &Command, out: Output) -> Result<Exit, Failure> {
@@ -355,68 +245,6 @@ async fn stats(client: &Client, out: Output) -> Result<Exit, Failure> {
         out.line(out.readable(format!("{name} {number}").as_bytes()).as_bytes())?;
     }
     Ok(Exit::Ok)
-}
-
-/// What is asked of a subscription.
-#[derive(Clone, Debug)]
-pub(crate) struct Follow {
-    pub(crate) pattern: String,
-    options: SubscribeOptions,
-    /// After how many values and changes it ends.
-    pub(crate) count: Option<u64>,
-    /// How long these may take.
-    pub(crate) timeout: Option<Duration>,
-}
-
-impl Follow {
-    pub(crate) fn new(command: &Command, timeout: Option<Duration>) -> Option<Self> {
-        let Command::Subscribe { key, once, count, no_snapshot, exact } = command else { return None };
-        let count = if *once { Some(1) } else { *count };
-        let options = SubscribeOptions::default().with_snapshot(!no_snapshot).with_exact(*exact);
-        Some(Follow { pattern: key.clone(), options, count, timeout: timeout.filter(|_| count.is_some()) })
-    }
-
-    /// Begins it.
-    pub(crate) async fn begin(&self, client: &Client) -> nkv_client::Result<Subscription> {
-        client.subscribe_with(&self.pattern, self.options).await
-    }
-
-    /// Does the work, which ends after `count` values and changes, within the time that it may take.
-    pub(crate) async fn in_time<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-        let Some(timeout) = self.timeout else { return work.await };
-        let count = self.count.unwrap_or(0);
-        tokio::time::timeout(timeout, work).await.unwrap_or_else(|_| {
-            Err(Failure::Timeout(format!("fewer than {count} values and changes came within {timeout:?}")))
-        })
-    }
-}
-
-/// Tells what a subscription tells, until it ends or has told enough.
-pub(crate) async fn follow(client: &Client, follow: &Follow, out: Output) -> Result<Exit, Failure> {
-    let telling = async {
-        let Follow { pattern, count, .. } = follow;
-        let mut subscription = follow.begin(client).await?;
-        let mut told = 0;
-        while count.is_none_or(|count| told < count) {
-            let Some(event) = subscription.next().await else { break };
-            told += u64::from(matches!(event, Event::Update { .. } | Event::Gone { .. }));
-            match out.event(pattern, &event) {
-                Line::Result(line) => out.line(&line)?,
-                Line::Note(note) | Line::Error(note) => out.note(&note)?,
-            }
-            if let Event::Ended(reason) = event {
-                return Err(Failure::Ended(ended(&reason)));
-            }
-        }
-        Ok(Exit::Ok)
-    };
-    let mut reader = pin!(reader_has_gone());
-    tokio::select! {
-        biased;
-        told = follow.in_time(telling) => told,
-        // With the next change it would be noticed too, but that may be long in coming.
-        () = &mut reader => Err(Failure::BrokenPipe),
-    }
 }
 
 /// The value itself, or what `-` or `@FILE` stand for.

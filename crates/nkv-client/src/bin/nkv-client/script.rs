@@ -20,8 +20,9 @@ use tokio::task::coop::unconstrained;
 
 use crate::args::Command;
 use crate::end_when_interrupted;
+use crate::failure::{Exit, Failure};
 use crate::output::{Line, Output, Place, complain, help};
-use crate::run::{Exit, Failure, VALUE_LEN_MAX, Written, check, value_of, write, written};
+use crate::run::{VALUE_LEN_MAX, Written, check, value_of, write, written};
 use crate::session::{Given, LINES_MAX, Parsed, Session, Settings};
 use crate::stdio::{Stdin, reader_has_gone};
 

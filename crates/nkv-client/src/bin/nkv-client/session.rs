@@ -11,8 +11,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use crate::args::{Command, LineParser, in_short};
+use crate::failure::{Exit, Failure};
+use crate::follow::Follow;
 use crate::output::{Line, Output, Place, at, ended};
-use crate::run::{Exit, Failure, Follow, check, run};
+use crate::run::{check, run};
 
 /// Lines of subscriptions that wait to be written; more wait, conflated, in their subscriptions.
 pub(crate) const LINES_MAX: usize = 64;

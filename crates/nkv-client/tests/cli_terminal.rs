@@ -117,7 +117,9 @@ fn lines_that_are_pasted_are_commands_of_their_own() {
 fn a_byte_that_is_not_utf_8_costs_its_line_and_not_the_session() {
     let nkv = nkv();
     let mut terminal = Terminal::new(&nkv);
-    for line in [&b"put a caf\xe9 now\rdelete *\r"[..], b"\x1b[200~put a caf\xe9\rput b 2\x1b[201~\r", b"\xff"] {
+    // More than the editor reads at once.
+    let long = [&b"put a caf\xe9 "[..], &[b'x'; 1_500], b"\rput b 2\r"].concat();
+    for line in [&b"put a caf\xe9 now\rdelete *\r"[..], b"\x1b[200~put a caf\xe9\rput b 2\x1b[201~\r", b"\xff", &long] {
         terminal.types(line);
         terminal.expect("not UTF-8");
         terminal.expect("nkv> ");

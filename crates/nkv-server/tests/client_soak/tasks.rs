@@ -407,8 +407,8 @@ pub struct View {
     covers: Pattern,
     /// The keys that are there, and their revisions.
     pub known: BTreeMap<String, u64>,
-    /// The highest revision of each key so far: nothing at or below it may follow.
-    last: HashMap<String, u64>,
+    /// The highest revision of each key so far, and what happened then: nothing at or below it may follow.
+    last: HashMap<String, (u64, &'static str)>,
     pub is_synced: bool,
     pub events: u64,
 }
@@ -424,12 +424,12 @@ impl View {
         self.events += 1;
         match event {
             Event::Update { entry, .. } => {
-                self.rises(world, who, &entry.key, entry.revision);
+                self.rises(world, who, &entry.key, entry.revision, "updated");
                 world.read(who, entry.key.as_str(), entry, 0);
                 self.known.insert(entry.key.to_string(), entry.revision.get());
             }
             Event::Gone { key, revision, reason, .. } => {
-                self.rises(world, who, key, *revision);
+                self.rises(world, who, key, *revision, reason.as_str());
                 self.known.remove(key.as_str());
                 if key.as_str().starts_with("shared") || *reason == GoneReason::Expired {
                     world.wrong(format!("{who}: {key} is gone ({}), and nobody deletes it", reason.as_str()));
@@ -446,12 +446,11 @@ impl View {
         }
     }
 
-    fn rises(&mut self, world: &World, who: &str, key: &nkv_client::Key, revision: Revision) {
-        let before = self.last.insert(key.to_string(), revision.get()).unwrap_or(0);
+    fn rises(&mut self, world: &World, who: &str, key: &nkv_client::Key, revision: Revision, how: &'static str) {
+        let (before, how_before) = self.last.insert(key.to_string(), (revision.get(), how)).unwrap_or((0, "absent"));
         if before >= revision.get() || !self.covers.covers(key) {
-            world.wrong(format!(
-                "{who}: {key} at revision {revision}, expected a key that it covers at more than {before}"
-            ));
+            let expected = format!("expected a key that it covers at more than {before} ({how_before})");
+            world.wrong(format!("{who}: {key} at revision {revision} ({how}), {expected}"));
         }
     }
 }

@@ -263,10 +263,12 @@ pub struct Watch<T> {
 }
 
 impl<T: Clone> Watch<T> {
-    /// What is known now.
+    /// What is known now; in a process that was forked from the client's own, nothing is live.
     #[must_use]
     pub fn get(&self) -> Watched<T> {
-        self.watch.borrow().clone()
+        let mut watched = self.watch.borrow().clone();
+        watched.is_live &= self.client.client.check().is_ok();
+        watched
     }
 
     /// Waits for a change that was not seen yet, and gives what is known then.

@@ -251,6 +251,7 @@ impl Client {
     pub async fn list_page(&self, pattern: &str, options: PageOptions) -> Result<Page<(Key, Revision)>> {
         let after = options.after.as_deref().map(Key::new).transpose()?;
         let (body, epoch) = self.ask(page_request(Kind::List, pattern, options.limit, after.as_ref())?).await?;
+        check_count(&body, options.limit.unwrap_or(LIST_PAGE))?;
         let items = keys(&body, epoch)?.collect::<Result<Vec<_>>>()?;
         check_order(after.as_ref(), items.iter().map(|(key, _)| key))?;
         Ok(Page { items, more: body.more })
@@ -445,10 +446,13 @@ impl Client {
     }
 
     async fn entries(&self, request: Request<'static>) -> Result<Page<Entry>> {
+        let is_one = Key::check(&request.key).is_ok() && request.after.is_none();
+        let most = request.limit.unwrap_or(if is_one { 1 } else { u64::MAX });
         let (body, epoch) = match self.ask(request).await {
             Err(error) if *error.kind() == ErrorKind::NotFound => return Ok(Page { items: Vec::new(), more: false }),
             answer => answer?,
         };
+        check_count(&body, most)?;
         if body.values.len() != body.keys.len() {
             return Err(Error::protocol("the server's answer has more keys than values, or fewer"));
         }
@@ -532,6 +536,14 @@ fn page_request(kind: Kind, pattern: &str, limit: Option<u64>, after: Option<&Ke
     request.limit = limit;
     request.after = after.map(|after| after.as_str().to_owned().into());
     Ok(request)
+}
+
+/// Checks that there are not more keys than were asked for, before they are read: each takes much more than its place in the
+/// answer.
+fn check_count(body: &Body, most: u64) -> Result<()> {
+    let count = body.keys.len() as u64;
+    let message = || format!("the server gave {count} keys, of which at most {most} were asked for");
+    if count > most { Err(Error::protocol(message())) } else { Ok(()) }
 }
 
 /// Checks that a page goes forward: whoever asks for the next one after its last key would else never end.

@@ -23,6 +23,8 @@ use crate::watch::Watcher;
 /// A refusal that time may cure is followed by another try after so long, and then after twice that.
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(10);
+/// So many keys a server deletes in one step.
+const STEP_KEYS: u64 = 1_024;
 
 /// Where a local subscription's events go.
 pub(crate) enum Sink {
@@ -67,6 +69,21 @@ impl Default for Standing {
     }
 }
 
+/// The end of a key.
+#[derive(Clone, Copy, Debug)]
+struct Gone<'a> {
+    key: &'a Key,
+    revision: Revision,
+    reason: GoneReason,
+    skipped: u64,
+}
+
+impl<'a> Gone<'a> {
+    fn missed(key: &'a Key, revision: Revision) -> Self {
+        Gone { key, revision, reason: GoneReason::Missed, skipped: 0 }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct LastTold {
     revision: u64,
@@ -101,7 +118,8 @@ impl Local {
             }
             self.standing = Standing::Filling(partial);
         }
-        if !self.is_watch() {
+        // Without a snapshot all that comes until its end is passed over: only then may its reader rely on being told.
+        if !self.is_watch() && self.has_snapshot {
             self.accepted();
         }
     }
@@ -130,8 +148,10 @@ impl Local {
         false
     }
 
-    fn gone(&mut self, key: &Key, revision: Revision, reason: GoneReason, skipped: u64, len: usize) -> bool {
-        if matches!(self.standing, Standing::Waiting(_)) || !self.covers(key) {
+    /// A key is gone, which its reader need not hear of if it `was_unknown` to all.
+    fn gone(&mut self, gone: &Gone<'_>, len: usize, was_unknown: bool) -> bool {
+        let Gone { key, revision, reason, skipped } = *gone;
+        if matches!(self.standing, Standing::Waiting(_)) || !self.covers(key) || (was_unknown && !self.is_watch()) {
             return false;
         }
         match &mut self.sink {
@@ -205,8 +225,9 @@ fn cost(key: &Key) -> usize {
 struct Wire {
     id: u64,
     pattern: Pattern,
-    /// Whether it was asked for one key alone.
+    /// Whether it is of one key alone, and whether it was last asked to be.
     exact: bool,
+    exact_asked: bool,
     /// How many `Subscribe`s are under way without a `Hello`.
     asked: u32,
     keys: HashMap<Key, LastTold>,
@@ -214,6 +235,9 @@ struct Wire {
     len: usize,
     /// Number of the snapshot in hand or last seen.
     snapshot: u64,
+    /// The number of the revision up to which the last snapshot has all changes: what is told for another subscription that
+    /// covers the key may be older.
+    has: u64,
     epoch: Epoch,
     /// Whether a snapshot has begun on this connection: before that, changes are none of its business.
     live: bool,
@@ -227,8 +251,9 @@ impl Wire {
         self.locals.iter().all(|local| local.exact)
     }
 
-    /// `Hello` or `Reset`.
-    fn begin_snapshot(&mut self, epoch: Epoch) {
+    /// `Hello` or `Reset`, of the key alone or of its branch too.
+    fn begin_snapshot(&mut self, epoch: Epoch, exact: bool) {
+        (self.exact, self.has) = (exact, 0);
         self.snapshot += 1;
         self.live = true;
         self.retry = None;
@@ -237,12 +262,26 @@ impl Wire {
             // Revisions of another epoch say nothing: everything is told again.
             self.keys.values_mut().for_each(|last| last.revision = 0);
         }
-        self.locals.iter_mut().for_each(|local| local.begin_snapshot(is_new_epoch));
+        let told = self.locals.iter_mut().filter(|local| local.exact || !exact);
+        told.for_each(|local| local.begin_snapshot(is_new_epoch));
+    }
+
+    /// Asks for the key alone if nobody wants its branch any more.
+    fn narrowed(&mut self, text: &str) -> Option<Send> {
+        if self.exact_asked || !self.live || !self.is_exact() {
+            return None;
+        }
+        let (own, id) = (&self.pattern, self.id);
+        self.keys.retain(|key, _| own.selects(key));
+        self.len = self.keys.keys().map(cost).sum();
+        self.exact_asked = true;
+        self.asked += 1;
+        Some(Send::Subscribe { pattern: text.to_owned(), wire: id, exact: true })
     }
 
     /// Gives those back that hold too much.
     fn update(&mut self, entry: &Entry, skipped: u64) -> Vec<Local> {
-        if self.exact && !self.pattern.selects(&entry.key) {
+        if (self.exact || self.exact_asked) && !self.pattern.selects(&entry.key) {
             return Vec::new();
         }
         let now = LastTold { revision: entry.revision.get(), snapshot: self.snapshot };
@@ -257,35 +296,39 @@ impl Wire {
             }
         }
         let len = self.len;
-        self.locals.extract_if(.., |local| local.update(entry, skipped, is_newer, was_known, len)).collect()
+        let holds_too_much = |local: &Local| !was_known && len > local.len_max && !local.is_watch();
+        let over = |local: &mut Local| local.update(entry, skipped, is_newer, was_known, len) || holds_too_much(local);
+        self.locals.extract_if(.., over).collect()
     }
 
-    fn gone(&mut self, key: &Key, revision: Revision, reason: GoneReason, skipped: u64) -> Vec<Local> {
-        if self.keys.get(key).is_some_and(|last| last.revision > revision.get()) {
+    fn gone(&mut self, gone: &Gone<'_>) -> Vec<Local> {
+        if self.keys.get(gone.key).is_some_and(|last| last.revision > gone.revision.get()) {
             return Vec::new();
         }
-        if self.keys.remove(key).is_some() {
-            self.len = self.len.saturating_sub(cost(key));
+        let was_unknown = self.keys.remove(gone.key).is_none();
+        if !was_unknown {
+            self.len = self.len.saturating_sub(cost(gone.key));
         }
         let len = self.len;
-        self.locals.extract_if(.., |local| local.gone(key, revision, reason, skipped, len)).collect()
+        self.locals.extract_if(.., |local| local.gone(gone, len, was_unknown)).collect()
     }
 
     /// Ends a snapshot: what it did not hold is gone.
     fn end_snapshot(&mut self, revision: Revision) {
+        self.has = revision.get();
         let Wire { keys, snapshot, len, locals, epoch, .. } = self;
         for local in locals.iter_mut() {
             let Standing::Filling(partial) = &mut local.standing else { continue };
             let partial = std::mem::take(partial);
             let is_missed = |key: &Key| keys.get(key).is_none_or(|last| last.snapshot != *snapshot);
             for key in partial.into_keys().filter(is_missed) {
-                local.gone(&key, revision, GoneReason::Missed, 0, 0);
+                local.gone(&Gone::missed(&key, revision), 0, false);
             }
         }
         for (key, _) in keys.extract_if(|_, last| last.snapshot != *snapshot) {
             *len = len.saturating_sub(cost(&key));
             for local in locals.iter_mut().filter(|local| matches!(local.standing, Standing::Joined)) {
-                local.gone(&key, revision, GoneReason::Missed, 0, 0);
+                local.gone(&Gone::missed(&key, revision), 0, false);
             }
         }
         let told = locals.iter_mut().filter(|local| !matches!(local.standing, Standing::Waiting(_)));
@@ -332,6 +375,8 @@ pub(crate) struct Hub {
     watches: usize,
     /// What is to be sent because of what was received.
     sends: Vec<Send>,
+    /// When something refused is to be asked for again.
+    next_retry: Option<Instant>,
     scratch: String,
 }
 
@@ -345,17 +390,19 @@ impl Hub {
             id: self.next_id,
             pattern: local.pattern.clone(),
             exact: local.exact,
+            exact_asked: local.exact,
             asked: 0,
             keys: HashMap::new(),
             len: 0,
             snapshot: 0,
+            has: 0,
             epoch: self.epoch,
             live: false,
             retry: None,
             locals: Vec::new(),
         };
         let wire = self.wires.entry(text.clone()).or_insert(fresh);
-        let fits = local.exact || !wire.exact;
+        let fits = local.exact || !wire.exact_asked;
         wire.locals.push(local);
         // A snapshot that has not begun is for the new one too. One that has is not: it takes another, of which those
         // that know it all already are told nothing.
@@ -363,8 +410,8 @@ impl Hub {
             return None;
         }
         wire.asked += 1;
-        wire.exact = wire.is_exact();
-        Some(Send::Subscribe { pattern: text, wire: wire.id, exact: wire.exact })
+        wire.exact_asked = wire.is_exact();
+        Some(Send::Subscribe { pattern: text, wire: wire.id, exact: wire.exact_asked })
     }
 
     /// Removes a local subscription.
@@ -374,7 +421,7 @@ impl Hub {
         let gone = wire.locals.extract_if(.., |local| local.id == id).filter(Local::is_watch).count();
         self.watches = self.watches.saturating_sub(gone);
         if !wire.locals.is_empty() {
-            return None;
+            return wire.narrowed(&text);
         }
         self.wires.remove(&text);
         self.attached.then_some(Send::Unsubscribe(text))
@@ -386,8 +433,8 @@ impl Hub {
         let mut sends = Vec::with_capacity(self.wires.len());
         for (text, wire) in &mut self.wires {
             wire.asked = 1;
-            wire.exact = wire.is_exact();
-            sends.push(Send::Subscribe { pattern: text.clone(), wire: wire.id, exact: wire.exact });
+            wire.exact_asked = wire.is_exact();
+            sends.push(Send::Subscribe { pattern: text.clone(), wire: wire.id, exact: wire.exact_asked });
             wire.locals.iter().for_each(|local| local.attach(epoch));
         }
         sends
@@ -396,29 +443,30 @@ impl Hub {
     /// The connection is lost.
     pub(crate) fn detach(&mut self) {
         self.attached = false;
-        self.filling = None;
+        (self.filling, self.next_retry) = (None, None);
         self.sends.clear();
         self.wires.values_mut().for_each(Wire::detach);
     }
 
     /// `Reset`: a fresh snapshot begins, because too much waited. What it lacks was missed.
     pub(crate) fn reset(&mut self, text: String) -> Result<()> {
-        let (id, asked) = self.wires.get(&text).map_or((0, 0), |wire| (wire.id, wire.asked));
-        self.hello(text.clone(), id)?;
+        let known = self.wires.get(&text).map(|wire| (wire.id, wire.asked, wire.exact));
+        let (id, asked, exact) = known.unwrap_or_default();
+        self.hello(text.clone(), id, exact)?;
         if let Some(wire) = wire(&mut self.wires, &text, id) {
             wire.asked = asked; // it answers no `Subscribe`
         }
         Ok(())
     }
 
-    /// `Hello`: the snapshot of a wire subscription begins.
-    pub(crate) fn hello(&mut self, text: String, id: u64) -> Result<()> {
+    /// `Hello`: the snapshot of a wire subscription begins, of its key alone or of the branch too.
+    pub(crate) fn hello(&mut self, text: String, id: u64, exact: bool) -> Result<()> {
         if self.filling.is_some() {
             return Err(Error::protocol("a snapshot begins within another"));
         }
         if let Some(wire) = wire(&mut self.wires, &text, id) {
             wire.asked = wire.asked.saturating_sub(1);
-            wire.begin_snapshot(self.epoch);
+            wire.begin_snapshot(self.epoch, exact);
         }
         self.filling = Some((text, id));
         Ok(())
@@ -430,6 +478,9 @@ impl Hub {
         let reason = EndReason::Refused { status, message: message.to_owned() };
         let Some(wire) = wire(&mut self.wires, text, id) else { return };
         wire.asked = wire.asked.saturating_sub(1);
+        if wire.asked > 0 {
+            return; // another is under way, which may be accepted
+        }
         let can_wait = matches!(status, status::TOO_MANY | status::UNAVAILABLE);
         let is_served = |local: &Local| wire.live && matches!(local.standing, Standing::Joined);
         let is_over = |local: &Local| local.ready.is_some() || !(can_wait || is_served(local));
@@ -437,7 +488,9 @@ impl Hub {
         let over: Vec<Local> = locals.extract_if(.., |local| is_over(local)).collect();
         if locals.iter().any(|local| !is_served(local)) {
             let pause = wire.retry.map_or(RETRY_MIN, |(_, pause)| pause.saturating_mul(2).min(RETRY_MAX));
-            wire.retry = Some((Instant::now() + pause, pause));
+            let at = Instant::now() + pause;
+            wire.retry = Some((at, pause));
+            self.next_retry = Some(self.next_retry.map_or(at, |next| next.min(at)));
         }
         wire.locals = locals;
         let is_empty = wire.locals.is_empty();
@@ -449,7 +502,7 @@ impl Hub {
 
     /// When something refused is to be asked for again.
     pub(crate) fn next_retry(&self) -> Option<Instant> {
-        self.wires.values().filter(|wire| wire.asked == 0).filter_map(|wire| Some(wire.retry?.0)).min()
+        self.next_retry
     }
 
     /// What is to be asked for again by now.
@@ -458,9 +511,12 @@ impl Hub {
         let due = self.wires.iter_mut().filter(|(_, wire)| is_due(wire));
         let again = due.map(|(text, wire)| {
             wire.asked = 1;
-            Send::Subscribe { pattern: text.clone(), wire: wire.id, exact: wire.exact }
+            Send::Subscribe { pattern: text.clone(), wire: wire.id, exact: wire.exact_asked }
         });
-        again.collect()
+        let again = again.collect();
+        let waiting = self.wires.values().filter(|wire| wire.asked == 0);
+        self.next_retry = waiting.filter_map(|wire| Some(wire.retry?.0)).min();
+        again
     }
 
     /// What is to be sent because of what was received.
@@ -476,21 +532,25 @@ impl Hub {
                 self.end_too_much(&text, over.unwrap_or_default());
                 self.filling = Some((text, id));
             }
-            None => self.each_covering(&entry.key, |wire| wire.update(entry, skipped)),
+            None => self.each_covering(&entry.key, entry.revision, |wire| wire.update(entry, skipped)),
         }
     }
 
     /// `Close` of a key.
     pub(crate) fn gone(&mut self, key: &Key, revision: Revision, reason: GoneReason, skipped: u64) {
-        self.each_covering(key, |wire| wire.gone(key, revision, reason, skipped));
+        let gone = Gone { key, revision, reason, skipped };
+        self.each_covering(key, revision, |wire| wire.gone(&gone));
     }
 
-    /// The wire subscriptions that cover a key: of the key itself, of each that it is below, and of everything.
-    fn each_covering(&mut self, key: &Key, mut tell: impl FnMut(&mut Wire) -> Vec<Local>) {
+    /// The wire subscriptions that cover a key, of which none has a change of this revision yet: of the key itself, of each
+    /// that it is below, and of everything.
+    fn each_covering(&mut self, key: &Key, revision: Revision, mut tell: impl FnMut(&mut Wire) -> Vec<Local>) {
         let mut text = std::mem::take(&mut self.scratch);
         text.clear();
         let mut visit = |hub: &mut Hub, text: &str| {
-            let Some(wire) = hub.wires.get_mut(text).filter(|wire| wire.live) else { return };
+            let Some(wire) = hub.wires.get_mut(text).filter(|wire| wire.live && wire.has < revision.get()) else {
+                return;
+            };
             let over = tell(wire);
             hub.end_too_much(text, over);
         };
@@ -516,11 +576,28 @@ impl Hub {
         if self.watches == 0 {
             return;
         }
-        let wire = self.wires.get_mut(key.as_str()).filter(|wire| wire.live);
-        let locals = wire.into_iter().flat_map(|wire| &mut wire.locals);
-        for local in locals.filter(|local| !matches!(local.standing, Standing::Waiting(_))) {
+        let locals = self.wires.get_mut(key.as_str()).into_iter().flat_map(|wire| &mut wire.locals);
+        for local in locals {
             if let Sink::Watch(watch) = &mut local.sink {
                 watch.set(entry, revision);
+            }
+        }
+    }
+
+    /// The same for a delete of `count` keys, up to this revision. Up to 1,024 keys go in one step, with one revision after
+    /// the other; of more it is not known which.
+    pub(crate) fn own_delete(&mut self, pattern: &Pattern, last: Revision, count: u64) {
+        if self.watches == 0 || !(1..=STEP_KEYS).contains(&count) {
+            return;
+        }
+        let first = last.back(count - 1);
+        let wires = self.wires.values_mut().filter(|wire| match &wire.pattern {
+            Pattern::Key(key) => pattern.selects(key),
+            _ => false,
+        });
+        for local in wires.flat_map(|wire| &mut wire.locals) {
+            if let Sink::Watch(watch) = &mut local.sink {
+                watch.set(None, first);
             }
         }
     }
@@ -541,6 +618,8 @@ impl Hub {
         if self.wires.get(text).is_some_and(|wire| wire.locals.is_empty()) {
             self.wires.remove(text);
             self.sends.push(Send::Unsubscribe(text.to_owned()));
+        } else if let Some(wire) = self.wires.get_mut(text) {
+            self.sends.extend(wire.narrowed(text));
         }
     }
 
@@ -618,10 +697,11 @@ mod tests {
 
     /// The snapshot of each pattern, in the order of `sends`.
     fn fill(hub: &mut Hub, send: &Send, entries: &[Entry]) {
-        let Send::Subscribe { pattern, wire: id, .. } = send else { panic!("{send:?}") };
-        hub.hello(pattern.clone(), *id).unwrap();
+        let Send::Subscribe { pattern, wire: id, exact } = send else { panic!("{send:?}") };
+        hub.hello(pattern.clone(), *id, *exact).unwrap();
         entries.iter().for_each(|entry| hub.update(entry, 0));
-        hub.synced(revision(9)).unwrap();
+        let newest = entries.iter().map(|entry| entry.revision.get()).max();
+        hub.synced(revision(newest.unwrap_or(0))).unwrap();
     }
 
     #[test]
@@ -768,8 +848,8 @@ mod tests {
         let mut hub = Hub::default();
         hub.attach(Epoch::new(1));
         assert!(hub.synced(Revision::ZERO).is_err());
-        hub.hello("a".into(), 1).unwrap();
-        assert!(hub.hello("b".into(), 2).is_err());
+        hub.hello("a".into(), 1, false).unwrap();
+        assert!(hub.hello("b".into(), 2, false).is_err());
     }
 
     #[test]
@@ -781,7 +861,7 @@ mod tests {
         assert_eq!(told(&first), ["a@1", "b@2", "Synced"]);
         let (second, send) = add(&mut hub, 2, "*");
         let Some(Send::Subscribe { pattern, wire, .. }) = send else { panic!("{send:?}") };
-        hub.hello(pattern, wire).unwrap();
+        hub.hello(pattern, wire, false).unwrap();
         [entry("a", 1), entry("b", 2)].iter().for_each(|entry| hub.update(entry, 0));
         assert_eq!(told(&second), ["a@1", "b@2"]);
         hub.detach();
@@ -836,8 +916,84 @@ mod tests {
         hub.update(&entry("a", 4), 0);
         hub.detach();
         hub.own_write(&key, None, revision(5));
-        assert_eq!(*notes.0.lock().unwrap(), ["is@1", "live", "is@2", "gone@3", "is@4", "lost"]);
+        hub.own_delete(&Pattern::All, revision(9), 3);
+        hub.own_delete(&Pattern::new("b").unwrap(), revision(12), 1);
+        let noted = ["is@1", "live", "is@2", "gone@3", "is@4", "lost", "gone@5", "gone@7"];
+        assert_eq!(*notes.0.lock().unwrap(), noted);
         assert_eq!(hub.remove(&pattern, 1), None);
         assert!(!hub.is_watched("a"));
+    }
+
+    fn add_watch(hub: &mut Hub, id: u64) -> Option<Send> {
+        let sink = Sink::Watch(Box::new(Notes::default()));
+        let mut local = Local::new(id, Pattern::new("a").unwrap(), sink, 2_000);
+        local.exact = true;
+        hub.add(local)
+    }
+
+    #[test]
+    fn the_snapshot_of_a_key_alone_is_not_that_of_its_branch() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::new(1));
+        let exact = add_watch(&mut hub, 1);
+        let (queue, branch) = add(&mut hub, 2, "a");
+        fill(&mut hub, &exact.unwrap(), &[entry("a", 1)]);
+        hub.ended("a", Reason::Replaced);
+        fill(&mut hub, &branch.unwrap(), &[entry("a", 1), entry("a.b", 2)]);
+        assert_eq!(told(&queue), ["a@1", "a.b@2", "Synced"]);
+    }
+
+    // The server went on telling of the whole branch, and the client remembered it without a bound.
+    #[test]
+    fn when_only_those_of_the_key_alone_are_left_its_branch_is_given_up() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::new(1));
+        let (queue, send) = add(&mut hub, 1, "a");
+        fill(&mut hub, &send.unwrap(), &[]);
+        let send = add_watch(&mut hub, 2);
+        hub.ended("a", Reason::Replaced);
+        fill(&mut hub, &send.unwrap(), &[]);
+        (0..1_000).for_each(|n| hub.update(&entry(&format!("a.k{n}"), n + 10), 0));
+        assert!(told(&queue).last().unwrap().starts_with("Ended(TooMuch"));
+        assert_eq!(hub.take_sends(), [Send::Subscribe { pattern: "a".into(), wire: 1, exact: true }]);
+        assert!(hub.wires["a"].len <= 3_000, "{} bytes for a watch of one key", hub.wires["a"].len);
+    }
+
+    #[test]
+    fn a_snapshot_that_is_not_told_is_bounded_too() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::new(1));
+        let queue = Arc::<Queue>::default();
+        let mut local = Local::new(1, Pattern::All, Sink::Queue(Arc::clone(&queue)), 2_000);
+        local.has_snapshot = false;
+        let Some(Send::Subscribe { pattern, wire, exact }) = hub.add(local) else { panic!("it is subscribed") };
+        hub.hello(pattern, wire, exact).unwrap();
+        (0..100).for_each(|n| hub.update(&entry(&format!("k{n}"), n + 1), 0));
+        assert_eq!(hub.take_sends(), [Send::Unsubscribe("*".into())]);
+        assert_eq!(told(&queue), ["Ended(TooMuch"]);
+    }
+
+    // The end of a key that another subscription of the connection is told of was told to one that had never heard of it.
+    #[test]
+    fn who_never_heard_of_a_key_does_not_hear_of_its_end() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::new(1));
+        let (_all, send) = add(&mut hub, 1, "*");
+        fill(&mut hub, &send.unwrap(), &[entry("a.k", 1)]);
+        let (one, send) = add(&mut hub, 2, "a");
+        fill(&mut hub, &send.unwrap(), &[]);
+        hub.gone(&Key::new("a.k").unwrap(), revision(8), GoneReason::Deleted, 0);
+        assert_eq!(told(&one), ["Synced"]);
+    }
+
+    #[test]
+    fn a_refusal_ends_nobody_while_another_request_is_under_way() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::new(1));
+        let Some(Send::Subscribe { pattern, wire, .. }) = add_watch(&mut hub, 1) else { panic!("it is subscribed") };
+        let (queue, branch) = add(&mut hub, 2, "a");
+        hub.refused(&pattern, wire, 429, "not now");
+        fill(&mut hub, &branch.unwrap(), &[entry("a", 1)]);
+        assert_eq!(told(&queue), ["a@1", "Synced"]);
     }
 }

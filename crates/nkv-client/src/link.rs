@@ -255,7 +255,7 @@ async fn connect(addr: &Addr) -> io::Result<Box<dyn Io>> {
         Addr::Tcp { host, port } => {
             let stream = connect_to_any(tokio::net::lookup_host((host.as_str(), *port)).await?.collect()).await?;
             stream.set_nodelay(true)?;
-            keep_alive(&stream)?;
+            keep_alive(&stream);
             Ok(Box::new(stream))
         }
         #[cfg(unix)]
@@ -265,14 +265,14 @@ async fn connect(addr: &Addr) -> io::Result<Box<dyn Io>> {
     }
 }
 
-/// Has the kernel find out within a minute or so that the server's host has vanished.
-fn keep_alive(stream: &TcpStream) -> io::Result<()> {
-    let socket = socket2::SockRef::from(stream);
+/// Has the kernel find out within a minute or so that the host of an idle server has vanished. No limit for what it does not
+/// take (`TCP_USER_TIMEOUT`): a server that is busy takes nothing, and says by signs of life that it is there.
+fn keep_alive(stream: &TcpStream) {
     let (idle, interval) = (Duration::from_secs(30), Duration::from_secs(10));
-    socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(3))?;
-    #[cfg(any(target_os = "linux", target_os = "android"))]
-    socket.set_tcp_user_timeout(Some(Duration::from_secs(60)))?;
-    Ok(())
+    let probes = socket2::TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(3);
+    if let Err(error) = socket2::SockRef::from(stream).set_tcp_keepalive(&probes) {
+        tracing::debug!(%error, "the system looks after no idle connection");
+    }
 }
 
 /// Connects to the first of some addresses that answers: they are tried in turn, the two families alternating, the next when

@@ -100,7 +100,8 @@ impl ClientBuilder {
     /// as lost. 15 s if not given.
     ///
     /// Bytes that the server takes of a long request are a sign of life. A server that keeps requests waiting gives one every
-    /// few seconds, and does not count as lost before the time that it states has passed without any, or 20 s. Of an older server, which gives none, the
+    /// few seconds, and does not count as lost before the time that it states has passed without any (30 s by
+    /// default). Of an older server, which gives none, the
     /// request whose answer is due decides: while its caller still waits, nothing counts as lost.
     pub fn heartbeat(mut self, interval: Duration) -> Self {
         self.pace.heartbeat = interval.clamp(Duration::from_millis(1), INTERVAL_MAX);
@@ -153,12 +154,12 @@ impl ClientBuilder {
                 Ok(link) => return Ok(self.begin(options, Some(link))),
                 Err(error) => error,
             };
-            let pause = self.pace.pause(failures);
-            failures += 1;
-            if self.wait_for_server.is_zero() || Instant::now() + pause >= deadline {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
                 return Err(error);
             }
-            sleep(pause).await;
+            sleep(self.pace.pause(failures).min(rest)).await;
+            failures += 1;
         }
     }
 

@@ -75,6 +75,11 @@ impl Slot {
 }
 
 impl State {
+    /// Whether an event of the connection stands behind this place.
+    fn has_connection_since(&self, place: u64) -> bool {
+        self.slots.get(&Slot::Connection).is_some_and(|newest| *newest > place)
+    }
+
     /// Another event of the connection is to follow: the newest one so far stays if anything has come behind it, and so do
     /// those before it that still have something behind them.
     fn leave_connection(&mut self) {
@@ -128,6 +133,8 @@ impl Queue {
         }
         let (old, synced) = (state.slots.get(&slot).copied(), state.slots.get(&Slot::Synced).copied());
         let is_before_synced = slot.is_key() && old.zip(synced).is_some_and(|(old, synced)| old < synced);
+        // What has come since is of that connection: it is told behind its event, and `Synced` behind both.
+        let is_of_before = is_before_synced && old.is_some_and(|old| state.has_connection_since(old));
         let mut is_new = known.is_new;
         if let Some(old) = old.and_then(|old| state.events.remove(&old)) {
             pass_over(&old.event, &mut event);
@@ -138,8 +145,14 @@ impl Queue {
                 return state.len;
             }
         }
-        let place = old.filter(|_| is_before_synced).unwrap_or(state.next);
+        let place = old.filter(|_| is_before_synced && !is_of_before).unwrap_or(state.next);
         state.next += 1;
+        if is_of_before && let Some(waiting) = synced.and_then(|synced| state.events.remove(&synced)) {
+            let behind = state.next;
+            state.events.insert(behind, waiting);
+            state.slots.insert(Slot::Synced, behind);
+            state.next += 1;
+        }
         state.len += len_of(&event);
         let len = state.len;
         state.slots.insert(slot, place);
@@ -292,6 +305,25 @@ mod tests {
             })
             .collect();
         assert_eq!(told, ["b@6", "epoch 2", "a@1", "epoch 3", "c@1", "synced"]);
+    }
+
+    #[test]
+    fn a_key_that_comes_back_in_a_new_epoch_does_not_take_the_place_of_its_end_in_the_old_one() {
+        let (queue, known) = (Queue::default(), Known { is_new: false, is_synced: true });
+        let (gone_revision, reason) = (Revision::new(2), GoneReason::Deleted);
+        let gone = Event::Gone { key: Key::new("a").unwrap(), revision: gone_revision, reason, skipped: 0 };
+        queue.post_change(gone, known);
+        queue.post(Event::Reconnecting);
+        queue.post(Event::Connected { epoch: Epoch::new(2) });
+        queue.post(Event::Synced { revision: Revision::new(2), epoch: Epoch::new(2) });
+        queue.post_change(update("a", 3), Known { is_new: true, ..known });
+        queue.post_change(update("b", 4), Known { is_new: true, ..known });
+        let [Event::Connected { .. }, Event::Update { entry, .. }, Event::Synced { .. }, Event::Update { .. }] =
+            &drain(&queue)[..]
+        else {
+            panic!("four events were expected")
+        };
+        assert_eq!(entry.key.as_str(), "a");
     }
 
     #[test]

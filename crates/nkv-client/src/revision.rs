@@ -38,6 +38,11 @@ impl Revision {
         Revision { number, epoch: (number > 0).then_some(epoch) }
     }
 
+    /// The revision so many before this one.
+    pub(crate) fn back(self, count: u64) -> Self {
+        Revision { number: self.number.saturating_sub(count), ..self }
+    }
+
     /// The number.
     #[must_use]
     pub const fn get(self) -> u64 {

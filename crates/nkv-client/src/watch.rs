@@ -52,8 +52,8 @@ impl<T> Watch<T> {
         Watch { receiver, _end: Arc::new(end) }
     }
 
-    /// What is known now. It is never older than what a put or delete of the same client, that is done, has made of the
-    /// key.
+    /// What is known now. It is never older than what a put of the same client that is done has made of the key, or a delete
+    /// of up to 1,024 keys.
     ///
     /// What is borrowed is not to be held for long: the connection waits for it.
     pub fn borrow(&self) -> watch::Ref<'_, Watched<T>> {
@@ -126,7 +126,8 @@ impl<T, F: Fn(&Entry) -> Result<T>> ChannelWatcher<T, F> {
 
 impl<T: Send + Sync, F: Fn(&Entry) -> Result<T> + Send> Watcher for ChannelWatcher<T, F> {
     fn set(&mut self, entry: Option<&Entry>, revision: Revision) {
-        if revision <= self.newest {
+        // By revision 0 everything is gone, in a store that has nothing yet.
+        if revision.get() > 0 && revision <= self.newest {
             return;
         }
         self.newest = revision;

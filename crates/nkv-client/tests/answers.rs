@@ -6,8 +6,8 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Scripted, eager, next, server, short, shorts, until_synced, within};
-use nkv_client::{Client, ConnectionState, ErrorKind, Event, PutOptions, Revision, SubscribeOptions};
+use common::{Dice, Proxy, Scripted, eager, next, server, short, shorts, until_synced, within};
+use nkv_client::{Client, ConnectionState, ErrorKind, Event, PutOptions, Revision, SubscribeOptions, Subscription};
 use nkv_protocol::Kind;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -381,4 +381,155 @@ async fn what_the_client_does_not_know_is_passed_over() {
     peer.send("{\"Close\":{\"key\":\"a\",\"revision\":2,\"skipped\":0,\"reason\":\"tired\"}}\n").await;
     peer.update("a", "3", 3).await;
     assert_eq!(short(&next(&mut subscription).await), "a=3");
+}
+
+// It went on showing the value as live: the empty store's revision 0 counted as older than what had been seen.
+#[tokio::test]
+async fn a_watch_knows_that_its_key_is_not_in_an_empty_store() {
+    let (first, addr) = server().await;
+    let proxy = Proxy::to(&addr, Dice::new()).await;
+    let client = eager(&proxy.addr).connect().await.unwrap();
+    client.put("a", "1").await.unwrap();
+    let mut watch = client.watch("a").await.unwrap();
+    first.shutdown().await.unwrap();
+    let (_second, addr) = server().await;
+    proxy.lead_to(&addr);
+    proxy.cut_now();
+    within(watch.wait_for(|seen| !seen.is_live)).await.unwrap();
+    assert_eq!(within(watch.wait_for(|seen| seen.is_live)).await.unwrap().value, None);
+}
+
+// The snapshot of the key alone, which came first, counted as that of the branch.
+#[tokio::test]
+async fn a_branch_that_is_subscribed_beside_a_watch_of_its_key_is_told_before_synced() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    client.put("a", "1").await.unwrap();
+    client.put("a.b", "2").await.unwrap();
+    let (watch, subscription) = tokio::join!(client.watch("a"), client.subscribe("a"));
+    let (watch, mut subscription) = (watch.unwrap(), subscription.unwrap());
+    assert_eq!(shorts(&until_synced(&mut subscription).await), ["a=1", "a.b=2"]);
+    drop(subscription);
+    client.put("a", "3").await.unwrap();
+    assert_eq!(watch.borrow().value.as_ref().unwrap().value, "3");
+}
+
+// What was put while the snapshot came that is not told was not told either: 20 of 20 changes.
+#[tokio::test]
+async fn without_the_present_state_all_that_comes_after_it_began_is_told() {
+    let (_server, addr) = server().await;
+    let writer = Client::connect(&addr).await.unwrap();
+    let puts: Vec<_> = (0..8_000)
+        .map(|n| {
+            let writer = writer.clone();
+            tokio::spawn(async move { writer.put(&format!("k.{n}"), vec![b'x'; 200]).await })
+        })
+        .collect();
+    for put in puts {
+        within(put).await.unwrap().unwrap();
+    }
+    for n in 0..5 {
+        let client = Client::connect(&addr).await.unwrap();
+        let silent = SubscribeOptions::default().with_snapshot(false);
+        let mut subscription = within(client.subscribe_with("*", silent)).await.unwrap();
+        writer.put("z", n.to_string()).await.unwrap();
+        let told = loop {
+            let event = next(&mut subscription).await;
+            if matches!(event, Event::Update { .. }) {
+                break event;
+            }
+        };
+        assert_eq!(short(&told), format!("z={n}"));
+    }
+}
+
+#[test]
+fn a_wildcard_delete_is_seen_by_who_watches_with_its_answer() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (_server, addr) = server().await;
+        let client = Client::connect(&addr).await.unwrap();
+        let watch = client.watch("a.b").await.unwrap();
+        for n in 0..500 {
+            client.put("a.b", n.to_string()).await.unwrap();
+            assert!(watch.borrow().value.is_some());
+            client.delete("a.*").await.unwrap();
+            assert_eq!(watch.borrow().value, None);
+        }
+    });
+}
+
+// What waited for another subscription comes behind the snapshot that has it already: a key that had gone came back with an
+// old value, or went twice.
+#[tokio::test]
+async fn a_change_that_a_snapshot_has_is_not_told_after_it() {
+    /// What is told before a change of this key.
+    async fn told_before(subscription: &mut Subscription, key: &str) -> Vec<String> {
+        let mut told = Vec::new();
+        loop {
+            let word = short(&next(subscription).await);
+            if word.starts_with(key) {
+                told.retain(|word: &String| word.starts_with('a'));
+                return told;
+            }
+            told.push(word);
+        }
+    }
+    let close = |revision| {
+        format!("{{\"Close\":{{\"key\":\"a\",\"revision\":{revision},\"skipped\":0,\"reason\":\"deleted\"}}}}\n")
+    };
+    let server = Scripted::new().await;
+    let (client, mut peer) = tokio::join!(eager(&server.addr).connect(), server.accept());
+    let client = client.unwrap();
+    let (all, ()) = tokio::join!(client.subscribe("*"), async {
+        assert_eq!(peer.request().await.unwrap().2, "*");
+        peer.snapshot("*", &[("a", "1", 1)], 1).await;
+    });
+    let (one, ()) = tokio::join!(client.subscribe("a"), async {
+        assert_eq!(peer.request().await.unwrap().2, "a");
+        peer.snapshot("a", &[], 5).await;
+    });
+    let (_all, mut one) = (all.unwrap(), one.unwrap());
+    assert_eq!(shorts(&until_synced(&mut one).await), [""; 0]);
+    peer.update("a", "3", 3).await;
+    peer.update("a.m", "6", 6).await;
+    assert_eq!(told_before(&mut one, "a.m").await, [""; 0]);
+    peer.send(&close(4)).await;
+    peer.update("a.n", "7", 7).await;
+    assert_eq!(told_before(&mut one, "a.n").await, [""; 0]);
+    peer.update("a", "8", 8).await;
+    peer.update("a.o", "9", 9).await;
+    assert_eq!(told_before(&mut one, "a.o").await, ["a=8"]);
+
+    // After a reconnect, what was missed is not told once more as a delete.
+    drop(peer);
+    let mut peer = server.accept().await;
+    for _ in 0..2 {
+        let pattern = peer.request().await.unwrap().2;
+        let kept = [("a", "8", 8), ("a.m", "6", 6), ("a.n", "7", 7), ("a.o", "9", 9)];
+        match pattern.as_str() {
+            "*" => peer.snapshot("*", &kept, 9).await,
+            _ => peer.snapshot("a", &kept[1..], 11).await,
+        }
+    }
+    peer.update("a.p", "12", 12).await;
+    assert_eq!(told_before(&mut one, "a.p").await, ["a missed"]);
+    peer.send(&close(10)).await;
+    peer.update("a.q", "13", 13).await;
+    assert_eq!(told_before(&mut one, "a.q").await, [""; 0]);
+}
+
+#[tokio::test]
+async fn more_than_was_asked_for_is_refused() {
+    let server = Scripted::new().await;
+    let (client, mut peer) = tokio::join!(Client::connect(&server.addr), server.accept());
+    let client = client.unwrap();
+    let (get, ()) = tokio::join!(client.get("a"), async {
+        let (_, id, _) = peer.request().await.unwrap();
+        let lists = r#""keys":["a","b"],"revisions":[1,2],"data":[[],[]]"#;
+        peer.send(&format!("{{\"Get\":{{\"id\":{id},\"status\":200,\"message\":\"\",{lists}}}}}\n")).await;
+    });
+    let error = get.unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Protocol);
+    assert!(error.to_string().contains("2 keys"), "{error}");
 }

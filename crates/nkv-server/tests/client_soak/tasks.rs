@@ -259,8 +259,9 @@ impl Task {
     fn look_at_watch(&self, revision: u64) {
         let Some(watched) = &self.watched else { return };
         self.world.count("watched");
-        if watched() < revision {
-            self.world.count("stale_watches");
+        let seen = watched();
+        if seen < revision {
+            self.world.wrong(format!("a watch is at revision {seen} behind its own client's put of {revision}"));
         }
     }
 

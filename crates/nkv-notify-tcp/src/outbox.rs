@@ -54,7 +54,7 @@ pub struct Outbox {
     /// Gathered for the next write.
     out: Chunks,
     /// Answers that come before all that is in the mailbox.
-    ahead: Chunks,
+    ahead: Option<Box<Chunks>>,
     /// Which encoding was most of it (an address), and how many bytes it had, before any of it was written: a long
     /// encoding is kept until the last of it is.
     gathered: (usize, usize),
@@ -122,12 +122,12 @@ impl Outbox {
         if len == 0 || self.pace.is_some() {
             return self.send(answers);
         }
-        if self.gathered.1 == 0 && self.ahead.is_empty() {
+        if self.gathered.1 == 0 && self.ahead.is_none() {
             self.fresh = self.fresh.saturating_add(len);
             self.out.append(&mut answers);
         } else {
             self.shared.wait_for(len);
-            self.ahead.append(&mut answers);
+            self.ahead.get_or_insert_default().append(&mut answers);
         }
         give_back(answers);
     }
@@ -141,7 +141,7 @@ impl Outbox {
     /// Returns whether nothing waits to be written.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.out.is_empty() && self.ahead.is_empty() && self.inbox.is_empty()
+        self.out.is_empty() && self.ahead.is_none() && self.inbox.is_empty()
     }
 
     /// Returns how many bytes were written so far.
@@ -206,9 +206,9 @@ impl Outbox {
     /// Takes `len` bytes out of the mailbox, or one item more, to come behind what is gathered already and what goes ahead.
     #[inline(always)]
     fn take(&mut self, len: usize, told: &Waker) -> bool {
-        if !self.ahead.is_empty() {
-            self.counted = self.counted.saturating_add(self.ahead.len());
-            self.out.append(&mut self.ahead);
+        if let Some(mut ahead) = self.ahead.take() {
+            self.counted = self.counted.saturating_add(ahead.len());
+            self.out.append(&mut ahead);
         }
         let is_known = self.told.as_ref().is_some_and(|known| known.will_wake(told));
         if is_known && self.inbox.is_waited_for() {

@@ -419,11 +419,7 @@ impl Connection {
     fn poll_writes(&mut self, told: &Waker) -> bool {
         let Poll::Ready(out) = self.session.poll_writes(&mut Context::from_waker(told)) else { return false };
         self.outbox.send(out);
-        let is_free = match self.hold {
-            Some(Hold::Writes) => !self.session.has_writes(),
-            ref hold => matches!(hold, Some(Hold::Job)),
-        };
-        if is_free {
+        if matches!(self.hold, Some(Hold::Writes)) {
             self.hold = None;
             self.end_waiting();
         }
@@ -434,7 +430,7 @@ impl Connection {
     fn poll_hold(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match self.hold.take() {
             None => {}
-            hold @ Some(Hold::Writes | Hold::Job) => {
+            hold @ Some(Hold::Writes) => {
                 self.hold = hold;
                 return Poll::Pending;
             }

@@ -112,10 +112,8 @@ impl WriteIds {
 
 /// What a request has to wait for.
 pub(crate) enum Hold {
-    /// All writes before it, whose answers come first.
+    /// The writes that are under way. Once they are answered it is looked at again: others may have been gathered.
     Writes,
-    /// The writes that are under way: those that were gathered since begin then, and give back what they hold.
-    Job,
     /// Room for a value, to be stored.
     Room(Pin<Box<dyn Future<Output = Result<Room, Stopping>> + Send>>),
     /// Room for a long request, to be read.
@@ -157,6 +155,7 @@ impl Session {
         outbox: &mut Outbox,
         out: &mut Chunks,
     ) -> Result<(), Hold> {
+        let room_taken = self.room_taken;
         let served = match item {
             Ok(request) if matches!(request.kind, Kind::Put | Kind::Delete) => {
                 // Before the value is copied.
@@ -175,6 +174,9 @@ impl Session {
             Err(_) => false,
         };
         if !is_ahead && self.has_writes() {
+            // A write that is refused has taken some.
+            self.room_taken = room_taken;
+            self.give_room_back();
             return Err(Hold::Writes);
         }
         let served = match served {
@@ -190,14 +192,11 @@ impl Session {
         Ok(())
     }
 
-    /// Whether a request is served before the writes that came before it on its connection: it asks for that, and is of a
-    /// kind that changes no value.
+    /// Whether a request is served before the writes that came before it on its connection: it asks for that, and is
+    /// neither a write nor about the connection itself.
     pub(crate) fn is_ahead(&self, request: &Request<'_>) -> bool {
-        let is_read = || match request.kind {
-            Kind::Get | Kind::List | Kind::Exists | Kind::Trace | Kind::Subscribe => true,
-            kind => matches!(kind, Kind::Health | Kind::Version | Kind::Stats),
-        };
-        request.ahead && self.goes_ahead() && is_read()
+        let has_its_turn = matches!(request.kind, Kind::Put | Kind::Delete | Kind::Connect | Kind::Unsubscribe);
+        request.ahead && self.goes_ahead() && !has_its_turn
     }
 
     /// Whether the client understands that answers come out of order: requests are read while writes are under way.
@@ -213,7 +212,7 @@ impl Session {
     /// Takes room for the value of another write, or says what it has to wait for.
     fn admit(&mut self, len: usize) -> Result<(), Hold> {
         if self.written.is_some() && self.write_ids.is_full() {
-            return Err(Hold::Job);
+            return Err(Hold::Writes);
         }
         let taken = self.room_taken.saturating_add(len);
         let has = self.room.as_ref().map_or(0, Room::num_permits);
@@ -222,7 +221,7 @@ impl Session {
             match self.core.try_room(missing) {
                 Some(room) => self.add_room(room),
                 // Those before it give back what they have when they are done.
-                None if !self.writes.is_empty() => return Err(Hold::Job),
+                None if !self.writes.is_empty() => return Err(Hold::Writes),
                 None => return Err(self.wait_for_room(missing)),
             }
         }

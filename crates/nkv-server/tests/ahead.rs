@@ -4,6 +4,11 @@
 
 mod support;
 
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
+
 use nkv_core::NoPersist;
 use nkv_testkit::script::{PersistScript, ScriptedPersist};
 use serde_json::Value;
@@ -127,7 +132,7 @@ fn what_was_sent_before_the_end_is_answered_although_writes_are_under_way() {
             conn.finish();
             None
         };
-        conn.stream().set_read_timeout(Some(std::time::Duration::from_millis(200))).unwrap();
+        conn.stream().set_read_timeout(Some(Duration::from_millis(200))).unwrap();
         let early = conn.stream().peek(&mut [0]);
         assert!(early.is_err(), "it ended before its writes did: {early:?}");
         conn.stream().set_read_timeout(Some(PATIENCE)).unwrap();
@@ -157,7 +162,7 @@ fn a_large_snapshot_does_not_hold_up_an_answer_that_may_go_ahead() {
         assert_eq!(conn.line(), "\"Hello\"");
         conn.send(format!(r#"{{"type":"Get","id":2,"key":"s.19999","ahead":{ahead}}}"#));
         // The sockets do not take all of it, and the rest is not read before this is answered.
-        std::thread::sleep(std::time::Duration::from_millis(300));
+        std::thread::sleep(Duration::from_millis(300));
         let (mut updates, mut answered_at) = (0, None);
         let mut synced = false;
         while answered_at.is_none() || !synced {
@@ -172,5 +177,127 @@ fn a_large_snapshot_does_not_hold_up_an_answer_that_may_go_ahead() {
         let (before, was_synced) = answered_at.unwrap();
         assert_eq!((updates, was_synced), (KEYS, !is_early));
         assert_eq!(before < KEYS, is_early, "answered after {before} of the snapshot");
+    }
+}
+
+/// What a request that has no answer yet must be answered with.
+enum Expected {
+    Put {
+        key: usize,
+    },
+    /// The revision of the value, where it is known: that of the last write before it, or one from these on.
+    Get {
+        key: usize,
+        writes_before: usize,
+        at_least: u64,
+        ahead: bool,
+    },
+}
+
+/// One connection does at random what it may, over storage that stands still now and then: each request has one answer, writes
+/// and their answers keep their order, a read sees all writes before it, or may go ahead and sees no less than what was known
+/// when it was sent, and a change is notified before its write is answered.
+#[test]
+fn whatever_goes_ahead_each_request_has_its_answer_and_what_is_ordered_stays_so() {
+    const REQUESTS: u64 = 8_000;
+    const KEYS: usize = 8;
+    for threads in [1, 3] {
+        let (persist, script) = ScriptedPersist::new(NoPersist::default());
+        let server = TestServer::on(threads, |builder| builder.persist("scripted", || Ok(persist)));
+        let mut conn = connect(&server);
+        assert_eq!(conn.ask(r#"{"type":"Subscribe","key":"k"}"#), "\"Hello\"");
+        let is_over = Arc::new(AtomicBool::new(false));
+        let stalls = std::thread::spawn({
+            let is_over = Arc::clone(&is_over);
+            move || {
+                while !is_over.load(Relaxed) {
+                    script.block();
+                    _ = script.wait_until_blocked(Duration::from_millis(20));
+                    std::thread::sleep(Duration::from_millis(2));
+                    script.release();
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            }
+        });
+        let mut random = Random(threads as u64);
+        let mut open: HashMap<u64, Expected> = HashMap::new();
+        let mut unanswered_puts = VecDeque::new();
+        // Of each key: how many writes were sent, the revisions of those that were answered, and what was seen or notified.
+        let (mut sent, mut revisions) = ([0; KEYS], vec![vec![0]; KEYS]);
+        let (mut known, mut seen_ahead, mut notified) = ([0; KEYS], [0; KEYS], [0; KEYS]);
+        let (mut early, mut next) = (0, 1);
+        while next <= REQUESTS || !open.is_empty() {
+            let mut batch = Vec::new();
+            while next <= REQUESTS && open.len() < 300 && random.below(8) > 0 {
+                let key = random.below(KEYS as u64) as usize;
+                if random.below(2) == 0 {
+                    batch.push(put(&format!("k.{key}"), &next.to_string(), next));
+                    sent[key] += 1;
+                    unanswered_puts.push_back(next);
+                    open.insert(next, Expected::Put { key });
+                } else {
+                    let ahead = random.below(4) > 0;
+                    batch.push(format!(r#"{{"type":"Get","id":{next},"key":"k.{key}","ahead":{ahead}}}"#));
+                    let (writes_before, at_least) = (sent[key], known[key]);
+                    open.insert(next, Expected::Get { key, writes_before, at_least, ahead });
+                }
+                next += 1;
+            }
+            if !batch.is_empty() {
+                conn.send(batch.join("\n"));
+            }
+            for _ in 0..random.below(12) {
+                if open.is_empty() {
+                    break;
+                }
+                let message = conn.json();
+                if let Some(update) = message.get("Update") {
+                    let key: usize = update["key"].as_str().unwrap()[2..].parse().unwrap();
+                    notified[key] = update["revision"].as_u64().unwrap();
+                    continue;
+                }
+                let id = id(&message);
+                match open.remove(&id).unwrap_or_else(|| panic!("answered twice: {message}")) {
+                    Expected::Put { key } => {
+                        assert_eq!(unanswered_puts.pop_front(), Some(id), "{message}");
+                        let revision = message["Base"]["revision"].as_u64().unwrap();
+                        assert!(notified[key] >= revision, "answered before it was notified: {message}");
+                        assert!(revision > *revisions[key].last().unwrap());
+                        revisions[key].push(revision);
+                        known[key] = known[key].max(revision);
+                    }
+                    Expected::Get { key, writes_before, at_least, ahead } => {
+                        let revision =
+                            message["Get"]["revisions"].get(0).map_or(0, |revision| revision.as_u64().unwrap());
+                        assert!(revision >= at_least, "older than what was known: {message}");
+                        if ahead {
+                            early += usize::from(unanswered_puts.front().is_some_and(|first| *first < id));
+                            assert!(revision >= seen_ahead[key], "it goes back: {message}");
+                            seen_ahead[key] = revision;
+                            if let Some(limit) = revisions[key].get(writes_before) {
+                                assert!(revision <= *limit, "of a later write: {message}");
+                            }
+                        } else {
+                            assert_eq!(Some(&revision), revisions[key].get(writes_before), "{message}");
+                        }
+                        known[key] = known[key].max(revision);
+                    }
+                }
+            }
+        }
+        is_over.store(true, Relaxed);
+        stalls.join().unwrap();
+        assert!(early > 100, "only {early} reads went ahead");
+    }
+}
+
+/// Numbers that are as random as these tests need (splitmix64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        (mixed ^ (mixed >> 27)) % limit
     }
 }

@@ -104,6 +104,11 @@ fn a_large_answer_comes_whole_and_one_past_the_limit_is_refused() {
     let all = conn.bytes(32 * value.len() + 1);
     assert!(all.strip_suffix(b"\n").unwrap().iter().all(|byte| *byte == b'x'));
     assert_eq!(status(&conn.line()), 200, "what came with it is served after it");
+    // One value is answered at once, and fills what is written in a turn.
+    conn.send("{\"type\":\"Get\",\"key\":\"big.000\"}\n{\"type\":\"Health\"}");
+    assert_eq!(conn.json()["Get"]["len"], 1 << 20);
+    conn.bytes(value.len() + 1);
+    assert_eq!(status(&conn.line()), 200, "what came with it is served after it");
 }
 
 #[test]

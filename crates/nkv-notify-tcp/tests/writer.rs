@@ -283,7 +283,7 @@ async fn a_long_value_alone_is_added_to() {
     let (ours, theirs) = duplex(10);
     let (notifier, _writer) = TcpNotifier::spawn(ours, NotifierOptions::default());
     notifier.set_form(ValueForm::Text);
-    let long = "v".repeat((64 << 10) - ITEM_LEN - "a".len());
+    let long = "v".repeat((16 << 10) - ITEM_LEN - "a".len());
     assert_eq!(notifier.notify(&put("a", long.clone(), 1)), Delivery::Queued);
     assert_eq!(notifier.notify(&put("b", "short", 2)), Delivery::Queued);
     notifier.close();

@@ -242,6 +242,7 @@ fn copies_leave_the_reserve_to_deletes_when_it_does_not_take_a_segment() {
         }
     }
     drop(persist.maintain());
+    assert!(persist.monitor().stats().reserve_held);
     let keys: Vec<String> =
         (0..100).map(|n| format!("k.{}", 16 * n + 1)).filter(|key| model.contains_key(key)).collect();
     for (n, key) in keys.iter().enumerate() {

@@ -23,6 +23,8 @@ use crate::link::{Link, LinkOptions};
 use crate::revision::Revision;
 use crate::types::{ConnectionState, Entry, GoneReason};
 
+/// So many requests are taken at a time. Their callers can take them back until they are encoded.
+const BATCH: usize = 64;
 /// So many requests may be under way; more wait with their callers.
 const PENDING_MAX: usize = 4_096;
 /// So many may have been answered behind one that is still under way.
@@ -288,8 +290,9 @@ pub(crate) struct Task {
     pub(crate) hub: Hub,
     pending: AllPending,
     writes: Writes,
-    /// To be asked again, or for the first time, on the next connection.
+    /// To be sent next: requests of a connection that was lost, or such as have just been taken from the channel.
     again: VecDeque<Ask>,
+    batch: Vec<Ask>,
     /// Bytes of messages since others had their turn.
     turn_len: usize,
     /// It ended in order, and not because its runtime has gone.
@@ -337,6 +340,7 @@ impl Task {
             pending: AllPending::default(),
             writes: Writes::default(),
             again: VecDeque::new(),
+            batch: Vec::new(),
             turn_len: 0,
             has_ended: false,
         }
@@ -437,14 +441,12 @@ impl Task {
         loop {
             let mut any = false;
             while link.has_room() && self.pending.has_room() {
-                let ask = match self.again.pop_front() {
-                    Some(ask) => ask,
-                    None => match self.asks.poll_recv(cx) {
-                        Poll::Ready(Some(ask)) => ask,
-                        // Closed means that no handle is left, which the other channel tells too.
-                        Poll::Ready(None) | Poll::Pending => break,
-                    },
-                };
+                if self.again.is_empty() {
+                    // Closed means that no handle is left, which the other channel tells too.
+                    _ = self.asks.poll_recv_many(cx, &mut self.batch, BATCH);
+                    self.again.extend(self.batch.drain(..));
+                }
+                let Some(ask) = self.again.pop_front() else { break };
                 self.ask(link, ask);
                 any = true;
             }

@@ -391,6 +391,9 @@ fn payload_len(line: &[u8]) -> Result<Option<usize>, MessageError> {
         Get(NoText<Len>),
     }
     let len = if line.starts_with(b"{\"Update\"") || line.starts_with(b"{\"Get\"") {
+        if let Some(len) = plain_len(line) {
+            return within_limit(len);
+        }
         let (Framed::Update(NoText(Len { len })) | Framed::Get(NoText(Len { len }))) =
             serde_json::from_slice(line).map_err(|error| malformed(line, &error))?;
         len
@@ -399,10 +402,35 @@ fn payload_len(line: &[u8]) -> Result<Option<usize>, MessageError> {
     } else {
         unknown(line).and_then(|body| serde_json::from_str::<NoText<Len>>(body?.get()).ok()?.0.len)
     };
-    match plain(len) {
+    within_limit(plain(len))
+}
+
+fn within_limit(len: Option<u64>) -> Result<Option<usize>, MessageError> {
+    match len {
         Some(len) if len > MESSAGE_LEN_MAX => Err(MessageError::TooLarge { len_max: MESSAGE_LEN_MAX }),
         len => Ok(len.map(|len| len as usize)),
     }
+}
+
+/// The field `len` of the inner object, or that there is none, if that is plain without reading the line as JSON: there is
+/// no escape in it, and the name at most once, right within the second brace.
+fn plain_len(line: &[u8]) -> Option<Option<u64>> {
+    const NAME: &[u8] = b"\"len\"";
+    if memchr::memchr(b'\\', line).is_some() {
+        return None;
+    }
+    let mut found = memchr::memmem::find_iter(line, NAME);
+    let Some(at) = found.next() else { return Some(None) };
+    let (before, name) = line.split_at_checked(at)?;
+    let is_within = memchr::memchr_iter(b'{', before).count() == 2 && memchr::memchr(b'}', before).is_none();
+    if found.next().is_some() || !is_within {
+        return None;
+    }
+    let number = name.strip_prefix(NAME)?.strip_prefix(b":")?;
+    let digits = number.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let (number, behind) = number.split_at_checked(digits)?;
+    let is_whole = matches!(behind.first(), Some(b',' | b'}')) && (number.len() == 1 || !number.starts_with(b"0"));
+    std::str::from_utf8(number).ok()?.parse().ok().filter(|_| is_whole).map(Some)
 }
 
 /// The words that messages without a payload begin with.

@@ -586,3 +586,32 @@ fn a_server_says_what_it_offers() {
         assert_eq!(body.features, Features::NONE);
     }
 }
+
+/// The length of a payload is found in a line wherever it stands, and nothing else is taken for it.
+#[test]
+fn the_length_of_a_payload_is_found_wherever_it_stands() {
+    let rest = r#""id":1,"status":200,"message":"","keys":["a"],"revisions":[1],"lens":[3]"#;
+    let lines = [
+        format!(r#"{{"Get":{{{rest},"len":3}}}}"#),
+        format!(r#"{{"Get":{{"len":3,{rest}}}}}"#),
+        format!(r#"{{"Get":{{"l\u0065n":3,{rest}}}}}"#),
+        format!(r#"{{"Get":{{"later":{{"len":9}},"len":3,{rest}}}}}"#),
+        format!(r#"{{"Get":{{"len":3,"later":{{"len":9}},{rest}}}}}"#),
+        format!(r#"{{"Get": {{ "len" : 3 , {rest} }} }}"#),
+        format!(r#"{{"Get":{{"later":["len","{{"],"len":3,{rest}}}}}"#),
+    ];
+    for line in lines {
+        let input = format!("{line}\nabc\n");
+        let (consumed, message) = MessageDecoder::new().decode(input.as_bytes()).unwrap();
+        let Some(Message::Answer(body)) = message else { panic!("{line}") };
+        assert_eq!((consumed, body.values.iter().next().unwrap().as_ref()), (input.len(), &b"abc"[..]), "{line}");
+    }
+    for line in [
+        r#"{"Update":{"key":"len","value":[1],"revision":1}}"#,
+        r#"{"Update":{"key":"a","value":"\"len\":3","revision":1}}"#,
+    ] {
+        let input = format!("{line}\n");
+        let (consumed, message) = MessageDecoder::new().decode(input.as_bytes()).unwrap();
+        assert!(matches!(message, Some(Message::Update { .. })) && consumed == input.len(), "{line}");
+    }
+}

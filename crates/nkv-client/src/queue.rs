@@ -291,6 +291,7 @@ mod tests {
         for event in [update("a", 5), update("b", 6), synced(1), Event::Reconnecting, connected(2), update("a", 1)] {
             queue.post(event);
         }
+        assert!(!queue.lock().slots.contains_key(&Slot::Synced), "what was synced was of the epoch before");
         // The second loss is into a third epoch, while all of that is unread.
         for event in [Event::Reconnecting, connected(3), update("c", 1), synced(3)] {
             queue.post(event);

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
+use std::sync::LazyLock;
 
 use bytes::Bytes;
+use memchr::memmem::Finder;
 use serde::de::value::{BorrowedStrDeserializer, Error as WordError};
 use serde::de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -415,18 +417,18 @@ fn within_limit(len: Option<u64>) -> Result<Option<usize>, MessageError> {
 /// The field `len` of the inner object, or that there is none, if that is plain without reading the line as JSON: there is
 /// no escape in it, and the name at most once, right within the second brace.
 fn plain_len(line: &[u8]) -> Option<Option<u64>> {
-    const NAME: &[u8] = b"\"len\"";
+    static NAME: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"len\""));
     if memchr::memchr(b'\\', line).is_some() {
         return None;
     }
-    let mut found = memchr::memmem::find_iter(line, NAME);
-    let Some(at) = found.next() else { return Some(None) };
+    let Some(at) = NAME.find(line) else { return Some(None) };
     let (before, name) = line.split_at_checked(at)?;
-    let is_within = memchr::memchr_iter(b'{', before).count() == 2 && memchr::memchr(b'}', before).is_none();
-    if found.next().is_some() || !is_within {
+    let behind = name.strip_prefix(NAME.needle())?;
+    let is_within = before.iter().filter(|byte| **byte == b'{').count() == 2 && !before.contains(&b'}');
+    if NAME.find(behind).is_some() || !is_within {
         return None;
     }
-    let number = name.strip_prefix(NAME)?.strip_prefix(b":")?;
+    let number = behind.strip_prefix(b":")?;
     let digits = number.iter().take_while(|byte| byte.is_ascii_digit()).count();
     let (number, behind) = number.split_at_checked(digits)?;
     let is_whole = matches!(behind.first(), Some(b',' | b'}')) && (number.len() == 1 || !number.starts_with(b"0"));

@@ -215,6 +215,8 @@ mod tests {
         prop_oneof![
             8 => any::<(u64, u32)>().prop_map(|(number, shift)| (number >> (shift % 64)).to_string()),
             1 => "[0-9]{1,22}",
+            // More than any number has, by one digit at most.
+            1 => "[2-9][0-9]{19}",
             1 => "-?[0-9]{1,3}(\\.[0-9])?([eE][0-9])?",
         ]
         .boxed()

@@ -35,7 +35,7 @@ const LIST_PAGE: u64 = 10_000;
 /// # Cancel safety
 ///
 /// Every future of this type may be dropped at any time. A request of which the socket has taken nothing by then is taken
-/// back, with its value, and never sent; one that was sent may take effect, and nobody will tell.
+/// back, with its value, and never sent; one that was sent may take effect, unseen.
 #[derive(Clone)]
 pub struct Client {
     handle: Arc<Handle>,
@@ -83,9 +83,14 @@ impl Handle {
     }
 
     fn closed(&self) -> Error {
+        self.with_trouble(Error::closed())
+    }
+
+    /// An error with the reason why the connection is not there, if it is not.
+    fn with_trouble(&self, error: Error) -> Error {
         match self.shared.trouble() {
-            Some(trouble) => Error::closed().because(trouble),
-            None => Error::closed(),
+            Some(trouble) => error.because(trouble),
+            None => error,
         }
     }
 }
@@ -385,12 +390,12 @@ impl Client {
     ///
     /// Those of [`get`](Self::get), and [`ErrorKind::InvalidKey`] for a wildcard that is to stand for itself alone.
     pub async fn subscribe_with(&self, pattern: &str, options: SubscribeOptions) -> Result<Subscription> {
-        let pattern = if options.exact { Pattern::Key(Key::new(pattern)?) } else { Pattern::new(pattern)? };
+        let pattern = if options.exact { Pattern::Exact(Key::new(pattern)?) } else { Pattern::new(pattern)? };
         let id = self.handle.next_local.fetch_add(1, Relaxed);
         let subscription = Subscription::new(Arc::clone(&self.handle), pattern.clone(), id);
         let sink = Sink::Queue(Arc::clone(subscription.queue()));
         let mut local = Local::new(id, pattern, sink, self.subscription_len_max);
-        (local.exact, local.has_snapshot) = (options.exact, options.snapshot);
+        local.has_snapshot = options.snapshot;
         self.subscribed(local).await?;
         Ok(subscription)
     }
@@ -423,14 +428,13 @@ impl Client {
         key: &str,
         read: impl Fn(&Entry) -> Result<T> + Send + 'static,
     ) -> Result<Watch<T>> {
-        let pattern = Pattern::Key(Key::new(key)?);
+        let pattern = Pattern::Exact(Key::new(key)?);
         let id = self.handle.next_local.fetch_add(1, Relaxed);
         let (watcher, receiver) = ChannelWatcher::new(read);
         let end = EndOnDrop { handle: Arc::clone(&self.handle), pattern: pattern.clone(), id };
         let mut watch = Watch::new(receiver, end);
-        let mut local = Local::new(id, pattern, Sink::Watch(Box::new(watcher)), self.subscription_len_max);
-        local.exact = true;
-        self.subscribed(local).await?;
+        let sink = Sink::Watch(Box::new(watcher));
+        self.subscribed(Local::new(id, pattern, sink, self.subscription_len_max)).await?;
         drop(watch.borrow_and_update());
         Ok(watch)
     }
@@ -489,7 +493,7 @@ impl Client {
         let failure = match answered.await {
             Ok(Err(error)) if *error.kind() == ErrorKind::Closed => error,
             Ok(answer) => return read(answer?, is_write),
-            // Asking the system each time would cost as much as the rest; in a forked process nobody answers.
+            // Asking the system each time would cost as much as the rest; in a forked process there is no answer.
             Err(_) => self.handle.check().err().unwrap_or_else(|| self.timed_out()),
         };
         let was_sent = taken_back.0.give_up();
@@ -505,11 +509,8 @@ impl Client {
     }
 
     fn timed_out(&self) -> Error {
-        let error = Error::new(ErrorKind::Timeout, format!("no answer within {:?}", self.request_timeout));
-        match self.handle.shared.trouble() {
-            Some(trouble) => error.because(trouble),
-            None => error,
-        }
+        let message = format!("no answer within {:?}", self.request_timeout);
+        self.handle.with_trouble(Error::new(ErrorKind::Timeout, message))
     }
 }
 
@@ -576,5 +577,31 @@ impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = *self.handle.state.borrow();
         f.debug_struct("Client").field("client_uuid", &self.client_uuid()).field("state", &state).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A client as a process has it that was forked from its own: the connection's task is not there.
+    fn forked(request_timeout: Duration) -> (Client, mpsc::Receiver<Ask>, mpsc::UnboundedReceiver<Control>) {
+        let ((asks, asks_rx), (control, control_rx)) = (mpsc::channel(10), mpsc::unbounded_channel());
+        let (_, state) = watch::channel(ConnectionState::Connected);
+        let mut handle = Handle::new(asks, control, state, Arc::new(Shared::new(u64::MAX)), "me".into());
+        handle.process = handle.process.wrapping_add(1);
+        (Client::new(handle, request_timeout, 0), asks_rx, control_rx)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn in_a_forked_process_a_client_says_what_is_wrong() {
+        let (client, _asks, mut control) = forked(Duration::from_secs(5));
+        for error in [client.check(), client.get("a").await.map(drop), client.subscribe("a").await.map(drop)] {
+            let error = error.unwrap_err();
+            assert_eq!(error.kind(), &ErrorKind::Closed);
+            assert!(error.to_string().contains("forked"), "{error}");
+        }
+        drop(client);
+        assert!(control.recv().await.is_none(), "the connection of the other process is left alone");
     }
 }

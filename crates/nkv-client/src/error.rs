@@ -103,8 +103,12 @@ impl Error {
                 };
                 Error::new(ErrorKind::Conflict { revision }, message)
             }
-            status => Error::new(ErrorKind::Server { status }, format!("the server says {status}: {}", body.message)),
+            status => Error::refused(status, &body.message),
         }
+    }
+
+    pub(crate) fn refused(status: u16, message: &str) -> Self {
+        Error::new(ErrorKind::Server { status }, format!("the server says {status}: {message}"))
     }
 
     /// The same for a put or delete: one that the server gave up as it stopped may have been done.

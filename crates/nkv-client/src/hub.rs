@@ -1,8 +1,8 @@
 //! Who within this client is told of what: the local subscriptions, what each was told, and their names on the wire.
 //!
 //! Local subscriptions of one pattern share one wire subscription, because a server knows a subscription by client and
-//! pattern. What the server told of it is known once; a local subscription that comes later is told a snapshot of its own,
-//! and from its end on what all are told. A server tells a change once per connection; it is handed here to every wire
+//! pattern. What the server sent for it is known once; a local subscription that comes later gets a snapshot of its own,
+//! and from its end on what all get. A server tells a change once per connection; it is handed here to every wire
 //! subscription that covers it. The messages from `Hello` to `Synced` belong to one wire subscription alone.
 
 use std::collections::HashMap;
@@ -14,7 +14,7 @@ use nkv_protocol::{Reason, status};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::queue::{KEY_COST, Known, Queue};
 use crate::revision::Revision;
 use crate::types::{EndReason, Entry, Event, GoneReason};
@@ -30,7 +30,7 @@ const STEP_KEYS: u64 = 1_024;
 pub(crate) enum Sink {
     /// To a reader, one by one.
     Queue(Arc<Queue>),
-    /// To whoever looks.
+    /// To a value that is looked at.
     Watch(Box<dyn Watcher>),
 }
 
@@ -38,8 +38,6 @@ pub(crate) enum Sink {
 pub(crate) struct Local {
     pub(crate) id: u64,
     pub(crate) pattern: Pattern,
-    /// Whether only the pattern's own key counts, not those below it.
-    pub(crate) exact: bool,
     /// Whether it is told the present state first.
     pub(crate) has_snapshot: bool,
     pub(crate) sink: Sink,
@@ -93,12 +91,13 @@ struct LastTold {
 
 impl Local {
     pub(crate) fn new(id: u64, pattern: Pattern, sink: Sink, len_max: usize) -> Self {
-        let (exact, has_snapshot, ready, standing, synced) = (false, true, None, Standing::default(), false);
-        Local { id, pattern, exact, has_snapshot, sink, ready, len_max, standing, synced }
+        let (has_snapshot, ready, standing, synced) = (true, None, Standing::default(), false);
+        Local { id, pattern, has_snapshot, sink, ready, len_max, standing, synced }
     }
 
-    fn covers(&self, key: &Key) -> bool {
-        !self.exact || self.pattern.selects(key)
+    /// Whether a key alone counts, without those below it.
+    fn is_exact(&self) -> bool {
+        matches!(self.pattern, Pattern::Exact(_))
     }
 
     fn is_watch(&self) -> bool {
@@ -138,7 +137,7 @@ impl Local {
                 None => true,
             },
         };
-        if !self.covers(&entry.key) {
+        if !self.pattern.covers(&entry.key) {
             return false;
         }
         match &mut self.sink {
@@ -151,7 +150,10 @@ impl Local {
     /// A key is gone, which its reader need not hear of if it `was_unknown` to all.
     fn gone(&mut self, gone: &Gone<'_>, len: usize, was_unknown: bool) -> bool {
         let Gone { key, revision, reason, skipped } = *gone;
-        if matches!(self.standing, Standing::Waiting(_)) || !self.covers(key) || (was_unknown && !self.is_watch()) {
+        if matches!(self.standing, Standing::Waiting(_))
+            || !self.pattern.covers(key)
+            || (was_unknown && !self.is_watch())
+        {
             return false;
         }
         match &mut self.sink {
@@ -201,10 +203,7 @@ impl Local {
     fn end(self, reason: EndReason) {
         if let Some(ready) = self.ready {
             let error = match &reason {
-                EndReason::Refused { status, message } => {
-                    let kind = ErrorKind::Server { status: *status };
-                    Error::new(kind, format!("the server says {status}: {message}"))
-                }
+                EndReason::Refused { status, message } => Error::refused(*status, message),
                 _ => Error::closed(),
             };
             // Nobody waits any more: there is nobody to tell.
@@ -221,7 +220,7 @@ fn cost(key: &Key) -> usize {
     key.as_str().len() + KEY_COST
 }
 
-/// A subscription as the server knows it, and what it was told of it.
+/// A subscription as the server knows it, and what the server sent for it.
 struct Wire {
     id: u64,
     pattern: Pattern,
@@ -248,7 +247,7 @@ struct Wire {
 
 impl Wire {
     fn is_exact(&self) -> bool {
-        self.locals.iter().all(|local| local.exact)
+        self.locals.iter().all(Local::is_exact)
     }
 
     /// `Hello` or `Reset`, of the key alone or of its branch too.
@@ -262,11 +261,11 @@ impl Wire {
             // Revisions of another epoch say nothing: everything is told again.
             self.keys.values_mut().for_each(|last| last.revision = 0);
         }
-        let told = self.locals.iter_mut().filter(|local| local.exact || !exact);
+        let told = self.locals.iter_mut().filter(|local| local.is_exact() || !exact);
         told.for_each(|local| local.begin_snapshot(is_new_epoch));
     }
 
-    /// Asks for the key alone if nobody wants its branch any more.
+    /// Asks for the key alone if its branch is not wanted any more.
     fn narrowed(&mut self, text: &str) -> Option<Send> {
         if self.exact_asked || !self.live || !self.is_exact() {
             return None;
@@ -339,7 +338,7 @@ impl Wire {
         (self.live, self.asked, self.retry) = (false, 0, None);
         for local in &mut self.locals {
             if let Standing::Filling(partial) = &mut local.standing {
-                // The snapshot broke off: what it was told of it is not to be told again.
+                // The snapshot broke off: what it got is not to come again.
                 let mut partial = std::mem::take(partial);
                 if local.has_snapshot {
                     let seen = self.keys.iter().filter(|(_, last)| last.snapshot == self.snapshot);
@@ -389,8 +388,8 @@ impl Hub {
         let fresh = Wire {
             id: self.next_id,
             pattern: local.pattern.clone(),
-            exact: local.exact,
-            exact_asked: local.exact,
+            exact: local.is_exact(),
+            exact_asked: local.is_exact(),
             asked: 0,
             keys: HashMap::new(),
             len: 0,
@@ -402,7 +401,7 @@ impl Hub {
             locals: Vec::new(),
         };
         let wire = self.wires.entry(text.clone()).or_insert(fresh);
-        let fits = local.exact || !wire.exact_asked;
+        let fits = local.is_exact() || !wire.exact_asked;
         wire.locals.push(local);
         // A snapshot that has not begun is for the new one too. One that has is not: it takes another, of which those
         // that know it all already are told nothing.
@@ -493,8 +492,7 @@ impl Hub {
             self.next_retry = Some(self.next_retry.map_or(at, |next| next.min(at)));
         }
         wire.locals = locals;
-        let is_empty = wire.locals.is_empty();
-        if is_empty {
+        if wire.locals.is_empty() {
             self.wires.remove(text);
         }
         self.end_all(over, &reason);
@@ -573,9 +571,6 @@ impl Hub {
     /// Who watches is not to know less of a key than the answer to the client's own put or delete, though the server may pass
     /// over the notification in favour of a newer one, which comes later.
     pub(crate) fn own_write(&mut self, key: &Key, entry: Option<&Entry>, revision: Revision) {
-        if self.watches == 0 {
-            return;
-        }
         let locals = self.wires.get_mut(key.as_str()).into_iter().flat_map(|wire| &mut wire.locals);
         for local in locals {
             if let Sink::Watch(watch) = &mut local.sink {
@@ -592,7 +587,7 @@ impl Hub {
         }
         let first = last.back(count - 1);
         let wires = self.wires.values_mut().filter(|wire| match &wire.pattern {
-            Pattern::Key(key) => pattern.selects(key),
+            Pattern::Key(key) | Pattern::Exact(key) => pattern.selects(key),
             _ => false,
         });
         for local in wires.flat_map(|wire| &mut wire.locals) {
@@ -926,9 +921,7 @@ mod tests {
 
     fn add_watch(hub: &mut Hub, id: u64) -> Option<Send> {
         let sink = Sink::Watch(Box::new(Notes::default()));
-        let mut local = Local::new(id, Pattern::new("a").unwrap(), sink, 2_000);
-        local.exact = true;
-        hub.add(local)
+        hub.add(Local::new(id, Pattern::Exact(Key::new("a").unwrap()), sink, 2_000))
     }
 
     #[test]
@@ -973,7 +966,7 @@ mod tests {
         assert_eq!(told(&queue), ["Ended(TooMuch"]);
     }
 
-    // The end of a key that another subscription of the connection is told of was told to one that had never heard of it.
+    // The end of a key went to a subscription that had never heard of it, because another one of the connection had.
     #[test]
     fn who_never_heard_of_a_key_does_not_hear_of_its_end() {
         let mut hub = Hub::default();

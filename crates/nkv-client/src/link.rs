@@ -25,7 +25,7 @@ const FEATURES: Features =
 const READ_LEN: usize = 64 << 10;
 /// An empty buffer that grew beyond this is given back.
 const KEEP_LEN_MAX: usize = 1 << 20;
-/// While so many bytes wait to be sent, no more requests are encoded.
+/// While this number of bytes waits to be sent, no more requests are encoded.
 const OUT_LEN_MAX: usize = 64 << 10;
 /// Longest answer to the greeting: until then nobody knows who is there.
 const GREETING_LEN_MAX: usize = 64 << 10;

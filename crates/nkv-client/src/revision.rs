@@ -38,7 +38,7 @@ impl Revision {
         Revision { number, epoch: (number > 0).then_some(epoch) }
     }
 
-    /// The revision so many before this one.
+    /// The revision that is `count` before this one.
     pub(crate) fn back(self, count: u64) -> Self {
         Revision { number: self.number.saturating_sub(count), ..self }
     }

@@ -31,7 +31,7 @@ const PENDING_MAX: usize = 4_096;
 const ANSWERED_MAX: usize = 64 * PENDING_MAX;
 /// A connection that lasted this long ends a row of failures.
 const HEALTHY: Duration = Duration::from_secs(10);
-/// After so many bytes of messages other tasks have their turn.
+/// After this number of bytes of messages other tasks have their turn.
 const TURN_LEN: usize = 128 << 10;
 
 /// What the task and the callers both know.
@@ -207,12 +207,17 @@ impl AllPending {
         if matches!(pending.what, What::Subscribe(..)) {
             self.subscribes.retain(|known| *known != id);
         }
+        self.tidy();
+        Some(pending)
+    }
+
+    /// Begins with the first that is still under way.
+    fn tidy(&mut self) {
         while let Some(None) = self.places.front() {
             self.places.pop_front();
             self.first += 1;
         }
         self.unsent = self.unsent.max(self.first);
-        Some(pending)
     }
 
     fn iter(&self) -> impl Iterator<Item = &Pending> {
@@ -304,12 +309,6 @@ enum Stop {
     /// Nobody needs it any more.
     Done,
     Lost(Error),
-}
-
-impl From<Error> for Stop {
-    fn from(error: Error) -> Self {
-        Stop::Lost(error)
-    }
 }
 
 impl Drop for Task {
@@ -495,11 +494,7 @@ impl Task {
                 *count -= 1;
             }
         }
-        while let Some(None) = places.front() {
-            places.pop_front();
-            *first += 1;
-        }
-        *unsent = (*unsent).max(*first);
+        self.pending.tidy();
     }
 
     /// Judges the silence of the server; says when to do so again.
@@ -561,9 +556,6 @@ impl Task {
     fn ask(&mut self, link: &mut Link, ask: Ask) {
         // A caller that dropped its future must not find its put done later.
         let Some(mut request) = ask.slot.take() else { return };
-        if ask.reply.is_closed() {
-            return;
-        }
         if ask.epoch.is_some_and(|epoch| epoch != link.epoch) {
             let what = "the condition's revision is of another epoch than the server's data: read the key anew";
             // The caller may have gone; then there is nobody to tell.
@@ -667,7 +659,7 @@ impl Task {
         Ok(())
     }
 
-    /// A put or delete is done: whoever watches the key is to know before its caller does.
+    /// A put or delete is done: a watch of the key is to know before its caller does.
     fn own_write(&mut self, request: &mut Request<'static>, body: &Body, epoch: Epoch) {
         let (status::OK, Some(revision)) = (body.status, body.revision) else { return };
         if is_wildcard(&request.key) {

@@ -6,7 +6,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Dice, Proxy, Scripted, eager, next, server, short, shorts, until_synced, within};
+use common::{Dice, Peer, Proxy, Scripted, eager, next, server, short, shorts, until_synced, within};
 use nkv_client::{Client, ConnectionState, ErrorKind, Event, PutOptions, Revision, SubscribeOptions, Subscription};
 use nkv_protocol::Kind;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -130,6 +130,21 @@ async fn a_hello_that_nobody_asked_for_takes_no_answer_away() {
     drop(client);
 }
 
+/// A subscription whose snapshot has these entries and is of this revision.
+async fn subscribed(
+    client: &Client,
+    peer: &mut Peer,
+    pattern: &str,
+    entries: &[(&str, &str, u64)],
+    revision: u64,
+) -> Subscription {
+    let (subscription, ()) = tokio::join!(client.subscribe(pattern), async {
+        assert_eq!(peer.request().await.unwrap().2, pattern);
+        peer.snapshot(pattern, entries, revision).await;
+    });
+    subscription.unwrap()
+}
+
 /// Refuses a request.
 fn refusal(id: &str, status: u16) -> String {
     format!("{{\"Base\":{{\"id\":{id},\"status\":{status},\"message\":\"not now\"}}}}\n")
@@ -140,11 +155,7 @@ async fn a_refused_second_subscription_leaves_the_first_as_it_is() {
     let server = Scripted::new().await;
     let (client, mut peer) = tokio::join!(Client::connect(&server.addr), server.accept());
     let client = client.unwrap();
-    let (first, ()) = tokio::join!(client.subscribe("a"), async {
-        peer.request().await.unwrap();
-        peer.snapshot("a", &[("a", "1", 1)], 1).await;
-    });
-    let mut first = first.unwrap();
+    let mut first = subscribed(&client, &mut peer, "a", &[("a", "1", 1)], 1).await;
     assert_eq!(shorts(&until_synced(&mut first).await), ["a=1"]);
     let (second, ()) = tokio::join!(client.subscribe("a"), async {
         let (_, id, _) = peer.request().await.unwrap();
@@ -163,11 +174,7 @@ async fn a_refusal_that_time_can_cure_is_tried_again_after_a_reconnect() {
     let server = Scripted::new().await;
     let (client, mut peer) = tokio::join!(eager(&server.addr).connect(), server.accept());
     let client = client.unwrap();
-    let (subscription, ()) = tokio::join!(client.subscribe("a"), async {
-        peer.request().await.unwrap();
-        peer.snapshot("a", &[("a", "1", 1)], 1).await;
-    });
-    let mut subscription = subscription.unwrap();
+    let mut subscription = subscribed(&client, &mut peer, "a", &[("a", "1", 1)], 1).await;
     until_synced(&mut subscription).await;
     drop(peer);
     let mut peer = server.accept().await;
@@ -188,11 +195,7 @@ async fn a_subscription_that_has_ended_is_not_subscribed_again() {
     let server = Scripted::new().await;
     let (client, mut peer) = tokio::join!(eager(&server.addr).subscription_len_max(1_000).connect(), server.accept());
     let client = client.unwrap();
-    let (subscription, ()) = tokio::join!(client.subscribe("a"), async {
-        peer.request().await.unwrap();
-        peer.snapshot("a", &[("a", &"x".repeat(2_000), 1)], 1).await;
-    });
-    let mut subscription = subscription.unwrap();
+    let mut subscription = subscribed(&client, &mut peer, "a", &[("a", &"x".repeat(2_000), 1)], 1).await;
     while !matches!(next(&mut subscription).await, Event::Ended(_)) {}
     assert_eq!(peer.request().await.unwrap().0, Kind::Unsubscribe, "at once");
     drop(peer);
@@ -371,11 +374,7 @@ async fn what_the_client_does_not_know_is_passed_over() {
     let server = Scripted::new().await;
     let (client, mut peer) = tokio::join!(Client::connect(&server.addr), server.accept());
     let client = client.unwrap();
-    let (subscription, ()) = tokio::join!(client.subscribe("a"), async {
-        peer.request().await.unwrap();
-        peer.snapshot("a", &[("a", "1", 1)], 1).await;
-    });
-    let mut subscription = subscription.unwrap();
+    let mut subscription = subscribed(&client, &mut peer, "a", &[("a", "1", 1)], 1).await;
     until_synced(&mut subscription).await;
     peer.send("{\"Weather\":{\"key\":\"a\",\"sunny\":true}}\n\"Alive\"\n").await;
     peer.send("{\"Close\":{\"key\":\"a\",\"revision\":2,\"skipped\":0,\"reason\":\"tired\"}}\n").await;
@@ -481,15 +480,8 @@ async fn a_change_that_a_snapshot_has_is_not_told_after_it() {
     let server = Scripted::new().await;
     let (client, mut peer) = tokio::join!(eager(&server.addr).connect(), server.accept());
     let client = client.unwrap();
-    let (all, ()) = tokio::join!(client.subscribe("*"), async {
-        assert_eq!(peer.request().await.unwrap().2, "*");
-        peer.snapshot("*", &[("a", "1", 1)], 1).await;
-    });
-    let (one, ()) = tokio::join!(client.subscribe("a"), async {
-        assert_eq!(peer.request().await.unwrap().2, "a");
-        peer.snapshot("a", &[], 5).await;
-    });
-    let (_all, mut one) = (all.unwrap(), one.unwrap());
+    let _all = subscribed(&client, &mut peer, "*", &[("a", "1", 1)], 1).await;
+    let mut one = subscribed(&client, &mut peer, "a", &[], 5).await;
     assert_eq!(shorts(&until_synced(&mut one).await), [""; 0]);
     peer.update("a", "3", 3).await;
     peer.update("a.m", "6", 6).await;

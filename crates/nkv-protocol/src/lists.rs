@@ -189,7 +189,7 @@ impl<'a> Numbers<'a> {
         (self.count() == count).then_some(self)
     }
 
-    /// How many numbers there are at most; exactly so many, if it holds numbers alone.
+    /// How many numbers there are at most; exactly that, if it holds numbers alone.
     fn count(self) -> usize {
         let commas = memchr::memchr_iter(b',', self.0.as_bytes()).count();
         if self.0.is_empty() { 0 } else { commas.saturating_add(1) }

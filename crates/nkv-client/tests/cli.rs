@@ -77,7 +77,7 @@ fn a_server_that_greets_and_then_sleeps_is_a_timeout_and_one_of_nats_is_named() 
     sleeper.join().unwrap();
 }
 
-// It was said that nobody could be connected to.
+// It was reported as a failure to connect.
 #[test]
 fn a_server_that_takes_connections_and_says_nothing_is_a_timeout() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -243,7 +243,7 @@ fn a_subscription_is_told_line_by_line_and_may_end_by_itself() {
     let mut next = || serde_json::from_str::<Value>(&told.next().unwrap().unwrap()).unwrap();
     assert_eq!(next()["op"], "update");
     assert_eq!(next()["op"], "synced");
-    nkv.stdout(&["put", "a.y", "2", "--ttl", "30ms"]);
+    nkv.stdout(&["put", "a.y", "2", "--ttl", "500ms"]);
     assert_eq!(next()["value"], "2");
     assert_eq!(next()["op"], "expired");
     assert_eq!(finish(child).status.code(), Some(0));
@@ -278,7 +278,7 @@ fn an_interrupt_ends_with_130_and_a_closed_pipe_quietly() {
 // It went on waiting for a reader that does not read.
 #[cfg(unix)]
 #[test]
-fn an_interrupt_ends_it_also_while_nobody_reads_its_stdout() {
+fn an_interrupt_ends_it_also_while_its_stdout_is_not_read() {
     let nkv = nkv();
     let value = "x".repeat(1 << 20);
     assert_eq!(nkv.feed(&["-q", "put", "a", "-"], value.as_bytes()).0, 0);

@@ -89,7 +89,7 @@ fn json_of_a_script_is_that_of_single_commands() {
     assert_eq!(stderr.len(), 5, "{script_stderr}");
 }
 
-// Whatever failed, a script was told that all was well.
+// A script ended with 0 although commands of it had failed.
 #[test]
 fn the_first_command_of_a_pipe_that_fails_gives_the_exit_code() {
     let nkv = nkv();
@@ -220,6 +220,7 @@ fn a_script_of_thousands_of_puts_is_done_whole_and_in_order() {
     script += "get key.999\ndelete key.*\nlist\nput a 1\nget a\n";
     let (code, stdout, stderr) = nkv.feed(&[], script.as_bytes());
     assert_eq!((code, stdout.as_str()), (0, "2999\n1\n"), "{stderr}");
+    assert_eq!(stderr.lines().count(), 3_002);
     for (n, line) in stderr.lines().take(3_000).enumerate() {
         assert_eq!(line, format!("line {0}: OK revision {0}", n + 1));
     }

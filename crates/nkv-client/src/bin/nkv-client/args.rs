@@ -37,7 +37,7 @@ const DELETE_HELP: &str = "`delete lamp` removes the key lamp alone; `delete 'la
 /// Reads, writes and watches the values of an nkv server.
 #[derive(Debug, Parser)]
 #[command(name = "nkv-client", version, override_usage = "nkv-client [ADDR] [OPTIONS] [COMMAND]")]
-#[command(after_help = AFTER_HELP, infer_subcommands = false)]
+#[command(after_help = AFTER_HELP)]
 pub(crate) struct Args {
     /// Writes one JSON object per line.
     #[arg(long, global = true)]
@@ -51,7 +51,7 @@ pub(crate) struct Args {
     #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
     pub(crate) timeout: Option<Duration>,
 
-    /// Waits so long for the server to come up. Without it, nobody at ADDR is an error at once.
+    /// How long the server may take to come up. Without it, it is an error at once if no server listens at ADDR.
     #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
     pub(crate) wait: Option<Duration>,
 
@@ -143,7 +143,7 @@ pub(crate) enum Command {
         /// A key, KEY.* or *
         key: String,
     },
-    /// Shows who would be told of a change of a key, or without a key all clients that are connected
+    /// Shows the subscriptions that cover a key, or without a key all clients that are connected
     Trace {
         /// The key
         key: Option<String>,

@@ -32,7 +32,7 @@ pub(crate) enum Failure {
     Ended(String),
     /// What this machine does not do, such as to take what is written to stdout.
     System(String),
-    /// Nobody reads what is written any more.
+    /// The reader of stdout has gone.
     BrokenPipe,
     /// Ctrl-C.
     Interrupted,

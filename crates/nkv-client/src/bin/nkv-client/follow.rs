@@ -1,6 +1,5 @@
 //! A subscription: what is asked of it, and one that is followed to its end.
 
-use std::pin::pin;
 use std::time::Duration;
 
 use nkv_client::{Client, Event, SubscribeOptions, Subscription};
@@ -63,11 +62,10 @@ pub(crate) async fn run(client: &Client, follow: &Follow, out: Output) -> Result
         }
         Ok(Exit::Ok)
     };
-    let mut reader = pin!(reader_has_gone());
     tokio::select! {
         biased;
         told = follow.in_time(telling) => told,
         // With the next change it would be noticed too, but that may be long in coming.
-        () = &mut reader => Err(Failure::BrokenPipe),
+        () = reader_has_gone() => Err(Failure::BrokenPipe),
     }
 }

@@ -64,8 +64,7 @@ fn main() -> ExitCode {
 fn serve(runtime: &Runtime, addr: Option<String>, args: &Args, out: Output) -> Result<Exit, Failure> {
     let Some(command) = &args.command else {
         let client = runtime.block_on(interruptible(connect(addr, args)))?;
-        let settings = Settings { json: args.json, quiet: args.quiet, timeout: args.timeout };
-        return repl::serve(runtime, &client, settings);
+        return repl::serve(runtime, &client, Settings { out, timeout: args.timeout });
     };
     if let Command::Unsubscribe { key } = command {
         let what = format!("'unsubscribe {key}' belongs to the interactive mode; Ctrl-C ends a subscribe");
@@ -148,7 +147,7 @@ pub(crate) async fn end_when_interrupted() {
     let (listening, listens) = oneshot::channel();
     tokio::spawn(async {
         let interrupted = interruptible(async {
-            // Nobody waits for it if the runtime is shutting down.
+            // It is not waited for if the runtime is shutting down.
             _ = listening.send(());
             pending::<Result<(), Failure>>().await
         });
@@ -156,7 +155,7 @@ pub(crate) async fn end_when_interrupted() {
             std::process::exit(i32::from(Exit::Interrupted as u8));
         }
     });
-    // An error means that nobody can listen; commands are run all the same.
+    // An error means that listening is not possible; commands are run all the same.
     _ = listens.await;
 }
 

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use nkv_client::{Client, PageOptions};
-use rustyline::completion::{Completer, Pair};
+use rustyline::completion::{Completer, Pair, Quote, escape, unescape};
 use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 use rustyline::{Config, Context, Editor, ExternalPrinter, Helper};
@@ -83,7 +83,7 @@ pub(crate) fn serve(runtime: &Runtime, client: &Client, settings: Settings) -> R
             Err(ReadlineError::Interrupted) => {}
             Err(ReadlineError::Eof) => break,
             Err(ReadlineError::Io(error)) if error.kind() == io::ErrorKind::InvalidData => {
-                // Nobody knows where in a line what follows begins.
+                // It is not known where in a line what follows begins.
                 stdio::drop_typed().map_err(|error| terminal(error.into()))?;
                 let what = "not UTF-8: this line is dropped, and what was pasted behind it".to_owned();
                 Failure::Usage(what).report(session.output(Place::Prompt), None);
@@ -155,9 +155,7 @@ impl Completer for Words {
 
     fn complete(&self, line: &str, pos: usize, _: &Context<'_>) -> rustyline::Result<(usize, Vec<Pair>)> {
         let before = &line[..pos];
-        let start = before
-            .rfind(char::is_whitespace)
-            .map_or(0, |at| at + before[at..].chars().next().map_or(1, char::len_utf8));
+        let start = before.trim_end_matches(|c: char| !c.is_whitespace()).len();
         let word = &before[start..];
         let found = match before[..start].split_whitespace().count() {
             0 => {
@@ -268,13 +266,12 @@ impl Known {
 const SPECIAL: [char; 4] = ['\'', '"', '\\', '#'];
 
 fn quoted(key: &str) -> String {
-    key.chars().flat_map(|c| SPECIAL.contains(&c).then_some('\\').into_iter().chain([c])).collect()
+    escape(key.to_owned(), Some('\\'), |c| SPECIAL.contains(&c), Quote::None)
 }
 
 /// A word as the parser of lines understands it, if it is quoted with backslashes alone.
 fn unquoted(word: &str) -> String {
-    let mut chars = word.chars();
-    std::iter::from_fn(|| chars.next().and_then(|c| if c == '\\' { chars.next() } else { Some(c) })).collect()
+    unescape(word, Some('\\')).into_owned()
 }
 
 #[cfg(test)]

@@ -17,9 +17,8 @@ use crate::stdio::Stdin;
 /// What is read of stdin or a file at most: no server takes more.
 pub(crate) const VALUE_LEN_MAX: u64 = 64 << 20;
 
-/// Runs a command that is the same in all modes.
+/// Runs a command that is the same in all modes, after [`check`].
 pub(crate) async fn run(client: &Client, command: &Command, out: Output) -> Result<Exit, Failure> {
-    check(command)?;
     match command {
         Command::Get { key, page } => get(client, key, page, out).await,
         Command::Put { .. } | Command::Delete { .. } => {
@@ -238,11 +237,10 @@ async fn stats(client: &Client, out: Output) -> Result<Exit, Failure> {
         out.object(&object)?;
         return Ok(Exit::Ok);
     }
-    for (name, word) in &stats.words {
-        out.line(out.readable(format!("{name} {word}").as_bytes()).as_bytes())?;
-    }
-    for (name, number) in &stats.numbers {
-        out.line(out.readable(format!("{name} {number}").as_bytes()).as_bytes())?;
+    let words = stats.words.iter().map(|(name, word)| format!("{name} {word}"));
+    let numbers = stats.numbers.iter().map(|(name, number)| format!("{name} {number}"));
+    for line in words.chain(numbers) {
+        out.line(out.readable(line.as_bytes()).as_bytes())?;
     }
     Ok(Exit::Ok)
 }

@@ -42,7 +42,7 @@ const PARTS_MAX: usize = 1;
 /// Runs all commands; the end is that of the first that failed.
 pub(crate) fn serve(runtime: &Runtime, client: &Client, settings: Settings) -> Result<Exit, Failure> {
     let (lines, mut written) = mpsc::channel::<Line>(LINES_MAX);
-    let out = Output { terminal: false, ..Output::new(settings.json, settings.quiet, Place::CommandLine) };
+    let out = settings.out;
     let writer = runtime.spawn_blocking(move || {
         while let Some(line) = written.blocking_recv() {
             match line {
@@ -153,7 +153,7 @@ impl Script<'_> {
                     continue;
                 }
                 part = parts.recv() => part,
-                // Only subscriptions wait for something that they can tell; writes are to be done, whoever reads.
+                // Only subscriptions wait for something that they can tell; writes are done without a reader too.
                 () = &mut reader, if self.session.is_subscribed() => return Err(Failure::BrokenPipe),
             };
             match part {

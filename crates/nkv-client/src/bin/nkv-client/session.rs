@@ -24,8 +24,7 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// What all commands of a session have in common, unless they say otherwise.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Settings {
-    pub(crate) json: bool,
-    pub(crate) quiet: bool,
+    pub(crate) out: Output,
     pub(crate) timeout: Option<Duration>,
 }
 
@@ -84,7 +83,7 @@ impl<'a> Session<'a> {
 
     /// How what is about a line is shown, before it is known what the line asks for.
     pub(crate) fn output(&self, place: Place) -> Output {
-        Output::new(self.settings.json, self.settings.quiet, place)
+        Output { place, ..self.settings.out }
     }
 
     /// Parses a line; what is wrong with it goes with how to show that.
@@ -170,7 +169,7 @@ impl<'a> Session<'a> {
             drop(lines);
             drop(writer.await);
         };
-        // Whoever does not read by then does not want to know.
+        // What is not read by then is dropped.
         drop(tokio::time::timeout(FAREWELL, last_words).await);
     }
 }

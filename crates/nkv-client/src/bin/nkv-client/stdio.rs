@@ -1,4 +1,4 @@
-//! Stdin, stdout and stderr as they are given to a program: perhaps not blocking, perhaps with nobody at the other end.
+//! Stdin, stdout and stderr as they are given to a program: perhaps not blocking, perhaps with the other end closed.
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -62,7 +62,7 @@ pub(crate) async fn reader_has_gone() {
                 Ok(_) | Err(_) => return,
             }
         }
-        // Nobody waits any more if the command has ended.
+        // It is not waited for any more if the command has ended.
         _ = gone.send(());
     });
     if started.is_err() || reader_has_gone.await.is_err() {

@@ -138,7 +138,7 @@ impl fmt::Display for Key {
 pub enum Pattern {
     /// A key, written without a wildcard.
     Key(Key),
-    /// A key, without what is below it also as a subscription. No text stands for it; it is displayed as the key.
+    /// A key alone, also where it is subscribed to. No text stands for it; it is displayed as the key.
     Exact(Key),
     /// Everything below a key, written `a.*`.
     Below(Key),
@@ -167,6 +167,14 @@ impl Pattern {
     #[must_use]
     pub fn selects(&self, key: &Key) -> bool {
         self.selects_text(key.as_str())
+    }
+
+    /// The key that it selects, if it is no wildcard.
+    pub(crate) fn one_key(&self) -> Option<&Key> {
+        match self {
+            Pattern::Key(key) | Pattern::Exact(key) => Some(key),
+            Pattern::Below(_) | Pattern::All => None,
+        }
     }
 
     pub(crate) fn selects_text(&self, key: &str) -> bool {

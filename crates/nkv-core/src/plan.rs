@@ -165,9 +165,7 @@ impl<'a> Plan<'a> {
         for lookup in lookups {
             let Some(op) = write.ops.get(write.results.len()) else { break };
             match op {
-                Op::Delete { pattern, if_revision: None }
-                    if !matches!(pattern, Pattern::Key(_) | Pattern::Exact(_)) =>
-                {
+                Op::Delete { pattern, if_revision: None } if pattern.one_key().is_none() => {
                     let Some(result) = self.sweep(pattern, &mut write.sweep) else { break };
                     write.results.push(result);
                 }
@@ -345,8 +343,8 @@ impl<'a> Plan<'a> {
 /// The one key that an operation is about, if it is about one.
 fn key_of(op: &Op) -> Option<&Key> {
     match op {
-        Op::Put { key, .. } | Op::Delete { pattern: Pattern::Key(key) | Pattern::Exact(key), .. } => Some(key),
-        Op::Delete { .. } => None,
+        Op::Put { key, .. } => Some(key),
+        Op::Delete { pattern, .. } => pattern.one_key(),
     }
 }
 

@@ -261,11 +261,9 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
 
     /// Whether `pattern` selects any key.
     pub fn exists(&self, pattern: &Pattern) -> bool {
-        match pattern {
-            Pattern::Key(key) | Pattern::Exact(key) => {
-                self.shared.read().get(key.as_str(), self.shared.now()).is_some()
-            }
-            _ => self.walk(pattern, None, |_| ControlFlow::Break(())).is_break(),
+        match pattern.one_key() {
+            Some(key) => self.shared.read().get(key.as_str(), self.shared.now()).is_some(),
+            None => self.walk(pattern, None, |_| ControlFlow::Break(())).is_break(),
         }
     }
 

@@ -232,9 +232,9 @@ type Entries<N> = Vec<Arc<Subscription<N>>>;
 struct Node<N> {
     /// Notified of this key alone.
     exact: Entries<N>,
-    /// Told of this key and everything below it.
+    /// Notified of this key and everything below it.
     branch: Entries<N>,
-    /// Told of everything below this key.
+    /// Notified of everything below this key.
     below: Entries<N>,
     children: HashMap<Box<str>, Node<N>>,
 }

@@ -234,7 +234,8 @@ impl Write {
     /// Whether a slice of a wildcard delete or an expiry is what is planned, and all that is.
     pub(crate) fn is_slice(&self) -> bool {
         let Some((at, _)) = &self.undo else { return false };
-        let is_wildcard = |op: &Op| matches!(op, Op::Delete { pattern, if_revision: None } if !matches!(pattern, Pattern::Key(_) | Pattern::Exact(_)));
+        let is_wildcard =
+            |op: &Op| matches!(op, Op::Delete { pattern, if_revision: None } if pattern.one_key().is_none());
         let is_sweep = self.is_expiry || !self.is_together && self.ops.get(*at).is_some_and(is_wildcard);
         is_sweep && self.results.len() + usize::from(self.sweep.is_some()) == at + 1
     }

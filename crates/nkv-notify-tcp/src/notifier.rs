@@ -163,7 +163,7 @@ impl TcpNotifier {
         (encoding.load(Relaxed), len.load(Relaxed))
     }
 
-    /// For how long the peer has not taken what is being written (64 KiB or a little more, as a rule).
+    /// For how long the peer has not taken what is being written (16 KiB or a little more, as a rule).
     pub fn busy_for(&self) -> Duration {
         match self.shared.gathered.2.load(Relaxed) {
             0 => Duration::ZERO,

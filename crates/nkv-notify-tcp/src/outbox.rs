@@ -58,9 +58,9 @@ pub struct Outbox {
     /// Which encoding was most of it (an address), and how many bytes it had, before any of it was written: a long
     /// encoding is kept until the last of it is.
     gathered: (usize, usize),
-    /// How many bytes of it [`Shared::wait_for`] was not told of: answers that the next write may well take at once.
+    /// How many bytes of it [`Shared::wait_for`] has not counted: answers that the next write may well take at once.
     fresh: usize,
-    /// How many bytes [`Shared::flushed`] is to be told of when all that was gathered is written.
+    /// The bytes to pass to [`Shared::flushed`] when all that was gathered is written.
     counted: usize,
     /// The peer has not taken all of it, and may take its time until then.
     stall: Option<Pin<Box<Sleep>>>,
@@ -115,7 +115,7 @@ impl Outbox {
         give_back(answers);
     }
 
-    /// Sends answers before all that waits and is not being written: the peer understands that, as it said with
+    /// Sends answers before all that is in the mailbox: the peer understands that, as it said with
     /// [`Features::AHEAD`](nkv_protocol::Features::AHEAD). They come behind others that were sent this way.
     pub fn send_ahead(&mut self, mut answers: Chunks) {
         let len = answers.len();

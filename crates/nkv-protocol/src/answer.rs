@@ -334,12 +334,7 @@ impl<'a> Answer<'a> {
             }
             fields.number("since_ms", subscriber.since_ms);
             fields.number("queued", subscriber.queued).number("skipped", subscriber.skipped);
-            for (name, text) in [("name", subscriber.name), ("peer", subscriber.peer)] {
-                if let Some(text) = text {
-                    fields.text(name, text);
-                }
-            }
-            fields.end();
+            fields.texts([("name", subscriber.name), ("peer", subscriber.peer)]).end();
         });
         out.put_slice(END);
     }
@@ -349,12 +344,7 @@ impl<'a> Answer<'a> {
         let out = self.start("{\"Trace\":{\"id\":", status::OK, NO_ERROR).tail();
         json::array(out, b",\"clients\":[", clients, |out, client| {
             let mut fields = Object::start(out);
-            fields.text("peer", client.peer);
-            for (name, text) in [("client_uuid", client.client_uuid), ("name", client.name)] {
-                if let Some(text) = text {
-                    fields.text(name, text);
-                }
-            }
+            fields.text("peer", client.peer).texts([("client_uuid", client.client_uuid), ("name", client.name)]);
             fields.number("since_ms", client.since_ms).number("subscriptions", client.subscriptions);
             fields.number("queued", client.queued).number("skipped", client.skipped);
             fields.end();

@@ -45,6 +45,16 @@ impl<'a, B: BufMut> Object<'a, B> {
         self
     }
 
+    /// Those of these texts that there are.
+    pub(crate) fn texts<const N: usize>(&mut self, texts: [(&str, Option<&str>); N]) -> &mut Self {
+        for (name, text) in texts {
+            if let Some(text) = text {
+                self.text(name, text);
+            }
+        }
+        self
+    }
+
     pub(crate) fn number(&mut self, name: &str, value: u64) -> &mut Self {
         number(self.name(name), value);
         self

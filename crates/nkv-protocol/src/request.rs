@@ -67,7 +67,7 @@ kinds! {
     List,
     /// Asks whether there is a key.
     Exists,
-    /// Asks who would be told of a change, or, without a key, which clients are connected.
+    /// Asks which subscriptions cover a key, or, without a key, which clients are connected.
     Trace,
     /// Asks whether the server works.
     Health,

@@ -34,7 +34,7 @@ pub(crate) struct Client {
 /// What a client said of itself.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Said {
-    /// Its `client_uuid`, or what was made up for it.
+    /// Its `client_uuid`, or what was made up for it when one was needed.
     pub(crate) client_uuid: Option<SubscriberId>,
     /// Its name for people.
     pub(crate) name: Option<Arc<str>>,
@@ -55,8 +55,8 @@ impl Client {
         self.lock().clone()
     }
 
-    pub(crate) fn says(&self, change: impl FnOnce(&mut Said)) {
-        change(&mut self.lock());
+    pub(crate) fn says<T>(&self, change: impl FnOnce(&mut Said) -> T) -> T {
+        change(&mut self.lock())
     }
 
     pub(crate) fn subscriptions(&self) -> u64 {

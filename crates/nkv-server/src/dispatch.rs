@@ -56,12 +56,8 @@ pub(crate) struct Session {
     core: Arc<Core>,
     notifier: TcpNotifier,
     listed: Listed,
-    /// Who it says it is; a name is made up when one is needed.
-    client: Option<SubscriberId>,
     subscriptions: HashMap<(SubscriberId, Pattern), Arc<Subscription<Subscriber>>>,
     deep: DeepShare,
-    /// What the client understands.
-    features: Features,
     /// Writes that were read and are not under way yet, the room that was had for their values, and how much of it these
     /// take.
     writes: Vec<Op>,
@@ -133,13 +129,11 @@ impl Session {
             listed: core.clients.list(from, notifier.clone()),
             core,
             notifier,
-            client: None,
             subscriptions: HashMap::new(),
             writes: Vec::new(),
             room: None,
             room_taken: 0,
             reading: None,
-            features: Features::NONE,
             write_ids: WriteIds::default(),
             written: None,
             written_ids: WriteIds::default(),
@@ -201,12 +195,12 @@ impl Session {
 
     /// Whether the client understands that answers come out of order: requests are read while writes are under way.
     pub(crate) fn goes_ahead(&self) -> bool {
-        self.features.contains(Features::AHEAD)
+        self.notifier.features().contains(Features::AHEAD)
     }
 
     /// Whether the client is to get a sign of life while its requests are kept waiting.
     pub(crate) fn wants_signs(&self) -> bool {
-        self.features.contains(Features::ALIVE)
+        self.notifier.features().contains(Features::ALIVE)
     }
 
     /// Takes room for the value of another write, or says what it has to wait for.
@@ -461,7 +455,8 @@ impl Session {
     }
 
     fn trace<'r>(&self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
-        let shows_names = self.features.contains(Features::NAMES);
+        let features = self.notifier.features();
+        let shows_names = features.contains(Features::NAMES);
         if request.key.is_empty() {
             return if shows_names {
                 self.list_clients(request.id, out)
@@ -489,7 +484,7 @@ impl Session {
             .map(|(traced, shown)| {
                 let mut fields = SubscriberFields::new(traced.id.as_str(), &traced.pattern);
                 fields.since_ms = traced.since_ms;
-                fields.exact = traced.is_exact && self.features.contains(Features::EXACT);
+                fields.exact = traced.is_exact && features.contains(Features::EXACT);
                 (fields.queued, fields.skipped) = (traced.backlog.queued as u64, traced.backlog.skipped);
                 if let Some((name, peer)) = shown {
                     (fields.name, fields.peer) = (name.as_deref(), Some(peer.as_str()));
@@ -533,7 +528,7 @@ impl Session {
         out: &mut Chunks,
     ) -> Result<(), Refusal<'r>> {
         let pattern = pattern(request)?;
-        let is_exact = request.exact && self.features.contains(Features::EXACT);
+        let is_exact = request.exact && self.notifier.features().contains(Features::EXACT);
         if is_exact && !matches!(pattern, Pattern::Key(_)) {
             return Err(bad_request(request.id, "'exact' goes with one key, not with a wildcard".into()));
         }
@@ -575,15 +570,13 @@ impl Session {
 
     fn connect(&mut self, request: &Request<'_>, out: &mut Chunks) {
         let client = self.client_of(request);
-        self.client = Some(client.clone());
         self.notifier.set_form(request.values.unwrap_or_default());
-        self.features = request.features;
-        let name = request.name.as_deref().filter(|_| self.features.contains(Features::NAMES)).map(Arc::from);
+        self.notifier.set_features(request.features);
+        let name = request.name.as_deref().filter(|_| request.features.contains(Features::NAMES)).map(Arc::from);
         self.listed.client.says(|said| {
             said.client_uuid = Some(client);
             said.name = name.or(said.name.take());
         });
-        self.notifier.set_features(request.features);
         let (epoch, limits) = (self.core.store.epoch().to_string(), self.core.options.limits());
         let mut server = ServerFields::new(VERSION, &epoch, limits.value_len_max as u64);
         server.features = FEATURES;
@@ -614,18 +607,10 @@ impl Session {
         );
     }
 
-    fn client_of(&mut self, request: &Request<'_>) -> SubscriberId {
+    fn client_of(&self, request: &Request<'_>) -> SubscriberId {
         match request.client_uuid.as_deref() {
             Some(name) => SubscriberId::from(name),
-            None => {
-                let listed = &self.listed.client;
-                let make = || {
-                    let name = random_name();
-                    listed.says(|said| said.client_uuid = Some(name.clone()));
-                    name
-                };
-                self.client.get_or_insert_with(make).clone()
-            }
+            None => self.listed.client.says(|said| said.client_uuid.get_or_insert_with(random_name).clone()),
         }
     }
 }

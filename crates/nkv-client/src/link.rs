@@ -11,7 +11,7 @@ use bytes::{Buf, BytesMut};
 use nkv_core::Epoch;
 use nkv_protocol::{Body, Features, Kind, Message, MessageDecoder, Request, ValueForm, status};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -21,6 +21,8 @@ use crate::error::{Error, ErrorKind, Result};
 /// What this client understands beyond the first version of the protocol.
 const FEATURES: Features =
     Features::RESET.with(Features::AHEAD).with(Features::EXACT).with(Features::NAMES).with(Features::ALIVE);
+/// How many bytes the kernel may hold that were not read.
+const RECEIVE_LEN: u32 = 256 << 10;
 /// How many bytes one read asks for at least.
 const READ_LEN: usize = 64 << 10;
 /// An empty buffer that grew beyond this is given back.
@@ -275,6 +277,14 @@ fn keep_alive(stream: &TcpStream) {
     }
 }
 
+/// Connects to an address. The kernel holds back no more than [`RECEIVE_LEN`] of what this side has not read: an answer that
+/// goes ahead of a long snapshot stands behind all that.
+async fn connect_to(addr: SocketAddr) -> io::Result<TcpStream> {
+    let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    socket.set_recv_buffer_size(RECEIVE_LEN)?;
+    socket.connect(addr).await
+}
+
 /// Connects to the first of some addresses that answers: they are tried in turn, the two families alternating, the next when
 /// one has failed or has had its time.
 async fn connect_to_any(addrs: Vec<SocketAddr>) -> io::Result<TcpStream> {
@@ -292,7 +302,7 @@ async fn connect_to_any(addrs: Vec<SocketAddr>) -> io::Result<TcpStream> {
         let next = addrs.next();
         let is_last = next.is_none();
         if let Some(addr) = next {
-            attempts.spawn(TcpStream::connect(addr));
+            attempts.spawn(connect_to(addr));
         }
         let attempt = async {
             match attempts.join_next().await {

@@ -375,7 +375,8 @@ impl Task {
         for send in self.hub.attach(link.epoch) {
             self.send(link, send);
         }
-        self.state.send_replace(ConnectionState::Connected);
+        let connected = ConnectionState::Connected;
+        self.state.send_if_modified(|state| std::mem::replace(state, connected) != connected);
     }
 
     /// Serves a connection until it is lost or nobody needs it.
@@ -548,7 +549,9 @@ impl Task {
                 self.push(link, &request, What::Subscribe(pattern, wire, exact));
             }
             Send::Unsubscribe(pattern) => {
-                self.push(link, &Request::new(Kind::Unsubscribe, pattern), What::Other);
+                let mut request = Request::new(Kind::Unsubscribe, pattern);
+                request.ahead = link.features.contains(Features::AHEAD);
+                self.push(link, &request, What::Other);
             }
         }
     }

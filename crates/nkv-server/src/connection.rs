@@ -647,7 +647,7 @@ impl Connection {
 
     /// Whether the answer to a request may come before what waits to be written.
     fn goes_ahead(&self, request: &Request<'_>) -> bool {
-        request.kind != Kind::Subscribe && self.session.is_ahead(request)
+        !matches!(request.kind, Kind::Subscribe | Kind::Unsubscribe) && self.session.is_ahead(request)
     }
 
     fn send(&mut self, answers: Chunks, is_ahead: bool) {

@@ -187,9 +187,9 @@ impl Session {
     }
 
     /// Whether a request is served before the writes that came before it on its connection: it asks for that, and is
-    /// neither a write nor about the connection itself.
+    /// neither a write nor about the connection itself. An `Unsubscribe` may, too: or all behind it would wait.
     pub(crate) fn is_ahead(&self, request: &Request<'_>) -> bool {
-        let has_its_turn = matches!(request.kind, Kind::Put | Kind::Delete | Kind::Connect | Kind::Unsubscribe);
+        let has_its_turn = matches!(request.kind, Kind::Put | Kind::Delete | Kind::Connect);
         request.ahead && self.goes_ahead() && !has_its_turn
     }
 

@@ -80,6 +80,23 @@ fn reads_that_may_go_ahead_do_not_wait_for_storage_and_others_keep_their_place()
     assert_eq!(seen, expected);
 }
 
+// A program that ended a subscription had all its reads wait for its writes.
+#[test]
+fn the_end_of_a_subscription_does_not_wait_for_storage_either() {
+    let (server, script) = scripted();
+    let mut conn = connect(&server);
+    assert_eq!(conn.ask(r#"{"type":"Subscribe","id":1,"key":"k"}"#), "\"Hello\"");
+    script.block();
+    conn.send(put("other", "new", 2));
+    assert!(script.wait_until_blocked(PATIENCE));
+    conn.send(r#"{"type":"Unsubscribe","id":3,"key":"k","ahead":true}"#);
+    assert_eq!(conn.json()["Close"]["reason"], "unsubscribed");
+    assert_eq!(id(&conn.json()), 3);
+    assert!(conn.ask(r#"{"type":"Exists","id":4,"key":"k","ahead":true}"#).contains("404"));
+    script.release();
+    assert_eq!(id(&conn.json()), 2);
+}
+
 #[test]
 fn without_the_feature_nothing_goes_ahead() {
     let (server, script) = scripted();

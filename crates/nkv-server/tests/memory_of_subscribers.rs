@@ -95,8 +95,10 @@ fn held_by_one_that_does_not_read(queued_max: usize, forms: &[&str]) -> (usize, 
     write_all(&server, 'b');
     let with = live().saturating_sub(before);
     let queued = queued(&server, "stuck");
-    // No connection is closed, whatever is given up.
-    forms.iter().for_each(|form| assert_eq!(self::queued(&server, form), 0));
+    // No connection is closed, whatever is given up; on many threads a reader may be the last to be served.
+    for form in forms {
+        eventually("those who read have read all", || self::queued(&server, form) == 0);
+    }
     drop(stuck);
     server.shutdown().unwrap();
     readers.into_iter().for_each(|reader| reader.join().unwrap());

@@ -104,7 +104,7 @@ async fn many_keys_are_listed_in_pages() {
     let nkv = server.handle();
     for n in 0..2_500 {
         let key = nkv_client::Key::new(&format!("k{n:05}")).unwrap();
-        nkv.put(&key, "1", nkv_server::WriteOptions::default()).await.unwrap();
+        nkv.put(&key, "1").await.unwrap();
     }
     let client = Client::connect(&addr).await.unwrap();
     assert_eq!(client.get_all("*").await.unwrap().len(), 2_500);

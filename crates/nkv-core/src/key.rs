@@ -185,6 +185,17 @@ impl Pattern {
         }
     }
 
+    /// Whether a subscription to this pattern covers all that one to `other` covers.
+    #[must_use]
+    pub fn covers_all(&self, other: &Pattern) -> bool {
+        match other {
+            _ if self == other => true,
+            Pattern::All => false,
+            Pattern::Exact(key) => self.covers(key),
+            Pattern::Key(key) | Pattern::Below(key) => !matches!(self, Pattern::Exact(_)) && self.covers(key),
+        }
+    }
+
     /// Whether a subscription to this pattern is told of a change of `key`.
     #[must_use]
     pub fn covers(&self, key: &Key) -> bool {
@@ -366,6 +377,23 @@ mod tests {
         assert_eq!(Pattern::new("a.b.*"), Ok(Pattern::Below(key("a.b"))));
         for text in ["a.*.c", "*.a", "a*", "a.**", ".*", "**", "*.*"] {
             assert!(Pattern::new(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_pattern_covers_all_that_another_covers_if_it_covers_each_key_of_it() {
+        let keys: Vec<Key> = ["a", "a.b", "a.b.c", "a.c", "b", "b.c"].into_iter().map(key).collect();
+        let key_patterns = keys
+            .iter()
+            .flat_map(|key| [Pattern::Key(key.clone()), Pattern::Exact(key.clone()), Pattern::Below(key.clone())]);
+        // Below each key there is another one.
+        let all: Vec<Key> = keys.iter().cloned().chain(keys.iter().map(|k| key(&format!("{k}.z")))).collect();
+        let patterns: Vec<Pattern> = key_patterns.chain([Pattern::All]).collect();
+        for one in &patterns {
+            for other in &patterns {
+                let expected = all.iter().all(|key| !other.covers(key) || one.covers(key));
+                assert_eq!(one.covers_all(other), expected, "{one:?} {other:?}");
+            }
         }
     }
 

@@ -617,6 +617,10 @@ impl<T: Send + 'static> Notifier for Mailbox<T> {
     fn notify(&self, event: &Arc<Event>) -> Delivery {
         self.shared.post(|state| if state.closed { Delivery::Closed } else { state.post_event(event) })
     }
+
+    fn backlog(&self) -> Backlog {
+        self.shared.backlog()
+    }
 }
 
 impl<T> Inbox<T> {

@@ -226,8 +226,9 @@ impl<N: Notifier> Shared<N> {
         removed.is_some()
     }
 
-    pub(crate) fn is_subscribed(&self, pattern: &Pattern, id: &SubscriberId) -> bool {
-        self.subscribers.lock().has(pattern, |known| known.id() == id)
+    /// See [`NotifyKeyValue::subscription`](crate::NotifyKeyValue::subscription).
+    pub(crate) fn subscription(&self, pattern: &Pattern, id: &SubscriberId) -> Option<Arc<Subscription<N>>> {
+        self.subscribers.lock().find(pattern, |known| known.id() == id).cloned()
     }
 
     /// See [`NotifyKeyValue::forget`](crate::NotifyKeyValue::forget).
@@ -241,6 +242,16 @@ impl<N: Notifier> Shared<N> {
             drop(subscribers);
             drop(removed);
         }
+    }
+
+    /// See [`NotifyKeyValue::forget_all`](crate::NotifyKeyValue::forget_all).
+    pub(crate) fn forget_all(&self) {
+        let mut subscribers = self.subscribers.lock();
+        let removed = subscribers.take_all();
+        removed.iter().for_each(|removed| removed.progress.end());
+        self.subscriptions.store(0, Relaxed);
+        drop(subscribers);
+        drop(removed);
     }
 
     /// What is removed is to be dropped without the lock.

@@ -470,14 +470,19 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         self.shared.unsubscribe(pattern, |known| known.id() == id)
     }
 
-    /// Returns whether there is a subscription that another one of this name and pattern would replace.
-    pub fn is_subscribed(&self, pattern: &Pattern, id: &SubscriberId) -> bool {
-        self.shared.is_subscribed(pattern, id)
+    /// The subscription that another one of this name and pattern would replace.
+    pub fn subscription(&self, pattern: &Pattern, id: &SubscriberId) -> Option<Arc<Subscription<N>>> {
+        self.shared.subscription(pattern, id)
     }
 
     /// Forgets subscriptions whose subscriber has gone, without a last event. One that replaced another meanwhile stays.
     pub fn forget(&self, gone: &[Arc<Subscription<N>>]) {
         self.shared.forget(gone);
+    }
+
+    /// Forgets all subscriptions, without a last event: their notifiers are dropped.
+    pub fn forget_all(&self) {
+        self.shared.forget_all();
     }
 
     /// The subscriptions that cover `key`.

@@ -249,14 +249,14 @@ impl<N> Node<N> {
     }
 
     /// Among the subscriptions that one to `pattern` takes the place of, if they have the same subscriber.
-    fn has(&self, pattern: &Pattern, is_it: impl Fn(&Arc<Subscription<N>>) -> bool) -> bool {
+    fn find(&self, pattern: &Pattern, is_it: impl Fn(&Arc<Subscription<N>>) -> bool) -> Option<&Arc<Subscription<N>>> {
         match pattern {
-            Pattern::Key(_) | Pattern::Exact(_) => self.branch.iter().chain(&self.exact).any(is_it),
-            Pattern::Below(_) | Pattern::All => self.below.iter().any(is_it),
+            Pattern::Key(_) | Pattern::Exact(_) => self.branch.iter().chain(&self.exact).find(|known| is_it(known)),
+            Pattern::Below(_) | Pattern::All => self.below.iter().find(|known| is_it(known)),
         }
     }
 
-    /// As [`has`](Self::has).
+    /// As [`find`](Self::find).
     fn remove(
         &mut self,
         pattern: &Pattern,
@@ -297,10 +297,14 @@ impl<N> Subscribers<N> {
         self.len += 1;
     }
 
-    /// Whether there is a subscription that one to `pattern` takes the place of, and that `is_it` finds.
-    pub(crate) fn has(&self, pattern: &Pattern, is_it: impl Fn(&Arc<Subscription<N>>) -> bool) -> bool {
+    /// The subscription that one to `pattern` takes the place of, and that `is_it` finds.
+    pub(crate) fn find(
+        &self,
+        pattern: &Pattern,
+        is_it: impl Fn(&Arc<Subscription<N>>) -> bool,
+    ) -> Option<&Arc<Subscription<N>>> {
         let node = segments(pattern).try_fold(&self.root, |node, segment| node.children.get(segment));
-        node.is_some_and(|node| node.has(pattern, is_it))
+        node.and_then(|node| node.find(pattern, is_it))
     }
 
     /// Removes the subscription that one to `pattern` takes the place of and that `is_it` finds, and the nodes that it
@@ -314,6 +318,17 @@ impl<N> Subscribers<N> {
         let removed = remove_below(&mut self.root, &path, pattern, &is_it);
         self.len -= usize::from(removed.is_some());
         removed
+    }
+
+    /// Removes all; what this returns is to be dropped without the lock.
+    pub(crate) fn take_all(&mut self) -> Vec<Arc<Subscription<N>>> {
+        self.len = 0;
+        let (mut taken, mut nodes) = (Vec::new(), vec![std::mem::replace(&mut self.root, Node::new())]);
+        while let Some(Node { exact, branch, below, children }) = nodes.pop() {
+            taken.extend(exact.into_iter().chain(branch).chain(below));
+            nodes.extend(children.into_values());
+        }
+        taken
     }
 
     /// Calls `tell` for each subscription that covers `key`.

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use nkv_core::{
     Action, Change, Epoch, Expiry, Key, Loaded, MemoryPersist, NoPersist, Op, PersistError, PersistErrorKind,
-    PersistValue, PutOptions, RecordRef, Revision, RoutePersist, WriteError,
+    PersistValue, PutOptions, RecordRef, Revision, RoutePersist,
 };
-use nkv_server::{HandleError, ServerError, WriteOptions};
+use nkv_server::ServerError;
 use nkv_testkit::script::{Crash, ScriptedPersist};
+use nkv_types::ErrorKind;
 use support::{PATIENCE, TestServer, eventually, status};
 
 #[test]
@@ -77,9 +78,7 @@ fn a_full_route_refuses_its_own_writes_and_nothing_else() {
     // What one caller gives as one batch is refused whole.
     let put = |key: &str| Op::Put { key: Key::new(key).unwrap(), value: "x".into(), options: PutOptions::default() };
     let written = server.runtime.block_on(server.handle.write(vec![put("d"), put("full.d")]));
-    assert!(
-        matches!(written, Err(HandleError::Write(WriteError::Persist(error))) if error.kind() == PersistErrorKind::NoSpace)
-    );
+    assert!(matches!(written, Err(error) if error.kind() == &ErrorKind::Refused { status: 507 }));
     let listed = conn.ask(r#"{"type":"List","key":"*"}"#);
     assert!(listed.contains(r#""keys":["a","b","c"]"#), "{listed}");
 
@@ -123,9 +122,8 @@ fn every_writer_that_waited_for_a_failed_sync_is_answered_500() {
     script.block();
     script.crash_call(2, Crash::BeforeStoring);
     let first_server = server.handle.clone();
-    let first = server.runtime.spawn(async move {
-        first_server.put(&Key::new("first").unwrap(), "x", WriteOptions::default()).await.map(|_| ())
-    });
+    let first =
+        server.runtime.spawn(async move { first_server.put(&Key::new("first").unwrap(), "x").await.map(|_| ()) });
     assert!(script.wait_until_blocked(PATIENCE));
     let mut conns: Vec<_> = (0..96).map(|_| server.connect()).collect();
     for conn in &mut conns {
@@ -331,7 +329,7 @@ fn nobody_waits_for_storage_that_panicked() {
         let nkv = server.handle.clone();
         let put = server.runtime.spawn(async move {
             let key = Key::new("a").unwrap();
-            tokio::time::timeout(PATIENCE, nkv.put(&key, "x", WriteOptions::default())).await
+            tokio::time::timeout(PATIENCE, nkv.put(&key, "x")).await
         });
         assert!(script.wait_until_blocked(PATIENCE));
         put
@@ -342,7 +340,10 @@ fn nobody_waits_for_storage_that_panicked() {
     for write in writes {
         let written = server.runtime.block_on(write).unwrap().unwrap();
         assert!(
-            matches!(written, Err(HandleError::Write(WriteError::Persist(_)) | HandleError::Stopped)),
+            matches!(
+                written.as_ref().map_err(nkv_types::Error::kind),
+                Err(ErrorKind::Refused { status: 500 } | ErrorKind::OutcomeUnknown | ErrorKind::Closed)
+            ),
             "{written:?}"
         );
     }

@@ -13,8 +13,8 @@ use std::time::Duration;
 use nkv_core::Key;
 use nkv_protocol::{ConnectedClient, Subscriber};
 use nkv_types::{
-    Deleted, EndReason, Entry, Error, ErrorKind, Event, Page, PageOptions, PutOptions, Result, Revision, Stats,
-    SubscribeOptions, Watched,
+    AsKey, AsPattern, AsPatterns, Deleted, EndReason, Entry, Error, ErrorKind, Event, IntoValue, Page, PageOptions,
+    PutOptions, Result, Revision, Stats, SubscribeOptions, Watched,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -87,33 +87,33 @@ macro_rules! blocking {
 
 blocking! {
     /// Writes a value.
-    fn put(key: &str, value: impl Into<Vec<u8>>) -> Revision;
+    fn put(key: impl AsKey, value: impl IntoValue) -> Revision;
     /// Writes a value, with options.
-    fn put_with(key: &str, value: impl Into<Vec<u8>>, options: PutOptions) -> Revision;
+    fn put_with(key: impl AsKey, value: impl IntoValue, options: PutOptions) -> Revision;
     /// Writes a value as JSON.
-    fn put_as<T: Serialize>(key: &str, value: &T) -> Revision;
+    fn put_as<T: Serialize>(key: impl AsKey, value: &T) -> Revision;
     /// Writes a value as JSON, with options.
-    fn put_as_with<T: Serialize>(key: &str, value: &T, options: PutOptions) -> Revision;
+    fn put_as_with<T: Serialize>(key: impl AsKey, value: &T, options: PutOptions) -> Revision;
     /// Reads a value; `None` if there is no such key.
-    fn get(key: &str) -> Option<Entry>;
+    fn get(key: impl AsKey) -> Option<Entry>;
     /// Reads a value that is JSON; `None` if there is no such key.
-    fn get_as<T: DeserializeOwned>(key: &str) -> Option<T>;
+    fn get_as<T: DeserializeOwned>(key: impl AsKey) -> Option<T>;
     /// Reads all values that a pattern selects.
-    fn get_all(pattern: &str) -> Vec<Entry>;
+    fn get_all(pattern: impl AsPattern) -> Vec<Entry>;
     /// Reads some of the values that a pattern selects.
-    fn get_page(pattern: &str, options: PageOptions) -> Page<Entry>;
+    fn get_page(pattern: impl AsPattern, options: PageOptions) -> Page<Entry>;
     /// Reads all keys that a pattern selects, with their revisions.
-    fn list(pattern: &str) -> Vec<(Key, Revision)>;
+    fn list(pattern: impl AsPattern) -> Vec<(Key, Revision)>;
     /// Reads some of the keys that a pattern selects, with their revisions.
-    fn list_page(pattern: &str, options: PageOptions) -> Page<(Key, Revision)>;
+    fn list_page(pattern: impl AsPattern, options: PageOptions) -> Page<(Key, Revision)>;
     /// Removes all keys that a pattern selects.
-    fn delete(pattern: &str) -> Deleted;
+    fn delete(pattern: impl AsPattern) -> Deleted;
     /// Removes a key if it is at this revision.
-    fn delete_if(key: &str, if_revision: Revision) -> Deleted;
+    fn delete_if(key: impl AsKey, if_revision: Revision) -> Deleted;
     /// Whether a pattern selects any key.
-    fn exists(pattern: &str) -> bool;
+    fn exists(pattern: impl AsPattern) -> bool;
     /// Who would be told of a change of a key.
-    fn trace(key: &str) -> Vec<Subscriber>;
+    fn trace(key: impl AsKey) -> Vec<Subscriber>;
     /// Who is connected to the server.
     fn clients() -> Vec<ConnectedClient>;
     /// Whether the server works: an error if not.
@@ -168,13 +168,13 @@ impl Client {
         self.client.close();
     }
 
-    /// Subscribes to what a pattern covers; see [`crate::Subscription`] for what is told.
+    /// Subscribes to what a pattern, or several, cover; see [`crate::Subscription`] for what is told.
     ///
     /// # Errors
     ///
     /// Those of [`crate::Client::subscribe`].
-    pub fn subscribe(&self, pattern: &str) -> Result<Subscription> {
-        self.subscribe_with(pattern, SubscribeOptions::default())
+    pub fn subscribe(&self, patterns: impl AsPatterns) -> Result<Subscription> {
+        self.subscribe_with(patterns, SubscribeOptions::default())
     }
 
     /// Subscribes, with options.
@@ -182,9 +182,9 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`crate::Client::subscribe_with`].
-    pub fn subscribe_with(&self, pattern: &str, options: SubscribeOptions) -> Result<Subscription> {
+    pub fn subscribe_with(&self, patterns: impl AsPatterns, options: SubscribeOptions) -> Result<Subscription> {
         self.client.check()?;
-        let subscription = self.runtime.block_on(self.client.subscribe_with(pattern, options))?;
+        let subscription = self.runtime.block_on(self.client.subscribe_with(patterns, options))?;
         Ok(Subscription { subscription, client: self.clone(), has_ended: false })
     }
 
@@ -193,7 +193,7 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`crate::Client::watch`].
-    pub fn watch(&self, key: &str) -> Result<Watch<Entry>> {
+    pub fn watch(&self, key: impl AsKey) -> Result<Watch<Entry>> {
         self.client.check()?;
         Ok(Watch { watch: self.runtime.block_on(self.client.watch(key))?, client: self.clone() })
     }
@@ -203,7 +203,7 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`crate::Client::watch_as`].
-    pub fn watch_as<T: DeserializeOwned + Send + Sync + 'static>(&self, key: &str) -> Result<Watch<T>> {
+    pub fn watch_as<T: DeserializeOwned + Send + Sync + 'static>(&self, key: impl AsKey) -> Result<Watch<T>> {
         self.client.check()?;
         Ok(Watch { watch: self.runtime.block_on(self.client.watch_as(key))?, client: self.clone() })
     }

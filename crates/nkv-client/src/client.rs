@@ -8,7 +8,8 @@ use std::time::Duration;
 use nkv_core::{Epoch, Key, Pattern};
 use nkv_protocol::{Body, ConnectedClient, Kind, Request, Subscriber, status};
 use nkv_types::{
-    Deleted, Entry, Error, ErrorKind, Page, PageOptions, PutOptions, Result, Revision, Stats, SubscribeOptions,
+    AsKey, AsPattern, AsPatterns, Deleted, Entry, Error, ErrorKind, IntoValue, Page, PageOptions, PutOptions, Result,
+    Revision, Stats, SubscribeOptions, disjoint,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -153,7 +154,7 @@ impl Client {
     ///
     /// [`ErrorKind::OutcomeUnknown`] when the connection was lost or time ran out after it was sent: it is never sent
     /// twice, because that might bring an old value back over a newer one. Others say that nothing was written.
-    pub async fn put(&self, key: &str, value: impl Into<Vec<u8>>) -> Result<Revision> {
+    pub async fn put(&self, key: impl AsKey, value: impl IntoValue) -> Result<Revision> {
         self.put_with(key, value, PutOptions::default()).await
     }
 
@@ -163,13 +164,13 @@ impl Client {
     ///
     /// Those of [`put`](Self::put), and [`ErrorKind::Conflict`] with the key's present revision, or
     /// [`ErrorKind::OtherEpoch`].
-    pub async fn put_with(&self, key: &str, value: impl Into<Vec<u8>>, options: PutOptions) -> Result<Revision> {
-        let mut request = Request::new(Kind::Put, Key::new(key)?.as_str().to_owned());
-        let (value, len_max) = (value.into(), self.handle.shared.value_len_max());
+    pub async fn put_with(&self, key: impl AsKey, value: impl IntoValue, options: PutOptions) -> Result<Revision> {
+        let mut request = Request::new(Kind::Put, key.key_text()?.to_owned());
+        let (value, len_max) = (value.into_value(), self.handle.shared.value_len_max());
         if value.len() as u64 > len_max {
             return Err(Error::too_large(value.len(), len_max));
         }
-        request.value = Some(value.into());
+        request.value = Some(Vec::from(value).into());
         request.if_revision = options.if_revision.map(Revision::get);
         request.ttl_ms = options.ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1));
         let (body, epoch) = self.ask_in(request, options.if_revision.and_then(Revision::epoch)).await?;
@@ -182,8 +183,8 @@ impl Client {
     /// # Errors
     ///
     /// See [`ErrorKind`]; it is asked again when the connection is lost meanwhile.
-    pub async fn get(&self, key: &str) -> Result<Option<Entry>> {
-        let request = Request::new(Kind::Get, Key::new(key)?.as_str().to_owned());
+    pub async fn get(&self, key: impl AsKey) -> Result<Option<Entry>> {
+        let request = Request::new(Kind::Get, key.key_text()?.to_owned());
         Ok(self.entries(request).await?.items.pop())
     }
 
@@ -195,10 +196,10 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn get_all(&self, pattern: &str) -> Result<Vec<Entry>> {
+    pub async fn get_all(&self, pattern: impl AsPattern) -> Result<Vec<Entry>> {
         let (mut found, mut limit) = (Vec::<Entry>::new(), GET_PAGE);
         loop {
-            match self.get_page(pattern, page_after(limit, found.last().map(|entry| &entry.key))).await {
+            match self.get_page(&pattern, page_after(limit, found.last().map(|entry| &entry.key))).await {
                 Ok(page) => {
                     let done = !page.more || page.items.is_empty();
                     found.extend(page.items);
@@ -222,7 +223,7 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get), and [`ErrorKind::Refused`] with status 413 when the page would be too large.
-    pub async fn get_page(&self, pattern: &str, options: PageOptions) -> Result<Page<Entry>> {
+    pub async fn get_page(&self, pattern: impl AsPattern, options: PageOptions) -> Result<Page<Entry>> {
         let after = options.after.as_ref();
         let page = self.entries(page_request(Kind::Get, pattern, options.limit, after)?).await?;
         check_order(after, page.items.iter().map(|entry| &entry.key))?;
@@ -234,10 +235,10 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn list(&self, pattern: &str) -> Result<Vec<(Key, Revision)>> {
+    pub async fn list(&self, pattern: impl AsPattern) -> Result<Vec<(Key, Revision)>> {
         let mut found = Vec::<(Key, Revision)>::new();
         loop {
-            let page = self.list_page(pattern, page_after(LIST_PAGE, found.last().map(|(key, _)| key))).await?;
+            let page = self.list_page(&pattern, page_after(LIST_PAGE, found.last().map(|(key, _)| key))).await?;
             let done = !page.more || page.items.is_empty();
             found.extend(page.items);
             if done {
@@ -251,7 +252,7 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn list_page(&self, pattern: &str, options: PageOptions) -> Result<Page<(Key, Revision)>> {
+    pub async fn list_page(&self, pattern: impl AsPattern, options: PageOptions) -> Result<Page<(Key, Revision)>> {
         let after = options.after.as_ref();
         let (body, epoch) = self.ask(page_request(Kind::List, pattern, options.limit, after)?).await?;
         check_count(&body, options.limit.unwrap_or(LIST_PAGE))?;
@@ -265,9 +266,8 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put`](Self::put); that there is nothing to remove is no error.
-    pub async fn delete(&self, pattern: &str) -> Result<Deleted> {
-        Pattern::new(pattern)?;
-        self.deleted(Request::new(Kind::Delete, pattern.to_owned()), None).await
+    pub async fn delete(&self, pattern: impl AsPattern) -> Result<Deleted> {
+        self.deleted(Request::new(Kind::Delete, pattern.pattern_text()?.into_owned()), None).await
     }
 
     /// Removes a key if it is at this revision.
@@ -275,8 +275,8 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put_with`](Self::put_with); that there is no such key is no error.
-    pub async fn delete_if(&self, key: &str, if_revision: Revision) -> Result<Deleted> {
-        let mut request = Request::new(Kind::Delete, Key::new(key)?.as_str().to_owned());
+    pub async fn delete_if(&self, key: impl AsKey, if_revision: Revision) -> Result<Deleted> {
+        let mut request = Request::new(Kind::Delete, key.key_text()?.to_owned());
         request.if_revision = Some(if_revision.get());
         self.deleted(request, if_revision.epoch()).await
     }
@@ -286,9 +286,8 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn exists(&self, pattern: &str) -> Result<bool> {
-        Pattern::new(pattern)?;
-        Ok(self.find(Request::new(Kind::Exists, pattern.to_owned()), None).await?.is_some())
+    pub async fn exists(&self, pattern: impl AsPattern) -> Result<bool> {
+        Ok(self.find(Request::new(Kind::Exists, pattern.pattern_text()?.into_owned()), None).await?.is_some())
     }
 
     /// Who would be told of a change of a key.
@@ -296,8 +295,8 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn trace(&self, key: &str) -> Result<Vec<Subscriber>> {
-        let request = Request::new(Kind::Trace, Key::new(key)?.as_str().to_owned());
+    pub async fn trace(&self, key: impl AsKey) -> Result<Vec<Subscriber>> {
+        let request = Request::new(Kind::Trace, key.key_text()?.to_owned());
         Ok(self.ask(request).await?.0.subscribers)
     }
 
@@ -344,7 +343,7 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get), and [`ErrorKind::Json`].
-    pub async fn get_as<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
+    pub async fn get_as<T: DeserializeOwned>(&self, key: impl AsKey) -> Result<Option<T>> {
         self.get(key).await?.map(|entry| entry.json()).transpose()
     }
 
@@ -353,8 +352,9 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put`](Self::put), and [`ErrorKind::Json`].
-    pub async fn put_as<T: Serialize + ?Sized>(&self, key: &str, value: &T) -> Result<Revision> {
-        self.put(key, to_json(key, value)?).await
+    pub async fn put_as<T: Serialize + ?Sized>(&self, key: impl AsKey, value: &T) -> Result<Revision> {
+        let value = to_json(key.key_text()?, value)?;
+        self.put(key, value).await
     }
 
     /// Writes a value as JSON, with options.
@@ -362,11 +362,12 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put_with`](Self::put_with), and [`ErrorKind::Json`].
-    pub async fn put_as_with<T>(&self, key: &str, value: &T, options: PutOptions) -> Result<Revision>
+    pub async fn put_as_with<T>(&self, key: impl AsKey, value: &T, options: PutOptions) -> Result<Revision>
     where
         T: Serialize + ?Sized,
     {
-        self.put_with(key, to_json(key, value)?, options).await
+        let value = to_json(key.key_text()?, value)?;
+        self.put_with(key, value, options).await
     }
 
     /// Subscribes to a key and all below it, to all below it (`a.*`), or to everything (`*`), and waits until the server
@@ -375,8 +376,8 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn subscribe(&self, pattern: &str) -> Result<Subscription> {
-        self.subscribe_with(pattern, SubscribeOptions::default()).await
+    pub async fn subscribe(&self, patterns: impl AsPatterns) -> Result<Subscription> {
+        self.subscribe_with(patterns, SubscribeOptions::default()).await
     }
 
     /// Subscribes, with options.
@@ -384,14 +385,19 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get), and [`ErrorKind::InvalidKey`] for a wildcard that is to stand for itself alone.
-    pub async fn subscribe_with(&self, pattern: &str, options: SubscribeOptions) -> Result<Subscription> {
-        let pattern = if options.exact { Pattern::Exact(Key::new(pattern)?) } else { Pattern::new(pattern)? };
-        let id = self.handle.next_local.fetch_add(1, Relaxed);
-        let subscription = Subscription::new(Arc::clone(&self.handle), pattern.clone(), id);
-        let sink = Sink::Queue(Arc::clone(subscription.queue()));
-        let mut local = Local::new(id, pattern, sink, self.subscription_len_max);
-        local.has_snapshot = options.snapshot;
-        self.subscribed(local).await?;
+    pub async fn subscribe_with(&self, patterns: impl AsPatterns, options: SubscribeOptions) -> Result<Subscription> {
+        let patterns = disjoint(patterns, options.exact)?;
+        let parts = patterns.into_iter().map(|pattern| (pattern, self.next_local())).collect();
+        let subscription = Subscription::new(Arc::clone(&self.handle), parts);
+        let parts = subscription.parts();
+        let locals = parts.iter().map(|(pattern, id)| {
+            let sink = Sink::Queue(Arc::clone(subscription.queue()));
+            let mut local = Local::new(*id, pattern.clone(), sink, self.subscription_len_max);
+            local.has_snapshot = options.snapshot;
+            local.charged = (parts.len() > 1).then_some(0);
+            local
+        });
+        self.subscribed(locals).await?;
         Ok(subscription)
     }
 
@@ -401,7 +407,7 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn watch(&self, key: &str) -> Result<Watch<Entry>> {
+    pub async fn watch(&self, key: impl AsKey) -> Result<Watch<Entry>> {
         self.watch_with(key, |entry| Ok(entry.clone())).await
     }
 
@@ -411,7 +417,7 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn watch_as<T>(&self, key: &str) -> Result<Watch<T>>
+    pub async fn watch_as<T>(&self, key: impl AsKey) -> Result<Watch<T>>
     where
         T: DeserializeOwned + Send + Sync + 'static,
     {
@@ -420,28 +426,40 @@ impl Client {
 
     async fn watch_with<T: Send + Sync + 'static>(
         &self,
-        key: &str,
+        key: impl AsKey,
         read: impl Fn(&Entry) -> Result<T> + Send + 'static,
     ) -> Result<Watch<T>> {
-        let pattern = Pattern::Exact(Key::new(key)?);
-        let id = self.handle.next_local.fetch_add(1, Relaxed);
+        let pattern = Pattern::Exact(key.as_key()?.into_owned());
+        let id = self.next_local();
         let (watcher, receiver) = ChannelWatcher::new(read);
         let end = EndOnDrop { handle: Arc::clone(&self.handle), pattern: pattern.clone(), id };
         let mut watch = Watch::new(receiver, end);
         let sink = Sink::Watch(Box::new(watcher));
-        self.subscribed(Local::new(id, pattern, sink, self.subscription_len_max)).await?;
+        self.subscribed([Local::new(id, pattern, sink, self.subscription_len_max)]).await?;
         drop(watch.borrow_and_update());
         Ok(watch)
     }
 
-    async fn subscribed(&self, mut local: Local) -> Result<()> {
-        let (ready, accepted) = oneshot::channel();
-        local.ready = Some(ready);
-        self.handle.control(Control::Subscribe(local))?;
-        match timeout(self.request_timeout, accepted).await {
-            Ok(accepted) => accepted.map_err(|_| self.handle.closed())?,
-            Err(_) => Err(self.timed_out()),
+    fn next_local(&self) -> u64 {
+        self.handle.next_local.fetch_add(1, Relaxed)
+    }
+
+    /// Waits until all are accepted.
+    async fn subscribed(&self, locals: impl IntoIterator<Item = Local>) -> Result<()> {
+        let mut all = Vec::new();
+        for mut local in locals {
+            let (ready, accepted) = oneshot::channel();
+            local.ready = Some(ready);
+            all.push(accepted);
+            self.handle.control(Control::Subscribe(local))?;
         }
+        let all_accepted = async {
+            for accepted in all {
+                accepted.await.map_err(|_| self.handle.closed())??;
+            }
+            Ok(())
+        };
+        timeout(self.request_timeout, all_accepted).await.unwrap_or_else(|_| Err(self.timed_out()))
     }
 
     async fn entries(&self, request: Request<'static>) -> Result<Page<Entry>> {
@@ -539,9 +557,13 @@ fn page_after(limit: u64, after: Option<&Key>) -> PageOptions {
     options
 }
 
-fn page_request(kind: Kind, pattern: &str, limit: Option<u64>, after: Option<&Key>) -> Result<Request<'static>> {
-    Pattern::new(pattern)?;
-    let mut request = Request::new(kind, pattern.to_owned());
+fn page_request(
+    kind: Kind,
+    pattern: impl AsPattern,
+    limit: Option<u64>,
+    after: Option<&Key>,
+) -> Result<Request<'static>> {
+    let mut request = Request::new(kind, pattern.pattern_text()?.into_owned());
     request.limit = limit;
     request.after = after.map(|after| after.as_str().to_owned().into());
     Ok(request)

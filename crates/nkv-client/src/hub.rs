@@ -47,6 +47,8 @@ pub(crate) struct Local {
     pub(crate) standing: Standing,
     /// Whether it was told `Synced` on this connection.
     pub(crate) synced: bool,
+    /// How many bytes its queue counts for it, if it is one of several that feed the queue.
+    pub(crate) charged: Option<usize>,
 }
 
 /// What a local subscription knows, beside what its wire subscription was told.
@@ -90,8 +92,8 @@ struct LastTold {
 
 impl Local {
     pub(crate) fn new(id: u64, pattern: Pattern, sink: Sink, len_max: usize) -> Self {
-        let (has_snapshot, ready, standing, synced) = (true, None, Standing::default(), false);
-        Local { id, pattern, has_snapshot, sink, ready, len_max, standing, synced }
+        let (has_snapshot, ready, standing) = (true, None, Standing::default());
+        Local { id, pattern, has_snapshot, sink, ready, len_max, standing, synced: false, charged: None }
     }
 
     /// Whether a key alone counts, without those below it.
@@ -168,14 +170,22 @@ impl Local {
     fn post(&mut self, event: Event, is_new: bool, len: usize) -> bool {
         let Sink::Queue(queue) = &self.sink else { return false };
         let waiting = queue.post_change(event, Known { is_new, is_synced: self.synced });
-        waiting.saturating_add(len) > self.len_max
+        waiting.saturating_add(self.held(len)) > self.len_max
+    }
+
+    /// How many bytes the wire subscriptions take that feed its queue, of which its own takes `len`.
+    fn held(&mut self, len: usize) -> usize {
+        match (&self.sink, &mut self.charged) {
+            (Sink::Queue(queue), Some(charged)) => queue.charge(std::mem::replace(charged, len), len),
+            _ => len,
+        }
     }
 
     fn end_snapshot(&mut self, revision: Revision, epoch: Epoch) {
         self.standing = Standing::Joined;
         let is_first = !std::mem::replace(&mut self.synced, true);
         match &mut self.sink {
-            Sink::Queue(queue) if is_first => drop(queue.post(Event::synced(revision, epoch))),
+            Sink::Queue(queue) if is_first => queue.post_synced(revision, epoch),
             Sink::Queue(_) => {}
             Sink::Watch(watch) => watch.set_live(true),
         }
@@ -183,10 +193,16 @@ impl Local {
     }
 
     fn detach(&mut self) {
-        self.synced = false;
+        let was_synced = std::mem::take(&mut self.synced);
         match &mut self.sink {
-            Sink::Queue(queue) if self.ready.is_none() => drop(queue.post(Event::Reconnecting)),
-            Sink::Queue(_) => {}
+            Sink::Queue(queue) => {
+                if was_synced {
+                    queue.unsync();
+                }
+                if self.ready.is_none() {
+                    queue.post_connection(Event::Reconnecting);
+                }
+            }
             Sink::Watch(watch) => watch.set_live(false),
         }
     }
@@ -195,7 +211,7 @@ impl Local {
         if let Sink::Queue(queue) = &self.sink
             && self.ready.is_none()
         {
-            queue.post(Event::connected(epoch));
+            queue.post_connection(Event::connected(epoch));
         }
     }
 
@@ -294,7 +310,7 @@ impl Wire {
             }
         }
         let len = self.len;
-        let holds_too_much = |local: &Local| !was_known && len > local.len_max && !local.is_watch();
+        let holds_too_much = |local: &mut Local| !was_known && !local.is_watch() && local.held(len) > local.len_max;
         let over = |local: &mut Local| local.update(entry, skipped, is_newer, was_known, len) || holds_too_much(local);
         self.locals.extract_if(.., over).collect()
     }
@@ -878,6 +894,77 @@ mod tests {
             first.len()
         });
         assert_eq!(wakes.sum::<usize>(), 0);
+    }
+
+    /// A subscription to several patterns that have no key in common.
+    fn add_parts(hub: &mut Hub, patterns: &[&str]) -> (Arc<Queue>, Vec<Send>) {
+        let queue = Arc::new(Queue::of_parts(patterns.len()));
+        let sends = patterns.iter().zip(1..).filter_map(|(pattern, id)| {
+            let sink = Sink::Queue(Arc::clone(&queue));
+            let mut local = Local::new(id, Pattern::new(pattern).unwrap(), sink, 2_000);
+            local.charged = Some(0);
+            hub.add(local)
+        });
+        let sends = sends.collect();
+        (queue, sends)
+    }
+
+    #[test]
+    fn several_patterns_are_synced_once_all_are_and_up_to_the_lowest_revision() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::default());
+        let (queue, sends) = add_parts(&mut hub, &["a", "b", "c"]);
+        fill(&mut hub, &sends[0], &[entry("a", 7)]);
+        fill(&mut hub, &sends[1], &[entry("b", 5)]);
+        hub.gone(&Key::new("a").unwrap(), revision(9), GoneReason::Deleted, 0);
+        fill(&mut hub, &sends[2], &[entry("c", 8)]);
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut events = std::iter::from_fn(|| match queue.poll_take(&mut cx) {
+            Poll::Ready(event) => event,
+            Poll::Pending => None,
+        });
+        let synced = events.by_ref().find(|event| matches!(event, Event::Synced { .. }));
+        assert_eq!((synced, events.count()), (Some(Event::synced(revision(5), Epoch::default())), 0));
+
+        hub.detach();
+        assert_eq!(told(&queue), ["Reconnecting"]);
+        let mut sends = hub.attach(Epoch::default());
+        sends.sort_by_key(|send| format!("{send:?}"));
+        assert_eq!(told(&queue), ["Connected"]);
+        fill(&mut hub, &sends[0], &[]);
+        fill(&mut hub, &sends[1], &[entry("b", 5)]);
+        assert_eq!(told(&queue), Vec::<String>::new(), "the last part may lack anything");
+        fill(&mut hub, &sends[2], &[entry("c", 10)]);
+        assert_eq!(told(&queue), ["c@10", "Synced"]);
+    }
+
+    #[test]
+    fn while_a_part_is_not_synced_nothing_is_left_out_of_the_others() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::default());
+        let (queue, sends) = add_parts(&mut hub, &["a", "b"]);
+        fill(&mut hub, &sends[0], &[entry("a", 7)]);
+        hub.gone(&Key::new("a").unwrap(), revision(9), GoneReason::Deleted, 0);
+        fill(&mut hub, &sends[1], &[]);
+        assert_eq!(told(&queue), ["a deleted", "Synced"]);
+    }
+
+    #[test]
+    fn several_patterns_share_one_limit() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::default());
+        let (queue, sends) = add_parts(&mut hub, &["a", "b"]);
+        fill(&mut hub, &sends[0], &[]);
+        fill(&mut hub, &sends[1], &[]);
+        told(&queue);
+        for n in 0..3 {
+            hub.update(&entry(&format!("a.{n}"), 10 * n + 1), 0);
+            hub.update(&entry(&format!("b.{n}"), 10 * n + 2), 0);
+            assert_eq!(told(&queue).len(), 2);
+        }
+        hub.update(&entry("b.x", 100), 0);
+        hub.update(&entry("a.x", 101), 0);
+        assert_eq!(told(&queue).last().unwrap(), "Ended(TooMuch", "8 keys of 203 bytes, of which 2 wait");
     }
 
     /// Notes what it is given.

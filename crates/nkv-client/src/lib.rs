@@ -21,8 +21,8 @@ mod watch;
 pub use client::Client;
 pub use nkv_protocol::{ConnectedClient, Subscriber};
 pub use nkv_types::{
-    Address, Deleted, EndReason, Entry, Epoch, Error, ErrorKind, Event, GoneReason, Key, Page, PageOptions, Pattern,
-    PutOptions, Result, Revision, Stats, SubscribeOptions, Watched,
+    Address, AsKey, AsPattern, AsPatterns, Deleted, EndReason, Entry, Epoch, Error, ErrorKind, Event, GoneReason,
+    IntoValue, Key, Page, PageOptions, Pattern, PutOptions, Result, Revision, Stats, SubscribeOptions, Watched,
 };
 pub use options::ClientBuilder;
 pub use subscription::Subscription;

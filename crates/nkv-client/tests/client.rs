@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use common::{next, server, short, shorts, until_synced, within};
 use nkv_client::{
-    Client, ConnectionState, Deleted, EndReason, ErrorKind, Event, GoneReason, Key, PageOptions, PutOptions, Revision,
-    blocking,
+    Client, ConnectionState, Deleted, EndReason, ErrorKind, Event, GoneReason, Key, PageOptions, Pattern, PutOptions,
+    Revision, SubscribeOptions, blocking,
 };
 use serde::{Deserialize, Serialize};
 
@@ -184,6 +184,37 @@ async fn a_slow_reader_gets_the_latest_state_of_each_key() {
         let last = events.iter().rfind(|event| short(event).starts_with(&format!("k{}=", n % 5)));
         assert_eq!(last.map(short), Some(format!("k{}={n}", n % 5)));
     }
+}
+
+#[tokio::test]
+async fn several_patterns_are_one_subscription() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    for key in ["a.x", "b", "b.x", "c", "d"] {
+        client.put(key, "1").await.unwrap();
+    }
+    let mut subscription = client.subscribe(["a.x", "a", "b.*", "c"]).await.unwrap();
+    let patterns: Vec<_> = subscription.patterns().map(ToString::to_string).collect();
+    assert_eq!(patterns, ["a", "b.*", "c"]);
+    let mut present = shorts(&until_synced(&mut subscription).await);
+    present.sort();
+    assert_eq!(present, ["a.x=1", "b.x=1", "c=1"]);
+    for (key, value) in [("b", "not covered"), ("a.x", "2"), ("d", "2"), ("c", "2")] {
+        client.put(key, value).await.unwrap();
+    }
+    client.delete("b.x").await.unwrap();
+    for event in ["a.x=2", "c=2", "b.x deleted"] {
+        assert_eq!(short(&next(&mut subscription).await), event);
+    }
+    drop(subscription);
+
+    let key = Key::new("a").unwrap();
+    let exact = SubscribeOptions::default().with_exact(true);
+    let mut alone = client.subscribe_with(&[Pattern::from(&key), Pattern::from(key)], exact).await.unwrap();
+    assert_eq!(alone.patterns().count(), 1);
+    assert_eq!(until_synced(&mut alone).await, []);
+    assert_eq!(client.subscribe([] as [&str; 0]).await.unwrap_err().kind(), &ErrorKind::InvalidKey);
+    assert_eq!(client.subscribe_with(["a", "b.*"], exact).await.unwrap_err().kind(), &ErrorKind::InvalidKey);
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -343,6 +343,17 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_that_each_part_reports_is_told_of_once() {
+        let queue = Queue::of_parts(2);
+        for event in [Event::Reconnecting, Event::connected(Epoch::default())] {
+            queue.post_connection(event.clone());
+            assert_eq!(drain(&queue), [event.clone()]);
+            queue.post_connection(event);
+            assert_eq!(drain(&queue), []);
+        }
+    }
+
+    #[test]
     fn what_comes_in_a_new_epoch_stands_behind_the_event_that_names_it() {
         let queue = Queue::default();
         let connected = |epoch| Event::connected(Epoch::new(epoch));

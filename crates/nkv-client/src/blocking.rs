@@ -13,8 +13,8 @@ use std::time::Duration;
 use nkv_core::Key;
 use nkv_protocol::{ConnectedClient, Subscriber};
 use nkv_types::{
-    AsKey, AsPattern, AsPatterns, Deleted, EndReason, Entry, Error, ErrorKind, Event, IntoValue, Page, PageOptions,
-    PutOptions, Result, Revision, Stats, SubscribeOptions, Watched,
+    AsKey, AsPattern, AsPatterns, Deleted, Edit, EndReason, Entry, Error, ErrorKind, Event, IntoEdit, IntoValue, Page,
+    PageOptions, PutOptions, Result, Revision, Stats, SubscribeOptions, Watched,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -166,6 +166,30 @@ impl Client {
     /// Closes the connection for all clones; subscriptions end.
     pub fn close(&self) {
         self.client.close();
+    }
+
+    /// Changes a value that others may change too; see [`crate::Client::update`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::Client::update`].
+    pub fn update<E: IntoEdit>(&self, key: impl AsKey, edit: impl FnMut(Option<&Entry>) -> E) -> Result<Option<Entry>> {
+        self.client.check()?;
+        self.runtime.block_on(self.client.update(key, edit))
+    }
+
+    /// The same with values that are JSON; see [`crate::Client::update_as`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::Client::update_as`].
+    pub fn update_as<T: Serialize + DeserializeOwned, E: Into<Edit<T>>>(
+        &self,
+        key: impl AsKey,
+        edit: impl FnMut(Option<T>) -> E,
+    ) -> Result<Option<T>> {
+        self.client.check()?;
+        self.runtime.block_on(self.client.update_as(key, edit))
     }
 
     /// Subscribes to what a pattern, or several, cover; see [`crate::Subscription`] for what is told.

@@ -21,8 +21,9 @@ mod watch;
 pub use client::Client;
 pub use nkv_protocol::{ConnectedClient, Subscriber};
 pub use nkv_types::{
-    Address, AsKey, AsPattern, AsPatterns, Deleted, EndReason, Entry, Epoch, Error, ErrorKind, Event, GoneReason,
-    IntoValue, Key, Page, PageOptions, Pattern, PutOptions, Result, Revision, Stats, SubscribeOptions, Watched,
+    Address, AsKey, AsPattern, AsPatterns, Deleted, Edit, EndReason, Entry, Epoch, Error, ErrorKind, Event, GoneReason,
+    IntoEdit, IntoValue, Key, Page, PageOptions, Pattern, PutOptions, Result, Revision, Stats, SubscribeOptions,
+    Watched,
 };
 pub use options::ClientBuilder;
 pub use subscription::Subscription;

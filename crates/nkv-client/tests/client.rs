@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use common::{next, server, short, shorts, until_synced, within};
 use nkv_client::{
-    Client, ConnectionState, Deleted, EndReason, ErrorKind, Event, GoneReason, Key, PageOptions, Pattern, PutOptions,
-    Revision, SubscribeOptions, blocking,
+    Client, ConnectionState, Deleted, Edit, EndReason, ErrorKind, Event, GoneReason, Key, PageOptions, Pattern,
+    PutOptions, Revision, SubscribeOptions, blocking,
 };
 use serde::{Deserialize, Serialize};
 
@@ -187,6 +187,51 @@ async fn a_slow_reader_gets_the_latest_state_of_each_key() {
 }
 
 #[tokio::test]
+async fn of_updates_that_meet_none_is_lost() {
+    let (_server, addr) = server().await;
+    let client = Client::builder(&addr).request_timeout(Duration::from_secs(60)).connect().await.unwrap();
+    let tasks = (0..8).map(|_| {
+        let client = client.clone();
+        tokio::spawn(async move {
+            for _ in 0..25 {
+                client.update_as("n", |n: Option<u64>| n.unwrap_or(0) + 1).await.unwrap();
+            }
+        })
+    });
+    for task in tasks.collect::<Vec<_>>() {
+        within(task).await.unwrap();
+    }
+    assert_eq!(client.get_as::<u64>("n").await.unwrap(), Some(200));
+    let key = Key::new("n").unwrap();
+    let kept = client.update(&key, |old| if old.is_some() { Edit::Keep } else { Edit::put("1") }).await.unwrap();
+    assert_eq!(kept.unwrap().value, "200");
+    let none = client.update_as(&key, |n: Option<u64>| if n == Some(200) { Edit::Delete } else { Edit::Keep });
+    assert_eq!((none.await.unwrap(), client.exists("n").await.unwrap()), (None, false));
+    let short = client.update_as("n", |_: Option<u64>| Edit::put(1).with_ttl(Duration::from_millis(1))).await.unwrap();
+    assert_eq!(short, Some(1));
+    let mut watch = client.watch("n").await.unwrap();
+    within(watch.wait_for(|seen| seen.value.is_none())).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_update_that_others_are_always_faster_than_ends_with_the_conflict() {
+    let (_server, addr) = server().await;
+    let client = Client::builder(&addr).request_timeout(Duration::from_millis(300)).connect().await.unwrap();
+    let other = Client::connect(&addr).await.unwrap();
+    let mut n = 0;
+    let edit = |_: Option<&nkv_client::Entry>| {
+        n += 1;
+        // In between the read and the write.
+        let put = other.put("a", n.to_string());
+        tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(put)).unwrap();
+        "mine"
+    };
+    let error = within(client.update("a", edit)).await.unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Conflict { revision } if revision.get() == n), "{error:?}");
+    assert_eq!(client.get("a").await.unwrap().unwrap().value, n.to_string());
+}
+
+#[tokio::test]
 async fn several_patterns_are_one_subscription() {
     let (_server, addr) = server().await;
     let client = Client::connect(&addr).await.unwrap();
@@ -314,6 +359,8 @@ fn a_program_without_a_runtime_has_the_same_client() {
     assert_eq!(client.get("nope").unwrap(), None);
     client.put_as("n", &5).unwrap();
     assert_eq!(client.get_as::<u8>("n").unwrap(), Some(5));
+    assert_eq!(client.update_as("n", |n: Option<u8>| n.unwrap_or(0) + 1).unwrap(), Some(6));
+    assert_eq!(client.update("n", |n| n.unwrap().value.clone()).unwrap().unwrap().value, "6");
     let mut subscription = client.subscribe("a").unwrap();
     assert_eq!(short(&subscription.next().unwrap()), "a.b=1");
     assert_eq!(short(&subscription.next().unwrap()), "synced");

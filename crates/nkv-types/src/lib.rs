@@ -10,6 +10,7 @@ mod options;
 mod page;
 mod revision;
 mod stats;
+mod update;
 mod value;
 mod watched;
 
@@ -23,5 +24,6 @@ pub use options::{PageOptions, PutOptions, SubscribeOptions};
 pub use page::Page;
 pub use revision::Revision;
 pub use stats::Stats;
+pub use update::{Edit, IntoEdit, UpdateStore, update};
 pub use value::IntoValue;
 pub use watched::Watched;

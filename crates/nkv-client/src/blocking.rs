@@ -13,12 +13,13 @@ use std::time::Duration;
 use nkv_core::Key;
 use nkv_protocol::{ConnectedClient, Subscriber};
 use nkv_types::{
-    AsKey, AsPattern, AsPatterns, Deleted, Edit, EndReason, Entry, Error, ErrorKind, Event, IntoEdit, IntoValue, Page,
-    PageOptions, PutOptions, Result, Revision, Stats, SubscribeOptions, Watched,
+    AsKey, AsPattern, AsPatterns, Branch, Deleted, Edit, EndReason, Entry, Error, ErrorKind, Event, IntoEdit,
+    IntoValue, Page, PageOptions, PutOptions, Result, Revision, Stats, SubscribeOptions, Watched,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::watch;
 
 use crate::options::ClientBuilder;
 use crate::types::{ConnectionState, ServerVersion};
@@ -232,6 +233,29 @@ impl Client {
         Ok(Watch { watch: self.runtime.block_on(self.client.watch_as(key))?, client: self.clone() })
     }
 
+    /// All keys that a pattern covers, with their values, as they change; see [`crate::Client::watch_branch`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::Client::watch_branch`].
+    pub fn watch_branch(&self, pattern: impl AsPattern) -> Result<BranchWatch<Entry>> {
+        self.client.check()?;
+        Ok(BranchWatch { watch: self.runtime.block_on(self.client.watch_branch(pattern))?, client: self.clone() })
+    }
+
+    /// The same with values as JSON; see [`crate::Client::watch_branch_as`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::Client::watch_branch_as`].
+    pub fn watch_branch_as<T>(&self, pattern: impl AsPattern) -> Result<BranchWatch<T>>
+    where
+        T: DeserializeOwned + Send + Sync + 'static,
+    {
+        self.client.check()?;
+        Ok(BranchWatch { watch: self.runtime.block_on(self.client.watch_branch_as(pattern))?, client: self.clone() })
+    }
+
     /// Waits for what takes at most so long.
     fn wait<T>(&self, patience: Duration, work: impl Future<Output = T>) -> Result<T> {
         self.client.check()?;
@@ -302,6 +326,52 @@ impl<T: Clone> Watch<T> {
         let Watch { watch, client } = self;
         client.wait(patience, watch.changed())??;
         Ok(watch.borrow_and_update().clone())
+    }
+}
+
+/// The keys that a pattern covers, with their values, as they change.
+#[derive(Clone)]
+pub struct BranchWatch<T> {
+    watch: crate::BranchWatch<T>,
+    client: Client,
+}
+
+impl<T> BranchWatch<T> {
+    /// What is known now; nothing is copied. What is borrowed must not be held for long: the connection waits for it.
+    #[must_use]
+    pub fn borrow(&self) -> watch::Ref<'_, Branch<T>> {
+        self.watch.borrow()
+    }
+
+    /// Waits for a change that was not seen yet, and gives what is known then.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Timeout`] if there is none within `patience`; [`ErrorKind::Closed`] once the subscription has ended, and in
+    /// a process that was forked from the client's own.
+    pub fn changed(&mut self, patience: Duration) -> Result<watch::Ref<'_, Branch<T>>> {
+        let BranchWatch { watch, client } = self;
+        client.wait(patience, watch.changed())??;
+        Ok(watch.borrow_and_update())
+    }
+
+    /// Waits until what is known is as wanted, and gives it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`changed`](Self::changed).
+    pub fn wait_for(
+        &mut self,
+        patience: Duration,
+        is_wanted: impl FnMut(&Branch<T>) -> bool,
+    ) -> Result<watch::Ref<'_, Branch<T>>> {
+        self.client.wait(patience, self.watch.wait_for(is_wanted))?
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for BranchWatch<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.watch, f)
     }
 }
 

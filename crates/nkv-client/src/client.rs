@@ -23,7 +23,7 @@ use crate::options::ClientBuilder;
 use crate::subscription::Subscription;
 use crate::task::{Answer, Ask, Control, Shared, Slot, is_write};
 use crate::types::{ConnectionState, ServerVersion};
-use crate::watch::{ChannelWatcher, EndOnDrop, Watch};
+use crate::watch::{BranchWatch, BranchWatcher, ChannelWatcher, Current, EndOnDrop, Watch, Watcher};
 
 /// How many keys with their values are asked for at a time, to begin with.
 const GET_PAGE: u64 = 1_000;
@@ -500,15 +500,70 @@ impl Client {
         key: impl AsKey,
         read: impl Fn(&Entry) -> Result<T> + Send + 'static,
     ) -> Result<Watch<T>> {
-        let pattern = Pattern::Exact(key.as_key()?.into_owned());
-        let id = self.next_local();
         let (watcher, receiver) = ChannelWatcher::new(read);
+        self.current(Pattern::Exact(key.as_key()?.into_owned()), Box::new(watcher), receiver).await
+    }
+
+    /// All keys that a pattern covers, with their values, as they change; waits until the present state is known. A change costs
+    /// what it costs a map, and readers borrow the map. While the connection is lost, the last state stays, and
+    /// [`is_live`](crate::Branch::is_live) is false until what was missed is in it: keys that have gone meanwhile go in one step.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get), and [`ErrorKind::Protocol`] when it would take more than
+    /// [`ClientBuilder::subscription_len_max`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let mut lamps = client.watch_branch("lamp.*").await?;
+    /// loop {
+    ///     let state = lamps.borrow_and_update();
+    ///     println!("{} lamps at revision {}, live: {}", state.entries.len(), state.revision, state.is_live);
+    ///     drop(state);
+    ///     lamps.changed().await?;
+    /// }
+    /// # }
+    /// ```
+    pub async fn watch_branch(&self, pattern: impl AsPattern) -> Result<BranchWatch<Entry>> {
+        self.watch_branch_with(pattern, |entry| Ok(entry.clone())).await
+    }
+
+    /// The same with values as JSON. One that is not the JSON of a `T` is among those that are
+    /// [`unreadable`](crate::Branch::unreadable), and its key not among the entries.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`watch_branch`](Self::watch_branch).
+    pub async fn watch_branch_as<T>(&self, pattern: impl AsPattern) -> Result<BranchWatch<T>>
+    where
+        T: DeserializeOwned + Send + Sync + 'static,
+    {
+        self.watch_branch_with(pattern, Entry::json).await
+    }
+
+    async fn watch_branch_with<T: Send + Sync + 'static>(
+        &self,
+        pattern: impl AsPattern,
+        read: impl Fn(&Entry) -> Result<T> + Send + 'static,
+    ) -> Result<BranchWatch<T>> {
+        let (watcher, receiver) = BranchWatcher::new(read);
+        self.current(pattern.as_pattern()?.into_owned(), Box::new(watcher), receiver).await
+    }
+
+    async fn current<S>(
+        &self,
+        pattern: Pattern,
+        watcher: Box<dyn Watcher>,
+        receiver: watch::Receiver<S>,
+    ) -> Result<Current<S>> {
+        let id = self.next_local();
         let end = EndOnDrop { handle: Arc::clone(&self.handle), pattern: pattern.clone(), id };
-        let mut watch = Watch::new(receiver, end);
-        let sink = Sink::Watch(Box::new(watcher));
-        self.subscribed([Local::new(id, pattern, sink, self.subscription_len_max)]).await?;
-        drop(watch.borrow_and_update());
-        Ok(watch)
+        let mut current = Current::new(receiver, end);
+        self.subscribed([Local::new(id, pattern, Sink::Watch(watcher), self.subscription_len_max)]).await?;
+        drop(current.borrow_and_update());
+        Ok(current)
     }
 
     fn next_local(&self) -> u64 {

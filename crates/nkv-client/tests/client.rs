@@ -238,7 +238,7 @@ async fn several_patterns_are_one_subscription() {
     for key in ["a.x", "b", "b.x", "c", "d"] {
         client.put(key, "1").await.unwrap();
     }
-    let mut subscription = client.subscribe(["a.x", "a", "b.*", "c"]).await.unwrap();
+    let mut subscription = client.subscribe(["b.x", "a", "a.x", "b.*", "c"]).await.unwrap();
     let patterns: Vec<_> = subscription.patterns().map(ToString::to_string).collect();
     assert_eq!(patterns, ["a", "b.*", "c"]);
     let mut present = shorts(&until_synced(&mut subscription).await);
@@ -312,6 +312,52 @@ async fn a_watch_knows_the_present_value_at_once_and_follows_it() {
 }
 
 #[tokio::test]
+async fn a_branch_is_a_map_that_is_always_current() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    let lamp = |level| Lamp { on: true, level };
+    client.put_as("lamp.a", &lamp(1)).await.unwrap();
+    client.put("lamp.b", "broken").await.unwrap();
+    client.put("door", "not covered").await.unwrap();
+    let raw = client.watch_branch("lamp").await.unwrap();
+    let mut lamps = client.watch_branch_as::<Lamp>("lamp.*").await.unwrap();
+    let (a, b) = (Key::new("lamp.a").unwrap(), Key::new("lamp.b").unwrap());
+    {
+        let (raw, lamps) = (raw.borrow(), lamps.borrow_and_update());
+        assert!(raw.is_live && lamps.is_live && raw.revision.get() >= 2);
+        assert_eq!(raw.entries.keys().collect::<Vec<_>>(), [&a, &b]);
+        assert_eq!(lamps.entries.iter().collect::<Vec<_>>(), [(&a, &lamp(1))]);
+        let unreadable = &lamps.unreadable[&b];
+        assert_eq!((&unreadable.entry.value[..], unreadable.error.kind()), (&b"broken"[..], &ErrorKind::Json));
+    }
+    // The client's own writes are in it when they are done.
+    client.put_as(&b, &lamp(2)).await.unwrap();
+    assert_eq!(lamps.borrow().entries.values().collect::<Vec<_>>(), [&lamp(1), &lamp(2)]);
+    assert_eq!(client.delete("lamp.*").await.unwrap().count, 2);
+    assert!(lamps.borrow().entries.is_empty() && raw.borrow().entries.is_empty());
+    let other = Client::connect(&addr).await.unwrap();
+    let revision = other.put_as("lamp.c", &lamp(3)).await.unwrap();
+    let seen = within(lamps.wait_for(|lamps| lamps.entries.len() == 1)).await.unwrap().revision;
+    assert_eq!(seen, revision);
+    client.close();
+    within(lamps.wait_for(|lamps| lamps.ended.is_some())).await.unwrap();
+    let state = lamps.borrow();
+    assert_eq!((state.is_live, state.ended.as_ref(), state.entries.len()), (false, Some(&EndReason::Closed), 1));
+}
+
+#[tokio::test]
+async fn a_branch_too_large_to_begin_is_refused_with_the_reason() {
+    let (_server, addr) = server().await;
+    let client = Client::builder(&addr).subscription_len_max(1_000).connect().await.unwrap();
+    for n in 0..10 {
+        client.put(format!("k{n}"), "1").await.unwrap();
+    }
+    let error = client.watch_branch("*").await.unwrap_err();
+    assert!(*error.kind() == ErrorKind::Protocol && error.to_string().contains("1000 bytes"), "{error:?}");
+    assert_eq!(client.watch_branch("k1").await.unwrap().borrow().entries.len(), 1);
+}
+
+#[tokio::test]
 async fn a_closed_client_says_so_everywhere() {
     let (_server, addr) = server().await;
     let client = Client::connect(&addr).await.unwrap();
@@ -373,8 +419,16 @@ fn a_program_without_a_runtime_has_the_same_client() {
     client.put("a", "3").unwrap();
     assert_eq!(watch.changed(Duration::from_secs(10)).unwrap().value.unwrap().value, "3");
     assert_eq!(watch.changed(Duration::from_millis(10)).unwrap_err().kind(), &ErrorKind::Timeout);
+    let mut branch = client.watch_branch("*").unwrap();
+    assert_eq!((branch.borrow().entries.len(), branch.borrow().is_live), (3, true));
+    let numbers = client.watch_branch_as::<u8>("n").unwrap();
+    assert_eq!(numbers.borrow().entries.values().collect::<Vec<_>>(), [&6]);
     assert_eq!(client.delete("*").unwrap().count, 3);
+    assert!(branch.borrow().entries.is_empty());
+    assert!(branch.changed(Duration::from_secs(10)).unwrap().entries.is_empty());
+    assert_eq!(branch.changed(Duration::from_millis(10)).map(drop).unwrap_err().kind(), &ErrorKind::Timeout);
     client.close();
+    assert!(branch.wait_for(Duration::from_secs(10), |branch| branch.ended.is_some()).is_ok());
     assert_eq!(subscription.by_ref().last(), Some(Event::Ended(EndReason::Closed)));
     assert_eq!(subscription.next_timeout(Duration::from_secs(10)), Ok(None), "the end is told from a time-out");
     assert_eq!(client.health().unwrap_err().kind(), &ErrorKind::Closed);

@@ -2,6 +2,7 @@
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 mod address;
+mod branch;
 mod entry;
 mod error;
 mod event;
@@ -15,6 +16,7 @@ mod value;
 mod watched;
 
 pub use address::Address;
+pub use branch::{Branch, Unreadable};
 pub use entry::{Deleted, Entry};
 pub use error::{Error, ErrorKind, Result};
 pub use event::{EndReason, Event, GoneReason};

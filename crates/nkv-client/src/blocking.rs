@@ -164,6 +164,11 @@ impl Client {
         self.client.check().map_or(ConnectionState::Closed, |()| *self.client.state().borrow())
     }
 
+    /// Connects again now instead of waiting for the next attempt; see [`crate::Client::reconnect_now`].
+    pub fn reconnect_now(&self) {
+        self.client.reconnect_now();
+    }
+
     /// Closes the connection for all clones; subscriptions end.
     pub fn close(&self) {
         self.client.close();

@@ -145,6 +145,16 @@ impl Client {
         self.handle.check()
     }
 
+    /// Connects again now, if the connection is lost, instead of waiting for the next attempt: for programs that know that the
+    /// network is there again. Later attempts are delayed as after a first failure.
+    ///
+    /// A connection that is there is asked for a sign of life. If none comes within twice the
+    /// [`connect_timeout`](ClientBuilder::connect_timeout), it counts as lost.
+    pub fn reconnect_now(&self) {
+        // Closed, if it fails.
+        drop(self.handle.control(Control::Nudge));
+    }
+
     /// Closes the connection for all clones; subscriptions end with [`EndReason::Closed`](crate::EndReason::Closed).
     pub fn close(&self) {
         // Closed already, if it fails.

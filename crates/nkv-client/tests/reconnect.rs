@@ -166,6 +166,25 @@ async fn a_server_that_lost_its_data_has_everything_told_again() {
 }
 
 #[tokio::test]
+async fn a_program_that_knows_better_does_not_wait_for_the_next_attempt() {
+    let (_server, addr) = server().await;
+    let proxy = Proxy::to(&addr, Dice::new()).await;
+    let hour = Duration::from_secs(3_600);
+    let client = Client::builder(&proxy.addr).backoff(hour, hour).connect().await.unwrap();
+    client.reconnect_now(); // it is there: nothing happens
+    client.put("a", "1").await.unwrap();
+    assert_eq!(proxy.accepted.load(SeqCst), 1);
+    let mut state = client.state();
+    for _ in 0..3 {
+        proxy.cut_now();
+        within(state.wait_for(|state| *state == ConnectionState::Reconnecting)).await.unwrap();
+        client.reconnect_now();
+        within(state.wait_for(|state| *state == ConnectionState::Connected)).await.unwrap();
+    }
+    client.put("a", "2").await.unwrap();
+}
+
+#[tokio::test]
 async fn a_subscription_made_while_the_connection_is_away_waits_for_it() {
     let (_server, addr) = server().await;
     let proxy = Proxy::to(&addr, Dice::new()).await;

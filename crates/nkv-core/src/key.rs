@@ -202,6 +202,22 @@ impl Pattern {
         self.covers_text(key.as_str())
     }
 
+    /// Whether a subscription to this pattern covers every key that one to `other` covers. Of two patterns one includes the
+    /// other, or no key is covered by both.
+    #[must_use]
+    pub fn includes(&self, other: &Pattern) -> bool {
+        let is_in_branch = |branch: &Key, key: &Key| key == branch || key.is_below(branch);
+        match (self, other) {
+            (Pattern::All, _) => true,
+            (_, Pattern::All) => false,
+            (Pattern::Key(own), Pattern::Key(key) | Pattern::Exact(key) | Pattern::Below(key))
+            | (Pattern::Below(own), Pattern::Below(key)) => is_in_branch(own, key),
+            (Pattern::Below(own), Pattern::Key(key) | Pattern::Exact(key)) => key.is_below(own),
+            (Pattern::Exact(own), Pattern::Exact(key)) => own == key,
+            (Pattern::Exact(_), Pattern::Key(_) | Pattern::Below(_)) => false,
+        }
+    }
+
     pub(crate) fn covers_text(&self, key: &str) -> bool {
         self.selects_text(key) || matches!(self, Pattern::Key(branch) if branch.is_above(key))
     }
@@ -414,6 +430,25 @@ mod tests {
         let exact = Pattern::Exact(key("a"));
         for (k, expected) in [("a", true), ("a.b", false), ("ab", false)] {
             assert_eq!((exact.selects(&key(k)), exact.covers(&key(k))), (expected, expected), "{k}");
+        }
+    }
+
+    #[test]
+    fn of_two_patterns_one_includes_the_other_or_they_have_no_key_in_common() {
+        let keys = ["a", "a.b", "a.b.c", "a.c", "ab", "b"].map(key);
+        let mut patterns = vec![Pattern::All];
+        for key in &keys {
+            patterns.extend([Pattern::Key(key.clone()), Pattern::Exact(key.clone()), Pattern::Below(key.clone())]);
+        }
+        // Enough keys to tell any two of these patterns apart.
+        let below =
+            keys.iter().flat_map(|k| ["", ".b", ".c", ".x", ".b.c", ".b.x"].map(|rest| key(&format!("{k}{rest}"))));
+        let below: Vec<Key> = below.chain([key("x")]).collect();
+        for (one, other) in patterns.iter().flat_map(|one| patterns.iter().map(move |other| (one, other))) {
+            let is_within = below.iter().all(|key| !other.covers(key) || one.covers(key));
+            assert_eq!(one.includes(other), is_within, "{one:?} {other:?}");
+            let is_apart = below.iter().all(|key| !one.covers(key) || !other.covers(key));
+            assert!(is_apart || one.includes(other) || other.includes(one), "{one:?} {other:?}");
         }
     }
 }

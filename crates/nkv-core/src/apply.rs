@@ -62,12 +62,13 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// Has the store be at a state that was fetched anew, that of `revision` in `epoch`: the puts that left each key as it
     /// is, and deletes whose [meta](Change::meta) tombstones have. Returns how many changes that took.
     ///
-    /// Within the present epoch, what differs is done as changes, in the order of their revisions: keys that the state lacks
-    /// are deleted at `revision`. Nothing happens to a key whose value and revision are the same. Storage and readers take
-    /// it in slices, so that neither is kept busy for long: each slice is of whole revisions, and the store at the revision
-    /// of the last one. When it fails half-way, what it stored stays, and changes from there on, or another state, may
-    /// follow. Only what is at the last revision, with the deletes, is one batch of storage; it is visible in slices too,
-    /// and [`Stats::revision`](crate::Stats::revision) rises with the last of them.
+    /// Within the present epoch, what differs is done as changes, in the order of their revisions. Keys that the state lacks
+    /// are deleted first, at the revision of the first other change. Nothing happens to a key whose value and revision are
+    /// the same. Storage and readers take it in slices, so that neither is kept busy for long. Each slice is of whole
+    /// revisions, and behind it the store is at the last of them: it has every change up to there, or a newer one of the
+    /// same key. So changes from there on, or another state, may follow when it fails half-way or the process ends. The first
+    /// slice has all the deletes: it is one batch of storage, but visible in slices too, and
+    /// [`Stats::revision`](crate::Stats::revision) rises with the last of them.
     ///
     /// In another epoch, storage [begins it](PersistValue::begin_epoch) and takes the state in slices, in the order of
     /// revisions; readers go on with the state before, until all is stored. Then they have all of the new one at once, and
@@ -104,14 +105,14 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
             return Err(rejected(context));
         }
         let gone = self.gone(&state);
-        let mut changes = self.different(state, writer.revision)?;
+        let different = self.different(state, writer.revision)?;
         if let Some(key) = gone.first().filter(|_| revision == writer.revision) {
             return Err(contradiction(key, revision));
         }
-        changes.extend(gone.into_iter().map(|key| {
-            let action = Action::Delete { reason: Reason::Deleted };
-            Change { key, revision, replaces: Revision::ZERO, action, meta: Meta::NONE }
-        }));
+        // With the first of all: whoever goes on from any revision behind that has none of these keys.
+        let first = different.first().map_or(revision, |change| change.revision);
+        let mut changes: Vec<Change> = gone.into_iter().map(|key| delete(key, first)).collect();
+        changes.extend(different);
         let count = changes.len() as u64;
         if revision > writer.revision && changes.last().is_none_or(|last| last.revision < revision) {
             let is_taken =
@@ -266,8 +267,12 @@ fn mark(revision: Revision, keeps_meta: bool, is_taken: impl Fn(&Key) -> bool) -
     } else {
         names.map(|name| Key::trusted(&name)).find(|key| !is_taken(key))
     };
+    delete(key.unwrap_or_else(|| Key::trusted(MARK)), revision)
+}
+
+fn delete(key: Key, revision: Revision) -> Change {
     let action = Action::Delete { reason: Reason::Deleted };
-    Change { key: key.unwrap_or(Key::trusted(MARK)), revision, replaces: Revision::ZERO, action, meta: Meta::NONE }
+    Change { key, revision, replaces: Revision::ZERO, action, meta: Meta::NONE }
 }
 
 /// A reserved key, of which nothing is ever kept.

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use crate::key::Key;
 use crate::notifier::{Delivery, Notifier};
 use crate::record::{Action, Began, BeginCause, Change, Event, EventKind, Snapshot, SnapshotReader};
-use crate::revision::Revision;
+use crate::revision::{Epoch, Revision};
 use crate::sync::{AtomicBool, Condvar, Mutex, MutexGuard};
 use crate::wake::wake;
 
@@ -202,6 +202,8 @@ struct State<T> {
     deletes: usize,
     /// What the changes in the queue take.
     event_bytes: usize,
+    /// In which they are.
+    epoch: Option<Epoch>,
     /// The subscriptions that post here.
     subscriptions: Vec<Began>,
     /// How many snapshots wait to be read, with the one that is being read.
@@ -244,6 +246,7 @@ impl<T> State<T> {
             slots: HashMap::new(),
             deletes: 0,
             event_bytes: 0,
+            epoch: None,
             subscriptions: Vec::new(),
             snapshots: 0,
             reading: None,
@@ -290,6 +293,10 @@ impl<T> State<T> {
                     self.subscriptions.retain(|known| !known.reader.has_ended());
                 }
                 self.note_subscription(began);
+                if self.epoch.replace(began.epoch).is_some_and(|epoch| epoch != began.epoch) {
+                    // All subscriptions begin anew: what came before has no place behind their snapshots.
+                    self.drop_changes();
+                }
                 if began.has_snapshot {
                     self.snapshots += 1;
                     // The snapshot may have what was passed over until now.

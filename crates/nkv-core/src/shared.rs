@@ -104,7 +104,7 @@ impl<N: Notifier> Shared<N> {
 
     /// Makes stored changes visible, all at once, and notifies the subscribers. With them every change up to `complete` is
     /// visible. The caller has begun a [`Later`].
-    pub(crate) fn publish(&self, changes: Vec<Change>, hashes: &[Hashed], complete: Revision) {
+    pub(crate) fn publish(&self, mut changes: Vec<Change>, hashes: &[Hashed], complete: Revision) {
         let subscribers = self.subscribers.lock();
         let mut keyspace = self.keyspace.write().unwrap_or_else(PoisonError::into_inner);
         changes.iter().zip(hashes).for_each(|(change, hashed)| keyspace.apply(change, hashed.hash));
@@ -116,8 +116,9 @@ impl<N: Notifier> Shared<N> {
         if self.feed.is_read() {
             self.feed.push(&changes, hashes, complete);
         }
-        let first = applied + 1 - changes.len() as u64;
-        self.notify_all(subscribers, Numbered { changes: changes.into_iter().peekable(), next: first, complete });
+        let next = applied + 1 - changes.len() as u64;
+        changes.retain(Change::has_effect);
+        self.notify_all(subscribers, Numbered { changes: changes.into_iter().peekable(), next, complete }, applied);
     }
 
     /// Puts another keyspace, of another epoch, in the place of the present one: for readers at once, and for each
@@ -165,15 +166,14 @@ impl<N: Notifier> Shared<N> {
 
     /// After some changes those who wait to subscribe, to unsubscribe, or to read part of a snapshot go first: they see
     /// which changes the others have been notified of.
-    fn notify_all<'a>(&'a self, mut subscribers: MutexGuard<'a, Subscribers<N>>, mut changes: Numbered) {
-        let last = changes.next + changes.changes.len() as u64 - 1;
+    fn notify_all<'a>(&'a self, mut subscribers: MutexGuard<'a, Subscribers<N>>, mut changes: Numbered, applied: u64) {
         let mut tally = Tally { notified: 0, conflated: 0, gone: Vec::new() };
         while subscribers.len() > 0 && self.notify_some(&mut subscribers, &mut changes, &mut tally) {
             drop(subscribers);
             self.subscribers.give_turns();
             subscribers = self.subscribers.lock();
         }
-        subscribers.told = last;
+        subscribers.told = applied;
         drop(subscribers);
         self.counters.notified.fetch_add(tally.notified, Relaxed);
         self.counters.conflated.fetch_add(tally.conflated, Relaxed);
@@ -187,9 +187,6 @@ impl<N: Notifier> Shared<N> {
         // Each subscription that was looked at counts, also one that does not want the change.
         let (mut looks, mut is_done) = (0, true);
         for (change, sequence, ends_revision) in changes.by_ref() {
-            if !change.has_effect() {
-                continue;
-            }
             subscribers.for_each(&change.key, |subscription| {
                 looks += 1;
                 if subscription.progress.wants(&change.key, sequence) {

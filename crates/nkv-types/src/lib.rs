@@ -29,27 +29,3 @@ pub use stats::Stats;
 pub use update::{Edit, IntoEdit, UpdateStore, update};
 pub use value::IntoValue;
 pub use watched::Watched;
-
-/// Leaves out each pattern that another one covers: what is left has no key in common, since patterns nest or are disjoint.
-///
-/// # Examples
-///
-/// ```
-/// use nkv_types::{Pattern, disjoint};
-///
-/// let patterns = ["lamp", "lamp.hall", "door"].map(|text| Pattern::new(text));
-/// let left = disjoint(patterns.into_iter().flatten());
-/// assert_eq!(left, [Pattern::new("lamp")?, Pattern::new("door")?]);
-/// # Ok::<(), nkv_types::Error>(())
-/// ```
-#[must_use]
-pub fn disjoint(patterns: impl IntoIterator<Item = Pattern>) -> Vec<Pattern> {
-    let mut left: Vec<Pattern> = Vec::new();
-    for pattern in patterns {
-        if !left.iter().any(|known| known.covers_all(&pattern)) {
-            left.retain(|known| !pattern.covers_all(known));
-            left.push(pattern);
-        }
-    }
-    left
-}

@@ -13,6 +13,7 @@ mod hub;
 mod link;
 mod options;
 mod queue;
+mod store;
 mod subscription;
 mod task;
 mod types;
@@ -22,7 +23,7 @@ pub use client::Client;
 pub use nkv_protocol::{ConnectedClient, Subscriber};
 pub use nkv_types::{
     Address, AsKey, AsPattern, AsPatterns, Branch, Deleted, Edit, EndReason, Entry, Epoch, Error, ErrorKind, Event,
-    GoneReason, IntoEdit, IntoValue, Key, Page, PageOptions, Pattern, PutOptions, Result, Revision, Stats,
+    GoneReason, IntoEdit, IntoValue, Key, Page, PageOptions, Pattern, PutOptions, Result, Revision, Stats, Store,
     SubscribeOptions, Unreadable, Watched,
 };
 pub use options::ClientBuilder;

@@ -357,6 +357,47 @@ async fn a_branch_too_large_to_begin_is_refused_with_the_reason() {
     assert_eq!(client.watch_branch("k1").await.unwrap().borrow().entries.len(), 1);
 }
 
+/// Does what a gateway does, against any store.
+async fn mirror<S: nkv_client::Store>(store: S, from: &'static str, to: &'static str) -> nkv_client::Result<usize> {
+    let tasks = store.get_all(from).await?.into_iter().map(|entry| {
+        let store = store.clone();
+        tokio::spawn(async move {
+            let key = format!("{to}.{}", entry.key);
+            store.put_with(&key, &entry.value, PutOptions::default().with_if_revision(Revision::ZERO)).await?;
+            store.update(&key, |old| [&old.unwrap().value[..], b"!"].concat()).await
+        })
+    });
+    let mut count = 0;
+    for task in tasks.collect::<Vec<_>>() {
+        count += usize::from(task.await.unwrap()?.is_some());
+    }
+    let mut copies = store.subscribe([to, from]).await?;
+    let mut events = 0;
+    loop {
+        match within(tokio_stream::StreamExt::next(&mut copies)).await {
+            Some(Event::Synced { .. }) | None => break,
+            Some(_) => events += 1,
+        }
+    }
+    assert_eq!(events, 2 * count);
+    store.delete(Pattern::new(from)?).await?;
+    assert!(store.exists(to).await? || store.exists(format!("{to}.*")).await?);
+    store.health().await?;
+    Ok(count)
+}
+
+#[tokio::test]
+async fn a_gateway_runs_against_any_store() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    for key in ["lamp.a", "lamp.b"] {
+        client.put(key, "on").await.unwrap();
+    }
+    assert_eq!(mirror(client.clone(), "lamp.*", "copy").await.unwrap(), 2);
+    let copies = client.get_all("*").await.unwrap();
+    assert!(copies.len() == 2 && copies.iter().all(|copy| copy.value == "on!"), "{copies:?}");
+}
+
 #[tokio::test]
 async fn a_closed_client_says_so_everywhere() {
     let (_server, addr) = server().await;

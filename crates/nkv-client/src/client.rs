@@ -9,8 +9,8 @@ use bytes::Bytes;
 use nkv_core::{Epoch, Key, Pattern};
 use nkv_protocol::{Body, ConnectedClient, Kind, Request, Subscriber, status};
 use nkv_types::{
-    AsKey, AsPattern, AsPatterns, Deleted, Edit, Entry, Error, ErrorKind, IntoEdit, IntoValue, Page, PageOptions,
-    PutOptions, Result, Revision, Stats, SubscribeOptions, UpdateStore, disjoint, update,
+    AsKey, AsPattern, AsPatterns, BranchWatch, Current, Deleted, Edit, Entry, Error, ErrorKind, IntoEdit, IntoValue,
+    Page, PageOptions, PutOptions, Result, Revision, Stats, SubscribeOptions, UpdateStore, Watch, disjoint, update,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -23,7 +23,7 @@ use crate::options::ClientBuilder;
 use crate::subscription::Subscription;
 use crate::task::{Answer, Ask, Control, Shared, Slot, is_write};
 use crate::types::{ConnectionState, ServerVersion};
-use crate::watch::{BranchWatch, BranchWatcher, ChannelWatcher, Current, EndOnDrop, Watch, Watcher};
+use crate::watch::{BranchWatcher, ChannelWatcher, EndOnDrop, Watcher};
 
 /// How many keys with their values are asked for at a time, to begin with.
 const GET_PAGE: u64 = 1_000;

@@ -296,11 +296,18 @@ impl Feed {
     }
 }
 
-impl Drop for Feed {
-    fn drop(&mut self) {
+impl Feed {
+    /// Has the readers end once they have taken all.
+    pub(crate) fn close(&self) {
         let mut state = self.log.lock();
         state.is_closed = true;
         self.log.wake_all(state);
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 

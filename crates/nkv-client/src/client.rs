@@ -113,11 +113,36 @@ impl Client {
     /// # Panics
     ///
     /// Outside a tokio runtime; see [`blocking`](crate::blocking) for programs without one.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example() -> nkv_client::Result<()> {
+    /// let client = nkv_client::Client::connect("127.0.0.1:4222").await?;
+    /// client.put("lamp.kitchen", "on").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn connect(addr: &str) -> Result<Self> {
         Client::builder(addr).connect().await
     }
 
     /// A client with options.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// # async fn example() -> nkv_client::Result<()> {
+    /// let client = nkv_client::Client::builder("unix:/run/nkv.sock")
+    ///     .name("thermostat")
+    ///     .wait_for_server(Duration::from_secs(30))
+    ///     .connect()
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn builder(addr: &str) -> ClientBuilder {
         ClientBuilder::new(addr)
     }
@@ -135,6 +160,23 @@ impl Client {
     }
 
     /// What becomes of the connection.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// use nkv_client::ConnectionState;
+    ///
+    /// let mut state = client.state();
+    /// // Ends with an error once the client is closed.
+    /// while state.changed().await.is_ok() {
+    ///     if *state.borrow_and_update() == ConnectionState::Reconnecting {
+    ///         println!("the server is away");
+    ///     }
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn state(&self) -> watch::Receiver<ConnectionState> {
         self.handle.state.clone()
@@ -167,6 +209,16 @@ impl Client {
     ///
     /// [`ErrorKind::OutcomeUnknown`] when the connection was lost or time ran out after it was sent: it is never sent
     /// twice, because that might bring an old value back over a newer one. Others say that nothing was written.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let revision = client.put("lamp.kitchen", "on").await?;
+    /// println!("written at {revision}");
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn put(&self, key: impl AsKey, value: impl IntoValue) -> Result<Revision> {
         self.put_with(key, value, PutOptions::default()).await
     }
@@ -177,6 +229,25 @@ impl Client {
     ///
     /// Those of [`put`](Self::put), and [`ErrorKind::Conflict`] with the key's present revision, or
     /// [`ErrorKind::OtherEpoch`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use nkv_client::{ErrorKind, PutOptions, Revision};
+    ///
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// // Only if nobody has taken it, and for half a minute at most.
+    /// let options = PutOptions::default().with_if_revision(Revision::ZERO).with_ttl(Duration::from_secs(30));
+    /// match client.put_with("leader", "me", options).await {
+    ///     Ok(revision) => println!("leader since {revision}"),
+    ///     Err(error) if matches!(error.kind(), ErrorKind::Conflict { .. }) => println!("it is somebody else"),
+    ///     Err(error) => return Err(error),
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn put_with(&self, key: impl AsKey, value: impl IntoValue, options: PutOptions) -> Result<Revision> {
         let mut request = Request::new(Kind::Put, key.key_text()?.to_owned());
         let (value, len_max) = (value.into_value(), self.handle.shared.value_len_max());
@@ -196,6 +267,17 @@ impl Client {
     /// # Errors
     ///
     /// See [`ErrorKind`]; it is asked again when the connection is lost meanwhile.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// if let Some(entry) = client.get("lamp.kitchen").await? {
+    ///     println!("{:?} since {}", entry.value, entry.revision);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn get(&self, key: impl AsKey) -> Result<Option<Entry>> {
         let request = Request::new(Kind::Get, key.key_text()?.to_owned());
         Ok(self.entries(request).await?.items.pop())
@@ -209,6 +291,17 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// for entry in client.get_all("lamp.*").await? {
+    ///     println!("{} is {:?}", entry.key, entry.value);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn get_all(&self, pattern: impl AsPattern) -> Result<Vec<Entry>> {
         let (mut found, mut limit) = (Vec::<Entry>::new(), GET_PAGE);
         loop {
@@ -236,6 +329,23 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get), and [`ErrorKind::Refused`] with status 413 when the page would be too large.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use nkv_client::PageOptions;
+    ///
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let mut options = PageOptions::default().with_limit(100);
+    /// loop {
+    ///     let page = client.get_page("lamp.*", options.clone()).await?;
+    ///     let Some(last) = page.items.last() else { break };
+    ///     options = options.with_after(last.key.clone());
+    ///     println!("{} more", page.items.len());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn get_page(&self, pattern: impl AsPattern, options: PageOptions) -> Result<Page<Entry>> {
         let after = options.after.as_ref();
         let page = self.entries(page_request(Kind::Get, pattern, options.limit, after)?).await?;
@@ -248,6 +358,17 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// for (key, revision) in client.list("*").await? {
+    ///     println!("{key} at {revision}");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn list(&self, pattern: impl AsPattern) -> Result<Vec<(Key, Revision)>> {
         let mut found = Vec::<(Key, Revision)>::new();
         loop {
@@ -279,6 +400,16 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put`](Self::put); that there is nothing to remove is no error.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let deleted = client.delete("lamp.*").await?;
+    /// println!("{} lamps are gone", deleted.count);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn delete(&self, pattern: impl AsPattern) -> Result<Deleted> {
         self.deleted(Request::new(Kind::Delete, pattern.pattern_text()?.into_owned()), None).await
     }
@@ -288,6 +419,18 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put_with`](Self::put_with); that there is no such key is no error.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// if let Some(entry) = client.get("job.7").await? {
+    ///     // An error if it has changed since it was read.
+    ///     client.delete_if(&entry.key, entry.revision).await?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn delete_if(&self, key: impl AsKey, if_revision: Revision) -> Result<Deleted> {
         let mut request = Request::new(Kind::Delete, key.key_text()?.to_owned());
         request.if_revision = Some(if_revision.get());
@@ -299,6 +442,17 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// if !client.exists("lamp.*").await? {
+    ///     println!("it is dark");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn exists(&self, pattern: impl AsPattern) -> Result<bool> {
         Ok(self.find(Request::new(Kind::Exists, pattern.pattern_text()?.into_owned()), None).await?.is_some())
     }
@@ -356,6 +510,16 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get), and [`ErrorKind::Json`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let level = client.get_as::<u8>("lamp.kitchen.level").await?.unwrap_or(0);
+    /// println!("{level} %");
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn get_as<T: DeserializeOwned>(&self, key: impl AsKey) -> Result<Option<T>> {
         self.get(key).await?.map(|entry| entry.json()).transpose()
     }
@@ -365,6 +529,15 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put`](Self::put), and [`ErrorKind::Json`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// client.put_as("lamp.kitchen", &("on", 80)).await?; // anything that is `Serialize`
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn put_as<T: Serialize + ?Sized>(&self, key: impl AsKey, value: &T) -> Result<Revision> {
         let value = to_json(key.key_text()?, value)?;
         self.put(key, value).await
@@ -457,6 +630,25 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use nkv_client::Event;
+    ///
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let mut changes = client.subscribe(["lamp", "door.*"]).await?;
+    /// while let Some(event) = changes.next().await {
+    ///     match event {
+    ///         Event::Update { entry, .. } => println!("{} is {:?}", entry.key, entry.value),
+    ///         Event::Gone { key, .. } => println!("{key} is gone"),
+    ///         Event::Synced { .. } => println!("this is the present state"),
+    ///         other => println!("{other:?}"),
+    ///     }
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn subscribe(&self, patterns: impl AsPatterns) -> Result<Subscription> {
         self.subscribe_with(patterns, SubscribeOptions::default()).await
     }
@@ -466,6 +658,20 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get), and [`ErrorKind::InvalidKey`] for a wildcard that is to stand for itself alone.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use nkv_client::SubscribeOptions;
+    ///
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// // This key alone, and only what happens from now on.
+    /// let options = SubscribeOptions::default().with_exact(true).with_snapshot(false);
+    /// let mut changes = client.subscribe_with("lamp", options).await?;
+    /// println!("{:?}", changes.next().await);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn subscribe_with(&self, patterns: impl AsPatterns, options: SubscribeOptions) -> Result<Subscription> {
         let patterns = disjoint(patterns, options.exact)?;
         let parts = patterns.into_iter().map(|pattern| (pattern, self.next_local())).collect();
@@ -488,6 +694,18 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let mut lamp = client.watch("lamp.kitchen").await?;
+    /// loop {
+    ///     println!("{:?}", lamp.borrow_and_update().value);
+    ///     lamp.changed().await?;
+    /// }
+    /// # }
+    /// ```
     pub async fn watch(&self, key: impl AsKey) -> Result<Watch<Entry>> {
         self.watch_with(key, |entry| Ok(entry.clone())).await
     }
@@ -498,6 +716,17 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let mut level = client.watch_as::<u8>("lamp.kitchen.level").await?;
+    /// // Until the lamp is bright and this is what the server says now.
+    /// level.wait_for(|level| level.is_live && level.value > Some(80)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn watch_as<T>(&self, key: impl AsKey) -> Result<Watch<T>>
     where
         T: DeserializeOwned + Send + Sync + 'static,

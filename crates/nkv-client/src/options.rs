@@ -21,6 +21,24 @@ const BACKOFF_MIN: Duration = Duration::from_millis(1);
 const INTERVAL_MAX: Duration = Duration::from_secs(365 * 86_400);
 
 /// Makes a [`Client`].
+///
+/// # Examples
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> nkv_client::Result<()> {
+/// // Begins before the server does; requests wait for the connection for as long as they may take.
+/// let client = nkv_client::Client::builder("db1:4222")
+///     .token("secret")
+///     .request_timeout(Duration::from_secs(1))
+///     .backoff(Duration::from_millis(100), Duration::from_secs(2))
+///     .start()?;
+/// # drop(client);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 #[must_use]
 pub struct ClientBuilder {

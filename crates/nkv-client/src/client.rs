@@ -2,35 +2,32 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use bytes::Bytes;
-use nkv_core::{Epoch, Key, Pattern};
+use nkv_core::{Epoch, Key};
 use nkv_protocol::{Body, ConnectedClient, Kind, Request, Subscriber, status};
 use nkv_types::{
-    AsKey, AsPattern, AsPatterns, Deleted, Edit, Entry, Error, ErrorKind, IntoEdit, IntoValue, Page, PageOptions,
-    PutOptions, Result, Revision, Stats, SubscribeOptions, UpdateStore, disjoint, update,
+    AsKey, AsPattern, Deleted, Entry, Error, ErrorKind, IntoValue, Page, PageOptions, PutOptions, Result, Revision,
+    Stats,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::timeout;
 
 use crate::error::WireError as _;
-use crate::hub::{Local, Sink};
 use crate::options::ClientBuilder;
-use crate::subscription::Subscription;
 use crate::task::{Answer, Ask, Control, Shared, Slot, is_write};
 use crate::types::{ConnectionState, ServerVersion};
-use crate::watch::{BranchWatch, BranchWatcher, ChannelWatcher, Current, EndOnDrop, Watch, Watcher};
+
+mod subscribe;
+mod update;
 
 /// How many keys with their values are asked for at a time, to begin with.
 const GET_PAGE: u64 = 1_000;
 /// How many keys are asked for at a time: the most that a server gives.
 const LIST_PAGE: u64 = 10_000;
-/// How long an update may take where the limit of a request is no limit.
-const UPDATE_MAX: Duration = Duration::from_secs(86_400);
 
 /// A connection to a server that is made again whenever it is lost.
 ///
@@ -238,11 +235,11 @@ impl Client {
     /// use nkv_client::{ErrorKind, PutOptions, Revision};
     ///
     /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
-    /// // Only if nobody has taken it, and for half a minute at most.
+    /// // Only if there is no leader, and for half a minute at most.
     /// let options = PutOptions::default().with_if_revision(Revision::ZERO).with_ttl(Duration::from_secs(30));
     /// match client.put_with("leader", "me", options).await {
     ///     Ok(revision) => println!("leader since {revision}"),
-    ///     Err(error) if matches!(error.kind(), ErrorKind::Conflict { .. }) => println!("it is somebody else"),
+    ///     Err(error) if matches!(error.kind(), ErrorKind::Conflict { .. }) => println!("another one leads"),
     ///     Err(error) => return Err(error),
     /// }
     /// # Ok(())
@@ -457,7 +454,7 @@ impl Client {
         Ok(self.find(Request::new(Kind::Exists, pattern.pattern_text()?.into_owned()), None).await?.is_some())
     }
 
-    /// Who would be told of a change of a key.
+    /// The subscribers that would be notified of a change of a key.
     ///
     /// # Errors
     ///
@@ -556,277 +553,6 @@ impl Client {
         self.put_with(key, value, options).await
     }
 
-    /// Changes a value that others may change too: reads the key, writes what `edit` makes of it if it is still as it was
-    /// read, and else begins again, after a random pause of at most 128 ms. Gives what the key holds then.
-    ///
-    /// `edit` gives the new value, or an [`Edit`](crate::Edit): [`Keep`](crate::Edit::Keep) writes nothing,
-    /// [`Delete`](crate::Edit::Delete) deletes the key. It may be called more than once. A value that it gives has no TTL
-    /// unless it gives one.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`put`](Self::put), after which it is not tried again; [`ErrorKind::Conflict`] if others were faster until the
-    /// time of one request was over. Each attempt is a read and a write.
-    ///
-    /// # Examples
-    ///
-    /// ```no_run
-    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
-    /// let names = client.update("names", |old| match old {
-    ///     Some(names) => [&names.value[..], b",kitchen"].concat(),
-    ///     None => b"kitchen".to_vec(),
-    /// });
-    /// println!("{:?}", names.await?);
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub async fn update<E: IntoEdit>(
-        &self,
-        key: impl AsKey,
-        mut edit: impl FnMut(Option<&Entry>) -> E,
-    ) -> Result<Option<Entry>> {
-        update(&Bounded::new(self), &*key.as_key()?, |old| Ok(edit(old).into_edit())).await
-    }
-
-    /// The same with values that are JSON.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`update`](Self::update), and [`ErrorKind::Json`] if the value is not the JSON of a `T`.
-    ///
-    /// # Examples
-    ///
-    /// ```no_run
-    /// use nkv_client::Edit;
-    ///
-    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
-    /// let visits = client.update_as("visits", |old: Option<u64>| old.unwrap_or(0) + 1).await?;
-    /// println!("{visits:?}");
-    ///
-    /// let left = client.update_as("tickets", |left: Option<u32>| match left {
-    ///     None | Some(0) => Edit::Keep,
-    ///     Some(left) => Edit::put(left - 1),
-    /// });
-    /// println!("{:?}", left.await?);
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub async fn update_as<T: Serialize + DeserializeOwned, E: Into<Edit<T>>>(
-        &self,
-        key: impl AsKey,
-        mut edit: impl FnMut(Option<T>) -> E,
-    ) -> Result<Option<T>> {
-        let key = key.as_key()?;
-        let edit = |old: Option<&Entry>| {
-            let edit: Edit<T> = edit(old.map(Entry::json).transpose()?).into();
-            edit.try_map(|value| Ok(to_json(key.as_str(), &value)?.into_value()))
-        };
-        update(&Bounded::new(self), &key, edit).await?.map(|entry| entry.json()).transpose()
-    }
-
-    /// Subscribes to a key and all below it, to all below it (`a.*`), or to everything (`*`), and waits until the server
-    /// has accepted it. The present state is told first; see [`Subscription`].
-    ///
-    /// # Errors
-    ///
-    /// Those of [`get`](Self::get).
-    ///
-    /// # Examples
-    ///
-    /// ```no_run
-    /// use nkv_client::Event;
-    ///
-    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
-    /// let mut changes = client.subscribe(["lamp", "door.*"]).await?;
-    /// while let Some(event) = changes.next().await {
-    ///     match event {
-    ///         Event::Update { entry, .. } => println!("{} is {:?}", entry.key, entry.value),
-    ///         Event::Gone { key, .. } => println!("{key} is gone"),
-    ///         Event::Synced { .. } => println!("this is the present state"),
-    ///         other => println!("{other:?}"),
-    ///     }
-    /// }
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub async fn subscribe(&self, patterns: impl AsPatterns) -> Result<Subscription> {
-        self.subscribe_with(patterns, SubscribeOptions::default()).await
-    }
-
-    /// Subscribes, with options.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`get`](Self::get), and [`ErrorKind::InvalidKey`] for a wildcard that is to stand for itself alone.
-    ///
-    /// # Examples
-    ///
-    /// ```no_run
-    /// use nkv_client::SubscribeOptions;
-    ///
-    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
-    /// // This key alone, and only what happens from now on.
-    /// let options = SubscribeOptions::default().with_exact(true).with_snapshot(false);
-    /// let mut changes = client.subscribe_with("lamp", options).await?;
-    /// println!("{:?}", changes.next().await);
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub async fn subscribe_with(&self, patterns: impl AsPatterns, options: SubscribeOptions) -> Result<Subscription> {
-        let patterns = disjoint(patterns, options.exact)?;
-        let parts = patterns.into_iter().map(|pattern| (pattern, self.next_local())).collect();
-        let subscription = Subscription::new(Arc::clone(&self.handle), parts);
-        let parts = subscription.parts();
-        let locals = parts.iter().map(|(pattern, id)| {
-            let sink = Sink::Queue(Arc::clone(subscription.queue()));
-            let mut local = Local::new(*id, pattern.clone(), sink, self.subscription_len_max);
-            local.has_snapshot = options.snapshot;
-            local.charged = (parts.len() > 1).then_some(0);
-            local
-        });
-        self.subscribed(locals).await?;
-        Ok(subscription)
-    }
-
-    /// The value of a key, as it changes; waits until the present value is known. While the connection is lost, the last
-    /// value stays, and [`is_live`](crate::Watched::is_live) is false.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`get`](Self::get).
-    ///
-    /// # Examples
-    ///
-    /// ```no_run
-    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
-    /// let mut lamp = client.watch("lamp.kitchen").await?;
-    /// loop {
-    ///     println!("{:?}", lamp.borrow_and_update().value);
-    ///     lamp.changed().await?;
-    /// }
-    /// # }
-    /// ```
-    pub async fn watch(&self, key: impl AsKey) -> Result<Watch<Entry>> {
-        self.watch_with(key, |entry| Ok(entry.clone())).await
-    }
-
-    /// The value of a key as JSON, as it changes. Where a value is not the JSON of a `T`, the last one that was stays beside
-    /// the [`error`](crate::Watched::error). Otherwise like [`watch`](Self::watch).
-    ///
-    /// # Errors
-    ///
-    /// Those of [`get`](Self::get).
-    ///
-    /// # Examples
-    ///
-    /// ```no_run
-    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
-    /// let mut level = client.watch_as::<u8>("lamp.kitchen.level").await?;
-    /// // Until the lamp is bright and this is what the server says now.
-    /// level.wait_for(|level| level.is_live && level.value > Some(80)).await?;
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub async fn watch_as<T>(&self, key: impl AsKey) -> Result<Watch<T>>
-    where
-        T: DeserializeOwned + Send + Sync + 'static,
-    {
-        self.watch_with(key, Entry::json).await
-    }
-
-    async fn watch_with<T: Send + Sync + 'static>(
-        &self,
-        key: impl AsKey,
-        read: impl Fn(&Entry) -> Result<T> + Send + 'static,
-    ) -> Result<Watch<T>> {
-        let (watcher, receiver) = ChannelWatcher::new(read);
-        self.current(Pattern::Exact(key.as_key()?.into_owned()), Box::new(watcher), receiver).await
-    }
-
-    /// All keys that a pattern covers, with their values, as they change; waits until the present state is known. A change costs
-    /// what it costs a map, and readers borrow the map. While the connection is lost, the last state stays, and
-    /// [`is_live`](crate::Branch::is_live) is false until what was missed is in it: keys that have gone meanwhile go in one step.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`get`](Self::get), and [`ErrorKind::Protocol`] when it would take more than
-    /// [`ClientBuilder::subscription_len_max`].
-    ///
-    /// # Examples
-    ///
-    /// ```no_run
-    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
-    /// let mut lamps = client.watch_branch("lamp.*").await?;
-    /// loop {
-    ///     let state = lamps.borrow_and_update();
-    ///     println!("{} lamps at revision {}, live: {}", state.entries.len(), state.revision, state.is_live);
-    ///     drop(state);
-    ///     lamps.changed().await?;
-    /// }
-    /// # }
-    /// ```
-    pub async fn watch_branch(&self, pattern: impl AsPattern) -> Result<BranchWatch<Entry>> {
-        self.watch_branch_with(pattern, |entry| Ok(entry.clone())).await
-    }
-
-    /// The same with values as JSON. One that is not the JSON of a `T` is among those that are
-    /// [`unreadable`](crate::Branch::unreadable), and its key not among the entries.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`watch_branch`](Self::watch_branch).
-    pub async fn watch_branch_as<T>(&self, pattern: impl AsPattern) -> Result<BranchWatch<T>>
-    where
-        T: DeserializeOwned + Send + Sync + 'static,
-    {
-        self.watch_branch_with(pattern, Entry::json).await
-    }
-
-    async fn watch_branch_with<T: Send + Sync + 'static>(
-        &self,
-        pattern: impl AsPattern,
-        read: impl Fn(&Entry) -> Result<T> + Send + 'static,
-    ) -> Result<BranchWatch<T>> {
-        let (watcher, receiver) = BranchWatcher::new(read);
-        self.current(pattern.as_pattern()?.into_owned(), Box::new(watcher), receiver).await
-    }
-
-    async fn current<S>(
-        &self,
-        pattern: Pattern,
-        watcher: Box<dyn Watcher>,
-        receiver: watch::Receiver<S>,
-    ) -> Result<Current<S>> {
-        let id = self.next_local();
-        let end = EndOnDrop { handle: Arc::clone(&self.handle), pattern: pattern.clone(), id };
-        let mut current = Current::new(receiver, end);
-        self.subscribed([Local::new(id, pattern, Sink::Watch(watcher), self.subscription_len_max)]).await?;
-        drop(current.borrow_and_update());
-        Ok(current)
-    }
-
-    fn next_local(&self) -> u64 {
-        self.handle.next_local.fetch_add(1, Relaxed)
-    }
-
-    /// Waits until all are accepted.
-    async fn subscribed(&self, locals: impl IntoIterator<Item = Local>) -> Result<()> {
-        let mut all = Vec::new();
-        for mut local in locals {
-            let (ready, accepted) = oneshot::channel();
-            local.ready = Some(ready);
-            all.push(accepted);
-            self.handle.control(Control::Subscribe(local))?;
-        }
-        let all_accepted = async {
-            for accepted in all {
-                accepted.await.map_err(|_| self.handle.closed())??;
-            }
-            Ok(())
-        };
-        timeout(self.request_timeout, all_accepted).await.unwrap_or_else(|_| Err(self.timed_out()))
-    }
-
     async fn entries(&self, request: Request<'static>) -> Result<Page<Entry>> {
         let is_one = Key::check(&request.key).is_ok() && request.after.is_none();
         let most = request.limit.unwrap_or(if is_one { 1 } else { u64::MAX });
@@ -899,48 +625,6 @@ impl Client {
     }
 }
 
-/// A client that has the time of one request for all that an update takes.
-struct Bounded<'a> {
-    client: &'a Client,
-    deadline: Instant,
-}
-
-impl<'a> Bounded<'a> {
-    fn new(client: &'a Client) -> Self {
-        let now = Instant::now();
-        // A request may be given more time than there is.
-        let deadline = now.checked_add(client.request_timeout).unwrap_or_else(|| now + UPDATE_MAX);
-        Bounded { client, deadline }
-    }
-
-    fn rest(&self) -> Client {
-        self.client.with_request_timeout(self.deadline.saturating_duration_since(Instant::now()))
-    }
-}
-
-impl UpdateStore for Bounded<'_> {
-    async fn read(&self, key: &Key) -> Result<Option<Entry>> {
-        self.rest().get(key).await
-    }
-
-    async fn write(&self, key: &Key, value: Bytes, options: PutOptions) -> Result<Revision> {
-        self.rest().put_with(key, value, options).await
-    }
-
-    async fn delete(&self, key: &Key, if_revision: Revision) -> Result<Deleted> {
-        self.rest().delete_if(key, if_revision).await
-    }
-
-    async fn pause(&self, pause: Duration) -> bool {
-        let end = Instant::now() + pause;
-        if end >= self.deadline {
-            return false;
-        }
-        sleep_until(end).await;
-        true
-    }
-}
-
 /// Takes a request back when its caller gives up, however that is.
 struct TakeBack(Arc<Slot>);
 
@@ -984,7 +668,7 @@ fn check_count(body: &Body, most: u64) -> Result<()> {
     if count > most { Err(Error::protocol(message())) } else { Ok(()) }
 }
 
-/// Checks that a page goes forward: whoever asks for the next one after its last key would else never end.
+/// Checks that a page goes forward: reading page after page would never end else.
 fn check_order<'a>(mut after: Option<&'a Key>, keys: impl Iterator<Item = &'a Key>) -> Result<()> {
     for key in keys {
         if after.is_some_and(|after| key <= after) {

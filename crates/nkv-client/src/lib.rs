@@ -18,6 +18,7 @@ mod subscription;
 mod task;
 mod types;
 mod watch;
+mod watcher;
 
 pub use client::Client;
 pub use nkv_protocol::{ConnectedClient, Subscriber};

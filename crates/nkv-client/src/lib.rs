@@ -17,7 +17,7 @@ mod store;
 mod subscription;
 mod task;
 mod types;
-mod watch;
+mod watcher;
 
 pub use client::Client;
 pub use nkv_protocol::{ConnectedClient, Subscriber};

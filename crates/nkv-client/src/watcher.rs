@@ -1,4 +1,4 @@
-//! One value, or all of a branch, always current.
+//! The connection's side of a watch: what keeps a value, or a branch, up to date.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;

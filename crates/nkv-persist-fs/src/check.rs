@@ -98,7 +98,7 @@ pub fn check_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report, 
     let scan = Scan::run(&disk, promised)?;
     let mut report = Report { is_copied: lock.is_copied()?, ..report(&scan) };
     if scan.damage.is_some() {
-        Salvage::collect(&disk, &scan)?.note(&mut report);
+        report = with_salvage(report, &Salvage::collect(&disk, &scan)?);
     }
     Ok(report)
 }
@@ -132,7 +132,7 @@ pub fn repair_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report,
         return Ok(report);
     }
     let salvage = Salvage::collect(&disk, &scan)?;
-    salvage.note(&mut report);
+    report = with_salvage(report, &salvage);
     report.epoch = salvage.rewrite(&disk, &options)?.epoch;
     lock.promise_segments()?;
     Ok(report)
@@ -163,6 +163,16 @@ pub fn restore_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report
     renew(&mut log)?;
     log.close()?;
     Ok(Report { epoch: log.epoch, torn_bytes: 0, ..found })
+}
+
+/// The report with what a repair keeps, and what is lost.
+fn with_salvage(report: Report, salvage: &Salvage) -> Report {
+    Report {
+        kept_keys: salvage.kept_count(),
+        dropped_keys: salvage.dropped_count(),
+        lost: salvage.lost().to_vec(),
+        ..report
+    }
 }
 
 fn report(scan: &Scan) -> Report {

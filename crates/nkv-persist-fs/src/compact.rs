@@ -4,7 +4,7 @@
 //! Deletes are not copied: whatever they hide stands before them and is gone earlier. The segment is unlinked when
 //! the copies, and the record that it is no longer needed, are durable.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use std::vec;
 
@@ -15,6 +15,7 @@ use crate::error::damaged;
 use crate::format::{FrameBuf, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN};
 use crate::index::Place;
 use crate::log::{Log, sync_unlocked};
+use crate::mutex::lock;
 use crate::reader::{Next, Opened, SegmentReader};
 
 /// How long compaction rests after it failed.
@@ -23,10 +24,6 @@ const REST: Duration = Duration::from_secs(1);
 const READ_MAX: u64 = 256 << 10;
 /// The length of the frame that names a new head.
 const HEAD_FRAME_LEN: u64 = 72;
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// How much has to be done before `extra` more bytes are appended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use nkv_core::{PersistError, PersistErrorKind};
 
-use crate::compact::lock;
 use crate::error::from_io;
 use crate::format::{NUMBER_MAX, SegmentHeader};
+use crate::mutex::lock;
 use crate::vfs::{self, Open, Vfs, VfsFile};
 
 const LOCK: &str = "LOCK";

@@ -23,6 +23,7 @@ mod error;
 mod format;
 mod index;
 mod log;
+mod mutex;
 mod open;
 mod options;
 mod reader;

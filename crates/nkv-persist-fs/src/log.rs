@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use nkv_core::{Epoch, FailureHandler, PersistError, PersistErrorKind, Revision};
 
-use crate::compact::lock;
 use crate::disk::{Disk, segment_name, write_zeros};
 use crate::error::{from_io, poisoned};
 use crate::format::{FrameBuf, RELAXED, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
 use crate::index::{Index, SPAN_MAX};
+use crate::mutex::lock;
 use crate::options::{Durability, FsOptions};
 use crate::scan::Tail;
 use crate::vfs::{Open, VfsFile, write_all};

@@ -9,7 +9,6 @@ use std::fmt;
 
 use nkv_core::{PersistError, PersistErrorKind, Revision};
 
-use crate::check::Report;
 use crate::disk::{Disk, segment_name};
 use crate::error::damaged;
 use crate::format::{Entry, FrameBuf, FrameHeader, NUMBER_MAX, RawRecord, Records, SEGMENT_HEADER_LEN, SegmentHeader};
@@ -263,16 +262,20 @@ impl Salvage {
             .for_each(|newest| newest.put = newest.put.filter(|at| first.get(&newest.revision) == Some(at)));
     }
 
-    fn key_count(&self) -> usize {
+    /// How many keys a repair keeps.
+    pub(crate) fn kept_count(&self) -> usize {
         self.newest.values().filter(|newest| newest.put.is_some()).count()
     }
 
-    /// Says in a report what a repair keeps, and what is lost.
-    pub(crate) fn note(&self, report: &mut Report) {
-        report.kept_keys = self.key_count();
+    /// How many keys a repair drops that can be read.
+    pub(crate) fn dropped_count(&self) -> usize {
         let is_kept = |key: &str| self.newest.get(key).is_some_and(|newest| newest.put.is_some());
-        report.dropped_keys = self.unused.iter().filter(|key| !is_kept(key)).count();
-        report.lost.clone_from(&self.lost);
+        self.unused.iter().filter(|key| !is_kept(key)).count()
+    }
+
+    /// What cannot be read or used.
+    pub(crate) fn lost(&self) -> &[Lost] {
+        &self.lost
     }
 
     /// Keeps aside each file of which something is lost, writes what is left as a new log behind all others, in a new

@@ -10,12 +10,13 @@ use nkv_core::{
     Revision, ValueRef,
 };
 
-use crate::compact::{Compactor, Need, lock};
+use crate::compact::{Compactor, Need};
 use crate::disk::{Disk, Lock, segment_name};
 use crate::error::damaged;
 use crate::format::{Entry, FrameBuf, Records};
 use crate::index::{Index, Place};
 use crate::log::{Log, sync_unlocked};
+use crate::mutex::lock;
 use crate::open::open_log;
 use crate::options::{Durability, FsOptions};
 use crate::reader::{Next, Opened, SegmentReader};

@@ -128,12 +128,12 @@ pub fn repair_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report,
     let options = FsOptions::default().with_reserve_bytes(0);
     let mut report = report(&scan);
     if scan.damage.is_none() {
-        report.epoch = open_scanned(&disk, &lock, options, scan)?.epoch;
+        report.epoch = open_scanned(&disk, &lock, options, scan)?.epoch();
         return Ok(report);
     }
     let salvage = Salvage::collect(&disk, &scan)?;
     report = with_salvage(report, &salvage);
-    report.epoch = salvage.rewrite(&disk, &options)?.epoch;
+    report.epoch = salvage.rewrite(&disk, &options)?.epoch();
     lock.promise_segments()?;
     Ok(report)
 }
@@ -162,7 +162,7 @@ pub fn restore_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report
     let mut log = open_scanned(&disk, &lock, FsOptions::default().with_reserve_bytes(0), scan)?;
     renew(&mut log)?;
     log.close()?;
-    Ok(Report { epoch: log.epoch, torn_bytes: 0, ..found })
+    Ok(Report { epoch: log.epoch(), torn_bytes: 0, ..found })
 }
 
 /// The report with what a repair keeps, and what is lost.

@@ -5,15 +5,14 @@
 //! the copies, and the record that it is no longer needed, are durable.
 
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::vec;
 
-use nkv_core::{PersistError, PersistErrorKind, Revision};
+use nkv_core::{PersistError, Revision};
 
 use crate::disk::{Disk, segment_name};
 use crate::error::damaged;
-use crate::format::{FrameBuf, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN};
-use crate::index::Place;
+use crate::format::{FrameBuf, Records};
 use crate::log::{Log, sync_unlocked};
 use crate::mutex::lock;
 use crate::reader::{Next, Opened, SegmentReader};
@@ -22,88 +21,6 @@ use crate::reader::{Next, Opened, SegmentReader};
 const REST: Duration = Duration::from_secs(1);
 /// How much of a segment one step reads at most, or a frame if that is longer: a sync may be waiting.
 const READ_MAX: u64 = 256 << 10;
-/// The length of the frame that names a new head.
-const HEAD_FRAME_LEN: u64 = 72;
-
-/// How much has to be done before `extra` more bytes are appended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Need {
-    /// Nothing.
-    None,
-    /// The background thread should compact.
-    Soon,
-    /// Who appends must wait, or the bound breaks: two times the live data and one segment.
-    Now,
-}
-
-#[allow(clippy::arithmetic_side_effects, reason = "sums of the sizes of files; options and lengths are bounded")]
-impl Log {
-    pub(crate) fn need(&self, extra: u64) -> Need {
-        let (live, slack) = (self.index.live_bytes(), self.options.segment_bytes);
-        let total = self.index.total_bytes() + extra;
-        if total + self.copies_len(self.head) > 2 * live + slack || self.is_tight(extra) {
-            Need::Now
-        } else if total > live + live / 2 + slack / 4 * 3 || self.is_pressed() {
-            Need::Soon
-        } else {
-            Need::None
-        }
-    }
-
-    /// Whether a full disk makes worth the while what would not be otherwise.
-    fn is_pressed(&self) -> bool {
-        let is_much = self.garbage() > self.index.live_bytes() / 8 + self.options.segment_bytes / 64;
-        let is_urgent = self.head < self.urgent_below;
-        is_urgent && is_much || self.is_eaten() && (is_urgent || self.is_near(0))
-    }
-
-    /// Whether `extra` more bytes may take the room that is needed to compact on a full disk.
-    fn is_tight(&self, extra: u64) -> bool {
-        self.is_eaten() && self.is_near(extra) && self.reserve_takes(self.head, 0)
-    }
-
-    /// Whether deletes eat the reserve, and compaction would give more back than it makes garbage anew.
-    fn is_eaten(&self) -> bool {
-        let reserve = self.options.reserve_bytes;
-        reserve > 0 && !self.reserve_held() && self.garbage() > reserve / 8 + self.pass_cost()
-    }
-
-    /// The most that compaction makes garbage anew while it copies all that is live, once.
-    pub(crate) fn pass_cost(&self) -> u64 {
-        let live = self.index.live_bytes();
-        live / self.options.chunk_bytes() * 96 + live / self.options.segment_bytes * 256
-    }
-
-    /// Whether the segment that holds most could not be copied any more, after all others have been: one that holds less
-    /// may come before it.
-    fn is_near(&self, extra: u64) -> bool {
-        let spare = self.options.reserve_bytes / 16 + self.pass_cost() + extra;
-        !self.reserve_takes(self.index.fullest_segment(), spare)
-    }
-
-    fn garbage(&self) -> u64 {
-        self.index.total_bytes().saturating_sub(self.index.live_bytes())
-    }
-
-    /// The most that is appended until a segment is emptied and gone.
-    pub(crate) fn copies_len(&self, segment: u64) -> u64 {
-        // Copying comes with frames of its own, with a new segment or two, and with the record of the new head.
-        let live = self.index.usage(segment).live;
-        let frames = 2 + 2 * live / self.options.chunk_bytes();
-        live + frames * 48 + 2 * (SEGMENT_HEADER_LEN + SEAL_FRAME_LEN) + HEAD_FRAME_LEN
-    }
-
-    /// Whether the background has something to compact.
-    pub(crate) fn wants_compaction(&self) -> bool {
-        (self.need(0) > Need::None || !self.leftovers.is_empty()) && self.may_compact()
-    }
-
-    /// Whether compaction has not failed just now.
-    pub(crate) fn may_compact(&self) -> bool {
-        self.check_usable().is_ok() && self.compact_after.is_none_or(|time| time <= Instant::now())
-    }
-}
-
 /// A record that may have to be copied.
 #[derive(Debug)]
 struct Candidate {
@@ -147,7 +64,7 @@ impl Compactor {
             // What was copied stays copied; the segment is read anew from its start.
             self.job = None;
             let mut log = lock(log);
-            log.compact_after = Instant::now().checked_add(REST);
+            log.rest_compaction(REST);
             let error = log.poison_in_doubt(error);
             if log.check_usable().is_ok() {
                 tracing::warn!(%error, "compaction rests for a second");
@@ -157,7 +74,7 @@ impl Compactor {
     }
 
     fn try_step(&mut self, log: &Mutex<Log>, target: u64) -> Result<(), PersistError> {
-        if !lock(log).leftovers.is_empty() {
+        if lock(log).leftover().is_some() {
             return self.unlink(log);
         }
         let mut job = match self.job.take() {
@@ -177,7 +94,7 @@ impl Compactor {
     }
 
     fn begin(&self, log: &Mutex<Log>) -> Result<Job, PersistError> {
-        let is_active = |log: &Log| log.head == log.active_number();
+        let is_active = |log: &Log| log.head() == log.active_number();
         let first = lock(log);
         let is_dirty = is_active(&first) && first.is_dirty();
         drop(first);
@@ -187,18 +104,17 @@ impl Compactor {
         }
         let mut log = lock(log);
         log.check_usable()?;
-        let number = log.head;
-        let is_empty = log.index.usage(number).live == 0;
+        let number = log.head();
+        let is_empty = log.index().usage(number)?.live == 0;
         if !is_empty {
             // Somebody may have made room; if not, the next line says so.
             drop(log.regain_reserve_in_time());
             log.check_room_to_copy(number)?;
         }
         if is_active(&log) {
-            let may_spend = is_empty || log.reserve_takes(number, 0);
-            log.rotate_for_compaction(may_spend)?;
+            log.rotate_for_compaction(is_empty)?;
         }
-        let frames = if is_empty { None } else { log.index.frames_of(number).map(Vec::into_iter) };
+        let frames = if is_empty { None } else { log.index().frames_of(number).map(Vec::into_iter) };
         drop(log);
         let reader = if is_empty { None } else { Some(self.open(number)?) };
         Ok(Job { number, reader, frames })
@@ -216,7 +132,7 @@ impl Compactor {
         let Some(reader) = &mut job.reader else { return Ok(true) };
         let read_to = reader.offset().saturating_add(READ_MAX.max(target));
         while (self.bytes.len() as u64) < target && reader.offset() < read_to {
-            if self.candidates.is_empty() && lock(log).index.usage(job.number).live == 0 {
+            if self.candidates.is_empty() && lock(log).index().usage(job.number)?.live == 0 {
                 return Ok(true);
             }
             if let Some(frames) = &mut job.frames {
@@ -233,7 +149,7 @@ impl Compactor {
             for record in Records::new(body) {
                 let record = record.map_err(|reason| damaged(&segment_name(job.number), at, reason))?;
                 if let Some(revision) = record.put_revision()
-                    && log.index.is_live(revision, position)
+                    && log.index().is_live(revision, position)
                 {
                     let at = self.bytes.len();
                     self.bytes.extend_from_slice(record.bytes);
@@ -262,11 +178,11 @@ impl Compactor {
     ) -> Result<(), PersistError> {
         self.frame.clear();
         let mut copies = Vec::new();
-        while self.frame.len() < log.options.chunk_bytes()
+        while self.frame.len() < log.options().chunk_bytes()
             && let Some(Candidate { revision, position, bytes }) = found.next()
         {
             // A copy that were left out would be missed when the segment is dropped.
-            if log.index.is_live(revision, position)
+            if log.index().is_live(revision, position)
                 && let Some(record) = self.bytes.get(bytes)
             {
                 self.frame.push_copy(record);
@@ -277,35 +193,23 @@ impl Compactor {
             return Ok(());
         }
         self.frame.finish();
-        let position = log.append_copy(&mut self.frame, number)?;
-        log.counters.copied_bytes = log.counters.copied_bytes.saturating_add(self.frame.len());
-        for (revision, len) in copies {
-            log.index.move_to(revision, Place { position, len });
-        }
-        Ok(())
+        log.commit_copies(&mut self.frame, number, &copies)
     }
 
     /// Notes durably that the segment is no longer needed, and those after it that hold nothing, and only then
     /// unlinks them. From then on they count no more, even if a name cannot be taken away.
     fn drop_segment(&mut self, log: &Mutex<Log>, number: u64) -> Result<(), PersistError> {
         let mut guard = lock(log);
-        if guard.index.usage(number).live > 0 {
+        if guard.index().usage(number)?.live > 0 {
             return Err(damaged(&segment_name(number), 0, "compaction did not find a value that must be there"));
         }
-        let is_needed = |log: &Log, number| number == log.active_number() || log.index.usage(number).live > 0;
+        let is_needed = |log: &Log, number| number == log.active_number() || log.index().live_in(number) > 0;
         let next = number.saturating_add(1);
         let head = (next..).find(|next| is_needed(&guard, *next)).unwrap_or(next);
-        guard.append_at_any_price(&mut FrameBuf::of(|frame| frame.push_head(head)))?;
-        guard.head = head;
+        guard.append_head(&mut FrameBuf::new(), head)?;
         drop(guard);
         sync_unlocked(log)?;
-        let mut guard = lock(log);
-        for number in number..head {
-            guard.index.drop_oldest_segment();
-            guard.counters.compacted_segments = guard.counters.compacted_segments.saturating_add(1);
-            guard.leftovers.insert(number);
-        }
-        drop(guard);
+        lock(log).drop_segments(number..head)?;
         self.unlink(log)
     }
 
@@ -313,27 +217,15 @@ impl Compactor {
     /// nothing is copied before it succeeds.
     fn unlink(&self, log: &Mutex<Log>) -> Result<(), PersistError> {
         loop {
-            let next = lock(log).leftovers.first().copied();
+            let next = lock(log).leftover();
             let Some(number) = next else { break };
             self.disk.remove(&segment_name(number))?;
-            lock(log).leftovers.remove(&number);
+            lock(log).forget_leftover(number);
         }
         if let Err(error) = lock(log).regain_reserve() {
             tracing::debug!(%error, "no room for the reserve yet");
         }
         Ok(())
-    }
-}
-
-impl Log {
-    /// A new segment, with the room of the reserve if there is no other and it may be spent.
-    fn rotate_for_compaction(&mut self, may_spend: bool) -> Result<(), PersistError> {
-        match self.rotate() {
-            Err(error) if error.kind() == PersistErrorKind::NoSpace && may_spend && self.give_up_reserve()? => {
-                self.rotate()
-            }
-            result => result,
-        }
     }
 }
 
@@ -346,10 +238,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::batch::Batch;
     use crate::open::open_log;
     use crate::options::FsOptions;
     use crate::scan::Scan;
     use crate::sim::{Fault, SimFs};
+    use crate::space::Need;
     use crate::vfs::Open;
 
     /// The revision of each key that is there.
@@ -361,18 +255,16 @@ mod tests {
             Some(len) => Action::Put { value: vec![1; len].into(), expiry: None },
             None => Action::Delete { reason: Reason::Deleted },
         };
-        let revision = log.revision.next();
+        let revision = log.revision().next();
         let replaces = newest.remove(key).unwrap_or_default();
-        let change = Change { key: Key::new(key).unwrap(), revision, replaces, action };
-        let mut len = 0;
-        let mut frame = FrameBuf::of(|frame| len = frame.push_change(&change));
-        let position = log.append(&mut frame).unwrap();
-        log.index.remove(replaces);
+        let changes = [Change { key: Key::new(key).unwrap(), revision, replaces, action }];
+        let mut batch = Batch::new();
+        batch.encode(&changes).unwrap();
+        log.check_batch(&changes, &mut batch).unwrap();
+        log.commit(&changes, &mut batch).unwrap();
         if value_len.is_some() {
-            log.index.insert(revision, Place { position, len });
             newest.insert(key.to_owned(), revision);
         }
-        log.revision = revision;
     }
 
     /// A log with these puts in it, each in a frame of its own.
@@ -389,7 +281,7 @@ mod tests {
     /// What the index says, when `newest` are the keys.
     fn account(log_index: &crate::index::Index, newest: &Newest) -> (usize, u64, u64, Vec<(u64, u64)>) {
         assert!(newest.values().all(|revision| log_index.contains(*revision)));
-        let usages = log_index.segments().map(|number| (number, log_index.usage(number).live)).collect();
+        let usages = log_index.segments().map(|number| (number, log_index.live_in(number))).collect();
         (log_index.key_count(), log_index.live_bytes(), log_index.total_bytes(), usages)
     }
 
@@ -428,8 +320,8 @@ mod tests {
                 }
                 let scan = Scan::run(&Disk::new(Arc::new(fs.fork()), "/data".into()), true).unwrap();
                 let log = lock(&log);
-                prop_assert_eq!(account(&scan.index, &newest), account(&log.index, &newest));
-                prop_assert_eq!((scan.revision, newest.len(), scan.damage), (log.revision, log.index.key_count(), None));
+                prop_assert_eq!(account(&scan.index, &newest), account(log.index(), &newest));
+                prop_assert_eq!((scan.revision, newest.len(), scan.damage), (log.revision(), log.index().key_count(), None));
             }
         }
     }
@@ -450,20 +342,20 @@ mod tests {
             if fs.calls() <= start + call {
                 break;
             }
-            let copied = lock(&log).counters.copied_bytes;
+            let copied = lock(&log).counters().copied_bytes;
             if disk.is_in_doubt() {
                 // The name went, and nobody knows whether durably.
                 assert!(lock(&log).check_usable().is_err() && !lock(&log).wants_compaction());
                 poisoned += 1;
-            } else if !lock(&log).leftovers.is_empty() {
+            } else if lock(&log).leftover().is_some() {
                 seen += 1;
                 assert_eq!(lock(&log).need(0), Need::None, "call {call}");
-                lock(&log).compact_after = None;
+                lock(&log).rest_compaction(Duration::ZERO);
                 assert!(lock(&log).wants_compaction());
                 compactor.step(&log, 4096).unwrap();
                 assert!(!lock(&log).wants_compaction());
-                assert_eq!(lock(&log).counters.copied_bytes, copied);
-                assert_eq!(disk.segments().unwrap(), lock(&log).index.segments().collect::<Vec<_>>());
+                assert_eq!(lock(&log).counters().copied_bytes, copied);
+                assert_eq!(disk.segments().unwrap(), lock(&log).index().segments().collect::<Vec<_>>());
             }
         }
         assert!(seen > 0 && poisoned > 0, "an unlink and a directory sync must fail");
@@ -512,14 +404,15 @@ mod tests {
     #[test]
     fn a_key_that_is_deleted_while_it_is_being_copied_stays_deleted() {
         let (disk, log) = log_of(&SimFs::new(), FsOptions::default(), &[("gone", 1), ("stays", 1)]);
+        let mut newest = Newest::from([("gone".to_owned(), Revision::new(1))]);
         let log = Mutex::new(log);
         let mut compactor = Compactor::new(disk);
         let mut job = compactor.begin(&log).unwrap();
         assert!(compactor.gather(&log, &mut job, 1 << 20).unwrap());
-        lock(&log).index.remove(Revision::new(1));
+        store(&mut lock(&log), &mut newest, "gone", None);
         compactor.copy(&log, job.number).unwrap();
         compactor.drop_segment(&log, job.number).unwrap();
         let log = lock(&log);
-        assert_eq!((log.index.key_count(), log.index.usage(2).live), (1, 26));
+        assert_eq!((log.index().key_count(), log.index().live_in(2)), (1, 26));
     }
 }

@@ -6,7 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use hashbrown::HashTable;
-use nkv_core::Revision;
+use nkv_core::{PersistError, PersistErrorKind, Revision};
 
 use crate::format::{SEGMENT_HEADER_LEN, SegmentHeader};
 
@@ -73,6 +73,8 @@ pub(crate) struct Index {
     total_bytes: u64,
     /// So many values are expected in all: room for them is not given back.
     expected: usize,
+    /// What it has found to be impossible, if it has: then none of its sums can be trusted.
+    broken: Option<&'static str>,
 }
 
 impl Index {
@@ -111,9 +113,11 @@ impl Index {
         let Ok(entry) = found else { return false };
         let ((_, packed), _) = entry.remove();
         let (position, len) = (packed.position(self.end()), packed.0 & LONG);
-        let long = if len == LONG { self.long.remove(&revision) } else { None };
-        let place = Place { position, len: long.unwrap_or(len as u32) };
-        self.count_live(place, false);
+        let len = if len == LONG { self.long.remove(&revision) } else { Some(len as u32) };
+        match len {
+            Some(len) => self.count_live(Place { position, len }, false),
+            None => self.give_up("the length of a long record is not known"),
+        }
         if self.places.capacity() / 8 > self.places.len().max(self.expected) {
             self.places.shrink_to(self.places.len().saturating_mul(2), |(revision, _)| hash(*revision));
         }
@@ -143,7 +147,7 @@ impl Index {
     /// Where the frames of a segment start that hold values, in order. None if the index is so large that to look through
     /// it is no less work than to read the segment.
     pub(crate) fn frames_of(&self, segment: u64) -> Option<Vec<u64>> {
-        let (usage, end) = (self.usage(segment), self.end());
+        let (usage, end) = (self.find_usage(segment)?, self.end());
         if self.places.len() as u64 > (usage.bytes / FRAMES_SHARE).min(FRAMES_MAX) {
             return None;
         }
@@ -168,11 +172,25 @@ impl Index {
 
     fn count_live(&mut self, place: Place, live: bool) {
         let behind = self.segments.partition_point(|segment| segment.base <= place.position);
-        let Some(usage) = behind.checked_sub(1).and_then(|at| self.segments.get_mut(at)) else { return };
-        for sum in [&mut usage.live, &mut self.live_bytes] {
-            let count = if live { u64::saturating_add } else { u64::saturating_sub };
-            *sum = count(*sum, u64::from(place.len));
-        }
+        let Some(usage) = behind.checked_sub(1).and_then(|at| self.segments.get_mut(at)) else {
+            return self.give_up("a record stands before the first segment");
+        };
+        let count = if live { u64::checked_add } else { u64::checked_sub };
+        let sums = [usage.live, self.live_bytes].map(|sum| count(sum, u64::from(place.len)));
+        let [Some(in_segment), Some(in_all)] = sums else {
+            return self.give_up("a segment holds less than what is taken from it");
+        };
+        (usage.live, self.live_bytes) = (in_segment, in_all);
+    }
+
+    /// Notes that what it holds contradicts itself, which only a fault of this program can bring about.
+    fn give_up(&mut self, why: &'static str) {
+        self.broken.get_or_insert(why);
+    }
+
+    /// Fails for ever once the index has contradicted itself.
+    pub(crate) fn check(&self) -> Result<(), PersistError> {
+        self.broken.map_or(Ok(()), |why| Err(broken(why)))
     }
 
     /// Notes that the newest segment, which may be a new one, has this many bytes.
@@ -192,14 +210,26 @@ impl Index {
 
     /// Forgets the oldest segment, which holds no value any more.
     pub(crate) fn drop_oldest_segment(&mut self) {
-        let bytes = self.segments.pop_front().unwrap_or_default().bytes;
-        self.total_bytes = self.total_bytes.saturating_sub(bytes);
+        match self.segments.pop_front() {
+            Some(Usage { bytes, live: 0, .. }) => self.total_bytes = self.total_bytes.saturating_sub(bytes),
+            Some(_) => self.give_up("a segment goes that holds values"),
+            None => self.give_up("a segment goes that is not there"),
+        }
     }
 
-    pub(crate) fn usage(&self, segment: u64) -> Usage {
-        let first = self.segments.front().map_or(0, |first| first.number);
-        let at = segment.checked_sub(first).and_then(|at| usize::try_from(at).ok());
-        at.and_then(|at| self.segments.get(at)).copied().unwrap_or_default()
+    /// What is known of a segment, which must be one of the log.
+    pub(crate) fn usage(&self, segment: u64) -> Result<Usage, PersistError> {
+        self.find_usage(segment).ok_or_else(|| broken("a segment of the log is not known"))
+    }
+
+    /// How many bytes of a segment are needed; none of one that is not there any more.
+    pub(crate) fn live_in(&self, segment: u64) -> u64 {
+        self.find_usage(segment).map_or(0, |usage| usage.live)
+    }
+
+    fn find_usage(&self, segment: u64) -> Option<Usage> {
+        let at = segment.checked_sub(self.segments.front()?.number)?;
+        self.segments.get(usize::try_from(at).ok()?).copied()
     }
 
     /// The segment that holds most of what is needed.
@@ -228,6 +258,11 @@ impl Index {
     pub(crate) fn total_bytes(&self) -> u64 {
         self.total_bytes
     }
+}
+
+fn broken(why: &str) -> PersistError {
+    let context = format!("the index of the log contradicts itself: {why}");
+    PersistError::new(PersistErrorKind::Poisoned, context)
 }
 
 /// Nobody chooses revisions so that they collide: the store counts. Sixteen that follow each other stay together, as in
@@ -269,12 +304,12 @@ mod tests {
                 let (revision, place) = (Revision::new(9), Place { position: base + offset, len });
                 index.insert(revision, place);
                 assert!(index.is_live(revision, place.position) && !index.is_live(revision, place.position + 1));
-                assert_eq!((index.live_bytes(), index.usage(7).live), (u64::from(len), u64::from(len)));
+                assert_eq!((index.live_bytes(), index.live_in(7)), (u64::from(len), u64::from(len)));
                 let copy = Place { position: base + offset + 1, ..place };
                 index.move_to(revision, copy);
                 assert!(index.is_live(revision, copy.position) && index.live_bytes() == u64::from(len));
                 assert!(index.remove(revision) && !index.remove(revision) && !index.contains(revision));
-                assert_eq!((index.live_bytes(), index.usage(7).live, index.long.len()), (0, 0, 0));
+                assert_eq!((index.live_bytes(), index.live_in(7), index.long.len()), (0, 0, 0));
             }
         }
     }

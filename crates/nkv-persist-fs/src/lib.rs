@@ -16,6 +16,7 @@
 pub mod fuzzing;
 pub mod sim;
 
+mod batch;
 mod check;
 mod compact;
 mod disk;
@@ -29,6 +30,7 @@ mod options;
 mod reader;
 mod salvage;
 mod scan;
+mod space;
 mod store;
 mod vfs;
 

@@ -315,11 +315,8 @@ impl Salvage {
             self.copy(disk, span, &mut log, &mut frame)?;
         }
         // No header may name the new head before all stands behind it.
-        frame.push_head(number);
-        frame.finish();
-        log.append(&mut frame)?;
+        log.append_head(&mut frame, number)?;
         log.sync()?;
-        log.head = number;
         log.close()?;
         Ok(log)
     }
@@ -339,7 +336,7 @@ impl Salvage {
                 if self.newest.get(key).filter(is_newest).is_some() {
                     frame.push_copy(record.bytes);
                 }
-                if frame.len() >= log.options.chunk_bytes() {
+                if frame.len() >= log.options().chunk_bytes() {
                     frame.finish();
                     log.append(frame)?;
                     frame.clear();

@@ -3,11 +3,11 @@
 use std::io;
 use std::path::Path;
 
-use nkv_core::{Key, Reason};
+use nkv_core::{Action, Key, Reason, Revision};
 
 use super::*;
 use crate::check_with;
-use crate::format::{FRAME_HEADER_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
+use crate::format::{FRAME_HEADER_LEN, FrameBuf, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::sim::SimFs;
 use crate::vfs::VfsFile;
 
@@ -147,7 +147,7 @@ fn while_a_delete_is_synced_the_log_is_free_for_compaction_and_the_deleted_value
     let (shared, seen) = (Arc::clone(&persist.shared), Arc::new(Mutex::new(Vec::new())));
     let looks = Arc::clone(&seen);
     *lock(&hook) = Some(Box::new(move || {
-        let is_live = shared.log.try_lock().ok().map(|log| log.index.contains(Revision::new(1)));
+        let is_live = shared.log.try_lock().ok().map(|log| log.index().contains(Revision::new(1)));
         lock(&looks).push(is_live);
     }));
     persist.persist(&[delete("a", 2, 1)]).unwrap();

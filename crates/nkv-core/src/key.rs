@@ -13,6 +13,9 @@ use thiserror::Error;
 /// Longest key or pattern, in bytes.
 pub const KEY_LEN_MAX: usize = 1_024;
 
+/// How the text of a reserved key begins.
+const RESERVED: &str = "..";
+
 /// A dotted path such as `host.db1.load`: what a value is stored under.
 ///
 /// One or more non-empty segments joined by `.`; any UTF-8 except white space, control characters and `*`.
@@ -52,6 +55,41 @@ impl Key {
             return Err(KeyError::TooLong { len: text.len() });
         }
         if is_plain(text.as_bytes()) { Ok(()) } else { check_chars(text) }
+    }
+
+    /// A key that storage keeps and no reader sees: that of a [tombstone](crate::PersistValue) that holds what its owner
+    /// wants to know after a restart. Its text is `..` and the name, which [`new`](Self::new) refuses, so that it meets no
+    /// key of a client, nor a row that a backend has for itself behind a single dot.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyError`] if `name` is no key of printable ASCII, or too long.
+    pub fn reserved(name: &str) -> Result<Self, KeyError> {
+        Key::check(name)?;
+        if let Some((at, character)) = name.char_indices().find(|(_, character)| !character.is_ascii()) {
+            return Err(KeyError::Character { character, at });
+        }
+        let text = format!("{RESERVED}{name}");
+        if text.len() > KEY_LEN_MAX { Err(KeyError::TooLong { len: text.len() }) } else { Ok(Key::trusted(&text)) }
+    }
+
+    /// Whether it is a [reserved](Self::reserved) one.
+    #[must_use]
+    pub fn is_reserved(&self) -> bool {
+        self.0.starts_with(RESERVED)
+    }
+
+    /// Whether `text` is a key that storage may hold: what [`check`](Self::check) accepts, or a
+    /// [reserved](Self::reserved) one.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyError`] names the first thing that is wrong.
+    pub fn check_stored(text: &str) -> Result<(), KeyError> {
+        match text.strip_prefix(RESERVED) {
+            Some(name) if text.len() <= KEY_LEN_MAX && is_plain(name.as_bytes()) => Ok(()),
+            _ => Key::check(text),
+        }
     }
 
     /// Makes a key of what was checked before.
@@ -342,6 +380,21 @@ mod tests {
         for text in all.iter().flat_map(|a| all.iter().flat_map(move |b| all.map(|c| format!("{a}{b}{c}")))) {
             assert_eq!(Key::check(&text), check_chars(&text), "{text:?}");
         }
+    }
+
+    #[test]
+    fn a_reserved_key_is_for_storage_alone() {
+        let reserved = Key::reserved("engine.seen").unwrap();
+        assert_eq!((reserved.as_str(), reserved.is_reserved()), ("..engine.seen", true));
+        assert!(Key::check_stored(reserved.as_str()).is_ok() && Key::new(reserved.as_str()).is_err());
+        assert!(Key::check_stored("engine.seen").is_ok() && !key("engine.seen").is_reserved());
+        for text in ["", ".a", "...a", "..", "..a..b", "..a b", "..é", "..*"] {
+            assert!(Key::check_stored(text).is_err(), "{text}");
+        }
+        for name in ["", ".a", "a b", "é", "*", &"k".repeat(KEY_LEN_MAX - 1)] {
+            assert!(Key::reserved(name).is_err(), "{name}");
+        }
+        assert!(Key::reserved(&"k".repeat(KEY_LEN_MAX - 2)).is_ok());
     }
 
     #[test]

@@ -310,6 +310,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::Meta;
     use crate::record::{Record, VALUE_LEN_LONG};
 
     fn t(millis: u64) -> Timestamp {
@@ -323,7 +324,7 @@ mod tests {
     fn change(keyspace: &mut Keyspace, key: Key, action: Action) {
         let hash = keyspace.hash(key.as_str());
         let revision = keyspace.revision().next();
-        keyspace.apply(&Change { key, revision, replaces: Revision::ZERO, action }, hash);
+        keyspace.apply(&Change { key, revision, replaces: Revision::ZERO, action, meta: Meta::NONE }, hash);
     }
 
     fn put(keyspace: &mut Keyspace, key: Key, value: Bytes) {

@@ -7,6 +7,7 @@ pub mod rows;
 
 mod key;
 mod keyspace;
+mod meta;
 mod notifier;
 mod order;
 mod packed;
@@ -27,9 +28,10 @@ mod wake;
 mod write;
 
 pub use key::{KEY_LEN_MAX, Key, KeyError, Pattern};
+pub use meta::{META_LEN_MAX, Meta};
 pub use notifier::{Delivery, Notifier};
 pub use persist::{
-    FailureHandler, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue, Prepared,
+    FailureHandler, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue, Prepared, StoredRef,
 };
 pub use record::{
     Action, Began, BeginCause, Change, EndReason, Event, EventKind, Expiry, Reason, Record, RecordRef, Snapshot,

@@ -7,6 +7,7 @@ use hashbrown::HashTable;
 
 use crate::key::{Key, Pattern};
 use crate::keyspace::{Keyspace, Stored};
+use crate::meta::Meta;
 use crate::persist::{PersistError, PersistErrorKind};
 use crate::record::{Action, Change, Reason, Timestamp};
 use crate::revision::Revision;
@@ -335,7 +336,7 @@ impl<'a> Plan<'a> {
             *latest.entry(hash, is_of_key, hash_of).or_insert(at).get_mut() = at;
         }
         self.hashes.push(hash);
-        self.changes.push(Change { key, revision: self.revision, replaces, action });
+        self.changes.push(Change { key, revision: self.revision, replaces, action, meta: Meta::NONE });
         self.revision
     }
 }

@@ -12,6 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::key::{Key, Pattern};
+use crate::meta::Meta;
 use crate::records::Records;
 use crate::revision::{Epoch, Revision};
 use crate::sync::Mutex;
@@ -170,6 +171,8 @@ pub struct Change {
     pub replaces: Revision,
     /// What happened.
     pub action: Action,
+    /// What storage keeps beside it. A delete with some leaves a tombstone: see [`PersistValue`](crate::PersistValue).
+    pub meta: Meta,
 }
 
 /// What a change did.
@@ -481,7 +484,8 @@ fn change_size(change: &Change) -> usize {
         // A value that came by itself has an allocation of its own.
         len => len + 2 * ALLOC_LEN,
     };
-    change.key.as_str().len() + ALLOC_LEN + value_len
+    let meta_len = change.meta.as_bytes().map_or(0, |bytes| bytes.len() + ALLOC_LEN);
+    change.key.as_str().len() + ALLOC_LEN + value_len + meta_len
 }
 
 impl Drop for Event {

@@ -136,7 +136,8 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
 
     fn load(mut persist: P, now: Timestamp, clamp_at: Timestamp) -> Result<Self, PersistError> {
         let mut keyspace = Keyspace::default();
-        let loaded = persist.load(&mut |mut record| {
+        let loaded = persist.load(&mut |stored| {
+            let Some(mut record) = stored.record() else { return };
             debug_assert_eq!(Key::check(record.key), Ok(()), "storage visits nothing else");
             if let Some(expiry) = &mut record.expiry {
                 expiry.at = expiry.at.min(clamp_at.saturating_add(expiry.ttl_ms));

@@ -822,7 +822,7 @@ mod routes {
 
     fn loaded(disk: &MemoryPersist) -> BTreeMap<String, u64> {
         let mut found = BTreeMap::new();
-        disk.clone().load(&mut |record| _ = found.insert(record.key.to_string(), record.revision.get())).unwrap();
+        disk.clone().load(&mut |stored| _ = found.insert(stored.key().to_string(), stored.revision().get())).unwrap();
         found
     }
 

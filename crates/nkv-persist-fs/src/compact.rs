@@ -234,7 +234,7 @@ mod tests {
     use std::collections::HashMap;
     use std::sync::Arc;
 
-    use nkv_core::{Action, Change, Key, Reason};
+    use nkv_core::{Action, Change, Key, Meta, Reason};
     use proptest::prelude::*;
 
     use super::*;
@@ -257,7 +257,7 @@ mod tests {
         };
         let revision = log.revision().next();
         let replaces = newest.remove(key).unwrap_or_default();
-        let changes = [Change { key: Key::new(key).unwrap(), revision, replaces, action }];
+        let changes = [Change { key: Key::new(key).unwrap(), revision, replaces, action, meta: Meta::NONE }];
         let mut batch = Batch::new();
         batch.encode(&changes).unwrap();
         log.check_batch(&changes, &mut batch).unwrap();

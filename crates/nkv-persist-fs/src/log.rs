@@ -775,7 +775,7 @@ fn no_randomness(error: &getrandom::Error) -> PersistError {
 mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    use nkv_core::{Action, Change, Key};
+    use nkv_core::{Action, Change, Key, Meta};
 
     use super::*;
     use crate::open::create_with;
@@ -797,7 +797,13 @@ mod tests {
     fn frame(log: &mut Log, len: usize) -> FrameBuf {
         log.revision = log.revision.next();
         let action = Action::Put { value: vec![1; len].into(), expiry: None };
-        let change = Change { key: Key::new("k").unwrap(), revision: log.revision, replaces: Revision::ZERO, action };
+        let change = Change {
+            key: Key::new("k").unwrap(),
+            revision: log.revision,
+            replaces: Revision::ZERO,
+            action,
+            meta: Meta::NONE,
+        };
         FrameBuf::of(|frame| _ = frame.push_change(&change))
     }
 
@@ -865,7 +871,8 @@ mod tests {
         let mut log = log_on(&SimFs::new(), SMALL);
         let revision = log.revision.next();
         let action = Action::Put { value: "v".into(), expiry: None };
-        let put = [Change { key: Key::new("k").unwrap(), revision, replaces: Revision::ZERO, action }];
+        let put =
+            [Change { key: Key::new("k").unwrap(), revision, replaces: Revision::ZERO, action, meta: Meta::NONE }];
         let mut batch = Batch::new();
         batch.encode(&put).unwrap();
         log.commit(&put, &mut batch).unwrap();

@@ -6,7 +6,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nkv_core::{
-    Change, FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef, ValueRef,
+    Change, FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef, StoredRef,
+    ValueRef,
 };
 
 use crate::batch::{Batch, has_puts};
@@ -196,7 +197,7 @@ impl FsPersist {
 }
 
 impl PersistValue for FsPersist {
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         // Compaction must not move anything meanwhile.
         let _still = lock(&self.shared.compactor);
         let log = lock(&self.shared.log);
@@ -252,7 +253,7 @@ fn visit_segment(
     disk: &Disk,
     index: &Index,
     number: u64,
-    visit: &mut dyn FnMut(RecordRef<'_>),
+    visit: &mut dyn FnMut(StoredRef<'_>),
 ) -> Result<u64, PersistError> {
     let mut visited = 0_u64;
     let name = segment_name(number);
@@ -274,7 +275,7 @@ fn visit_segment(
                     record.entry().map_err(|reason| damaged(&name, offset, reason))?
             {
                 visited = visited.saturating_add(record.bytes.len() as u64);
-                visit(RecordRef { key, value: ValueRef::Lent(value), revision, expiry });
+                visit(RecordRef { key, value: ValueRef::Lent(value), revision, expiry }.into());
             }
         }
     }

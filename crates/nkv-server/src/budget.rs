@@ -473,8 +473,8 @@ mod tests {
 
     use nkv_core::mailbox::{Mailbox, mailbox};
     use nkv_core::{
-        Action, Change, Delivery, Event, EventKind, Key, NoPersist, Notifier, NotifyKeyValue, Pattern, PutOptions,
-        Revision,
+        Action, Change, Delivery, Event, EventKind, Key, Meta, NoPersist, Notifier, NotifyKeyValue, Pattern,
+        PutOptions, Revision,
     };
     use nkv_notify_tcp::NotifierOptions;
     use nkv_protocol::{Chunks, Features};
@@ -557,7 +557,7 @@ mod tests {
         for revision in 1..=2 {
             let (key, revision) = (Key::new("a").unwrap(), Revision::new(revision));
             let action = Action::Put { value: vec![0; 9_000].into(), expiry: None };
-            let change = Change { key, revision, replaces: Revision::ZERO, action };
+            let change = Change { key, revision, replaces: Revision::ZERO, action, meta: Meta::NONE };
             assert_eq!(notifier.notify(&Event::new(EventKind::Change(change))), Delivery::Queued);
         }
         assert!(share.held() > 18_000, "{}", share.held());
@@ -580,7 +580,7 @@ mod tests {
     fn change(revision: u64, len: usize) -> Arc<Event> {
         let (key, revision) = (Key::new(&format!("k.{revision}")).unwrap(), Revision::new(revision));
         let action = Action::Put { value: vec![0; len].into(), expiry: None };
-        let change = Change { key, revision, replaces: Revision::ZERO, action };
+        let change = Change { key, revision, replaces: Revision::ZERO, action, meta: Meta::NONE };
         Event::new(EventKind::Change(change))
     }
 

@@ -7,8 +7,8 @@ mod support;
 use std::time::{Duration, Instant};
 
 use nkv_core::{
-    Action, Change, Epoch, Expiry, Key, Loaded, MemoryPersist, NoPersist, Op, PersistError, PersistErrorKind,
-    PersistValue, PutOptions, RecordRef, Revision, RoutePersist, WriteError,
+    Action, Change, Epoch, Expiry, Key, Loaded, MemoryPersist, Meta, NoPersist, Op, PersistError, PersistErrorKind,
+    PersistValue, PutOptions, Revision, RoutePersist, StoredRef, WriteError,
 };
 use nkv_server::{HandleError, ServerError, WriteOptions};
 use nkv_testkit::script::{Crash, ScriptedPersist};
@@ -34,7 +34,7 @@ fn a_failed_write_is_an_error_and_changes_nothing() {
 struct Full;
 
 impl PersistValue for Full {
-    fn load(&mut self, _visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, _visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         Ok(Loaded::default())
     }
 
@@ -243,7 +243,13 @@ fn server_after(put_at: u64, kept_wall: Option<u64>, dir: &std::path::Path) -> T
     let mut disk = MemoryPersist::new(Epoch::new(1));
     let expiry = Some(Expiry { at: nkv_core::Timestamp::from_millis(put_at + 2 * HOUR_MS), ttl_ms: 2 * HOUR_MS });
     let action = Action::Put { value: "x".into(), expiry };
-    let change = Change { key: Key::new("a").unwrap(), revision: Revision::new(1), replaces: Revision::ZERO, action };
+    let change = Change {
+        key: Key::new("a").unwrap(),
+        revision: Revision::new(1),
+        replaces: Revision::ZERO,
+        action,
+        meta: Meta::NONE,
+    };
     disk.persist(&[change]).unwrap();
     let file = dir.join("clock");
     if let Some(wall) = kept_wall {
@@ -303,7 +309,7 @@ fn how_far_the_clock_has_come_is_kept_before_the_first_ttl_is_stored_and_not_wit
 struct Panics;
 
 impl PersistValue for Panics {
-    fn load(&mut self, _visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, _visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         Ok(Loaded::default())
     }
 

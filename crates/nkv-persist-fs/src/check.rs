@@ -26,6 +26,8 @@ pub struct Report {
     pub records: u64,
     /// How many keys are present.
     pub keys: usize,
+    /// How many deletes are kept, as they had [meta](nkv_core::Meta).
+    pub tombstones: usize,
     /// How many bytes their records have.
     pub live_bytes: u64,
     /// The highest revision that was read.
@@ -55,6 +57,9 @@ impl fmt::Display for Report {
             "{} keys, {} live bytes, revision {}, epoch {}",
             self.keys, self.live_bytes, self.revision, self.epoch
         )?;
+        if self.tombstones > 0 {
+            writeln!(f, "{} tombstones", self.tombstones)?;
+        }
         if self.torn_bytes > 0 {
             writeln!(f, "torn by a crash: {} bytes at the end", self.torn_bytes)?;
         }
@@ -133,8 +138,9 @@ pub fn repair_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report,
     }
     let salvage = Salvage::collect(&disk, &scan)?;
     report = with_salvage(report, &salvage);
-    report.epoch = salvage.rewrite(&disk, &options)?.epoch();
-    lock.promise_segments()?;
+    let log = salvage.rewrite(&disk, &options)?;
+    report.epoch = log.epoch();
+    lock.promise_segments(log.version())?;
     Ok(report)
 }
 
@@ -181,6 +187,7 @@ fn report(scan: &Scan) -> Report {
         batches: scan.frames,
         records: scan.records,
         keys: scan.index.key_count(),
+        tombstones: scan.index.tombstone_count(),
         live_bytes: scan.index.live_bytes(),
         revision: scan.revision,
         epoch: scan.epoch,

@@ -8,11 +8,11 @@ use std::sync::Mutex;
 use std::time::Duration;
 use std::vec;
 
-use nkv_core::{PersistError, Revision};
+use nkv_core::PersistError;
 
 use crate::disk::{Disk, segment_name};
 use crate::error::damaged;
-use crate::format::{FrameBuf, Records};
+use crate::format::{FrameBuf, RawRecord, Records};
 use crate::log::{Log, sync_unlocked};
 use crate::mutex::lock;
 use crate::reader::{Next, Opened, SegmentReader};
@@ -24,7 +24,6 @@ const READ_MAX: u64 = 256 << 10;
 /// A record that may have to be copied.
 #[derive(Debug)]
 struct Candidate {
-    revision: Revision,
     position: u64,
     bytes: std::ops::Range<usize>,
 }
@@ -93,6 +92,11 @@ impl Compactor {
         Ok(())
     }
 
+    /// Forgets what it was doing, as the segment is not needed any more.
+    pub(crate) fn forget(&mut self) {
+        self.job = None;
+    }
+
     fn begin(&self, log: &Mutex<Log>) -> Result<Job, PersistError> {
         let is_active = |log: &Log| log.head() == log.active_number();
         let first = lock(log);
@@ -148,12 +152,10 @@ impl Compactor {
             let log = lock(log);
             for record in Records::new(body) {
                 let record = record.map_err(|reason| damaged(&segment_name(job.number), at, reason))?;
-                if let Some(revision) = record.put_revision()
-                    && log.index().is_live(revision, position)
-                {
+                if record.id().is_some_and(|id| log.index().is_live(id, position)) {
                     let at = self.bytes.len();
                     self.bytes.extend_from_slice(record.bytes);
-                    self.candidates.push(Candidate { revision, position, bytes: at..self.bytes.len() });
+                    self.candidates.push(Candidate { position, bytes: at..self.bytes.len() });
                 }
             }
         }
@@ -179,14 +181,14 @@ impl Compactor {
         self.frame.clear();
         let mut copies = Vec::new();
         while self.frame.len() < log.options().chunk_bytes()
-            && let Some(Candidate { revision, position, bytes }) = found.next()
+            && let Some(Candidate { position, bytes }) = found.next()
         {
+            let Some(bytes) = self.bytes.get(bytes) else { continue };
+            let record = RawRecord { bytes };
             // A copy that were left out would be missed when the segment is dropped.
-            if log.index().is_live(revision, position)
-                && let Some(record) = self.bytes.get(bytes)
-            {
-                self.frame.push_copy(record);
-                copies.push((revision, record.len() as u32));
+            if record.id().is_some_and(|id| log.index().is_live(id, position)) {
+                self.frame.push_copy(bytes);
+                copies.push(record);
             }
         }
         if copies.is_empty() {
@@ -215,7 +217,7 @@ impl Compactor {
 
     /// Takes away the names of segments that are not needed. One that fails is tried again by a later step, and
     /// nothing is copied before it succeeds.
-    fn unlink(&self, log: &Mutex<Log>) -> Result<(), PersistError> {
+    pub(crate) fn unlink(&self, log: &Mutex<Log>) -> Result<(), PersistError> {
         loop {
             let next = lock(log).leftover();
             let Some(number) = next else { break };
@@ -234,11 +236,12 @@ mod tests {
     use std::collections::HashMap;
     use std::sync::Arc;
 
-    use nkv_core::{Action, Change, Key, Meta, Reason};
+    use nkv_core::{Action, Change, Key, Meta, Reason, Revision};
     use proptest::prelude::*;
 
     use super::*;
     use crate::batch::Batch;
+    use crate::format::Id;
     use crate::open::open_log;
     use crate::options::FsOptions;
     use crate::scan::Scan;
@@ -259,8 +262,8 @@ mod tests {
         let replaces = newest.remove(key).unwrap_or_default();
         let changes = [Change { key: Key::new(key).unwrap(), revision, replaces, action, meta: Meta::NONE }];
         let mut batch = Batch::new();
+        log.plan(&changes, &mut batch).unwrap();
         batch.encode(&changes).unwrap();
-        log.check_batch(&changes, &mut batch).unwrap();
         log.commit(&changes, &mut batch).unwrap();
         if value_len.is_some() {
             newest.insert(key.to_owned(), revision);
@@ -394,7 +397,11 @@ mod tests {
         assert_eq!(frames, 3, "the two, and the last of the others");
         let mut found = Vec::new();
         while !compactor.gather(&log, &mut job, 1 << 10).unwrap() {
-            found.extend(compactor.candidates.iter().map(|candidate| candidate.revision.get()));
+            let ids = compactor
+                .candidates
+                .iter()
+                .map(|candidate| RawRecord { bytes: &compactor.bytes[candidate.bytes.clone()] }.id().unwrap());
+            found.extend(ids.map(|id| if let Id::Revision(revision) = id { revision.get() } else { 0 }));
             compactor.copy(&log, job.number).unwrap();
             compactor.bytes.clear();
         }

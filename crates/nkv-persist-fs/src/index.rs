@@ -1,14 +1,15 @@
 //! Where the value of each key stands, and how much of each segment is still needed.
 //!
 //! The one idea: a record is known by its revision, which no other has. Each change names the revision that it replaces,
-//! also in the log, so nobody needs keys to know what counts: 16 bytes for each value.
+//! also in the log, so nobody needs keys to know what counts: 16 bytes for each value. The few for which that does not hold
+//! are known by their keys: tombstones, which no change names, and all but the first of several changes of one revision.
 
 use std::collections::{HashMap, VecDeque};
 
 use hashbrown::HashTable;
 use nkv_core::{PersistError, PersistErrorKind, Revision};
 
-use crate::format::{SEGMENT_HEADER_LEN, SegmentHeader};
+use crate::format::{Id, SEGMENT_HEADER_LEN, SegmentHeader};
 
 /// How far apart the ends of a log may be: the index does not tell more positions from each other.
 pub(crate) const SPAN_MAX: u64 = 1 << POSITION_BITS;
@@ -61,12 +62,23 @@ impl Packed {
     }
 }
 
+/// A record that is known by its key.
+#[derive(Clone, Copy, Debug)]
+struct Keyed {
+    revision: Revision,
+    place: Place,
+    is_tombstone: bool,
+}
+
 /// The place of each value.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     places: HashTable<(Revision, Packed)>,
     /// The lengths of the few records that are too long to have theirs beside the position.
     long: HashMap<Revision, u32>,
+    keyed: HashMap<Box<str>, Keyed>,
+    /// How many of those are tombstones.
+    tombstones: usize,
     /// In order, without gaps.
     segments: VecDeque<Usage>,
     live_bytes: u64,
@@ -124,20 +136,58 @@ impl Index {
         true
     }
 
-    /// Notes that a value stands elsewhere now.
-    pub(crate) fn move_to(&mut self, revision: Revision, place: Place) {
-        self.remove(revision);
-        self.insert(revision, place);
+    /// Notes a record that has become what counts of its key, and is known by that.
+    pub(crate) fn insert_keyed(&mut self, key: &str, revision: Revision, place: Place, is_tombstone: bool) {
+        self.remove_keyed(key);
+        self.keyed.insert(key.into(), Keyed { revision, place, is_tombstone });
+        self.tombstones = self.tombstones.saturating_add(usize::from(is_tombstone));
+        self.count_live(place, true);
     }
 
-    /// Whether some value has this revision.
+    /// Forgets the record that is known by this key, if there is one.
+    pub(crate) fn remove_keyed(&mut self, key: &str) {
+        if self.keyed.is_empty() {
+            return;
+        }
+        let Some(Keyed { place, is_tombstone, .. }) = self.keyed.remove(key) else { return };
+        self.tombstones = self.tombstones.saturating_sub(usize::from(is_tombstone));
+        self.count_live(place, false);
+        if self.keyed.capacity() / 8 > self.keyed.len() {
+            self.keyed.shrink_to(self.keyed.len().saturating_mul(2));
+        }
+    }
+
+    /// The revision of the record that is known by this key.
+    pub(crate) fn keyed_revision(&self, key: &str) -> Option<Revision> {
+        self.keyed.get(key).map(|keyed| keyed.revision)
+    }
+
+    /// Notes that a record stands elsewhere now.
+    pub(crate) fn move_to(&mut self, id: Id<'_>, place: Place) {
+        match id {
+            Id::Revision(revision) if self.remove(revision) => self.insert(revision, place),
+            Id::Key(key, revision) if self.keyed_revision(key) == Some(revision) => {
+                let is_tombstone = self.keyed.get(key).is_some_and(|keyed| keyed.is_tombstone);
+                self.insert_keyed(key, revision, place, is_tombstone);
+            }
+            _ => self.give_up("a copy was made of what does not count"),
+        }
+    }
+
+    /// Whether some value is known by this revision.
     pub(crate) fn contains(&self, revision: Revision) -> bool {
         self.find(revision).is_some()
     }
 
-    /// Whether the record of this revision, in the frame at this position, is the value of its key.
-    pub(crate) fn is_live(&self, revision: Revision, position: u64) -> bool {
-        self.find(revision).is_some_and(|packed| packed.is_at(position))
+    /// Whether this record, in the frame at this position, is what counts of its key.
+    pub(crate) fn is_live(&self, id: Id<'_>, position: u64) -> bool {
+        match id {
+            Id::Revision(revision) => self.find(revision).is_some_and(|packed| packed.is_at(position)),
+            Id::Key(key, revision) => {
+                let is_it = |keyed: &Keyed| keyed.revision == revision && keyed.place.position == position;
+                self.keyed.get(key).is_some_and(is_it)
+            }
+        }
     }
 
     fn find(&self, revision: Revision) -> Option<Packed> {
@@ -148,10 +198,11 @@ impl Index {
     /// it is no less work than to read the segment.
     pub(crate) fn frames_of(&self, segment: u64) -> Option<Vec<u64>> {
         let (usage, end) = (self.find_usage(segment)?, self.end());
-        if self.places.len() as u64 > (usage.bytes / FRAMES_SHARE).min(FRAMES_MAX) {
+        if self.places.len().saturating_add(self.keyed.len()) as u64 > (usage.bytes / FRAMES_SHARE).min(FRAMES_MAX) {
             return None;
         }
         let positions = self.places.iter().map(|(_, packed)| packed.position(end));
+        let positions = positions.chain(self.keyed.values().map(|keyed| keyed.place.position));
         let next = usage.base.saturating_add(usage.bytes.saturating_sub(SEGMENT_HEADER_LEN));
         let is_here = |position: &u64| *position >= usage.base && *position < next;
         let mut frames: Vec<u64> = positions.filter(is_here).collect();
@@ -245,8 +296,13 @@ impl Index {
         self.segments.len()
     }
 
+    /// How many keys have a value.
     pub(crate) fn key_count(&self) -> usize {
-        self.places.len()
+        self.places.len().saturating_add(self.keyed.len()).saturating_sub(self.tombstones)
+    }
+
+    pub(crate) fn tombstone_count(&self) -> usize {
+        self.tombstones
     }
 
     /// The sum of the records that the index points to.
@@ -289,8 +345,15 @@ mod tests {
     /// An index of one segment, which starts at `base`.
     fn index_at(base: u64) -> Index {
         let mut index = Index::default();
-        let header =
-            SegmentHeader { number: 7, head: 7, base, revision: Revision::ZERO, epoch: Epoch::new(1), salt: 0 };
+        let header = SegmentHeader {
+            version: 3,
+            number: 7,
+            head: 7,
+            base,
+            revision: Revision::ZERO,
+            epoch: Epoch::new(1),
+            salt: 0,
+        };
         index.set_bytes(&header, SEGMENT_HEADER_LEN + (1 << 30));
         index
     }
@@ -303,11 +366,14 @@ mod tests {
                 let mut index = index_at(base);
                 let (revision, place) = (Revision::new(9), Place { position: base + offset, len });
                 index.insert(revision, place);
-                assert!(index.is_live(revision, place.position) && !index.is_live(revision, place.position + 1));
+                assert!(
+                    index.is_live(Id::Revision(revision), place.position)
+                        && !index.is_live(Id::Revision(revision), place.position + 1)
+                );
                 assert_eq!((index.live_bytes(), index.live_in(7)), (u64::from(len), u64::from(len)));
                 let copy = Place { position: base + offset + 1, ..place };
-                index.move_to(revision, copy);
-                assert!(index.is_live(revision, copy.position) && index.live_bytes() == u64::from(len));
+                index.move_to(Id::Revision(revision), copy);
+                assert!(index.is_live(Id::Revision(revision), copy.position) && index.live_bytes() == u64::from(len));
                 assert!(index.remove(revision) && !index.remove(revision) && !index.contains(revision));
                 assert_eq!((index.live_bytes(), index.live_in(7), index.long.len()), (0, 0, 0));
             }
@@ -343,7 +409,7 @@ mod tests {
             assert!(index.remove(Revision::new(at)));
         }
         assert!(index.places.capacity() <= 1_000, "room for {}", index.places.capacity());
-        assert!((9_901..=10_000).all(|at| index.is_live(Revision::new(at), at * 32)));
+        assert!((9_901..=10_000).all(|at| index.is_live(Id::Revision(Revision::new(at)), at * 32)));
     }
 
     #[test]
@@ -355,7 +421,9 @@ mod tests {
         (11..=1_000).for_each(|at| _ = index.remove(Revision::new(at)));
         assert!(index.places.capacity() >= 5_000, "it is expected to be needed");
         index.fit();
-        assert!(index.places.capacity() < 100 && (1..=10).all(|at| index.is_live(Revision::new(at), at * 32)));
+        assert!(
+            index.places.capacity() < 100 && (1..=10).all(|at| index.is_live(Id::Revision(Revision::new(at)), at * 32))
+        );
     }
 
     #[test]

@@ -5,15 +5,16 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use nkv_core::{Change, Epoch, FailureHandler, PersistError, PersistErrorKind, Revision};
+use nkv_core::{Action, Change, Epoch, FailureHandler, PersistError, PersistErrorKind, Revision};
 
-use crate::batch::{Batch, has_puts, is_put};
+use crate::batch::{Batch, has_puts};
 use crate::disk::{Disk, segment_name, write_zeros};
 use crate::error::{from_io, poisoned};
-use crate::format::{FrameBuf, RELAXED, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
+use crate::format::{FrameBuf, Id, RELAXED, RawRecord, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader, VERSION};
 use crate::index::{Index, Place, SPAN_MAX};
 use crate::mutex::lock;
 use crate::options::{Durability, FsOptions};
@@ -111,17 +112,28 @@ struct LogFile {
     file: Arc<dyn VfsFile>,
     path: String,
     has_failed: Mutex<bool>,
+    /// Whether nothing in it is needed any more: it may have no name.
+    is_retired: AtomicBool,
 }
 
 impl LogFile {
     fn new(file: Arc<dyn VfsFile>, path: String) -> Arc<Self> {
-        Arc::new(LogFile { file, path, has_failed: Mutex::new(false) })
+        Arc::new(LogFile { file, path, has_failed: Mutex::new(false), is_retired: AtomicBool::new(false) })
+    }
+
+    /// Lets syncs to come do nothing, once none is under way: nothing in the file is needed any more.
+    fn retire(&self) {
+        let _none = lock(&self.has_failed);
+        self.is_retired.store(true, Ordering::SeqCst);
     }
 
     fn sync(&self) -> io::Result<()> {
         let mut has_failed = lock(&self.has_failed);
         if *has_failed {
             return Err(io::Error::other("an earlier sync of the file has failed"));
+        }
+        if self.is_retired.load(Ordering::SeqCst) {
+            return Ok(());
         }
         self.file.sync_data().inspect_err(|_| *has_failed = true)
     }
@@ -188,7 +200,7 @@ impl Log {
         Ok(log)
     }
 
-    /// Appends a batch that was [checked](Self::check_batch), and notes what it changes, while nobody else has the log: a copy
+    /// Appends a batch that was [planned](Self::plan) and encoded, and notes what it changes, while nobody else has the log: a copy
     /// of what a batch deletes must not come to stand behind the delete. Gives the sync that the batch waits for, if it does.
     pub(crate) fn commit(
         &mut self,
@@ -200,20 +212,29 @@ impl Log {
         } else {
             self.append_at_any_price(&mut batch.frame)?
         };
-        for (change, len) in changes.iter().zip(&batch.lens) {
+        for (change, step) in changes.iter().zip(&batch.steps) {
+            let place = Place { position, len: step.len };
             self.revision = change.revision;
-            self.index.remove(change.replaces);
-            if is_put(change) {
-                self.index.insert(change.revision, Place { position, len: *len });
+            self.index.remove(step.replaces);
+            self.index.remove_keyed(change.key.as_str());
+            match step.id(change) {
+                Some(Id::Revision(revision)) => self.index.insert(revision, place),
+                Some(Id::Key(key, revision)) => {
+                    let is_tombstone = matches!(change.action, Action::Delete { .. });
+                    self.index.insert_keyed(key, revision, place, is_tombstone);
+                }
+                None => {}
             }
         }
         self.check_index()?;
         if self.options.durability == Durability::Sync { self.start_sync().map(Some) } else { Ok(None) }
     }
 
-    /// Refuses a batch that does not go on where the log has ended.
-    pub(crate) fn check_batch(&self, changes: &[Change], batch: &mut Batch) -> Result<(), PersistError> {
-        batch.check(changes, self.revision, &self.index)
+    /// Plans a batch, or refuses one that does not go on where the log has ended. What a plan says is not changed by
+    /// compaction.
+    pub(crate) fn plan(&self, changes: &[Change], batch: &mut Batch) -> Result<(), PersistError> {
+        self.check_usable()?;
+        batch.plan(changes, self.revision, &self.index)
     }
 
     /// Notes that a batch is stored, as far as its durability asks; says whether somebody has to sync it in time.
@@ -374,24 +395,26 @@ impl Log {
     pub(crate) fn append(&mut self, frame: &mut FrameBuf) -> Result<u64, PersistError> {
         self.check_usable()?;
         if self.held_back > 0 {
-            self.make_room(frame.len().saturating_add(self.held_back))?;
+            self.make_room(frame.len().saturating_add(self.held_back), frame.version())?;
         }
-        self.rotate_if_full(frame.len())?;
+        self.rotate_if_needed(frame.len(), frame.version())?;
         let position = self.write(frame, self.flags())?;
         self.zero_ahead();
         Ok(position)
     }
 
-    fn rotate_if_full(&mut self, frame_len: u64) -> Result<(), PersistError> {
+    /// Goes on in a new segment if a frame does not fit into this one, or says what this one's version does not have.
+    fn rotate_if_needed(&mut self, frame_len: u64, version: u32) -> Result<(), PersistError> {
         let needed = self.len.saturating_add(frame_len).saturating_add(SEAL_FRAME_LEN);
-        if needed > self.options.segment_bytes && self.len > SEGMENT_HEADER_LEN { self.rotate() } else { Ok(()) }
+        let is_full = needed > self.options.segment_bytes && self.len > SEGMENT_HEADER_LEN;
+        if is_full || version > self.active.version { self.rotate() } else { Ok(()) }
     }
 
     /// Makes the room that an append of `len` bytes takes, where it will stand: what is written over zeros needs no more of
     /// the disk, unless the file system copies on write.
-    fn make_room(&mut self, len: u64) -> Result<(), PersistError> {
+    fn make_room(&mut self, len: u64, version: u32) -> Result<(), PersistError> {
         self.check_usable()?;
-        self.rotate_if_full(len)?;
+        self.rotate_if_needed(len, version)?;
         let end = self.len.saturating_add(len);
         if end <= self.file_len {
             return Ok(());
@@ -405,10 +428,11 @@ impl Log {
     }
 
     /// Like [`make_room`](Self::make_room), and gives up the reserve if nothing else helps and `at_any_price` says so.
-    pub(crate) fn hold_back(&mut self, len: u64, at_any_price: bool) -> Result<(), PersistError> {
-        match self.make_room(len) {
+    pub(crate) fn hold_back(&mut self, frame: &FrameBuf, at_any_price: bool) -> Result<(), PersistError> {
+        let (len, version) = (frame.len(), frame.version());
+        match self.make_room(len, version) {
             Err(error) if error.kind() == PersistErrorKind::NoSpace && at_any_price && self.give_up_reserve()? => {
-                self.make_room(len)?;
+                self.make_room(len, version)?;
             }
             result => result?,
         }
@@ -435,13 +459,13 @@ impl Log {
         }
     }
 
-    /// Appends copies of what is needed of a segment, with the length of each, which count from now on. They may use the
-    /// reserve only if it takes all of them: else they would eat what deletes need, and free nothing.
+    /// Appends a frame of copies of what is needed of a segment, which count from now on. They may use the reserve only if it
+    /// takes all of them: else they would eat what deletes need, and free nothing.
     pub(crate) fn commit_copies(
         &mut self,
         frame: &mut FrameBuf,
         segment: u64,
-        copies: &[(Revision, u32)],
+        copies: &[RawRecord<'_>],
     ) -> Result<(), PersistError> {
         self.check_room_to_copy(segment)?;
         let is_worth_it = self.reserve_takes(segment, 0);
@@ -453,8 +477,10 @@ impl Log {
         };
         let position = appended?;
         self.counters.copied_bytes = self.counters.copied_bytes.saturating_add(frame.len());
-        for (revision, len) in copies {
-            self.index.move_to(*revision, Place { position, len: *len });
+        for copy in copies {
+            if let Some(id) = copy.id() {
+                self.index.move_to(id, Place { position, len: copy.bytes.len() as u32 });
+            }
         }
         self.check_index()
     }
@@ -658,6 +684,7 @@ impl Log {
             self.sync()?;
         }
         let header = SegmentHeader {
+            version: VERSION,
             number: self.active.number.saturating_add(1),
             head: self.head,
             base: self.position().saturating_add(SEAL_FRAME_LEN),
@@ -673,11 +700,62 @@ impl Log {
         self.trim_zeros();
         self.sync()?;
         self.file = LogFile::new(file, self.disk.path(&name));
+        self.enter(header);
+        self.grow_reserve();
+        Ok(())
+    }
+
+    /// Goes on in the segment of this header, which holds no frame.
+    fn enter(&mut self, header: SegmentHeader) {
         (self.active, self.len, self.file_len) = (header, SEGMENT_HEADER_LEN, SEGMENT_HEADER_LEN);
         self.without_zeros = false;
         self.index.set_bytes(&self.active, self.len);
-        self.grow_reserve();
-        Ok(())
+    }
+
+    /// Forgets everything, and goes on in a new epoch at revision zero. The header of the new segment says all of it, as it is
+    /// the oldest one that is needed itself: until that is durable, nothing has changed. The segments before are leftovers.
+    pub(crate) fn begin_anew(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        self.check_usable()?;
+        let number = self.active.number.saturating_add(1);
+        let header = SegmentHeader {
+            version: VERSION,
+            number,
+            head: number,
+            base: self.position(),
+            revision: Revision::ZERO,
+            epoch,
+            salt: random_salt()?,
+        };
+        let name = segment_name(number);
+        let file = self.disk.open(&name, Open::CreateNew)?;
+        let begun = self.disk.begin_segment(&*file, &header);
+        begun.map_err(|e| self.abandon(number, e))?;
+        self.file.retire();
+        self.file = LogFile::new(file, self.disk.path(&name));
+        let old = std::mem::take(&mut self.index);
+        self.leftovers.extend(old.segments());
+        (self.head, self.epoch, self.revision) = (number, epoch, Revision::ZERO);
+        (self.dirty_since, self.held_back, self.urgent_below) = (None, 0, 0);
+        self.enter(header);
+        (self.synced_to, self.last_proves) = (self.position(), true);
+        // In a relaxed durability it says that something may be missing next time. It is too late to take anything back.
+        let begun = self.begin(None).and_then(|()| self.sync());
+        begun.map_err(|e| self.poison(e))
+    }
+
+    /// Like [`begin_anew`](Self::begin_anew), and gives up the reserve if nothing else helps.
+    pub(crate) fn begin_anew_at_any_price(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        match self.begin_anew(epoch) {
+            Err(error) if error.kind() == PersistErrorKind::NoSpace && self.give_up_reserve()? => {
+                self.begin_anew(epoch)
+            }
+            result => result,
+        }
+    }
+
+    /// The format version of the newest segment.
+    pub(crate) fn version(&self) -> u32 {
+        self.active.version
     }
 
     /// Takes a segment away that could not be made. Were it to stay, it would contradict what is appended next.
@@ -773,9 +851,9 @@ fn no_randomness(error: &getrandom::Error) -> PersistError {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::atomic::AtomicU64;
 
-    use nkv_core::{Action, Change, Key, Meta};
+    use nkv_core::{Key, Meta};
 
     use super::*;
     use crate::open::create_with;
@@ -791,7 +869,12 @@ mod tests {
         disk.create_dir().unwrap();
         let options = FsOptions::default().with_segment_bytes(segment_bytes).with_reserve_bytes(0);
         let (revision, epoch) = (Revision::ZERO, Epoch::new(1));
-        create_with(&disk, options, SegmentHeader { number: 1, head: 1, base: 0, revision, epoch, salt: 7 }).unwrap()
+        create_with(
+            &disk,
+            options,
+            SegmentHeader { version: VERSION, number: 1, head: 1, base: 0, revision, epoch, salt: 7 },
+        )
+        .unwrap()
     }
 
     fn frame(log: &mut Log, len: usize) -> FrameBuf {
@@ -804,7 +887,7 @@ mod tests {
             action,
             meta: Meta::NONE,
         };
-        FrameBuf::of(|frame| _ = frame.push_change(&change))
+        FrameBuf::of(|frame| _ = frame.push_change(&change, Revision::ZERO, false))
     }
 
     fn append(log: &mut Log, len: usize) {
@@ -855,7 +938,7 @@ mod tests {
             let mut log = log_on(&fs, SMALL);
             append(&mut log, 20_000);
             let (mut prepared, mut copy) = (frame(&mut log, len), frame(&mut log, 90));
-            log.hold_back(prepared.len(), false).unwrap();
+            log.hold_back(&prepared, false).unwrap();
             fs.set_capacity(Some(fs.used()));
             // In this segment, or in the next.
             let error = log.append(&mut copy).map(|_| ()).unwrap_err();
@@ -874,6 +957,7 @@ mod tests {
         let put =
             [Change { key: Key::new("k").unwrap(), revision, replaces: Revision::ZERO, action, meta: Meta::NONE }];
         let mut batch = Batch::new();
+        log.plan(&put, &mut batch).unwrap();
         batch.encode(&put).unwrap();
         log.commit(&put, &mut batch).unwrap();
         assert_eq!(log.index.usage(9).unwrap_err().kind(), PersistErrorKind::Poisoned);

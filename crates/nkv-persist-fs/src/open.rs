@@ -6,7 +6,7 @@ use nkv_core::{PersistError, PersistErrorKind, Revision};
 
 use crate::disk::{Disk, Lock, segment_name};
 use crate::error::from_io;
-use crate::format::{SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
+use crate::format::{SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader, VERSION};
 use crate::log::{Log, Restored, random_epoch, random_salt};
 use crate::options::{Durability, FsOptions};
 use crate::reader::{Next, Opened, SegmentReader};
@@ -37,8 +37,11 @@ pub(crate) fn open_scanned(disk: &Disk, lock: &Lock, options: FsOptions, scan: S
             create(disk, options)?
         }
     };
-    match lock.promise_segments() {
-        Err(error) if error.kind() == PersistErrorKind::NoSpace && log.give_up_reserve()? => lock.promise_segments()?,
+    let version = log.version();
+    match lock.promise_segments(version) {
+        Err(error) if error.kind() == PersistErrorKind::NoSpace && log.give_up_reserve()? => {
+            lock.promise_segments(version)?;
+        }
         result => result?,
     }
     Ok(log)
@@ -46,7 +49,7 @@ pub(crate) fn open_scanned(disk: &Disk, lock: &Lock, options: FsOptions, scan: S
 
 /// In a copy a new epoch begins: the original may have gone further, or go on.
 fn reopen(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail, is_copied: bool) -> Result<Log, PersistError> {
-    let needs_epoch = tail.end < tail.written_to || scan.cut_before || scan.relaxed;
+    let needs_epoch = tail.is_torn() || scan.cut_before || scan.relaxed;
     let mut log = tidy(disk, options, scan, tail)?;
     log.fit_reserve()?;
     start(&mut log, needs_epoch || is_copied)?;
@@ -59,7 +62,7 @@ fn tidy(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, 
     for number in scan.leftovers().chain(scan.stray) {
         disk.remove(&segment_name(number))?;
     }
-    if tail.end < tail.written_to {
+    if tail.is_torn() {
         let kept = match keep(disk, &tail) {
             // Nothing in it was acknowledged, or the new epoch says so. Waiting for room would refuse what was.
             Err(error) if error.kind() == PersistErrorKind::NoSpace => {
@@ -69,6 +72,8 @@ fn tidy(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, 
         };
         cut(disk, &tail, &kept, "a crash left a torn tail")?;
         disk.forget_old_broken()?;
+    } else if tail.end < tail.written_to {
+        cut(disk, &tail, "", "a crash interrupted the beginning of an epoch")?;
     }
     let Scan { index, head, epoch, revision, .. } = scan;
     Log::restore(disk.clone(), options, Restored { index, head, epoch, revision, tail })
@@ -127,7 +132,11 @@ fn start(log: &mut Log, needs_epoch: bool) -> Result<(), PersistError> {
 /// Makes the first segment of a new log, in a new epoch.
 fn create(disk: &Disk, options: FsOptions) -> Result<Log, PersistError> {
     let (epoch, salt) = (random_epoch()?, random_salt()?);
-    create_with(disk, options, SegmentHeader { number: 1, head: 1, base: 0, revision: Revision::ZERO, epoch, salt })
+    create_with(
+        disk,
+        options,
+        SegmentHeader { version: VERSION, number: 1, head: 1, base: 0, revision: Revision::ZERO, epoch, salt },
+    )
 }
 
 /// Makes a segment with this header, with which a log begins.

@@ -48,6 +48,20 @@ pub(crate) struct Tail {
     pub(crate) written_to: u64,
 }
 
+impl Tail {
+    /// Whether something was torn off that may have been acknowledged.
+    pub(crate) fn is_torn(&self) -> bool {
+        self.end < self.written_to && !self.is_beginning()
+    }
+
+    /// Whether it is where an epoch began that forgot all before: nothing was acknowledged in it before its first frame, which is
+    /// empty, was durable.
+    pub(crate) fn is_beginning(&self) -> bool {
+        let SegmentHeader { number, head, .. } = self.header;
+        self.end == SEGMENT_HEADER_LEN && head == number && number > 1
+    }
+}
+
 /// What a data directory holds.
 #[derive(Debug, Default)]
 pub(crate) struct Scan {
@@ -101,6 +115,7 @@ impl Scan {
             scan.expect(number);
         }
         scan.index.fit();
+        scan.index.check()?;
         if let Some(tail) = scan.tail {
             let broken = broken_name(&segment_name(tail.header.number), tail.end);
             scan.cut_before = disk.list()?.contains(&broken);
@@ -250,28 +265,40 @@ impl Scan {
     /// Records are known by their revisions: a put that has none, or that of another put of its frame, would be counted
     /// wrongly ever after.
     fn check_revisions(&self, entry: &Entry<'_>, position: u64) -> Result<(), &'static str> {
-        let (&Entry::Put { revision, replaces, .. } | &Entry::Delete { revision, replaces, .. }) = entry else {
+        let (&Entry::Put { revision, replaces, .. }
+        | &Entry::Delete { revision, replaces, .. }
+        | &Entry::Tombstone { revision, replaces, .. }) = entry
+        else {
             return Ok(());
         };
         if revision <= replaces {
             return Err("a record replaces what is no older");
         }
-        let is_twice = matches!(entry, Entry::Put { .. }) && self.index.is_live(revision, position);
+        let is_twice = entry.id().is_some_and(|id| self.index.is_live(id, position));
         if is_twice { Err("two records of a frame have one revision") } else { Ok(()) }
     }
 
     fn apply(&mut self, entry: Entry<'_>, place: Place) {
         self.records = self.records.saturating_add(1);
+        let is_tombstone = matches!(entry, Entry::Tombstone { .. });
         match entry {
-            Entry::Put { revision, replaces, .. } => {
+            Entry::Put { key, revision, replaces, is_keyed: false, .. } => {
                 // A copy stands behind what it is a copy of, and before the record that replaces both.
                 let is_copy = revision <= self.revision;
                 self.index.remove(if is_copy { revision } else { replaces });
+                self.index.remove_keyed(key);
                 self.index.insert(revision, place);
                 self.revision = self.revision.max(revision);
             }
-            Entry::Delete { revision, replaces, .. } => {
+            // Of these a copy may be taken for a change: what that replaces is gone.
+            Entry::Put { key, revision, replaces, .. } | Entry::Tombstone { key, revision, replaces, .. } => {
                 self.index.remove(replaces);
+                self.index.insert_keyed(key, revision, place, is_tombstone);
+                self.revision = self.revision.max(revision);
+            }
+            Entry::Delete { key, revision, replaces } => {
+                self.index.remove(replaces);
+                self.index.remove_keyed(key);
                 self.revision = self.revision.max(revision);
             }
             Entry::Epoch(epoch) => self.epoch = epoch,

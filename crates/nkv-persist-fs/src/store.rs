@@ -6,8 +6,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nkv_core::{
-    Change, FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef, StoredRef,
-    ValueRef,
+    Change, Epoch, FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef,
+    StoredRef, ValueRef,
 };
 
 use crate::batch::{Batch, has_puts};
@@ -59,6 +59,8 @@ pub struct FsMonitor {
 pub struct FsStats {
     /// How many keys there are.
     pub keys: usize,
+    /// How many deletes are kept, as they had [meta](nkv_core::Meta).
+    pub tombstones: usize,
     /// How many bytes their records have.
     pub live_bytes: u64,
     /// How many bytes the segments have, without the zeros ahead; the reserve and what was kept aside are not counted.
@@ -85,6 +87,7 @@ impl FsMonitor {
         let (index, counters) = (log.index(), log.counters());
         FsStats {
             keys: index.key_count(),
+            tombstones: index.tombstone_count(),
             live_bytes: index.live_bytes(),
             disk_bytes: index.total_bytes(),
             segments: index.segment_count(),
@@ -170,13 +173,19 @@ impl FsPersist {
         log.close()
     }
 
+    /// Makes the frame of a batch, unless something that is known speaks against it.
+    fn encode(&mut self, changes: &[Change]) -> Result<(), PersistError> {
+        lock(&self.shared.log).plan(changes, &mut self.batch)?;
+        self.batch.encode(changes)
+    }
+
     fn hold_back(&mut self, changes: &[Change]) -> Result<(), PersistError> {
-        let mut log = self.shared.lock_for(changes, &mut self.batch)?;
-        log.hold_back(self.batch.frame.len(), !has_puts(changes))
+        let mut log = self.shared.lock_for(changes, &self.batch)?;
+        log.hold_back(&self.batch.frame, !has_puts(changes))
     }
 
     fn store(&mut self, changes: &[Change]) -> Result<(), PersistError> {
-        let mut log = self.shared.lock_for(changes, &mut self.batch)?;
+        let mut log = self.shared.lock_for(changes, &self.batch)?;
         if let Some(pending) = log.commit(changes, &mut self.batch)? {
             drop(log);
             let result = pending.run();
@@ -212,16 +221,35 @@ impl PersistValue for FsPersist {
     }
 
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        let result = self.batch.encode(batch).and_then(|()| self.store(batch));
+        let result = self.encode(batch).and_then(|()| self.store(batch));
         self.wake_if_full(&result);
         result
     }
 
     /// Zeros are written where the batch will stand, and compaction leaves them to it.
     fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
-        let result = self.batch.encode(batch).and_then(|()| self.hold_back(batch));
+        let result = self.encode(batch).and_then(|()| self.hold_back(batch));
         self.wake_if_full(&result);
         result.map(|()| Prepared::Room)
+    }
+
+    fn keeps_meta(&self) -> bool {
+        true
+    }
+
+    /// The new epoch is written where everything else is, into the log: the header of a new segment.
+    fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        let mut compactor = lock(&self.shared.compactor);
+        compactor.forget();
+        lock(&self.shared.log).begin_anew_at_any_price(epoch)?;
+        if let Err(error) = compactor.unlink(&self.shared.log) {
+            let mut log = lock(&self.shared.log);
+            let error = log.poison_in_doubt(error);
+            log.check_usable()?;
+            tracing::warn!(%error, "segments of the epoch before are removed later");
+            self.shared.wake(&mut log);
+        }
+        Ok(())
     }
 
     fn on_failure(&mut self, handler: FailureHandler) {
@@ -270,13 +298,19 @@ fn visit_segment(
         };
         for record in Records::new(body) {
             let record = record.map_err(|reason| damaged(&name, offset, reason))?;
-            if record.put_revision().is_some_and(|revision| index.is_live(revision, position))
-                && let Entry::Put { key, value, revision, expiry, .. } =
-                    record.entry().map_err(|reason| damaged(&name, offset, reason))?
-            {
-                visited = visited.saturating_add(record.bytes.len() as u64);
-                visit(RecordRef { key, value: ValueRef::Lent(value), revision, expiry }.into());
+            if !record.id().is_some_and(|id| index.is_live(id, position)) {
+                continue;
             }
+            let stored = match record.entry().map_err(|reason| damaged(&name, offset, reason))? {
+                Entry::Put { key, value, revision, expiry, meta, .. } => StoredRef::Record {
+                    record: RecordRef { key, value: ValueRef::Lent(value), revision, expiry },
+                    meta,
+                },
+                Entry::Tombstone { key, revision, meta, .. } => StoredRef::Tombstone { key, revision, meta },
+                _ => continue,
+            };
+            visited = visited.saturating_add(record.bytes.len() as u64);
+            visit(stored);
         }
     }
 }
@@ -290,7 +324,7 @@ impl Shared {
     }
 
     /// Locks the log for a batch, once nothing that is known speaks against it.
-    fn lock_for(&self, changes: &[Change], batch: &mut Batch) -> Result<MutexGuard<'_, Log>, PersistError> {
+    fn lock_for(&self, changes: &[Change], batch: &Batch) -> Result<MutexGuard<'_, Log>, PersistError> {
         let (mut log, len) = (lock(&self.log), batch.frame.len());
         // For a batch that was prepared all that needs room was done then.
         let is_prepared = log.take_held_back() == len;
@@ -298,7 +332,6 @@ impl Shared {
             log = self.make_room(log, len);
         }
         log.check_usable()?;
-        log.check_batch(changes, batch)?;
         if has_puts(changes) && !is_prepared {
             // The room that deletes need is not for puts.
             log.regain_reserve_in_time()?;

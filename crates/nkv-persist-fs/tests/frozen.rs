@@ -32,7 +32,8 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 
 /// What is in each of them.
 fn model() -> Model {
-    let load = |at: u64, len: usize| (format!("host.db{at}.load"), (16 + at + 1, vec![b'c'; len], None));
+    let kept = |revision, value: &[u8], expiry| Kept { revision, value: Some(value.to_vec()), expiry, meta: None };
+    let load = |at: u64, len: usize| (format!("host.db{at}.load"), kept(16 + at + 1, &vec![b'c'; len], None));
     let mut model: Model = [0, 1, 2, 4, 6, 7].map(|at| load(at, 200 * at as usize)).into();
     let expiry = Some(Expiry { at: nkv_core::Timestamp::from_millis(1_700_000_060_000), ttl_ms: 60_000 });
     for (key, revision, value, expiry) in [
@@ -42,7 +43,7 @@ fn model() -> Model {
         ("batch.b", 30, "2", None),
         ("batch.a", 31, "3", None),
     ] {
-        model.insert(key.to_owned(), (revision, value.into(), expiry));
+        model.insert(key.to_owned(), kept(revision, value.as_bytes(), expiry));
     }
     model
 }

@@ -249,24 +249,36 @@ mod tests {
     use crate::space::Need;
     use crate::vfs::Open;
 
-    /// The revision of each key that is there.
-    type Newest = HashMap<String, Revision>;
+    /// The revision of each key that is there, or of its tombstone, and whether it has a value.
+    type Newest = HashMap<String, (Revision, bool)>;
 
     /// Stores a value of so many bytes, or deletes the key.
     fn store(log: &mut Log, newest: &mut Newest, key: &str, value_len: Option<usize>) {
+        store_at(log, newest, key, value_len, log.revision().next(), Meta::NONE);
+    }
+
+    fn store_at(
+        log: &mut Log,
+        newest: &mut Newest,
+        key: &str,
+        value_len: Option<usize>,
+        revision: Revision,
+        meta: Meta,
+    ) {
         let action = match value_len {
             Some(len) => Action::Put { value: vec![1; len].into(), expiry: None },
             None => Action::Delete { reason: Reason::Deleted },
         };
-        let revision = log.revision().next();
-        let replaces = newest.remove(key).unwrap_or_default();
-        let changes = [Change { key: Key::new(key).unwrap(), revision, replaces, action, meta: Meta::NONE }];
+        let before = newest.remove(key).filter(|(_, is_value)| *is_value);
+        let replaces = before.map_or(Revision::ZERO, |(revision, _)| revision);
+        let is_left = value_len.is_some() || !meta.is_none();
+        let changes = [Change { key: Key::new(key).unwrap(), revision, replaces, action, meta }];
         let mut batch = Batch::new();
         log.plan(&changes, &mut batch).unwrap();
         batch.encode(&changes).unwrap();
         log.commit(&changes, &mut batch).unwrap();
-        if value_len.is_some() {
-            newest.insert(key.to_owned(), revision);
+        if is_left {
+            newest.insert(key.to_owned(), (revision, value_len.is_some()));
         }
     }
 
@@ -283,7 +295,10 @@ mod tests {
 
     /// What the index says, when `newest` are the keys.
     fn account(log_index: &crate::index::Index, newest: &Newest) -> (usize, u64, u64, Vec<(u64, u64)>) {
-        assert!(newest.values().all(|revision| log_index.contains(*revision)));
+        let is_known = |(key, (revision, _)): (&String, &(Revision, bool))| {
+            log_index.keyed_revision(key) == Some(*revision) || log_index.contains(*revision)
+        };
+        assert!(newest.iter().all(is_known));
         let usages = log_index.segments().map(|number| (number, log_index.live_in(number))).collect();
         (log_index.key_count(), log_index.live_bytes(), log_index.total_bytes(), usages)
     }
@@ -293,17 +308,27 @@ mod tests {
 
         /// Whatever order records, their copies and what replaces them have come to stand in, reading says what counts.
         #[test]
-        fn what_is_read_anew_is_what_was_known(steps in prop::collection::vec((0_u8..8, 0_u8..6), 0..80)) {
+        fn what_is_read_anew_is_what_was_known(steps in prop::collection::vec((0_u8..12, 0_u8..6), 0..80)) {
             let fs = SimFs::new();
             let options = FsOptions::default().with_segment_bytes(4096).with_reserve_bytes(0);
             let (disk, log) = log_of(&fs, options, &[]);
             let (log, mut newest) = (Mutex::new(log), Newest::new());
-            let (mut compactor, mut job, mut is_done) = (Compactor::new(disk), None, false);
+            let (mut compactor, mut job, mut is_done, mut latest) = (Compactor::new(disk), None, false, None);
             for (what, key) in steps {
                 let name = format!("k.{key}");
                 match what {
                     0..4 => store(&mut lock(&log), &mut newest, &name, Some(300 * usize::from(what))),
                     4 => store(&mut lock(&log), &mut newest, &name, None),
+                    // With meta, and at the revision of the change before if it was of another key.
+                    8..12 => {
+                        let log = &mut *lock(&log);
+                        let is_first = log.revision() == Revision::ZERO || latest == Some(key);
+                        let revision = if is_first { log.revision().next() } else { log.revision() };
+                        let is_later = newest.get(&name).is_none_or(|(before, _)| *before < revision);
+                        let revision = if is_later { revision } else { log.revision().next() };
+                        let value_len = (what > 9).then_some(400);
+                        store_at(log, &mut newest, &name, value_len, revision, Meta::new(b"meta"));
+                    }
                     // What is found now is copied later, or not at all.
                     5 => {
                         let job = job.get_or_insert_with(|| compactor.begin(&log).unwrap());
@@ -321,10 +346,13 @@ mod tests {
                         }
                     }
                 }
+                latest = if (5..8).contains(&what) { latest } else { Some(key) };
                 let scan = Scan::run(&Disk::new(Arc::new(fs.fork()), "/data".into()), true).unwrap();
                 let log = lock(&log);
                 prop_assert_eq!(account(&scan.index, &newest), account(log.index(), &newest));
-                prop_assert_eq!((scan.revision, newest.len(), scan.damage), (log.revision(), log.index().key_count(), None));
+                let values = newest.values().filter(|(_, is_value)| *is_value).count();
+                prop_assert_eq!((scan.revision, values, scan.damage), (log.revision(), log.index().key_count(), None));
+                prop_assert_eq!(newest.len() - values, log.index().tombstone_count());
             }
         }
     }
@@ -411,7 +439,7 @@ mod tests {
     #[test]
     fn a_key_that_is_deleted_while_it_is_being_copied_stays_deleted() {
         let (disk, log) = log_of(&SimFs::new(), FsOptions::default(), &[("gone", 1), ("stays", 1)]);
-        let mut newest = Newest::from([("gone".to_owned(), Revision::new(1))]);
+        let mut newest = Newest::from([("gone".to_owned(), (Revision::new(1), true))]);
         let log = Mutex::new(log);
         let mut compactor = Compactor::new(disk);
         let mut job = compactor.begin(&log).unwrap();

@@ -948,6 +948,23 @@ mod tests {
         }
     }
 
+    // The background synced a file whose segment a new epoch had unlinked, and gave up.
+    #[test]
+    fn a_sync_that_is_under_way_when_a_new_epoch_begins_does_no_harm() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = Disk::new(Arc::new(crate::vfs::RealFs::default()), dir.path().join("data"));
+        disk.create_dir().unwrap();
+        let lock = disk.lock(Open::Create).unwrap();
+        let mut log = crate::open::open_log(&disk, &lock, FsOptions::default().with_background(false)).unwrap();
+        append(&mut log, 100);
+        let pending = log.start_sync().unwrap();
+        log.begin_anew(Epoch::new(2)).unwrap();
+        disk.remove(&segment_name(log.leftover().unwrap())).unwrap();
+        let result = pending.run();
+        log.end_sync(&pending, result).unwrap();
+        assert_eq!((log.revision(), log.epoch(), log.is_dirty()), (Revision::ZERO, Epoch::new(2), false));
+    }
+
     // What was not known of a segment counted as an empty one, which holds nothing that is needed.
     #[test]
     fn an_index_that_contradicts_itself_ends_the_log_with_its_reason() {

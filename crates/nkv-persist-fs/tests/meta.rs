@@ -50,8 +50,9 @@ impl Subject {
 
     /// Overwrites a key until nothing is left of the segments that are there now.
     fn churn(&mut self) {
-        let before = segments(&self.fs);
+        let (before, last) = (segments(&self.fs), self.revision + 500);
         while segments(&self.fs).iter().any(|name| before.contains(name)) {
+            assert!(self.revision < last, "{before:?} do not go");
             self.store(&[put("churn", self.revision + 1, vec![1; 900])]);
             self.persist().maintain().unwrap();
         }
@@ -263,10 +264,14 @@ fn begin(fs: &SimFs, options: &FsOptions, old: &[Vec<Change>], new: &[Vec<Change
     begun.is_done = true;
     for batch in new {
         begun.new_issued += 1;
-        if persist.persist(batch).is_err() || persist.maintain().is_err() {
+        if persist.persist(batch).is_err() {
             return begun;
         }
         begun.new += 1;
+        // In a relaxed durability a power cut may take all that comes before this.
+        if begun.new.is_multiple_of(3) && persist.maintain().is_err() {
+            return begun;
+        }
     }
     begun.is_closed = persist.close().is_ok();
     begun

@@ -5,6 +5,8 @@
 pub mod mailbox;
 pub mod rows;
 
+mod apply;
+mod changes;
 mod key;
 mod keyspace;
 mod meta;
@@ -27,6 +29,8 @@ mod table;
 mod wake;
 mod write;
 
+pub use apply::Applied;
+pub use changes::{CHANGES_LEN_MAX, ChangeGroup, Changes, Gap};
 pub use key::{KEY_LEN_MAX, Key, KeyError, Pattern};
 pub use meta::{META_LEN_MAX, Meta};
 pub use notifier::{Delivery, Notifier};

@@ -10,7 +10,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::*;
-use nkv_core::{Change, Epoch, Key, Meta, PersistErrorKind, PersistValue};
+use nkv_core::mailbox::Mailbox;
+use nkv_core::{Action, Change, Epoch, Key, Meta, NotifyKeyValue, PersistErrorKind, PersistValue, Revision, Timestamp};
 use nkv_persist_fs::sim::SimFs;
 use nkv_persist_fs::{Durability, FsOptions, check_with, repair_with};
 
@@ -165,12 +166,70 @@ fn many_keys_of_one_revision_are_replaced_and_deleted_one_by_one() {
     }
 }
 
+/// What the store would be told of a state: its puts.
+fn state_of(model: &Model) -> Vec<Change> {
+    let put = |(key, kept): (&String, &Kept)| {
+        let action = Action::Put { value: kept.value.clone()?.into(), expiry: kept.expiry };
+        let (key, revision) = (Key::new(key).unwrap(), Revision::new(kept.revision));
+        Some(Change { key, revision, replaces: Revision::ZERO, action, meta: Meta::from(kept.meta.as_deref()) })
+    };
+    model.iter().filter_map(put).collect()
+}
+
+#[test]
+fn what_a_store_is_fed_from_elsewhere_is_there_after_restarts_and_compaction() {
+    for seed in 0..6 * scale() as u64 {
+        let (fs, mut rng, mut model, mut at, mut epoch) = (SimFs::new(), Rng(seed), Model::new(), 0, 1);
+        let open_store = || {
+            let persist = nkv_persist_fs::FsPersist::open_with(Arc::new(fs.clone()), DIR, options()).unwrap();
+            NotifyKeyValue::<_, Mailbox>::open_at(persist, Timestamp::from_millis(0)).unwrap()
+        };
+        let mut store = open_store();
+        for batch in mixed_history(seed, 160, 500) {
+            let what = format!("seed {seed}, revision {at}");
+            match rng.below(16) {
+                0 => {
+                    // The source has begun anew, with a part of what there was.
+                    epoch += 1;
+                    model.retain(|_, kept| kept.value.is_some() && rng.below(2) == 0);
+                    let newest = model.values().map(|kept| kept.revision).max().unwrap_or(0);
+                    at = newest + rng.below(2) as u64;
+                    store.replace(state_of(&model), Revision::new(at), Epoch::new(epoch)).unwrap();
+                }
+                1 => {
+                    // A delete was missed.
+                    at += 1;
+                    let gone = model.iter().find(|(_, kept)| kept.value.is_some()).map(|(key, _)| key.clone());
+                    gone.iter().for_each(|key| _ = model.remove(key));
+                    store.replace(state_of(&model), Revision::new(at), store.epoch()).unwrap();
+                }
+                2..5 => {
+                    store.close().unwrap();
+                    let mut persist = open(&fs, &options()).unwrap();
+                    let (state, loaded) = load(&mut persist).unwrap();
+                    assert_eq!((&state, loaded.revision.get()), (&model, at), "{what}");
+                    assert!(epoch == 1 || loaded.epoch == Epoch::new(epoch), "{what}: {}", loaded.epoch);
+                    persist.maintain().unwrap();
+                    persist.close().unwrap();
+                    store = open_store();
+                }
+                _ => {}
+            }
+            let is_new = |change: &&Change| change.revision.get() > at;
+            let batch: Vec<Change> = batch.iter().filter(is_new).cloned().collect();
+            store.apply(batch.clone()).unwrap_or_else(|e| panic!("{what}: {batch:?}: {e}"));
+            apply(&mut model, &batch);
+            at = batch.last().map_or(at, |last| last.revision.get());
+        }
+    }
+}
+
 #[test]
 fn what_does_not_follow_among_changes_of_one_revision_is_rejected() {
     let fs = SimFs::new();
     let mut persist = open(&fs, &options()).unwrap();
     persist.persist(&[put("a", 5, "1"), put("b", 5, "1"), with_meta(delete("c", 5), b"")]).unwrap();
-    let replaces = |change: Change, revision| Change { replaces: nkv_core::Revision::new(revision), ..change };
+    let replaces = |change: Change, revision| Change { replaces: Revision::new(revision), ..change };
     let before = fs.digest();
     for (batch, why) in [
         (vec![put("d", 4, "")], "a revision that has gone by"),
@@ -417,7 +476,7 @@ fn a_version_2_directory_is_gone_on_with_and_becomes_one_of_version_3() {
 
 /// The history behind what a directory of version 2 holds.
 fn history_behind(revision: u64, seed: u64) -> Vec<Vec<Change>> {
-    let at = |change: Change| Change { revision: nkv_core::Revision::new(revision + change.revision.get()), ..change };
+    let at = |change: Change| Change { revision: Revision::new(revision + change.revision.get()), ..change };
     let mut history: Vec<Vec<Change>> =
         mixed_history(seed, 10, 700).into_iter().map(|batch| batch.into_iter().map(at).collect()).collect();
     // First something that version 2 has, then something that it has not.

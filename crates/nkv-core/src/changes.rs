@@ -275,11 +275,9 @@ impl Feed {
             state.held.push_back(Held { group, start, end });
         }
         let pushed = state.pushed;
-        state
-            .readers
-            .iter_mut()
-            .filter(|reader| pushed - reader.read > reader.len_max)
-            .for_each(|reader| reader.next = None);
+        for reader in state.readers.iter_mut().filter(|reader| pushed - reader.read > reader.len_max) {
+            reader.next = None;
+        }
         let unread = state.trim();
         self.log.wake_all(state);
         drop(unread);

@@ -28,17 +28,30 @@ use crate::task::Control;
 /// Dropping it unsubscribes.
 pub struct Subscription {
     queue: Arc<Queue>,
-    handle: Arc<Handle>,
-    /// What it covers, and the numbers of the local subscriptions for it.
-    parts: Vec<(Pattern, u64)>,
+    /// The local subscriptions that feed the queue.
+    parts: Vec<EndOnDrop>,
+}
+
+/// Ends a local subscription.
+pub(crate) struct EndOnDrop {
+    pub(crate) handle: Arc<Handle>,
+    pub(crate) pattern: Pattern,
+    pub(crate) id: u64,
+}
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        // If it fails, the connection is closed, and the subscription with it.
+        drop(self.handle.control(Control::Unsubscribe(self.pattern.clone(), self.id)));
+    }
 }
 
 impl Subscription {
-    pub(crate) fn new(handle: Arc<Handle>, parts: Vec<(Pattern, u64)>) -> Self {
-        Subscription { queue: Arc::new(Queue::of_parts(parts.len())), handle, parts }
+    pub(crate) fn new(parts: Vec<EndOnDrop>) -> Self {
+        Subscription { queue: Arc::new(Queue::of_parts(parts.len())), parts }
     }
 
-    pub(crate) fn parts(&self) -> &[(Pattern, u64)] {
+    pub(crate) fn parts(&self) -> &[EndOnDrop] {
         &self.parts
     }
 
@@ -48,7 +61,7 @@ impl Subscription {
 
     /// What it covers: the patterns that were asked for, without those that another one includes.
     pub fn patterns(&self) -> impl Iterator<Item = &Pattern> {
-        self.parts.iter().map(|(pattern, _)| pattern)
+        self.parts.iter().map(|part| &part.pattern)
     }
 
     /// The next event; `None` after [`Event::Ended`].
@@ -70,15 +83,6 @@ impl Stream for Subscription {
 
     fn size_hint(&self) -> (usize, Option<usize>) {
         (self.queue.len(), None)
-    }
-}
-
-impl Drop for Subscription {
-    fn drop(&mut self) {
-        // If it fails, the connection is closed, and the subscription with it.
-        for (pattern, id) in self.parts.drain(..) {
-            drop(self.handle.control(Control::Unsubscribe(pattern, id)));
-        }
     }
 }
 

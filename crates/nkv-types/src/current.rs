@@ -1,15 +1,14 @@
-//! One value, or all of a branch, always current.
+//! A state that is always current.
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
-use nkv_core::Pattern;
-use nkv_types::{Branch, Error, Result, Watched};
 use tokio::sync::watch;
 
-use crate::client::Handle;
-use crate::error::WireError as _;
-use crate::task::Control;
+use crate::branch::Branch;
+use crate::error::{Error, ErrorKind, Result};
+use crate::watched::Watched;
 
 /// The value of a key as it changes.
 pub type Watch<T> = Current<Watched<T>>;
@@ -20,32 +19,19 @@ pub type BranchWatch<T> = Current<Branch<T>>;
 /// A state as it changes. Clones follow it independently; when the last one is dropped, the subscription ends.
 pub struct Current<S> {
     receiver: watch::Receiver<S>,
-    _end: Arc<EndOnDrop>,
-}
-
-/// Ends the subscription.
-pub(crate) struct EndOnDrop {
-    pub(crate) handle: Arc<Handle>,
-    pub(crate) pattern: Pattern,
-    pub(crate) id: u64,
-}
-
-impl Drop for EndOnDrop {
-    fn drop(&mut self) {
-        // If it fails, the connection is closed, and the subscription with it.
-        drop(self.handle.control(Control::Unsubscribe(self.pattern.clone(), self.id)));
-    }
+    _end: Arc<dyn Any + Send + Sync>,
 }
 
 impl<S> Current<S> {
-    pub(crate) fn new(receiver: watch::Receiver<S>, end: EndOnDrop) -> Self {
+    /// Makes one, for those who keep a state up to date. `end` is dropped with the last clone.
+    pub fn new(receiver: watch::Receiver<S>, end: impl Any + Send + Sync) -> Self {
         Current { receiver, _end: Arc::new(end) }
     }
 
-    /// What is known now. It is never older than what a put of the same client that is done has made of a key, or a delete
+    /// What is known now. It is never older than what a put of the same client or handle that is done has made of a key, or a delete
     /// of up to 1,024 keys.
     ///
-    /// Nothing is copied. What is borrowed must not be held for long, and not across an `await`: the connection waits for it.
+    /// Nothing is copied. What is borrowed must not be held for long, and not across an `await`: what keeps it up to date waits for it.
     pub fn borrow(&self) -> watch::Ref<'_, S> {
         self.receiver.borrow()
     }
@@ -59,14 +45,14 @@ impl<S> Current<S> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Closed`](crate::ErrorKind::Closed): the subscription has ended, and the state stays as it is; it
+    /// [`ErrorKind::Closed`]: the subscription has ended, and the state stays as it is; it
     /// says why.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future loses nothing.
     pub async fn changed(&mut self) -> Result<()> {
-        self.receiver.changed().await.map_err(|_| Error::closed())
+        self.receiver.changed().await.map_err(|_| closed())
     }
 
     /// Waits until what is known is as wanted, and gives it.
@@ -79,7 +65,7 @@ impl<S> Current<S> {
     ///
     /// Dropping the future loses nothing.
     pub async fn wait_for(&mut self, is_wanted: impl FnMut(&S) -> bool) -> Result<watch::Ref<'_, S>> {
-        self.receiver.wait_for(is_wanted).await.map_err(|_| Error::closed())
+        self.receiver.wait_for(is_wanted).await.map_err(|_| closed())
     }
 }
 
@@ -93,4 +79,8 @@ impl<S: fmt::Debug> fmt::Debug for Current<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Current").field(&*self.receiver.borrow()).finish()
     }
+}
+
+fn closed() -> Error {
+    Error::new(ErrorKind::Closed, "the subscription has ended")
 }

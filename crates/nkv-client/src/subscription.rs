@@ -10,9 +10,8 @@ use futures_core::Stream;
 use nkv_core::Pattern;
 use nkv_types::Event;
 
-use crate::client::Handle;
 use crate::queue::Queue;
-use crate::task::Control;
+use crate::watcher::EndOnDrop;
 
 /// A stream of what happens to the keys that a pattern, or several, cover.
 ///
@@ -30,20 +29,6 @@ pub struct Subscription {
     queue: Arc<Queue>,
     /// The local subscriptions that feed the queue.
     parts: Vec<EndOnDrop>,
-}
-
-/// Ends a local subscription.
-pub(crate) struct EndOnDrop {
-    pub(crate) handle: Arc<Handle>,
-    pub(crate) pattern: Pattern,
-    pub(crate) id: u64,
-}
-
-impl Drop for EndOnDrop {
-    fn drop(&mut self) {
-        // If it fails, the connection is closed, and the subscription with it.
-        drop(self.handle.control(Control::Unsubscribe(self.pattern.clone(), self.id)));
-    }
 }
 
 impl Subscription {

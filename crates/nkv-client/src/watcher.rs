@@ -1,15 +1,32 @@
 //! The connection's side of a watch: what keeps a value, or a branch, up to date.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use nkv_core::{Key, Pattern};
 use nkv_types::{Branch, EndReason, Entry, Result, Revision, Watched};
 use tokio::sync::watch;
 
+use crate::client::Handle;
 use crate::queue::KEY_COST;
+use crate::task::Control;
 
 /// How many deletes by wildcard are remembered whose notifications may be on their way.
 const DELETES_MAX: usize = 16;
+
+/// Ends the subscription.
+pub(crate) struct EndOnDrop {
+    pub(crate) handle: Arc<Handle>,
+    pub(crate) pattern: Pattern,
+    pub(crate) id: u64,
+}
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        // If it fails, the connection is closed, and the subscription with it.
+        drop(self.handle.control(Control::Unsubscribe(self.pattern.clone(), self.id)));
+    }
+}
 
 /// The side of the connection's task.
 pub(crate) trait Watcher: Send {

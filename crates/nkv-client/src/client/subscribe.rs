@@ -11,9 +11,9 @@ use tokio::time::timeout;
 
 use super::Client;
 use crate::hub::{Local, Sink};
-use crate::subscription::{EndOnDrop, Subscription};
+use crate::subscription::Subscription;
 use crate::task::Control;
-use crate::watcher::{BranchWatcher, ChannelWatcher, Watcher};
+use crate::watcher::{BranchWatcher, ChannelWatcher, EndOnDrop, Watcher};
 
 impl Client {
     /// Subscribes to a key and all below it, to all below it (`a.*`), or to everything (`*`), or to several of these at once

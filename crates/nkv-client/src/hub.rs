@@ -1010,6 +1010,19 @@ mod tests {
     }
 
     #[test]
+    fn with_one_of_several_patterns_the_subscription_ends() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::default());
+        let (queue, sends) = add_parts(&mut hub, &["a", "b"]);
+        sends.iter().for_each(|send| fill(&mut hub, send, &[]));
+        hub.ended("a", Reason::Replaced);
+        hub.update(&entry("b", 3), 0);
+        assert_eq!(told(&queue), ["Synced", "Ended(Replaced)"]);
+        assert_eq!(hub.remove(&Pattern::new("a").unwrap(), 1), None);
+        assert_eq!(hub.remove(&Pattern::new("b").unwrap(), 2), Some(Send::Unsubscribe("b".into())));
+    }
+
+    #[test]
     fn several_patterns_share_one_limit() {
         let mut hub = Hub::default();
         hub.attach(Epoch::default());

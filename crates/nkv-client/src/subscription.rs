@@ -24,6 +24,9 @@ use crate::watcher::EndOnDrop;
 /// newest state of each key and how many changes were skipped: memory is bounded by the number of keys covered.
 /// Events of the connection and of being synced are conflated in the same way.
 ///
+/// Of several patterns, those that another one includes are left out. `Synced` comes once all have had their snapshot; if one of
+/// them ends, the subscription does.
+///
 /// Dropping it unsubscribes.
 pub struct Subscription {
     queue: Arc<Queue>,

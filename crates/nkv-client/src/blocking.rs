@@ -12,18 +12,16 @@ use std::time::Duration;
 
 use nkv_core::Key;
 use nkv_protocol::{ConnectedClient, Subscriber};
+use nkv_types::{
+    Deleted, EndReason, Entry, Error, ErrorKind, Event, Page, PageOptions, PutOptions, Result, Revision, Stats,
+    SubscribeOptions, Watched,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::{Builder, Runtime};
 
-use crate::error::{Error, ErrorKind, Result};
 use crate::options::ClientBuilder;
-use crate::revision::Revision;
-use crate::types::{
-    ConnectionState, Deleted, EndReason, Entry, Event, Page, PageOptions, PutOptions, ServerVersion, Stats,
-    SubscribeOptions,
-};
-use crate::watch::Watched;
+use crate::types::{ConnectionState, ServerVersion};
 
 /// A connection to a server that is made again whenever it is lost; see [`crate::Client`].
 ///

@@ -7,20 +7,20 @@ use std::time::Duration;
 
 use nkv_core::{Epoch, Key, Pattern};
 use nkv_protocol::{Body, ConnectedClient, Kind, Request, Subscriber, status};
+use nkv_types::{
+    Deleted, Entry, Error, ErrorKind, Page, PageOptions, PutOptions, Result, Revision, Stats, SubscribeOptions,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::WireError as _;
 use crate::hub::{Local, Sink};
 use crate::options::ClientBuilder;
-use crate::revision::Revision;
 use crate::subscription::Subscription;
-use crate::task::{Answer, Ask, Control, Shared, Slot};
-use crate::types::{
-    ConnectionState, Deleted, Entry, Page, PageOptions, PutOptions, ServerVersion, Stats, SubscribeOptions,
-};
+use crate::task::{Answer, Ask, Control, Shared, Slot, is_write};
+use crate::types::{ConnectionState, ServerVersion};
 use crate::watch::{ChannelWatcher, EndOnDrop, Watch};
 
 /// How many keys with their values are asked for at a time, to begin with.
@@ -100,7 +100,7 @@ impl Client {
         Client { handle: Arc::new(handle), request_timeout, subscription_len_max }
     }
 
-    /// Connects to a server with the default options; see [`Addr`](crate::Addr) for how to write an address.
+    /// Connects to a server with the default options; see [`Address`](crate::Address) for how to write an address.
     ///
     /// # Errors
     ///
@@ -174,7 +174,7 @@ impl Client {
         request.ttl_ms = options.ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1));
         let (body, epoch) = self.ask_in(request, options.if_revision.and_then(Revision::epoch)).await?;
         let revision = body.revision.ok_or_else(|| Error::protocol("the server gave no revision"))?;
-        Ok(Revision::of(epoch, revision))
+        Ok(Revision::in_epoch(epoch, revision))
     }
 
     /// Reads a value; `None` if there is no such key.
@@ -198,8 +198,7 @@ impl Client {
     pub async fn get_all(&self, pattern: &str) -> Result<Vec<Entry>> {
         let (mut found, mut limit) = (Vec::<Entry>::new(), GET_PAGE);
         loop {
-            let after = found.last().map(|entry| entry.key.to_string());
-            match self.get_page(pattern, PageOptions { limit: Some(limit), after }).await {
+            match self.get_page(pattern, page_after(limit, found.last().map(|entry| &entry.key))).await {
                 Ok(page) => {
                     let done = !page.more || page.items.is_empty();
                     found.extend(page.items);
@@ -209,7 +208,7 @@ impl Client {
                     limit = limit.saturating_mul(2).min(GET_PAGE);
                 }
                 // The values are larger than expected: fewer at a time.
-                Err(error) if *error.kind() == (ErrorKind::Server { status: status::TOO_LARGE }) && limit > 1 => {
+                Err(error) if *error.kind() == (ErrorKind::Refused { status: status::TOO_LARGE }) && limit > 1 => {
                     limit /= 4
                 }
                 Err(error) => return Err(error),
@@ -222,11 +221,11 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// Those of [`get`](Self::get), and [`ErrorKind::Server`] with status 413 when the page would be too large.
+    /// Those of [`get`](Self::get), and [`ErrorKind::Refused`] with status 413 when the page would be too large.
     pub async fn get_page(&self, pattern: &str, options: PageOptions) -> Result<Page<Entry>> {
-        let after = options.after.as_deref().map(Key::new).transpose()?;
-        let page = self.entries(page_request(Kind::Get, pattern, options.limit, after.as_ref())?).await?;
-        check_order(after.as_ref(), page.items.iter().map(|entry| &entry.key))?;
+        let after = options.after.as_ref();
+        let page = self.entries(page_request(Kind::Get, pattern, options.limit, after)?).await?;
+        check_order(after, page.items.iter().map(|entry| &entry.key))?;
         Ok(page)
     }
 
@@ -238,8 +237,7 @@ impl Client {
     pub async fn list(&self, pattern: &str) -> Result<Vec<(Key, Revision)>> {
         let mut found = Vec::<(Key, Revision)>::new();
         loop {
-            let after = found.last().map(|(key, _)| key.to_string());
-            let page = self.list_page(pattern, PageOptions { limit: Some(LIST_PAGE), after }).await?;
+            let page = self.list_page(pattern, page_after(LIST_PAGE, found.last().map(|(key, _)| key))).await?;
             let done = !page.more || page.items.is_empty();
             found.extend(page.items);
             if done {
@@ -254,12 +252,12 @@ impl Client {
     ///
     /// Those of [`get`](Self::get).
     pub async fn list_page(&self, pattern: &str, options: PageOptions) -> Result<Page<(Key, Revision)>> {
-        let after = options.after.as_deref().map(Key::new).transpose()?;
-        let (body, epoch) = self.ask(page_request(Kind::List, pattern, options.limit, after.as_ref())?).await?;
+        let after = options.after.as_ref();
+        let (body, epoch) = self.ask(page_request(Kind::List, pattern, options.limit, after)?).await?;
         check_count(&body, options.limit.unwrap_or(LIST_PAGE))?;
         let items = keys(&body, epoch)?.collect::<Result<Vec<_>>>()?;
-        check_order(after.as_ref(), items.iter().map(|(key, _)| key))?;
-        Ok(Page { items, more: body.more })
+        check_order(after, items.iter().map(|(key, _)| key))?;
+        Ok(Page::new(items, body.more))
     }
 
     /// Removes all keys that a pattern selects.
@@ -290,11 +288,7 @@ impl Client {
     /// Those of [`get`](Self::get).
     pub async fn exists(&self, pattern: &str) -> Result<bool> {
         Pattern::new(pattern)?;
-        match self.ask(Request::new(Kind::Exists, pattern.to_owned())).await {
-            Ok(_) => Ok(true),
-            Err(error) if *error.kind() == ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(error),
-        }
+        Ok(self.find(Request::new(Kind::Exists, pattern.to_owned()), None).await?.is_some())
     }
 
     /// Who would be told of a change of a key.
@@ -311,7 +305,7 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// Those of [`get`](Self::get), and [`ErrorKind::Server`] with status 400 from a server that cannot tell.
+    /// Those of [`get`](Self::get), and [`ErrorKind::Refused`] with status 400 from a server that cannot tell.
     pub async fn clients(&self) -> Result<Vec<ConnectedClient>> {
         Ok(self.ask(Request::new(Kind::Trace, "")).await?.0.clients)
     }
@@ -341,7 +335,8 @@ impl Client {
     ///
     /// See [`ErrorKind`].
     pub async fn stats(&self) -> Result<Stats> {
-        Ok(Stats::from(self.ask(Request::new(Kind::Stats, "")).await?.0.stats))
+        let stats = self.ask(Request::new(Kind::Stats, "")).await?.0.stats;
+        Ok(Stats::new(stats.numbers, stats.words))
     }
 
     /// Reads a value that is JSON; `None` if there is no such key.
@@ -452,28 +447,29 @@ impl Client {
     async fn entries(&self, request: Request<'static>) -> Result<Page<Entry>> {
         let is_one = Key::check(&request.key).is_ok() && request.after.is_none();
         let most = request.limit.unwrap_or(if is_one { 1 } else { u64::MAX });
-        let (body, epoch) = match self.ask(request).await {
-            Err(error) if *error.kind() == ErrorKind::NotFound => return Ok(Page { items: Vec::new(), more: false }),
-            answer => answer?,
-        };
+        let Some((body, epoch)) = self.find(request, None).await? else { return Ok(Page::new(Vec::new(), false)) };
         check_count(&body, most)?;
         if body.values.len() != body.keys.len() {
             return Err(Error::protocol("the server's answer has more keys than values, or fewer"));
         }
         let entries = keys(&body, epoch)?.zip(&body.values);
-        let entries = entries.map(|(key, value)| key.map(|(key, revision)| Entry { key, value, revision }));
-        Ok(Page { items: entries.collect::<Result<_>>()?, more: body.more })
+        let entries = entries.map(|(key, value)| key.map(|(key, revision)| Entry::new(key, value, revision)));
+        Ok(Page::new(entries.collect::<Result<_>>()?, body.more))
     }
 
     async fn deleted(&self, request: Request<'static>, epoch: Option<Epoch>) -> Result<Deleted> {
-        match self.ask_in(request, epoch).await {
-            Ok((body, epoch)) => {
-                let revision = body.revision.map(|revision| Revision::of(epoch, revision));
-                Ok(Deleted { count: body.count.unwrap_or(0), revision })
-            }
-            Err(error) if *error.kind() == ErrorKind::NotFound => Ok(Deleted::default()),
-            Err(error) => Err(error),
-        }
+        let Some((body, epoch)) = self.find(request, epoch).await? else { return Ok(Deleted::default()) };
+        let mut deleted = Deleted::default();
+        deleted.count = body.count.unwrap_or(0);
+        deleted.revision = body.revision.map(|revision| Revision::in_epoch(epoch, revision));
+        Ok(deleted)
+    }
+
+    /// Asks for what may not be there: `None` if it is not.
+    async fn find(&self, request: Request<'static>, epoch: Option<Epoch>) -> Result<Option<Answer>> {
+        let is_write = is_write(&request);
+        let answer = self.exchange(request, epoch).await?;
+        if answer.0.status == status::NOT_FOUND { Ok(None) } else { read(answer, is_write).map(Some) }
     }
 
     async fn ask(&self, request: Request<'static>) -> Result<Answer> {
@@ -482,7 +478,13 @@ impl Client {
 
     /// Asks, with a condition of this epoch.
     async fn ask_in(&self, request: Request<'static>, epoch: Option<Epoch>) -> Result<Answer> {
-        let is_write = matches!(request.kind, Kind::Put | Kind::Delete);
+        let is_write = is_write(&request);
+        read(self.exchange(request, epoch).await?, is_write)
+    }
+
+    /// Sends a request, with a condition of this epoch, and gives the answer, whatever it says.
+    async fn exchange(&self, request: Request<'static>, epoch: Option<Epoch>) -> Result<Answer> {
+        let is_write = is_write(&request);
         let (reply, mut answer) = oneshot::channel();
         let taken_back = TakeBack(Arc::new(Slot::new(request)));
         let ask = Ask { slot: Arc::clone(&taken_back.0), epoch, reply };
@@ -492,14 +494,14 @@ impl Client {
         });
         let failure = match answered.await {
             Ok(Err(error)) if *error.kind() == ErrorKind::Closed => error,
-            Ok(answer) => return read(answer?, is_write),
+            Ok(answer) => return answer,
             // Asking the system each time would cost as much as the rest; in a forked process there is no answer.
             Err(_) => self.handle.check().err().unwrap_or_else(|| self.timed_out()),
         };
         let was_sent = taken_back.0.give_up();
         answer.close();
         if let Ok(answer) = answer.try_recv() {
-            return read(answer?, is_write); // it came at the last moment
+            return answer; // it came at the last moment
         }
         if was_sent && is_write {
             let message = "it was sent, but no answer came: it may or may not have been done, or may be yet";
@@ -529,6 +531,12 @@ fn read((body, epoch): Answer, is_write: bool) -> Result<Answer> {
         _ if is_write => Err(Error::from_answer_to_write(&body, epoch)),
         _ => Err(Error::from_answer(&body, epoch)),
     }
+}
+
+fn page_after(limit: u64, after: Option<&Key>) -> PageOptions {
+    let mut options = PageOptions::default().with_limit(limit);
+    options.after = after.cloned();
+    options
 }
 
 fn page_request(kind: Kind, pattern: &str, limit: Option<u64>, after: Option<&Key>) -> Result<Request<'static>> {
@@ -565,7 +573,7 @@ fn keys(body: &Body, epoch: Epoch) -> Result<impl Iterator<Item = Result<(Key, R
     Ok(body.keys.iter().zip(&body.revisions).map(move |(key, revision)| {
         let key =
             Key::new(key).map_err(|error| Error::protocol(format!("the server names an impossible key: {error}")))?;
-        Ok((key, Revision::of(epoch, *revision)))
+        Ok((key, Revision::in_epoch(epoch, *revision)))
     }))
 }
 

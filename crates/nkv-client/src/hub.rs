@@ -11,13 +11,12 @@ use std::time::Duration;
 
 use nkv_core::{Epoch, Key, Pattern};
 use nkv_protocol::{Reason, status};
+use nkv_types::{EndReason, Entry, Error, Event, GoneReason, Result, Revision};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use crate::error::{Error, Result};
+use crate::error::WireError as _;
 use crate::queue::{KEY_COST, Known, Queue};
-use crate::revision::Revision;
-use crate::types::{EndReason, Entry, Event, GoneReason};
 use crate::watch::Watcher;
 
 /// A refusal that time may cure is followed by another try after so long, and then after twice that.
@@ -142,7 +141,7 @@ impl Local {
         }
         match &mut self.sink {
             Sink::Watch(watch) => watch.set(Some(entry), entry.revision),
-            Sink::Queue(_) => return self.post(Event::Update { entry: entry.clone(), skipped }, is_new, len),
+            Sink::Queue(_) => return self.post(Event::update(entry.clone(), skipped), is_new, len),
         }
         false
     }
@@ -159,7 +158,7 @@ impl Local {
         match &mut self.sink {
             Sink::Watch(watch) => watch.set(None, revision),
             Sink::Queue(_) => {
-                return self.post(Event::Gone { key: key.clone(), revision, reason, skipped }, false, len);
+                return self.post(Event::gone(key.clone(), revision, reason, skipped), false, len);
             }
         }
         false
@@ -176,7 +175,7 @@ impl Local {
         self.standing = Standing::Joined;
         let is_first = !std::mem::replace(&mut self.synced, true);
         match &mut self.sink {
-            Sink::Queue(queue) if is_first => drop(queue.post(Event::Synced { revision, epoch })),
+            Sink::Queue(queue) if is_first => drop(queue.post(Event::synced(revision, epoch))),
             Sink::Queue(_) => {}
             Sink::Watch(watch) => watch.set_live(true),
         }
@@ -196,7 +195,7 @@ impl Local {
         if let Sink::Queue(queue) = &self.sink
             && self.ready.is_none()
         {
-            queue.post(Event::Connected { epoch });
+            queue.post(Event::connected(epoch));
         }
     }
 
@@ -668,12 +667,12 @@ mod tests {
     }
 
     fn revision(number: u64) -> Revision {
-        Revision::of(Epoch::default(), number)
+        Revision::in_epoch(Epoch::default(), number)
     }
 
     fn entry(key: &str, number: u64) -> Entry {
         let value = bytes::Bytes::from(number.to_string());
-        Entry { key: Key::new(key).unwrap(), value, revision: revision(number) }
+        Entry::new(Key::new(key).unwrap(), value, revision(number))
     }
 
     /// Revisions and ends, as told.

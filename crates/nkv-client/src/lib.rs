@@ -7,29 +7,24 @@
 
 pub mod blocking;
 
-mod addr;
 mod client;
 mod error;
 mod hub;
 mod link;
 mod options;
 mod queue;
-mod revision;
 mod subscription;
 mod task;
 mod types;
 mod watch;
 
-pub use addr::Addr;
 pub use client::Client;
-pub use error::{Error, ErrorKind, Result};
-pub use nkv_core::{Epoch, Key, Pattern};
 pub use nkv_protocol::{ConnectedClient, Subscriber};
-pub use options::ClientBuilder;
-pub use revision::Revision;
-pub use subscription::Subscription;
-pub use types::{
-    ConnectionState, Deleted, EndReason, Entry, Event, GoneReason, Page, PageOptions, PutOptions, ServerVersion, Stats,
-    SubscribeOptions,
+pub use nkv_types::{
+    Address, Deleted, EndReason, Entry, Epoch, Error, ErrorKind, Event, GoneReason, Key, Page, PageOptions, Pattern,
+    PutOptions, Result, Revision, Stats, SubscribeOptions, Watched,
 };
-pub use watch::{Watch, Watched};
+pub use options::ClientBuilder;
+pub use subscription::Subscription;
+pub use types::{ConnectionState, ServerVersion};
+pub use watch::Watch;

@@ -10,13 +10,13 @@ use std::time::Duration;
 use bytes::{Buf, BytesMut};
 use nkv_core::Epoch;
 use nkv_protocol::{Body, Features, Kind, Message, MessageDecoder, Request, ValueForm, status};
+use nkv_types::{Address, Error, ErrorKind, Result};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::addr::Addr;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::WireError as _;
 
 /// What this client understands beyond the first version of the protocol.
 const FEATURES: Features =
@@ -41,7 +41,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 /// What a connection needs to know to be made.
 #[derive(Clone, Debug)]
 pub(crate) struct LinkOptions {
-    pub(crate) addr: Addr,
+    pub(crate) addr: Address,
     pub(crate) client_uuid: String,
     pub(crate) name: Option<String>,
     pub(crate) token: Option<String>,
@@ -186,7 +186,7 @@ impl Link {
 
     /// Takes the next whole message of what was read.
     pub(crate) fn next_message(&mut self) -> Result<Option<Message>> {
-        let (consumed, message) = self.decoder.decode(&self.input)?;
+        let (consumed, message) = self.decoder.decode(&self.input).map_err(Error::message)?;
         self.input.advance(consumed);
         if message.is_none() && self.input.len() > self.message_len_max {
             let limit = self.message_len_max;
@@ -252,18 +252,17 @@ impl Link {
     }
 }
 
-async fn connect(addr: &Addr) -> io::Result<Box<dyn Io>> {
+async fn connect(addr: &Address) -> io::Result<Box<dyn Io>> {
     match addr {
-        Addr::Tcp { host, port } => {
+        Address::Tcp { host, port } => {
             let stream = connect_to_any(tokio::net::lookup_host((host.as_str(), *port)).await?.collect()).await?;
             stream.set_nodelay(true)?;
             keep_alive(&stream);
             Ok(Box::new(stream))
         }
         #[cfg(unix)]
-        Addr::Unix { path } => Ok(Box::new(tokio::net::UnixStream::connect(path).await?)),
-        #[cfg(not(unix))]
-        Addr::Unix { .. } => Err(io::Error::new(io::ErrorKind::Unsupported, "no Unix sockets on this system")),
+        Address::Unix { path } => Ok(Box::new(tokio::net::UnixStream::connect(path).await?)),
+        _ => Err(io::Error::new(io::ErrorKind::Unsupported, "an address of a kind that this client cannot connect to")),
     }
 }
 

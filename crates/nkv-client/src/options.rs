@@ -4,12 +4,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nkv_types::{Address, Error, ErrorKind, Result};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 
-use crate::addr::Addr;
 use crate::client::{Client, Handle};
-use crate::error::{Error, ErrorKind, Result};
 use crate::link::{Link, LinkOptions};
 use crate::task::{Pace, Shared, Task};
 use crate::types::ConnectionState;
@@ -180,7 +179,7 @@ impl ClientBuilder {
 
     fn link_options(&self) -> Result<LinkOptions> {
         Ok(LinkOptions {
-            addr: self.addr.parse::<Addr>()?,
+            addr: self.addr.parse::<Address>()?,
             client_uuid: self.client_uuid.clone().map_or_else(random_name, Ok)?,
             name: self.name.clone(),
             token: self.token.clone(),

@@ -5,8 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use nkv_core::Key;
-
-use crate::types::Event;
+use nkv_types::Event;
 
 /// Events between the connection's task and one reader. A newer event of a key replaces a pending one and moves to the
 /// end, but not past [`Event::Synced`]: after that the reader knows some state of every key. A key that comes and goes
@@ -65,7 +64,8 @@ impl Slot {
             Event::Gone { key, .. } => Slot::Key(key.clone()),
             Event::Reconnecting | Event::Connected { .. } => Slot::Connection,
             Event::Synced { .. } => Slot::Synced,
-            Event::Ended(_) => Slot::Ended,
+            // `Ended`: there are no others, and after one of a later version nothing could be relied on.
+            _ => Slot::Ended,
         }
     }
 
@@ -222,12 +222,11 @@ mod tests {
     use nkv_core::Epoch;
 
     use super::*;
-    use crate::revision::Revision;
-    use crate::types::{EndReason, Entry, GoneReason};
+    use nkv_types::{EndReason, Entry, GoneReason, Revision};
 
     fn update(key: &str, revision: u64) -> Event {
-        let entry = Entry { key: Key::new(key).unwrap(), value: Bytes::new(), revision: Revision::new(revision) };
-        Event::Update { entry, skipped: 0 }
+        let entry = Entry::new(Key::new(key).unwrap(), Bytes::new(), Revision::new(revision));
+        Event::update(entry, 0)
     }
 
     fn drain(queue: &Queue) -> Vec<Event> {
@@ -246,14 +245,9 @@ mod tests {
             queue.post(update(if revision % 2 == 0 { "even" } else { "odd" }, revision));
         }
         assert_eq!(queue.len(), 2);
-        let gone = Event::Gone {
-            key: Key::new("odd").unwrap(),
-            revision: Revision::new(1_001),
-            reason: GoneReason::Deleted,
-            skipped: 3,
-        };
+        let gone = Event::gone(Key::new("odd").unwrap(), Revision::new(1_001), GoneReason::Deleted, 3);
         queue.post(gone);
-        let [Event::Update { entry, skipped: 499 }, Event::Gone { skipped: 503, .. }] = &drain(&queue)[..] else {
+        let [Event::Update { entry, skipped: 499, .. }, Event::Gone { skipped: 503, .. }] = &drain(&queue)[..] else {
             panic!("two events were expected")
         };
         assert_eq!(entry.revision, Revision::new(1_000));
@@ -262,11 +256,11 @@ mod tests {
     #[test]
     fn whoever_is_synced_knows_some_state_of_every_key() {
         let queue = Queue::default();
-        let synced = Event::Synced { revision: Revision::new(2), epoch: Epoch::default() };
+        let synced = Event::synced(Revision::new(2), Epoch::default());
         for event in [update("a", 1), update("b", 2), synced.clone(), update("a", 3), update("c", 4), update("c", 5)] {
             queue.post(event);
         }
-        let [Event::Update { entry, skipped: 1 }, b, end, Event::Update { .. }] = &drain(&queue)[..] else {
+        let [Event::Update { entry, skipped: 1, .. }, b, end, Event::Update { .. }] = &drain(&queue)[..] else {
             panic!("four events were expected")
         };
         assert_eq!((entry.revision, b, end), (Revision::new(3), &update("b", 2), &synced));
@@ -277,8 +271,8 @@ mod tests {
         let queue = Queue::default();
         for revision in 0..1_000 {
             queue.post(Event::Reconnecting);
-            queue.post(Event::Connected { epoch: Epoch::default() });
-            queue.post(Event::Synced { revision: Revision::new(revision), epoch: Epoch::default() });
+            queue.post(Event::connected(Epoch::default()));
+            queue.post(Event::synced(Revision::new(revision), Epoch::default()));
         }
         assert_eq!(drain(&queue).len(), 2);
     }
@@ -286,8 +280,8 @@ mod tests {
     #[test]
     fn what_comes_in_a_new_epoch_stands_behind_the_event_that_names_it() {
         let queue = Queue::default();
-        let connected = |epoch| Event::Connected { epoch: Epoch::new(epoch) };
-        let synced = |epoch| Event::Synced { revision: Revision::new(9), epoch: Epoch::new(epoch) };
+        let connected = |epoch| Event::connected(Epoch::new(epoch));
+        let synced = |epoch| Event::synced(Revision::new(9), Epoch::new(epoch));
         for event in [update("a", 5), update("b", 6), synced(1), Event::Reconnecting, connected(2), update("a", 1)] {
             queue.post(event);
         }
@@ -300,7 +294,7 @@ mod tests {
             .iter()
             .map(|event| match event {
                 Event::Update { entry, .. } => format!("{}@{}", entry.key, entry.revision),
-                Event::Connected { epoch } => format!("epoch {}", epoch.get()),
+                Event::Connected { epoch, .. } => format!("epoch {}", epoch.get()),
                 Event::Synced { .. } => "synced".into(),
                 other => format!("{other:?}"),
             })
@@ -312,11 +306,11 @@ mod tests {
     fn a_key_that_comes_back_in_a_new_epoch_does_not_take_the_place_of_its_end_in_the_old_one() {
         let (queue, known) = (Queue::default(), Known { is_new: false, is_synced: true });
         let (gone_revision, reason) = (Revision::new(2), GoneReason::Deleted);
-        let gone = Event::Gone { key: Key::new("a").unwrap(), revision: gone_revision, reason, skipped: 0 };
+        let gone = Event::gone(Key::new("a").unwrap(), gone_revision, reason, 0);
         queue.post_change(gone, known);
         queue.post(Event::Reconnecting);
-        queue.post(Event::Connected { epoch: Epoch::new(2) });
-        queue.post(Event::Synced { revision: Revision::new(2), epoch: Epoch::new(2) });
+        queue.post(Event::connected(Epoch::new(2)));
+        queue.post(Event::synced(Revision::new(2), Epoch::new(2)));
         queue.post_change(update("a", 3), Known { is_new: true, ..known });
         queue.post_change(update("b", 4), Known { is_new: true, ..known });
         let [Event::Connected { .. }, Event::Update { entry, .. }, Event::Synced { .. }, Event::Update { .. }] =
@@ -332,10 +326,10 @@ mod tests {
         let queue = Queue::default();
         for epoch in 0..1_000 {
             queue.post(Event::Reconnecting);
-            queue.post(Event::Connected { epoch: Epoch::new(epoch) });
+            queue.post(Event::connected(Epoch::new(epoch)));
             queue.post(update("a", 1));
             queue.post(update(if epoch % 2 == 0 { "b" } else { "c" }, 1));
-            queue.post(Event::Synced { revision: Revision::new(1), epoch: Epoch::new(epoch) });
+            queue.post(Event::synced(Revision::new(1), Epoch::new(epoch)));
         }
         let (len, kept) = (queue.len(), queue.lock().connections.len());
         assert!(len <= 8 && kept <= 4, "{len} events, {kept} of connections");
@@ -347,7 +341,7 @@ mod tests {
         let new = Known { is_new: true, ..known };
         let gone = |key: &str| {
             let (key, reason) = (Key::new(key).unwrap(), GoneReason::Deleted);
-            Event::Gone { key, revision: Revision::new(9), reason, skipped: 0 }
+            Event::gone(key, Revision::new(9), reason, 0)
         };
         queue.post_change(update("known", 1), new);
         drain(&queue);
@@ -367,11 +361,11 @@ mod tests {
 
     #[test]
     fn of_what_was_put_before_a_snapshot_ended_nothing_is_left_out() {
-        let synced = Event::Synced { revision: Revision::new(6), epoch: Epoch::default() };
+        let synced = Event::synced(Revision::new(6), Epoch::default());
         let new = Known { is_new: true, is_synced: false };
         let gone = || {
             let (key, reason) = (Key::new("a").unwrap(), GoneReason::Deleted);
-            Event::Gone { key, revision: Revision::new(7), reason, skipped: 0 }
+            Event::gone(key, Revision::new(7), reason, 0)
         };
         let queue = Queue::default();
         queue.post_change(update("a", 6), new);

@@ -8,11 +8,11 @@ use std::task::{Context, Poll};
 
 use futures_core::Stream;
 use nkv_core::Pattern;
+use nkv_types::Event;
 
 use crate::client::Handle;
 use crate::queue::Queue;
 use crate::task::Control;
-use crate::types::Event;
 
 /// A stream of what happens to the keys that a pattern covers.
 ///

@@ -11,17 +11,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
 use nkv_core::{Epoch, Key, Pattern};
 use nkv_protocol::{Body, Features, Kind, Message, Reason, Request, status};
+use nkv_types::{Entry, Error, ErrorKind, GoneReason, Result, Revision};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::WireError as _;
 use crate::hub::{Hub, Local, Send};
 use crate::link::{Link, LinkOptions};
-use crate::revision::Revision;
-use crate::types::{ConnectionState, Entry, GoneReason};
+use crate::types::ConnectionState;
 
 /// So many requests are taken at a time. Their callers can take them back until they are encoded.
 const BATCH: usize = 64;
@@ -273,7 +272,7 @@ fn is_wildcard(pattern: &str) -> bool {
     pattern.ends_with('*')
 }
 
-fn is_write(request: &Request<'_>) -> bool {
+pub(crate) fn is_write(request: &Request<'_>) -> bool {
     matches!(request.kind, Kind::Put | Kind::Delete)
 }
 
@@ -619,16 +618,16 @@ impl Task {
             }
             Message::Answer(body) => self.answer(body, epoch)?,
             Message::Update { key, value, revision, skipped, .. } => {
-                let entry = Entry { key: peer_key(&key)?, value, revision: Revision::of(epoch, revision) };
+                let entry = Entry::new(peer_key(&key)?, value, Revision::in_epoch(epoch, revision));
                 self.hub.update(&entry, skipped);
             }
             Message::Close { key, reason: reason @ (Reason::Deleted | Reason::Expired), revision, skipped, .. } => {
                 let reason = if reason == Reason::Deleted { GoneReason::Deleted } else { GoneReason::Expired };
-                self.hub.gone(&peer_key(&key)?, Revision::of(epoch, revision), reason, skipped);
+                self.hub.gone(&peer_key(&key)?, Revision::in_epoch(epoch, revision), reason, skipped);
             }
             Message::Close { key, reason, .. } => self.hub.ended(&key, reason),
             Message::Reset { key, .. } => self.hub.reset(key)?,
-            Message::Synced { revision, .. } => self.hub.synced(Revision::of(epoch, revision))?,
+            Message::Synced { revision, .. } => self.hub.synced(Revision::in_epoch(epoch, revision))?,
             // A sign of life has done its work by coming. What a later version of the protocol says is passed over.
             _ => {}
         }
@@ -667,7 +666,7 @@ impl Task {
         let (status::OK, Some(revision)) = (body.status, body.revision) else { return };
         if is_wildcard(&request.key) {
             if let (Ok(pattern), Some(count)) = (Pattern::new(&request.key), body.count) {
-                self.hub.own_delete(&pattern, Revision::of(epoch, revision), count);
+                self.hub.own_delete(&pattern, Revision::in_epoch(epoch, revision), count);
             }
             return;
         }
@@ -675,11 +674,11 @@ impl Task {
             return;
         }
         let Ok(key) = Key::new(&request.key) else { return };
-        let revision = Revision::of(epoch, revision);
+        let revision = Revision::in_epoch(epoch, revision);
         match (request.kind, request.value.take()) {
             (Kind::Delete, _) => self.hub.own_write(&key, None, revision),
             (_, Some(value)) => {
-                let entry = Entry { key: key.clone(), value: Bytes::from(value.into_owned()), revision };
+                let entry = Entry::new(key.clone(), value.into_owned(), revision);
                 self.hub.own_write(&key, Some(&entry), revision);
             }
             // It began to be watched after it was sent: its snapshot was asked for behind it, and has it.
@@ -776,8 +775,8 @@ mod tests {
     use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex};
 
     use super::*;
-    use crate::addr::Addr;
     use crate::hub::Sink;
+    use nkv_types::Address;
 
     const HEARTBEAT: Duration = Duration::from_secs(10);
 
@@ -796,7 +795,7 @@ mod tests {
         let (control, control_rx) = mpsc::unbounded_channel();
         let state = watch::Sender::new(ConnectionState::Connected);
         let link_options = LinkOptions {
-            addr: Addr::default(),
+            addr: Address::default(),
             client_uuid: "test".into(),
             name: None,
             token: None,

@@ -4,27 +4,12 @@ use std::fmt;
 use std::sync::Arc;
 
 use nkv_core::Pattern;
+use nkv_types::{Entry, Error, Result, Revision, Watched};
 use tokio::sync::watch;
 
 use crate::client::Handle;
-use crate::error::{Error, Result};
-use crate::revision::Revision;
+use crate::error::WireError as _;
 use crate::task::Control;
-use crate::types::Entry;
-
-/// What is known of a watched key.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Watched<T> {
-    /// The value; `None` if there is no such key. Beside an error the last one that could be read.
-    pub value: Option<T>,
-    /// The revision of the key's newest state; [`Revision::ZERO`] if there is no such key.
-    pub revision: Revision,
-    /// Why the newest value could not be read, if it could not.
-    pub error: Option<Error>,
-    /// Whether this is what the server says now: false while the connection is lost, and from the end on.
-    pub is_live: bool,
-}
 
 /// The value of a key as it changes. Clones follow it independently; when the last one is dropped, the subscription ends.
 #[derive(Clone)]
@@ -118,8 +103,7 @@ pub(crate) struct ChannelWatcher<T, F> {
 impl<T, F: Fn(&Entry) -> Result<T>> ChannelWatcher<T, F> {
     /// The watcher, and where its values come.
     pub(crate) fn new(read: F) -> (Self, watch::Receiver<Watched<T>>) {
-        let nothing = Watched { value: None, revision: Revision::ZERO, error: None, is_live: false };
-        let (sender, receiver) = watch::channel(nothing);
+        let (sender, receiver) = watch::channel(Watched::default());
         (ChannelWatcher { sender, read, newest: Revision::ZERO }, receiver)
     }
 }

@@ -70,7 +70,7 @@ async fn a_value_over_the_servers_limit_is_refused_without_it() {
     });
     let client = client.unwrap();
     let error = client.put("a", vec![b'x'; 11]).await.unwrap_err();
-    assert_eq!(error.kind(), &ErrorKind::Server { status: 413 });
+    assert_eq!(error.kind(), &ErrorKind::Refused { status: 413 });
     assert!(error.to_string().contains("11 bytes") && error.to_string().contains("10 at most"), "{error}");
     let (put, ()) = tokio::join!(client.put("b", "short"), async {
         let (kind, id, key) = peer.request().await.unwrap();
@@ -162,7 +162,7 @@ async fn a_refused_second_subscription_leaves_the_first_as_it_is() {
         peer.send(&refusal(&id, 429)).await;
     });
     let error = second.unwrap_err();
-    assert_eq!(error.kind(), &ErrorKind::Server { status: 429 });
+    assert_eq!(error.kind(), &ErrorKind::Refused { status: 429 });
     assert!(error.is_retryable());
     peer.update("a", "2", 2).await;
     assert_eq!(short(&next(&mut first).await), "a=2");

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use common::{next, server, short, shorts, until_synced, within};
 use nkv_client::{
-    Client, ConnectionState, Deleted, EndReason, ErrorKind, Event, GoneReason, PageOptions, PutOptions, Revision,
+    Client, ConnectionState, Deleted, EndReason, ErrorKind, Event, GoneReason, Key, PageOptions, PutOptions, Revision,
     blocking,
 };
 use serde::{Deserialize, Serialize};
@@ -88,11 +88,14 @@ async fn what_is_too_large_for_one_answer_comes_in_pages() {
     let all = within(client.get_all("*")).await.unwrap();
     assert_eq!(all.len(), 70);
     assert!(all.is_sorted_by(|a, b| a.key < b.key) && all.iter().all(|entry| entry.value.len() == 1 << 20));
-    let page = client.list_page("big.*", PageOptions::default().with_limit(3).with_after("big.10")).await.unwrap();
+    let page = client
+        .list_page("big.*", PageOptions::default().with_limit(3).with_after(Key::new("big.10").unwrap()))
+        .await
+        .unwrap();
     let keys: Vec<_> = page.items.iter().map(|(key, _)| key.as_str()).collect();
     assert_eq!((keys, page.more), (vec!["big.11", "big.12", "big.13"], true));
     let error = client.put("big.x", vec![7; (1 << 20) + 1]).await.unwrap_err();
-    assert_eq!(error.kind(), &ErrorKind::Server { status: 413 });
+    assert_eq!(error.kind(), &ErrorKind::Refused { status: 413 });
 }
 
 #[tokio::test]

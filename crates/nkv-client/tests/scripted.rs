@@ -284,7 +284,7 @@ async fn a_subscription_that_is_refused_says_so_at_once_or_at_its_end() {
         peer.send(&refuse(&id)).await;
     });
     let error = refused.unwrap_err();
-    assert_eq!(error.kind(), &ErrorKind::Server { status: 403 });
+    assert_eq!(error.kind(), &ErrorKind::Refused { status: 403 });
     assert!(error.to_string().contains("not yours"));
 
     let (subscription, ()) = tokio::join!(client.subscribe("b"), async {

@@ -123,9 +123,9 @@ impl World {
         self.count(&format!("{:?}", error.kind()).split(' ').next().unwrap_or_default().to_lowercase());
         let is_write = what.starts_with("put") || what.starts_with("delete");
         let excusable = match error.kind() {
-            ErrorKind::Conflict { .. } | ErrorKind::NotFound => return Err(failure),
+            ErrorKind::Conflict { .. } => return Err(failure),
             ErrorKind::OutcomeUnknown => is_write,
-            ErrorKind::Timeout | ErrorKind::Server { status: 503 } => true,
+            ErrorKind::Timeout | ErrorKind::Refused { status: 503 } => true,
             _ => false,
         };
         // The client may have given up a connection of which the proxy does not know yet.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use nkv_client::{PageOptions, PutOptions, Revision};
+use nkv_client::{Key, PageOptions, PutOptions, Revision};
 
 const AFTER_HELP: &str = "\
 ADDR is HOST[:PORT], nkv://HOST[:PORT], unix:PATH or /PATH; without it NKV_ADDR counts, then 127.0.0.1:4222.
@@ -174,10 +174,10 @@ impl PageArgs {
         self.limit.is_some() || self.after.is_some()
     }
 
-    pub(crate) fn options(&self) -> PageOptions {
+    pub(crate) fn options(&self) -> nkv_client::Result<PageOptions> {
         let mut options = PageOptions::default();
-        (options.limit, options.after) = (self.limit, self.after.clone());
-        options
+        (options.limit, options.after) = (self.limit, self.after.as_deref().map(Key::new).transpose()?);
+        Ok(options)
     }
 }
 

@@ -80,7 +80,7 @@ impl Failure {
         if let Failure::Client(error) = self {
             match error.kind() {
                 ErrorKind::Conflict { revision } => object["revision"] = revision.get().into(),
-                ErrorKind::Server { status } => object["status"] = (*status).into(),
+                ErrorKind::Refused { status } => object["status"] = (*status).into(),
                 _ => {}
             }
         }
@@ -93,7 +93,6 @@ fn exit_of(kind: &ErrorKind) -> Exit {
     match kind {
         ErrorKind::InvalidAddress | ErrorKind::InvalidKey => Exit::Usage,
         ErrorKind::CannotConnect => Exit::CannotConnect,
-        ErrorKind::NotFound => Exit::NotFound,
         ErrorKind::Conflict { .. } => Exit::Conflict,
         ErrorKind::Timeout | ErrorKind::OutcomeUnknown => Exit::Timeout,
         _ => Exit::Failed,

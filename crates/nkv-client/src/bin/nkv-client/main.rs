@@ -15,7 +15,7 @@ use std::future::pending;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use nkv_client::{Addr, Client};
+use nkv_client::{Address, Client};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
@@ -85,11 +85,11 @@ async fn connect(addr: Option<String>, args: &Args) -> Result<Client, Failure> {
     let addr = match addr {
         Some(addr) => addr,
         None => match variable("NKV_ADDR")? {
-            Some(addr) => match addr.parse::<Addr>() {
+            Some(addr) => match addr.parse::<Address>() {
                 Ok(_) => addr,
                 Err(error) => return Err(Failure::Usage(format!("NKV_ADDR: {error:#}"))),
             },
-            None => Addr::default().to_string(),
+            None => Address::default().to_string(),
         },
     };
     let mut builder = Client::builder(&addr);
@@ -125,9 +125,9 @@ async fn connect(addr: Option<String>, args: &Args) -> Result<Client, Failure> {
 /// Whether somebody is there: a server that hangs is not one that is absent.
 async fn takes_connections(addr: &str) -> bool {
     let connected = async {
-        match addr.parse::<Addr>() {
-            Ok(Addr::Tcp { host, port }) => TcpStream::connect((host.as_str(), port)).await.is_ok(),
-            Ok(Addr::Unix { path }) => UnixStream::connect(path).await.is_ok(),
+        match addr.parse::<Address>() {
+            Ok(Address::Tcp { host, port }) => TcpStream::connect((host.as_str(), port)).await.is_ok(),
+            Ok(Address::Unix { path }) => UnixStream::connect(path).await.is_ok(),
             _ => false,
         }
     };

@@ -7,7 +7,7 @@ use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use nkv_client::{Client, PageOptions};
+use nkv_client::{Client, Key, PageOptions};
 use rustyline::completion::{Completer, Pair, Quote, escape, unescape};
 use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
@@ -192,8 +192,9 @@ impl Words {
     }
 
     async fn look_up(&self, known: &mut Known) -> nkv_client::Result<()> {
-        let mut after = Some(known.word.trim_end_matches('.').to_owned()).filter(|after| !after.is_empty());
-        if after.as_ref() == Some(&known.word)
+        let word = known.word.trim_end_matches('.');
+        let mut after = if word.is_empty() { None } else { Some(Key::new(word)?) };
+        if after.as_ref().is_some_and(|after| after.as_str() == known.word)
             && let Some((key, _)) = self.client.list(&known.word).await?.first()
         {
             known.add(key.as_str());
@@ -205,7 +206,7 @@ impl Words {
             if !page.items.iter().all(|(key, _)| known.add(key.as_str())) || !page.more || known.says_all() {
                 return Ok(());
             }
-            after = page.items.last().map(|(key, _)| key.to_string());
+            after = page.items.last().map(|(key, _)| key.clone());
         }
     }
 }

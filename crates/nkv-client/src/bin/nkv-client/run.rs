@@ -129,7 +129,7 @@ async fn get(client: &Client, key: &str, page: &PageArgs, out: Output) -> Result
     let (entries, more) = if single {
         (client.get(key).await?.into_iter().collect(), false)
     } else if page.is_given() {
-        let page = client.get_page(key, page.options()).await?;
+        let page = client.get_page(key, page.options()?).await?;
         (page.items, page.more)
     } else {
         (client.get_all(key).await?, false)
@@ -149,7 +149,7 @@ async fn get(client: &Client, key: &str, page: &PageArgs, out: Output) -> Result
 
 async fn list(client: &Client, key: &str, page: &PageArgs, out: Output) -> Result<Exit, Failure> {
     let (keys, more) = if page.is_given() {
-        let page = client.list_page(key, page.options()).await?;
+        let page = client.list_page(key, page.options()?).await?;
         (page.items, page.more)
     } else {
         (client.list(key).await?, false)

@@ -1,4 +1,4 @@
-//! Where a server is: parsed once, before anything is connected.
+//! Where a server is, or listens: parsed once, at the edge.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind};
 /// The port of a server that was given none.
 const PORT: u16 = 4222;
 
-/// Where a server is.
+/// Where a server is, or where it listens.
 ///
 /// | written | meaning |
 /// |---|---|
@@ -19,21 +19,21 @@ const PORT: u16 = 4222;
 /// # Examples
 ///
 /// ```
-/// use nkv_client::Addr;
+/// use nkv_types::Address;
 ///
-/// let addr: Addr = "nkv://db1".parse()?;
+/// let addr: Address = "nkv://db1".parse()?;
 /// assert_eq!(addr.to_string(), "db1:4222");
-/// assert_eq!("unix:///run/nkv.sock".parse::<Addr>()?, "/run/nkv.sock".parse()?);
-/// # Ok::<(), nkv_client::Error>(())
+/// assert_eq!("unix:///run/nkv.sock".parse::<Address>()?, "/run/nkv.sock".parse()?);
+/// # Ok::<(), nkv_types::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Addr {
+pub enum Address {
     /// A host and a port.
     Tcp {
         /// A name or an IP address, without brackets.
         host: String,
-        /// The port.
+        /// The port; 0, where one listens: any free one.
         port: u16,
     },
     /// A socket in the file system.
@@ -43,13 +43,13 @@ pub enum Addr {
     },
 }
 
-impl Default for Addr {
+impl Default for Address {
     fn default() -> Self {
-        Addr::Tcp { host: "127.0.0.1".into(), port: PORT }
+        Address::Tcp { host: "127.0.0.1".into(), port: PORT }
     }
 }
 
-impl FromStr for Addr {
+impl FromStr for Address {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
@@ -57,7 +57,7 @@ impl FromStr for Addr {
     }
 }
 
-fn parse(text: &str) -> Result<Addr, String> {
+fn parse(text: &str) -> Result<Address, String> {
     if let Some(path) = text.strip_prefix("unix:") {
         return match path.strip_prefix("//") {
             Some(path) if !path.starts_with('/') => Err(format!("write unix:{path} for a relative path")),
@@ -96,21 +96,24 @@ fn parse(text: &str) -> Result<Addr, String> {
     if host.is_empty() {
         return Err("the host is missing; write host:port, such as 127.0.0.1:4222".into());
     }
+    if port.is_empty() && host.parse::<u16>().is_ok() {
+        return Err(format!("the host is missing; write host:port, such as 127.0.0.1:{host}"));
+    }
     let port = if port.is_empty() { Ok(PORT) } else { port.parse() };
     let port = port.map_err(|_| "the port must be a number from 0 to 65535".to_owned())?;
-    Ok(Addr::Tcp { host: host.to_owned(), port })
+    Ok(Address::Tcp { host: host.to_owned(), port })
 }
 
-fn unix(path: &str) -> Addr {
-    Addr::Unix { path: PathBuf::from(path) }
+fn unix(path: &str) -> Address {
+    Address::Unix { path: PathBuf::from(path) }
 }
 
-impl fmt::Display for Addr {
+impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Addr::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
-            Addr::Tcp { host, port } => write!(f, "{host}:{port}"),
-            Addr::Unix { path } => write!(f, "unix:{}", path.display()),
+            Address::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Address::Tcp { host, port } => write!(f, "{host}:{port}"),
+            Address::Unix { path } => write!(f, "unix:{}", path.display()),
         }
     }
 }
@@ -134,9 +137,9 @@ mod tests {
             ("./nkv.sock", "unix:./nkv.sock"),
         ];
         for (text, shown) in cases {
-            let addr: Addr = text.parse().unwrap();
+            let addr: Address = text.parse().unwrap();
             assert_eq!(addr.to_string(), shown, "{text}");
-            assert_eq!(shown.parse::<Addr>().unwrap(), addr, "{shown}");
+            assert_eq!(shown.parse::<Address>().unwrap(), addr, "{shown}");
         }
     }
 
@@ -145,6 +148,7 @@ mod tests {
         let cases = [
             ("", "host is missing"),
             (":4222", "host is missing"),
+            ("4222", "127.0.0.1:4222"),
             ("db1:", "port is missing"),
             ("db1:70000", "port must be a number"),
             ("::1", "in brackets"),
@@ -155,7 +159,7 @@ mod tests {
             ("unix://nkv.sock", "unix:nkv.sock"),
         ];
         for (text, part) in cases {
-            let error = text.parse::<Addr>().unwrap_err();
+            let error = text.parse::<Address>().unwrap_err();
             assert_eq!(error.kind(), &ErrorKind::InvalidAddress, "{text}");
             assert!(error.to_string().contains(part), "{text}: {error}");
         }

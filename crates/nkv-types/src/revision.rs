@@ -5,15 +5,15 @@ use std::fmt;
 
 use nkv_core::Epoch;
 
-/// The number of a change, and the epoch of the server's data within which it says something.
+/// The number of a change, and the epoch of the data within which it says something.
 ///
 /// Two revisions are ordered if they are of the same epoch, and else neither equal nor ordered, so that a comparison with
-/// one from before the server lost its data is never true. That there is no such key is [`Revision::ZERO`] in every epoch.
+/// one from before the data were lost is never true. That there is no such key is [`Revision::ZERO`] in every epoch.
 ///
 /// # Examples
 ///
 /// ```
-/// use nkv_client::Revision;
+/// use nkv_types::Revision;
 ///
 /// let given = Revision::new(7); // as a person types it: of no epoch
 /// assert!(given > Revision::ZERO && given.get() == 7);
@@ -34,12 +34,16 @@ impl Revision {
         Revision { number, epoch: None }
     }
 
-    pub(crate) fn of(epoch: Epoch, number: u64) -> Self {
+    /// The revision of this number in `epoch`, for those who know the epoch of the data: a client's connection, a node. Of
+    /// number 0 it is [`Revision::ZERO`].
+    #[must_use]
+    pub fn in_epoch(epoch: Epoch, number: u64) -> Self {
         Revision { number, epoch: (number > 0).then_some(epoch) }
     }
 
-    /// The revision that is `count` before this one.
-    pub(crate) fn back(self, count: u64) -> Self {
+    /// The revision whose number is `count` lower, in the same epoch; 0 at the lowest.
+    #[must_use]
+    pub fn back(self, count: u64) -> Self {
         Revision { number: self.number.saturating_sub(count), ..self }
     }
 
@@ -76,9 +80,9 @@ mod tests {
     #[test]
     fn revisions_of_two_epochs_are_not_compared() {
         let (old, new) = (Epoch::new(1), Epoch::new(2));
-        assert!(Revision::of(old, 1) < Revision::of(old, 2));
-        let (five, one) = (Revision::of(old, 5), Revision::of(new, 1));
-        assert_eq!((five.partial_cmp(&one), five == Revision::of(new, 5)), (None, false));
-        assert!(Revision::of(new, 0) == Revision::ZERO && one > Revision::ZERO);
+        assert!(Revision::in_epoch(old, 1) < Revision::in_epoch(old, 2));
+        let (five, one) = (Revision::in_epoch(old, 5), Revision::in_epoch(new, 1));
+        assert_eq!((five.partial_cmp(&one), five == Revision::in_epoch(new, 5)), (None, false));
+        assert!(Revision::in_epoch(new, 0) == Revision::ZERO && one > Revision::ZERO);
     }
 }

@@ -10,7 +10,6 @@
     )
 )]
 
-mod address;
 mod bell;
 mod budget;
 mod clients;
@@ -28,6 +27,6 @@ mod server;
 mod slots;
 mod writer;
 
-pub use address::{Address, AddressError};
 pub use handle::{Handle, HandleError, Notice, Subscription, WriteOptions};
+pub use nkv_types::Address;
 pub use server::{Builder, Options, Server, ServerError};

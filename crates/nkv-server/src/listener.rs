@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nkv_types::Address;
 use tokio::net::{TcpListener, UnixListener, UnixSocket, lookup_host};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use crate::address::Address;
 use crate::connection::{self, Socket};
 use crate::core::Core;
 use crate::server::{Options, ServerError, stopped};
@@ -65,26 +65,27 @@ impl Listener {
     pub(crate) async fn bind(address: &Address, options: &Options) -> Result<Vec<Self>, ServerError> {
         let failed = |source| ServerError::Bind { address: address.to_string(), source };
         match address {
-            Address::Tcp(text) => {
+            Address::Tcp { host, port } => {
                 let mut found: Vec<SocketAddr> = Vec::new();
-                for address in lookup_host(text).await.map_err(failed)? {
+                for address in lookup_host((host.as_str(), *port)).await.map_err(failed)? {
                     if !found.contains(&address) {
                         found.push(address);
                     }
                 }
                 if !options.insecure && found.iter().any(|found| !is_loopback(*found)) {
-                    return Err(ServerError::Insecure { address: text.clone() });
+                    return Err(ServerError::Insecure { address: address.to_string() });
                 }
-                bind_all(text, &found).await.map_err(failed)
+                bind_all(&address.to_string(), &found).await.map_err(failed)
             }
-            Address::Unix(path) => bind_unix(path, options).map(|listener| vec![listener]).map_err(failed),
+            Address::Unix { path } => bind_unix(path, options).map(|listener| vec![listener]).map_err(failed),
+            _ => Err(failed(io::ErrorKind::Unsupported.into())),
         }
     }
 
     pub(crate) fn address(&self) -> io::Result<Address> {
         Ok(match self {
-            Listener::Tcp(listener) => Address::Tcp(listener.local_addr()?.to_string()),
-            Listener::Unix(_, file) => Address::Unix(file.path.clone()),
+            Listener::Tcp(listener) => Address::from(listener.local_addr()?),
+            Listener::Unix(_, file) => Address::Unix { path: file.path.clone() },
         })
     }
 

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use nkv_core::{NoPersist, NotifyKeyValue, PersistError, PersistErrorKind, PersistValue, Write};
 use nkv_notify_tcp::forget_encodings;
 use nkv_protocol::Limits;
+use nkv_types::Address;
 use thiserror::Error;
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 use tracing::{error, info};
 
-use crate::address::Address;
 use crate::bell::Bell;
 use crate::budget::Budget;
 use crate::clock::Clock;

@@ -319,7 +319,7 @@ fn an_empty_variable_is_as_if_not_set_and_one_that_is_wrong_is_named() {
     drop(server);
 
     for (name, value) in [
-        ("NKV_LISTEN", "nowhere"),
+        ("NKV_LISTEN", "nowhere:"),
         ("NKV_DURABILITY", "sometimes"),
         ("NKV_PERSIST", "paper"),
         ("NKV_MAX_CONNECTIONS", "many"),

@@ -22,7 +22,7 @@ struct Running {
 
 fn unix_server(path: &Path, options: Options) -> Result<Running, ServerError> {
     let runtime = Builder::new_current_thread().enable_all().build().unwrap();
-    let server = Server::builder().options(options).listen(Address::Unix(path.to_owned()));
+    let server = Server::builder().options(options).listen(Address::Unix { path: path.to_owned() });
     let server = runtime.block_on(server.bind())?;
     Ok(Running { _server: server, _runtime: runtime })
 }

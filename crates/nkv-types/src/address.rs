@@ -1,6 +1,7 @@
 //! Where a server is, or listens: parsed once, at the edge.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -46,6 +47,12 @@ pub enum Address {
 impl Default for Address {
     fn default() -> Self {
         Address::Tcp { host: "127.0.0.1".into(), port: PORT }
+    }
+}
+
+impl From<SocketAddr> for Address {
+    fn from(address: SocketAddr) -> Self {
+        Address::Tcp { host: address.ip().to_string(), port: address.port() }
     }
 }
 
@@ -140,6 +147,14 @@ mod tests {
             let addr: Address = text.parse().unwrap();
             assert_eq!(addr.to_string(), shown, "{text}");
             assert_eq!(shown.parse::<Address>().unwrap(), addr, "{shown}");
+        }
+    }
+
+    #[test]
+    fn the_address_of_a_socket_is_one() {
+        for text in ["127.0.0.1:5000", "[::1]:5000"] {
+            let address: SocketAddr = text.parse().unwrap();
+            assert_eq!(Address::from(address).to_string(), text);
         }
     }
 

@@ -167,7 +167,7 @@ impl Args {
     pub(crate) fn addresses(&self) -> Vec<Address> {
         let mut addresses: Vec<_> = self.address.iter().chain(&self.listen).cloned().collect();
         if addresses.is_empty() {
-            addresses.push(Address::Tcp("127.0.0.1:4222".into()));
+            addresses.push(Address::default());
         }
         addresses
     }

@@ -19,7 +19,7 @@ mod signals;
 
 use std::error::Error;
 use std::io::{ErrorKind, Write};
-use std::net::SocketAddr;
+use std::net::IpAddr;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -111,8 +111,8 @@ async fn start(args: &Args) -> Result<Server, ServerError> {
     }
     for address in server.addresses() {
         info!("listening at {address}");
-        if let Address::Tcp(address) = address
-            && address.parse().is_ok_and(|address: SocketAddr| !address.ip().to_canonical().is_loopback())
+        if let Address::Tcp { host, .. } = address
+            && host.parse().is_ok_and(|host: IpAddr| !host.to_canonical().is_loopback())
         {
             warn!("{address} is open to other hosts (--insecure), and clients are not asked who they are");
         }

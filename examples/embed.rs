@@ -75,11 +75,11 @@ async fn tasks_and_threads() -> Result<(), AnyError> {
 
     let mut watched = nkv.subscribe(Pattern::new("total")?, "watcher", true).await?;
     let watcher = thread::spawn(move || {
-        let mut told = 0;
+        let mut events = 0;
         while let Some(notice) = watched.next_blocking() {
-            told += 1;
+            events += 1;
             if put_value(&notice.event) == Some(b"40") {
-                return told;
+                return events;
             }
         }
         0
@@ -89,9 +89,9 @@ async fn tasks_and_threads() -> Result<(), AnyError> {
     for counter in counters {
         counter.await??;
     }
-    let told = watcher.join().map_err(|_| "the watcher broke")?;
-    println!("tasks: four times ten is 40, of which the watcher was told in {told} events");
-    assert!(told > 0);
+    let events = watcher.join().map_err(|_| "the watcher broke")?;
+    println!("tasks: four times ten is 40, seen by the watcher in {events} events");
+    assert!(events > 0);
 
     expires_by_itself(&nkv).await?;
     server.shutdown().await?;
@@ -109,7 +109,7 @@ async fn start(data: PathBuf) -> Result<Server, AnyError> {
     Ok(Server::builder().persist("sync", open).bind().await?)
 }
 
-/// Adds one, `times` times: reads, writes only if nobody else wrote meanwhile, and otherwise reads again.
+/// Adds one, `times` times: reads, writes only if the key is unchanged, and otherwise reads again.
 async fn add(nkv: Handle, times: u32) -> Result<(), AnyError> {
     let key = Key::new("total")?;
     let mut done = 0;
@@ -128,7 +128,7 @@ async fn add(nkv: Handle, times: u32) -> Result<(), AnyError> {
     Ok(())
 }
 
-/// A value with a TTL goes by itself, and its subscribers are told why.
+/// A value with a TTL ends by itself, and its subscribers get the reason.
 async fn expires_by_itself(nkv: &Handle) -> Result<(), AnyError> {
     let key = Key::new("session.1")?;
     let mut session = nkv.subscribe(Pattern::from(&key), "watcher", false).await?;
@@ -145,7 +145,7 @@ async fn expires_by_itself(nkv: &Handle) -> Result<(), AnyError> {
     }
 }
 
-/// The value that an event tells.
+/// The value in an event.
 fn put_value(event: &Event) -> Option<&[u8]> {
     match event.kind() {
         EventKind::Change(change) => match &change.action {

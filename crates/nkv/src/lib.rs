@@ -26,3 +26,15 @@ pub use nkv_core as core;
 pub use nkv_persist_fs as fs;
 #[cfg(feature = "server")]
 pub use nkv_server as server;
+
+/// The types are those of the crates, so that a value from one can be given to another.
+#[cfg(all(test, feature = "client"))]
+mod tests {
+    #[test]
+    fn the_vocabulary_is_that_of_the_client() {
+        fn same<T>(_: fn(T), _: fn(T)) {}
+        same(drop::<crate::Event>, drop::<nkv_client::Event>);
+        same(drop::<crate::Entry>, drop::<nkv_client::Entry>);
+        same(drop::<crate::Error>, drop::<nkv_client::Error>);
+    }
+}

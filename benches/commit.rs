@@ -7,7 +7,7 @@ mod support;
 
 use bytes::Bytes;
 use criterion::{BatchSize, BenchmarkId, Criterion, SamplingMode, Throughput};
-use nkv_core::{Action, Change, Key, PersistValue, Revision};
+use nkv_core::{Action, Change, Key, Meta, PersistValue, Revision};
 use nkv_persist_fs::{Durability, FsOptions, FsPersist};
 use tempfile::TempDir;
 
@@ -92,7 +92,7 @@ impl Iterator for Changes<'_> {
         self.revision = self.revision.next();
         let action = Action::Put { value: Bytes::from_static(VALUE), expiry: None };
         let replaces = Revision::new(self.revision.get().saturating_sub(self.keys_len));
-        Some(Change { key, revision: self.revision, replaces, action })
+        Some(Change { key, revision: self.revision, replaces, action, meta: Meta::NONE })
     }
 }
 

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use nkv_core::mailbox::Mailbox;
 use nkv_core::{
     Action, Change, Epoch, Expiry, Key, Loaded, NotifyKeyValue, Op, Pattern, PersistError, PersistErrorKind,
-    PersistValue, PutOptions, Record, RecordRef, Revision, Timestamp,
+    PersistValue, PutOptions, Record, Revision, StoredRef, Timestamp,
 };
 use serde::{Deserialize, Serialize};
 
@@ -162,12 +162,12 @@ impl JsonFiles {
 }
 
 impl PersistValue for JsonFiles {
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         for number in self.files.values() {
             let path = self.path(*number);
             let record = read::<Entry>(&path).and_then(Entry::into_record);
             let damaged = |error| failed(PersistErrorKind::Damaged, format!("in {}", path.display()), error);
-            visit(record.map_err(damaged)?.lend());
+            visit(record.map_err(damaged)?.lend().into());
         }
         Ok(Loaded { epoch: self.epoch, revision: self.revision })
     }

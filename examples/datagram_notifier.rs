@@ -1,4 +1,5 @@
-//! A notifier that sends each event as one datagram: a text header, then the value. Any language reads it with one system call.
+//! A notifier of your own, served by the default server: it sends each event as one datagram, a text header and then the value.
+//! Any language reads it with one system call.
 //!
 //! ```text
 //! cargo run -p nkv-examples --example datagram_notifier
@@ -16,13 +17,17 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use nkv_client::Client;
 use nkv_core::mailbox::{Inbox, Item, Mailbox, mailbox};
-use nkv_core::{
-    Action, BeginCause, Delivery, Event, EventKind, Key, NoPersist, Notifier, NotifyKeyValue, Pattern, PutOptions,
-};
+use nkv_core::{Action, BeginCause, Delivery, Event, EventKind, Notifier, Pattern};
+use nkv_node::AttachOptions;
+use nkv_server::Server;
 
 /// The largest value that is sent. A receiver gets a larger one by its key.
 const VALUE_LEN_MAX: usize = 16 * 1024;
+
+/// Values that the example puts.
+const READINGS: u32 = 2_000;
 
 /// Sends the events of one subscriber to a connected socket.
 #[derive(Debug)]
@@ -86,11 +91,13 @@ fn send_put(socket: &UnixDatagram, key: &str, revision: u64, skipped: u64, value
     socket.send(&datagram).map(drop)
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let store: NotifyKeyValue<NoPersist, DatagramNotifier> = NotifyKeyValue::open(NoPersist::default())?;
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let server = Server::builder().listen("127.0.0.1:0".parse()?).bind().await?;
     let (ours, theirs) = UnixDatagram::pair()?;
     theirs.set_read_timeout(Some(Duration::from_secs(10)))?;
-    store.subscribe(Pattern::new("sensor")?, "display".into(), DatagramNotifier::spawn(ours), true);
+    let notifier = Box::new(DatagramNotifier::spawn(ours));
+    let display = server.handle().attach(Pattern::new("sensor")?, notifier, &AttachOptions::default())?;
 
     let mut buffer = vec![0; VALUE_LEN_MAX + 4_096];
     let mut receive = || -> Result<String, Box<dyn Error>> {
@@ -99,27 +106,30 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     assert_eq!(receive()?, "synced sensor 0\n");
 
-    // The receiver is slow: it misses some values, and never the last.
-    let north = Key::new("sensor.north")?;
-    for reading in 1..=10_000_u32 {
-        store.put(&north, reading.to_string(), PutOptions::default())?;
+    // Another process puts, and the receiver is slow: it misses some values, and never the last.
+    let client = Client::connect(&server.addresses()[0].to_string()).await?;
+    for reading in 1..=READINGS {
+        client.put("sensor.north", reading.to_string()).await?;
     }
-    let (mut received, mut skipped_in_all) = (0, 0);
+    let (mut received, mut conflated) = (0, 0);
     let mut value = String::new();
-    while value != "10000" {
+    while value != READINGS.to_string() {
         let datagram = receive()?;
         let (header, last) = datagram.split_once('\n').ok_or("no header")?;
         let ["put", "sensor.north", _revision, skipped] = header.split(' ').collect::<Vec<_>>()[..] else {
             return Err(datagram.into());
         };
-        (received, skipped_in_all, value) = (received + 1, skipped_in_all + skipped.parse::<u32>()?, last.to_owned());
+        (received, conflated, value) = (received + 1, conflated + skipped.parse::<u32>()?, last.to_owned());
     }
-    println!("{received} datagrams, {skipped_in_all} values conflated");
-    assert_eq!(received + skipped_in_all, 10_000);
+    println!("{received} datagrams, {conflated} values conflated");
+    assert_eq!(received + conflated, READINGS);
 
-    store.put(&north, vec![b'x'; VALUE_LEN_MAX + 1], PutOptions::default())?;
-    assert_eq!(receive()?, "large sensor.north 10001 0\n");
-    store.delete(&Pattern::from(&north), None)?;
-    assert_eq!(receive()?, "deleted sensor.north 10002 0\n");
+    client.put("sensor.north", vec![b'x'; VALUE_LEN_MAX + 1]).await?;
+    assert_eq!(receive()?, format!("large sensor.north {} 0\n", READINGS + 1));
+    client.delete("sensor.north").await?;
+    assert_eq!(receive()?, format!("deleted sensor.north {} 0\n", READINGS + 2));
+
+    drop(display); // the subscription lives as long as this
+    server.shutdown().await?;
     Ok(())
 }

@@ -4,9 +4,9 @@
 //! cargo run -p nkv-examples --example embed
 //! ```
 //!
-//! Two ways. `NotifyKeyValue` alone, for programs of plain threads: no runtime, nothing runs by itself. And a `Server`
-//! without an address, for programs with a Tokio runtime: its writes share flushes, its keys expire by themselves, and
-//! an address can be added the day another process wants to take part.
+//! Two ways. `NotifyKeyValue` alone, for programs of plain threads: no runtime, nothing runs by itself. And a `Node`, for
+//! programs with a Tokio runtime: its writes share a sync, its keys expire by themselves, and a door can be added the day
+//! another process wants to take part.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -14,11 +14,9 @@ use std::thread;
 use std::time::Duration;
 
 use nkv_core::mailbox::{Item, Mailbox, mailbox};
-use nkv_core::{
-    Action, Event, EventKind, Key, NoPersist, NotifyKeyValue, Pattern, PutOptions, Reason, Revision, WriteError,
-};
+use nkv_core::{Action, EventKind, NoPersist, NotifyKeyValue};
+use nkv_node::{ErrorKind, Event, GoneReason, Handle, Key, Node, Pattern, PutOptions, Revision};
 use nkv_persist_fs::{FsOptions, FsPersist};
-use nkv_server::{Handle, HandleError, Server, WriteOptions};
 
 /// Readings of each sensor.
 const READINGS: u32 = 1_000;
@@ -62,7 +60,7 @@ fn plain_threads() -> Result<(), AnyError> {
 fn measure(store: &NotifyKeyValue<NoPersist, Mailbox>, name: &str) {
     let key = Key::new(&format!("sensor.{name}")).expect("the names above are segments");
     for reading in 1..=READINGS {
-        store.put(&key, reading.to_string(), PutOptions::default()).expect("nothing can fail in memory");
+        store.put(&key, reading.to_string(), nkv_core::PutOptions::default()).expect("nothing can fail in memory");
     }
 }
 
@@ -70,15 +68,15 @@ fn measure(store: &NotifyKeyValue<NoPersist, Mailbox>, name: &str) {
 async fn tasks_and_threads() -> Result<(), AnyError> {
     let dir = tempfile::tempdir()?;
     let data = dir.path().join("data");
-    let server = start(data.clone()).await?;
-    let nkv = server.handle();
+    let node = start(data.clone()).await?;
+    let nkv = node.handle();
 
-    let mut watched = nkv.subscribe(Pattern::new("total")?, "watcher", true).await?;
+    let mut watched = nkv.subscribe(&Pattern::new("total")?).await?;
     let watcher = thread::spawn(move || {
         let mut events = 0;
-        while let Some(notice) = watched.next_blocking() {
+        while let Some(event) = watched.next_blocking() {
             events += 1;
-            if put_value(&notice.event) == Some(b"40") {
+            if matches!(event, Event::Update { entry, .. } if entry.value == "40") {
                 return events;
             }
         }
@@ -94,19 +92,20 @@ async fn tasks_and_threads() -> Result<(), AnyError> {
     assert!(events > 0);
 
     expires_by_itself(&nkv).await?;
-    server.shutdown().await?;
-    assert!(matches!(nkv.get(&Key::new("total")?).await, Err(HandleError::Stopped)));
+    node.shutdown().await?;
+    let closed = nkv.get(&Key::new("total")?).await;
+    assert!(matches!(closed, Err(error) if error.kind() == &ErrorKind::Closed));
 
-    let server = start(data).await?;
-    let total = server.handle().get(&Key::new("total")?).await?.ok_or("the total was forgotten")?;
+    let node = start(data).await?;
+    let total = node.handle().get(&Key::new("total")?).await?.ok_or("the total was forgotten")?;
     println!("after a restart the total is {:?}, revision {}", total.value, total.revision);
     assert_eq!(total.value, "40");
-    Ok(server.shutdown().await?)
+    Ok(node.shutdown().await?)
 }
 
-async fn start(data: PathBuf) -> Result<Server, AnyError> {
+async fn start(data: PathBuf) -> Result<Node, AnyError> {
     let open = || FsPersist::open(data, FsOptions::default());
-    Ok(Server::builder().persist("sync", open).bind().await?)
+    Ok(Node::builder().persist("sync", open).start().await?)
 }
 
 /// Adds one, `times` times: reads, writes only if the key is unchanged, and otherwise reads again.
@@ -118,10 +117,10 @@ async fn add(nkv: Handle, times: u32) -> Result<(), AnyError> {
             Some(record) => (std::str::from_utf8(&record.value)?.parse::<u32>()?, record.revision),
             None => (0, Revision::ZERO),
         };
-        let options = WriteOptions::default().with_if_revision(revision);
-        match nkv.put(&key, (total + 1).to_string(), options).await {
+        let options = PutOptions::default().with_if_revision(revision);
+        match nkv.put_with(&key, (total + 1).to_string(), options).await {
             Ok(_) => done += 1,
-            Err(HandleError::Write(WriteError::Conflict { .. })) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::Conflict { .. }) => {}
             Err(error) => return Err(error.into()),
         }
     }
@@ -131,22 +130,23 @@ async fn add(nkv: Handle, times: u32) -> Result<(), AnyError> {
 /// A value with a TTL ends by itself, and its subscribers get the reason.
 async fn expires_by_itself(nkv: &Handle) -> Result<(), AnyError> {
     let key = Key::new("session.1")?;
-    let mut session = nkv.subscribe(Pattern::from(&key), "watcher", false).await?;
-    nkv.put(&key, "alive", WriteOptions::default().with_ttl(Duration::from_millis(50))).await?;
+    nkv.put_with(&key, "alive", PutOptions::default().with_ttl(Duration::from_millis(50))).await?;
+    let mut session = nkv.subscribe(&Pattern::from(&key)).await?;
     loop {
         let next = tokio::time::timeout(Duration::from_secs(10), session.next());
-        let notice = next.await?.ok_or("the server has stopped")?;
-        if let EventKind::Change(change) = notice.event.kind()
-            && change.action == (Action::Delete { reason: Reason::Expired })
-        {
-            println!("{} has expired", change.key);
-            return Ok(());
+        match next.await?.ok_or("the node has stopped")? {
+            Event::Gone { key, reason: GoneReason::Expired, .. } => {
+                println!("{key} has expired");
+                return Ok(());
+            }
+            Event::Synced { .. } if nkv.get(&key).await?.is_none() => return Ok(()),
+            _ => {}
         }
     }
 }
 
 /// The value in an event.
-fn put_value(event: &Event) -> Option<&[u8]> {
+fn put_value(event: &nkv_core::Event) -> Option<&[u8]> {
     match event.kind() {
         EventKind::Change(change) => match &change.action {
             Action::Put { value, .. } => Some(value),

@@ -18,6 +18,9 @@ run sqlite
 run custom_persist
 run custom_notifier
 run datagram_notifier
+run gateway
+run tee
+run live_map
 run watch_config
 run host_state
 

@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use custom_persist::JsonFiles;
-use nkv_core::{Action, Change, Key, PersistErrorKind, PersistValue, Reason, Revision};
+use nkv_core::{Action, Change, Key, Meta, PersistErrorKind, PersistValue, Reason, Revision};
 
 nkv_testkit::persist_conformance!({
     let dir = tempfile::tempdir().unwrap();
@@ -68,6 +68,7 @@ fn an_error_says_whether_the_batch_may_be_there() {
         revision: Revision::new(4),
         replaces: Revision::new(1),
         action: Action::Put { value: value.into(), expiry: None },
+        meta: Meta::NONE,
     };
     let key_file = || fs::read_to_string(dir.path().join("0.json")).unwrap();
 
@@ -94,6 +95,7 @@ fn stored(second: bool) -> tempfile::TempDir {
         revision: Revision::new(revision),
         replaces: Revision::ZERO,
         action: Action::Put { value: value.into(), expiry: None },
+        meta: Meta::NONE,
     };
     backend
         .persist(&(1..).zip(OLD).map(|(revision, (key, value))| put(key, revision, value)).collect::<Vec<_>>())
@@ -105,6 +107,7 @@ fn stored(second: bool) -> tempfile::TempDir {
             revision: Revision::new(5),
             replaces: Revision::new(2),
             action: gone,
+            meta: Meta::NONE,
         };
         let over = Change { replaces: Revision::new(1), ..put("a", 4, "new") };
         backend.persist(&[over, gone, put("d", 6, "new")]).unwrap();
@@ -131,7 +134,9 @@ fn load(dir: &Path) -> (Vec<(String, String)>, Revision) {
     let mut found = Vec::new();
     let mut backend = JsonFiles::open(dir).unwrap();
     let loaded = backend
-        .load(&mut |record| found.push((record.key.to_string(), String::from_utf8(record.value.to_vec()).unwrap())))
+        .load(&mut |stored| {
+            found.push((stored.key().to_string(), String::from_utf8(stored.record().unwrap().value.to_vec()).unwrap()))
+        })
         .unwrap();
     found.sort();
     (found, loaded.revision)

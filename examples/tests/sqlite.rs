@@ -42,6 +42,7 @@ fn two_servers_on_one_file_do_not_diverge() {
         revision: nkv_core::Revision::new(1),
         replaces: nkv_core::Revision::ZERO,
         action: nkv_core::Action::Put { value: "x".into(), expiry: None },
+        meta: nkv_core::Meta::NONE,
     };
     let stored = instances.map(|mut instance| instance.persist(std::slice::from_ref(&put)).is_ok());
     assert_eq!(stored, [false, true]);

@@ -13,12 +13,13 @@ use std::time::Duration;
 use nkv_core::Key;
 use nkv_protocol::{ConnectedClient, Subscriber};
 use nkv_types::{
-    Deleted, EndReason, Entry, Error, ErrorKind, Event, Page, PageOptions, PutOptions, Result, Revision, Stats,
-    SubscribeOptions, Watched,
+    AsKey, AsPattern, AsPatterns, Branch, Deleted, Edit, EndReason, Entry, Error, ErrorKind, Event, IntoEdit,
+    IntoValue, Page, PageOptions, PutOptions, Result, Revision, Stats, SubscribeOptions, Watched,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::watch;
 
 use crate::options::ClientBuilder;
 use crate::types::{ConnectionState, ServerVersion};
@@ -87,33 +88,33 @@ macro_rules! blocking {
 
 blocking! {
     /// Writes a value.
-    fn put(key: &str, value: impl Into<Vec<u8>>) -> Revision;
+    fn put(key: impl AsKey, value: impl IntoValue) -> Revision;
     /// Writes a value, with options.
-    fn put_with(key: &str, value: impl Into<Vec<u8>>, options: PutOptions) -> Revision;
+    fn put_with(key: impl AsKey, value: impl IntoValue, options: PutOptions) -> Revision;
     /// Writes a value as JSON.
-    fn put_as<T: Serialize>(key: &str, value: &T) -> Revision;
+    fn put_as<T: Serialize>(key: impl AsKey, value: &T) -> Revision;
     /// Writes a value as JSON, with options.
-    fn put_as_with<T: Serialize>(key: &str, value: &T, options: PutOptions) -> Revision;
+    fn put_as_with<T: Serialize>(key: impl AsKey, value: &T, options: PutOptions) -> Revision;
     /// Reads a value; `None` if there is no such key.
-    fn get(key: &str) -> Option<Entry>;
+    fn get(key: impl AsKey) -> Option<Entry>;
     /// Reads a value that is JSON; `None` if there is no such key.
-    fn get_as<T: DeserializeOwned>(key: &str) -> Option<T>;
+    fn get_as<T: DeserializeOwned>(key: impl AsKey) -> Option<T>;
     /// Reads all values that a pattern selects.
-    fn get_all(pattern: &str) -> Vec<Entry>;
+    fn get_all(pattern: impl AsPattern) -> Vec<Entry>;
     /// Reads some of the values that a pattern selects.
-    fn get_page(pattern: &str, options: PageOptions) -> Page<Entry>;
+    fn get_page(pattern: impl AsPattern, options: PageOptions) -> Page<Entry>;
     /// Reads all keys that a pattern selects, with their revisions.
-    fn list(pattern: &str) -> Vec<(Key, Revision)>;
+    fn list(pattern: impl AsPattern) -> Vec<(Key, Revision)>;
     /// Reads some of the keys that a pattern selects, with their revisions.
-    fn list_page(pattern: &str, options: PageOptions) -> Page<(Key, Revision)>;
+    fn list_page(pattern: impl AsPattern, options: PageOptions) -> Page<(Key, Revision)>;
     /// Removes all keys that a pattern selects.
-    fn delete(pattern: &str) -> Deleted;
+    fn delete(pattern: impl AsPattern) -> Deleted;
     /// Removes a key if it is at this revision.
-    fn delete_if(key: &str, if_revision: Revision) -> Deleted;
+    fn delete_if(key: impl AsKey, if_revision: Revision) -> Deleted;
     /// Whether a pattern selects any key.
-    fn exists(pattern: &str) -> bool;
+    fn exists(pattern: impl AsPattern) -> bool;
     /// Who would be told of a change of a key.
-    fn trace(key: &str) -> Vec<Subscriber>;
+    fn trace(key: impl AsKey) -> Vec<Subscriber>;
     /// Who is connected to the server.
     fn clients() -> Vec<ConnectedClient>;
     /// Whether the server works: an error if not.
@@ -163,18 +164,47 @@ impl Client {
         self.client.check().map_or(ConnectionState::Closed, |()| *self.client.state().borrow())
     }
 
+    /// Connects again now instead of waiting for the next attempt; see [`crate::Client::reconnect_now`].
+    pub fn reconnect_now(&self) {
+        self.client.reconnect_now();
+    }
+
     /// Closes the connection for all clones; subscriptions end.
     pub fn close(&self) {
         self.client.close();
     }
 
-    /// Subscribes to what a pattern covers; see [`crate::Subscription`] for what is told.
+    /// Changes a value that others may change too; see [`crate::Client::update`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::Client::update`].
+    pub fn update<E: IntoEdit>(&self, key: impl AsKey, edit: impl FnMut(Option<&Entry>) -> E) -> Result<Option<Entry>> {
+        self.client.check()?;
+        self.runtime.block_on(self.client.update(key, edit))
+    }
+
+    /// The same with values that are JSON; see [`crate::Client::update_as`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::Client::update_as`].
+    pub fn update_as<T: Serialize + DeserializeOwned, E: Into<Edit<T>>>(
+        &self,
+        key: impl AsKey,
+        edit: impl FnMut(Option<T>) -> E,
+    ) -> Result<Option<T>> {
+        self.client.check()?;
+        self.runtime.block_on(self.client.update_as(key, edit))
+    }
+
+    /// Subscribes to what a pattern, or several, cover; see [`crate::Subscription`] for what is told.
     ///
     /// # Errors
     ///
     /// Those of [`crate::Client::subscribe`].
-    pub fn subscribe(&self, pattern: &str) -> Result<Subscription> {
-        self.subscribe_with(pattern, SubscribeOptions::default())
+    pub fn subscribe(&self, patterns: impl AsPatterns) -> Result<Subscription> {
+        self.subscribe_with(patterns, SubscribeOptions::default())
     }
 
     /// Subscribes, with options.
@@ -182,9 +212,9 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`crate::Client::subscribe_with`].
-    pub fn subscribe_with(&self, pattern: &str, options: SubscribeOptions) -> Result<Subscription> {
+    pub fn subscribe_with(&self, patterns: impl AsPatterns, options: SubscribeOptions) -> Result<Subscription> {
         self.client.check()?;
-        let subscription = self.runtime.block_on(self.client.subscribe_with(pattern, options))?;
+        let subscription = self.runtime.block_on(self.client.subscribe_with(patterns, options))?;
         Ok(Subscription { subscription, client: self.clone(), has_ended: false })
     }
 
@@ -193,7 +223,7 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`crate::Client::watch`].
-    pub fn watch(&self, key: &str) -> Result<Watch<Entry>> {
+    pub fn watch(&self, key: impl AsKey) -> Result<Watch<Entry>> {
         self.client.check()?;
         Ok(Watch { watch: self.runtime.block_on(self.client.watch(key))?, client: self.clone() })
     }
@@ -203,9 +233,32 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`crate::Client::watch_as`].
-    pub fn watch_as<T: DeserializeOwned + Send + Sync + 'static>(&self, key: &str) -> Result<Watch<T>> {
+    pub fn watch_as<T: DeserializeOwned + Send + Sync + 'static>(&self, key: impl AsKey) -> Result<Watch<T>> {
         self.client.check()?;
         Ok(Watch { watch: self.runtime.block_on(self.client.watch_as(key))?, client: self.clone() })
+    }
+
+    /// All keys that a pattern covers, with their values, as they change; see [`crate::Client::watch_branch`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::Client::watch_branch`].
+    pub fn watch_branch(&self, pattern: impl AsPattern) -> Result<BranchWatch<Entry>> {
+        self.client.check()?;
+        Ok(BranchWatch { watch: self.runtime.block_on(self.client.watch_branch(pattern))?, client: self.clone() })
+    }
+
+    /// The same with values as JSON; see [`crate::Client::watch_branch_as`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::Client::watch_branch_as`].
+    pub fn watch_branch_as<T>(&self, pattern: impl AsPattern) -> Result<BranchWatch<T>>
+    where
+        T: DeserializeOwned + Send + Sync + 'static,
+    {
+        self.client.check()?;
+        Ok(BranchWatch { watch: self.runtime.block_on(self.client.watch_branch_as(pattern))?, client: self.clone() })
     }
 
     /// Waits for what takes at most so long.
@@ -278,6 +331,52 @@ impl<T: Clone> Watch<T> {
         let Watch { watch, client } = self;
         client.wait(patience, watch.changed())??;
         Ok(watch.borrow_and_update().clone())
+    }
+}
+
+/// The keys that a pattern covers, with their values, as they change.
+#[derive(Clone)]
+pub struct BranchWatch<T> {
+    watch: crate::BranchWatch<T>,
+    client: Client,
+}
+
+impl<T> BranchWatch<T> {
+    /// What is known now; nothing is copied. What is borrowed must not be held for long: the connection waits for it.
+    #[must_use]
+    pub fn borrow(&self) -> watch::Ref<'_, Branch<T>> {
+        self.watch.borrow()
+    }
+
+    /// Waits for a change that was not seen yet, and gives what is known then.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Timeout`] if there is none within `patience`; [`ErrorKind::Closed`] once the subscription has ended, and in
+    /// a process that was forked from the client's own.
+    pub fn changed(&mut self, patience: Duration) -> Result<watch::Ref<'_, Branch<T>>> {
+        let BranchWatch { watch, client } = self;
+        client.wait(patience, watch.changed())??;
+        Ok(watch.borrow_and_update())
+    }
+
+    /// Waits until what is known is as wanted, and gives it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`changed`](Self::changed).
+    pub fn wait_for(
+        &mut self,
+        patience: Duration,
+        is_wanted: impl FnMut(&Branch<T>) -> bool,
+    ) -> Result<watch::Ref<'_, Branch<T>>> {
+        self.client.wait(patience, self.watch.wait_for(is_wanted))?
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for BranchWatch<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.watch, f)
     }
 }
 

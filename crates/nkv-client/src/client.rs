@@ -5,15 +5,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use bytes::Bytes;
 use nkv_core::{Epoch, Key, Pattern};
 use nkv_protocol::{Body, ConnectedClient, Kind, Request, Subscriber, status};
 use nkv_types::{
-    Deleted, Entry, Error, ErrorKind, Page, PageOptions, PutOptions, Result, Revision, Stats, SubscribeOptions,
+    AsKey, AsPattern, AsPatterns, Deleted, Edit, Entry, Error, ErrorKind, IntoEdit, IntoValue, Page, PageOptions,
+    PutOptions, Result, Revision, Stats, SubscribeOptions, UpdateStore, disjoint, update,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::error::WireError as _;
 use crate::hub::{Local, Sink};
@@ -21,12 +23,14 @@ use crate::options::ClientBuilder;
 use crate::subscription::Subscription;
 use crate::task::{Answer, Ask, Control, Shared, Slot, is_write};
 use crate::types::{ConnectionState, ServerVersion};
-use crate::watch::{ChannelWatcher, EndOnDrop, Watch};
+use crate::watch::{BranchWatch, BranchWatcher, ChannelWatcher, Current, EndOnDrop, Watch, Watcher};
 
 /// How many keys with their values are asked for at a time, to begin with.
 const GET_PAGE: u64 = 1_000;
 /// How many keys are asked for at a time: the most that a server gives.
 const LIST_PAGE: u64 = 10_000;
+/// How long an update may take where the limit of a request is no limit.
+const UPDATE_MAX: Duration = Duration::from_secs(86_400);
 
 /// A connection to a server that is made again whenever it is lost.
 ///
@@ -141,6 +145,16 @@ impl Client {
         self.handle.check()
     }
 
+    /// Connects again now, if the connection is lost, instead of waiting for the next attempt: for programs that know that the
+    /// network is there again. Later attempts are delayed as after a first failure.
+    ///
+    /// A connection that is there is asked for a sign of life. If none comes within twice the
+    /// [`connect_timeout`](ClientBuilder::connect_timeout), it counts as lost.
+    pub fn reconnect_now(&self) {
+        // Closed, if it fails.
+        drop(self.handle.control(Control::Nudge));
+    }
+
     /// Closes the connection for all clones; subscriptions end with [`EndReason::Closed`](crate::EndReason::Closed).
     pub fn close(&self) {
         // Closed already, if it fails.
@@ -153,7 +167,7 @@ impl Client {
     ///
     /// [`ErrorKind::OutcomeUnknown`] when the connection was lost or time ran out after it was sent: it is never sent
     /// twice, because that might bring an old value back over a newer one. Others say that nothing was written.
-    pub async fn put(&self, key: &str, value: impl Into<Vec<u8>>) -> Result<Revision> {
+    pub async fn put(&self, key: impl AsKey, value: impl IntoValue) -> Result<Revision> {
         self.put_with(key, value, PutOptions::default()).await
     }
 
@@ -163,13 +177,13 @@ impl Client {
     ///
     /// Those of [`put`](Self::put), and [`ErrorKind::Conflict`] with the key's present revision, or
     /// [`ErrorKind::OtherEpoch`].
-    pub async fn put_with(&self, key: &str, value: impl Into<Vec<u8>>, options: PutOptions) -> Result<Revision> {
-        let mut request = Request::new(Kind::Put, Key::new(key)?.as_str().to_owned());
-        let (value, len_max) = (value.into(), self.handle.shared.value_len_max());
+    pub async fn put_with(&self, key: impl AsKey, value: impl IntoValue, options: PutOptions) -> Result<Revision> {
+        let mut request = Request::new(Kind::Put, key.key_text()?.to_owned());
+        let (value, len_max) = (value.into_value(), self.handle.shared.value_len_max());
         if value.len() as u64 > len_max {
             return Err(Error::too_large(value.len(), len_max));
         }
-        request.value = Some(value.into());
+        request.value = Some(Vec::from(value).into());
         request.if_revision = options.if_revision.map(Revision::get);
         request.ttl_ms = options.ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1));
         let (body, epoch) = self.ask_in(request, options.if_revision.and_then(Revision::epoch)).await?;
@@ -182,8 +196,8 @@ impl Client {
     /// # Errors
     ///
     /// See [`ErrorKind`]; it is asked again when the connection is lost meanwhile.
-    pub async fn get(&self, key: &str) -> Result<Option<Entry>> {
-        let request = Request::new(Kind::Get, Key::new(key)?.as_str().to_owned());
+    pub async fn get(&self, key: impl AsKey) -> Result<Option<Entry>> {
+        let request = Request::new(Kind::Get, key.key_text()?.to_owned());
         Ok(self.entries(request).await?.items.pop())
     }
 
@@ -195,10 +209,10 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn get_all(&self, pattern: &str) -> Result<Vec<Entry>> {
+    pub async fn get_all(&self, pattern: impl AsPattern) -> Result<Vec<Entry>> {
         let (mut found, mut limit) = (Vec::<Entry>::new(), GET_PAGE);
         loop {
-            match self.get_page(pattern, page_after(limit, found.last().map(|entry| &entry.key))).await {
+            match self.get_page(&pattern, page_after(limit, found.last().map(|entry| &entry.key))).await {
                 Ok(page) => {
                     let done = !page.more || page.items.is_empty();
                     found.extend(page.items);
@@ -222,7 +236,7 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get), and [`ErrorKind::Refused`] with status 413 when the page would be too large.
-    pub async fn get_page(&self, pattern: &str, options: PageOptions) -> Result<Page<Entry>> {
+    pub async fn get_page(&self, pattern: impl AsPattern, options: PageOptions) -> Result<Page<Entry>> {
         let after = options.after.as_ref();
         let page = self.entries(page_request(Kind::Get, pattern, options.limit, after)?).await?;
         check_order(after, page.items.iter().map(|entry| &entry.key))?;
@@ -234,10 +248,10 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn list(&self, pattern: &str) -> Result<Vec<(Key, Revision)>> {
+    pub async fn list(&self, pattern: impl AsPattern) -> Result<Vec<(Key, Revision)>> {
         let mut found = Vec::<(Key, Revision)>::new();
         loop {
-            let page = self.list_page(pattern, page_after(LIST_PAGE, found.last().map(|(key, _)| key))).await?;
+            let page = self.list_page(&pattern, page_after(LIST_PAGE, found.last().map(|(key, _)| key))).await?;
             let done = !page.more || page.items.is_empty();
             found.extend(page.items);
             if done {
@@ -251,7 +265,7 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn list_page(&self, pattern: &str, options: PageOptions) -> Result<Page<(Key, Revision)>> {
+    pub async fn list_page(&self, pattern: impl AsPattern, options: PageOptions) -> Result<Page<(Key, Revision)>> {
         let after = options.after.as_ref();
         let (body, epoch) = self.ask(page_request(Kind::List, pattern, options.limit, after)?).await?;
         check_count(&body, options.limit.unwrap_or(LIST_PAGE))?;
@@ -265,9 +279,8 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put`](Self::put); that there is nothing to remove is no error.
-    pub async fn delete(&self, pattern: &str) -> Result<Deleted> {
-        Pattern::new(pattern)?;
-        self.deleted(Request::new(Kind::Delete, pattern.to_owned()), None).await
+    pub async fn delete(&self, pattern: impl AsPattern) -> Result<Deleted> {
+        self.deleted(Request::new(Kind::Delete, pattern.pattern_text()?.into_owned()), None).await
     }
 
     /// Removes a key if it is at this revision.
@@ -275,8 +288,8 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put_with`](Self::put_with); that there is no such key is no error.
-    pub async fn delete_if(&self, key: &str, if_revision: Revision) -> Result<Deleted> {
-        let mut request = Request::new(Kind::Delete, Key::new(key)?.as_str().to_owned());
+    pub async fn delete_if(&self, key: impl AsKey, if_revision: Revision) -> Result<Deleted> {
+        let mut request = Request::new(Kind::Delete, key.key_text()?.to_owned());
         request.if_revision = Some(if_revision.get());
         self.deleted(request, if_revision.epoch()).await
     }
@@ -286,9 +299,8 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn exists(&self, pattern: &str) -> Result<bool> {
-        Pattern::new(pattern)?;
-        Ok(self.find(Request::new(Kind::Exists, pattern.to_owned()), None).await?.is_some())
+    pub async fn exists(&self, pattern: impl AsPattern) -> Result<bool> {
+        Ok(self.find(Request::new(Kind::Exists, pattern.pattern_text()?.into_owned()), None).await?.is_some())
     }
 
     /// Who would be told of a change of a key.
@@ -296,8 +308,8 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn trace(&self, key: &str) -> Result<Vec<Subscriber>> {
-        let request = Request::new(Kind::Trace, Key::new(key)?.as_str().to_owned());
+    pub async fn trace(&self, key: impl AsKey) -> Result<Vec<Subscriber>> {
+        let request = Request::new(Kind::Trace, key.key_text()?.to_owned());
         Ok(self.ask(request).await?.0.subscribers)
     }
 
@@ -344,7 +356,7 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get), and [`ErrorKind::Json`].
-    pub async fn get_as<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
+    pub async fn get_as<T: DeserializeOwned>(&self, key: impl AsKey) -> Result<Option<T>> {
         self.get(key).await?.map(|entry| entry.json()).transpose()
     }
 
@@ -353,8 +365,9 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put`](Self::put), and [`ErrorKind::Json`].
-    pub async fn put_as<T: Serialize + ?Sized>(&self, key: &str, value: &T) -> Result<Revision> {
-        self.put(key, to_json(key, value)?).await
+    pub async fn put_as<T: Serialize + ?Sized>(&self, key: impl AsKey, value: &T) -> Result<Revision> {
+        let value = to_json(key.key_text()?, value)?;
+        self.put(key, value).await
     }
 
     /// Writes a value as JSON, with options.
@@ -362,11 +375,80 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put_with`](Self::put_with), and [`ErrorKind::Json`].
-    pub async fn put_as_with<T>(&self, key: &str, value: &T, options: PutOptions) -> Result<Revision>
+    pub async fn put_as_with<T>(&self, key: impl AsKey, value: &T, options: PutOptions) -> Result<Revision>
     where
         T: Serialize + ?Sized,
     {
-        self.put_with(key, to_json(key, value)?, options).await
+        let value = to_json(key.key_text()?, value)?;
+        self.put_with(key, value, options).await
+    }
+
+    /// Changes a value that others may change too: reads the key, writes what `edit` makes of it if it is still as it was
+    /// read, and else begins again, after a random pause of at most 128 ms. Gives what the key holds then.
+    ///
+    /// `edit` gives the new value, or an [`Edit`](crate::Edit): [`Keep`](crate::Edit::Keep) writes nothing,
+    /// [`Delete`](crate::Edit::Delete) deletes the key. It may be called more than once. A value that it gives has no TTL
+    /// unless it gives one.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`put`](Self::put), after which it is not tried again; [`ErrorKind::Conflict`] if others were faster until the
+    /// time of one request was over. Each attempt is a read and a write.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let names = client.update("names", |old| match old {
+    ///     Some(names) => [&names.value[..], b",kitchen"].concat(),
+    ///     None => b"kitchen".to_vec(),
+    /// });
+    /// println!("{:?}", names.await?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn update<E: IntoEdit>(
+        &self,
+        key: impl AsKey,
+        mut edit: impl FnMut(Option<&Entry>) -> E,
+    ) -> Result<Option<Entry>> {
+        update(&Bounded::new(self), &*key.as_key()?, |old| Ok(edit(old).into_edit())).await
+    }
+
+    /// The same with values that are JSON.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`update`](Self::update), and [`ErrorKind::Json`] if the value is not the JSON of a `T`.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use nkv_client::Edit;
+    ///
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let visits = client.update_as("visits", |old: Option<u64>| old.unwrap_or(0) + 1).await?;
+    /// println!("{visits:?}");
+    ///
+    /// let left = client.update_as("tickets", |left: Option<u32>| match left {
+    ///     None | Some(0) => Edit::Keep,
+    ///     Some(left) => Edit::put(left - 1),
+    /// });
+    /// println!("{:?}", left.await?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn update_as<T: Serialize + DeserializeOwned, E: Into<Edit<T>>>(
+        &self,
+        key: impl AsKey,
+        mut edit: impl FnMut(Option<T>) -> E,
+    ) -> Result<Option<T>> {
+        let key = key.as_key()?;
+        let edit = |old: Option<&Entry>| {
+            let edit: Edit<T> = edit(old.map(Entry::json).transpose()?).into();
+            edit.try_map(|value| Ok(to_json(key.as_str(), &value)?.into_value()))
+        };
+        update(&Bounded::new(self), &key, edit).await?.map(|entry| entry.json()).transpose()
     }
 
     /// Subscribes to a key and all below it, to all below it (`a.*`), or to everything (`*`), and waits until the server
@@ -375,8 +457,8 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn subscribe(&self, pattern: &str) -> Result<Subscription> {
-        self.subscribe_with(pattern, SubscribeOptions::default()).await
+    pub async fn subscribe(&self, patterns: impl AsPatterns) -> Result<Subscription> {
+        self.subscribe_with(patterns, SubscribeOptions::default()).await
     }
 
     /// Subscribes, with options.
@@ -384,14 +466,19 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get), and [`ErrorKind::InvalidKey`] for a wildcard that is to stand for itself alone.
-    pub async fn subscribe_with(&self, pattern: &str, options: SubscribeOptions) -> Result<Subscription> {
-        let pattern = if options.exact { Pattern::Exact(Key::new(pattern)?) } else { Pattern::new(pattern)? };
-        let id = self.handle.next_local.fetch_add(1, Relaxed);
-        let subscription = Subscription::new(Arc::clone(&self.handle), pattern.clone(), id);
-        let sink = Sink::Queue(Arc::clone(subscription.queue()));
-        let mut local = Local::new(id, pattern, sink, self.subscription_len_max);
-        local.has_snapshot = options.snapshot;
-        self.subscribed(local).await?;
+    pub async fn subscribe_with(&self, patterns: impl AsPatterns, options: SubscribeOptions) -> Result<Subscription> {
+        let patterns = disjoint(patterns, options.exact)?;
+        let parts = patterns.into_iter().map(|pattern| (pattern, self.next_local())).collect();
+        let subscription = Subscription::new(Arc::clone(&self.handle), parts);
+        let parts = subscription.parts();
+        let locals = parts.iter().map(|(pattern, id)| {
+            let sink = Sink::Queue(Arc::clone(subscription.queue()));
+            let mut local = Local::new(*id, pattern.clone(), sink, self.subscription_len_max);
+            local.has_snapshot = options.snapshot;
+            local.charged = (parts.len() > 1).then_some(0);
+            local
+        });
+        self.subscribed(locals).await?;
         Ok(subscription)
     }
 
@@ -401,7 +488,7 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn watch(&self, key: &str) -> Result<Watch<Entry>> {
+    pub async fn watch(&self, key: impl AsKey) -> Result<Watch<Entry>> {
         self.watch_with(key, |entry| Ok(entry.clone())).await
     }
 
@@ -411,7 +498,7 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn watch_as<T>(&self, key: &str) -> Result<Watch<T>>
+    pub async fn watch_as<T>(&self, key: impl AsKey) -> Result<Watch<T>>
     where
         T: DeserializeOwned + Send + Sync + 'static,
     {
@@ -420,28 +507,95 @@ impl Client {
 
     async fn watch_with<T: Send + Sync + 'static>(
         &self,
-        key: &str,
+        key: impl AsKey,
         read: impl Fn(&Entry) -> Result<T> + Send + 'static,
     ) -> Result<Watch<T>> {
-        let pattern = Pattern::Exact(Key::new(key)?);
-        let id = self.handle.next_local.fetch_add(1, Relaxed);
         let (watcher, receiver) = ChannelWatcher::new(read);
-        let end = EndOnDrop { handle: Arc::clone(&self.handle), pattern: pattern.clone(), id };
-        let mut watch = Watch::new(receiver, end);
-        let sink = Sink::Watch(Box::new(watcher));
-        self.subscribed(Local::new(id, pattern, sink, self.subscription_len_max)).await?;
-        drop(watch.borrow_and_update());
-        Ok(watch)
+        self.current(Pattern::Exact(key.as_key()?.into_owned()), Box::new(watcher), receiver).await
     }
 
-    async fn subscribed(&self, mut local: Local) -> Result<()> {
-        let (ready, accepted) = oneshot::channel();
-        local.ready = Some(ready);
-        self.handle.control(Control::Subscribe(local))?;
-        match timeout(self.request_timeout, accepted).await {
-            Ok(accepted) => accepted.map_err(|_| self.handle.closed())?,
-            Err(_) => Err(self.timed_out()),
+    /// All keys that a pattern covers, with their values, as they change; waits until the present state is known. A change costs
+    /// what it costs a map, and readers borrow the map. While the connection is lost, the last state stays, and
+    /// [`is_live`](crate::Branch::is_live) is false until what was missed is in it: keys that have gone meanwhile go in one step.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get), and [`ErrorKind::Protocol`] when it would take more than
+    /// [`ClientBuilder::subscription_len_max`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let mut lamps = client.watch_branch("lamp.*").await?;
+    /// loop {
+    ///     let state = lamps.borrow_and_update();
+    ///     println!("{} lamps at revision {}, live: {}", state.entries.len(), state.revision, state.is_live);
+    ///     drop(state);
+    ///     lamps.changed().await?;
+    /// }
+    /// # }
+    /// ```
+    pub async fn watch_branch(&self, pattern: impl AsPattern) -> Result<BranchWatch<Entry>> {
+        self.watch_branch_with(pattern, |entry| Ok(entry.clone())).await
+    }
+
+    /// The same with values as JSON. One that is not the JSON of a `T` is among those that are
+    /// [`unreadable`](crate::Branch::unreadable), and its key not among the entries.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`watch_branch`](Self::watch_branch).
+    pub async fn watch_branch_as<T>(&self, pattern: impl AsPattern) -> Result<BranchWatch<T>>
+    where
+        T: DeserializeOwned + Send + Sync + 'static,
+    {
+        self.watch_branch_with(pattern, Entry::json).await
+    }
+
+    async fn watch_branch_with<T: Send + Sync + 'static>(
+        &self,
+        pattern: impl AsPattern,
+        read: impl Fn(&Entry) -> Result<T> + Send + 'static,
+    ) -> Result<BranchWatch<T>> {
+        let (watcher, receiver) = BranchWatcher::new(read);
+        self.current(pattern.as_pattern()?.into_owned(), Box::new(watcher), receiver).await
+    }
+
+    async fn current<S>(
+        &self,
+        pattern: Pattern,
+        watcher: Box<dyn Watcher>,
+        receiver: watch::Receiver<S>,
+    ) -> Result<Current<S>> {
+        let id = self.next_local();
+        let end = EndOnDrop { handle: Arc::clone(&self.handle), pattern: pattern.clone(), id };
+        let mut current = Current::new(receiver, end);
+        self.subscribed([Local::new(id, pattern, Sink::Watch(watcher), self.subscription_len_max)]).await?;
+        drop(current.borrow_and_update());
+        Ok(current)
+    }
+
+    fn next_local(&self) -> u64 {
+        self.handle.next_local.fetch_add(1, Relaxed)
+    }
+
+    /// Waits until all are accepted.
+    async fn subscribed(&self, locals: impl IntoIterator<Item = Local>) -> Result<()> {
+        let mut all = Vec::new();
+        for mut local in locals {
+            let (ready, accepted) = oneshot::channel();
+            local.ready = Some(ready);
+            all.push(accepted);
+            self.handle.control(Control::Subscribe(local))?;
         }
+        let all_accepted = async {
+            for accepted in all {
+                accepted.await.map_err(|_| self.handle.closed())??;
+            }
+            Ok(())
+        };
+        timeout(self.request_timeout, all_accepted).await.unwrap_or_else(|_| Err(self.timed_out()))
     }
 
     async fn entries(&self, request: Request<'static>) -> Result<Page<Entry>> {
@@ -516,6 +670,48 @@ impl Client {
     }
 }
 
+/// A client that has the time of one request for all that an update takes.
+struct Bounded<'a> {
+    client: &'a Client,
+    deadline: Instant,
+}
+
+impl<'a> Bounded<'a> {
+    fn new(client: &'a Client) -> Self {
+        let now = Instant::now();
+        // A request may be given more time than there is.
+        let deadline = now.checked_add(client.request_timeout).unwrap_or_else(|| now + UPDATE_MAX);
+        Bounded { client, deadline }
+    }
+
+    fn rest(&self) -> Client {
+        self.client.with_request_timeout(self.deadline.saturating_duration_since(Instant::now()))
+    }
+}
+
+impl UpdateStore for Bounded<'_> {
+    async fn read(&self, key: &Key) -> Result<Option<Entry>> {
+        self.rest().get(key).await
+    }
+
+    async fn write(&self, key: &Key, value: Bytes, options: PutOptions) -> Result<Revision> {
+        self.rest().put_with(key, value, options).await
+    }
+
+    async fn delete(&self, key: &Key, if_revision: Revision) -> Result<Deleted> {
+        self.rest().delete_if(key, if_revision).await
+    }
+
+    async fn pause(&self, pause: Duration) -> bool {
+        let end = Instant::now() + pause;
+        if end >= self.deadline {
+            return false;
+        }
+        sleep_until(end).await;
+        true
+    }
+}
+
 /// Takes a request back when its caller gives up, however that is.
 struct TakeBack(Arc<Slot>);
 
@@ -539,9 +735,13 @@ fn page_after(limit: u64, after: Option<&Key>) -> PageOptions {
     options
 }
 
-fn page_request(kind: Kind, pattern: &str, limit: Option<u64>, after: Option<&Key>) -> Result<Request<'static>> {
-    Pattern::new(pattern)?;
-    let mut request = Request::new(kind, pattern.to_owned());
+fn page_request(
+    kind: Kind,
+    pattern: impl AsPattern,
+    limit: Option<u64>,
+    after: Option<&Key>,
+) -> Result<Request<'static>> {
+    let mut request = Request::new(kind, pattern.pattern_text()?.into_owned());
     request.limit = limit;
     request.after = after.map(|after| after.as_str().to_owned().into());
     Ok(request)

@@ -47,6 +47,8 @@ pub(crate) struct Local {
     pub(crate) standing: Standing,
     /// Whether it was told `Synced` on this connection.
     pub(crate) synced: bool,
+    /// How many bytes its queue counts for it, if it is one of several that feed the queue.
+    pub(crate) charged: Option<usize>,
 }
 
 /// What a local subscription knows, beside what its wire subscription was told.
@@ -90,8 +92,8 @@ struct LastTold {
 
 impl Local {
     pub(crate) fn new(id: u64, pattern: Pattern, sink: Sink, len_max: usize) -> Self {
-        let (has_snapshot, ready, standing, synced) = (true, None, Standing::default(), false);
-        Local { id, pattern, has_snapshot, sink, ready, len_max, standing, synced }
+        let (has_snapshot, ready, standing) = (true, None, Standing::default());
+        Local { id, pattern, has_snapshot, sink, ready, len_max, standing, synced: false, charged: None }
     }
 
     /// Whether a key alone counts, without those below it.
@@ -101,6 +103,11 @@ impl Local {
 
     fn is_watch(&self) -> bool {
         matches!(self.sink, Sink::Watch(_))
+    }
+
+    /// Whether it watches all that its pattern covers.
+    fn is_branch(&self) -> bool {
+        self.is_watch() && !self.is_exact()
     }
 
     fn accepted(&mut self) {
@@ -140,10 +147,12 @@ impl Local {
             return false;
         }
         match &mut self.sink {
-            Sink::Watch(watch) => watch.set(Some(entry), entry.revision),
-            Sink::Queue(_) => return self.post(Event::update(entry.clone(), skipped), is_new, len),
+            Sink::Watch(watch) => {
+                let kept = watch.set(entry);
+                self.is_branch() && kept.saturating_add(len) > self.len_max
+            }
+            Sink::Queue(_) => self.post(Event::update(entry.clone(), skipped), is_new, len),
         }
-        false
     }
 
     /// A key is gone, which its reader need not hear of if it `was_unknown` to all.
@@ -156,7 +165,8 @@ impl Local {
             return false;
         }
         match &mut self.sink {
-            Sink::Watch(watch) => watch.set(None, revision),
+            Sink::Watch(watch) if reason == GoneReason::Missed => watch.missed(key, revision),
+            Sink::Watch(watch) => watch.gone(key, revision),
             Sink::Queue(_) => {
                 return self.post(Event::gone(key.clone(), revision, reason, skipped), false, len);
             }
@@ -168,26 +178,40 @@ impl Local {
     fn post(&mut self, event: Event, is_new: bool, len: usize) -> bool {
         let Sink::Queue(queue) = &self.sink else { return false };
         let waiting = queue.post_change(event, Known { is_new, is_synced: self.synced });
-        waiting.saturating_add(len) > self.len_max
+        waiting.saturating_add(self.held(len)) > self.len_max
+    }
+
+    /// How many bytes the wire subscriptions take that feed its queue, of which its own takes `len`.
+    fn held(&mut self, len: usize) -> usize {
+        match (&self.sink, &mut self.charged) {
+            (Sink::Queue(queue), Some(charged)) => queue.charge(std::mem::replace(charged, len), len),
+            _ => len,
+        }
     }
 
     fn end_snapshot(&mut self, revision: Revision, epoch: Epoch) {
         self.standing = Standing::Joined;
         let is_first = !std::mem::replace(&mut self.synced, true);
         match &mut self.sink {
-            Sink::Queue(queue) if is_first => drop(queue.post(Event::synced(revision, epoch))),
+            Sink::Queue(queue) if is_first => queue.post_synced(revision, epoch),
             Sink::Queue(_) => {}
-            Sink::Watch(watch) => watch.set_live(true),
+            Sink::Watch(watch) => watch.set_live(Some(revision)),
         }
         self.accepted();
     }
 
     fn detach(&mut self) {
-        self.synced = false;
+        let was_synced = std::mem::take(&mut self.synced);
         match &mut self.sink {
-            Sink::Queue(queue) if self.ready.is_none() => drop(queue.post(Event::Reconnecting)),
-            Sink::Queue(_) => {}
-            Sink::Watch(watch) => watch.set_live(false),
+            Sink::Queue(queue) => {
+                if was_synced {
+                    queue.unsync();
+                }
+                if self.ready.is_none() {
+                    queue.post_connection(Event::Reconnecting);
+                }
+            }
+            Sink::Watch(watch) => watch.set_live(None),
         }
     }
 
@@ -195,7 +219,7 @@ impl Local {
         if let Sink::Queue(queue) = &self.sink
             && self.ready.is_none()
         {
-            queue.post(Event::connected(epoch));
+            queue.post_connection(Event::connected(epoch));
         }
     }
 
@@ -203,6 +227,9 @@ impl Local {
         if let Some(ready) = self.ready {
             let error = match &reason {
                 EndReason::Refused { status, message } => Error::refused(*status, message),
+                EndReason::TooMuch { len_max } => {
+                    Error::protocol(format!("the keys and values take more than {len_max} bytes"))
+                }
                 _ => Error::closed(),
             };
             // Nobody waits any more: there is nobody to tell.
@@ -210,7 +237,7 @@ impl Local {
         }
         match self.sink {
             Sink::Queue(queue) => drop(queue.post(Event::Ended(reason))),
-            Sink::Watch(mut watch) => watch.set_live(false),
+            Sink::Watch(mut watch) => watch.end(reason),
         }
     }
 }
@@ -231,6 +258,9 @@ struct Wire {
     keys: HashMap<Key, LastTold>,
     /// What the keys cost.
     len: usize,
+    /// Keys that those who watch know by the client's own puts, and of which the server has sent nothing yet; the numbers of
+    /// the puts.
+    own: HashMap<Key, u64>,
     /// Number of the snapshot in hand or last seen.
     snapshot: u64,
     /// The number of the revision up to which the last snapshot has all changes: what is told for another subscription that
@@ -259,6 +289,7 @@ impl Wire {
         if is_new_epoch {
             // Revisions of another epoch say nothing: everything is told again.
             self.keys.values_mut().for_each(|last| last.revision = 0);
+            self.own.values_mut().for_each(|number| *number = 0);
         }
         let told = self.locals.iter_mut().filter(|local| local.is_exact() || !exact);
         told.for_each(|local| local.begin_snapshot(is_new_epoch));
@@ -288,13 +319,16 @@ impl Wire {
             Some(last) if last.revision >= now.revision => (last.snapshot, is_newer) = (now.snapshot, false),
             Some(last) => *last = now,
             None => {
+                self.own.remove(&entry.key);
                 self.keys.insert(entry.key.clone(), now);
                 self.len += cost(&entry.key);
                 was_known = false;
             }
         }
         let len = self.len;
-        let holds_too_much = |local: &Local| !was_known && len > local.len_max && !local.is_watch();
+        let holds_too_much = |local: &mut Local| {
+            !was_known && (local.is_branch() || !local.is_watch()) && local.held(len) > local.len_max
+        };
         let over = |local: &mut Local| local.update(entry, skipped, is_newer, was_known, len) || holds_too_much(local);
         self.locals.extract_if(.., over).collect()
     }
@@ -303,6 +337,7 @@ impl Wire {
         if self.keys.get(gone.key).is_some_and(|last| last.revision > gone.revision.get()) {
             return Vec::new();
         }
+        self.own.remove(gone.key);
         let was_unknown = self.keys.remove(gone.key).is_none();
         if !was_unknown {
             self.len = self.len.saturating_sub(cost(gone.key));
@@ -314,13 +349,19 @@ impl Wire {
     /// Ends a snapshot: what it did not hold is gone.
     fn end_snapshot(&mut self, revision: Revision) {
         self.has = revision.get();
-        let Wire { keys, snapshot, len, locals, epoch, .. } = self;
+        let Wire { keys, own, snapshot, len, locals, epoch, .. } = self;
         for local in locals.iter_mut() {
             let Standing::Filling(partial) = &mut local.standing else { continue };
             let partial = std::mem::take(partial);
             let is_missed = |key: &Key| keys.get(key).is_none_or(|last| last.snapshot != *snapshot);
             for key in partial.into_keys().filter(is_missed) {
                 local.gone(&Gone::missed(&key, revision), 0, false);
+            }
+        }
+        // Notifications of the client's own puts may have been lost with a connection.
+        for (key, _) in own.extract_if(|_, number| *number <= revision.get()) {
+            for local in locals.iter_mut().filter(|local| local.is_watch()) {
+                local.gone(&Gone::missed(&key, revision), 0, true);
             }
         }
         for (key, _) in keys.extract_if(|_, last| last.snapshot != *snapshot) {
@@ -369,8 +410,9 @@ pub(crate) struct Hub {
     filling: Option<(String, u64)>,
     epoch: Epoch,
     attached: bool,
-    /// How many watches there are.
+    /// How many watches there are, and what those cover that watch more than a key.
     watches: usize,
+    branches: Vec<(u64, Pattern)>,
     /// What is to be sent because of what was received.
     sends: Vec<Send>,
     /// When something refused is to be asked for again.
@@ -384,6 +426,9 @@ impl Hub {
         let text = local.pattern.to_string();
         self.next_id += 1;
         self.watches += usize::from(local.is_watch());
+        if local.is_branch() {
+            self.branches.push((local.id, local.pattern.clone()));
+        }
         let fresh = Wire {
             id: self.next_id,
             pattern: local.pattern.clone(),
@@ -392,6 +437,7 @@ impl Hub {
             asked: 0,
             keys: HashMap::new(),
             len: 0,
+            own: HashMap::new(),
             snapshot: 0,
             has: 0,
             epoch: self.epoch,
@@ -416,8 +462,9 @@ impl Hub {
     pub(crate) fn remove(&mut self, pattern: &Pattern, id: u64) -> Option<Send> {
         let text = pattern.to_string();
         let wire = self.wires.get_mut(&text)?;
-        let gone = wire.locals.extract_if(.., |local| local.id == id).filter(Local::is_watch).count();
-        self.watches = self.watches.saturating_sub(gone);
+        for local in wire.locals.extract_if(.., |local| local.id == id) {
+            forget_watch(&mut self.watches, &mut self.branches, &local);
+        }
         if !wire.locals.is_empty() {
             return wire.narrowed(&text);
         }
@@ -542,15 +589,19 @@ impl Hub {
     /// The wire subscriptions that cover a key, of which none has a change of this revision yet: of the key itself, of each
     /// that it is below, and of everything.
     fn each_covering(&mut self, key: &Key, revision: Revision, mut tell: impl FnMut(&mut Wire) -> Vec<Local>) {
-        let mut text = std::mem::take(&mut self.scratch);
-        text.clear();
-        let mut visit = |hub: &mut Hub, text: &str| {
+        self.each_text(key, |hub, text| {
             let Some(wire) = hub.wires.get_mut(text).filter(|wire| wire.live && wire.has < revision.get()) else {
                 return;
             };
             let over = tell(wire);
             hub.end_too_much(text, over);
-        };
+        });
+    }
+
+    /// The patterns that cover a key, as written.
+    fn each_text(&mut self, key: &Key, mut visit: impl FnMut(&mut Hub, &str)) {
+        let mut text = std::mem::take(&mut self.scratch);
+        text.clear();
         visit(self, "*");
         let segments = key.as_str().split('.');
         for segment in segments {
@@ -567,14 +618,27 @@ impl Hub {
         self.scratch = text;
     }
 
-    /// Who watches is not to know less of a key than the answer to the client's own put or delete, though the server may pass
+    /// A watch is not to know less of a key than the answer to the client's own put or delete, though the server may pass
     /// over the notification in favour of a newer one, which comes later.
     pub(crate) fn own_write(&mut self, key: &Key, entry: Option<&Entry>, revision: Revision) {
-        let locals = self.wires.get_mut(key.as_str()).into_iter().flat_map(|wire| &mut wire.locals);
-        for local in locals {
-            if let Sink::Watch(watch) = &mut local.sink {
-                watch.set(entry, revision);
+        let write = |hub: &mut Hub, text: &str| {
+            let Some(wire) = hub.wires.get_mut(text) else { return };
+            let mut is_known = false;
+            for local in wire.locals.iter_mut().filter(|local| local.pattern.covers(key)) {
+                let Sink::Watch(watch) = &mut local.sink else { continue };
+                match entry {
+                    Some(entry) => _ = watch.set(entry),
+                    None => watch.deleted(&Pattern::Exact(key.clone()), revision),
+                }
+                is_known = entry.is_some();
             }
+            if is_known && !wire.keys.contains_key(key) {
+                wire.own.insert(key.clone(), revision.get());
+            }
+        };
+        match self.branches.iter().any(|(_, pattern)| pattern.covers(key)) {
+            true => self.each_text(key, write),
+            false => write(self, key.as_str()),
         }
     }
 
@@ -585,20 +649,24 @@ impl Hub {
             return;
         }
         let first = last.back(count - 1);
-        let wires = self.wires.values_mut().filter(|wire| match &wire.pattern {
-            Pattern::Key(key) | Pattern::Exact(key) => pattern.selects(key),
-            _ => false,
-        });
-        for local in wires.flat_map(|wire| &mut wire.locals) {
-            if let Sink::Watch(watch) = &mut local.sink {
-                watch.set(None, first);
+        for local in self.wires.values_mut().flat_map(|wire| &mut wire.locals) {
+            let is_selected = match &local.pattern {
+                Pattern::Exact(key) => pattern.selects(key),
+                _ => true,
+            };
+            if let (true, Sink::Watch(watch)) = (is_selected, &mut local.sink) {
+                watch.deleted(pattern, first);
             }
         }
     }
 
-    /// Whether somebody watches this key.
+    /// Whether this key is watched.
     pub(crate) fn is_watched(&self, key: &str) -> bool {
-        self.watches > 0 && self.wires.get(key).is_some_and(|wire| wire.locals.iter().any(Local::is_watch))
+        let is_watched = |wire: &Wire| wire.locals.iter().any(Local::is_watch);
+        self.watches > 0
+            && (self.wires.get(key).is_some_and(is_watched)
+                || (!self.branches.is_empty()
+                    && Key::new(key).is_ok_and(|key| self.branches.iter().any(|(_, pattern)| pattern.covers(&key)))))
     }
 
     fn end_too_much(&mut self, text: &str, over: Vec<Local>) {
@@ -606,6 +674,7 @@ impl Hub {
             return;
         }
         for local in over {
+            forget_watch(&mut self.watches, &mut self.branches, &local);
             let len_max = local.len_max;
             local.end(EndReason::TooMuch { len_max });
         }
@@ -629,8 +698,10 @@ impl Hub {
     }
 
     fn end_all(&mut self, locals: Vec<Local>, reason: &EndReason) {
-        self.watches = self.watches.saturating_sub(locals.iter().filter(|local| local.is_watch()).count());
-        locals.into_iter().for_each(|local| local.end(reason.clone()));
+        for local in locals {
+            forget_watch(&mut self.watches, &mut self.branches, &local);
+            local.end(reason.clone());
+        }
     }
 
     /// `Synced`.
@@ -641,6 +712,11 @@ impl Hub {
         }
         Ok(())
     }
+}
+
+fn forget_watch(watches: &mut usize, branches: &mut Vec<(u64, Pattern)>, local: &Local) {
+    *watches = watches.saturating_sub(usize::from(local.is_watch()));
+    branches.retain(|(id, _)| *id != local.id);
 }
 
 /// A wire subscription, if it is still the one that was asked for.
@@ -659,6 +735,7 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     use super::*;
+    use crate::watch::BranchWatcher;
 
     fn add(hub: &mut Hub, id: u64, pattern: &str) -> (Arc<Queue>, Option<Send>) {
         let (queue, pattern) = (Arc::<Queue>::default(), Pattern::new(pattern).unwrap());
@@ -880,18 +957,111 @@ mod tests {
         assert_eq!(wakes.sum::<usize>(), 0);
     }
 
+    /// A subscription to several patterns that have no key in common.
+    fn add_parts(hub: &mut Hub, patterns: &[&str]) -> (Arc<Queue>, Vec<Send>) {
+        let queue = Arc::new(Queue::of_parts(patterns.len()));
+        let sends = patterns.iter().zip(1..).filter_map(|(pattern, id)| {
+            let sink = Sink::Queue(Arc::clone(&queue));
+            let mut local = Local::new(id, Pattern::new(pattern).unwrap(), sink, 2_000);
+            local.charged = Some(0);
+            hub.add(local)
+        });
+        let sends = sends.collect();
+        (queue, sends)
+    }
+
+    #[test]
+    fn several_patterns_are_synced_once_all_are_and_up_to_the_lowest_revision() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::default());
+        let (queue, sends) = add_parts(&mut hub, &["a", "b", "c"]);
+        fill(&mut hub, &sends[0], &[entry("a", 7)]);
+        fill(&mut hub, &sends[1], &[entry("b", 5)]);
+        hub.gone(&Key::new("a").unwrap(), revision(9), GoneReason::Deleted, 0);
+        fill(&mut hub, &sends[2], &[entry("c", 8)]);
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut events = std::iter::from_fn(|| match queue.poll_take(&mut cx) {
+            Poll::Ready(event) => event,
+            Poll::Pending => None,
+        });
+        let synced = events.by_ref().find(|event| matches!(event, Event::Synced { .. }));
+        assert_eq!((synced, events.count()), (Some(Event::synced(revision(5), Epoch::default())), 0));
+
+        hub.detach();
+        assert_eq!(told(&queue), ["Reconnecting"]);
+        let mut sends = hub.attach(Epoch::default());
+        sends.sort_by_key(|send| format!("{send:?}"));
+        assert_eq!(told(&queue), ["Connected"]);
+        fill(&mut hub, &sends[0], &[]);
+        fill(&mut hub, &sends[1], &[entry("b", 5)]);
+        assert_eq!(told(&queue), Vec::<String>::new(), "the last part may lack anything");
+        fill(&mut hub, &sends[2], &[entry("c", 10)]);
+        assert_eq!(told(&queue), ["c@10", "Synced"]);
+    }
+
+    #[test]
+    fn while_a_part_is_not_synced_nothing_is_left_out_of_the_others() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::default());
+        let (queue, sends) = add_parts(&mut hub, &["a", "b"]);
+        fill(&mut hub, &sends[0], &[entry("a", 7)]);
+        hub.gone(&Key::new("a").unwrap(), revision(9), GoneReason::Deleted, 0);
+        fill(&mut hub, &sends[1], &[]);
+        assert_eq!(told(&queue), ["a deleted", "Synced"]);
+    }
+
+    #[test]
+    fn several_patterns_share_one_limit() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::default());
+        let (queue, sends) = add_parts(&mut hub, &["a", "b"]);
+        fill(&mut hub, &sends[0], &[]);
+        fill(&mut hub, &sends[1], &[]);
+        told(&queue);
+        for n in 0..3 {
+            hub.update(&entry(&format!("a.{n}"), 10 * n + 1), 0);
+            hub.update(&entry(&format!("b.{n}"), 10 * n + 2), 0);
+            assert_eq!(told(&queue).len(), 2);
+        }
+        hub.update(&entry("b.x", 100), 0);
+        hub.update(&entry("a.x", 101), 0);
+        assert_eq!(told(&queue).last().unwrap(), "Ended(TooMuch", "8 keys of 203 bytes, of which 2 wait");
+    }
+
     /// Notes what it is given.
     #[derive(Clone, Default)]
     struct Notes(Arc<std::sync::Mutex<Vec<String>>>);
 
+    impl Notes {
+        fn note(&self, word: String) {
+            self.0.lock().unwrap().push(word);
+        }
+    }
+
     impl Watcher for Notes {
-        fn set(&mut self, entry: Option<&Entry>, revision: Revision) {
-            let word = if entry.is_some() { "is" } else { "gone" };
-            self.0.lock().unwrap().push(format!("{word}@{revision}"));
+        fn set(&mut self, entry: &Entry) -> usize {
+            self.note(format!("is@{}", entry.revision));
+            0
         }
 
-        fn set_live(&mut self, is_live: bool) {
-            self.0.lock().unwrap().push(if is_live { "live".into() } else { "lost".into() });
+        fn gone(&mut self, _: &Key, revision: Revision) {
+            self.note(format!("gone@{revision}"));
+        }
+
+        fn missed(&mut self, _: &Key, revision: Revision) {
+            self.note(format!("missed@{revision}"));
+        }
+
+        fn deleted(&mut self, _: &Pattern, first: Revision) {
+            self.note(format!("deleted@{first}"));
+        }
+
+        fn set_live(&mut self, synced: Option<Revision>) {
+            self.note(if synced.is_some() { "live".into() } else { "lost".into() });
+        }
+
+        fn end(&mut self, _: EndReason) {
+            self.note("ended".into());
         }
     }
 
@@ -900,7 +1070,7 @@ mod tests {
     fn who_watches_knows_of_the_clients_own_write_with_its_answer() {
         let (mut hub, notes) = (Hub::default(), Notes::default());
         hub.attach(Epoch::new(1));
-        let pattern = Pattern::new("a").unwrap();
+        let pattern = Pattern::Exact(Key::new("a").unwrap());
         let send = hub.add(Local::new(1, pattern.clone(), Sink::Watch(Box::new(notes.clone())), 1_000));
         fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
         assert!(hub.is_watched("a") && !hub.is_watched("b"));
@@ -912,9 +1082,121 @@ mod tests {
         hub.own_write(&key, None, revision(5));
         hub.own_delete(&Pattern::All, revision(9), 3);
         hub.own_delete(&Pattern::new("b").unwrap(), revision(12), 1);
-        let noted = ["is@1", "live", "is@2", "gone@3", "is@4", "lost", "gone@5", "gone@7"];
+        let noted = ["is@1", "live", "is@2", "deleted@3", "is@4", "lost", "deleted@5", "deleted@7"];
         assert_eq!(*notes.0.lock().unwrap(), noted);
         assert_eq!(hub.remove(&pattern, 1), None);
+        assert!(!hub.is_watched("a"));
+    }
+
+    // It had never been notified of: what was missed was looked for among the keys of notifications alone, and the watch kept
+    // the value for ever, live.
+    #[test]
+    fn a_key_known_by_the_clients_own_put_alone_is_missed_too() {
+        for epoch in [1, 2] {
+            let (mut hub, notes) = (Hub::default(), Notes::default());
+            hub.attach(Epoch::new(1));
+            let send = hub.add(Local::new(
+                1,
+                Pattern::Exact(Key::new("a").unwrap()),
+                Sink::Watch(Box::new(notes.clone())),
+                1_000,
+            ));
+            fill(&mut hub, &send.unwrap(), &[]);
+            hub.own_write(&Key::new("a").unwrap(), Some(&entry("a", 2)), revision(2));
+            hub.detach();
+            let sends = hub.attach(Epoch::new(epoch));
+            fill(&mut hub, &sends[0], &[entry("a.b", 3)]);
+            assert_eq!(*notes.0.lock().unwrap(), ["live", "is@2", "lost", "missed@3", "live"]);
+            hub.own_write(&Key::new("a").unwrap(), Some(&entry("a", 9)), revision(9));
+            hub.reset("a".into()).unwrap();
+            hub.synced(revision(8)).unwrap();
+            let notes = notes.0.lock().unwrap();
+            assert_eq!(notes[5..], ["is@9", "live"], "the snapshot is of a moment before it");
+        }
+    }
+
+    type Entries = tokio::sync::watch::Receiver<nkv_types::Branch>;
+
+    fn add_branch(hub: &mut Hub, id: u64, pattern: &str) -> (Entries, Option<Send>) {
+        let (watcher, receiver) = BranchWatcher::new(|entry: &Entry| Ok(entry.clone()));
+        let pattern = Pattern::new(pattern).unwrap();
+        (receiver, hub.add(Local::new(id, pattern, Sink::Watch(Box::new(watcher)), 2_000)))
+    }
+
+    fn state(branch: &Entries) -> String {
+        let branch = branch.borrow();
+        let entries = branch.entries.values().map(|entry| format!("{}@{}", entry.key, entry.revision));
+        entries.chain(branch.is_live.then(|| "live".to_owned())).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn a_branch_is_never_older_than_the_clients_own_writes() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::new(1));
+        let (branch, send) = add_branch(&mut hub, 1, "a");
+        fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("a.x", 2)]);
+        assert!(hub.is_watched("a.y") && !hub.is_watched("b"));
+        let y = Key::new("a.y").unwrap();
+        hub.own_write(&y, Some(&entry("a.y", 4)), revision(4));
+        assert_eq!(state(&branch), "a@1 a.x@2 a.y@4 live");
+        hub.update(&entry("a.y", 3), 0);
+        hub.update(&entry("a.y", 4), 0);
+        assert_eq!(state(&branch), "a@1 a.x@2 a.y@4 live");
+        hub.own_write(&y, None, revision(6));
+        hub.update(&entry("a.y", 5), 0);
+        assert_eq!(state(&branch), "a@1 a.x@2 live");
+        hub.gone(&y, revision(6), GoneReason::Deleted, 0);
+        hub.update(&entry("a.y", 7), 0);
+        // Below `a` two keys were deleted, at the revisions 9 and 10; that of `a.z` was not heard of yet.
+        hub.own_delete(&Pattern::new("a.*").unwrap(), revision(10), 2);
+        hub.update(&entry("a.z", 8), 0);
+        assert_eq!(state(&branch), "a@1 live");
+        hub.update(&entry("a.z", 11), 0);
+        hub.own_delete(&Pattern::new("b").unwrap(), revision(12), 1);
+        assert_eq!(state(&branch), "a@1 a.z@11 live");
+        hub.own_delete(&Pattern::All, revision(20), 2);
+        assert_eq!(state(&branch), "live");
+        assert_eq!(hub.remove(&Pattern::new("a").unwrap(), 1), Some(Send::Unsubscribe("a".into())));
+        assert!(!hub.is_watched("a.y"));
+    }
+
+    #[test]
+    fn a_branch_loses_what_it_missed_when_it_is_live_again() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::new(1));
+        let (branch, send) = add_branch(&mut hub, 1, "*");
+        fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("b", 2)]);
+        hub.own_write(&Key::new("c").unwrap(), Some(&entry("c", 3)), revision(3));
+        hub.detach();
+        assert_eq!(state(&branch), "a@1 b@2 c@3");
+        let sends = hub.attach(Epoch::new(1));
+        fill(&mut hub, &sends[0], &[entry("a", 1), entry("d", 4)]);
+        assert_eq!(state(&branch), "a@1 d@4 live");
+        hub.detach();
+        // Nothing is in the store of another epoch.
+        let sends = hub.attach(Epoch::new(2));
+        fill(&mut hub, &sends[0], &[]);
+        assert_eq!((state(&branch).as_str(), branch.borrow().revision), ("live", Revision::ZERO));
+    }
+
+    #[test]
+    fn a_branch_that_would_hold_too_much_is_ended_and_says_why() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::new(1));
+        let (branch, send) = add_branch(&mut hub, 1, "*");
+        fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
+        // The same key again costs nothing, a key that has gone neither.
+        for n in 0..100 {
+            hub.update(&entry("b", 10 + 2 * n), 0);
+            hub.gone(&Key::new("b").unwrap(), revision(11 + 2 * n), GoneReason::Deleted, 0);
+            hub.update(&entry("a", 1_000 + n), 0);
+        }
+        assert!(branch.borrow().is_live);
+        (0..10).for_each(|n| hub.update(&entry(&format!("k{n}"), 2_000 + n), 0));
+        let branch = branch.borrow();
+        assert_eq!((branch.is_live, branch.ended.as_ref()), (false, Some(&EndReason::TooMuch { len_max: 2_000 })));
+        assert!(branch.entries.len() < 9, "{}", branch.entries.len());
+        assert_eq!(hub.take_sends(), [Send::Unsubscribe("*".into())]);
         assert!(!hub.is_watched("a"));
     }
 

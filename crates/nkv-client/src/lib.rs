@@ -13,6 +13,7 @@ mod hub;
 mod link;
 mod options;
 mod queue;
+mod store;
 mod subscription;
 mod task;
 mod types;
@@ -21,10 +22,11 @@ mod watch;
 pub use client::Client;
 pub use nkv_protocol::{ConnectedClient, Subscriber};
 pub use nkv_types::{
-    Address, Deleted, EndReason, Entry, Epoch, Error, ErrorKind, Event, GoneReason, Key, Page, PageOptions, Pattern,
-    PutOptions, Result, Revision, Stats, SubscribeOptions, Watched,
+    Address, AsKey, AsPattern, AsPatterns, Branch, Deleted, Edit, EndReason, Entry, Epoch, Error, ErrorKind, Event,
+    GoneReason, IntoEdit, IntoValue, Key, Page, PageOptions, Pattern, PutOptions, Result, Revision, Stats, Store,
+    SubscribeOptions, Unreadable, Watched,
 };
 pub use options::ClientBuilder;
 pub use subscription::Subscription;
 pub use types::{ConnectionState, ServerVersion};
-pub use watch::Watch;
+pub use watch::{BranchWatch, Current, Watch};

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-use nkv_core::Key;
-use nkv_types::Event;
+use nkv_core::{Epoch, Key};
+use nkv_types::{Event, Revision};
 
 /// Events between the connection's task and one reader. A newer event of a key replaces a pending one and moves to the
 /// end, but not past [`Event::Synced`]: after that the reader knows some state of every key. A key that comes and goes
@@ -31,6 +31,27 @@ struct State {
     next: u64,
     closed: bool,
     waker: Option<Waker>,
+    parts: Parts,
+}
+
+/// The local subscriptions that feed the queue.
+#[derive(Debug, Default)]
+struct Parts {
+    /// How many there are besides the first.
+    others: usize,
+    /// How many are synced, and the lowest revision of these.
+    synced: usize,
+    revision: Option<Revision>,
+    /// How many bytes they take besides what waits here.
+    len: usize,
+    /// Whether the newest event of the connection is its loss.
+    is_lost: bool,
+}
+
+impl Parts {
+    fn are_synced(&self) -> bool {
+        self.others == 0 || self.synced > self.others
+    }
 }
 
 #[derive(Debug)]
@@ -109,6 +130,50 @@ impl State {
 }
 
 impl Queue {
+    /// A queue that `count` local subscriptions feed.
+    pub(crate) fn of_parts(count: usize) -> Self {
+        let queue = Queue::default();
+        queue.lock().parts.others = count.saturating_sub(1);
+        queue
+    }
+
+    /// A part has had its snapshot: with the last of them, all are synced up to the lowest of their revisions.
+    pub(crate) fn post_synced(&self, revision: Revision, epoch: Epoch) {
+        let mut state = self.lock();
+        state.parts.synced += 1;
+        let lowest = state.parts.revision.filter(|known| *known <= revision).unwrap_or(revision);
+        state.parts.revision = Some(lowest);
+        let are_synced = state.parts.are_synced();
+        drop(state);
+        if are_synced {
+            self.post(Event::synced(lowest, epoch));
+        }
+    }
+
+    /// A part that was synced has to be synced again.
+    pub(crate) fn unsync(&self) {
+        let mut state = self.lock();
+        state.parts.synced = state.parts.synced.saturating_sub(1);
+        if state.parts.synced == 0 {
+            state.parts.revision = None;
+        }
+    }
+
+    /// The connection is lost, or there again; each part says so.
+    pub(crate) fn post_connection(&self, event: Event) {
+        let is_lost = event == Event::Reconnecting;
+        if std::mem::replace(&mut self.lock().parts.is_lost, is_lost) != is_lost {
+            self.post(event);
+        }
+    }
+
+    /// A part takes `new` bytes, and no longer `old`. Returns how many all of them take.
+    pub(crate) fn charge(&self, old: usize, new: usize) -> usize {
+        let mut state = self.lock();
+        state.parts.len = state.parts.len.saturating_sub(old).saturating_add(new);
+        state.parts.len
+    }
+
     /// Posts an event; after [`Event::Ended`] nothing more is taken. Returns how many bytes wait, about.
     pub(crate) fn post(&self, event: Event) -> usize {
         self.post_change(event, Known::default())
@@ -140,7 +205,8 @@ impl Queue {
             pass_over(&old.event, &mut event);
             state.len = state.len.saturating_sub(len_of(&old.event));
             is_new = old.is_new;
-            if is_new && known.is_synced && !is_before_synced && matches!(event, Event::Gone { .. }) {
+            let is_synced = known.is_synced && state.parts.are_synced();
+            if is_new && is_synced && !is_before_synced && matches!(event, Event::Gone { .. }) {
                 state.slots.remove(&slot);
                 return state.len;
             }
@@ -219,10 +285,9 @@ fn pass_over(old: &Event, new: &mut Event) {
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
-    use nkv_core::Epoch;
 
     use super::*;
-    use nkv_types::{EndReason, Entry, GoneReason, Revision};
+    use nkv_types::{EndReason, Entry, GoneReason};
 
     fn update(key: &str, revision: u64) -> Event {
         let entry = Entry::new(Key::new(key).unwrap(), Bytes::new(), Revision::new(revision));
@@ -275,6 +340,17 @@ mod tests {
             queue.post(Event::synced(Revision::new(revision), Epoch::default()));
         }
         assert_eq!(drain(&queue).len(), 2);
+    }
+
+    #[test]
+    fn a_connection_that_each_part_reports_is_told_of_once() {
+        let queue = Queue::of_parts(2);
+        for event in [Event::Reconnecting, Event::connected(Epoch::default())] {
+            queue.post_connection(event.clone());
+            let first = drain(&queue);
+            queue.post_connection(event.clone());
+            assert_eq!((first, drain(&queue)), (vec![event], vec![]));
+        }
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::client::Handle;
 use crate::queue::Queue;
 use crate::task::Control;
 
-/// A stream of what happens to the keys that a pattern covers.
+/// A stream of what happens to the keys that a pattern, or several, cover.
 ///
 /// First an [`Event::Update`] for each present key, then [`Event::Synced`], then changes as they happen. When the
 /// connection is lost, [`Event::Reconnecting`]; once it is there again, [`Event::Connected`], then what was missed as if
@@ -29,23 +29,26 @@ use crate::task::Control;
 pub struct Subscription {
     queue: Arc<Queue>,
     handle: Arc<Handle>,
-    pattern: Pattern,
-    id: u64,
+    /// What it covers, and the numbers of the local subscriptions for it.
+    parts: Vec<(Pattern, u64)>,
 }
 
 impl Subscription {
-    pub(crate) fn new(handle: Arc<Handle>, pattern: Pattern, id: u64) -> Self {
-        Subscription { queue: Arc::default(), handle, pattern, id }
+    pub(crate) fn new(handle: Arc<Handle>, parts: Vec<(Pattern, u64)>) -> Self {
+        Subscription { queue: Arc::new(Queue::of_parts(parts.len())), handle, parts }
+    }
+
+    pub(crate) fn parts(&self) -> &[(Pattern, u64)] {
+        &self.parts
     }
 
     pub(crate) fn queue(&self) -> &Arc<Queue> {
         &self.queue
     }
 
-    /// What it covers.
-    #[must_use]
-    pub fn pattern(&self) -> &Pattern {
-        &self.pattern
+    /// What it covers: the patterns that were asked for, without those that another one includes.
+    pub fn patterns(&self) -> impl Iterator<Item = &Pattern> {
+        self.parts.iter().map(|(pattern, _)| pattern)
     }
 
     /// The next event; `None` after [`Event::Ended`].
@@ -73,12 +76,15 @@ impl Stream for Subscription {
 impl Drop for Subscription {
     fn drop(&mut self) {
         // If it fails, the connection is closed, and the subscription with it.
-        drop(self.handle.control(Control::Unsubscribe(self.pattern.clone(), self.id)));
+        for (pattern, id) in self.parts.drain(..) {
+            drop(self.handle.control(Control::Unsubscribe(pattern, id)));
+        }
     }
 }
 
 impl fmt::Debug for Subscription {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Subscription").field("pattern", &self.pattern).field("queued", &self.queue.len()).finish()
+        let patterns: Vec<_> = self.patterns().collect();
+        f.debug_struct("Subscription").field("patterns", &patterns).field("queued", &self.queue.len()).finish()
     }
 }

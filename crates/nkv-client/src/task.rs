@@ -30,6 +30,8 @@ const PENDING_MAX: usize = 4_096;
 const ANSWERED_MAX: usize = 64 * PENDING_MAX;
 /// A connection that lasted this long ends a row of failures.
 const HEALTHY: Duration = Duration::from_secs(10);
+/// A connection that was asked for a sign of life counts as lost after as many times the time for an attempt to connect.
+const PROBE_FACTOR: u32 = 2;
 /// After this number of bytes of messages other tasks have their turn.
 const TURN_LEN: usize = 128 << 10;
 
@@ -147,6 +149,8 @@ impl Slot {
 pub(crate) enum Control {
     Subscribe(Local),
     Unsubscribe(Pattern, u64),
+    /// To connect at once, or to find out whether the connection is still there.
+    Nudge,
     Close,
 }
 
@@ -299,6 +303,9 @@ pub(crate) struct Task {
     batch: Vec<Ask>,
     /// Bytes of messages since others had their turn.
     turn_len: usize,
+    /// Since when the server is asked for a sign of life because the program wants one, or the next attempt to connect is due at
+    /// once.
+    nudged: Option<Instant>,
     /// It ended in order, and not because its runtime has gone.
     has_ended: bool,
 }
@@ -340,6 +347,7 @@ impl Task {
             again: VecDeque::new(),
             batch: Vec::new(),
             turn_len: 0,
+            nudged: None,
             has_ended: false,
         }
     }
@@ -368,6 +376,7 @@ impl Task {
     }
 
     fn attach(&mut self, link: &mut Link) {
+        self.nudged = None;
         self.shared.set_trouble(None);
         self.shared.value_len_max.store(link.value_len_max, Relaxed);
         tracing::debug!(addr = %self.link_options.addr, features = ?link.features, "connected");
@@ -389,15 +398,17 @@ impl Task {
             for send in self.hub.take_sends() {
                 self.send(link, send);
             }
-            let wanted = self.hub.next_retry().map_or(next_beat, |retry| retry.min(next_beat));
+            let probe_end = self.probe_end(link);
+            let wanted = [self.hub.next_retry(), probe_end].into_iter().flatten().fold(next_beat, Instant::min);
             if timer.deadline() != wanted {
                 timer.as_mut().reset(wanted);
             }
-            let mut ticked = false;
+            let (mut ticked, mut nudged) = (false, false);
             let woken = poll_fn(|cx| {
                 while let Poll::Ready(control) = self.control.poll_recv(cx) {
                     match control {
                         None | Some(Control::Close) => return Poll::Ready(Err(Stop::Done)),
+                        Some(Control::Nudge) => nudged |= self.probe(link),
                         // At once: what is only remembered here is forgotten if the connection is found lost below.
                         Some(control) => {
                             if let Some(send) = self.control(control) {
@@ -414,7 +425,7 @@ impl Task {
                 };
                 self.settle(link);
                 ticked = timer.as_mut().poll(cx).is_ready();
-                if read || ticked { Poll::Ready(Ok(())) } else { Poll::Pending }
+                if read || ticked || nudged { Poll::Ready(Ok(())) } else { Poll::Pending }
             });
             if let Err(stop) = woken.await {
                 return stop;
@@ -425,6 +436,10 @@ impl Task {
                     Ok(next) => next_beat = next,
                     Err(error) => return Stop::Lost(Error::lost(error)),
                 }
+            }
+            if ticked && self.probe_end(link).is_some_and(|end| now >= end) {
+                let what = "no sign of life since one was asked for";
+                return Stop::Lost(Error::lost(io::Error::new(io::ErrorKind::TimedOut, what)));
             }
             if ticked {
                 for send in self.hub.retries(now) {
@@ -523,11 +538,33 @@ impl Task {
         Ok(now + heartbeat)
     }
 
+    /// Asks for a sign of life, unless that is under way.
+    fn probe(&mut self, link: &mut Link) -> bool {
+        let is_first = self.probe_end(link).is_none();
+        if is_first {
+            self.nudged = Some(Instant::now());
+            let mut request = Request::new(Kind::Version, "");
+            request.ahead = link.features.contains(Features::AHEAD);
+            self.push(link, &request, What::Other);
+        }
+        is_first
+    }
+
+    /// When a connection without a sign of life since it was asked for one counts as lost.
+    fn probe_end(&self, link: &Link) -> Option<Instant> {
+        let asked = self.nudged.filter(|asked| link.heard <= *asked)?;
+        Some(asked + PROBE_FACTOR * self.link_options.connect_timeout)
+    }
+
     /// Handles what is not a request; what is to be sent for it is returned.
     fn control(&mut self, control: Control) -> Option<Send> {
         match control {
             Control::Subscribe(local) => self.hub.add(local),
             Control::Unsubscribe(pattern, id) => self.hub.remove(&pattern, id),
+            Control::Nudge => {
+                self.nudged = Some(Instant::now());
+                None
+            }
             Control::Close => None,
         }
     }
@@ -723,7 +760,10 @@ impl Task {
         loop {
             let pause = self.pace.pause(*failures);
             *failures = failures.saturating_add(1);
-            self.meanwhile(sleep(pause)).await?;
+            self.pause(pause).await?;
+            if self.nudged.take().is_some() {
+                *failures = 0;
+            }
             let options = self.link_options.clone();
             match self.meanwhile(Link::open(&options)).await? {
                 Ok(link) => return Some(link),
@@ -736,16 +776,35 @@ impl Task {
         }
     }
 
+    /// Waits until the next attempt to connect is due; `None` when nobody needs it any more.
+    async fn pause(&mut self, pause: Duration) -> Option<()> {
+        let mut pause = pin!(sleep(pause));
+        while self.nudged.is_none() {
+            tokio::select! {
+                () = &mut pause => break,
+                control = self.control.recv() => self.control_meanwhile(control)?,
+            }
+        }
+        Some(())
+    }
+
     /// Awaits while subscriptions come and go; `None` when nobody needs the connection any more.
     async fn meanwhile<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
         let mut work = pin!(work);
         loop {
             tokio::select! {
                 done = &mut work => return Some(done),
-                control = self.control.recv() => match control {
-                    None | Some(Control::Close) => return None,
-                    Some(control) => drop(self.control(control)),
-                },
+                control = self.control.recv() => self.control_meanwhile(control)?,
+            }
+        }
+    }
+
+    fn control_meanwhile(&mut self, control: Option<Control>) -> Option<()> {
+        match control {
+            None | Some(Control::Close) => None,
+            Some(control) => {
+                drop(self.control(control));
+                Some(())
             }
         }
     }
@@ -835,6 +894,39 @@ mod tests {
 
     fn local(id: u64) -> Local {
         Local::new(id, Pattern::new("a").unwrap(), Sink::Queue(Arc::default()), usize::MAX)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_is_asked_for_a_sign_of_life_and_gives_none_is_lost() {
+        let mut rig = rig(4_096);
+        rig.link.features = Features::NONE;
+        for _ in 0..3 {
+            rig.control.send(Control::Nudge).unwrap();
+        }
+        let began = Instant::now();
+        rig.task.pace.heartbeat = Duration::from_secs(3_600);
+        lost(&mut rig).await;
+        assert_eq!(began.elapsed(), PROBE_FACTOR * HEARTBEAT);
+        let mut asked = vec![0; 4_096];
+        let len = rig.far.read(&mut asked).await.unwrap();
+        assert_eq!(String::from_utf8_lossy(&asked[..len]).matches("Version").count(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_gives_a_sign_of_life_stays() {
+        let mut rig = rig(4_096);
+        rig.task.pace.heartbeat = Duration::from_secs(3_600);
+        rig.control.send(Control::Nudge).unwrap();
+        let Rig { mut task, mut link, mut far, control, _asks } = rig;
+        let server = async move {
+            tokio::time::sleep(HEARTBEAT).await;
+            far.write_all(b"{\"Base\":{\"id\":0,\"status\":200,\"message\":\"\"}}\n").await.unwrap();
+            tokio::time::sleep(HEARTBEAT * 10).await;
+            control.send(Control::Close).unwrap();
+            far
+        };
+        let (stop, _far) = tokio::join!(task.serve(&mut link), server);
+        assert!(matches!(stop, Stop::Done));
     }
 
     /// A put under way, and where its answer comes.

@@ -1,20 +1,30 @@
-//! One value, always current.
+//! One value, or all of a branch, always current.
 
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
-use nkv_core::Pattern;
-use nkv_types::{Entry, Error, Result, Revision, Watched};
+use nkv_core::{Key, Pattern};
+use nkv_types::{Branch, EndReason, Entry, Error, Result, Revision, Watched};
 use tokio::sync::watch;
 
 use crate::client::Handle;
 use crate::error::WireError as _;
+use crate::queue::KEY_COST;
 use crate::task::Control;
 
-/// The value of a key as it changes. Clones follow it independently; when the last one is dropped, the subscription ends.
-#[derive(Clone)]
-pub struct Watch<T> {
-    receiver: watch::Receiver<Watched<T>>,
+/// How many deletes by wildcard are remembered whose notifications may be on their way.
+const DELETES_MAX: usize = 16;
+
+/// The value of a key as it changes.
+pub type Watch<T> = Current<Watched<T>>;
+
+/// The keys that a pattern covers, with their values, as they change.
+pub type BranchWatch<T> = Current<Branch<T>>;
+
+/// A state as it changes. Clones follow it independently; when the last one is dropped, the subscription ends.
+pub struct Current<S> {
+    receiver: watch::Receiver<S>,
     _end: Arc<EndOnDrop>,
 }
 
@@ -32,29 +42,30 @@ impl Drop for EndOnDrop {
     }
 }
 
-impl<T> Watch<T> {
-    pub(crate) fn new(receiver: watch::Receiver<Watched<T>>, end: EndOnDrop) -> Self {
-        Watch { receiver, _end: Arc::new(end) }
+impl<S> Current<S> {
+    pub(crate) fn new(receiver: watch::Receiver<S>, end: EndOnDrop) -> Self {
+        Current { receiver, _end: Arc::new(end) }
     }
 
-    /// What is known now. It is never older than what a put of the same client that is done has made of the key, or a delete
+    /// What is known now. It is never older than what a put of the same client that is done has made of a key, or a delete
     /// of up to 1,024 keys.
     ///
-    /// What is borrowed is not to be held for long: the connection waits for it.
-    pub fn borrow(&self) -> watch::Ref<'_, Watched<T>> {
+    /// Nothing is copied. What is borrowed must not be held for long, and not across an `await`: the connection waits for it.
+    pub fn borrow(&self) -> watch::Ref<'_, S> {
         self.receiver.borrow()
     }
 
     /// What is known now, marked as seen.
-    pub fn borrow_and_update(&mut self) -> watch::Ref<'_, Watched<T>> {
+    pub fn borrow_and_update(&mut self) -> watch::Ref<'_, S> {
         self.receiver.borrow_and_update()
     }
 
-    /// Waits for a change of the value, or of whether it is live, that was not seen yet.
+    /// Waits for a change of the state, or of whether it is live, that was not seen yet.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Closed`](crate::ErrorKind::Closed): the subscription has ended, and the value stays as it is.
+    /// [`ErrorKind::Closed`](crate::ErrorKind::Closed): the subscription has ended, and the state stays as it is; it
+    /// says why.
     ///
     /// # Cancel safety
     ///
@@ -72,30 +83,49 @@ impl<T> Watch<T> {
     /// # Cancel safety
     ///
     /// Dropping the future loses nothing.
-    pub async fn wait_for(&mut self, is_wanted: impl FnMut(&Watched<T>) -> bool) -> Result<watch::Ref<'_, Watched<T>>> {
+    pub async fn wait_for(&mut self, is_wanted: impl FnMut(&S) -> bool) -> Result<watch::Ref<'_, S>> {
         self.receiver.wait_for(is_wanted).await.map_err(|_| Error::closed())
     }
 }
 
-impl<T: fmt::Debug> fmt::Debug for Watch<T> {
+impl<S> Clone for Current<S> {
+    fn clone(&self) -> Self {
+        Current { receiver: self.receiver.clone(), _end: Arc::clone(&self._end) }
+    }
+}
+
+impl<S: fmt::Debug> fmt::Debug for Current<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Watch").field(&*self.receiver.borrow()).finish()
+        f.debug_tuple("Current").field(&*self.receiver.borrow()).finish()
     }
 }
 
 /// The side of the connection's task.
 pub(crate) trait Watcher: Send {
-    /// The key has this value now, or none; nothing happens if something newer is known.
-    fn set(&mut self, entry: Option<&Entry>, revision: Revision);
+    /// A key has this value now; nothing happens if something newer is known of it. Returns how many bytes are kept.
+    fn set(&mut self, entry: &Entry) -> usize;
 
-    /// Whether what is known is what the server says.
-    fn set_live(&mut self, is_live: bool);
+    /// A key is gone by this revision; nothing happens if something newer is known of it.
+    fn gone(&mut self, key: &Key, revision: Revision);
+
+    /// The snapshot that ends now does not have this key: it is gone together with all others of which this is said.
+    fn missed(&mut self, key: &Key, revision: Revision);
+
+    /// The client's own delete of all that a pattern selects, at this revision or a later one, is done. What is older than that
+    /// and still to come is passed over.
+    fn deleted(&mut self, pattern: &Pattern, first: Revision);
+
+    /// What is known is what the server says, up to this revision; `None`: not any more.
+    fn set_live(&mut self, synced: Option<Revision>);
+
+    /// Nothing follows.
+    fn end(&mut self, reason: EndReason);
 }
 
 /// Gives the value to a channel, as `read` reads it.
 pub(crate) struct ChannelWatcher<T, F> {
-    pub(crate) sender: watch::Sender<Watched<T>>,
-    pub(crate) read: F,
+    sender: watch::Sender<Watched<T>>,
+    read: F,
     /// The newest change that was heard of, the end of a key too.
     newest: Revision,
 }
@@ -106,10 +136,8 @@ impl<T, F: Fn(&Entry) -> Result<T>> ChannelWatcher<T, F> {
         let (sender, receiver) = watch::channel(Watched::default());
         (ChannelWatcher { sender, read, newest: Revision::ZERO }, receiver)
     }
-}
 
-impl<T: Send + Sync, F: Fn(&Entry) -> Result<T> + Send> Watcher for ChannelWatcher<T, F> {
-    fn set(&mut self, entry: Option<&Entry>, revision: Revision) {
+    fn know(&mut self, entry: Option<&Entry>, revision: Revision) {
         // By revision 0 everything is gone, in a store that has nothing yet.
         if revision.get() > 0 && revision <= self.newest {
             return;
@@ -125,8 +153,218 @@ impl<T: Send + Sync, F: Fn(&Entry) -> Result<T> + Send> Watcher for ChannelWatch
             }
         });
     }
+}
 
-    fn set_live(&mut self, is_live: bool) {
+impl<T: Send + Sync, F: Fn(&Entry) -> Result<T> + Send> Watcher for ChannelWatcher<T, F> {
+    fn set(&mut self, entry: &Entry) -> usize {
+        self.know(Some(entry), entry.revision);
+        0
+    }
+
+    fn gone(&mut self, _: &Key, revision: Revision) {
+        self.know(None, revision);
+    }
+
+    fn missed(&mut self, _: &Key, revision: Revision) {
+        self.know(None, revision);
+    }
+
+    fn deleted(&mut self, _: &Pattern, first: Revision) {
+        self.know(None, first);
+    }
+
+    fn set_live(&mut self, synced: Option<Revision>) {
+        let is_live = synced.is_some();
         self.sender.send_if_modified(|watched| std::mem::replace(&mut watched.is_live, is_live) != is_live);
+    }
+
+    fn end(&mut self, reason: EndReason) {
+        self.sender.send_modify(|watched| (watched.is_live, watched.ended) = (false, Some(reason)));
+    }
+}
+
+/// Keeps a branch up to date in a channel, its values as `read` reads them.
+pub(crate) struct BranchWatcher<T, F> {
+    sender: watch::Sender<Branch<T>>,
+    read: F,
+    /// The keys that are in the branch.
+    known: BTreeMap<Key, KnownKey>,
+    /// What all keys and values take, in bytes.
+    len: usize,
+    /// Own deletes of keys whose notifications may still come, behind some of a change before them.
+    deleted: HashMap<Key, Revision>,
+    /// The same of wildcards.
+    deletes: Vec<(Pattern, Revision)>,
+    /// What the snapshot that is ending does not have.
+    missed: Vec<(Key, Revision)>,
+}
+
+struct KnownKey {
+    revision: Revision,
+    len: usize,
+}
+
+impl<T, F: Fn(&Entry) -> Result<T>> BranchWatcher<T, F> {
+    /// The watcher, and where the branch is.
+    pub(crate) fn new(read: F) -> (Self, watch::Receiver<Branch<T>>) {
+        let (sender, receiver) = watch::channel(Branch::default());
+        let (known, deleted) = (BTreeMap::new(), HashMap::new());
+        let watcher = BranchWatcher { sender, read, known, len: 0, deleted, deletes: Vec::new(), missed: Vec::new() };
+        (watcher, receiver)
+    }
+
+    /// Whether a change of this revision is no news.
+    fn is_old(&self, key: &Key, revision: Revision) -> bool {
+        self.known.get(key).is_some_and(|known| revision <= known.revision)
+            || self.deleted.get(key).is_some_and(|deleted| revision <= *deleted)
+            || self.deletes.iter().any(|(pattern, deleted)| revision < *deleted && pattern.selects(key))
+    }
+
+    /// Forgets a key, unless something newer than this revision is known of it.
+    fn forget(&mut self, key: &Key, revision: Revision) {
+        // By revision 0 everything is gone, in a store that has nothing yet.
+        let is_newer = |known: &KnownKey| known.revision > revision && revision.get() > 0;
+        if self.known.get(key).is_some_and(|known| !is_newer(known))
+            && let Some(known) = self.known.remove(key)
+        {
+            self.len = self.len.saturating_sub(known.len);
+        }
+    }
+
+    /// The keys of the branch that a pattern selects.
+    fn selected(&self, pattern: &Pattern) -> Vec<Key> {
+        let keys: Box<dyn Iterator<Item = &Key>> = match pattern {
+            Pattern::Key(key) | Pattern::Exact(key) => {
+                Box::new(self.known.get_key_value(key).into_iter().map(|(key, _)| key))
+            }
+            Pattern::Below(branch) => {
+                let from = self.known.range(branch..).map(|(key, _)| key).skip_while(move |key| *key == branch);
+                Box::new(from.take_while(move |key| key.is_below(branch)))
+            }
+            Pattern::All => Box::new(self.known.keys()),
+        };
+        keys.cloned().collect()
+    }
+}
+
+impl<T: Send + Sync, F: Fn(&Entry) -> Result<T> + Send> Watcher for BranchWatcher<T, F> {
+    fn set(&mut self, entry: &Entry) -> usize {
+        let Entry { key, value, revision, .. } = entry;
+        if self.is_old(key, *revision) {
+            return self.len;
+        }
+        self.deleted.remove(key);
+        let len = key.as_str().len() + value.len() + KEY_COST;
+        let before = self.known.insert(key.clone(), KnownKey { revision: *revision, len });
+        self.len = self.len.saturating_sub(before.map_or(0, |known| known.len)).saturating_add(len);
+        self.sender.send_modify(|branch| branch.set(entry, &self.read));
+        self.len
+    }
+
+    fn gone(&mut self, key: &Key, revision: Revision) {
+        if self.deleted.get(key).is_some_and(|deleted| *deleted <= revision) {
+            self.deleted.remove(key);
+        }
+        self.forget(key, revision);
+        if !self.known.contains_key(key) {
+            self.sender.send_if_modified(|branch| branch.remove(key, revision));
+        }
+    }
+
+    fn missed(&mut self, key: &Key, revision: Revision) {
+        self.missed.push((key.clone(), revision));
+    }
+
+    fn deleted(&mut self, pattern: &Pattern, first: Revision) {
+        match pattern {
+            Pattern::Key(key) | Pattern::Exact(key) => {
+                self.gone(key, first);
+                self.deleted.insert(key.clone(), first);
+            }
+            Pattern::Below(_) | Pattern::All => {
+                let mut keys = self.selected(pattern);
+                keys.iter().for_each(|key| self.forget(key, first));
+                keys.retain(|key| !self.known.contains_key(key));
+                self.sender.send_if_modified(|branch| {
+                    keys.iter().map(|key| branch.remove(key, first)).filter(|was_there| *was_there).count() > 0
+                });
+                if self.deletes.len() == DELETES_MAX {
+                    self.deletes.remove(0);
+                }
+                self.deletes.push((pattern.clone(), first));
+            }
+        }
+    }
+
+    fn set_live(&mut self, synced: Option<Revision>) {
+        let Some(revision) = synced else {
+            self.sender.send_if_modified(|branch| std::mem::replace(&mut branch.is_live, false));
+            return;
+        };
+        self.deleted.retain(|_, deleted| *deleted > revision);
+        self.deletes.retain(|(_, deleted)| *deleted > revision);
+        let mut missed = std::mem::take(&mut self.missed);
+        missed.iter().for_each(|(key, revision)| self.forget(key, *revision));
+        missed.retain(|(key, _)| !self.known.contains_key(key));
+        self.sender.send_modify(|branch| {
+            for (key, revision) in &missed {
+                branch.remove(key, *revision);
+            }
+            branch.sync(revision);
+        });
+    }
+
+    fn end(&mut self, reason: EndReason) {
+        self.sender.send_modify(|branch| branch.end(reason));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(key: &str, revision: u64) -> Entry {
+        Entry::new(Key::new(key).unwrap(), "1", Revision::new(revision))
+    }
+
+    #[test]
+    fn keys_that_a_branch_missed_go_in_one_step_with_its_becoming_live() {
+        let (mut watcher, branch) = BranchWatcher::new(|entry: &Entry| Ok(entry.clone()));
+        let keys = ["a", "b", "c"].map(|key| Key::new(key).unwrap());
+        keys.iter().for_each(|key| _ = watcher.set(&entry(key.as_str(), 1)));
+        watcher.set_live(Some(Revision::new(1)));
+        watcher.set_live(None);
+        keys.iter().for_each(|key| watcher.missed(key, Revision::new(5)));
+        watcher.set(&entry("b", 6));
+        assert_eq!((branch.borrow().entries.len(), branch.borrow().is_live), (3, false));
+        watcher.set_live(Some(Revision::new(5)));
+        let branch = branch.borrow();
+        assert_eq!((branch.entries.keys().cloned().collect::<Vec<_>>(), branch.is_live), (vec![keys[1].clone()], true));
+    }
+
+    #[test]
+    fn readers_of_a_branch_are_woken_by_changes_alone() {
+        let (mut watcher, mut branch) = BranchWatcher::new(|entry: &Entry| Ok(entry.clone()));
+        let mut is_woken = || {
+            let woken = branch.has_changed().unwrap();
+            drop(branch.borrow_and_update());
+            woken
+        };
+        watcher.set(&entry("a", 5));
+        assert!(is_woken());
+        watcher.set(&entry("a", 5));
+        watcher.gone(&Key::new("b").unwrap(), Revision::new(6));
+        watcher.deleted(&Pattern::new("b.*").unwrap(), Revision::new(7));
+        assert!(!is_woken());
+        watcher.deleted(&Pattern::All, Revision::new(8));
+        assert!(is_woken());
+        // However many deletes there are, the last ones are remembered.
+        for n in 0..100 {
+            watcher.deleted(&Pattern::new(&format!("k{n}.*")).unwrap(), Revision::new(10 + n));
+        }
+        watcher.set(&entry("k99.x", 9));
+        assert_eq!((is_woken(), watcher.deletes.len()), (false, DELETES_MAX));
+        watcher.set_live(Some(Revision::new(200)));
+        assert_eq!(watcher.deletes.len(), 0);
     }
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use common::{next, server, short, shorts, until_synced, within};
 use nkv_client::{
-    Client, ConnectionState, Deleted, EndReason, ErrorKind, Event, GoneReason, Key, PageOptions, PutOptions, Revision,
-    blocking,
+    Client, ConnectionState, Deleted, Edit, EndReason, ErrorKind, Event, GoneReason, Key, PageOptions, Pattern,
+    PutOptions, Revision, SubscribeOptions, blocking,
 };
 use serde::{Deserialize, Serialize};
 
@@ -104,7 +104,7 @@ async fn many_keys_are_listed_in_pages() {
     let nkv = server.handle();
     for n in 0..2_500 {
         let key = nkv_client::Key::new(&format!("k{n:05}")).unwrap();
-        nkv.put(&key, "1", nkv_server::WriteOptions::default()).await.unwrap();
+        nkv.put(&key, "1").await.unwrap();
     }
     let client = Client::connect(&addr).await.unwrap();
     assert_eq!(client.get_all("*").await.unwrap().len(), 2_500);
@@ -186,6 +186,82 @@ async fn a_slow_reader_gets_the_latest_state_of_each_key() {
     }
 }
 
+#[tokio::test]
+async fn of_updates_that_meet_none_is_lost() {
+    let (_server, addr) = server().await;
+    let client = Client::builder(&addr).request_timeout(Duration::from_secs(60)).connect().await.unwrap();
+    let tasks = (0..8).map(|_| {
+        let client = client.clone();
+        tokio::spawn(async move {
+            for _ in 0..25 {
+                client.update_as("n", |n: Option<u64>| n.unwrap_or(0) + 1).await.unwrap();
+            }
+        })
+    });
+    for task in tasks.collect::<Vec<_>>() {
+        within(task).await.unwrap();
+    }
+    assert_eq!(client.get_as::<u64>("n").await.unwrap(), Some(200));
+    let key = Key::new("n").unwrap();
+    let kept = client.update(&key, |old| if old.is_some() { Edit::Keep } else { Edit::put("1") }).await.unwrap();
+    assert_eq!(kept.unwrap().value, "200");
+    let none = client.update_as(&key, |n: Option<u64>| if n == Some(200) { Edit::Delete } else { Edit::Keep });
+    assert_eq!((none.await.unwrap(), client.exists("n").await.unwrap()), (None, false));
+    let short = client.update_as("n", |_: Option<u64>| Edit::put(1).with_ttl(Duration::from_millis(1))).await.unwrap();
+    assert_eq!(short, Some(1));
+    let mut watch = client.watch("n").await.unwrap();
+    within(watch.wait_for(|seen| seen.value.is_none())).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_update_that_others_are_always_faster_than_ends_with_the_conflict() {
+    let (_server, addr) = server().await;
+    let client = Client::builder(&addr).request_timeout(Duration::from_millis(300)).connect().await.unwrap();
+    let other = Client::connect(&addr).await.unwrap();
+    let mut n = 0;
+    let edit = |_: Option<&nkv_client::Entry>| {
+        n += 1;
+        // In between the read and the write.
+        let put = other.put("a", n.to_string());
+        tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(put)).unwrap();
+        "mine"
+    };
+    let error = within(client.update("a", edit)).await.unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Conflict { revision } if revision.get() == n), "{error:?}");
+    assert_eq!(client.get("a").await.unwrap().unwrap().value, n.to_string());
+}
+
+#[tokio::test]
+async fn several_patterns_are_one_subscription() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    for key in ["a.x", "b", "b.x", "c", "d"] {
+        client.put(key, "1").await.unwrap();
+    }
+    let mut subscription = client.subscribe(["b.x", "a", "a.x", "b.*", "c"]).await.unwrap();
+    let patterns: Vec<_> = subscription.patterns().map(ToString::to_string).collect();
+    assert_eq!(patterns, ["a", "b.*", "c"]);
+    let mut present = shorts(&until_synced(&mut subscription).await);
+    present.sort();
+    assert_eq!(present, ["a.x=1", "b.x=1", "c=1"]);
+    for (key, value) in [("b", "not covered"), ("a.x", "2"), ("d", "2"), ("c", "2")] {
+        client.put(key, value).await.unwrap();
+    }
+    client.delete("b.x").await.unwrap();
+    for event in ["a.x=2", "c=2", "b.x deleted"] {
+        assert_eq!(short(&next(&mut subscription).await), event);
+    }
+    drop(subscription);
+
+    let key = Key::new("a").unwrap();
+    let exact = SubscribeOptions::default().with_exact(true);
+    let mut alone = client.subscribe_with(&[Pattern::from(&key), Pattern::from(key)], exact).await.unwrap();
+    assert_eq!(alone.patterns().count(), 1);
+    assert_eq!(until_synced(&mut alone).await, []);
+    assert_eq!(client.subscribe([] as [&str; 0]).await.unwrap_err().kind(), &ErrorKind::InvalidKey);
+    assert_eq!(client.subscribe_with(["a", "b.*"], exact).await.unwrap_err().kind(), &ErrorKind::InvalidKey);
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Lamp {
     on: bool,
@@ -236,6 +312,93 @@ async fn a_watch_knows_the_present_value_at_once_and_follows_it() {
 }
 
 #[tokio::test]
+async fn a_branch_is_a_map_that_is_always_current() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    let lamp = |level| Lamp { on: true, level };
+    client.put_as("lamp.a", &lamp(1)).await.unwrap();
+    client.put("lamp.b", "broken").await.unwrap();
+    client.put("door", "not covered").await.unwrap();
+    let raw = client.watch_branch("lamp").await.unwrap();
+    let mut lamps = client.watch_branch_as::<Lamp>("lamp.*").await.unwrap();
+    let (a, b) = (Key::new("lamp.a").unwrap(), Key::new("lamp.b").unwrap());
+    {
+        let (raw, lamps) = (raw.borrow(), lamps.borrow_and_update());
+        assert!(raw.is_live && lamps.is_live && raw.revision.get() >= 2);
+        assert_eq!(raw.entries.keys().collect::<Vec<_>>(), [&a, &b]);
+        assert_eq!(lamps.entries.iter().collect::<Vec<_>>(), [(&a, &lamp(1))]);
+        let unreadable = &lamps.unreadable[&b];
+        assert_eq!((&unreadable.entry.value[..], unreadable.error.kind()), (&b"broken"[..], &ErrorKind::Json));
+    }
+    // The client's own writes are in it when they are done.
+    client.put_as(&b, &lamp(2)).await.unwrap();
+    assert_eq!(lamps.borrow().entries.values().collect::<Vec<_>>(), [&lamp(1), &lamp(2)]);
+    assert_eq!(client.delete("lamp.*").await.unwrap().count, 2);
+    assert!(lamps.borrow().entries.is_empty() && raw.borrow().entries.is_empty());
+    let other = Client::connect(&addr).await.unwrap();
+    let revision = other.put_as("lamp.c", &lamp(3)).await.unwrap();
+    let seen = within(lamps.wait_for(|lamps| lamps.entries.len() == 1)).await.unwrap().revision;
+    assert_eq!(seen, revision);
+    client.close();
+    within(lamps.wait_for(|lamps| lamps.ended.is_some())).await.unwrap();
+    let state = lamps.borrow();
+    assert_eq!((state.is_live, state.ended.as_ref(), state.entries.len()), (false, Some(&EndReason::Closed), 1));
+}
+
+#[tokio::test]
+async fn a_branch_too_large_to_begin_is_refused_with_the_reason() {
+    let (_server, addr) = server().await;
+    let client = Client::builder(&addr).subscription_len_max(1_000).connect().await.unwrap();
+    for n in 0..10 {
+        client.put(format!("k{n}"), "1").await.unwrap();
+    }
+    let error = client.watch_branch("*").await.unwrap_err();
+    assert!(*error.kind() == ErrorKind::Protocol && error.to_string().contains("1000 bytes"), "{error:?}");
+    assert_eq!(client.watch_branch("k1").await.unwrap().borrow().entries.len(), 1);
+}
+
+/// Does what a gateway does, against any store.
+async fn mirror<S: nkv_client::Store>(store: S, from: &'static str, to: &'static str) -> nkv_client::Result<usize> {
+    let tasks = store.get_all(from).await?.into_iter().map(|entry| {
+        let store = store.clone();
+        tokio::spawn(async move {
+            let key = format!("{to}.{}", entry.key);
+            store.put_with(&key, &entry.value, PutOptions::default().with_if_revision(Revision::ZERO)).await?;
+            store.update(&key, |old| [&old.unwrap().value[..], b"!"].concat()).await
+        })
+    });
+    let mut count = 0;
+    for task in tasks.collect::<Vec<_>>() {
+        count += usize::from(task.await.unwrap()?.is_some());
+    }
+    let mut copies = store.subscribe([to, from]).await?;
+    let mut events = 0;
+    loop {
+        match within(tokio_stream::StreamExt::next(&mut copies)).await {
+            Some(Event::Synced { .. }) | None => break,
+            Some(_) => events += 1,
+        }
+    }
+    assert_eq!(events, 2 * count);
+    store.delete(Pattern::new(from)?).await?;
+    assert!(store.exists(to).await? || store.exists(format!("{to}.*")).await?);
+    store.health().await?;
+    Ok(count)
+}
+
+#[tokio::test]
+async fn a_gateway_runs_against_any_store() {
+    let (_server, addr) = server().await;
+    let client = Client::connect(&addr).await.unwrap();
+    for key in ["lamp.a", "lamp.b"] {
+        client.put(key, "on").await.unwrap();
+    }
+    assert_eq!(mirror(client.clone(), "lamp.*", "copy").await.unwrap(), 2);
+    let copies = client.get_all("*").await.unwrap();
+    assert!(copies.len() == 2 && copies.iter().all(|copy| copy.value == "on!"), "{copies:?}");
+}
+
+#[tokio::test]
 async fn a_closed_client_says_so_everywhere() {
     let (_server, addr) = server().await;
     let client = Client::connect(&addr).await.unwrap();
@@ -283,6 +446,8 @@ fn a_program_without_a_runtime_has_the_same_client() {
     assert_eq!(client.get("nope").unwrap(), None);
     client.put_as("n", &5).unwrap();
     assert_eq!(client.get_as::<u8>("n").unwrap(), Some(5));
+    assert_eq!(client.update_as("n", |n: Option<u8>| n.unwrap_or(0) + 1).unwrap(), Some(6));
+    assert_eq!(client.update("n", |n| n.unwrap().value.clone()).unwrap().unwrap().value, "6");
     let mut subscription = client.subscribe("a").unwrap();
     assert_eq!(short(&subscription.next().unwrap()), "a.b=1");
     assert_eq!(short(&subscription.next().unwrap()), "synced");
@@ -295,8 +460,16 @@ fn a_program_without_a_runtime_has_the_same_client() {
     client.put("a", "3").unwrap();
     assert_eq!(watch.changed(Duration::from_secs(10)).unwrap().value.unwrap().value, "3");
     assert_eq!(watch.changed(Duration::from_millis(10)).unwrap_err().kind(), &ErrorKind::Timeout);
+    let mut branch = client.watch_branch("*").unwrap();
+    assert_eq!((branch.borrow().entries.len(), branch.borrow().is_live), (3, true));
+    let numbers = client.watch_branch_as::<u8>("n").unwrap();
+    assert_eq!(numbers.borrow().entries.values().collect::<Vec<_>>(), [&6]);
     assert_eq!(client.delete("*").unwrap().count, 3);
+    assert!(branch.borrow().entries.is_empty());
+    assert!(branch.changed(Duration::from_secs(10)).unwrap().entries.is_empty());
+    assert_eq!(branch.changed(Duration::from_millis(10)).map(drop).unwrap_err().kind(), &ErrorKind::Timeout);
     client.close();
+    assert!(branch.wait_for(Duration::from_secs(10), |branch| branch.ended.is_some()).is_ok());
     assert_eq!(subscription.by_ref().last(), Some(Event::Ended(EndReason::Closed)));
     assert_eq!(subscription.next_timeout(Duration::from_secs(10)), Ok(None), "the end is told from a time-out");
     assert_eq!(client.health().unwrap_err().kind(), &ErrorKind::Closed);

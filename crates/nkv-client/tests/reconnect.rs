@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{Dice, Proxy, eager, next, server, short, shorts, until_synced, within};
-use nkv_client::{Client, ConnectionState, Epoch, ErrorKind, Event, GoneReason, Subscription};
+use nkv_client::{Client, ConnectionState, Epoch, ErrorKind, Event, GoneReason, Key, Subscription};
 use nkv_persist_fs::{Durability, FsOptions, FsPersist};
 use nkv_server::Server;
 use tokio::net::TcpListener;
@@ -166,6 +166,25 @@ async fn a_server_that_lost_its_data_has_everything_told_again() {
 }
 
 #[tokio::test]
+async fn a_program_that_knows_better_does_not_wait_for_the_next_attempt() {
+    let (_server, addr) = server().await;
+    let proxy = Proxy::to(&addr, Dice::new()).await;
+    let hour = Duration::from_secs(3_600);
+    let client = Client::builder(&proxy.addr).backoff(hour, hour).connect().await.unwrap();
+    client.reconnect_now(); // it is there: nothing happens
+    client.put("a", "1").await.unwrap();
+    assert_eq!(proxy.accepted.load(SeqCst), 1);
+    let mut state = client.state();
+    for _ in 0..3 {
+        proxy.cut_now();
+        within(state.wait_for(|state| *state == ConnectionState::Reconnecting)).await.unwrap();
+        client.reconnect_now();
+        within(state.wait_for(|state| *state == ConnectionState::Connected)).await.unwrap();
+    }
+    client.put("a", "2").await.unwrap();
+}
+
+#[tokio::test]
 async fn a_subscription_made_while_the_connection_is_away_waits_for_it() {
     let (_server, addr) = server().await;
     let proxy = Proxy::to(&addr, Dice::new()).await;
@@ -305,10 +324,30 @@ async fn live_through(mut dice: Dice) -> Life {
             }
         });
     }
+    let mut several = client.subscribe(["a.*", "c", "a.k1"]).await.unwrap();
+    let known_of_several = Arc::new(Mutex::new(Wary::default()));
+    let known = Arc::clone(&known_of_several);
+    tokio::spawn(async move {
+        while let Some(event) = several.next().await {
+            known.lock().unwrap().learn(&event);
+        }
+    });
+    let mut branches = Vec::new();
+    for pattern in ["*", "a", "a.*"] {
+        branches.push((pattern, client.watch_branch(pattern).await.unwrap()));
+    }
+    let hasty = client.with_request_timeout(Duration::from_millis(5));
     let mut epochs = 1;
     for _ in 0..30 {
         for _ in 0..dice.below(12) {
             let key = format!("{}.k{}", ["a", "b", "c"][dice.below(3) as usize], dice.below(4));
+            // Some writes are the client's own, and what became of them may not be known.
+            match dice.below(6) {
+                0 => _ = hasty.put(&key, format!("own {}", dice.below(1_000_000))).await,
+                1 => _ = hasty.delete(&key).await,
+                2 => _ = hasty.delete("a.*").await,
+                _ => {}
+            }
             if dice.below(3) == 0 {
                 writer.delete(&key).await.unwrap();
             } else {
@@ -340,18 +379,40 @@ async fn live_through(mut dice: Dice) -> Life {
     proxy.lead_to(&addr);
     proxy.cut_now();
     let last_cut = Instant::now();
-    let now = writer.get_all("*").await.unwrap();
+    // Asked again each time: a write of a connection that was cut may be done yet.
+    let present = async |is_covered: &dyn Fn(&Key) -> bool| -> HashMap<_, _> {
+        let now = writer.get_all("*").await.unwrap();
+        let covered = now.into_iter().filter(|entry| is_covered(&entry.key));
+        covered.map(|entry| (entry.key.to_string(), String::from_utf8_lossy(&entry.value).into_owned())).collect()
+    };
     for (pattern, known) in &readers {
         let covers = nkv_client::Pattern::new(pattern).unwrap();
-        let covered = now.iter().filter(|entry| covers.covers(&entry.key));
-        let expected: HashMap<_, _> =
-            covered.map(|entry| (entry.key.to_string(), String::from_utf8_lossy(&entry.value).into_owned())).collect();
-        eventually(last_cut, &format!("{pattern} converges"), async || known.lock().unwrap().values == expected).await;
+        eventually(last_cut, &format!("{pattern} converges"), async || {
+            let present = present(&|key| covers.covers(key)).await;
+            known.lock().unwrap().values == present
+        })
+        .await;
+    }
+    eventually(last_cut, "several patterns converge", async || {
+        let present = present(&|key| key.as_str().starts_with(['a', 'c'])).await;
+        known_of_several.lock().unwrap().values == present
+    })
+    .await;
+    for (pattern, branch) in &branches {
+        let covers = nkv_client::Pattern::new(pattern).unwrap();
+        eventually(last_cut, &format!("the branch {pattern} converges"), async || {
+            let present = present(&|key| covers.covers(key)).await;
+            let branch = branch.borrow();
+            let texts = branch.entries.values();
+            let texts = texts.map(|entry| (entry.key.to_string(), String::from_utf8_lossy(&entry.value).into_owned()));
+            branch.is_live && texts.collect::<HashMap<_, _>>() == present
+        })
+        .await;
     }
     let converged = last_cut.elapsed();
     // Each pattern once, and none of the connections that were cut has left anything.
     eventually(last_cut, "nothing is left over", async || {
-        writer.stats().await.unwrap().numbers["subscriptions"] == 5 && client.health().await.is_ok()
+        writer.stats().await.unwrap().numbers["subscriptions"] == 6 && client.health().await.is_ok()
     })
     .await;
     let traced = writer.trace("a.k1").await.unwrap();

@@ -13,6 +13,9 @@ use thiserror::Error;
 /// Longest key or pattern, in bytes.
 pub const KEY_LEN_MAX: usize = 1_024;
 
+/// How the text of a reserved key begins.
+const RESERVED: &str = "..";
+
 /// A dotted path such as `host.db1.load`: what a value is stored under.
 ///
 /// One or more non-empty segments joined by `.`; any UTF-8 except white space, control characters and `*`.
@@ -52,6 +55,41 @@ impl Key {
             return Err(KeyError::TooLong { len: text.len() });
         }
         if is_plain(text.as_bytes()) { Ok(()) } else { check_chars(text) }
+    }
+
+    /// A key that storage keeps and no reader sees: that of a [tombstone](crate::PersistValue) that holds what its owner
+    /// wants to know after a restart. Its text is `..` and the name, which [`new`](Self::new) refuses, so that it meets no
+    /// key of a client, nor a row that a backend has for itself behind a single dot.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyError`] if `name` is no key of printable ASCII, or too long.
+    pub fn reserved(name: &str) -> Result<Self, KeyError> {
+        Key::check(name)?;
+        if let Some((at, character)) = name.char_indices().find(|(_, character)| !character.is_ascii()) {
+            return Err(KeyError::Character { character, at });
+        }
+        let text = format!("{RESERVED}{name}");
+        if text.len() > KEY_LEN_MAX { Err(KeyError::TooLong { len: text.len() }) } else { Ok(Key::trusted(&text)) }
+    }
+
+    /// Whether it is a [reserved](Self::reserved) one.
+    #[must_use]
+    pub fn is_reserved(&self) -> bool {
+        self.0.starts_with(RESERVED)
+    }
+
+    /// Whether `text` is a key that storage may hold: what [`check`](Self::check) accepts, or a
+    /// [reserved](Self::reserved) one.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyError`] names the first thing that is wrong.
+    pub fn check_stored(text: &str) -> Result<(), KeyError> {
+        match text.strip_prefix(RESERVED) {
+            Some(name) if text.len() <= KEY_LEN_MAX && is_plain(name.as_bytes()) => Ok(()),
+            _ => Key::check(text),
+        }
     }
 
     /// Makes a key of what was checked before.
@@ -189,6 +227,22 @@ impl Pattern {
     #[must_use]
     pub fn covers(&self, key: &Key) -> bool {
         self.covers_text(key.as_str())
+    }
+
+    /// Whether a subscription to this pattern covers every key that one to `other` covers. Of two patterns one includes the
+    /// other, or no key is covered by both.
+    #[must_use]
+    pub fn includes(&self, other: &Pattern) -> bool {
+        let is_in_branch = |branch: &Key, key: &Key| key == branch || key.is_below(branch);
+        match (self, other) {
+            (Pattern::All, _) => true,
+            (_, Pattern::All) => false,
+            (Pattern::Key(own), Pattern::Key(key) | Pattern::Exact(key) | Pattern::Below(key))
+            | (Pattern::Below(own), Pattern::Below(key)) => is_in_branch(own, key),
+            (Pattern::Below(own), Pattern::Key(key) | Pattern::Exact(key)) => key.is_below(own),
+            (Pattern::Exact(own), Pattern::Exact(key)) => own == key,
+            (Pattern::Exact(_), Pattern::Key(_) | Pattern::Below(_)) => false,
+        }
     }
 
     pub(crate) fn covers_text(&self, key: &str) -> bool {
@@ -345,6 +399,21 @@ mod tests {
     }
 
     #[test]
+    fn a_reserved_key_is_for_storage_alone() {
+        let reserved = Key::reserved("engine.seen").unwrap();
+        assert_eq!((reserved.as_str(), reserved.is_reserved()), ("..engine.seen", true));
+        assert!(Key::check_stored(reserved.as_str()).is_ok() && Key::new(reserved.as_str()).is_err());
+        assert!(Key::check_stored("engine.seen").is_ok() && !key("engine.seen").is_reserved());
+        for text in ["", ".a", "...a", "..", "..a..b", "..a b", "..é", "..*"] {
+            assert!(Key::check_stored(text).is_err(), "{text}");
+        }
+        for name in ["", ".a", "a b", "é", "*", &"k".repeat(KEY_LEN_MAX - 1)] {
+            assert!(Key::reserved(name).is_err(), "{name}");
+        }
+        assert!(Key::reserved(&"k".repeat(KEY_LEN_MAX - 2)).is_ok());
+    }
+
+    #[test]
     fn the_longest_key_is_accepted_and_one_byte_more_is_not() {
         assert!(Key::new(&"k".repeat(KEY_LEN_MAX)).is_ok());
         assert_eq!(Key::new(&"k".repeat(KEY_LEN_MAX + 1)), Err(KeyError::TooLong { len: KEY_LEN_MAX + 1 }));
@@ -386,6 +455,25 @@ mod tests {
         let exact = Pattern::Exact(key("a"));
         for (k, expected) in [("a", true), ("a.b", false), ("ab", false)] {
             assert_eq!((exact.selects(&key(k)), exact.covers(&key(k))), (expected, expected), "{k}");
+        }
+    }
+
+    #[test]
+    fn of_two_patterns_one_includes_the_other_or_they_have_no_key_in_common() {
+        let keys = ["a", "a.b", "a.b.c", "a.c", "ab", "b"].map(key);
+        let mut patterns = vec![Pattern::All];
+        for key in &keys {
+            patterns.extend([Pattern::Key(key.clone()), Pattern::Exact(key.clone()), Pattern::Below(key.clone())]);
+        }
+        // Enough keys to tell any two of these patterns apart.
+        let below =
+            keys.iter().flat_map(|k| ["", ".b", ".c", ".x", ".b.c", ".b.x"].map(|rest| key(&format!("{k}{rest}"))));
+        let below: Vec<Key> = below.chain([key("x")]).collect();
+        for (one, other) in patterns.iter().flat_map(|one| patterns.iter().map(move |other| (one, other))) {
+            let is_within = below.iter().all(|key| !other.covers(key) || one.covers(key));
+            assert_eq!(one.includes(other), is_within, "{one:?} {other:?}");
+            let is_apart = below.iter().all(|key| !one.covers(key) || !other.covers(key));
+            assert!(is_apart || one.includes(other) || other.includes(one), "{one:?} {other:?}");
         }
     }
 }

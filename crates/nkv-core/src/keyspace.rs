@@ -14,8 +14,9 @@ use bytes::Bytes;
 use crate::key::{Key, Pattern, first_bytes};
 use crate::order::Order;
 use crate::packed::Unpacked;
+use crate::persist::Loaded;
 use crate::record::{Action, Change, Expiry, RecordRef, Timestamp, ValueRef};
-use crate::revision::Revision;
+use crate::revision::{Epoch, Revision};
 use crate::slots::Slots;
 use crate::table::Table;
 
@@ -29,7 +30,13 @@ pub(crate) struct Keyspace {
     /// When each value with a TTL ends, and the slot of its key.
     expiries: BTreeSet<(Timestamp, u32)>,
     value_bytes: usize,
+    /// Every change up to this one is applied. While several of one revision are, it is the one before.
     revision: Revision,
+    epoch: Epoch,
+    /// That of the newest change applied.
+    newest: Revision,
+    /// How many changes were applied since the store was opened: the sequence number of the newest.
+    applied: u64,
     /// Where a record is packed before it is known whether its slot has room for it.
     packed: Vec<u8>,
 }
@@ -44,9 +51,34 @@ impl Keyspace {
         self.value_bytes
     }
 
-    /// The revision of the newest change applied.
+    /// Every change up to this revision is applied.
     pub(crate) fn revision(&self) -> Revision {
         self.revision
+    }
+
+    /// Within which revisions may be compared.
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The sequence number of the newest change applied.
+    pub(crate) fn applied(&self) -> u64 {
+        self.applied
+    }
+
+    /// Whether changes of a revision are applied of which others are still to come.
+    pub(crate) fn is_between(&self) -> bool {
+        self.newest > self.revision
+    }
+
+    /// Notes that every change up to `revision` is applied.
+    pub(crate) fn complete(&mut self, revision: Revision) {
+        self.revision = revision;
+    }
+
+    /// Takes the place of another keyspace: the changes go on to be counted where that one was.
+    pub(crate) fn follow(&mut self, before: &Keyspace) {
+        self.applied = before.applied;
     }
 
     pub(crate) fn hash(&self, key: &str) -> u64 {
@@ -133,7 +165,7 @@ impl Keyspace {
     }
 
     /// Now that it is known how many they are, the table is made in its size, and the order by sorting once.
-    pub(crate) fn end_loading(&mut self, revision: Revision) {
+    pub(crate) fn end_loading(&mut self, Loaded { epoch, revision }: Loaded) {
         self.table = Table::with_capacity(self.slots.len());
         let (slots, hasher) = (&self.slots, &self.hasher);
         let mut superseded = Vec::new();
@@ -159,7 +191,7 @@ impl Keyspace {
             a.cmp(b).then_with(|| self.slots.compare(*slot_a, self.slots.get(*slot_b).key))
         });
         self.order = Order::of(sorted.into_iter().map(|(_, slot)| slot));
-        self.revision = revision;
+        (self.epoch, self.revision, self.newest) = (epoch, revision, revision);
     }
 
     /// Removes what storage visited of a key beside the newest.
@@ -180,7 +212,8 @@ impl Keyspace {
             }
             Action::Delete { .. } => self.remove(key.as_str(), hash),
         }
-        self.revision = *revision;
+        self.newest = *revision;
+        self.applied += 1;
     }
 
     fn put(&mut self, record: RecordRef<'_>, hash: u64) {
@@ -310,6 +343,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::Meta;
     use crate::record::{Record, VALUE_LEN_LONG};
 
     fn t(millis: u64) -> Timestamp {
@@ -323,7 +357,8 @@ mod tests {
     fn change(keyspace: &mut Keyspace, key: Key, action: Action) {
         let hash = keyspace.hash(key.as_str());
         let revision = keyspace.revision().next();
-        keyspace.apply(&Change { key, revision, replaces: Revision::ZERO, action }, hash);
+        keyspace.apply(&Change { key, revision, replaces: Revision::ZERO, action, meta: Meta::NONE }, hash);
+        keyspace.complete(revision);
     }
 
     fn put(keyspace: &mut Keyspace, key: Key, value: Bytes) {
@@ -366,7 +401,7 @@ mod tests {
             let (key, revision) = (key(number), Revision::new(number));
             keyspace.load(RecordRef { key: key.as_str(), value, revision, expiry: expiry(number) });
         }
-        keyspace.end_loading(Revision::new(4));
+        keyspace.end_loading(Loaded { revision: Revision::new(4), ..Loaded::default() });
         for (number, value) in (1..).zip(values) {
             let key = key(number);
             let found = keyspace.get(key.as_str(), t(0)).unwrap();
@@ -424,7 +459,7 @@ mod tests {
             let record = Record { key: key(n), value: "x".into(), revision: Revision::new(n + 1), expiry: None };
             keyspace.load(record.lend());
         }
-        keyspace.end_loading(Revision::new(count));
+        keyspace.end_loading(Loaded { revision: Revision::new(count), ..Loaded::default() });
         put(&mut keyspace, key(count), "x".into());
         assert_eq!(numbers(&keyspace), (0..=count).collect::<Vec<_>>());
     }
@@ -479,7 +514,7 @@ mod tests {
         for at in 0..=older as usize {
             records.iter().filter_map(|all| all.get(at)).for_each(|record| keyspace.load(record.lend()));
         }
-        keyspace.end_loading(revision);
+        keyspace.end_loading(Loaded { revision, ..Loaded::default() });
         keyspace
     }
 

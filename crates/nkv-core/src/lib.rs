@@ -5,8 +5,11 @@
 pub mod mailbox;
 pub mod rows;
 
+mod apply;
+mod changes;
 mod key;
 mod keyspace;
+mod meta;
 mod notifier;
 mod order;
 mod packed;
@@ -26,10 +29,13 @@ mod table;
 mod wake;
 mod write;
 
+pub use apply::Applied;
+pub use changes::{CHANGES_LEN_MAX, ChangeGroup, Changes, Gap};
 pub use key::{KEY_LEN_MAX, Key, KeyError, Pattern};
+pub use meta::{META_LEN_MAX, Meta};
 pub use notifier::{Delivery, Notifier};
 pub use persist::{
-    FailureHandler, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue, Prepared,
+    FailureHandler, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue, Prepared, StoredRef,
 };
 pub use record::{
     Action, Began, BeginCause, Change, EndReason, Event, EventKind, Expiry, Reason, Record, RecordRef, Snapshot,

@@ -26,8 +26,8 @@ use std::time::{Duration, Instant};
 
 use crate::key::Key;
 use crate::notifier::{Delivery, Notifier};
-use crate::record::{Action, Began, Change, Event, EventKind, Snapshot, SnapshotReader};
-use crate::revision::Revision;
+use crate::record::{Action, Began, BeginCause, Change, Event, EventKind, Snapshot, SnapshotReader};
+use crate::revision::{Epoch, Revision};
 use crate::sync::{AtomicBool, Condvar, Mutex, MutexGuard};
 use crate::wake::wake;
 
@@ -202,6 +202,8 @@ struct State<T> {
     deletes: usize,
     /// What the changes in the queue take.
     event_bytes: usize,
+    /// In which they are.
+    epoch: Option<Epoch>,
     /// The subscriptions that post here.
     subscriptions: Vec<Began>,
     /// How many snapshots wait to be read, with the one that is being read.
@@ -213,8 +215,8 @@ struct State<T> {
     has_overflowed: bool,
     /// How many `None`s the queue holds.
     vacant: usize,
-    /// That of the newest change that came: one up to it is a duplicate.
-    newest: Revision,
+    /// The sequence number of the newest change that came: one up to it is a duplicate.
+    newest: u64,
     skipped: u64,
     /// How much slack there is, and how much of it is taken.
     slack: usize,
@@ -244,6 +246,7 @@ impl<T> State<T> {
             slots: HashMap::new(),
             deletes: 0,
             event_bytes: 0,
+            epoch: None,
             subscriptions: Vec::new(),
             snapshots: 0,
             reading: None,
@@ -251,7 +254,7 @@ impl<T> State<T> {
             overflow: Overflow::default(),
             has_overflowed: false,
             vacant: 0,
-            newest: Revision::ZERO,
+            newest: 0,
             skipped: 0,
             slack,
             slack_taken: 0,
@@ -289,7 +292,11 @@ impl<T> State<T> {
                 if self.subscriptions.len() == self.subscriptions.capacity() {
                     self.subscriptions.retain(|known| !known.reader.has_ended());
                 }
-                self.subscriptions.push(began.clone());
+                self.note_subscription(began);
+                if self.epoch.replace(began.epoch).is_some_and(|epoch| epoch != began.epoch) {
+                    // All subscriptions begin anew: what came before has no place behind their snapshots.
+                    self.drop_changes();
+                }
                 if began.has_snapshot {
                     self.snapshots += 1;
                     // The snapshot may have what was passed over until now.
@@ -304,14 +311,25 @@ impl<T> State<T> {
         Delivery::Queued
     }
 
+    fn note_subscription(&mut self, began: &Began) {
+        if began.cause == BeginCause::Reset
+            && let Some(known) = self.subscriptions.iter_mut().find(|known| known.reader == began.reader)
+        {
+            *known = began.clone();
+        } else {
+            self.subscriptions.push(began.clone());
+        }
+    }
+
     fn post_change(&mut self, event: &Arc<Event>, change: &Change) -> Delivery {
-        if change.revision <= self.newest {
+        let sequence = event.sequence();
+        if sequence <= self.newest {
             return Delivery::Queued; // a second subscription of this reader covers the key too
         }
-        if self.snapshots > 0 && self.is_for_a_snapshot(change) {
+        if self.snapshots > 0 && self.is_for_a_snapshot(&change.key, sequence) {
             return Delivery::Queued;
         }
-        self.newest = change.revision;
+        self.newest = sequence;
         let slack = self.slack_for(change);
         let mut item_skipped = 0;
         if slack == 0 {
@@ -333,9 +351,9 @@ impl<T> State<T> {
     }
 
     /// Whether the backlog was given up after the store had decided to give this change: a snapshot that waits will have it.
-    fn is_for_a_snapshot(&self, change: &Change) -> bool {
-        let mut covering = self.subscriptions.iter().filter(|began| began.pattern.covers(&change.key)).peekable();
-        covering.peek().is_some() && !covering.any(|began| began.reader.wants(change))
+    fn is_for_a_snapshot(&self, key: &Key, sequence: u64) -> bool {
+        let mut covering = self.subscriptions.iter().filter(|began| began.pattern.covers(key)).peekable();
+        covering.peek().is_some() && !covering.any(|began| began.reader.wants(key, sequence))
     }
 
     fn push(&mut self, item: Item<T>, slack: usize) {
@@ -616,6 +634,10 @@ impl<T> Mailbox<T> {
 impl<T: Send + 'static> Notifier for Mailbox<T> {
     fn notify(&self, event: &Arc<Event>) -> Delivery {
         self.shared.post(|state| if state.closed { Delivery::Closed } else { state.post_event(event) })
+    }
+
+    fn backlog(&self) -> Backlog {
+        self.shared.backlog()
     }
 }
 

@@ -6,6 +6,7 @@ use std::thread;
 
 use super::*;
 use crate::key::Pattern;
+use crate::meta::Meta;
 use crate::record::{BeginCause, EndReason, Reason};
 use crate::records::Records;
 use crate::revision::Epoch;
@@ -56,7 +57,7 @@ const REPLACED: Revision = Revision::new(1);
 
 fn event(key: &str, revision: u64, replaces: Revision, action: Action) -> Arc<Event> {
     let (key, revision) = (Key::new(key).unwrap(), Revision::new(revision));
-    Event::new(EventKind::Change(Change { key, revision, replaces, action }))
+    Event::new(EventKind::Change(Change { key, revision, replaces, action, meta: Meta::NONE }))
 }
 
 fn delete(key: &str, revision: u64) -> Arc<Event> {

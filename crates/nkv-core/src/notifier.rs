@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::mailbox::Backlog;
 use crate::record::Event;
 
 /// Reaches one subscriber.
@@ -35,6 +36,18 @@ use crate::record::Event;
 pub trait Notifier: fmt::Debug + Send + Sync + 'static {
     /// Takes an event for the subscriber and says what became of it.
     fn notify(&self, event: &Arc<Event>) -> Delivery;
+
+    /// Takes an event from a mailbox in front of this notifier, where `skipped` changes of its key, since the last one, were
+    /// passed over in its favour: see [`Item::Event`](crate::mailbox::Item::Event). One that counts them tells its subscriber.
+    fn notify_conflated(&self, event: &Arc<Event>, skipped: u64) -> Delivery {
+        let _ = skipped;
+        self.notify(event)
+    }
+
+    /// What waits for the subscriber, for people to look at; nothing, if that is not known.
+    fn backlog(&self) -> Backlog {
+        Backlog::default()
+    }
 }
 
 /// What became of an event.
@@ -55,11 +68,27 @@ impl<N: Notifier + ?Sized> Notifier for Box<N> {
     fn notify(&self, event: &Arc<Event>) -> Delivery {
         (**self).notify(event)
     }
+
+    fn notify_conflated(&self, event: &Arc<Event>, skipped: u64) -> Delivery {
+        (**self).notify_conflated(event, skipped)
+    }
+
+    fn backlog(&self) -> Backlog {
+        (**self).backlog()
+    }
 }
 
 #[deny(clippy::missing_trait_methods)]
 impl<N: Notifier + ?Sized> Notifier for Arc<N> {
     fn notify(&self, event: &Arc<Event>) -> Delivery {
         (**self).notify(event)
+    }
+
+    fn notify_conflated(&self, event: &Arc<Event>, skipped: u64) -> Delivery {
+        (**self).notify_conflated(event, skipped)
+    }
+
+    fn backlog(&self) -> Backlog {
+        (**self).backlog()
     }
 }

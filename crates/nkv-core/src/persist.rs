@@ -3,10 +3,13 @@
 use std::collections::HashMap;
 use std::error::Error as StdError;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
 
 use crate::key::Key;
-use crate::record::{Action, Change, Record, RecordRef};
+use crate::meta::Meta;
+use crate::record::{Action, Change, Expiry, Record, RecordRef, ValueRef};
 use crate::revision::{Epoch, Revision};
 
 /// Keeps values across restarts.
@@ -17,12 +20,19 @@ use crate::revision::{Epoch, Revision};
 /// - *Together*: a batch survives whole or not at all, and what survives is a prefix of the batches given.
 /// - *Durable*: what was given before `persist` returned `Ok` survives, to the degree the backend promises.
 /// - *Revisions*: the highest revision ever stored survives too, even when its key was deleted.
-/// - *Keys*: what [`load`](Self::load) visits has a key that [`Key::check`] accepts. The backend sees to that, because it
-///   knows what it has read: nobody checks it again.
-/// - *Epoch*: it stays the same over restarts, and changes whenever something acknowledged may have been lost.
+/// - *Keys*: what [`load`](Self::load) visits has a key that [`Key::check`] accepts; the key of a tombstone is one that
+///   [`Key::check_stored`] accepts. The backend sees to that, because it knows what it has read: nobody checks it again.
+/// - *Epoch*: it stays the same over restarts, and changes whenever something acknowledged may have been lost, or when
+///   [`begin_epoch`](Self::begin_epoch) says so.
+/// - *Meta*: a backend that [keeps meta](Self::keeps_meta) gives back with each record the [meta](Change::meta) of the
+///   put that stored it, byte for byte. A delete with meta leaves a *tombstone*: key, revision and meta, without a value,
+///   until a later change of the key takes its place: a put, a delete with other meta, or a delete without any, after which
+///   nothing is left. [Reserved](Key::reserved) keys have tombstones alone. Other backends are given no meta, and no
+///   reserved keys.
 /// - *Replaces*: [`Change::replaces`] names the revision of the record whose place a change takes, as the batches stored
 ///   so far and the changes before it in its own have left it; zero where there is none. A backend may rely on it: one
-///   that knows its records by their revisions need not know them by their keys.
+///   that knows its records by their revisions need not know them by their keys. It names no tombstone: where there is one,
+///   it is zero. A delete that replaces nothing counts as any change does: its revision is kept.
 /// - *Prepared*: [`prepare`](Self::prepare) stores nothing, and says no more than is known.
 /// - *Closed*: what [`close`](Self::close) returns is the result of the last sync; everything stored before survives it.
 /// - *One owner*: storage that is open cannot be opened again ([`PersistErrorKind::InUse`]); or the last instance to load it
@@ -41,15 +51,16 @@ use crate::revision::{Epoch, Revision};
     note = "or use `nkv_core::MemoryPersist`, or `nkv_persist_fs::FsPersist`"
 )]
 pub trait PersistValue: fmt::Debug + Send + 'static {
-    /// Visits what survived, each key once, in no particular order, before anything else is asked. A record is lent for
-    /// the visit: what keeps it copies it.
+    /// Visits what survived, each key once, in no particular order, before anything else is asked. It is lent for the
+    /// visit: what keeps it copies it. A backend that keeps no meta visits [records](RecordRef) alone.
     ///
     /// # Errors
     ///
     /// [`PersistErrorKind::Damaged`] when the data cannot be trusted, [`PersistErrorKind::Io`] when it cannot be read.
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError>;
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError>;
 
-    /// Makes a batch durable: all of it, or none of it. A batch is never empty, its revisions increase.
+    /// Makes a batch durable: all of it, or none of it. A batch is never empty. Its revisions never fall, from one batch
+    /// to the next neither, and those of one key rise; several keys may have the same one.
     ///
     /// # Errors
     ///
@@ -69,6 +80,23 @@ pub trait PersistValue: fmt::Debug + Send + 'static {
     fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
         let _ = batch;
         Ok(Prepared::Unknown)
+    }
+
+    /// Whether it keeps the [meta](Change::meta) of changes, and tombstones.
+    fn keeps_meta(&self) -> bool {
+        false
+    }
+
+    /// Forgets everything, tombstones too, and begins `epoch` at revision zero: durably, and all or nothing. For data whose
+    /// source has begun anew; its batches follow.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`persist`](Self::persist), with the same meaning. [`PersistErrorKind::Rejected`] where a backend cannot do
+    /// so, as one does that has not written this method.
+    fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        let context = format!("this storage cannot begin epoch {epoch}: it keeps the one that it has");
+        Err(PersistError::new(PersistErrorKind::Rejected, context))
     }
 
     /// Takes a handler for failures that no call shows, before anything else is asked. A backend that works in the
@@ -91,6 +119,77 @@ pub trait PersistValue: fmt::Debug + Send + 'static {
     /// promises, and the next opening reads what it holds.
     fn close(&mut self) -> Result<(), PersistError> {
         Ok(())
+    }
+}
+
+/// What storage has of one key, lent for a moment. A backend that keeps no meta makes it of its records, with `into`.
+#[derive(Clone, Copy, Debug)]
+pub enum StoredRef<'a> {
+    /// A record.
+    Record {
+        /// What readers see.
+        record: RecordRef<'a>,
+        /// The meta of its put, if it had some.
+        meta: Option<&'a [u8]>,
+    },
+    /// What a delete with meta left.
+    Tombstone {
+        /// The key that is gone, or a [reserved](Key::reserved) one.
+        key: &'a str,
+        /// That of the delete.
+        revision: Revision,
+        /// The meta of the delete.
+        meta: &'a [u8],
+    },
+}
+
+impl<'a> StoredRef<'a> {
+    /// Whose it is.
+    #[must_use]
+    pub fn key(&self) -> &'a str {
+        match self {
+            StoredRef::Record { record, .. } => record.key,
+            StoredRef::Tombstone { key, .. } => key,
+        }
+    }
+
+    /// That of the change that left it.
+    #[must_use]
+    pub fn revision(&self) -> Revision {
+        match self {
+            StoredRef::Record { record, .. } => record.revision,
+            StoredRef::Tombstone { revision, .. } => *revision,
+        }
+    }
+
+    /// The meta of the change that left it, if it had some.
+    #[must_use]
+    pub fn meta(&self) -> Option<&'a [u8]> {
+        match self {
+            StoredRef::Record { meta, .. } => *meta,
+            StoredRef::Tombstone { meta, .. } => Some(meta),
+        }
+    }
+
+    /// The record, if it is one.
+    #[must_use]
+    pub fn record(&self) -> Option<RecordRef<'a>> {
+        match self {
+            StoredRef::Record { record, .. } => Some(*record),
+            StoredRef::Tombstone { .. } => None,
+        }
+    }
+}
+
+impl<'a> From<RecordRef<'a>> for StoredRef<'a> {
+    fn from(record: RecordRef<'a>) -> Self {
+        StoredRef::Record { record, meta: None }
+    }
+}
+
+impl<'a> From<&'a Record> for StoredRef<'a> {
+    fn from(record: &'a Record) -> Self {
+        record.lend().into()
     }
 }
 
@@ -217,7 +316,7 @@ impl StdError for PersistError {
 
 #[deny(clippy::missing_trait_methods)]
 impl<P: PersistValue + ?Sized> PersistValue for Box<P> {
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         (**self).load(visit)
     }
 
@@ -227,6 +326,14 @@ impl<P: PersistValue + ?Sized> PersistValue for Box<P> {
 
     fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
         (**self).prepare(batch)
+    }
+
+    fn keeps_meta(&self) -> bool {
+        (**self).keeps_meta()
+    }
+
+    fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        (**self).begin_epoch(epoch)
     }
 
     fn on_failure(&mut self, handler: FailureHandler) {
@@ -241,7 +348,7 @@ impl<P: PersistValue + ?Sized> PersistValue for Box<P> {
 /// A shared backend: whoever else holds it can look at it between two calls.
 #[deny(clippy::missing_trait_methods)]
 impl<P: PersistValue + ?Sized> PersistValue for Arc<Mutex<P>> {
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         self.lock().unwrap_or_else(PoisonError::into_inner).load(visit)
     }
 
@@ -251,6 +358,14 @@ impl<P: PersistValue + ?Sized> PersistValue for Arc<Mutex<P>> {
 
     fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
         self.lock().unwrap_or_else(PoisonError::into_inner).prepare(batch)
+    }
+
+    fn keeps_meta(&self) -> bool {
+        self.lock().unwrap_or_else(PoisonError::into_inner).keeps_meta()
+    }
+
+    fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).begin_epoch(epoch)
     }
 
     fn on_failure(&mut self, handler: FailureHandler) {
@@ -279,7 +394,7 @@ impl NoPersist {
 }
 
 impl PersistValue for NoPersist {
-    fn load(&mut self, _visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, _visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         Ok(Loaded { epoch: self.epoch, revision: Revision::ZERO })
     }
 
@@ -289,6 +404,16 @@ impl PersistValue for NoPersist {
 
     fn prepare(&mut self, _batch: &[Change]) -> Result<Prepared, PersistError> {
         Ok(Prepared::Room)
+    }
+
+    /// It loses what it is given like everything else.
+    fn keeps_meta(&self) -> bool {
+        true
+    }
+
+    fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        self.epoch = epoch;
+        Ok(())
     }
 }
 
@@ -305,10 +430,42 @@ pub struct MemoryPersist {
 
 #[derive(Debug, Default)]
 struct Disk {
-    records: HashMap<Key, Record>,
+    stored: HashMap<Key, Kept>,
     loaded: Loaded,
     /// How many have opened it; the last one owns it.
     owner: u64,
+}
+
+/// What is kept of one key.
+#[derive(Debug)]
+struct Kept {
+    revision: Revision,
+    /// Nothing in a tombstone.
+    value: Option<(Bytes, Option<Expiry>)>,
+    meta: Meta,
+}
+
+impl Kept {
+    /// `None` if the change leaves nothing.
+    fn by(Change { revision, action, meta, .. }: &Change) -> Option<Kept> {
+        let value = match action {
+            Action::Put { value, expiry } => Some((value.clone(), *expiry)),
+            Action::Delete { .. } if meta.is_none() => return None,
+            Action::Delete { .. } => None,
+        };
+        Some(Kept { revision: *revision, value, meta: meta.clone() })
+    }
+
+    fn lend<'a>(&'a self, key: &'a Key) -> StoredRef<'a> {
+        let (key, revision, meta) = (key.as_str(), self.revision, self.meta.as_bytes());
+        match &self.value {
+            Some((value, expiry)) => {
+                let record = RecordRef { key, value: ValueRef::of(value), revision, expiry: *expiry };
+                StoredRef::Record { record, meta }
+            }
+            None => StoredRef::Tombstone { key, revision, meta: meta.unwrap_or_default() },
+        }
+    }
 }
 
 impl Disk {
@@ -325,6 +482,15 @@ impl MemoryPersist {
         let loaded = Loaded { epoch, revision: Revision::ZERO };
         MemoryPersist { disk: Arc::new(Mutex::new(Disk { loaded, ..Disk::default() })), owner: None }
     }
+
+    /// The disk, if it is still this instance's.
+    fn own(&mut self) -> Result<MutexGuard<'_, Disk>, PersistError> {
+        let mut disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
+        if *self.owner.get_or_insert_with(|| disk.take_over()) == disk.owner {
+            return Ok(disk);
+        }
+        Err(PersistError::new(PersistErrorKind::Poisoned, "another instance owns the storage now"))
+    }
 }
 
 impl Clone for MemoryPersist {
@@ -335,35 +501,37 @@ impl Clone for MemoryPersist {
 }
 
 impl PersistValue for MemoryPersist {
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         let mut disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
         self.owner = Some(disk.take_over());
-        disk.records.values().map(Record::lend).for_each(visit);
+        disk.stored.iter().map(|(key, kept)| kept.lend(key)).for_each(visit);
         Ok(disk.loaded)
     }
 
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        let mut disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
-        if *self.owner.get_or_insert_with(|| disk.take_over()) != disk.owner {
-            return Err(PersistError::new(PersistErrorKind::Poisoned, "another instance owns the storage now"));
-        }
-        for Change { key, revision, action, .. } in batch {
-            match action {
-                Action::Put { value, expiry } => {
-                    let record =
-                        Record { key: key.clone(), value: value.clone(), revision: *revision, expiry: *expiry };
-                    disk.records.insert(key.clone(), record);
-                }
-                Action::Delete { .. } => {
-                    disk.records.remove(key);
-                }
+        let mut disk = self.own()?;
+        for change in batch {
+            match Kept::by(change) {
+                Some(kept) => _ = disk.stored.insert(change.key.clone(), kept),
+                None => _ = disk.stored.remove(&change.key),
             }
-            disk.loaded.revision = *revision;
+            disk.loaded.revision = change.revision;
         }
         Ok(())
     }
 
     fn prepare(&mut self, _batch: &[Change]) -> Result<Prepared, PersistError> {
         Ok(Prepared::Room)
+    }
+
+    fn keeps_meta(&self) -> bool {
+        true
+    }
+
+    fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        let mut disk = self.own()?;
+        disk.stored.clear();
+        disk.loaded = Loaded { epoch, revision: Revision::ZERO };
+        Ok(())
     }
 }

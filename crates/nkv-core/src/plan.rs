@@ -7,10 +7,11 @@ use hashbrown::HashTable;
 
 use crate::key::{Key, Pattern};
 use crate::keyspace::{Keyspace, Stored};
+use crate::meta::Meta;
 use crate::persist::{PersistError, PersistErrorKind};
 use crate::record::{Action, Change, Reason, Timestamp};
 use crate::revision::Revision;
-use crate::write::{Op, Outcome, Sweep, Write, WriteResult};
+use crate::write::{Failed, Op, Outcome, Sweep, Write, WriteResult};
 
 /// A batch with this number of changes, or of bytes of values, takes no more writes.
 const GROUP_CHANGES_MAX: usize = 4_096;
@@ -39,12 +40,21 @@ pub(crate) struct Plan<'a> {
     revision: Revision,
     pub(crate) changes: Vec<Change>,
     /// Of the key of each change: a key is hashed once for each operation.
-    pub(crate) hashes: Vec<u64>,
+    pub(crate) hashes: Vec<Hashed>,
     /// The latest change of each key that has one, by the hash of the key: what later operations of the batch see.
     /// None is looked for if there is only one operation.
     latest: Option<HashTable<usize>>,
     /// Bytes of values.
     len: usize,
+}
+
+/// What is known of a change beside it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Hashed {
+    /// That of its key.
+    pub(crate) hash: u64,
+    /// It is the last of those that its caller gave as one.
+    pub(crate) ends_group: bool,
 }
 
 /// What is known of the key of one operation before the batch.
@@ -54,8 +64,14 @@ struct Lookup {
     stored: Stored,
 }
 
-/// A write that is to be stored together has too many changes.
-struct TooLarge;
+/// Why an operation, or all that is to be stored together with it, is refused before anything is stored.
+#[derive(Clone, Copy, Debug)]
+enum Refusal {
+    /// It has too many changes.
+    TooLarge,
+    /// It puts a reserved key.
+    Reserved,
+}
 
 impl<'a> Plan<'a> {
     /// Plans what comes next of `writes`, notes in each of them what becomes of its operations if the batch is stored, and
@@ -72,11 +88,11 @@ impl<'a> Plan<'a> {
             match plan.add_all(writes, extent) {
                 Ok(()) => return plan,
                 // Very rare: all others are planned once more.
-                Err((at, TooLarge)) => {
+                Err((at, refusal)) => {
                     for (other, write) in writes.iter_mut().enumerate() {
                         write.undo();
                         if other == at {
-                            write.fail(&too_large());
+                            write.fail(&refusal.error());
                         }
                     }
                 }
@@ -88,7 +104,7 @@ impl<'a> Plan<'a> {
         Plan { keyspace, now, revision, changes: Vec::new(), hashes: Vec::new(), latest: None, len: 0 }
     }
 
-    fn add_all(&mut self, writes: &mut [&mut Write], extent: Extent) -> Result<(), (usize, TooLarge)> {
+    fn add_all(&mut self, writes: &mut [&mut Write], extent: Extent) -> Result<(), (usize, Refusal)> {
         let lookups = self.look_up(writes, extent);
         self.changes.reserve(lookups.len());
         self.hashes.reserve(lookups.len());
@@ -145,14 +161,20 @@ impl<'a> Plan<'a> {
         lookups
     }
 
+    /// What was planned up to here is what one caller gave as one.
+    fn end_group(&mut self) {
+        self.hashes.last_mut().into_iter().for_each(|last| last.ends_group = true);
+    }
+
     fn is_full(&self) -> bool {
         self.changes.len() >= GROUP_CHANGES_MAX || self.len >= GROUP_LEN_MAX
     }
 
-    fn add(&mut self, write: &mut Write, lookups: &[Lookup], extent: Extent) -> Result<(), TooLarge> {
+    fn add(&mut self, write: &mut Write, lookups: &[Lookup], extent: Extent) -> Result<(), Refusal> {
         write.note();
         if write.is_expiry {
             self.expire(write);
+            self.end_group();
             return Ok(());
         }
         if write.is_together {
@@ -160,7 +182,8 @@ impl<'a> Plan<'a> {
             for (op, lookup) in write.ops.iter().zip(lookups) {
                 write.results.push(Ok(self.step(op, lookup, room)?));
             }
-            return if self.changes.len() > room { Err(TooLarge) } else { Ok(()) };
+            self.end_group();
+            return if self.changes.len() > room { Err(Refusal::TooLarge) } else { Ok(()) };
         }
         for lookup in lookups {
             let Some(op) = write.ops.get(write.results.len()) else { break };
@@ -169,19 +192,25 @@ impl<'a> Plan<'a> {
                     let Some(result) = self.sweep(pattern, &mut write.sweep) else { break };
                     write.results.push(result);
                 }
-                op => write.results.push(Ok(self.step(op, lookup, usize::MAX)?)),
+                op => {
+                    let result = self.step(op, lookup, usize::MAX);
+                    write.results.push(result.map_err(|refusal| Failed { error: refusal.error(), deleted: 0 }));
+                }
             }
+            self.end_group();
             if self.is_full() || extent == Extent::Unit {
                 break;
             }
         }
+        self.end_group();
         Ok(())
     }
 
     /// What becomes of an operation, whose changes must not bring the plan past `room`.
-    fn step(&mut self, op: &Op, lookup: &Lookup, room: usize) -> Result<Outcome, TooLarge> {
+    fn step(&mut self, op: &Op, lookup: &Lookup, room: usize) -> Result<Outcome, Refusal> {
         let Lookup { hash, stored } = *lookup;
         Ok(match op {
+            Op::Put { key, .. } if key.is_reserved() => return Err(Refusal::Reserved),
             Op::Put { key, value, options } => {
                 let (present, replaces) = self.present(key, hash, stored);
                 if options.if_revision.is_some_and(|expected| expected != present) {
@@ -229,7 +258,7 @@ impl<'a> Plan<'a> {
     }
 
     /// The keys that a pattern selects, as the operations so far leave them.
-    fn selected(&self, pattern: &Pattern, keys_max: usize) -> Result<BTreeSet<Key>, TooLarge> {
+    fn selected(&self, pattern: &Pattern, keys_max: usize) -> Result<BTreeSet<Key>, Refusal> {
         let selected = self.keyspace.select(pattern, None, self.now);
         // Each change before it may have removed one of them.
         let looks_max = keys_max.saturating_add(self.changes.len()).saturating_add(1);
@@ -242,7 +271,7 @@ impl<'a> Plan<'a> {
                 keys.insert(change.key.clone());
             }
         }
-        if keys.len() > keys_max { Err(TooLarge) } else { Ok(keys) }
+        if keys.len() > keys_max { Err(Refusal::TooLarge) } else { Ok(keys) }
     }
 
     /// The next slice of a wildcard delete, in key order. It deletes what was there when it began and was not written
@@ -257,7 +286,12 @@ impl<'a> Plan<'a> {
         if keys_max == 0 {
             return None;
         }
-        let sweep = progress.get_or_insert_with(|| Sweep::from(self.revision));
+        let epoch = self.keyspace.epoch();
+        let sweep = progress.get_or_insert_with(|| Sweep::new(self.revision, epoch));
+        if sweep.epoch != epoch {
+            // What was there when it began is gone.
+            return progress.take().map(|sweep| sweep.result());
+        }
         let (mut keys, mut looks) = (Vec::new(), 0);
         let mut selected = self.keyspace.select(pattern, sweep.after.as_ref(), self.now);
         let mut last = None;
@@ -297,7 +331,7 @@ impl<'a> Plan<'a> {
         if keys_max == 0 {
             return;
         }
-        let sweep = write.sweep.get_or_insert_with(|| Sweep::from(self.revision));
+        let sweep = write.sweep.get_or_insert_with(|| Sweep::new(self.revision, self.keyspace.epoch()));
         // What an earlier operation of the batch wrote or removed is not due: its expiry is another.
         let is_untouched = |key: &Key| self.latest(key, self.keyspace.hash(key.as_str())).is_none();
         let due =
@@ -330,13 +364,25 @@ impl<'a> Plan<'a> {
         self.revision = self.revision.next();
         let (at, changes, hashes) = (self.changes.len(), &self.changes, &self.hashes);
         let is_of_key = |known: &usize| changes.get(*known).is_some_and(|change: &Change| change.key == key);
-        let hash_of = |known: &usize| hashes.get(*known).copied().unwrap_or_default();
+        let hash_of = |known: &usize| hashes.get(*known).map_or(0, |hashed: &Hashed| hashed.hash);
         if let Some(latest) = &mut self.latest {
             *latest.entry(hash, is_of_key, hash_of).or_insert(at).get_mut() = at;
         }
-        self.hashes.push(hash);
-        self.changes.push(Change { key, revision: self.revision, replaces, action });
+        self.hashes.push(Hashed { hash, ends_group: false });
+        self.changes.push(Change { key, revision: self.revision, replaces, action, meta: Meta::NONE });
         self.revision
+    }
+}
+
+impl Refusal {
+    fn error(self) -> PersistError {
+        let context = match self {
+            Refusal::TooLarge => {
+                format!("a batch that is stored together changes at most {TOGETHER_CHANGES_MAX} keys")
+            }
+            Refusal::Reserved => "a reserved key has no value".to_owned(),
+        };
+        PersistError::new(PersistErrorKind::Rejected, context)
     }
 }
 
@@ -354,9 +400,4 @@ fn left_by(change: &Change) -> Revision {
         Action::Put { .. } => change.revision,
         Action::Delete { .. } => Revision::ZERO,
     }
-}
-
-fn too_large() -> PersistError {
-    let context = format!("a batch that is stored together changes at most {TOGETHER_CHANGES_MAX} keys");
-    PersistError::new(PersistErrorKind::Rejected, context)
 }

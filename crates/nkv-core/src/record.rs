@@ -12,6 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::key::{Key, Pattern};
+use crate::meta::Meta;
 use crate::records::Records;
 use crate::revision::{Epoch, Revision};
 use crate::sync::Mutex;
@@ -170,6 +171,15 @@ pub struct Change {
     pub replaces: Revision,
     /// What happened.
     pub action: Action,
+    /// What storage keeps beside it. A delete with some leaves a tombstone: see [`PersistValue`](crate::PersistValue).
+    pub meta: Meta,
+}
+
+impl Change {
+    /// Whether readers see it: a delete of a key that was absent has none for them.
+    pub(crate) fn has_effect(&self) -> bool {
+        matches!(self.action, Action::Put { .. }) || self.replaces != Revision::ZERO
+    }
 }
 
 /// What a change did.
@@ -281,8 +291,8 @@ impl Began {
 pub enum BeginCause {
     /// It was asked for.
     Subscribed,
-    /// It lives on, but too much waited for its subscriber. All that was not delivered is dropped, and the whole present
-    /// state follows as a snapshot: a key that is not in it is gone.
+    /// It lives on, but too much waited for its subscriber, and all that was not delivered is dropped; or the data began
+    /// another epoch. The whole present state follows as a snapshot: a key that is not in it is gone.
     Reset,
 }
 
@@ -317,7 +327,7 @@ pub(crate) trait ReadSnapshot: Send + Sync {
 
     fn has_ended(&self) -> bool;
 
-    fn wants(&self, change: &Change) -> bool;
+    fn wants(&self, key: &Key, sequence: u64) -> bool;
 }
 
 impl SnapshotReader {
@@ -330,7 +340,9 @@ impl SnapshotReader {
         SnapshotReader(Arc::new(Mutex::new(parts.into_iter().collect::<VecDeque<_>>())))
     }
 
-    /// Reads the next part; after the last one the snapshot begins anew. `None` once the store is gone.
+    /// Reads the next part; after the last one the snapshot begins anew. `None` once the store is gone; and once where the
+    /// data began a new epoch before the snapshot was read to its end: it ends there, and one that belongs to the next
+    /// [`Began`] takes its place.
     ///
     /// Takes locks of the store: [`Notifier::notify`](crate::Notifier::notify) must not call it.
     #[must_use]
@@ -353,8 +365,8 @@ impl SnapshotReader {
     }
 
     /// Whether a change is for the notifier, or for a snapshot that is to be read.
-    pub(crate) fn wants(&self, change: &Change) -> bool {
-        self.0.wants(change)
+    pub(crate) fn wants(&self, key: &Key, sequence: u64) -> bool {
+        self.0.wants(key, sequence)
     }
 }
 
@@ -371,7 +383,7 @@ impl ReadSnapshot for Mutex<VecDeque<Snapshot>> {
         false
     }
 
-    fn wants(&self, _change: &Change) -> bool {
+    fn wants(&self, _key: &Key, _sequence: u64) -> bool {
         true
     }
 }
@@ -412,6 +424,8 @@ pub enum EventKind {
 /// What subscribers are given, shared by all of them.
 pub struct Event {
     kind: EventKind,
+    sequence: u64,
+    ends_revision: bool,
     memos: Mutex<Vec<Memo>>,
     /// Where its bytes are counted.
     counter: Option<Arc<AtomicUsize>>,
@@ -420,17 +434,44 @@ pub struct Event {
 type Memo = Arc<dyn Any + Send + Sync>;
 
 impl Event {
-    /// An event that says `kind`.
+    /// An event that says `kind`. A change is alone at its revision, which is its [sequence](Self::sequence) number too.
     #[must_use]
     pub fn new(kind: EventKind) -> Arc<Self> {
-        Arc::new(Event { kind, memos: Mutex::new(Vec::new()), counter: None })
+        let sequence = match &kind {
+            EventKind::Change(change) => change.revision.get(),
+            _ => 0,
+        };
+        Event::in_sequence(kind, sequence, true)
     }
 
-    /// An event that says `kind`, whose bytes are counted for as long as it lives.
-    pub(crate) fn counted(kind: EventKind, counter: &Arc<AtomicUsize>) -> Arc<Self> {
-        let event = Event { kind, memos: Mutex::new(Vec::new()), counter: Some(Arc::clone(counter)) };
-        counter.fetch_add(event.size(), Relaxed);
+    /// An event with this [sequence](Self::sequence) number, which [ends its revision](Self::ends_revision) or does not:
+    /// for tests of notifiers.
+    #[must_use]
+    pub fn in_sequence(kind: EventKind, sequence: u64, ends_revision: bool) -> Arc<Self> {
+        Arc::new(Event { kind, sequence, ends_revision, memos: Mutex::new(Vec::new()), counter: None })
+    }
+
+    /// An event that tells of a change, and whose bytes are counted for as long as it lives.
+    pub(crate) fn counted(change: Change, sequence: u64, ends_revision: bool, counter: &Arc<AtomicUsize>) -> Arc<Self> {
+        let (kind, counter) = (EventKind::Change(change), Some(Arc::clone(counter)));
+        let event = Event { kind, sequence, ends_revision, memos: Mutex::new(Vec::new()), counter };
+        event.counter.iter().for_each(|counter| _ = counter.fetch_add(event.size(), Relaxed));
         Arc::new(event)
+    }
+
+    /// The number of the change among all changes that the store made visible since it was opened; zero for other events.
+    /// It rises from one change to the next, also where several have one revision, or an epoch begins. So a notifier that
+    /// is given an event twice, as two of its subscriptions cover it, knows it by this number.
+    #[must_use]
+    pub fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Whether no other change of its revision follows, of whatever key. Only behind such a one is the revision a point to
+    /// resume from.
+    #[must_use]
+    pub fn ends_revision(&self) -> bool {
+        self.ends_revision
     }
 
     /// What it says.
@@ -481,7 +522,8 @@ fn change_size(change: &Change) -> usize {
         // A value that came by itself has an allocation of its own.
         len => len + 2 * ALLOC_LEN,
     };
-    change.key.as_str().len() + ALLOC_LEN + value_len
+    let meta_len = change.meta.as_bytes().map_or(0, |bytes| bytes.len() + ALLOC_LEN);
+    change.key.as_str().len() + ALLOC_LEN + value_len + meta_len
 }
 
 impl Drop for Event {

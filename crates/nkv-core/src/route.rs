@@ -1,8 +1,10 @@
 //! Several backends behind one: which branch is kept where.
 
+use std::iter::repeat;
+
 use crate::key::Key;
-use crate::persist::{FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared};
-use crate::record::{Change, RecordRef};
+use crate::persist::{FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, StoredRef};
+use crate::record::Change;
 use crate::revision::{Epoch, Revision};
 
 /// Keeps each branch with a backend of its own: the route whose branch has the most segments wins, and a key that no
@@ -99,15 +101,15 @@ fn pick(branches: &[Option<Key>], key: &str) -> usize {
 
 #[deny(clippy::missing_trait_methods)]
 impl PersistValue for RoutePersist {
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         let mut all = Loaded::default();
         for (at, backend) in self.backends.iter_mut().enumerate() {
             let mut stray = None;
-            let loaded = backend.load(&mut |record| {
-                if pick(&self.branches, record.key) == at {
-                    visit(record);
+            let loaded = backend.load(&mut |stored| {
+                if pick(&self.branches, stored.key()) == at {
+                    visit(stored);
                 } else {
-                    stray = Some(record.key.to_owned());
+                    stray = Some(stored.key().to_owned());
                 }
             })?;
             if let Some(key) = stray {
@@ -149,6 +151,30 @@ impl PersistValue for RoutePersist {
             Split::One(backend) => backend.prepare(batch).map_err(|error| refused_in(error, 0..batch.len())),
             Split::Many(mut parts) => prepare(&mut parts),
         }
+    }
+
+    /// If all its backends do.
+    fn keeps_meta(&self) -> bool {
+        self.backends.iter().all(|backend| backend.keeps_meta())
+    }
+
+    /// Has each backend begin an epoch of its own; together they are `epoch`. A crash in between leaves another one, which
+    /// is neither that nor the one before. [`PersistErrorKind::Poisoned`] when a backend refuses after another has begun.
+    fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        let turns = self.backends.len().saturating_sub(1) as u32;
+        let first = Epoch::new(epoch.get().rotate_right(turns % u128::BITS));
+        let epochs = [first].into_iter().chain(repeat(Epoch::default()));
+        for (at, (backend, epoch)) in self.backends.iter_mut().zip(epochs).enumerate() {
+            match backend.begin_epoch(epoch) {
+                Ok(()) => {}
+                Err(error) if at > 0 => {
+                    let context = "one backend has begun another epoch, another refused to";
+                    return Err(PersistError::new(PersistErrorKind::Poisoned, context).with_source(error));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     fn on_failure(&mut self, handler: FailureHandler) {

@@ -10,7 +10,7 @@ use std::collections::HashSet;
 use std::fmt;
 
 use crate::key::Key;
-use crate::persist::{Loaded, PersistError, PersistErrorKind, PersistValue};
+use crate::persist::{Loaded, PersistError, PersistErrorKind, PersistValue, StoredRef};
 use crate::record::{Action, Change, Expiry, RecordRef, Timestamp, ValueRef};
 use crate::revision::{Epoch, Revision};
 
@@ -22,7 +22,7 @@ const TRIES: usize = 16;
 
 /// Rows of bytes, changed in transactions: what a database does for [`RowPersist`].
 ///
-/// Names are keys, and [`HEAD`]: up to 1,024 bytes of UTF-8, to be compared byte by byte. `nkv_testkit::persist` and
+/// Names are keys, also [reserved](Key::reserved) ones, and [`HEAD`]: up to 1,024 bytes of UTF-8, to be compared byte by byte. `nkv_testkit::persist` and
 /// `nkv_testkit::fencing` check a `RowPersist` over them.
 pub trait Rows: fmt::Debug + Send + 'static {
     /// Visits every row, all of one moment, in no particular order.
@@ -111,6 +111,23 @@ impl<R: Rows> RowPersist<R> {
         Head { commit: self.commits, ..head }
     }
 
+    /// Stores changes with a head that follows `before`.
+    fn store(&mut self, before: Head, head: Head, changes: Vec<RowChange<'_>>) -> Result<(), PersistError> {
+        let head = self.next(head);
+        match self.commit(Some(&before.encode()), &head, changes)? {
+            Committed::Yes => {
+                self.head = Some(head);
+                Ok(())
+            }
+            Committed::Stale => {
+                Err(PersistError::new(PersistErrorKind::Poisoned, "another instance owns the storage now"))
+            }
+            Committed::Unknown => {
+                Err(PersistError::new(PersistErrorKind::Io, "the connection was lost before the batch was stored"))
+            }
+        }
+    }
+
     /// `Unknown` if it is known, by now, that nothing was changed.
     fn commit(
         &mut self,
@@ -137,13 +154,13 @@ impl<R: Rows> RowPersist<R> {
 }
 
 impl<R: Rows> PersistValue for RowPersist<R> {
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         let head = self.take_over()?;
         let (ours, mut found, mut wrong) = (head.encode(), false, None);
         self.rows.read(&mut |name, bytes| match name {
             HEAD => found = *bytes == *ours,
             name => match decode(name, bytes) {
-                Some(record) => visit(record),
+                Some(stored) => visit(stored),
                 None => wrong = Some(name.to_owned()),
             },
         })?;
@@ -167,23 +184,26 @@ impl<R: Rows> PersistValue for RowPersist<R> {
                 "nothing was loaded, or nothing is to be stored",
             ));
         };
-        let head = self.next(Head { revision: last.revision.get(), ..before });
         let mut seen = HashSet::new();
         // Of several changes of one key the last counts.
         let newest = batch.iter().rev().filter(|change| seen.insert(&change.key));
         let changes = newest.map(|change| RowChange { name: change.key.as_str(), bytes: encode(change) }).collect();
-        match self.commit(Some(&before.encode()), &head, changes)? {
-            Committed::Yes => {
-                self.head = Some(head);
-                Ok(())
-            }
-            Committed::Stale => {
-                Err(PersistError::new(PersistErrorKind::Poisoned, "another instance owns the storage now"))
-            }
-            Committed::Unknown => {
-                Err(PersistError::new(PersistErrorKind::Io, "the connection was lost before the batch was stored"))
-            }
-        }
+        self.store(before, Head { revision: last.revision.get(), ..before }, changes)
+    }
+
+    fn keeps_meta(&self) -> bool {
+        true
+    }
+
+    fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        let Some(before) = self.head else {
+            return Err(PersistError::new(PersistErrorKind::Rejected, "nothing was loaded"));
+        };
+        let mut names = Vec::new();
+        self.rows.read(&mut |name, _| names.push(name.to_owned()))?;
+        let names = names.iter().filter(|name| *name != HEAD);
+        let changes = names.map(|name| RowChange { name, bytes: None }).collect();
+        self.store(before, Head { epoch: epoch.get(), revision: 0, ..before }, changes)
     }
 }
 
@@ -215,21 +235,48 @@ impl Head {
     }
 }
 
-/// A record as a row: revision, whether there is an expiry, when and after how long that is, and the value.
+/// What the second part of a row says.
+const HAS_EXPIRY: u8 = 1;
+const HAS_META: u8 = 2;
+const IS_TOMBSTONE: u8 = 4;
+
+/// What a change leaves of its key as a row: revision, flags, when and after how long it expires, then, if a flag says so, how
+/// long the meta is and the meta itself, and the value. `None` if it leaves nothing.
 fn encode(change: &Change) -> Option<Vec<u8>> {
-    let Action::Put { value, expiry } = &change.action else { return None };
+    let meta = change.meta.as_bytes();
+    let (value, expiry, kind) = match &change.action {
+        Action::Put { value, expiry } => (&value[..], *expiry, 0),
+        Action::Delete { .. } if meta.is_some() => (&[][..], None, IS_TOMBSTONE),
+        Action::Delete { .. } => return None,
+    };
+    let flag = |flag, is_set| if is_set { flag } else { 0 };
+    let flags = [kind | flag(HAS_EXPIRY, expiry.is_some()) | flag(HAS_META, meta.is_some())];
     let Expiry { at, ttl_ms } = expiry.unwrap_or(Expiry { at: Timestamp::MIN, ttl_ms: 0 });
-    let (revision, flag) = (change.revision.get().to_le_bytes(), [u8::from(expiry.is_some())]);
-    Some([&revision[..], &flag, &at.as_millis().to_le_bytes(), &ttl_ms.to_le_bytes(), value].concat())
+    let (revision, at, ttl_ms) =
+        (change.revision.get().to_le_bytes(), at.as_millis().to_le_bytes(), ttl_ms.to_le_bytes());
+    let meta_len = meta.map(|meta| (meta.len() as u32).to_le_bytes());
+    let meta_len = meta_len.as_ref().map_or(&[][..], |len| len);
+    Some([&revision[..], &flags, &at, &ttl_ms, meta_len, meta.unwrap_or_default(), value].concat())
 }
 
-fn decode<'a>(name: &'a str, bytes: &'a [u8]) -> Option<RecordRef<'a>> {
-    Key::check(name).ok()?;
+fn decode<'a>(name: &'a str, bytes: &'a [u8]) -> Option<StoredRef<'a>> {
     let (revision, rest) = bytes.split_first_chunk()?;
-    let ([flag], rest) = rest.split_first_chunk()?;
+    let ([flags], rest) = rest.split_first_chunk()?;
     let (at, rest) = rest.split_first_chunk()?;
-    let (ttl_ms, value) = rest.split_first_chunk()?;
-    let expiry = Expiry { at: Timestamp::from_millis(u64::from_le_bytes(*at)), ttl_ms: u64::from_le_bytes(*ttl_ms) };
+    let (ttl_ms, mut value) = rest.split_first_chunk()?;
+    let mut meta = None;
+    if flags & HAS_META != 0 {
+        let (len, rest) = value.split_first_chunk()?;
+        let (bytes, rest) = rest.split_at_checked(u32::from_le_bytes(*len) as usize)?;
+        (meta, value) = (Some(bytes), rest);
+    }
     let revision = Revision::new(u64::from_le_bytes(*revision));
-    Some(RecordRef { key: name, value: ValueRef::Lent(value), revision, expiry: (*flag != 0).then_some(expiry) })
+    if flags & IS_TOMBSTONE != 0 {
+        Key::check_stored(name).ok()?;
+        return Some(StoredRef::Tombstone { key: name, revision, meta: meta? });
+    }
+    Key::check(name).ok()?;
+    let expiry = Expiry { at: Timestamp::from_millis(u64::from_le_bytes(*at)), ttl_ms: u64::from_le_bytes(*ttl_ms) };
+    let expiry = (flags & HAS_EXPIRY != 0).then_some(expiry);
+    Some(StoredRef::Record { record: RecordRef { key: name, value: ValueRef::Lent(value), revision, expiry }, meta })
 }

@@ -3,13 +3,17 @@
 //! Two locks, always taken in this order: the subscribers (so that a subscription sees a change either in its snapshot
 //! or as an event), the keyspace (held only to look or to apply). Reads take the second alone.
 
+use std::iter::Peekable;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, PoisonError, Weak};
+use std::vec::IntoIter;
 
+use crate::changes::{Changes, Feed, Gap};
 use crate::key::{Key, Pattern};
 use crate::keyspace::{Keyspace, is_due};
 use crate::notifier::{Delivery, Notifier};
+use crate::plan::Hashed;
 use crate::record::{
     Action, Began, Change, EndReason, Event, EventKind, ReadSnapshot, Reason, Snapshot, SnapshotReader, Timestamp,
 };
@@ -42,7 +46,7 @@ pub(crate) struct Shared<N> {
     now: AtomicU64,
     /// What the events that are not delivered yet take.
     event_bytes: Arc<AtomicUsize>,
-    pub(crate) epoch: Epoch,
+    feed: Feed,
     pub(crate) counters: Counters,
 }
 
@@ -58,15 +62,15 @@ pub(crate) struct Counters {
 }
 
 impl<N: Notifier> Shared<N> {
-    pub(crate) fn new(keyspace: Keyspace, epoch: Epoch, now: Timestamp) -> Self {
+    pub(crate) fn new(keyspace: Keyspace, now: Timestamp) -> Self {
         Shared {
-            subscribers: TurnMutex::new(Subscribers::new(keyspace.revision())),
+            subscribers: TurnMutex::new(Subscribers::new()),
             subscriptions: AtomicU64::new(0),
             next_expiry: AtomicU64::new(keyspace.next_expiry().unwrap_or(NEVER).as_millis()),
             now: AtomicU64::new(now.as_millis()),
             event_bytes: Arc::default(),
             keyspace: RwLock::new(keyspace),
-            epoch,
+            feed: Feed::default(),
             counters: Counters::default(),
         }
     }
@@ -98,29 +102,78 @@ impl<N: Notifier> Shared<N> {
         &self.event_bytes
     }
 
-    /// Makes stored changes visible, all at once, and notifies the subscribers. The caller has begun a [`Later`].
-    pub(crate) fn publish(&self, changes: Vec<Change>, hashes: &[u64]) {
+    /// Makes stored changes visible, all at once, and notifies the subscribers. With them every change up to `complete` is
+    /// visible. The caller has begun a [`Later`].
+    pub(crate) fn publish(&self, mut changes: Vec<Change>, hashes: &[Hashed], complete: Revision) {
         let subscribers = self.subscribers.lock();
         let mut keyspace = self.keyspace.write().unwrap_or_else(PoisonError::into_inner);
-        changes.iter().zip(hashes).for_each(|(change, hash)| keyspace.apply(change, *hash));
+        changes.iter().zip(hashes).for_each(|(change, hashed)| keyspace.apply(change, hashed.hash));
+        keyspace.complete(complete);
+        let applied = keyspace.applied();
         self.next_expiry.store(keyspace.next_expiry().unwrap_or(NEVER).as_millis(), Release);
         drop(keyspace);
         self.count(&changes);
-        self.notify_all(subscribers, changes);
+        if self.feed.is_read() {
+            self.feed.push(&changes, hashes, complete);
+        }
+        let next = applied + 1 - changes.len() as u64;
+        changes.retain(Change::has_effect);
+        self.notify_all(subscribers, Numbered { changes: changes.into_iter().peekable(), next, complete }, applied);
+    }
+
+    /// Puts another keyspace, of another epoch, in the place of the present one: for readers at once, and for each
+    /// subscription with a fresh beginning. Returns the one before, to be dropped without a lock. The caller has begun a
+    /// [`Later`].
+    pub(crate) fn begin_epoch(&self, mut keyspace: Keyspace) -> Keyspace {
+        let mut subscribers = self.subscribers.lock();
+        let mut present = self.keyspace.write().unwrap_or_else(PoisonError::into_inner);
+        keyspace.follow(&present);
+        let (revision, epoch) = (keyspace.revision(), keyspace.epoch());
+        let before = std::mem::replace(&mut *present, keyspace);
+        self.next_expiry.store(present.next_expiry().unwrap_or(NEVER).as_millis(), Release);
+        drop(present);
+        self.feed.begin(revision, epoch);
+        let mut gone = Vec::new();
+        for subscription in subscribers.all() {
+            let (pattern, reader) = (subscription.pattern().clone(), subscription.reader.clone());
+            subscription.progress.begin_anew();
+            let began = EventKind::Began(Began::new(pattern, revision, epoch, reader).as_reset());
+            if subscription.notifier().notify(&Event::new(began)) == Delivery::Closed {
+                gone.extend(
+                    self.remove(&mut subscribers, subscription.pattern(), |known| Arc::ptr_eq(known, &subscription)),
+                );
+            }
+        }
+        drop(subscribers);
+        drop_later(gone);
+        before
+    }
+
+    /// Has the changes from now on kept for a reader; `since` is to be the present revision, or one that is held for
+    /// another reader.
+    pub(crate) fn follow(&self, since: Option<(Epoch, Revision)>, len_max: usize) -> Result<Changes, Gap> {
+        let subscribers = self.subscribers.lock();
+        let keyspace = self.read();
+        let (present, is_between) = ((keyspace.epoch(), keyspace.revision()), keyspace.is_between());
+        drop(keyspace);
+        if is_between && since.is_some() {
+            return Err(Gap { epoch: present.0, revision: present.1 });
+        }
+        let changes = self.feed.follow(since, present, len_max);
+        drop(subscribers);
+        changes
     }
 
     /// After some changes those who wait to subscribe, to unsubscribe, or to read part of a snapshot go first: they see
     /// which changes the others have been notified of.
-    fn notify_all<'a>(&'a self, mut subscribers: MutexGuard<'a, Subscribers<N>>, changes: Vec<Change>) {
-        let last = changes.last().map_or(Revision::ZERO, |change| change.revision);
+    fn notify_all<'a>(&'a self, mut subscribers: MutexGuard<'a, Subscribers<N>>, mut changes: Numbered, applied: u64) {
         let mut tally = Tally { notified: 0, conflated: 0, gone: Vec::new() };
-        let mut changes = changes.into_iter();
         while subscribers.len() > 0 && self.notify_some(&mut subscribers, &mut changes, &mut tally) {
             drop(subscribers);
             self.subscribers.give_turns();
             subscribers = self.subscribers.lock();
         }
-        subscribers.told = last;
+        subscribers.told = applied;
         drop(subscribers);
         self.counters.notified.fetch_add(tally.notified, Relaxed);
         self.counters.conflated.fetch_add(tally.conflated, Relaxed);
@@ -128,27 +181,21 @@ impl<N: Notifier> Shared<N> {
     }
 
     /// False once all are notified of all changes.
-    fn notify_some(
-        &self,
-        subscribers: &mut Subscribers<N>,
-        changes: &mut impl Iterator<Item = Change>,
-        tally: &mut Tally<N>,
-    ) -> bool {
+    fn notify_some(&self, subscribers: &mut Subscribers<N>, changes: &mut Numbered, tally: &mut Tally<N>) -> bool {
         let gone_before = tally.gone.len();
         let mut covering = Vec::new();
         // Each subscription that was looked at counts, also one that does not want the change.
         let (mut looks, mut is_done) = (0, true);
-        for change in changes {
-            let revision = change.revision;
+        for (change, sequence, ends_revision) in changes.by_ref() {
             subscribers.for_each(&change.key, |subscription| {
                 looks += 1;
-                if subscription.progress.wants(&change.key, revision) {
+                if subscription.progress.wants(&change.key, sequence) {
                     covering.push(subscription);
                 }
             });
             if !covering.is_empty() {
                 tally.notified += covering.len() as u64;
-                let event = Event::counted(EventKind::Change(change), &self.event_bytes);
+                let event = Event::counted(change, sequence, ends_revision, &self.event_bytes);
                 for subscription in covering.drain(..) {
                     match subscription.notifier().notify(&event) {
                         Delivery::Queued => {}
@@ -175,7 +222,7 @@ impl<N: Notifier> Shared<N> {
 
     fn count(&self, changes: &[Change]) {
         let (mut puts, mut deletes, mut expired) = (0, 0, 0);
-        for change in changes {
+        for change in changes.iter().filter(|change| change.has_effect()) {
             match change.action {
                 Action::Put { .. } => puts += 1,
                 Action::Delete { reason: Reason::Deleted } => deletes += 1,
@@ -190,29 +237,40 @@ impl<N: Notifier> Shared<N> {
     }
 
     /// See [`NotifyKeyValue::subscribe`](crate::NotifyKeyValue::subscribe).
-    pub(crate) fn subscribe(self: &Arc<Self>, subscription: &Arc<Subscription<N>>, has_snapshot: bool) {
+    pub(crate) fn subscribe(
+        self: &Arc<Self>,
+        pattern: Pattern,
+        id: SubscriberId,
+        notifier: N,
+        has_snapshot: bool,
+    ) -> Arc<Subscription<N>> {
         let later = Later::begin();
-        let (pattern, progress) = (subscription.pattern(), &subscription.progress);
-        let reader = Reader { shared: Arc::downgrade(self), pattern: pattern.clone(), progress: Arc::clone(progress) };
+        let progress = Arc::<Progress>::default();
+        let reader = Reader { shared: Arc::downgrade(self), pattern: pattern.clone(), progress: Arc::clone(&progress) };
         let reader = SnapshotReader::new(Arc::new(reader));
+        let subscription = Arc::new(Subscription::new(id, pattern, notifier, progress, reader.clone()));
+        let (pattern, progress) = (subscription.pattern(), &subscription.progress);
         let mut subscribers = self.subscribers.lock();
         let replaced = self.remove(&mut subscribers, pattern, |known| known.id() == subscription.id());
         replaced.iter().for_each(|old| end(old, EndReason::Replaced));
-        let revision = self.read().revision();
-        let mut began = Began::new(pattern.clone(), revision, self.epoch, reader);
+        let keyspace = self.read();
+        let (applied, revision, epoch) = (keyspace.applied(), keyspace.revision(), keyspace.epoch());
+        drop(keyspace);
+        let mut began = Began::new(pattern.clone(), revision, epoch, reader);
         if has_snapshot {
             began = began.with_snapshot();
         } else {
-            progress.go_live(subscribers.told, revision);
+            progress.go_live(subscribers.told, applied);
         }
         if subscription.notifier().notify(&Event::new(EventKind::Began(began))) == Delivery::Closed {
             progress.end();
         } else {
-            subscribers.insert(Arc::clone(subscription));
+            subscribers.insert(Arc::clone(&subscription));
             self.subscriptions.store(subscribers.len() as u64, Relaxed);
         }
         drop(subscribers);
         drop((later, replaced));
+        subscription
     }
 
     /// See [`NotifyKeyValue::unsubscribe`](crate::NotifyKeyValue::unsubscribe).
@@ -226,8 +284,9 @@ impl<N: Notifier> Shared<N> {
         removed.is_some()
     }
 
-    pub(crate) fn is_subscribed(&self, pattern: &Pattern, id: &SubscriberId) -> bool {
-        self.subscribers.lock().has(pattern, |known| known.id() == id)
+    /// See [`NotifyKeyValue::subscription`](crate::NotifyKeyValue::subscription).
+    pub(crate) fn subscription(&self, pattern: &Pattern, id: &SubscriberId) -> Option<Arc<Subscription<N>>> {
+        self.subscribers.lock().find(pattern, |known| known.id() == id).cloned()
     }
 
     /// See [`NotifyKeyValue::forget`](crate::NotifyKeyValue::forget).
@@ -241,6 +300,16 @@ impl<N: Notifier> Shared<N> {
             drop(subscribers);
             drop(removed);
         }
+    }
+
+    /// See [`NotifyKeyValue::forget_all`](crate::NotifyKeyValue::forget_all).
+    pub(crate) fn forget_all(&self) {
+        let mut subscribers = self.subscribers.lock();
+        let removed = subscribers.take_all();
+        removed.iter().for_each(|removed| removed.progress.end());
+        self.subscriptions.store(0, Relaxed);
+        drop(subscribers);
+        drop(removed);
     }
 
     /// What is removed is to be dropped without the lock.
@@ -266,6 +335,30 @@ impl<N: Notifier> Shared<N> {
 
 /// How many subscriptions are forgotten under one hold of the lock.
 const TURN_SUBSCRIPTIONS: usize = 64;
+
+/// Changes that subscribers are to be notified of.
+struct Numbered {
+    changes: Peekable<IntoIter<Change>>,
+    /// The sequence number of the next.
+    next: u64,
+    /// Every change up to this revision is among these, or came before.
+    complete: Revision,
+}
+
+impl Iterator for Numbered {
+    /// With its sequence number, and whether no other of its revision follows.
+    type Item = (Change, u64, bool);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let change = self.changes.next()?;
+        let ends_revision = match self.changes.peek() {
+            Some(next) => next.revision != change.revision,
+            None => self.complete >= change.revision,
+        };
+        self.next += 1;
+        Some((change, self.next - 1, ends_revision))
+    }
+}
 
 /// What became of notifications.
 struct Tally<N> {
@@ -294,8 +387,8 @@ impl<N: Notifier> ReadSnapshot for Reader<N> {
         let shared = self.shared.upgrade()?;
         let subscribers = shared.subscribers.lock();
         let keyspace = shared.read();
-        let present = keyspace.revision();
-        let (after, revision) = self.progress.resume(present);
+        let (applied, epoch) = (keyspace.applied(), keyspace.epoch());
+        let (after, revision) = self.progress.resume(keyspace.revision())?;
         let (mut records, mut len) = (Records::default(), 0);
         let (now, mut looks, mut last) = (shared.now(), 0, None);
         let mut covered = keyspace.covered(&self.pattern, after.as_ref());
@@ -309,11 +402,11 @@ impl<N: Notifier> ReadSnapshot for Reader<N> {
         }
         let up_to = last.filter(|_| covered.next().is_some()).map(Key::trusted);
         let is_last = up_to.is_none();
-        self.progress.has_read(up_to, subscribers.told, present);
+        self.progress.has_read(up_to, subscribers.told, applied);
         drop(covered);
         drop(keyspace);
         drop(subscribers);
-        Some(Snapshot { pattern: self.pattern.clone(), records, revision, epoch: shared.epoch, is_last })
+        Some(Snapshot { pattern: self.pattern.clone(), records, revision, epoch, is_last })
     }
 
     fn reset(&self) -> bool {
@@ -324,7 +417,7 @@ impl<N: Notifier> ReadSnapshot for Reader<N> {
         self.progress.has_ended()
     }
 
-    fn wants(&self, change: &Change) -> bool {
-        self.progress.wants(&change.key, change.revision)
+    fn wants(&self, key: &Key, sequence: u64) -> bool {
+        self.progress.wants(key, sequence)
     }
 }

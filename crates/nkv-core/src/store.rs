@@ -12,10 +12,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use bytes::Bytes;
 use thiserror::Error;
 
+use crate::changes::{Changes, Gap};
 use crate::key::{Key, Pattern};
 use crate::keyspace::{Keyspace, is_due};
 use crate::notifier::Notifier;
-use crate::persist::{PersistError, PersistErrorKind, PersistValue};
+use crate::persist::{PersistError, PersistErrorKind, PersistValue, StoredRef};
 use crate::plan::{Extent, Plan};
 use crate::queue::Queue;
 use crate::record::{Record, RecordRef, Timestamp};
@@ -52,16 +53,18 @@ pub struct NotifyKeyValue<P, N> {
     /// Writes of callers that have no thread for writing: those that wait are done together.
     queue: Queue,
     writer: Mutex<Writer<P>>,
-    shared: Arc<Shared<N>>,
+    pub(crate) shared: Arc<Shared<N>>,
 }
 
 #[derive(Debug)]
-struct Writer<P> {
-    persist: P,
+pub(crate) struct Writer<P> {
+    pub(crate) persist: P,
     /// The newest revision stored.
-    revision: Revision,
+    pub(crate) revision: Revision,
     /// Storage no longer knows what it holds; it is not asked again.
-    poisoned: bool,
+    pub(crate) poisoned: bool,
+    /// Storage has begun an epoch, and does not have all of its first state. Readers are in the one before.
+    pub(crate) is_between_epochs: bool,
     /// Storage was closed.
     closed: bool,
 }
@@ -120,7 +123,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     ///
     /// What [`PersistValue::load`] says.
     pub fn open(persist: P) -> Result<Self, PersistError> {
-        Self::load(persist, Timestamp::MIN, Timestamp::MAX)
+        Self::load(persist, Timestamp::MIN, Timestamp::MAX, |_| {})
     }
 
     /// Loads what `persist` kept. `now` is the present, on the clock that expiries are counted on: values that have ended
@@ -131,23 +134,47 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     ///
     /// What [`PersistValue::load`] says.
     pub fn open_at(persist: P, now: Timestamp) -> Result<Self, PersistError> {
-        Self::load(persist, now, now)
+        Self::load(persist, now, now, |_| {})
     }
 
-    fn load(mut persist: P, now: Timestamp, clamp_at: Timestamp) -> Result<Self, PersistError> {
+    /// As [`open_at`](Self::open_at), and lends each record and each tombstone that is loaded to `visit`, also those of
+    /// [reserved](Key::reserved) keys, with the meta that the store itself does not keep, in no particular order.
+    ///
+    /// # Errors
+    ///
+    /// What [`PersistValue::load`] says.
+    pub fn open_visiting(persist: P, now: Timestamp, visit: impl FnMut(StoredRef<'_>)) -> Result<Self, PersistError> {
+        Self::load(persist, now, now, visit)
+    }
+
+    fn load(
+        mut persist: P,
+        now: Timestamp,
+        clamp_at: Timestamp,
+        mut visit: impl FnMut(StoredRef<'_>),
+    ) -> Result<Self, PersistError> {
         let mut keyspace = Keyspace::default();
-        let loaded = persist.load(&mut |mut record| {
-            debug_assert_eq!(Key::check(record.key), Ok(()), "storage visits nothing else");
-            if let Some(expiry) = &mut record.expiry {
-                expiry.at = expiry.at.min(clamp_at.saturating_add(expiry.ttl_ms));
+        let loaded = persist.load(&mut |mut stored| {
+            if let StoredRef::Record { record, .. } = &mut stored {
+                debug_assert_eq!(Key::check(record.key), Ok(()), "storage visits nothing else");
+                if let Some(expiry) = &mut record.expiry {
+                    expiry.at = expiry.at.min(clamp_at.saturating_add(expiry.ttl_ms));
+                }
+                keyspace.load(*record);
             }
-            keyspace.load(record);
+            visit(stored);
         })?;
-        keyspace.end_loading(loaded.revision);
+        keyspace.end_loading(loaded);
         Ok(NotifyKeyValue {
             queue: Queue::default(),
-            writer: Mutex::new(Writer { persist, revision: loaded.revision, poisoned: false, closed: false }),
-            shared: Arc::new(Shared::new(keyspace, loaded.epoch, now)),
+            writer: Mutex::new(Writer {
+                persist,
+                revision: loaded.revision,
+                poisoned: false,
+                is_between_epochs: false,
+                closed: false,
+            }),
+            shared: Arc::new(Shared::new(keyspace, now)),
         })
     }
 
@@ -410,7 +437,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
             let revision = last.revision;
             let Err(error) = writer.persist.persist(&changes) else {
                 writer.revision = revision;
-                self.shared.publish(changes, &hashes);
+                self.shared.publish(changes, &hashes, revision);
                 break;
             };
             writer.poisoned = error.kind() == PersistErrorKind::Poisoned;
@@ -420,6 +447,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
             let before = changes.len();
             leave_out(&mut changes, refused);
             leave_out(&mut hashes, refused);
+            hashes.last_mut().into_iter().for_each(|last| last.ends_group = true);
             if changes.len() == before {
                 return Err(error);
             }
@@ -442,7 +470,17 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         if std::mem::replace(&mut writer.closed, true) { Ok(()) } else { writer.persist.close() }
     }
 
-    fn lock_writer(&self) -> Result<MutexGuard<'_, Writer<P>>, PersistError> {
+    pub(crate) fn lock_writer(&self) -> Result<MutexGuard<'_, Writer<P>>, PersistError> {
+        let writer = self.lock_storage()?;
+        if writer.is_between_epochs {
+            let context = "storage began an epoch whose first state was not stored whole: it is to be replaced again";
+            return Err(PersistError::new(PersistErrorKind::Io, context));
+        }
+        Ok(writer)
+    }
+
+    /// The writer, if storage can be asked.
+    pub(crate) fn lock_storage(&self) -> Result<MutexGuard<'_, Writer<P>>, PersistError> {
         match self.writer.lock() {
             Ok(writer) if writer.closed => {
                 Err(PersistError::new(PersistErrorKind::Rejected, "the store is closed and takes no more writes"))
@@ -460,9 +498,23 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// it has read: none is missing between the two, none comes twice. A subscription of the same `id` and `pattern`, or to
     /// the same key with its branch or without, is replaced, and notified of it first.
     pub fn subscribe(&self, pattern: Pattern, id: SubscriberId, notifier: N, snapshot: bool) -> Arc<Subscription<N>> {
-        let subscription = Arc::new(Subscription::new(id, pattern, notifier));
-        self.shared.subscribe(&subscription, snapshot);
-        subscription
+        self.shared.subscribe(pattern, id, notifier, snapshot)
+    }
+
+    /// Reads every change from now on as it is committed, in order, with the boundaries of what one caller gave as one; or
+    /// every change after `since`, an epoch and a revision that another reader was [to resume from](crate::ChangeGroup::resume).
+    /// At most `len_max` bytes of changes wait for it, [`CHANGES_LEN_MAX`](crate::CHANGES_LEN_MAX) usually. While no reader
+    /// is there, nothing is kept.
+    ///
+    /// To copy a store: begin to read, then read the state ([`walk`](Self::walk)), then take the changes up to the revision
+    /// that the store was at when the state had been read, each of which the state has already if it has the key at that
+    /// revision or a higher one.
+    ///
+    /// # Errors
+    ///
+    /// [`Gap`] if `since` is neither the present revision nor one from which on all is still held for another reader.
+    pub fn changes(&self, since: Option<(Epoch, Revision)>, len_max: usize) -> Result<Changes, Gap> {
+        self.shared.follow(since, len_max)
     }
 
     /// Ends a subscription and notifies its subscriber; false if there is none.
@@ -470,14 +522,19 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         self.shared.unsubscribe(pattern, |known| known.id() == id)
     }
 
-    /// Returns whether there is a subscription that another one of this name and pattern would replace.
-    pub fn is_subscribed(&self, pattern: &Pattern, id: &SubscriberId) -> bool {
-        self.shared.is_subscribed(pattern, id)
+    /// The subscription that another one of this name and pattern would replace.
+    pub fn subscription(&self, pattern: &Pattern, id: &SubscriberId) -> Option<Arc<Subscription<N>>> {
+        self.shared.subscription(pattern, id)
     }
 
     /// Forgets subscriptions whose subscriber has gone, without a last event. One that replaced another meanwhile stays.
     pub fn forget(&self, gone: &[Arc<Subscription<N>>]) {
         self.shared.forget(gone);
+    }
+
+    /// Forgets all subscriptions, without a last event: their notifiers are dropped.
+    pub fn forget_all(&self) {
+        self.shared.forget_all();
     }
 
     /// The subscriptions that cover `key`.
@@ -503,7 +560,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
 
     /// The epoch of the data.
     pub fn epoch(&self) -> Epoch {
-        self.shared.epoch
+        self.shared.read().epoch()
     }
 
     /// Figures, roughly of one moment.
@@ -515,7 +572,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
             value_bytes: keyspace.value_bytes() as u64,
             subscriptions: self.subscriptions(),
             revision: keyspace.revision(),
-            epoch: self.shared.epoch,
+            epoch: keyspace.epoch(),
             puts: counters.puts.load(Relaxed),
             deletes: counters.deletes.load(Relaxed),
             expired: counters.expired.load(Relaxed),

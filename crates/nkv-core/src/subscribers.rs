@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::{Arc, PoisonError};
 
 use crate::key::{Key, Pattern};
+use crate::record::SnapshotReader;
 use crate::revision::Revision;
 use crate::sync::{AtomicBool, Mutex, MutexGuard};
 
@@ -48,11 +49,19 @@ pub struct Subscription<N> {
     pattern: Pattern,
     notifier: N,
     pub(crate) progress: Arc<Progress>,
+    /// Of its snapshots.
+    pub(crate) reader: SnapshotReader,
 }
 
 impl<N> Subscription<N> {
-    pub(crate) fn new(id: SubscriberId, pattern: Pattern, notifier: N) -> Self {
-        Subscription { id, pattern, notifier, progress: Arc::default() }
+    pub(crate) fn new(
+        id: SubscriberId,
+        pattern: Pattern,
+        notifier: N,
+        progress: Arc<Progress>,
+        reader: SnapshotReader,
+    ) -> Self {
+        Subscription { id, pattern, notifier, progress, reader }
     }
 
     /// Whose it is.
@@ -76,7 +85,8 @@ impl<N> Subscription<N> {
     }
 }
 
-/// How far a subscription is: which changes are for its notifier.
+/// How far a subscription is: which changes are for its notifier. Changes are known by their sequence numbers here, since
+/// several may have one revision.
 ///
 /// Decided under the lock of the subscribers, but for a [reset](Progress::reset).
 #[derive(Debug, Default)]
@@ -90,12 +100,15 @@ pub(crate) struct Progress {
 #[derive(Debug, Default)]
 struct State {
     phase: Phase,
-    /// While a snapshot is read: another is to follow it.
-    again: bool,
+    /// How many snapshots are to be read behind the one that is waited for, or being read.
+    more: usize,
+    /// The snapshot that was being read is not read to its end, as the data began another epoch.
+    is_broken_off: bool,
     /// That of the snapshot that is being read.
     revision: Revision,
-    /// Up to which key (all keys if `None`) the state of which revision was read before all subscribers were notified of it.
-    seen: Vec<(Option<Key>, Revision)>,
+    /// Up to which key (all keys if `None`) the state behind which change was read before all subscribers were notified of
+    /// that.
+    seen: Vec<(Option<Key>, u64)>,
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -109,32 +122,32 @@ enum Phase {
 }
 
 impl Progress {
-    /// Has every change from now on notified: after `revision`, if others have not been notified of all up to there.
-    pub(crate) fn go_live(&self, told: Revision, revision: Revision) {
+    /// Has every change from now on notified: after `present`, if others have not been notified of all up to there.
+    pub(crate) fn go_live(&self, told: u64, present: u64) {
         let mut state = self.lock();
         state.phase = Phase::Live;
-        state.see(None, told, revision);
+        state.see(None, told, present);
         self.takes_all.store(state.seen.is_empty(), Relaxed);
     }
 
     /// Whether a change is for the notifier.
-    pub(crate) fn wants(&self, key: &Key, revision: Revision) -> bool {
-        self.takes_all.load(Relaxed) || self.looks_whether_it_wants(key, revision)
+    pub(crate) fn wants(&self, key: &Key, sequence: u64) -> bool {
+        self.takes_all.load(Relaxed) || self.looks_whether_it_wants(key, sequence)
     }
 
     #[cold]
-    fn looks_whether_it_wants(&self, key: &Key, revision: Revision) -> bool {
+    fn looks_whether_it_wants(&self, key: &Key, sequence: u64) -> bool {
         let mut state = self.lock();
-        if state.again || state.phase == Phase::Waiting {
+        if state.more > 0 || state.phase == Phase::Waiting {
             return false;
         }
         let mut seen = state.seen.iter().filter(|(up_to, _)| up_to.as_ref().is_none_or(|up_to| key <= up_to));
         if let Some((_, seen)) = seen.next()
-            && revision <= *seen
+            && sequence <= *seen
         {
             return false;
         }
-        if state.seen.last().is_some_and(|(_, seen)| revision > *seen) {
+        if state.seen.last().is_some_and(|(_, seen)| sequence > *seen) {
             state.seen = Vec::new();
         }
         match &state.phase {
@@ -148,20 +161,23 @@ impl Progress {
     }
 
     /// Behind which key the next part of the snapshot begins, and the revision of the whole; `present` is that of the
-    /// keyspace.
-    pub(crate) fn resume(&self, present: Revision) -> (Option<Key>, Revision) {
+    /// keyspace. `None`, once, where the snapshot ends before its end.
+    pub(crate) fn resume(&self, present: Revision) -> Option<(Option<Key>, Revision)> {
         let mut state = self.lock();
-        match &state.phase {
+        if std::mem::take(&mut state.is_broken_off) {
+            return None;
+        }
+        Some(match &state.phase {
             Phase::Reading(up_to) => (Some(up_to.clone()), state.revision),
             Phase::Waiting | Phase::Live => {
                 (state.revision, state.seen) = (present, Vec::new());
                 (None, present)
             }
-        }
+        })
     }
 
-    /// Notes that the snapshot was read up to a key, or to its end, as of `present`.
-    pub(crate) fn has_read(&self, up_to: Option<Key>, told: Revision, present: Revision) {
+    /// Notes that the snapshot was read up to a key, or to its end, behind the change `present`.
+    pub(crate) fn has_read(&self, up_to: Option<Key>, told: u64, present: u64) {
         let mut state = self.lock();
         if told < present
             && let Phase::Reading(before) = &state.phase
@@ -175,8 +191,13 @@ impl Progress {
         state.see(up_to.clone(), told, present);
         state.phase = match up_to {
             Some(up_to) => Phase::Reading(up_to),
-            None if std::mem::take(&mut state.again) => Phase::Waiting,
-            None => Phase::Live,
+            None => match state.more.checked_sub(1) {
+                Some(more) => {
+                    state.more = more;
+                    Phase::Waiting
+                }
+                None => Phase::Live,
+            },
         };
         let takes_all = state.phase == Phase::Live && state.seen.is_empty();
         self.takes_all.store(takes_all, Relaxed);
@@ -188,12 +209,29 @@ impl Progress {
         self.takes_all.store(false, Relaxed);
         match state.phase {
             Phase::Waiting => false,
-            Phase::Reading(_) => !std::mem::replace(&mut state.again, true) && !self.has_ended(),
+            Phase::Reading(_) => {
+                let is_first = state.more == 0;
+                state.more = state.more.max(1);
+                is_first && !self.has_ended()
+            }
             Phase::Live => {
                 state.phase = Phase::Waiting;
                 !self.has_ended()
             }
         }
+    }
+
+    /// The data began another epoch: a snapshot that is being read ends where it is, and another is to be read, behind
+    /// those that wait already.
+    pub(crate) fn begin_anew(&self) {
+        let mut state = self.lock();
+        self.takes_all.store(false, Relaxed);
+        match state.phase {
+            Phase::Waiting => state.more += 1,
+            Phase::Reading(_) => state.is_broken_off = true,
+            Phase::Live => {}
+        }
+        state.phase = Phase::Waiting;
     }
 
     pub(crate) fn end(&self) {
@@ -210,8 +248,9 @@ impl Progress {
 }
 
 impl State {
-    /// What was read as of `present` contains changes that others are still being notified of: they are no news here.
-    fn see(&mut self, up_to: Option<Key>, told: Revision, present: Revision) {
+    /// What was read behind the change `present` contains changes that others are still being notified of: they are no news
+    /// here.
+    fn see(&mut self, up_to: Option<Key>, told: u64, present: u64) {
         if told < present {
             self.seen.push((up_to, present));
         }
@@ -223,7 +262,7 @@ pub(crate) struct Subscribers<N> {
     root: Node<N>,
     len: usize,
     /// All are notified of every change up to this one.
-    pub(crate) told: Revision,
+    pub(crate) told: u64,
 }
 
 type Entries<N> = Vec<Arc<Subscription<N>>>;
@@ -249,14 +288,14 @@ impl<N> Node<N> {
     }
 
     /// Among the subscriptions that one to `pattern` takes the place of, if they have the same subscriber.
-    fn has(&self, pattern: &Pattern, is_it: impl Fn(&Arc<Subscription<N>>) -> bool) -> bool {
+    fn find(&self, pattern: &Pattern, is_it: impl Fn(&Arc<Subscription<N>>) -> bool) -> Option<&Arc<Subscription<N>>> {
         match pattern {
-            Pattern::Key(_) | Pattern::Exact(_) => self.branch.iter().chain(&self.exact).any(is_it),
-            Pattern::Below(_) | Pattern::All => self.below.iter().any(is_it),
+            Pattern::Key(_) | Pattern::Exact(_) => self.branch.iter().chain(&self.exact).find(|known| is_it(known)),
+            Pattern::Below(_) | Pattern::All => self.below.iter().find(|known| is_it(known)),
         }
     }
 
-    /// As [`has`](Self::has).
+    /// As [`find`](Self::find).
     fn remove(
         &mut self,
         pattern: &Pattern,
@@ -279,8 +318,8 @@ impl<N> Node<N> {
 }
 
 impl<N> Subscribers<N> {
-    pub(crate) fn new(told: Revision) -> Self {
-        Subscribers { root: Node::new(), len: 0, told }
+    pub(crate) fn new() -> Self {
+        Subscribers { root: Node::new(), len: 0, told: 0 }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -297,10 +336,14 @@ impl<N> Subscribers<N> {
         self.len += 1;
     }
 
-    /// Whether there is a subscription that one to `pattern` takes the place of, and that `is_it` finds.
-    pub(crate) fn has(&self, pattern: &Pattern, is_it: impl Fn(&Arc<Subscription<N>>) -> bool) -> bool {
+    /// The subscription that one to `pattern` takes the place of, and that `is_it` finds.
+    pub(crate) fn find(
+        &self,
+        pattern: &Pattern,
+        is_it: impl Fn(&Arc<Subscription<N>>) -> bool,
+    ) -> Option<&Arc<Subscription<N>>> {
         let node = segments(pattern).try_fold(&self.root, |node, segment| node.children.get(segment));
-        node.is_some_and(|node| node.has(pattern, is_it))
+        node.and_then(|node| node.find(pattern, is_it))
     }
 
     /// Removes the subscription that one to `pattern` takes the place of and that `is_it` finds, and the nodes that it
@@ -314,6 +357,23 @@ impl<N> Subscribers<N> {
         let removed = remove_below(&mut self.root, &path, pattern, &is_it);
         self.len -= usize::from(removed.is_some());
         removed
+    }
+
+    /// Removes all; what this returns is to be dropped without the lock.
+    pub(crate) fn take_all(&mut self) -> Vec<Arc<Subscription<N>>> {
+        let all = self.all();
+        (self.root, self.len) = (Node::new(), 0);
+        all
+    }
+
+    /// All of them, in no particular order.
+    pub(crate) fn all(&self) -> Vec<Arc<Subscription<N>>> {
+        let (mut all, mut nodes) = (Vec::with_capacity(self.len), vec![&self.root]);
+        while let Some(node) = nodes.pop() {
+            all.extend(node.exact.iter().chain(&node.branch).chain(&node.below).cloned());
+            nodes.extend(node.children.values());
+        }
+        all
     }
 
     /// Calls `tell` for each subscription that covers `key`.

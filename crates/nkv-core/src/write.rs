@@ -6,7 +6,7 @@ use thiserror::Error;
 use crate::key::{Key, Pattern};
 use crate::persist::PersistError;
 use crate::record::Expiry;
-use crate::revision::Revision;
+use crate::revision::{Epoch, Revision};
 
 /// One operation of a batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -142,6 +142,8 @@ pub(crate) struct Sweep {
     pub(crate) after: Option<Key>,
     /// What is newer stays.
     pub(crate) until: Revision,
+    /// In which that revision is.
+    pub(crate) epoch: Epoch,
     pub(crate) count: u64,
     /// The highest given.
     pub(crate) revision: Revision,
@@ -150,13 +152,11 @@ pub(crate) struct Sweep {
     pub(crate) refusal: Option<PersistError>,
 }
 
-impl From<Revision> for Sweep {
-    fn from(until: Revision) -> Self {
-        Sweep { after: None, until, count: 0, revision: Revision::ZERO, refused: 0, refusal: None }
-    }
-}
-
 impl Sweep {
+    pub(crate) fn new(until: Revision, epoch: Epoch) -> Self {
+        Sweep { after: None, until, epoch, count: 0, revision: Revision::ZERO, refused: 0, refusal: None }
+    }
+
     /// What becomes of the operation when all that it selects has been looked at.
     pub(crate) fn result(&self) -> WriteResult {
         match &self.refusal {

@@ -15,13 +15,20 @@ use loom::future::block_on;
 use loom::thread;
 use nkv_core::mailbox::{Inbox, Item, Mailbox, mailbox};
 use nkv_core::{
-    Action, Change, Delivery, Event, EventKind, Key, NoPersist, Notifier, NotifyKeyValue, Pattern, PutOptions, Revision,
+    Action, Change, Delivery, Event, EventKind, Key, Meta, NoPersist, Notifier, NotifyKeyValue, Pattern, PutOptions,
+    Revision,
 };
 
 fn put(key: &str, revision: u64) -> Arc<Event> {
     let action = Action::Put { value: Default::default(), expiry: None };
     let key = Key::new(key).unwrap();
-    Event::new(EventKind::Change(Change { key, revision: Revision::new(revision), replaces: Revision::ZERO, action }))
+    Event::new(EventKind::Change(Change {
+        key,
+        revision: Revision::new(revision),
+        replaces: Revision::ZERO,
+        action,
+        meta: Meta::NONE,
+    }))
 }
 
 /// What a reader believes, and how many changes it was told of or told that it missed.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use nkv_core::{
     Change, Key, Loaded, MemoryPersist, NotifyKeyValue, Op, PersistError, PersistErrorKind, PersistValue, Prepared,
-    PutOptions, RecordRef, RoutePersist,
+    PutOptions, RoutePersist, StoredRef,
 };
 use nkv_testkit::script::{PersistScript, ScriptedNotifier, ScriptedPersist};
 
@@ -29,7 +29,7 @@ fn scripted() -> (ScriptedPersist<MemoryPersist>, PersistScript) {
 struct Silent<P>(P);
 
 impl<P: PersistValue> PersistValue for Silent<P> {
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         self.0.load(visit)
     }
 
@@ -76,6 +76,7 @@ fn routes_within_a_route_are_prepared_too_and_what_one_does_not_know_none_knows(
         revision: nkv_core::Revision::new(revision),
         replaces: nkv_core::Revision::ZERO,
         action: nkv_core::Action::Put { value: "x".into(), expiry: None },
+        meta: nkv_core::Meta::NONE,
     };
     let batch = [change("c", 1), change("a", 2), change("a.b", 3)];
     assert_eq!(routes.prepare(&batch).unwrap(), Prepared::Unknown);

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex};
 
 use nkv_core::rows::{Committed, HEAD, RowChange, RowPersist, Rows};
 use nkv_core::{
-    Action, Change, Expiry, Key, PersistError, PersistErrorKind, PersistValue, Reason, RecordRef, Revision, Timestamp,
+    Action, Change, Expiry, Key, Meta, PersistError, PersistErrorKind, PersistValue, Reason, Revision, StoredRef,
+    Timestamp,
 };
 
 type Bytes = BTreeMap<String, Vec<u8>>;
@@ -146,7 +147,13 @@ fn put(key: &str, revision: u64, value: &str) -> Change {
         value: value.to_owned().into(),
         expiry: Some(Expiry { at: Timestamp::from_millis(revision), ttl_ms: 5 }),
     };
-    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), replaces: Revision::ZERO, action }
+    Change {
+        key: Key::new(key).unwrap(),
+        revision: Revision::new(revision),
+        replaces: Revision::ZERO,
+        action,
+        meta: Meta::NONE,
+    }
 }
 
 fn delete(key: &str, revision: u64) -> Change {
@@ -156,8 +163,8 @@ fn delete(key: &str, revision: u64) -> Change {
 fn contents(table: &Table) -> BTreeMap<String, (u64, Vec<u8>)> {
     let mut found = BTreeMap::new();
     let mut persist = table.open(99);
-    let mut visit = |record: RecordRef<'_>| {
-        let record = record.to_record();
+    let mut visit = |stored: StoredRef<'_>| {
+        let record = stored.record().unwrap().to_record();
         assert_eq!(record.expiry, Some(Expiry { at: Timestamp::from_millis(record.revision.get()), ttl_ms: 5 }));
         found.insert(record.key.to_string(), (record.revision.get(), record.value.to_vec()));
     };

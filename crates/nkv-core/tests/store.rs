@@ -472,7 +472,10 @@ mod subscriptions {
         assert_eq!(heard[1], ["a=x @3", "a replaced"]);
         assert_eq!(heard[2], ["a=x @5", "a.b=x @6", "a replaced"]);
         assert_eq!((&heard[3][..], store.stats().subscriptions), (&["a=x @7".to_owned()][..], 1));
-        assert!(store.is_subscribed(&pattern("a"), &"me".into()) && store.is_subscribed(&alone(), &"me".into()));
+        assert!(
+            store.subscription(&pattern("a"), &"me".into()).is_some()
+                && store.subscription(&alone(), &"me".into()).is_some()
+        );
         assert!(store.unsubscribe(&pattern("a"), &"me".into()) && !store.unsubscribe(&alone(), &"me".into()));
     }
 
@@ -482,7 +485,7 @@ mod subscriptions {
         let (mine, other) = (subscribe(&store, "a", "me"), subscribe(&store, "a", "other"));
         assert!(!store.unsubscribe(&pattern("a.*"), &"me".into()), "another pattern");
         assert!(!store.unsubscribe(&pattern("a"), &"nobody".into()));
-        let known = |text: &str, id: &str| store.is_subscribed(&pattern(text), &id.into());
+        let known = |text: &str, id: &str| store.subscription(&pattern(text), &id.into()).is_some();
         assert!(known("a", "me") && !known("a.*", "me") && !known("a", "nobody") && !known("a.b", "me"));
         assert!(store.unsubscribe(&pattern("a"), &"me".into()));
         assert!(!store.unsubscribe(&pattern("a"), &"me".into()), "a second time");
@@ -822,7 +825,7 @@ mod routes {
 
     fn loaded(disk: &MemoryPersist) -> BTreeMap<String, u64> {
         let mut found = BTreeMap::new();
-        disk.clone().load(&mut |record| _ = found.insert(record.key.to_string(), record.revision.get())).unwrap();
+        disk.clone().load(&mut |stored| _ = found.insert(stored.key().to_string(), stored.revision().get())).unwrap();
         found
     }
 

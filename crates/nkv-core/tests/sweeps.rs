@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 use nkv_core::{
     Change, Expiry, Key, Loaded, MemoryPersist, NotifyKeyValue, Op, Outcome, Pattern, PersistError, PersistErrorKind,
-    PersistValue, PutOptions, RecordRef, RoutePersist, Timestamp, Write, WriteError,
+    PersistValue, PutOptions, RoutePersist, StoredRef, Timestamp, Write, WriteError,
 };
 use nkv_testkit::script::{ScriptedNotifier, ScriptedPersist};
 
@@ -22,7 +22,7 @@ struct Branches {
 }
 
 impl PersistValue for Branches {
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         self.disk.load(visit)
     }
 

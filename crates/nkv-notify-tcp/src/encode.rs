@@ -131,13 +131,18 @@ fn part(snapshot: &Snapshot, form: ValueForm, out: &mut Chunks) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nkv_core::{Key, Revision};
+    use nkv_core::{Key, Meta, Revision};
 
     #[test]
     fn an_event_is_encoded_once_for_each_form() {
         let action = Action::Put { value: vec![b'"'; 10_000].into(), expiry: None };
-        let change =
-            Change { key: Key::new("a").unwrap(), revision: Revision::new(1), replaces: Revision::ZERO, action };
+        let change = Change {
+            key: Key::new("a").unwrap(),
+            revision: Revision::new(1),
+            replaces: Revision::ZERO,
+            action,
+            meta: Meta::NONE,
+        };
         let change = Event::new(EventKind::Change(change));
         let mut addresses = Vec::new();
         let mut kept = Vec::new();
@@ -168,7 +173,13 @@ mod tests {
         let change = |revision: u64| {
             let action = Action::Put { value: vec![b'x'; 10_000].into(), expiry: None };
             let (key, replaces) = (Key::new("a").unwrap(), Revision::ZERO);
-            Event::new(EventKind::Change(Change { key, revision: Revision::new(revision), replaces, action }))
+            Event::new(EventKind::Change(Change {
+                key,
+                revision: Revision::new(revision),
+                replaces,
+                action,
+                meta: Meta::NONE,
+            }))
         };
         let events: Vec<_> = (1..=100).map(change).collect();
         events.iter().for_each(|waiting| event(waiting, 0, ValueForm::Text, &mut Chunks::default()));

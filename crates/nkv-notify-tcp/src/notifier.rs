@@ -259,4 +259,8 @@ impl Notifier for TcpNotifier {
         }
         self.mailbox.notify(event)
     }
+
+    fn backlog(&self) -> Backlog {
+        self.mailbox.backlog()
+    }
 }

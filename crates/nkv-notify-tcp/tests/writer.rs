@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::{BufMut, Bytes};
 use nkv_core::mailbox::ITEM_LEN;
 use nkv_core::{
-    Action, Began, Change, Delivery, Epoch, Event, EventKind, Key, Notifier, Pattern, Record, Revision, Snapshot,
+    Action, Began, Change, Delivery, Epoch, Event, EventKind, Key, Meta, Notifier, Pattern, Record, Revision, Snapshot,
     SnapshotReader,
 };
 use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd};
@@ -23,8 +23,13 @@ use tokio::time::{Instant, timeout};
 
 fn put(key: &str, value: impl Into<Bytes>, revision: u64) -> Arc<Event> {
     let action = Action::Put { value: value.into(), expiry: None };
-    let change =
-        Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), replaces: Revision::ZERO, action };
+    let change = Change {
+        key: Key::new(key).unwrap(),
+        revision: Revision::new(revision),
+        replaces: Revision::ZERO,
+        action,
+        meta: Meta::NONE,
+    };
     Event::new(EventKind::Change(change))
 }
 

@@ -345,7 +345,7 @@ mod tests {
     use std::collections::HashMap;
     use std::sync::Arc;
 
-    use nkv_core::{Action, Change, Key, Reason};
+    use nkv_core::{Action, Change, Key, Meta, Reason};
     use proptest::prelude::*;
 
     use super::*;
@@ -366,7 +366,7 @@ mod tests {
         };
         let revision = log.revision.next();
         let replaces = newest.remove(key).unwrap_or_default();
-        let change = Change { key: Key::new(key).unwrap(), revision, replaces, action };
+        let change = Change { key: Key::new(key).unwrap(), revision, replaces, action, meta: Meta::NONE };
         let mut len = 0;
         let mut frame = FrameBuf::of(|frame| len = frame.push_change(&change));
         let position = log.append(&mut frame).unwrap();

@@ -1,4 +1,4 @@
-use nkv_core::{Action, Change, Epoch, Expiry, Key, Reason, Revision};
+use nkv_core::{Action, Change, Epoch, Expiry, Key, Meta, Reason, Revision};
 use proptest::prelude::*;
 
 use super::*;
@@ -7,12 +7,24 @@ const SALT: u32 = 0xfeed_beef;
 
 fn put(key: &str, revision: u64, value: &[u8], expiry: Option<Expiry>) -> Change {
     let action = Action::Put { value: value.to_vec().into(), expiry };
-    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), replaces: Revision::ZERO, action }
+    Change {
+        key: Key::new(key).unwrap(),
+        revision: Revision::new(revision),
+        replaces: Revision::ZERO,
+        action,
+        meta: Meta::NONE,
+    }
 }
 
 fn delete(key: &str, revision: u64, replaces: u64) -> Change {
     let (revision, replaces) = (Revision::new(revision), Revision::new(replaces));
-    Change { key: Key::new(key).unwrap(), revision, replaces, action: Action::Delete { reason: Reason::Expired } }
+    Change {
+        key: Key::new(key).unwrap(),
+        revision,
+        replaces,
+        action: Action::Delete { reason: Reason::Expired },
+        meta: Meta::NONE,
+    }
 }
 
 /// The header and the body of a frame, if the checksums say so.

@@ -11,7 +11,7 @@
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
-use nkv_core::{Action, Change, Expiry, Key, PersistErrorKind, PersistValue, Reason, RecordRef, Revision};
+use nkv_core::{Action, Change, Expiry, Key, Meta, PersistErrorKind, PersistValue, Reason, Revision, StoredRef};
 
 use crate::disk::segment_name;
 use crate::format::{Entry, FRAME_HEADER_LEN, FrameBuf, FrameHeader, Records, SEGMENT_HEADER_LEN, SegmentHeader};
@@ -59,7 +59,7 @@ fn records(body: &[u8]) {
             }
             Entry::Delete { key, revision, replaces } => {
                 let (key, action) = (Key::new(key).unwrap(), Action::Delete { reason: Reason::Deleted });
-                frame.push_change(&Change { key, revision: *revision, replaces: *replaces, action });
+                frame.push_change(&Change { key, revision: *revision, replaces: *replaces, action, meta: Meta::NONE });
             }
             Entry::Epoch(epoch) => frame.push_epoch(*epoch),
             Entry::Head(number) => frame.push_head(*number),
@@ -149,14 +149,15 @@ fn open(fs: &SimFs) -> Result<FsPersist, nkv_core::PersistError> {
 }
 
 fn put(key: Key, revision: Revision, replaces: Revision, value: &[u8], expiry: Option<Expiry>) -> Change {
-    Change { key, revision, replaces, action: Action::Put { value: value.to_vec().into(), expiry } }
+    Change { key, revision, replaces, action: Action::Put { value: value.to_vec().into(), expiry }, meta: Meta::NONE }
 }
 
 /// Whatever was opened takes a put, and has it afterwards beside what it had.
 fn use_it(fs: &SimFs, mut persist: FsPersist) {
     let load = |persist: &mut FsPersist| {
         let mut all = std::collections::BTreeMap::new();
-        let visit = &mut |record: RecordRef<'_>| {
+        let visit = &mut |stored: StoredRef<'_>| {
+            let Some(record) = stored.record() else { return };
             drop(all.insert(record.key.to_owned(), (record.value.to_bytes(), record.revision)));
         };
         let loaded = persist.load(visit).unwrap();

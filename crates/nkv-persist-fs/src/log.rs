@@ -537,7 +537,7 @@ fn no_randomness(error: &getrandom::Error) -> PersistError {
 mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    use nkv_core::{Action, Change, Key};
+    use nkv_core::{Action, Change, Key, Meta};
 
     use super::*;
     use crate::open::create_with;
@@ -559,7 +559,13 @@ mod tests {
     fn frame(log: &mut Log, len: usize) -> FrameBuf {
         log.revision = log.revision.next();
         let action = Action::Put { value: vec![1; len].into(), expiry: None };
-        let change = Change { key: Key::new("k").unwrap(), revision: log.revision, replaces: Revision::ZERO, action };
+        let change = Change {
+            key: Key::new("k").unwrap(),
+            revision: log.revision,
+            replaces: Revision::ZERO,
+            action,
+            meta: Meta::NONE,
+        };
         FrameBuf::of(|frame| _ = frame.push_change(&change))
     }
 

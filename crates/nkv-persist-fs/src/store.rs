@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nkv_core::{
     Action, Change, FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef,
-    Revision, ValueRef,
+    Revision, StoredRef, ValueRef,
 };
 
 use crate::compact::{Compactor, Need, lock};
@@ -255,7 +255,7 @@ fn check_batch(log: &Log, batch: &[Change], replaced: &mut Vec<Revision>) -> Res
 }
 
 impl PersistValue for FsPersist {
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         // Compaction must not move anything meanwhile.
         let _still = lock(&self.shared.compactor);
         let log = lock(&self.shared.log);
@@ -311,7 +311,7 @@ fn visit_segment(
     disk: &Disk,
     index: &Index,
     number: u64,
-    visit: &mut dyn FnMut(RecordRef<'_>),
+    visit: &mut dyn FnMut(StoredRef<'_>),
 ) -> Result<u64, PersistError> {
     let mut visited = 0_u64;
     let name = segment_name(number);
@@ -333,7 +333,7 @@ fn visit_segment(
                     record.entry().map_err(|reason| damaged(&name, offset, reason))?
             {
                 visited = visited.saturating_add(record.bytes.len() as u64);
-                visit(RecordRef { key, value: ValueRef::Lent(value), revision, expiry });
+                visit(RecordRef { key, value: ValueRef::Lent(value), revision, expiry }.into());
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::Path;
 
-use nkv_core::{Key, Reason};
+use nkv_core::{Key, Meta, Reason};
 
 use super::*;
 use crate::check_with;
@@ -26,12 +26,12 @@ fn delete(key: &str, revision: u64, replaces: u64) -> Change {
 
 fn change(key: &str, revision: u64, replaces: u64, action: Action) -> Change {
     let (revision, replaces) = (Revision::new(revision), Revision::new(replaces));
-    Change { key: Key::new(key).unwrap(), revision, replaces, action }
+    Change { key: Key::new(key).unwrap(), revision, replaces, action, meta: Meta::NONE }
 }
 
 fn revisions(persist: &mut FsPersist) -> Vec<(String, u64)> {
     let mut all = Vec::new();
-    persist.load(&mut |record| all.push((record.key.to_string(), record.revision.get()))).unwrap();
+    persist.load(&mut |stored| all.push((stored.key().to_string(), stored.revision().get()))).unwrap();
     all.sort();
     all
 }

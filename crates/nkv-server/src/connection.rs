@@ -5,15 +5,16 @@
 //! whole is kept in one of the connection's own.
 
 use std::cell::RefCell;
+use std::fmt;
 use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
+use nkv_node::Room;
 use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd, keep_alive, limit_send_buffer, spare};
 use nkv_protocol::{Answer, BaseFields, Chunks, Decoder, Kind, Request, alive, status};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -21,11 +22,10 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tracing::debug;
 
-use crate::budget::{Share, Source};
-use crate::core::{Core, Room};
 use crate::dispatch::{Hold, Session};
+use crate::door::Inner;
 use crate::oldest;
-use crate::server::Options;
+use crate::options::Options;
 use crate::slots::Slot;
 
 /// So much is asked of the system at a time.
@@ -61,20 +61,37 @@ thread_local! {
 pub(crate) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Other(Box<dyn Stream>),
+}
+
+/// Anybody's stream.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
+
+impl fmt::Debug for dyn Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Stream")
+    }
 }
 
 impl Socket {
     /// Says why there is no place for it, if the peer's buffer takes that, and closes.
-    pub(crate) fn refuse(self, message: &str) {
+    pub(crate) fn refuse(mut self, message: &str) {
         let mut out = Chunks::default();
         Answer::to(Default::default(), &mut out).base(status::UNAVAILABLE, message, &BaseFields::default());
         let line = out.take().concat();
-        let written = match &self {
-            Socket::Tcp(stream) => stream.try_write(&line),
-            Socket::Unix(stream) => stream.try_write(&line),
-        };
-        if let Err(error) = written {
-            debug!(%error, "a refused connection was not told so");
+        let mut cx = Context::from_waker(Waker::noop());
+        match Pin::new(&mut self).poll_write(&mut cx, &line) {
+            Poll::Ready(Ok(_)) => {}
+            written => debug!(?written, "a refused connection does not hear of it"),
+        }
+    }
+
+    fn tcp(&self) -> Option<&TcpStream> {
+        match self {
+            Socket::Tcp(stream) => Some(stream),
+            _ => None,
         }
     }
 
@@ -86,6 +103,7 @@ impl Socket {
                 limit_send_buffer(stream, SEND_BUFFER_LEN)
             }
             Socket::Unix(stream) => limit_send_buffer(stream, SEND_BUFFER_LEN),
+            Socket::Other(_) => Ok(()),
         }
     }
 
@@ -93,6 +111,8 @@ impl Socket {
         match self {
             Socket::Tcp(stream) => stream.poll_read_ready(cx),
             Socket::Unix(stream) => stream.poll_read_ready(cx),
+            // It cannot be asked without reading.
+            Socket::Other(_) => Poll::Ready(Ok(())),
         }
     }
 }
@@ -102,6 +122,7 @@ impl AsyncRead for Socket {
         match self.get_mut() {
             Socket::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
             Socket::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            Socket::Other(stream) => Pin::new(stream).poll_read(cx, buf),
         }
     }
 }
@@ -111,6 +132,7 @@ impl AsyncWrite for Socket {
         match self.get_mut() {
             Socket::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
             Socket::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Socket::Other(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
     }
 
@@ -122,6 +144,7 @@ impl AsyncWrite for Socket {
         match self.get_mut() {
             Socket::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
             Socket::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+            Socket::Other(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
         }
     }
 
@@ -129,6 +152,7 @@ impl AsyncWrite for Socket {
         match self.get_mut() {
             Socket::Tcp(stream) => Pin::new(stream).poll_flush(cx),
             Socket::Unix(stream) => Pin::new(stream).poll_flush(cx),
+            Socket::Other(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
@@ -136,6 +160,7 @@ impl AsyncWrite for Socket {
         match self.get_mut() {
             Socket::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
             Socket::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+            Socket::Other(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }
@@ -155,11 +180,11 @@ enum End {
 }
 
 /// Serves a connection until either side ends it.
-pub(crate) async fn serve(socket: Socket, core: Arc<Core>, slot: Slot) {
+pub(crate) async fn serve(socket: Socket, door: Arc<Inner>, slot: Slot) {
     if let Err(error) = socket.prepare() {
         return debug!(%error, "a connection ended before it began");
     }
-    let mut connection = Connection::new(socket, core, slot.from());
+    let mut connection = Connection::new(socket, door, slot.peer());
     let end = poll_fn(|cx| connection.poll(cx)).await.unwrap_or_else(|error| End::Writer(WriterEnd::Failed(error)));
     // In memory of its own: a connection that goes on takes none for its end.
     Box::pin(finish(connection, end, slot)).await;
@@ -175,7 +200,7 @@ async fn finish(mut connection: Connection, end: End, slot: Slot) {
             let was_evicted = matches!(end, End::Evicted);
             if was_evicted {
                 connection.log_eviction(&slot);
-                if connection.share.held() > NotifierOptions::default().waiting_max {
+                if connection.session.peer.held() > NotifierOptions::default().waiting_max {
                     return; // of one that has read nothing of what it holds, no reading is to be expected
                 }
             }
@@ -184,7 +209,7 @@ async fn finish(mut connection: Connection, end: End, slot: Slot) {
             let rest = async {
                 let end = poll_fn(|cx| connection.poll_rest(cx, was_evicted)).await;
                 if is_reset && matches!(end, Some(WriterEnd::Finished)) {
-                    oldest::arrived(&connection.socket).await;
+                    oldest::arrived(connection.socket.tcp()).await;
                 }
                 end
             };
@@ -198,13 +223,13 @@ async fn finish(mut connection: Connection, end: End, slot: Slot) {
     match end {
         WriterEnd::Finished if connection.session.has_overflowed() => {
             let what = format_args!("connection closed: more deletes waited for {slot} than it may lag behind");
-            connection.core.complaints.warn("lag", what);
+            connection.door.handle.log().warn("lag", what);
         }
         WriterEnd::Finished => debug!(peer = %slot, "connection closed"),
         WriterEnd::Stalled => {
-            let limit = connection.core.options.stall_limit;
+            let limit = connection.door.options.stall_limit;
             let what = format_args!("connection cut: {slot} took nothing for {limit:?}");
-            connection.core.complaints.warn("stalled", what);
+            connection.door.handle.log().warn("stalled", what);
         }
         WriterEnd::Failed(error) => debug!(peer = %slot, %error, "connection lost"),
     }
@@ -249,27 +274,26 @@ struct Connection {
     timer: Option<Pin<Box<Sleep>>>,
     /// When the next sign of life may be due, and how many bytes had been written when that was set.
     sign: Option<(Pin<Box<Sleep>>, u64)>,
-    share: Share,
-    core: Arc<Core>,
+    door: Arc<Inner>,
     /// This task's waker, and one that wakes it with all others that are told of the same batch: see
-    /// [`Bell`](crate::bell::Bell).
+    /// [`Handle::waker`](nkv_node::Handle::waker).
     told: Option<(Waker, Waker)>,
     /// Bytes that were served since this connection last gave others their turn.
     turn_len: usize,
 }
 
 impl Connection {
-    fn new(socket: Socket, core: Arc<Core>, from: Option<SocketAddr>) -> Self {
+    fn new(socket: Socket, door: Arc<Inner>, peer: &str) -> Self {
         let (notifier, outbox) = TcpNotifier::new(NotifierOptions {
-            stall_limit: core.options.stall_limit,
-            waiting_total: core.budget.waiting(),
+            stall_limit: door.options.stall_limit,
+            waiting_total: door.handle.budget().waiting(),
             slack: SLACK,
             ..NotifierOptions::default()
         });
         Connection {
             socket,
             outbox,
-            decoder: Decoder::new(core.options.limits()),
+            decoder: Decoder::new(door.options.limits()),
             buffer: BytesMut::new(),
             room: 0,
             has_request: false,
@@ -279,12 +303,11 @@ impl Connection {
             held_since: Instant::now(),
             arrival: None,
             is_admitted: false,
-            share: core.budget.share(Source::Connection(notifier.clone())),
-            session: Session::new(Arc::clone(&core), notifier, from),
+            session: Session::new(Arc::clone(&door), notifier, peer),
             since: Since { opened: Instant::now(), served: None, begun: None, unserved_len: 0, grace: None },
             timer: None,
             sign: None,
-            core,
+            door,
             told: None,
             turn_len: 0,
         }
@@ -294,8 +317,8 @@ impl Connection {
     fn let_go(&mut self) {
         (self.buffer, self.hold, self.timer, self.sign, self.arrival) = (BytesMut::new(), None, None, None, None);
         self.session.end();
-        self.share.hold(0, true);
-        self.share.close();
+        self.session.peer.hold(0, true);
+        self.session.close();
     }
 
     /// Whether the connection ends with a reset: one of the oldest clients that did not end it, nor greet in between.
@@ -311,21 +334,21 @@ impl Connection {
     fn poll_rest(&mut self, cx: &mut Context<'_>, was_evicted: bool) -> Poll<Option<WriterEnd>> {
         let told = cx.waker().clone();
         let end = self.outbox.poll(cx, &told, &mut self.socket).map(Some);
-        if end.is_pending() && self.share.is_evicted() && !was_evicted {
+        if end.is_pending() && self.session.peer.is_evicted() && !was_evicted {
             return Poll::Ready(None);
         }
         end
     }
 
     fn log_eviction(&self, slot: &Slot) {
-        let held = self.share.evicted_with();
+        let held = self.session.peer.evicted_with();
         let what = format_args!("connection closed: all hold too much, and {slot} the most, {held} bytes");
-        self.core.complaints.warn("evicted", what);
+        self.door.handle.log().warn("evicted", what);
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<End>> {
         let known = self.told.take().filter(|(task, _)| task.will_wake(cx.waker()));
-        let wakers = known.unwrap_or_else(|| (cx.waker().clone(), self.core.bell.waker(cx.waker())));
+        let wakers = known.unwrap_or_else(|| (cx.waker().clone(), self.door.handle.waker(cx.waker())));
         let mut end = self.poll_told(cx, &wakers.1);
         while end.is_pending() && self.session.wants_signs() && self.poll_sign(cx).is_ready() {
             end = self.poll_told(cx, &wakers.1);
@@ -341,7 +364,7 @@ impl Connection {
             self.sign = self.sign.take().filter(|(timer, _)| !timer.is_elapsed());
             return Poll::Pending;
         }
-        let (interval, written) = (self.core.options.alive_interval(), self.outbox.written());
+        let (interval, written) = (self.door.options.alive_interval(), self.outbox.written());
         let (timer, before) = self.sign.get_or_insert_with(|| (Box::pin(sleep(interval)), written));
         while timer.as_mut().poll(cx).is_ready() {
             timer.set(sleep(interval));
@@ -360,7 +383,7 @@ impl Connection {
             if let Poll::Ready(end) = self.outbox.poll(cx, told, &mut self.socket) {
                 return Poll::Ready(Ok(End::Writer(end)));
             }
-            if self.share.is_evicted() {
+            if self.session.peer.is_evicted() {
                 return Poll::Ready(Ok(self.evict()));
             }
             if self.poll_writes(told) {
@@ -379,7 +402,7 @@ impl Connection {
                 }
                 continue;
             }
-            if self.is_at_end || self.share.is_stopping() {
+            if self.is_at_end || self.session.peer.is_stopping() {
                 // What was sent before is answered first.
                 return if self.session.has_writes() { Poll::Pending } else { Poll::Ready(Ok(End::Quiet)) };
             }
@@ -389,26 +412,27 @@ impl Connection {
                 return Poll::Pending;
             }
             if let Some(len) = self.needs_room() {
-                match self.core.try_arrival(len) {
+                match self.door.handle.try_arrival(len) {
                     Some(room) => self.arrival = Some(room),
                     None => {
-                        let arrival = self.core.arrival(len);
+                        let arrival = self.door.handle.arrival(len);
                         self.hold_up(Hold::Arrival(Box::pin(arrival)));
                         continue;
                     }
                 }
             }
             let had_relief = std::mem::take(&mut self.is_admitted);
-            let end = if self.core.budget.is_over() && !had_relief && self.socket.poll_read_ready(cx).is_ready() {
-                let relief = self.session.relief();
-                self.hold_up(relief);
-                None
-            } else {
-                match self.poll_read(cx) {
-                    Poll::Ready(end) => end?,
-                    Poll::Pending => ready!(self.poll_deadline(cx)),
-                }
-            };
+            let end =
+                if self.door.handle.budget().is_over() && !had_relief && self.socket.poll_read_ready(cx).is_ready() {
+                    let relief = self.session.relief();
+                    self.hold_up(relief);
+                    None
+                } else {
+                    match self.poll_read(cx) {
+                        Poll::Ready(end) => end?,
+                        Poll::Pending => ready!(self.poll_deadline(cx)),
+                    }
+                };
             if let Some(end) = end {
                 return Poll::Ready(Ok(end));
             }
@@ -434,7 +458,7 @@ impl Connection {
                 self.hold = hold;
                 return Poll::Pending;
             }
-            Some(Hold::Reading(reading)) if reading.needs_leave() && self.core.budget.is_crowded() => {
+            Some(Hold::Reading(reading)) if reading.needs_leave() && self.door.handle.budget().is_crowded() => {
                 self.hold = Some(self.session.wait_for_leave(reading));
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
@@ -454,12 +478,12 @@ impl Connection {
                 let left = self.session.read_on(reading, &mut out);
                 self.send(out, is_ahead);
                 if let Some(reading) = left {
-                    self.share.hold(self.room.saturating_add(reading.len()), true);
+                    self.session.peer.hold(self.room.saturating_add(reading.len()), true);
                     self.hold = Some(Hold::Reading(reading));
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
                 }
-                self.share.hold(self.room, true);
+                self.session.peer.hold(self.room, true);
             }
             Some(Hold::Room(mut room)) => {
                 let Poll::Ready(room) = room.as_mut().poll(cx) else {
@@ -490,14 +514,14 @@ impl Connection {
     }
 
     fn hold_up(&mut self, hold: Hold) {
-        self.share.begin_waiting();
+        self.session.peer.begin_waiting();
         (self.hold, self.held_since) = (Some(hold), Instant::now());
     }
 
     /// Until now it was the server that kept the peer waiting.
     fn end_waiting(&mut self) {
         let waited = self.held_since.elapsed();
-        self.share.end_waiting(waited);
+        self.session.peer.end_waiting(waited);
         self.since.begun = self.since.begun.and_then(|begun| begun.checked_add(waited));
     }
 
@@ -509,7 +533,7 @@ impl Connection {
         }
         match self.decoder.expected_len() {
             Some(len) => (len > READ_LEN).then_some(len),
-            None => (self.buffer.len() >= READ_LEN).then(|| self.core.options.limits().line_len_max()),
+            None => (self.buffer.len() >= READ_LEN).then(|| self.door.options.limits().line_len_max()),
         }
     }
 
@@ -518,7 +542,7 @@ impl Connection {
         let mut input = INPUT.take();
         input.resize(READ_LEN, 0);
         // What may have to wait for room is not to wait here.
-        let is_short = self.arrival.is_none() && self.core.is_short_of_room();
+        let is_short = self.arrival.is_none() && self.door.handle.is_short_of_room();
         let len = if is_short { SHORT_READ_LEN } else { READ_LEN };
         let mut read = ReadBuf::new(input.get_mut(..len).unwrap_or_default());
         let result = Pin::new(&mut self.socket).poll_read(cx, &mut read);
@@ -569,7 +593,7 @@ impl Connection {
             self.buffer.extend_from_slice(bytes);
         }
         let served = self.since.begun.is_none();
-        self.share.hold(self.room, served);
+        self.session.peer.hold(self.room, served);
     }
 
     fn serve_buffer(&mut self) -> Option<End> {
@@ -637,7 +661,7 @@ impl Connection {
         }
         self.turn_len = self.turn_len.saturating_add(start);
         if served {
-            let now = self.core.options.idle_limit.map(|_| Instant::now());
+            let now = self.door.options.idle_limit.map(|_| Instant::now());
             let opened = self.since.opened;
             let unserved_len = input.len().saturating_sub(start);
             self.since = Since { opened, served: now.or(Some(opened)), begun: None, unserved_len, grace: None };
@@ -660,7 +684,7 @@ impl Connection {
 
     /// When something must have come: the whole of a request that has begun, the first request, or any.
     fn deadline(&mut self) -> Option<Instant> {
-        let Options { request_limit, first_byte_limit, idle_limit, .. } = self.core.options;
+        let Options { request_limit, first_byte_limit, idle_limit, .. } = self.door.options;
         if self.session.has_writes() {
             return None;
         }
@@ -691,11 +715,11 @@ impl Connection {
 
     fn overdue(&mut self) -> End {
         let message = if self.decoder.is_within_message() {
-            format!("a request must be whole within {:?} for each MiB of it", self.core.options.request_limit)
+            format!("a request must be whole within {:?} for each MiB of it", self.door.options.request_limit)
         } else if self.since.served.is_none() {
-            format!("no request came within {:?}", self.core.options.first_byte_limit)
+            format!("no request came within {:?}", self.door.options.first_byte_limit)
         } else {
-            format!("no request came for {:?}", self.core.options.idle_limit.unwrap_or_default())
+            format!("no request came for {:?}", self.door.options.idle_limit.unwrap_or_default())
         };
         self.tell(status::TIMEOUT, &message);
         End::Overdue

@@ -1,7 +1,6 @@
 //! What each request does, and how its answer reads.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -9,8 +8,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use nkv_core::{
-    Expiry, Failed, Key, KeyError, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Revision, SubscriberId,
-    Subscription, ValueRef, Write, WriteResult,
+    Failed, Key, KeyError, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Revision, SubscriberId, ValueRef,
+    WriteResult,
+};
+use nkv_node::{
+    Admitted, AttachOptions, Attached, Error, ErrorKind, Handle, Leave, Peer, PeerInfo, Room, Stopping, Written,
 };
 use nkv_notify_tcp::{Outbox, TcpNotifier, spare};
 use nkv_protocol::{
@@ -18,11 +20,10 @@ use nkv_protocol::{
     SubscriberFields, ValueForm, status,
 };
 
-use crate::budget::{DeepShare, Leave};
-use crate::clients::Listed;
-use crate::clock::millis;
-use crate::core::{Core, JOB_LEN_MIN, Room, Stopping, Subscriber, Written};
-use crate::reading::{ANSWER_LEN_MAX, Reading, TooLong};
+use crate::door::Inner;
+use crate::holder::Connected;
+use crate::options::millis;
+use crate::reading::{ANSWER_LEN_MAX, Reading, Unread};
 use crate::server::VERSION;
 
 /// What this server offers beyond the first version of the protocol.
@@ -39,10 +40,6 @@ const NOTHING: &[GetEntry<'_>] = &[];
 /// What a row of `Trace` takes beside its texts, at most.
 const ROW_LEN: usize = 256;
 
-/// Segments of a subscription's pattern that are not counted, and what each further one takes.
-const FREE_SEGMENTS: usize = 8;
-const NODE_LEN: usize = 512;
-
 /// So many bytes for the ids of writes are kept from one batch to the next.
 const IDS_LEN_KEPT: usize = 512;
 
@@ -53,14 +50,13 @@ const GATHERED_LEN_MAX: usize = 64 << 10;
 
 /// What a connection is about: who it is, what it subscribed to, what is under way.
 pub(crate) struct Session {
-    core: Arc<Core>,
+    door: Arc<Inner>,
     notifier: TcpNotifier,
-    listed: Listed,
-    subscriptions: HashMap<(SubscriberId, Pattern), Arc<Subscription<Subscriber>>>,
-    deep: DeepShare,
+    pub(crate) peer: Peer,
+    subscriptions: HashMap<(SubscriberId, Pattern), Attached>,
     /// Writes that were read and are not under way yet, the room that was had for their values, and how much of it these
     /// take.
-    writes: Vec<Op>,
+    writes: Vec<Admitted>,
     room: Option<Room>,
     room_taken: usize,
     write_ids: WriteIds,
@@ -123,11 +119,10 @@ pub(crate) enum Hold {
 }
 
 impl Session {
-    pub(crate) fn new(core: Arc<Core>, notifier: TcpNotifier, from: Option<SocketAddr>) -> Self {
+    pub(crate) fn new(door: Arc<Inner>, notifier: TcpNotifier, peer: &str) -> Self {
         Session {
-            deep: DeepShare::new(Arc::clone(&core.budget)),
-            listed: core.clients.list(from, notifier.clone()),
-            core,
+            peer: door.handle.peer(peer, Box::new(Connected(notifier.clone()))),
+            door,
             notifier,
             subscriptions: HashMap::new(),
             writes: Vec::new(),
@@ -175,7 +170,7 @@ impl Session {
         }
         let served = match served {
             Ok(Some(request)) if is_long(&request) && !is_admitted => return Err(self.turns()),
-            Ok(Some(_)) if self.core.budget.is_over() && !is_admitted => return Err(self.relief()),
+            Ok(Some(_)) if self.door.handle.budget().is_over() && !is_admitted => return Err(self.relief()),
             Ok(Some(request)) => self.read(&request, outbox, out),
             Ok(None) => Ok(()),
             Err(refusal) => Err(refusal),
@@ -209,10 +204,10 @@ impl Session {
             return Err(Hold::Writes);
         }
         let taken = self.room_taken.saturating_add(len);
-        let has = self.room.as_ref().map_or(0, Room::num_permits);
-        if self.room.is_none() || taken > has.max(JOB_LEN_MIN) {
-            let missing = taken.saturating_sub(has).max(if has == 0 { JOB_LEN_MIN } else { 0 });
-            match self.core.try_room(missing) {
+        let has = self.room.as_ref().map_or(0, Room::size);
+        if self.room.is_none() || taken > has.max(Handle::ROOM_LEN_MIN) {
+            let missing = taken.saturating_sub(has).max(if has == 0 { Handle::ROOM_LEN_MIN } else { 0 });
+            match self.door.handle.try_room(missing) {
                 Some(room) => self.add_room(room),
                 // Those before it give back what they have when they are done.
                 None if !self.writes.is_empty() => return Err(Hold::Writes),
@@ -224,7 +219,7 @@ impl Session {
     }
 
     pub(crate) fn wait_for_room(&self, len: usize) -> Hold {
-        Hold::Room(Box::pin(self.core.room(len)))
+        Hold::Room(Box::pin(self.door.handle.room(len)))
     }
 
     /// Takes room that was waited for, for the writes to come.
@@ -251,7 +246,7 @@ impl Session {
             let writes = std::mem::take(&mut self.writes);
             self.room_taken = 0;
             self.written_ids = std::mem::take(&mut self.write_ids);
-            self.written = Some(self.core.write(Write::apart(writes), room, false));
+            self.written = Some(self.door.handle.submit(writes, room));
         }
         self.written.is_some()
     }
@@ -279,16 +274,16 @@ impl Session {
 
     /// Has a read wait until it may go on.
     pub(crate) fn wait_for_leave(&self, reading: Box<Reading>) -> Hold {
-        let (budget, patience) = (Arc::clone(&self.core.budget), self.core.options.stall_limit);
-        Hold::Leave(reading, Box::pin(async move { budget.leave(patience).await }))
+        let door = Arc::clone(&self.door);
+        Hold::Leave(reading, Box::pin(async move { door.handle.budget().leave(door.options.stall_limit).await }))
     }
 
     /// Reads on for a turn; gives the read back unless its answer is written.
     pub(crate) fn read_on(&self, mut reading: Box<Reading>, out: &mut Chunks) -> Option<Box<Reading>> {
-        match reading.read(&self.core.store) {
+        match reading.read(&self.door.handle) {
             Ok(false) => return Some(reading),
             Ok(true) => reading.finish(out),
-            Err(TooLong) => refuse(out, too_large(reading.id())),
+            Err(unread) => refuse(out, not_read(reading.id(), unread)),
         }
         None
     }
@@ -309,18 +304,18 @@ impl Session {
 
     /// What a request that may take its time waits for: others have their turn, and there must be room for the answer.
     fn turns(&self) -> Hold {
-        let core = Arc::clone(&self.core);
+        let door = Arc::clone(&self.door);
         Hold::Turns(Box::pin(async move {
             tokio::task::yield_now().await;
-            core.budget.room(core.options.stall_limit).await;
-            core.budget.relief().await;
+            door.handle.budget().room(door.options.stall_limit).await;
+            door.handle.budget().relief().await;
         }))
     }
 
     /// Some turns for those who were told to give up what they hold.
     pub(crate) fn relief(&self) -> Hold {
-        let budget = Arc::clone(&self.core.budget);
-        Hold::Turns(Box::pin(async move { budget.relief().await }))
+        let door = Arc::clone(&self.door);
+        Hold::Turns(Box::pin(async move { door.handle.budget().relief().await }))
     }
 
     /// Whether more waited for it than it may lag behind, and it does not understand that a subscription begins anew.
@@ -330,31 +325,37 @@ impl Session {
 
     /// Whether anything may be told without being asked for.
     pub(crate) fn is_subscribed(&self) -> bool {
-        self.subscriptions.values().any(is_live)
+        self.subscriptions.values().any(|subscription| !subscription.has_ended())
     }
 
     /// Forgets the connection's subscriptions, and leaves the writes that are under way as they are, done or not.
     pub(crate) fn end(&mut self) {
         (self.written, self.writes, self.room) = (None, Vec::new(), None);
-        let subscriptions: Vec<_> = std::mem::take(&mut self.subscriptions).into_values().collect();
-        self.core.store.forget(&subscriptions);
+        Attached::end_all(std::mem::take(&mut self.subscriptions).into_values());
     }
 
-    fn write_op<'r>(&self, request: &Request<'r>) -> Result<Op, Refusal<'r>> {
+    /// Ends the sending side once all that was sent is written.
+    pub(crate) fn close(&self) {
+        self.notifier.close();
+    }
+
+    fn write_op<'r>(&self, request: &Request<'r>) -> Result<Admitted, Refusal<'r>> {
         let if_revision = request.if_revision.map(Revision::new);
         if request.kind == Kind::Delete {
             let pattern = pattern(request)?;
             if if_revision.is_some() && !matches!(pattern, Pattern::Key(_)) {
                 return Err(bad_request(request.id, "'if_revision' goes with one key, not with a wildcard".into()));
             }
-            return Ok(Op::Delete { pattern, if_revision });
+            return self.admit_op(request.id, Op::Delete { pattern, if_revision });
         }
-        let expiry = request.ttl_ms.map(|ttl| Expiry::after(self.core.clock.now(), Duration::from_millis(ttl)));
-        Ok(Op::Put {
-            key: key(request)?,
-            value: Bytes::copy_from_slice(request.value.as_deref().unwrap_or_default()),
-            options: PutOptions { if_revision, expiry },
-        })
+        let expiry = request.ttl_ms.map(|ttl| self.door.handle.expiry(Duration::from_millis(ttl)));
+        let (key, options) = (key(request)?, PutOptions { if_revision, expiry });
+        let value = Bytes::copy_from_slice(request.value.as_deref().unwrap_or_default());
+        self.admit_op(request.id, Op::Put { key, value, options })
+    }
+
+    fn admit_op<'r>(&self, id: Id<'r>, op: Op) -> Result<Admitted, Refusal<'r>> {
+        self.door.handle.admit(op).map_err(|error| refusal(id, &error))
     }
 
     fn read<'r>(&mut self, request: &Request<'r>, outbox: &mut Outbox, out: &mut Chunks) -> Result<(), Refusal<'r>> {
@@ -363,7 +364,7 @@ impl Session {
             Kind::Get => self.get(request, out),
             Kind::List => self.list(request, out),
             Kind::Exists => {
-                let exists = self.core.store.exists(&pattern(request)?);
+                let exists = self.door.handle.has(&pattern(request)?).map_err(|error| refusal(id, &error))?;
                 found(id, exists, out);
                 Ok(())
             }
@@ -371,7 +372,7 @@ impl Session {
             Kind::Subscribe => self.subscribe(request, outbox, out),
             Kind::Unsubscribe => {
                 let (client, pattern) = (self.client_of(request), pattern(request)?);
-                let was_there = self.core.store.unsubscribe(&pattern, &client);
+                let was_there = self.door.handle.unsubscribe(&pattern, &client).map_err(|error| refusal(id, &error))?;
                 self.subscriptions.remove(&(client, pattern));
                 found(id, was_there, out);
                 Ok(())
@@ -403,8 +404,7 @@ impl Session {
         let after = after(request)?;
         let form = self.notifier.form();
         if after.is_none() && Key::check(&request.key).is_ok() {
-            self.get_one(request, form, out);
-            return Ok(());
+            return self.get_one(request, form, out);
         }
         let limit = request.limit.map_or(u64::MAX, |limit| limit.min(LIST_LIMIT_MAX));
         self.read_many(Reading::new(id, pattern(request)?, after, limit_of(limit), Some(form)), request, out)
@@ -417,22 +417,22 @@ impl Session {
         request: &Request<'r>,
         out: &mut Chunks,
     ) -> Result<(), Refusal<'r>> {
-        match reading.read(&self.core.store) {
+        match reading.read(&self.door.handle) {
             Ok(true) => reading.finish(out),
             Ok(false) => {
                 reading.is_ahead = self.is_ahead(request);
                 self.reading = Some(Box::new(reading));
             }
-            Err(TooLong) => return Err(too_large(request.id)),
+            Err(unread) => return Err(not_read(request.id, unread)),
         }
         Ok(())
     }
 
     /// One key, as a rule: a short value is written where it is sent from, while the store lends it. A long one is kept
     /// by counting, and written when others can have the store again.
-    fn get_one(&self, request: &Request<'_>, form: ValueForm, out: &mut Chunks) {
+    fn get_one<'r>(&self, request: &Request<'r>, form: ValueForm, out: &mut Chunks) -> Result<(), Refusal<'r>> {
         let id = request.id;
-        let long = self.core.store.look_up(&request.key, |record| match record.value {
+        let long = self.door.handle.look_up(&request.key, |record| match record.value {
             ValueRef::Lent(value) => {
                 let entry = GetEntry { key: record.key, value, shared: None, revision: record.revision.get() };
                 Answer::to(id, out).get(form, &[entry], false);
@@ -440,13 +440,14 @@ impl Session {
             }
             ValueRef::Shared(value) => Some((value.clone(), record.revision.get())),
         });
-        match long {
+        match long.map_err(|error| refusal(id, &error))? {
             Some(None) => {}
             Some(Some((value, revision))) => {
                 Answer::to(id, out).get(form, &[(&*request.key, &value, revision)], false);
             }
             None => Answer::to(id, out).get(form, NOTHING, false),
         }
+        Ok(())
     }
 
     fn list<'r>(&mut self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
@@ -464,30 +465,23 @@ impl Session {
                 Err(bad_request(request.id, "missing field 'key'".into()))
             };
         }
-        let traced: Vec<_> = self
-            .core
-            .trace(&key(request)?)
-            .into_iter()
-            .map(|traced| {
-                let shown = traced.client.as_ref().filter(|_| shows_names);
-                let shown = shown.map(|client| (client.said().name, client.peer()));
-                (traced, shown)
-            })
-            .collect();
-        let lens = traced.iter().map(|(traced, shown)| {
-            let shown_len = shown.as_ref().map_or(0, |(name, _)| name.as_ref().map_or(0, |name| name.len()));
-            traced.id.as_str().len().saturating_add(traced.pattern.len()).saturating_add(shown_len)
+        let traced = self.door.handle.trace(&key(request)?).map_err(|error| refusal(request.id, &error))?;
+        let traced: Vec<_> = traced.into_iter().map(|traced| (traced.pattern.to_string(), traced)).collect();
+        let name = |peer: &PeerInfo| peer.said.name.as_ref().map_or(0, |name| name.len());
+        let lens = traced.iter().map(|(pattern, traced)| {
+            let name_len = traced.peer.as_ref().filter(|_| shows_names).map_or(0, name);
+            traced.client_uuid.as_str().len().saturating_add(pattern.len()).saturating_add(name_len)
         });
         fits(request.id, lens)?;
         let subscribers: Vec<_> = traced
             .iter()
-            .map(|(traced, shown)| {
-                let mut fields = SubscriberFields::new(traced.id.as_str(), &traced.pattern);
-                fields.since_ms = traced.since_ms;
-                fields.exact = traced.is_exact && features.contains(Features::EXACT);
+            .map(|(pattern, traced)| {
+                let mut fields = SubscriberFields::new(traced.client_uuid.as_str(), pattern);
+                fields.since_ms = millis(traced.age);
+                fields.exact = matches!(traced.pattern, Pattern::Exact(_)) && features.contains(Features::EXACT);
                 (fields.queued, fields.skipped) = (traced.backlog.queued as u64, traced.backlog.skipped);
-                if let Some((name, peer)) = shown {
-                    (fields.name, fields.peer) = (name.as_deref(), Some(peer.as_str()));
+                if let Some(peer) = traced.peer.as_ref().filter(|_| shows_names) {
+                    (fields.name, fields.peer) = (peer.said.name.as_deref(), Some(peer.address.as_str()));
                 }
                 fields
             })
@@ -498,22 +492,20 @@ impl Session {
 
     /// All connected clients.
     fn list_clients<'r>(&self, id: Id<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
-        let clients = self.core.clients.all();
-        let clients: Vec<_> = clients.iter().map(|client| (client, client.peer(), client.said())).collect();
-        let lens = clients.iter().map(|(_, _, said)| {
+        let clients = self.door.handle.peers().map_err(|error| refusal(id, &error))?;
+        let lens = clients.iter().map(|PeerInfo { said, .. }| {
             let uuid_len = said.client_uuid.as_ref().map_or(0, |uuid| uuid.as_str().len());
             said.name.as_ref().map_or(0, |name| name.len()).saturating_add(uuid_len)
         });
         fits(id, lens)?;
         let shown: Vec<_> = clients
             .iter()
-            .map(|(client, peer, said)| {
-                let mut fields = ClientFields::new(peer);
-                fields.client_uuid = said.client_uuid.as_ref().map(SubscriberId::as_str);
-                fields.name = said.name.as_deref();
-                (fields.since_ms, fields.subscriptions) = (millis(client.since.elapsed()), client.subscriptions());
-                let backlog = client.backlog();
-                (fields.queued, fields.skipped) = (backlog.queued as u64, backlog.skipped);
+            .map(|client| {
+                let mut fields = ClientFields::new(&client.address);
+                fields.client_uuid = client.said.client_uuid.as_ref().map(SubscriberId::as_str);
+                fields.name = client.said.name.as_deref();
+                (fields.since_ms, fields.subscriptions) = (millis(client.age), client.subscriptions);
+                (fields.queued, fields.skipped) = (client.backlog.queued as u64, client.backlog.skipped);
                 fields
             })
             .collect();
@@ -534,37 +526,19 @@ impl Session {
         }
         // Exact or not, it is the same subscription.
         let name = (self.client_of(request), pattern);
-        let limit = self.core.options.subscriptions_max;
-        if self.subscriptions.len() >= limit {
-            self.subscriptions.retain(|_, subscription| is_live(subscription));
+        if self.subscriptions.len() >= self.door.options.subscriptions_max {
+            self.subscriptions.retain(|_, subscription| !subscription.has_ended());
         }
-        let again = self.subscriptions.get(&name).is_some_and(is_live);
-        if self.subscriptions.len() >= limit && !again {
-            let message = format!("more than {limit} subscriptions on one connection");
-            return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
-        }
-        // What this one replaces, wherever that is, counts no more: a client that comes back is not to fail for its own
-        // subscription on a connection that died.
-        let replaces = again || self.core.store.is_subscribed(&name.1, &name.0);
-        let total = self.core.options.subscriptions_total_max;
-        if !replaces && self.core.store.subscriptions() >= total as u64 {
-            let message = format!("more than {total} subscriptions on all connections");
-            return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
-        }
-        if !again && self.deep.is_full(deep_len(&name.1), replaces) {
-            let message = "too many subscriptions to keys with many segments".into();
-            return Err(Refusal { id: request.id, status: status::TOO_MANY, message, close: false });
-        }
-        // What the store gives the notifier from here on, `Hello` first, comes after the answers so far.
+        // What the node gives the notifier from here on, `Hello` first, comes after the answers so far.
         outbox.send(std::mem::take(out));
         let (client, pattern) = match name.clone() {
             (client, Pattern::Key(key)) if is_exact => (client, Pattern::Exact(key)),
             name => name,
         };
-        let (deep, counted) = (self.deep.hold(deep_len(&name.1)), self.listed.client.count());
-        let subscriber = Subscriber::connection(self.notifier.clone(), deep, counted);
-        let subscription = self.core.store.subscribe(pattern, client, subscriber, request.snapshot);
-        self.subscriptions.insert(name, subscription);
+        let options = AttachOptions::default().with_client_uuid(client).with_snapshot(request.snapshot);
+        let attached =
+            self.door.handle.attach(pattern, Box::new(self.notifier.clone()), &options.with_peer(&self.peer));
+        self.subscriptions.insert(name, attached.map_err(|error| refusal(request.id, &error))?);
         Ok(())
     }
 
@@ -573,44 +547,27 @@ impl Session {
         self.notifier.set_form(request.values.unwrap_or_default());
         self.notifier.set_features(request.features);
         let name = request.name.as_deref().filter(|_| request.features.contains(Features::NAMES)).map(Arc::from);
-        self.listed.client.says(|said| {
+        self.peer.says(|said| {
             said.client_uuid = Some(client);
             said.name = name.or(said.name.take());
         });
-        let (epoch, limits) = (self.core.store.epoch().to_string(), self.core.options.limits());
+        let (epoch, limits) = (self.door.handle.epoch().to_string(), self.door.options.limits());
         let mut server = ServerFields::new(VERSION, &epoch, limits.value_len_max as u64);
         server.features = FEATURES;
-        server.patience_ms = self.wants_signs().then(|| millis(self.core.options.stall_limit));
+        server.patience_ms = self.wants_signs().then(|| millis(self.door.options.stall_limit));
         Answer::to(request.id, out).ok(&BaseFields::server(server));
     }
 
     fn stats(&self, id: Id<'_>, out: &mut Chunks) {
-        let stats = self.core.store.stats();
-        let epoch = stats.epoch.to_string();
-        Answer::to(id, out).stats(
-            &[("epoch", &epoch), ("durability", &self.core.durability)],
-            &[
-                ("keys", stats.keys),
-                ("value_bytes", stats.value_bytes),
-                ("subscriptions", stats.subscriptions),
-                ("connections", self.core.slots.taken() as u64),
-                ("revision", stats.revision.get()),
-                ("uptime_ms", self.core.clock.uptime_ms()),
-                ("puts", stats.puts),
-                ("deletes", stats.deletes),
-                ("expired", stats.expired),
-                ("batches", stats.batches),
-                ("failed_batches", stats.failed_batches),
-                ("notified", stats.notified),
-                ("conflated", stats.conflated),
-            ],
-        );
+        let words = self.door.handle.words();
+        let words: Vec<(&str, &str)> = words.iter().map(|(name, word)| (*name, word.as_str())).collect();
+        Answer::to(id, out).stats(&words, &self.door.handle.numbers());
     }
 
     fn client_of(&self, request: &Request<'_>) -> SubscriberId {
         match request.client_uuid.as_deref() {
             Some(name) => SubscriberId::from(name),
-            None => self.listed.client.says(|said| said.client_uuid.get_or_insert_with(random_name).clone()),
+            None => self.peer.says(|said| said.client_uuid.get_or_insert_with(random_name).clone()),
         }
     }
 }
@@ -618,10 +575,6 @@ impl Session {
 fn found(id: Id<'_>, found: bool, out: &mut Chunks) {
     let answer = Answer::to(id, out);
     if found { answer.ok(&BaseFields::default()) } else { answer.not_found() }
-}
-
-fn is_live(subscription: &Arc<Subscription<Subscriber>>) -> bool {
-    !subscription.has_ended()
 }
 
 fn limit_of(limit: u64) -> usize {
@@ -634,15 +587,6 @@ fn is_long(request: &Request<'_>) -> bool {
         Kind::Get | Kind::List => request.key.ends_with('*'),
         kind => kind == Kind::Trace,
     }
-}
-
-/// What a subscription costs beyond what the limit of their number allows for: a node for each segment of its pattern.
-fn deep_len(pattern: &Pattern) -> usize {
-    let segments = match pattern {
-        Pattern::Key(key) | Pattern::Exact(key) | Pattern::Below(key) => key.segments().count(),
-        Pattern::All => 0,
-    };
-    segments.saturating_sub(FREE_SEGMENTS).saturating_mul(NODE_LEN)
 }
 
 /// A name for a client that gave none.
@@ -698,6 +642,22 @@ fn fits<'r>(id: Id<'r>, mut lens: impl Iterator<Item = usize>) -> Result<(), Ref
         (sum <= ANSWER_LEN_MAX).then_some(sum)
     });
     most.map(drop).ok_or_else(|| too_large(id))
+}
+
+/// What the node refuses.
+fn refusal<'r>(id: Id<'r>, error: &Error) -> Refusal<'r> {
+    let status = match error.kind() {
+        ErrorKind::Refused { status } => *status,
+        _ => status::UNAVAILABLE,
+    };
+    Refusal { id, status, message: error.to_string(), close: false }
+}
+
+fn not_read(id: Id<'_>, unread: Unread) -> Refusal<'_> {
+    match unread {
+        Unread::TooLong => too_large(id),
+        Unread::Refused(error) => refusal(id, &error),
+    }
 }
 
 fn bad_request(id: Id<'_>, message: String) -> Refusal<'_> {

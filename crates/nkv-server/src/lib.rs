@@ -10,23 +10,19 @@
     )
 )]
 
-mod bell;
-mod budget;
-mod clients;
-mod clock;
-mod complaints;
 mod connection;
-mod core;
 mod dispatch;
-mod failure;
-mod handle;
+mod door;
+mod holder;
 mod listener;
 mod oldest;
+mod options;
 mod reading;
 mod server;
 mod slots;
-mod writer;
 
-pub use handle::{Handle, HandleError, Notice, Subscription, WriteOptions};
+pub use door::{Door, serve};
+pub use nkv_node::{Handle, Subscription};
 pub use nkv_types::Address;
-pub use server::{Builder, Options, Server, ServerError};
+pub use options::Options;
+pub use server::{Builder, Server, ServerError};

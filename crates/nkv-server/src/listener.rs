@@ -7,18 +7,17 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use nkv_types::Address;
 use tokio::net::{TcpListener, UnixListener, UnixSocket, lookup_host};
-use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use crate::connection::{self, Socket};
-use crate::core::Core;
-use crate::server::{Options, ServerError, stopped};
+use crate::connection::Socket;
+use crate::door::Door;
+use crate::options::Options;
+use crate::server::ServerError;
 
 /// After a failed accept (no file descriptors, most often), so long passes before the next.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -203,47 +202,39 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// What every connection of a server needs.
+/// Accepts the connections of a server.
 #[derive(Clone, Debug)]
 pub(crate) struct Acceptor {
-    pub(crate) core: Arc<Core>,
-    pub(crate) stop: watch::Receiver<bool>,
+    pub(crate) door: Door,
 }
 
 impl Acceptor {
-    /// Accepts and serves until the server stops, then waits for the connections to end.
-    pub(crate) async fn run(mut self, listener: Listener) {
-        let mut connections = JoinSet::new();
+    /// Accepts and serves until the node stops, then waits for the connections to end.
+    pub(crate) async fn run(self, listener: Listener) {
+        let (mut connections, handle) = (JoinSet::new(), &self.door.0.handle);
+        let mut stopping = std::pin::pin!(handle.stopping());
         loop {
             tokio::select! {
                 biased;
-                () = stopped(&mut self.stop) => break,
+                () = &mut stopping => break,
                 Some(ended) = connections.join_next() => log_panic(&ended),
                 accepted = listener.accept() => match accepted {
-                    Ok((socket, from)) => self.serve(socket, from, &mut connections),
+                    Ok((socket, from)) => {
+                        let peer = from.map_or_else(|| "unix".into(), |from| from.to_string());
+                        if let Some(served) = self.door.serve_socket(socket, &peer) {
+                            connections.spawn(served);
+                        }
+                    }
                     Err(error) => {
-                        self.core.complaints.warn("accept", format_args!("cannot accept a connection: {error}"));
+                        handle.log().warn("accept", format_args!("cannot accept a connection: {error}"));
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 },
             }
         }
         drop(listener);
-        self.core.budget.stop();
         while let Some(ended) = connections.join_next().await {
             log_panic(&ended);
-        }
-    }
-
-    fn serve(&self, socket: Socket, from: Option<SocketAddr>, connections: &mut JoinSet<()>) {
-        match self.core.slots.take(from) {
-            Ok(slot) => {
-                connections.spawn(connection::serve(socket, Arc::clone(&self.core), slot));
-            }
-            Err(full) => {
-                self.core.complaints.warn("refused", format_args!("a connection was refused: {full}"));
-                socket.refuse(&full.to_string());
-            }
         }
     }
 }

@@ -6,6 +6,7 @@
 
 use nkv_notify_tcp::{Outbox, acknowledged, end_when_closed, reset_when_closed};
 use nkv_protocol::{Decoder, Kind, Request};
+use tokio::net::TcpStream;
 use tracing::debug;
 
 use crate::connection::Socket;
@@ -22,7 +23,7 @@ pub(crate) fn begin(socket: &Socket, outbox: &mut Outbox) {
     outbox.pace();
     note(match socket {
         Socket::Tcp(stream) => reset_when_closed(stream),
-        Socket::Unix(_) => Ok(()),
+        Socket::Unix(_) | Socket::Other(_) => Ok(()),
     });
 }
 
@@ -30,13 +31,13 @@ pub(crate) fn begin(socket: &Socket, outbox: &mut Outbox) {
 pub(crate) fn end_in_order(socket: &Socket) {
     note(match socket {
         Socket::Tcp(stream) => end_when_closed(stream),
-        Socket::Unix(_) => Ok(()),
+        Socket::Unix(_) | Socket::Other(_) => Ok(()),
     });
 }
 
 /// Waits until the client has what was written, which a reset would discard.
-pub(crate) async fn arrived(socket: &Socket) {
-    if let Socket::Tcp(stream) = socket {
+pub(crate) async fn arrived(stream: Option<&TcpStream>) {
+    if let Some(stream) = stream {
         acknowledged(stream).await;
     }
 }

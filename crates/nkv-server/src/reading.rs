@@ -1,12 +1,11 @@
 //! Long reads: a wildcard `Get` or `List`, a part at a time, so that others have their turn in between.
 
+use std::ops::ControlFlow;
 use std::vec;
 
-use nkv_core::{Key, Pattern, Record};
+use nkv_core::{Key, Pattern, Record, RecordRef, ValueRef};
+use nkv_node::{Error, Handle, Leave};
 use nkv_protocol::{Answer, Chunks, Entries, GetEntry, Id, ValueForm};
-
-use crate::budget::Leave;
-use crate::core::Store;
 
 /// How many keys are taken from the store at a time: they are of one moment.
 pub(crate) const PART_KEYS: usize = 1_024;
@@ -40,9 +39,14 @@ pub(crate) struct Reading {
     pub(crate) is_ahead: bool,
 }
 
-/// The answer would be too long.
+/// Why a read is not answered.
 #[derive(Debug)]
-pub(crate) struct TooLong;
+pub(crate) enum Unread {
+    /// The answer would be too long.
+    TooLong,
+    /// The node refuses it.
+    Refused(Error),
+}
 
 impl Reading {
     /// A `Get` with values in this form, or a `List`.
@@ -73,9 +77,9 @@ impl Reading {
     }
 
     /// Reads on for a turn; true if there is nothing left to read.
-    pub(crate) fn read(&mut self, store: &Store) -> Result<bool, TooLong> {
+    pub(crate) fn read(&mut self, handle: &Handle) -> Result<bool, Unread> {
         if self.part.len() == 0 && self.more {
-            self.take_part(store)?;
+            self.take_part(handle)?;
         }
         let mut len = 0_usize;
         while len < TURN_LEN
@@ -86,26 +90,33 @@ impl Reading {
         }
         self.part_len = self.part_len.saturating_sub(len);
         if self.entries.len() > ANSWER_LEN_MAX {
-            return Err(TooLong);
+            return Err(Unread::TooLong);
         }
         Ok(self.part.len() == 0 && (!self.more || self.left == 0))
     }
 
-    fn take_part(&mut self, store: &Store) -> Result<(), TooLong> {
+    fn take_part(&mut self, handle: &Handle) -> Result<(), Unread> {
         let limit = self.left.min(PART_KEYS);
-        let (part, more) = if self.is_list {
-            let page = store.list(&self.pattern, self.after.as_ref(), limit);
-            let keys = page.entries.into_iter();
-            let record = |(key, revision)| Record { key, value: Default::default(), revision, expiry: None };
-            (keys.map(record).collect(), page.more)
-        } else {
-            let page = store.get_page(&self.pattern, self.after.as_ref(), limit, ANSWER_LEN_MAX);
-            let page = page.map_err(|_| TooLong)?;
-            (page.entries, page.more)
+        let (mut part, mut len) = (Vec::new(), 0_usize);
+        let ended = handle.walk(&self.pattern, self.after.as_ref(), |record| {
+            if part.len() == limit {
+                return ControlFlow::Break(Ok(()));
+            }
+            let value = if self.is_list { ValueRef::Lent(&[]) } else { record.value };
+            len = len.saturating_add(record.key.len()).saturating_add(value.len());
+            if len > ANSWER_LEN_MAX {
+                return ControlFlow::Break(Err(Unread::TooLong));
+            }
+            part.push(RecordRef { value, ..record }.to_record());
+            ControlFlow::Continue(())
+        });
+        let more = match ended.map_err(Unread::Refused)? {
+            ControlFlow::Continue(()) => false,
+            ControlFlow::Break(ended) => ended.map(|()| true)?,
         };
         self.left = self.left.saturating_sub(part.len());
         self.after = part.last().map(|record: &Record| record.key.clone()).or(self.after.take());
-        self.part_len = part.iter().map(|record| record.value.len()).fold(0, usize::saturating_add);
+        self.part_len = part.iter().map(|record: &Record| record.value.len()).fold(0, usize::saturating_add);
         (self.part, self.more) = (part.into_iter(), more);
         Ok(())
     }
@@ -119,21 +130,26 @@ impl Reading {
 
 #[cfg(test)]
 mod tests {
-    use nkv_core::{NoPersist, NotifyKeyValue, PersistValue, PutOptions};
+    use nkv_node::Node;
 
     use super::*;
 
-    /// How many turns it takes to read `count` keys with values of `len` bytes.
-    fn turns(count: usize, value_len: usize) -> usize {
-        let persist: Box<dyn PersistValue> = Box::new(NoPersist::default());
-        let store: Store = NotifyKeyValue::open(persist).unwrap();
-        for number in 0..count {
-            store.put(&Key::new(&format!("k{number}")).unwrap(), vec![b'x'; value_len], PutOptions::default()).unwrap();
+    /// A node with these keys.
+    async fn node(keys: impl Iterator<Item = String>, value_len: usize) -> Node {
+        let node = Node::builder().start().await.unwrap();
+        for key in keys {
+            node.handle().put(&Key::new(&key).unwrap(), vec![b'x'; value_len]).await.unwrap();
         }
+        node
+    }
+
+    /// How many turns it takes to read `count` keys with values of `len` bytes.
+    async fn turns(count: usize, value_len: usize) -> usize {
+        let node = node((0..count).map(|n| format!("k{n}")), value_len).await;
         let form = Some(ValueForm::Text);
         let mut reading = Reading::new(Id::from_json("1"), Pattern::All, None, usize::MAX, form);
         let mut turns = 1;
-        while !reading.read(&store).unwrap() {
+        while !reading.read(&node.handle()).unwrap() {
             turns += 1;
         }
         let mut out = Chunks::default();
@@ -142,22 +158,18 @@ mod tests {
         turns
     }
 
-    #[test]
-    fn a_long_read_takes_a_turn_for_each_1024_keys_and_each_64_kib() {
-        assert_eq!((turns(10, 10), turns(1_025, 0), turns(2_500, 1)), (1, 2, 3));
-        assert_eq!(turns(20, 32 << 10), 10);
+    #[tokio::test]
+    async fn a_long_read_takes_a_turn_for_each_1024_keys_and_each_64_kib() {
+        assert_eq!((turns(10, 10).await, turns(1_025, 0).await, turns(2_500, 1).await), (1, 2, 3));
+        assert_eq!(turns(20, 32 << 10).await, 10);
     }
 
-    #[test]
-    fn a_turn_encodes_no_more_than_others_can_wait_for() {
-        let persist: Box<dyn PersistValue> = Box::new(NoPersist::default());
-        let store: Store = NotifyKeyValue::open(persist).unwrap();
-        for n in 0..3_000 {
-            store.put(&Key::new(&format!("k.{n:04}")).unwrap(), vec![b'v'; 1_000], PutOptions::default()).unwrap();
-        }
+    #[tokio::test]
+    async fn a_turn_encodes_no_more_than_others_can_wait_for() {
+        let node = node((0..3_000).map(|n| format!("k.{n:04}")), 1_000).await;
         let mut get = Reading::new(Id::default(), Pattern::All, None, usize::MAX, Some(ValueForm::Text));
         let (mut turns, mut before) = (1, 0);
-        while !get.read(&store).unwrap() {
+        while !get.read(&node.handle()).unwrap() {
             assert!(get.entries.len() - before <= 2 * TURN_LEN, "{} bytes in one turn", get.entries.len() - before);
             (turns, before) = (turns + 1, get.entries.len());
         }

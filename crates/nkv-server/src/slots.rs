@@ -25,7 +25,8 @@ struct Taken {
 #[derive(Debug)]
 pub(crate) struct Slot {
     slots: Slots,
-    from: Option<SocketAddr>,
+    peer: Box<str>,
+    from: Option<IpAddr>,
 }
 
 /// There is no place.
@@ -42,13 +43,14 @@ impl Slots {
         Slots { max, per_address_max, taken: Arc::default() }
     }
 
-    /// A place for a connection; one of a Unix socket comes from no address.
-    pub(crate) fn take(&self, from: Option<SocketAddr>) -> Result<Slot, Full> {
+    /// A place for a connection of this peer; one of a Unix socket comes from no address.
+    pub(crate) fn take(&self, peer: &str) -> Result<Slot, Full> {
+        let from = peer.parse().ok().map(address);
         let mut taken = self.lock();
         if taken.all >= self.max {
             return Err(Full::All(self.max));
         }
-        if let Some(address) = from.map(address) {
+        if let Some(address) = from {
             let of_address = taken.by_address.get(&address).copied().unwrap_or_default();
             if of_address >= self.per_address_max {
                 return Err(Full::Address(self.per_address_max, address));
@@ -56,11 +58,7 @@ impl Slots {
             taken.by_address.insert(address, of_address.saturating_add(1));
         }
         taken.all = taken.all.saturating_add(1);
-        Ok(Slot { slots: self.clone(), from })
-    }
-
-    pub(crate) fn taken(&self) -> usize {
-        self.lock().all
+        Ok(Slot { slots: self.clone(), peer: peer.into(), from })
     }
 
     fn lock(&self) -> MutexGuard<'_, Taken> {
@@ -69,9 +67,9 @@ impl Slots {
 }
 
 impl Slot {
-    /// The address of its peer; none on a Unix socket.
-    pub(crate) fn from(&self) -> Option<SocketAddr> {
-        self.from
+    /// Its peer, as people are shown it.
+    pub(crate) fn peer(&self) -> &str {
+        &self.peer
     }
 }
 
@@ -79,7 +77,7 @@ impl Drop for Slot {
     fn drop(&mut self) {
         let mut taken = self.slots.lock();
         taken.all = taken.all.saturating_sub(1);
-        if let Some(address) = self.from.map(address)
+        if let Some(address) = self.from
             && let Some(of_address) = taken.by_address.get_mut(&address)
         {
             *of_address = of_address.saturating_sub(1);
@@ -92,10 +90,7 @@ impl Drop for Slot {
 
 impl fmt::Display for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.from {
-            Some(from) => from.fmt(f),
-            None => f.write_str("unix"),
-        }
+        f.write_str(&self.peer)
     }
 }
 
@@ -115,21 +110,21 @@ mod tests {
     #[test]
     fn places_are_counted_in_all_and_for_each_address_and_come_back() {
         let slots = Slots::new(4, 2);
-        let from = |text: &str| Some(text.parse::<SocketAddr>().unwrap());
-        let first = slots.take(from("10.0.0.1:1")).unwrap();
-        let _second = slots.take(from("[::ffff:10.0.0.1]:2")).unwrap();
+        let first = slots.take("10.0.0.1:1").unwrap();
+        let _second = slots.take("[::ffff:10.0.0.1]:2").unwrap();
         let full = Full::Address(2, "10.0.0.1".parse().unwrap());
-        assert_eq!(slots.take(from("10.0.0.1:3")).unwrap_err(), full);
-        let network = slots.take(from("[2001:db8::1]:1")).unwrap();
+        assert_eq!(slots.take("10.0.0.1:3").unwrap_err(), full);
+        let network = slots.take("[2001:db8::1]:1").unwrap();
         assert_eq!(network.slots.lock().by_address.get(&"2001:db8::".parse().unwrap()), Some(&1));
         drop(network);
-        let _other = slots.take(from("10.0.0.2:1")).unwrap();
-        let _unix = slots.take(None).unwrap();
-        assert_eq!(slots.take(None).unwrap_err(), Full::All(4));
+        let _other = slots.take("10.0.0.2:1").unwrap();
+        let _unix = slots.take("unix").unwrap();
+        assert_eq!(slots.take("unix").unwrap_err(), Full::All(4));
         drop(first);
-        assert_eq!(slots.taken(), 3);
-        drop(slots.take(from("10.0.0.1:4")).unwrap());
+        assert_eq!(slots.lock().all, 3);
+        drop(slots.take("10.0.0.1:4").unwrap());
         drop((_second, _other, _unix));
-        assert_eq!((slots.taken(), slots.lock().by_address.len()), (0, 0));
+        let taken = slots.lock();
+        assert_eq!((taken.all, taken.by_address.len()), (0, 0));
     }
 }

@@ -106,7 +106,7 @@ fn what_keeps_it_from_running_is_one_clear_line_and_an_exit_code() {
         ["--durability", "sometimes"],
         ["--persist", "paper"],
         ["--max-value-size", "0"],
-        ["--listen", "nowhere"],
+        ["--listen", "nowhere:"],
         ["0.0.0.0:0", "--persist=memory"],
     ] {
         let (code, said) = run(&arguments);

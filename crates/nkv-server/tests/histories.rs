@@ -25,8 +25,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use history::{Facts, History, Outcome, Restart, Told};
+use nkv_core::mailbox::{Inbox, Item, mailbox};
 use nkv_core::{EventKind, Key, Pattern};
-use nkv_server::{Subscription, WriteOptions};
+use nkv_node::{AttachOptions, Attached};
 use proxy::{Dice, Proxy};
 use run::{Log, Subscriber, World};
 use support::process::{Process, command};
@@ -247,33 +248,37 @@ fn a_subscription_begins_with_what_was_acknowledged_before_it_and_misses_nothing
     let server = TestServer::start();
     let (nkv, runtime) = (server.handle.clone(), &server.runtime);
     let put = |key: &Key| {
-        let put = nkv.put(key, "x", WriteOptions::default());
+        let put = nkv.put(key, "x");
         let put = runtime.block_on(async { tokio::time::timeout(PATIENCE, put).await });
         put.expect("a put is not done").unwrap().get()
     };
     let raced = Key::new("race").unwrap();
     (0..100).for_each(|n| _ = put(&Key::new(&format!("race.{n}")).unwrap()));
     let (newest, stop) = (AtomicU64::new(put(&raced)), AtomicBool::new(false));
-    let subscribe = || runtime.block_on(nkv.subscribe(Pattern::Key(raced.clone()), "racer", true)).unwrap();
-    let next = |subscription: &mut Subscription| {
-        let notice = runtime.block_on(async { tokio::time::timeout(PATIENCE, subscription.next()).await });
-        notice.expect("nothing is told").unwrap()
+    let subscribe = || -> (Attached, Inbox) {
+        let (post, inbox) = mailbox();
+        let options = AttachOptions::default().with_client_uuid("racer");
+        (nkv.attach(Pattern::Key(raced.clone()), Box::new(post), &options).unwrap(), inbox)
+    };
+    let next = |inbox: &Inbox| match inbox.take_timeout(PATIENCE).expect("no event comes") {
+        Item::Event { event, skipped } => (event, skipped),
+        Item::Own(never) => match never {},
     };
     let (mut stale, mut gaps, mut last) = (0, 0, 0);
     let mut race = |told_enough: &dyn Fn(u64, u64) -> bool| {
         let before = last.max(newest.load(SeqCst));
-        let mut subscription = subscribe();
-        let began = next(&mut subscription);
-        assert!(matches!(began.event.kind(), EventKind::Began(_)), "{began:?}");
-        let first = next(&mut subscription);
-        let EventKind::Snapshot(snapshot) = first.event.kind() else { panic!("{first:?}") };
+        let (_attached, inbox) = subscribe();
+        let (began, _) = next(&inbox);
+        assert!(matches!(began.kind(), EventKind::Began(_)), "{began:?}");
+        let (first, _) = next(&inbox);
+        let EventKind::Snapshot(snapshot) = first.kind() else { panic!("{first:?}") };
         let revision = snapshot.revision.get();
         stale += u64::from(revision < before || snapshot.records.get(0).unwrap().revision.get() != revision);
         last = revision;
         while !told_enough(revision, last) {
-            let notice = next(&mut subscription);
-            let EventKind::Change(change) = notice.event.kind() else { panic!("{notice:?}") };
-            gaps += u64::from(change.revision.get() != last + 1 + notice.skipped);
+            let (event, skipped) = next(&inbox);
+            let EventKind::Change(change) = event.kind() else { panic!("{event:?}") };
+            gaps += u64::from(change.revision.get() != last + 1 + skipped);
             last = change.revision.get();
         }
     };

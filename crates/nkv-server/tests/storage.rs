@@ -7,11 +7,12 @@ mod support;
 use std::time::{Duration, Instant};
 
 use nkv_core::{
-    Action, Change, Epoch, Expiry, Key, Loaded, MemoryPersist, NoPersist, Op, PersistError, PersistErrorKind,
-    PersistValue, PutOptions, RecordRef, Revision, RoutePersist, WriteError,
+    Action, Change, Epoch, Expiry, Key, Loaded, MemoryPersist, Meta, NoPersist, Op, PersistError, PersistErrorKind,
+    PersistValue, PutOptions, Revision, RoutePersist, StoredRef,
 };
-use nkv_server::{HandleError, ServerError, WriteOptions};
+use nkv_server::ServerError;
 use nkv_testkit::script::{Crash, ScriptedPersist};
+use nkv_types::ErrorKind;
 use support::{PATIENCE, TestServer, eventually, status};
 
 #[test]
@@ -34,7 +35,7 @@ fn a_failed_write_is_an_error_and_changes_nothing() {
 struct Full;
 
 impl PersistValue for Full {
-    fn load(&mut self, _visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, _visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         Ok(Loaded::default())
     }
 
@@ -77,9 +78,7 @@ fn a_full_route_refuses_its_own_writes_and_nothing_else() {
     // What one caller gives as one batch is refused whole.
     let put = |key: &str| Op::Put { key: Key::new(key).unwrap(), value: "x".into(), options: PutOptions::default() };
     let written = server.runtime.block_on(server.handle.write(vec![put("d"), put("full.d")]));
-    assert!(
-        matches!(written, Err(HandleError::Write(WriteError::Persist(error))) if error.kind() == PersistErrorKind::NoSpace)
-    );
+    assert!(matches!(written, Err(error) if error.kind() == &ErrorKind::Refused { status: 507 }));
     let listed = conn.ask(r#"{"type":"List","key":"*"}"#);
     assert!(listed.contains(r#""keys":["a","b","c"]"#), "{listed}");
 
@@ -123,9 +122,8 @@ fn every_writer_that_waited_for_a_failed_sync_is_answered_500() {
     script.block();
     script.crash_call(2, Crash::BeforeStoring);
     let first_server = server.handle.clone();
-    let first = server.runtime.spawn(async move {
-        first_server.put(&Key::new("first").unwrap(), "x", WriteOptions::default()).await.map(|_| ())
-    });
+    let first =
+        server.runtime.spawn(async move { first_server.put(&Key::new("first").unwrap(), "x").await.map(|_| ()) });
     assert!(script.wait_until_blocked(PATIENCE));
     let mut conns: Vec<_> = (0..96).map(|_| server.connect()).collect();
     for conn in &mut conns {
@@ -243,7 +241,13 @@ fn server_after(put_at: u64, kept_wall: Option<u64>, dir: &std::path::Path) -> T
     let mut disk = MemoryPersist::new(Epoch::new(1));
     let expiry = Some(Expiry { at: nkv_core::Timestamp::from_millis(put_at + 2 * HOUR_MS), ttl_ms: 2 * HOUR_MS });
     let action = Action::Put { value: "x".into(), expiry };
-    let change = Change { key: Key::new("a").unwrap(), revision: Revision::new(1), replaces: Revision::ZERO, action };
+    let change = Change {
+        key: Key::new("a").unwrap(),
+        revision: Revision::new(1),
+        replaces: Revision::ZERO,
+        action,
+        meta: Meta::NONE,
+    };
     disk.persist(&[change]).unwrap();
     let file = dir.join("clock");
     if let Some(wall) = kept_wall {
@@ -303,7 +307,7 @@ fn how_far_the_clock_has_come_is_kept_before_the_first_ttl_is_stored_and_not_wit
 struct Panics;
 
 impl PersistValue for Panics {
-    fn load(&mut self, _visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, _visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         Ok(Loaded::default())
     }
 
@@ -331,7 +335,7 @@ fn nobody_waits_for_storage_that_panicked() {
         let nkv = server.handle.clone();
         let put = server.runtime.spawn(async move {
             let key = Key::new("a").unwrap();
-            tokio::time::timeout(PATIENCE, nkv.put(&key, "x", WriteOptions::default())).await
+            tokio::time::timeout(PATIENCE, nkv.put(&key, "x")).await
         });
         assert!(script.wait_until_blocked(PATIENCE));
         put
@@ -342,7 +346,10 @@ fn nobody_waits_for_storage_that_panicked() {
     for write in writes {
         let written = server.runtime.block_on(write).unwrap().unwrap();
         assert!(
-            matches!(written, Err(HandleError::Write(WriteError::Persist(_)) | HandleError::Stopped)),
+            matches!(
+                written.as_ref().map_err(nkv_types::Error::kind),
+                Err(ErrorKind::Refused { status: 500 } | ErrorKind::OutcomeUnknown | ErrorKind::Closed)
+            ),
             "{written:?}"
         );
     }

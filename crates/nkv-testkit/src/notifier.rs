@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use nkv_core::mailbox::{Inbox, Item};
 use nkv_core::{
-    Action, Began, BeginCause, Change, Delivery, EndReason, Epoch, Event, EventKind, Key, Notifier, Pattern, Reason,
-    Record, RecordRef, Revision, Snapshot, SnapshotReader,
+    Action, Began, BeginCause, Change, Delivery, EndReason, Epoch, Event, EventKind, Key, Meta, Notifier, Pattern,
+    Reason, Record, RecordRef, Revision, Snapshot, SnapshotReader,
 };
 
 /// How long the suite waits for what must happen. Only a broken notifier makes it wait so long.
@@ -597,7 +597,7 @@ fn put(at: &str, revision: u64, value: &str) -> Change {
 
 fn put_bytes(at: &str, revision: u64, value: &[u8]) -> Change {
     let action = Action::Put { value: Bytes::copy_from_slice(value), expiry: None };
-    Change { key: key(at), revision: Revision::new(revision), replaces: REPLACED, action }
+    Change { key: key(at), revision: Revision::new(revision), replaces: REPLACED, action, meta: Meta::NONE }
 }
 
 fn delete(at: &str, revision: u64) -> Change {
@@ -606,6 +606,7 @@ fn delete(at: &str, revision: u64) -> Change {
         revision: Revision::new(revision),
         replaces: REPLACED,
         action: Action::Delete { reason: Reason::Deleted },
+        meta: Meta::NONE,
     }
 }
 
@@ -615,6 +616,7 @@ fn expire(at: &str, revision: u64) -> Change {
         revision: Revision::new(revision),
         replaces: REPLACED,
         action: Action::Delete { reason: Reason::Expired },
+        meta: Meta::NONE,
     }
 }
 

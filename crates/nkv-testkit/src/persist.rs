@@ -8,7 +8,9 @@ use std::time::Duration;
 use std::{fmt, thread};
 
 use bytes::Bytes;
-use nkv_core::{Action, Change, Expiry, KEY_LEN_MAX, Key, Loaded, PersistValue, Reason, Record, Revision, Timestamp};
+use nkv_core::{
+    Action, Change, Expiry, KEY_LEN_MAX, Key, Loaded, Meta, PersistValue, Reason, Record, Revision, Timestamp,
+};
 
 /// Opens one storage, as often as it is asked to.
 ///
@@ -566,7 +568,8 @@ impl fmt::Debug for Brief<'_> {
 
 pub(crate) fn load<P: PersistValue>(backend: &mut P) -> (Vec<Record>, Loaded) {
     let mut records: BTreeMap<Key, Record> = BTreeMap::new();
-    let loaded = backend.load(&mut |record| {
+    let loaded = backend.load(&mut |stored| {
+        let Some(record) = stored.record() else { panic!("load visited {stored:?}: no delete had meta") };
         assert_eq!(Key::check(record.key), Ok(()), "load visited {:?}", record.key);
         let record = record.to_record();
         let key = record.key.clone();
@@ -590,12 +593,12 @@ pub(crate) fn put(at: &str, revision: u64, value: &str) -> Change {
 
 fn put_bytes(at: &str, revision: u64, value: Vec<u8>) -> Change {
     let action = Action::Put { value: Bytes::from(value), expiry: None };
-    Change { key: key(at), revision: Revision::new(revision), replaces: Revision::ZERO, action }
+    Change { key: key(at), revision: Revision::new(revision), replaces: Revision::ZERO, action, meta: Meta::NONE }
 }
 
 fn put_expiring(at: &str, revision: u64, value: &str, expiry: Expiry) -> Change {
     let action = Action::Put { value: Bytes::copy_from_slice(value.as_bytes()), expiry: Some(expiry) };
-    Change { key: key(at), revision: Revision::new(revision), replaces: Revision::ZERO, action }
+    Change { key: key(at), revision: Revision::new(revision), replaces: Revision::ZERO, action, meta: Meta::NONE }
 }
 
 pub(crate) fn delete(at: &str, revision: u64) -> Change {
@@ -604,6 +607,7 @@ pub(crate) fn delete(at: &str, revision: u64) -> Change {
         revision: Revision::new(revision),
         replaces: Revision::ZERO,
         action: Action::Delete { reason: Reason::Deleted },
+        meta: Meta::NONE,
     }
 }
 
@@ -613,6 +617,7 @@ fn expire(at: &str, revision: u64) -> Change {
         revision: Revision::new(revision),
         replaces: Revision::ZERO,
         action: Action::Delete { reason: Reason::Expired },
+        meta: Meta::NONE,
     }
 }
 

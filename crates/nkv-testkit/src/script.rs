@@ -7,8 +7,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nkv_core::{
-    Change, Delivery, Event, EventKind, FailureHandler, Loaded, Notifier, PersistError, PersistErrorKind, PersistValue,
-    Prepared, RecordRef, SnapshotReader,
+    Change, Delivery, Epoch, Event, EventKind, FailureHandler, Loaded, Notifier, PersistError, PersistErrorKind,
+    PersistValue, Prepared, SnapshotReader, StoredRef,
 };
 
 /// A backend that fails when it is told to, around one that works.
@@ -17,7 +17,7 @@ use nkv_core::{
 ///
 /// ```
 /// use nkv_core::mailbox::Mailbox;
-/// use nkv_core::{Key, MemoryPersist, NotifyKeyValue, PersistErrorKind, PutOptions};
+/// use nkv_core::{Epoch, Key, MemoryPersist, NotifyKeyValue, PersistErrorKind, PutOptions};
 /// use nkv_testkit::script::ScriptedPersist;
 ///
 /// let (persist, script) = ScriptedPersist::new(MemoryPersist::default());
@@ -104,7 +104,7 @@ impl<P: PersistValue> ScriptedPersist<P> {
 
 #[deny(clippy::missing_trait_methods)]
 impl<P: PersistValue> PersistValue for ScriptedPersist<P> {
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         let scripted = self.script.lock().load.take();
         match scripted {
             Some(kind) => Err(failure(kind)),
@@ -133,6 +133,14 @@ impl<P: PersistValue> PersistValue for ScriptedPersist<P> {
     }
 
     /// The inner backend's failures, and those that the script is to report.
+    fn keeps_meta(&self) -> bool {
+        self.inner.keeps_meta()
+    }
+
+    fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        self.inner.begin_epoch(epoch)
+    }
+
     fn on_failure(&mut self, handler: FailureHandler) {
         self.script.lock().handler = Some(handler.clone());
         self.inner.on_failure(handler);
@@ -292,7 +300,7 @@ fn failure(kind: PersistErrorKind) -> PersistError {
 /// # Examples
 ///
 /// ```
-/// use nkv_core::{Key, NoPersist, NotifyKeyValue, Pattern, PutOptions};
+/// use nkv_core::{Epoch, Key, NoPersist, NotifyKeyValue, Pattern, PutOptions};
 /// use nkv_testkit::script::ScriptedNotifier;
 ///
 /// let store = NotifyKeyValue::open(NoPersist::default())?;

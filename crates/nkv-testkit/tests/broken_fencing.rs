@@ -7,7 +7,7 @@ use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Mutex};
 
 use nkv_core::{
-    Action, Change, Epoch, Key, Loaded, PersistError, PersistErrorKind, PersistValue, Record, RecordRef, Revision,
+    Action, Change, Epoch, Key, Loaded, PersistError, PersistErrorKind, PersistValue, Record, Revision, StoredRef,
 };
 use nkv_testkit::fencing;
 use nkv_testkit::persist::PersistHarness;
@@ -42,7 +42,7 @@ struct Shared {
 }
 
 impl PersistValue for Shared {
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         let mut disk = self.disk.lock().unwrap();
         disk.opened += 1;
         self.owner = disk.opened;
@@ -50,7 +50,7 @@ impl PersistValue for Shared {
             disk.owner = self.owner;
         }
         self.revision = disk.revision;
-        disk.records.values().map(Record::lend).for_each(visit);
+        disk.records.values().map(StoredRef::from).for_each(visit);
         let epoch = if self.flaw == Flaw::BeginsAnEpochForEachOwner { disk.opened } else { 1 };
         Ok(Loaded { epoch: Epoch::new(epoch.into()), revision: disk.revision })
     }

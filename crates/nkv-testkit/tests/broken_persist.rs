@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Mutex};
 
-use nkv_core::{Action, Change, Epoch, Key, Loaded, PersistError, PersistValue, Prepared, Record, RecordRef, Revision};
+use nkv_core::{
+    Action, Change, Epoch, Key, Loaded, PersistError, PersistValue, Prepared, Record, RecordRef, Revision, StoredRef,
+};
 use nkv_testkit::persist::{self, PersistHarness};
 
 /// What is wrong with a [`Broken`].
@@ -113,15 +115,15 @@ impl Disk {
 }
 
 impl PersistValue for Broken {
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         let mut disk = self.disk.lock().unwrap();
         if disk.flaw == Flaw::VisitsTwice {
-            disk.old.drain(..).for_each(|record| visit(record.lend()));
+            disk.old.drain(..).for_each(|record| visit(record.lend().into()));
         }
         for record in disk.records.values() {
             let padded = format!("{} ", record.key);
             let key = if disk.flaw == Flaw::PadsKeys { &padded } else { record.key.as_str() };
-            visit(RecordRef { key, ..record.lend() });
+            visit(RecordRef { key, ..record.lend() }.into());
         }
         let loaded = Loaded {
             epoch: Epoch::new(if disk.flaw == Flaw::ChangesEpoch { disk.opened } else { 1 + disk.closed }),

@@ -1,6 +1,7 @@
 //! One value, as it is known now.
 
 use crate::error::Error;
+use crate::event::EndReason;
 use crate::revision::Revision;
 
 /// What is known of a watched key.
@@ -15,11 +16,13 @@ pub struct Watched<T> {
     pub error: Option<Error>,
     /// Whether this is the present state: false before it is known, while the connection is lost, and from the end on.
     pub is_live: bool,
+    /// Why no change is followed any more.
+    pub ended: Option<EndReason>,
 }
 
 /// Nothing is known yet.
 impl<T> Default for Watched<T> {
     fn default() -> Self {
-        Watched { value: None, revision: Revision::ZERO, error: None, is_live: false }
+        Watched { value: None, revision: Revision::ZERO, error: None, is_live: false, ended: None }
     }
 }

@@ -7,34 +7,40 @@
 #[cfg(feature = "client")]
 #[doc(inline)]
 pub use nkv_client::{Client, Subscription};
+#[cfg(feature = "server")]
+#[doc(inline)]
+pub use nkv_node::{Handle, Node};
 #[cfg(feature = "fs")]
 #[doc(inline)]
 pub use nkv_persist_fs::{Durability, FsOptions, FsPersist};
 #[cfg(feature = "server")]
 #[doc(inline)]
-pub use nkv_server::{Handle, Server};
+pub use nkv_server::Server;
 #[doc(inline)]
 pub use nkv_types::{
-    Address, Deleted, EndReason, Entry, Epoch, Error, ErrorKind, Event, GoneReason, Key, Page, PageOptions, Pattern,
-    PutOptions, Result, Revision, Stats, SubscribeOptions, Watched,
+    Address, AsKey, AsPattern, AsPatterns, Branch, Deleted, Edit, EndReason, Entry, Epoch, Error, ErrorKind, Event,
+    GoneReason, IntoEdit, IntoValue, Key, Page, PageOptions, Pattern, PutOptions, Result, Revision, Stats, Store,
+    SubscribeOptions, Unreadable, Watched,
 };
 
 #[cfg(feature = "client")]
 pub use nkv_client as client;
 pub use nkv_core as core;
+#[cfg(feature = "server")]
+pub use nkv_node as node;
 #[cfg(feature = "fs")]
 pub use nkv_persist_fs as fs;
 #[cfg(feature = "server")]
 pub use nkv_server as server;
 
 /// The types are those of the crates, so that a value from one can be given to another.
-#[cfg(all(test, feature = "client"))]
+#[cfg(all(test, feature = "client", feature = "server"))]
 mod tests {
     #[test]
-    fn the_vocabulary_is_that_of_the_client() {
-        fn same<T>(_: fn(T), _: fn(T)) {}
-        same(drop::<crate::Event>, drop::<nkv_client::Event>);
-        same(drop::<crate::Entry>, drop::<nkv_client::Entry>);
-        same(drop::<crate::Error>, drop::<nkv_client::Error>);
+    fn client_and_handle_have_one_vocabulary() {
+        fn same<T>(_: fn(T), _: fn(T), _: fn(T)) {}
+        same(drop::<crate::Event>, drop::<nkv_client::Event>, drop::<nkv_node::Event>);
+        same(drop::<crate::Entry>, drop::<nkv_client::Entry>, drop::<nkv_node::Entry>);
+        same(drop::<crate::Error>, drop::<nkv_client::Error>, drop::<nkv_node::Error>);
     }
 }

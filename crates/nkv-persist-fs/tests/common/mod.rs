@@ -8,8 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nkv_core::{
-    Action, Change, Expiry, FailureHandler, Key, Loaded, PersistError, PersistValue, Prepared, Reason, RecordRef,
-    Revision,
+    Action, Change, Epoch, Expiry, FailureHandler, Key, Loaded, Meta, PersistError, PersistValue, Prepared, Reason,
+    Revision, StoredRef,
 };
 use nkv_persist_fs::sim::SimFs;
 use nkv_persist_fs::{FsOptions, FsPersist};
@@ -23,7 +23,13 @@ pub(crate) fn put(key: &str, revision: u64, value: impl Into<Vec<u8>>) -> Change
     let expiry =
         revision.is_multiple_of(5).then_some(Expiry { at: nkv_core::Timestamp::from_millis(revision), ttl_ms: 7 });
     let action = Action::Put { value: value.into().into(), expiry };
-    Change { key: Key::new(key).unwrap(), revision: Revision::new(revision), replaces: Revision::ZERO, action }
+    Change {
+        key: Key::new(key).unwrap(),
+        revision: Revision::new(revision),
+        replaces: Revision::ZERO,
+        action,
+        meta: Meta::NONE,
+    }
 }
 
 pub(crate) fn delete(key: &str, revision: u64) -> Change {
@@ -33,6 +39,7 @@ pub(crate) fn delete(key: &str, revision: u64) -> Change {
         revision: Revision::new(revision),
         replaces: Revision::ZERO,
         action: Action::Delete { reason },
+        meta: Meta::NONE,
     }
 }
 
@@ -112,11 +119,11 @@ impl Deref for Storage {
 
 #[deny(clippy::missing_trait_methods)]
 impl PersistValue for Storage {
-    fn load(&mut self, visit: &mut dyn FnMut(RecordRef<'_>)) -> Result<Loaded, PersistError> {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         let mut present = HashMap::new();
-        let loaded = self.persist.load(&mut |record| {
-            present.insert(record.to_record().key, record.revision);
-            visit(record);
+        let loaded = self.persist.load(&mut |stored| {
+            present.insert(stored.record().unwrap().to_record().key, stored.revision());
+            visit(stored);
         })?;
         self.present = Some(present);
         Ok(loaded)
@@ -132,6 +139,14 @@ impl PersistValue for Storage {
     fn prepare(&mut self, batch: &[Change]) -> Result<Prepared, PersistError> {
         let (batch, _) = self.with_replaced(batch)?;
         self.persist.prepare(&batch)
+    }
+
+    fn keeps_meta(&self) -> bool {
+        self.persist.keeps_meta()
+    }
+
+    fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        self.persist.begin_epoch(epoch)
     }
 
     fn on_failure(&mut self, handler: FailureHandler) {
@@ -152,7 +167,8 @@ pub(crate) fn kill(fs: &SimFs, persist: Storage) -> SimFs {
 
 pub(crate) fn load(persist: &mut impl PersistValue) -> Result<(Model, Loaded), PersistError> {
     let mut model = Model::new();
-    let loaded = persist.load(&mut |record| {
+    let loaded = persist.load(&mut |stored| {
+        let record = stored.record().unwrap();
         let state = (record.revision.get(), record.value.to_vec(), record.expiry);
         assert!(model.insert(record.key.to_string(), state).is_none(), "{} visited twice", record.key);
     })?;

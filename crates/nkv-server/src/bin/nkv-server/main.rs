@@ -107,12 +107,12 @@ async fn start(args: &Args) -> Result<Server, ServerError> {
     let server = with_persist(builder, args, Arc::clone(&opened))?.bind().await?;
     if let (Some(opened), Ok(stats)) = (opened.get(), server.handle().stats().await) {
         let load_ms = u64::try_from(opened.elapsed().as_millis()).unwrap_or(u64::MAX);
-        info!(keys = stats.keys, revision = stats.revision.get(), load_ms, "loaded");
+        info!(keys = stats.keys, revision = stats.revision, load_ms, "loaded");
     }
     for address in server.addresses() {
         info!("listening at {address}");
         if let Address::Tcp { host, .. } = address
-            && host.parse().is_ok_and(|host: IpAddr| !host.to_canonical().is_loopback())
+            && host.parse().is_ok_and(|ip: IpAddr| !ip.to_canonical().is_loopback())
         {
             warn!("{address} is open to other hosts (--insecure), and clients are not asked who they are");
         }

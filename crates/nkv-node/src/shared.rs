@@ -1,41 +1,45 @@
-//! What connections and handles share: the store, the way to its writer, and figures.
+//! What handles share: the store, the way to its writer, and the limits.
 
+use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use nkv_core::mailbox::{Backlog, Mailbox};
+use nkv_core::mailbox::Backlog;
 use nkv_core::{
     Delivery, Event, EventKind, Key, Notifier, NotifyKeyValue, Pattern, PersistValue, SubscriberId, Write, WriteResult,
 };
-use nkv_notify_tcp::TcpNotifier;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
-use crate::bell::Bell;
-use crate::budget::{Budget, DeepHold};
-use crate::clients::{Client, Clients, Counted};
+use crate::budget::{Account, Budget, DeepHold};
 use crate::clock::Clock;
-use crate::complaints::Complaints;
-use crate::server::Options;
-use crate::slots::Slots;
+use crate::node::Limits;
+use crate::peer::{Counted, PeerInfo};
+use crate::rate_log::RateLimitedLog;
+use crate::rights::Rights;
+use crate::wakeups::WakeUps;
 use crate::writer::Queue;
 
 pub(crate) type Store = NotifyKeyValue<Box<dyn PersistValue>, Subscriber>;
 
 #[derive(Debug)]
-pub(crate) struct Core {
+pub(crate) struct Shared {
     pub(crate) store: Arc<Store>,
     pub(crate) clock: Clock,
     /// As people write it, for `Stats`.
     pub(crate) durability: String,
-    pub(crate) options: Options,
-    pub(crate) slots: Slots,
-    pub(crate) clients: Arc<Clients>,
+    pub(crate) limits: Limits,
+    pub(crate) rights: Option<Arc<dyn Rights>>,
     pub(crate) budget: Arc<Budget>,
-    pub(crate) complaints: Complaints,
-    pub(crate) bell: Arc<Bell>,
+    pub(crate) log: RateLimitedLog,
+    pub(crate) wake_ups: Arc<WakeUps>,
     pub(crate) queue: Arc<Queue>,
+    /// Whether the node is to stop.
+    pub(crate) stop: watch::Sender<bool>,
+    /// The number of names made up for subscribers that gave none.
+    pub(crate) names: AtomicU64,
     /// Bytes of values that may still be taken.
     write_room: Arc<Semaphore>,
     /// Bytes of long requests that may still be read.
@@ -58,8 +62,23 @@ impl AsMut<Write> for Job {
     }
 }
 
-/// A share of the bytes of values that may wait to be stored: to be had before the value is.
-pub(crate) type Room = OwnedSemaphorePermit;
+/// A share of the bytes that may wait to be stored, or may be on their way, given back when it is dropped: to be had before
+/// the bytes are.
+#[derive(Debug)]
+pub struct Room(OwnedSemaphorePermit);
+
+impl Room {
+    /// How many bytes it is for.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.0.num_permits()
+    }
+
+    /// Adds the bytes of another, from the same place.
+    pub fn merge(&mut self, other: Room) {
+        self.0.merge(other.0);
+    }
+}
 
 /// Bytes of values that wait to be stored; those for which there is no room wait in the buffers of their connections.
 const WRITE_ROOM: usize = 64 << 20;
@@ -75,43 +94,54 @@ const ARRIVAL_PATIENCE: Duration = Duration::from_secs(5);
 /// The bytes that a job counts as at least, so that 1,024 of them wait at most.
 pub(crate) const JOB_LEN_MIN: usize = WRITE_ROOM / 1_024;
 
-/// The server is stopping and takes no more writes.
-#[derive(Debug)]
-pub(crate) struct Stopping;
+/// The node stops, and takes no more writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stopping;
+
+impl fmt::Display for Stopping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the server is stopping")
+    }
+}
+
+impl std::error::Error for Stopping {}
 
 #[cfg(test)]
 impl Job {
     pub(crate) fn for_tests(ops: Vec<nkv_core::Op>) -> (Self, oneshot::Receiver<Vec<WriteResult>>) {
         let (results, done) = oneshot::channel();
         let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
-        (Job { write: Write::together(ops), results, _room: room }, done)
+        (Job { write: Write::together(ops), results, _room: Room(room) }, done)
     }
 }
 
-impl Core {
+impl Shared {
+    #[allow(clippy::too_many_arguments)] // parts that have nothing else in common
     pub(crate) fn new(
         store: Arc<Store>,
         clock: Clock,
         durability: String,
-        options: Options,
+        limits: Limits,
+        rights: Option<Arc<dyn Rights>>,
         budget: Arc<Budget>,
-        bell: Arc<Bell>,
+        wake_ups: Arc<WakeUps>,
         queue: Arc<Queue>,
     ) -> Self {
-        let line_len_max = options.limits().line_len_max();
+        let request_len_max = limits.request_len_max;
         let arrival_len =
-            (options.queued_max / ARRIVAL_ROOM_PART).clamp(line_len_max, ARRIVAL_ROOM_MAX.max(line_len_max));
-        Core {
+            (limits.queued_max / ARRIVAL_ROOM_PART).clamp(request_len_max, ARRIVAL_ROOM_MAX.max(request_len_max));
+        Shared {
             store,
             clock,
             durability,
-            options,
-            clients: Arc::default(),
-            slots: Slots::new(options.connections_max, options.connections_per_address_max),
+            limits,
+            rights,
             budget,
-            complaints: Complaints::default(),
-            bell,
+            log: RateLimitedLog::default(),
+            wake_ups,
             queue,
+            stop: watch::Sender::new(false),
+            names: AtomicU64::new(0),
             write_room: Arc::new(Semaphore::new(WRITE_ROOM)),
             arrival_room: Arc::new(Semaphore::new(arrival_len)),
             arrival_len,
@@ -120,18 +150,18 @@ impl Core {
 
     /// Room for `len` bytes, if there is any now. What is more than there ever is counts as all of it.
     pub(crate) fn try_room(&self, len: usize) -> Option<Room> {
-        Arc::clone(&self.write_room).try_acquire_many_owned(room_len(len)).ok()
+        Arc::clone(&self.write_room).try_acquire_many_owned(room_len(len)).ok().map(Room)
     }
 
     /// Waits for room for `len` bytes; those that came first go first.
     pub(crate) fn room(&self, len: usize) -> impl Future<Output = Result<Room, Stopping>> + Send + use<> {
         let room = Arc::clone(&self.write_room).acquire_many_owned(room_len(len));
-        async move { room.await.map_err(|_| Stopping) }
+        async move { room.await.map(Room).map_err(|_| Stopping) }
     }
 
     /// Room for a request of `len` bytes to be read, if there is any now.
     pub(crate) fn try_arrival(&self, len: usize) -> Option<Room> {
-        Arc::clone(&self.arrival_room).try_acquire_many_owned(self.arrival_len(len)).ok()
+        Arc::clone(&self.arrival_room).try_acquire_many_owned(self.arrival_len(len)).ok().map(Room)
     }
 
     /// Waits for room for a request of `len` bytes to be read.
@@ -142,7 +172,7 @@ impl Core {
             let mut room = std::pin::pin!(room);
             loop {
                 match tokio::time::timeout(ARRIVAL_PATIENCE, room.as_mut()).await {
-                    Ok(room) => return room.map_err(|_| Stopping),
+                    Ok(room) => return room.map(Room).map_err(|_| Stopping),
                     Err(_) => budget.evict_slowest(ARRIVAL_PATIENCE),
                 }
             }
@@ -162,7 +192,7 @@ impl Core {
     /// Has the writer do `write`, with all others that wait. Those of a connection wait until the turn of the runtime has
     /// ended. A caller from elsewhere cannot count on its turning: theirs are `urgent`.
     pub(crate) fn write(&self, write: Write, room: Room, urgent: bool) -> Written {
-        Written(hand_over(&self.bell, &self.queue, write, urgent, room).ok())
+        Written(hand_over(&self.wake_ups, &self.queue, write, urgent, room).ok())
     }
 
     /// As [`write`](Self::write), once there is room.
@@ -171,19 +201,18 @@ impl Core {
         self.write(write, room, true).await
     }
 
-    /// Who would be told of a change of `key`.
+    /// The subscribers that a change of `key` notifies.
     pub(crate) fn trace(&self, key: &Key) -> Vec<Traced> {
         let subscriptions = self.store.subscribers_of(key);
-        let traced = |subscription: Arc<nkv_core::Subscription<Subscriber>>| Traced {
-            id: subscription.id().clone(),
-            pattern: subscription.pattern().to_string(),
-            is_exact: matches!(subscription.pattern(), Pattern::Exact(_)),
-            since_ms: crate::clock::millis(subscription.notifier().since.elapsed()),
-            client: subscription.notifier().held.as_ref().map(|(_, counted)| Arc::clone(&counted.client)),
-            backlog: match &subscription.notifier().reach {
-                Reach::Connection(notifier) => notifier.backlog(),
-                Reach::Handle(mailbox) => mailbox.backlog(),
-            },
+        let traced = |subscription: Arc<nkv_core::Subscription<Subscriber>>| {
+            let notifier = subscription.notifier();
+            Traced {
+                client_uuid: subscription.id().clone(),
+                pattern: subscription.pattern().clone(),
+                age: notifier.since.elapsed(),
+                peer: notifier.peer.as_ref().map(|counted| counted.account.info()),
+                backlog: notifier.notifier.backlog(),
+            }
         };
         subscriptions.into_iter().map(traced).collect()
     }
@@ -196,7 +225,7 @@ fn room_len(len: usize) -> u32 {
 /// Gives the writer a job. If it sleeps, and the job is not urgent, the pump wakes it, once all that have something for it
 /// now have said so.
 fn hand_over(
-    bell: &Bell,
+    wake_ups: &WakeUps,
     queue: &Queue,
     write: Write,
     urgent: bool,
@@ -207,14 +236,15 @@ fn hand_over(
     if is_asleep && urgent {
         queue.wake();
     } else if is_asleep {
-        bell.ring();
+        wake_ups.request();
     }
     Ok(done)
 }
 
 /// What becomes of some writes: a future. Dropping it leaves them as they are, done or not.
+#[derive(Debug)]
 #[must_use]
-pub(crate) struct Written(Option<oneshot::Receiver<Vec<WriteResult>>>);
+pub struct Written(Option<oneshot::Receiver<Vec<WriteResult>>>);
 
 impl Future for Written {
     type Output = Result<Vec<WriteResult>, Stopping>;
@@ -227,55 +257,55 @@ impl Future for Written {
     }
 }
 
-/// A subscriber as `Trace` shows it.
-#[derive(Debug)]
-pub(crate) struct Traced {
-    pub(crate) id: SubscriberId,
-    pub(crate) pattern: String,
-    pub(crate) is_exact: bool,
-    pub(crate) since_ms: u64,
-    /// Whose it is, if it is a connection's.
-    pub(crate) client: Option<Arc<Client>>,
-    pub(crate) backlog: Backlog,
+/// A subscriber, for people to look at.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Traced {
+    /// Its name.
+    pub client_uuid: SubscriberId,
+    /// What it subscribed to.
+    pub pattern: Pattern,
+    /// How long ago.
+    pub age: Duration,
+    /// Whose it is, if it is that of a door's peer.
+    pub peer: Option<PeerInfo>,
+    /// What waits for it.
+    pub backlog: Backlog,
 }
 
-/// How a subscriber of a server is reached.
+/// How a subscriber of a node is reached.
 #[derive(Debug)]
 pub(crate) struct Subscriber {
     since: Instant,
-    reach: Reach,
-    /// What its pattern takes, and its client, if it is a connection's.
-    held: Option<(DeepHold, Counted)>,
-}
-
-/// A connection, or a mailbox of this process.
-#[derive(Debug)]
-enum Reach {
-    Connection(TcpNotifier),
-    Handle(Mailbox),
+    notifier: Box<dyn Notifier>,
+    /// What its pattern takes.
+    deep: DeepHold,
+    /// Whose it is, if it is a peer's.
+    peer: Option<Counted>,
 }
 
 impl Subscriber {
-    pub(crate) fn handle(mailbox: Mailbox) -> Self {
-        Subscriber { since: Instant::now(), reach: Reach::Handle(mailbox), held: None }
+    pub(crate) fn new(notifier: Box<dyn Notifier>, deep: DeepHold, peer: Option<Counted>) -> Self {
+        Subscriber { since: Instant::now(), notifier, deep, peer }
     }
 
-    /// A connection, what the subscription's pattern takes, and its client.
-    pub(crate) fn connection(notifier: TcpNotifier, deep: DeepHold, counted: Counted) -> Self {
-        Subscriber { since: Instant::now(), reach: Reach::Connection(notifier), held: Some((deep, counted)) }
+    /// Whether it is this peer's.
+    pub(crate) fn is_of(&self, account: &Arc<Account>) -> bool {
+        self.peer.as_ref().is_some_and(|counted| Arc::ptr_eq(&counted.account, account))
     }
 }
 
 impl Notifier for Subscriber {
     fn notify(&self, event: &Arc<Event>) -> Delivery {
-        if let (EventKind::Ended { .. }, Some((deep, counted))) = (event.kind(), &self.held) {
-            deep.release();
-            counted.end();
+        if let EventKind::Ended { .. } = event.kind() {
+            self.deep.release();
+            self.peer.iter().for_each(|counted| counted.end());
         }
-        match &self.reach {
-            Reach::Connection(notifier) => notifier.notify(event),
-            Reach::Handle(mailbox) => mailbox.notify(event),
-        }
+        self.notifier.notify(event)
+    }
+
+    fn backlog(&self) -> Backlog {
+        self.notifier.backlog()
     }
 }
 
@@ -292,26 +322,27 @@ mod tests {
     async fn what_comes_while_the_writer_is_busy_is_done_when_it_is_not() {
         let persist: Box<dyn PersistValue> = Box::new(NoPersist::default());
         let store = Arc::new(NotifyKeyValue::open(persist).unwrap());
-        let (bell, queue, expiry_changed) = <(Arc<Bell>, Arc<Queue>, _)>::default();
+        let (wake_ups, queue, expiry_changed) = <(Arc<WakeUps>, Arc<Queue>, _)>::default();
         let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let room = Room(room);
         let ops = vec![Op::Delete { pattern: Pattern::All, if_revision: None }];
-        let done = hand_over(&bell, &queue, Write::apart(ops), false, room).unwrap();
+        let done = hand_over(&wake_ups, &queue, Write::apart(ops), false, room).unwrap();
         // It could not be more busy than before it begins.
-        let (failure, complaints, budget) = (Failure::new(), Complaints::default(), Budget::new(1, Arc::default()));
-        let (queue, bell) = (&queue, &bell);
+        let (failure, log, budget) = (Failure::new(), RateLimitedLog::default(), Budget::new(1, Arc::default()));
+        let (queue, wake_ups) = (&queue, &wake_ups);
         let writer = Writer {
             store,
             queue: Arc::clone(queue),
-            bell: Arc::clone(bell),
+            wake_ups: Arc::clone(wake_ups),
             expiry_changed,
             failure,
-            complaints,
+            log,
             budget,
             clock: Clock::start(None),
         };
         let writer = writer.spawn().unwrap();
         tokio::select! {
-            () = bell.pump(|| queue.wake()) => {}
+            () = wake_ups.pump(|| queue.wake()) => {}
             done = timeout(Duration::from_secs(10), done) => assert_eq!(done.unwrap().unwrap().len(), 1),
         }
         queue.close();

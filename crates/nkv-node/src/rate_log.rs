@@ -9,8 +9,9 @@ use tracing::{error, warn};
 
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// A log of lines of which one of a kind a second is written, at most.
 #[derive(Debug, Default)]
-pub(crate) struct Complaints(Mutex<HashMap<&'static str, Said>>);
+pub struct RateLimitedLog(Mutex<HashMap<&'static str, Said>>);
 
 #[derive(Debug, Default)]
 struct Said {
@@ -18,16 +19,16 @@ struct Said {
     unsaid: u64,
 }
 
-impl Complaints {
+impl RateLimitedLog {
     /// Logs `what`, with how many of its kind were passed over since the last; or passes it over.
-    pub(crate) fn warn(&self, kind: &'static str, what: fmt::Arguments<'_>) {
+    pub fn warn(&self, kind: &'static str, what: fmt::Arguments<'_>) {
         if let Some(more) = self.due(kind) {
             warn!("{what}{more}");
         }
     }
 
     /// The same, for what an operator has to see to.
-    pub(crate) fn error(&self, kind: &'static str, what: fmt::Arguments<'_>) {
+    pub fn error(&self, kind: &'static str, what: fmt::Arguments<'_>) {
         if let Some(more) = self.due(kind) {
             error!("{what}{more}");
         }
@@ -55,12 +56,12 @@ mod tests {
 
     #[test]
     fn of_many_of_a_kind_one_a_second_is_logged_and_says_how_many_were_not() {
-        let (complaints, began) = (Complaints::default(), Instant::now());
-        let logged = (0..1_000).filter_map(|_| complaints.due("full")).count() as u64;
+        let (log, began) = (RateLimitedLog::default(), Instant::now());
+        let logged = (0..1_000).filter_map(|_| log.due("full")).count() as u64;
         assert!(logged <= 1 + began.elapsed().as_secs(), "{logged}");
-        assert_eq!(complaints.due("another").as_deref(), Some(""));
+        assert_eq!(log.due("another").as_deref(), Some(""));
         std::thread::sleep(PAUSE);
-        let more = complaints.due("full").unwrap();
+        let more = log.due("full").unwrap();
         assert!(logged > 1 || more == " (999 more like this since the last)", "{more}");
     }
 }

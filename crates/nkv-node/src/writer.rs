@@ -1,18 +1,20 @@
 //! The writer thread: takes everything that waits, stores it as one batch, answers. Group commit by nature.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use nkv_core::{PersistError, PersistErrorKind};
 use tokio::sync::{Notify, oneshot};
 
-use crate::bell::Bell;
 use crate::budget::Budget;
 use crate::clock::Clock;
-use crate::complaints::Complaints;
-use crate::core::{Job, Store};
 use crate::failure::{Chain, Failure};
+use crate::rate_log::RateLimitedLog;
+use crate::shared::{Job, Store};
+use crate::wakeups::WakeUps;
 
 /// What waits for subscribers is looked at each time so many more events were given to them, or as much was written
 /// as [`Budget::check_every`] says.
@@ -23,6 +25,8 @@ const CHECK_EVERY: u64 = 4_096;
 pub(crate) struct Queue {
     waiting: Mutex<Waiting>,
     arrived: Condvar,
+    /// For the asking: as in `waiting`.
+    is_closed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -65,13 +69,19 @@ impl Queue {
     /// Takes no more jobs: the writer ends after those it has.
     pub(crate) fn close(&self) {
         self.lock().is_closed = true;
+        self.is_closed.store(true, Release);
         self.wake();
+    }
+
+    /// Whether it takes no more jobs.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.is_closed.load(Acquire)
     }
 
     /// Adds all jobs that wait to those under way. If there are none it sleeps until it is woken for some; there are none
     /// once the queue is closed. If some wait already, the pump wakes it when those that were just answered have had their
     /// turn.
-    fn take(&self, bell: &Bell, jobs: &mut Vec<Job>) {
+    fn take(&self, wake_ups: &WakeUps, jobs: &mut Vec<Job>) {
         let mut waiting = self.lock();
         if !jobs.is_empty() {
             waiting.is_urgent = false;
@@ -80,7 +90,7 @@ impl Queue {
         }
         waiting.is_asleep = !waiting.is_urgent;
         if waiting.is_asleep && !waiting.jobs.is_empty() {
-            bell.ring();
+            wake_ups.request();
         }
         while waiting.is_asleep && !waiting.is_closed {
             waiting = self.arrived.wait(waiting).unwrap_or_else(PoisonError::into_inner);
@@ -97,12 +107,12 @@ impl Queue {
 pub(crate) struct Writer {
     pub(crate) store: Arc<Store>,
     pub(crate) queue: Arc<Queue>,
-    pub(crate) bell: Arc<Bell>,
+    pub(crate) wake_ups: Arc<WakeUps>,
     /// Told when the time of the next expiry may have changed.
     pub(crate) expiry_changed: Arc<Notify>,
     /// Learns when storage is poisoned.
     pub(crate) failure: Failure,
-    pub(crate) complaints: Complaints,
+    pub(crate) log: RateLimitedLog,
     pub(crate) budget: Arc<Budget>,
     pub(crate) clock: Clock,
 }
@@ -145,7 +155,7 @@ impl Writer {
         let (mut checked_at, mut written) = (0, 0_usize);
         loop {
             let under_way = jobs.len();
-            self.queue.take(&self.bell, &mut jobs);
+            self.queue.take(&self.wake_ups, &mut jobs);
             if jobs.is_empty() {
                 return self.store.close();
             }
@@ -156,7 +166,7 @@ impl Writer {
                 self.clock.keep();
             }
             let expiry = self.store.next_expiry();
-            self.bell.quietly(|| self.commit(&mut jobs));
+            self.wake_ups.gathered(|| self.commit(&mut jobs));
             if self.store.next_expiry() != expiry {
                 self.expiry_changed.notify_one();
             }
@@ -199,7 +209,7 @@ impl Writer {
             PersistErrorKind::Poisoned => "poisoned",
             _ => "not stored",
         };
-        self.complaints.error(kind, format_args!("a write was not stored: {}", Chain(&error)));
+        self.log.error(kind, format_args!("a write was not stored: {}", Chain(&error)));
         if error.kind() == PersistErrorKind::Poisoned {
             self.failure.report(Arc::new(error));
         }

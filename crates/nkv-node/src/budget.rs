@@ -5,32 +5,88 @@
 
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use nkv_core::mailbox::Observer;
-use nkv_notify_tcp::TcpNotifier;
-use tokio::sync::{Mutex as Turns, OwnedSemaphorePermit, Semaphore};
+use nkv_core::mailbox::{Backlog, Observer};
+use tokio::sync::{Mutex as Turns, Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use crate::clock::millis;
+use crate::peer::Said;
 
 /// Turns that others are given when there is too much, before more is made. It may be one alone that holds it, rightly.
 const RELIEF_TURNS: usize = 8;
 
-/// How often whoever waits for room looks again.
+/// How often those who wait for room look again.
 const ROOM_PAUSE: Duration = Duration::from_millis(10);
 
-/// Whoever was let through meanwhile has so long to read on before the next is closed for those who wait.
+/// The time that those who were let through have to read on before the next is closed for those who wait.
 const EVICTION_PAUSE: Duration = Duration::from_millis(100);
 
+/// What a door holds for a peer, in the budget of its node. The door implements it for its side of a connection and
+/// gives it to [`Handle::peer`](crate::Handle::peer).
+pub trait Holder: fmt::Debug + Send + Sync + 'static {
+    /// What is held now, beside what the door says by [`Peer::hold`](crate::Peer::hold).
+    fn held(&self) -> Held;
+
+    /// The items that wait for the peer, for people to look at.
+    fn backlog(&self) -> Backlog;
+
+    /// For how long the peer has not taken what is being written to it.
+    fn busy_for(&self) -> Duration;
+
+    /// Drops the changes that wait, in favour of a fresh snapshot; at once, and without a call of the node.
+    fn give_up(&self);
+
+    /// Has the door look anew whether its peer [is evicted](crate::Peer::is_evicted) or the node
+    /// [stops](crate::Peer::is_stopping); at once, and without a call of the node.
+    fn wake(&self);
+
+    /// Whether the peer can be closed to make room. One in this process cannot.
+    fn can_leave(&self) -> bool {
+        true
+    }
+}
+
+/// What waits for a subscription of this process.
 #[derive(Debug)]
-pub(crate) struct Budget {
+pub(crate) struct InProcess(pub(crate) Observer);
+
+impl Holder for InProcess {
+    fn held(&self) -> Held {
+        let Backlog { own_bytes: queue, event_bytes: changes, .. } = self.0.backlog();
+        Held { queue, changes, ..Held::default() }
+    }
+
+    fn backlog(&self) -> Backlog {
+        self.0.backlog()
+    }
+
+    fn busy_for(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn give_up(&self) {
+        self.0.give_up();
+    }
+
+    fn wake(&self) {}
+
+    fn can_leave(&self) -> bool {
+        false
+    }
+}
+
+/// The budget of a node: see [`Handle::budget`](crate::Handle::budget).
+#[derive(Debug)]
+pub struct Budget {
     limit: usize,
     /// Bytes of the changes that wait for any subscriber; the store keeps it up.
     event_bytes: Arc<AtomicUsize>,
-    /// Bytes of answers that wait on all connections; the notifiers keep it up.
+    /// Bytes of answers that wait on all connections; the doors keep it up.
     waiting: Arc<AtomicUsize>,
     /// Bytes that the reading sides of all connections hold.
     read: AtomicUsize,
@@ -39,28 +95,43 @@ pub(crate) struct Budget {
     holders: Mutex<Holders>,
     /// All connections are to end.
     is_stopping: AtomicBool,
-    /// Whoever waits for room, in the order in which they came; and when somebody was last closed for them.
+    /// The last of them has ended.
+    all_gone: Notify,
+    /// Those who wait for room, in the order in which they came; and when a connection was last closed for them.
     queue: Turns<Option<Instant>>,
     /// For those that make a long answer while much waits: one at a time.
     leave: Arc<Semaphore>,
 }
 
-/// That a long answer may be made although much waits.
-pub(crate) type Leave = OwnedSemaphorePermit;
+/// That a long answer may be made although much waits, for as long as it is kept.
+#[derive(Debug)]
+pub struct Leave {
+    _permit: OwnedSemaphorePermit,
+}
 
 #[derive(Debug, Default)]
 struct Holders {
     next_id: u64,
-    by_id: HashMap<u64, Arc<Holder>>,
+    by_id: HashMap<u64, Arc<Account>>,
+    /// How many of them are peers of doors.
+    peers: u64,
 }
 
+/// What one holder has in the budget, and who it is.
 #[derive(Debug)]
-struct Holder {
-    opened: Instant,
+pub(crate) struct Account {
+    id: u64,
+    pub(crate) opened: Instant,
+    /// Its address, if it is the peer of a door.
+    pub(crate) address: Option<Box<str>>,
+    pub(crate) said: Mutex<Said>,
+    pub(crate) subscriptions: AtomicU64,
+    /// Bytes of its subscriptions to deep keys.
+    deep: AtomicUsize,
     read: AtomicUsize,
     /// When its reading side came to hold what it holds of a request, in ms after the opening.
     read_since_ms: AtomicU64,
-    source: Source,
+    pub(crate) source: Box<dyn Holder>,
     /// It holds what it holds because the server keeps it waiting.
     is_kept_waiting: AtomicBool,
     /// It was told to give up what it holds, and will.
@@ -69,49 +140,23 @@ struct Holder {
     evicted_with: AtomicUsize,
 }
 
-/// What one connection's subscriptions take, beyond what the limit of their number allows for.
-#[derive(Debug)]
-pub(crate) struct DeepShare {
-    budget: Arc<Budget>,
-    len: Arc<AtomicUsize>,
-}
-
-/// What one subscription takes of that, until it ends or is dropped.
+/// What one subscription takes of the room for deep keys, until it ends or is dropped.
 #[derive(Debug)]
 pub(crate) struct DeepHold {
     budget: Arc<Budget>,
-    of_connection: Arc<AtomicUsize>,
+    account: Option<Arc<Account>>,
     len: AtomicUsize,
 }
 
 /// What they may take on one connection; all together, a quarter of the limit.
 const DEEP_LEN_MAX: usize = 4 << 20;
 
-impl DeepShare {
-    pub(crate) fn new(budget: Arc<Budget>) -> Self {
-        DeepShare { budget, len: Arc::default() }
-    }
-
-    /// Whether so much more is too much, where as much `is_replaced` by it on another connection.
-    pub(crate) fn is_full(&self, more: usize, is_replaced: bool) -> bool {
-        let before = self.budget.deep.load(Relaxed);
-        let all = if is_replaced { before } else { before.saturating_add(more) };
-        let own = self.len.load(Relaxed).saturating_add(more);
-        more > 0 && (own > DEEP_LEN_MAX || all > self.budget.limit / 4)
-    }
-
-    pub(crate) fn hold(&self, len: usize) -> DeepHold {
-        self.len.fetch_add(len, Relaxed);
-        self.budget.deep.fetch_add(len, Relaxed);
-        let (budget, of_connection) = (Arc::clone(&self.budget), Arc::clone(&self.len));
-        DeepHold { budget, of_connection, len: AtomicUsize::new(len) }
-    }
-}
-
 impl DeepHold {
     pub(crate) fn release(&self) {
         let len = self.len.swap(0, Relaxed);
-        self.of_connection.fetch_sub(len, Relaxed);
+        if let Some(account) = &self.account {
+            account.deep.fetch_sub(len, Relaxed);
+        }
         self.budget.deep.fetch_sub(len, Relaxed);
     }
 }
@@ -122,32 +167,24 @@ impl Drop for DeepHold {
     }
 }
 
-/// One connection's share, for as long as anything of the connection is left.
+/// An account, open for as long as this is kept.
 #[derive(Debug)]
 pub(crate) struct Share {
-    budget: Arc<Budget>,
-    id: u64,
-    holder: Arc<Holder>,
+    pub(crate) budget: Arc<Budget>,
+    pub(crate) account: Arc<Account>,
 }
 
-/// What holds something: a connection, or a mailbox of this process.
-#[derive(Debug)]
-pub(crate) enum Source {
-    Connection(TcpNotifier),
-    Handle(Observer),
-}
-
-/// What one holds.
-#[derive(Clone, Copy, Debug, Default)]
-struct Held {
-    /// That is its own alone.
-    own: usize,
+/// What one holds, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// That is its own alone, such as answers.
+    pub own: usize,
     /// That the mailbox takes for what waits.
-    queue: usize,
+    pub queue: usize,
     /// Of changes that wait; others may share them.
-    changes: usize,
-    /// An encoding that is being written (an address), and how many bytes; others may share it.
-    gathered: (usize, usize),
+    pub changes: usize,
+    /// An encoding that is being written (its address), and its length; others may share it.
+    pub gathered: (usize, usize),
 }
 
 impl Held {
@@ -166,36 +203,38 @@ impl Held {
 }
 
 /// Bytes times milliseconds: one that is in the middle of a large request is no worse than one that stalls.
-fn weight(bytes: usize, holder: &Holder) -> u128 {
+fn weight(bytes: usize, holder: &Account) -> u128 {
     (bytes as u128).saturating_mul(holder.held_for().as_millis().saturating_add(1))
 }
 
-impl Holder {
-    fn new(source: Source) -> Arc<Self> {
+impl Account {
+    fn new(id: u64, address: Option<Box<str>>, source: Box<dyn Holder>) -> Self {
         let (opened, read_since_ms) = (Instant::now(), AtomicU64::new(0));
-        let (read, is_leaving, is_kept_waiting, evicted_with) = Default::default();
-        Arc::new(Holder { opened, read, read_since_ms, source, is_leaving, is_kept_waiting, evicted_with })
+        let (said, subscriptions, deep, read, is_leaving, is_kept_waiting, evicted_with) = Default::default();
+        Account {
+            id,
+            opened,
+            address,
+            said,
+            subscriptions,
+            deep,
+            read,
+            read_since_ms,
+            source,
+            is_leaving,
+            is_kept_waiting,
+            evicted_with,
+        }
     }
 
     fn held(&self) -> Held {
-        let (backlog, waiting, gathered) = match &self.source {
-            Source::Connection(notifier) => (notifier.backlog(), notifier.waiting(), notifier.gathered()),
-            Source::Handle(mailbox) => (mailbox.backlog(), 0, (0, 0)),
-        };
-        let own = self.read.load(Relaxed).saturating_add(waiting);
-        Held { own, queue: backlog.own_bytes, changes: backlog.event_bytes, gathered }
-    }
-
-    fn busy_for(&self) -> Duration {
-        match &self.source {
-            Source::Connection(notifier) => notifier.busy_for(),
-            Source::Handle(_) => Duration::ZERO,
-        }
+        let held = self.source.held();
+        Held { own: self.read.load(Relaxed).saturating_add(held.own), ..held }
     }
 
     /// For how long it has held what it holds without anything coming of it.
     fn held_for(&self) -> Duration {
-        let busy_for = self.busy_for();
+        let busy_for = self.source.busy_for();
         if self.read.load(Relaxed) == 0 {
             return busy_for;
         }
@@ -203,19 +242,11 @@ impl Holder {
         busy_for.max(self.opened.elapsed().saturating_sub(since))
     }
 
-    /// Drops the changes that wait.
-    fn give_up(&self) {
-        match &self.source {
-            Source::Connection(notifier) => notifier.give_up(),
-            Source::Handle(mailbox) => mailbox.give_up(),
-        }
-    }
-
     fn evict(&self) {
-        if let Source::Connection(notifier) = &self.source {
+        if self.source.can_leave() {
             self.evicted_with.fetch_max(self.held().all(), Relaxed);
             self.is_leaving.store(true, Relaxed);
-            notifier.wake();
+            self.source.wake();
         }
     }
 }
@@ -223,7 +254,7 @@ impl Holder {
 impl Holders {
     /// What those hold together that stay, but for the changes that wait, and who they are with what each holds. An
     /// encoding that several write counts once.
-    fn total_and_staying(&self) -> (usize, Vec<(Held, &Holder)>) {
+    fn total_and_staying(&self) -> (usize, Vec<(Held, &Account)>) {
         let mut encodings = HashSet::new();
         let (mut total, mut staying) = (0_usize, Vec::new());
         for holder in self.by_id.values().filter(|holder| !holder.is_leaving.load(Relaxed)) {
@@ -240,13 +271,13 @@ impl Holders {
 impl Budget {
     /// `event_bytes` is what the store counts the changes in that wait.
     pub(crate) fn new(limit: usize, event_bytes: Arc<AtomicUsize>) -> Arc<Self> {
-        let (waiting, read, deep, holders, is_stopping, queue) = Default::default();
+        let (waiting, read, deep, holders, is_stopping, all_gone, queue) = Default::default();
         let leave = Arc::new(Semaphore::new(1));
-        Arc::new(Budget { limit, event_bytes, waiting, read, deep, holders, is_stopping, queue, leave })
+        Arc::new(Budget { limit, event_bytes, waiting, read, deep, holders, is_stopping, all_gone, queue, leave })
     }
 
-    /// What notifiers count answers in.
-    pub(crate) fn waiting(&self) -> Arc<AtomicUsize> {
+    /// What doors count the bytes of answers in that their peers have not taken.
+    pub fn waiting(&self) -> Arc<AtomicUsize> {
         Arc::clone(&self.waiting)
     }
 
@@ -255,14 +286,39 @@ impl Budget {
         self.limit / 64
     }
 
-    pub(crate) fn share(self: &Arc<Self>, source: Source) -> Share {
-        let holder = Holder::new(source);
+    /// Opens an account; one with an address is a peer's.
+    pub(crate) fn share(self: &Arc<Self>, address: Option<Box<str>>, source: Box<dyn Holder>) -> Share {
         let mut holders = self.lock();
         let id = holders.next_id;
         holders.next_id = id.wrapping_add(1);
-        holders.by_id.insert(id, Arc::clone(&holder));
+        holders.peers = holders.peers.saturating_add(u64::from(address.is_some()));
+        let account = Arc::new(Account::new(id, address, source));
+        holders.by_id.insert(id, Arc::clone(&account));
         drop(holders);
-        Share { budget: Arc::clone(self), id, holder }
+        Share { budget: Arc::clone(self), account }
+    }
+
+    /// The accounts of peers, in the order in which they came.
+    pub(crate) fn peers(&self) -> Vec<Arc<Account>> {
+        let mut peers: Vec<_> = self.lock().by_id.values().filter(|one| one.address.is_some()).cloned().collect();
+        peers.sort_by_key(|one| one.id);
+        peers
+    }
+
+    /// Whether `more` bytes of subscriptions to deep keys are too much, where as much `is_replaced` on another connection.
+    pub(crate) fn is_deep_full(&self, account: Option<&Account>, more: usize, is_replaced: bool) -> bool {
+        let before = self.deep.load(Relaxed);
+        let all = if is_replaced { before } else { before.saturating_add(more) };
+        let own = account.map_or(0, |account| account.deep.load(Relaxed).saturating_add(more));
+        more > 0 && (own > DEEP_LEN_MAX || all > self.limit / 4)
+    }
+
+    pub(crate) fn hold_deep(self: &Arc<Self>, account: Option<Arc<Account>>, len: usize) -> DeepHold {
+        if let Some(account) = &account {
+            account.deep.fetch_add(len, Relaxed);
+        }
+        self.deep.fetch_add(len, Relaxed);
+        DeepHold { budget: Arc::clone(self), account, len: AtomicUsize::new(len) }
     }
 
     /// If all together hold too much: where that is mostly changes, they are given up, by the worst holder and on until it
@@ -283,7 +339,7 @@ impl Budget {
                 if others.saturating_add(changes()) <= self.limit {
                     break;
                 }
-                holder.give_up();
+                holder.source.give_up();
                 others = others.saturating_sub(held.queue);
             }
             return;
@@ -294,8 +350,12 @@ impl Budget {
         }
     }
 
-    /// If there is too much, gives those who were told to leave some turns to do so.
-    pub(crate) async fn relief(&self) {
+    /// If there is too much, gives those that are to leave some turns to do so.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing.
+    pub async fn relief(&self) {
         for _ in 0..RELIEF_TURNS {
             if !self.is_over() {
                 return;
@@ -309,16 +369,26 @@ impl Budget {
     pub(crate) fn stop(&self) {
         self.is_stopping.store(true, Relaxed);
         for holder in self.lock().by_id.values() {
-            if let Source::Connection(notifier) = &holder.source {
-                notifier.wake();
-            }
+            holder.source.wake();
         }
+    }
+
+    /// Waits until there is no peer any more, once [stopping](Self::stop).
+    pub(crate) async fn peers_gone(&self) {
+        while self.peer_count() > 0 {
+            self.all_gone.notified().await;
+        }
+    }
+
+    /// How many peers there are.
+    pub(crate) fn peer_count(&self) -> u64 {
+        self.lock().peers
     }
 
     /// Closes the connection that has been sending a request for longest, if that is longer than `patience`.
     pub(crate) fn evict_slowest(&self, patience: Duration) {
         let holders = self.lock();
-        let sends = |holder: &&Arc<Holder>| {
+        let sends = |holder: &&Arc<Account>| {
             let is_idle = holder.read.load(Relaxed) == 0 || holder.is_kept_waiting.load(Relaxed);
             !is_idle && !holder.is_leaving.load(Relaxed) && holder.held_for() > patience
         };
@@ -328,14 +398,14 @@ impl Budget {
     }
 
     /// To be called when somebody may have come to hold much more.
-    pub(crate) fn check_if_over(&self) {
+    pub fn check_if_over(&self) {
         if self.is_over() {
             self.check();
         }
     }
 
     /// Whether all connections hold too much.
-    pub(crate) fn is_over(&self) -> bool {
+    pub fn is_over(&self) -> bool {
         self.queued() > self.limit
     }
 
@@ -345,7 +415,7 @@ impl Budget {
     /// # Cancel safety
     ///
     /// Dropping the future gives up the place in the queue.
-    pub(crate) async fn room(&self, patience: Duration) {
+    pub async fn room(&self, patience: Duration) {
         if self.queued() <= self.limit / 2 {
             return;
         }
@@ -364,7 +434,7 @@ impl Budget {
 
     /// Whether so much waits that answers which take many turns are made one after another. Those that were
     /// [let in](Self::room) together would come to hold too much together.
-    pub(crate) fn is_crowded(&self) -> bool {
+    pub fn is_crowded(&self) -> bool {
         self.queued() > self.limit / 4
     }
 
@@ -374,8 +444,8 @@ impl Budget {
     /// # Cancel safety
     ///
     /// Dropping the future gives up the place in the queue.
-    pub(crate) async fn leave(&self, patience: Duration) -> Option<Leave> {
-        let leave = Arc::clone(&self.leave).acquire_owned().await.ok();
+    pub async fn leave(&self, patience: Duration) -> Option<Leave> {
+        let leave = Arc::clone(&self.leave).acquire_owned().await.ok().map(|_permit| Leave { _permit });
         let start = Instant::now();
         while self.waiting.load(Relaxed) > self.limit / 4 && start.elapsed() < patience {
             tokio::time::sleep(ROOM_PAUSE).await;
@@ -388,7 +458,7 @@ impl Budget {
         let holders = self.lock();
         let (total, staying) = holders.total_and_staying();
         let bytes = |held: &Held| held.rest();
-        let connections = staying.iter().filter(|(_, holder)| matches!(holder.source, Source::Connection(_)));
+        let connections = staying.iter().filter(|(_, holder)| holder.source.can_leave());
         let worst = connections.max_by_key(|(held, holder)| weight(bytes(held), holder));
         let worst = worst.filter(|(held, _)| total > self.limit / 2 && bytes(held) > 0);
         worst.inspect(|(_, worst)| worst.evict()).is_some()
@@ -407,9 +477,9 @@ impl Budget {
 impl Share {
     /// Notes how many bytes this connection's reading side holds, and whether it has served a request meanwhile.
     pub(crate) fn hold(&self, bytes: usize, served: bool) {
-        let before = self.holder.read.swap(bytes, Relaxed);
+        let before = self.account.read.swap(bytes, Relaxed);
         if bytes > 0 && (served || before == 0) {
-            self.holder.read_since_ms.store(millis(self.holder.opened.elapsed()), Relaxed);
+            self.account.read_since_ms.store(millis(self.account.opened.elapsed()), Relaxed);
         }
         if bytes > before {
             self.budget.read.fetch_add(bytes.saturating_sub(before), Relaxed);
@@ -421,36 +491,29 @@ impl Share {
 
     /// The server keeps the connection waiting with what it has sent.
     pub(crate) fn begin_waiting(&self) {
-        self.holder.is_kept_waiting.store(true, Relaxed);
+        self.account.is_kept_waiting.store(true, Relaxed);
     }
 
     /// It does so no more. The time that it did is not held against the connection.
     pub(crate) fn end_waiting(&self, waited: Duration) {
-        let since = self.holder.read_since_ms.load(Relaxed).saturating_add(millis(waited));
-        self.holder.read_since_ms.store(since.min(millis(self.holder.opened.elapsed())), Relaxed);
-        self.holder.is_kept_waiting.store(false, Relaxed);
+        let since = self.account.read_since_ms.load(Relaxed).saturating_add(millis(waited));
+        self.account.read_since_ms.store(since.min(millis(self.account.opened.elapsed())), Relaxed);
+        self.account.is_kept_waiting.store(false, Relaxed);
     }
 
     /// What this connection holds.
     pub(crate) fn held(&self) -> usize {
-        self.holder.held().all()
-    }
-
-    /// Ends the connection's sending side once all that was sent is written.
-    pub(crate) fn close(&self) {
-        if let Source::Connection(notifier) = &self.holder.source {
-            notifier.close();
-        }
+        self.account.held().all()
     }
 
     /// Whether this connection is to give up what it holds. Its outbox is polled anew when it is.
     pub(crate) fn is_evicted(&self) -> bool {
-        self.holder.is_leaving.load(Relaxed)
+        self.account.is_leaving.load(Relaxed)
     }
 
     /// What this connection held when it was told so: for the log, as it may have given it up since.
     pub(crate) fn evicted_with(&self) -> usize {
-        self.holder.evicted_with.load(Relaxed)
+        self.account.evicted_with.load(Relaxed)
     }
 
     /// Whether all connections are to end. Its outbox is polled anew when they are.
@@ -461,7 +524,16 @@ impl Share {
 
 impl Drop for Share {
     fn drop(&mut self) {
-        self.budget.lock().by_id.remove(&self.id);
+        let mut holders = self.budget.lock();
+        holders.by_id.remove(&self.account.id);
+        if self.account.address.is_some() {
+            holders.peers = holders.peers.saturating_sub(1);
+        }
+        let was_last = holders.peers == 0 && self.is_stopping();
+        drop(holders);
+        if was_last {
+            self.budget.all_gone.notify_one();
+        }
         self.hold(0, true);
     }
 }
@@ -473,13 +545,40 @@ mod tests {
 
     use nkv_core::mailbox::{Mailbox, mailbox};
     use nkv_core::{
-        Action, Change, Delivery, Event, EventKind, Key, NoPersist, Notifier, NotifyKeyValue, Pattern, PutOptions,
-        Revision,
+        Action, Change, Delivery, Event, EventKind, Key, Meta, NoPersist, Notifier, NotifyKeyValue, Pattern,
+        PutOptions, Revision,
     };
-    use nkv_notify_tcp::NotifierOptions;
-    use nkv_protocol::{Chunks, Features};
+    use nkv_notify_tcp::{NotifierOptions, TcpNotifier};
+    use nkv_protocol::Chunks;
 
     use super::*;
+
+    /// The sending side of a connection.
+    #[derive(Debug)]
+    struct Connection(TcpNotifier);
+
+    impl Holder for Connection {
+        fn held(&self) -> Held {
+            let Backlog { own_bytes: queue, event_bytes: changes, .. } = self.0.backlog();
+            Held { own: self.0.waiting(), queue, changes, gathered: self.0.gathered() }
+        }
+
+        fn backlog(&self) -> Backlog {
+            self.0.backlog()
+        }
+
+        fn busy_for(&self) -> Duration {
+            self.0.busy_for()
+        }
+
+        fn give_up(&self) {
+            self.0.give_up();
+        }
+
+        fn wake(&self) {
+            self.0.wake();
+        }
+    }
 
     #[derive(Default)]
     struct Woken(AtomicBool);
@@ -512,34 +611,18 @@ mod tests {
         let event_bytes = Arc::clone(store.event_bytes());
         let budget = Budget::new(own + event_bytes.load(Relaxed), event_bytes);
         for (post, _) in &boxes {
-            let (share, backlog) = (budget.share(Source::Handle(post.observer())), post.backlog());
+            let (share, backlog) = (budget.share(None, Box::new(InProcess(post.observer()))), post.backlog());
             assert!(backlog.own_bytes > 0);
             assert_eq!(share.held(), backlog.own_bytes + backlog.event_bytes);
         }
-        let _shares: Vec<Share> = boxes.iter().map(|(post, _)| budget.share(Source::Handle(post.observer()))).collect();
+        let _shares: Vec<Share> =
+            boxes.iter().map(|(post, _)| budget.share(None, Box::new(InProcess(post.observer())))).collect();
         budget.check();
         assert_eq!(queued(), [100, 10]);
         put("much", 100);
         budget.check();
         // That it begins anew.
         assert_eq!(queued(), [1, 10]);
-    }
-
-    #[tokio::test]
-    async fn a_connection_that_can_begin_anew_gives_up_the_changes_that_wait_for_it() {
-        let store = NotifyKeyValue::open(NoPersist::default()).unwrap();
-        let (notifier, _outbox) = TcpNotifier::new(NotifierOptions::default());
-        notifier.set_features(Features::RESET);
-        store.subscribe(Pattern::All, "me".into(), notifier.clone(), false);
-        for n in 0..100 {
-            store.put(&Key::new(&format!("k.{n}")).unwrap(), vec![0; 4_000], PutOptions::default()).unwrap();
-        }
-        assert_eq!(notifier.backlog().queued, 101);
-        let budget = Budget::new(1, Arc::clone(store.event_bytes()));
-        let share = budget.share(Source::Connection(notifier.clone()));
-        budget.check();
-        // That it began, and that it begins anew.
-        assert_eq!((notifier.backlog().queued, share.is_evicted()), (2, false));
     }
 
     #[tokio::test]
@@ -553,16 +636,16 @@ mod tests {
         outbox.send(answer);
         poll_fn(|cx| Poll::Ready(outbox.poll(cx, &told, &mut ours).is_pending())).await;
         tokio::time::sleep(Duration::from_millis(5)).await;
-        let share = Budget::new(1, Arc::default()).share(Source::Connection(notifier.clone()));
+        let share = Budget::new(1, Arc::default()).share(None, Box::new(Connection(notifier.clone())));
         for revision in 1..=2 {
             let (key, revision) = (Key::new("a").unwrap(), Revision::new(revision));
             let action = Action::Put { value: vec![0; 9_000].into(), expiry: None };
-            let change = Change { key, revision, replaces: Revision::ZERO, action };
+            let change = Change { key, revision, replaces: Revision::ZERO, action, meta: Meta::NONE };
             assert_eq!(notifier.notify(&Event::new(EventKind::Change(change))), Delivery::Queued);
         }
         assert!(share.held() > 18_000, "{}", share.held());
         woken.0.store(false, Relaxed);
-        share.holder.evict();
+        share.account.evict();
         assert!(share.is_evicted() && woken.0.load(Relaxed));
     }
 
@@ -570,9 +653,9 @@ mod tests {
     #[tokio::test]
     async fn what_a_connection_is_closed_for_is_what_it_held_then() {
         let (notifier, _outbox) = TcpNotifier::new(NotifierOptions::default());
-        let share = Budget::new(1 << 20, Arc::default()).share(Source::Connection(notifier));
+        let share = Budget::new(1 << 20, Arc::default()).share(None, Box::new(Connection(notifier)));
         share.hold(50_000, false);
-        share.holder.evict();
+        share.account.evict();
         share.hold(0, true);
         assert_eq!((share.held(), share.evicted_with()), (0, 50_000));
     }
@@ -580,7 +663,7 @@ mod tests {
     fn change(revision: u64, len: usize) -> Arc<Event> {
         let (key, revision) = (Key::new(&format!("k.{revision}")).unwrap(), Revision::new(revision));
         let action = Action::Put { value: vec![0; len].into(), expiry: None };
-        let change = Change { key, revision, replaces: Revision::ZERO, action };
+        let change = Change { key, revision, replaces: Revision::ZERO, action, meta: Meta::NONE };
         Event::new(EventKind::Change(change))
     }
 
@@ -591,7 +674,8 @@ mod tests {
         let event_bytes = store.event_bytes();
         let budget = Budget::new(1 << 20, Arc::clone(event_bytes));
         let boxes: Vec<(Mailbox, _)> = (0..100).map(|_| mailbox()).collect();
-        let shares: Vec<Share> = boxes.iter().map(|(post, _)| budget.share(Source::Handle(post.observer()))).collect();
+        let shares: Vec<Share> =
+            boxes.iter().map(|(post, _)| budget.share(None, Box::new(InProcess(post.observer())))).collect();
         for (n, (post, _)) in boxes.iter().enumerate() {
             store.subscribe(Pattern::All, n.to_string().as_str().into(), post.clone(), false);
         }
@@ -610,7 +694,7 @@ mod tests {
         let patience = Duration::from_millis(50);
         let (waits, slow) =
             (TcpNotifier::new(NotifierOptions::default()), TcpNotifier::new(NotifierOptions::default()));
-        let share = budget.share(Source::Connection(waits.0));
+        let share = budget.share(None, Box::new(Connection(waits.0)));
         let since = Instant::now();
         share.hold(1_000, true);
         share.begin_waiting();
@@ -618,7 +702,7 @@ mod tests {
         share.end_waiting(since.elapsed());
         budget.evict_slowest(patience);
         assert!(!share.is_evicted());
-        let slow_share = budget.share(Source::Connection(slow.0));
+        let slow_share = budget.share(None, Box::new(Connection(slow.0)));
         slow_share.hold(1_000, true);
         tokio::time::sleep(patience * 4).await;
         budget.evict_slowest(patience);
@@ -633,8 +717,8 @@ mod tests {
         for revision in 1..=1_000 {
             assert_eq!(subscriber.notify(&change(revision, 4_000)), Delivery::Queued);
         }
-        let subscriber = budget.share(Source::Connection(subscriber));
-        let reader = budget.share(Source::Connection(reader));
+        let subscriber = budget.share(None, Box::new(Connection(subscriber)));
+        let reader = budget.share(None, Box::new(Connection(reader)));
         reader.hold((1 << 20) - 1, true);
         drop(tokio::time::timeout(Duration::from_secs(1), budget.room(Duration::ZERO)).await);
         assert_eq!((subscriber.is_evicted(), reader.is_evicted()), (false, true));

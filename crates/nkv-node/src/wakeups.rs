@@ -1,9 +1,9 @@
 //! One wake-up of the runtime for many tasks: who stores and tells a batch wakes hundreds of connections, and a system
 //! call for each would cost more than the batch.
 //!
-//! A task that is to be woken this way lends its waker to a [`Ringer`]. Waking that only notes it; the pump, a task of the
+//! A task that is to be woken this way lends its waker to a [`Sleeper`]. Waking that only notes it; the pump, a task of the
 //! runtime, then wakes all who were noted from within the runtime, which is cheap. Whoever wakes many does so
-//! [`quietly`](Bell::quietly), so that the pump is woken once at the end.
+//! [`gathered`](WakeUps::gathered), so that the pump is woken once at the end.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
@@ -13,40 +13,40 @@ use std::task::{Wake, Waker};
 use tokio::sync::Notify;
 
 #[derive(Debug, Default)]
-pub(crate) struct Bell {
-    woken: Mutex<Vec<Arc<Ringer>>>,
-    rung: Notify,
+pub(crate) struct WakeUps {
+    woken: Mutex<Vec<Arc<Sleeper>>>,
+    requested: Notify,
 }
 
 /// Stands for the waker of one task.
 #[derive(Debug)]
-pub(crate) struct Ringer {
-    bell: Arc<Bell>,
+pub(crate) struct Sleeper {
+    wake_ups: Arc<WakeUps>,
     task: Waker,
     is_noted: AtomicBool,
 }
 
 thread_local! {
-    static IS_QUIET: Cell<bool> = const { Cell::new(false) };
+    static IS_GATHERING: Cell<bool> = const { Cell::new(false) };
 }
 
-impl Bell {
+impl WakeUps {
     /// A waker that stands for `task`.
     pub(crate) fn waker(self: &Arc<Self>, task: &Waker) -> Waker {
-        let ringer = Ringer { bell: Arc::clone(self), task: task.clone(), is_noted: AtomicBool::new(false) };
-        Waker::from(Arc::new(ringer))
+        let sleeper = Sleeper { wake_ups: Arc::clone(self), task: task.clone(), is_noted: AtomicBool::new(false) };
+        Waker::from(Arc::new(sleeper))
     }
 
     /// Has the pump woken once for all whom `wakes` wakes on this thread.
-    pub(crate) fn quietly<R>(&self, wakes: impl FnOnce() -> R) -> R {
-        IS_QUIET.set(true);
-        let _loud = Loud(self);
+    pub(crate) fn gathered<R>(&self, wakes: impl FnOnce() -> R) -> R {
+        IS_GATHERING.set(true);
+        let _gathered = Gathered(self);
         wakes()
     }
 
     /// Wakes the pump.
-    pub(crate) fn ring(&self) {
-        self.rung.notify_one();
+    pub(crate) fn request(&self) {
+        self.requested.notify_one();
     }
 
     /// Wakes whoever is noted and calls `each_time`, for ever. The last to be noted is the first to be woken: that is
@@ -54,13 +54,13 @@ impl Bell {
     pub(crate) async fn pump(&self, each_time: impl Fn()) {
         let mut woken = Vec::new();
         loop {
-            self.rung.notified().await;
+            self.requested.notified().await;
             std::mem::swap(&mut *self.lock(), &mut woken);
             let any = !woken.is_empty();
-            while let Some(ringer) = woken.pop() {
+            while let Some(sleeper) = woken.pop() {
                 // What comes from here on is to wake it again.
-                ringer.is_noted.swap(false, AcqRel);
-                ringer.task.wake_by_ref();
+                sleeper.is_noted.swap(false, AcqRel);
+                sleeper.task.wake_by_ref();
             }
             if any {
                 tokio::task::yield_now().await;
@@ -69,33 +69,33 @@ impl Bell {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Ringer>>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Sleeper>>> {
         self.woken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The end of a quiet time, also by a panic.
-struct Loud<'a>(&'a Bell);
+struct Gathered<'a>(&'a WakeUps);
 
-impl Drop for Loud<'_> {
+impl Drop for Gathered<'_> {
     fn drop(&mut self) {
-        IS_QUIET.set(false);
+        IS_GATHERING.set(false);
         if !self.0.lock().is_empty() {
-            self.0.ring();
+            self.0.request();
         }
     }
 }
 
-impl Wake for Ringer {
+impl Wake for Sleeper {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
         if !self.is_noted.swap(true, AcqRel) {
-            self.bell.lock().push(Arc::clone(self));
-            if !IS_QUIET.get() {
-                self.bell.ring();
+            self.wake_ups.lock().push(Arc::clone(self));
+            if !IS_GATHERING.get() {
+                self.wake_ups.request();
             }
         }
     }
@@ -127,41 +127,41 @@ mod tests {
 
     impl Task {
         /// How often it has been woken once the pump has had its turns.
-        async fn woken(&self, bell: &Bell) -> usize {
+        async fn woken(&self, wake_ups: &WakeUps) -> usize {
             let turns = async {
                 for _ in 0..10 {
                     tokio::task::yield_now().await;
                 }
             };
             tokio::select! {
-                () = bell.pump(|| {}) => {}
+                () = wake_ups.pump(|| {}) => {}
                 () = turns => {}
             }
             self.woken.load(SeqCst)
         }
     }
 
-    fn task_and_waker(bell: &Arc<Bell>) -> (Arc<Task>, Waker) {
+    fn task_and_waker(wake_ups: &Arc<WakeUps>) -> (Arc<Task>, Waker) {
         let task = Arc::new(Task::default());
-        (Arc::clone(&task), bell.waker(&Waker::from(task)))
+        (Arc::clone(&task), wake_ups.waker(&Waker::from(task)))
     }
 
     #[tokio::test]
     async fn a_task_for_which_more_comes_while_it_is_woken_is_woken_again() {
-        let bell = Arc::new(Bell::default());
-        let (task, waker) = task_and_waker(&bell);
+        let wake_ups = Arc::new(WakeUps::default());
+        let (task, waker) = task_and_waker(&wake_ups);
         task.more.set(waker.clone()).unwrap();
         waker.wake();
-        assert_eq!(task.woken(&bell).await, 2);
+        assert_eq!(task.woken(&wake_ups).await, 2);
     }
 
     #[tokio::test]
-    async fn whoever_is_noted_quietly_is_woken_afterwards_and_whoever_comes_then_at_once() {
-        let bell = Arc::new(Bell::default());
-        let (task, waker) = task_and_waker(&bell);
-        bell.quietly(|| waker.wake_by_ref());
-        assert_eq!(task.woken(&bell).await, 1);
+    async fn what_is_gathered_is_woken_afterwards_and_what_comes_then_at_once() {
+        let wake_ups = Arc::new(WakeUps::default());
+        let (task, waker) = task_and_waker(&wake_ups);
+        wake_ups.gathered(|| waker.wake_by_ref());
+        assert_eq!(task.woken(&wake_ups).await, 1);
         waker.wake();
-        assert_eq!(task.woken(&bell).await, 2);
+        assert_eq!(task.woken(&wake_ups).await, 2);
     }
 }

@@ -1,0 +1,73 @@
+//! Has keys expire when their time has come: also while storage does not answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use nkv_core::Write;
+use tokio::sync::Notify;
+use tokio::time::timeout;
+
+use crate::node::stopped;
+use crate::shared::Shared;
+
+/// The clock is looked at so often while there are values with a TTL: a machine that was suspended counts on, and its timers
+/// do not.
+const CLOCK_TICK: Duration = Duration::from_secs(1);
+
+/// After a failed expiry, so long passes before the next try.
+const EXPIRY_PAUSE: Duration = Duration::from_secs(1);
+
+/// While storage has not done an expiry, the time goes on so often for other values whose TTL ends.
+const EXPIRY_TICK: Duration = Duration::from_millis(10);
+
+/// Until the node stops.
+pub(crate) async fn expire(shared: Arc<Shared>, changed: Arc<Notify>) {
+    let mut stop = shared.stop.subscribe();
+    tokio::select! {
+        biased;
+        () = stopped(&mut stop) => {}
+        () = expire_in_time(&shared, &changed) => {}
+    }
+}
+
+async fn expire_in_time(shared: &Shared, changed: &Notify) {
+    loop {
+        if shared.store.next_expiry().is_some() && shared.clock.is_due() {
+            let clock = shared.clock.clone();
+            // One that could not be kept is tried again.
+            advancing(shared, async { _ = tokio::task::spawn_blocking(move || clock.keep()).await }).await;
+        }
+        let due = async {
+            match shared.store.next_expiry() {
+                Some(at) => tokio::time::sleep(shared.clock.until(at).min(CLOCK_TICK)).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = changed.notified() => continue,
+            () = due => {}
+        }
+        let now = shared.clock.now();
+        if shared.store.next_expiry().is_none_or(|at| at > now) {
+            continue;
+        }
+        // From here on what is due is absent for all, however long storage takes.
+        shared.store.advance(now);
+        advancing(shared, async {
+            let expired = shared.write_urgently(Write::expiry()).await;
+            if !matches!(expired.as_deref(), Ok([Ok(_)])) {
+                tokio::time::sleep(EXPIRY_PAUSE).await;
+            }
+        })
+        .await;
+    }
+}
+
+/// Waits for storage, while the time goes on for all values that become due meanwhile.
+async fn advancing(shared: &Shared, work: impl Future<Output = ()>) {
+    let mut work = std::pin::pin!(work);
+    while timeout(EXPIRY_TICK, work.as_mut()).await.is_err() {
+        shared.store.advance(shared.clock.now());
+    }
+}

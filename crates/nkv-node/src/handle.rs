@@ -1,0 +1,670 @@
+//! The way in: every operation of the store, for programs in its process and for doors.
+
+use std::fmt;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use bytes::Bytes;
+use nkv_core::{
+    Epoch, Expiry, Failed, Key, Notifier, Op, Outcome, Pattern, PersistErrorKind, Record, RecordRef, SubscriberId,
+    ValueRef, Write, WriteResult,
+};
+use nkv_types::{
+    Deleted, Entry, Error, ErrorKind, Page, PageOptions, PutOptions, Result, Revision, Stats, SubscribeOptions,
+};
+
+use crate::budget::{Budget, Holder};
+use crate::failure::Chain;
+use crate::node::{Limits, stopped};
+use crate::peer::{Peer, PeerInfo};
+use crate::rate_log::RateLimitedLog;
+use crate::rights::Right;
+use crate::shared::{JOB_LEN_MIN, Room, Shared, Stopping, Traced, Written};
+use crate::subscription::{AttachOptions, Attached, Subscription};
+
+/// How many keys are taken from the store at a time: they are of one moment.
+const PART_KEYS: usize = 1_024;
+
+/// Keys of a page when its options do not say, and at most.
+const PAGE_LIMIT: u64 = 1_000;
+const PAGE_LIMIT_MAX: u64 = 10_000;
+
+/// The store of a running node, from within its process. Clones are cheap and stand for the same store.
+///
+/// Reads answer at once; writes wait until they are as durable as the node promises, sharing a sync with others. All limits
+/// of the node hold here. A handle does not keep its node running: once that has stopped, every call is
+/// [`ErrorKind::Closed`].
+///
+/// # Cancel safety
+///
+/// A write whose future is dropped may or may not be done. All else loses nothing.
+#[derive(Clone)]
+pub struct Handle {
+    shared: Arc<Shared>,
+    /// For whom it acts, if not all is allowed.
+    principal: Option<Arc<str>>,
+}
+
+/// An operation that the limits and rights allow: see [`Handle::admit`].
+#[derive(Clone, Debug)]
+pub struct Admitted(Op);
+
+impl Handle {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Handle { shared, principal: None }
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// The same store, for one that is not allowed everything: each request is checked against the node's
+    /// [`Rights`](crate::Rights). A door makes one for each connection.
+    #[must_use]
+    pub fn as_principal(&self, principal: impl Into<Arc<str>>) -> Self {
+        Handle { shared: Arc::clone(&self.shared), principal: Some(principal.into()) }
+    }
+
+    // Reading.
+
+    /// The entry of a key; `None` if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Closed`]; [`ErrorKind::Refused`] with 403.
+    pub async fn get(&self, key: &Key) -> Result<Option<Entry>> {
+        let epoch = self.epoch();
+        self.look_up(key.as_str(), |record| entry(epoch, record.to_record()))
+    }
+
+    /// The entries that `pattern` selects, in key order. Up to 1,024 are of one moment; of more, the next are of a
+    /// later one, and other tasks have their turn in between.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub async fn get_all(&self, pattern: &Pattern) -> Result<Vec<Entry>> {
+        let epoch = self.epoch();
+        self.all(pattern, |record| entry(epoch, record.to_record())).await
+    }
+
+    /// Part of the entries that `pattern` selects, in key order: 1,000 unless `options` say, and 10,000 at most.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub async fn get_page(&self, pattern: &Pattern, options: PageOptions) -> Result<Page<Entry>> {
+        let epoch = self.epoch();
+        self.page(pattern, &options, |record| entry(epoch, record.to_record()))
+    }
+
+    /// The keys that `pattern` selects, with their revisions, in key order, as [`get_all`](Self::get_all).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub async fn list(&self, pattern: &Pattern) -> Result<Vec<(Key, Revision)>> {
+        let epoch = self.epoch();
+        self.all(pattern, |record| listed(epoch, record)).await
+    }
+
+    /// Part of the keys that `pattern` selects, as [`get_page`](Self::get_page).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub async fn list_page(&self, pattern: &Pattern, options: PageOptions) -> Result<Page<(Key, Revision)>> {
+        let epoch = self.epoch();
+        self.page(pattern, &options, |record| listed(epoch, record))
+    }
+
+    /// Whether `pattern` selects any key.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub async fn exists(&self, pattern: &Pattern) -> Result<bool> {
+        self.has(pattern)
+    }
+
+    // Writing.
+
+    /// Writes a value and returns its revision.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`put_with`](Self::put_with), but for a conflict.
+    pub async fn put(&self, key: &Key, value: impl Into<Bytes>) -> Result<Revision> {
+        self.put_with(key, value, PutOptions::default()).await
+    }
+
+    /// Writes a value and returns its revision.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Conflict`], [`ErrorKind::OtherEpoch`] if the condition does not hold. [`ErrorKind::Refused`] with 413
+    /// for a value over the limit, 507 if the disk is full, 500 if storage fails, 403. [`ErrorKind::Closed`];
+    /// [`ErrorKind::OutcomeUnknown`] if the node stops meanwhile.
+    pub async fn put_with(&self, key: &Key, value: impl Into<Bytes>, options: PutOptions) -> Result<Revision> {
+        let options = nkv_core::PutOptions {
+            if_revision: options.if_revision.map(|revision| self.condition(revision)).transpose()?,
+            expiry: options.ttl.map(|ttl| self.expiry(ttl)),
+        };
+        match self.write_one(Op::Put { key: key.clone(), value: value.into(), options }).await? {
+            Outcome::Put { revision } => Ok(self.revision(revision)),
+            other => Err(self.conflict(other)),
+        }
+    }
+
+    /// Deletes the keys that `pattern` selects, and says how many they were; none is no error. What of a wildcard
+    /// delete is one step, [`NotifyKeyValue::delete`](nkv_core::NotifyKeyValue::delete) says.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`put`](Self::put).
+    pub async fn delete(&self, pattern: &Pattern) -> Result<Deleted> {
+        self.delete_op(pattern.clone(), None).await
+    }
+
+    /// Deletes a key if it is at this revision.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`put_with`](Self::put_with).
+    pub async fn delete_if(&self, key: &Key, if_revision: Revision) -> Result<Deleted> {
+        let if_revision = self.condition(if_revision)?;
+        self.delete_op(Pattern::Key(key.clone()), Some(if_revision)).await
+    }
+
+    async fn delete_op(&self, pattern: Pattern, if_revision: Option<nkv_core::Revision>) -> Result<Deleted> {
+        match self.write_one(Op::Delete { pattern, if_revision }).await? {
+            Outcome::Deleted { count, revision } => Ok(Deleted::new(count, self.revision(revision))),
+            Outcome::NotFound => Ok(Deleted::default()),
+            other => Err(self.conflict(other)),
+        }
+    }
+
+    /// Does all of `ops`, stored together or not at all; one outcome for each. An operation whose condition does not
+    /// hold does not keep the others from being done.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`put`](Self::put); none of it was done then.
+    pub async fn write(&self, ops: Vec<Op>) -> Result<Vec<Outcome>> {
+        for op in &ops {
+            self.check_op(op)?;
+        }
+        let results = self.run(Write::together(ops)).await?;
+        results.into_iter().map(|result| result.map_err(failed)).collect()
+    }
+
+    async fn write_one(&self, op: Op) -> Result<Outcome> {
+        self.check_op(&op)?;
+        let mut results = self.run(Write::apart(vec![op])).await?;
+        results.pop().unwrap_or(Ok(Outcome::NotFound)).map_err(failed)
+    }
+
+    async fn run(&self, write: Write) -> Result<Vec<WriteResult>> {
+        self.check_open()?;
+        self.shared.write_urgently(write).await.map_err(|Stopping| {
+            Error::new(ErrorKind::OutcomeUnknown, "the node stopped; what became of the write is not known")
+        })
+    }
+
+    // Subscribing.
+
+    /// Delivers the present state of all that `pattern` covers, then every change; of what waits too long, the latest
+    /// state of each key. Dropping the subscription ends it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get); [`ErrorKind::Refused`] with 429 if there are too many subscriptions.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_node::{Event, Key, Node, Pattern};
+    ///
+    /// let node = Node::builder().start().await?;
+    /// let nkv = node.handle();
+    /// let mut lamps = nkv.subscribe(&Pattern::new("lamp")?).await?;
+    /// assert!(matches!(lamps.next().await, Some(Event::Synced { .. }))); // there is none yet
+    /// nkv.put(&Key::new("lamp.hall")?, "on").await?;
+    /// let Some(Event::Update { entry, .. }) = lamps.next().await else { panic!("no update") };
+    /// assert_eq!(entry.value, "on");
+    /// # Ok(()) }
+    /// ```
+    pub async fn subscribe(&self, pattern: &Pattern) -> Result<Subscription> {
+        self.subscribe_with([pattern.clone()], SubscribeOptions::default()).await
+    }
+
+    /// The same for several patterns, with options.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`subscribe`](Self::subscribe).
+    pub async fn subscribe_with(
+        &self,
+        patterns: impl IntoIterator<Item = Pattern>,
+        options: SubscribeOptions,
+    ) -> Result<Subscription> {
+        let exact = |pattern| match pattern {
+            Pattern::Key(key) if options.exact => Pattern::Exact(key),
+            pattern => pattern,
+        };
+        let attach = AttachOptions::default().with_snapshot(options.snapshot);
+        Subscription::begin(self, patterns.into_iter().map(exact), attach)
+    }
+
+    /// The same, with what only subscribers in this process have.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`subscribe`](Self::subscribe).
+    pub async fn subscribe_as(
+        &self,
+        patterns: impl IntoIterator<Item = Pattern>,
+        options: AttachOptions<'_>,
+    ) -> Result<Subscription> {
+        Subscription::begin(self, patterns, options)
+    }
+
+    /// Has anybody's notifier notified of every change that `pattern` covers, for as long as what this returns is kept. The
+    /// first event, given before this returns, says that it began, whether or not a snapshot is to follow.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`subscribe`](Self::subscribe).
+    pub fn attach(
+        &self,
+        pattern: Pattern,
+        notifier: Box<dyn Notifier>,
+        options: &AttachOptions<'_>,
+    ) -> Result<Attached> {
+        Attached::begin(self, pattern, notifier, options)
+    }
+
+    /// Ends the subscription of this name and pattern, and notifies its subscriber; false if there is none.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub fn unsubscribe(&self, pattern: &Pattern, client_uuid: &SubscriberId) -> Result<bool> {
+        self.check(Right::Subscribe, pattern)?;
+        Ok(self.shared.store.unsubscribe(pattern, client_uuid))
+    }
+
+    // Looking at the node.
+
+    /// The subscribers that a change of `key` notifies, and what waits for each.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub fn trace(&self, key: &Key) -> Result<Vec<Traced>> {
+        self.check(Right::Admin, &Pattern::Key(key.clone()))?;
+        Ok(self.shared.trace(key))
+    }
+
+    /// The peers of all doors, in the order in which they came.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub fn peers(&self) -> Result<Vec<PeerInfo>> {
+        self.check(Right::Admin, &Pattern::All)?;
+        Ok(self.shared.budget.peers().iter().map(|account| account.info()).collect())
+    }
+
+    /// Figures of the store.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub async fn stats(&self) -> Result<Stats> {
+        self.check(Right::Admin, &Pattern::All)?;
+        let (numbers, words) = (self.numbers().into_iter(), self.words());
+        let numbers = numbers.map(|(name, number)| (name.to_owned(), number)).collect();
+        Ok(Stats::new(numbers, words.into_iter().map(|(name, word)| (name.to_owned(), word)).collect()))
+    }
+
+    /// The figures of [`stats`](Self::stats) by name, as doors show them.
+    #[must_use]
+    pub fn numbers(&self) -> [(&'static str, u64); 13] {
+        let stats = self.shared.store.stats();
+        [
+            ("keys", stats.keys),
+            ("value_bytes", stats.value_bytes),
+            ("subscriptions", stats.subscriptions),
+            ("connections", self.shared.budget.peer_count()),
+            ("revision", stats.revision.get()),
+            ("uptime_ms", self.shared.clock.uptime_ms()),
+            ("puts", stats.puts),
+            ("deletes", stats.deletes),
+            ("expired", stats.expired),
+            ("batches", stats.batches),
+            ("failed_batches", stats.failed_batches),
+            ("notified", stats.notified),
+            ("conflated", stats.conflated),
+        ]
+    }
+
+    /// The words among the figures of [`stats`](Self::stats).
+    #[must_use]
+    pub fn words(&self) -> [(&'static str, String); 2] {
+        [("epoch", self.epoch().to_string()), ("durability", self.shared.durability.clone())]
+    }
+
+    /// Whether the node serves requests.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Closed`] when it has stopped.
+    pub async fn health(&self) -> Result<()> {
+        self.check_open()
+    }
+
+    /// The limits that hold.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.shared.limits
+    }
+
+    /// The life of the data within which revisions may be compared.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.shared.store.epoch()
+    }
+
+    /// Has the node stop, without waiting: see [`Node::shutdown`](crate::Node::shutdown).
+    pub(crate) fn stop(&self) {
+        self.shared.stop.send_replace(true);
+    }
+
+    /// Waits until the node is asked to stop: a door accepts no more then.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing.
+    pub async fn stopping(&self) {
+        stopped(&mut self.shared.stop.subscribe()).await;
+    }
+
+    // For doors.
+
+    /// Registers a peer of a door: it is listed under `address`, what `holder` holds counts in the budget, and it may have to
+    /// leave. The node stops once all peers have ended, or after 4 s.
+    #[must_use]
+    pub fn peer(&self, address: impl Into<Box<str>>, holder: Box<dyn Holder>) -> Peer {
+        Peer::new(self.shared.budget.share(Some(address.into()), holder))
+    }
+
+    /// What all peers may hold together, and the ways to wait for room in it.
+    #[must_use]
+    pub fn budget(&self) -> &Budget {
+        &self.shared.budget
+    }
+
+    /// A log for lines that peers can provoke: one of a kind a second is written.
+    #[must_use]
+    pub fn log(&self) -> &RateLimitedLog {
+        &self.shared.log
+    }
+
+    /// A waker that stands for `task`: tasks that a batch wakes by such wakers share one wake-up of the runtime.
+    #[must_use]
+    pub fn waker(&self, task: &std::task::Waker) -> std::task::Waker {
+        self.shared.wake_ups.waker(task)
+    }
+
+    /// Lends a key's record to `look`; `None` if there is none, as for a text that is no key. Nothing is allocated or
+    /// copied: this is the way to read for a door that writes what it finds somewhere else.
+    ///
+    /// No write becomes visible while `look` looks, so it is to be quick, and must not call the node.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub fn look_up<R>(&self, key: &str, look: impl FnOnce(RecordRef<'_>) -> R) -> Result<Option<R>> {
+        self.check_text(Right::Get, key)?;
+        Ok(self.shared.store.look_up(key, look))
+    }
+
+    /// Lends each record that `pattern` selects, after `after`, to `visit`, in key order, until it breaks off; see
+    /// [`look_up`](Self::look_up).
+    ///
+    /// Up to 1,024 keys are of one moment. Then others have the lock in between, and the next keys are of a later one.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub fn walk<B>(
+        &self,
+        pattern: &Pattern,
+        after: Option<&Key>,
+        visit: impl FnMut(RecordRef<'_>) -> ControlFlow<B>,
+    ) -> Result<ControlFlow<B>> {
+        self.check(Right::Get, pattern)?;
+        Ok(self.shared.store.walk(pattern, after, visit))
+    }
+
+    /// Whether `pattern` selects any key.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub fn has(&self, pattern: &Pattern) -> Result<bool> {
+        self.check(Right::Get, pattern)?;
+        Ok(self.shared.store.exists(pattern))
+    }
+
+    /// Checks an operation against limits and rights, before it is [submitted](Self::submit) with others.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Refused`] with 413 or 403.
+    pub fn admit(&self, op: Op) -> Result<Admitted> {
+        self.check_op(&op)?;
+        Ok(Admitted(op))
+    }
+
+    /// Room for `len` bytes of values to be written, if there is any now: to be had before they are copied. What is more
+    /// than there ever is counts as all of it.
+    #[must_use]
+    pub fn try_room(&self, len: usize) -> Option<Room> {
+        self.shared.try_room(len)
+    }
+
+    /// Waits for room for `len` bytes of values; those that came first go first.
+    pub fn room(&self, len: usize) -> impl Future<Output = Result<Room, Stopping>> + Send + use<> {
+        self.shared.room(len)
+    }
+
+    /// How many bytes a [`Room`] is for at least: so that only a certain number of writes waits.
+    pub const ROOM_LEN_MIN: usize = JOB_LEN_MIN;
+
+    /// Room for a long request of `len` bytes to be read, if there is any now.
+    #[must_use]
+    pub fn try_arrival(&self, len: usize) -> Option<Room> {
+        self.shared.try_arrival(len)
+    }
+
+    /// Waits for room for a long request of `len` bytes to be read.
+    pub fn arrival(&self, len: usize) -> impl Future<Output = Result<Room, Stopping>> + Send + use<> {
+        self.shared.arrival(len)
+    }
+
+    /// Whether long requests have to wait.
+    #[must_use]
+    pub fn is_short_of_room(&self) -> bool {
+        self.shared.is_short_of_room()
+    }
+
+    /// Has `ops` done, each for itself, in order, with all others that wait, once the tasks of the runtime have had their turn:
+    /// for doors that gather what their peers send. The room is given back when they are done.
+    pub fn submit(&self, ops: Vec<Admitted>, room: Room) -> Written {
+        let ops = ops.into_iter().map(|Admitted(op)| op).collect();
+        self.shared.write(Write::apart(ops), room, false)
+    }
+
+    /// When a value ends that lives for `ttl` from now on.
+    #[must_use]
+    pub fn expiry(&self, ttl: Duration) -> Expiry {
+        Expiry::after(self.shared.clock.now(), ttl)
+    }
+
+    // What the operations share.
+
+    fn check_open(&self) -> Result<()> {
+        if self.shared.queue.is_closed() {
+            return Err(Error::new(ErrorKind::Closed, "the node has stopped"));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn check(&self, right: Right, pattern: &Pattern) -> Result<()> {
+        self.check_open()?;
+        let Some(principal) = &self.principal else { return Ok(()) };
+        match &self.shared.rights {
+            Some(rights) if !rights.allows(principal, right, pattern) => {
+                let message = format!("'{principal}' may not {} '{pattern}'", right.as_str());
+                Err(Error::new(ErrorKind::Refused { status: 403 }, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_text(&self, right: Right, key: &str) -> Result<()> {
+        if self.principal.is_none() {
+            return self.check_open();
+        }
+        // A text that is no key selects nothing.
+        Key::new(key).map_or(Ok(()), |key| self.check(right, &Pattern::Exact(key)))
+    }
+
+    fn check_op(&self, op: &Op) -> Result<()> {
+        match op {
+            Op::Put { key, value, .. } => {
+                let (len, len_max) = (value.len(), self.shared.limits.value_len_max);
+                if len > len_max {
+                    let message = format!("the value of '{key}' has {len} bytes, and {len_max} is the limit");
+                    return Err(Error::new(ErrorKind::Refused { status: 413 }, message));
+                }
+                self.check_text(Right::Put, key.as_str())
+            }
+            Op::Delete { pattern, .. } => self.check(Right::Delete, pattern),
+        }
+    }
+
+    async fn all<T>(&self, pattern: &Pattern, mut take: impl FnMut(RecordRef<'_>) -> T) -> Result<Vec<T>> {
+        let (mut all, mut after) = (Vec::new(), None);
+        loop {
+            let (part, last) = self.take_some(pattern, after.as_ref(), PART_KEYS, &mut take)?;
+            all.extend(part.items);
+            if !part.more {
+                return Ok(all);
+            }
+            after = last;
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn page<T>(
+        &self,
+        pattern: &Pattern,
+        options: &PageOptions,
+        take: impl FnMut(RecordRef<'_>) -> T,
+    ) -> Result<Page<T>> {
+        let limit = usize::try_from(options.limit.unwrap_or(PAGE_LIMIT).min(PAGE_LIMIT_MAX)).unwrap_or(usize::MAX);
+        Ok(self.take_some(pattern, options.after.as_ref(), limit, take)?.0)
+    }
+
+    /// At most `limit` of what `pattern` selects after `after`, the last key of it, and whether there is more.
+    fn take_some<T>(
+        &self,
+        pattern: &Pattern,
+        after: Option<&Key>,
+        limit: usize,
+        mut take: impl FnMut(RecordRef<'_>) -> T,
+    ) -> Result<(Page<T>, Option<Key>)> {
+        let (mut items, mut last) = (Vec::new(), None);
+        let ended = self.walk(pattern, after, |record| {
+            if items.len() == limit {
+                return ControlFlow::Break(());
+            }
+            items.push(take(record));
+            if items.len() == limit {
+                last = Some(key_of(record));
+            }
+            ControlFlow::Continue(())
+        })?;
+        Ok((Page::new(items, ended.is_break()), last))
+    }
+
+    pub(crate) fn revision(&self, revision: nkv_core::Revision) -> Revision {
+        Revision::in_epoch(self.epoch(), revision.get())
+    }
+
+    /// What a condition on this revision is for the store.
+    fn condition(&self, revision: Revision) -> Result<nkv_core::Revision> {
+        if revision.epoch().is_some_and(|epoch| epoch != self.epoch()) {
+            let message = format!("the condition names revision {revision} of another epoch than that of the data");
+            return Err(Error::new(ErrorKind::OtherEpoch, message));
+        }
+        Ok(nkv_core::Revision::new(revision.get()))
+    }
+
+    fn conflict(&self, outcome: Outcome) -> Error {
+        let revision = match outcome {
+            Outcome::Conflict { revision } => self.revision(revision),
+            _ => Revision::ZERO,
+        };
+        let message = match revision.get() {
+            0 => "conflict: the key does not exist".to_owned(),
+            number => format!("conflict: the key is at revision {number}"),
+        };
+        Error::new(ErrorKind::Conflict { revision }, message)
+    }
+
+    /// A name for a subscriber that gave none: it replaces no other.
+    pub(crate) fn new_name(&self) -> SubscriberId {
+        let number = self.shared.names.fetch_add(1, Relaxed);
+        SubscriberId::from(format!("in-process-{number}").as_str())
+    }
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle").field("principal", &self.principal).finish_non_exhaustive()
+    }
+}
+
+pub(crate) fn entry(epoch: Epoch, record: Record) -> Entry {
+    Entry::new(record.key, record.value, Revision::in_epoch(epoch, record.revision.get()))
+}
+
+fn listed(epoch: Epoch, record: RecordRef<'_>) -> (Key, Revision) {
+    let revision = Revision::in_epoch(epoch, record.revision.get());
+    (key_of(record), revision)
+}
+
+fn key_of(record: RecordRef<'_>) -> Key {
+    RecordRef { value: ValueRef::Lent(&[]), ..record }.to_record().key
+}
+
+fn failed(Failed { error, deleted }: Failed) -> Error {
+    let cause = Chain(&error);
+    let (status, message) = match error.kind() {
+        _ if deleted > 0 => (500, format!("storage failed: only {deleted} keys are gone: {cause}")),
+        PersistErrorKind::NoSpace => (507, format!("the disk is full; nothing was changed: {cause}")),
+        PersistErrorKind::Rejected => (413, format!("storage cannot take it; nothing was changed: {cause}")),
+        PersistErrorKind::Poisoned => {
+            (500, format!("storage failed; whether the change was stored shows after a restart: {cause}"))
+        }
+        _ => (500, format!("storage failed; nothing was changed: {cause}")),
+    };
+    Error::new(ErrorKind::Refused { status }, message)
+}

@@ -1,0 +1,38 @@
+#![doc = include_str!("../README.md")]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+mod budget;
+mod clock;
+mod expiry;
+mod failure;
+mod handle;
+mod node;
+mod peer;
+mod rate_log;
+mod rights;
+mod shared;
+mod subscription;
+mod wakeups;
+mod writer;
+
+pub use budget::{Budget, Held, Holder, Leave};
+pub use handle::{Admitted, Handle};
+pub use nkv_types::{
+    Deleted, EndReason, Entry, Epoch, Error, ErrorKind, Event, GoneReason, Key, Page, PageOptions, Pattern, PutOptions,
+    Result, Revision, Stats, SubscribeOptions,
+};
+pub use node::{Builder, Limits, Node, NodeError};
+pub use peer::{Peer, PeerInfo, Said};
+pub use rate_log::RateLimitedLog;
+pub use rights::{Right, Rights};
+pub use shared::{Room, Stopping, Traced, Written};
+pub use subscription::{AttachOptions, Attached, Subscription};

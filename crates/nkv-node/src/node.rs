@@ -1,0 +1,362 @@
+//! A running node: made by a builder, stopped on request or on drop.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nkv_core::{NoPersist, NotifyKeyValue, PersistError, PersistErrorKind, PersistValue};
+use thiserror::Error;
+use tokio::sync::{Notify, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tracing::{error, info};
+
+use crate::budget::Budget;
+use crate::clock::Clock;
+use crate::expiry;
+use crate::failure::Failure;
+use crate::handle::Handle;
+use crate::rate_log::RateLimitedLog;
+use crate::rights::Rights;
+use crate::shared::Shared;
+use crate::wakeups::WakeUps;
+use crate::writer::{CloseOnDrop, Queue, Writer};
+
+/// How long peers may take to end when the node stops.
+const DRAIN_LIMIT: Duration = Duration::from_secs(4);
+
+/// How long a node takes to stop, whatever storage does; a process takes a moment more to end, and 5 s are promised.
+const STOP_LIMIT: Duration = Duration::from_millis(4_900);
+
+/// Limits of a node, for all its doors and handles together where nothing else is said.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Limits {
+    /// Longest value, in bytes. 1 MiB by default.
+    pub value_len_max: usize,
+    /// Longest request of any door, in bytes: there is always room for one to arrive. 8 MiB by default.
+    pub request_len_max: usize,
+    /// Subscriptions of one peer of a door. 1,024 by default.
+    pub subscriptions_max: usize,
+    /// Subscriptions in all. 65,536 by default.
+    pub subscriptions_total_max: usize,
+    /// Bytes that all peers and subscriptions may hold together: of requests that have not arrived whole, of answers that
+    /// were not taken, and of changes that wait. Past that, if most of it is changes, those are dropped in favour of fresh
+    /// snapshots; else the peer that holds most for longest is closed, unless the others hold less than half. Subscriptions
+    /// to deep keys may take a quarter as much. 256 MiB by default.
+    pub queued_max: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            value_len_max: 1 << 20,
+            request_len_max: 8 << 20,
+            subscriptions_max: 1_024,
+            subscriptions_total_max: 65_536,
+            queued_max: 256 << 20,
+        }
+    }
+}
+
+/// Why a node does not run.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum NodeError {
+    /// Storage cannot be opened, or has failed. The message is that of the error.
+    #[error(transparent)]
+    Persist(Arc<PersistError>),
+    /// A thread cannot be started, or a task broke.
+    #[error("the node cannot run: {0}")]
+    System(std::io::Error),
+}
+
+impl From<PersistError> for NodeError {
+    fn from(error: PersistError) -> Self {
+        NodeError::Persist(Arc::new(error))
+    }
+}
+
+/// Opens storage.
+type Open = Box<dyn FnOnce() -> Result<Box<dyn PersistValue>, PersistError> + Send>;
+
+/// What a node is to be.
+pub struct Builder {
+    persist: Option<Open>,
+    durability: String,
+    clock_file: Option<PathBuf>,
+    limits: Limits,
+    rights: Option<Arc<dyn Rights>>,
+    after_wake_ups: Vec<fn()>,
+}
+
+impl Builder {
+    /// Keeps values with what `open` returns, and calls that `durability` in `Stats`. Without it, values live in memory.
+    ///
+    /// `open` runs on a thread that may block.
+    #[must_use]
+    pub fn persist<P: PersistValue>(
+        mut self,
+        durability: impl Into<String>,
+        open: impl FnOnce() -> Result<P, PersistError> + Send + 'static,
+    ) -> Self {
+        self.persist = Some(Box::new(|| Ok(Box::new(open()?))));
+        self.durability = durability.into();
+        self
+    }
+
+    /// Keeps in this file how far the clock has come that TTLs are counted on, while there are values with one. What is left of
+    /// a TTL after a restart does then not depend on two runs having the same wall clock: what passed between them counts only
+    /// if both had a clock that was set. Without it the wall clock is believed. `FsPersist` leaves a file `clock` in its
+    /// directory alone.
+    #[must_use]
+    pub fn clock_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.clock_file = Some(path.into());
+        self
+    }
+
+    /// Sets the limits.
+    #[must_use]
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// Asks `rights` what [principals](Handle::as_principal) may do.
+    #[must_use]
+    pub fn rights(mut self, rights: impl Rights) -> Self {
+        self.rights = Some(Arc::new(rights));
+        self
+    }
+
+    /// Has `call` called on the runtime each time the tasks that a batch has woken have had their turn: a door lets go there
+    /// of what it keeps for the time of a batch.
+    #[must_use]
+    pub fn after_wake_ups(mut self, call: fn()) -> Self {
+        self.after_wake_ups.push(call);
+        self
+    }
+
+    /// Loads what was stored and starts to work, on the current Tokio runtime (time enabled).
+    ///
+    /// # Errors
+    ///
+    /// [`NodeError`]; nothing runs then.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_node::{Key, Node};
+    ///
+    /// let node = Node::builder().start().await?;
+    /// node.handle().put(&Key::new("lamp.hall")?, "on").await?;
+    /// node.shutdown().await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn start(self) -> Result<Node, NodeError> {
+        let Builder { persist, durability, clock_file, limits, rights, after_wake_ups } = self;
+        let persist = match persist {
+            Some(open) => open,
+            None => {
+                let persist = NoPersist::new(random_epoch()?);
+                Box::new(|| Ok(Box::new(persist) as Box<dyn PersistValue>))
+            }
+        };
+        let failure = Failure::new();
+        let handler = failure.handler();
+        let open = tokio::task::spawn_blocking(move || {
+            let mut persist = persist()?;
+            persist.on_failure(handler);
+            // Only now: until storage is open, the file may be another server's.
+            let clock = Clock::start(clock_file);
+            let store = NotifyKeyValue::open_at(persist, clock.now())?;
+            if store.next_expiry().is_some() {
+                clock.keep();
+            }
+            Ok::<_, PersistError>((store, clock))
+        });
+        let (store, clock) = open.await.map_err(|error| NodeError::System(error.into()))??;
+        let store = Arc::new(store);
+
+        let (wake_ups, queue) = (Arc::new(WakeUps::default()), Arc::new(Queue::default()));
+        let expiry_changed = Arc::new(Notify::new());
+        let budget = Budget::new(limits.queued_max, Arc::clone(store.event_bytes()));
+        let writer = Writer {
+            store: Arc::clone(&store),
+            queue: Arc::clone(&queue),
+            wake_ups: Arc::clone(&wake_ups),
+            expiry_changed: Arc::clone(&expiry_changed),
+            failure: failure.clone(),
+            log: RateLimitedLog::default(),
+            budget: Arc::clone(&budget),
+            clock: clock.clone(),
+        };
+        let writer = writer.spawn().map_err(NodeError::System)?;
+        let pump = tokio::spawn({
+            // Also if the runtime is dropped before the node has stopped, the writer must not sleep for ever.
+            let (wake_ups, queue) = (Arc::clone(&wake_ups), CloseOnDrop(Arc::clone(&queue)));
+            async move {
+                wake_ups
+                    .pump(|| {
+                        after_wake_ups.iter().for_each(|call| call());
+                        queue.0.wake();
+                    })
+                    .await;
+            }
+        });
+        let shared = Arc::new(Shared::new(store, clock, durability, limits, rights, budget, wake_ups, queue));
+        let expiry = tokio::spawn(expiry::expire(Arc::clone(&shared), expiry_changed));
+        let parts = Parts { expiry, pump, writer, failure };
+        let running = tokio::spawn(run(Arc::clone(&shared), parts));
+        Ok(Node { handle: Handle::new(shared), running })
+    }
+}
+
+impl fmt::Debug for Builder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Builder { durability, clock_file, limits, rights, .. } = self;
+        let mut builder = f.debug_struct("Builder");
+        builder.field("durability", durability).field("clock_file", clock_file);
+        builder.field("limits", limits).field("rights", rights).finish_non_exhaustive()
+    }
+}
+
+/// A running node. Dropping it stops it too, without waiting.
+#[derive(Debug)]
+pub struct Node {
+    handle: Handle,
+    running: JoinHandle<Result<(), NodeError>>,
+}
+
+impl Node {
+    /// A node to be described: in memory, with the default limits.
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder {
+            persist: None,
+            durability: "memory".into(),
+            clock_file: None,
+            limits: Limits::default(),
+            rights: None,
+            after_wake_ups: Vec::new(),
+        }
+    }
+
+    /// The way in, with everything allowed.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Has the node stop, without waiting: see [`shutdown`](Self::shutdown).
+    pub fn stop(&self) {
+        self.handle.stop();
+    }
+
+    /// Stops: has doors accept no more and answer what they have accepted, takes no more writes once their peers have ended,
+    /// closes the storage.
+    ///
+    /// # Errors
+    ///
+    /// [`NodeError`] if the node had failed before; [`NodeError::Persist`] if the last sync of storage failed, or if
+    /// storage did not answer within 5 s. In that case the thread that waits for it goes on, and keeps the storage.
+    pub async fn shutdown(mut self) -> Result<(), NodeError> {
+        self.stop();
+        self.failed().await
+    }
+
+    /// Waits until the node has ended: after [`stop`](Self::stop), or because storage failed.
+    ///
+    /// # Errors
+    ///
+    /// [`NodeError::Persist`] when storage has failed.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing.
+    pub async fn failed(&mut self) -> Result<(), NodeError> {
+        match (&mut self.running).await {
+            Ok(ended) => ended,
+            Err(error) => Err(NodeError::System(error.into())),
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// What runs for a node.
+struct Parts {
+    expiry: JoinHandle<()>,
+    pump: JoinHandle<()>,
+    writer: oneshot::Receiver<Result<(), PersistError>>,
+    failure: Failure,
+}
+
+/// Runs until asked to stop or until storage fails, then ends everything in order.
+async fn run(shared: Arc<Shared>, parts: Parts) -> Result<(), NodeError> {
+    let Parts { mut expiry, pump, mut writer, failure } = parts;
+    let mut stop_asked = shared.stop.subscribe();
+    let mut writer_end = None;
+    let result = tokio::select! {
+        () = stopped(&mut stop_asked) => Ok(()),
+        failure = failure.reported() => Err(NodeError::Persist(failure)),
+        end = &mut writer => {
+            writer_end = Some(end);
+            Err(broken("the writer"))
+        }
+        _ = &mut expiry => match *shared.stop.borrow() {
+            true => Ok(()), // it was the first to hear of it
+            false => Err(broken("a task that ends with the node alone")),
+        },
+    };
+    let began = Instant::now();
+    let left = || STOP_LIMIT.saturating_sub(began.elapsed());
+    // After a failure, too: doors read no more, and write what they have to answer. What is in memory was stored.
+    shared.stop.send_replace(true);
+    shared.budget.stop();
+    if timeout(DRAIN_LIMIT, shared.budget.peers_gone()).await.is_err() {
+        info!("connections are cut that did not end within {DRAIN_LIMIT:?}");
+    }
+    expiry.abort();
+    shared.queue.close();
+    let writer_end = match writer_end {
+        None => timeout(left(), writer).await.ok(),
+        end => end,
+    };
+    pump.abort();
+    // Streams of this process end.
+    shared.store.forget_all();
+    result.and(match writer_end {
+        Some(Ok(closed)) => closed.map_err(NodeError::from),
+        Some(Err(_)) => Err(broken("the writer")),
+        None => Err(stalled()),
+    })
+}
+
+/// What was acknowledged is as durable as it was promised to be; what was not answered may or may not be stored.
+fn stalled() -> NodeError {
+    let context = format!("storage did not answer within {STOP_LIMIT:?}; its last sync was not waited for");
+    error!("stopping although {context}");
+    PersistError::new(PersistErrorKind::Io, context).into()
+}
+
+fn broken(what: &str) -> NodeError {
+    NodeError::System(std::io::Error::other(format!("{what} broke")))
+}
+
+fn random_epoch() -> Result<nkv_core::Epoch, NodeError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| NodeError::System(std::io::Error::other(error)))?;
+    Ok(nkv_core::Epoch::new(u128::from_le_bytes(bytes)))
+}
+
+/// Waits until the node is asked to stop, or is gone.
+pub(crate) async fn stopped(stop: &mut watch::Receiver<bool>) {
+    drop(stop.wait_for(|stop| *stop).await);
+}

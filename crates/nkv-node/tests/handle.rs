@@ -1,0 +1,333 @@
+//! The store from within the process.
+
+#![allow(clippy::unwrap_used)]
+
+use std::time::Duration;
+
+use nkv_core::{Op, Outcome};
+use nkv_node::{
+    AttachOptions, ErrorKind, Event, GoneReason, Handle, Key, Limits, Node, Pattern, PutOptions, Result, Revision,
+    Right, Rights, SubscribeOptions,
+};
+use nkv_persist_fs::{FsOptions, FsPersist};
+use tokio::time::timeout;
+
+fn key(text: &str) -> Key {
+    Key::new(text).unwrap()
+}
+
+async fn started() -> (Node, Handle) {
+    let node = Node::builder().start().await.unwrap();
+    let handle = node.handle();
+    (node, handle)
+}
+
+fn kind<T: std::fmt::Debug>(result: Result<T>) -> ErrorKind {
+    result.unwrap_err().kind().clone()
+}
+
+#[tokio::test]
+async fn a_handle_does_everything_without_a_socket() {
+    let (node, nkv) = started().await;
+    let mut events = nkv.subscribe(&Pattern::new("a").unwrap()).await.unwrap();
+
+    let first = nkv.put(&key("a.b"), "1").await.unwrap();
+    let only = PutOptions::default().with_if_revision(Revision::ZERO);
+    assert_eq!(kind(nkv.put_with(&key("a.b"), "2", only).await), ErrorKind::Conflict { revision: first });
+    let elsewhere = Revision::in_epoch(nkv_core::Epoch::new(1), 1);
+    assert_eq!(kind(nkv.delete_if(&key("a.b"), elsewhere).await), ErrorKind::OtherEpoch);
+    assert_eq!(nkv.get(&key("a.b")).await.unwrap().unwrap().value, "1");
+    assert_eq!(nkv.get_all(&Pattern::All).await.unwrap().len(), 1);
+    assert_eq!(nkv.list(&Pattern::All).await.unwrap(), [(key("a.b"), first)]);
+    assert!(nkv.exists(&Pattern::new("a.*").unwrap()).await.unwrap());
+    assert_eq!(nkv.trace(&key("a.x")).unwrap().len(), 1);
+
+    let ops = vec![
+        Op::Put { key: key("a.c"), value: "3".into(), options: nkv_core::PutOptions::default() },
+        Op::Delete { pattern: Pattern::new("a.*").unwrap(), if_revision: None },
+    ];
+    let outcomes = nkv.write(ops).await.unwrap();
+    assert!(matches!(outcomes[..], [Outcome::Put { .. }, Outcome::Deleted { count: 2, .. }]));
+    assert_eq!(nkv.delete(&Pattern::All).await.unwrap().count, 0);
+
+    let short = PutOptions::default().with_ttl(Duration::from_millis(20));
+    nkv.put_with(&key("a.t"), "gone soon", short).await.unwrap();
+    loop {
+        let event = timeout(Duration::from_secs(5), events.next()).await.unwrap().unwrap();
+        if matches!(&event, Event::Gone { reason: GoneReason::Expired, .. }) {
+            break;
+        }
+    }
+    assert_eq!(nkv.stats().await.unwrap().keys, 0);
+
+    node.shutdown().await.unwrap();
+    assert_eq!(kind(nkv.get(&key("a")).await), ErrorKind::Closed);
+    assert_eq!(kind(nkv.put(&key("a"), "x").await), ErrorKind::Closed);
+    let ended = async {
+        let mut last = None;
+        while let Some(event) = events.next().await {
+            last = Some(event);
+        }
+        last
+    };
+    let last = timeout(Duration::from_secs(5), ended).await.unwrap();
+    assert_eq!(last, Some(Event::Ended(nkv_node::EndReason::Closed)));
+}
+
+#[tokio::test]
+async fn a_dropped_subscription_is_forgotten() {
+    let (_node, nkv) = started().await;
+    let events = nkv.subscribe(&Pattern::All).await.unwrap();
+    assert_eq!(nkv.stats().await.unwrap().subscriptions, 1);
+    drop(events);
+    assert_eq!(nkv.stats().await.unwrap().subscriptions, 0);
+}
+
+// A value of 100 MB put in the process made every remote subscriber connect anew in a loop.
+#[tokio::test]
+async fn the_limits_of_the_node_hold_in_the_process() {
+    let mut limits = Limits::default();
+    (limits.value_len_max, limits.subscriptions_total_max) = (1_000, 2);
+    let node = Node::builder().limits(limits).start().await.unwrap();
+    let nkv = node.handle();
+    nkv.put(&key("a"), vec![0; 1_000]).await.unwrap();
+    assert_eq!(kind(nkv.put(&key("a"), vec![0; 1_001]).await), ErrorKind::Refused { status: 413 });
+    let op = Op::Put { key: key("a"), value: vec![0; 1_001].into(), options: nkv_core::PutOptions::default() };
+    assert_eq!(kind(nkv.write(vec![op.clone()]).await), ErrorKind::Refused { status: 413 });
+    assert_eq!(kind(nkv.admit(op)), ErrorKind::Refused { status: 413 });
+
+    let _two = (nkv.subscribe(&Pattern::All).await.unwrap(), nkv.subscribe(&Pattern::All).await.unwrap());
+    assert_eq!(kind(nkv.subscribe(&Pattern::All).await), ErrorKind::Refused { status: 429 });
+}
+
+/// Lets each have the branch of its own name.
+#[derive(Debug)]
+struct OwnBranch;
+
+impl Rights for OwnBranch {
+    fn allows(&self, principal: &str, right: Right, pattern: &Pattern) -> bool {
+        right != Right::Admin && Pattern::new(principal).is_ok_and(|own| own.covers_all(pattern))
+    }
+}
+
+#[tokio::test]
+async fn what_a_principal_may_not_do_is_refused_and_changes_nothing() {
+    let node = Node::builder().rights(OwnBranch).start().await.unwrap();
+    let (all, me) = (node.handle(), node.handle().as_principal("me"));
+    all.put(&key("other"), "1").await.unwrap();
+    me.put(&key("me.a"), "1").await.unwrap();
+    assert_eq!(me.get_all(&Pattern::new("me.*").unwrap()).await.unwrap().len(), 1);
+    let refused = ErrorKind::Refused { status: 403 };
+    assert_eq!(kind(me.get(&key("other")).await), refused);
+    assert_eq!(kind(me.get_all(&Pattern::All).await), refused);
+    assert_eq!(kind(me.list(&Pattern::All).await), refused);
+    assert_eq!(kind(me.exists(&Pattern::All).await), refused);
+    assert_eq!(kind(me.put(&key("other"), "2").await), refused);
+    assert_eq!(kind(me.delete(&Pattern::All).await), refused);
+    assert_eq!(kind(me.subscribe(&Pattern::All).await), refused);
+    assert_eq!(kind(me.unsubscribe(&Pattern::All, &"x".into())), refused);
+    assert_eq!(kind(me.trace(&key("me"))), refused);
+    assert_eq!(kind(me.peers()), refused);
+    assert_eq!(kind(me.stats().await), refused);
+    let op = Op::Delete { pattern: Pattern::All, if_revision: None };
+    assert_eq!(kind(me.write(vec![op.clone()]).await), refused);
+    assert_eq!(kind(me.admit(op)), refused);
+    assert_eq!(all.get_all(&Pattern::All).await.unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn pages_follow_one_another_without_gap() {
+    let (_node, nkv) = started().await;
+    for n in 0..5 {
+        nkv.put(&key(&format!("k.{n}")), "x").await.unwrap();
+    }
+    let (mut found, mut after) = (Vec::new(), None);
+    loop {
+        let mut options = nkv_node::PageOptions::default().with_limit(2);
+        options.after = after;
+        let page = nkv.list_page(&Pattern::All, options).await.unwrap();
+        found.extend(page.items.into_iter().map(|(key, _)| key.as_str().to_owned()));
+        if !page.more {
+            break;
+        }
+        after = found.last().map(|last| key(last));
+    }
+    assert_eq!(found, ["k.0", "k.1", "k.2", "k.3", "k.4"]);
+    let none = nkv.get_page(&Pattern::All, nkv_node::PageOptions::default().with_limit(0)).await.unwrap();
+    assert!(none.items.is_empty() && none.more);
+}
+
+#[tokio::test]
+async fn several_patterns_are_one_subscription_that_is_synced_once() {
+    let (_node, nkv) = started().await;
+    for name in ["a.1", "b", "c"] {
+        nkv.put(&key(name), "x").await.unwrap();
+    }
+    let patterns = ["a", "a.1", "b"].map(|pattern| Pattern::new(pattern).unwrap());
+    let mut events = nkv.subscribe_with(patterns, SubscribeOptions::default()).await.unwrap();
+    let mut seen = Vec::new();
+    while let Some(event) = events.next().await {
+        match event {
+            Event::Update { entry, .. } => seen.push(entry.key.as_str().to_owned()),
+            Event::Synced { .. } => break,
+            other => panic!("{other:?}"),
+        }
+    }
+    seen.sort();
+    assert_eq!(seen, ["a.1", "b"]);
+    nkv.put(&key("c"), "y").await.unwrap();
+    nkv.put(&key("b"), "y").await.unwrap();
+    assert!(matches!(events.next().await, Some(Event::Update { entry, .. }) if entry.key == key("b")));
+}
+
+#[tokio::test]
+async fn where_too_much_waited_the_difference_is_delivered_once() {
+    let mut limits = Limits::default();
+    limits.queued_max = 64 << 10;
+    let node = Node::builder().limits(limits).start().await.unwrap();
+    let nkv = node.handle();
+    for n in 0..10 {
+        nkv.put(&key(&format!("k.{n}")), "old").await.unwrap();
+    }
+    let mut events = nkv.subscribe(&Pattern::All).await.unwrap();
+    let mut known = std::collections::BTreeMap::new();
+    let mut synced = 0;
+    let mut take = |event, known: &mut std::collections::BTreeMap<Key, u64>| match event {
+        Event::Update { entry, .. } => {
+            let before = known.insert(entry.key, entry.revision.get());
+            assert!(before.is_none_or(|before| before < entry.revision.get()), "delivered twice");
+        }
+        Event::Gone { key, .. } => assert!(known.remove(&key).is_some(), "{key} was not there"),
+        Event::Synced { .. } => synced += 1,
+        other => panic!("{other:?}"),
+    };
+    while known.len() < 10 {
+        take(events.next().await.unwrap(), &mut known);
+    }
+    // More than the budget has: what waits is dropped, and the present state is read anew.
+    for n in 0..500 {
+        nkv.put(&key(&format!("k.{n}")), vec![b'x'; 1_000]).await.unwrap();
+    }
+    nkv.delete(&Pattern::new("k.3").unwrap()).await.unwrap();
+    nkv.put(&key("end"), "1").await.unwrap();
+    loop {
+        let event = timeout(Duration::from_secs(5), events.next()).await.unwrap().unwrap();
+        let is_synced = matches!(event, Event::Synced { .. });
+        take(event, &mut known);
+        if is_synced && known.contains_key(&key("end")) {
+            break;
+        }
+    }
+    let all = nkv.list(&Pattern::All).await.unwrap();
+    assert_eq!(known, all.into_iter().map(|(key, revision)| (key, revision.get())).collect());
+    assert!(synced > 1, "it was not read anew");
+}
+
+/// Takes its time for each event.
+#[derive(Debug)]
+struct Slow(std::sync::mpsc::SyncSender<(u64, u64)>);
+
+impl nkv_core::Notifier for Slow {
+    fn notify(&self, event: &std::sync::Arc<nkv_core::Event>) -> nkv_core::Delivery {
+        self.notify_conflated(event, 0)
+    }
+
+    fn notify_conflated(&self, event: &std::sync::Arc<nkv_core::Event>, skipped: u64) -> nkv_core::Delivery {
+        if let nkv_core::EventKind::Change(change) = event.kind()
+            && self.0.send((change.revision.get(), skipped)).is_err()
+        {
+            return nkv_core::Delivery::Closed;
+        }
+        nkv_core::Delivery::Queued
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_node_conflates_in_front_of_a_notifier_that_asks_for_it() {
+    let (_node, nkv) = started().await;
+    let (sender, receiver) = std::sync::mpsc::sync_channel(0);
+    let options = AttachOptions::default().with_snapshot(false).with_mailbox();
+    let attached = nkv.attach(Pattern::All, Box::new(Slow(sender)), &options).unwrap();
+    // The notifier waits for its reader, and no put does.
+    for _ in 0..100 {
+        timeout(Duration::from_secs(5), nkv.put(&key("a"), "x")).await.unwrap().unwrap();
+    }
+    let told = tokio::task::spawn_blocking(move || {
+        let mut told = (0, 0);
+        while told.0 < 100 {
+            let (revision, skipped) = receiver.recv_timeout(Duration::from_secs(5)).unwrap();
+            told = (revision, told.1 + skipped + 1);
+        }
+        told
+    });
+    assert_eq!(told.await.unwrap(), (100, 100));
+    assert!(!attached.has_ended());
+}
+
+// 32 of 40 were refused: "another process" had the directory.
+#[tokio::test]
+async fn a_node_that_was_dropped_is_opened_again_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    for round in 0..40 {
+        let path = dir.path().join("data");
+        let open = move || FsPersist::open(path, FsOptions::default());
+        let node = Node::builder().persist("sync", open).start().await.unwrap_or_else(|e| panic!("{round}: {e:?}"));
+        node.handle().put(&key("a"), "1").await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_node_stops() {
+    let (node, nkv) = started().await;
+    drop(node);
+    let stopped = async {
+        while nkv.stats().await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(Duration::from_secs(5), stopped).await.unwrap();
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+// The writer thread waited for a task of the node's runtime to wake it, and so did whoever wrote from elsewhere.
+#[test]
+fn a_handle_writes_while_the_nodes_runtime_stands_still() {
+    let nodes = runtime();
+    let node = nodes.block_on(Node::builder().start()).unwrap();
+    let nkv = node.handle();
+    let writes = std::thread::spawn(move || {
+        runtime().block_on(async {
+            for number in 1..=3 {
+                let a = key("a");
+                let put = nkv.put(&a, "x");
+                let revision = timeout(Duration::from_secs(5), put).await.expect("nobody wakes the writer").unwrap();
+                assert_eq!(revision.get(), number);
+            }
+        });
+    });
+    writes.join().unwrap();
+    nodes.block_on(node.shutdown()).unwrap();
+}
+
+// The writer thread, and with it the directory's lock, outlived a runtime that was dropped with its node.
+#[test]
+fn a_node_whose_runtime_is_dropped_lets_go_of_its_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data");
+    let nodes = runtime();
+    let opened = path.clone();
+    let open = move || nkv_persist_fs::FsPersist::open(opened, nkv_persist_fs::FsOptions::default());
+    let node = nodes.block_on(Node::builder().persist("sync", open).start()).unwrap();
+    let put = async { node.handle().put(&key("a"), "x").await };
+    nodes.block_on(put).unwrap();
+    drop(nodes);
+    let start = std::time::Instant::now();
+    while let Err(error) = nkv_persist_fs::FsPersist::open(&path, nkv_persist_fs::FsOptions::default()) {
+        assert!(start.elapsed() < Duration::from_secs(5), "{error}");
+        std::thread::yield_now();
+    }
+    drop(node);
+}

@@ -1,0 +1,84 @@
+//! The door: serves the JSON-lines protocol on any stream, by calls of a node's handle.
+
+use std::fmt;
+use std::sync::Arc;
+
+use nkv_node::Handle;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::connection::{self, Socket};
+use crate::options::Options;
+use crate::slots::Slots;
+
+/// The JSON-lines door of a node, for those who accept connections themselves: of TLS, of a WebSocket, of a test.
+/// Clones are the same door; its limits hold for all connections together.
+///
+/// # Examples
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use nkv_node::Node;
+/// use nkv_server::{Door, Options};
+/// use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+///
+/// let node = Node::builder().start().await?;
+/// let door = Door::new(node.handle(), Options::default());
+/// let (ours, theirs) = tokio::io::duplex(4_096);
+/// tokio::spawn(async move { door.serve(theirs, "a test").await });
+///
+/// let mut ours = BufReader::new(ours);
+/// ours.write_all(b"{\"type\":\"Health\"}\n").await?;
+/// let mut line = String::new();
+/// ours.read_line(&mut line).await?;
+/// assert!(line.contains("200"), "{line}");
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Door(pub(crate) Arc<Inner>);
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) handle: Handle,
+    pub(crate) options: Options,
+    pub(crate) slots: Slots,
+}
+
+impl Door {
+    /// A door to the store of `handle`. Of `options`, those of connections count; those of the store are its node's.
+    #[must_use]
+    pub fn new(handle: Handle, options: Options) -> Self {
+        let slots = Slots::new(options.connections_max, options.connections_per_address_max);
+        Door(Arc::new(Inner { handle, options, slots }))
+    }
+
+    /// Serves one connection until either side ends it or the node stops. `peer` is shown to people; where it is an IP
+    /// address with a port, the limit for one address counts it.
+    pub async fn serve<S>(&self, stream: S, peer: impl fmt::Display)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        if let Some(served) = self.serve_socket(Socket::Other(Box::new(stream)), &peer.to_string()) {
+            served.await;
+        }
+    }
+
+    /// Serves a connection, or refuses it at once where there is no place for it.
+    pub(crate) fn serve_socket(&self, socket: Socket, peer: &str) -> Option<impl Future<Output = ()> + Send + use<>> {
+        match self.0.slots.take(peer) {
+            Ok(slot) => Some(connection::serve(socket, Arc::clone(&self.0), slot)),
+            Err(full) => {
+                self.0.handle.log().warn("refused", format_args!("a connection was refused: {full}"));
+                socket.refuse(&full.to_string());
+                None
+            }
+        }
+    }
+}
+
+/// Serves the JSON-lines protocol on a stream, with the default limits of connections: see [`Door::serve`].
+pub async fn serve<S>(stream: S, peer: impl fmt::Display, handle: Handle)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    Door::new(handle, Options::default()).serve(stream, peer).await;
+}

@@ -15,7 +15,7 @@
 use std::error::Error;
 use std::time::Duration;
 
-use nkv_node::{Event, Handle, Key, Node, Pattern};
+use nkv_node::{Event, Handle, Node};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
 
@@ -48,19 +48,19 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Send + 'static, nkv: Handle
 async fn answer(nkv: &Handle, line: &str) -> Result<String, AnyError> {
     let words: Vec<_> = line.splitn(3, ' ').collect();
     Ok(match words[..] {
-        ["get", key] => match nkv.get(&Key::new(key)?).await? {
+        ["get", key] => match nkv.get(key).await? {
             Some(entry) => format!("{} {}", entry.revision, entry.value.escape_ascii()),
             None => "not found".into(),
         },
-        ["put", key, value] => nkv.put(&Key::new(key)?, value.to_owned()).await?.to_string(),
-        ["delete", key] => nkv.delete(&Pattern::Key(Key::new(key)?)).await?.count.to_string(),
+        ["put", key, value] => nkv.put(key, value).await?.to_string(),
+        ["delete", key] => nkv.delete(key).await?.count.to_string(),
         _ => return Err("the requests are: get KEY, put KEY VALUE, delete KEY, watch KEY".into()),
     })
 }
 
 /// The present state of a branch, then each change: until the peer has gone, which a write shows, or the node stops.
 async fn watch(nkv: &Handle, key: &str, write: &mut (impl AsyncWrite + Unpin)) -> Result<(), AnyError> {
-    let mut events = nkv.subscribe(&Pattern::new(key)?).await?;
+    let mut events = nkv.subscribe(key).await?;
     while let Some(event) = events.next().await {
         let line = match event {
             Event::Update { entry, .. } => format!("put {} {}\n", entry.key, entry.value.escape_ascii()),
@@ -95,7 +95,7 @@ async fn main() -> Result<(), AnyError> {
         assert_eq!(line(&mut client).await?, answer);
     }
     assert_eq!(line(&mut client).await?, "synced 1");
-    node.handle().put(&Key::new("lamp.hall")?, "off").await?; // from within the process
+    node.handle().put("lamp.hall", "off").await?; // from within the process
     assert_eq!(line(&mut client).await?, "put lamp.hall off");
 
     node.shutdown().await?;

@@ -4,8 +4,9 @@
 //! cargo run -p nkv-examples --example live_map
 //! ```
 //!
-//! The program serves other processes at an address, and holds what they publish as one map: no loop over events, no
-//! resynchronisation after a lost connection. `is_live` says whether the map is the present state, `revision` how far it is.
+//! The program serves other processes at an address, and holds what they publish as one map, without a loop over events.
+//! `is_live` says whether the map is the present state. `Client` has the same call: there the map also survives a lost
+//! connection.
 
 use std::error::Error;
 use std::time::Duration;
@@ -26,8 +27,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let server = Server::builder().listen("127.0.0.1:0".parse()?).persist("sync", open).bind().await?;
     let address = server.addresses()[0].to_string();
 
-    let client = Client::connect(&address).await?;
-    let mut workers = client.watch_branch_as::<Worker>("worker.*").await?;
+    let nkv = server.handle();
+    let mut workers = nkv.watch_branch_as::<Worker>("worker.*").await?;
     assert!(workers.borrow().is_live && workers.borrow().entries.is_empty());
 
     // Three workers, each a client of its own. One of them stops to renew its entry, which ends by its TTL.
@@ -36,7 +37,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         let ttl = if name == "c" { Duration::from_millis(300) } else { Duration::from_secs(3_600) };
         worker.put_as_with(&format!("worker.{name}"), &Worker { jobs }, PutOptions::default().with_ttl(ttl)).await?;
     }
-    client.put("worker.d", "not JSON").await?;
+    nkv.put("worker.d", "not JSON").await?;
 
     let settled = workers.wait_for(|workers| workers.entries.len() == 2 && workers.unreadable.len() == 1);
     let state = tokio::time::timeout(Duration::from_secs(10), settled).await??.clone();

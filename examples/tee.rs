@@ -12,10 +12,10 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::thread;
 
-use nkv_core::mailbox::Mailbox;
-use nkv_core::{Action, CHANGES_LEN_MAX, Changes, Key, NoPersist, NotifyKeyValue, Op, Pattern, PutOptions};
+use nkv_core::{Action, Changes, Key, Op, PutOptions};
+use nkv_server::Server;
 
-/// Writes one line for each change, and an empty one behind each group, until the store is gone.
+/// Writes one line for each change, and an empty one behind each group, until the server has stopped.
 fn tee(mut changes: Changes, file: File) -> Result<u64, Box<dyn Error + Send + Sync>> {
     let (mut file, mut written) = (BufWriter::new(file), 0);
     while let Some(group) = changes.next_blocking()? {
@@ -34,22 +34,24 @@ fn tee(mut changes: Changes, file: File) -> Result<u64, Box<dyn Error + Send + S
     Ok(written)
 }
 
-fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     let temporary = tempfile::tempdir()?;
     let path = temporary.path().join("changes.txt");
-    let store: NotifyKeyValue<NoPersist, Mailbox> = NotifyKeyValue::open(NoPersist::default())?;
-    let (changes, file) = (store.changes(None, CHANGES_LEN_MAX)?, File::create(&path)?);
+    let server = Server::builder().bind().await?; // with `listen`, other processes change the same store
+    let nkv = server.handle();
+    let (changes, file) = (nkv.changes(None)?, File::create(&path)?);
     let writer = thread::spawn(move || tee(changes, file));
 
-    let hall = Key::new("lamp.hall")?;
-    store.put(&hall, "on", PutOptions::default())?;
-    store.put(&hall, "off", PutOptions::default())?;
-    let put = |key: &str, value: &'static str| -> Result<Op, Box<dyn Error + Send + Sync>> {
+    nkv.put("lamp.hall", "on").await?;
+    nkv.put("lamp.hall", "off").await?;
+    let put = |key: &str, value: &'static str| -> Result<Op, nkv_core::KeyError> {
         Ok(Op::Put { key: Key::new(key)?, value: value.into(), options: PutOptions::default() })
     };
-    store.write(&[put("scene.name", "evening")?, put("scene.lamps", "dimmed")?])?; // one caller, one group
-    store.delete(&Pattern::from(&hall), None)?;
-    drop(store);
+    nkv.write(vec![put("scene.name", "evening")?, put("scene.lamps", "dimmed")?]).await?; // one caller, one group
+    nkv.delete("lamp.hall").await?;
+    drop(nkv);
+    server.shutdown().await?;
 
     let written = writer.join().map_err(|_| "the writer broke")??;
     let text = fs::read_to_string(path)?;

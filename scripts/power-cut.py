@@ -13,6 +13,8 @@ gone already.
     sync      durability `sync`, small values: nothing acknowledged may be lost
     compact   the same with large values of few keys, so that segments come and go: nothing may be lost
     start     the cut comes while a server makes its first directory, or soon after: nothing may be lost
+    migrate   the server goes on with a directory of storage format 2, until large values have begun segments of format 3, or not
+              yet: nothing may be lost, of what was there before either
     interval  `interval:50ms`: nothing may be lost that was acknowledged earlier than the interval, the time of syncs and
               WINDOW_SLACK_MS before the cut
     control   durability `os`: something must be lost, or the cuts prove nothing
@@ -54,12 +56,19 @@ SCENARIOS = {
     "sync": ("sync", (0, 300), 7, (0.05, 0.35), 100),
     "compact": ("sync", (40_000, 120_000), 2, (0.2, 0.8), 40),
     "start": ("sync", (0, 300), 7, (0, 0.1), 60),
+    "migrate": ("sync", (40_000, 120_000), 2, (0, 0.8), 40),
     "interval": (f"interval:{INTERVAL_MS}ms", (0, 300), 7, (2, 3), 30),
     "control": ("os", (0, 300), 7, (0.05, 0.35), 20),
 }
 # Every fifth number of a writer deletes a key, but never its first one, which thus shows all that was lost.
 DELETE_EVERY = 5
-FAST = {"sync": 12, "compact": 6, "start": 10, "interval": 4, "control": 3}
+FAST = {"sync": 12, "compact": 6, "start": 10, "migrate": 6, "interval": 4, "control": 3}
+# Those that begin with a directory of their own in each cycle.
+AFRESH = ("start", "migrate")
+# A directory of format 2, as a server that was killed has left it, and what is in it; the TTL of another key has ended.
+FORMAT_2 = os.path.join(os.path.dirname(__file__), "../crates/nkv-persist-fs/tests/data/format-2-killed")
+IN_FORMAT_2 = {**{f"host.db{n}.load": "c" * 200 * n for n in (0, 1, 2, 4, 6, 7)},
+               "grüße.🔔": "ü", "empty": "", "batch.b": "2", "batch.a": "3"}
 
 
 class Broken(Exception):
@@ -193,6 +202,12 @@ class Probe(threading.Thread):
         return max(self.longest, now - self.due if self.due else 0) * 1000
 
 
+def has_format_3(data):
+    """Whether the header of some segment names format 3."""
+    paths = [os.path.join(data, name) for name in os.listdir(data) if name.endswith(".log")]
+    return any(open(path, "rb").read(12)[8:] == struct.pack("<I", 3) for path in paths)
+
+
 def value_of(number, sizes):
     low, high = sizes
     return f"{number} " + "x" * (low + number * 7919 % (high - low))
@@ -209,7 +224,7 @@ class Scenario:
     def __init__(self, binary, kind, name, cycles, rng):
         self.binary, self.kind, self.name, self.cycles, self.rng = binary, kind, name, cycles, rng
         self.durability, self.sizes, self.keys, self.pauses, _ = SCENARIOS[name]
-        self.count = self.deleted = self.lost = self.segments = self.early = 0
+        self.count = self.deleted = self.lost = self.segments = self.early = self.migrated = 0
         self.window_ms = self.excess_ms = self.sync_ms = 0.0
         self.known, self.epoch, self.pending, self.under_way = {}, None, [], set()
         self.cut_at = 0.0
@@ -225,7 +240,7 @@ class Scenario:
         self.report()
 
     def cycle(self, disk, cycle):
-        if self.name != "start":
+        if self.name not in AFRESH:
             self.serve(disk, os.path.join(disk.mount, "data"), cycle, cycle < self.cycles)
             return
         # The directory that the last cut left, then a new one.
@@ -234,13 +249,19 @@ class Scenario:
             shutil.rmtree(os.path.join(disk.mount, f"data{cycle - 1}"))
         if cycle < self.cycles:
             self.known, self.pending, self.under_way, self.epoch = {}, [], set(), None
-            self.serve(disk, os.path.join(disk.mount, f"data{cycle}"), cycle, True)
+            data = os.path.join(disk.mount, f"data{cycle}")
+            if self.name == "migrate":
+                shutil.copytree(FORMAT_2, data)
+                os.chmod(data, 0o700)
+                os.sync()
+            self.serve(disk, data, cycle, True)
 
     def serve(self, disk, data, cycle, cut):
         """Starts a server, asks it for what has to be there, and cuts the power under it."""
         if os.path.isdir(data):
             segments = (int(name[:16], 16) for name in os.listdir(data) if name.endswith(".log"))
             self.segments = max(self.segments, max(segments, default=0))
+            self.migrated += not cut and has_format_3(data)
         server = Server(self.binary, data, self.durability)
         try:
             if self.name == "start" and cut:
@@ -295,12 +316,18 @@ class Scenario:
     def check(self, port):
         client = Client(port)
         answer = client.ask({"type": "Get", "key": "*"})
-        present = {}
+        present, before = {}, dict(IN_FORMAT_2) if self.name == "migrate" else {}
         for key, value, revision in zip(answer["keys"], answer["data"], answer["revisions"]):
+            if key in before:
+                if value != before.pop(key):
+                    raise Broken(f"{key}, of format 2, is {value[:80]!r} now")
+                continue
             number = value.split(" ")[0]
             if not number.isdigit() or value != value_of(int(number), self.sizes):
                 raise Broken(f"{key} is torn: {value[:80]!r} of {len(value)} characters")
             present[key] = (revision, int(number))
+        if before:
+            raise Broken(f"of format 2, {sorted(before)} are gone")
         newest = max((revision for revision, _ in present.values()), default=0)
         # The last delete of each key that was acknowledged.
         deletes = {key: revision for revision, key, _, deleted, _ in self.pending if deleted}
@@ -340,6 +367,7 @@ class Scenario:
                 raise Broken("the control lost nothing: these cuts prove nothing")
             return
         more = {"compact": f" segments={self.segments}", "start": f" before_it_listened={self.early}",
+                "migrate": f" migrated={self.migrated}",
                 "interval": f" window_ms={self.window_ms:.0f} excess_ms={self.excess_ms:.0f}"}.get(self.name, "")
         name = "power_cut" + ("" if self.name in ("sync", "interval") else f"_{self.name}")
         print(f"TEST {name} {figures} lost={self.lost} torn=0{more}", flush=True)
@@ -350,7 +378,9 @@ class Scenario:
             raise Broken(f"{self.lost} acknowledged writes are lost")
         if self.name == "compact" and self.segments < self.cycles:
             raise Broken("segments hardly came and went: compaction was not cut")
-        if self.count == 0 or self.deleted == 0 and self.name != "start":
+        if self.name == "migrate" and self.migrated == 0:
+            raise Broken("no directory got as far as format 3")
+        if self.count == 0 or self.deleted == 0 and self.name not in AFRESH:
             raise Broken("nothing was acknowledged, or no delete")
 
 

@@ -113,7 +113,7 @@ blocking! {
     fn delete_if(key: impl AsKey, if_revision: Revision) -> Deleted;
     /// Whether a pattern selects any key.
     fn exists(pattern: impl AsPattern) -> bool;
-    /// Who would be told of a change of a key.
+    /// The subscribers that would be notified of a change of a key.
     fn trace(key: impl AsKey) -> Vec<Subscriber>;
     /// Who is connected to the server.
     fn clients() -> Vec<ConnectedClient>;
@@ -198,7 +198,7 @@ impl Client {
         self.runtime.block_on(self.client.update_as(key, edit))
     }
 
-    /// Subscribes to what a pattern, or several, cover; see [`crate::Subscription`] for what is told.
+    /// Subscribes to what a pattern, or several, cover; see [`crate::Subscription`] for what it delivers.
     ///
     /// # Errors
     ///

@@ -2,35 +2,32 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use bytes::Bytes;
-use nkv_core::{Epoch, Key, Pattern};
+use nkv_core::{Epoch, Key};
 use nkv_protocol::{Body, ConnectedClient, Kind, Request, Subscriber, status};
 use nkv_types::{
-    AsKey, AsPattern, AsPatterns, Deleted, Edit, Entry, Error, ErrorKind, IntoEdit, IntoValue, Page, PageOptions,
-    PutOptions, Result, Revision, Stats, SubscribeOptions, UpdateStore, disjoint, update,
+    AsKey, AsPattern, Deleted, Entry, Error, ErrorKind, IntoValue, Page, PageOptions, PutOptions, Result, Revision,
+    Stats,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::timeout;
 
 use crate::error::WireError as _;
-use crate::hub::{Local, Sink};
 use crate::options::ClientBuilder;
-use crate::subscription::Subscription;
 use crate::task::{Answer, Ask, Control, Shared, Slot, is_write};
 use crate::types::{ConnectionState, ServerVersion};
-use crate::watch::{BranchWatch, BranchWatcher, ChannelWatcher, Current, EndOnDrop, Watch, Watcher};
+
+mod subscribe;
+mod update;
 
 /// How many keys with their values are asked for at a time, to begin with.
 const GET_PAGE: u64 = 1_000;
 /// How many keys are asked for at a time: the most that a server gives.
 const LIST_PAGE: u64 = 10_000;
-/// How long an update may take where the limit of a request is no limit.
-const UPDATE_MAX: Duration = Duration::from_secs(86_400);
 
 /// A connection to a server that is made again whenever it is lost.
 ///
@@ -113,11 +110,36 @@ impl Client {
     /// # Panics
     ///
     /// Outside a tokio runtime; see [`blocking`](crate::blocking) for programs without one.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example() -> nkv_client::Result<()> {
+    /// let client = nkv_client::Client::connect("127.0.0.1:4222").await?;
+    /// client.put("lamp.kitchen", "on").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn connect(addr: &str) -> Result<Self> {
         Client::builder(addr).connect().await
     }
 
     /// A client with options.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// # async fn example() -> nkv_client::Result<()> {
+    /// let client = nkv_client::Client::builder("unix:/run/nkv.sock")
+    ///     .name("thermostat")
+    ///     .wait_for_server(Duration::from_secs(30))
+    ///     .connect()
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn builder(addr: &str) -> ClientBuilder {
         ClientBuilder::new(addr)
     }
@@ -135,6 +157,23 @@ impl Client {
     }
 
     /// What becomes of the connection.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// use nkv_client::ConnectionState;
+    ///
+    /// let mut state = client.state();
+    /// // Ends with an error once the client is closed.
+    /// while state.changed().await.is_ok() {
+    ///     if *state.borrow_and_update() == ConnectionState::Reconnecting {
+    ///         println!("the server is away");
+    ///     }
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn state(&self) -> watch::Receiver<ConnectionState> {
         self.handle.state.clone()
@@ -167,6 +206,16 @@ impl Client {
     ///
     /// [`ErrorKind::OutcomeUnknown`] when the connection was lost or time ran out after it was sent: it is never sent
     /// twice, because that might bring an old value back over a newer one. Others say that nothing was written.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let revision = client.put("lamp.kitchen", "on").await?;
+    /// println!("written at {revision}");
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn put(&self, key: impl AsKey, value: impl IntoValue) -> Result<Revision> {
         self.put_with(key, value, PutOptions::default()).await
     }
@@ -177,6 +226,25 @@ impl Client {
     ///
     /// Those of [`put`](Self::put), and [`ErrorKind::Conflict`] with the key's present revision, or
     /// [`ErrorKind::OtherEpoch`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use nkv_client::{ErrorKind, PutOptions, Revision};
+    ///
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// // Only if there is no leader, and for half a minute at most.
+    /// let options = PutOptions::default().with_if_revision(Revision::ZERO).with_ttl(Duration::from_secs(30));
+    /// match client.put_with("leader", "me", options).await {
+    ///     Ok(revision) => println!("leader since {revision}"),
+    ///     Err(error) if matches!(error.kind(), ErrorKind::Conflict { .. }) => println!("another one leads"),
+    ///     Err(error) => return Err(error),
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn put_with(&self, key: impl AsKey, value: impl IntoValue, options: PutOptions) -> Result<Revision> {
         let mut request = Request::new(Kind::Put, key.key_text()?.to_owned());
         let (value, len_max) = (value.into_value(), self.handle.shared.value_len_max());
@@ -196,6 +264,17 @@ impl Client {
     /// # Errors
     ///
     /// See [`ErrorKind`]; it is asked again when the connection is lost meanwhile.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// if let Some(entry) = client.get("lamp.kitchen").await? {
+    ///     println!("{:?} since {}", entry.value, entry.revision);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn get(&self, key: impl AsKey) -> Result<Option<Entry>> {
         let request = Request::new(Kind::Get, key.key_text()?.to_owned());
         Ok(self.entries(request).await?.items.pop())
@@ -209,6 +288,17 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// for entry in client.get_all("lamp.*").await? {
+    ///     println!("{} is {:?}", entry.key, entry.value);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn get_all(&self, pattern: impl AsPattern) -> Result<Vec<Entry>> {
         let (mut found, mut limit) = (Vec::<Entry>::new(), GET_PAGE);
         loop {
@@ -236,6 +326,23 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get), and [`ErrorKind::Refused`] with status 413 when the page would be too large.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use nkv_client::PageOptions;
+    ///
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let mut options = PageOptions::default().with_limit(100);
+    /// loop {
+    ///     let page = client.get_page("lamp.*", options.clone()).await?;
+    ///     let Some(last) = page.items.last() else { break };
+    ///     options = options.with_after(last.key.clone());
+    ///     println!("{} more", page.items.len());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn get_page(&self, pattern: impl AsPattern, options: PageOptions) -> Result<Page<Entry>> {
         let after = options.after.as_ref();
         let page = self.entries(page_request(Kind::Get, pattern, options.limit, after)?).await?;
@@ -248,6 +355,17 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// for (key, revision) in client.list("*").await? {
+    ///     println!("{key} at {revision}");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn list(&self, pattern: impl AsPattern) -> Result<Vec<(Key, Revision)>> {
         let mut found = Vec::<(Key, Revision)>::new();
         loop {
@@ -279,6 +397,16 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put`](Self::put); that there is nothing to remove is no error.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let deleted = client.delete("lamp.*").await?;
+    /// println!("{} lamps are gone", deleted.count);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn delete(&self, pattern: impl AsPattern) -> Result<Deleted> {
         self.deleted(Request::new(Kind::Delete, pattern.pattern_text()?.into_owned()), None).await
     }
@@ -288,6 +416,18 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put_with`](Self::put_with); that there is no such key is no error.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// if let Some(entry) = client.get("job.7").await? {
+    ///     // An error if it has changed since it was read.
+    ///     client.delete_if(&entry.key, entry.revision).await?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn delete_if(&self, key: impl AsKey, if_revision: Revision) -> Result<Deleted> {
         let mut request = Request::new(Kind::Delete, key.key_text()?.to_owned());
         request.if_revision = Some(if_revision.get());
@@ -299,11 +439,22 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// if !client.exists("lamp.*").await? {
+    ///     println!("it is dark");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn exists(&self, pattern: impl AsPattern) -> Result<bool> {
         Ok(self.find(Request::new(Kind::Exists, pattern.pattern_text()?.into_owned()), None).await?.is_some())
     }
 
-    /// Who would be told of a change of a key.
+    /// The subscribers that would be notified of a change of a key.
     ///
     /// # Errors
     ///
@@ -356,6 +507,16 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get), and [`ErrorKind::Json`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let level = client.get_as::<u8>("lamp.kitchen.level").await?.unwrap_or(0);
+    /// println!("{level} %");
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn get_as<T: DeserializeOwned>(&self, key: impl AsKey) -> Result<Option<T>> {
         self.get(key).await?.map(|entry| entry.json()).transpose()
     }
@@ -365,6 +526,15 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put`](Self::put), and [`ErrorKind::Json`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// client.put_as("lamp.kitchen", &("on", 80)).await?; // anything that is `Serialize`
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn put_as<T: Serialize + ?Sized>(&self, key: impl AsKey, value: &T) -> Result<Revision> {
         let value = to_json(key.key_text()?, value)?;
         self.put(key, value).await
@@ -381,221 +551,6 @@ impl Client {
     {
         let value = to_json(key.key_text()?, value)?;
         self.put_with(key, value, options).await
-    }
-
-    /// Changes a value that others may change too: reads the key, writes what `edit` makes of it if it is still as it was
-    /// read, and else begins again, after a random pause of at most 128 ms. Gives what the key holds then.
-    ///
-    /// `edit` gives the new value, or an [`Edit`](crate::Edit): [`Keep`](crate::Edit::Keep) writes nothing,
-    /// [`Delete`](crate::Edit::Delete) deletes the key. It may be called more than once. A value that it gives has no TTL
-    /// unless it gives one.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`put`](Self::put), after which it is not tried again; [`ErrorKind::Conflict`] if others were faster until the
-    /// time of one request was over. Each attempt is a read and a write.
-    ///
-    /// # Examples
-    ///
-    /// ```no_run
-    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
-    /// let names = client.update("names", |old| match old {
-    ///     Some(names) => [&names.value[..], b",kitchen"].concat(),
-    ///     None => b"kitchen".to_vec(),
-    /// });
-    /// println!("{:?}", names.await?);
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub async fn update<E: IntoEdit>(
-        &self,
-        key: impl AsKey,
-        mut edit: impl FnMut(Option<&Entry>) -> E,
-    ) -> Result<Option<Entry>> {
-        update(&Bounded::new(self), &*key.as_key()?, |old| Ok(edit(old).into_edit())).await
-    }
-
-    /// The same with values that are JSON.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`update`](Self::update), and [`ErrorKind::Json`] if the value is not the JSON of a `T`.
-    ///
-    /// # Examples
-    ///
-    /// ```no_run
-    /// use nkv_client::Edit;
-    ///
-    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
-    /// let visits = client.update_as("visits", |old: Option<u64>| old.unwrap_or(0) + 1).await?;
-    /// println!("{visits:?}");
-    ///
-    /// let left = client.update_as("tickets", |left: Option<u32>| match left {
-    ///     None | Some(0) => Edit::Keep,
-    ///     Some(left) => Edit::put(left - 1),
-    /// });
-    /// println!("{:?}", left.await?);
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub async fn update_as<T: Serialize + DeserializeOwned, E: Into<Edit<T>>>(
-        &self,
-        key: impl AsKey,
-        mut edit: impl FnMut(Option<T>) -> E,
-    ) -> Result<Option<T>> {
-        let key = key.as_key()?;
-        let edit = |old: Option<&Entry>| {
-            let edit: Edit<T> = edit(old.map(Entry::json).transpose()?).into();
-            edit.try_map(|value| Ok(to_json(key.as_str(), &value)?.into_value()))
-        };
-        update(&Bounded::new(self), &key, edit).await?.map(|entry| entry.json()).transpose()
-    }
-
-    /// Subscribes to a key and all below it, to all below it (`a.*`), or to everything (`*`), and waits until the server
-    /// has accepted it. The present state is told first; see [`Subscription`].
-    ///
-    /// # Errors
-    ///
-    /// Those of [`get`](Self::get).
-    pub async fn subscribe(&self, patterns: impl AsPatterns) -> Result<Subscription> {
-        self.subscribe_with(patterns, SubscribeOptions::default()).await
-    }
-
-    /// Subscribes, with options.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`get`](Self::get), and [`ErrorKind::InvalidKey`] for a wildcard that is to stand for itself alone.
-    pub async fn subscribe_with(&self, patterns: impl AsPatterns, options: SubscribeOptions) -> Result<Subscription> {
-        let patterns = disjoint(patterns, options.exact)?;
-        let parts = patterns.into_iter().map(|pattern| (pattern, self.next_local())).collect();
-        let subscription = Subscription::new(Arc::clone(&self.handle), parts);
-        let parts = subscription.parts();
-        let locals = parts.iter().map(|(pattern, id)| {
-            let sink = Sink::Queue(Arc::clone(subscription.queue()));
-            let mut local = Local::new(*id, pattern.clone(), sink, self.subscription_len_max);
-            local.has_snapshot = options.snapshot;
-            local.charged = (parts.len() > 1).then_some(0);
-            local
-        });
-        self.subscribed(locals).await?;
-        Ok(subscription)
-    }
-
-    /// The value of a key, as it changes; waits until the present value is known. While the connection is lost, the last
-    /// value stays, and [`is_live`](crate::Watched::is_live) is false.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`get`](Self::get).
-    pub async fn watch(&self, key: impl AsKey) -> Result<Watch<Entry>> {
-        self.watch_with(key, |entry| Ok(entry.clone())).await
-    }
-
-    /// The value of a key as JSON, as it changes. Where a value is not the JSON of a `T`, the last one that was stays beside
-    /// the [`error`](crate::Watched::error). Otherwise like [`watch`](Self::watch).
-    ///
-    /// # Errors
-    ///
-    /// Those of [`get`](Self::get).
-    pub async fn watch_as<T>(&self, key: impl AsKey) -> Result<Watch<T>>
-    where
-        T: DeserializeOwned + Send + Sync + 'static,
-    {
-        self.watch_with(key, Entry::json).await
-    }
-
-    async fn watch_with<T: Send + Sync + 'static>(
-        &self,
-        key: impl AsKey,
-        read: impl Fn(&Entry) -> Result<T> + Send + 'static,
-    ) -> Result<Watch<T>> {
-        let (watcher, receiver) = ChannelWatcher::new(read);
-        self.current(Pattern::Exact(key.as_key()?.into_owned()), Box::new(watcher), receiver).await
-    }
-
-    /// All keys that a pattern covers, with their values, as they change; waits until the present state is known. A change costs
-    /// what it costs a map, and readers borrow the map. While the connection is lost, the last state stays, and
-    /// [`is_live`](crate::Branch::is_live) is false until what was missed is in it: keys that have gone meanwhile go in one step.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`get`](Self::get), and [`ErrorKind::Protocol`] when it would take more than
-    /// [`ClientBuilder::subscription_len_max`].
-    ///
-    /// # Examples
-    ///
-    /// ```no_run
-    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
-    /// let mut lamps = client.watch_branch("lamp.*").await?;
-    /// loop {
-    ///     let state = lamps.borrow_and_update();
-    ///     println!("{} lamps at revision {}, live: {}", state.entries.len(), state.revision, state.is_live);
-    ///     drop(state);
-    ///     lamps.changed().await?;
-    /// }
-    /// # }
-    /// ```
-    pub async fn watch_branch(&self, pattern: impl AsPattern) -> Result<BranchWatch<Entry>> {
-        self.watch_branch_with(pattern, |entry| Ok(entry.clone())).await
-    }
-
-    /// The same with values as JSON. One that is not the JSON of a `T` is among those that are
-    /// [`unreadable`](crate::Branch::unreadable), and its key not among the entries.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`watch_branch`](Self::watch_branch).
-    pub async fn watch_branch_as<T>(&self, pattern: impl AsPattern) -> Result<BranchWatch<T>>
-    where
-        T: DeserializeOwned + Send + Sync + 'static,
-    {
-        self.watch_branch_with(pattern, Entry::json).await
-    }
-
-    async fn watch_branch_with<T: Send + Sync + 'static>(
-        &self,
-        pattern: impl AsPattern,
-        read: impl Fn(&Entry) -> Result<T> + Send + 'static,
-    ) -> Result<BranchWatch<T>> {
-        let (watcher, receiver) = BranchWatcher::new(read);
-        self.current(pattern.as_pattern()?.into_owned(), Box::new(watcher), receiver).await
-    }
-
-    async fn current<S>(
-        &self,
-        pattern: Pattern,
-        watcher: Box<dyn Watcher>,
-        receiver: watch::Receiver<S>,
-    ) -> Result<Current<S>> {
-        let id = self.next_local();
-        let end = EndOnDrop { handle: Arc::clone(&self.handle), pattern: pattern.clone(), id };
-        let mut current = Current::new(receiver, end);
-        self.subscribed([Local::new(id, pattern, Sink::Watch(watcher), self.subscription_len_max)]).await?;
-        drop(current.borrow_and_update());
-        Ok(current)
-    }
-
-    fn next_local(&self) -> u64 {
-        self.handle.next_local.fetch_add(1, Relaxed)
-    }
-
-    /// Waits until all are accepted.
-    async fn subscribed(&self, locals: impl IntoIterator<Item = Local>) -> Result<()> {
-        let mut all = Vec::new();
-        for mut local in locals {
-            let (ready, accepted) = oneshot::channel();
-            local.ready = Some(ready);
-            all.push(accepted);
-            self.handle.control(Control::Subscribe(local))?;
-        }
-        let all_accepted = async {
-            for accepted in all {
-                accepted.await.map_err(|_| self.handle.closed())??;
-            }
-            Ok(())
-        };
-        timeout(self.request_timeout, all_accepted).await.unwrap_or_else(|_| Err(self.timed_out()))
     }
 
     async fn entries(&self, request: Request<'static>) -> Result<Page<Entry>> {
@@ -670,48 +625,6 @@ impl Client {
     }
 }
 
-/// A client that has the time of one request for all that an update takes.
-struct Bounded<'a> {
-    client: &'a Client,
-    deadline: Instant,
-}
-
-impl<'a> Bounded<'a> {
-    fn new(client: &'a Client) -> Self {
-        let now = Instant::now();
-        // A request may be given more time than there is.
-        let deadline = now.checked_add(client.request_timeout).unwrap_or_else(|| now + UPDATE_MAX);
-        Bounded { client, deadline }
-    }
-
-    fn rest(&self) -> Client {
-        self.client.with_request_timeout(self.deadline.saturating_duration_since(Instant::now()))
-    }
-}
-
-impl UpdateStore for Bounded<'_> {
-    async fn read(&self, key: &Key) -> Result<Option<Entry>> {
-        self.rest().get(key).await
-    }
-
-    async fn write(&self, key: &Key, value: Bytes, options: PutOptions) -> Result<Revision> {
-        self.rest().put_with(key, value, options).await
-    }
-
-    async fn delete(&self, key: &Key, if_revision: Revision) -> Result<Deleted> {
-        self.rest().delete_if(key, if_revision).await
-    }
-
-    async fn pause(&self, pause: Duration) -> bool {
-        let end = Instant::now() + pause;
-        if end >= self.deadline {
-            return false;
-        }
-        sleep_until(end).await;
-        true
-    }
-}
-
 /// Takes a request back when its caller gives up, however that is.
 struct TakeBack(Arc<Slot>);
 
@@ -755,7 +668,7 @@ fn check_count(body: &Body, most: u64) -> Result<()> {
     if count > most { Err(Error::protocol(message())) } else { Ok(()) }
 }
 
-/// Checks that a page goes forward: whoever asks for the next one after its last key would else never end.
+/// Checks that a page goes forward: reading page after page would never end else.
 fn check_order<'a>(mut after: Option<&'a Key>, keys: impl Iterator<Item = &'a Key>) -> Result<()> {
     for key in keys {
         if after.is_some_and(|after| key <= after) {

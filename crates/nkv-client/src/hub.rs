@@ -1,4 +1,4 @@
-//! Who within this client is told of what: the local subscriptions, what each was told, and their names on the wire.
+//! Who within this client is notified of what: the local subscriptions, what each was sent, and their names on the wire.
 //!
 //! Local subscriptions of one pattern share one wire subscription, because a server knows a subscription by client and
 //! pattern. What the server sent for it is known once; a local subscription that comes later gets a snapshot of its own,
@@ -17,12 +17,12 @@ use tokio::time::Instant;
 
 use crate::error::WireError as _;
 use crate::queue::{KEY_COST, Known, Queue};
-use crate::watch::Watcher;
+use crate::watcher::Watcher;
 
 /// A refusal that time may cure is followed by another try after so long, and then after twice that.
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(10);
-/// So many keys a server deletes in one step.
+/// The number of keys that a server deletes in one step.
 const STEP_KEYS: u64 = 1_024;
 
 /// Where a local subscription's events go.
@@ -37,28 +37,28 @@ pub(crate) enum Sink {
 pub(crate) struct Local {
     pub(crate) id: u64,
     pub(crate) pattern: Pattern,
-    /// Whether it is told the present state first.
+    /// Whether it is sent the present state first.
     pub(crate) has_snapshot: bool,
     pub(crate) sink: Sink,
     /// Told once the server has accepted the subscription; of a watch, once the value is known.
     pub(crate) ready: Option<oneshot::Sender<Result<()>>>,
-    /// So many bytes may be kept for it: what it was told of, and what waits for its reader.
+    /// How many bytes may be kept for it: the keys that it was notified of, and its backlog or branch.
     pub(crate) len_max: usize,
     pub(crate) standing: Standing,
-    /// Whether it was told `Synced` on this connection.
+    /// Whether it was sent `Synced` on this connection.
     pub(crate) synced: bool,
     /// How many bytes its queue counts for it, if it is one of several that feed the queue.
     pub(crate) charged: Option<usize>,
 }
 
-/// What a local subscription knows, beside what its wire subscription was told.
+/// What a local subscription knows, beside what its wire subscription was sent.
 #[derive(Debug)]
 pub(crate) enum Standing {
-    /// It waits for a snapshot; of an earlier one that broke off it was told these keys, at these revisions.
+    /// It waits for a snapshot; of an earlier one that broke off it was sent these keys, at these revisions.
     Waiting(HashMap<Key, u64>),
-    /// The snapshot under way is told to it too.
+    /// The snapshot under way is sent to it too.
     Filling(HashMap<Key, u64>),
-    /// It knows what the wire subscription was told.
+    /// It knows what the wire subscription was sent.
     Joined,
 }
 
@@ -84,7 +84,7 @@ impl<'a> Gone<'a> {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct LastTold {
+struct LastSent {
     revision: u64,
     /// The number of the snapshot that it was last seen in, or that was the last when it changed.
     snapshot: u64,
@@ -111,7 +111,7 @@ impl Local {
     }
 
     fn accepted(&mut self) {
-        // Nobody waits any more: the end of the subscription is on its way.
+        // If no caller waits any more, the end of the subscription is on its way.
         self.ready.take().into_iter().for_each(|ready| drop(ready.send(Ok(()))));
     }
 
@@ -123,13 +123,13 @@ impl Local {
             }
             self.standing = Standing::Filling(partial);
         }
-        // Without a snapshot all that comes until its end is passed over: only then may its reader rely on being told.
+        // Without a snapshot all that comes until its end is passed over: only then may its reader rely on being notified.
         if !self.is_watch() && self.has_snapshot {
             self.accepted();
         }
     }
 
-    /// An update that the wire subscription was told, `is_newer` than what it was told before of the key, if it
+    /// An update that the wire subscription was sent, `is_newer` than what it was sent before of the key, if it
     /// `was_known`.
     fn update(&mut self, entry: &Entry, skipped: u64, is_newer: bool, was_known: bool, len: usize) -> bool {
         let is_new = match &self.standing {
@@ -137,7 +137,7 @@ impl Local {
             Standing::Joined if !is_newer => return false,
             Standing::Joined => !was_known,
             Standing::Filling(partial) => match partial.get(&entry.key) {
-                Some(told) if *told >= entry.revision.get() => return false,
+                Some(sent) if *sent >= entry.revision.get() => return false,
                 Some(_) => false,
                 None if !self.has_snapshot => return false,
                 None => true,
@@ -232,7 +232,7 @@ impl Local {
                 }
                 _ => Error::closed(),
             };
-            // Nobody waits any more: there is nobody to tell.
+            // The caller may have gone.
             _ = ready.send(Err(error));
         }
         match self.sink {
@@ -255,7 +255,7 @@ struct Wire {
     exact_asked: bool,
     /// How many `Subscribe`s are under way without a `Hello`.
     asked: u32,
-    keys: HashMap<Key, LastTold>,
+    keys: HashMap<Key, LastSent>,
     /// What the keys cost.
     len: usize,
     /// Keys that those who watch know by the client's own puts, and of which the server has sent nothing yet; the numbers of
@@ -263,7 +263,7 @@ struct Wire {
     own: HashMap<Key, u64>,
     /// Number of the snapshot in hand or last seen.
     snapshot: u64,
-    /// The number of the revision up to which the last snapshot has all changes: what is told for another subscription that
+    /// The number of the revision up to which the last snapshot has all changes: what is sent for another subscription that
     /// covers the key may be older.
     has: u64,
     epoch: Epoch,
@@ -287,12 +287,12 @@ impl Wire {
         self.retry = None;
         let is_new_epoch = std::mem::replace(&mut self.epoch, epoch) != epoch;
         if is_new_epoch {
-            // Revisions of another epoch say nothing: everything is told again.
+            // Revisions of another epoch say nothing: everything is sent again.
             self.keys.values_mut().for_each(|last| last.revision = 0);
             self.own.values_mut().for_each(|number| *number = 0);
         }
-        let told = self.locals.iter_mut().filter(|local| local.is_exact() || !exact);
-        told.for_each(|local| local.begin_snapshot(is_new_epoch));
+        let served = self.locals.iter_mut().filter(|local| local.is_exact() || !exact);
+        served.for_each(|local| local.begin_snapshot(is_new_epoch));
     }
 
     /// Asks for the key alone if its branch is not wanted any more.
@@ -313,7 +313,7 @@ impl Wire {
         if (self.exact || self.exact_asked) && !self.pattern.selects(&entry.key) {
             return Vec::new();
         }
-        let now = LastTold { revision: entry.revision.get(), snapshot: self.snapshot };
+        let now = LastSent { revision: entry.revision.get(), snapshot: self.snapshot };
         let (mut is_newer, mut was_known) = (true, true);
         match self.keys.get_mut(&entry.key) {
             Some(last) if last.revision >= now.revision => (last.snapshot, is_newer) = (now.snapshot, false),
@@ -370,8 +370,8 @@ impl Wire {
                 local.gone(&Gone::missed(&key, revision), 0, false);
             }
         }
-        let told = locals.iter_mut().filter(|local| !matches!(local.standing, Standing::Waiting(_)));
-        told.for_each(|local| local.end_snapshot(revision, *epoch));
+        let served = locals.iter_mut().filter(|local| !matches!(local.standing, Standing::Waiting(_)));
+        served.for_each(|local| local.end_snapshot(revision, *epoch));
     }
 
     fn detach(&mut self) {
@@ -449,7 +449,7 @@ impl Hub {
         let fits = local.is_exact() || !wire.exact_asked;
         wire.locals.push(local);
         // A snapshot that has not begun is for the new one too. One that has is not: it takes another, of which those
-        // that know it all already are told nothing.
+        // that know it all already are sent nothing.
         if !self.attached || (wire.asked > 0 && fits) {
             return None;
         }
@@ -517,7 +517,7 @@ impl Hub {
         Ok(())
     }
 
-    /// A `Subscribe` was refused. Those who asked just now are told. Those who have it go on: the server has kept it, if it
+    /// A `Subscribe` was refused. Callers that asked just now get the error. Those who have it go on: the server has kept it, if it
     /// had it; if not, because the connection is new, it is asked for again where time may cure the refusal.
     pub(crate) fn refused(&mut self, text: &str, id: u64, status: u16, message: &str) {
         let reason = EndReason::Refused { status, message: message.to_owned() };
@@ -735,7 +735,7 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     use super::*;
-    use crate::watch::BranchWatcher;
+    use crate::watcher::BranchWatcher;
 
     fn add(hub: &mut Hub, id: u64, pattern: &str) -> (Arc<Queue>, Option<Send>) {
         let (queue, pattern) = (Arc::<Queue>::default(), Pattern::new(pattern).unwrap());
@@ -894,7 +894,7 @@ mod tests {
         fill(&mut hub, &send.unwrap(), &[]);
         let (one, send) = add(&mut hub, 2, "a");
         fill(&mut hub, &send.unwrap(), &[]);
-        // Two keys, told of and not read; one that comes and goes, and is read, costs nothing.
+        // Two keys, sent and not read; one that comes and goes, and is read, costs nothing.
         for n in 1..100 {
             hub.update(&entry("a", 2 * n), 0);
             hub.gone(&Key::new("a").unwrap(), revision(2 * n + 1), GoneReason::Deleted, 0);

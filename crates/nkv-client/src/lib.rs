@@ -17,16 +17,15 @@ mod store;
 mod subscription;
 mod task;
 mod types;
-mod watch;
+mod watcher;
 
 pub use client::Client;
 pub use nkv_protocol::{ConnectedClient, Subscriber};
 pub use nkv_types::{
-    Address, AsKey, AsPattern, AsPatterns, Branch, Deleted, Edit, EndReason, Entry, Epoch, Error, ErrorKind, Event,
-    GoneReason, IntoEdit, IntoValue, Key, Page, PageOptions, Pattern, PutOptions, Result, Revision, Stats, Store,
-    SubscribeOptions, Unreadable, Watched,
+    Address, AsKey, AsPattern, AsPatterns, Branch, BranchWatch, Current, Deleted, Edit, EndReason, Entry, Epoch, Error,
+    ErrorKind, Event, GoneReason, IntoEdit, IntoValue, Key, Page, PageOptions, Pattern, PutOptions, Result, Revision,
+    Stats, Store, SubscribeOptions, Unreadable, Watch, Watched,
 };
 pub use options::ClientBuilder;
 pub use subscription::Subscription;
 pub use types::{ConnectionState, ServerVersion};
-pub use watch::{BranchWatch, Current, Watch};

@@ -13,7 +13,7 @@ use crate::link::{Link, LinkOptions};
 use crate::task::{Pace, Shared, Task};
 use crate::types::ConnectionState;
 
-/// So many requests may wait to be taken by the connection's task; more wait with their callers.
+/// At most this number of requests wait for the connection's task; more wait with their callers.
 const WAITING_MAX: usize = 1_024;
 /// Shortest pause to begin with: a pause of nothing would never grow.
 const BACKOFF_MIN: Duration = Duration::from_millis(1);
@@ -21,6 +21,24 @@ const BACKOFF_MIN: Duration = Duration::from_millis(1);
 const INTERVAL_MAX: Duration = Duration::from_secs(365 * 86_400);
 
 /// Makes a [`Client`].
+///
+/// # Examples
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> nkv_client::Result<()> {
+/// // Begins before the server does; requests wait for the connection for as long as they may take.
+/// let client = nkv_client::Client::builder("db1:4222")
+///     .token("secret")
+///     .request_timeout(Duration::from_secs(1))
+///     .backoff(Duration::from_millis(100), Duration::from_secs(2))
+///     .start()?;
+/// # drop(client);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 #[must_use]
 pub struct ClientBuilder {
@@ -63,7 +81,7 @@ impl ClientBuilder {
         self
     }
 
-    /// A name for people, which the server shows to those who ask who is connected: at most 256 bytes, without control
+    /// A name for people, which the server shows in its list of clients: at most 256 bytes, without control
     /// characters. It identifies nothing, and any number of clients may share it.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
@@ -71,7 +89,7 @@ impl ClientBuilder {
     }
 
     /// For how long [`connect`](Self::connect) tries again while no server answers. Not at all if not given: it fails at
-    /// once where nobody listens.
+    /// once where no server listens.
     pub fn wait_for_server(mut self, patience: Duration) -> Self {
         self.wait_for_server = patience.min(INTERVAL_MAX);
         self
@@ -95,7 +113,7 @@ impl ClientBuilder {
         self
     }
 
-    /// After so long without a sign of life the server is asked for a word, and after twice that the connection counts
+    /// After this time without a sign of life the server is asked for one, and after twice that the connection counts
     /// as lost. 15 s if not given.
     ///
     /// Bytes that the server takes of a long request are a sign of life. A server that keeps requests waiting gives one every
@@ -122,7 +140,7 @@ impl ClientBuilder {
         self
     }
 
-    /// How many bytes may be kept for a subscription: the keys that it was told of, and what waits to be read, with 200
+    /// How many bytes may be kept for a subscription: the keys that it was notified of, and its backlog, with 200
     /// for each besides its own. One that would need more ends with
     /// [`EndReason::TooMuch`](crate::EndReason::TooMuch). 1 GiB if not given.
     pub fn subscription_len_max(mut self, len_max: usize) -> Self {

@@ -198,7 +198,7 @@ impl Queue {
         }
         let (old, synced) = (state.slots.get(&slot).copied(), state.slots.get(&Slot::Synced).copied());
         let is_before_synced = slot.is_key() && old.zip(synced).is_some_and(|(old, synced)| old < synced);
-        // What has come since is of that connection: it is told behind its event, and `Synced` behind both.
+        // What has come since is of that connection: it stands behind its event, and `Synced` behind both.
         let is_of_before = is_before_synced && old.is_some_and(|old| state.has_connection_since(old));
         let mut is_new = known.is_new;
         if let Some(old) = old.and_then(|old| state.events.remove(&old)) {
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_each_part_reports_is_told_of_once() {
+    fn a_connection_that_each_part_reports_comes_once() {
         let queue = Queue::of_parts(2);
         for event in [Event::Reconnecting, Event::connected(Epoch::default())] {
             queue.post_connection(event.clone());
@@ -366,7 +366,7 @@ mod tests {
         for event in [Event::Reconnecting, connected(3), update("c", 1), synced(3)] {
             queue.post(event);
         }
-        let told: Vec<String> = drain(&queue)
+        let received: Vec<String> = drain(&queue)
             .iter()
             .map(|event| match event {
                 Event::Update { entry, .. } => format!("{}@{}", entry.key, entry.revision),
@@ -375,7 +375,7 @@ mod tests {
                 other => format!("{other:?}"),
             })
             .collect();
-        assert_eq!(told, ["b@6", "epoch 2", "a@1", "epoch 3", "c@1", "synced"]);
+        assert_eq!(received, ["b@6", "epoch 2", "a@1", "epoch 3", "c@1", "synced"]);
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::task::Control;
 /// connection is lost, [`Event::Reconnecting`]; once it is there again, [`Event::Connected`], then what was missed as if
 /// it had just happened (of a key that has gone, [`GoneReason::Missed`](crate::GoneReason)), then [`Event::Synced`].
 ///
-/// For one key, revisions only grow within an epoch, and nothing is told twice. What is of a new epoch comes behind the
+/// For one key, revisions only grow within an epoch, and nothing comes twice. What is of a new epoch comes behind the
 /// [`Event::Connected`] that names it. A reader that falls behind gets the
 /// newest state of each key and how many changes were skipped: memory is bounded by the number of keys covered.
 /// Events of the connection and of being synced are conflated in the same way.

@@ -22,11 +22,11 @@ use crate::hub::{Hub, Local, Send};
 use crate::link::{Link, LinkOptions};
 use crate::types::ConnectionState;
 
-/// So many requests are taken at a time. Their callers can take them back until they are encoded.
+/// At most this number of requests are taken at a time. Their callers can take them back until they are encoded.
 const BATCH: usize = 64;
-/// So many requests may be under way; more wait with their callers.
+/// At most this number of requests are in flight; more wait with their callers.
 const PENDING_MAX: usize = 4_096;
-/// So many may have been answered behind one that is still under way.
+/// At most this number have been answered behind one that is still in flight.
 const ANSWERED_MAX: usize = 64 * PENDING_MAX;
 /// A connection that lasted this long ends a row of failures.
 const HEALTHY: Duration = Duration::from_secs(10);
@@ -164,11 +164,11 @@ struct Pending {
 
 #[derive(Debug)]
 enum What {
-    /// A request; the value of a write is kept until the socket has it, or until it is answered if somebody watches the key.
+    /// A request; the value of a write is kept until the socket has it, or until it is answered if the key is watched.
     Ask(Ask, Box<Request<'static>>),
     /// To a pattern, for a wire subscription, and whether to its key alone.
     Subscribe(String, u64, bool),
-    /// Its answer is of interest to nobody.
+    /// Its answer is passed over.
     Other,
 }
 
@@ -312,7 +312,7 @@ pub(crate) struct Task {
 
 /// Why the task stops serving a connection.
 enum Stop {
-    /// Nobody needs it any more.
+    /// No handle is left, or the client was closed.
     Done,
     Lost(Error),
 }
@@ -387,7 +387,7 @@ impl Task {
         self.state.send_if_modified(|state| std::mem::replace(state, connected) != connected);
     }
 
-    /// Serves a connection until it is lost or nobody needs it.
+    /// Serves a connection until it is lost or not needed any more.
     async fn serve(&mut self, link: &mut Link) -> Stop {
         let mut next_beat = Instant::now() + self.pace.heartbeat;
         let mut timer = pin!(sleep(self.pace.heartbeat));
@@ -525,7 +525,7 @@ impl Task {
         let has_signs = link.patience.is_some();
         let limit = (2 * heartbeat).max(link.patience.unwrap_or_default());
         // A server without signs of life may be busy with the first request that is due. Its caller may have more patience
-        // than we; that of the next one does not count, or a program that keeps asking would never learn that nobody is
+        // than we; that of the next one does not count, or a program that keeps asking would never learn that no server is
         // there.
         let first = self.pending.iter().next();
         let is_patient =
@@ -597,7 +597,7 @@ impl Task {
         let Some(mut request) = ask.slot.take() else { return };
         if ask.epoch.is_some_and(|epoch| epoch != link.epoch) {
             let what = "the condition's revision is of another epoch than the server's data: read the key anew";
-            // The caller may have gone; then there is nobody to tell.
+            // The caller may have gone.
             return drop(ask.reply.send(Err(Error::new(ErrorKind::OtherEpoch, what))));
         }
         if is_write(&request) {
@@ -677,7 +677,7 @@ impl Task {
             // What a server says before it closes a connection that it is tired of.
             None => {
                 return Err(match body.status {
-                    status::OK => Error::protocol("an answer that nobody asked for"),
+                    status::OK => Error::protocol("an answer to no request"),
                     _ => Error::from_answer(&body, epoch),
                 });
             }
@@ -686,7 +686,7 @@ impl Task {
                     self.writes.remove(&request);
                     self.own_write(&mut request, &body, epoch);
                 }
-                // The caller may have gone; then the answer is of interest to nobody.
+                // The caller may have gone.
                 drop(ask.reply.send(Ok((body, epoch))));
             }
             Some(What::Subscribe(pattern, wire, _)) => match body.status {
@@ -743,7 +743,7 @@ impl Task {
                 }
                 continue;
             };
-            // The caller may have gone; then there is nobody to tell.
+            // The caller may have gone.
             drop(ask.reply.send(Err(failure)));
         }
         // They came before those that have waited since the connection before.
@@ -755,7 +755,7 @@ impl Task {
         self.state.send_replace(ConnectionState::Reconnecting);
     }
 
-    /// Tries until a connection is there; `None` when nobody needs it any more.
+    /// Tries until a connection is there; `None` when it is not needed any more.
     async fn reconnect(&mut self, failures: &mut u32) -> Option<Link> {
         loop {
             let pause = self.pace.pause(*failures);
@@ -776,7 +776,7 @@ impl Task {
         }
     }
 
-    /// Waits until the next attempt to connect is due; `None` when nobody needs it any more.
+    /// Waits until the next attempt to connect is due; `None` when it is not needed any more.
     async fn pause(&mut self, pause: Duration) -> Option<()> {
         let mut pause = pin!(sleep(pause));
         while self.nudged.is_none() {
@@ -788,7 +788,7 @@ impl Task {
         Some(())
     }
 
-    /// Awaits while subscriptions come and go; `None` when nobody needs the connection any more.
+    /// Awaits while subscriptions come and go; `None` when the connection is not needed any more.
     async fn meanwhile<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
         let mut work = pin!(work);
         loop {
@@ -847,7 +847,7 @@ mod tests {
         _asks: mpsc::Sender<Ask>,
     }
 
-    /// A task with a connection that holds so many bytes before the far end must take some.
+    /// A task with a connection that holds this number of bytes before the far end must take some.
     fn rig(buffer_len: usize) -> Rig {
         let (near, far) = duplex(buffer_len);
         let (asks, asks_rx) = mpsc::channel(1);
@@ -1065,7 +1065,7 @@ mod tests {
         assert_eq!((rig.task.pending.places.len(), kept.count()), (3, 1), "the third is encoded, and not begun");
     }
 
-    // It was sent after its caller had been told that it never would be.
+    // It was sent after its caller had received the error that says it never would be.
     #[tokio::test]
     async fn what_is_given_up_is_cut_out_of_what_waits_to_be_sent() {
         let mut rig = rig(10);

@@ -275,11 +275,9 @@ impl Feed {
             state.held.push_back(Held { group, start, end });
         }
         let pushed = state.pushed;
-        state
-            .readers
-            .iter_mut()
-            .filter(|reader| pushed - reader.read > reader.len_max)
-            .for_each(|reader| reader.next = None);
+        for reader in state.readers.iter_mut().filter(|reader| pushed - reader.read > reader.len_max) {
+            reader.next = None;
+        }
         let unread = state.trim();
         self.log.wake_all(state);
         drop(unread);
@@ -296,11 +294,18 @@ impl Feed {
     }
 }
 
-impl Drop for Feed {
-    fn drop(&mut self) {
+impl Feed {
+    /// Has the readers end once they have taken all.
+    pub(crate) fn close(&self) {
         let mut state = self.log.lock();
         state.is_closed = true;
         self.log.wake_all(state);
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 

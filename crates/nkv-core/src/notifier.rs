@@ -12,7 +12,8 @@ use crate::record::Event;
 ///
 /// - *At once*: `notify` returns without waiting for the subscriber. Callers hold locks; a notifier must not call
 ///   back into the store.
-/// - *In order*: events are given in the order of their revisions and must be told in that order. What cannot be
+/// - *In order*: events are given in the order of their [sequence numbers](Event::sequence), in which revisions never fall,
+///   and must be told in that order. Several keys may have one revision: that tells no two events apart. What cannot be
 ///   told yet may be conflated: a newer change of a key may take the place of an older change of the *same* key,
 ///   never of another.
 /// - *Latest, always*: when events stop, a live subscriber has received the last change of each key, or a snapshot that

@@ -30,9 +30,9 @@ use crate::revision::{Epoch, Revision};
 ///   nothing is left. [Reserved](Key::reserved) keys have tombstones alone. Other backends are given no meta, and no
 ///   reserved keys.
 /// - *Replaces*: [`Change::replaces`] names the revision of the record whose place a change takes, as the batches stored
-///   so far and the changes before it in its own have left it; zero where there is none. A backend may rely on it: one
-///   that knows its records by their revisions need not know them by their keys. It names no tombstone: where there is one,
-///   it is zero. A delete that replaces nothing counts as any change does: its revision is kept.
+///   so far and the changes before it in its own have left it; zero where there is none. A backend may rely on it. It names
+///   no tombstone: where there is one, it is zero. A delete that replaces nothing counts as any change does: its revision is
+///   kept. Several keys may have one revision, so a revision alone names no record.
 /// - *Prepared*: [`prepare`](Self::prepare) stores nothing, and says no more than is known.
 /// - *Closed*: what [`close`](Self::close) returns is the result of the last sync; everything stored before survives it.
 /// - *One owner*: storage that is open cannot be opened again ([`PersistErrorKind::InUse`]); or the last instance to load it
@@ -59,8 +59,8 @@ pub trait PersistValue: fmt::Debug + Send + 'static {
     /// [`PersistErrorKind::Damaged`] when the data cannot be trusted, [`PersistErrorKind::Io`] when it cannot be read.
     fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError>;
 
-    /// Makes a batch durable: all of it, or none of it. A batch is never empty. Its revisions never fall, from one batch
-    /// to the next neither, and those of one key rise; several keys may have the same one.
+    /// Makes a batch durable: all of it, or none of it. A batch is never empty. Its revisions are above those of all batches
+    /// before, and never fall within it; those of one key rise, and several keys may have the same one.
     ///
     /// # Errors
     ///

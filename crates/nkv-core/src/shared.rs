@@ -310,6 +310,7 @@ impl<N: Notifier> Shared<N> {
         self.subscriptions.store(0, Relaxed);
         drop(subscribers);
         drop(removed);
+        self.feed.close();
     }
 
     /// What is removed is to be dropped without the lock.

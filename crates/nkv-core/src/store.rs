@@ -532,7 +532,8 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         self.shared.forget(gone);
     }
 
-    /// Forgets all subscriptions, without a last event: their notifiers are dropped.
+    /// Forgets all subscriptions, without a last event: their notifiers are dropped. Readers of
+    /// [`changes`](Self::changes) end once they have taken what there is.
     pub fn forget_all(&self) {
         self.shared.forget_all();
     }

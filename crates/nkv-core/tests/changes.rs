@@ -151,7 +151,7 @@ fn a_reader_goes_on_at_a_revision_that_another_still_holds() {
     }
     assert!(store.changes(Some((Epoch::new(9), r(4))), CHANGES_LEN_MAX).is_err());
     assert_eq!(groups(&mut slow).len(), 2);
-    assert!(after(2).is_err() && after(4).is_ok(), "what all have read is not held");
+    assert!(after(1).is_err() && after(2).is_err() && after(4).is_ok(), "what all have read is not held");
     drop(slow);
     write(&["e"]);
     assert!(after(4).is_err() && after(5).is_ok());

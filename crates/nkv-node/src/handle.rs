@@ -8,12 +8,18 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use nkv_core::{
-    Epoch, Expiry, Failed, Key, Notifier, Op, Outcome, Pattern, PersistErrorKind, Record, RecordRef, SubscriberId,
-    ValueRef, Write, WriteResult,
+    Changes, Epoch, Expiry, Failed, Gap, Key, Notifier, Op, Outcome, Pattern, PersistErrorKind, Record, RecordRef,
+    SubscriberId, ValueRef, Write, WriteResult,
 };
 use nkv_types::{
-    Deleted, Entry, Error, ErrorKind, Page, PageOptions, PutOptions, Result, Revision, Stats, SubscribeOptions,
+    AsKey, AsPattern, AsPatterns, Branch, BranchWatch, Current, Deleted, Edit, Entry, Error, ErrorKind, Event,
+    IntoEdit, IntoValue, Page, PageOptions, PutOptions, Result, Revision, Stats, SubscribeOptions, UpdateStore, Watch,
+    Watched, disjoint, update,
 };
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error as ThisError;
+use tokio::sync::watch;
 
 use crate::budget::{Budget, Holder};
 use crate::failure::Chain;
@@ -73,10 +79,19 @@ impl Handle {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Closed`]; [`ErrorKind::Refused`] with 403.
-    pub async fn get(&self, key: &Key) -> Result<Option<Entry>> {
+    /// [`ErrorKind::InvalidKey`]; [`ErrorKind::Closed`]; [`ErrorKind::Refused`] with 403.
+    pub async fn get(&self, key: impl AsKey) -> Result<Option<Entry>> {
         let epoch = self.epoch();
-        self.look_up(key.as_str(), |record| entry(epoch, record.to_record()))
+        self.look_up(key.key_text()?, |record| entry(epoch, record.to_record()))
+    }
+
+    /// The value of a key, as JSON.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get), and [`ErrorKind::Json`].
+    pub async fn get_as<T: DeserializeOwned>(&self, key: impl AsKey) -> Result<Option<T>> {
+        self.get(key).await?.map(|entry| entry.json()).transpose()
     }
 
     /// The entries that `pattern` selects, in key order. Up to 1,024 are of one moment; of more, the next are of a
@@ -85,9 +100,9 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn get_all(&self, pattern: &Pattern) -> Result<Vec<Entry>> {
+    pub async fn get_all(&self, pattern: impl AsPattern) -> Result<Vec<Entry>> {
         let epoch = self.epoch();
-        self.all(pattern, |record| entry(epoch, record.to_record())).await
+        self.all(&*pattern.as_pattern()?, |record| entry(epoch, record.to_record())).await
     }
 
     /// Part of the entries that `pattern` selects, in key order: 1,000 unless `options` say, and 10,000 at most.
@@ -95,9 +110,9 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn get_page(&self, pattern: &Pattern, options: PageOptions) -> Result<Page<Entry>> {
+    pub async fn get_page(&self, pattern: impl AsPattern, options: PageOptions) -> Result<Page<Entry>> {
         let epoch = self.epoch();
-        self.page(pattern, &options, |record| entry(epoch, record.to_record()))
+        self.page(&*pattern.as_pattern()?, &options, |record| entry(epoch, record.to_record()))
     }
 
     /// The keys that `pattern` selects, with their revisions, in key order, as [`get_all`](Self::get_all).
@@ -105,9 +120,9 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn list(&self, pattern: &Pattern) -> Result<Vec<(Key, Revision)>> {
+    pub async fn list(&self, pattern: impl AsPattern) -> Result<Vec<(Key, Revision)>> {
         let epoch = self.epoch();
-        self.all(pattern, |record| listed(epoch, record)).await
+        self.all(&*pattern.as_pattern()?, |record| listed(epoch, record)).await
     }
 
     /// Part of the keys that `pattern` selects, as [`get_page`](Self::get_page).
@@ -115,9 +130,9 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn list_page(&self, pattern: &Pattern, options: PageOptions) -> Result<Page<(Key, Revision)>> {
+    pub async fn list_page(&self, pattern: impl AsPattern, options: PageOptions) -> Result<Page<(Key, Revision)>> {
         let epoch = self.epoch();
-        self.page(pattern, &options, |record| listed(epoch, record))
+        self.page(&*pattern.as_pattern()?, &options, |record| listed(epoch, record))
     }
 
     /// Whether `pattern` selects any key.
@@ -125,8 +140,8 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub async fn exists(&self, pattern: &Pattern) -> Result<bool> {
-        self.has(pattern)
+    pub async fn exists(&self, pattern: impl AsPattern) -> Result<bool> {
+        self.has(&*pattern.as_pattern()?)
     }
 
     // Writing.
@@ -136,7 +151,7 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`put_with`](Self::put_with), but for a conflict.
-    pub async fn put(&self, key: &Key, value: impl Into<Bytes>) -> Result<Revision> {
+    pub async fn put(&self, key: impl AsKey, value: impl IntoValue) -> Result<Revision> {
         self.put_with(key, value, PutOptions::default()).await
     }
 
@@ -145,17 +160,72 @@ impl Handle {
     /// # Errors
     ///
     /// [`ErrorKind::Conflict`], [`ErrorKind::OtherEpoch`] if the condition does not hold. [`ErrorKind::Refused`] with 413
-    /// for a value over the limit, 507 if the disk is full, 500 if storage fails, 403. [`ErrorKind::Closed`];
-    /// [`ErrorKind::OutcomeUnknown`] if the node stops meanwhile.
-    pub async fn put_with(&self, key: &Key, value: impl Into<Bytes>, options: PutOptions) -> Result<Revision> {
+    /// for a value over the limit, 507 if the disk is full, 500 if storage fails, 403. [`ErrorKind::InvalidKey`];
+    /// [`ErrorKind::Closed`]; [`ErrorKind::OutcomeUnknown`] if the node stops meanwhile.
+    pub async fn put_with(&self, key: impl AsKey, value: impl IntoValue, options: PutOptions) -> Result<Revision> {
         let options = nkv_core::PutOptions {
             if_revision: options.if_revision.map(|revision| self.condition(revision)).transpose()?,
             expiry: options.ttl.map(|ttl| self.expiry(ttl)),
         };
-        match self.write_one(Op::Put { key: key.clone(), value: value.into(), options }).await? {
+        let (key, value) = (key.as_key()?.into_owned(), value.into_value());
+        match self.write_one(Op::Put { key, value, options }).await? {
             Outcome::Put { revision } => Ok(self.revision(revision)),
             other => Err(self.conflict(other)),
         }
+    }
+
+    /// Writes a value as JSON.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`put`](Self::put), and [`ErrorKind::Json`].
+    pub async fn put_as<T: Serialize + ?Sized>(&self, key: impl AsKey, value: &T) -> Result<Revision> {
+        let json = to_json(key.key_text()?, value)?;
+        self.put(key, json).await
+    }
+
+    /// Changes a value that others may change too: `edit` is given what the key holds, and its result is written if the key
+    /// is still as it was, else it is asked again after a random pause. Gives what the key holds then. It goes on until it
+    /// succeeds: bound it with a time-out where others write all the time.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`put`](Self::put).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let node = nkv_node::Node::builder().start().await?;
+    /// let nkv = node.handle();
+    /// let visits = nkv.update_as("visits", |old: Option<u64>| old.unwrap_or(0) + 1).await?;
+    /// assert_eq!(visits, Some(1));
+    /// # Ok(()) }
+    /// ```
+    pub async fn update<E: IntoEdit>(
+        &self,
+        key: impl AsKey,
+        mut edit: impl FnMut(Option<&Entry>) -> E,
+    ) -> Result<Option<Entry>> {
+        update(self, &*key.as_key()?, |old| Ok(edit(old).into_edit())).await
+    }
+
+    /// The same with values that are JSON.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`update`](Self::update), and [`ErrorKind::Json`] if the value is not the JSON of a `T`.
+    pub async fn update_as<T: Serialize + DeserializeOwned, E: Into<Edit<T>>>(
+        &self,
+        key: impl AsKey,
+        mut edit: impl FnMut(Option<T>) -> E,
+    ) -> Result<Option<T>> {
+        let key = key.as_key()?;
+        let edit = |old: Option<&Entry>| {
+            let edit: Edit<T> = edit(old.map(Entry::json).transpose()?).into();
+            edit.try_map(|value| Ok(Bytes::from(to_json(key.as_str(), &value)?)))
+        };
+        update(self, &key, edit).await?.map(|entry| entry.json()).transpose()
     }
 
     /// Deletes the keys that `pattern` selects, and says how many they were; none is no error. What of a wildcard
@@ -164,8 +234,8 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`put`](Self::put).
-    pub async fn delete(&self, pattern: &Pattern) -> Result<Deleted> {
-        self.delete_op(pattern.clone(), None).await
+    pub async fn delete(&self, pattern: impl AsPattern) -> Result<Deleted> {
+        self.delete_op(pattern.as_pattern()?.into_owned(), None).await
     }
 
     /// Deletes a key if it is at this revision.
@@ -173,9 +243,9 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`put_with`](Self::put_with).
-    pub async fn delete_if(&self, key: &Key, if_revision: Revision) -> Result<Deleted> {
+    pub async fn delete_if(&self, key: impl AsKey, if_revision: Revision) -> Result<Deleted> {
         let if_revision = self.condition(if_revision)?;
-        self.delete_op(Pattern::Key(key.clone()), Some(if_revision)).await
+        self.delete_op(Pattern::Key(key.as_key()?.into_owned()), Some(if_revision)).await
     }
 
     async fn delete_op(&self, pattern: Pattern, if_revision: Option<nkv_core::Revision>) -> Result<Deleted> {
@@ -215,8 +285,8 @@ impl Handle {
 
     // Subscribing.
 
-    /// Delivers the present state of all that `pattern` covers, then every change; of what waits too long, the latest
-    /// state of each key. Dropping the subscription ends it.
+    /// Delivers the present state of all that a pattern covers, or several, then every change; of what waits too long, the
+    /// latest state of each key. Dropping the subscription ends it.
     ///
     /// # Errors
     ///
@@ -226,37 +296,151 @@ impl Handle {
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// use nkv_node::{Event, Key, Node, Pattern};
+    /// use nkv_node::{Event, Node};
     ///
     /// let node = Node::builder().start().await?;
     /// let nkv = node.handle();
-    /// let mut lamps = nkv.subscribe(&Pattern::new("lamp")?).await?;
+    /// let mut lamps = nkv.subscribe("lamp").await?;
     /// assert!(matches!(lamps.next().await, Some(Event::Synced { .. }))); // there is none yet
-    /// nkv.put(&Key::new("lamp.hall")?, "on").await?;
+    /// nkv.put("lamp.hall", "on").await?;
     /// let Some(Event::Update { entry, .. }) = lamps.next().await else { panic!("no update") };
     /// assert_eq!(entry.value, "on");
     /// # Ok(()) }
     /// ```
-    pub async fn subscribe(&self, pattern: &Pattern) -> Result<Subscription> {
-        self.subscribe_with([pattern.clone()], SubscribeOptions::default()).await
+    pub async fn subscribe(&self, patterns: impl AsPatterns) -> Result<Subscription> {
+        self.subscribe_with(patterns, SubscribeOptions::default()).await
     }
 
-    /// The same for several patterns, with options.
+    /// The same, with options.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`subscribe`](Self::subscribe), and [`ErrorKind::InvalidKey`] for a wildcard that is to stand for itself
+    /// alone.
+    pub async fn subscribe_with(&self, patterns: impl AsPatterns, options: SubscribeOptions) -> Result<Subscription> {
+        let attach = AttachOptions::default().with_snapshot(options.snapshot);
+        Subscription::begin(self, disjoint(patterns, options.exact)?, attach)
+    }
+
+    /// The value of a key, as it changes; waits until the present value is known. A task of the runtime keeps it up to
+    /// date: what was just written may take it a moment.
     ///
     /// # Errors
     ///
     /// Those of [`subscribe`](Self::subscribe).
-    pub async fn subscribe_with(
+    pub async fn watch(&self, key: impl AsKey) -> Result<Watch<Entry>> {
+        self.watch_with(key, |entry| Ok(entry.clone())).await
+    }
+
+    /// The same with the value as JSON. Where a value is not the JSON of a `T`, the last one that was stays beside the
+    /// [`error`](Watched::error).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`subscribe`](Self::subscribe).
+    pub async fn watch_as<T: DeserializeOwned + Send + Sync + 'static>(&self, key: impl AsKey) -> Result<Watch<T>> {
+        self.watch_with(key, Entry::json).await
+    }
+
+    async fn watch_with<T: Send + Sync + 'static>(
         &self,
-        patterns: impl IntoIterator<Item = Pattern>,
-        options: SubscribeOptions,
-    ) -> Result<Subscription> {
-        let exact = |pattern| match pattern {
-            Pattern::Key(key) if options.exact => Pattern::Exact(key),
-            pattern => pattern,
-        };
-        let attach = AttachOptions::default().with_snapshot(options.snapshot);
-        Subscription::begin(self, patterns.into_iter().map(exact), attach)
+        key: impl AsKey,
+        read: impl Fn(&Entry) -> Result<T> + Send + 'static,
+    ) -> Result<Watch<T>> {
+        let pattern = Pattern::Exact(key.as_key()?.into_owned());
+        let take = move |watched: &mut Watched<T>, event: Event| watched.apply(&event, &read);
+        self.current(pattern, take, |watched| watched.is_live || watched.ended.is_some()).await
+    }
+
+    /// All keys that `pattern` covers with their values, as they change, in a map that is borrowed; waits until the present
+    /// state is known. It is kept up to date as a [`watch`](Self::watch) is.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`subscribe`](Self::subscribe).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let node = nkv_node::Node::builder().start().await?;
+    /// let nkv = node.handle();
+    /// nkv.put("lamp.hall", "on").await?;
+    /// let lamps = nkv.watch_branch("lamp").await?;
+    /// assert_eq!(lamps.borrow().entries.len(), 1);
+    /// # Ok(()) }
+    /// ```
+    pub async fn watch_branch(&self, pattern: impl AsPattern) -> Result<BranchWatch<Entry>> {
+        self.watch_branch_with(pattern, |entry| Ok(entry.clone())).await
+    }
+
+    /// The same with values as JSON. One that is not the JSON of a `T` is among those that are
+    /// [`unreadable`](Branch::unreadable), and its key not among the entries.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`subscribe`](Self::subscribe).
+    pub async fn watch_branch_as<T>(&self, pattern: impl AsPattern) -> Result<BranchWatch<T>>
+    where
+        T: DeserializeOwned + Send + Sync + 'static,
+    {
+        self.watch_branch_with(pattern, Entry::json).await
+    }
+
+    async fn watch_branch_with<T: Send + Sync + 'static>(
+        &self,
+        pattern: impl AsPattern,
+        read: impl Fn(&Entry) -> Result<T> + Send + 'static,
+    ) -> Result<BranchWatch<T>> {
+        let take = move |branch: &mut Branch<T>, event: Event| branch.apply(&event, &read);
+        self.current(pattern.as_pattern()?.into_owned(), take, |branch| branch.is_live || branch.ended.is_some()).await
+    }
+
+    /// A state that a task brings up to date with what a subscription delivers, until no copy of it is left.
+    async fn current<S: Default + Send + Sync + 'static>(
+        &self,
+        pattern: Pattern,
+        mut take: impl FnMut(&mut S, Event) + Send + 'static,
+        is_known: impl Fn(&S) -> bool,
+    ) -> Result<Current<S>> {
+        let mut subscription = Subscription::begin(self, vec![pattern], AttachOptions::default())?;
+        let (sender, mut receiver) = watch::channel(S::default());
+        self.shared.runtime.spawn(async move {
+            loop {
+                let event = tokio::select! {
+                    () = sender.closed() => return,
+                    event = subscription.next() => event,
+                };
+                let Some(event) = event else { return };
+                // All that is there is one change of the state.
+                sender.send_modify(|state| {
+                    take(state, event);
+                    while let Some(event) = subscription.try_next() {
+                        take(state, event);
+                    }
+                });
+            }
+        });
+        let known = receiver.wait_for(|state| is_known(state)).await.map(drop);
+        known.map_err(|_| Error::new(ErrorKind::Closed, "the node has stopped"))?;
+        Ok(Current::new(receiver, ()))
+    }
+
+    /// Every change of every key, in order, as it was committed, from `since` on, or from now on without it: for replication,
+    /// queues and audits. `since` is the present revision, or one that another reader has not left behind yet.
+    ///
+    /// What waits for the reader is bounded by the node's [`queued_max`](Limits::queued_max); see [`Changes`].
+    ///
+    /// # Errors
+    ///
+    /// [`ChangesError::Gap`] where changes after `since` are not there any more: the whole state is to be read, and then the
+    /// changes from its revision on. [`ChangesError::Refused`] as in [`get`](Self::get).
+    pub fn changes(&self, since: Option<Revision>) -> Result<Changes, ChangesError> {
+        self.check(Right::Subscribe, &Pattern::All)?;
+        let epoch = self.epoch();
+        let since = since.map(|since| (since.epoch().unwrap_or(epoch), nkv_core::Revision::new(since.get())));
+        let len_max = nkv_core::CHANGES_LEN_MAX.min(self.shared.limits.queued_max);
+        Ok(self.shared.store.changes(since, len_max)?)
     }
 
     /// The same, with what only subscribers in this process have.
@@ -264,12 +448,8 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`subscribe`](Self::subscribe).
-    pub async fn subscribe_as(
-        &self,
-        patterns: impl IntoIterator<Item = Pattern>,
-        options: AttachOptions<'_>,
-    ) -> Result<Subscription> {
-        Subscription::begin(self, patterns, options)
+    pub async fn subscribe_as(&self, patterns: impl AsPatterns, options: AttachOptions<'_>) -> Result<Subscription> {
+        Subscription::begin(self, disjoint(patterns, false)?, options)
     }
 
     /// Has anybody's notifier notified of every change that `pattern` covers, for as long as what this returns is kept. The
@@ -634,6 +814,44 @@ impl Handle {
         let number = self.shared.names.fetch_add(1, Relaxed);
         SubscriberId::from(format!("in-process-{number}").as_str())
     }
+}
+
+impl UpdateStore for Handle {
+    async fn read(&self, key: &Key) -> Result<Option<Entry>> {
+        self.get(key).await
+    }
+
+    async fn write(&self, key: &Key, value: Bytes, options: PutOptions) -> Result<Revision> {
+        self.put_with(key, value, options).await
+    }
+
+    async fn delete(&self, key: &Key, if_revision: Revision) -> Result<Deleted> {
+        self.delete_if(key, if_revision).await
+    }
+
+    async fn pause(&self, pause: Duration) -> bool {
+        // Also for a thread that is no task: the sleep is one.
+        drop(self.shared.runtime.spawn(tokio::time::sleep(pause)).await);
+        self.check_open().is_ok()
+    }
+}
+
+/// Why there are no changes to be read.
+#[derive(Clone, Debug, ThisError)]
+#[non_exhaustive]
+pub enum ChangesError {
+    /// Changes are missing.
+    #[error(transparent)]
+    Gap(#[from] Gap),
+    /// They may not be read, or the node has stopped.
+    #[error(transparent)]
+    Refused(#[from] Error),
+}
+
+fn to_json<T: Serialize + ?Sized>(key: &str, value: &T) -> Result<Vec<u8>> {
+    serde_json::to_vec(value).map_err(|error| {
+        Error::new(ErrorKind::Json, format!("the value for '{key}' cannot be made JSON")).because(error)
+    })
 }
 
 impl fmt::Debug for Handle {

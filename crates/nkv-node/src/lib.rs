@@ -10,6 +10,7 @@
     )
 )]
 
+mod blocking;
 mod budget;
 mod clock;
 mod expiry;
@@ -20,15 +21,19 @@ mod peer;
 mod rate_log;
 mod rights;
 mod shared;
+mod store;
 mod subscription;
 mod wakeups;
 mod writer;
 
+pub use blocking::BlockingHandle;
 pub use budget::{Budget, Held, Holder, Leave};
-pub use handle::{Admitted, Handle};
+pub use handle::{Admitted, ChangesError, Handle};
+pub use nkv_core::{ChangeGroup, Changes, Gap, Notifier, Op, Outcome};
 pub use nkv_types::{
-    Deleted, EndReason, Entry, Epoch, Error, ErrorKind, Event, GoneReason, Key, Page, PageOptions, Pattern, PutOptions,
-    Result, Revision, Stats, SubscribeOptions,
+    AsKey, AsPattern, AsPatterns, Branch, BranchWatch, Current, Deleted, Edit, EndReason, Entry, Epoch, Error,
+    ErrorKind, Event, GoneReason, IntoEdit, IntoValue, Key, Page, PageOptions, Pattern, PutOptions, Result, Revision,
+    Stats, Store, SubscribeOptions, Unreadable, Watch, Watched,
 };
 pub use node::{Builder, Limits, Node, NodeError};
 pub use peer::{Peer, PeerInfo, Said};

@@ -36,6 +36,8 @@ pub(crate) struct Shared {
     pub(crate) log: RateLimitedLog,
     pub(crate) wake_ups: Arc<WakeUps>,
     pub(crate) queue: Arc<Queue>,
+    /// That of the node.
+    pub(crate) runtime: tokio::runtime::Handle,
     /// Whether the node is to stop.
     pub(crate) stop: watch::Sender<bool>,
     /// The number of names made up for subscribers that gave none.
@@ -140,6 +142,7 @@ impl Shared {
             log: RateLimitedLog::default(),
             wake_ups,
             queue,
+            runtime: tokio::runtime::Handle::current(),
             stop: watch::Sender::new(false),
             names: AtomicU64::new(0),
             write_room: Arc::new(Semaphore::new(WRITE_ROOM)),

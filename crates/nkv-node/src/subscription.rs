@@ -219,12 +219,7 @@ struct Known {
 }
 
 impl Subscription {
-    pub(crate) fn begin(
-        handle: &Handle,
-        patterns: impl IntoIterator<Item = Pattern>,
-        options: AttachOptions<'_>,
-    ) -> Result<Self> {
-        let patterns = nkv_types::disjoint(patterns);
+    pub(crate) fn begin(handle: &Handle, patterns: Vec<Pattern>, options: AttachOptions<'_>) -> Result<Self> {
         let (post, inbox) = mailbox_with_slack(options.slack);
         let share = handle.shared().budget.share(None, Box::new(InProcess(post.observer())));
         let delivered = Delivered {
@@ -248,6 +243,15 @@ impl Subscription {
     /// Dropping the future loses nothing.
     pub async fn next(&mut self) -> Option<Event> {
         poll_fn(|cx| self.poll_event(cx)).await
+    }
+
+    /// The next event if there is one already.
+    pub(crate) fn try_next(&mut self) -> Option<Event> {
+        while self.ready.is_empty() && !self.has_ended {
+            let item = self.inbox.try_take()?;
+            self.take(Some(item));
+        }
+        self.ready.pop_front()
     }
 
     /// The next event, blocking the thread until there is one; `None` after [`Event::Ended`].

@@ -106,7 +106,7 @@ struct OwnBranch;
 
 impl Rights for OwnBranch {
     fn allows(&self, principal: &str, right: Right, pattern: &Pattern) -> bool {
-        right != Right::Admin && Pattern::new(principal).is_ok_and(|own| own.covers_all(pattern))
+        right != Right::Admin && Pattern::new(principal).is_ok_and(|own| own.includes(pattern))
     }
 }
 
@@ -330,4 +330,99 @@ fn a_node_whose_runtime_is_dropped_lets_go_of_its_directory() {
         std::thread::yield_now();
     }
     drop(node);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn updates_of_many_are_all_done() {
+    let (_node, nkv) = started().await;
+    let add = |nkv: Handle| async move {
+        for _ in 0..25 {
+            nkv.update_as("total", |old: Option<u32>| old.unwrap_or(0) + 1).await.unwrap();
+        }
+    };
+    let adding: Vec<_> = (0..4).map(|_| tokio::spawn(add(nkv.clone()))).collect();
+    for one in adding {
+        one.await.unwrap();
+    }
+    assert_eq!(nkv.get_as::<u32>("total").await.unwrap(), Some(100));
+    nkv.update("total", |_| nkv_node::Edit::<&str>::Delete).await.unwrap();
+    assert!(!nkv.exists("total").await.unwrap());
+}
+
+#[tokio::test]
+async fn a_watch_and_a_branch_follow_the_store_and_say_when_they_end() {
+    let (node, nkv) = started().await;
+    nkv.put("lamp.hall", "1").await.unwrap();
+    let mut hall = nkv.watch_as::<u32>("lamp.hall").await.unwrap();
+    let mut lamps = nkv.watch_branch_as::<u32>("lamp").await.unwrap();
+    assert_eq!((hall.borrow().value, hall.borrow().is_live), (Some(1), true));
+    assert_eq!(lamps.borrow().entries[&key("lamp.hall")], 1);
+
+    nkv.put("lamp.hall", "2").await.unwrap();
+    nkv.put("lamp.attic", "dark").await.unwrap();
+    let wait = Duration::from_secs(5);
+    drop(timeout(wait, hall.wait_for(|hall| hall.value == Some(2))).await.unwrap().unwrap());
+    drop(timeout(wait, lamps.wait_for(|lamps| lamps.unreadable.len() == 1)).await.unwrap().unwrap());
+    nkv.delete("lamp.*").await.unwrap();
+    drop(timeout(wait, lamps.wait_for(|lamps| lamps.unreadable.is_empty() && lamps.entries.is_empty())).await.unwrap());
+    drop(timeout(wait, hall.wait_for(|hall| hall.value.is_none())).await.unwrap().unwrap());
+
+    drop(lamps);
+    let forgotten = async {
+        while nkv.stats().await.unwrap().subscriptions > 1 {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(wait, forgotten).await.expect("a branch that nobody has is followed");
+    node.shutdown().await.unwrap();
+    drop(timeout(wait, hall.wait_for(|hall| hall.ended.is_some() && !hall.is_live)).await.unwrap());
+}
+
+#[tokio::test]
+async fn every_change_comes_in_order_with_the_batch_of_its_caller() {
+    let (node, nkv) = started().await;
+    nkv.put("before", "x").await.unwrap();
+    let mut changes = nkv.changes(None).unwrap();
+    let since = nkv.stats().await.unwrap().revision;
+    nkv.put("a", "1").await.unwrap();
+    let put = |name: &str| Op::Put { key: key(name), value: "2".into(), options: nkv_core::PutOptions::default() };
+    nkv.write(vec![put("b"), put("c")]).await.unwrap();
+    nkv.delete("a").await.unwrap();
+    // From where the first reader began.
+    let mut again = nkv.changes(Some(Revision::new(since))).unwrap();
+    for reader in [&mut changes, &mut again] {
+        let mut groups = Vec::new();
+        for _ in 0..3 {
+            let group = reader.next().await.unwrap().unwrap();
+            groups.push(group.changes.iter().map(|change| change.key.as_str().to_owned()).collect::<Vec<_>>());
+        }
+        assert_eq!(groups, [vec!["a"], vec!["b", "c"], vec!["a"]]);
+    }
+    assert!(
+        matches!(nkv.changes(Some(Revision::new(1))), Err(nkv_node::ChangesError::Gap(gap)) if gap.revision.get() == 5)
+    );
+    node.shutdown().await.unwrap();
+    assert_eq!(changes.next().await.unwrap(), None);
+}
+
+/// Written once, for a store here or far away.
+async fn count(store: impl nkv_node::Store) -> Result<usize> {
+    store.put("counted.a", "x").await?;
+    Ok(store.get_all("counted").await?.len() + store.list("counted.*").await?.len())
+}
+
+#[test]
+fn plain_threads_and_programs_for_any_store_use_a_handle() {
+    let servers = runtime();
+    let (node, nkv) = servers.block_on(started());
+    assert_eq!(servers.block_on(count(nkv.clone())).unwrap(), 1);
+    let running = std::thread::spawn(move || servers.block_on(async { node.handle().stopping().await }));
+    let blocking = nkv.blocking();
+    let mut events = blocking.subscribe("b").unwrap();
+    blocking.put("b", "1").unwrap();
+    assert_eq!(blocking.get("b").unwrap().unwrap().value, "1");
+    blocking.update("b", |old| [old.map_or(&b""[..], |old| &old.value), b"2"].concat()).unwrap();
+    while !matches!(events.next_blocking(), Some(Event::Update { entry, .. }) if entry.value == "12") {}
+    assert_eq!(blocking.delete("*").unwrap().count, 2);
+    drop(running);
 }

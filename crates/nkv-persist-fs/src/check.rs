@@ -26,6 +26,8 @@ pub struct Report {
     pub records: u64,
     /// How many keys are present.
     pub keys: usize,
+    /// How many deletes are kept, as they had [meta](nkv_core::Meta).
+    pub tombstones: usize,
     /// How many bytes their records have.
     pub live_bytes: u64,
     /// The highest revision that was read.
@@ -55,6 +57,9 @@ impl fmt::Display for Report {
             "{} keys, {} live bytes, revision {}, epoch {}",
             self.keys, self.live_bytes, self.revision, self.epoch
         )?;
+        if self.tombstones > 0 {
+            writeln!(f, "{} tombstones", self.tombstones)?;
+        }
         if self.torn_bytes > 0 {
             writeln!(f, "torn by a crash: {} bytes at the end", self.torn_bytes)?;
         }
@@ -98,7 +103,7 @@ pub fn check_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report, 
     let scan = Scan::run(&disk, promised)?;
     let mut report = Report { is_copied: lock.is_copied()?, ..report(&scan) };
     if scan.damage.is_some() {
-        Salvage::collect(&disk, &scan)?.note(&mut report);
+        report = with_salvage(report, &Salvage::collect(&disk, &scan)?);
     }
     Ok(report)
 }
@@ -128,13 +133,14 @@ pub fn repair_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report,
     let options = FsOptions::default().with_reserve_bytes(0);
     let mut report = report(&scan);
     if scan.damage.is_none() {
-        report.epoch = open_scanned(&disk, &lock, options, scan)?.epoch;
+        report.epoch = open_scanned(&disk, &lock, options, scan)?.epoch();
         return Ok(report);
     }
     let salvage = Salvage::collect(&disk, &scan)?;
-    salvage.note(&mut report);
-    report.epoch = salvage.rewrite(&disk, &options)?.epoch;
-    lock.promise_segments()?;
+    report = with_salvage(report, &salvage);
+    let log = salvage.rewrite(&disk, &options)?;
+    report.epoch = log.epoch();
+    lock.promise_segments(log.version())?;
     Ok(report)
 }
 
@@ -162,7 +168,17 @@ pub fn restore_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report
     let mut log = open_scanned(&disk, &lock, FsOptions::default().with_reserve_bytes(0), scan)?;
     renew(&mut log)?;
     log.close()?;
-    Ok(Report { epoch: log.epoch, torn_bytes: 0, ..found })
+    Ok(Report { epoch: log.epoch(), torn_bytes: 0, ..found })
+}
+
+/// The report with what a repair keeps, and what is lost.
+fn with_salvage(report: Report, salvage: &Salvage) -> Report {
+    Report {
+        kept_keys: salvage.kept_count(),
+        dropped_keys: salvage.dropped_count(),
+        lost: salvage.lost().to_vec(),
+        ..report
+    }
 }
 
 fn report(scan: &Scan) -> Report {
@@ -171,6 +187,7 @@ fn report(scan: &Scan) -> Report {
         batches: scan.frames,
         records: scan.records,
         keys: scan.index.key_count(),
+        tombstones: scan.index.tombstone_count(),
         live_bytes: scan.index.live_bytes(),
         revision: scan.revision,
         epoch: scan.epoch,

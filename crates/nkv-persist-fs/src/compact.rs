@@ -4,113 +4,26 @@
 //! Deletes are not copied: whatever they hide stands before them and is gone earlier. The segment is unlinked when
 //! the copies, and the record that it is no longer needed, are durable.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Mutex;
+use std::time::Duration;
 use std::vec;
 
-use nkv_core::{PersistError, PersistErrorKind, Revision};
+use nkv_core::PersistError;
 
 use crate::disk::{Disk, segment_name};
 use crate::error::damaged;
-use crate::format::{FrameBuf, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN};
-use crate::index::Place;
+use crate::format::{FrameBuf, RawRecord, Records};
 use crate::log::{Log, sync_unlocked};
+use crate::mutex::lock;
 use crate::reader::{Next, Opened, SegmentReader};
 
 /// How long compaction rests after it failed.
 const REST: Duration = Duration::from_secs(1);
 /// How much of a segment one step reads at most, or a frame if that is longer: a sync may be waiting.
 const READ_MAX: u64 = 256 << 10;
-/// The length of the frame that names a new head.
-const HEAD_FRAME_LEN: u64 = 72;
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// How much has to be done before `extra` more bytes are appended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Need {
-    /// Nothing.
-    None,
-    /// The background thread should compact.
-    Soon,
-    /// Who appends must wait, or the bound breaks: two times the live data and one segment.
-    Now,
-}
-
-#[allow(clippy::arithmetic_side_effects, reason = "sums of the sizes of files; options and lengths are bounded")]
-impl Log {
-    pub(crate) fn need(&self, extra: u64) -> Need {
-        let (live, slack) = (self.index.live_bytes(), self.options.segment_bytes);
-        let total = self.index.total_bytes() + extra;
-        if total + self.copies_len(self.head) > 2 * live + slack || self.is_tight(extra) {
-            Need::Now
-        } else if total > live + live / 2 + slack / 4 * 3 || self.is_pressed() {
-            Need::Soon
-        } else {
-            Need::None
-        }
-    }
-
-    /// Whether a full disk makes worth the while what would not be otherwise.
-    fn is_pressed(&self) -> bool {
-        let is_much = self.garbage() > self.index.live_bytes() / 8 + self.options.segment_bytes / 64;
-        let is_urgent = self.head < self.urgent_below;
-        is_urgent && is_much || self.is_eaten() && (is_urgent || self.is_near(0))
-    }
-
-    /// Whether `extra` more bytes may take the room that is needed to compact on a full disk.
-    fn is_tight(&self, extra: u64) -> bool {
-        self.is_eaten() && self.is_near(extra) && self.reserve_takes(self.head, 0)
-    }
-
-    /// Whether deletes eat the reserve, and compaction would give more back than it makes garbage anew.
-    fn is_eaten(&self) -> bool {
-        let reserve = self.options.reserve_bytes;
-        reserve > 0 && !self.reserve_held() && self.garbage() > reserve / 8 + self.pass_cost()
-    }
-
-    /// The most that compaction makes garbage anew while it copies all that is live, once.
-    pub(crate) fn pass_cost(&self) -> u64 {
-        let live = self.index.live_bytes();
-        live / self.options.chunk_bytes() * 96 + live / self.options.segment_bytes * 256
-    }
-
-    /// Whether the segment that holds most could not be copied any more, after all others have been: one that holds less
-    /// may come before it.
-    fn is_near(&self, extra: u64) -> bool {
-        let spare = self.options.reserve_bytes / 16 + self.pass_cost() + extra;
-        !self.reserve_takes(self.index.fullest_segment(), spare)
-    }
-
-    fn garbage(&self) -> u64 {
-        self.index.total_bytes().saturating_sub(self.index.live_bytes())
-    }
-
-    /// The most that is appended until a segment is emptied and gone.
-    pub(crate) fn copies_len(&self, segment: u64) -> u64 {
-        // Copying comes with frames of its own, with a new segment or two, and with the record of the new head.
-        let live = self.index.usage(segment).live;
-        let frames = 2 + 2 * live / self.options.chunk_bytes();
-        live + frames * 48 + 2 * (SEGMENT_HEADER_LEN + SEAL_FRAME_LEN) + HEAD_FRAME_LEN
-    }
-
-    /// Whether the background has something to compact.
-    pub(crate) fn wants_compaction(&self) -> bool {
-        (self.need(0) > Need::None || !self.leftovers.is_empty()) && self.may_compact()
-    }
-
-    /// Whether compaction has not failed just now.
-    pub(crate) fn may_compact(&self) -> bool {
-        self.check_usable().is_ok() && self.compact_after.is_none_or(|time| time <= Instant::now())
-    }
-}
-
 /// A record that may have to be copied.
 #[derive(Debug)]
 struct Candidate {
-    revision: Revision,
     position: u64,
     bytes: std::ops::Range<usize>,
 }
@@ -150,7 +63,7 @@ impl Compactor {
             // What was copied stays copied; the segment is read anew from its start.
             self.job = None;
             let mut log = lock(log);
-            log.compact_after = Instant::now().checked_add(REST);
+            log.rest_compaction(REST);
             let error = log.poison_in_doubt(error);
             if log.check_usable().is_ok() {
                 tracing::warn!(%error, "compaction rests for a second");
@@ -160,7 +73,7 @@ impl Compactor {
     }
 
     fn try_step(&mut self, log: &Mutex<Log>, target: u64) -> Result<(), PersistError> {
-        if !lock(log).leftovers.is_empty() {
+        if lock(log).leftover().is_some() {
             return self.unlink(log);
         }
         let mut job = match self.job.take() {
@@ -179,8 +92,13 @@ impl Compactor {
         Ok(())
     }
 
+    /// Forgets what it was doing, as the segment is not needed any more.
+    pub(crate) fn forget(&mut self) {
+        self.job = None;
+    }
+
     fn begin(&self, log: &Mutex<Log>) -> Result<Job, PersistError> {
-        let is_active = |log: &Log| log.head == log.active_number();
+        let is_active = |log: &Log| log.head() == log.active_number();
         let first = lock(log);
         let is_dirty = is_active(&first) && first.is_dirty();
         drop(first);
@@ -190,18 +108,17 @@ impl Compactor {
         }
         let mut log = lock(log);
         log.check_usable()?;
-        let number = log.head;
-        let is_empty = log.index.usage(number).live == 0;
+        let number = log.head();
+        let is_empty = log.index().usage(number)?.live == 0;
         if !is_empty {
             // Somebody may have made room; if not, the next line says so.
             drop(log.regain_reserve_in_time());
             log.check_room_to_copy(number)?;
         }
         if is_active(&log) {
-            let may_spend = is_empty || log.reserve_takes(number, 0);
-            log.rotate_for_compaction(may_spend)?;
+            log.rotate_for_compaction(is_empty)?;
         }
-        let frames = if is_empty { None } else { log.index.frames_of(number).map(Vec::into_iter) };
+        let frames = if is_empty { None } else { log.index().frames_of(number).map(Vec::into_iter) };
         drop(log);
         let reader = if is_empty { None } else { Some(self.open(number)?) };
         Ok(Job { number, reader, frames })
@@ -219,7 +136,7 @@ impl Compactor {
         let Some(reader) = &mut job.reader else { return Ok(true) };
         let read_to = reader.offset().saturating_add(READ_MAX.max(target));
         while (self.bytes.len() as u64) < target && reader.offset() < read_to {
-            if self.candidates.is_empty() && lock(log).index.usage(job.number).live == 0 {
+            if self.candidates.is_empty() && lock(log).index().usage(job.number)?.live == 0 {
                 return Ok(true);
             }
             if let Some(frames) = &mut job.frames {
@@ -235,12 +152,10 @@ impl Compactor {
             let log = lock(log);
             for record in Records::new(body) {
                 let record = record.map_err(|reason| damaged(&segment_name(job.number), at, reason))?;
-                if let Some(revision) = record.put_revision()
-                    && log.index.is_live(revision, position)
-                {
+                if record.id().is_some_and(|id| log.index().is_live(id, position)) {
                     let at = self.bytes.len();
                     self.bytes.extend_from_slice(record.bytes);
-                    self.candidates.push(Candidate { revision, position, bytes: at..self.bytes.len() });
+                    self.candidates.push(Candidate { position, bytes: at..self.bytes.len() });
                 }
             }
         }
@@ -265,61 +180,49 @@ impl Compactor {
     ) -> Result<(), PersistError> {
         self.frame.clear();
         let mut copies = Vec::new();
-        while self.frame.len() < log.options.chunk_bytes()
-            && let Some(Candidate { revision, position, bytes }) = found.next()
+        while self.frame.len() < log.options().chunk_bytes()
+            && let Some(Candidate { position, bytes }) = found.next()
         {
+            let Some(bytes) = self.bytes.get(bytes) else { continue };
+            let record = RawRecord { bytes };
             // A copy that were left out would be missed when the segment is dropped.
-            if log.index.is_live(revision, position)
-                && let Some(record) = self.bytes.get(bytes)
-            {
-                self.frame.push_copy(record);
-                copies.push((revision, record.len() as u32));
+            if record.id().is_some_and(|id| log.index().is_live(id, position)) {
+                self.frame.push_copy(bytes);
+                copies.push(record);
             }
         }
         if copies.is_empty() {
             return Ok(());
         }
         self.frame.finish();
-        let position = log.append_copy(&mut self.frame, number)?;
-        log.counters.copied_bytes = log.counters.copied_bytes.saturating_add(self.frame.len());
-        for (revision, len) in copies {
-            log.index.move_to(revision, Place { position, len });
-        }
-        Ok(())
+        log.commit_copies(&mut self.frame, number, &copies)
     }
 
     /// Notes durably that the segment is no longer needed, and those after it that hold nothing, and only then
     /// unlinks them. From then on they count no more, even if a name cannot be taken away.
     fn drop_segment(&mut self, log: &Mutex<Log>, number: u64) -> Result<(), PersistError> {
         let mut guard = lock(log);
-        if guard.index.usage(number).live > 0 {
+        if guard.index().usage(number)?.live > 0 {
             return Err(damaged(&segment_name(number), 0, "compaction did not find a value that must be there"));
         }
-        let is_needed = |log: &Log, number| number == log.active_number() || log.index.usage(number).live > 0;
+        let is_needed = |log: &Log, number| number == log.active_number() || log.index().live_in(number) > 0;
         let next = number.saturating_add(1);
         let head = (next..).find(|next| is_needed(&guard, *next)).unwrap_or(next);
-        guard.append_at_any_price(&mut FrameBuf::of(|frame| frame.push_head(head)))?;
-        guard.head = head;
+        guard.append_head(&mut FrameBuf::new(), head)?;
         drop(guard);
         sync_unlocked(log)?;
-        let mut guard = lock(log);
-        for number in number..head {
-            guard.index.drop_oldest_segment();
-            guard.counters.compacted_segments = guard.counters.compacted_segments.saturating_add(1);
-            guard.leftovers.insert(number);
-        }
-        drop(guard);
+        lock(log).drop_segments(number..head)?;
         self.unlink(log)
     }
 
     /// Takes away the names of segments that are not needed. One that fails is tried again by a later step, and
     /// nothing is copied before it succeeds.
-    fn unlink(&self, log: &Mutex<Log>) -> Result<(), PersistError> {
+    pub(crate) fn unlink(&self, log: &Mutex<Log>) -> Result<(), PersistError> {
         loop {
-            let next = lock(log).leftovers.first().copied();
+            let next = lock(log).leftover();
             let Some(number) = next else { break };
             self.disk.remove(&segment_name(number))?;
-            lock(log).leftovers.remove(&number);
+            lock(log).forget_leftover(number);
         }
         if let Err(error) = lock(log).regain_reserve() {
             tracing::debug!(%error, "no room for the reserve yet");
@@ -328,54 +231,55 @@ impl Compactor {
     }
 }
 
-impl Log {
-    /// A new segment, with the room of the reserve if there is no other and it may be spent.
-    fn rotate_for_compaction(&mut self, may_spend: bool) -> Result<(), PersistError> {
-        match self.rotate() {
-            Err(error) if error.kind() == PersistErrorKind::NoSpace && may_spend && self.give_up_reserve()? => {
-                self.rotate()
-            }
-            result => result,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
     use std::sync::Arc;
 
-    use nkv_core::{Action, Change, Key, Meta, Reason};
+    use nkv_core::{Action, Change, Key, Meta, Reason, Revision};
     use proptest::prelude::*;
 
     use super::*;
+    use crate::batch::Batch;
+    use crate::format::Id;
     use crate::open::open_log;
     use crate::options::FsOptions;
     use crate::scan::Scan;
     use crate::sim::{Fault, SimFs};
+    use crate::space::Need;
     use crate::vfs::Open;
 
-    /// The revision of each key that is there.
-    type Newest = HashMap<String, Revision>;
+    /// The revision of each key that is there, or of its tombstone, and whether it has a value.
+    type Newest = HashMap<String, (Revision, bool)>;
 
     /// Stores a value of so many bytes, or deletes the key.
     fn store(log: &mut Log, newest: &mut Newest, key: &str, value_len: Option<usize>) {
+        store_at(log, newest, key, value_len, log.revision().next(), Meta::NONE);
+    }
+
+    fn store_at(
+        log: &mut Log,
+        newest: &mut Newest,
+        key: &str,
+        value_len: Option<usize>,
+        revision: Revision,
+        meta: Meta,
+    ) {
         let action = match value_len {
             Some(len) => Action::Put { value: vec![1; len].into(), expiry: None },
             None => Action::Delete { reason: Reason::Deleted },
         };
-        let revision = log.revision.next();
-        let replaces = newest.remove(key).unwrap_or_default();
-        let change = Change { key: Key::new(key).unwrap(), revision, replaces, action, meta: Meta::NONE };
-        let mut len = 0;
-        let mut frame = FrameBuf::of(|frame| len = frame.push_change(&change));
-        let position = log.append(&mut frame).unwrap();
-        log.index.remove(replaces);
-        if value_len.is_some() {
-            log.index.insert(revision, Place { position, len });
-            newest.insert(key.to_owned(), revision);
+        let before = newest.remove(key).filter(|(_, is_value)| *is_value);
+        let replaces = before.map_or(Revision::ZERO, |(revision, _)| revision);
+        let is_left = value_len.is_some() || !meta.is_none();
+        let changes = [Change { key: Key::new(key).unwrap(), revision, replaces, action, meta }];
+        let mut batch = Batch::new();
+        log.plan(&changes, &mut batch).unwrap();
+        batch.encode(&changes).unwrap();
+        log.commit(&changes, &mut batch).unwrap();
+        if is_left {
+            newest.insert(key.to_owned(), (revision, value_len.is_some()));
         }
-        log.revision = revision;
     }
 
     /// A log with these puts in it, each in a frame of its own.
@@ -391,8 +295,11 @@ mod tests {
 
     /// What the index says, when `newest` are the keys.
     fn account(log_index: &crate::index::Index, newest: &Newest) -> (usize, u64, u64, Vec<(u64, u64)>) {
-        assert!(newest.values().all(|revision| log_index.contains(*revision)));
-        let usages = log_index.segments().map(|number| (number, log_index.usage(number).live)).collect();
+        let is_known = |(key, (revision, _)): (&String, &(Revision, bool))| {
+            log_index.keyed_revision(key) == Some(*revision) || log_index.contains(*revision)
+        };
+        assert!(newest.iter().all(is_known));
+        let usages = log_index.segments().map(|number| (number, log_index.live_in(number))).collect();
         (log_index.key_count(), log_index.live_bytes(), log_index.total_bytes(), usages)
     }
 
@@ -401,17 +308,27 @@ mod tests {
 
         /// Whatever order records, their copies and what replaces them have come to stand in, reading says what counts.
         #[test]
-        fn what_is_read_anew_is_what_was_known(steps in prop::collection::vec((0_u8..8, 0_u8..6), 0..80)) {
+        fn what_is_read_anew_is_what_was_known(steps in prop::collection::vec((0_u8..12, 0_u8..6), 0..80)) {
             let fs = SimFs::new();
             let options = FsOptions::default().with_segment_bytes(4096).with_reserve_bytes(0);
             let (disk, log) = log_of(&fs, options, &[]);
             let (log, mut newest) = (Mutex::new(log), Newest::new());
-            let (mut compactor, mut job, mut is_done) = (Compactor::new(disk), None, false);
+            let (mut compactor, mut job, mut is_done, mut latest) = (Compactor::new(disk), None, false, None);
             for (what, key) in steps {
                 let name = format!("k.{key}");
                 match what {
                     0..4 => store(&mut lock(&log), &mut newest, &name, Some(300 * usize::from(what))),
                     4 => store(&mut lock(&log), &mut newest, &name, None),
+                    // With meta, and at the revision of the change before if it was of another key.
+                    8..12 => {
+                        let log = &mut *lock(&log);
+                        let is_first = log.revision() == Revision::ZERO || latest == Some(key);
+                        let revision = if is_first { log.revision().next() } else { log.revision() };
+                        let is_later = newest.get(&name).is_none_or(|(before, _)| *before < revision);
+                        let revision = if is_later { revision } else { log.revision().next() };
+                        let value_len = (what > 9).then_some(400);
+                        store_at(log, &mut newest, &name, value_len, revision, Meta::new(b"meta"));
+                    }
                     // What is found now is copied later, or not at all.
                     5 => {
                         let job = job.get_or_insert_with(|| compactor.begin(&log).unwrap());
@@ -429,10 +346,13 @@ mod tests {
                         }
                     }
                 }
+                latest = if (5..8).contains(&what) { latest } else { Some(key) };
                 let scan = Scan::run(&Disk::new(Arc::new(fs.fork()), "/data".into()), true).unwrap();
                 let log = lock(&log);
-                prop_assert_eq!(account(&scan.index, &newest), account(&log.index, &newest));
-                prop_assert_eq!((scan.revision, newest.len(), scan.damage), (log.revision, log.index.key_count(), None));
+                prop_assert_eq!(account(&scan.index, &newest), account(log.index(), &newest));
+                let values = newest.values().filter(|(_, is_value)| *is_value).count();
+                prop_assert_eq!((scan.revision, values, scan.damage), (log.revision(), log.index().key_count(), None));
+                prop_assert_eq!(newest.len() - values, log.index().tombstone_count());
             }
         }
     }
@@ -453,20 +373,20 @@ mod tests {
             if fs.calls() <= start + call {
                 break;
             }
-            let copied = lock(&log).counters.copied_bytes;
+            let copied = lock(&log).counters().copied_bytes;
             if disk.is_in_doubt() {
                 // The name went, and nobody knows whether durably.
                 assert!(lock(&log).check_usable().is_err() && !lock(&log).wants_compaction());
                 poisoned += 1;
-            } else if !lock(&log).leftovers.is_empty() {
+            } else if lock(&log).leftover().is_some() {
                 seen += 1;
                 assert_eq!(lock(&log).need(0), Need::None, "call {call}");
-                lock(&log).compact_after = None;
+                lock(&log).rest_compaction(Duration::ZERO);
                 assert!(lock(&log).wants_compaction());
                 compactor.step(&log, 4096).unwrap();
                 assert!(!lock(&log).wants_compaction());
-                assert_eq!(lock(&log).counters.copied_bytes, copied);
-                assert_eq!(disk.segments().unwrap(), lock(&log).index.segments().collect::<Vec<_>>());
+                assert_eq!(lock(&log).counters().copied_bytes, copied);
+                assert_eq!(disk.segments().unwrap(), lock(&log).index().segments().collect::<Vec<_>>());
             }
         }
         assert!(seen > 0 && poisoned > 0, "an unlink and a directory sync must fail");
@@ -505,7 +425,11 @@ mod tests {
         assert_eq!(frames, 3, "the two, and the last of the others");
         let mut found = Vec::new();
         while !compactor.gather(&log, &mut job, 1 << 10).unwrap() {
-            found.extend(compactor.candidates.iter().map(|candidate| candidate.revision.get()));
+            let ids = compactor
+                .candidates
+                .iter()
+                .map(|candidate| RawRecord { bytes: &compactor.bytes[candidate.bytes.clone()] }.id().unwrap());
+            found.extend(ids.map(|id| if let Id::Revision(revision) = id { revision.get() } else { 0 }));
             compactor.copy(&log, job.number).unwrap();
             compactor.bytes.clear();
         }
@@ -515,14 +439,15 @@ mod tests {
     #[test]
     fn a_key_that_is_deleted_while_it_is_being_copied_stays_deleted() {
         let (disk, log) = log_of(&SimFs::new(), FsOptions::default(), &[("gone", 1), ("stays", 1)]);
+        let mut newest = Newest::from([("gone".to_owned(), (Revision::new(1), true))]);
         let log = Mutex::new(log);
         let mut compactor = Compactor::new(disk);
         let mut job = compactor.begin(&log).unwrap();
         assert!(compactor.gather(&log, &mut job, 1 << 20).unwrap());
-        lock(&log).index.remove(Revision::new(1));
+        store(&mut lock(&log), &mut newest, "gone", None);
         compactor.copy(&log, job.number).unwrap();
         compactor.drop_segment(&log, job.number).unwrap();
         let log = lock(&log);
-        assert_eq!((log.index.key_count(), log.index.usage(2).live), (1, 26));
+        assert_eq!((log.index().key_count(), log.index().live_in(2)), (1, 26));
     }
 }

@@ -7,15 +7,15 @@ use std::time::{Duration, Instant};
 
 use nkv_core::{PersistError, PersistErrorKind};
 
-use crate::compact::lock;
 use crate::error::from_io;
 use crate::format::{NUMBER_MAX, SegmentHeader};
+use crate::mutex::lock;
 use crate::vfs::{self, Open, Vfs, VfsFile};
 
 const LOCK: &str = "LOCK";
 const RESERVE: &str = "reserve";
 /// What the lock file holds once there is a segment: from then on, a directory without one has lost it.
-const LOCK_TEXT: &[u8] = b"nkv data directory, format 2\n";
+const LOCK_TEXT: &[u8] = b"nkv data directory, format ";
 /// What was dropped in this process may take so long to let go of its directory.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
@@ -239,11 +239,12 @@ impl Lock {
         Ok(self.file.size().map_err(|e| from_io("read", LOCK, e))? > 0)
     }
 
-    /// Notes durably that the directory has a segment now, and when its lock file was made.
-    pub(crate) fn promise_segments(&self) -> Result<(), PersistError> {
+    /// Notes durably that the directory has a segment now, of which version, and when its lock file was made.
+    pub(crate) fn promise_segments(&self, version: u32) -> Result<(), PersistError> {
         let born = self.file.born_ns().map_or_else(String::new, |born| format!("made {born:016x}\n"));
+        let rest = format!("{version}\n{born}");
         // Also if it was there: it may not be on the disk, although the system shows it.
-        vfs::write_all(&*self.file, &[LOCK_TEXT, born.as_bytes()].concat(), 0)
+        vfs::write_all(&*self.file, &[LOCK_TEXT, rest.as_bytes()].concat(), 0)
             .map_err(|e| from_io("write", LOCK, e))?;
         self.file.sync_data().map_err(|e| from_io("sync", LOCK, e))
     }
@@ -299,9 +300,10 @@ pub(crate) fn write_zeros(file: &dyn VfsFile, mut offset: u64, end: u64) -> io::
     Ok(())
 }
 
-/// When a lock file was made, as it says.
+/// When a lock file was made, as it says behind its version.
 fn parse_born(text: &[u8]) -> Option<u64> {
-    let digits = str::from_utf8(text).ok()?.strip_prefix("made ")?.strip_suffix('\n')?;
+    let (_, text) = str::from_utf8(text).ok()?.split_once('\n')?;
+    let digits = text.strip_prefix("made ")?.strip_suffix('\n')?;
     u64::from_str_radix(digits, 16).ok()
 }
 

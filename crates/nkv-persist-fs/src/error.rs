@@ -4,7 +4,7 @@ use std::io;
 
 use nkv_core::{PersistError, PersistErrorKind};
 
-use crate::format::VERSION;
+use crate::format::{VERSION, VERSION_MIN};
 
 /// An error of the operating system, while `doing` something to the file `name`.
 pub(crate) fn from_io(doing: &str, name: &str, error: io::Error) -> PersistError {
@@ -30,7 +30,8 @@ pub(crate) fn poisoned(context: &str) -> PersistError {
 /// Data in a format that this program does not know.
 pub(crate) fn other_version(name: &str, version: u32) -> PersistError {
     let context = format!(
-        "{name} has format version {version}, and this program reads version {VERSION}: use the program that wrote it"
+        "{name} has format version {version}, and this program reads versions {VERSION_MIN} to {VERSION}: use the program that \
+         wrote it"
     );
     PersistError::new(PersistErrorKind::OtherVersion, context)
 }

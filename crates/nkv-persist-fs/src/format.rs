@@ -4,7 +4,10 @@
 
 use nkv_core::{Action, Change, Epoch, Expiry, Key, Reason, Revision, Timestamp};
 
-pub(crate) const VERSION: u32 = 2;
+/// The version of new segments.
+pub(crate) const VERSION: u32 = 3;
+/// The oldest version that is read, and gone on with: it has no meta, no tombstones, and a revision for each change.
+pub(crate) const VERSION_MIN: u32 = 2;
 pub(crate) const SEGMENT_HEADER_LEN: u64 = 72;
 pub(crate) const FRAME_HEADER_LEN: usize = 40;
 pub(crate) const RECORD_HEADER_LEN: usize = 20;
@@ -29,22 +32,30 @@ const DELETE: u8 = 2;
 const EPOCH: u8 = 3;
 const HEAD: u8 = 4;
 const SEAL: u8 = 5;
+const TOMBSTONE: u8 = 6;
 /// Records of these types may be skipped by a reader that does not know them.
 const SKIPPABLE: u8 = 0x80;
 
 /// The bit of the detail that says that the record names the revision of the one whose place it takes, before the key.
 const REPLACES: u8 = 0x80;
 const REPLACES_LEN: usize = 8;
+/// The bit of the detail of a put that says that it is known by its key, as its revision is that of another change too.
+const KEYED: u8 = 0x40;
 
 const FIELD_EXPIRY: u16 = 1;
 /// Its tag, its length, and two numbers.
 const EXPIRY_FIELD_LEN: usize = 20;
+const FIELD_META: u16 = 2;
+/// The tag of a field and its length.
+const FIELD_HEADER_LEN: usize = 4;
 /// Fields with this bit may not be skipped by a reader that does not know them.
 const FIELD_TO_UNDERSTAND: u16 = 0x8000;
 
 /// What a segment says about itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SegmentHeader {
+    /// The format version of the segment.
+    pub(crate) version: u32,
     pub(crate) number: u64,
     /// The oldest segment that was needed when this one was made.
     pub(crate) head: u64,
@@ -61,7 +72,7 @@ impl SegmentHeader {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(SEGMENT_HEADER_LEN as usize);
         bytes.extend_from_slice(SEGMENT_MAGIC);
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        bytes.extend_from_slice(&self.version.to_le_bytes());
         bytes.extend_from_slice(&self.salt.to_le_bytes());
         for number in [self.number, self.head, self.base, self.revision.get()] {
             bytes.extend_from_slice(&number.to_le_bytes());
@@ -73,10 +84,10 @@ impl SegmentHeader {
         bytes
     }
 
-    /// The format version of a header that is whole, if it is another one.
+    /// The format version of a header that is whole, if it is one that this program does not read.
     pub(crate) fn other_version(bytes: &[u8]) -> Option<u32> {
         let is_whole = bytes.starts_with(SEGMENT_MAGIC) && Some(crc32c::crc32c(bytes.get(..64)?)) == u32_at(bytes, 64);
-        u32_at(bytes, 8).filter(|version| is_whole && *version != VERSION)
+        u32_at(bytes, 8).filter(|version| is_whole && !is_read(*version))
     }
 
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, &'static str> {
@@ -87,13 +98,15 @@ impl SegmentHeader {
         if crc32c::crc32c(bytes.get(..64).ok_or(cut)?) != u32_at(bytes, 64).ok_or(cut)? {
             return Err("the checksum of the segment header does not match");
         }
-        if u32_at(bytes, 8).ok_or(cut)? != VERSION {
+        let version = u32_at(bytes, 8).ok_or(cut)?;
+        if !is_read(version) {
             return Err("the segment has another format version");
         }
         if u32_at(bytes, 68).ok_or(cut)? != 0 {
             return Err("the segment header does not end in zeros");
         }
         let header = SegmentHeader {
+            version,
             salt: u32_at(bytes, 12).ok_or(cut)?,
             number: u64_at(bytes, 16).ok_or(cut)?,
             head: u64_at(bytes, 24).ok_or(cut)?,
@@ -105,6 +118,10 @@ impl SegmentHeader {
         let is_sane = header.number.max(header.base) <= NUMBER_MAX;
         if is_sane { Ok(header) } else { Err("the segment header has a number that cannot be") }
     }
+}
+
+fn is_read(version: u32) -> bool {
+    (VERSION_MIN..=VERSION).contains(&version)
 }
 
 /// What stands before a batch.
@@ -174,11 +191,18 @@ pub(crate) struct FrameBuf {
     bytes: Vec<u8>,
     body_len: usize,
     body_crc: u32,
+    version: u32,
 }
 
 impl FrameBuf {
     pub(crate) fn new() -> Self {
-        FrameBuf { bytes: vec![0; FRAME_HEADER_LEN], body_len: 0, body_crc: 0 }
+        FrameBuf { bytes: vec![0; FRAME_HEADER_LEN], body_len: 0, body_crc: 0, version: VERSION_MIN }
+    }
+
+    /// The oldest version that has what the changes in it say. Copies need none that is newer than the segment that they are
+    /// copied from, nor than the newest segment.
+    pub(crate) fn version(&self) -> u32 {
+        self.version
     }
 
     /// A finished frame around what `fill` adds.
@@ -193,25 +217,36 @@ impl FrameBuf {
     pub(crate) fn clear(&mut self) {
         self.bytes.truncate(FRAME_HEADER_LEN);
         self.bytes.shrink_to(1 << 20);
+        self.version = VERSION_MIN;
     }
 
-    /// Adds a change; gives the length of its record.
-    pub(crate) fn push_change(&mut self, change: &Change) -> u32 {
-        let (revision, replaces, key) = (change.revision, change.replaces, change.key.as_str());
+    /// Adds a change, which takes the place of a put that is known by the revision `replaces`; gives the length of its
+    /// record.
+    pub(crate) fn push_change(&mut self, change: &Change, replaces: Revision, is_keyed: bool) -> u32 {
+        let (revisions, key, meta) = ((change.revision, replaces), change.key.as_str(), change.meta.as_bytes());
+        if is_keyed || meta.is_some() || change.key.is_reserved() {
+            self.version = VERSION;
+        }
+        let mut fields = Vec::new();
+        if let Some(meta) = meta {
+            fields.extend_from_slice(&FIELD_META.to_le_bytes());
+            fields.extend_from_slice(&(meta.len() as u16).to_le_bytes());
+            fields.extend_from_slice(meta);
+        }
         match &change.action {
             Action::Put { value, expiry } => {
-                let mut fields = Vec::new();
                 if let Some(Expiry { at, ttl_ms }) = expiry {
                     fields.extend_from_slice(&FIELD_EXPIRY.to_le_bytes());
                     fields.extend_from_slice(&16_u16.to_le_bytes());
                     fields.extend_from_slice(&at.as_millis().to_le_bytes());
                     fields.extend_from_slice(&ttl_ms.to_le_bytes());
                 }
-                self.push((PUT, 0), (revision, replaces), key, value, &fields)
+                self.push((PUT, if is_keyed { KEYED } else { 0 }), revisions, key, value, &fields)
             }
             Action::Delete { reason } => {
                 let detail = u8::from(*reason == Reason::Expired);
-                self.push((DELETE, detail), (revision, replaces), key, &[], &[])
+                let kind = if meta.is_some() { TOMBSTONE } else { DELETE };
+                self.push((kind, detail), revisions, key, &[], &fields)
             }
         }
     }
@@ -270,8 +305,11 @@ impl FrameBuf {
             Action::Put { value, .. } => value.len().saturating_add(EXPIRY_FIELD_LEN),
             Action::Delete { .. } => 0,
         };
-        let lens =
-            batch.iter().flat_map(|c| [RECORD_HEADER_LEN + REPLACES_LEN, c.key.as_str().len(), value_len(&c.action)]);
+        let meta_len =
+            |change: &Change| change.meta.as_bytes().map_or(0, |meta| FIELD_HEADER_LEN.saturating_add(meta.len()));
+        let lens = batch
+            .iter()
+            .flat_map(|c| [RECORD_HEADER_LEN + REPLACES_LEN, c.key.as_str().len(), value_len(&c.action), meta_len(c)]);
         lens.fold(0_usize, usize::saturating_add) <= BODY_LEN_MAX
     }
 
@@ -310,11 +348,39 @@ pub(crate) struct RawRecord<'a> {
 
 const CUT: &str = "a record runs past the end of its frame";
 
+/// What a record that counts is known by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Id<'a> {
+    /// Its revision, which no other record has that is known by that.
+    Revision(Revision),
+    /// Its key: a tombstone, whose revision the store does not name, or a put that was not the first change of its revision.
+    Key(&'a str, Revision),
+}
+
 /// What a record says.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Entry<'a> {
-    Put { key: &'a str, value: &'a [u8], revision: Revision, replaces: Revision, expiry: Option<Expiry> },
-    Delete { key: &'a str, revision: Revision, replaces: Revision },
+    Put {
+        key: &'a str,
+        value: &'a [u8],
+        revision: Revision,
+        replaces: Revision,
+        expiry: Option<Expiry>,
+        meta: Option<&'a [u8]>,
+        is_keyed: bool,
+    },
+    Delete {
+        key: &'a str,
+        revision: Revision,
+        replaces: Revision,
+    },
+    /// A delete that counts like a put until another change of its key.
+    Tombstone {
+        key: &'a str,
+        revision: Revision,
+        replaces: Revision,
+        meta: &'a [u8],
+    },
     Epoch(Epoch),
     Head(u64),
     Seal,
@@ -343,21 +409,36 @@ impl<'a> Records<'a> {
     }
 }
 
-impl Entry<'_> {
+impl<'a> Entry<'a> {
+    /// What it is known by, if it is a put or a tombstone.
+    pub(crate) fn id(&self) -> Option<Id<'a>> {
+        match *self {
+            Entry::Put { revision, is_keyed: false, .. } => Some(Id::Revision(revision)),
+            Entry::Put { key, revision, .. } | Entry::Tombstone { key, revision, .. } => Some(Id::Key(key, revision)),
+            _ => None,
+        }
+    }
+
     /// Whether its key is one. That is asked when the log is read first, and need not be asked again.
     pub(crate) fn check_key(&self) -> Result<(), &'static str> {
-        match self {
-            Entry::Put { key, .. } | Entry::Delete { key, .. } => Key::check(key).map_err(|_| "a key is not valid"),
+        let checked = match self {
+            Entry::Put { key, .. } => Key::check(key),
+            Entry::Delete { key, .. } | Entry::Tombstone { key, .. } => Key::check_stored(key),
             _ => Ok(()),
-        }
+        };
+        checked.map_err(|_| "a key is not valid")
     }
 }
 
 impl<'a> RawRecord<'a> {
-    /// The revision, if this is a put: no more of it is looked at.
-    pub(crate) fn put_revision(&self) -> Option<Revision> {
-        let is_put = self.bytes.get(4) == Some(&PUT);
-        u64_at(self.bytes, 8).filter(|_| is_put).map(Revision::new)
+    /// What it is known by, if it is a put or a tombstone. Of most puts no more than the header is looked at.
+    pub(crate) fn id(&self) -> Option<Id<'a>> {
+        let is_keyed = self.bytes.get(5)? & KEYED != 0;
+        match *self.bytes.get(4)? {
+            PUT if !is_keyed => u64_at(self.bytes, 8).map(|revision| Id::Revision(Revision::new(revision))),
+            PUT | TOMBSTONE => self.entry().ok()?.id(),
+            _ => None,
+        }
     }
 
     /// The segment that it names as the oldest one needed, if it does: of other records nothing is looked at.
@@ -383,10 +464,17 @@ impl<'a> RawRecord<'a> {
         }
         let (key, rest) = rest.split_at_checked(key_len).ok_or(CUT)?;
         let (value, fields) = rest.split_at_checked(value_len).ok_or(CUT)?;
-        let expiry = read_fields(fields)?;
+        let (expiry, meta) = read_fields(fields)?;
         Ok(match kind {
-            PUT => Entry::Put { key: read_key(key)?, value, revision, replaces, expiry },
+            PUT => {
+                let is_keyed = bytes.get(5).is_some_and(|detail| detail & KEYED != 0);
+                Entry::Put { key: read_key(key)?, value, revision, replaces, expiry, meta, is_keyed }
+            }
             DELETE => Entry::Delete { key: read_key(key)?, revision, replaces },
+            TOMBSTONE => {
+                let meta = meta.ok_or("a tombstone has no meta")?;
+                Entry::Tombstone { key: read_key(key)?, revision, replaces, meta }
+            }
             EPOCH => Entry::Epoch(Epoch::new(u128_at(value, 0).ok_or("an epoch is cut")?)),
             HEAD => Entry::Head(u64_at(value, 0).ok_or("a head is cut")?),
             SEAL => Entry::Seal,
@@ -413,10 +501,10 @@ fn read_key(bytes: &[u8]) -> Result<&str, &'static str> {
     str::from_utf8(bytes).map_err(|_| "a key is not UTF-8")
 }
 
-/// Looks through the optional fields; the expiry is the only one so far.
-fn read_fields(mut fields: &[u8]) -> Result<Option<Expiry>, &'static str> {
+/// Looks through the optional fields.
+fn read_fields(mut fields: &[u8]) -> Result<(Option<Expiry>, Option<&[u8]>), &'static str> {
     let cut = "a field runs past the end of its record";
-    let mut expiry = None;
+    let (mut expiry, mut meta) = (None, None);
     while !fields.is_empty() {
         let tag = u16_at(fields, 0).ok_or(cut)?;
         let len = usize::from(u16_at(fields, 2).ok_or(cut)?);
@@ -426,12 +514,13 @@ fn read_fields(mut fields: &[u8]) -> Result<Option<Expiry>, &'static str> {
                 let (at, ttl_ms) = (u64_at(data, 0).ok_or(cut)?, u64_at(data, 8).ok_or(cut)?);
                 expiry = Some(Expiry { at: Timestamp::from_millis(at), ttl_ms });
             }
+            FIELD_META => meta = Some(data),
             _ if tag & FIELD_TO_UNDERSTAND != 0 => return Err("a record has a field that this program must know"),
             _ => {}
         }
         fields = rest;
     }
-    Ok(expiry)
+    Ok((expiry, meta))
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {

@@ -27,6 +27,12 @@ fn delete(key: &str, revision: u64, replaces: u64) -> Change {
     }
 }
 
+/// Adds a change that is known by its revision, or leaves a tombstone.
+fn push(frame: &mut FrameBuf, change: &Change) -> u32 {
+    let is_keyed = matches!(change.action, Action::Delete { .. }) && !change.meta.is_none();
+    frame.push_change(change, change.replaces, is_keyed)
+}
+
 /// The header and the body of a frame, if the checksums say so.
 fn read(bytes: &[u8]) -> Option<(FrameHeader, &[u8])> {
     let header = FrameHeader::decode(bytes, SALT)?;
@@ -37,7 +43,7 @@ fn read(bytes: &[u8]) -> Option<(FrameHeader, &[u8])> {
 #[test]
 fn a_segment_header_reads_back_and_every_flipped_bit_is_seen() {
     let (epoch, revision) = (Epoch::new(u128::MAX / 3), Revision::new(77));
-    let header = SegmentHeader { number: 9, head: 4, base: 1 << 40, revision, epoch, salt: SALT };
+    let header = SegmentHeader { version: VERSION, number: 9, head: 4, base: 1 << 40, revision, epoch, salt: SALT };
     let bytes = header.encode();
     assert_eq!(SegmentHeader::decode(&bytes), Ok(header));
     for bit in 0..bytes.len() * 8 {
@@ -53,9 +59,14 @@ fn a_segment_header_reads_back_and_every_flipped_bit_is_seen() {
 #[test]
 fn a_header_of_another_version_is_told_from_a_damaged_one() {
     let epoch = Epoch::new(1);
-    let header = SegmentHeader { number: 1, head: 1, base: 0, revision: Revision::ZERO, epoch, salt: SALT };
-    assert_eq!(SegmentHeader::other_version(&header.encode()), None);
-    for version in [0, 1, 3, u32::MAX] {
+    let header =
+        SegmentHeader { version: VERSION, number: 1, head: 1, base: 0, revision: Revision::ZERO, epoch, salt: SALT };
+    for version in [2, 3] {
+        let header = SegmentHeader { version, ..header };
+        assert_eq!(SegmentHeader::other_version(&header.encode()), None);
+        assert_eq!(SegmentHeader::decode(&header.encode()), Ok(header));
+    }
+    for version in [0, 1, 4, u32::MAX] {
         let mut bytes = header.encode();
         bytes[8..12].copy_from_slice(&u32::to_le_bytes(version));
         assert_eq!(SegmentHeader::other_version(&bytes), None, "its checksum does not match");
@@ -69,12 +80,8 @@ fn a_header_of_another_version_is_told_from_a_damaged_one() {
 #[test]
 fn every_flipped_bit_of_a_frame_is_seen_and_so_is_another_segment() {
     let mut frame = FrameBuf::of(|frame| {
-        frame.push_change(&put(
-            "a.b",
-            3,
-            b"value",
-            Some(Expiry { at: nkv_core::Timestamp::from_millis(5), ttl_ms: 6 }),
-        ));
+        let expiry = Some(Expiry { at: nkv_core::Timestamp::from_millis(5), ttl_ms: 6 });
+        push(frame, &put("a.b", 3, b"value", expiry));
     });
     let bytes = frame.stamp(64, 8, RELAXED, SALT).to_vec();
     assert!(read(&bytes).is_some() && bytes.len().is_multiple_of(8));
@@ -108,10 +115,11 @@ fn fields_and_types_of_later_versions_are_skipped_or_refused_as_they_ask() {
         record.and_then(|record| record.entry()).map(|entry| format!("{entry:?}"))
     };
     let field = |tag: u16| [&tag.to_le_bytes()[..], &3_u16.to_le_bytes(), b"xyz"].concat();
-    assert_eq!(entry(&raw(PUT, &field(2))), entry(&raw(PUT, &[])));
+    assert_eq!(entry(&raw(PUT, &field(3))), entry(&raw(PUT, &[])));
     assert!(entry(&raw(PUT, &field(0x8002))).is_err());
     assert_eq!(entry(&raw(0x80, &[])), Ok("Unknown".to_owned()));
-    assert!(entry(&raw(6, &[])).is_err());
+    assert!(entry(&raw(7, &[])).is_err());
+    assert!(entry(&raw(TOMBSTONE, &[])).is_err(), "a tombstone has meta, be it empty");
     assert!(entry(&raw(PUT, &[1, 0, 99, 0])).is_err(), "a field longer than its record");
 }
 
@@ -126,15 +134,19 @@ fn example() -> Vec<u8> {
 #[test]
 fn the_worked_example_of_the_documentation_is_what_is_written() {
     let epoch = Epoch::new(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
-    let header = SegmentHeader { number: 1, head: 1, base: 0, revision: Revision::ZERO, epoch, salt: 0x1234_5678 };
+    let header = SegmentHeader {
+        version: VERSION,
+        number: 1,
+        head: 1,
+        base: 0,
+        revision: Revision::ZERO,
+        epoch,
+        salt: 0x1234_5678,
+    };
     let mut frame = FrameBuf::of(|frame| {
-        frame.push_change(&put(
-            "host.db1",
-            1,
-            b"up",
-            Some(Expiry { at: nkv_core::Timestamp::from_millis(1_700_000_000_000), ttl_ms: 60_000 }),
-        ));
-        frame.push_change(&delete("host.db1", 2, 1));
+        let expiry = Some(Expiry { at: nkv_core::Timestamp::from_millis(1_700_000_000_000), ttl_ms: 60_000 });
+        push(frame, &put("host.db1", 1, b"up", expiry));
+        push(frame, &Change { meta: Meta::new(b"seen"), ..delete("host.db1", 2, 1) });
     });
     let mut bytes = header.encode();
     bytes.extend_from_slice(frame.stamp(0, 0, 0, header.salt));
@@ -163,29 +175,42 @@ proptest! {
     }
 
     #[test]
-    fn changes_read_back(value: Vec<u8>, revision: u64, old: u64, at: u64, ttl_ms: u64, expires: bool, is_new: bool) {
+    fn changes_read_back(
+        value: Vec<u8>,
+        meta: Option<Vec<u8>>,
+        numbers: (u64, u64, u64, u64),
+        expires: bool,
+        is_new: bool,
+        is_keyed: bool,
+    ) {
+        let (revision, old, at, ttl_ms) = numbers;
         let expiry = expires.then_some(Expiry { at: nkv_core::Timestamp::from_millis(at), ttl_ms });
         let old = Revision::new(if is_new { 0 } else { old });
+        let kept = Meta::from(meta.as_deref());
         let batch = [
-            Change { replaces: old, ..put("a", revision, &value, expiry) },
-            delete("b", revision, old.get()),
+            Change { replaces: old, meta: kept.clone(), ..put("a", revision, &value, expiry) },
+            Change { meta: kept, ..delete("b", revision, old.get()) },
         ];
+        prop_assert!(FrameBuf::would_fit(&batch));
         let mut frame = FrameBuf::new();
-        let lens: Vec<_> = batch.iter().map(|change| frame.push_change(change)).collect();
+        let lens: Vec<_> = batch.iter().map(|change| frame.push_change(change, old, is_keyed)).collect();
+        prop_assert_eq!(frame.version(), if is_keyed || meta.is_some() { 3 } else { 2 });
         frame.finish();
         let bytes = frame.stamp(0, 0, 0, SALT).to_vec();
         let (_, body) = read(&bytes).unwrap();
         let records: Vec<_> = Records::new(body).map(Result::unwrap).collect();
         prop_assert_eq!(records.len(), 2);
         prop_assert_eq!(records.iter().map(|record| record.bytes.len() as u32).collect::<Vec<_>>(), lens);
-        match &records[0].entry().unwrap() {
-            Entry::Put { key, value: read, revision: number, replaces, expiry: end } => {
-                prop_assert_eq!((*key, *read, number.get(), *end), ("a", &value[..], revision, expiry));
-                prop_assert_eq!(*replaces, old);
-            }
-            other => prop_assert!(false, "{other:?}"),
-        }
-        let deleted = Entry::Delete { key: "b", revision: Revision::new(revision), replaces: old };
+        let (revision, meta) = (Revision::new(revision), meta.as_deref());
+        let put = Entry::Put { key: "a", value: &value[..], revision, replaces: old, expiry, meta, is_keyed };
+        prop_assert_eq!(records[0].entry().unwrap(), put);
+        let is_known = if is_keyed { Id::Key("a", revision) } else { Id::Revision(revision) };
+        prop_assert_eq!(records[0].id(), Some(is_known));
+        let deleted = match meta {
+            Some(meta) => Entry::Tombstone { key: "b", revision, replaces: old, meta },
+            None => Entry::Delete { key: "b", revision, replaces: old },
+        };
+        prop_assert_eq!(records[1].id(), deleted.id());
         prop_assert_eq!(records[1].entry().unwrap(), deleted);
     }
 }

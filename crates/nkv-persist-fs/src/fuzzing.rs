@@ -18,6 +18,7 @@ use crate::format::{Entry, FRAME_HEADER_LEN, FrameBuf, FrameHeader, Records, SEG
 use crate::options::FsOptions;
 use crate::sim::SimFs;
 use crate::store::FsPersist;
+use crate::vfs::Vfs;
 use crate::{check_with, repair_with};
 
 const DIR: &str = "/data";
@@ -53,13 +54,15 @@ fn records(body: &[u8]) {
         }
         let mut frame = FrameBuf::new();
         match &entry {
-            Entry::Put { key, value, revision, replaces, expiry } => {
-                let key = Key::new(key).unwrap();
-                frame.push_change(&put(key, *revision, *replaces, value, *expiry));
+            Entry::Put { key, value, revision, replaces, expiry, meta, is_keyed } => {
+                let put = put(stored_key(key), *revision, *replaces, value, *expiry);
+                frame.push_change(&Change { meta: Meta::from(*meta), ..put }, *replaces, *is_keyed);
             }
             Entry::Delete { key, revision, replaces } => {
-                let (key, action) = (Key::new(key).unwrap(), Action::Delete { reason: Reason::Deleted });
-                frame.push_change(&Change { key, revision: *revision, replaces: *replaces, action, meta: Meta::NONE });
+                frame.push_change(&delete(stored_key(key), *revision, *replaces, Meta::NONE), *replaces, false);
+            }
+            Entry::Tombstone { key, revision, replaces, meta } => {
+                frame.push_change(&delete(stored_key(key), *revision, *replaces, Meta::new(meta)), *replaces, true);
             }
             Entry::Epoch(epoch) => frame.push_epoch(*epoch),
             Entry::Head(number) => frame.push_head(*number),
@@ -101,7 +104,11 @@ fn frame_of(body: &[u8]) -> FrameBuf {
 /// If any of it fails in a way that it must not.
 pub fn recover(data: &[u8]) {
     let mut input = Input(data);
-    let fs = if input.byte().is_multiple_of(4) { SimFs::new() } else { VALID.fork() };
+    let fs = match input.byte() % 4 {
+        0 => SimFs::new(),
+        2 => VERSION_2.fork(),
+        _ => VALID.fork(),
+    };
     for _ in 0..STEPS_MAX {
         if input.0.is_empty() {
             break;
@@ -136,11 +143,34 @@ static VALID: LazyLock<SimFs> = LazyLock::new(|| {
     for revision in 1..=24 {
         let key = Key::new(&format!("k.{}", revision % 5)).unwrap();
         let replaces = Revision::new(u64::saturating_sub(revision, 5));
-        persist.persist(&[put(key, Revision::new(revision), replaces, &[revision as u8; 500], None)]).unwrap();
+        let revision = Revision::new(revision);
+        let (value, meta) = (&[revision.get() as u8; 500], Meta::new(b"meta"));
+        let beside = match revision.get() % 4 {
+            0 => delete(Key::reserved("seen").unwrap(), revision, Revision::ZERO, meta.clone()),
+            1 => delete(Key::new("gone").unwrap(), revision, Revision::ZERO, meta.clone()),
+            // It takes the place of the tombstone, and is known by its key.
+            2 => {
+                Change { meta: meta.clone(), ..put(Key::new("gone").unwrap(), revision, Revision::ZERO, b"back", None) }
+            }
+            _ => delete(Key::new("gone").unwrap(), revision, Revision::new(revision.get() - 1), Meta::NONE),
+        };
+        persist.persist(&[put(key, revision, replaces, value, None), beside]).unwrap();
     }
     let left = fs.fork();
     drop(persist);
     left
+});
+
+/// What a program of version 2 has left.
+static VERSION_2: LazyLock<SimFs> = LazyLock::new(|| {
+    let fs = VALID.fork();
+    let place = |name: &str, bytes: Option<&[u8]>| fs.place(&Path::new(DIR).join(name), bytes.map(<[u8]>::to_vec));
+    fs.list(Path::new(DIR)).unwrap().iter().for_each(|name| place(name, None));
+    place(&segment_name(4), Some(include_bytes!("../tests/data/format-2-killed/0000000000000004.log")));
+    place(&segment_name(5), Some(include_bytes!("../tests/data/format-2-killed/0000000000000005.log")));
+    place(&segment_name(6), Some(include_bytes!("../tests/data/format-2-killed/0000000000000006.log")));
+    place("LOCK", Some(include_bytes!("../tests/data/format-2-killed/LOCK")));
+    fs
 });
 
 fn open(fs: &SimFs) -> Result<FsPersist, nkv_core::PersistError> {
@@ -152,13 +182,23 @@ fn put(key: Key, revision: Revision, replaces: Revision, value: &[u8], expiry: O
     Change { key, revision, replaces, action: Action::Put { value: value.to_vec().into(), expiry }, meta: Meta::NONE }
 }
 
+fn delete(key: Key, revision: Revision, replaces: Revision, meta: Meta) -> Change {
+    Change { key, revision, replaces, action: Action::Delete { reason: Reason::Deleted }, meta }
+}
+
+/// A key of a client, or a reserved one.
+fn stored_key(text: &str) -> Key {
+    text.strip_prefix("..").map_or_else(|| Key::new(text), Key::reserved).unwrap()
+}
+
 /// Whatever was opened takes a put, and has it afterwards beside what it had.
 fn use_it(fs: &SimFs, mut persist: FsPersist) {
     let load = |persist: &mut FsPersist| {
         let mut all = std::collections::BTreeMap::new();
         let visit = &mut |stored: StoredRef<'_>| {
-            let Some(record) = stored.record() else { return };
-            drop(all.insert(record.key.to_owned(), (record.value.to_bytes(), record.revision)));
+            let value = stored.record().map(|record| record.value.to_bytes());
+            let kept = (value, stored.meta().map(<[u8]>::to_vec), stored.revision());
+            all.insert(stored.key().to_owned(), kept);
         };
         let loaded = persist.load(visit).unwrap();
         (all, loaded)
@@ -168,9 +208,14 @@ fn use_it(fs: &SimFs, mut persist: FsPersist) {
         // No revision is left.
         return;
     };
-    let replaces = all.get("fuzz").map_or(Revision::ZERO, |(_, revision)| *revision);
-    persist.persist(&[put(Key::new("fuzz").unwrap(), revision, replaces, b"here", None)]).unwrap();
-    all.insert("fuzz".to_owned(), (b"here".to_vec().into(), revision));
+    // A tombstone is named by no change.
+    let replaces =
+        all.get("fuzz").map_or(Revision::ZERO, |(value, _, at)| value.as_ref().map_or(Revision::ZERO, |_| *at));
+    let fuzz = put(Key::new("fuzz").unwrap(), revision, replaces, b"here", None);
+    let beside = delete(Key::reserved("fuzz").unwrap(), revision, Revision::ZERO, Meta::new(b"seen"));
+    persist.persist(&[Change { meta: Meta::new(b"m"), ..fuzz }, beside]).unwrap();
+    all.insert("fuzz".to_owned(), (Some(b"here".to_vec().into()), Some(b"m".to_vec()), revision));
+    all.insert("..fuzz".to_owned(), (None, Some(b"seen".to_vec()), revision));
     drop(persist);
     let (after, loaded) = load(&mut open(fs).unwrap());
     assert_eq!((after, loaded.revision), (all, revision));
@@ -276,13 +321,12 @@ mod tests {
     #[test]
     fn any_byte_of_a_valid_record_may_change() {
         let body = |frame: &mut FrameBuf| {
-            frame.push_change(&put(
-                Key::new("a.b").unwrap(),
-                Revision::new(3),
-                Revision::ZERO,
-                b"value",
-                Some(Expiry { at: nkv_core::Timestamp::from_millis(5), ttl_ms: 6 }),
-            ));
+            let expiry = Some(Expiry { at: nkv_core::Timestamp::from_millis(5), ttl_ms: 6 });
+            let put = put(Key::new("a.b").unwrap(), Revision::new(3), Revision::ZERO, b"value", expiry);
+            frame.push_change(&put, Revision::ZERO, false);
+            frame.push_change(&Change { meta: Meta::new(b"m"), ..put }, Revision::new(2), true);
+            let tombstone = delete(Key::reserved("r").unwrap(), Revision::new(3), Revision::ZERO, Meta::new(b""));
+            frame.push_change(&tombstone, Revision::ZERO, true);
             frame.push_head(4);
             frame.push_seal();
         };

@@ -1,14 +1,15 @@
 //! Where the value of each key stands, and how much of each segment is still needed.
 //!
 //! The one idea: a record is known by its revision, which no other has. Each change names the revision that it replaces,
-//! also in the log, so nobody needs keys to know what counts: 16 bytes for each value.
+//! also in the log, so nobody needs keys to know what counts: 16 bytes for each value. The few for which that does not hold
+//! are known by their keys: tombstones, which no change names, and all but the first of several changes of one revision.
 
 use std::collections::{HashMap, VecDeque};
 
 use hashbrown::HashTable;
-use nkv_core::Revision;
+use nkv_core::{PersistError, PersistErrorKind, Revision};
 
-use crate::format::{SEGMENT_HEADER_LEN, SegmentHeader};
+use crate::format::{Id, SEGMENT_HEADER_LEN, SegmentHeader};
 
 /// How far apart the ends of a log may be: the index does not tell more positions from each other.
 pub(crate) const SPAN_MAX: u64 = 1 << POSITION_BITS;
@@ -61,18 +62,31 @@ impl Packed {
     }
 }
 
+/// A record that is known by its key.
+#[derive(Clone, Copy, Debug)]
+struct Keyed {
+    revision: Revision,
+    place: Place,
+    is_tombstone: bool,
+}
+
 /// The place of each value.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     places: HashTable<(Revision, Packed)>,
     /// The lengths of the few records that are too long to have theirs beside the position.
     long: HashMap<Revision, u32>,
+    keyed: HashMap<Box<str>, Keyed>,
+    /// How many of those are tombstones.
+    tombstones: usize,
     /// In order, without gaps.
     segments: VecDeque<Usage>,
     live_bytes: u64,
     total_bytes: u64,
     /// So many values are expected in all: room for them is not given back.
     expected: usize,
+    /// What it has found to be impossible, if it has: then none of its sums can be trusted.
+    broken: Option<&'static str>,
 }
 
 impl Index {
@@ -111,29 +125,69 @@ impl Index {
         let Ok(entry) = found else { return false };
         let ((_, packed), _) = entry.remove();
         let (position, len) = (packed.position(self.end()), packed.0 & LONG);
-        let long = if len == LONG { self.long.remove(&revision) } else { None };
-        let place = Place { position, len: long.unwrap_or(len as u32) };
-        self.count_live(place, false);
+        let len = if len == LONG { self.long.remove(&revision) } else { Some(len as u32) };
+        match len {
+            Some(len) => self.count_live(Place { position, len }, false),
+            None => self.give_up("the length of a long record is not known"),
+        }
         if self.places.capacity() / 8 > self.places.len().max(self.expected) {
             self.places.shrink_to(self.places.len().saturating_mul(2), |(revision, _)| hash(*revision));
         }
         true
     }
 
-    /// Notes that a value stands elsewhere now.
-    pub(crate) fn move_to(&mut self, revision: Revision, place: Place) {
-        self.remove(revision);
-        self.insert(revision, place);
+    /// Notes a record that has become what counts of its key, and is known by that.
+    pub(crate) fn insert_keyed(&mut self, key: &str, revision: Revision, place: Place, is_tombstone: bool) {
+        self.remove_keyed(key);
+        self.keyed.insert(key.into(), Keyed { revision, place, is_tombstone });
+        self.tombstones = self.tombstones.saturating_add(usize::from(is_tombstone));
+        self.count_live(place, true);
     }
 
-    /// Whether some value has this revision.
+    /// Forgets the record that is known by this key, if there is one.
+    pub(crate) fn remove_keyed(&mut self, key: &str) {
+        if self.keyed.is_empty() {
+            return;
+        }
+        let Some(Keyed { place, is_tombstone, .. }) = self.keyed.remove(key) else { return };
+        self.tombstones = self.tombstones.saturating_sub(usize::from(is_tombstone));
+        self.count_live(place, false);
+        if self.keyed.capacity() / 8 > self.keyed.len() {
+            self.keyed.shrink_to(self.keyed.len().saturating_mul(2));
+        }
+    }
+
+    /// The revision of the record that is known by this key.
+    pub(crate) fn keyed_revision(&self, key: &str) -> Option<Revision> {
+        self.keyed.get(key).map(|keyed| keyed.revision)
+    }
+
+    /// Notes that a record stands elsewhere now.
+    pub(crate) fn move_to(&mut self, id: Id<'_>, place: Place) {
+        match id {
+            Id::Revision(revision) if self.remove(revision) => self.insert(revision, place),
+            Id::Key(key, revision) if self.keyed_revision(key) == Some(revision) => {
+                let is_tombstone = self.keyed.get(key).is_some_and(|keyed| keyed.is_tombstone);
+                self.insert_keyed(key, revision, place, is_tombstone);
+            }
+            _ => self.give_up("a copy was made of what does not count"),
+        }
+    }
+
+    /// Whether some value is known by this revision.
     pub(crate) fn contains(&self, revision: Revision) -> bool {
         self.find(revision).is_some()
     }
 
-    /// Whether the record of this revision, in the frame at this position, is the value of its key.
-    pub(crate) fn is_live(&self, revision: Revision, position: u64) -> bool {
-        self.find(revision).is_some_and(|packed| packed.is_at(position))
+    /// Whether this record, in the frame at this position, is what counts of its key.
+    pub(crate) fn is_live(&self, id: Id<'_>, position: u64) -> bool {
+        match id {
+            Id::Revision(revision) => self.find(revision).is_some_and(|packed| packed.is_at(position)),
+            Id::Key(key, revision) => {
+                let is_it = |keyed: &Keyed| keyed.revision == revision && keyed.place.position == position;
+                self.keyed.get(key).is_some_and(is_it)
+            }
+        }
     }
 
     fn find(&self, revision: Revision) -> Option<Packed> {
@@ -143,11 +197,12 @@ impl Index {
     /// Where the frames of a segment start that hold values, in order. None if the index is so large that to look through
     /// it is no less work than to read the segment.
     pub(crate) fn frames_of(&self, segment: u64) -> Option<Vec<u64>> {
-        let (usage, end) = (self.usage(segment), self.end());
-        if self.places.len() as u64 > (usage.bytes / FRAMES_SHARE).min(FRAMES_MAX) {
+        let (usage, end) = (self.find_usage(segment)?, self.end());
+        if self.places.len().saturating_add(self.keyed.len()) as u64 > (usage.bytes / FRAMES_SHARE).min(FRAMES_MAX) {
             return None;
         }
         let positions = self.places.iter().map(|(_, packed)| packed.position(end));
+        let positions = positions.chain(self.keyed.values().map(|keyed| keyed.place.position));
         let next = usage.base.saturating_add(usage.bytes.saturating_sub(SEGMENT_HEADER_LEN));
         let is_here = |position: &u64| *position >= usage.base && *position < next;
         let mut frames: Vec<u64> = positions.filter(is_here).collect();
@@ -168,11 +223,25 @@ impl Index {
 
     fn count_live(&mut self, place: Place, live: bool) {
         let behind = self.segments.partition_point(|segment| segment.base <= place.position);
-        let Some(usage) = behind.checked_sub(1).and_then(|at| self.segments.get_mut(at)) else { return };
-        for sum in [&mut usage.live, &mut self.live_bytes] {
-            let count = if live { u64::saturating_add } else { u64::saturating_sub };
-            *sum = count(*sum, u64::from(place.len));
-        }
+        let Some(usage) = behind.checked_sub(1).and_then(|at| self.segments.get_mut(at)) else {
+            return self.give_up("a record stands before the first segment");
+        };
+        let count = if live { u64::checked_add } else { u64::checked_sub };
+        let sums = [usage.live, self.live_bytes].map(|sum| count(sum, u64::from(place.len)));
+        let [Some(in_segment), Some(in_all)] = sums else {
+            return self.give_up("a segment holds less than what is taken from it");
+        };
+        (usage.live, self.live_bytes) = (in_segment, in_all);
+    }
+
+    /// Notes that what it holds contradicts itself, which only a fault of this program can bring about.
+    fn give_up(&mut self, why: &'static str) {
+        self.broken.get_or_insert(why);
+    }
+
+    /// Fails for ever once the index has contradicted itself.
+    pub(crate) fn check(&self) -> Result<(), PersistError> {
+        self.broken.map_or(Ok(()), |why| Err(broken(why)))
     }
 
     /// Notes that the newest segment, which may be a new one, has this many bytes.
@@ -192,14 +261,26 @@ impl Index {
 
     /// Forgets the oldest segment, which holds no value any more.
     pub(crate) fn drop_oldest_segment(&mut self) {
-        let bytes = self.segments.pop_front().unwrap_or_default().bytes;
-        self.total_bytes = self.total_bytes.saturating_sub(bytes);
+        match self.segments.pop_front() {
+            Some(Usage { bytes, live: 0, .. }) => self.total_bytes = self.total_bytes.saturating_sub(bytes),
+            Some(_) => self.give_up("a segment goes that holds values"),
+            None => self.give_up("a segment goes that is not there"),
+        }
     }
 
-    pub(crate) fn usage(&self, segment: u64) -> Usage {
-        let first = self.segments.front().map_or(0, |first| first.number);
-        let at = segment.checked_sub(first).and_then(|at| usize::try_from(at).ok());
-        at.and_then(|at| self.segments.get(at)).copied().unwrap_or_default()
+    /// What is known of a segment, which must be one of the log.
+    pub(crate) fn usage(&self, segment: u64) -> Result<Usage, PersistError> {
+        self.find_usage(segment).ok_or_else(|| broken("a segment of the log is not known"))
+    }
+
+    /// How many bytes of a segment are needed; none of one that is not there any more.
+    pub(crate) fn live_in(&self, segment: u64) -> u64 {
+        self.find_usage(segment).map_or(0, |usage| usage.live)
+    }
+
+    fn find_usage(&self, segment: u64) -> Option<Usage> {
+        let at = segment.checked_sub(self.segments.front()?.number)?;
+        self.segments.get(usize::try_from(at).ok()?).copied()
     }
 
     /// The segment that holds most of what is needed.
@@ -215,8 +296,13 @@ impl Index {
         self.segments.len()
     }
 
+    /// How many keys have a value.
     pub(crate) fn key_count(&self) -> usize {
-        self.places.len()
+        self.places.len().saturating_add(self.keyed.len()).saturating_sub(self.tombstones)
+    }
+
+    pub(crate) fn tombstone_count(&self) -> usize {
+        self.tombstones
     }
 
     /// The sum of the records that the index points to.
@@ -228,6 +314,11 @@ impl Index {
     pub(crate) fn total_bytes(&self) -> u64 {
         self.total_bytes
     }
+}
+
+fn broken(why: &str) -> PersistError {
+    let context = format!("the index of the log contradicts itself: {why}");
+    PersistError::new(PersistErrorKind::Poisoned, context)
 }
 
 /// Nobody chooses revisions so that they collide: the store counts. Sixteen that follow each other stay together, as in
@@ -254,8 +345,15 @@ mod tests {
     /// An index of one segment, which starts at `base`.
     fn index_at(base: u64) -> Index {
         let mut index = Index::default();
-        let header =
-            SegmentHeader { number: 7, head: 7, base, revision: Revision::ZERO, epoch: Epoch::new(1), salt: 0 };
+        let header = SegmentHeader {
+            version: 3,
+            number: 7,
+            head: 7,
+            base,
+            revision: Revision::ZERO,
+            epoch: Epoch::new(1),
+            salt: 0,
+        };
         index.set_bytes(&header, SEGMENT_HEADER_LEN + (1 << 30));
         index
     }
@@ -268,13 +366,16 @@ mod tests {
                 let mut index = index_at(base);
                 let (revision, place) = (Revision::new(9), Place { position: base + offset, len });
                 index.insert(revision, place);
-                assert!(index.is_live(revision, place.position) && !index.is_live(revision, place.position + 1));
-                assert_eq!((index.live_bytes(), index.usage(7).live), (u64::from(len), u64::from(len)));
+                assert!(
+                    index.is_live(Id::Revision(revision), place.position)
+                        && !index.is_live(Id::Revision(revision), place.position + 1)
+                );
+                assert_eq!((index.live_bytes(), index.live_in(7)), (u64::from(len), u64::from(len)));
                 let copy = Place { position: base + offset + 1, ..place };
-                index.move_to(revision, copy);
-                assert!(index.is_live(revision, copy.position) && index.live_bytes() == u64::from(len));
+                index.move_to(Id::Revision(revision), copy);
+                assert!(index.is_live(Id::Revision(revision), copy.position) && index.live_bytes() == u64::from(len));
                 assert!(index.remove(revision) && !index.remove(revision) && !index.contains(revision));
-                assert_eq!((index.live_bytes(), index.usage(7).live, index.long.len()), (0, 0, 0));
+                assert_eq!((index.live_bytes(), index.live_in(7), index.long.len()), (0, 0, 0));
             }
         }
     }
@@ -308,7 +409,7 @@ mod tests {
             assert!(index.remove(Revision::new(at)));
         }
         assert!(index.places.capacity() <= 1_000, "room for {}", index.places.capacity());
-        assert!((9_901..=10_000).all(|at| index.is_live(Revision::new(at), at * 32)));
+        assert!((9_901..=10_000).all(|at| index.is_live(Id::Revision(Revision::new(at)), at * 32)));
     }
 
     #[test]
@@ -320,7 +421,9 @@ mod tests {
         (11..=1_000).for_each(|at| _ = index.remove(Revision::new(at)));
         assert!(index.places.capacity() >= 5_000, "it is expected to be needed");
         index.fit();
-        assert!(index.places.capacity() < 100 && (1..=10).all(|at| index.is_live(Revision::new(at), at * 32)));
+        assert!(
+            index.places.capacity() < 100 && (1..=10).all(|at| index.is_live(Id::Revision(Revision::new(at)), at * 32))
+        );
     }
 
     #[test]

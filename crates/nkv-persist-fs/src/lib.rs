@@ -16,6 +16,7 @@
 pub mod fuzzing;
 pub mod sim;
 
+mod batch;
 mod check;
 mod compact;
 mod disk;
@@ -23,11 +24,13 @@ mod error;
 mod format;
 mod index;
 mod log;
+mod mutex;
 mod open;
 mod options;
 mod reader;
 mod salvage;
 mod scan;
+mod space;
 mod store;
 mod vfs;
 

@@ -5,25 +5,28 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use nkv_core::{Epoch, FailureHandler, PersistError, PersistErrorKind, Revision};
+use nkv_core::{Action, Change, Epoch, FailureHandler, PersistError, PersistErrorKind, Revision};
 
-use crate::compact::lock;
+use crate::batch::{Batch, has_puts};
 use crate::disk::{Disk, segment_name, write_zeros};
 use crate::error::{from_io, poisoned};
-use crate::format::{FrameBuf, RELAXED, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
-use crate::index::{Index, SPAN_MAX};
+use crate::format::{FrameBuf, Id, RELAXED, RawRecord, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader, VERSION};
+use crate::index::{Index, Place, SPAN_MAX};
+use crate::mutex::lock;
 use crate::options::{Durability, FsOptions};
 use crate::scan::Tail;
+use crate::space::{Need, Space};
 use crate::vfs::{Open, VfsFile, write_all};
 
 /// How long puts are refused without another try to fill the reserve.
 const REFILL_REST: Duration = Duration::from_secs(1);
 
-/// No record of a value is longer, as the limits of a server have it.
-const VALUE_ROOM: u64 = (8 << 20) + (4 << 10);
+/// A reserve smaller than this is none.
+const RESERVE_MIN: u64 = 64 << 10;
 
 /// So many zeros are written behind a frame at most: the put waits for them.
 const ZEROS_MAX: u64 = 256 << 10;
@@ -38,26 +41,29 @@ pub(crate) struct Counters {
 }
 
 /// The log and all that is known of it. Whoever has it locked may append.
+///
+/// It is made by [`restore`](Self::restore), from what was read, and changed by [`commit`](Self::commit), a batch at a time;
+/// compaction moves what stands in it, and drops what is behind the head.
 #[derive(Debug)]
 pub(crate) struct Log {
-    pub(crate) disk: Disk,
-    pub(crate) options: FsOptions,
-    pub(crate) index: Index,
-    pub(crate) head: u64,
-    pub(crate) epoch: Epoch,
-    pub(crate) revision: Revision,
-    pub(crate) counters: Counters,
+    disk: Disk,
+    options: FsOptions,
+    index: Index,
+    head: u64,
+    epoch: Epoch,
+    revision: Revision,
+    counters: Counters,
     /// Since when something acknowledged waits for a sync.
-    pub(crate) dirty_since: Option<Instant>,
+    dirty_since: Option<Instant>,
     /// A full disk asks for every segment below this number to be compacted.
-    pub(crate) urgent_below: u64,
+    urgent_below: u64,
     /// No compaction before this time, as the last one failed.
-    pub(crate) compact_after: Option<Instant>,
-    pub(crate) stopping: bool,
+    compact_after: Option<Instant>,
+    stopping: bool,
     /// Whether the thread waits to be told that there is something to do.
-    pub(crate) is_waited_for: bool,
+    is_waited_for: bool,
     /// Segments that are not needed, and whose names may be there still.
-    pub(crate) leftovers: BTreeSet<u64>,
+    leftovers: BTreeSet<u64>,
     active: SegmentHeader,
     file: Arc<LogFile>,
     len: u64,
@@ -66,18 +72,37 @@ pub(crate) struct Log {
     /// Whether there was no room for zeros, in this segment.
     without_zeros: bool,
     /// Bytes that a prepared batch will take: other appends leave room for them.
-    pub(crate) held_back: u64,
+    held_back: u64,
     synced_to: u64,
     /// Whether the last frame says that all before it is durable.
     last_proves: bool,
     poisoned: Option<String>,
     /// Learns at once when the log is poisoned.
-    pub(crate) failure_handler: Option<FailureHandler>,
+    failure_handler: Option<FailureHandler>,
     reserve_held: bool,
     /// How much of the reserve is left; once it was given up, appends eat it.
-    pub(crate) reserve_left: u64,
+    reserve_left: u64,
     /// No try to fill the reserve for a put before this time, unless something was freed.
     refill_after: Option<Instant>,
+}
+
+/// What was read of a log, and where it goes on.
+#[derive(Debug)]
+pub(crate) struct Restored {
+    pub(crate) index: Index,
+    pub(crate) head: u64,
+    pub(crate) epoch: Epoch,
+    pub(crate) revision: Revision,
+    pub(crate) tail: Tail,
+}
+
+impl Restored {
+    /// An empty log, which this segment begins.
+    pub(crate) fn empty(header: SegmentHeader) -> Self {
+        let SegmentHeader { head, epoch, revision, .. } = header;
+        let tail = Tail { header, end: SEGMENT_HEADER_LEN, written_to: SEGMENT_HEADER_LEN };
+        Restored { index: Index::default(), head, epoch, revision, tail }
+    }
 }
 
 /// A file whose syncs never overlap, and all fail after one has failed: the kernel tells one of them that it could not
@@ -87,17 +112,28 @@ struct LogFile {
     file: Arc<dyn VfsFile>,
     path: String,
     has_failed: Mutex<bool>,
+    /// Whether nothing in it is needed any more: it may have no name.
+    is_retired: AtomicBool,
 }
 
 impl LogFile {
     fn new(file: Arc<dyn VfsFile>, path: String) -> Arc<Self> {
-        Arc::new(LogFile { file, path, has_failed: Mutex::new(false) })
+        Arc::new(LogFile { file, path, has_failed: Mutex::new(false), is_retired: AtomicBool::new(false) })
+    }
+
+    /// Lets syncs to come do nothing, once none is under way: nothing in the file is needed any more.
+    fn retire(&self) {
+        let _none = lock(&self.has_failed);
+        self.is_retired.store(true, Ordering::SeqCst);
     }
 
     fn sync(&self) -> io::Result<()> {
         let mut has_failed = lock(&self.has_failed);
         if *has_failed {
             return Err(io::Error::other("an earlier sync of the file has failed"));
+        }
+        if self.is_retired.load(Ordering::SeqCst) {
+            return Ok(());
         }
         self.file.sync_data().inspect_err(|_| *has_failed = true)
     }
@@ -124,8 +160,9 @@ pub(crate) fn sync_unlocked(log: &Mutex<Log>) -> Result<(), PersistError> {
 }
 
 impl Log {
-    /// The log that ends at `tail`, where its file ends too, or zeros begin. All of it is durable.
-    pub(crate) fn new(disk: Disk, options: FsOptions, index: Index, tail: Tail) -> Result<Self, PersistError> {
+    /// The log that ends at the tail, where its file ends too, or zeros begin. All of it is durable.
+    pub(crate) fn restore(disk: Disk, options: FsOptions, restored: Restored) -> Result<Self, PersistError> {
+        let Restored { index, head, epoch, revision, tail } = restored;
         let name = segment_name(tail.header.number);
         let file = LogFile::new(disk.open(&name, Open::Write)?, disk.path(&name));
         let file_len = file.file.size().map_err(|e| from_io("read", &file.path, e))?;
@@ -133,9 +170,9 @@ impl Log {
             disk,
             options,
             index,
-            head: tail.header.head,
-            epoch: tail.header.epoch,
-            revision: tail.header.revision,
+            head,
+            epoch,
+            revision,
             counters: Counters::default(),
             dirty_since: None,
             urgent_below: 0,
@@ -158,8 +195,162 @@ impl Log {
             refill_after: None,
         };
         log.index.set_bytes(&log.active, log.len);
+        log.index.check()?;
         log.synced_to = log.position();
         Ok(log)
+    }
+
+    /// Appends a batch that was [planned](Self::plan) and encoded, and notes what it changes, while nobody else has the log: a copy
+    /// of what a batch deletes must not come to stand behind the delete. Gives the sync that the batch waits for, if it does.
+    pub(crate) fn commit(
+        &mut self,
+        changes: &[Change],
+        batch: &mut Batch,
+    ) -> Result<Option<PendingSync>, PersistError> {
+        let position = if has_puts(changes) {
+            self.append(&mut batch.frame)?
+        } else {
+            self.append_at_any_price(&mut batch.frame)?
+        };
+        for (change, step) in changes.iter().zip(&batch.steps) {
+            let place = Place { position, len: step.len };
+            self.revision = change.revision;
+            self.index.remove(step.replaces);
+            self.index.remove_keyed(change.key.as_str());
+            match step.id(change) {
+                Some(Id::Revision(revision)) => self.index.insert(revision, place),
+                Some(Id::Key(key, revision)) => {
+                    let is_tombstone = matches!(change.action, Action::Delete { .. });
+                    self.index.insert_keyed(key, revision, place, is_tombstone);
+                }
+                None => {}
+            }
+        }
+        self.check_index()?;
+        if self.options.durability == Durability::Sync { self.start_sync().map(Some) } else { Ok(None) }
+    }
+
+    /// Plans a batch, or refuses one that does not go on where the log has ended. What a plan says is not changed by
+    /// compaction.
+    pub(crate) fn plan(&self, changes: &[Change], batch: &mut Batch) -> Result<(), PersistError> {
+        self.check_usable()?;
+        batch.plan(changes, self.revision, &self.index)
+    }
+
+    /// Notes that a batch is stored, as far as its durability asks; says whether somebody has to sync it in time.
+    pub(crate) fn count_batch(&mut self) -> bool {
+        self.counters.batches = self.counters.batches.saturating_add(1);
+        let begins = self.options.durability != Durability::Sync && self.dirty_since.is_none();
+        if begins {
+            self.dirty_since = Some(Instant::now());
+        }
+        begins
+    }
+
+    /// Gives up if the index has contradicted itself: what is stored from now on could not be told from what is gone.
+    fn check_index(&mut self) -> Result<(), PersistError> {
+        self.index.check().map_err(|error| self.poison(error))
+    }
+
+    pub(crate) fn index(&self) -> &Index {
+        &self.index
+    }
+
+    pub(crate) fn options(&self) -> &FsOptions {
+        &self.options
+    }
+
+    pub(crate) fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// The oldest segment that is needed.
+    pub(crate) fn head(&self) -> u64 {
+        self.head
+    }
+
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The highest revision ever stored.
+    pub(crate) fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    fn space(&self) -> Space<'_> {
+        Space {
+            index: &self.index,
+            options: &self.options,
+            head: self.head,
+            urgent_below: self.urgent_below,
+            reserve_held: self.reserve_held,
+            reserve_left: self.reserve_left,
+        }
+    }
+
+    /// How much has to be done before `extra` more bytes are appended.
+    pub(crate) fn need(&self, extra: u64) -> Need {
+        self.space().need(extra)
+    }
+
+    /// Whether the background has something to compact.
+    pub(crate) fn wants_compaction(&self) -> bool {
+        (self.need(0) > Need::None || !self.leftovers.is_empty()) && self.may_compact()
+    }
+
+    /// Whether compaction has not failed just now.
+    pub(crate) fn may_compact(&self) -> bool {
+        self.check_usable().is_ok() && self.compaction_rest().is_none()
+    }
+
+    /// How long compaction rests, if it rests.
+    pub(crate) fn compaction_rest(&self) -> Option<Duration> {
+        let rest = self.compact_after?.saturating_duration_since(Instant::now());
+        (!rest.is_zero()).then_some(rest)
+    }
+
+    /// Lets compaction rest, as it has failed.
+    pub(crate) fn rest_compaction(&mut self, rest: Duration) {
+        self.compact_after = Instant::now().checked_add(rest);
+    }
+
+    /// Has all that is there compacted with urgency, as there was no space for a batch.
+    pub(crate) fn press(&mut self) {
+        self.urgent_below = self.active.number.saturating_add(1);
+    }
+
+    /// Since when something acknowledged waits for a sync, if something does.
+    pub(crate) fn dirty_since(&self) -> Option<Instant> {
+        self.dirty_since
+    }
+
+    /// How many bytes were held back for a batch that was prepared; no longer.
+    pub(crate) fn take_held_back(&mut self) -> u64 {
+        std::mem::take(&mut self.held_back)
+    }
+
+    pub(crate) fn on_failure(&mut self, handler: FailureHandler) {
+        self.failure_handler = Some(handler);
+    }
+
+    /// Asks the thread to end.
+    pub(crate) fn stop(&mut self) {
+        self.stopping = true;
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping
+    }
+
+    /// Notes that the thread waits for something to do.
+    pub(crate) fn wait_for_work(&mut self) {
+        self.is_waited_for = true;
+    }
+
+    /// Whether the thread waits for something to do; it does no longer.
+    pub(crate) fn take_waiting(&mut self) -> bool {
+        std::mem::take(&mut self.is_waited_for)
     }
 
     pub(crate) fn active_number(&self) -> u64 {
@@ -196,7 +387,7 @@ impl Log {
     }
 
     /// The flags of a frame in this durability.
-    pub(crate) fn flags(&self) -> u16 {
+    fn flags(&self) -> u16 {
         if self.options.durability == Durability::Sync { 0 } else { RELAXED }
     }
 
@@ -204,24 +395,26 @@ impl Log {
     pub(crate) fn append(&mut self, frame: &mut FrameBuf) -> Result<u64, PersistError> {
         self.check_usable()?;
         if self.held_back > 0 {
-            self.make_room(frame.len().saturating_add(self.held_back))?;
+            self.make_room(frame.len().saturating_add(self.held_back), frame.version())?;
         }
-        self.rotate_if_full(frame.len())?;
+        self.rotate_if_needed(frame.len(), frame.version())?;
         let position = self.write(frame, self.flags())?;
         self.zero_ahead();
         Ok(position)
     }
 
-    fn rotate_if_full(&mut self, frame_len: u64) -> Result<(), PersistError> {
+    /// Goes on in a new segment if a frame does not fit into this one, or says what this one's version does not have.
+    fn rotate_if_needed(&mut self, frame_len: u64, version: u32) -> Result<(), PersistError> {
         let needed = self.len.saturating_add(frame_len).saturating_add(SEAL_FRAME_LEN);
-        if needed > self.options.segment_bytes && self.len > SEGMENT_HEADER_LEN { self.rotate() } else { Ok(()) }
+        let is_full = needed > self.options.segment_bytes && self.len > SEGMENT_HEADER_LEN;
+        if is_full || version > self.active.version { self.rotate() } else { Ok(()) }
     }
 
     /// Makes the room that an append of `len` bytes takes, where it will stand: what is written over zeros needs no more of
     /// the disk, unless the file system copies on write.
-    fn make_room(&mut self, len: u64) -> Result<(), PersistError> {
+    fn make_room(&mut self, len: u64, version: u32) -> Result<(), PersistError> {
         self.check_usable()?;
-        self.rotate_if_full(len)?;
+        self.rotate_if_needed(len, version)?;
         let end = self.len.saturating_add(len);
         if end <= self.file_len {
             return Ok(());
@@ -235,10 +428,11 @@ impl Log {
     }
 
     /// Like [`make_room`](Self::make_room), and gives up the reserve if nothing else helps and `at_any_price` says so.
-    pub(crate) fn hold_back(&mut self, len: u64, at_any_price: bool) -> Result<(), PersistError> {
-        match self.make_room(len) {
+    pub(crate) fn hold_back(&mut self, frame: &FrameBuf, at_any_price: bool) -> Result<(), PersistError> {
+        let (len, version) = (frame.len(), frame.version());
+        match self.make_room(len, version) {
             Err(error) if error.kind() == PersistErrorKind::NoSpace && at_any_price && self.give_up_reserve()? => {
-                self.make_room(len)?;
+                self.make_room(len, version)?;
             }
             result => result?,
         }
@@ -247,7 +441,7 @@ impl Log {
     }
 
     /// Like [`append`](Self::append), and gives up the reserve if nothing else helps.
-    pub(crate) fn append_at_any_price(&mut self, frame: &mut FrameBuf) -> Result<u64, PersistError> {
+    fn append_at_any_price(&mut self, frame: &mut FrameBuf) -> Result<u64, PersistError> {
         match self.append(frame) {
             Err(error) if error.kind() == PersistErrorKind::NoSpace && self.give_up_reserve()? => self.append(frame),
             result => result,
@@ -265,31 +459,78 @@ impl Log {
         }
     }
 
-    /// Appends copies of what is needed of a segment. They may use the reserve only if it takes all of them: else they
-    /// would eat what deletes need, and free nothing.
-    pub(crate) fn append_copy(&mut self, frame: &mut FrameBuf, segment: u64) -> Result<u64, PersistError> {
+    /// Appends a frame of copies of what is needed of a segment, which count from now on. They may use the reserve only if it
+    /// takes all of them: else they would eat what deletes need, and free nothing.
+    pub(crate) fn commit_copies(
+        &mut self,
+        frame: &mut FrameBuf,
+        segment: u64,
+        copies: &[RawRecord<'_>],
+    ) -> Result<(), PersistError> {
         self.check_room_to_copy(segment)?;
         let is_worth_it = self.reserve_takes(segment, 0);
-        match self.append(frame) {
+        let appended = match self.append(frame) {
             Err(error) if error.kind() == PersistErrorKind::NoSpace && is_worth_it && self.give_up_reserve()? => {
                 self.append(frame)
             }
             result => result,
+        };
+        let position = appended?;
+        self.counters.copied_bytes = self.counters.copied_bytes.saturating_add(frame.len());
+        for copy in copies {
+            if let Some(id) = copy.id() {
+                self.index.move_to(id, Place { position, len: copy.bytes.len() as u32 });
+            }
         }
+        self.check_index()
     }
 
     /// Whether copies of what is needed of this segment can be made, as far as is known.
     pub(crate) fn check_room_to_copy(&self, segment: u64) -> Result<(), PersistError> {
-        if self.reserve_held || self.options.reserve_bytes == 0 || self.reserve_takes(segment, 0) {
-            return Ok(());
-        }
-        Err(PersistError::new(PersistErrorKind::NoSpace, "the disk is full: no room to compact"))
+        self.space().check_room_to_copy(segment)
     }
 
-    /// Whether what is left of the reserve takes what is needed of this segment, some deletes, and `spare` bytes more.
-    pub(crate) fn reserve_takes(&self, segment: u64, spare: u64) -> bool {
-        let deletes = self.options.reserve_bytes / 8;
-        self.copies_len(segment).saturating_add(spare).saturating_add(deletes) <= self.reserve_left
+    fn reserve_takes(&self, segment: u64, spare: u64) -> bool {
+        self.space().reserve_takes(segment, spare)
+    }
+
+    /// Appends, behind what the frame holds, that no segment below this one is needed.
+    pub(crate) fn append_head(&mut self, frame: &mut FrameBuf, head: u64) -> Result<(), PersistError> {
+        frame.push_head(head);
+        frame.finish();
+        self.append_at_any_price(frame)?;
+        self.head = head;
+        Ok(())
+    }
+
+    /// Forgets segments, the oldest ones, which are not needed: from now on they are leftovers.
+    pub(crate) fn drop_segments(&mut self, numbers: std::ops::Range<u64>) -> Result<(), PersistError> {
+        for number in numbers {
+            self.index.drop_oldest_segment();
+            self.counters.compacted_segments = self.counters.compacted_segments.saturating_add(1);
+            self.leftovers.insert(number);
+        }
+        self.check_index()
+    }
+
+    /// A segment that is not needed, and whose name may be there still.
+    pub(crate) fn leftover(&self) -> Option<u64> {
+        self.leftovers.first().copied()
+    }
+
+    /// Notes that the name of a segment is gone.
+    pub(crate) fn forget_leftover(&mut self, number: u64) {
+        self.leftovers.remove(&number);
+    }
+
+    /// Goes on in a new epoch, if one is given, once it is synced; in a relaxed durability also says that something may be
+    /// missing next time. Never in a new segment: a power cut could leave that without the frame, and the old epoch would
+    /// go on.
+    pub(crate) fn begin(&mut self, epoch: Option<Epoch>) -> Result<(), PersistError> {
+        let mut frame = FrameBuf::of(|frame| epoch.iter().for_each(|epoch| frame.push_epoch(*epoch)));
+        self.append_here(&mut frame, self.flags())?;
+        self.epoch = epoch.unwrap_or(self.epoch);
+        Ok(())
     }
 
     /// Frees the space of the reserve; says whether there was any.
@@ -299,7 +540,7 @@ impl Log {
         }
         tracing::warn!("the disk is full: giving up the reserve, so that deletes and compaction go on");
         self.reserve_held = false;
-        self.urgent_below = self.active.number.saturating_add(1);
+        self.press();
         self.disk.release_reserve()?;
         Ok(true)
     }
@@ -394,6 +635,18 @@ impl Log {
         Ok(PendingSync { file: Arc::clone(&self.file), position: self.position() })
     }
 
+    /// A new segment, so that all before it can be compacted, in the room of the reserve if there is no other. Unless the
+    /// segment `is_empty`, only if the reserve takes the copies too.
+    pub(crate) fn rotate_for_compaction(&mut self, is_empty: bool) -> Result<(), PersistError> {
+        let may_spend = is_empty || self.reserve_takes(self.active.number, 0);
+        match self.rotate() {
+            Err(error) if error.kind() == PersistErrorKind::NoSpace && may_spend && self.give_up_reserve()? => {
+                self.rotate()
+            }
+            result => result,
+        }
+    }
+
     /// Whether something was appended that is not durable, as far as is known.
     pub(crate) fn is_dirty(&self) -> bool {
         self.synced_to < self.position()
@@ -423,7 +676,7 @@ impl Log {
     }
 
     /// Goes on in a new segment. The old one is durable before the new one exists, and says last that it goes on.
-    pub(crate) fn rotate(&mut self) -> Result<(), PersistError> {
+    fn rotate(&mut self) -> Result<(), PersistError> {
         if self.index.span() >= SPAN_MAX / 2 {
             return Err(PersistError::new(PersistErrorKind::NoSpace, "the log is as long as a log can be"));
         }
@@ -431,6 +684,7 @@ impl Log {
             self.sync()?;
         }
         let header = SegmentHeader {
+            version: VERSION,
             number: self.active.number.saturating_add(1),
             head: self.head,
             base: self.position().saturating_add(SEAL_FRAME_LEN),
@@ -446,11 +700,62 @@ impl Log {
         self.trim_zeros();
         self.sync()?;
         self.file = LogFile::new(file, self.disk.path(&name));
+        self.enter(header);
+        self.grow_reserve();
+        Ok(())
+    }
+
+    /// Goes on in the segment of this header, which holds no frame.
+    fn enter(&mut self, header: SegmentHeader) {
         (self.active, self.len, self.file_len) = (header, SEGMENT_HEADER_LEN, SEGMENT_HEADER_LEN);
         self.without_zeros = false;
         self.index.set_bytes(&self.active, self.len);
-        self.grow_reserve();
-        Ok(())
+    }
+
+    /// Forgets everything, and goes on in a new epoch at revision zero. The header of the new segment says all of it, as it is
+    /// the oldest one that is needed itself: until that is durable, nothing has changed. The segments before are leftovers.
+    pub(crate) fn begin_anew(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        self.check_usable()?;
+        let number = self.active.number.saturating_add(1);
+        let header = SegmentHeader {
+            version: VERSION,
+            number,
+            head: number,
+            base: self.position(),
+            revision: Revision::ZERO,
+            epoch,
+            salt: random_salt()?,
+        };
+        let name = segment_name(number);
+        let file = self.disk.open(&name, Open::CreateNew)?;
+        let begun = self.disk.begin_segment(&*file, &header);
+        begun.map_err(|e| self.abandon(number, e))?;
+        self.file.retire();
+        self.file = LogFile::new(file, self.disk.path(&name));
+        let old = std::mem::take(&mut self.index);
+        self.leftovers.extend(old.segments());
+        (self.head, self.epoch, self.revision) = (number, epoch, Revision::ZERO);
+        (self.dirty_since, self.held_back, self.urgent_below) = (None, 0, 0);
+        self.enter(header);
+        (self.synced_to, self.last_proves) = (self.position(), true);
+        // In a relaxed durability it says that something may be missing next time. It is too late to take anything back.
+        let begun = self.begin(None).and_then(|()| self.sync());
+        begun.map_err(|e| self.poison(e))
+    }
+
+    /// Like [`begin_anew`](Self::begin_anew), and gives up the reserve if nothing else helps.
+    pub(crate) fn begin_anew_at_any_price(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        match self.begin_anew(epoch) {
+            Err(error) if error.kind() == PersistErrorKind::NoSpace && self.give_up_reserve()? => {
+                self.begin_anew(epoch)
+            }
+            result => result,
+        }
+    }
+
+    /// The format version of the newest segment.
+    pub(crate) fn version(&self) -> u32 {
+        self.active.version
     }
 
     /// Takes a segment away that could not be made. Were it to stay, it would contradict what is appended next.
@@ -472,7 +777,7 @@ impl Log {
     /// Tries to have the reserve, unless it is there already. While it is not, there is no room for puts.
     pub(crate) fn regain_reserve(&mut self) -> Result<(), PersistError> {
         if !self.reserve_held && self.options.reserve_bytes > 0 {
-            let wanted = self.reserve_wanted();
+            let wanted = self.space().reserve_wanted();
             let filled = self.disk.fill_reserve(wanted);
             self.reserve_left = filled.map_err(|e| self.poison_in_doubt(e))?;
             self.reserve_held = self.reserve_left == wanted;
@@ -480,17 +785,9 @@ impl Log {
         if self.reserve_held || self.options.reserve_bytes == 0 { Ok(()) } else { Err(no_room_for_puts()) }
     }
 
-    /// How large the reserve is to be: as asked for, and larger by what it may cost to compact the whole log, and by what
-    /// the longest value takes beyond a segment. A longer batch than that is cut when it is copied first.
-    #[allow(clippy::arithmetic_side_effects, reason = "sums of the sizes of files")]
-    fn reserve_wanted(&self) -> u64 {
-        let fullest = self.index.usage(self.index.fullest_segment()).live.min(VALUE_ROOM);
-        self.options.reserve_bytes + 2 * self.pass_cost() + fullest.saturating_sub(self.options.segment_bytes)
-    }
-
     /// Lets the reserve grow with the log. Where there is no room for that it stays as it is: puts will find none either.
     fn grow_reserve(&mut self) {
-        let wanted = self.reserve_wanted();
+        let wanted = self.space().reserve_wanted();
         if self.reserve_held && self.options.reserve_bytes > 0 && wanted > self.reserve_left {
             match self.disk.grow_reserve(self.reserve_left, wanted) {
                 Ok(()) => self.reserve_left = wanted,
@@ -511,6 +808,25 @@ impl Log {
 
     pub(crate) fn reserve_held(&self) -> bool {
         self.reserve_held
+    }
+
+    /// Fills the reserve when the log is opened. On a disk so small that the log and the reserve would have less than twice
+    /// as much, half of that has to do, with segments that such a reserve can take. Half of the room alone would be less at
+    /// each opening of a full disk, until deletes have none. Where it does not fit, puts are refused until it does.
+    pub(crate) fn fit_reserve(&mut self) -> Result<(), PersistError> {
+        let mut result = self.regain_reserve();
+        let half = self.index.total_bytes().saturating_add(self.reserve_left) / 2;
+        if result.is_err() && half >= RESERVE_MIN && half < self.options.reserve_bytes {
+            self.options.reserve_bytes = half;
+            self.options.segment_bytes = self.options.segment_bytes.min(half.saturating_sub(half / 3));
+            result = self.regain_reserve();
+        }
+        if let Err(error) = result {
+            // Unless a sync of the directory has failed: that is not for want of room.
+            self.check_usable()?;
+            tracing::warn!(%error, "no room for the reserve: puts are refused until there is");
+        }
+        Ok(())
     }
 }
 
@@ -535,9 +851,9 @@ fn no_randomness(error: &getrandom::Error) -> PersistError {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::atomic::AtomicU64;
 
-    use nkv_core::{Action, Change, Key, Meta};
+    use nkv_core::{Key, Meta};
 
     use super::*;
     use crate::open::create_with;
@@ -553,7 +869,12 @@ mod tests {
         disk.create_dir().unwrap();
         let options = FsOptions::default().with_segment_bytes(segment_bytes).with_reserve_bytes(0);
         let (revision, epoch) = (Revision::ZERO, Epoch::new(1));
-        create_with(&disk, options, SegmentHeader { number: 1, head: 1, base: 0, revision, epoch, salt: 7 }).unwrap()
+        create_with(
+            &disk,
+            options,
+            SegmentHeader { version: VERSION, number: 1, head: 1, base: 0, revision, epoch, salt: 7 },
+        )
+        .unwrap()
     }
 
     fn frame(log: &mut Log, len: usize) -> FrameBuf {
@@ -566,7 +887,7 @@ mod tests {
             action,
             meta: Meta::NONE,
         };
-        FrameBuf::of(|frame| _ = frame.push_change(&change))
+        FrameBuf::of(|frame| _ = frame.push_change(&change, Revision::ZERO, false))
     }
 
     fn append(log: &mut Log, len: usize) {
@@ -617,7 +938,7 @@ mod tests {
             let mut log = log_on(&fs, SMALL);
             append(&mut log, 20_000);
             let (mut prepared, mut copy) = (frame(&mut log, len), frame(&mut log, 90));
-            log.hold_back(prepared.len(), false).unwrap();
+            log.hold_back(&prepared, false).unwrap();
             fs.set_capacity(Some(fs.used()));
             // In this segment, or in the next.
             let error = log.append(&mut copy).map(|_| ()).unwrap_err();
@@ -625,6 +946,46 @@ mod tests {
             log.held_back = 0;
             log.append(&mut prepared).unwrap_or_else(|error| panic!("{len}: {error}"));
         }
+    }
+
+    // The background synced a file whose segment a new epoch had unlinked, and gave up.
+    #[test]
+    fn a_sync_that_is_under_way_when_a_new_epoch_begins_does_no_harm() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = Disk::new(Arc::new(crate::vfs::RealFs::default()), dir.path().join("data"));
+        disk.create_dir().unwrap();
+        let lock = disk.lock(Open::Create).unwrap();
+        let mut log = crate::open::open_log(&disk, &lock, FsOptions::default().with_background(false)).unwrap();
+        append(&mut log, 100);
+        let pending = log.start_sync().unwrap();
+        log.begin_anew(Epoch::new(2)).unwrap();
+        disk.remove(&segment_name(log.leftover().unwrap())).unwrap();
+        let result = pending.run();
+        log.end_sync(&pending, result).unwrap();
+        assert_eq!((log.revision(), log.epoch(), log.is_dirty()), (Revision::ZERO, Epoch::new(2), false));
+    }
+
+    // What was not known of a segment counted as an empty one, which holds nothing that is needed.
+    #[test]
+    fn an_index_that_contradicts_itself_ends_the_log_with_its_reason() {
+        let mut log = log_on(&SimFs::new(), SMALL);
+        let revision = log.revision.next();
+        let action = Action::Put { value: "v".into(), expiry: None };
+        let put =
+            [Change { key: Key::new("k").unwrap(), revision, replaces: Revision::ZERO, action, meta: Meta::NONE }];
+        let mut batch = Batch::new();
+        log.plan(&put, &mut batch).unwrap();
+        batch.encode(&put).unwrap();
+        log.commit(&put, &mut batch).unwrap();
+        assert_eq!(log.index.usage(9).unwrap_err().kind(), PersistErrorKind::Poisoned);
+        let reported = Arc::new(Mutex::new(None));
+        let keeps = Arc::clone(&reported);
+        log.on_failure(FailureHandler::new(move |error| *lock(&keeps) = Some(error)));
+        let error = log.drop_segments(1..2).unwrap_err();
+        let why = "the index of the log contradicts itself: a segment goes that holds values";
+        assert!(error.kind() == PersistErrorKind::Poisoned && error.to_string().contains(why), "{error}");
+        assert!(lock(&reported).as_ref().is_some_and(|error| error.to_string().contains(why)));
+        assert!(log.commit(&put, &mut batch).is_err_and(|error| error.to_string().contains(why)));
     }
 
     #[test]

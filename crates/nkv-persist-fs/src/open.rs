@@ -6,8 +6,8 @@ use nkv_core::{PersistError, PersistErrorKind, Revision};
 
 use crate::disk::{Disk, Lock, segment_name};
 use crate::error::from_io;
-use crate::format::{FrameBuf, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
-use crate::log::{Log, random_epoch, random_salt};
+use crate::format::{SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader, VERSION};
+use crate::log::{Log, Restored, random_epoch, random_salt};
 use crate::options::{Durability, FsOptions};
 use crate::reader::{Next, Opened, SegmentReader};
 use crate::scan::{Scan, Tail};
@@ -37,8 +37,11 @@ pub(crate) fn open_scanned(disk: &Disk, lock: &Lock, options: FsOptions, scan: S
             create(disk, options)?
         }
     };
-    match lock.promise_segments() {
-        Err(error) if error.kind() == PersistErrorKind::NoSpace && log.give_up_reserve()? => lock.promise_segments()?,
+    let version = log.version();
+    match lock.promise_segments(version) {
+        Err(error) if error.kind() == PersistErrorKind::NoSpace && log.give_up_reserve()? => {
+            lock.promise_segments(version)?;
+        }
         result => result?,
     }
     Ok(log)
@@ -46,9 +49,9 @@ pub(crate) fn open_scanned(disk: &Disk, lock: &Lock, options: FsOptions, scan: S
 
 /// In a copy a new epoch begins: the original may have gone further, or go on.
 fn reopen(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail, is_copied: bool) -> Result<Log, PersistError> {
-    let needs_epoch = tail.end < tail.written_to || scan.cut_before || scan.relaxed;
+    let needs_epoch = tail.is_torn() || scan.cut_before || scan.relaxed;
     let mut log = tidy(disk, options, scan, tail)?;
-    regain_reserve(&mut log)?;
+    log.fit_reserve()?;
     start(&mut log, needs_epoch || is_copied)?;
     Ok(log)
 }
@@ -59,7 +62,7 @@ fn tidy(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, 
     for number in scan.leftovers().chain(scan.stray) {
         disk.remove(&segment_name(number))?;
     }
-    if tail.end < tail.written_to {
+    if tail.is_torn() {
         let kept = match keep(disk, &tail) {
             // Nothing in it was acknowledged, or the new epoch says so. Waiting for room would refuse what was.
             Err(error) if error.kind() == PersistErrorKind::NoSpace => {
@@ -69,10 +72,11 @@ fn tidy(disk: &Disk, options: FsOptions, scan: Scan, tail: Tail) -> Result<Log, 
         };
         cut(disk, &tail, &kept, "a crash left a torn tail")?;
         disk.forget_old_broken()?;
+    } else if tail.end < tail.written_to {
+        cut(disk, &tail, "", "a crash interrupted the beginning of an epoch")?;
     }
-    let mut log = Log::new(disk.clone(), options, scan.index, tail)?;
-    (log.head, log.epoch, log.revision) = (scan.head, scan.epoch, scan.revision);
-    Ok(log)
+    let Scan { index, head, epoch, revision, .. } = scan;
+    Log::restore(disk.clone(), options, Restored { index, head, epoch, revision, tail })
 }
 
 /// Makes durable what was read. A process that died leaves it to the operating system: all of the last segment, the
@@ -114,35 +118,33 @@ fn write_again(disk: &Disk, number: u64, start: u64, end: u64) -> Result<(), Per
 /// Notes what the frames to come need: an epoch of their own, if something acknowledged may be missing, and in a
 /// relaxed mode that something may be missing next time.
 fn start(log: &mut Log, needs_epoch: bool) -> Result<(), PersistError> {
-    let mut frame = FrameBuf::new();
-    let epoch = if needs_epoch { random_epoch()? } else { log.epoch };
-    if needs_epoch {
-        tracing::info!(old = %log.epoch, new = %epoch, "something acknowledged may be missing: a new epoch begins");
-        frame.push_epoch(epoch);
+    let epoch = if needs_epoch { Some(random_epoch()?) } else { None };
+    if let Some(epoch) = epoch {
+        tracing::info!(old = %log.epoch(), new = %epoch, "something acknowledged may be missing: a new epoch begins");
     }
-    if needs_epoch || log.options.durability != Durability::Sync {
-        frame.finish();
-        // Never in a new segment: a power cut could leave that without the frame, and the old epoch would go on.
-        log.append_here(&mut frame, log.flags())?;
+    if epoch.is_some() || log.options().durability != Durability::Sync {
+        log.begin(epoch)?;
         log.sync()?;
     }
-    log.epoch = epoch;
     Ok(())
 }
 
 /// Makes the first segment of a new log, in a new epoch.
 fn create(disk: &Disk, options: FsOptions) -> Result<Log, PersistError> {
     let (epoch, salt) = (random_epoch()?, random_salt()?);
-    create_with(disk, options, SegmentHeader { number: 1, head: 1, base: 0, revision: Revision::ZERO, epoch, salt })
+    create_with(
+        disk,
+        options,
+        SegmentHeader { version: VERSION, number: 1, head: 1, base: 0, revision: Revision::ZERO, epoch, salt },
+    )
 }
 
 /// Makes a segment with this header, with which a log begins.
 pub(crate) fn create_with(disk: &Disk, options: FsOptions, header: SegmentHeader) -> Result<Log, PersistError> {
     let file = disk.open(&segment_name(header.number), Open::CreateNew)?;
     disk.begin_segment(&*file, &header)?;
-    let tail = Tail { header, end: SEGMENT_HEADER_LEN, written_to: SEGMENT_HEADER_LEN };
-    let mut log = Log::new(disk.clone(), options, Default::default(), tail)?;
-    regain_reserve(&mut log)?;
+    let mut log = Log::restore(disk.clone(), options, Restored::empty(header))?;
+    log.fit_reserve()?;
     start(&mut log, false)?;
     Ok(log)
 }
@@ -165,28 +167,6 @@ fn cut(disk: &Disk, tail: &Tail, kept: &str, why: &str) -> Result<(), PersistErr
     let file = disk.open(&name, Open::Write)?;
     file.set_len(tail.end).and_then(|()| file.sync_data()).map_err(|e| from_io("cut", &name, e))
 }
-
-/// Fills the reserve when the log is opened. On a disk so small that the log and the reserve would have less than twice
-/// as much, half of that has to do, with segments that such a reserve can take. Half of the room alone would be less at
-/// each opening of a full disk, until deletes have none. Where it does not fit, puts are refused until it does.
-fn regain_reserve(log: &mut Log) -> Result<(), PersistError> {
-    let mut result = log.regain_reserve();
-    let half = log.index.total_bytes().saturating_add(log.reserve_left) / 2;
-    if result.is_err() && half >= RESERVE_MIN && half < log.options.reserve_bytes {
-        log.options.reserve_bytes = half;
-        log.options.segment_bytes = log.options.segment_bytes.min(half.saturating_sub(half / 3));
-        result = log.regain_reserve();
-    }
-    if let Err(error) = result {
-        // Unless a sync of the directory has failed: that is not for want of room.
-        log.check_usable()?;
-        tracing::warn!(%error, "no room for the reserve: puts are refused until there is");
-    }
-    Ok(())
-}
-
-/// A reserve smaller than this is none.
-const RESERVE_MIN: u64 = 64 << 10;
 
 /// Begins a new epoch.
 pub(crate) fn renew(log: &mut Log) -> Result<(), PersistError> {

@@ -1,7 +1,7 @@
 //! Collects what a damaged directory still says, and writes it as a new log.
 //!
 //! The one idea: behind damage, revisions do not tell what counts, as a record may replace one that is lost. Keys do: of
-//! each key the record with the highest revision counts, and is copied if it is a put. All that was to replace it stood
+//! each key the record with the highest revision counts, and is copied if it is a put or a tombstone. All that was to replace it stood
 //! where nothing can be read.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -9,17 +9,19 @@ use std::fmt;
 
 use nkv_core::{PersistError, PersistErrorKind, Revision};
 
-use crate::check::Report;
 use crate::disk::{Disk, segment_name};
 use crate::error::damaged;
-use crate::format::{Entry, FrameBuf, FrameHeader, NUMBER_MAX, RawRecord, Records, SEGMENT_HEADER_LEN, SegmentHeader};
+use crate::format::{
+    Entry, FrameBuf, FrameHeader, NUMBER_MAX, RawRecord, Records, SEGMENT_HEADER_LEN, SegmentHeader, VERSION,
+};
 use crate::log::{Log, random_epoch, random_salt};
 use crate::open::create_with;
 use crate::options::FsOptions;
 use crate::reader::{Next, Opened, SegmentReader};
 use crate::scan::Scan;
 
-/// Bytes that cannot be read or used any more, and the revisions of the changes that stood there.
+/// Bytes that cannot be read or used any more, and the revisions of the changes that stood there. Where several changes have
+/// one revision, some of those at the bounds may have stood there too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Lost {
@@ -39,7 +41,7 @@ impl Lost {
     /// Whether the change of this revision may be among what is lost. A copy of an older one may be too.
     #[must_use]
     pub fn may_hold(&self, revision: Revision) -> bool {
-        revision > self.after && self.before.is_none_or(|before| revision < before)
+        revision >= self.after && self.before.is_none_or(|before| revision <= before)
     }
 }
 
@@ -63,8 +65,23 @@ impl fmt::Display for Lost {
 #[derive(Clone, Copy, Debug)]
 struct Newest {
     revision: Revision,
-    /// The segment and the offset of the frame, if it is a put.
-    put: Option<(u64, u64)>,
+    kept: Option<Kept>,
+}
+
+/// A record that a repair copies: a put or a tombstone.
+#[derive(Clone, Copy, Debug)]
+struct Kept {
+    /// The segment, and the offset of the frame.
+    at: (u64, u64),
+    is_tombstone: bool,
+    is_keyed: bool,
+}
+
+impl Newest {
+    /// Whether the key has a value.
+    fn is_value(&self) -> bool {
+        self.kept.is_some_and(|kept| !kept.is_tombstone)
+    }
 }
 
 /// Frames that can be read, one behind the other.
@@ -216,8 +233,10 @@ impl Salvage {
     }
 
     fn apply(&mut self, record: &RawRecord<'_>, frame: (u64, u64)) {
-        let (key, revision, put) = match record.entry() {
-            Ok(Entry::Put { key, revision, .. }) => (key, revision, Some(frame)),
+        let kept = |is_tombstone, is_keyed| Some(Kept { at: frame, is_tombstone, is_keyed });
+        let (key, revision, kept) = match record.entry() {
+            Ok(Entry::Put { key, revision, is_keyed, .. }) => (key, revision, kept(false, is_keyed)),
+            Ok(Entry::Tombstone { key, revision, .. }) => (key, revision, kept(true, true)),
             Ok(Entry::Delete { key, revision, .. }) => (key, revision, None),
             Ok(Entry::Seal) => return self.sealed = true,
             _ => return,
@@ -227,8 +246,8 @@ impl Salvage {
         }
         match self.newest.get_mut(key) {
             Some(newest) if newest.revision >= revision => {}
-            Some(newest) => *newest = Newest { revision, put },
-            None => drop(self.newest.insert(key.into(), Newest { revision, put })),
+            Some(newest) => *newest = Newest { revision, kept },
+            None => drop(self.newest.insert(key.into(), Newest { revision, kept })),
         }
     }
 
@@ -244,35 +263,39 @@ impl Salvage {
             for record in Records::new(body).flatten() {
                 match record.entry() {
                     Ok(Entry::Put { key, .. }) => drop(self.unused.insert(key.into())),
-                    Ok(Entry::Delete { key, .. }) => drop(self.unused.remove(key)),
+                    Ok(Entry::Delete { key, .. } | Entry::Tombstone { key, .. }) => drop(self.unused.remove(key)),
                     _ => {}
                 }
             }
         }
     }
 
-    /// The index of a log knows records by their revisions: of two with the same, which no log has, one stays.
+    /// The index of a log knows most records by their revisions: of two with the same, which no log has, one stays.
     fn drop_doubles(&mut self) {
         let mut first: HashMap<Revision, (u64, u64)> = HashMap::new();
-        for Newest { revision, put } in self.newest.values() {
-            let Some(at) = *put else { continue };
+        for Newest { revision, kept } in self.newest.values() {
+            let Some(Kept { at, is_keyed: false, .. }) = *kept else { continue };
             first.entry(*revision).and_modify(|known| *known = at.min(*known)).or_insert(at);
         }
-        self.newest
-            .values_mut()
-            .for_each(|newest| newest.put = newest.put.filter(|at| first.get(&newest.revision) == Some(at)));
+        for Newest { revision, kept } in self.newest.values_mut() {
+            *kept = kept.filter(|kept| kept.is_keyed || first.get(revision) == Some(&kept.at));
+        }
     }
 
-    fn key_count(&self) -> usize {
-        self.newest.values().filter(|newest| newest.put.is_some()).count()
+    /// How many keys a repair keeps.
+    pub(crate) fn kept_count(&self) -> usize {
+        self.newest.values().filter(|newest| newest.is_value()).count()
     }
 
-    /// Says in a report what a repair keeps, and what is lost.
-    pub(crate) fn note(&self, report: &mut Report) {
-        report.kept_keys = self.key_count();
-        let is_kept = |key: &str| self.newest.get(key).is_some_and(|newest| newest.put.is_some());
-        report.dropped_keys = self.unused.iter().filter(|key| !is_kept(key)).count();
-        report.lost.clone_from(&self.lost);
+    /// How many keys a repair drops that can be read.
+    pub(crate) fn dropped_count(&self) -> usize {
+        let is_kept = |key: &str| self.newest.get(key).is_some_and(Newest::is_value);
+        self.unused.iter().filter(|key| !is_kept(key)).count()
+    }
+
+    /// What cannot be read or used.
+    pub(crate) fn lost(&self) -> &[Lost] {
+        &self.lost
     }
 
     /// Keeps aside each file of which something is lost, writes what is left as a new log behind all others, in a new
@@ -298,6 +321,7 @@ impl Salvage {
             )
         })?;
         let header = SegmentHeader {
+            version: VERSION,
             number,
             head: if self.numbers.is_empty() { number } else { self.head },
             base: 0,
@@ -312,11 +336,8 @@ impl Salvage {
             self.copy(disk, span, &mut log, &mut frame)?;
         }
         // No header may name the new head before all stands behind it.
-        frame.push_head(number);
-        frame.finish();
-        log.append(&mut frame)?;
+        log.append_head(&mut frame, number)?;
         log.sync()?;
-        log.head = number;
         log.close()?;
         Ok(log)
     }
@@ -331,12 +352,17 @@ impl Salvage {
             let at = reader.offset();
             let Next::Frame(_, at, body) = reader.next()? else { return Err(changed(at)) };
             for record in Records::new(body).flatten() {
-                let Ok(Entry::Put { key, revision, .. }) = record.entry() else { continue };
-                let is_newest = |newest: &&Newest| newest.revision == revision && newest.put == Some((span.number, at));
+                let Ok(Entry::Put { key, revision, .. } | Entry::Tombstone { key, revision, .. }) = record.entry()
+                else {
+                    continue;
+                };
+                let is_newest = |newest: &&Newest| {
+                    newest.revision == revision && newest.kept.is_some_and(|kept| kept.at == (span.number, at))
+                };
                 if self.newest.get(key).filter(is_newest).is_some() {
                     frame.push_copy(record.bytes);
                 }
-                if frame.len() >= log.options.chunk_bytes() {
+                if frame.len() >= log.options().chunk_bytes() {
                     frame.finish();
                     log.append(frame)?;
                     frame.clear();
@@ -365,13 +391,15 @@ fn understood<'a>(header: &FrameHeader, body: &'a [u8]) -> Option<Vec<RawRecord<
         return None;
     }
     let is_good = |record: &RawRecord<'_>| match record.entry() {
-        Ok(entry @ (Entry::Put { revision, replaces, .. } | Entry::Delete { revision, replaces, .. })) => {
-            revision > replaces && entry.check_key().is_ok()
-        }
+        Ok(
+            entry @ (Entry::Put { revision, replaces, .. }
+            | Entry::Delete { revision, replaces, .. }
+            | Entry::Tombstone { revision, replaces, .. }),
+        ) => revision > replaces && entry.check_key().is_ok(),
         entry => entry.is_ok(),
     };
     let records: Vec<_> = Records::new(body).map(|record| record.ok().filter(is_good)).collect::<Option<_>>()?;
-    let mut puts: Vec<_> = records.iter().filter_map(RawRecord::put_revision).collect();
-    puts.sort_unstable();
-    puts.is_sorted_by(|one, next| one < next).then_some(records)
+    let mut ids: Vec<_> = records.iter().filter_map(RawRecord::id).collect();
+    ids.sort_unstable();
+    ids.is_sorted_by(|one, next| one < next).then_some(records)
 }

@@ -9,7 +9,7 @@ use nkv_core::{Epoch, PersistError, Revision};
 
 use crate::disk::{Disk, broken_name, segment_name};
 use crate::error::damaged;
-use crate::format::{Entry, FrameHeader, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
+use crate::format::{Entry, FRAME_HEADER_LEN, FrameHeader, Records, SEAL_FRAME_LEN, SEGMENT_HEADER_LEN, SegmentHeader};
 use crate::index::{Index, Place};
 use crate::reader::{Next, Opened, SegmentReader};
 
@@ -46,6 +46,21 @@ pub(crate) struct Tail {
     pub(crate) end: u64,
     /// Where the last byte ends that is not zero: what a crash left torn, if it left something.
     pub(crate) written_to: u64,
+}
+
+impl Tail {
+    /// Whether something was torn off that may have been acknowledged.
+    pub(crate) fn is_torn(&self) -> bool {
+        self.end < self.written_to && !self.is_beginning()
+    }
+
+    /// Whether nothing was written but what begins an epoch that forgets all before: a header and a part of the first frame, which
+    /// is empty. Before that is durable nothing is acknowledged.
+    fn is_beginning(&self) -> bool {
+        let SegmentHeader { number, head, .. } = self.header;
+        let first_end = SEGMENT_HEADER_LEN.saturating_add(FRAME_HEADER_LEN as u64);
+        self.end == SEGMENT_HEADER_LEN && self.written_to <= first_end && head == number && number > 1
+    }
 }
 
 /// What a data directory holds.
@@ -101,6 +116,7 @@ impl Scan {
             scan.expect(number);
         }
         scan.index.fit();
+        scan.index.check()?;
         if let Some(tail) = scan.tail {
             let broken = broken_name(&segment_name(tail.header.number), tail.end);
             scan.cut_before = disk.list()?.contains(&broken);
@@ -250,28 +266,40 @@ impl Scan {
     /// Records are known by their revisions: a put that has none, or that of another put of its frame, would be counted
     /// wrongly ever after.
     fn check_revisions(&self, entry: &Entry<'_>, position: u64) -> Result<(), &'static str> {
-        let (&Entry::Put { revision, replaces, .. } | &Entry::Delete { revision, replaces, .. }) = entry else {
+        let (&Entry::Put { revision, replaces, .. }
+        | &Entry::Delete { revision, replaces, .. }
+        | &Entry::Tombstone { revision, replaces, .. }) = entry
+        else {
             return Ok(());
         };
         if revision <= replaces {
             return Err("a record replaces what is no older");
         }
-        let is_twice = matches!(entry, Entry::Put { .. }) && self.index.is_live(revision, position);
+        let is_twice = entry.id().is_some_and(|id| self.index.is_live(id, position));
         if is_twice { Err("two records of a frame have one revision") } else { Ok(()) }
     }
 
     fn apply(&mut self, entry: Entry<'_>, place: Place) {
         self.records = self.records.saturating_add(1);
+        let is_tombstone = matches!(entry, Entry::Tombstone { .. });
         match entry {
-            Entry::Put { revision, replaces, .. } => {
+            Entry::Put { key, revision, replaces, is_keyed: false, .. } => {
                 // A copy stands behind what it is a copy of, and before the record that replaces both.
                 let is_copy = revision <= self.revision;
                 self.index.remove(if is_copy { revision } else { replaces });
+                self.index.remove_keyed(key);
                 self.index.insert(revision, place);
                 self.revision = self.revision.max(revision);
             }
-            Entry::Delete { revision, replaces, .. } => {
+            // Of these a copy may be taken for a change: what that replaces is gone.
+            Entry::Put { key, revision, replaces, .. } | Entry::Tombstone { key, revision, replaces, .. } => {
                 self.index.remove(replaces);
+                self.index.insert_keyed(key, revision, place, is_tombstone);
+                self.revision = self.revision.max(revision);
+            }
+            Entry::Delete { key, revision, replaces } => {
+                self.index.remove(replaces);
+                self.index.remove_keyed(key);
                 self.revision = self.revision.max(revision);
             }
             Entry::Epoch(epoch) => self.epoch = epoch,

@@ -3,26 +3,26 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nkv_core::{
-    Action, Change, FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef,
-    Revision, StoredRef, ValueRef,
+    Change, Epoch, FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef,
+    StoredRef, ValueRef,
 };
 
-use crate::compact::{Compactor, Need, lock};
+use crate::batch::{Batch, has_puts};
+use crate::compact::Compactor;
 use crate::disk::{Disk, Lock, segment_name};
 use crate::error::damaged;
-use crate::format::{Entry, FrameBuf, Records};
-use crate::index::{Index, Place};
+use crate::format::{Entry, Records};
+use crate::index::Index;
 use crate::log::{Log, sync_unlocked};
+use crate::mutex::lock;
 use crate::open::open_log;
 use crate::options::{Durability, FsOptions};
 use crate::reader::{Next, Opened, SegmentReader};
+use crate::space::Need;
 use crate::vfs::{Open, RealFs, Vfs};
-
-/// So much is kept for the records of a batch; the room that a longer one took is given back.
-const BATCH_KEPT: usize = 1 << 12;
 
 /// Keeps values in a directory, in a checksummed log.
 ///
@@ -31,11 +31,7 @@ const BATCH_KEPT: usize = 1 << 12;
 #[derive(Debug)]
 pub struct FsPersist {
     shared: Arc<Shared>,
-    frame: FrameBuf,
-    /// How long the record of each change of the batch is.
-    lens: Vec<u32>,
-    /// What the batch replaces.
-    replaced: Vec<Revision>,
+    batch: Batch,
     thread: Option<JoinHandle<()>>,
     closed: bool,
     /// Held until the end; nothing is written without it.
@@ -63,6 +59,8 @@ pub struct FsMonitor {
 pub struct FsStats {
     /// How many keys there are.
     pub keys: usize,
+    /// How many deletes are kept, as they had [meta](nkv_core::Meta).
+    pub tombstones: usize,
     /// How many bytes their records have.
     pub live_bytes: u64,
     /// How many bytes the segments have, without the zeros ahead; the reserve and what was kept aside are not counted.
@@ -86,15 +84,17 @@ impl FsMonitor {
     #[must_use]
     pub fn stats(&self) -> FsStats {
         let log = lock(&self.shared.log);
+        let (index, counters) = (log.index(), log.counters());
         FsStats {
-            keys: log.index.key_count(),
-            live_bytes: log.index.live_bytes(),
-            disk_bytes: log.index.total_bytes(),
-            segments: log.index.segment_count(),
-            batches: log.counters.batches,
-            syncs: log.counters.syncs,
-            compacted_segments: log.counters.compacted_segments,
-            copied_bytes: log.counters.copied_bytes,
+            keys: index.key_count(),
+            tombstones: index.tombstone_count(),
+            live_bytes: index.live_bytes(),
+            disk_bytes: index.total_bytes(),
+            segments: index.segment_count(),
+            batches: counters.batches,
+            syncs: counters.syncs,
+            compacted_segments: counters.compacted_segments,
+            copied_bytes: counters.copied_bytes,
             reserve_held: log.reserve_held(),
         }
     }
@@ -128,8 +128,7 @@ impl FsPersist {
         let compactor = Mutex::new(Compactor::new(disk.clone()));
         let shared = Arc::new(Shared { disk, log, compactor, work: Condvar::new() });
         let thread = if background { Some(spawn(&shared)?) } else { None };
-        let (frame, lens, replaced) = (FrameBuf::new(), Vec::new(), Vec::new());
-        Ok(FsPersist { shared, frame, lens, replaced, thread, closed: false, lock: Some(dir_lock) })
+        Ok(FsPersist { shared, batch: Batch::new(), thread, closed: false, lock: Some(dir_lock) })
     }
 
     /// A handle to watch it with, after a store has taken it over.
@@ -155,14 +154,14 @@ impl FsPersist {
     fn wake_if_full(&self, result: &Result<(), PersistError>) {
         if result.as_ref().is_err_and(|error| error.kind() == PersistErrorKind::NoSpace) {
             let mut log = lock(&self.shared.log);
-            log.urgent_below = log.active_number().saturating_add(1);
+            log.press();
             self.shared.wake(&mut log);
         }
     }
 
     fn end(&mut self) -> Result<(), PersistError> {
         self.closed = true;
-        lock(&self.shared.log).stopping = true;
+        lock(&self.shared.log).stop();
         self.shared.work.notify_all();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
@@ -174,48 +173,29 @@ impl FsPersist {
         log.close()
     }
 
-    fn encode(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        if !FrameBuf::would_fit(batch) {
-            return Err(PersistError::new(PersistErrorKind::Rejected, "the batch has more than 256 MiB"));
-        }
-        self.frame.clear();
-        self.lens.clear();
-        self.lens.shrink_to(BATCH_KEPT);
-        self.lens.extend(batch.iter().map(|change| self.frame.push_change(change)));
-        self.frame.finish();
-        Ok(())
+    /// Makes the frame of a batch, unless something that is known speaks against it.
+    fn encode(&mut self, changes: &[Change]) -> Result<(), PersistError> {
+        lock(&self.shared.log).plan(changes, &mut self.batch)?;
+        self.batch.encode(changes)
     }
 
-    fn hold_back(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        let mut log = self.shared.lock_for(batch, self.frame.len(), &mut self.replaced)?;
-        log.hold_back(self.frame.len(), !has_puts(batch))
+    fn hold_back(&mut self, changes: &[Change]) -> Result<(), PersistError> {
+        let mut log = self.shared.lock_for(changes, &self.batch)?;
+        log.hold_back(&self.batch.frame, !has_puts(changes))
     }
 
-    fn store(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        let mut log = self.shared.lock_for(batch, self.frame.len(), &mut self.replaced)?;
-        let appended =
-            if has_puts(batch) { log.append(&mut self.frame) } else { log.append_at_any_price(&mut self.frame) };
-        let position = appended?;
-        // While the log is locked: a copy of what a batch deletes must not come to stand behind the delete.
-        for (change, len) in batch.iter().zip(&self.lens) {
-            log.revision = change.revision;
-            log.index.remove(change.replaces);
-            if let Action::Put { .. } = change.action {
-                log.index.insert(change.revision, Place { position, len: *len });
-            }
-        }
-        if log.options.durability == Durability::Sync {
-            let pending = log.start_sync()?;
+    fn store(&mut self, changes: &[Change]) -> Result<(), PersistError> {
+        let mut log = self.shared.lock_for(changes, &self.batch)?;
+        if let Some(pending) = log.commit(changes, &mut self.batch)? {
             drop(log);
             let result = pending.run();
             log = lock(&self.shared.log);
             log.end_sync(&pending, result)?;
             log.prove();
-        } else if log.dirty_since.is_none() {
-            log.dirty_since = Some(Instant::now());
+        }
+        if log.count_batch() {
             self.shared.wake(&mut log);
         }
-        log.counters.batches = log.counters.batches.saturating_add(1);
         // What was deleted counts no longer as live: the bound may have come down.
         let mut log = self.shared.make_room(log, 0);
         if log.need(0) > Need::None {
@@ -225,48 +205,19 @@ impl FsPersist {
     }
 }
 
-fn has_puts(batch: &[Change]) -> bool {
-    batch.iter().any(|change| matches!(change.action, Action::Put { .. }))
-}
-
-/// Refuses a batch that does not go on where the log has ended: the index knows records by their revisions.
-fn check_batch(log: &Log, batch: &[Change], replaced: &mut Vec<Revision>) -> Result<(), PersistError> {
-    let rejected = |why: &str| Err(PersistError::new(PersistErrorKind::Rejected, why));
-    let mut newest = log.revision;
-    replaced.clear();
-    replaced.shrink_to(BATCH_KEPT);
-    for change in batch {
-        if change.revision <= newest {
-            return rejected("the revisions of a batch do not increase");
-        }
-        newest = change.revision;
-        if change.replaces != Revision::ZERO {
-            let before = batch.binary_search_by_key(&change.replaces, |change| change.revision);
-            let before = before.ok().and_then(|at| batch.get(at)).filter(|before| before.revision < change.revision);
-            let is_there = before.is_some_and(|before| matches!(before.action, Action::Put { .. }));
-            if !is_there && !log.index.contains(change.replaces) {
-                return rejected("a change replaces a value that is not there");
-            }
-            replaced.push(change.replaces);
-        }
-    }
-    replaced.sort_unstable();
-    if replaced.is_sorted_by(|one, next| one < next) { Ok(()) } else { rejected("two changes replace one value") }
-}
-
 impl PersistValue for FsPersist {
     fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         // Compaction must not move anything meanwhile.
         let _still = lock(&self.shared.compactor);
         let log = lock(&self.shared.log);
-        for number in log.index.segments() {
-            let visited = visit_segment(&self.shared.disk, &log.index, number, visit)?;
+        for number in log.index().segments() {
+            let visited = visit_segment(&self.shared.disk, log.index(), number, visit)?;
             // Zeros look like the end of a segment, also where there was something when the log was opened.
-            if visited != log.index.usage(number).live {
+            if visited != log.index().usage(number)?.live {
                 return Err(damaged(&segment_name(number), 0, "the segment does not hold all that it held"));
             }
         }
-        Ok(Loaded { epoch: log.epoch, revision: log.revision })
+        Ok(Loaded { epoch: log.epoch(), revision: log.revision() })
     }
 
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
@@ -282,8 +233,27 @@ impl PersistValue for FsPersist {
         result.map(|()| Prepared::Room)
     }
 
+    fn keeps_meta(&self) -> bool {
+        true
+    }
+
+    /// The new epoch is written where everything else is, into the log: the header of a new segment.
+    fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        let mut compactor = lock(&self.shared.compactor);
+        compactor.forget();
+        lock(&self.shared.log).begin_anew_at_any_price(epoch)?;
+        if let Err(error) = compactor.unlink(&self.shared.log) {
+            let mut log = lock(&self.shared.log);
+            let error = log.poison_in_doubt(error);
+            log.check_usable()?;
+            tracing::warn!(%error, "segments of the epoch before are removed later");
+            self.shared.wake(&mut log);
+        }
+        Ok(())
+    }
+
     fn on_failure(&mut self, handler: FailureHandler) {
-        lock(&self.shared.log).failure_handler = Some(handler);
+        lock(&self.shared.log).on_failure(handler);
     }
 
     /// Syncs and ends the log cleanly, and lets go of the directory; the next opening continues the epoch. After an error
@@ -328,13 +298,19 @@ fn visit_segment(
         };
         for record in Records::new(body) {
             let record = record.map_err(|reason| damaged(&name, offset, reason))?;
-            if record.put_revision().is_some_and(|revision| index.is_live(revision, position))
-                && let Entry::Put { key, value, revision, expiry, .. } =
-                    record.entry().map_err(|reason| damaged(&name, offset, reason))?
-            {
-                visited = visited.saturating_add(record.bytes.len() as u64);
-                visit(RecordRef { key, value: ValueRef::Lent(value), revision, expiry }.into());
+            if !record.id().is_some_and(|id| index.is_live(id, position)) {
+                continue;
             }
+            let stored = match record.entry().map_err(|reason| damaged(&name, offset, reason))? {
+                Entry::Put { key, value, revision, expiry, meta, .. } => StoredRef::Record {
+                    record: RecordRef { key, value: ValueRef::Lent(value), revision, expiry },
+                    meta,
+                },
+                Entry::Tombstone { key, revision, meta, .. } => StoredRef::Tombstone { key, revision, meta },
+                _ => continue,
+            };
+            visited = visited.saturating_add(record.bytes.len() as u64);
+            visit(stored);
         }
     }
 }
@@ -343,26 +319,20 @@ impl Shared {
     /// Compacts one step, in proportion to the `extra` bytes that somebody wants to append.
     fn compact(&self, extra: u64) -> Result<(), PersistError> {
         let mut compactor = lock(&self.compactor);
-        let chunk = lock(&self.log).options.chunk_bytes();
+        let chunk = lock(&self.log).options().chunk_bytes();
         compactor.step(&self.log, chunk.max(extra.saturating_mul(4)))
     }
 
-    /// Locks the log for a batch that takes `len` bytes, once nothing that is known speaks against it.
-    fn lock_for(
-        &self,
-        batch: &[Change],
-        len: u64,
-        replaced: &mut Vec<Revision>,
-    ) -> Result<MutexGuard<'_, Log>, PersistError> {
-        let mut log = lock(&self.log);
+    /// Locks the log for a batch, once nothing that is known speaks against it.
+    fn lock_for(&self, changes: &[Change], batch: &Batch) -> Result<MutexGuard<'_, Log>, PersistError> {
+        let (mut log, len) = (lock(&self.log), batch.frame.len());
         // For a batch that was prepared all that needs room was done then.
-        let is_prepared = std::mem::take(&mut log.held_back) == len;
+        let is_prepared = log.take_held_back() == len;
         if !is_prepared {
             log = self.make_room(log, len);
         }
         log.check_usable()?;
-        check_batch(&log, batch, replaced)?;
-        if has_puts(batch) && !is_prepared {
+        if has_puts(changes) && !is_prepared {
             // The room that deletes need is not for puts.
             log.regain_reserve_in_time()?;
         }
@@ -372,7 +342,7 @@ impl Shared {
     /// Keeps the space bounded before `extra` bytes are appended. If compaction fails, the append shall say why.
     fn make_room<'a>(&'a self, mut log: MutexGuard<'a, Log>, extra: u64) -> MutexGuard<'a, Log> {
         let last = log.active_number();
-        while log.need(extra) == Need::Now && log.may_compact() && log.head <= last {
+        while log.need(extra) == Need::Now && log.may_compact() && log.head() <= last {
             drop(log);
             let result = self.compact(extra);
             log = lock(&self.log);
@@ -385,13 +355,13 @@ impl Shared {
 
     /// Tells the thread, if it waits, that there is something to do. To tell it without need is a system call, too.
     fn wake(&self, log: &mut Log) {
-        if std::mem::take(&mut log.is_waited_for) {
+        if log.take_waiting() {
             self.work.notify_one();
         }
     }
 
     fn sync_waiting(&self) -> Result<(), PersistError> {
-        if lock(&self.log).dirty_since.is_none() {
+        if lock(&self.log).dirty_since().is_none() {
             return Ok(());
         }
         sync_unlocked(&self.log)
@@ -401,7 +371,7 @@ impl Shared {
     fn run(&self) {
         let _guard = PoisonOnPanic(self);
         let mut log = lock(&self.log);
-        while !log.stopping {
+        while !log.is_stopping() {
             let until_sync = until_sync(&log);
             let result = if until_sync == Some(Duration::ZERO) {
                 drop(log);
@@ -410,8 +380,8 @@ impl Shared {
                 drop(log);
                 self.compact(0)
             } else {
-                log.is_waited_for = true;
-                match until_sync.or_else(|| until_compaction(&log)) {
+                log.wait_for_work();
+                match until_sync.or_else(|| log.compaction_rest()) {
                     Some(patience) => {
                         drop(self.work.wait_timeout(log, patience).unwrap_or_else(PoisonError::into_inner))
                     }
@@ -441,17 +411,12 @@ impl Drop for PoisonOnPanic<'_> {
 
 /// How long the thread may wait before it must sync.
 fn until_sync(log: &Log) -> Option<Duration> {
-    match (log.options.durability, log.dirty_since) {
+    match (log.options().durability, log.dirty_since()) {
         (Durability::Interval(period), Some(since)) if log.check_usable().is_ok() => {
             Some(period.saturating_sub(since.elapsed()))
         }
         _ => None,
     }
-}
-
-/// How long compaction rests, if it rests.
-fn until_compaction(log: &Log) -> Option<Duration> {
-    log.compact_after.map(|time| time.saturating_duration_since(Instant::now())).filter(|rest| !rest.is_zero())
 }
 
 fn spawn(shared: &Arc<Shared>) -> Result<JoinHandle<()>, PersistError> {

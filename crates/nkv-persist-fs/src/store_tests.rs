@@ -3,11 +3,11 @@
 use std::io;
 use std::path::Path;
 
-use nkv_core::{Key, Meta, Reason};
+use nkv_core::{Action, Key, Meta, Reason, Revision};
 
 use super::*;
 use crate::check_with;
-use crate::format::{FRAME_HEADER_LEN, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
+use crate::format::{FRAME_HEADER_LEN, FrameBuf, RECORD_HEADER_LEN, SEGMENT_HEADER_LEN};
 use crate::sim::SimFs;
 use crate::vfs::VfsFile;
 
@@ -49,8 +49,8 @@ fn a_batch_that_does_not_follow_from_what_is_stored_is_rejected_and_nothing_of_i
         (vec![delete("a", 5, 3), put("a", 6, 5)], "not there"),
         (vec![put("a", 5, 3), put("a", 6, 3)], "two changes"),
         (vec![put("c", 5, 0), put("c", 6, 5), delete("c", 7, 5)], "two changes"),
-        (vec![put("c", 4, 0)], "increase"),
-        (vec![put("c", 6, 0), put("d", 6, 0)], "increase"),
+        (vec![put("c", 3, 0)], "increase"),
+        (vec![put("c", 6, 0), put("d", 5, 0)], "increase"),
     ] {
         let error = persist.persist(&batch).unwrap_err();
         assert!(error.kind() == PersistErrorKind::Rejected && error.to_string().contains(why), "{batch:?}: {error}");
@@ -147,7 +147,7 @@ fn while_a_delete_is_synced_the_log_is_free_for_compaction_and_the_deleted_value
     let (shared, seen) = (Arc::clone(&persist.shared), Arc::new(Mutex::new(Vec::new())));
     let looks = Arc::clone(&seen);
     *lock(&hook) = Some(Box::new(move || {
-        let is_live = shared.log.try_lock().ok().map(|log| log.index.contains(Revision::new(1)));
+        let is_live = shared.log.try_lock().ok().map(|log| log.index().contains(Revision::new(1)));
         lock(&looks).push(is_live);
     }));
     persist.persist(&[delete("a", 2, 1)]).unwrap();
@@ -267,7 +267,7 @@ fn a_whole_frame_with_a_text_that_is_no_key_is_damage() {
         let fs = SimFs::new();
         let persist = FsPersist::open_with(Arc::new(fs.clone()), "/data", options()).unwrap();
         let mut len = 0;
-        let mut frame = FrameBuf::of(|frame| len = frame.push_change(&change) as usize);
+        let mut frame = FrameBuf::of(|frame| len = frame.push_change(&change, change.replaces, false) as usize);
         let mut record = frame.stamp(0, 0, 0, 0)[FRAME_HEADER_LEN..][..len].to_vec();
         record[RECORD_HEADER_LEN..][..3].copy_from_slice(text.as_bytes());
         let append = |frame: &mut FrameBuf| lock(&persist.shared.log).append(frame);
@@ -292,7 +292,9 @@ fn a_revision_that_is_none_or_stands_twice_in_a_frame_is_damage() {
         let fs = SimFs::new();
         let persist = FsPersist::open_with(Arc::new(fs.clone()), "/data", options()).unwrap();
         for batch in frames {
-            let mut frame = FrameBuf::of(|frame| batch.iter().for_each(|change| _ = frame.push_change(change)));
+            let mut frame = FrameBuf::of(|frame| {
+                batch.iter().for_each(|change| _ = frame.push_change(change, change.replaces, false))
+            });
             lock(&persist.shared.log).append(&mut frame).unwrap();
         }
         drop(persist);
@@ -308,7 +310,9 @@ fn nothing_says_what_is_durable_in_a_log_whose_sync_has_failed() {
     let fs = SimFs::new();
     let persist = FsPersist::open_with(Arc::new(fs.clone()), "/data", options()).unwrap();
     let mut log = lock(&persist.shared.log);
-    let append = |log: &mut Log, change| log.append(&mut FrameBuf::of(|frame| _ = frame.push_change(&change)));
+    let append = |log: &mut Log, change| {
+        log.append(&mut FrameBuf::of(|frame| _ = frame.push_change(&change, Revision::ZERO, false)))
+    };
     append(&mut log, put("a", 1, 0)).unwrap();
     let pending = log.start_sync().unwrap();
     let result = pending.run();

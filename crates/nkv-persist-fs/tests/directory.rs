@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::*;
-use nkv_core::{Epoch, PersistErrorKind, PersistValue};
+use nkv_core::{Epoch, PersistError, PersistErrorKind, PersistValue};
 use nkv_persist_fs::sim::SimFs;
 use nkv_persist_fs::{Durability, FsOptions, FsPersist, check, check_with, repair, restore};
 use tempfile::TempDir;
@@ -57,6 +57,28 @@ fn a_directory_that_this_process_lets_go_of_is_waited_for() {
         open_dir(&path, Durability::Sync);
         dropped.join().unwrap();
     }
+}
+
+// A server's storage was closed, and somebody still held a handle to it: a new one waited for the directory, in vain.
+#[test]
+fn a_closed_directory_can_be_opened_again_although_somebody_holds_what_was_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data");
+    let mut first = open_dir(&path, Durability::Sync);
+    first.persist(&[put("a", 1, "1")]).unwrap();
+    let monitor = first.monitor();
+    PersistValue::close(&mut first).unwrap();
+    let mut second = open_dir(&path, Durability::Sync);
+    second.persist(&[put("a", 2, "2")]).unwrap();
+    let poisoned = |result: Result<(), PersistError>| result.unwrap_err().kind() == PersistErrorKind::Poisoned;
+    assert!(poisoned(first.persist(&[put("a", 2, "other")])) && poisoned(first.begin_epoch(Epoch::new(1))));
+    assert!(poisoned(first.prepare(&[put("a", 2, "other")]).map(drop)));
+    assert_eq!(monitor.stats().batches, 1);
+    drop(first);
+    second.persist(&[put("a", 3, "3")]).unwrap();
+    assert!(FsPersist::open(&path, FsOptions::default()).is_err_and(|error| error.kind() == PersistErrorKind::InUse));
+    second.close().unwrap();
+    assert_eq!(load(&mut open_dir(&path, Durability::Sync)).unwrap().0["a"].text(), "3");
 }
 
 fn listing(path: &Path) -> Vec<(String, u64)> {
@@ -173,7 +195,7 @@ fn a_clean_stop_keeps_the_epoch_and_a_sudden_one_in_a_relaxed_mode_does_not() {
         persist.close().unwrap();
         let mut persist = open_dir(&path, durability);
         let (state, loaded) = load(&mut persist).unwrap();
-        assert_eq!((state["a"].1.as_slice(), loaded.epoch), (&b"1"[..], epoch), "{durability}");
+        assert_eq!((state["a"].text(), loaded.epoch), ("1", epoch), "{durability}");
         persist.persist(&[put("a", 2, "2")]).unwrap();
         // What a killed process leaves.
         let killed = dir.path().join("killed");
@@ -184,7 +206,7 @@ fn a_clean_stop_keeps_the_epoch_and_a_sudden_one_in_a_relaxed_mode_does_not() {
             fs::copy(path.join(&name), killed.join(&name)).unwrap();
         }
         let (state, loaded) = load(&mut open_dir(&killed, durability)).unwrap();
-        assert_eq!(state["a"].1, b"2", "{durability}");
+        assert_eq!(state["a"].text(), "2", "{durability}");
         assert_eq!(loaded.epoch == epoch, durability == Durability::Sync, "{durability}");
     }
 }
@@ -216,7 +238,7 @@ fn a_copy_is_in_an_epoch_of_its_own_and_a_directory_that_was_moved_is_not() {
     let renewed = restore(&moved).unwrap().epoch;
     assert_ne!(renewed, epoch);
     assert_eq!(epoch_in(&moved), renewed);
-    assert_eq!(load(&mut open_dir(&moved, Durability::Sync)).unwrap().0["a"].1, b"1");
+    assert_eq!(load(&mut open_dir(&moved, Durability::Sync)).unwrap().0["a"].text(), "1");
 }
 
 #[test]
@@ -276,13 +298,13 @@ fn a_read_only_file_system_is_refused_by_name_and_can_be_checked() {
     let error = persist.persist(&[put("a", 2, "2")]).unwrap_err();
     assert_eq!(error.kind(), PersistErrorKind::Poisoned);
     assert!(error.to_string().contains(DIR), "{error}");
-    assert_eq!(load(&mut persist).unwrap().0["a"].0, 1);
+    assert_eq!(load(&mut persist).unwrap().0["a"].revision, 1);
     drop(persist);
     let error = open(&sim, &options()).unwrap_err();
     assert!(error.kind() == PersistErrorKind::Io && error.to_string().contains(DIR), "{error}");
     assert_eq!(check_with(Arc::new(sim.clone()), DIR).unwrap().keys, 1);
     sim.set_read_only(false);
-    assert_eq!(load(&mut open(&sim, &options()).unwrap()).unwrap().0["a"].0, 1);
+    assert_eq!(load(&mut open(&sim, &options()).unwrap()).unwrap().0["a"].revision, 1);
 }
 
 /// A directory that is mounted on itself for reading only, until it is dropped.
@@ -322,7 +344,7 @@ fn a_directory_that_is_mounted_read_only_is_refused_by_name() {
     }
     assert_eq!((check(&path).unwrap().keys, listing(&path)), (1, before));
     drop(mount);
-    assert_eq!(load(&mut open_dir(&path, Durability::Sync)).unwrap().0["a"].0, 1);
+    assert_eq!(load(&mut open_dir(&path, Durability::Sync)).unwrap().0["a"].revision, 1);
 }
 
 // A segment without a name takes writes and syncs as ever: puts were acknowledged that nobody would ever find.

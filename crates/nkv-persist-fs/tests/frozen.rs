@@ -30,9 +30,10 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     entries.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())).collect()
 }
 
-/// What is in each of them.
+/// What is in each of them, up to version 2.
 fn model() -> Model {
-    let load = |at: u64, len: usize| (format!("host.db{at}.load"), (16 + at + 1, vec![b'c'; len], None));
+    let kept = |revision, value: &[u8], expiry| Kept { revision, value: Some(value.to_vec()), expiry, meta: None };
+    let load = |at: u64, len: usize| (format!("host.db{at}.load"), kept(16 + at + 1, &vec![b'c'; len], None));
     let mut model: Model = [0, 1, 2, 4, 6, 7].map(|at| load(at, 200 * at as usize)).into();
     let expiry = Some(Expiry { at: nkv_core::Timestamp::from_millis(1_700_000_060_000), ttl_ms: 60_000 });
     for (key, revision, value, expiry) in [
@@ -42,7 +43,7 @@ fn model() -> Model {
         ("batch.b", 30, "2", None),
         ("batch.a", 31, "3", None),
     ] {
-        model.insert(key.to_owned(), (revision, value.into(), expiry));
+        model.insert(key.to_owned(), kept(revision, value.as_bytes(), expiry));
     }
     model
 }
@@ -83,5 +84,74 @@ fn version_2_is_opened_with_all_that_is_in_it_and_goes_on() {
         apply(&mut expected, &batch);
         let (state, loaded) = load(&mut open()).unwrap();
         assert_eq!((state, loaded.epoch), (expected, Epoch::new(epoch)), "{name}");
+    }
+}
+
+/// What version 3 has besides.
+fn model_3() -> Model {
+    let kept = |revision, value: Option<&str>, meta: Option<&str>| Kept {
+        revision,
+        value: value.map(Into::into),
+        expiry: None,
+        meta: meta.map(Into::into),
+    };
+    let mut model = model();
+    for (key, kept) in [
+        ("stamped", kept(32, Some("s"), Some("stamp"))),
+        ("at.once", kept(33, Some("3"), Some(""))),
+        ("gone", kept(32, None, Some("g"))),
+        ("..seen", kept(32, None, Some("4711"))),
+    ] {
+        model.insert(key.to_owned(), kept);
+    }
+    model
+}
+
+#[test]
+fn version_3_is_opened_with_all_that_is_in_it_and_goes_on() {
+    for name in ["format-3", "format-3-killed"] {
+        let dir = thaw(name);
+        let report = check(dir.path()).unwrap();
+        assert_eq!((report.damage, report.torn_bytes, report.segments), (None, 0, 3), "{name}");
+        assert_eq!((report.keys, report.tombstones), (13, 2), "{name}");
+        let open = || Storage::from(FsPersist::open(dir.path(), FsOptions::default()).unwrap());
+        let mut persist = open();
+        let (state, loaded) = load(&mut persist).unwrap();
+        let epoch = Epoch::new(0x8480_0a3f_9b2e_9d9e_5c10_f3a1_dd17_02be);
+        assert_eq!((state, loaded.revision.get(), loaded.epoch), (model_3(), 33, epoch), "{name}");
+        let batch = [put("gone", 34, "back"), delete("at.once", 34), put("new", 34, vec![1; 5_000])];
+        persist.persist(&batch).unwrap();
+        persist.close().unwrap();
+        let mut expected = model_3();
+        apply(&mut expected, &batch);
+        let (state, loaded) = load(&mut open()).unwrap();
+        assert_eq!((state, loaded.epoch), (expected, epoch), "{name}");
+    }
+}
+
+// A program that knows versions up to 2 looks at nothing but the version of the newest header, as this one does at one that
+// is newer than it knows.
+#[test]
+fn a_program_that_does_not_know_the_version_of_the_newest_segment_refuses_the_directory_and_changes_nothing() {
+    for name in ["format-2", "format-3", "format-3-killed"] {
+        let dir = thaw(name);
+        let newest = dir.path().join("0000000000000006.log");
+        let mut bytes = fs::read(&newest).unwrap();
+        assert_eq!(bytes[8..12], u32::to_le_bytes(if name == "format-2" { 2 } else { 3 }), "{name}");
+        bytes[8] = 4;
+        let crc = crc32c::crc32c(&bytes[..64]);
+        bytes[64..68].copy_from_slice(&crc.to_le_bytes());
+        fs::write(&newest, bytes).unwrap();
+        let before = files(dir.path());
+        for error in [
+            FsPersist::open(dir.path(), FsOptions::default()).unwrap_err(),
+            check(dir.path()).unwrap_err(),
+            repair(dir.path()).unwrap_err(),
+            restore(dir.path()).unwrap_err(),
+        ] {
+            assert_eq!(error.kind(), PersistErrorKind::OtherVersion, "{error}");
+            assert!(error.to_string().contains("has format version 4"), "{error}");
+        }
+        assert_eq!(files(dir.path()), before, "{name}");
     }
 }

@@ -77,10 +77,6 @@ fn check(image: &SimFs, options: &FsOptions, history: &[Vec<Change>], told: Told
     survived
 }
 
-fn options_are_sync(options: &FsOptions) -> bool {
-    format!("{options:?}").contains("durability: Sync")
-}
-
 /// What was recovered takes more batches, and they survive as well.
 fn write_on(image: &SimFs, options: &FsOptions, mut persist: Storage, mut state: Model, what: &str) {
     for batch in [vec![put("k.0", 9_001, vec![1; 700]), put("new", 9_002, "x")], vec![delete("k.1", 9_003)]] {
@@ -152,6 +148,24 @@ fn in_sync_mode_every_acknowledged_batch_survives_any_power_cut() {
     }
     assert!(compacted > 0 || seed() != 1, "no workload compacts");
     println!("TEST sim_power_loss images={images} violations=0 seed={}", seed());
+}
+
+#[test]
+fn meta_tombstones_and_shared_revisions_survive_any_power_cut() {
+    let mut images = 0;
+    for (durability, count) in [(Durability::Sync, 40), (Durability::Os, 16)] {
+        for seed in 0..2 {
+            let fs = SimFs::new();
+            let (options, history) = (options().with_durability(durability), mixed_history(seed, count, 900));
+            run(&fs, &options, &history);
+            assert!(
+                durability == Durability::Os || *segments(&fs)[0] > *"0000000000000002.log",
+                "this history compacts"
+            );
+            images += explore_with(&options, &history, 24, seed == 1);
+        }
+    }
+    println!("TEST sim_power_loss_meta images={images} violations=0 seed={}", seed());
 }
 
 #[test]

@@ -36,8 +36,8 @@ impl Holder for Connected {
 #[cfg(test)]
 mod tests {
     use nkv_core::{
-        Action, Change, Delivery, Event, EventKind, Key, NoPersist, Notifier, NotifyKeyValue, Pattern, PutOptions,
-        Revision,
+        Action, Change, Delivery, Event, EventKind, Key, Meta, NoPersist, Notifier, NotifyKeyValue, Pattern,
+        PutOptions, Revision,
     };
     use nkv_notify_tcp::NotifierOptions;
     use nkv_protocol::Features;
@@ -67,7 +67,7 @@ mod tests {
         for revision in 1..=2 {
             let (key, revision) = (Key::new("a").unwrap(), Revision::new(revision));
             let action = Action::Put { value: vec![0; 9_000].into(), expiry: None };
-            let change = Change { key, revision, replaces: Revision::ZERO, action };
+            let change = Change { key, revision, replaces: Revision::ZERO, action, meta: Meta::NONE };
             assert_eq!(notifier.notify(&Event::new(EventKind::Change(change))), Delivery::Queued);
         }
         let held = Connected(notifier).held();

@@ -220,6 +220,7 @@ macro_rules! notifier_conformance {
             nobody_is_waited_for_when_many_keys_change
             nobody_is_waited_for_when_one_key_changes_often
             what_is_told_is_in_order_of_revision
+            changes_of_one_revision_are_all_told
             a_change_never_takes_the_place_of_another_keys
             the_latest_state_of_each_key_is_told_to_a_slow_subscriber
             the_latest_state_of_each_key_is_told_to_a_busy_subscriber
@@ -280,6 +281,19 @@ pub fn nobody_is_waited_for_when_one_key_changes_often<H: NotifierHarness>(harne
     let value = "v".repeat(1 << 10);
     let _notifier = at_once(notifier, (1..=20_000).map(|revision| put("k", revision, &value)).collect());
     read_until(&mut reader, 20_000);
+}
+
+/// *In order*: several keys may have one revision, and are told of in the order in which they were given.
+pub fn changes_of_one_revision_are_all_told<H: NotifierHarness>(harness: &H) {
+    let (notifier, mut reader) = harness.open();
+    let changes = [put("b", 5, "1"), put("a", 5, "2"), delete("c", 5), put("b", 6, "3"), put("d", 6, "4")];
+    for (sequence, change) in (1..).zip(&changes) {
+        let ends_revision = matches!(sequence, 3 | 5);
+        let event = Event::in_sequence(EventKind::Change(change.clone()), sequence, ends_revision);
+        must_take(notifier.notify(&event));
+        let told = read(&mut reader, "a change of a revision that another has too");
+        assert_eq!(told.without_skipped(), Told::change(change, None));
+    }
 }
 
 /// *In order*: whatever is passed over, revisions strictly increase.

@@ -9,7 +9,8 @@ use std::{fmt, thread};
 
 use bytes::Bytes;
 use nkv_core::{
-    Action, Change, Expiry, KEY_LEN_MAX, Key, Loaded, Meta, PersistValue, Reason, Record, Revision, Timestamp,
+    Action, Change, Epoch, Expiry, KEY_LEN_MAX, Key, Loaded, META_LEN_MAX, Meta, PersistValue, Reason, Record,
+    Revision, Timestamp,
 };
 
 /// Opens one storage, as often as it is asked to.
@@ -79,6 +80,12 @@ macro_rules! persist_conformance {
             preparing_a_batch_stores_nothing
             a_batch_may_be_prepared_and_another_stored
             closing_loses_nothing
+            several_keys_may_have_one_revision
+            a_delete_of_nothing_counts
+            meta_survives_byte_for_byte
+            a_tombstone_stays_until_a_change_takes_its_place
+            reserved_records_survive_beside_keys_of_the_same_name
+            an_epoch_begins_with_nothing
             a_backend_may_move_to_another_thread
         }
     };
@@ -466,6 +473,192 @@ pub fn a_backend_may_move_to_another_thread<H: PersistHarness>(harness: &H) {
     let (records, loaded) = load(&mut harness.open());
     assert_eq!(records.len(), 2, "both threads' changes are there");
     assert_eq!(loaded.revision, Revision::new(2));
+}
+
+/// *Revisions*: several keys of a batch may have the same one.
+pub fn several_keys_may_have_one_revision<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.persist(vec![put("a", 1, "1"), put("b", 2, "2"), put("a.c", 2, "2"), put("d", 2, "2")]);
+    run.restart("after three keys of one revision");
+    run.persist(vec![put("a", 5, "5"), delete("b", 5), delete("d", 5)]);
+    run.restart("after changes and deletes of one revision");
+    run.persist(vec![delete("a", 6), delete("a.c", 6)]);
+    run.restart("after all was deleted at one revision");
+}
+
+/// *Replaces*: a delete that replaces nothing leaves nothing, and its revision is kept.
+pub fn a_delete_of_nothing_counts<H: PersistHarness>(harness: &H) {
+    let mut run = Run::start(harness);
+    run.persist(vec![delete("never", 3)]);
+    run.restart("after a delete in empty storage");
+    run.persist(vec![put("a", 4, "x"), delete("never", 5)]);
+    run.restart("after a delete of a key that never was");
+    run.persist(vec![delete("a", 6)]);
+    run.persist(vec![delete("a", 7)]);
+    run.restart("after a key was deleted twice");
+}
+
+/// *Meta*: what comes with a put is given back with its record, byte for byte, and goes with it.
+pub fn meta_survives_byte_for_byte<H: PersistHarness>(harness: &H) {
+    let Some(mut kept) = Kept::start(harness) else { return };
+    let all: Vec<u8> = (0..=255).collect();
+    kept.persist(vec![
+        with_meta(put("all", 1, "x"), &all),
+        with_meta(put("empty", 2, "x"), b""),
+        with_meta(put("empty.value", 3, ""), b"{\"a\":1}\n"),
+        with_meta(put("long", 4, "x"), &vec![0xff; META_LEN_MAX]),
+        put("none", 5, "x"),
+        with_meta(put_expiring("ends", 6, "x", Expiry { at: Timestamp::from_millis(9), ttl_ms: 9 }), b"e"),
+    ]);
+    kept.restart("after puts with meta");
+    let batch = ["all", "empty", "none"].iter().zip(7..);
+    kept.persist(batch.map(|(at, revision)| put(at, revision, "y")).collect());
+    kept.persist(vec![with_meta(put("none", 10, "z"), b"some"), with_meta(put("long", 11, "x"), b"short")]);
+    kept.restart("after an overwrite took the meta away, and one brought some");
+    kept.persist(vec![delete("long", 12)]);
+    kept.restart("after a delete without meta");
+}
+
+/// *Meta*: a delete with meta leaves a tombstone, which a put, another delete with meta, or one without takes the place of.
+pub fn a_tombstone_stays_until_a_change_takes_its_place<H: PersistHarness>(harness: &H) {
+    let Some(mut kept) = Kept::start(harness) else { return };
+    kept.persist(vec![put("a", 1, "x"), put("b", 2, "x"), with_meta(put("c", 3, "x"), b"c")]);
+    let gone = ["a", "b", "c", "never"].iter().zip(4..);
+    kept.persist(gone.map(|(at, revision)| with_meta(delete(at, revision), at.as_bytes())).collect());
+    kept.restart("after deletes with meta");
+    kept.restart("again, with nothing written");
+    kept.persist(vec![put("a", 8, "again"), with_meta(delete("b", 9), b"another"), delete("c", 10)]);
+    kept.restart("after a put, another tombstone and a delete without meta");
+    kept.persist(vec![delete("b", 11), delete("never", 12), with_meta(delete("a", 13), b"")]);
+    kept.restart("after all but one were dropped");
+    kept.persist(vec![
+        with_meta(delete("x", 14), b"1"),
+        put("x", 15, "1"),
+        put("y", 16, "1"),
+        with_meta(delete("y", 17), b"2"),
+    ]);
+    kept.restart("after two changes of a key in one batch");
+}
+
+/// *Meta*: tombstones of reserved keys are apart from all keys, whatever their names.
+pub fn reserved_records_survive_beside_keys_of_the_same_name<H: PersistHarness>(harness: &H) {
+    let Some(mut kept) = Kept::start(harness) else { return };
+    let names = ["head", "a", "a.b", "epoch", "revision", "owner", "k.json", "/etc/x"];
+    kept.persist((1..).zip(names).map(|(revision, name)| put(name, revision, name)).collect());
+    kept.persist((10..).zip(names).map(|(revision, name)| reserved(name, revision, Some(name.as_bytes()))).collect());
+    kept.restart("after reserved records");
+    let some = names.iter().step_by(2);
+    kept.persist(
+        (20..).zip(some).map(|(revision, name)| reserved(name, revision, (revision > 21).then_some(b"new"))).collect(),
+    );
+    kept.restart("after some were replaced or dropped");
+}
+
+/// *Epoch*: where a backend can begin one, nothing of the one before is left, and revisions begin again.
+pub fn an_epoch_begins_with_nothing<H: PersistHarness>(harness: &H) {
+    let Some(mut kept) = Kept::start(harness) else { return };
+    kept.persist(vec![
+        put("a", 1, "x"),
+        put("a.b", 2, "x"),
+        put("host", 3, "x"),
+        with_meta(put("c", 1_000, "x"), b"c"),
+    ]);
+    kept.persist(vec![with_meta(delete("a", 1_001), b"gone"), reserved("seen", 1_001, Some(b"1"))]);
+    let epoch = Epoch::new(0x1234_5678_9abc_def0_1122_3344_5566_7788);
+    let begun = kept.backend().begin_epoch(epoch);
+    begun.unwrap_or_else(|error| panic!("begin_epoch failed: {error} ({:?})", error.kind()));
+    (kept.model, kept.loaded) = (BTreeMap::new(), Loaded { epoch, revision: Revision::ZERO });
+    kept.restart("after an epoch began");
+    let begun = kept.backend().begin_epoch(Epoch::new(7));
+    begun.unwrap_or_else(|error| panic!("begin_epoch failed: {error} ({:?})", error.kind()));
+    kept.loaded.epoch = Epoch::new(7);
+    kept.persist(vec![put("a", 1, "new"), with_meta(delete("c", 2), b"c"), put("host", 2, "new")]);
+    kept.restart("after an epoch began and a batch followed");
+}
+
+/// What storage has of a key: revision, value with expiry (none in a tombstone), and meta.
+type Entry = (Revision, Option<(Bytes, Option<Expiry>)>, Meta);
+
+/// A run with a backend that keeps meta, and what it should have.
+struct Kept<'a, H: PersistHarness> {
+    harness: &'a H,
+    backend: Option<H::Backend>,
+    model: BTreeMap<String, Entry>,
+    loaded: Loaded,
+}
+
+impl<'a, H: PersistHarness> Kept<'a, H> {
+    /// `None`, and a word about it, if the backend keeps none.
+    fn start(harness: &'a H) -> Option<Self> {
+        let mut backend = harness.open();
+        if !backend.keeps_meta() {
+            eprintln!("skipped: the backend says that it keeps no meta");
+            return None;
+        }
+        let (model, loaded) = load_all(&mut backend);
+        Some(Kept { harness, backend: Some(backend), model, loaded })
+    }
+
+    fn backend(&mut self) -> &mut H::Backend {
+        self.backend.as_mut().expect("a run has a backend between two restarts")
+    }
+
+    fn persist(&mut self, mut batch: Vec<Change>) {
+        for change in &mut batch {
+            let name = change.key.to_string();
+            let is_record = |entry: &&Entry| entry.1.is_some();
+            change.replaces = self.model.get(&name).filter(is_record).map_or(Revision::ZERO, |entry| entry.0);
+            let value = match &change.action {
+                Action::Put { value, expiry } => Some((value.clone(), *expiry)),
+                Action::Delete { .. } => None,
+            };
+            if value.is_none() && change.meta.is_none() {
+                self.model.remove(&name);
+            } else {
+                self.model.insert(name, (change.revision, value, change.meta.clone()));
+            }
+            self.loaded.revision = change.revision;
+        }
+        persist(self.backend(), &batch);
+    }
+
+    fn restart(&mut self, when: &str) {
+        drop(self.backend.take());
+        let mut backend = self.harness.open();
+        let (found, loaded) = load_all(&mut backend);
+        for name in self.model.keys().chain(found.keys()) {
+            let (found, expected) = (found.get(name), self.model.get(name));
+            let brief = |entry: Option<&Entry>| {
+                let text = format!("{entry:?}");
+                text.chars().take(200).collect::<String>()
+            };
+            assert!(found == expected, "{when}, of {name:?} there is {} in place of {}", brief(found), brief(expected));
+        }
+        assert_eq!(loaded, self.loaded, "{when}");
+        self.backend = Some(backend);
+    }
+}
+
+fn load_all<P: PersistValue>(backend: &mut P) -> (BTreeMap<String, Entry>, Loaded) {
+    let mut all = BTreeMap::new();
+    let loaded = backend.load(&mut |stored| {
+        let key = stored.key();
+        let check = if stored.record().is_some() { Key::check(key) } else { Key::check_stored(key) };
+        assert_eq!(check, Ok(()), "load visited {key:?}");
+        let value = stored.record().map(|record| (record.value.to_bytes(), record.expiry));
+        let entry = (stored.revision(), value, Meta::from(stored.meta()));
+        assert!(all.insert(key.to_owned(), entry).is_none(), "load visited {key} twice");
+    });
+    (all, loaded.unwrap_or_else(|error| panic!("load failed: {error} ({:?})", error.kind())))
+}
+
+fn with_meta(change: Change, meta: &[u8]) -> Change {
+    Change { meta: Meta::new(meta), ..change }
+}
+
+fn reserved(name: &str, revision: u64, meta: Option<&[u8]>) -> Change {
+    let key = Key::reserved(name).unwrap_or_else(|error| panic!("{name:?}: {error}"));
+    Change { key, meta: Meta::from(meta), ..delete("x", revision) }
 }
 
 /// A backend, and what it must hold.

@@ -32,6 +32,7 @@ enum Flaw {
     NeverCloses,
     ComesBack,
     ClaimsConflation,
+    TellsOneOfARevision,
 }
 
 #[derive(Debug, Default)]
@@ -82,6 +83,9 @@ impl Broken {
         match (self.flaw, &mut told) {
             (Flaw::DropsTheLast, _) if change.revision.get().is_multiple_of(2) => return Delivery::Queued,
             (Flaw::DropsTheNewestWhenFull, _) if len - taken >= 1_000 => return Delivery::Queued,
+            (Flaw::TellsOneOfARevision, _) if queue.told.last().and_then(Told::revision) == Some(change.revision) => {
+                return Delivery::Queued;
+            }
             (Flaw::DropsDeletes, Told::Delete { .. }) => return Delivery::Queued,
             (Flaw::TellsExpiredAsDeleted, Told::Delete { reason, .. }) => *reason = Reason::Deleted,
             (Flaw::TrimsValues, Told::Put { value, .. }) => *value = value.trim_ascii().to_vec().into(),
@@ -214,6 +218,7 @@ each_flaw_is_caught_by_its_line! {
     waiting_for_the_reader_is_caught: WaitsForTheReader, nobody_is_waited_for_when_many_keys_change;
     reordering_is_caught: Reorders, what_is_told_is_in_order_of_revision;
     conflation_in_place_is_caught: ConflatesInPlace, what_is_told_is_in_order_of_revision;
+    one_change_of_a_revision_is_caught: TellsOneOfARevision, changes_of_one_revision_are_all_told;
     conflation_across_keys_is_caught: ConflatesWithinTheBranch, a_change_never_takes_the_place_of_another_keys;
     claimed_conflation_is_caught: ClaimsConflation, a_change_never_takes_the_place_of_another_keys;
     a_queue_that_drops_the_newest_is_caught: DropsTheNewestWhenFull, nobody_is_waited_for_when_one_key_changes_often;

@@ -1,12 +1,13 @@
 //! Negative controls: storage that breaks one line of its contract, which the suite has to see.
 #![allow(clippy::unwrap_used, reason = "the helpers of a test are test code too")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Mutex};
 
 use nkv_core::{
-    Action, Change, Epoch, Key, Loaded, PersistError, PersistValue, Prepared, Record, RecordRef, Revision, StoredRef,
+    Action, Change, Epoch, Key, Loaded, MemoryPersist, Meta, PersistError, PersistErrorKind, PersistValue, Prepared,
+    Record, RecordRef, Revision, StoredRef,
 };
 use nkv_testkit::persist::{self, PersistHarness};
 
@@ -227,4 +228,101 @@ each_flaw_is_caught_by_its_line! {
     a_new_epoch_with_each_close_is_caught: ClosesInANewEpoch, closing_loses_nothing;
     a_close_that_forgets_is_caught: ForgetsOnClose, closing_loses_nothing;
     storage_that_is_never_empty_is_caught: IsNeverEmpty, new_storage_is_empty;
+}
+
+/// What is wrong with a [`Forgetful`], which says that it keeps meta.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum MetaFlaw {
+    None,
+    ForgetsMeta,
+    CutsMeta,
+    KeepsMetaOfBefore,
+    ForgetsTombstones,
+    DropsNoTombstone,
+    TakesReservedForKeys,
+    KeepsTheEpoch,
+    KeepsRecords,
+    BeginsNoEpoch,
+}
+
+#[derive(Debug)]
+struct Forgetful {
+    disk: MemoryPersist,
+    flaw: MetaFlaw,
+    known: Arc<Mutex<HashMap<Key, Meta>>>,
+}
+
+impl PersistValue for Forgetful {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
+        self.disk.load(visit)
+    }
+
+    fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
+        let mut batch = batch.to_vec();
+        for change in &mut batch {
+            let is_delete = matches!(change.action, Action::Delete { .. });
+            let meta = std::mem::take(&mut change.meta);
+            let bytes = meta.as_bytes();
+            change.meta = match self.flaw {
+                MetaFlaw::ForgetsMeta if !is_delete => Meta::NONE,
+                MetaFlaw::ForgetsTombstones if is_delete => Meta::NONE,
+                MetaFlaw::CutsMeta => Meta::from(bytes.map(|bytes| &bytes[..bytes.len().min(255)])),
+                MetaFlaw::KeepsMetaOfBefore if !is_delete && bytes.is_none() => {
+                    self.known.lock().unwrap().get(&change.key).cloned().unwrap_or_default()
+                }
+                MetaFlaw::DropsNoTombstone if is_delete && bytes.is_none() => Meta::new(b"still"),
+                _ => meta.clone(),
+            };
+            self.known.lock().unwrap().insert(change.key.clone(), meta);
+            if self.flaw == MetaFlaw::TakesReservedForKeys && change.key.is_reserved() {
+                change.key = Key::new(change.key.as_str().trim_start_matches('.')).unwrap();
+            }
+        }
+        self.disk.persist(&batch)
+    }
+
+    fn keeps_meta(&self) -> bool {
+        true
+    }
+
+    fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        match self.flaw {
+            MetaFlaw::KeepsTheEpoch => self.disk.begin_epoch(Epoch::new(3)),
+            MetaFlaw::KeepsRecords => Ok(()),
+            MetaFlaw::BeginsNoEpoch => Err(PersistError::new(PersistErrorKind::Rejected, "never")),
+            _ => self.disk.begin_epoch(epoch),
+        }
+    }
+}
+
+/// The lines that `flaw` fails.
+fn failing_with_meta(flaw: MetaFlaw) -> Vec<&'static str> {
+    fn check<H: PersistHarness>(open: impl Fn() -> H) -> Vec<&'static str> {
+        let lines = persist::lines::<H>().into_iter();
+        let failing = lines.filter(|(_, line)| panic::catch_unwind(AssertUnwindSafe(|| line(&open()))).is_err());
+        failing.map(|(name, _)| name).collect()
+    }
+    check(|| {
+        let (disk, known) = (MemoryPersist::new(Epoch::new(3)), Arc::default());
+        move || Forgetful { disk: disk.clone(), flaw, known: Arc::clone(&known) }
+    })
+}
+
+#[test]
+fn what_is_wrong_with_meta_tombstones_and_epochs_is_caught() {
+    assert_eq!(failing_with_meta(MetaFlaw::None), Vec::<&str>::new());
+    for (flaw, line) in [
+        (MetaFlaw::ForgetsMeta, "meta_survives_byte_for_byte"),
+        (MetaFlaw::CutsMeta, "meta_survives_byte_for_byte"),
+        (MetaFlaw::KeepsMetaOfBefore, "meta_survives_byte_for_byte"),
+        (MetaFlaw::ForgetsTombstones, "a_tombstone_stays_until_a_change_takes_its_place"),
+        (MetaFlaw::DropsNoTombstone, "a_tombstone_stays_until_a_change_takes_its_place"),
+        (MetaFlaw::TakesReservedForKeys, "reserved_records_survive_beside_keys_of_the_same_name"),
+        (MetaFlaw::KeepsTheEpoch, "an_epoch_begins_with_nothing"),
+        (MetaFlaw::KeepsRecords, "an_epoch_begins_with_nothing"),
+        (MetaFlaw::BeginsNoEpoch, "an_epoch_begins_with_nothing"),
+    ] {
+        let failing = failing_with_meta(flaw);
+        assert!(failing.contains(&line), "{flaw:?}: {failing:?}");
+    }
 }

@@ -3,6 +3,8 @@
 
 mod address;
 mod branch;
+#[cfg(feature = "watch")]
+mod current;
 mod entry;
 mod error;
 mod event;
@@ -18,6 +20,8 @@ mod watched;
 
 pub use address::Address;
 pub use branch::{Branch, Unreadable};
+#[cfg(feature = "watch")]
+pub use current::{BranchWatch, Current, Watch};
 pub use entry::{Deleted, Entry};
 pub use error::{Error, ErrorKind, Result};
 pub use event::{EndReason, Event, GoneReason};

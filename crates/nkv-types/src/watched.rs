@@ -1,7 +1,8 @@
 //! One value, as it is known now.
 
-use crate::error::Error;
-use crate::event::EndReason;
+use crate::entry::Entry;
+use crate::error::{Error, Result};
+use crate::event::{EndReason, Event};
 use crate::revision::Revision;
 
 /// What is known of a watched key.
@@ -24,5 +25,25 @@ pub struct Watched<T> {
 impl<T> Default for Watched<T> {
     fn default() -> Self {
         Watched { value: None, revision: Revision::ZERO, error: None, is_live: false, ended: None }
+    }
+}
+
+impl<T> Watched<T> {
+    /// Takes in what a subscription to the key alone delivers.
+    pub fn apply(&mut self, event: &Event, read: impl FnOnce(&Entry) -> Result<T>) {
+        match event {
+            Event::Update { entry, .. } => {
+                self.revision = entry.revision;
+                match read(entry) {
+                    Ok(value) => (self.value, self.error) = (Some(value), None),
+                    Err(error) => self.error = Some(error),
+                }
+            }
+            Event::Gone { .. } => (self.value, self.revision, self.error) = (None, Revision::ZERO, None),
+            Event::Synced { .. } => self.is_live = true,
+            Event::Reconnecting => self.is_live = false,
+            Event::Connected { .. } => {}
+            Event::Ended(reason) => (self.is_live, self.ended) = (false, Some(reason.clone())),
+        }
     }
 }

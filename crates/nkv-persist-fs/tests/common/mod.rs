@@ -17,7 +17,23 @@ use nkv_persist_fs::{FsOptions, FsPersist};
 pub(crate) const DIR: &str = "/data";
 
 /// Key to revision, value and expiry.
-pub(crate) type Model = BTreeMap<String, (u64, Vec<u8>, Option<Expiry>)>;
+pub(crate) type Model = BTreeMap<String, Kept>;
+
+/// What storage has of a key.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Kept {
+    pub(crate) revision: u64,
+    /// None in a tombstone.
+    pub(crate) value: Option<Vec<u8>>,
+    pub(crate) expiry: Option<Expiry>,
+    pub(crate) meta: Option<Vec<u8>>,
+}
+
+impl Kept {
+    pub(crate) fn text(&self) -> &str {
+        str::from_utf8(self.value.as_ref().unwrap()).unwrap()
+    }
+}
 
 pub(crate) fn put(key: &str, revision: u64, value: impl Into<Vec<u8>>) -> Change {
     let expiry =
@@ -46,8 +62,13 @@ pub(crate) fn delete(key: &str, revision: u64) -> Change {
 pub(crate) fn apply(model: &mut Model, batch: &[Change]) {
     for change in batch {
         let key = change.key.to_string();
+        let meta = change.meta.as_bytes().map(<[u8]>::to_vec);
+        let kept = Kept { revision: change.revision.get(), meta, ..Kept::default() };
         match &change.action {
-            Action::Put { value, expiry } => model.insert(key, (change.revision.get(), value.to_vec(), *expiry)),
+            Action::Put { value, expiry } => {
+                model.insert(key, Kept { value: Some(value.to_vec()), expiry: *expiry, ..kept })
+            }
+            Action::Delete { .. } if kept.meta.is_some() => model.insert(key, kept),
             Action::Delete { .. } => model.remove(&key),
         };
     }
@@ -83,6 +104,12 @@ pub(crate) struct Storage {
 impl Storage {
     pub(crate) fn close(mut self) -> Result<(), PersistError> {
         self.persist.close()
+    }
+
+    /// Stores a batch that says itself what it replaces.
+    pub(crate) fn persist_as_it_is(&mut self, batch: &[Change]) -> Result<(), PersistError> {
+        self.present = None;
+        self.persist.persist(batch)
     }
 
     /// The batch with what each change replaces, and the revisions that it leaves.
@@ -122,7 +149,10 @@ impl PersistValue for Storage {
     fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
         let mut present = HashMap::new();
         let loaded = self.persist.load(&mut |stored| {
-            present.insert(stored.record().unwrap().to_record().key, stored.revision());
+            // No change names a tombstone.
+            if let Some(record) = stored.record() {
+                present.insert(record.to_record().key, record.revision);
+            }
             visit(stored);
         })?;
         self.present = Some(present);
@@ -146,7 +176,9 @@ impl PersistValue for Storage {
     }
 
     fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
-        self.persist.begin_epoch(epoch)
+        self.persist.begin_epoch(epoch)?;
+        self.present = Some(HashMap::new());
+        Ok(())
     }
 
     fn on_failure(&mut self, handler: FailureHandler) {
@@ -168,9 +200,10 @@ pub(crate) fn kill(fs: &SimFs, persist: Storage) -> SimFs {
 pub(crate) fn load(persist: &mut impl PersistValue) -> Result<(Model, Loaded), PersistError> {
     let mut model = Model::new();
     let loaded = persist.load(&mut |stored| {
-        let record = stored.record().unwrap();
-        let state = (record.revision.get(), record.value.to_vec(), record.expiry);
-        assert!(model.insert(record.key.to_string(), state).is_none(), "{} visited twice", record.key);
+        let (record, meta) = (stored.record(), stored.meta().map(<[u8]>::to_vec));
+        let (value, expiry) = (record.map(|record| record.value.to_vec()), record.and_then(|record| record.expiry));
+        let kept = Kept { revision: stored.revision().get(), value, expiry, meta };
+        assert!(model.insert(stored.key().to_owned(), kept).is_none(), "{} visited twice", stored.key());
     })?;
     Ok((model, loaded))
 }
@@ -190,6 +223,10 @@ pub(crate) fn log_end(segment: &[u8]) -> usize {
         end += (40 + body_len as usize).next_multiple_of(8);
     }
     end
+}
+
+pub(crate) fn options_are_sync(options: &FsOptions) -> bool {
+    format!("{options:?}").contains("durability: Sync")
 }
 
 /// A small generator of numbers: the same seed, the same numbers.
@@ -237,6 +274,35 @@ pub(crate) fn history_of(keys: usize, seed: u64, batches: usize, value_len_max: 
         }
     };
     (0..batches).map(|_| (0..1 + rng.below(3)).map(|_| one(&mut rng)).collect()).collect()
+}
+
+/// The same with what format 3 is for: meta, tombstones, reserved keys, and several changes of one revision, also from one
+/// batch to the next.
+pub(crate) fn mixed_history(seed: u64, batches: usize, value_len_max: usize) -> Vec<Vec<Change>> {
+    let mut rng = Rng(seed);
+    let (mut revision, mut last) = (1, HashMap::new());
+    let mut one = |rng: &mut Rng| {
+        let key = match rng.below(8) {
+            0 => Key::reserved("seen").unwrap(),
+            n => Key::new(&format!("k.{}", n % 5)).unwrap(),
+        };
+        // The revisions of one key rise.
+        let is_free = last.get(&key).is_none_or(|last| *last < revision);
+        revision += if is_free && rng.below(2) == 0 { 0 } else { 1 + rng.below(2) as u64 };
+        last.insert(key.clone(), revision);
+        let meta = match rng.below(3) {
+            0 => Meta::NONE,
+            1 => Meta::new(b""),
+            _ => Meta::new(&vec![b'm'; rng.below(40)]),
+        };
+        let change = match rng.below(3) {
+            0 => delete("k", revision),
+            _ if key.is_reserved() => delete("k", revision),
+            _ => put("k", revision, vec![revision as u8; rng.below(value_len_max)]),
+        };
+        Change { key, meta, ..change }
+    };
+    (0..batches).map(|_| (0..1 + rng.below(4)).map(|_| one(&mut rng)).collect()).collect()
 }
 
 /// Walks through all sequences of choices, as far as `max` allows, and then through random ones.

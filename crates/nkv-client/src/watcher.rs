@@ -1,32 +1,18 @@
-//! One value, or all of a branch, always current.
+//! The connection's side of a watch: what keeps a value, or a branch, up to date.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fmt;
 use std::sync::Arc;
 
 use nkv_core::{Key, Pattern};
-use nkv_types::{Branch, EndReason, Entry, Error, Result, Revision, Watched};
+use nkv_types::{Branch, EndReason, Entry, Result, Revision, Watched};
 use tokio::sync::watch;
 
 use crate::client::Handle;
-use crate::error::WireError as _;
 use crate::queue::KEY_COST;
 use crate::task::Control;
 
 /// How many deletes by wildcard are remembered whose notifications may be on their way.
 const DELETES_MAX: usize = 16;
-
-/// The value of a key as it changes.
-pub type Watch<T> = Current<Watched<T>>;
-
-/// The keys that a pattern covers, with their values, as they change.
-pub type BranchWatch<T> = Current<Branch<T>>;
-
-/// A state as it changes. Clones follow it independently; when the last one is dropped, the subscription ends.
-pub struct Current<S> {
-    receiver: watch::Receiver<S>,
-    _end: Arc<EndOnDrop>,
-}
 
 /// Ends the subscription.
 pub(crate) struct EndOnDrop {
@@ -39,64 +25,6 @@ impl Drop for EndOnDrop {
     fn drop(&mut self) {
         // If it fails, the connection is closed, and the subscription with it.
         drop(self.handle.control(Control::Unsubscribe(self.pattern.clone(), self.id)));
-    }
-}
-
-impl<S> Current<S> {
-    pub(crate) fn new(receiver: watch::Receiver<S>, end: EndOnDrop) -> Self {
-        Current { receiver, _end: Arc::new(end) }
-    }
-
-    /// What is known now. It is never older than what a put of the same client that is done has made of a key, or a delete
-    /// of up to 1,024 keys.
-    ///
-    /// Nothing is copied. What is borrowed must not be held for long, and not across an `await`: the connection waits for it.
-    pub fn borrow(&self) -> watch::Ref<'_, S> {
-        self.receiver.borrow()
-    }
-
-    /// What is known now, marked as seen.
-    pub fn borrow_and_update(&mut self) -> watch::Ref<'_, S> {
-        self.receiver.borrow_and_update()
-    }
-
-    /// Waits for a change of the state, or of whether it is live, that was not seen yet.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Closed`](crate::ErrorKind::Closed): the subscription has ended, and the state stays as it is; it
-    /// says why.
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future loses nothing.
-    pub async fn changed(&mut self) -> Result<()> {
-        self.receiver.changed().await.map_err(|_| Error::closed())
-    }
-
-    /// Waits until what is known is as wanted, and gives it.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`changed`](Self::changed).
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future loses nothing.
-    pub async fn wait_for(&mut self, is_wanted: impl FnMut(&S) -> bool) -> Result<watch::Ref<'_, S>> {
-        self.receiver.wait_for(is_wanted).await.map_err(|_| Error::closed())
-    }
-}
-
-impl<S> Clone for Current<S> {
-    fn clone(&self) -> Self {
-        Current { receiver: self.receiver.clone(), _end: Arc::clone(&self._end) }
-    }
-}
-
-impl<S: fmt::Debug> fmt::Debug for Current<S> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Current").field(&*self.receiver.borrow()).finish()
     }
 }
 

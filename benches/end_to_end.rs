@@ -1,4 +1,4 @@
-//! What a client sees of a server in memory, over loopback. Resource: processor and the kernel's sockets; no disk.
+//! Latencies of one client of a server in memory, over loopback. Resource: processor and the kernel's sockets; no disk.
 //!
 //! The client speaks the protocol itself, over blocking sockets, so that the server is measured and not a client
 //! library. Both share the machine's processors: the figures are latencies of one client, not the server's limit.

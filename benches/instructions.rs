@@ -1,10 +1,10 @@
-//! How many instructions the hot paths take. Resource: processor, counted and not timed, so that a noisy machine tells
-//! the same twice and a change of a percent can be seen.
+//! How many instructions the hot paths take. Resource: processor, counted and not timed, so that a noisy machine gives
+//! the same figure twice and a change of a percent can be seen.
 //!
 //! Each scenario is run by a process of its own under `valgrind --tool=callgrind`, once for some iterations and once for
 //! twice as many; the difference is what the iterations took, without the preparation, which is the same. System calls
 //! count with the instructions around them only. What uses a hash map may differ by one or two percent, since the map draws a
-//! seed; everything else is the same to the instruction. Without valgrind nothing is measured, and that is said.
+//! seed; everything else is the same to the instruction. Without valgrind nothing is measured, and it says so.
 //!
 //! The arguments filter scenarios by what is in their names. `--test` runs each of them once, without valgrind.
 

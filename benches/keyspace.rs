@@ -4,7 +4,7 @@
 //! store, and of `any` keys, where the processor's caches are part of it. `wildcard` reads a branch, to show that it
 //! grows with what it returns. `put_subscribed` has growing numbers of subscribers, none of whom reads, so that each
 //! put but the first takes the place of another in each mailbox. `put_deep` has keys of one and of many segments, and
-//! none or many subscriptions beside them, to whom nothing is told. A get looks a value up where it lies.
+//! none or many subscriptions beside them, which get no event. A get looks a value up where it lies.
 
 mod support;
 

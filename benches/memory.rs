@@ -1,4 +1,4 @@
-//! What the store holds. Resource: memory, counted in the allocator: bytes that were allocated and not yet freed, without
+//! Memory that the store takes. Resource: memory, counted in the allocator: bytes that were allocated and not yet freed, without
 //! what the allocator itself adds. Two runs find the same, also on a noisy machine.
 //!
 //! Each figure is for one key, or one change; the bytes of the key and of its value are in it, except where the name says

@@ -1,4 +1,4 @@
-//! What a batch costs besides its storage. Resource: processor; storage forgets at once, nobody subscribes.
+//! What a batch costs besides its storage. Resource: processor; storage forgets at once, there is no subscription.
 //!
 //! The time is that of the whole batch; the throughput counts its writes.
 

@@ -1,12 +1,12 @@
-//! A notifier of your own: subscribers that are told one JSON object a line, over anything that takes bytes.
+//! A notifier of your own: a subscriber receives one JSON object a line, over anything that takes bytes.
 //!
 //! ```text
 //! cargo run -p nkv-examples --example custom_notifier
 //! ```
 //!
-//! What waits for a slow subscriber lies in a mailbox from nkv-core, which never makes the store wait, keeps the order
-//! and passes over what is out of date. What is left to do is a thread that empties it. When writing fails the
-//! subscriber is gone; the thread drops its end of the mailbox, and the store hears `Closed` at the next event.
+//! The backlog of a slow subscriber is in a mailbox of nkv-core, which never makes the store wait, keeps the order and
+//! conflates. A thread empties it. When writing fails, the subscriber is gone: the thread drops its end of the mailbox, and
+//! the store gets `Closed` with the next event.
 //!
 //! Here the other end of a Unix socket reads the lines; the standard input of another process would do as well.
 //! `tests/custom_notifier.rs` has nkv-testkit check the contract.
@@ -25,7 +25,7 @@ use nkv_core::{
 };
 use serde::{Deserialize, Serialize};
 
-/// Tells one subscriber, in lines of JSON.
+/// Notifies one subscriber, in lines of JSON.
 #[derive(Debug)]
 pub(crate) struct LineNotifier {
     post: Mailbox,
@@ -39,7 +39,7 @@ pub(crate) enum Line {
     Put { key: String, value: Vec<u8>, revision: u64, skipped: u64 },
     /// A key is gone.
     Delete { key: String, reason: String, revision: u64, skipped: u64 },
-    /// Too much waited: the present state follows, and a key that is not in it is gone.
+    /// The backlog was dropped: the present state follows, and a key that is not in it is gone.
     Reset { pattern: String },
     /// The puts before this were the present state.
     Synced { pattern: String, revision: u64, epoch: String },
@@ -48,7 +48,7 @@ pub(crate) enum Line {
 }
 
 impl LineNotifier {
-    /// Tells whoever reads what is written to `subscriber`. The thread ends with its subscriber or with the notifier.
+    /// Writes to `subscriber`, from a thread that ends with its subscriber or with the notifier.
     pub(crate) fn spawn(subscriber: impl Write + Send + 'static) -> Self {
         let (post, inbox) = mailbox();
         thread::spawn(move || write_out(&inbox, &mut BufWriter::new(subscriber)));
@@ -132,17 +132,17 @@ fn main() -> Result<(), Box<dyn Error>> {
     for n in 2..=10_000_u64 {
         store.put(&lamp, n.to_string(), PutOptions::default())?;
     }
-    let (mut told, mut missed) = (0, 0);
+    let (mut received, mut missed) = (0, 0);
     loop {
         let Line::Put { value, revision, skipped, .. } = next()? else { return Err("no put".into()) };
         assert_eq!(value, revision.to_string().into_bytes());
-        (told, missed) = (told + 1, missed + skipped);
+        (received, missed) = (received + 1, missed + skipped);
         if revision == 10_000 {
             break;
         }
     }
-    println!("{told} changes were told, {missed} were passed over");
-    assert_eq!(told + missed, 9_999);
+    println!("{received} changes were received, {missed} were conflated");
+    assert_eq!(received + missed, 9_999);
 
     store.delete(&Pattern::from(&lamp), None)?;
     let gone = next()?;
@@ -152,9 +152,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     // The subscriber hangs up; the store notices, and forgets it.
     drop(next);
     while store.stats().subscriptions > 0 {
-        store.put(&lamp, "is anybody there?", PutOptions::default())?;
+        store.put(&lamp, "is there a subscriber?", PutOptions::default())?;
         thread::sleep(Duration::from_millis(1));
     }
-    println!("nobody listens any more");
+    println!("the subscription has ended");
     Ok(())
 }

@@ -6,8 +6,8 @@
 //!
 //! A key is never part of a path: files are numbered, the key stands inside. A batch touches several files, yet it has
 //! to survive whole or not at all. So it goes into a journal first, as one file put in place by one rename; that is the
-//! moment at which it happened. Then each key's file is brought up to date. Whoever opens the directory does what the
-//! journal says again, which does no harm if it was done. The journal also holds what no key's file could: the epoch,
+//! moment at which it happened. Then each key's file is brought up to date. Opening the directory applies the
+//! journal again, which does no harm if it was done. The journal also holds what no key's file could: the epoch,
 //! and the newest revision even when its key was deleted.
 //!
 //! `tests/custom_persist.rs` has nkv-testkit check the contract. A write costs a few syncs for each key, so this is for
@@ -148,7 +148,7 @@ impl JsonFiles {
         self.dir.join(format!("{number}.json"))
     }
 
-    /// Writes a file under a name that nobody looks at, and waits until the disk has it.
+    /// Writes a file under a name that no reader uses, and syncs it.
     fn stage(&self, content: &impl Serialize) -> io::Result<()> {
         let mut file = File::create(self.dir.join(NEXT))?;
         file.write_all(&serde_json::to_vec(content)?)?;
@@ -176,7 +176,7 @@ impl PersistValue for JsonFiles {
         let revision = batch.last().map_or(self.revision, |change| change.revision).get();
         let batch = batch.iter().map(Entry::from).collect();
         let journal = Journal { epoch: self.epoch.to_string(), revision, batch };
-        // Up to here nobody looks at what was written: the batch was not stored.
+        // Up to here no reader uses the new file: the batch was not stored.
         self.stage(&journal).map_err(|error| failed(kind(&error), "cannot write the journal", error))?;
         // From here on the batch may be there after a restart, which does what is left to do.
         let unknown = |error| failed(PersistErrorKind::Poisoned, "the last batch was written in part", error);

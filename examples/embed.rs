@@ -88,7 +88,7 @@ async fn tasks_and_threads() -> Result<(), AnyError> {
         counter.await??;
     }
     let events = watcher.join().map_err(|_| "the watcher broke")?;
-    println!("tasks: four times ten is 40, of which the watcher saw {events} events");
+    println!("tasks: four times ten is 40, seen by the watcher in {events} events");
     assert!(events > 0);
 
     expires_by_itself(&nkv).await?;
@@ -108,7 +108,7 @@ async fn start(data: PathBuf) -> Result<Node, AnyError> {
     Ok(Node::builder().persist("sync", open).start().await?)
 }
 
-/// Adds one, `times` times: reads, writes only if nobody else wrote meanwhile, and otherwise reads again.
+/// Adds one, `times` times: reads, writes only if the key is unchanged, and otherwise reads again.
 async fn add(nkv: Handle, times: u32) -> Result<(), AnyError> {
     let key = Key::new("total")?;
     let mut done = 0;
@@ -127,7 +127,7 @@ async fn add(nkv: Handle, times: u32) -> Result<(), AnyError> {
     Ok(())
 }
 
-/// A value with a TTL goes by itself, and its subscribers are told why.
+/// A value with a TTL ends by itself, and its subscribers get the reason.
 async fn expires_by_itself(nkv: &Handle) -> Result<(), AnyError> {
     let key = Key::new("session.1")?;
     nkv.put_with(&key, "alive", PutOptions::default().with_ttl(Duration::from_millis(50))).await?;
@@ -145,7 +145,7 @@ async fn expires_by_itself(nkv: &Handle) -> Result<(), AnyError> {
     }
 }
 
-/// The value that an event tells.
+/// The value in an event.
 fn put_value(event: &nkv_core::Event) -> Option<&[u8]> {
     match event.kind() {
         EventKind::Change(change) => match &change.action {

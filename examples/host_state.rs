@@ -11,7 +11,7 @@
 //! `.memory_free_kib`; they are put with a TTL, so a machine that is gone takes its figures with it.
 //!
 //! Without a role it checks itself: a server, a publisher and a follower, each a process; the server is killed as by
-//! `kill -9` and started again, and the follower, whom nobody told anything, must see figures that are newer.
+//! `kill -9` and started again, and the follower, without a word from outside, must see figures that are newer.
 
 use std::error::Error;
 use std::fs;
@@ -77,7 +77,7 @@ fn figures() -> Result<[(&'static str, String); 3], Box<dyn Error>> {
     ])
 }
 
-/// Prints what it is told, a line each: the figures of all hosts, and what becomes of the connection.
+/// Prints each event in a line: the figures of all hosts, and the state of the connection.
 async fn follow(addr: &str) -> Result<(), Box<dyn Error>> {
     let client = Client::connect(addr).await?;
     let mut hosts = client.subscribe("host.*").await?;
@@ -119,7 +119,7 @@ fn check() -> Result<(), Box<dyn Error>> {
     server.kill()?;
     let newest = follower.until_reconnecting(newest)?;
     let _server = start_server(&addr, &dir)?;
-    // Older figures may be told first: the server has kept them.
+    // Older figures may come first: the server has kept them.
     let [.., (_, restarted_at)] = figures()?;
     let restarted_at: f64 = restarted_at.parse()?;
 
@@ -141,7 +141,7 @@ fn start_server(addr: &str, dir: &Path) -> Result<Process, Box<dyn Error>> {
     Ok(server)
 }
 
-/// A figure that the follower was told.
+/// A figure that the follower received.
 #[derive(Debug)]
 struct Figure {
     revision: u64,
@@ -197,7 +197,7 @@ impl Process {
         }
     }
 
-    /// The last uptime told before the connection was lost.
+    /// The last uptime received before the connection was lost.
     fn until_reconnecting(&self, mut newest: Figure) -> Result<Figure, Box<dyn Error>> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -208,7 +208,7 @@ impl Process {
         }
     }
 
-    /// Kills the process: SIGKILL, which nobody can prepare for.
+    /// Kills the process with SIGKILL, which a process cannot handle.
     fn kill(mut self) -> Result<(), Box<dyn Error>> {
         self.child.kill()?;
         println!("killed the {}: {}", self.name, self.child.wait()?);

@@ -17,6 +17,16 @@ run embed
 run sqlite
 run custom_persist
 run custom_notifier
+run datagram_notifier
+run gateway
+run tee
+run live_map
 run watch_config
 run host_state
+
+# In a build of its own, because of what it depends on.
+echo "== zeromq_notifier"
+cargo build --quiet -p nkv-examples --features zeromq --example zeromq_notifier
+timeout 30 cargo run --quiet -p nkv-examples --features zeromq --example zeromq_notifier
+
 echo "== all examples have run"

@@ -1,7 +1,7 @@
-//! The sending side of a connection: gathers what waits and writes it, as few system calls as it takes.
+//! The sending side of a connection: collects pending output and writes it with as few system calls as possible.
 //!
-//! An outbox is polled by whoever has the socket. What is sent is gathered in a buffer that all outboxes of a thread
-//! lend each other, so that one that is idle, or whose peer keeps up, has none.
+//! The owner of the socket polls the outbox. Output is collected in a buffer that all outboxes of a thread lend each
+//! other, so that one that is idle, or whose peer keeps up, has none.
 
 use std::cell::RefCell;
 use std::io::{self, IoSlice};

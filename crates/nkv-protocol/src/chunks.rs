@@ -1,4 +1,4 @@
-//! What is to be sent, where it was encoded: a connection writes from here and says how far it got.
+//! Encoded output, where it was encoded: a connection writes from here and reports how far it got.
 
 use std::collections::VecDeque;
 use std::mem;

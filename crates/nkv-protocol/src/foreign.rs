@@ -1,9 +1,9 @@
-//! Programs that speak another protocol, recognised by how a line of theirs begins. This is the one place where a
-//! server recognises them; a client knows the greeting of NATS (`message.rs`).
+//! Programs that speak another protocol, recognised by how their line begins. This is the one place where a server
+//! recognises them; a client knows the greeting of NATS (`message.rs`).
 //!
 //! A browser can be made to send any bytes to a local port, behind a request line of HTTP. So a stream that is plainly of
-//! another protocol ends there, and nothing that follows is read as requests. A line is of nkv if it begins with `{`. What
-//! is merely wrong, such as the slip of a person who types, is not foreign.
+//! another protocol ends there, and nothing that follows is read as requests. A line is of nkv if it begins with `{`. A
+//! merely wrong line, such as the slip of a person who types, is not foreign.
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! The lists of an answer, in little more memory than the line that they came in: a peer may send millions of elements
+//! The lists of an answer, in little more memory than the line that contained them: a peer may send millions of elements
 //! of three bytes each.
 
 use std::fmt;

@@ -1,4 +1,4 @@
-//! What a server says, as a client reads it.
+//! The messages of a server, as a client reads them.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};

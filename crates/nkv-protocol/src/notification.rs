@@ -1,4 +1,4 @@
-//! Notifications: what a subscriber is told, encoded once however many connections it goes to.
+//! Notifications to subscribers, each encoded once for any number of connections.
 
 use bytes::{BufMut, Bytes};
 

@@ -1,4 +1,4 @@
-//! Requests: one flat type for all of them, borrowed from the line that they came in.
+//! Requests: one flat type for all of them, borrowed from the line that contained them.
 
 use std::borrow::Cow;
 use std::fmt;

@@ -1,4 +1,4 @@
-//! Backends that do as they are told: fail, block, crash, close; and remember what was asked of them.
+//! Backends that follow a script: fail, block, crash, close; and record the calls that they got.
 //!
 //! The backend goes into the store; a handle that can be cloned stays with the test.
 

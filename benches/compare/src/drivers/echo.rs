@@ -1,5 +1,5 @@
 //! The reference server of this tool (`reference.rs`): a line that begins with `P` is acknowledged, `G` and a number
-//! asks for so many bytes, `S` for every later line with a `P`.
+//! asks for that number of bytes, `S` for every later line with a `P`.
 
 use memchr::memchr;
 

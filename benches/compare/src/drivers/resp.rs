@@ -1,4 +1,4 @@
-//! Redis: `SET` and `GET`; a change is told by `SET` and `PUBLISH` sent together, which count as one operation.
+//! Redis: `SET` and `GET`; a change is `SET` and `PUBLISH` sent together, which count as one operation.
 
 use std::ops::Range;
 

@@ -342,7 +342,8 @@ pub struct BranchWatch<T> {
 }
 
 impl<T> BranchWatch<T> {
-    /// What is known now; nothing is copied. What is borrowed must not be held for long: the connection waits for it.
+    /// What is known now; nothing is copied. What is borrowed must not be held for long: the connection waits for it. In a process
+    /// that was forked from the client's own, it is what was known at the fork.
     #[must_use]
     pub fn borrow(&self) -> watch::Ref<'_, Branch<T>> {
         self.watch.borrow()

@@ -258,9 +258,8 @@ struct Wire {
     keys: HashMap<Key, LastSent>,
     /// What the keys cost.
     len: usize,
-    /// Keys that those who watch know by the client's own puts, and of which the server has sent nothing yet; the numbers of
-    /// the puts.
-    own: HashMap<Key, u64>,
+    /// Keys that watches know by the client's own puts, and of which the server has sent nothing yet; the revisions of the puts.
+    own: HashMap<Key, Revision>,
     /// Number of the snapshot in hand or last seen.
     snapshot: u64,
     /// The number of the revision up to which the last snapshot has all changes: what is sent for another subscription that
@@ -289,7 +288,6 @@ impl Wire {
         if is_new_epoch {
             // Revisions of another epoch say nothing: everything is sent again.
             self.keys.values_mut().for_each(|last| last.revision = 0);
-            self.own.values_mut().for_each(|number| *number = 0);
         }
         let served = self.locals.iter_mut().filter(|local| local.is_exact() || !exact);
         served.for_each(|local| local.begin_snapshot(is_new_epoch));
@@ -359,7 +357,8 @@ impl Wire {
             }
         }
         // Notifications of the client's own puts may have been lost with a connection.
-        for (key, _) in own.extract_if(|_, number| *number <= revision.get()) {
+        let is_in = |own: &Revision| own.epoch() != Some(*epoch) || own.get() <= revision.get();
+        for (key, _) in own.extract_if(|_, own| is_in(own)) {
             for local in locals.iter_mut().filter(|local| local.is_watch()) {
                 local.gone(&Gone::missed(&key, revision), 0, true);
             }
@@ -633,7 +632,7 @@ impl Hub {
                 is_known = entry.is_some();
             }
             if is_known && !wire.keys.contains_key(key) {
-                wire.own.insert(key.clone(), revision.get());
+                wire.own.insert(key.clone(), revision);
             }
         };
         match self.branches.iter().any(|(_, pattern)| pattern.covers(key)) {
@@ -1011,6 +1010,19 @@ mod tests {
     }
 
     #[test]
+    fn with_one_of_several_patterns_the_subscription_ends() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::default());
+        let (queue, sends) = add_parts(&mut hub, &["a", "b"]);
+        sends.iter().for_each(|send| fill(&mut hub, send, &[]));
+        hub.ended("a", Reason::Replaced);
+        hub.update(&entry("b", 3), 0);
+        assert_eq!(told(&queue), ["Synced", "Ended(Replaced)"]);
+        assert_eq!(hub.remove(&Pattern::new("a").unwrap(), 1), None);
+        assert_eq!(hub.remove(&Pattern::new("b").unwrap(), 2), Some(Send::Unsubscribe("b".into())));
+    }
+
+    #[test]
     fn several_patterns_share_one_limit() {
         let mut hub = Hub::default();
         hub.attach(Epoch::default());
@@ -1035,6 +1047,10 @@ mod tests {
     impl Notes {
         fn note(&self, word: String) {
             self.0.lock().unwrap().push(word);
+        }
+
+        fn take(&self) -> Vec<String> {
+            std::mem::take(&mut self.0.lock().unwrap())
         }
     }
 
@@ -1083,7 +1099,7 @@ mod tests {
         hub.own_delete(&Pattern::All, revision(9), 3);
         hub.own_delete(&Pattern::new("b").unwrap(), revision(12), 1);
         let noted = ["is@1", "live", "is@2", "deleted@3", "is@4", "lost", "deleted@5", "deleted@7"];
-        assert_eq!(*notes.0.lock().unwrap(), noted);
+        assert_eq!(notes.take(), noted);
         assert_eq!(hub.remove(&pattern, 1), None);
         assert!(!hub.is_watched("a"));
     }
@@ -1092,27 +1108,32 @@ mod tests {
     // the value for ever, live.
     #[test]
     fn a_key_known_by_the_clients_own_put_alone_is_missed_too() {
-        for epoch in [1, 2] {
-            let (mut hub, notes) = (Hub::default(), Notes::default());
-            hub.attach(Epoch::new(1));
-            let send = hub.add(Local::new(
-                1,
-                Pattern::Exact(Key::new("a").unwrap()),
-                Sink::Watch(Box::new(notes.clone())),
-                1_000,
-            ));
-            fill(&mut hub, &send.unwrap(), &[]);
-            hub.own_write(&Key::new("a").unwrap(), Some(&entry("a", 2)), revision(2));
-            hub.detach();
-            let sends = hub.attach(Epoch::new(epoch));
-            fill(&mut hub, &sends[0], &[entry("a.b", 3)]);
-            assert_eq!(*notes.0.lock().unwrap(), ["live", "is@2", "lost", "missed@3", "live"]);
-            hub.own_write(&Key::new("a").unwrap(), Some(&entry("a", 9)), revision(9));
-            hub.reset("a".into()).unwrap();
-            hub.synced(revision(8)).unwrap();
-            let notes = notes.0.lock().unwrap();
-            assert_eq!(notes[5..], ["is@9", "live"], "the snapshot is of a moment before it");
-        }
+        let (mut hub, notes) = (Hub::default(), Notes::default());
+        hub.attach(Epoch::default());
+        let key = Key::new("a").unwrap();
+        let sink = Sink::Watch(Box::new(notes.clone()));
+        let send = hub.add(Local::new(1, Pattern::Exact(key.clone()), sink, 1_000));
+        fill(&mut hub, &send.unwrap(), &[]);
+        hub.own_write(&key, Some(&entry("a", 2)), revision(2));
+        hub.detach();
+        let sends = hub.attach(Epoch::default());
+        fill(&mut hub, &sends[0], &[entry("a.b", 3)]);
+        assert_eq!(notes.take(), ["live", "is@2", "lost", "missed@3", "live"]);
+        hub.own_write(&key, Some(&entry("a", 9)), revision(9));
+        hub.reset("a".into()).unwrap();
+        hub.synced(revision(8)).unwrap();
+        assert_eq!(notes.take(), ["is@9", "live"], "the snapshot is of a moment before it");
+
+        hub.detach();
+        let sends = hub.attach(Epoch::new(2));
+        let put = Revision::in_epoch(Epoch::new(2), 1);
+        hub.own_write(&key, Some(&entry("a", 1)), put); // answered ahead of the snapshot, which does not have it
+        fill(&mut hub, &sends[0], &[]);
+        assert_eq!(notes.take(), ["lost", "is@1", "live"]);
+        hub.detach();
+        let sends = hub.attach(Epoch::new(3));
+        fill(&mut hub, &sends[0], &[]);
+        assert_eq!(notes.take(), ["lost", "missed@0", "live"], "the store is another, and empty");
     }
 
     type Entries = tokio::sync::watch::Receiver<nkv_types::Branch>;

@@ -10,9 +10,8 @@ use futures_core::Stream;
 use nkv_core::Pattern;
 use nkv_types::Event;
 
-use crate::client::Handle;
 use crate::queue::Queue;
-use crate::task::Control;
+use crate::watcher::EndOnDrop;
 
 /// A stream of what happens to the keys that a pattern, or several, cover.
 ///
@@ -25,20 +24,22 @@ use crate::task::Control;
 /// newest state of each key and how many changes were skipped: memory is bounded by the number of keys covered.
 /// Events of the connection and of being synced are conflated in the same way.
 ///
+/// Of several patterns, those that another one includes are left out. `Synced` comes once all have had their snapshot; if one of
+/// them ends, the subscription does.
+///
 /// Dropping it unsubscribes.
 pub struct Subscription {
     queue: Arc<Queue>,
-    handle: Arc<Handle>,
-    /// What it covers, and the numbers of the local subscriptions for it.
-    parts: Vec<(Pattern, u64)>,
+    /// The local subscriptions that feed the queue.
+    parts: Vec<EndOnDrop>,
 }
 
 impl Subscription {
-    pub(crate) fn new(handle: Arc<Handle>, parts: Vec<(Pattern, u64)>) -> Self {
-        Subscription { queue: Arc::new(Queue::of_parts(parts.len())), handle, parts }
+    pub(crate) fn new(parts: Vec<EndOnDrop>) -> Self {
+        Subscription { queue: Arc::new(Queue::of_parts(parts.len())), parts }
     }
 
-    pub(crate) fn parts(&self) -> &[(Pattern, u64)] {
+    pub(crate) fn parts(&self) -> &[EndOnDrop] {
         &self.parts
     }
 
@@ -48,7 +49,7 @@ impl Subscription {
 
     /// What it covers: the patterns that were asked for, without those that another one includes.
     pub fn patterns(&self) -> impl Iterator<Item = &Pattern> {
-        self.parts.iter().map(|(pattern, _)| pattern)
+        self.parts.iter().map(|part| &part.pattern)
     }
 
     /// The next event; `None` after [`Event::Ended`].
@@ -70,15 +71,6 @@ impl Stream for Subscription {
 
     fn size_hint(&self) -> (usize, Option<usize>) {
         (self.queue.len(), None)
-    }
-}
-
-impl Drop for Subscription {
-    fn drop(&mut self) {
-        // If it fails, the connection is closed, and the subscription with it.
-        for (pattern, id) in self.parts.drain(..) {
-            drop(self.handle.control(Control::Unsubscribe(pattern, id)));
-        }
     }
 }
 

@@ -3,7 +3,6 @@
 //! Two locks, always taken in this order: the subscribers (so that a subscription sees a change either in its snapshot
 //! or as an event), the keyspace (held only to look or to apply). Reads take the second alone.
 
-use std::iter::Peekable;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, PoisonError, Weak};
@@ -112,13 +111,15 @@ impl<N: Notifier> Shared<N> {
         let applied = keyspace.applied();
         self.next_expiry.store(keyspace.next_expiry().unwrap_or(NEVER).as_millis(), Release);
         drop(keyspace);
-        self.count(&changes);
+        let seen = self.count(&changes);
         if self.feed.is_read() {
             self.feed.push(&changes, hashes, complete);
         }
         let next = applied + 1 - changes.len() as u64;
-        changes.retain(Change::has_effect);
-        self.notify_all(subscribers, Numbered { changes: changes.into_iter().peekable(), next, complete }, applied);
+        if seen < changes.len() as u64 {
+            changes.retain(Change::has_effect);
+        }
+        self.notify_all(subscribers, Numbered { changes: changes.into_iter(), next, complete }, applied);
     }
 
     /// Puts another keyspace, of another epoch, in the place of the present one: for readers at once, and for each
@@ -220,7 +221,8 @@ impl<N: Notifier> Shared<N> {
         !is_done
     }
 
-    fn count(&self, changes: &[Change]) {
+    /// Says how many of them readers see.
+    fn count(&self, changes: &[Change]) -> u64 {
         let (mut puts, mut deletes, mut expired) = (0, 0, 0);
         for change in changes.iter().filter(|change| change.has_effect()) {
             match change.action {
@@ -234,6 +236,7 @@ impl<N: Notifier> Shared<N> {
         for (counter, count) in [(&counters.puts, puts), (&counters.deletes, deletes), (&counters.expired, expired)] {
             counter.fetch_add(count, Relaxed);
         }
+        puts + deletes + expired
     }
 
     /// See [`NotifyKeyValue::subscribe`](crate::NotifyKeyValue::subscribe).
@@ -339,7 +342,7 @@ const TURN_SUBSCRIPTIONS: usize = 64;
 
 /// Changes that subscribers are to be notified of.
 struct Numbered {
-    changes: Peekable<IntoIter<Change>>,
+    changes: IntoIter<Change>,
     /// The sequence number of the next.
     next: u64,
     /// Every change up to this revision is among these, or came before.
@@ -352,7 +355,7 @@ impl Iterator for Numbered {
 
     fn next(&mut self) -> Option<Self::Item> {
         let change = self.changes.next()?;
-        let ends_revision = match self.changes.peek() {
+        let ends_revision = match self.changes.as_slice().first() {
             Some(next) => next.revision != change.revision,
             None => self.complete >= change.revision,
         };

@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use nkv_core::mailbox::{DELETES_MAX, Inbox, Item, Mailbox, mailbox};
 use nkv_core::{
-    Action, BeginCause, Delivery, Event, EventKind, Key, MemoryPersist, NoPersist, Notifier, NotifyKeyValue, Op,
-    Outcome, Pattern, PersistErrorKind, PutOptions, Reason, Revision, SnapshotReader, Write, WriteError,
+    Action, BeginCause, Change, Delivery, Event, EventKind, Key, MemoryPersist, Meta, NoPersist, Notifier,
+    NotifyKeyValue, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Reason, Revision, SnapshotReader, Write,
+    WriteError,
 };
 use nkv_testkit::script::{PersistScript, ScriptedNotifier, ScriptedPersist};
 
@@ -333,6 +334,25 @@ impl Notifier for Either {
 
 #[test]
 fn whoever_subscribes_while_many_are_notified_waits_for_some_and_is_told_each_change_once() {
+    subscribe_while_many_are_notified(|store, count| {
+        _ = store.write(&(0..count).map(put).collect::<Vec<_>>()).unwrap()
+    });
+}
+
+#[test]
+fn many_changes_of_one_revision_are_told_once_too_to_whoever_subscribes_meanwhile() {
+    let action = Action::Put { value: "x".into(), expiry: None };
+    let change = |number| Change {
+        key: key(number),
+        revision: Revision::new(9),
+        replaces: Revision::ZERO,
+        action: action.clone(),
+        meta: Meta::NONE,
+    };
+    subscribe_while_many_are_notified(|store, count| _ = store.apply((0..count).map(change).collect()).unwrap());
+}
+
+fn subscribe_while_many_are_notified(write: impl Fn(&Store<Either>, usize)) {
     let (store, _) = store_of::<Either>(1);
     let store = Arc::new(store);
     let counted = Arc::new(Counted::default());
@@ -361,7 +381,7 @@ fn whoever_subscribes_while_many_are_notified_waits_for_some_and_is_told_each_ch
             })
         }
     });
-    store.write(&(0..count).map(put).collect::<Vec<_>>()).unwrap();
+    write(&store, count);
     let all = 4 * count as u64;
     let calls = [begun.recv_timeout(PATIENCE).unwrap(), begun.recv_timeout(PATIENCE).unwrap()];
     assert!(calls[0] < all / 2 && calls[1] < all, "it had to wait for {calls:?} of {all} notifications");

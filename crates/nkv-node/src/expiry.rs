@@ -4,11 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nkv_core::Write;
-use tokio::sync::Notify;
 use tokio::time::timeout;
 
-use crate::node::stopped;
-use crate::shared::Shared;
+use crate::shared::{Shared, stopped};
 
 /// The clock is looked at so often while there are values with a TTL: a machine that was suspended counts on, and its timers
 /// do not.
@@ -21,16 +19,16 @@ const EXPIRY_PAUSE: Duration = Duration::from_secs(1);
 const EXPIRY_TICK: Duration = Duration::from_millis(10);
 
 /// Until the node stops.
-pub(crate) async fn expire(shared: Arc<Shared>, changed: Arc<Notify>) {
+pub(crate) async fn expire(shared: Arc<Shared>) {
     let mut stop = shared.stop.subscribe();
     tokio::select! {
         biased;
         () = stopped(&mut stop) => {}
-        () = expire_in_time(&shared, &changed) => {}
+        () = expire_in_time(&shared) => {}
     }
 }
 
-async fn expire_in_time(shared: &Shared, changed: &Notify) {
+async fn expire_in_time(shared: &Shared) {
     loop {
         if shared.store.next_expiry().is_some() && shared.clock.is_due() {
             let clock = shared.clock.clone();
@@ -45,7 +43,7 @@ async fn expire_in_time(shared: &Shared, changed: &Notify) {
         };
         tokio::select! {
             biased;
-            () = changed.notified() => continue,
+            () = shared.expiry_changed.notified() => continue,
             () = due => {}
         }
         let now = shared.clock.now();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use nkv_core::{
     Changes, Epoch, Expiry, Failed, Gap, Key, Notifier, Op, Outcome, Pattern, PersistErrorKind, Record, RecordRef,
-    SubscriberId, ValueRef, Write, WriteResult,
+    SubscriberId, ValueRef, Write,
 };
 use nkv_types::{
     AsKey, AsPattern, AsPatterns, Branch, BranchWatch, Current, Deleted, Edit, Entry, Error, ErrorKind, Event,
@@ -23,11 +23,11 @@ use tokio::sync::watch;
 
 use crate::budget::{Budget, Holder};
 use crate::failure::Chain;
-use crate::node::{Limits, stopped};
+use crate::limits::Limits;
 use crate::peer::{Peer, PeerInfo};
 use crate::rate_log::RateLimitedLog;
 use crate::rights::Right;
-use crate::shared::{JOB_LEN_MIN, Room, Shared, Stopping, Traced, Written};
+use crate::shared::{JOB_LEN_MIN, Room, Shared, Stopping, Traced, Written, stopped};
 use crate::subscription::{AttachOptions, Attached, Subscription};
 
 /// How many keys are taken from the store at a time: they are of one moment.
@@ -266,21 +266,25 @@ impl Handle {
         for op in &ops {
             self.check_op(op)?;
         }
-        let results = self.run(Write::together(ops)).await?;
-        results.into_iter().map(|result| result.map_err(failed)).collect()
+        self.run(ops, true).await?.into_iter().collect()
     }
 
     async fn write_one(&self, op: Op) -> Result<Outcome> {
         self.check_op(&op)?;
-        let mut results = self.run(Write::apart(vec![op])).await?;
-        results.pop().unwrap_or(Ok(Outcome::NotFound)).map_err(failed)
+        let mut results = self.run(vec![op], false).await?;
+        results.pop().unwrap_or(Ok(Outcome::NotFound))
     }
 
-    async fn run(&self, write: Write) -> Result<Vec<WriteResult>> {
+    async fn run(&self, ops: Vec<Op>, together: bool) -> Result<Vec<Result<Outcome>>> {
         self.check_open()?;
-        self.shared.write_urgently(write).await.map_err(|Stopping| {
+        if let Some(truth) = self.shared.truth() {
+            return truth.write(ops, together).await;
+        }
+        let write = if together { Write::together(ops) } else { Write::apart(ops) };
+        let results = self.shared.write_urgently(write).await.map_err(|Stopping| {
             Error::new(ErrorKind::OutcomeUnknown, "the node stopped; what became of the write is not known")
-        })
+        })?;
+        Ok(results.into_iter().map(|result| result.map_err(failed)).collect())
     }
 
     // Subscribing.
@@ -538,13 +542,30 @@ impl Handle {
         [("epoch", self.epoch().to_string()), ("durability", self.shared.durability.clone())]
     }
 
-    /// Whether the node serves requests.
+    /// Whether the node serves requests, reads of the present and writes.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Closed`] when it has stopped.
+    /// [`ErrorKind::Closed`] when it has stopped; [`ErrorKind::Refused`] with 503 while its engine is out of reach: reads are
+    /// of the last state then.
     pub async fn health(&self) -> Result<()> {
-        self.check_open()
+        self.check_healthy()
+    }
+
+    /// As [`health`](Self::health).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`health`](Self::health).
+    pub fn check_healthy(&self) -> Result<()> {
+        self.check_open()?;
+        match self.shared.truth() {
+            Some(truth) if !truth.status().is_in_reach => {
+                let message = "the engine is out of reach: reads are of the last state, writes are refused";
+                Err(Error::new(ErrorKind::Refused { status: 503 }, message))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The limits that hold.
@@ -687,7 +708,10 @@ impl Handle {
     /// for doors that gather what their peers send. The room is given back when they are done.
     pub fn submit(&self, ops: Vec<Admitted>, room: Room) -> Written {
         let ops = ops.into_iter().map(|Admitted(op)| op).collect();
-        self.shared.write(Write::apart(ops), room, false)
+        match self.shared.truth() {
+            None => self.shared.write(Write::apart(ops), room, false),
+            Some(_) => self.shared.write_to_engine(ops, room),
+        }
     }
 
     /// When a value ends that lives for `ttl` from now on.
@@ -702,7 +726,13 @@ impl Handle {
         if self.shared.queue.is_closed() {
             return Err(Error::new(ErrorKind::Closed, "the node has stopped"));
         }
-        Ok(())
+        match self.shared.truth() {
+            Some(truth) if !truth.status().has_state => {
+                let message = "the node has no state of its engine yet";
+                Err(Error::new(ErrorKind::Refused { status: 503 }, message))
+            }
+            _ => Ok(()),
+        }
     }
 
     pub(crate) fn check(&self, right: Right, pattern: &Pattern) -> Result<()> {
@@ -726,6 +756,9 @@ impl Handle {
     }
 
     fn check_op(&self, op: &Op) -> Result<()> {
+        if let Some(truth) = self.shared.truth() {
+            truth.check(op)?;
+        }
         match op {
             Op::Put { key, value, .. } => {
                 let (len, len_max) = (value.len(), self.shared.limits.value_len_max);

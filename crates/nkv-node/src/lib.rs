@@ -13,9 +13,11 @@
 mod blocking;
 mod budget;
 mod clock;
+mod engine;
 mod expiry;
 mod failure;
 mod handle;
+mod limits;
 mod node;
 mod peer;
 mod rate_log;
@@ -28,16 +30,18 @@ mod writer;
 
 pub use blocking::BlockingHandle;
 pub use budget::{Budget, Held, Holder, Leave};
+pub use engine::{Abilities, Engine, EngineError, Feed, Seen};
 pub use handle::{Admitted, ChangesError, Handle};
+pub use limits::Limits;
 pub use nkv_core::{ChangeGroup, Changes, Gap, Notifier, Op, Outcome};
 pub use nkv_types::{
     AsKey, AsPattern, AsPatterns, Branch, BranchWatch, Current, Deleted, Edit, EndReason, Entry, Epoch, Error,
     ErrorKind, Event, GoneReason, IntoEdit, IntoValue, Key, Page, PageOptions, Pattern, PutOptions, Result, Revision,
     Stats, Store, SubscribeOptions, Unreadable, Watch, Watched,
 };
-pub use node::{Builder, Limits, Node, NodeError};
+pub use node::{Builder, Node, NodeError};
 pub use peer::{Peer, PeerInfo, Said};
 pub use rate_log::RateLimitedLog;
 pub use rights::{Right, Rights};
-pub use shared::{Room, Stopping, Traced, Written};
+pub use shared::{NotDone, Results, Room, Stopping, Traced, Written};
 pub use subscription::{AttachOptions, Attached, Subscription};

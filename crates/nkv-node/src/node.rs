@@ -7,19 +7,21 @@ use std::time::{Duration, Instant};
 
 use nkv_core::{NoPersist, NotifyKeyValue, PersistError, PersistErrorKind, PersistValue};
 use thiserror::Error;
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tracing::{error, info};
 
 use crate::budget::Budget;
 use crate::clock::Clock;
+use crate::engine::{self, Engine, Seen, Truth};
 use crate::expiry;
 use crate::failure::Failure;
 use crate::handle::Handle;
+use crate::limits::Limits;
 use crate::rate_log::RateLimitedLog;
 use crate::rights::Rights;
-use crate::shared::Shared;
+use crate::shared::{Parts, Shared, stopped};
 use crate::wakeups::WakeUps;
 use crate::writer::{CloseOnDrop, Queue, Writer};
 
@@ -28,37 +30,6 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(4);
 
 /// How long a node takes to stop, whatever storage does; a process takes a moment more to end, and 5 s are promised.
 const STOP_LIMIT: Duration = Duration::from_millis(4_900);
-
-/// Limits of a node, for all its doors and handles together where nothing else is said.
-#[derive(Clone, Copy, Debug)]
-#[non_exhaustive]
-pub struct Limits {
-    /// Longest value, in bytes. 1 MiB by default.
-    pub value_len_max: usize,
-    /// Longest request of any door, in bytes: there is always room for one to arrive. 8 MiB by default.
-    pub request_len_max: usize,
-    /// Subscriptions of one peer of a door. 1,024 by default.
-    pub subscriptions_max: usize,
-    /// Subscriptions in all. 65,536 by default.
-    pub subscriptions_total_max: usize,
-    /// Bytes that all peers and subscriptions may hold together: of requests that have not arrived whole, of answers that
-    /// were not taken, and of changes that wait. Past that, if most of it is changes, those are dropped in favour of fresh
-    /// snapshots; else the peer that holds most for longest is closed, unless the others hold less than half. Subscriptions
-    /// to deep keys may take a quarter as much. 256 MiB by default.
-    pub queued_max: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Limits {
-            value_len_max: 1 << 20,
-            request_len_max: 8 << 20,
-            subscriptions_max: 1_024,
-            subscriptions_total_max: 65_536,
-            queued_max: 256 << 20,
-        }
-    }
-}
 
 /// Why a node does not run.
 #[derive(Debug, Error)]
@@ -88,6 +59,7 @@ pub struct Builder {
     clock_file: Option<PathBuf>,
     limits: Limits,
     rights: Option<Arc<dyn Rights>>,
+    engine: Option<Arc<dyn Engine>>,
     after_wake_ups: Vec<fn()>,
 }
 
@@ -130,6 +102,14 @@ impl Builder {
         self
     }
 
+    /// Has `engine` decide all writes, and follows it. With [storage](Self::persist), what was seen of it survives: reads go
+    /// on from there after a restart, and the engine feeds what was missed.
+    #[must_use]
+    pub fn engine(mut self, engine: impl Engine) -> Self {
+        self.engine = Some(Arc::new(engine));
+        self
+    }
+
     /// Has `call` called on the runtime each time the tasks that a batch has woken have had their turn: a door lets go there
     /// of what it keeps for the time of a batch.
     #[must_use]
@@ -156,7 +136,7 @@ impl Builder {
     /// # Ok(()) }
     /// ```
     pub async fn start(self) -> Result<Node, NodeError> {
-        let Builder { persist, durability, clock_file, limits, rights, after_wake_ups } = self;
+        let Builder { persist, durability, clock_file, limits, rights, engine, after_wake_ups } = self;
         let persist = match persist {
             Some(open) => open,
             None => {
@@ -166,12 +146,20 @@ impl Builder {
         };
         let failure = Failure::new();
         let handler = failure.handler();
+        let restored = engine.clone();
         let open = tokio::task::spawn_blocking(move || {
             let mut persist = persist()?;
+            if restored.as_ref().is_some_and(|engine| engine.abilities().meta) && !persist.keeps_meta() {
+                let context = "this storage keeps no meta, and the engine needs it";
+                return Err(PersistError::new(PersistErrorKind::Rejected, context));
+            }
             persist.on_failure(handler);
             // Only now: until storage is open, the file may be another server's.
             let clock = Clock::start(clock_file);
-            let store = NotifyKeyValue::open_at(persist, clock.now())?;
+            let store = match &restored {
+                Some(engine) => NotifyKeyValue::open_visiting(persist, clock.now(), |stored| engine.restore(stored))?,
+                None => NotifyKeyValue::open_at(persist, clock.now())?,
+            };
             if store.next_expiry().is_some() {
                 clock.keep();
             }
@@ -206,20 +194,26 @@ impl Builder {
                     .await;
             }
         });
-        let shared = Arc::new(Shared::new(store, clock, durability, limits, rights, budget, wake_ups, queue));
-        let expiry = tokio::spawn(expiry::expire(Arc::clone(&shared), expiry_changed));
-        let parts = Parts { expiry, pump, writer, failure };
-        let running = tokio::spawn(run(Arc::clone(&shared), parts));
+        let stats = store.stats();
+        let seen = Seen { epoch: stats.epoch, revision: stats.revision };
+        let truth = engine.map(|engine| Truth::new(engine, seen));
+        let parts = Parts { store, clock, durability, limits, rights, truth, budget, wake_ups, queue, expiry_changed };
+        let shared = Arc::new(Shared::new(parts));
+        let expiry = tokio::spawn(expiry::expire(Arc::clone(&shared)));
+        tokio::spawn(engine::follow(Arc::clone(&shared)));
+        let tasks = Tasks { expiry, pump, writer, failure };
+        let running = tokio::spawn(run(Arc::clone(&shared), tasks));
         Ok(Node { handle: Handle::new(shared), running })
     }
 }
 
 impl fmt::Debug for Builder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Builder { durability, clock_file, limits, rights, .. } = self;
+        let Builder { durability, clock_file, limits, rights, engine, .. } = self;
         let mut builder = f.debug_struct("Builder");
         builder.field("durability", durability).field("clock_file", clock_file);
-        builder.field("limits", limits).field("rights", rights).finish_non_exhaustive()
+        builder.field("limits", limits).field("rights", rights);
+        builder.field("engine", engine).finish_non_exhaustive()
     }
 }
 
@@ -240,6 +234,7 @@ impl Node {
             clock_file: None,
             limits: Limits::default(),
             rights: None,
+            engine: None,
             after_wake_ups: Vec::new(),
         }
     }
@@ -291,7 +286,7 @@ impl Drop for Node {
 }
 
 /// What runs for a node.
-struct Parts {
+struct Tasks {
     expiry: JoinHandle<()>,
     pump: JoinHandle<()>,
     writer: oneshot::Receiver<Result<(), PersistError>>,
@@ -299,8 +294,8 @@ struct Parts {
 }
 
 /// Runs until asked to stop or until storage fails, then ends everything in order.
-async fn run(shared: Arc<Shared>, parts: Parts) -> Result<(), NodeError> {
-    let Parts { mut expiry, pump, mut writer, failure } = parts;
+async fn run(shared: Arc<Shared>, tasks: Tasks) -> Result<(), NodeError> {
+    let Tasks { mut expiry, pump, mut writer, failure } = tasks;
     let mut stop_asked = shared.stop.subscribe();
     let mut writer_end = None;
     let result = tokio::select! {
@@ -354,9 +349,4 @@ fn random_epoch() -> Result<nkv_core::Epoch, NodeError> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes).map_err(|error| NodeError::System(std::io::Error::other(error)))?;
     Ok(nkv_core::Epoch::new(u128::from_le_bytes(bytes)))
-}
-
-/// Waits until the node is asked to stop, or is gone.
-pub(crate) async fn stopped(stop: &mut watch::Receiver<bool>) {
-    drop(stop.wait_for(|stop| *stop).await);
 }

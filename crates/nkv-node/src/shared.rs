@@ -6,16 +6,20 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
+use std::vec;
 
 use nkv_core::mailbox::Backlog;
 use nkv_core::{
-    Delivery, Event, EventKind, Key, Notifier, NotifyKeyValue, Pattern, PersistValue, SubscriberId, Write, WriteResult,
+    Delivery, Event, EventKind, Failed, Key, Notifier, NotifyKeyValue, Op, Outcome, Pattern, PersistValue,
+    SubscriberId, Write, WriteResult,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use nkv_types::{Error, ErrorKind};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
 use crate::budget::{Account, Budget, DeepHold};
 use crate::clock::Clock;
-use crate::node::Limits;
+use crate::engine::{Seen, Truth};
+use crate::limits::Limits;
 use crate::peer::{Counted, PeerInfo};
 use crate::rate_log::RateLimitedLog;
 use crate::rights::Rights;
@@ -32,10 +36,13 @@ pub(crate) struct Shared {
     pub(crate) durability: String,
     pub(crate) limits: Limits,
     pub(crate) rights: Option<Arc<dyn Rights>>,
+    truth: Option<Truth>,
     pub(crate) budget: Arc<Budget>,
     pub(crate) log: RateLimitedLog,
     pub(crate) wake_ups: Arc<WakeUps>,
     pub(crate) queue: Arc<Queue>,
+    /// Told when the time of the next expiry may have changed.
+    pub(crate) expiry_changed: Arc<Notify>,
     /// That of the node.
     pub(crate) runtime: tokio::runtime::Handle,
     /// Whether the node is to stop.
@@ -108,6 +115,12 @@ impl fmt::Display for Stopping {
 
 impl std::error::Error for Stopping {}
 
+impl From<Stopping> for Error {
+    fn from(stopping: Stopping) -> Self {
+        Error::new(ErrorKind::Refused { status: 503 }, stopping.to_string())
+    }
+}
+
 #[cfg(test)]
 impl Job {
     pub(crate) fn for_tests(ops: Vec<nkv_core::Op>) -> (Self, oneshot::Receiver<Vec<WriteResult>>) {
@@ -117,18 +130,23 @@ impl Job {
     }
 }
 
+/// What a node is made of.
+pub(crate) struct Parts {
+    pub(crate) store: Arc<Store>,
+    pub(crate) clock: Clock,
+    pub(crate) durability: String,
+    pub(crate) limits: Limits,
+    pub(crate) rights: Option<Arc<dyn Rights>>,
+    pub(crate) truth: Option<Truth>,
+    pub(crate) budget: Arc<Budget>,
+    pub(crate) wake_ups: Arc<WakeUps>,
+    pub(crate) queue: Arc<Queue>,
+    pub(crate) expiry_changed: Arc<Notify>,
+}
+
 impl Shared {
-    #[allow(clippy::too_many_arguments)] // parts that have nothing else in common
-    pub(crate) fn new(
-        store: Arc<Store>,
-        clock: Clock,
-        durability: String,
-        limits: Limits,
-        rights: Option<Arc<dyn Rights>>,
-        budget: Arc<Budget>,
-        wake_ups: Arc<WakeUps>,
-        queue: Arc<Queue>,
-    ) -> Self {
+    pub(crate) fn new(parts: Parts) -> Self {
+        let Parts { store, clock, durability, limits, rights, truth, budget, wake_ups, queue, expiry_changed } = parts;
         let request_len_max = limits.request_len_max;
         let arrival_len =
             (limits.queued_max / ARRIVAL_ROOM_PART).clamp(request_len_max, ARRIVAL_ROOM_MAX.max(request_len_max));
@@ -138,10 +156,12 @@ impl Shared {
             durability,
             limits,
             rights,
+            truth,
             budget,
             log: RateLimitedLog::default(),
             wake_ups,
             queue,
+            expiry_changed,
             runtime: tokio::runtime::Handle::current(),
             stop: watch::Sender::new(false),
             names: AtomicU64::new(0),
@@ -195,13 +215,38 @@ impl Shared {
     /// Has the writer do `write`, with all others that wait. Those of a connection wait until the turn of the runtime has
     /// ended. A caller from elsewhere cannot count on its turning: theirs are `urgent`.
     pub(crate) fn write(&self, write: Write, room: Room, urgent: bool) -> Written {
-        Written(hand_over(&self.wake_ups, &self.queue, write, urgent, room).ok())
+        let handed_over = hand_over(&self.wake_ups, &self.queue, write, urgent, room);
+        Written(handed_over.map_or(Doing::Stopped, Doing::Here))
+    }
+
+    /// Has the engine do `ops`, each for itself. What is to be changed holds the room until then.
+    pub(crate) fn write_to_engine(self: &Arc<Self>, ops: Vec<Op>, room: Room) -> Written {
+        let (results, done) = oneshot::channel();
+        let shared = Arc::clone(self);
+        self.runtime.spawn(async move {
+            if let Some(truth) = shared.truth() {
+                drop(results.send(truth.write(ops, false).await));
+            }
+            drop(room);
+        });
+        Written(Doing::Engine(done))
+    }
+
+    /// Where the truth lies, if that is not here.
+    pub(crate) fn truth(&self) -> Option<&Truth> {
+        self.truth.as_ref()
+    }
+
+    /// Up to where this node has seen changes.
+    pub(crate) fn seen(&self) -> Seen {
+        let stats = self.store.stats();
+        Seen { epoch: stats.epoch, revision: stats.revision }
     }
 
     /// As [`write`](Self::write), once there is room.
     pub(crate) async fn write_urgently(&self, write: Write) -> Result<Vec<WriteResult>, Stopping> {
         let room = self.room(write.value_len().max(JOB_LEN_MIN)).await?;
-        self.write(write, room, true).await
+        hand_over(&self.wake_ups, &self.queue, write, true, room)?.await.map_err(|_| Stopping)
     }
 
     /// The subscribers that a change of `key` notifies.
@@ -219,6 +264,11 @@ impl Shared {
         };
         subscriptions.into_iter().map(traced).collect()
     }
+}
+
+/// Waits until the node is asked to stop, or is gone.
+pub(crate) async fn stopped(stop: &mut watch::Receiver<bool>) {
+    drop(stop.wait_for(|stop| *stop).await);
 }
 
 fn room_len(len: usize) -> u32 {
@@ -247,15 +297,62 @@ fn hand_over(
 /// What becomes of some writes: a future. Dropping it leaves them as they are, done or not.
 #[derive(Debug)]
 #[must_use]
-pub struct Written(Option<oneshot::Receiver<Vec<WriteResult>>>);
+pub struct Written(Doing);
+
+#[derive(Debug)]
+enum Doing {
+    Here(oneshot::Receiver<Vec<WriteResult>>),
+    Engine(oneshot::Receiver<nkv_types::Result<EngineResults>>),
+    Stopped,
+}
+
+type EngineResults = Vec<nkv_types::Result<Outcome>>;
+
+/// What became of some writes, one result for each.
+#[derive(Debug)]
+pub struct Results(Done);
+
+#[derive(Debug)]
+enum Done {
+    Here(vec::IntoIter<WriteResult>),
+    Engine(vec::IntoIter<nkv_types::Result<Outcome>>),
+}
+
+/// Why a write was not done.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum NotDone {
+    /// Storage did not keep it.
+    Storage(Failed),
+    /// The engine did not do it.
+    Engine(Error),
+}
+
+impl Iterator for Results {
+    type Item = Result<Outcome, NotDone>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        match &mut self.0 {
+            Done::Here(results) => results.next().map(|result| result.map_err(NotDone::Storage)),
+            Done::Engine(results) => results.next().map(|result| result.map_err(NotDone::Engine)),
+        }
+    }
+}
 
 impl Future for Written {
-    type Output = Result<Vec<WriteResult>, Stopping>;
+    type Output = Result<Results, Error>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match &mut self.0 {
-            Some(done) => Pin::new(done).poll(cx).map_err(|_| Stopping),
-            None => Poll::Ready(Err(Stopping)),
+            Doing::Here(done) => Pin::new(done).poll(cx).map(|done| match done {
+                Ok(results) => Ok(Results(Done::Here(results.into_iter()))),
+                Err(_) => Err(Stopping.into()),
+            }),
+            Doing::Engine(done) => {
+                let done = Pin::new(done).poll(cx).map_err(|_| Stopping.into());
+                done.map(|done| done.flatten().map(|results| Results(Done::Engine(results.into_iter()))))
+            }
+            Doing::Stopped => Poll::Ready(Err(Stopping.into())),
         }
     }
 }

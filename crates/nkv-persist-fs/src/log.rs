@@ -71,6 +71,8 @@ pub(crate) struct Log {
     file_len: u64,
     /// Whether there was no room for zeros, in this segment.
     without_zeros: bool,
+    /// Whether room was made that is not durable: behind a seal a power cut could leave anything in its place.
+    has_loose_zeros: bool,
     /// Bytes that a prepared batch will take: other appends leave room for them.
     held_back: u64,
     synced_to: u64,
@@ -185,6 +187,7 @@ impl Log {
             len: tail.end,
             file_len,
             without_zeros: false,
+            has_loose_zeros: false,
             held_back: 0,
             synced_to: tail.header.base,
             last_proves: true,
@@ -419,6 +422,7 @@ impl Log {
         if end <= self.file_len {
             return Ok(());
         }
+        self.has_loose_zeros = true;
         if let Err(error) = write_zeros(&*self.file.file, self.file_len, end) {
             self.take_back_zeros();
             return Err(from_io("make room in", &self.file.path, error));
@@ -631,7 +635,7 @@ impl Log {
     /// First half of a sync; between the two the log need not be locked.
     pub(crate) fn start_sync(&mut self) -> Result<PendingSync, PersistError> {
         self.check_usable()?;
-        self.dirty_since = None;
+        (self.dirty_since, self.has_loose_zeros) = (None, false);
         Ok(PendingSync { file: Arc::clone(&self.file), position: self.position() })
     }
 
@@ -680,7 +684,7 @@ impl Log {
         if self.index.span() >= SPAN_MAX / 2 {
             return Err(PersistError::new(PersistErrorKind::NoSpace, "the log is as long as a log can be"));
         }
-        if self.is_dirty() {
+        if self.is_dirty() || self.has_loose_zeros {
             self.sync()?;
         }
         let header = SegmentHeader {
@@ -708,7 +712,7 @@ impl Log {
     /// Goes on in the segment of this header, which holds no frame.
     fn enter(&mut self, header: SegmentHeader) {
         (self.active, self.len, self.file_len) = (header, SEGMENT_HEADER_LEN, SEGMENT_HEADER_LEN);
-        self.without_zeros = false;
+        (self.without_zeros, self.has_loose_zeros) = (false, false);
         self.index.set_bytes(&self.active, self.len);
     }
 

@@ -179,6 +179,44 @@ fn room_that_was_made_for_a_batch_is_no_loss_and_no_damage_after_any_power_cut()
     println!("TEST sim_power_loss_prepared images={images} violations=0 seed={}", seed());
 }
 
+// The room that was made for a batch, which then did not come, was zeros that were not durable. The next batch began a segment:
+// a power cut left garbage behind the seal of the one before, and opening was refused.
+#[test]
+fn room_that_was_made_and_not_used_does_no_harm_when_the_next_segment_begins() {
+    let mut images = 0;
+    for cut in 0.. {
+        let fs = SimFs::new();
+        fs.cut_power_at(cut);
+        let history = [vec![put("a", 1, vec![1; 1_000])], vec![put("b", 2, vec![2; 3_300])]];
+        let mut told = Told::default();
+        if let Ok(mut persist) = open(&fs, &options()) {
+            told.epoch = load(&mut persist).ok().map(|(_, loaded)| loaded.epoch);
+            for batch in &history {
+                drop(persist.prepare(&[put("never.stored", 9, vec![7; 1_500])]));
+                told.issued += 1;
+                told.acked += usize::from(persist.persist(batch).is_ok());
+                if told.acked < told.issued {
+                    break;
+                }
+            }
+            told.closed = told.acked == history.len() && persist.close().is_ok();
+        }
+        let mut choices = Choices::new(200 * scale(), seed() ^ cut);
+        loop {
+            let image = fs.crash(&mut |n| choices.choose(n));
+            check(&image, &options(), &history, told, &format!("cut {cut}, image {}", choices.count));
+            images += 1;
+            if !choices.advance() {
+                break;
+            }
+        }
+        if told.closed {
+            break;
+        }
+    }
+    println!("{images} images");
+}
+
 /// What was issued in the lives so far, and how much of it was acknowledged or seen.
 #[derive(Clone, Debug)]
 struct Past {

@@ -9,10 +9,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use nkv_core::{
     Failed, Key, KeyError, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Revision, SubscriberId, ValueRef,
-    WriteResult,
 };
 use nkv_node::{
-    Admitted, AttachOptions, Attached, Error, ErrorKind, Handle, Leave, Peer, PeerInfo, Room, Stopping, Written,
+    Admitted, AttachOptions, Attached, Error, ErrorKind, Handle, Leave, NotDone, Peer, PeerInfo, Results, Room,
+    Stopping, Written,
 };
 use nkv_notify_tcp::{Outbox, TcpNotifier, spare};
 use nkv_protocol::{
@@ -289,12 +289,14 @@ impl Session {
     }
 
     /// Answers the writes that were under way.
-    fn answer_writes(&mut self, results: Result<Vec<WriteResult>, Stopping>, out: &mut Chunks) {
-        let mut results = results.map(Vec::into_iter);
+    fn answer_writes(&mut self, mut results: Result<Results, Error>, out: &mut Chunks) {
         let mut ids = std::mem::take(&mut self.written_ids);
         ids.drain(|id| match results.as_mut().map(Iterator::next) {
             Ok(Some(result)) => answer_write(Answer::to(id, out), result),
-            _ => Answer::to(id, out).base(status::UNAVAILABLE, "the server is stopping", &BaseFields::default()),
+            Ok(None) => {
+                Answer::to(id, out).base(status::STORAGE_FAILED, "the write has no result", &BaseFields::default())
+            }
+            Err(error) => refuse(out, refusal(id, error)),
         });
         // The room of the ids is for the next, unless these have some of their own.
         if self.write_ids.ends.is_empty() {
@@ -392,6 +394,7 @@ impl Session {
             }
             // Writes are done elsewhere.
             Kind::Health | Kind::Put | Kind::Delete => {
+                self.door.handle.check_healthy().map_err(|error| refusal(id, &error))?;
                 found(id, true, out);
                 Ok(())
             }
@@ -597,7 +600,7 @@ fn random_name() -> SubscriberId {
     SubscriberId::from(format!("anonymous-{number:016x}").as_str())
 }
 
-fn answer_write(answer: Answer<'_>, result: WriteResult) {
+fn answer_write(answer: Answer<'_>, result: Result<Outcome, NotDone>) {
     match result {
         Ok(Outcome::Put { revision: given }) => {
             answer.ok(&BaseFields::revision(given.get()));
@@ -610,11 +613,11 @@ fn answer_write(answer: Answer<'_>, result: WriteResult) {
             let message = format!("Conflict: the key is at revision {present}");
             answer.base(status::CONFLICT, &message, &BaseFields::revision(present.get()));
         }
-        Err(Failed { deleted: deleted @ 1.., .. }) => {
+        Err(NotDone::Storage(Failed { deleted: deleted @ 1.., .. })) => {
             let message = format!("storage failed: only {deleted} keys are gone, the others were not deleted");
             answer.base(status::STORAGE_FAILED, &message, &BaseFields::default().with_count(deleted));
         }
-        Err(Failed { error, .. }) => {
+        Err(NotDone::Storage(Failed { error, .. })) => {
             let (status, message) = match error.kind() {
                 PersistErrorKind::NoSpace => (status::DISK_FULL, "the disk is full; nothing was changed"),
                 PersistErrorKind::Rejected => {
@@ -627,6 +630,11 @@ fn answer_write(answer: Answer<'_>, result: WriteResult) {
             };
             answer.base(status, message, &BaseFields::default());
         }
+        Err(NotDone::Engine(error)) => {
+            let (status, message) = (status_of(&error), error.to_string());
+            answer.base(status, &message, &BaseFields::default());
+        }
+        Err(_) => answer.base(status::STORAGE_FAILED, "the write was not done", &BaseFields::default()),
     }
 }
 
@@ -646,11 +654,15 @@ fn fits<'r>(id: Id<'r>, mut lens: impl Iterator<Item = usize>) -> Result<(), Ref
 
 /// What the node refuses.
 fn refusal<'r>(id: Id<'r>, error: &Error) -> Refusal<'r> {
-    let status = match error.kind() {
+    Refusal { id, status: status_of(error), message: error.to_string(), close: false }
+}
+
+fn status_of(error: &Error) -> u16 {
+    match error.kind() {
         ErrorKind::Refused { status } => *status,
+        ErrorKind::OutcomeUnknown => status::STORAGE_FAILED,
         _ => status::UNAVAILABLE,
-    };
-    Refusal { id, status, message: error.to_string(), close: false }
+    }
 }
 
 fn not_read(id: Id<'_>, unread: Unread) -> Refusal<'_> {

@@ -1,5 +1,7 @@
 #![doc = include_str!("../README.md")]
 
+#[cfg(feature = "engine")]
+pub mod engine;
 pub mod fencing;
 pub mod notifier;
 pub mod persist;

@@ -23,6 +23,10 @@ pub use nkv_types::{
     SubscribeOptions, Unreadable, Watched,
 };
 
+#[cfg(any(feature = "client", feature = "server"))]
+#[doc(inline)]
+pub use nkv_types::{BranchWatch, Current, Watch};
+
 #[cfg(feature = "client")]
 pub use nkv_client as client;
 pub use nkv_core as core;

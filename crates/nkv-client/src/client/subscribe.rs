@@ -66,12 +66,11 @@ impl Client {
     /// ```
     pub async fn subscribe_with(&self, patterns: impl AsPatterns, options: SubscribeOptions) -> Result<Subscription> {
         let patterns = disjoint(patterns, options.exact)?;
-        let parts = patterns.into_iter().map(|pattern| (pattern, self.next_local())).collect();
-        let subscription = Subscription::new(Arc::clone(&self.handle), parts);
+        let subscription = Subscription::new(patterns.into_iter().map(|pattern| self.part(pattern)).collect());
         let parts = subscription.parts();
-        let locals = parts.iter().map(|(pattern, id)| {
+        let locals = parts.iter().map(|part| {
             let sink = Sink::Queue(Arc::clone(subscription.queue()));
-            let mut local = Local::new(*id, pattern.clone(), sink, self.subscription_len_max);
+            let mut local = Local::new(part.id, part.pattern.clone(), sink, self.subscription_len_max);
             local.has_snapshot = options.snapshot;
             local.charged = (parts.len() > 1).then_some(0);
             local
@@ -189,16 +188,17 @@ impl Client {
         watcher: Box<dyn Watcher>,
         receiver: watch::Receiver<S>,
     ) -> Result<Current<S>> {
-        let id = self.next_local();
-        let end = EndOnDrop { handle: Arc::clone(&self.handle), pattern: pattern.clone(), id };
-        let mut current = Current::new(receiver, end);
-        self.subscribed([Local::new(id, pattern, Sink::Watch(watcher), self.subscription_len_max)]).await?;
+        let part = self.part(pattern.clone());
+        let local = Local::new(part.id, pattern, Sink::Watch(watcher), self.subscription_len_max);
+        let mut current = Current::new(receiver, part);
+        self.subscribed([local]).await?;
         drop(current.borrow_and_update());
         Ok(current)
     }
 
-    fn next_local(&self) -> u64 {
-        self.handle.next_local.fetch_add(1, Relaxed)
+    fn part(&self, pattern: Pattern) -> EndOnDrop {
+        let id = self.handle.next_local.fetch_add(1, Relaxed);
+        EndOnDrop { handle: Arc::clone(&self.handle), pattern, id }
     }
 
     /// Waits until all are accepted.

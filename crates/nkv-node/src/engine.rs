@@ -1,0 +1,290 @@
+//! Engines: where the truth lies elsewhere, and this node is a cache of it with notification in front.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use nkv_core::{Applied, Change, Epoch, Op, Outcome, Pattern, PersistError, Revision, StoredRef};
+use nkv_types::{Error, ErrorKind, Result};
+use thiserror::Error as ThisError;
+use tokio::sync::watch;
+use tracing::info;
+
+use crate::shared::{Shared, stopped};
+
+/// The first pause before an engine is followed again is a random part of this, the next of twice as much, and so on.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// An engine decides writes and owns the truth that many nodes share. Each node follows it: reads and subscriptions are
+/// served from what the node has applied, writes go to the engine.
+///
+/// # Contract
+///
+/// - *Definite*: what [`write`](Self::write) answers is so. Where that is not known it says
+///   [`EngineError::OutcomeUnknown`]; the node never repeats a write by itself.
+/// - *In order*: [`follow`](Self::follow) feeds every change, each with its revision, once and in order, all changes of one
+///   revision in one batch; or the whole state, where changes were missed. Revisions never fall within an epoch; where they
+///   begin anew, so does an epoch.
+/// - *Complete*: a change whose write was answered comes with a revision not above that of the answer.
+/// - *No imitation*: what the engine [cannot](Self::abilities) is refused, not done in another way.
+///
+/// `nkv_testkit::engine` checks each line.
+#[async_trait]
+pub trait Engine: fmt::Debug + Send + Sync + 'static {
+    /// What it can do.
+    fn abilities(&self) -> Abilities;
+
+    /// Takes a record or a tombstone that the node's storage has kept, with its meta, before anything else is asked.
+    fn restore(&self, stored: StoredRef<'_>) {
+        let _ = stored;
+    }
+
+    /// Has operations done, and returns when the engine keeps them: in order, each for itself; with `together`, all of them in
+    /// one step or none. One result for each, or for all of them the same error.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError`].
+    async fn write(&self, ops: Vec<Op>, together: bool) -> Result<Vec<Result<Outcome, EngineError>>, EngineError>;
+
+    /// Feeds what comes after `seen`, or the whole state first where that cannot be or nothing was seen, for as long as it goes
+    /// well; returns why it did not. Dropped when the node stops.
+    async fn follow(&self, seen: Option<Seen>, feed: Feed) -> EngineError;
+}
+
+/// What an engine can do beyond plain puts, gets and deletes of one key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Abilities {
+    /// Writes with `if_revision`.
+    pub conditions: bool,
+    /// Several operations in one step, and wildcard deletes.
+    pub batches: bool,
+    /// Values with a TTL.
+    pub ttl: bool,
+    /// It feeds [meta](Change::meta): a node that has storage needs one that keeps it.
+    pub meta: bool,
+}
+
+impl Abilities {
+    /// All of them.
+    pub const ALL: Abilities = Abilities { conditions: true, batches: true, ttl: true, meta: true };
+}
+
+/// Up to where a node has seen changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// The epoch of the data.
+    pub epoch: Epoch,
+    /// Every change up to this one.
+    pub revision: Revision,
+}
+
+/// Why an engine did not do something.
+#[derive(Clone, Debug, ThisError)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// It is out of reach; nothing was changed.
+    #[error("the engine is out of reach: {0}")]
+    Unavailable(String),
+    /// It refuses; nothing was changed.
+    #[error("{message}")]
+    Refused {
+        /// As in HTTP.
+        status: u16,
+        /// In words.
+        message: String,
+    },
+    /// Nobody knows whether the write was done.
+    #[error("the engine did not say what became of the write: {0}")]
+    OutcomeUnknown(String),
+    /// The node did not take what was fed.
+    #[error("the node did not keep what was fed: {0}")]
+    Feed(#[source] PersistError),
+}
+
+impl From<EngineError> for Error {
+    fn from(error: EngineError) -> Self {
+        let kind = match &error {
+            EngineError::Unavailable(_) | EngineError::Feed(_) => ErrorKind::Refused { status: 503 },
+            EngineError::Refused { status, .. } => ErrorKind::Refused { status: *status },
+            EngineError::OutcomeUnknown(_) => ErrorKind::OutcomeUnknown,
+        };
+        Error::new(kind, error.to_string())
+    }
+}
+
+/// Where an engine gives its changes to a node. Each call returns when what was given is kept and visible.
+#[derive(Clone, Debug)]
+pub struct Feed {
+    shared: Arc<Shared>,
+}
+
+impl Feed {
+    /// Applies a batch of changes: see [`NotifyKeyValue::apply`](nkv_core::NotifyKeyValue::apply).
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Feed`]: none of it was applied.
+    ///
+    /// # Cancel safety
+    ///
+    /// A batch whose future is dropped may or may not be applied.
+    pub async fn apply(&self, changes: Vec<Change>) -> Result<Applied, EngineError> {
+        self.run(move |shared| shared.store.apply(changes)).await
+    }
+
+    /// Has the node be at a whole state: see [`NotifyKeyValue::replace`](nkv_core::NotifyKeyValue::replace). Returns how many
+    /// changes that took.
+    ///
+    /// # Errors
+    ///
+    /// As [`apply`](Self::apply).
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`apply`](Self::apply).
+    pub async fn replace(&self, state: Vec<Change>, revision: Revision, epoch: Epoch) -> Result<u64, EngineError> {
+        self.run(move |shared| shared.store.replace(state, revision, epoch)).await
+    }
+
+    /// Notes that the engine is in reach, and that the node has seen all that there was when it was asked: reads are of the
+    /// present from here on, and writes are taken.
+    pub fn reached(&self) {
+        self.shared
+            .truth()
+            .iter()
+            .for_each(|truth| truth.note(|status| (status.has_state, status.is_in_reach) = (true, true)));
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Shared) -> Result<T, PersistError> + Send + 'static,
+    ) -> Result<T, EngineError> {
+        let shared = Arc::clone(&self.shared);
+        let work = move || {
+            // Those that are notified share a wake-up.
+            let done = shared.wake_ups.gathered(|| work(&shared));
+            shared.expiry_changed.notify_one();
+            shared.budget.check();
+            let seen = shared.seen();
+            shared.truth().iter().for_each(|truth| truth.note(|status| status.seen = seen));
+            done
+        };
+        let done = tokio::task::spawn_blocking(work).await;
+        done.map_err(|error| EngineError::Unavailable(error.to_string()))?.map_err(EngineError::Feed)
+    }
+}
+
+/// The engine of a node, and how far the node is behind it.
+#[derive(Debug)]
+pub(crate) struct Truth {
+    pub(crate) engine: Arc<dyn Engine>,
+    pub(crate) abilities: Abilities,
+    status: watch::Sender<Status>,
+}
+
+/// How a node is with its engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Status {
+    /// There is a state to be read.
+    pub(crate) has_state: bool,
+    /// It is followed.
+    pub(crate) is_in_reach: bool,
+    seen: Seen,
+}
+
+impl Truth {
+    pub(crate) fn new(engine: Arc<dyn Engine>, seen: Seen) -> Self {
+        let has_state = seen.revision > Revision::ZERO;
+        let status = watch::Sender::new(Status { has_state, is_in_reach: false, seen });
+        Truth { abilities: engine.abilities(), engine, status }
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        *self.status.borrow()
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Status)) {
+        self.status.send_modify(change);
+    }
+
+    /// Whether the engine can do an operation.
+    pub(crate) fn check(&self, op: &Op) -> Result<()> {
+        let lacks = match op {
+            Op::Put { options, .. } if options.if_revision.is_some() && !self.abilities.conditions => "conditions",
+            Op::Put { options, .. } if options.expiry.is_some() && !self.abilities.ttl => "values with a TTL",
+            Op::Delete { if_revision: Some(_), .. } if !self.abilities.conditions => "conditions",
+            Op::Delete { pattern: Pattern::Below(_) | Pattern::All, .. } if !self.abilities.batches => {
+                "deletes by wildcard"
+            }
+            _ => return Ok(()),
+        };
+        Err(cannot(lacks))
+    }
+
+    /// Has the engine do operations, and waits until the node has seen what they changed.
+    pub(crate) async fn write(&self, ops: Vec<Op>, together: bool) -> Result<Vec<Result<Outcome>>> {
+        if together && ops.len() > 1 && !self.abilities.batches {
+            return Err(cannot("batches"));
+        }
+        if !self.status().is_in_reach {
+            let message = "the engine is out of reach; nothing was changed";
+            return Err(Error::new(ErrorKind::Refused { status: 503 }, message));
+        }
+        let results = self.engine.write(ops, together).await.map_err(Error::from)?;
+        let revision = |result: &Result<Outcome, EngineError>| match result {
+            Ok(Outcome::Put { revision } | Outcome::Deleted { revision, .. } | Outcome::Conflict { revision }) => {
+                *revision
+            }
+            _ => Revision::ZERO,
+        };
+        self.caught_up(results.iter().map(revision).max().unwrap_or_default()).await;
+        Ok(results.into_iter().map(|result| result.map_err(Error::from)).collect())
+    }
+
+    /// Waits until the node has seen this revision, or will not for now: the engine is out of reach, or began another epoch.
+    async fn caught_up(&self, revision: Revision) {
+        let mut status = self.status.subscribe();
+        let epoch = status.borrow().seen.epoch;
+        let is_it =
+            |status: &Status| status.seen.revision >= revision || status.seen.epoch != epoch || !status.is_in_reach;
+        drop(status.wait_for(is_it).await);
+    }
+}
+
+fn cannot(what: &str) -> Error {
+    Error::new(ErrorKind::Refused { status: 501 }, format!("the engine of this server has no {what}"))
+}
+
+/// Follows the engine until the node stops, again and again.
+pub(crate) async fn follow(shared: Arc<Shared>) {
+    let Some(truth) = shared.truth() else { return };
+    let mut stop = shared.stop.subscribe();
+    let mut failures = 0_u32;
+    let following = async {
+        loop {
+            let seen = truth.status().has_state.then(|| shared.seen());
+            let error = truth.engine.follow(seen, Feed { shared: Arc::clone(&shared) }).await;
+            let was_in_reach = truth.status().is_in_reach;
+            truth.note(|status| status.is_in_reach = false);
+            failures = if was_in_reach { 1 } else { failures.saturating_add(1) };
+            shared.log.warn("engine", format_args!("the engine is not followed: {error}"));
+            tokio::time::sleep(pause(failures)).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = stopped(&mut stop) => info!("the engine is followed no more"),
+        () = following => {}
+    }
+}
+
+/// A random part of a span that doubles with each failure.
+fn pause(failures: u32) -> Duration {
+    let span = PAUSE_MIN.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(PAUSE_MAX);
+    let part = getrandom::u32().unwrap_or(u32::MAX / 2);
+    span.mul_f64(f64::from(part) / f64::from(u32::MAX))
+}

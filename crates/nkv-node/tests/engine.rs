@@ -1,0 +1,194 @@
+//! A node whose truth lies in an engine.
+
+#![allow(clippy::unwrap_used)]
+
+use std::time::Duration;
+
+use nkv_core::{Epoch, Key, MemoryPersist, NoPersist, Op, PutOptions};
+use nkv_node::{ErrorKind, Event, GoneReason, Handle, Node, Result, Revision};
+use nkv_testkit::engine::{ScriptedEngine, check};
+use tokio::time::timeout;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+async fn started(engine: &ScriptedEngine) -> (Node, Handle) {
+    let node = Node::builder().engine(engine.clone()).start().await.unwrap();
+    let handle = node.handle();
+    healthy(&handle).await;
+    (node, handle)
+}
+
+async fn healthy(nkv: &Handle) {
+    until(async || nkv.health().await.is_ok()).await;
+}
+
+async fn until(mut is_so: impl AsyncFnMut() -> bool) {
+    let wait = async {
+        while !is_so().await {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(PATIENCE, wait).await.expect("it does not come to that");
+}
+
+fn kind<T: std::fmt::Debug>(result: Result<T>) -> ErrorKind {
+    result.unwrap_err().kind().clone()
+}
+
+const UNAVAILABLE: ErrorKind = ErrorKind::Refused { status: 503 };
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_scripted_engine_keeps_the_contract() {
+    let engine = ScriptedEngine::default();
+    check(|| engine.clone()).await;
+}
+
+#[tokio::test]
+async fn while_the_engine_is_out_of_reach_reads_go_on_and_say_so_and_writes_are_refused_at_once() {
+    let engine = ScriptedEngine::default();
+    let (_node, nkv) = started(&engine).await;
+    nkv.put("a", "1").await.unwrap();
+    engine.cut(true);
+    until(async || nkv.health().await.is_err()).await;
+    assert_eq!(kind(nkv.health().await), UNAVAILABLE);
+    assert_eq!(nkv.get("a").await.unwrap().unwrap().value, "1");
+    assert_eq!(kind(nkv.put("a", "2").await), UNAVAILABLE);
+    engine.cut(false);
+    healthy(&nkv).await;
+    // It was not sent later.
+    assert_eq!(nkv.get("a").await.unwrap().unwrap().value, "1");
+    nkv.put("a", "3").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_node_without_a_state_yet_answers_503_rather_than_that_there_is_nothing() {
+    let engine = ScriptedEngine::default();
+    engine.cut(true);
+    let node = Node::builder().engine(engine.clone()).start().await.unwrap();
+    let nkv = node.handle();
+    assert_eq!(kind(nkv.get("a").await), UNAVAILABLE);
+    assert_eq!(kind(nkv.get_all("*").await), UNAVAILABLE);
+    assert_eq!(kind(nkv.subscribe("*").await), UNAVAILABLE);
+    assert_eq!(kind(nkv.put("a", "1").await), UNAVAILABLE);
+    engine.cut(false);
+    healthy(&nkv).await;
+    assert_eq!(nkv.get("a").await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_write_is_answered_once_its_node_has_seen_it() {
+    let engine = ScriptedEngine::default();
+    let (_node, nkv) = started(&engine).await;
+    engine.hold(true);
+    let writer = nkv.clone();
+    let put = tokio::spawn(async move { writer.put("a", "1").await });
+    let other = started_without_waiting(&engine).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!put.is_finished(), "it was answered before its writer can see it");
+    engine.hold(false);
+    timeout(PATIENCE, put).await.unwrap().unwrap().unwrap();
+    assert_eq!(nkv.get("a").await.unwrap().unwrap().value, "1");
+    drop(other);
+}
+
+async fn started_without_waiting(engine: &ScriptedEngine) -> Node {
+    Node::builder().engine(engine.clone()).start().await.unwrap()
+}
+
+#[tokio::test]
+async fn a_lost_answer_is_an_unknown_outcome_and_the_write_is_not_repeated() {
+    let engine = ScriptedEngine::default();
+    let (_node, nkv) = started(&engine).await;
+    engine.lose_answers(true);
+    assert_eq!(kind(nkv.put("a", "1").await), ErrorKind::OutcomeUnknown);
+    engine.lose_answers(false);
+    until(async || nkv.exists("a").await.unwrap()).await;
+    assert_eq!(nkv.put("b", "1").await.unwrap().get(), 2, "the write was done again");
+}
+
+#[tokio::test]
+async fn what_was_missed_behind_a_compaction_is_delivered_as_the_difference() {
+    let engine = ScriptedEngine::default();
+    let (_node, nkv) = started(&engine).await;
+    let (_other, elsewhere) = started(&engine).await;
+    for name in ["kept", "gone", "changed"] {
+        elsewhere.put(name, "1").await.unwrap();
+    }
+    until(async || nkv.exists("changed").await.unwrap()).await;
+    let mut events = nkv.subscribe("*").await.unwrap();
+    while !matches!(events.next().await.unwrap(), Event::Synced { .. }) {}
+    engine.hold(true);
+    // Not seen here: what is written there is answered when that node goes on.
+    let put = |name: &str| Op::Put { key: Key::new(name).unwrap(), value: "2".into(), options: PutOptions::default() };
+    let delete = Op::Delete { pattern: nkv_core::Pattern::new("gone").unwrap(), if_revision: None };
+    let writing = tokio::spawn(async move { elsewhere.write(vec![put("changed"), delete]).await });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    engine.compact();
+    engine.hold(false);
+    writing.await.unwrap().unwrap();
+    let mut seen = Vec::new();
+    while seen.len() < 2 {
+        match timeout(PATIENCE, events.next()).await.unwrap().unwrap() {
+            Event::Update { entry, .. } => seen.push(format!("{} {:?}", entry.key, entry.value)),
+            Event::Gone { key, reason, .. } => {
+                assert_eq!(reason, GoneReason::Deleted);
+                seen.push(format!("{key} gone"));
+            }
+            Event::Synced { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    seen.sort();
+    assert_eq!(seen, ["changed b\"2\"", "gone gone"]);
+}
+
+#[tokio::test]
+async fn an_engine_that_begins_anew_begins_an_epoch_and_subscribers_have_its_state() {
+    let engine = ScriptedEngine::default();
+    let (_node, nkv) = started(&engine).await;
+    let before = nkv.put("old", "1").await.unwrap();
+    let mut events = nkv.subscribe("*").await.unwrap();
+    while !matches!(events.next().await.unwrap(), Event::Synced { .. }) {}
+    engine.begin_anew(Epoch::new(2));
+    until(async || nkv.epoch() == Epoch::new(2)).await;
+    let stale = nkv_node::PutOptions::default().with_if_revision(before);
+    assert_eq!(kind(nkv.put_with("old", "2", stale).await), ErrorKind::OtherEpoch);
+    nkv.put("new", "1").await.unwrap();
+    let (mut connected, mut gone, mut new) = (false, false, None::<Revision>);
+    while new.is_none() || !gone {
+        match timeout(PATIENCE, events.next()).await.unwrap().unwrap() {
+            Event::Connected { epoch, .. } => connected = epoch == Epoch::new(2),
+            Event::Gone { key, .. } => gone = key.as_str() == "old" && connected,
+            Event::Update { entry, .. } => new = Some(entry.revision),
+            Event::Synced { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(connected && new.is_some_and(|new| new.epoch() == Some(Epoch::new(2)) && new.get() == 1));
+}
+
+/// Storage that keeps no meta.
+#[derive(Debug, Default)]
+struct Plain(NoPersist);
+
+impl nkv_core::PersistValue for Plain {
+    fn load(
+        &mut self,
+        visit: &mut dyn FnMut(nkv_core::StoredRef<'_>),
+    ) -> std::result::Result<nkv_core::Loaded, nkv_core::PersistError> {
+        self.0.load(visit)
+    }
+
+    fn persist(&mut self, batch: &[nkv_core::Change]) -> std::result::Result<(), nkv_core::PersistError> {
+        self.0.persist(batch)
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_needs_meta_is_not_given_storage_that_keeps_none() {
+    let builder = Node::builder().persist("sync", || Ok(Plain::default())).engine(ScriptedEngine::default());
+    let refused = builder.start().await.unwrap_err();
+    assert!(refused.to_string().contains("meta"), "{refused}");
+    let builder = Node::builder().persist("sync", || Ok(MemoryPersist::default())).engine(ScriptedEngine::default());
+    builder.start().await.unwrap().shutdown().await.unwrap();
+}

@@ -6,7 +6,7 @@
 
 #[cfg(feature = "client")]
 #[doc(inline)]
-pub use nkv_client::{Client, Subscription};
+pub use nkv_client::Client;
 #[cfg(feature = "server")]
 #[doc(inline)]
 pub use nkv_node::{Handle, Node};
@@ -46,5 +46,6 @@ mod tests {
         same(drop::<crate::Event>, drop::<nkv_client::Event>, drop::<nkv_node::Event>);
         same(drop::<crate::Entry>, drop::<nkv_client::Entry>, drop::<nkv_node::Entry>);
         same(drop::<crate::Error>, drop::<nkv_client::Error>, drop::<nkv_node::Error>);
+        same(drop::<crate::Watch<()>>, drop::<nkv_client::Watch<()>>, drop::<nkv_node::Watch<()>>);
     }
 }

@@ -35,10 +35,8 @@ impl Holder for Connected {
 
 #[cfg(test)]
 mod tests {
-    use nkv_core::{
-        Action, Change, Delivery, Event, EventKind, Key, Meta, NoPersist, Notifier, NotifyKeyValue, Pattern,
-        PutOptions, Revision,
-    };
+    use nkv_core::{Action, Change, Delivery, Event, EventKind, Key, Meta, Notifier, Pattern, Revision};
+    use nkv_node::{AttachOptions, Node};
     use nkv_notify_tcp::NotifierOptions;
     use nkv_protocol::Features;
 
@@ -46,12 +44,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_that_can_begin_anew_gives_up_the_changes_that_wait_for_it() {
-        let store = NotifyKeyValue::open(NoPersist::default()).unwrap();
+        let node = Node::builder().start().await.unwrap();
         let (notifier, _outbox) = TcpNotifier::new(NotifierOptions::default());
         notifier.set_features(Features::RESET);
-        store.subscribe(Pattern::All, "me".into(), notifier.clone(), false);
+        let options = AttachOptions::default().with_snapshot(false);
+        let _attached = node.handle().attach(Pattern::All, Box::new(notifier.clone()), &options).unwrap();
         for n in 0..100 {
-            store.put(&Key::new(&format!("k.{n}")).unwrap(), vec![0; 4_000], PutOptions::default()).unwrap();
+            node.handle().put(format!("k.{n}"), vec![0; 4_000]).await.unwrap();
         }
         let connected = Connected(notifier);
         assert_eq!(connected.backlog().queued, 101);

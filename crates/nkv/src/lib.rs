@@ -6,7 +6,7 @@
 
 #[cfg(feature = "client")]
 #[doc(inline)]
-pub use nkv_client::{Client, Subscription};
+pub use nkv_client::Client;
 #[cfg(feature = "server")]
 #[doc(inline)]
 pub use nkv_node::{Handle, Node};
@@ -22,6 +22,10 @@ pub use nkv_types::{
     GoneReason, IntoEdit, IntoValue, Key, Page, PageOptions, Pattern, PutOptions, Result, Revision, Stats, Store,
     SubscribeOptions, Unreadable, Watched,
 };
+
+#[cfg(any(feature = "client", feature = "server"))]
+#[doc(inline)]
+pub use nkv_types::{BranchWatch, Current, Watch};
 
 #[cfg(feature = "client")]
 pub use nkv_client as client;
@@ -42,5 +46,6 @@ mod tests {
         same(drop::<crate::Event>, drop::<nkv_client::Event>, drop::<nkv_node::Event>);
         same(drop::<crate::Entry>, drop::<nkv_client::Entry>, drop::<nkv_node::Entry>);
         same(drop::<crate::Error>, drop::<nkv_client::Error>, drop::<nkv_node::Error>);
+        same(drop::<crate::Watch<()>>, drop::<nkv_client::Watch<()>>, drop::<nkv_node::Watch<()>>);
     }
 }

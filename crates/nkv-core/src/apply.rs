@@ -38,7 +38,8 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// storage keeps it as a tombstone if it has [meta](Change::meta), and drops the one it has if it has none. Local writes
     /// go on above the highest revision.
     ///
-    /// Readers wait until all of the batch is visible, however large it is.
+    /// Readers wait until all of the batch is visible, however large it is. That a TTL has ended is decided elsewhere too: do not
+    /// [`expire`](Self::expire) what another store will delete.
     ///
     /// # Errors
     ///

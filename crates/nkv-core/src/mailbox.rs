@@ -79,7 +79,8 @@ pub enum Overflow {
     /// All changes that wait are dropped; each subscription [begins anew](crate::BeginCause::Reset).
     #[default]
     Reset,
-    /// The mailbox closes: its reader cannot understand that a subscription begins anew.
+    /// The mailbox closes: its reader cannot understand that a subscription begins anew. It closes too when the data begins
+    /// another epoch.
     Close,
 }
 
@@ -287,6 +288,10 @@ impl<T> State<T> {
     fn post_event(&mut self, event: &Arc<Event>) -> Delivery {
         match event.kind() {
             EventKind::Change(change) => return self.post_change(event, change),
+            EventKind::Began(began) if began.cause == BeginCause::Reset && self.overflow == Overflow::Close => {
+                self.overflow();
+                return Delivery::Closed;
+            }
             EventKind::Began(began) => {
                 // Those that were forgotten leave without an event: before the list grows for them.
                 if self.subscriptions.len() == self.subscriptions.capacity() {

@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use nkv_core::mailbox::{Inbox, Item, Mailbox, mailbox};
+use nkv_core::mailbox::{Inbox, Item, Mailbox, Overflow, mailbox};
 use nkv_core::{
     Action, Applied, BeginCause, Change, Epoch, Event, EventKind, Key, Loaded, META_LEN_MAX, MemoryPersist, Meta,
     NotifyKeyValue, Op, Pattern, PersistError, PersistErrorKind, PersistValue, PutOptions, Reason, Revision, StoredRef,
@@ -403,6 +403,21 @@ fn another_epoch_is_there_at_once_and_each_subscription_begins_anew() {
     assert_eq!(told(&inbox), ["a@6", "x.y@6."]);
     assert_eq!(store.put(&key("x.z"), "x", PutOptions::default()).unwrap(), r(7));
     assert_eq!((told(&inbox), script.batches().len()), (vec!["!x.z@7.".to_owned()], 5));
+}
+
+#[test]
+fn a_reader_that_cannot_begin_anew_is_closed_when_an_epoch_begins() {
+    let (store, ..) = store();
+    store.apply(vec![put("a", 1)]).unwrap();
+    let (post, inbox) = mailbox();
+    post.set_overflow(Overflow::Close);
+    let subscription = store.subscribe(Pattern::All, "old".into(), post, false);
+    let other = subscribe(&store, &["*"]);
+    store.apply(vec![put("a", 2)]).unwrap();
+    store.replace(vec![put("a", 1)], r(1), NEXT).unwrap();
+    assert_eq!(told(&inbox), ["began 1 of 1"], "nothing of an epoch that it does not hear the end of");
+    assert!(inbox.try_take().is_none() && inbox.take_blocking().is_none() && subscription.has_ended());
+    assert_eq!((told(&other).len(), store.subscriptions()), (2, 1));
 }
 
 #[test]

@@ -402,7 +402,8 @@ async fn every_change_comes_in_order_with_the_batch_of_its_caller() {
         matches!(nkv.changes(Some(Revision::new(1))), Err(nkv_node::ChangesError::Gap(gap)) if gap.revision.get() == 5)
     );
     node.shutdown().await.unwrap();
-    assert_eq!(changes.next().await.unwrap(), None);
+    let ended = timeout(Duration::from_secs(5), changes.next()).await;
+    assert_eq!(ended.expect("it does not end with its node").unwrap(), None);
 }
 
 /// Written once, for a store here or far away.

@@ -112,6 +112,14 @@ impl Builder {
         self
     }
 
+    /// Describes the node itself: an [engine](nkv_node::Builder::engine) that decides writes, or
+    /// [rights](nkv_node::Builder::rights). Limits are those of the [options](Self::options).
+    #[must_use]
+    pub fn node(mut self, describe: impl FnOnce(nkv_node::Builder) -> nkv_node::Builder) -> Self {
+        self.node = describe(self.node);
+        self
+    }
+
     /// Sets the limits.
     #[must_use]
     pub fn options(mut self, options: Options) -> Self {

@@ -10,12 +10,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use nkv_core::SubscriberId;
 use nkv_core::mailbox::{Backlog, Observer};
 use tokio::sync::{Mutex as Turns, Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use crate::clock::millis;
-use crate::peer::Said;
 
 /// Turns that others are given when there is too much, before more is made. It may be one alone that holds it, rightly.
 const RELIEF_TURNS: usize = 8;
@@ -78,6 +78,16 @@ impl Holder for InProcess {
     fn can_leave(&self) -> bool {
         false
     }
+}
+
+/// What a peer said of itself.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct Said {
+    /// Its `client_uuid`, or what was made up for it when one was needed.
+    pub client_uuid: Option<SubscriberId>,
+    /// Its name for people.
+    pub name: Option<Arc<str>>,
 }
 
 /// The budget of a node: see [`Handle::budget`](crate::Handle::budget).

@@ -2,20 +2,12 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use nkv_core::{Applied, Change, Epoch, Op, Outcome, Pattern, PersistError, Revision, StoredRef};
 use nkv_types::{Error, ErrorKind, Result};
 use thiserror::Error as ThisError;
 use tokio::sync::watch;
-use tracing::info;
-
-use crate::shared::{Shared, stopped};
-
-/// The first pause before an engine is followed again is a random part of this, the next of twice as much, and so on.
-const PAUSE_MIN: Duration = Duration::from_millis(100);
-const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// An engine decides writes and owns the truth that many nodes share. Each node follows it: reads and subscriptions are
 /// served from what the node has applied, writes go to the engine.
@@ -119,10 +111,23 @@ impl From<EngineError> for Error {
 /// Where an engine gives its changes to a node. Each call returns when what was given is kept and visible.
 #[derive(Clone, Debug)]
 pub struct Feed {
-    shared: Arc<Shared>,
+    to: Arc<dyn Follower>,
+}
+
+/// A node that follows an engine. Its methods may block.
+pub(crate) trait Follower: fmt::Debug + Send + Sync {
+    fn apply(&self, changes: Vec<Change>) -> Result<Applied, PersistError>;
+
+    fn replace(&self, state: Vec<Change>, revision: Revision, epoch: Epoch) -> Result<u64, PersistError>;
+
+    fn reached(&self);
 }
 
 impl Feed {
+    pub(crate) fn new(to: Arc<dyn Follower>) -> Self {
+        Feed { to }
+    }
+
     /// Applies a batch of changes: see [`NotifyKeyValue::apply`](nkv_core::NotifyKeyValue::apply).
     ///
     /// # Errors
@@ -133,7 +138,7 @@ impl Feed {
     ///
     /// A batch whose future is dropped may or may not be applied.
     pub async fn apply(&self, changes: Vec<Change>) -> Result<Applied, EngineError> {
-        self.run(move |shared| shared.store.apply(changes)).await
+        self.run(move |to| to.apply(changes)).await
     }
 
     /// Has the node be at a whole state: see [`NotifyKeyValue::replace`](nkv_core::NotifyKeyValue::replace). Returns how many
@@ -147,33 +152,21 @@ impl Feed {
     ///
     /// As [`apply`](Self::apply).
     pub async fn replace(&self, state: Vec<Change>, revision: Revision, epoch: Epoch) -> Result<u64, EngineError> {
-        self.run(move |shared| shared.store.replace(state, revision, epoch)).await
+        self.run(move |to| to.replace(state, revision, epoch)).await
     }
 
     /// Notes that the engine is in reach, and that the node has seen all that there was when it was asked: reads are of the
     /// present from here on, and writes are taken.
     pub fn reached(&self) {
-        self.shared
-            .truth()
-            .iter()
-            .for_each(|truth| truth.note(|status| (status.has_state, status.is_in_reach) = (true, true)));
+        self.to.reached();
     }
 
     async fn run<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Shared) -> Result<T, PersistError> + Send + 'static,
+        work: impl FnOnce(&dyn Follower) -> Result<T, PersistError> + Send + 'static,
     ) -> Result<T, EngineError> {
-        let shared = Arc::clone(&self.shared);
-        let work = move || {
-            // Those that are notified share a wake-up.
-            let done = shared.wake_ups.gathered(|| work(&shared));
-            shared.expiry_changed.notify_one();
-            shared.budget.check();
-            let seen = shared.seen();
-            shared.truth().iter().for_each(|truth| truth.note(|status| status.seen = seen));
-            done
-        };
-        let done = tokio::task::spawn_blocking(work).await;
+        let to = Arc::clone(&self.to);
+        let done = tokio::task::spawn_blocking(move || work(&*to)).await;
         done.map_err(|error| EngineError::Unavailable(error.to_string()))?.map_err(EngineError::Feed)
     }
 }
@@ -193,7 +186,7 @@ pub(crate) struct Status {
     pub(crate) has_state: bool,
     /// It is followed.
     pub(crate) is_in_reach: bool,
-    seen: Seen,
+    pub(crate) seen: Seen,
 }
 
 impl Truth {
@@ -207,7 +200,7 @@ impl Truth {
         *self.status.borrow()
     }
 
-    fn note(&self, change: impl FnOnce(&mut Status)) {
+    pub(crate) fn note(&self, change: impl FnOnce(&mut Status)) {
         self.status.send_modify(change);
     }
 
@@ -257,34 +250,4 @@ impl Truth {
 
 fn cannot(what: &str) -> Error {
     Error::new(ErrorKind::Refused { status: 501 }, format!("the engine of this server has no {what}"))
-}
-
-/// Follows the engine until the node stops, again and again.
-pub(crate) async fn follow(shared: Arc<Shared>) {
-    let Some(truth) = shared.truth() else { return };
-    let mut stop = shared.stop.subscribe();
-    let mut failures = 0_u32;
-    let following = async {
-        loop {
-            let seen = truth.status().has_state.then(|| shared.seen());
-            let error = truth.engine.follow(seen, Feed { shared: Arc::clone(&shared) }).await;
-            let was_in_reach = truth.status().is_in_reach;
-            truth.note(|status| status.is_in_reach = false);
-            failures = if was_in_reach { 1 } else { failures.saturating_add(1) };
-            shared.log.warn("engine", format_args!("the engine is not followed: {error}"));
-            tokio::time::sleep(pause(failures)).await;
-        }
-    };
-    tokio::select! {
-        biased;
-        () = stopped(&mut stop) => info!("the engine is followed no more"),
-        () = following => {}
-    }
-}
-
-/// A random part of a span that doubles with each failure.
-fn pause(failures: u32) -> Duration {
-    let span = PAUSE_MIN.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(PAUSE_MAX);
-    let part = getrandom::u32().unwrap_or(u32::MAX / 2);
-    span.mul_f64(f64::from(part) / f64::from(u32::MAX))
 }

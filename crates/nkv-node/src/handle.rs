@@ -3,7 +3,6 @@
 use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,11 +22,12 @@ use tokio::sync::watch;
 
 use crate::budget::{Budget, Holder};
 use crate::failure::Chain;
+use crate::job::Room;
 use crate::limits::Limits;
 use crate::peer::{Peer, PeerInfo};
 use crate::rate_log::RateLimitedLog;
 use crate::rights::Right;
-use crate::shared::{JOB_LEN_MIN, Room, Shared, Stopping, Traced, Written, stopped};
+use crate::shared::{JOB_LEN_MIN, Shared, Stopping, Traced, Written, stopped};
 use crate::subscription::{AttachOptions, Attached, Subscription};
 
 /// How many keys are taken from the store at a time: they are of one moment.
@@ -323,7 +323,12 @@ impl Handle {
     /// alone.
     pub async fn subscribe_with(&self, patterns: impl AsPatterns, options: SubscribeOptions) -> Result<Subscription> {
         let attach = AttachOptions::default().with_snapshot(options.snapshot);
-        Subscription::begin(self, disjoint(patterns, options.exact)?, attach)
+        self.begin(disjoint(patterns, options.exact)?, attach)
+    }
+
+    fn begin(&self, patterns: Vec<Pattern>, options: AttachOptions<'_>) -> Result<Subscription> {
+        patterns.iter().try_for_each(|pattern| self.check(Right::Subscribe, pattern))?;
+        Subscription::begin(&self.shared, patterns, options)
     }
 
     /// The value of a key, as it changes; waits until the present value is known. A task of the runtime keeps it up to
@@ -407,7 +412,7 @@ impl Handle {
         mut take: impl FnMut(&mut S, Event) + Send + 'static,
         is_known: impl Fn(&S) -> bool,
     ) -> Result<Current<S>> {
-        let mut subscription = Subscription::begin(self, vec![pattern], AttachOptions::default())?;
+        let mut subscription = self.begin(vec![pattern], AttachOptions::default())?;
         let (sender, mut receiver) = watch::channel(S::default());
         self.shared.runtime.spawn(async move {
             loop {
@@ -453,7 +458,7 @@ impl Handle {
     ///
     /// Those of [`subscribe`](Self::subscribe).
     pub async fn subscribe_as(&self, patterns: impl AsPatterns, options: AttachOptions<'_>) -> Result<Subscription> {
-        Subscription::begin(self, disjoint(patterns, false)?, options)
+        self.begin(disjoint(patterns, false)?, options)
     }
 
     /// Has anybody's notifier notified of every change that `pattern` covers, for as long as what this returns is kept. The
@@ -468,7 +473,8 @@ impl Handle {
         notifier: Box<dyn Notifier>,
         options: &AttachOptions<'_>,
     ) -> Result<Attached> {
-        Attached::begin(self, pattern, notifier, options)
+        self.check(Right::Subscribe, &pattern)?;
+        Attached::begin(&self.shared, pattern, notifier, options)
     }
 
     /// Ends the subscription of this name and pattern, and notifies its subscriber; false if there is none.
@@ -509,17 +515,20 @@ impl Handle {
     ///
     /// Those of [`get`](Self::get).
     pub async fn stats(&self) -> Result<Stats> {
-        self.check(Right::Admin, &Pattern::All)?;
-        let (numbers, words) = (self.numbers().into_iter(), self.words());
+        let (numbers, words) = (self.numbers()?.into_iter(), self.words()?);
         let numbers = numbers.map(|(name, number)| (name.to_owned(), number)).collect();
         Ok(Stats::new(numbers, words.into_iter().map(|(name, word)| (name.to_owned(), word)).collect()))
     }
 
     /// The figures of [`stats`](Self::stats) by name, as doors show them.
-    #[must_use]
-    pub fn numbers(&self) -> [(&'static str, u64); 13] {
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub fn numbers(&self) -> Result<[(&'static str, u64); 13]> {
+        self.check(Right::Admin, &Pattern::All)?;
         let stats = self.shared.store.stats();
-        [
+        Ok([
             ("keys", stats.keys),
             ("value_bytes", stats.value_bytes),
             ("subscriptions", stats.subscriptions),
@@ -533,13 +542,17 @@ impl Handle {
             ("failed_batches", stats.failed_batches),
             ("notified", stats.notified),
             ("conflated", stats.conflated),
-        ]
+        ])
     }
 
     /// The words among the figures of [`stats`](Self::stats).
-    #[must_use]
-    pub fn words(&self) -> [(&'static str, String); 2] {
-        [("epoch", self.epoch().to_string()), ("durability", self.shared.durability.clone())]
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub fn words(&self) -> Result<[(&'static str, String); 2]> {
+        self.check(Right::Admin, &Pattern::All)?;
+        Ok([("epoch", self.epoch().to_string()), ("durability", self.shared.durability.clone())])
     }
 
     /// Whether the node serves requests, reads of the present and writes.
@@ -840,12 +853,6 @@ impl Handle {
             number => format!("conflict: the key is at revision {number}"),
         };
         Error::new(ErrorKind::Conflict { revision }, message)
-    }
-
-    /// A name for a subscriber that gave none: it replaces no other.
-    pub(crate) fn new_name(&self) -> SubscriberId {
-        let number = self.shared.names.fetch_add(1, Relaxed);
-        SubscriberId::from(format!("in-process-{number}").as_str())
     }
 }
 

@@ -16,7 +16,9 @@ mod clock;
 mod engine;
 mod expiry;
 mod failure;
+mod follow;
 mod handle;
+mod job;
 mod limits;
 mod node;
 mod peer;
@@ -24,14 +26,16 @@ mod rate_log;
 mod rights;
 mod shared;
 mod store;
+mod subscriber;
 mod subscription;
 mod wakeups;
 mod writer;
 
 pub use blocking::BlockingHandle;
-pub use budget::{Budget, Held, Holder, Leave};
+pub use budget::{Budget, Held, Holder, Leave, Said};
 pub use engine::{Abilities, Engine, EngineError, Feed, Seen};
 pub use handle::{Admitted, ChangesError, Handle};
+pub use job::Room;
 pub use limits::Limits;
 pub use nkv_core::{ChangeGroup, Changes, Gap, Notifier, Op, Outcome};
 pub use nkv_types::{
@@ -40,8 +44,8 @@ pub use nkv_types::{
     Stats, Store, SubscribeOptions, Unreadable, Watch, Watched,
 };
 pub use node::{Builder, Node, NodeError};
-pub use peer::{Peer, PeerInfo, Said};
+pub use peer::{Peer, PeerInfo};
 pub use rate_log::RateLimitedLog;
 pub use rights::{Right, Rights};
-pub use shared::{NotDone, Results, Room, Stopping, Traced, Written};
+pub use shared::{NotDone, Results, Stopping, Traced, Written};
 pub use subscription::{AttachOptions, Attached, Subscription};

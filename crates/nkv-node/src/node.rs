@@ -14,9 +14,10 @@ use tracing::{error, info};
 
 use crate::budget::Budget;
 use crate::clock::Clock;
-use crate::engine::{self, Engine, Seen, Truth};
+use crate::engine::{Engine, Seen, Truth};
 use crate::expiry;
 use crate::failure::Failure;
+use crate::follow::follow;
 use crate::handle::Handle;
 use crate::limits::Limits;
 use crate::rate_log::RateLimitedLog;
@@ -200,7 +201,7 @@ impl Builder {
         let parts = Parts { store, clock, durability, limits, rights, truth, budget, wake_ups, queue, expiry_changed };
         let shared = Arc::new(Shared::new(parts));
         let expiry = tokio::spawn(expiry::expire(Arc::clone(&shared)));
-        tokio::spawn(engine::follow(Arc::clone(&shared)));
+        tokio::spawn(follow(Arc::clone(&shared)));
         let tasks = Tasks { expiry, pump, writer, failure };
         let running = tokio::spawn(run(Arc::clone(&shared), tasks));
         Ok(Node { handle: Handle::new(shared), running })

@@ -7,26 +7,15 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use nkv_core::SubscriberId;
 use nkv_core::mailbox::Backlog;
 
-use crate::budget::{Account, Share};
+use crate::budget::{Account, Said, Share};
 
 /// A peer of a door, for as long as its connection lasts: it is counted, listed and limited by the node. Made by
 /// [`Handle::peer`](crate::Handle::peer).
 #[derive(Debug)]
 pub struct Peer {
     share: Share,
-}
-
-/// What a peer said of itself.
-#[derive(Clone, Debug, Default)]
-#[non_exhaustive]
-pub struct Said {
-    /// Its `client_uuid`, or what was made up for it when one was needed.
-    pub client_uuid: Option<SubscriberId>,
-    /// Its name for people.
-    pub name: Option<Arc<str>>,
 }
 
 /// A peer, for people to look at.

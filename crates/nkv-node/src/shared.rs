@@ -4,29 +4,27 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::vec;
 
 use nkv_core::mailbox::Backlog;
-use nkv_core::{
-    Delivery, Event, EventKind, Failed, Key, Notifier, NotifyKeyValue, Op, Outcome, Pattern, PersistValue,
-    SubscriberId, Write, WriteResult,
-};
+use nkv_core::{Failed, Key, Notifier, Op, Outcome, Pattern, SubscriberId, Write, WriteResult};
 use nkv_types::{Error, ErrorKind};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use tokio::sync::{Notify, Semaphore, oneshot, watch};
 
-use crate::budget::{Account, Budget, DeepHold};
+use crate::budget::Budget;
 use crate::clock::Clock;
 use crate::engine::{Seen, Truth};
+use crate::job::{Job, Room};
 use crate::limits::Limits;
-use crate::peer::{Counted, PeerInfo};
+use crate::peer::PeerInfo;
 use crate::rate_log::RateLimitedLog;
 use crate::rights::Rights;
+use crate::subscriber::{Store, Subscriber};
 use crate::wakeups::WakeUps;
 use crate::writer::Queue;
-
-pub(crate) type Store = NotifyKeyValue<Box<dyn PersistValue>, Subscriber>;
 
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -54,39 +52,6 @@ pub(crate) struct Shared {
     /// Bytes of long requests that may still be read.
     arrival_room: Arc<Semaphore>,
     arrival_len: usize,
-}
-
-/// Writes to be done, and where to say what became of them.
-#[derive(Debug)]
-pub(crate) struct Job {
-    pub(crate) write: Write,
-    pub(crate) results: oneshot::Sender<Vec<WriteResult>>,
-    /// Its share of what may wait to be stored, given back when it is done.
-    _room: Room,
-}
-
-impl AsMut<Write> for Job {
-    fn as_mut(&mut self) -> &mut Write {
-        &mut self.write
-    }
-}
-
-/// A share of the bytes that may wait to be stored, or may be on their way, given back when it is dropped: to be had before
-/// the bytes are.
-#[derive(Debug)]
-pub struct Room(OwnedSemaphorePermit);
-
-impl Room {
-    /// How many bytes it is for.
-    #[must_use]
-    pub fn size(&self) -> usize {
-        self.0.num_permits()
-    }
-
-    /// Adds the bytes of another, from the same place.
-    pub fn merge(&mut self, other: Room) {
-        self.0.merge(other.0);
-    }
 }
 
 /// Bytes of values that wait to be stored; those for which there is no room wait in the buffers of their connections.
@@ -118,15 +83,6 @@ impl std::error::Error for Stopping {}
 impl From<Stopping> for Error {
     fn from(stopping: Stopping) -> Self {
         Error::new(ErrorKind::Refused { status: 503 }, stopping.to_string())
-    }
-}
-
-#[cfg(test)]
-impl Job {
-    pub(crate) fn for_tests(ops: Vec<nkv_core::Op>) -> (Self, oneshot::Receiver<Vec<WriteResult>>) {
-        let (results, done) = oneshot::channel();
-        let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
-        (Job { write: Write::together(ops), results, _room: Room(room) }, done)
     }
 }
 
@@ -235,6 +191,12 @@ impl Shared {
     /// Where the truth lies, if that is not here.
     pub(crate) fn truth(&self) -> Option<&Truth> {
         self.truth.as_ref()
+    }
+
+    /// A name for a subscriber that gave none: it replaces no other.
+    pub(crate) fn new_name(&self) -> SubscriberId {
+        let number = self.names.fetch_add(1, Relaxed);
+        SubscriberId::from(format!("in-process-{number}").as_str())
     }
 
     /// Up to where this node has seen changes.
@@ -373,45 +335,9 @@ pub struct Traced {
     pub backlog: Backlog,
 }
 
-/// How a subscriber of a node is reached.
-#[derive(Debug)]
-pub(crate) struct Subscriber {
-    since: Instant,
-    notifier: Box<dyn Notifier>,
-    /// What its pattern takes.
-    deep: DeepHold,
-    /// Whose it is, if it is a peer's.
-    peer: Option<Counted>,
-}
-
-impl Subscriber {
-    pub(crate) fn new(notifier: Box<dyn Notifier>, deep: DeepHold, peer: Option<Counted>) -> Self {
-        Subscriber { since: Instant::now(), notifier, deep, peer }
-    }
-
-    /// Whether it is this peer's.
-    pub(crate) fn is_of(&self, account: &Arc<Account>) -> bool {
-        self.peer.as_ref().is_some_and(|counted| Arc::ptr_eq(&counted.account, account))
-    }
-}
-
-impl Notifier for Subscriber {
-    fn notify(&self, event: &Arc<Event>) -> Delivery {
-        if let EventKind::Ended { .. } = event.kind() {
-            self.deep.release();
-            self.peer.iter().for_each(|counted| counted.end());
-        }
-        self.notifier.notify(event)
-    }
-
-    fn backlog(&self) -> Backlog {
-        self.notifier.backlog()
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use nkv_core::{NoPersist, Op};
+    use nkv_core::{NoPersist, NotifyKeyValue, Op, PersistValue};
     use tokio::time::timeout;
 
     use super::*;

@@ -16,10 +16,9 @@ use nkv_core::{
 use nkv_types::{EndReason, Entry, Error, ErrorKind, Event, GoneReason, Result, Revision};
 
 use crate::budget::{InProcess, Share};
-use crate::handle::Handle;
 use crate::peer::{Counted, Peer};
-use crate::rights::Right;
-use crate::shared::{Shared, Subscriber};
+use crate::shared::Shared;
+use crate::subscriber::Subscriber;
 
 /// Segments of a subscription's pattern that are not counted, and what each further one takes.
 const FREE_SEGMENTS: usize = 8;
@@ -90,14 +89,12 @@ pub struct Attached {
 
 impl Attached {
     pub(crate) fn begin(
-        handle: &Handle,
+        shared: &Arc<Shared>,
         pattern: Pattern,
         notifier: Box<dyn Notifier>,
         options: &AttachOptions<'_>,
     ) -> Result<Self> {
-        handle.check(Right::Subscribe, &pattern)?;
-        let shared = handle.shared();
-        let client_uuid = options.client_uuid.clone().unwrap_or_else(|| handle.new_name());
+        let client_uuid = options.client_uuid.clone().unwrap_or_else(|| shared.new_name());
         let (account, limits) = (options.peer.map(Peer::account), &shared.limits);
         // What this one replaces, wherever that is, counts no more: a peer that comes back is not to fail for its own
         // subscription on a connection that died.
@@ -219,18 +216,18 @@ struct Known {
 }
 
 impl Subscription {
-    pub(crate) fn begin(handle: &Handle, patterns: Vec<Pattern>, options: AttachOptions<'_>) -> Result<Self> {
+    pub(crate) fn begin(shared: &Arc<Shared>, patterns: Vec<Pattern>, options: AttachOptions<'_>) -> Result<Self> {
         let (post, inbox) = mailbox_with_slack(options.slack);
-        let share = handle.shared().budget.share(None, Box::new(InProcess(post.observer())));
+        let share = shared.budget.share(None, Box::new(InProcess(post.observer())));
         let delivered = Delivered {
-            epoch: handle.epoch(),
+            epoch: shared.store.epoch(),
             unread: patterns.len(),
             is_silent: !options.snapshot,
             ..Delivered::default()
         };
         // The present state is read in any case: it is how the end of a key is known that was not delivered by itself.
         let options = AttachOptions { snapshot: true, mailbox: false, ..options };
-        let attach = |pattern| Attached::begin(handle, pattern, Box::new(post.clone()), &options);
+        let attach = |pattern| Attached::begin(shared, pattern, Box::new(post.clone()), &options);
         let attached = patterns.into_iter().map(attach).collect::<Result<_>>()?;
         let (ready, has_ended) = Default::default();
         Ok(Subscription { inbox, ready, delivered, has_ended, _attached: attached, _share: share })

@@ -12,8 +12,9 @@ use tokio::sync::{Notify, oneshot};
 use crate::budget::Budget;
 use crate::clock::Clock;
 use crate::failure::{Chain, Failure};
+use crate::job::Job;
 use crate::rate_log::RateLimitedLog;
-use crate::shared::{Job, Store};
+use crate::subscriber::Store;
 use crate::wakeups::WakeUps;
 
 /// What waits for subscribers is looked at each time so many more events were given to them, or as much was written

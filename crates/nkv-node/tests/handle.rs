@@ -129,6 +129,16 @@ async fn what_a_principal_may_not_do_is_refused_and_changes_nothing() {
     assert_eq!(kind(me.trace(&key("me"))), refused);
     assert_eq!(kind(me.peers()), refused);
     assert_eq!(kind(me.stats().await), refused);
+    assert_eq!(kind(me.numbers()), refused);
+    assert_eq!(kind(me.words()), refused);
+    assert_eq!(kind(me.look_up("other", |_| ())), refused);
+    assert_eq!(
+        kind(me.changes(None).map_err(|error| match error {
+            nkv_node::ChangesError::Refused(error) => error,
+            other => panic!("{other}"),
+        })),
+        refused
+    );
     let op = Op::Delete { pattern: Pattern::All, if_revision: None };
     assert_eq!(kind(me.write(vec![op.clone()]).await), refused);
     assert_eq!(kind(me.admit(op)), refused);

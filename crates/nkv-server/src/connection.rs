@@ -5,7 +5,6 @@
 //! whole is kept in one of the connection's own.
 
 use std::cell::RefCell;
-use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
@@ -15,18 +14,18 @@ use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use nkv_node::Room;
-use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd, keep_alive, limit_send_buffer, spare};
+use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd, spare};
 use nkv_protocol::{Answer, BaseFields, Chunks, Decoder, Kind, Request, alive, status};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tracing::debug;
 
 use crate::dispatch::{Hold, Session};
-use crate::door::Inner;
+use crate::inner::Inner;
 use crate::oldest;
 use crate::options::Options;
 use crate::slots::Slot;
+use crate::socket::Socket;
 
 /// So much is asked of the system at a time.
 const READ_LEN: usize = 64 << 10;
@@ -36,9 +35,6 @@ const SHORT_READ_LEN: usize = 4 << 10;
 
 /// Whoever sends so much at a time gives others their turn. A buffer that had so much is not kept for what is left in it.
 const TURN_LEN: usize = 16 << 10;
-
-/// What the kernel keeps for a peer that does not read.
-const SEND_BUFFER_LEN: usize = 128 << 10;
 
 /// So many bytes of changes may wait for a peer that keeps up, each to be told, before they are conflated.
 const SLACK: usize = 64 << 10;
@@ -54,115 +50,6 @@ const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
 
 thread_local! {
     static INPUT: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
-/// An accepted socket.
-#[derive(Debug)]
-pub(crate) enum Socket {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-    Other(Box<dyn Stream>),
-}
-
-/// Anybody's stream.
-pub(crate) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
-
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
-
-impl fmt::Debug for dyn Stream {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Stream")
-    }
-}
-
-impl Socket {
-    /// Says why there is no place for it, if the peer's buffer takes that, and closes.
-    pub(crate) fn refuse(mut self, message: &str) {
-        let mut out = Chunks::default();
-        Answer::to(Default::default(), &mut out).base(status::UNAVAILABLE, message, &BaseFields::default());
-        let line = out.take().concat();
-        let mut cx = Context::from_waker(Waker::noop());
-        match Pin::new(&mut self).poll_write(&mut cx, &line) {
-            Poll::Ready(Ok(_)) => {}
-            written => debug!(?written, "a refused connection does not hear of it"),
-        }
-    }
-
-    fn tcp(&self) -> Option<&TcpStream> {
-        match self {
-            Socket::Tcp(stream) => Some(stream),
-            _ => None,
-        }
-    }
-
-    fn prepare(&self) -> io::Result<()> {
-        match self {
-            Socket::Tcp(stream) => {
-                stream.set_nodelay(true)?;
-                keep_alive(stream)?;
-                limit_send_buffer(stream, SEND_BUFFER_LEN)
-            }
-            Socket::Unix(stream) => limit_send_buffer(stream, SEND_BUFFER_LEN),
-            Socket::Other(_) => Ok(()),
-        }
-    }
-
-    fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self {
-            Socket::Tcp(stream) => stream.poll_read_ready(cx),
-            Socket::Unix(stream) => stream.poll_read_ready(cx),
-            // It cannot be asked without reading.
-            Socket::Other(_) => Poll::Ready(Ok(())),
-        }
-    }
-}
-
-impl AsyncRead for Socket {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Socket::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
-            Socket::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
-            Socket::Other(stream) => Pin::new(stream).poll_read(cx, buf),
-        }
-    }
-}
-
-impl AsyncWrite for Socket {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Socket::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Socket::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Socket::Other(stream) => Pin::new(stream).poll_write(cx, bytes),
-        }
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Socket::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-            Socket::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-            Socket::Other(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Socket::Tcp(stream) => Pin::new(stream).poll_flush(cx),
-            Socket::Unix(stream) => Pin::new(stream).poll_flush(cx),
-            Socket::Other(stream) => Pin::new(stream).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Socket::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Socket::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
-            Socket::Other(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
-    }
 }
 
 /// Why a connection reads no more.

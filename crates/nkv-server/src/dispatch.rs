@@ -20,11 +20,13 @@ use nkv_protocol::{
     SubscriberFields, ValueForm, status,
 };
 
-use crate::door::Inner;
 use crate::holder::Connected;
+use crate::inner::Inner;
 use crate::options::millis;
 use crate::reading::{ANSWER_LEN_MAX, Reading, Unread};
-use crate::server::VERSION;
+
+/// The version of this server.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// What this server offers beyond the first version of the protocol.
 const FEATURES: Features =
@@ -388,10 +390,7 @@ impl Session {
                 Answer::to(id, out).version(VERSION);
                 Ok(())
             }
-            Kind::Stats => {
-                self.stats(id, out);
-                Ok(())
-            }
+            Kind::Stats => self.stats(id, out),
             // Writes are done elsewhere.
             Kind::Health | Kind::Put | Kind::Delete => {
                 self.door.handle.check_healthy().map_err(|error| refusal(id, &error))?;
@@ -561,10 +560,13 @@ impl Session {
         Answer::to(request.id, out).ok(&BaseFields::server(server));
     }
 
-    fn stats(&self, id: Id<'_>, out: &mut Chunks) {
-        let words = self.door.handle.words();
+    fn stats<'r>(&self, id: Id<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
+        let refused = |error| refusal(id, &error);
+        let (words, numbers) =
+            (self.door.handle.words().map_err(refused)?, self.door.handle.numbers().map_err(refused)?);
         let words: Vec<(&str, &str)> = words.iter().map(|(name, word)| (*name, word.as_str())).collect();
-        Answer::to(id, out).stats(&words, &self.door.handle.numbers());
+        Answer::to(id, out).stats(&words, &numbers);
+        Ok(())
     }
 
     fn client_of(&self, request: &Request<'_>) -> SubscriberId {

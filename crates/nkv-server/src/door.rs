@@ -6,9 +6,11 @@ use std::sync::Arc;
 use nkv_node::Handle;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::connection::{self, Socket};
+use crate::connection;
+use crate::inner::Inner;
 use crate::options::Options;
 use crate::slots::Slots;
+use crate::socket::Socket;
 
 /// The JSON-lines door of a node, for those who accept connections themselves: of TLS, of a WebSocket, of a test.
 /// Clones are the same door; its limits hold for all connections together.
@@ -35,13 +37,6 @@ use crate::slots::Slots;
 /// ```
 #[derive(Clone, Debug)]
 pub struct Door(pub(crate) Arc<Inner>);
-
-#[derive(Debug)]
-pub(crate) struct Inner {
-    pub(crate) handle: Handle,
-    pub(crate) options: Options,
-    pub(crate) slots: Slots,
-}
 
 impl Door {
     /// A door to the store of `handle`. Of `options`, those of connections count; those of the store are its node's.

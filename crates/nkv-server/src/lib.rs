@@ -13,16 +13,20 @@
 mod connection;
 mod dispatch;
 mod door;
+mod error;
 mod holder;
+mod inner;
 mod listener;
 mod oldest;
 mod options;
 mod reading;
 mod server;
 mod slots;
+mod socket;
 
 pub use door::{Door, serve};
+pub use error::ServerError;
 pub use nkv_node::{Handle, Subscription};
 pub use nkv_types::Address;
 pub use options::Options;
-pub use server::{Builder, Server, ServerError};
+pub use server::{Builder, Server};

@@ -14,10 +14,10 @@ use tokio::net::{TcpListener, UnixListener, UnixSocket, lookup_host};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use crate::connection::Socket;
 use crate::door::Door;
+use crate::error::ServerError;
 use crate::options::Options;
-use crate::server::ServerError;
+use crate::socket::Socket;
 
 /// After a failed accept (no file descriptors, most often), so long passes before the next.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);

@@ -9,7 +9,7 @@ use nkv_protocol::{Decoder, Kind, Request};
 use tokio::net::TcpStream;
 use tracing::debug;
 
-use crate::connection::Socket;
+use crate::socket::Socket;
 
 /// Whether the first request of a connection, if it is there as a whole, is one of theirs: no other client subscribes
 /// without a `Connect` and without a snapshot, and those that do lose little by a pace.

@@ -105,9 +105,10 @@ async fn start(args: &Args) -> Result<Server, ServerError> {
     }
     let opened = Arc::new(OnceLock::new());
     let server = with_persist(builder, args, Arc::clone(&opened))?.bind().await?;
-    if let (Some(opened), Ok(stats)) = (opened.get(), server.handle().stats().await) {
+    if let (Some(opened), Ok(numbers)) = (opened.get(), server.handle().numbers()) {
         let load_ms = u64::try_from(opened.elapsed().as_millis()).unwrap_or(u64::MAX);
-        info!(keys = stats.keys, revision = stats.revision, load_ms, "loaded");
+        let number = |name| numbers.iter().find(|(known, _)| *known == name).map_or(0, |(_, number)| *number);
+        info!(keys = number("keys"), revision = number("revision"), load_ms, "loaded");
     }
     for address in server.addresses() {
         info!("listening at {address}");

@@ -91,7 +91,6 @@ pub struct Said {
 }
 
 /// The budget of a node: see [`Handle::budget`](crate::Handle::budget).
-#[derive(Debug)]
 pub struct Budget {
     limit: usize,
     /// Bytes of the changes that wait for any subscriber; the store keeps it up.
@@ -119,7 +118,7 @@ pub struct Leave {
     _permit: OwnedSemaphorePermit,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Holders {
     next_id: u64,
     by_id: HashMap<u64, Arc<Account>>,
@@ -128,7 +127,6 @@ struct Holders {
 }
 
 /// What one holder has in the budget, and who it is.
-#[derive(Debug)]
 pub(crate) struct Account {
     id: u64,
     pub(crate) opened: Instant,
@@ -217,6 +215,12 @@ fn weight(bytes: usize, holder: &Account) -> u128 {
     (bytes as u128).saturating_mul(holder.held_for().as_millis().saturating_add(1))
 }
 
+impl fmt::Debug for Account {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Account").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
 impl Account {
     fn new(id: u64, address: Option<Box<str>>, source: Box<dyn Holder>) -> Self {
         let (opened, read_since_ms) = (Instant::now(), AtomicU64::new(0));
@@ -275,6 +279,12 @@ impl Holders {
             staying.push((held, &**holder));
         }
         (total, staying)
+    }
+}
+
+impl fmt::Debug for Budget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Budget").field("limit", &self.limit).finish_non_exhaustive()
     }
 }
 

@@ -60,7 +60,8 @@ pub struct Builder {
     clock_file: Option<PathBuf>,
     limits: Limits,
     rights: Option<Arc<dyn Rights>>,
-    engine: Option<Arc<dyn Engine>>,
+    /// The engine, and what follows it: a program without one has no code for it.
+    engine: Option<(Arc<dyn Engine>, fn(Arc<Shared>) -> JoinHandle<()>)>,
     after_wake_ups: Vec<fn()>,
 }
 
@@ -107,7 +108,7 @@ impl Builder {
     /// on from there after a restart, and the engine feeds what was missed.
     #[must_use]
     pub fn engine(mut self, engine: impl Engine) -> Self {
-        self.engine = Some(Arc::new(engine));
+        self.engine = Some((Arc::new(engine), |shared| tokio::spawn(follow(shared))));
         self
     }
 
@@ -147,7 +148,7 @@ impl Builder {
         };
         let failure = Failure::new();
         let handler = failure.handler();
-        let restored = engine.clone();
+        let restored = engine.as_ref().map(|(engine, _)| Arc::clone(engine));
         let open = tokio::task::spawn_blocking(move || {
             let mut persist = persist()?;
             if restored.as_ref().is_some_and(|engine| engine.abilities().meta) && !persist.keeps_meta() {
@@ -197,11 +198,12 @@ impl Builder {
         });
         let stats = store.stats();
         let seen = Seen { epoch: stats.epoch, revision: stats.revision };
-        let truth = engine.map(|engine| Truth::new(engine, seen));
+        let follow = engine.as_ref().map(|(_, follow)| *follow);
+        let truth = engine.map(|(engine, _)| Truth::new(engine, seen));
         let parts = Parts { store, clock, durability, limits, rights, truth, budget, wake_ups, queue, expiry_changed };
         let shared = Arc::new(Shared::new(parts));
         let expiry = tokio::spawn(expiry::expire(Arc::clone(&shared)));
-        tokio::spawn(follow(Arc::clone(&shared)));
+        follow.into_iter().for_each(|follow| drop(follow(Arc::clone(&shared))));
         let tasks = Tasks { expiry, pump, writer, failure };
         let running = tokio::spawn(run(Arc::clone(&shared), tasks));
         Ok(Node { handle: Handle::new(shared), running })
@@ -214,7 +216,7 @@ impl fmt::Debug for Builder {
         let mut builder = f.debug_struct("Builder");
         builder.field("durability", durability).field("clock_file", clock_file);
         builder.field("limits", limits).field("rights", rights);
-        builder.field("engine", engine).finish_non_exhaustive()
+        builder.field("engine", &engine.as_ref().map(|(engine, _)| engine)).finish_non_exhaustive()
     }
 }
 

@@ -1,6 +1,5 @@
 //! The peers of doors: who each is, what it holds, and whether it is to leave.
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
@@ -106,6 +105,7 @@ impl Account {
 }
 
 /// A subscription of a peer, until it ends or is dropped.
+#[derive(Debug)]
 pub(crate) struct Counted {
     pub(crate) account: Arc<Account>,
     has_ended: AtomicBool,
@@ -127,11 +127,5 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.end();
-    }
-}
-
-impl fmt::Debug for Counted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Counted").field("address", &self.account.address).finish_non_exhaustive()
     }
 }

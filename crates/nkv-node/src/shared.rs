@@ -26,7 +26,6 @@ use crate::subscriber::{Store, Subscriber};
 use crate::wakeups::WakeUps;
 use crate::writer::Queue;
 
-#[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) store: Arc<Store>,
     pub(crate) clock: Clock,
@@ -83,6 +82,13 @@ impl std::error::Error for Stopping {}
 impl From<Stopping> for Error {
     fn from(stopping: Stopping) -> Self {
         Error::new(ErrorKind::Refused { status: 503 }, stopping.to_string())
+    }
+}
+
+// Short: a node is part of what engines, streams and attached subscriptions show.
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("durability", &self.durability).finish_non_exhaustive()
     }
 }
 

@@ -6,6 +6,7 @@ pub mod mailbox;
 pub mod rows;
 
 mod apply;
+mod broken;
 mod changes;
 mod key;
 mod keyspace;

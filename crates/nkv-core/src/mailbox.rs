@@ -24,9 +24,10 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use crate::event::{Began, BeginCause, Event, EventKind, Snapshot, SnapshotReader};
 use crate::key::Key;
 use crate::notifier::{Delivery, Notifier};
-use crate::record::{Action, Began, BeginCause, Change, Event, EventKind, Snapshot, SnapshotReader};
+use crate::record::{Action, Change};
 use crate::revision::{Epoch, Revision};
 use crate::sync::{AtomicBool, Condvar, Mutex, MutexGuard};
 use crate::wake::wake;

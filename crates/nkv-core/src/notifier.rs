@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::record::Event;
+use crate::event::Event;
 
 /// Reaches one subscriber.
 ///

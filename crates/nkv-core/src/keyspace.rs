@@ -11,6 +11,7 @@ use std::ops::Bound;
 
 use bytes::Bytes;
 
+use crate::broken::{broken, text};
 use crate::key::{Key, Pattern, first_bytes};
 use crate::order::Order;
 use crate::packed::Unpacked;
@@ -142,15 +143,14 @@ impl Keyspace {
             Bound::Excluded(key) => self.slots.compare(slot, key.as_str().as_bytes()).is_le(),
             Bound::Unbounded => false,
         });
-        // What is packed as a key was a text.
-        let records = slots.map(|slot| self.slots.lend(slot, |key| str::from_utf8(key).unwrap_or_default()));
+        let records = slots.map(|slot| self.slots.lend(slot, text));
         records.take_while(move |record| belongs(record.key))
     }
 
     /// Keys whose TTL has ended by `now`, the earliest first.
     pub(crate) fn due(&self, now: Timestamp) -> impl Iterator<Item = &str> {
         let slots = self.expiries.iter().take_while(move |(at, _)| *at <= now).map(|(_, slot)| *slot);
-        slots.map(|slot| str::from_utf8(self.slots.get(slot).key).unwrap_or_default())
+        slots.map(|slot| text(self.slots.get(slot).key))
     }
 
     pub(crate) fn next_expiry(&self) -> Option<Timestamp> {
@@ -196,7 +196,7 @@ impl Keyspace {
 
     /// Removes what storage visited of a key beside the newest.
     fn supersede(&mut self, slot: u32) {
-        let key = str::from_utf8(self.slots.get(slot).key).unwrap_or_default();
+        let key = text(self.slots.get(slot).key);
         debug_assert_ne!(self.find(key, self.hash(key)), Some(slot), "the newest is found");
         self.forget_value(slot);
         self.vacate(slot);
@@ -284,8 +284,12 @@ impl Keyspace {
         let slots = &self.slots;
         let key = slots.get(slot).key;
         let hash = hash_of(&self.hasher, key);
-        self.table.find_mut(hash, |known| known == slot).into_iter().for_each(|known| *known = other);
-        self.order.replace(other, |known| slots.compare(known, key).is_lt());
+        let known = self.table.find_mut(hash, |known| known == slot);
+        *known.unwrap_or_else(|| broken("a key is not in the table")) = other;
+        // While records are loaded there is no order yet.
+        if !self.order.is_empty() {
+            self.order.replace(other, |known| slots.compare(known, key).is_lt());
+        }
     }
 
     /// Before a slot has another value, or none.
@@ -314,7 +318,7 @@ pub(crate) fn is_due(expiry: Option<Expiry>, now: Timestamp) -> bool {
 
 /// The same for a packed key as `Keyspace::hash` for its text.
 fn hash_of(hasher: &RandomState, key: &[u8]) -> u64 {
-    hasher.hash_one(str::from_utf8(key).unwrap_or_default())
+    hasher.hash_one(text(key))
 }
 
 /// Where the keys of a pattern start, of those after `after`.

@@ -6,7 +6,9 @@ pub mod mailbox;
 pub mod rows;
 
 mod apply;
+mod broken;
 mod changes;
+mod event;
 mod key;
 mod keyspace;
 mod meta;
@@ -31,16 +33,14 @@ mod write;
 
 pub use apply::Applied;
 pub use changes::{CHANGES_LEN_MAX, ChangeGroup, Changes, Gap};
+pub use event::{Began, BeginCause, EndReason, Event, EventKind, Snapshot, SnapshotReader};
 pub use key::{KEY_LEN_MAX, Key, KeyError, Pattern};
 pub use meta::{META_LEN_MAX, Meta};
 pub use notifier::{Delivery, Notifier};
 pub use persist::{
     FailureHandler, Loaded, MemoryPersist, NoPersist, PersistError, PersistErrorKind, PersistValue, Prepared, StoredRef,
 };
-pub use record::{
-    Action, Began, BeginCause, Change, EndReason, Event, EventKind, Expiry, Reason, Record, RecordRef, Snapshot,
-    SnapshotReader, Timestamp, ValueRef,
-};
+pub use record::{Action, Change, Expiry, Reason, Record, RecordRef, Timestamp, ValueRef};
 pub use records::Records;
 pub use revision::{Epoch, Revision};
 pub use route::RoutePersist;

@@ -24,9 +24,10 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use crate::event::{Began, BeginCause, Event, EventKind, Snapshot, SnapshotReader};
 use crate::key::Key;
 use crate::notifier::{Delivery, Notifier};
-use crate::record::{Action, Began, BeginCause, Change, Event, EventKind, Snapshot, SnapshotReader};
+use crate::record::{Action, Change};
 use crate::revision::{Epoch, Revision};
 use crate::sync::{AtomicBool, Condvar, Mutex, MutexGuard};
 use crate::wake::wake;
@@ -214,6 +215,7 @@ struct State<T> {
     is_part_on_its_way: bool,
     overflow: Overflow,
     has_overflowed: bool,
+    knows_one_epoch: bool,
     /// How many `None`s the queue holds.
     vacant: usize,
     /// The sequence number of the newest change that came: one up to it is a duplicate.
@@ -254,6 +256,7 @@ impl<T> State<T> {
             is_part_on_its_way: false,
             overflow: Overflow::default(),
             has_overflowed: false,
+            knows_one_epoch: false,
             vacant: 0,
             newest: 0,
             skipped: 0,
@@ -288,8 +291,9 @@ impl<T> State<T> {
     fn post_event(&mut self, event: &Arc<Event>) -> Delivery {
         match event.kind() {
             EventKind::Change(change) => return self.post_change(event, change),
-            EventKind::Began(began) if began.cause == BeginCause::Reset && self.overflow == Overflow::Close => {
-                self.overflow();
+            EventKind::Began(began) if began.cause == BeginCause::Reset && self.ends_with_epoch() => {
+                self.closed = true;
+                self.drop_changes();
                 return Delivery::Closed;
             }
             EventKind::Began(began) => {
@@ -314,6 +318,11 @@ impl<T> State<T> {
         }
         self.push(Item::Event { event: Arc::clone(event), skipped: 0 }, 0);
         Delivery::Queued
+    }
+
+    /// Whether its reader is to come anew where the data begins another epoch.
+    fn ends_with_epoch(&self) -> bool {
+        self.knows_one_epoch || self.overflow == Overflow::Close
     }
 
     fn note_subscription(&mut self, began: &Began) {
@@ -609,6 +618,12 @@ impl<T> Mailbox<T> {
     /// What becomes of the subscriber if too much waits for it. [`Overflow::Reset`] at first.
     pub fn set_overflow(&self, overflow: Overflow) {
         self.shared.lock().overflow = overflow;
+    }
+
+    /// Has it close when the data begins another epoch: its reader learns of the epoch where it begins to read, and compares
+    /// revisions within that one.
+    pub fn close_with_epoch(&self) {
+        self.shared.lock().knows_one_epoch = true;
     }
 
     /// Whether it closed because too much waited.

@@ -5,9 +5,10 @@ use std::task::Wake;
 use std::thread;
 
 use super::*;
+use crate::event::{BeginCause, EndReason};
 use crate::key::Pattern;
 use crate::meta::Meta;
-use crate::record::{BeginCause, EndReason, Reason};
+use crate::record::Reason;
 use crate::records::Records;
 use crate::revision::Epoch;
 

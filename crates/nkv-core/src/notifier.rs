@@ -3,8 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::event::Event;
 use crate::mailbox::Backlog;
-use crate::record::Event;
 
 /// Reaches one subscriber.
 ///

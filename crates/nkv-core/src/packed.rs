@@ -5,6 +5,7 @@
 //! that is a long one, which lies elsewhere. So a record knows its length, it is as long after the next put of a value
 //! as long, and what lies behind it does not matter.
 
+use crate::broken::broken;
 use crate::key::KEY_LEN_MAX;
 use crate::record::{Expiry, Timestamp, VALUE_LEN_LONG};
 use crate::revision::Revision;
@@ -18,8 +19,8 @@ const REVISION_AT: u32 = VALUE_LEN_AT + 12;
 const _: () = assert!(KEY_LEN_MAX < 1 << (VALUE_LEN_AT - KEY_LEN_AT));
 const _: () = assert!(VALUE_LEN_LONG <= 1 << (REVISION_AT - VALUE_LEN_AT));
 
-/// A record as it was packed. All default, it is what an empty slot holds: the key of no record.
-#[derive(Clone, Copy, Debug, Default)]
+/// A record as it was packed.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Unpacked<'a> {
     pub(crate) key: &'a [u8],
     /// Nothing where `is_long` says that it lies elsewhere.
@@ -54,9 +55,9 @@ impl<'a> Unpacked<'a> {
         out.extend_from_slice(self.value);
     }
 
-    /// Of an empty slot, the default.
+    /// What was packed, and what may lie behind it.
     pub(crate) fn of(packed: &'a [u8]) -> Self {
-        Self::read(packed).unwrap_or_default()
+        Self::read(packed).unwrap_or_else(|| broken("a record is longer than its place"))
     }
 
     fn read(mut rest: &'a [u8]) -> Option<Self> {

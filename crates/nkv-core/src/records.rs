@@ -4,6 +4,7 @@ use std::fmt;
 
 use bytes::Bytes;
 
+use crate::broken::{broken, text};
 use crate::packed::Unpacked;
 use crate::record::{Record, RecordRef, ValueRef};
 
@@ -49,10 +50,13 @@ impl Records {
         let Unpacked { key, value, is_long, revision, expiry } =
             Unpacked::of(self.packed.get(start..*self.ends.get(at)?)?);
         let number = |bytes: &[u8]| bytes.first_chunk().map(|chunk| u32::from_le_bytes(*chunk));
-        let value =
-            if is_long { ValueRef::Shared(self.long.get(number(value)? as usize)?) } else { ValueRef::Lent(value) };
-        // What is packed as a key was a text.
-        Some(RecordRef { key: str::from_utf8(key).unwrap_or_default(), value, revision, expiry })
+        let long = || self.long.get(number(value)? as usize);
+        let value = if is_long {
+            ValueRef::Shared(long().unwrap_or_else(|| broken("a long value is missing")))
+        } else {
+            ValueRef::Lent(value)
+        };
+        Some(RecordRef { key: text(key), value, revision, expiry })
     }
 
     /// All of them.

@@ -9,13 +9,12 @@ use std::sync::{Arc, PoisonError, Weak};
 use std::vec::IntoIter;
 
 use crate::changes::{Changes, Feed, Gap};
+use crate::event::{Began, EndReason, Event, EventKind, ReadSnapshot, Snapshot, SnapshotReader};
 use crate::key::{Key, Pattern};
 use crate::keyspace::{Keyspace, is_due};
 use crate::notifier::{Delivery, Notifier};
 use crate::plan::Hashed;
-use crate::record::{
-    Action, Began, Change, EndReason, Event, EventKind, ReadSnapshot, Reason, Snapshot, SnapshotReader, Timestamp,
-};
+use crate::record::{Action, Change, Reason, Timestamp};
 use crate::records::Records;
 use crate::revision::{Epoch, Revision};
 use crate::subscribers::{Progress, SubscriberId, Subscribers, Subscription};

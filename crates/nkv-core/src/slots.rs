@@ -11,6 +11,7 @@ use std::collections::btree_map::{BTreeMap, Entry};
 
 use bytes::Bytes;
 
+use crate::broken::broken;
 use crate::key::compare;
 use crate::packed::Unpacked;
 use crate::record::{RecordRef, ValueRef};
@@ -22,6 +23,9 @@ const PAGE_LEN_MAX: usize = (256 << 10) - 16;
 const CELL_BITS: u32 = 12;
 const CELLS_MAX: usize = 1 << CELL_BITS;
 const PAGES_MAX: usize = 1 << (u32::BITS - CELL_BITS);
+
+/// What is wrong where a slot is looked for in vain.
+const NO_RECORD: &str = "a slot has no record";
 
 #[derive(Debug, Default)]
 pub(crate) struct Slots {
@@ -56,9 +60,12 @@ impl Slots {
         self.pages.iter().enumerate().flat_map(|(number, page)| (0..page.len()).map(move |at| slot_at(number, at)))
     }
 
+    // Of most records a caller wants the key alone: what is not wanted is not read where this is inlined.
+    #[inline(always)]
     pub(crate) fn get(&self, slot: u32) -> Unpacked<'_> {
         let (number, at) = place_of(slot);
-        self.pages.get(number).and_then(|page| page.from(at)).map(Unpacked::of).unwrap_or_default()
+        let cell = self.pages.get(number).and_then(|page| page.from(at));
+        cell.map(Unpacked::of).unwrap_or_else(|| broken(NO_RECORD))
     }
 
     /// How a slot's key stands to another.
@@ -70,13 +77,17 @@ impl Slots {
         let record = self.get(slot);
         let (number, at) = place_of(slot);
         let long = || self.pages.get(number).and_then(|page| page.long.get(at)).map(ValueRef::Shared);
-        let value = if record.is_long { long() } else { None }.unwrap_or(ValueRef::Lent(record.value));
+        let value = if record.is_long {
+            long().unwrap_or_else(|| broken("a long value is missing"))
+        } else {
+            ValueRef::Lent(record.value)
+        };
         RecordRef { key: key(record.key), value, revision: record.revision, expiry: record.expiry }
     }
 
     pub(crate) fn add(&mut self, packed: &[u8], long: Option<Bytes>) -> u32 {
         let number = self.page_for(Kind { cell_len: cell_len(packed.len()), is_long: long.is_some() });
-        let at = self.pages.get_mut(number).map_or(0, |page| page.push(packed, long));
+        let at = self.pages.get_mut(number).unwrap_or_else(|| broken(NO_RECORD)).push(packed, long);
         slot_at(number, at)
     }
 
@@ -101,7 +112,7 @@ impl Slots {
     /// Whether a record may take the place of another. The cell must be neither too short nor much too long for it: a
     /// value that is now longer, now shorter, stays where it fits when it is longest.
     pub(crate) fn has_room(&self, slot: u32, packed_len: usize, is_long: bool) -> bool {
-        let kind = self.pages.get(place_of(slot).0).map(|page| page.kind).unwrap_or_default();
+        let Page { kind, .. } = self.pages.get(place_of(slot).0).unwrap_or_else(|| broken(NO_RECORD));
         let fits = kind.cell_len >= packed_len && kind.cell_len <= cell_len(packed_len + packed_len / 4);
         fits && kind.is_long == is_long
     }
@@ -109,23 +120,22 @@ impl Slots {
     /// Puts a record in the place of another, which [has room](Self::has_room) for it.
     pub(crate) fn set(&mut self, slot: u32, packed: &[u8], long: Option<Bytes>) {
         let (number, at) = place_of(slot);
-        if let Some(page) = self.pages.get_mut(number) {
-            page.set(at, packed, long);
-        }
+        self.pages.get_mut(number).unwrap_or_else(|| broken(NO_RECORD)).set(at, packed, long);
     }
 
     /// The last record of one kind: that which moves when this one is removed.
     pub(crate) fn last_like(&self, slot: u32) -> u32 {
         let page = self.pages.get(place_of(slot).0);
         let last = page.and_then(|page| self.by_kind.get(&page.kind)?.last());
-        last.and_then(|number| Some(slot_at(*number, self.pages.get(*number)?.len() - 1))).unwrap_or(slot)
+        let slot = last.and_then(|number| Some(slot_at(*number, self.pages.get(*number)?.len().checked_sub(1)?)));
+        slot.unwrap_or_else(|| broken(NO_RECORD))
     }
 
     /// Removes a record. The one that [`last_like`](Self::last_like) told has this slot from then on.
     pub(crate) fn remove(&mut self, slot: u32) {
         let last = self.last_like(slot);
         let ((number, at), (last_number, _)) = (place_of(slot), place_of(last));
-        let Some(page) = self.pages.get_mut(last_number) else { return };
+        let page = self.pages.get_mut(last_number).unwrap_or_else(|| broken(NO_RECORD));
         let (moved, long) = page.pop();
         if page.cells.is_empty() {
             self.give_back(last_number);
@@ -176,10 +186,10 @@ impl Page {
         self.cells.get(at * self.kind.cell_len..)
     }
 
+    #[inline]
     fn set(&mut self, at: usize, packed: &[u8], long: Option<Bytes>) {
-        debug_assert!(at < self.len(), "a slot is the number of a record");
         let cell = self.cells.get_mut(at * self.kind.cell_len..).and_then(|cells| cells.get_mut(..packed.len()));
-        cell.into_iter().for_each(|cell| cell.copy_from_slice(packed));
+        cell.unwrap_or_else(|| broken(NO_RECORD)).copy_from_slice(packed);
         self.long.get_mut(at).into_iter().zip(long).for_each(|(known, long)| *known = long);
     }
 

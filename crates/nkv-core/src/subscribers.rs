@@ -7,8 +7,8 @@ use std::fmt;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::{Arc, PoisonError};
 
+use crate::event::SnapshotReader;
 use crate::key::{Key, Pattern};
-use crate::record::SnapshotReader;
 use crate::revision::Revision;
 use crate::sync::{AtomicBool, Mutex, MutexGuard};
 

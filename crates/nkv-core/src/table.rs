@@ -8,6 +8,8 @@ use std::mem;
 
 use hashbrown::HashTable;
 
+use crate::broken::broken;
+
 /// Keys for each part. One that is to be split next has twice as many: with some chance they still fit in 8,192 buckets.
 const PART_LEN: usize = 3_400;
 
@@ -88,7 +90,8 @@ impl Table {
 
     fn add(&mut self, hash: u64, slot: u32, hash_of: &dyn Fn(u32) -> u64) {
         let at = self.part_of(hash);
-        self.parts.get_mut(at).into_iter().for_each(|part| _ = part.insert_unique(hash, slot, |slot| hash_of(*slot)));
+        let part = self.parts.get_mut(at).unwrap_or_else(|| broken("a hash has no part"));
+        part.insert_unique(hash, slot, |slot| hash_of(*slot));
     }
 
     fn part_of(&self, hash: u64) -> usize {

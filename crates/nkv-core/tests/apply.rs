@@ -409,14 +409,19 @@ fn another_epoch_is_there_at_once_and_each_subscription_begins_anew() {
 fn a_reader_that_cannot_begin_anew_is_closed_when_an_epoch_begins() {
     let (store, ..) = store();
     store.apply(vec![put("a", 1)]).unwrap();
-    let (post, inbox) = mailbox();
-    post.set_overflow(Overflow::Close);
-    let subscription = store.subscribe(Pattern::All, "old".into(), post, false);
+    let [(old, inbox), (one, of_one)] = [mailbox(), mailbox()];
+    old.set_overflow(Overflow::Close);
+    one.close_with_epoch();
+    let subscriptions = [("old", old), ("one", one)];
+    let subscriptions = subscriptions.map(|(id, post)| store.subscribe(Pattern::All, id.into(), post, false));
     let other = subscribe(&store, &["*"]);
     store.apply(vec![put("a", 2)]).unwrap();
     store.replace(vec![put("a", 1)], r(1), NEXT).unwrap();
-    assert_eq!(told(&inbox), ["began 1 of 1"], "nothing of an epoch that it does not hear the end of");
-    assert!(inbox.try_take().is_none() && inbox.take_blocking().is_none() && subscription.has_ended());
+    for (inbox, subscription) in [inbox, of_one].iter().zip(subscriptions) {
+        assert_eq!(told(inbox), ["began 1 of 1"], "nothing of an epoch that it does not hear the end of");
+        assert!(inbox.take_blocking().is_none() && subscription.has_ended());
+        assert!(!subscription.notifier().has_overflowed());
+    }
     assert_eq!((told(&other).len(), store.subscriptions()), (2, 1));
 }
 

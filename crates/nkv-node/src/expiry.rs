@@ -18,9 +18,12 @@ const EXPIRY_PAUSE: Duration = Duration::from_secs(1);
 /// While storage has not done an expiry, the time goes on so often for other values whose TTL ends.
 const EXPIRY_TICK: Duration = Duration::from_millis(10);
 
-/// Until the node stops.
+/// Until the node stops. Where the truth lies in an engine, it decides when a value ends.
 pub(crate) async fn expire(shared: Arc<Shared>) {
     let mut stop = shared.stop.subscribe();
+    if shared.truth().is_some() {
+        return stopped(&mut stop).await;
+    }
     tokio::select! {
         biased;
         () = stopped(&mut stop) => {}

@@ -76,6 +76,8 @@ impl TcpNotifier {
     pub fn new(options: NotifierOptions) -> (Self, Outbox) {
         let (mailbox, inbox) = mailbox_with_slack(options.slack);
         mailbox.set_overflow(Overflow::Close);
+        // A client learns the epoch when it connects, and compares revisions within it.
+        mailbox.close_with_epoch();
         let shared = Arc::new(Shared {
             form: AtomicU8::new(0),
             features: AtomicU32::new(0),

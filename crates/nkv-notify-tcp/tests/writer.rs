@@ -62,6 +62,19 @@ async fn answers_and_events_come_in_the_order_they_were_given_and_never_mixed() 
 }
 
 #[tokio::test]
+async fn a_connection_ends_when_the_data_begins_another_epoch() {
+    let (ours, theirs) = duplex(1_000);
+    let (notifier, writer) = TcpNotifier::spawn(ours, NotifierOptions::default());
+    notifier.set_features(Features::RESET);
+    let store = nkv_core::NotifyKeyValue::open(nkv_core::NoPersist::default()).unwrap();
+    store.subscribe(nkv_core::Pattern::All, "me".into(), notifier.clone(), false);
+    store.replace(Vec::new(), Revision::new(5), Epoch::new(9)).unwrap();
+    assert!(matches!(timeout(Duration::from_secs(60), writer).await.unwrap().unwrap(), WriterEnd::Finished));
+    let told = all(theirs).await;
+    assert_eq!((told.as_str(), notifier.has_overflowed(), store.subscriptions()), ("\"Hello\"\n", false, 0));
+}
+
+#[tokio::test]
 async fn a_long_value_travels_whole_between_short_ones() {
     let (ours, theirs) = duplex(1_000);
     let (notifier, _writer) = TcpNotifier::spawn(ours, NotifierOptions::default());

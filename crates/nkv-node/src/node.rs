@@ -53,6 +53,9 @@ impl From<PersistError> for NodeError {
 /// Opens storage.
 type Open = Box<dyn FnOnce() -> Result<Box<dyn PersistValue>, PersistError> + Send>;
 
+/// Starts to follow an engine.
+type Follow = fn(Arc<Shared>) -> JoinHandle<()>;
+
 /// What a node is to be.
 pub struct Builder {
     persist: Option<Open>,
@@ -61,7 +64,7 @@ pub struct Builder {
     limits: Limits,
     rights: Option<Arc<dyn Rights>>,
     /// The engine, and what follows it: a program without one has no code for it.
-    engine: Option<(Arc<dyn Engine>, fn(Arc<Shared>) -> JoinHandle<()>)>,
+    engine: Option<(Arc<dyn Engine>, Follow)>,
     after_wake_ups: Vec<fn()>,
 }
 

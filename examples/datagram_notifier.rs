@@ -65,7 +65,7 @@ fn send_all(inbox: &Inbox, socket: &UnixDatagram) -> io::Result<()> {
             }
             EventKind::Snapshot(part) => {
                 for record in part.records.iter() {
-                    send_put(socket, record.key, record.revision.get(), 0, &record.value)?;
+                    send_put(socket, record.key.as_str(), record.revision.get(), 0, &record.value)?;
                 }
                 if part.is_last {
                     socket.send(format!("synced {} {}\n", part.pattern, part.revision).as_bytes())?;

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering::Relaxed;
 
-use crate::key::{Key, Pattern};
+use crate::key::{Key, KeyRef, Pattern};
 use crate::keyspace::Keyspace;
 use crate::meta::{META_LEN_MAX, Meta};
 use crate::notifier::Notifier;
@@ -139,11 +139,11 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
             let (mut looks, mut last) = (0, None);
             for record in keyspace.select_stored(&Pattern::All, after.as_ref()).take(PART_KEYS_MAX) {
                 (looks, last) = (looks + 1, Some(record.key));
-                if !known.contains(record.key) {
-                    gone.push(Key::trusted(record.key));
+                if !known.contains(&*record.key) {
+                    gone.push(record.key.to_key());
                 }
             }
-            let last = last.map(Key::trusted);
+            let last = last.map(KeyRef::to_key);
             drop(keyspace);
             if looks < PART_KEYS_MAX {
                 return gone;
@@ -198,7 +198,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
             self.note_failure(writer, stored)?;
             for change in slice {
                 if let Action::Put { value, expiry } = &change.action {
-                    let (key, value) = (change.key.as_str(), ValueRef::of(value));
+                    let (key, value) = (change.key.lend(), ValueRef::of(value));
                     keyspace.load(RecordRef { key, value, revision: change.revision, expiry: *expiry });
                 }
             }
@@ -264,11 +264,11 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
 fn mark(revision: Revision, keeps_meta: bool, is_taken: impl Fn(&Key) -> bool) -> Change {
     let names = (0_u64..).map(|number| format!("revision.{number}"));
     let key = if keeps_meta {
-        Some(Key::trusted(MARK))
+        Some(KeyRef::checked_before(MARK).to_key())
     } else {
-        names.map(|name| Key::trusted(&name)).find(|key| !is_taken(key))
+        names.map(|name| KeyRef::checked_before(&name).to_key()).find(|key| !is_taken(key))
     };
-    delete(key.unwrap_or_else(|| Key::trusted(MARK)), revision)
+    delete(key.unwrap_or_else(|| KeyRef::checked_before(MARK).to_key()), revision)
 }
 
 fn delete(key: Key, revision: Revision) -> Change {

@@ -5,6 +5,7 @@
 
 use std::cmp::Ordering;
 use std::fmt;
+use std::ops::Deref;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -41,8 +42,7 @@ impl Key {
     ///
     /// [`KeyError`] names the first thing that is wrong.
     pub fn new(text: &str) -> Result<Self, KeyError> {
-        Key::check(text)?;
-        Ok(Key::trusted(text))
+        Ok(KeyRef::new(text)?.to_key())
     }
 
     /// Whether `text` is a key: what [`new`](Self::new) asks, with nothing made.
@@ -70,7 +70,7 @@ impl Key {
             return Err(KeyError::Character { character, at });
         }
         let text = format!("{RESERVED}{name}");
-        if text.len() > KEY_LEN_MAX { Err(KeyError::TooLong { len: text.len() }) } else { Ok(Key::trusted(&text)) }
+        if text.len() > KEY_LEN_MAX { Err(KeyError::TooLong { len: text.len() }) } else { Ok(Key(Arc::from(text))) }
     }
 
     /// Whether it is a [reserved](Self::reserved) one.
@@ -92,9 +92,10 @@ impl Key {
         }
     }
 
-    /// Makes a key of what was checked before.
-    pub(crate) fn trusted(text: &str) -> Self {
-        Key(Arc::from(text))
+    /// The key, borrowed.
+    #[must_use]
+    pub fn lend(&self) -> KeyRef<'_> {
+        KeyRef(&self.0)
     }
 
     /// The key as written.
@@ -153,6 +154,99 @@ impl FromStr for Key {
 impl fmt::Debug for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(self.as_str(), f)
+    }
+}
+
+/// A key, borrowed from where it is stored: a text that was checked, so that nobody checks it again.
+///
+/// # Examples
+///
+/// ```
+/// use nkv_core::{Key, KeyRef};
+///
+/// let key = KeyRef::new("lamp.hall")?;
+/// assert_eq!((key.len(), key.to_key()), (9, Key::new("lamp.hall")?));
+/// # Ok::<(), nkv_core::KeyError>(())
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct KeyRef<'a>(&'a str);
+
+impl<'a> KeyRef<'a> {
+    /// The key of this text.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Key::check`].
+    pub fn new(text: &'a str) -> Result<Self, KeyError> {
+        Key::check(text)?;
+        Ok(KeyRef(text))
+    }
+
+    /// The key of this text, which storage has kept: a [reserved](Key::reserved) one too.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Key::check_stored`].
+    pub fn stored(text: &'a str) -> Result<Self, KeyError> {
+        Key::check_stored(text)?;
+        Ok(KeyRef(text))
+    }
+
+    /// The key of a text that [`Key::check_stored`] has accepted before, as in storage that checks what it reads. Checked again
+    /// in debug builds alone.
+    #[must_use]
+    pub fn checked_before(text: &'a str) -> Self {
+        debug_assert_eq!(Key::check_stored(text), Ok(()), "{text:?} was not checked");
+        KeyRef(text)
+    }
+
+    /// The key of a text that this store has kept in memory.
+    pub(crate) const fn in_memory(text: &'a str) -> Self {
+        KeyRef(text)
+    }
+
+    /// The key as written.
+    #[must_use]
+    pub fn as_str(self) -> &'a str {
+        self.0
+    }
+
+    /// A key of its own.
+    #[must_use]
+    pub fn to_key(self) -> Key {
+        Key(Arc::from(self.0))
+    }
+}
+
+impl Deref for KeyRef<'_> {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        self.0
+    }
+}
+
+impl PartialEq<str> for KeyRef<'_> {
+    fn eq(&self, text: &str) -> bool {
+        self.0 == text
+    }
+}
+
+impl PartialEq<&str> for KeyRef<'_> {
+    fn eq(&self, text: &&str) -> bool {
+        self.0 == *text
+    }
+}
+
+impl fmt::Display for KeyRef<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl fmt::Debug for KeyRef<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self.0, f)
     }
 }
 

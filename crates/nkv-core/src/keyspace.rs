@@ -12,7 +12,7 @@ use std::ops::Bound;
 use bytes::Bytes;
 
 use crate::broken::{broken, text};
-use crate::key::{Key, Pattern, first_bytes};
+use crate::key::{Key, KeyRef, Pattern, first_bytes};
 use crate::order::Order;
 use crate::packed::Unpacked;
 use crate::persist::Loaded;
@@ -144,13 +144,13 @@ impl Keyspace {
             Bound::Unbounded => false,
         });
         let records = slots.map(|slot| self.slots.lend(slot, text));
-        records.take_while(move |record| belongs(record.key))
+        records.take_while(move |record| belongs(&record.key))
     }
 
     /// Keys whose TTL has ended by `now`, the earliest first.
-    pub(crate) fn due(&self, now: Timestamp) -> impl Iterator<Item = &str> {
+    pub(crate) fn due(&self, now: Timestamp) -> impl Iterator<Item = KeyRef<'_>> {
         let slots = self.expiries.iter().take_while(move |(at, _)| *at <= now).map(|(_, slot)| *slot);
-        slots.map(|slot| text(self.slots.get(slot).key))
+        slots.map(|slot| KeyRef::in_memory(text(self.slots.get(slot).key)))
     }
 
     pub(crate) fn next_expiry(&self) -> Option<Timestamp> {
@@ -207,7 +207,7 @@ impl Keyspace {
         let Change { key, revision, action, .. } = change;
         match action {
             Action::Put { value, expiry } => {
-                let (key, value, revision, expiry) = (key.as_str(), ValueRef::of(value), *revision, *expiry);
+                let (key, value, revision, expiry) = (key.lend(), ValueRef::of(value), *revision, *expiry);
                 self.put(RecordRef { key, value, revision, expiry }, hash);
             }
             Action::Delete { .. } => self.remove(key.as_str(), hash),
@@ -219,7 +219,7 @@ impl Keyspace {
     fn put(&mut self, record: RecordRef<'_>, hash: u64) {
         let key = record.key;
         let long = self.pack(record);
-        let Some(slot) = self.find(key, hash) else {
+        let Some(slot) = self.find(&key, hash) else {
             let slot = self.slots.add(&self.packed, long);
             let (slots, hasher) = (&self.slots, &self.hasher);
             self.table.insert(hash, slot, &|slot| hash_of(hasher, slots.get(slot).key));
@@ -403,7 +403,7 @@ mod tests {
         let expiry = |number| Some(Expiry { at: t(number), ttl_ms: 9 });
         for (number, value) in (1..).zip(values) {
             let (key, revision) = (key(number), Revision::new(number));
-            keyspace.load(RecordRef { key: key.as_str(), value, revision, expiry: expiry(number) });
+            keyspace.load(RecordRef { key: key.lend(), value, revision, expiry: expiry(number) });
         }
         keyspace.end_loading(Loaded { revision: Revision::new(4), ..Loaded::default() });
         for (number, value) in (1..).zip(values) {

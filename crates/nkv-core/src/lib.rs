@@ -34,7 +34,7 @@ mod write;
 pub use apply::Applied;
 pub use changes::{CHANGES_LEN_MAX, ChangeGroup, Changes, Gap};
 pub use event::{Began, BeginCause, EndReason, Event, EventKind, Snapshot, SnapshotReader};
-pub use key::{KEY_LEN_MAX, Key, KeyError, Pattern};
+pub use key::{KEY_LEN_MAX, Key, KeyError, KeyRef, Pattern};
 pub use meta::{META_LEN_MAX, Meta};
 pub use notifier::{Delivery, Notifier};
 pub use persist::{

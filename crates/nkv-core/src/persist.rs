@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
-use crate::key::Key;
+use crate::key::{Key, KeyRef};
 use crate::meta::Meta;
 use crate::record::{Action, Change, Expiry, Record, RecordRef, ValueRef};
 use crate::revision::{Epoch, Revision};
@@ -20,8 +20,8 @@ use crate::revision::{Epoch, Revision};
 /// - *Together*: a batch survives whole or not at all, and what survives is a prefix of the batches given.
 /// - *Durable*: what was given before `persist` returned `Ok` survives, to the degree the backend promises.
 /// - *Revisions*: the highest revision ever stored survives too, even when its key was deleted.
-/// - *Keys*: what [`load`](Self::load) visits has a key that [`Key::check`] accepts; the key of a tombstone is one that
-///   [`Key::check_stored`] accepts. The backend sees to that, because it knows what it has read: nobody checks it again.
+/// - *Keys*: what [`load`](Self::load) visits has a [`KeyRef`](crate::KeyRef), made by one of its constructors: of records
+///   one that [`Key::check`] accepts, of tombstones one that [`Key::check_stored`] accepts. Nobody checks it again.
 /// - *Epoch*: it stays the same over restarts, and changes whenever something acknowledged may have been lost, or when
 ///   [`begin_epoch`](Self::begin_epoch) says so.
 /// - *Meta*: a backend that [keeps meta](Self::keeps_meta) gives back with each record the [meta](Change::meta) of the
@@ -135,7 +135,7 @@ pub enum StoredRef<'a> {
     /// What a delete with meta left.
     Tombstone {
         /// The key that is gone, or a [reserved](Key::reserved) one.
-        key: &'a str,
+        key: KeyRef<'a>,
         /// That of the delete.
         revision: Revision,
         /// The meta of the delete.
@@ -146,10 +146,10 @@ pub enum StoredRef<'a> {
 impl<'a> StoredRef<'a> {
     /// Whose it is.
     #[must_use]
-    pub fn key(&self) -> &'a str {
+    pub fn key(&self) -> KeyRef<'a> {
         match self {
             StoredRef::Record { record, .. } => record.key,
-            StoredRef::Tombstone { key, .. } => key,
+            StoredRef::Tombstone { key, .. } => *key,
         }
     }
 
@@ -457,7 +457,7 @@ impl Kept {
     }
 
     fn lend<'a>(&'a self, key: &'a Key) -> StoredRef<'a> {
-        let (key, revision, meta) = (key.as_str(), self.revision, self.meta.as_bytes());
+        let (key, revision, meta) = (key.lend(), self.revision, self.meta.as_bytes());
         match &self.value {
             Some((value, expiry)) => {
                 let record = RecordRef { key, value: ValueRef::of(value), revision, expiry: *expiry };

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 use hashbrown::HashTable;
 
-use crate::key::{Key, Pattern};
+use crate::key::{Key, KeyRef, Pattern};
 use crate::keyspace::{Keyspace, Stored};
 use crate::meta::Meta;
 use crate::persist::{PersistError, PersistErrorKind};
@@ -262,7 +262,7 @@ impl<'a> Plan<'a> {
         let selected = self.keyspace.select(pattern, None, self.now);
         // Each change before it may have removed one of them.
         let looks_max = keys_max.saturating_add(self.changes.len()).saturating_add(1);
-        let mut keys: BTreeSet<Key> = selected.take(looks_max).map(|record| Key::trusted(record.key)).collect();
+        let mut keys: BTreeSet<Key> = selected.take(looks_max).map(|record| record.key.to_key()).collect();
         let latest = self.latest.iter().flatten().filter_map(|at| self.changes.get(*at));
         for change in latest.filter(|change| pattern.selects(&change.key)) {
             if left_by(change) == Revision::ZERO {
@@ -301,8 +301,8 @@ impl<'a> Plan<'a> {
             }
             let Some(record) = selected.next() else { break true };
             looks += 1;
-            let key = Key::trusted(record.key);
-            let hash = self.keyspace.hash(record.key);
+            let key = record.key.to_key();
+            let hash = self.keyspace.hash(&record.key);
             if record.revision <= sweep.until && self.latest(&key, hash).is_none() {
                 keys.push((key.clone(), hash, record.revision));
             }
@@ -335,7 +335,7 @@ impl<'a> Plan<'a> {
         // What an earlier operation of the batch wrote or removed is not due: its expiry is another.
         let is_untouched = |key: &Key| self.latest(key, self.keyspace.hash(key.as_str())).is_none();
         let due =
-            self.keyspace.due(self.now).take(SLICE_LOOKS_MAX + sweep.refused).map(Key::trusted).filter(is_untouched);
+            self.keyspace.due(self.now).take(SLICE_LOOKS_MAX + sweep.refused).map(KeyRef::to_key).filter(is_untouched);
         // What was refused is due still, and comes first again.
         let due: Vec<Key> = due.skip(sweep.refused).take(keys_max).collect();
         let is_done = due.len() < keys_max;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::key::Key;
+use crate::key::{Key, KeyRef};
 use crate::meta::Meta;
 use crate::revision::Revision;
 
@@ -82,7 +82,7 @@ impl Record {
     #[must_use]
     pub fn lend(&self) -> RecordRef<'_> {
         let value = ValueRef::of(&self.value);
-        RecordRef { key: self.key.as_str(), value, revision: self.revision, expiry: self.expiry }
+        RecordRef { key: self.key.lend(), value, revision: self.revision, expiry: self.expiry }
     }
 }
 
@@ -90,7 +90,7 @@ impl Record {
 #[derive(Clone, Copy, Debug)]
 pub struct RecordRef<'a> {
     /// The key.
-    pub key: &'a str,
+    pub key: KeyRef<'a>,
     /// Its value.
     pub value: ValueRef<'a>,
     /// The revision of the put that stored it.
@@ -113,7 +113,7 @@ impl RecordRef<'_> {
     #[must_use]
     pub fn to_record(self) -> Record {
         let RecordRef { key, value, revision, expiry } = self;
-        Record { key: Key::trusted(key), value: value.to_bytes(), revision, expiry }
+        Record { key: key.to_key(), value: value.to_bytes(), revision, expiry }
     }
 }
 

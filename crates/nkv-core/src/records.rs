@@ -5,6 +5,7 @@ use std::fmt;
 use bytes::Bytes;
 
 use crate::broken::{broken, text};
+use crate::key::KeyRef;
 use crate::packed::Unpacked;
 use crate::record::{Record, RecordRef, ValueRef};
 
@@ -56,7 +57,7 @@ impl Records {
         } else {
             ValueRef::Lent(value)
         };
-        Some(RecordRef { key: text(key), value, revision, expiry })
+        Some(RecordRef { key: KeyRef::in_memory(text(key)), value, revision, expiry })
     }
 
     /// All of them.

@@ -106,10 +106,10 @@ impl PersistValue for RoutePersist {
         for (at, backend) in self.backends.iter_mut().enumerate() {
             let mut stray = None;
             let loaded = backend.load(&mut |stored| {
-                if pick(&self.branches, stored.key()) == at {
+                if pick(&self.branches, &stored.key()) == at {
                     visit(stored);
                 } else {
-                    stray = Some(stored.key().to_owned());
+                    stray = Some(stored.key().to_string());
                 }
             })?;
             if let Some(key) = stray {

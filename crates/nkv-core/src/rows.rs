@@ -9,7 +9,7 @@
 use std::collections::HashSet;
 use std::fmt;
 
-use crate::key::Key;
+use crate::key::KeyRef;
 use crate::persist::{Loaded, PersistError, PersistErrorKind, PersistValue, StoredRef};
 use crate::record::{Action, Change, Expiry, RecordRef, Timestamp, ValueRef};
 use crate::revision::{Epoch, Revision};
@@ -272,11 +272,10 @@ fn decode<'a>(name: &'a str, bytes: &'a [u8]) -> Option<StoredRef<'a>> {
     }
     let revision = Revision::new(u64::from_le_bytes(*revision));
     if flags & IS_TOMBSTONE != 0 {
-        Key::check_stored(name).ok()?;
-        return Some(StoredRef::Tombstone { key: name, revision, meta: meta? });
+        return Some(StoredRef::Tombstone { key: KeyRef::stored(name).ok()?, revision, meta: meta? });
     }
-    Key::check(name).ok()?;
+    let key = KeyRef::new(name).ok()?;
     let expiry = Expiry { at: Timestamp::from_millis(u64::from_le_bytes(*at)), ttl_ms: u64::from_le_bytes(*ttl_ms) };
     let expiry = (flags & HAS_EXPIRY != 0).then_some(expiry);
-    Some(StoredRef::Record { record: RecordRef { key: name, value: ValueRef::Lent(value), revision, expiry }, meta })
+    Some(StoredRef::Record { record: RecordRef { key, value: ValueRef::Lent(value), revision, expiry }, meta })
 }

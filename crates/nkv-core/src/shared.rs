@@ -10,7 +10,7 @@ use std::vec::IntoIter;
 
 use crate::changes::{Changes, Feed, Gap};
 use crate::event::{Began, EndReason, Event, EventKind, ReadSnapshot, Snapshot, SnapshotReader};
-use crate::key::{Key, Pattern};
+use crate::key::{Key, KeyRef, Pattern};
 use crate::keyspace::{Keyspace, is_due};
 use crate::notifier::{Delivery, Notifier};
 use crate::plan::Hashed;
@@ -403,7 +403,7 @@ impl<N: Notifier> ReadSnapshot for Reader<N> {
                 records.push(record);
             }
         }
-        let up_to = last.filter(|_| covered.next().is_some()).map(Key::trusted);
+        let up_to = last.filter(|_| covered.next().is_some()).map(KeyRef::to_key);
         let is_last = up_to.is_none();
         self.progress.has_read(up_to, subscribers.told, applied);
         drop(covered);

@@ -12,7 +12,7 @@ use std::collections::btree_map::{BTreeMap, Entry};
 use bytes::Bytes;
 
 use crate::broken::broken;
-use crate::key::compare;
+use crate::key::{KeyRef, compare};
 use crate::packed::Unpacked;
 use crate::record::{RecordRef, ValueRef};
 
@@ -82,7 +82,7 @@ impl Slots {
         } else {
             ValueRef::Lent(record.value)
         };
-        RecordRef { key: key(record.key), value, revision: record.revision, expiry: record.expiry }
+        RecordRef { key: KeyRef::in_memory(key(record.key)), value, revision: record.revision, expiry: record.expiry }
     }
 
     pub(crate) fn add(&mut self, packed: &[u8], long: Option<Bytes>) -> u32 {

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use thiserror::Error;
 
 use crate::changes::{Changes, Gap};
-use crate::key::{Key, Pattern};
+use crate::key::{Key, KeyRef, Pattern};
 use crate::keyspace::{Keyspace, is_due};
 use crate::notifier::Notifier;
 use crate::persist::{PersistError, PersistErrorKind, PersistValue, StoredRef};
@@ -156,7 +156,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         let mut keyspace = Keyspace::default();
         let loaded = persist.load(&mut |mut stored| {
             if let StoredRef::Record { record, .. } = &mut stored {
-                debug_assert_eq!(Key::check(record.key), Ok(()), "storage visits nothing else");
+                debug_assert_eq!(Key::check(&record.key), Ok(()), "storage visits nothing else");
                 if let Some(expiry) = &mut record.expiry {
                     expiry.at = expiry.at.min(clamp_at.saturating_add(expiry.ttl_ms));
                 }
@@ -212,7 +212,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
                     visit(record)?;
                 }
             }
-            let Some(last) = last.filter(|_| selected.next().is_some()).map(Key::trusted) else {
+            let Some(last) = last.filter(|_| selected.next().is_some()).map(KeyRef::to_key) else {
                 return ControlFlow::Continue(());
             };
             drop(selected);
@@ -254,7 +254,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     /// At most `limit` keys that `pattern` selects, after `after`, with their revisions, in key order, of one moment as
     /// [`walk`](Self::walk) has it.
     pub fn list(&self, pattern: &Pattern, after: Option<&Key>, limit: usize) -> Page<(Key, Revision)> {
-        let listed = |record: RecordRef<'_>| Ok::<_, Infallible>((Key::trusted(record.key), record.revision));
+        let listed = |record: RecordRef<'_>| Ok::<_, Infallible>((record.key.to_key(), record.revision));
         match self.page(pattern, after, limit, listed) {
             Ok(page) => page,
             Err(never) => match never {},

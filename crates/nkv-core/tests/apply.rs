@@ -239,7 +239,7 @@ fn who_opens_a_store_is_lent_all_with_its_meta() {
     drop(store);
     let mut lent = Vec::new();
     let visit = |stored: StoredRef<'_>| {
-        lent.push((stored.key().to_owned(), stored.meta().map(<[u8]>::to_vec), stored.record().is_some()));
+        lent.push((stored.key().to_string(), stored.meta().map(<[u8]>::to_vec), stored.record().is_some()));
     };
     let store: Store<_> = NotifyKeyValue::open_visiting(disk, Timestamp::MIN, visit).unwrap();
     lent.sort();

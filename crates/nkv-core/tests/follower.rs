@@ -403,7 +403,7 @@ impl Client {
             EventKind::Snapshot(part) if part.pattern == Pattern::All => {
                 self.enter(part.epoch);
                 let (_, fresh) = self.fresh.as_mut().expect("a snapshot has a beginning");
-                fresh.extend(part.records.iter().map(|record| (record.key.to_owned(), record.revision)));
+                fresh.extend(part.records.iter().map(|record| (record.key.to_string(), record.revision)));
                 if part.is_last {
                     let (_, fresh) = self.fresh.take().unwrap();
                     for (key, revision) in &fresh {

@@ -205,7 +205,7 @@ fn a_snapshot_is_read_in_parts_when_its_reader_is_ready_and_changes_of_what_was_
     let part = |inbox: &Inbox| {
         let event = take(inbox).unwrap();
         let EventKind::Snapshot(part) = event.kind() else { panic!("{event:?}") };
-        (part.records.len(), part.records.get(0).unwrap().key.to_owned(), part.revision.get(), part.is_last)
+        (part.records.len(), part.records.get(0).unwrap().key.to_string(), part.revision.get(), part.is_last)
     };
     assert_eq!(part(&inbox), (PART, "k.000000".into(), 3_002, false));
     // Before the place where the reader is, and behind it.
@@ -252,7 +252,7 @@ fn what_waits_for_a_subscriber_is_bounded_whatever_comes_and_goes() {
                 read.clear();
             }
             EventKind::Snapshot(part) => {
-                read.extend(part.records.iter().map(|record| record.key.to_owned()));
+                read.extend(part.records.iter().map(|record| record.key.to_string()));
                 if part.is_last {
                     view = std::mem::take(&mut read);
                 }
@@ -440,7 +440,7 @@ impl View {
             EventKind::Began(began) if began.has_snapshot => assert!(self.fresh.replace(BTreeMap::new()).is_none()),
             EventKind::Snapshot(part) => {
                 let fresh = self.fresh.as_mut().unwrap();
-                fresh.extend(part.records.iter().map(|record| (record.key.to_owned(), record.revision.get())));
+                fresh.extend(part.records.iter().map(|record| (record.key.to_string(), record.revision.get())));
                 if part.is_last {
                     (self.known, self.snapshots) = (self.fresh.take().unwrap(), self.snapshots + 1);
                 }

@@ -121,7 +121,7 @@ fn part(snapshot: &Snapshot, form: ValueForm, out: &mut Chunks) {
             ValueRef::Lent(value) => (value, None),
             ValueRef::Shared(value) => (&value[..], Some(value)),
         };
-        update(GetEntry { key: record.key, value, shared, revision: record.revision.get() }, form, out);
+        update(GetEntry { key: record.key.as_str(), value, shared, revision: record.revision.get() }, form, out);
     }
     if *is_last {
         synced(&pattern.to_string(), revision.get(), &epoch.to_string(), out);

@@ -198,7 +198,7 @@ fn use_it(fs: &SimFs, mut persist: FsPersist) {
         let visit = &mut |stored: StoredRef<'_>| {
             let value = stored.record().map(|record| record.value.to_bytes());
             let kept = (value, stored.meta().map(<[u8]>::to_vec), stored.revision());
-            all.insert(stored.key().to_owned(), kept);
+            all.insert(stored.key().to_string(), kept);
         };
         let loaded = persist.load(visit).unwrap();
         (all, loaded)

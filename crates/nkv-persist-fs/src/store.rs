@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nkv_core::{
-    Change, Epoch, FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef,
+    Change, Epoch, FailureHandler, KeyRef, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef,
     StoredRef, ValueRef,
 };
 
@@ -303,10 +303,17 @@ fn visit_segment(
             }
             let stored = match record.entry().map_err(|reason| damaged(&name, offset, reason))? {
                 Entry::Put { key, value, revision, expiry, meta, .. } => StoredRef::Record {
-                    record: RecordRef { key, value: ValueRef::Lent(value), revision, expiry },
+                    record: RecordRef {
+                        key: KeyRef::checked_before(key),
+                        value: ValueRef::Lent(value),
+                        revision,
+                        expiry,
+                    },
                     meta,
                 },
-                Entry::Tombstone { key, revision, meta, .. } => StoredRef::Tombstone { key, revision, meta },
+                Entry::Tombstone { key, revision, meta, .. } => {
+                    StoredRef::Tombstone { key: KeyRef::checked_before(key), revision, meta }
+                }
                 _ => continue,
             };
             visited = visited.saturating_add(record.bytes.len() as u64);

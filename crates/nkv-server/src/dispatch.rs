@@ -436,7 +436,7 @@ impl Session {
         let id = request.id;
         let long = self.door.handle.look_up(&request.key, |record| match record.value {
             ValueRef::Lent(value) => {
-                let entry = GetEntry { key: record.key, value, shared: None, revision: record.revision.get() };
+                let entry = GetEntry { key: record.key.as_str(), value, shared: None, revision: record.revision.get() };
                 Answer::to(id, out).get(form, &[entry], false);
                 None
             }

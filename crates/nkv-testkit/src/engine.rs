@@ -333,11 +333,11 @@ async fn all_nodes_have_one_order_of_changes(a: &Handle, b: &Handle) {
     for one in writing {
         one.await.unwrap_or_else(|error| panic!("{error}"));
     }
-    a.put("order.end", "1").await.unwrap_or_else(|error| panic!("put: {error}"));
+    a.put("order.z", "1").await.unwrap_or_else(|error| panic!("put: {error}"));
     let mut states = Vec::new();
     for stream in &mut streams {
         let mut state = BTreeMap::new();
-        while !state.contains_key("order.end") {
+        while !state.contains_key("order.z") {
             match timeout(PATIENCE, stream.next()).await {
                 Ok(Some(Event::Update { entry, .. })) => {
                     let before = state.insert(entry.key.as_str().to_owned(), (entry.revision.get(), entry.value));

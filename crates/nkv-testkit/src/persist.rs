@@ -642,7 +642,7 @@ impl<'a, H: PersistHarness> Kept<'a, H> {
 fn load_all<P: PersistValue>(backend: &mut P) -> (BTreeMap<String, Entry>, Loaded) {
     let mut all = BTreeMap::new();
     let loaded = backend.load(&mut |stored| {
-        let key = stored.key();
+        let key = stored.key().as_str();
         let check = if stored.record().is_some() { Key::check(key) } else { Key::check_stored(key) };
         assert_eq!(check, Ok(()), "load visited {key:?}");
         let value = stored.record().map(|record| (record.value.to_bytes(), record.expiry));
@@ -763,7 +763,7 @@ pub(crate) fn load<P: PersistValue>(backend: &mut P) -> (Vec<Record>, Loaded) {
     let mut records: BTreeMap<Key, Record> = BTreeMap::new();
     let loaded = backend.load(&mut |stored| {
         let Some(record) = stored.record() else { panic!("load visited {stored:?}: no delete had meta") };
-        assert_eq!(Key::check(record.key), Ok(()), "load visited {:?}", record.key);
+        assert_eq!(Key::check(&record.key), Ok(()), "load visited {:?}", record.key);
         let record = record.to_record();
         let key = record.key.clone();
         assert!(records.insert(key.clone(), record).is_none(), "load visited {key} twice");

@@ -6,8 +6,8 @@ use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Mutex};
 
 use nkv_core::{
-    Action, Change, Epoch, Key, Loaded, MemoryPersist, Meta, PersistError, PersistErrorKind, PersistValue, Prepared,
-    Record, RecordRef, Revision, StoredRef,
+    Action, Change, Epoch, Key, KeyRef, Loaded, MemoryPersist, Meta, PersistError, PersistErrorKind, PersistValue,
+    Prepared, Record, RecordRef, Revision, StoredRef,
 };
 use nkv_testkit::persist::{self, PersistHarness};
 
@@ -124,7 +124,7 @@ impl PersistValue for Broken {
         for record in disk.records.values() {
             let padded = format!("{} ", record.key);
             let key = if disk.flaw == Flaw::PadsKeys { &padded } else { record.key.as_str() };
-            visit(RecordRef { key, ..record.lend() }.into());
+            visit(RecordRef { key: KeyRef::checked_before(key), ..record.lend() }.into());
         }
         let loaded = Loaded {
             epoch: Epoch::new(if disk.flaw == Flaw::ChangesEpoch { disk.opened } else { 1 + disk.closed }),

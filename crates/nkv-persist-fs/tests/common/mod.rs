@@ -203,7 +203,7 @@ pub(crate) fn load(persist: &mut impl PersistValue) -> Result<(Model, Loaded), P
         let (record, meta) = (stored.record(), stored.meta().map(<[u8]>::to_vec));
         let (value, expiry) = (record.map(|record| record.value.to_vec()), record.and_then(|record| record.expiry));
         let kept = Kept { revision: stored.revision().get(), value, expiry, meta };
-        assert!(model.insert(stored.key().to_owned(), kept).is_none(), "{} visited twice", stored.key());
+        assert!(model.insert(stored.key().to_string(), kept).is_none(), "{} visited twice", stored.key());
     })?;
     Ok((model, loaded))
 }

@@ -160,6 +160,8 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
                 // What its revision shows to be known is not looked for.
                 if change.revision > present {
                     different.push(change);
+                } else if self.get_stored(&change.key, |_| ()).is_some() {
+                    return Err(contradiction(&change.key, change.revision));
                 }
                 continue;
             };
@@ -299,10 +301,16 @@ fn check_order(changes: &[Change]) -> Result<(), PersistError> {
     if !changes.is_sorted_by_key(|change| change.revision) {
         return Err(rejected("the revisions of a batch fall"));
     }
+    check_last(changes.last().map_or(Revision::ZERO, |last| last.revision))?;
     for of_one_revision in changes.chunk_by(|a, b| a.revision == b.revision).filter(|changes| changes.len() > 1) {
         check_once(of_one_revision)?;
     }
     Ok(())
+}
+
+/// A revision behind which there is none would be the last change of the store.
+fn check_last(revision: Revision) -> Result<(), PersistError> {
+    if revision.next() == Revision::ZERO { Err(rejected("no revision may follow this one")) } else { Ok(()) }
 }
 
 fn check_once(changes: &[Change]) -> Result<(), PersistError> {
@@ -315,6 +323,7 @@ fn check_once(changes: &[Change]) -> Result<(), PersistError> {
 
 fn check_state(state: &[Change], revision: Revision) -> Result<(), PersistError> {
     check_once(state)?;
+    check_last(revision)?;
     let is_outside = |change: &&Change| change.revision == Revision::ZERO || change.revision > revision;
     match state.iter().find(is_outside) {
         Some(change) => {

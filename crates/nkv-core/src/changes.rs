@@ -33,7 +33,8 @@ pub struct ChangeGroup {
     /// In their order, at least one. A delete that [replaces](Change::replaces) nothing left a tombstone, or dropped one.
     pub changes: Arc<[Change]>,
     /// Behind this group every change up to this revision was given: a point to resume from. `None` where others of the
-    /// same revision follow.
+    /// same revision follow: a follower that [applies](crate::NotifyKeyValue::apply) what it reads gathers those first, as
+    /// all of a revision belongs into one batch.
     pub resume: Option<Revision>,
 }
 
@@ -268,6 +269,7 @@ impl Feed {
         }
         let mut state = self.log.lock();
         state.revision = complete;
+        let (first, before) = (state.front + state.held.len() as u64, state.pushed);
         for group in groups {
             let start = state.pushed;
             state.pushed += group.changes.iter().map(change_len).sum::<u64>();
@@ -275,7 +277,11 @@ impl Feed {
             state.held.push_back(Held { group, start, end });
         }
         let pushed = state.pushed;
-        for reader in state.readers.iter_mut().filter(|reader| pushed - reader.read > reader.len_max) {
+        // One that had taken all is not behind, however much this is.
+        let is_behind = |reader: &&mut Reader| {
+            pushed - reader.read > reader.len_max && !(reader.next == Some(first) && reader.read == before)
+        };
+        for reader in state.readers.iter_mut().filter(is_behind) {
             reader.next = None;
         }
         let unread = state.trim();

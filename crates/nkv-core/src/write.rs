@@ -205,6 +205,12 @@ impl Write {
         self.rest().iter().any(|op| matches!(op, Op::Put { options, .. } if options.expiry.is_some()))
     }
 
+    /// Its operations, done or not.
+    #[must_use]
+    pub fn into_ops(self) -> Vec<Op> {
+        self.ops
+    }
+
     /// What became of its operations, one result each.
     #[must_use]
     pub fn into_results(self) -> Vec<WriteResult> {

@@ -221,8 +221,11 @@ fn a_polling_reader_is_woken_by_a_change_a_gap_and_the_end_of_the_store() {
     assert!(changes.poll_next(&mut cx).is_pending());
     let mut other = store.changes(None, 1_000).unwrap();
     assert!(other.poll_next(&mut cx).is_pending());
+    // However long it is, a reader that had taken all takes it.
     store.put(&key("a"), vec![0; 2_000], PutOptions::default()).unwrap();
     assert_eq!(wakes.0.load(SeqCst), 3);
+    assert!(matches!(other.poll_next(&mut cx), Poll::Ready(Ok(Some(_)))));
+    store.put(&key("a"), "x", PutOptions::default()).unwrap();
     assert!(matches!(changes.poll_next(&mut cx), Poll::Ready(Err(_))));
     let mut last = store.changes(None, 1_000).unwrap();
     store.put(&key("b"), "x", PutOptions::default()).unwrap();

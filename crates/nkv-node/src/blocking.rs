@@ -1,9 +1,11 @@
 //! The handle for plain threads.
 
 use nkv_types::{
-    AsKey, AsPattern, AsPatterns, Deleted, Entry, IntoEdit, IntoValue, Key, Page, PageOptions, PutOptions, Result,
-    Revision, Stats, SubscribeOptions,
+    AsKey, AsPattern, AsPatterns, BranchWatch, Deleted, Edit, Entry, IntoEdit, IntoValue, Key, Page, PageOptions,
+    PutOptions, Result, Revision, Stats, SubscribeOptions, Watch,
 };
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::handle::Handle;
 use crate::subscription::Subscription;
@@ -81,6 +83,10 @@ blocking! {
     subscribe(patterns: impl AsPatterns) -> Subscription;
     /// The same, with options.
     subscribe_with(patterns: impl AsPatterns, options: SubscribeOptions) -> Subscription;
+    /// The value of a key, as it changes: [`borrow`](nkv_types::Current::borrow) it.
+    watch(key: impl AsKey) -> Watch<Entry>;
+    /// All keys that a pattern covers with their values, as they change.
+    watch_branch(pattern: impl AsPattern) -> BranchWatch<Entry>;
     /// Whether the node serves requests.
     health() -> ();
     /// Figures of the store.
@@ -88,6 +94,58 @@ blocking! {
 }
 
 impl BlockingHandle {
+    /// The value of a key, as JSON.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Handle::get_as`].
+    pub fn get_as<T: DeserializeOwned>(&self, key: impl AsKey) -> Result<Option<T>> {
+        self.handle.shared().runtime.block_on(self.handle.get_as(key))
+    }
+
+    /// Writes a value as JSON.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Handle::put_as`].
+    pub fn put_as<T: Serialize + ?Sized>(&self, key: impl AsKey, value: &T) -> Result<Revision> {
+        self.handle.shared().runtime.block_on(self.handle.put_as(key, value))
+    }
+
+    /// The value of a key as JSON, as it changes: [`borrow`](nkv_types::Current::borrow) it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Handle::watch_as`].
+    pub fn watch_as<T: DeserializeOwned + Send + Sync + 'static>(&self, key: impl AsKey) -> Result<Watch<T>> {
+        self.handle.shared().runtime.block_on(self.handle.watch_as(key))
+    }
+
+    /// All keys that a pattern covers with their values as JSON, as they change.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Handle::watch_branch_as`].
+    pub fn watch_branch_as<T>(&self, pattern: impl AsPattern) -> Result<BranchWatch<T>>
+    where
+        T: DeserializeOwned + Send + Sync + 'static,
+    {
+        self.handle.shared().runtime.block_on(self.handle.watch_branch_as(pattern))
+    }
+
+    /// Changes a value, as JSON, that others may change too.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Handle::update_as`].
+    pub fn update_as<T: Serialize + DeserializeOwned, E: Into<Edit<T>>>(
+        &self,
+        key: impl AsKey,
+        edit: impl FnMut(Option<T>) -> E,
+    ) -> Result<Option<T>> {
+        self.handle.shared().runtime.block_on(self.handle.update_as(key, edit))
+    }
+
     /// Changes a value that others may change too.
     ///
     /// # Errors

@@ -28,22 +28,34 @@ pub trait Engine: fmt::Debug + Send + Sync + 'static {
     /// What it can do.
     fn abilities(&self) -> Abilities;
 
-    /// Takes a record or a tombstone that the node's storage has kept, with its meta, before anything else is asked.
+    /// Takes a record or a tombstone that the node's storage has kept, with its meta, before anything is written or followed.
     fn restore(&self, stored: StoredRef<'_>) {
         let _ = stored;
     }
 
     /// Has operations done, and returns when the engine keeps them: in order, each for itself; with `together`, all of them in
-    /// one step or none. One result for each, or for all of them the same error.
+    /// one step or none. Conditions are on revisions of `epoch`, that of the node's state: where the data are of another, they
+    /// say nothing ([`EngineError::OtherEpoch`]).
+    ///
+    /// A caller may give up: then the future is dropped, and the operations may be done or not.
     ///
     /// # Errors
     ///
-    /// [`EngineError`].
-    async fn write(&self, ops: Vec<Op>, together: bool) -> Result<Vec<Result<Outcome, EngineError>>, EngineError>;
+    /// [`EngineError`], for all of them.
+    async fn write(&self, epoch: Epoch, ops: Vec<Op>, together: bool) -> Result<Decided, EngineError>;
 
     /// Feeds what comes after `seen`, or the whole state first where that cannot be or nothing was seen, for as long as it goes
     /// well; returns why it did not. Dropped when the node stops.
     async fn follow(&self, seen: Option<Seen>, feed: Feed) -> EngineError;
+}
+
+/// What an engine made of operations.
+#[derive(Clone, Debug)]
+pub struct Decided {
+    /// The epoch of the revisions in the results.
+    pub epoch: Epoch,
+    /// One for each operation.
+    pub results: Vec<Result<Outcome, EngineError>>,
 }
 
 /// What an engine can do beyond plain puts, gets and deletes of one key.
@@ -89,7 +101,10 @@ pub enum EngineError {
         /// In words.
         message: String,
     },
-    /// Nobody knows whether the write was done.
+    /// The data are of another epoch than the condition; nothing was changed.
+    #[error("the data are of another epoch than the condition")]
+    OtherEpoch,
+    /// It is not known whether the write was done.
     #[error("the engine did not say what became of the write: {0}")]
     OutcomeUnknown(String),
     /// The node did not take what was fed.
@@ -102,30 +117,34 @@ impl From<EngineError> for Error {
         let kind = match &error {
             EngineError::Unavailable(_) | EngineError::Feed(_) => ErrorKind::Refused { status: 503 },
             EngineError::Refused { status, .. } => ErrorKind::Refused { status: *status },
+            EngineError::OtherEpoch => ErrorKind::OtherEpoch,
             EngineError::OutcomeUnknown(_) => ErrorKind::OutcomeUnknown,
         };
         Error::new(kind, error.to_string())
     }
 }
 
-/// Where an engine gives its changes to a node. Each call returns when what was given is kept and visible.
+/// Where an engine gives its changes to a node. Each call returns when what was given is kept and visible. It is good for the
+/// `follow` that it was made for: what comes by it after the next one has begun is refused.
 #[derive(Clone, Debug)]
 pub struct Feed {
     to: Arc<dyn Follower>,
+    /// What a later one has a higher number of: this one gives nothing any more then.
+    number: u64,
 }
 
 /// A node that follows an engine. Its methods may block.
 pub(crate) trait Follower: fmt::Debug + Send + Sync {
-    fn apply(&self, changes: Vec<Change>) -> Result<Applied, PersistError>;
+    fn apply(&self, feed: u64, changes: Vec<Change>) -> Result<Applied, PersistError>;
 
-    fn replace(&self, state: Vec<Change>, revision: Revision, epoch: Epoch) -> Result<u64, PersistError>;
+    fn replace(&self, feed: u64, state: Vec<Change>, revision: Revision, epoch: Epoch) -> Result<u64, PersistError>;
 
-    fn reached(&self);
+    fn reached(&self, feed: u64);
 }
 
 impl Feed {
-    pub(crate) fn new(to: Arc<dyn Follower>) -> Self {
-        Feed { to }
+    pub(crate) fn new(to: Arc<dyn Follower>, number: u64) -> Self {
+        Feed { to, number }
     }
 
     /// Applies a batch of changes: see [`NotifyKeyValue::apply`](nkv_core::NotifyKeyValue::apply).
@@ -138,7 +157,7 @@ impl Feed {
     ///
     /// A batch whose future is dropped may or may not be applied.
     pub async fn apply(&self, changes: Vec<Change>) -> Result<Applied, EngineError> {
-        self.run(move |to| to.apply(changes)).await
+        self.run(move |to, number| to.apply(number, changes)).await
     }
 
     /// Has the node be at a whole state: see [`NotifyKeyValue::replace`](nkv_core::NotifyKeyValue::replace). Returns how many
@@ -152,21 +171,21 @@ impl Feed {
     ///
     /// As [`apply`](Self::apply).
     pub async fn replace(&self, state: Vec<Change>, revision: Revision, epoch: Epoch) -> Result<u64, EngineError> {
-        self.run(move |to| to.replace(state, revision, epoch)).await
+        self.run(move |to, number| to.replace(number, state, revision, epoch)).await
     }
 
     /// Notes that the engine is in reach, and that the node has seen all that there was when it was asked: reads are of the
     /// present from here on, and writes are taken.
     pub fn reached(&self) {
-        self.to.reached();
+        self.to.reached(self.number);
     }
 
     async fn run<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&dyn Follower) -> Result<T, PersistError> + Send + 'static,
+        work: impl FnOnce(&dyn Follower, u64) -> Result<T, PersistError> + Send + 'static,
     ) -> Result<T, EngineError> {
-        let to = Arc::clone(&self.to);
-        let done = tokio::task::spawn_blocking(move || work(&*to)).await;
+        let (to, number) = (Arc::clone(&self.to), self.number);
+        let done = tokio::task::spawn_blocking(move || work(&*to, number)).await;
         done.map_err(|error| EngineError::Unavailable(error.to_string()))?.map_err(EngineError::Feed)
     }
 }
@@ -219,32 +238,35 @@ impl Truth {
     }
 
     /// Has the engine do operations, and waits until the node has seen what they changed.
-    pub(crate) async fn write(&self, ops: Vec<Op>, together: bool) -> Result<Vec<Result<Outcome>>> {
+    pub(crate) async fn write(&self, ops: Vec<Op>, together: bool) -> Result<(Epoch, Vec<Result<Outcome>>)> {
         if together && ops.len() > 1 && !self.abilities.batches {
             return Err(cannot("batches"));
         }
-        if !self.status().is_in_reach {
+        let Status { is_in_reach, seen: Seen { epoch: before, .. }, .. } = self.status();
+        if !is_in_reach {
             let message = "the engine is out of reach; nothing was changed";
             return Err(Error::new(ErrorKind::Refused { status: 503 }, message));
         }
-        let results = self.engine.write(ops, together).await.map_err(Error::from)?;
+        let Decided { epoch, results } = self.engine.write(before, ops, together).await.map_err(Error::from)?;
         let revision = |result: &Result<Outcome, EngineError>| match result {
             Ok(Outcome::Put { revision } | Outcome::Deleted { revision, .. } | Outcome::Conflict { revision }) => {
                 *revision
             }
             _ => Revision::ZERO,
         };
-        self.caught_up(results.iter().map(revision).max().unwrap_or_default()).await;
-        Ok(results.into_iter().map(|result| result.map_err(Error::from)).collect())
+        let revision = results.iter().map(revision).max().unwrap_or_default();
+        self.caught_up(before, Seen { epoch, revision }).await;
+        Ok((epoch, results.into_iter().map(|result| result.map_err(Error::from)).collect()))
     }
 
-    /// Waits until the node has seen this revision, or will not for now: the engine is out of reach, or began another epoch.
-    async fn caught_up(&self, revision: Revision) {
-        let mut status = self.status.subscribe();
-        let epoch = status.borrow().seen.epoch;
-        let is_it =
-            |status: &Status| status.seen.revision >= revision || status.seen.epoch != epoch || !status.is_in_reach;
-        drop(status.wait_for(is_it).await);
+    /// Waits until the node, which was in the epoch `before`, has seen this much, or will not: the engine is out of reach, or
+    /// began yet another epoch.
+    async fn caught_up(&self, before: Epoch, wanted: Seen) {
+        let is_it = |Status { seen, is_in_reach, .. }: &Status| {
+            let is_elsewhere = seen.epoch != before && seen.epoch != wanted.epoch;
+            !is_in_reach || is_elsewhere || seen.epoch == wanted.epoch && seen.revision >= wanted.revision
+        };
+        drop(self.status.subscribe().wait_for(is_it).await);
     }
 }
 

@@ -1,13 +1,12 @@
 //! Follows an engine: keeps what it feeds, and begins again when it does not any more.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use nkv_core::{Applied, Change, Epoch, PersistError, Revision};
-use tracing::info;
+use nkv_core::{Applied, Change, Epoch, PersistError, PersistErrorKind, Revision};
 
 use crate::engine::{Feed, Follower, Truth};
-use crate::shared::{Shared, stopped};
+use crate::shared::Shared;
 
 /// The first pause before an engine is followed again is a random part of this, the next of twice as much, and so on.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -15,52 +14,74 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 impl Shared {
     /// Does what an engine feeds.
-    fn take<T>(&self, work: impl FnOnce(&Self) -> Result<T, PersistError>) -> Result<T, PersistError> {
+    fn take<T>(&self, feed: u64, work: impl FnOnce(&Self) -> Result<T, PersistError>) -> Result<T, PersistError> {
+        // One at a time: what was given up and is under way ends before the next feed begins.
+        let newest = self.feeds.lock().unwrap_or_else(PoisonError::into_inner);
+        if *newest != feed {
+            return Err(PersistError::new(PersistErrorKind::Rejected, "the engine is followed anew by now"));
+        }
         // Those that are notified share a wake-up.
         let done = self.wake_ups.gathered(|| work(self));
         self.expiry_changed.notify_one();
         self.budget.check();
-        let seen = self.seen();
-        self.truth().into_iter().for_each(|truth| truth.note(|status| status.seen = seen));
+        self.truth().into_iter().for_each(|truth| truth.note(|status| status.seen = self.seen()));
+        if let Err(error) = &done
+            && error.kind() == PersistErrorKind::Poisoned
+        {
+            self.failure.report(Arc::new(error.clone()));
+        }
         done
     }
 }
 
 impl Follower for Shared {
-    fn apply(&self, changes: Vec<Change>) -> Result<Applied, PersistError> {
-        self.take(|shared| shared.store.apply(changes))
+    fn apply(&self, feed: u64, changes: Vec<Change>) -> Result<Applied, PersistError> {
+        self.take(feed, |shared| shared.store.apply(changes))
     }
 
-    fn replace(&self, state: Vec<Change>, revision: Revision, epoch: Epoch) -> Result<u64, PersistError> {
-        self.take(|shared| shared.store.replace(state, revision, epoch))
+    fn replace(&self, feed: u64, state: Vec<Change>, revision: Revision, epoch: Epoch) -> Result<u64, PersistError> {
+        self.take(feed, |shared| shared.store.replace(state, revision, epoch))
     }
 
-    fn reached(&self) {
+    fn reached(&self, feed: u64) {
+        let newest = self.feeds.lock().unwrap_or_else(PoisonError::into_inner);
+        if *newest != feed {
+            return;
+        }
         let reached = |truth: &Truth| truth.note(|status| (status.has_state, status.is_in_reach) = (true, true));
         self.truth().into_iter().for_each(reached);
     }
 }
 
-/// Follows the engine until the node stops, again and again.
+/// When it is dropped, the engine is followed no more, for whatever reason.
+struct Unfollowed<'a>(&'a Truth);
+
+impl Drop for Unfollowed<'_> {
+    fn drop(&mut self) {
+        self.0.note(|status| status.is_in_reach = false);
+    }
+}
+
+/// Follows the engine, again and again, until it is aborted.
 pub(crate) async fn follow(shared: Arc<Shared>) {
     let Some(truth) = shared.truth() else { return };
-    let mut stop = shared.stop.subscribe();
     let mut failures = 0_u32;
-    let following = async {
-        loop {
-            let seen = truth.status().has_state.then(|| shared.seen());
-            let error = truth.engine.follow(seen, Feed::new(shared.clone())).await;
-            let was_in_reach = truth.status().is_in_reach;
-            truth.note(|status| status.is_in_reach = false);
-            failures = if was_in_reach { 1 } else { failures.saturating_add(1) };
-            shared.log.warn("engine", format_args!("the engine is not followed: {error}"));
-            tokio::time::sleep(pause(failures)).await;
-        }
-    };
-    tokio::select! {
-        biased;
-        () = stopped(&mut stop) => info!("the engine is followed no more"),
-        () = following => {}
+    loop {
+        let unfollowed = Unfollowed(truth);
+        let began = Arc::clone(&shared);
+        // What an earlier feed has under way may take its time.
+        let feed = tokio::task::spawn_blocking(move || {
+            let mut newest = began.feeds.lock().unwrap_or_else(PoisonError::into_inner);
+            *newest = newest.saturating_add(1);
+            *newest
+        });
+        let Ok(feed) = feed.await else { return };
+        let seen = truth.status().has_state.then(|| shared.seen());
+        let error = truth.engine.follow(seen, Feed::new(shared.clone(), feed)).await;
+        failures = if truth.status().is_in_reach { 1 } else { failures.saturating_add(1) };
+        drop(unfollowed);
+        shared.log.warn("engine", format_args!("the engine is not followed: {error}"));
+        tokio::time::sleep(pause(failures)).await;
     }
 }
 

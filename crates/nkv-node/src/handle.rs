@@ -33,6 +33,9 @@ use crate::subscription::{AttachOptions, Attached, Subscription};
 /// How many keys are taken from the store at a time: they are of one moment.
 const PART_KEYS: usize = 1_024;
 
+/// How many events of a watch are one change of its state, at most.
+const TURN_EVENTS: usize = 256;
+
 /// Keys of a page when its options do not say, and at most.
 const PAGE_LIMIT: u64 = 1_000;
 const PAGE_LIMIT_MAX: u64 = 10_000;
@@ -67,7 +70,8 @@ impl Handle {
     }
 
     /// The same store, for one that is not allowed everything: each request is checked against the node's
-    /// [`Rights`](crate::Rights). A door makes one for each connection.
+    /// [`Rights`](crate::Rights). A door makes one for each connection. Code that has a handle can make one for any principal:
+    /// rights are for peers, not for code of the process.
     #[must_use]
     pub fn as_principal(&self, principal: impl Into<Arc<str>>) -> Self {
         Handle { shared: Arc::clone(&self.shared), principal: Some(principal.into()) }
@@ -80,6 +84,18 @@ impl Handle {
     /// # Errors
     ///
     /// [`ErrorKind::InvalidKey`]; [`ErrorKind::Closed`]; [`ErrorKind::Refused`] with 403.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let node = nkv_node::Node::builder().start().await?;
+    /// # let nkv = node.handle();
+    /// nkv.put("lamp.hall", "on").await?;
+    /// assert_eq!(nkv.get("lamp.hall").await?.ok_or("no such key")?.value, "on");
+    /// assert_eq!(nkv.get("lamp.attic").await?, None);
+    /// # Ok(()) }
+    /// ```
     pub async fn get(&self, key: impl AsKey) -> Result<Option<Entry>> {
         let epoch = self.epoch();
         self.look_up(key.key_text()?, |record| entry(epoch, record.to_record()))
@@ -100,6 +116,18 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let node = nkv_node::Node::builder().start().await?;
+    /// # let nkv = node.handle();
+    /// nkv.put("lamp.hall", "on").await?;
+    /// let lamps = nkv.get_all("lamp.*").await?;
+    /// assert_eq!(lamps[0].key.as_str(), "lamp.hall");
+    /// # Ok(()) }
+    /// ```
     pub async fn get_all(&self, pattern: impl AsPattern) -> Result<Vec<Entry>> {
         let epoch = self.epoch();
         self.all(&*pattern.as_pattern()?, |record| entry(epoch, record.to_record())).await
@@ -151,6 +179,17 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`put_with`](Self::put_with), but for a conflict.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let node = nkv_node::Node::builder().start().await?;
+    /// # let nkv = node.handle();
+    /// let revision = nkv.put("lamp.hall", "on").await?;
+    /// assert_eq!(revision.get(), 1);
+    /// # Ok(()) }
+    /// ```
     pub async fn put(&self, key: impl AsKey, value: impl IntoValue) -> Result<Revision> {
         self.put_with(key, value, PutOptions::default()).await
     }
@@ -162,6 +201,21 @@ impl Handle {
     /// [`ErrorKind::Conflict`], [`ErrorKind::OtherEpoch`] if the condition does not hold. [`ErrorKind::Refused`] with 413
     /// for a value over the limit, 507 if the disk is full, 500 if storage fails, 403. [`ErrorKind::InvalidKey`];
     /// [`ErrorKind::Closed`]; [`ErrorKind::OutcomeUnknown`] if the node stops meanwhile.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let node = nkv_node::Node::builder().start().await?;
+    /// # let nkv = node.handle();
+    /// use nkv_node::{ErrorKind, PutOptions, Revision};
+    ///
+    /// let only_if_absent = PutOptions::default().with_if_revision(Revision::ZERO);
+    /// nkv.put_with("lock", "me", only_if_absent).await?;
+    /// let refused = nkv.put_with("lock", "you", only_if_absent).await;
+    /// assert!(matches!(refused, Err(error) if matches!(error.kind(), ErrorKind::Conflict { .. })));
+    /// # Ok(()) }
+    /// ```
     pub async fn put_with(&self, key: impl AsKey, value: impl IntoValue, options: PutOptions) -> Result<Revision> {
         let options = nkv_core::PutOptions {
             if_revision: options.if_revision.map(|revision| self.condition(revision)).transpose()?,
@@ -169,8 +223,8 @@ impl Handle {
         };
         let (key, value) = (key.as_key()?.into_owned(), value.into_value());
         match self.write_one(Op::Put { key, value, options }).await? {
-            Outcome::Put { revision } => Ok(self.revision(revision)),
-            other => Err(self.conflict(other)),
+            (epoch, Outcome::Put { revision }) => Ok(Revision::in_epoch(epoch, revision.get())),
+            (epoch, other) => Err(conflict(epoch, other)),
         }
     }
 
@@ -234,6 +288,18 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`put`](Self::put).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let node = nkv_node::Node::builder().start().await?;
+    /// # let nkv = node.handle();
+    /// nkv.put("lamp.hall", "on").await?;
+    /// assert_eq!(nkv.delete("lamp.*").await?.count, 1);
+    /// assert_eq!(nkv.delete("lamp.*").await?.count, 0);
+    /// # Ok(()) }
+    /// ```
     pub async fn delete(&self, pattern: impl AsPattern) -> Result<Deleted> {
         self.delete_op(pattern.as_pattern()?.into_owned(), None).await
     }
@@ -250,9 +316,11 @@ impl Handle {
 
     async fn delete_op(&self, pattern: Pattern, if_revision: Option<nkv_core::Revision>) -> Result<Deleted> {
         match self.write_one(Op::Delete { pattern, if_revision }).await? {
-            Outcome::Deleted { count, revision } => Ok(Deleted::new(count, self.revision(revision))),
-            Outcome::NotFound => Ok(Deleted::default()),
-            other => Err(self.conflict(other)),
+            (epoch, Outcome::Deleted { count, revision }) => {
+                Ok(Deleted::new(count, Revision::in_epoch(epoch, revision.get())))
+            }
+            (_, Outcome::NotFound) => Ok(Deleted::default()),
+            (epoch, other) => Err(conflict(epoch, other)),
         }
     }
 
@@ -261,30 +329,60 @@ impl Handle {
     ///
     /// # Errors
     ///
-    /// Those of [`put`](Self::put); none of it was done then.
+    /// Those of [`put`](Self::put): none of it was done then, unless the outcome is unknown.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let node = nkv_node::Node::builder().start().await?;
+    /// # let nkv = node.handle();
+    /// use nkv_core::{Op, PutOptions};
+    /// use nkv_node::Key;
+    ///
+    /// let put = |key: &str| -> Result<Op, nkv_core::KeyError> {
+    ///     Ok(Op::Put { key: Key::new(key)?, value: "on".into(), options: PutOptions::default() })
+    /// };
+    /// let outcomes = nkv.write(vec![put("lamp.hall")?, put("lamp.attic")?]).await?;
+    /// assert_eq!(outcomes.len(), 2);
+    /// # Ok(()) }
+    /// ```
     pub async fn write(&self, ops: Vec<Op>) -> Result<Vec<Outcome>> {
         for op in &ops {
             self.check_op(op)?;
         }
-        self.run(ops, true).await?.into_iter().collect()
+        self.run(ops, true).await?.1.into_iter().collect()
     }
 
-    async fn write_one(&self, op: Op) -> Result<Outcome> {
+    /// What became of one operation, and the epoch of its revision.
+    async fn write_one(&self, op: Op) -> Result<(Epoch, Outcome)> {
         self.check_op(&op)?;
-        let mut results = self.run(vec![op], false).await?;
-        results.pop().unwrap_or(Ok(Outcome::NotFound))
+        let (epoch, mut results) = self.run(vec![op], false).await?;
+        Ok((epoch, results.pop().unwrap_or(Ok(Outcome::NotFound))?))
     }
 
-    async fn run(&self, ops: Vec<Op>, together: bool) -> Result<Vec<Result<Outcome>>> {
+    async fn run(&self, ops: Vec<Op>, together: bool) -> Result<(Epoch, Vec<Result<Outcome>>)> {
         self.check_open()?;
-        if let Some(truth) = self.shared.truth() {
-            return truth.write(ops, together).await;
-        }
+        let (epoch, mut ended) = (self.epoch(), self.shared.ended.subscribe());
         let write = if together { Write::together(ops) } else { Write::apart(ops) };
-        let results = self.shared.write_urgently(write).await.map_err(|Stopping| {
-            Error::new(ErrorKind::OutcomeUnknown, "the node stopped; what became of the write is not known")
-        })?;
-        Ok(results.into_iter().map(|result| result.map_err(failed)).collect())
+        let done = async {
+            match self.shared.truth() {
+                Some(truth) => {
+                    let _room = self.shared.room(write.value_len().max(JOB_LEN_MIN)).await.map_err(unknown)?;
+                    truth.write(write.into_ops(), together).await
+                }
+                None => {
+                    let results = self.shared.write_urgently(write).await.map_err(unknown)?;
+                    Ok((epoch, results.into_iter().map(|result| result.map_err(failed)).collect()))
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            done = done => done,
+            // Storage may never answer.
+            _ = ended.wait_for(|ended| *ended) => Err(unknown(Stopping)),
+        }
     }
 
     // Subscribing.
@@ -323,12 +421,14 @@ impl Handle {
     /// alone.
     pub async fn subscribe_with(&self, patterns: impl AsPatterns, options: SubscribeOptions) -> Result<Subscription> {
         let attach = AttachOptions::default().with_snapshot(options.snapshot);
-        self.begin(disjoint(patterns, options.exact)?, attach)
+        self.begin(disjoint(patterns, options.exact)?, attach).await
     }
 
-    fn begin(&self, patterns: Vec<Pattern>, options: AttachOptions<'_>) -> Result<Subscription> {
+    async fn begin(&self, patterns: Vec<Pattern>, options: AttachOptions<'_>) -> Result<Subscription> {
         patterns.iter().try_for_each(|pattern| self.check(Right::Subscribe, pattern))?;
-        Subscription::begin(&self.shared, patterns, options)
+        let mut subscription = Subscription::begin(&self.shared, patterns, options)?;
+        subscription.settle().await;
+        Ok(subscription)
     }
 
     /// The value of a key, as it changes; waits until the present value is known. A task of the runtime keeps it up to
@@ -337,6 +437,19 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`subscribe`](Self::subscribe).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let node = nkv_node::Node::builder().start().await?;
+    /// # let nkv = node.handle();
+    /// let mut hall = nkv.watch("lamp.hall").await?;
+    /// nkv.put("lamp.hall", "on").await?;
+    /// let hall = hall.wait_for(|hall| hall.value.is_some()).await?;
+    /// assert!(hall.is_live);
+    /// # Ok(()) }
+    /// ```
     pub async fn watch(&self, key: impl AsKey) -> Result<Watch<Entry>> {
         self.watch_with(key, |entry| Ok(entry.clone())).await
     }
@@ -412,7 +525,7 @@ impl Handle {
         mut take: impl FnMut(&mut S, Event) + Send + 'static,
         is_known: impl Fn(&S) -> bool,
     ) -> Result<Current<S>> {
-        let mut subscription = self.begin(vec![pattern], AttachOptions::default())?;
+        let mut subscription = self.begin(vec![pattern], AttachOptions::default()).await?;
         let (sender, mut receiver) = watch::channel(S::default());
         self.shared.runtime.spawn(async move {
             loop {
@@ -421,13 +534,14 @@ impl Handle {
                     event = subscription.next() => event,
                 };
                 let Some(event) = event else { return };
-                // All that is there is one change of the state.
+                // What is there is one change of the state.
                 sender.send_modify(|state| {
                     take(state, event);
-                    while let Some(event) = subscription.try_next() {
-                        take(state, event);
-                    }
+                    std::iter::from_fn(|| subscription.try_next())
+                        .take(TURN_EVENTS)
+                        .for_each(|event| take(state, event));
                 });
+                tokio::task::yield_now().await;
             }
         });
         let known = receiver.wait_for(|state| is_known(state)).await.map(drop);
@@ -438,12 +552,26 @@ impl Handle {
     /// Every change of every key, in order, as it was committed, from `since` on, or from now on without it: for replication,
     /// queues and audits. `since` is the present revision, or one that another reader has not left behind yet.
     ///
-    /// What waits for the reader is bounded by the node's [`queued_max`](Limits::queued_max); see [`Changes`].
+    /// The backlog of a reader is bounded by [`CHANGES_LEN_MAX`](nkv_core::CHANGES_LEN_MAX), 8 MiB, or the node's
+    /// [`queued_max`](Limits::queued_max) if that is less; see [`Changes`].
     ///
     /// # Errors
     ///
     /// [`ChangesError::Gap`] where changes after `since` are not there any more: the whole state is to be read, and then the
     /// changes from its revision on. [`ChangesError::Refused`] as in [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let node = nkv_node::Node::builder().start().await?;
+    /// # let nkv = node.handle();
+    /// let mut changes = nkv.changes(None)?;
+    /// nkv.put("lamp.hall", "on").await?;
+    /// let group = changes.next().await?.ok_or("the node has stopped")?;
+    /// assert_eq!(group.changes[0].key.as_str(), "lamp.hall");
+    /// # Ok(()) }
+    /// ```
     pub fn changes(&self, since: Option<Revision>) -> Result<Changes, ChangesError> {
         self.check(Right::Subscribe, &Pattern::All)?;
         let epoch = self.epoch();
@@ -452,29 +580,65 @@ impl Handle {
         Ok(self.shared.store.changes(since, len_max)?)
     }
 
-    /// The same, with what only subscribers in this process have.
+    /// The same, with the options of subscribers in this process: a name, slack, or a peer whose subscription it is.
     ///
     /// # Errors
     ///
     /// Those of [`subscribe`](Self::subscribe).
-    pub async fn subscribe_as(&self, patterns: impl AsPatterns, options: AttachOptions<'_>) -> Result<Subscription> {
-        self.begin(disjoint(patterns, false)?, options)
+    pub async fn subscribe_attached(
+        &self,
+        patterns: impl AsPatterns,
+        options: AttachOptions<'_>,
+    ) -> Result<Subscription> {
+        self.begin(disjoint(patterns, options.exact)?, options).await
     }
 
-    /// Has anybody's notifier notified of every change that `pattern` covers, for as long as what this returns is kept. The
-    /// first event, given before this returns, says that it began, whether or not a snapshot is to follow.
+    /// Has a notifier, of any kind, notified of every change that a pattern covers, or several, for as long as what this returns
+    /// is kept. The first event for each pattern, given before this returns, says that it began, whether or not a snapshot is to
+    /// follow.
     ///
     /// # Errors
     ///
     /// Those of [`subscribe`](Self::subscribe).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::sync::Arc;
+    /// use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    ///
+    /// use nkv_core::{Delivery, Event, EventKind};
+    /// use nkv_node::{AttachOptions, Node, Notifier};
+    ///
+    /// /// Counts changes.
+    /// #[derive(Clone, Debug, Default)]
+    /// struct Counter(Arc<AtomicU64>);
+    ///
+    /// impl Notifier for Counter {
+    ///     fn notify(&self, event: &Arc<Event>) -> Delivery {
+    ///         self.0.fetch_add(u64::from(matches!(event.kind(), EventKind::Change(_))), Relaxed);
+    ///         Delivery::Queued
+    ///     }
+    /// }
+    ///
+    /// let node = Node::builder().start().await?;
+    /// let (nkv, counter) = (node.handle(), Counter::default());
+    /// let options = AttachOptions::default().with_snapshot(false);
+    /// let _attached = nkv.attach(["lamp", "door"], Box::new(counter.clone()), &options)?;
+    /// nkv.put("lamp.hall", "on").await?;
+    /// assert_eq!(counter.0.load(Relaxed), 1);
+    /// # Ok(()) }
+    /// ```
     pub fn attach(
         &self,
-        pattern: Pattern,
+        patterns: impl AsPatterns,
         notifier: Box<dyn Notifier>,
         options: &AttachOptions<'_>,
     ) -> Result<Attached> {
-        self.check(Right::Subscribe, &pattern)?;
-        Attached::begin(&self.shared, pattern, notifier, options)
+        let patterns = disjoint(patterns, options.exact)?;
+        patterns.iter().try_for_each(|pattern| self.check(Right::Subscribe, pattern))?;
+        Attached::begin(&self.shared, patterns, notifier, options)
     }
 
     /// Ends the subscription of this name and pattern, and notifies its subscriber; false if there is none.
@@ -593,6 +757,12 @@ impl Handle {
         self.shared.store.epoch()
     }
 
+    /// Whether the truth lies in an engine: its data may begin another epoch at any time.
+    #[must_use]
+    pub fn follows_engine(&self) -> bool {
+        self.shared.truth().is_some()
+    }
+
     /// Has the node stop, without waiting: see [`Node::shutdown`](crate::Node::shutdown).
     pub(crate) fn stop(&self) {
         self.shared.stop.send_replace(true);
@@ -642,6 +812,18 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let node = nkv_node::Node::builder().start().await?;
+    /// # let nkv = node.handle();
+    /// nkv.put("lamp.hall", "on").await?;
+    /// let len = nkv.look_up("lamp.hall", |record| record.value.len())?;
+    /// assert_eq!(len, Some(2));
+    /// # Ok(()) }
+    /// ```
     pub fn look_up<R>(&self, key: &str, look: impl FnOnce(RecordRef<'_>) -> R) -> Result<Option<R>> {
         self.check_text(Right::Get, key)?;
         Ok(self.shared.store.look_up(key, look))
@@ -723,6 +905,7 @@ impl Handle {
         let ops = ops.into_iter().map(|Admitted(op)| op).collect();
         match self.shared.truth() {
             None => self.shared.write(Write::apart(ops), room, false),
+            Some(_) if self.shared.queue.is_closed() => Shared::written_never(),
             Some(_) => self.shared.write_to_engine(ops, room),
         }
     }
@@ -769,20 +952,25 @@ impl Handle {
     }
 
     fn check_op(&self, op: &Op) -> Result<()> {
-        if let Some(truth) = self.shared.truth() {
-            truth.check(op)?;
-        }
         match op {
-            Op::Put { key, value, .. } => {
-                let (len, len_max) = (value.len(), self.shared.limits.value_len_max);
-                if len > len_max {
-                    let message = format!("the value of '{key}' has {len} bytes, and {len_max} is the limit");
-                    return Err(Error::new(ErrorKind::Refused { status: 413 }, message));
-                }
-                self.check_text(Right::Put, key.as_str())
-            }
-            Op::Delete { pattern, .. } => self.check(Right::Delete, pattern),
+            Op::Put { key, .. } => self.check(Right::Put, &Pattern::Exact(key.clone()))?,
+            Op::Delete { pattern, .. } => self.check(Right::Delete, pattern)?,
         }
+        let key = match op {
+            Op::Put { key, .. } | Op::Delete { pattern: Pattern::Key(key) | Pattern::Exact(key), .. } => Some(key),
+            Op::Delete { .. } => None,
+        };
+        if let Some(key) = key.filter(|key| key.is_reserved()) {
+            return Err(Error::new(ErrorKind::InvalidKey, format!("'{key}' is a reserved key")));
+        }
+        if let Op::Put { key, value, .. } = op {
+            let (len, len_max) = (value.len(), self.shared.limits.value_len_max);
+            if len > len_max {
+                let message = format!("the value of '{key}' has {len} bytes, and {len_max} is the limit");
+                return Err(Error::new(ErrorKind::Refused { status: 413 }, message));
+            }
+        }
+        self.shared.truth().map_or(Ok(()), |truth| truth.check(op))
     }
 
     async fn all<T>(&self, pattern: &Pattern, mut take: impl FnMut(RecordRef<'_>) -> T) -> Result<Vec<T>> {
@@ -830,10 +1018,6 @@ impl Handle {
         Ok((Page::new(items, ended.is_break()), last))
     }
 
-    pub(crate) fn revision(&self, revision: nkv_core::Revision) -> Revision {
-        Revision::in_epoch(self.epoch(), revision.get())
-    }
-
     /// What a condition on this revision is for the store.
     fn condition(&self, revision: Revision) -> Result<nkv_core::Revision> {
         if revision.epoch().is_some_and(|epoch| epoch != self.epoch()) {
@@ -841,18 +1025,6 @@ impl Handle {
             return Err(Error::new(ErrorKind::OtherEpoch, message));
         }
         Ok(nkv_core::Revision::new(revision.get()))
-    }
-
-    fn conflict(&self, outcome: Outcome) -> Error {
-        let revision = match outcome {
-            Outcome::Conflict { revision } => self.revision(revision),
-            _ => Revision::ZERO,
-        };
-        let message = match revision.get() {
-            0 => "conflict: the key does not exist".to_owned(),
-            number => format!("conflict: the key is at revision {number}"),
-        };
-        Error::new(ErrorKind::Conflict { revision }, message)
     }
 }
 
@@ -886,6 +1058,22 @@ pub enum ChangesError {
     /// They may not be read, or the node has stopped.
     #[error(transparent)]
     Refused(#[from] Error),
+}
+
+fn conflict(epoch: Epoch, outcome: Outcome) -> Error {
+    let revision = match outcome {
+        Outcome::Conflict { revision } => Revision::in_epoch(epoch, revision.get()),
+        _ => Revision::ZERO,
+    };
+    let message = match revision.get() {
+        0 => "conflict: the key does not exist".to_owned(),
+        number => format!("conflict: the key is at revision {number}"),
+    };
+    Error::new(ErrorKind::Conflict { revision }, message)
+}
+
+fn unknown(_: Stopping) -> Error {
+    Error::new(ErrorKind::OutcomeUnknown, "the node stopped; what became of the write is not known")
 }
 
 fn to_json<T: Serialize + ?Sized>(key: &str, value: &T) -> Result<Vec<u8>> {

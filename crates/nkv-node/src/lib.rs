@@ -31,9 +31,11 @@ mod subscription;
 mod wakeups;
 mod writer;
 
+pub use nkv_core;
+
 pub use blocking::BlockingHandle;
 pub use budget::{Budget, Held, Holder, Leave, Said};
-pub use engine::{Abilities, Engine, EngineError, Feed, Seen};
+pub use engine::{Abilities, Decided, Engine, EngineError, Feed, Seen};
 pub use handle::{Admitted, ChangesError, Handle};
 pub use job::Room;
 pub use limits::Limits;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nkv_core::{NoPersist, NotifyKeyValue, PersistError, PersistErrorKind, PersistValue};
+use nkv_core::{NoPersist, NotifyKeyValue, PersistError, PersistErrorKind, PersistValue, Timestamp};
 use thiserror::Error;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
@@ -162,7 +162,10 @@ impl Builder {
             // Only now: until storage is open, the file may be another server's.
             let clock = Clock::start(clock_file);
             let store = match &restored {
-                Some(engine) => NotifyKeyValue::open_visiting(persist, clock.now(), |stored| engine.restore(stored))?,
+                // It decides when a value ends.
+                Some(engine) => {
+                    NotifyKeyValue::open_visiting(persist, Timestamp::MIN, |stored| engine.restore(stored))?
+                }
                 None => NotifyKeyValue::open_at(persist, clock.now())?,
             };
             if store.next_expiry().is_some() {
@@ -203,11 +206,23 @@ impl Builder {
         let seen = Seen { epoch: stats.epoch, revision: stats.revision };
         let follow = engine.as_ref().map(|(_, follow)| *follow);
         let truth = engine.map(|(engine, _)| Truth::new(engine, seen));
-        let parts = Parts { store, clock, durability, limits, rights, truth, budget, wake_ups, queue, expiry_changed };
+        let parts = Parts {
+            store,
+            clock,
+            durability,
+            limits,
+            rights,
+            failure: failure.clone(),
+            truth,
+            budget,
+            wake_ups,
+            queue,
+            expiry_changed,
+        };
         let shared = Arc::new(Shared::new(parts));
         let expiry = tokio::spawn(expiry::expire(Arc::clone(&shared)));
-        follow.into_iter().for_each(|follow| drop(follow(Arc::clone(&shared))));
-        let tasks = Tasks { expiry, pump, writer, failure };
+        let follow = follow.map(|follow| follow(Arc::clone(&shared)));
+        let tasks = Tasks { expiry, follow, pump, writer, failure };
         let running = tokio::spawn(run(Arc::clone(&shared), tasks));
         Ok(Node { handle: Handle::new(shared), running })
     }
@@ -294,6 +309,8 @@ impl Drop for Node {
 /// What runs for a node.
 struct Tasks {
     expiry: JoinHandle<()>,
+    /// Follows the engine, if there is one.
+    follow: Option<JoinHandle<()>>,
     pump: JoinHandle<()>,
     writer: oneshot::Receiver<Result<(), PersistError>>,
     failure: Failure,
@@ -301,7 +318,7 @@ struct Tasks {
 
 /// Runs until asked to stop or until storage fails, then ends everything in order.
 async fn run(shared: Arc<Shared>, tasks: Tasks) -> Result<(), NodeError> {
-    let Tasks { mut expiry, pump, mut writer, failure } = tasks;
+    let Tasks { mut expiry, mut follow, pump, mut writer, failure } = tasks;
     let mut stop_asked = shared.stop.subscribe();
     let mut writer_end = None;
     let result = tokio::select! {
@@ -311,6 +328,7 @@ async fn run(shared: Arc<Shared>, tasks: Tasks) -> Result<(), NodeError> {
             writer_end = Some(end);
             Err(broken("the writer"))
         }
+        () = ended(&mut follow) => Err(broken("what follows the engine")),
         _ = &mut expiry => match *shared.stop.borrow() {
             true => Ok(()), // it was the first to hear of it
             false => Err(broken("a task that ends with the node alone")),
@@ -325,19 +343,31 @@ async fn run(shared: Arc<Shared>, tasks: Tasks) -> Result<(), NodeError> {
         info!("connections are cut that did not end within {DRAIN_LIMIT:?}");
     }
     expiry.abort();
+    // Writes that the engine keeps and the node has not seen are answered now.
+    follow.iter().for_each(JoinHandle::abort);
     shared.queue.close();
     let writer_end = match writer_end {
         None => timeout(left(), writer).await.ok(),
         end => end,
     };
-    pump.abort();
     // Streams of this process end.
     shared.store.forget_all();
+    shared.end();
+    pump.abort();
+    shared.wake_ups.close();
     result.and(match writer_end {
         Some(Ok(closed)) => closed.map_err(NodeError::from),
         Some(Err(_)) => Err(broken("the writer")),
         None => Err(stalled()),
     })
+}
+
+/// Waits for the end of a task that does not end by itself.
+async fn ended(task: &mut Option<JoinHandle<()>>) {
+    match task {
+        Some(task) => drop(task.await),
+        None => std::future::pending().await,
+    }
 }
 
 /// What was acknowledged is as durable as it was promised to be; what was not answered may or may not be stored.

@@ -2,9 +2,9 @@
 
 use std::fmt;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use std::vec;
@@ -17,6 +17,7 @@ use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use crate::budget::Budget;
 use crate::clock::Clock;
 use crate::engine::{Seen, Truth};
+use crate::failure::Failure;
 use crate::job::{Job, Room};
 use crate::limits::Limits;
 use crate::peer::PeerInfo;
@@ -33,7 +34,11 @@ pub(crate) struct Shared {
     pub(crate) durability: String,
     pub(crate) limits: Limits,
     pub(crate) rights: Option<Arc<dyn Rights>>,
+    /// Learns when storage is poisoned.
+    pub(crate) failure: Failure,
     truth: Option<Truth>,
+    /// The number of the newest feed of the engine, locked while one gives something.
+    pub(crate) feeds: Mutex<u64>,
     pub(crate) budget: Arc<Budget>,
     pub(crate) log: RateLimitedLog,
     pub(crate) wake_ups: Arc<WakeUps>,
@@ -44,8 +49,11 @@ pub(crate) struct Shared {
     pub(crate) runtime: tokio::runtime::Handle,
     /// Whether the node is to stop.
     pub(crate) stop: watch::Sender<bool>,
-    /// The number of names made up for subscribers that gave none.
-    pub(crate) names: AtomicU64,
+    /// Whether the node has ended: what has no answer by then gets none.
+    pub(crate) ended: watch::Sender<bool>,
+    /// The number of names made up for subscribers that gave none, and what no other has in its names.
+    names: AtomicU64,
+    name: u64,
     /// Bytes of values that may still be taken.
     write_room: Arc<Semaphore>,
     /// Bytes of long requests that may still be read.
@@ -99,6 +107,7 @@ pub(crate) struct Parts {
     pub(crate) durability: String,
     pub(crate) limits: Limits,
     pub(crate) rights: Option<Arc<dyn Rights>>,
+    pub(crate) failure: Failure,
     pub(crate) truth: Option<Truth>,
     pub(crate) budget: Arc<Budget>,
     pub(crate) wake_ups: Arc<WakeUps>,
@@ -108,7 +117,8 @@ pub(crate) struct Parts {
 
 impl Shared {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { store, clock, durability, limits, rights, truth, budget, wake_ups, queue, expiry_changed } = parts;
+        let Parts { store, clock, durability, limits, rights, failure, truth, budget, wake_ups, queue, expiry_changed } =
+            parts;
         let request_len_max = limits.request_len_max;
         let arrival_len =
             (limits.queued_max / ARRIVAL_ROOM_PART).clamp(request_len_max, ARRIVAL_ROOM_MAX.max(request_len_max));
@@ -118,7 +128,9 @@ impl Shared {
             durability,
             limits,
             rights,
+            failure,
             truth,
+            feeds: Mutex::default(),
             budget,
             log: RateLimitedLog::default(),
             wake_ups,
@@ -126,7 +138,9 @@ impl Shared {
             expiry_changed,
             runtime: tokio::runtime::Handle::current(),
             stop: watch::Sender::new(false),
+            ended: watch::Sender::new(false),
             names: AtomicU64::new(0),
+            name: getrandom::u64().unwrap_or_default(),
             write_room: Arc::new(Semaphore::new(WRITE_ROOM)),
             arrival_room: Arc::new(Semaphore::new(arrival_len)),
             arrival_len,
@@ -187,11 +201,23 @@ impl Shared {
         let shared = Arc::clone(self);
         self.runtime.spawn(async move {
             if let Some(truth) = shared.truth() {
-                drop(results.send(truth.write(ops, false).await));
+                drop(results.send(truth.write(ops, false).await.map(|(_, results)| results)));
             }
             drop(room);
         });
         Written(Doing::Engine(done))
+    }
+
+    /// What becomes of writes that come when the node has ended.
+    pub(crate) fn written_never() -> Written {
+        Written(Doing::Stopped)
+    }
+
+    /// The node has ended: nothing more is waited for.
+    pub(crate) fn end(&self) {
+        self.write_room.close();
+        self.arrival_room.close();
+        self.ended.send_replace(true);
     }
 
     /// Where the truth lies, if that is not here.
@@ -202,7 +228,7 @@ impl Shared {
     /// A name for a subscriber that gave none: it replaces no other.
     pub(crate) fn new_name(&self) -> SubscriberId {
         let number = self.names.fetch_add(1, Relaxed);
-        SubscriberId::from(format!("in-process-{number}").as_str())
+        SubscriberId::from(format!("in-process-{:016x}-{number}", self.name).as_str())
     }
 
     /// Up to where this node has seen changes.

@@ -34,9 +34,11 @@ pub struct AttachOptions<'a> {
     pub snapshot: bool,
     /// The bytes of changes that may wait, each to be delivered, before those of one key are conflated; 0 if not given.
     pub slack: usize,
-    /// Whether the node conflates in front of a notifier: it is then called by a task of the runtime, with how many changes
-    /// were [passed over](Notifier::notify_conflated), and with snapshots as [`EventKind::Snapshot`]. It may take its time
-    /// for each event. Not, if not given.
+    /// Whether a key stands for itself alone, and not for all below it too. Not, if not given.
+    pub exact: bool,
+    /// Whether the node conflates in front of a notifier: it is then called by a task of the node's runtime, under no lock of
+    /// the store, with how many changes were [passed over](Notifier::notify_conflated), and with snapshots as
+    /// [`EventKind::Snapshot`]. As a task it returns soon, too. Not, if not given.
     pub mailbox: bool,
     /// The peer of a door whose subscription it is.
     pub peer: Option<&'a Peer>,
@@ -44,7 +46,7 @@ pub struct AttachOptions<'a> {
 
 impl Default for AttachOptions<'_> {
     fn default() -> Self {
-        AttachOptions { client_uuid: None, snapshot: true, slack: 0, mailbox: false, peer: None }
+        AttachOptions { client_uuid: None, snapshot: true, slack: 0, exact: false, mailbox: false, peer: None }
     }
 }
 
@@ -67,6 +69,12 @@ impl<'a> AttachOptions<'a> {
         AttachOptions { slack, ..self }
     }
 
+    /// Sets whether a key stands for itself alone.
+    #[must_use]
+    pub fn with_exact(self, exact: bool) -> Self {
+        AttachOptions { exact, ..self }
+    }
+
     /// Has the node conflate in front of the notifier.
     #[must_use]
     pub fn with_mailbox(self) -> Self {
@@ -80,21 +88,43 @@ impl<'a> AttachOptions<'a> {
     }
 }
 
-/// One subscription of one notifier, which the node holds. Dropping it ends it, without a last event.
+/// A notifier's subscription, to one pattern or several, which the node holds. Dropping it ends it, without a last event.
 #[derive(Debug)]
 pub struct Attached {
     shared: Arc<Shared>,
     entry: Weak<nkv_core::Subscription<Subscriber>>,
+    /// Those of further patterns.
+    more: Vec<Attached>,
 }
 
 impl Attached {
     pub(crate) fn begin(
         shared: &Arc<Shared>,
-        pattern: Pattern,
+        patterns: Vec<Pattern>,
         notifier: Box<dyn Notifier>,
         options: &AttachOptions<'_>,
     ) -> Result<Self> {
         let client_uuid = options.client_uuid.clone().unwrap_or_else(|| shared.new_name());
+        let notifier = if options.mailbox { behind_mailbox(shared, notifier, options.slack) } else { notifier };
+        let add = |pattern, notifier| Attached::add(shared, pattern, client_uuid.clone(), notifier, options);
+        if let [pattern] = &patterns[..] {
+            return add(pattern.clone(), notifier);
+        }
+        let notifier: Arc<dyn Notifier> = Arc::from(notifier);
+        let mut all = Vec::new();
+        for pattern in patterns {
+            all.push(add(pattern, Box::new(Arc::clone(&notifier)))?);
+        }
+        Ok(Attached { shared: Arc::clone(shared), entry: Weak::new(), more: all })
+    }
+
+    fn add(
+        shared: &Arc<Shared>,
+        pattern: Pattern,
+        client_uuid: SubscriberId,
+        notifier: Box<dyn Notifier>,
+        options: &AttachOptions<'_>,
+    ) -> Result<Self> {
         let (account, limits) = (options.peer.map(Peer::account), &shared.limits);
         // What this one replaces, wherever that is, counts no more: a peer that comes back is not to fail for its own
         // subscription on a connection that died.
@@ -114,16 +144,21 @@ impl Attached {
             return Err(too_many("too many subscriptions to keys with many segments".into()));
         }
         let deep = shared.budget.hold_deep(account.cloned(), deep_len);
-        let notifier = if options.mailbox { behind_mailbox(shared, notifier, options.slack)? } else { notifier };
         let subscriber = Subscriber::new(notifier, deep, account.map(Counted::new));
         let entry = shared.store.subscribe(pattern, client_uuid, subscriber, options.snapshot);
-        Ok(Attached { shared: Arc::clone(shared), entry: Arc::downgrade(&entry) })
+        let attached = Attached { shared: Arc::clone(shared), entry: Arc::downgrade(&entry), more: Vec::new() };
+        drop(entry);
+        if shared.queue.is_closed() {
+            // The node may have forgotten all others by now.
+            return Err(Error::new(ErrorKind::Closed, "the node has stopped"));
+        }
+        Ok(attached)
     }
 
-    /// Whether it has ended: unsubscribed, replaced, or its notifier has closed.
+    /// Whether it has ended: unsubscribed, replaced, or its notifier has closed; of several patterns, for each of them.
     #[must_use]
     pub fn has_ended(&self) -> bool {
-        self.entry.upgrade().is_none_or(|entry| entry.has_ended())
+        self.entry.upgrade().is_none_or(|entry| entry.has_ended()) && self.more.iter().all(Attached::has_ended)
     }
 
     /// Ends many at once.
@@ -161,20 +196,19 @@ fn deep_len(pattern: &Pattern) -> usize {
 }
 
 /// A mailbox, and a task that empties it into the notifier.
-fn behind_mailbox(shared: &Arc<Shared>, notifier: Box<dyn Notifier>, slack: usize) -> Result<Box<dyn Notifier>> {
-    let runtime = tokio::runtime::Handle::try_current()
-        .map_err(|error| Error::new(ErrorKind::Closed, "a mailbox needs a runtime").because(error))?;
+fn behind_mailbox(shared: &Arc<Shared>, notifier: Box<dyn Notifier>, slack: usize) -> Box<dyn Notifier> {
     let (post, inbox) = mailbox_with_slack(slack);
     let share = shared.budget.share(None, Box::new(InProcess(post.observer())));
-    runtime.spawn(async move {
+    shared.runtime.spawn(async move {
         while let Some(Item::Event { event, skipped }) = inbox.take().await {
             if notifier.notify_conflated(&event, skipped) == Delivery::Closed {
                 break;
             }
+            tokio::task::consume_budget().await;
         }
         drop(share);
     });
-    Ok(Box::new(post))
+    Box::new(post)
 }
 
 /// A subscription within the process: a stream of [`Event`]s. It ends with [`Event::Ended`], at the latest with its node.
@@ -188,7 +222,7 @@ pub struct Subscription {
     delivered: Delivered,
     has_ended: bool,
     /// In this order: what ends it comes before what counts what waits.
-    _attached: Vec<Attached>,
+    _attached: Attached,
     _share: Share,
 }
 
@@ -205,6 +239,8 @@ struct Delivered {
     snapshot: u32,
     /// The first snapshots are read to know what there is, and not delivered.
     is_silent: bool,
+    /// A snapshot has begun and is not read whole.
+    is_reading: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -227,10 +263,19 @@ impl Subscription {
         };
         // The present state is read in any case: it is how the end of a key is known that was not delivered by itself.
         let options = AttachOptions { snapshot: true, mailbox: false, ..options };
-        let attach = |pattern| Attached::begin(shared, pattern, Box::new(post.clone()), &options);
-        let attached = patterns.into_iter().map(attach).collect::<Result<_>>()?;
+        let attached = Attached::begin(shared, patterns, Box::new(post), &options)?;
         let (ready, has_ended) = Default::default();
         Ok(Subscription { inbox, ready, delivered, has_ended, _attached: attached, _share: share })
+    }
+
+    /// Reads the state that is not to be delivered, so that what changes from here on is.
+    pub(crate) async fn settle(&mut self) {
+        while self.delivered.is_silent
+            && let Some(item) = self.inbox.try_take()
+        {
+            self.take(Some(item));
+            tokio::task::yield_now().await;
+        }
     }
 
     /// The next event; `None` after [`Event::Ended`].
@@ -304,6 +349,10 @@ impl Stream for Subscription {
 impl Delivered {
     fn begin(&mut self, began: &Began, ready: &mut VecDeque<Event>) {
         self.snapshot = self.snapshot.wrapping_add(1);
+        if std::mem::replace(&mut self.is_reading, true) {
+            // An epoch began, and broke it off.
+            self.unread = self.unread.saturating_sub(1);
+        }
         if began.cause == BeginCause::Reset {
             self.unread = self.unread.saturating_add(1);
         }
@@ -316,6 +365,14 @@ impl Delivered {
     }
 
     fn read(&mut self, part: &Snapshot, ready: &mut VecDeque<Event>) {
+        if part.is_last {
+            self.is_reading = false;
+            self.unread = self.unread.saturating_sub(1);
+        }
+        if part.epoch != self.epoch {
+            // That it began is still to come, and all of it with that.
+            return;
+        }
         for record in part.records.iter() {
             let entry = Entry::new(record.to_record().key, record.value.to_bytes(), self.revision(record.revision));
             let known = Known { revision: record.revision.get(), snapshot: self.snapshot };
@@ -337,7 +394,6 @@ impl Delivered {
         });
         let synced = part.revision.get();
         self.synced = Some(self.synced.map_or(synced, |known| known.min(synced)));
-        self.unread = self.unread.saturating_sub(1);
         if self.unread == 0 {
             self.is_silent = false;
             let synced = self.synced.take().unwrap_or_default();

@@ -6,7 +6,8 @@
 //! [`gathered`](WakeUps::gathered), so that the pump is woken once at the end.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
 
@@ -16,6 +17,8 @@ use tokio::sync::Notify;
 pub(crate) struct WakeUps {
     woken: Mutex<Vec<Arc<Sleeper>>>,
     requested: Notify,
+    /// There is no pump any more.
+    is_closed: AtomicBool,
 }
 
 /// Stands for the waker of one task.
@@ -69,6 +72,13 @@ impl WakeUps {
         }
     }
 
+    /// Wakes all that are noted, and from now on each at once: the pump has ended.
+    pub(crate) fn close(&self) {
+        self.is_closed.store(true, Release);
+        let noted = std::mem::take(&mut *self.lock());
+        noted.iter().for_each(|sleeper| sleeper.task.wake_by_ref());
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Sleeper>>> {
         self.woken.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -92,9 +102,14 @@ impl Wake for Sleeper {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
+        if self.wake_ups.is_closed.load(Acquire) {
+            return self.task.wake_by_ref();
+        }
         if !self.is_noted.swap(true, AcqRel) {
             self.wake_ups.lock().push(Arc::clone(self));
-            if !IS_GATHERING.get() {
+            if self.wake_ups.is_closed.load(Acquire) {
+                self.wake_ups.close();
+            } else if !IS_GATHERING.get() {
                 self.wake_ups.request();
             }
         }

@@ -158,7 +158,10 @@ impl Writer {
             let under_way = jobs.len();
             self.queue.take(&self.wake_ups, &mut jobs);
             if jobs.is_empty() {
-                return self.store.close();
+                let closed = self.store.close();
+                // Also where the runtime is gone: who waits for events sees that there will be none.
+                self.store.forget_all();
+                return closed;
             }
             let more = jobs.get(under_way..).unwrap_or_default();
             written = more.iter().map(|job| job.write.value_len()).fold(written, usize::saturating_add);

@@ -192,3 +192,44 @@ async fn an_engine_that_needs_meta_is_not_given_storage_that_keeps_none() {
     let builder = Node::builder().persist("sync", || Ok(MemoryPersist::default())).engine(ScriptedEngine::default());
     builder.start().await.unwrap().shutdown().await.unwrap();
 }
+
+// It hung: nothing told the write that its node follows no more.
+#[tokio::test]
+async fn a_node_stops_although_a_write_waits_for_its_feed() {
+    let engine = ScriptedEngine::default();
+    let (node, nkv) = started(&engine).await;
+    engine.hold(true);
+    let put = tokio::spawn(async move { nkv.put("a", "1").await });
+    tokio::task::yield_now().await;
+    timeout(PATIENCE, node.shutdown()).await.expect("it does not stop").unwrap();
+    // The engine has it, or the node stopped before it was asked.
+    let done = timeout(PATIENCE, put).await.expect("the put has no answer").unwrap();
+    assert!(
+        done.is_ok() || matches!(kind(done), ErrorKind::OutcomeUnknown | ErrorKind::Closed | ErrorKind::Refused { .. })
+    );
+}
+
+#[tokio::test]
+async fn a_snapshot_that_an_epoch_breaks_off_is_followed_by_a_whole_one() {
+    let engine = ScriptedEngine::default();
+    let (_node, nkv) = started(&engine).await;
+    // More than one part.
+    for n in 0..3_000 {
+        nkv.put(format!("k.{n:04}"), "1").await.unwrap();
+    }
+    let mut events = nkv.subscribe("*").await.unwrap();
+    assert!(matches!(events.next().await, Some(Event::Update { .. })));
+    engine.begin_anew(Epoch::new(2));
+    until(async || nkv.epoch() == Epoch::new(2)).await;
+    nkv.put("new", "1").await.unwrap();
+    let synced = async {
+        loop {
+            match events.next().await.unwrap() {
+                Event::Synced { epoch, .. } if epoch == Epoch::new(2) => return,
+                Event::Ended(reason) => panic!("{reason:?}"),
+                _ => {}
+            }
+        }
+    };
+    timeout(PATIENCE, synced).await.expect("it is never synced again");
+}

@@ -437,3 +437,32 @@ fn plain_threads_and_programs_for_any_store_use_a_handle() {
     assert_eq!(blocking.delete("*").unwrap().count, 2);
     drop(running);
 }
+
+#[tokio::test]
+async fn without_a_snapshot_every_change_after_the_subscription_is_delivered() {
+    let (_node, nkv) = started().await;
+    nkv.put("a", "old").await.unwrap();
+    nkv.put("gone", "old").await.unwrap();
+    let options = SubscribeOptions::default().with_snapshot(false);
+    let mut events = nkv.subscribe_with("*", options).await.unwrap();
+    nkv.put("b", "new").await.unwrap();
+    nkv.delete("gone").await.unwrap();
+    let mut seen = Vec::new();
+    while seen.len() < 3 {
+        match timeout(Duration::from_secs(5), events.next()).await.unwrap().unwrap() {
+            Event::Synced { revision, .. } => seen.push(format!("synced {revision}")),
+            Event::Update { entry, .. } => seen.push(format!("{} {:?}", entry.key, entry.value)),
+            Event::Gone { key, .. } => seen.push(format!("{key} gone")),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(seen, ["synced 2", "b b\"new\"", "gone gone"]);
+}
+
+#[tokio::test]
+async fn a_reserved_key_is_nobodys_to_write() {
+    let (_node, nkv) = started().await;
+    let reserved = Key::reserved("engine").unwrap();
+    assert_eq!(kind(nkv.put(&reserved, "x").await), ErrorKind::InvalidKey);
+    assert_eq!(kind(nkv.delete(&reserved).await), ErrorKind::InvalidKey);
+}

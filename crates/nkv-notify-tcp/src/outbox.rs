@@ -8,7 +8,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use nkv_core::mailbox::{Inbox, Item};
@@ -68,6 +68,8 @@ pub struct Outbox {
     has_moved: bool,
     /// How many bytes were written.
     written: u64,
+    /// Of them, what the writer was asked to send.
+    flushed: u64,
     /// What the mailbox wakes.
     told: Option<Waker>,
     /// Messages go out one at a time.
@@ -97,8 +99,22 @@ fn give_back(chunks: Chunks) {
 
 impl Outbox {
     pub(crate) fn new(inbox: Inbox<Box<Chunks>>, shared: Arc<Shared>) -> Self {
-        let (out, ahead, gathered, fresh, counted, stall, has_moved, written, told) = Default::default();
-        Outbox { inbox, shared, out, ahead, gathered, fresh, counted, stall, has_moved, written, told, pace: None }
+        let (out, ahead, gathered, fresh, counted, stall, has_moved, written, flushed, told) = Default::default();
+        Outbox {
+            inbox,
+            shared,
+            out,
+            ahead,
+            gathered,
+            fresh,
+            counted,
+            stall,
+            has_moved,
+            written,
+            flushed,
+            told,
+            pace: None,
+        }
     }
 
     /// Sends answers, after all that was sent or told before.
@@ -181,9 +197,24 @@ impl Outbox {
                 return self.poll_shutdown(cx, writer);
             } else {
                 give_back(std::mem::take(&mut self.out));
-                return Poll::Pending;
+                return match self.poll_flush(cx, writer) {
+                    Poll::Ready(Err(error)) => Poll::Ready(WriterEnd::Failed(error)),
+                    _ => Poll::Pending,
+                };
             }
         }
+    }
+
+    /// Has a writer that keeps what it is given for a while, as one of TLS does, send it now.
+    fn poll_flush<W>(&mut self, cx: &mut Context<'_>, writer: &mut W) -> Poll<io::Result<()>>
+    where
+        W: AsyncWrite + Unpin,
+    {
+        if self.flushed != self.written {
+            ready!(Pin::new(writer).poll_flush(cx))?;
+            self.flushed = self.written;
+        }
+        Poll::Ready(Ok(()))
     }
 
     /// Takes out of the mailbox what the next write may take; says whether the mailbox is closed and empty.

@@ -508,6 +508,10 @@ impl Connection {
         let mut end = None;
         self.has_request = false;
         while end.is_none() {
+            if self.session.is_of_another_epoch() {
+                end = Some(self.begin_anew());
+                break;
+            }
             let before = self.decoder.clone();
             let decoded = self.decoder.decode(input.get(start..).unwrap_or_default());
             let Some(item) = decoded.item else {
@@ -628,6 +632,12 @@ impl Connection {
                 none => *none = Some(Box::pin(sleep_until(deadline))),
             }
         }
+    }
+
+    /// The client is to connect again: revisions that it knows are of an epoch that has ended.
+    fn begin_anew(&mut self) -> End {
+        self.tell(status::UNAVAILABLE, "the data are of another epoch now: connect again");
+        End::Refused
     }
 
     fn evict(&mut self) -> End {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use nkv_core::{
-    Failed, Key, KeyError, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Revision, SubscriberId, ValueRef,
+    Epoch, Failed, Key, KeyError, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Revision, SubscriberId, ValueRef,
 };
 use nkv_node::{
     Admitted, AttachOptions, Attached, Error, ErrorKind, Handle, Leave, NotDone, Peer, PeerInfo, Results, Room,
@@ -55,6 +55,8 @@ pub(crate) struct Session {
     door: Arc<Inner>,
     notifier: TcpNotifier,
     pub(crate) peer: Peer,
+    /// What the client knows as the epoch of the data, if that may change.
+    epoch: Option<Epoch>,
     subscriptions: HashMap<(SubscriberId, Pattern), Attached>,
     /// Writes that were read and are not under way yet, the room that was had for their values, and how much of it these
     /// take.
@@ -124,6 +126,7 @@ impl Session {
     pub(crate) fn new(door: Arc<Inner>, notifier: TcpNotifier, peer: &str) -> Self {
         Session {
             peer: door.handle.peer(peer, Box::new(Connected(notifier.clone()))),
+            epoch: None,
             door,
             notifier,
             subscriptions: HashMap::new(),
@@ -181,6 +184,11 @@ impl Session {
             refuse(out, refusal);
         }
         Ok(())
+    }
+
+    /// Whether the data are of another epoch than the client knows: what it asks for says nothing about them.
+    pub(crate) fn is_of_another_epoch(&self) -> bool {
+        self.epoch.is_some_and(|epoch| epoch != self.door.handle.epoch())
     }
 
     /// Whether a request is served before the writes that came before it on its connection: it asks for that, and is
@@ -553,7 +561,9 @@ impl Session {
             said.client_uuid = Some(client);
             said.name = name.or(said.name.take());
         });
-        let (epoch, limits) = (self.door.handle.epoch().to_string(), self.door.options.limits());
+        let (epoch, limits) = (self.door.handle.epoch(), self.door.options.limits());
+        self.epoch = self.door.handle.follows_engine().then_some(epoch);
+        let epoch = epoch.to_string();
         let mut server = ServerFields::new(VERSION, &epoch, limits.value_len_max as u64);
         server.features = FEATURES;
         server.patience_ms = self.wants_signs().then(|| millis(self.door.options.stall_limit));
@@ -662,7 +672,6 @@ fn refusal<'r>(id: Id<'r>, error: &Error) -> Refusal<'r> {
 fn status_of(error: &Error) -> u16 {
     match error.kind() {
         ErrorKind::Refused { status } => *status,
-        ErrorKind::OutcomeUnknown => status::STORAGE_FAILED,
         _ => status::UNAVAILABLE,
     }
 }

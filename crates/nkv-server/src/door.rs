@@ -39,9 +39,11 @@ use crate::socket::Socket;
 pub struct Door(pub(crate) Arc<Inner>);
 
 impl Door {
-    /// A door to the store of `handle`. Of `options`, those of connections count; those of the store are its node's.
+    /// A door to the store of `handle`. Of `options`, those of connections count; those of the store are its node's, and values
+    /// have 8 MiB at most.
     #[must_use]
     pub fn new(handle: Handle, options: Options) -> Self {
+        let options = Options { value_len_max: handle.limits().value_len_max, ..options };
         let slots = Slots::new(options.connections_max, options.connections_per_address_max);
         Door(Arc::new(Inner { handle, options, slots }))
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use nkv_core::{Action, Change, Epoch, Key, MemoryPersist, Meta, Op, Outcome, Pattern, PutOptions, Reason, Revision};
-use nkv_node::{Abilities, Engine, EngineError, ErrorKind, Event, Feed, GoneReason, Handle, Node, Seen};
+use nkv_node::{Abilities, Decided, Engine, EngineError, ErrorKind, Event, Feed, GoneReason, Handle, Node, Seen};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -223,14 +223,22 @@ impl Engine for ScriptedEngine {
         Abilities::ALL
     }
 
-    async fn write(&self, ops: Vec<Op>, together: bool) -> Result<Vec<Result<Outcome, EngineError>>, EngineError> {
+    async fn write(&self, epoch: Epoch, ops: Vec<Op>, together: bool) -> Result<Decided, EngineError> {
         let mut expiring = Vec::new();
-        let (outcomes, loses_answers) = self.with(|world| {
+        let (decided, loses_answers) = self.with(|world| {
             if world.is_cut {
                 return Err(EngineError::Unavailable("it is cut off".into()));
             }
             let (mut outcomes, mut changes) = (Vec::new(), Vec::new());
             for op in &ops {
+                let has_condition = match op {
+                    Op::Put { options, .. } => options.if_revision.is_some(),
+                    Op::Delete { if_revision, .. } => if_revision.is_some(),
+                };
+                if has_condition && epoch != world.epoch {
+                    outcomes.push(Err(EngineError::OtherEpoch));
+                    continue;
+                }
                 let outcome = world.plan(op, world.revision.next(), &mut changes);
                 if let (
                     Op::Put { key, options: PutOptions { expiry: Some(expiry), .. }, .. },
@@ -245,7 +253,7 @@ impl Engine for ScriptedEngine {
                 }
             }
             world.commit(changes);
-            Ok((outcomes, world.loses_answers))
+            Ok((Decided { epoch: world.epoch, results: outcomes }, world.loses_answers))
         })?;
         for (key, revision, ttl) in expiring {
             let engine = self.clone();
@@ -254,7 +262,7 @@ impl Engine for ScriptedEngine {
                 engine.expire(&key, revision);
             });
         }
-        if loses_answers { Err(EngineError::OutcomeUnknown("its answer was lost".into())) } else { Ok(outcomes) }
+        if loses_answers { Err(EngineError::OutcomeUnknown("its answer was lost".into())) } else { Ok(decided) }
     }
 
     async fn follow(&self, seen: Option<Seen>, feed: Feed) -> EngineError {

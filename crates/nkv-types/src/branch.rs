@@ -104,8 +104,7 @@ impl<T> Branch<T> {
             Event::Update { entry, .. } => self.set(entry, read),
             Event::Gone { key, revision, .. } => drop(self.remove(key, *revision)),
             Event::Synced { revision, .. } => self.sync(*revision),
-            Event::Reconnecting => self.is_live = false,
-            Event::Connected { .. } => {}
+            Event::Reconnecting | Event::Connected { .. } => self.is_live = false,
             Event::Ended(reason) => self.end(reason.clone()),
         }
     }

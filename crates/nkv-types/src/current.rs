@@ -28,8 +28,8 @@ impl<S> Current<S> {
         Current { receiver, _end: Arc::new(end) }
     }
 
-    /// What is known now. It is never older than what a put of the same client or handle that is done has made of a key, or a delete
-    /// of up to 1,024 keys.
+    /// What is known now. It is never older than what a put of the same client that is done has made of a key, or a delete
+    /// of up to 1,024 keys; that of a handle is brought up to date by a task, a moment later.
     ///
     /// Nothing is copied. What is borrowed must not be held for long, and not across an `await`: what keeps it up to date waits for it.
     pub fn borrow(&self) -> watch::Ref<'_, S> {

@@ -41,8 +41,7 @@ impl<T> Watched<T> {
             }
             Event::Gone { .. } => (self.value, self.revision, self.error) = (None, Revision::ZERO, None),
             Event::Synced { .. } => self.is_live = true,
-            Event::Reconnecting => self.is_live = false,
-            Event::Connected { .. } => {}
+            Event::Reconnecting | Event::Connected { .. } => self.is_live = false,
             Event::Ended(reason) => (self.is_live, self.ended) = (false, Some(reason.clone())),
         }
     }

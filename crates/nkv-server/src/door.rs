@@ -40,6 +40,21 @@ pub struct Door(pub(crate) Arc<Inner>);
 
 impl Door {
     /// A door to the store of `handle`. Of `options`, those of connections count; those of the store are its node's.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_node::Node;
+    /// use nkv_server::{Door, Options};
+    ///
+    /// let node = Node::builder().start().await?;
+    /// let mut options = Options::default();
+    /// options.connections_max = 16;
+    /// let door = Door::new(node.handle(), options);
+    /// # drop(door);
+    /// # Ok(()) }
+    /// ```
     #[must_use]
     pub fn new(handle: Handle, options: Options) -> Self {
         let slots = Slots::new(options.connections_max, options.connections_per_address_max);
@@ -71,6 +86,20 @@ impl Door {
 }
 
 /// Serves the JSON-lines protocol on a stream, with the default limits of connections: see [`Door::serve`].
+///
+/// # Examples
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use nkv_node::Node;
+///
+/// let node = Node::builder().start().await?;
+/// let (ours, theirs) = tokio::io::duplex(4_096);
+/// let served = tokio::spawn(nkv_server::serve(theirs, "a test", node.handle()));
+/// drop(ours); // the peer hangs up
+/// served.await?;
+/// # Ok(()) }
+/// ```
 pub async fn serve<S>(stream: S, peer: impl fmt::Display, handle: Handle)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,

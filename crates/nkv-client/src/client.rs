@@ -189,6 +189,18 @@ impl Client {
     ///
     /// A connection that is there is asked for a sign of life. If none comes within twice the
     /// [`connect_timeout`](ClientBuilder::connect_timeout), it counts as lost.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn network_is_up() {}
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// network_is_up().await; // as the program learns of it
+    /// client.reconnect_now();
+    /// client.get("lamp.kitchen").await?; // waits for the connection, not for the next attempt
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn reconnect_now(&self) {
         // Closed, if it fails.
         drop(self.handle.control(Control::Nudge));
@@ -383,6 +395,23 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use nkv_client::PageOptions;
+    ///
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let mut options = PageOptions::default().with_limit(100);
+    /// loop {
+    ///     let page = client.list_page("lamp.*", options.clone()).await?;
+    ///     page.items.iter().for_each(|(key, revision)| println!("{key} at {revision}"));
+    ///     let Some((last, _)) = page.items.last() else { break };
+    ///     options = options.with_after(last.clone());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn list_page(&self, pattern: impl AsPattern, options: PageOptions) -> Result<Page<(Key, Revision)>> {
         let after = options.after.as_ref();
         let (body, epoch) = self.ask(page_request(Kind::List, pattern, options.limit, after)?).await?;
@@ -459,6 +488,17 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// for subscriber in client.trace("lamp.kitchen").await? {
+    ///     println!("{} hears of it by {}", subscriber.client_uuid, subscriber.pattern);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn trace(&self, key: impl AsKey) -> Result<Vec<Subscriber>> {
         let request = Request::new(Kind::Trace, key.key_text()?.to_owned());
         Ok(self.ask(request).await?.0.subscribers)
@@ -497,6 +537,16 @@ impl Client {
     /// # Errors
     ///
     /// See [`ErrorKind`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let stats = client.stats().await?;
+    /// println!("{} keys, {} connections, up for {:?}", stats.keys, stats.connections, stats.uptime);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn stats(&self) -> Result<Stats> {
         let stats = self.ask(Request::new(Kind::Stats, "")).await?.0.stats;
         Ok(Stats::new(stats.numbers, stats.words))
@@ -545,6 +595,20 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`put_with`](Self::put_with), and [`ErrorKind::Json`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use nkv_client::PutOptions;
+    ///
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let options = PutOptions::default().with_ttl(Duration::from_secs(60));
+    /// client.put_as_with("sensor.hall", &[20.5, 21.0], options).await?; // gone in a minute
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn put_as_with<T>(&self, key: impl AsKey, value: &T, options: PutOptions) -> Result<Revision>
     where
         T: Serialize + ?Sized,

@@ -162,6 +162,19 @@ impl ClientBuilder {
     /// # Cancel safety
     ///
     /// Dropping the future drops the connection.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// # async fn example() -> nkv_client::Result<()> {
+    /// let builder = nkv_client::Client::builder("127.0.0.1:4222").wait_for_server(Duration::from_secs(30));
+    /// let client = builder.connect().await?; // the server is there
+    /// client.put("lamp.kitchen", "on").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn connect(self) -> Result<Client> {
         let options = self.link_options()?;
         let deadline = Instant::now() + self.wait_for_server;
@@ -190,6 +203,16 @@ impl ClientBuilder {
     /// # Panics
     ///
     /// Outside a tokio runtime.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example() -> nkv_client::Result<()> {
+    /// let client = nkv_client::Client::builder("127.0.0.1:4222").start()?; // the server may be there or not
+    /// client.put("lamp.kitchen", "on").await?; // waits for it
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn start(self) -> Result<Client> {
         let options = self.link_options()?;
         Ok(self.begin(options, None))

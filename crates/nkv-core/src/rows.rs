@@ -22,7 +22,7 @@ const TRIES: usize = 16;
 
 /// Rows of bytes, changed in transactions: what a database does for [`RowPersist`].
 ///
-/// Names are keys, also [reserved](Key::reserved) ones, and [`HEAD`]: up to 1,024 bytes of UTF-8, to be compared byte by byte. `nkv_testkit::persist` and
+/// Names are keys, also [reserved](crate::Key::reserved) ones, and [`HEAD`]: up to 1,024 bytes of UTF-8, to be compared byte by byte. `nkv_testkit::persist` and
 /// `nkv_testkit::fencing` check a `RowPersist` over them.
 pub trait Rows: fmt::Debug + Send + 'static {
     /// Visits every row, all of one moment, in no particular order.

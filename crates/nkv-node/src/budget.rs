@@ -28,6 +28,40 @@ const EVICTION_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a door holds for a peer, in the budget of its node. The door implements it for its side of a connection and
 /// gives it to [`Handle::peer`](crate::Handle::peer).
+///
+/// # Examples
+///
+/// ```
+/// use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+/// use std::time::Duration;
+///
+/// use nkv_core::mailbox::Backlog;
+/// use nkv_node::{Held, Holder};
+/// use tokio::sync::Notify;
+///
+/// /// A connection without subscriptions: nothing but answers waits for its peer.
+/// #[derive(Debug)]
+/// struct Line {
+///     unsent: AtomicUsize,
+///     look_anew: Notify,
+/// }
+///
+/// impl Holder for Line {
+///     fn held(&self) -> Held {
+///         Held { own: self.unsent.load(Relaxed), ..Held::default() }
+///     }
+///     fn backlog(&self) -> Backlog {
+///         Backlog::default()
+///     }
+///     fn busy_for(&self) -> Duration {
+///         Duration::ZERO // or since when the peer has taken nothing
+///     }
+///     fn give_up(&self) {}
+///     fn wake(&self) {
+///         self.look_anew.notify_one();
+///     }
+/// }
+/// ```
 pub trait Holder: fmt::Debug + Send + Sync + 'static {
     /// What is held now, beside what the door says by [`Peer::hold`](crate::Peer::hold).
     fn held(&self) -> Held;

@@ -22,7 +22,8 @@ use tokio::sync::watch;
 /// - *Complete*: a change whose write was answered comes with a revision not above that of the answer.
 /// - *No imitation*: what the engine [cannot](Self::abilities) is refused, not done in another way.
 ///
-/// `nkv_testkit::engine` checks each line.
+/// `nkv_testkit::engine` checks each line. `ScriptedEngine` there is a whole engine in memory, to begin from and to test
+/// with.
 #[async_trait]
 pub trait Engine: fmt::Debug + Send + Sync + 'static {
     /// What it can do.

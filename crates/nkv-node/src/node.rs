@@ -72,6 +72,21 @@ impl Builder {
     /// Keeps values with what `open` returns, and calls that `durability` in `Stats`. Without it, values live in memory.
     ///
     /// `open` runs on a thread that may block.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_node::Node;
+    /// use nkv_persist_fs::{FsOptions, FsPersist};
+    ///
+    /// # let temp = tempfile::tempdir()?;
+    /// # let dir = temp.path().join("data");
+    /// let node = Node::builder().persist("sync", || FsPersist::open(dir, FsOptions::default())).start().await?;
+    /// node.handle().put("lamp.hall", "on").await?; // on the disk
+    /// node.shutdown().await?;
+    /// # Ok(()) }
+    /// ```
     #[must_use]
     pub fn persist<P: PersistValue>(
         mut self,
@@ -94,6 +109,19 @@ impl Builder {
     }
 
     /// Sets the limits.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_node::{Limits, Node};
+    ///
+    /// let mut limits = Limits::default();
+    /// limits.value_len_max = 4_096;
+    /// let node = Node::builder().limits(limits).start().await?;
+    /// assert!(node.handle().put("lamp.hall", vec![0; 5_000]).await.is_err());
+    /// # Ok(()) }
+    /// ```
     #[must_use]
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
@@ -101,6 +129,26 @@ impl Builder {
     }
 
     /// Asks `rights` what [principals](Handle::as_principal) may do.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_node::{Node, Pattern, Right, Rights};
+    ///
+    /// # #[derive(Debug)]
+    /// # struct ReadOnly;
+    /// # impl Rights for ReadOnly {
+    /// #     fn allows(&self, _principal: &str, right: Right, _pattern: &Pattern) -> bool {
+    /// #         right == Right::Get
+    /// #     }
+    /// # }
+    /// let node = Node::builder().rights(ReadOnly).start().await?; // see `Rights` for how one is made
+    /// let guest = node.handle().as_principal("guest");
+    /// assert!(guest.get("lamp.hall").await.is_ok());
+    /// assert!(guest.put("lamp.hall", "on").await.is_err());
+    /// # Ok(()) }
+    /// ```
     #[must_use]
     pub fn rights(mut self, rights: impl Rights) -> Self {
         self.rights = Some(Arc::new(rights));
@@ -109,6 +157,19 @@ impl Builder {
 
     /// Has `engine` decide all writes, and follows it. With [storage](Self::persist), what was seen of it survives: reads go
     /// on from there after a restart, and the engine feeds what was missed.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_node::Node;
+    /// use nkv_testkit::engine::ScriptedEngine;
+    ///
+    /// let engine = ScriptedEngine::default(); // one in memory, for tests
+    /// let node = Node::builder().engine(engine).start().await?;
+    /// # node.shutdown().await?;
+    /// # Ok(()) }
+    /// ```
     #[must_use]
     pub fn engine(mut self, engine: impl Engine) -> Self {
         self.engine = Some((Arc::new(engine), |shared| tokio::spawn(follow(shared))));
@@ -247,6 +308,17 @@ pub struct Node {
 
 impl Node {
     /// A node to be described: in memory, with the default limits.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_node::Node;
+    ///
+    /// let node = Node::builder().start().await?;
+    /// assert_eq!(node.handle().stats().await?.durability, "memory");
+    /// # Ok(()) }
+    /// ```
     #[must_use]
     pub fn builder() -> Builder {
         Builder {
@@ -278,6 +350,17 @@ impl Node {
     ///
     /// [`NodeError`] if the node had failed before; [`NodeError::Persist`] if the last sync of storage failed, or if
     /// storage did not answer within 5 s. In that case the thread that waits for it goes on, and keeps the storage.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let node = nkv_node::Node::builder().start().await?;
+    /// let nkv = node.handle();
+    /// node.shutdown().await?;
+    /// assert!(nkv.put("lamp.hall", "on").await.is_err()); // no more writes are taken
+    /// # Ok(()) }
+    /// ```
     pub async fn shutdown(mut self) -> Result<(), NodeError> {
         self.stop();
         self.failed().await

@@ -12,6 +12,30 @@ use crate::budget::{Account, Said, Share};
 
 /// A peer of a door, for as long as its connection lasts: it is counted, listed and limited by the node. Made by
 /// [`Handle::peer`](crate::Handle::peer).
+///
+/// # Examples
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use nkv_node::{Held, Holder};
+/// # #[derive(Debug)]
+/// # struct Line;
+/// # impl Holder for Line {
+/// #     fn held(&self) -> Held { Held::default() }
+/// #     fn backlog(&self) -> nkv_core::mailbox::Backlog { Default::default() }
+/// #     fn busy_for(&self) -> std::time::Duration { Default::default() }
+/// #     fn give_up(&self) {}
+/// #     fn wake(&self) {}
+/// # }
+/// let node = nkv_node::Node::builder().start().await?;
+/// let nkv = node.handle();
+/// let peer = nkv.peer("192.0.2.1:5000", Box::new(Line)); // see `Holder` for how one is made
+/// peer.says(|said| said.name = Some("thermostat".into()));
+/// peer.hold(120, false); // so much of a request has arrived
+/// assert_eq!(peer.held(), 120);
+/// assert_eq!(nkv.peers()?[0].said.name.as_deref(), Some("thermostat"));
+/// # Ok(()) }
+/// ```
 #[derive(Debug)]
 pub struct Peer {
     share: Share,

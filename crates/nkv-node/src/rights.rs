@@ -36,6 +36,22 @@ impl Right {
 
 /// Decides what principals may do, for every door and every [`Handle`](crate::Handle) that
 /// [acts for one](crate::Handle::as_principal). Without it, as by default, all is allowed.
+///
+/// # Examples
+///
+/// ```
+/// use nkv_node::{Pattern, Right, Rights};
+///
+/// /// Everybody may read, and the owner may do the rest.
+/// #[derive(Debug)]
+/// struct Owned(String);
+///
+/// impl Rights for Owned {
+///     fn allows(&self, principal: &str, right: Right, _pattern: &Pattern) -> bool {
+///         principal == self.0 || matches!(right, Right::Get | Right::Subscribe)
+///     }
+/// }
+/// ```
 pub trait Rights: fmt::Debug + Send + Sync + 'static {
     /// Whether `principal` has `right` on all that `pattern` selects. Asked for each request: at once, and without a call of
     /// the node.

@@ -87,6 +87,19 @@ impl fmt::Display for Report {
 /// [`InUse`](nkv_core::PersistErrorKind::InUse) while a process has it, [`Io`](nkv_core::PersistErrorKind::Io) when it
 /// cannot be read, [`OtherVersion`](nkv_core::PersistErrorKind::OtherVersion) when another version of the program wrote
 /// it. Damage is no error here.
+///
+/// # Examples
+///
+/// ```
+/// # use nkv_persist_fs::{FsOptions, FsPersist};
+/// # let temp = tempfile::tempdir()?;
+/// # let dir = temp.path().join("data");
+/// # drop(FsPersist::open(&dir, FsOptions::default())?);
+/// let report = nkv_persist_fs::check(&dir)?;
+/// assert!(report.damage.is_none());
+/// println!("{report}");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn check(dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
     check_with(Arc::new(RealFs::default()), dir)
 }
@@ -115,6 +128,20 @@ pub fn check_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report, 
 /// # Errors
 ///
 /// Those of [`FsPersist::open`](crate::FsPersist::open), but for damage.
+///
+/// # Examples
+///
+/// ```
+/// # use nkv_persist_fs::{FsOptions, FsPersist};
+/// # let temp = tempfile::tempdir()?;
+/// # let dir = temp.path().join("data");
+/// # drop(FsPersist::open(&dir, FsOptions::default())?);
+/// if nkv_persist_fs::check(&dir)?.damage.is_some() {
+///     let report = nkv_persist_fs::repair(&dir)?;
+///     println!("{} keys were kept, {} dropped", report.kept_keys, report.dropped_keys);
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn repair(dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
     repair_with(Arc::new(RealFs::default()), dir)
 }
@@ -151,6 +178,19 @@ pub fn repair_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>) -> Result<Report,
 /// # Errors
 ///
 /// Those of [`FsPersist::open`](crate::FsPersist::open).
+///
+/// # Examples
+///
+/// ```
+/// # use nkv_persist_fs::{FsOptions, FsPersist};
+/// # let temp = tempfile::tempdir()?;
+/// # let dir = temp.path().join("data");
+/// # drop(FsPersist::open(&dir, FsOptions::default())?);
+/// let before = nkv_persist_fs::check(&dir)?;
+/// let after = nkv_persist_fs::restore(&dir)?; // once the files of a backup are in place
+/// assert_ne!(after.epoch, before.epoch);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn restore(dir: impl Into<PathBuf>) -> Result<Report, PersistError> {
     restore_with(Arc::new(RealFs::default()), dir)
 }

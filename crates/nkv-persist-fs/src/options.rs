@@ -72,6 +72,20 @@ impl fmt::Display for DurabilityError {
 impl StdError for DurabilityError {}
 
 /// How a data directory is used. None of it is stored: each opening may choose anew.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use nkv_persist_fs::{Durability, FsOptions};
+///
+/// // Faster; a power cut may take the last 50 ms.
+/// let options = FsOptions::default()
+///     .with_durability(Durability::Interval(Duration::from_millis(50)))
+///     .with_segment_bytes(1 << 20);
+/// # drop(options);
+/// ```
 #[derive(Clone, Debug)]
 pub struct FsOptions {
     pub(crate) durability: Durability,

@@ -109,6 +109,24 @@ impl FsPersist {
     /// when something that had been durable cannot be read, [`PersistErrorKind::OtherVersion`] when another version of the
     /// program wrote it; nothing was changed then. [`PersistErrorKind::Io`] and
     /// [`PersistErrorKind::NoSpace`] when the file system fails.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use nkv_core::mailbox::Mailbox;
+    /// use nkv_core::{Key, NotifyKeyValue, PutOptions};
+    /// use nkv_persist_fs::{FsOptions, FsPersist};
+    ///
+    /// # let temp = tempfile::tempdir()?;
+    /// # let dir = temp.path().join("data");
+    /// let store = NotifyKeyValue::<_, Mailbox>::open(FsPersist::open(&dir, FsOptions::default())?)?;
+    /// store.put(&Key::new("lamp.hall")?, "on", PutOptions::default())?;
+    /// store.close()?;
+    ///
+    /// let store = NotifyKeyValue::<_, Mailbox>::open(FsPersist::open(&dir, FsOptions::default())?)?;
+    /// assert!(store.get(&Key::new("lamp.hall")?).is_some());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn open(dir: impl Into<PathBuf>, options: FsOptions) -> Result<Self, PersistError> {
         let fs = RealFs::default().with_group_access(options.group_access);
         Self::open_with(Arc::new(fs), dir, options)
@@ -119,6 +137,21 @@ impl FsPersist {
     /// # Errors
     ///
     /// Those of [`open`](Self::open).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    ///
+    /// use nkv_persist_fs::sim::SimFs;
+    /// use nkv_persist_fs::{FsOptions, FsPersist};
+    ///
+    /// let disk = SimFs::new(); // in memory, for tests
+    /// let persist = FsPersist::open_with(Arc::new(disk.clone()), "/data", FsOptions::default())?;
+    /// assert!(disk.used() > 0);
+    /// # drop(persist);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn open_with(vfs: Arc<dyn Vfs>, dir: impl Into<PathBuf>, options: FsOptions) -> Result<Self, PersistError> {
         let disk = Disk::new(vfs, dir.into());
         disk.create_dir()?;

@@ -20,11 +20,11 @@ use tokio::io::{AsyncRead, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tracing::debug;
 
+use crate::connection_limit::Place;
 use crate::dispatch::{Hold, Session};
 use crate::inner::Inner;
 use crate::oldest;
 use crate::options::Options;
-use crate::slots::Slot;
 use crate::socket::Socket;
 
 /// So much is asked of the system at a time.
@@ -67,18 +67,18 @@ enum End {
 }
 
 /// Serves a connection until either side ends it.
-pub(crate) async fn serve(socket: Socket, door: Arc<Inner>, slot: Slot) {
+pub(crate) async fn serve(socket: Socket, door: Arc<Inner>, place: Place) {
     if let Err(error) = socket.prepare() {
         return debug!(%error, "a connection ended before it began");
     }
-    let mut connection = Connection::new(socket, door, slot.peer());
+    let mut connection = Connection::new(socket, door, place.peer());
     let end = poll_fn(|cx| connection.poll(cx)).await.unwrap_or_else(|error| End::Writer(WriterEnd::Failed(error)));
     // In memory of its own: a connection that goes on takes none for its end.
-    Box::pin(finish(connection, end, slot)).await;
+    Box::pin(finish(connection, end, place)).await;
 }
 
 /// Writes what is left to be written, and says how the connection ended.
-async fn finish(mut connection: Connection, end: End, slot: Slot) {
+async fn finish(mut connection: Connection, end: End, place: Place) {
     connection.let_go();
     let is_reset = connection.is_to_be_reset();
     let end = match end {
@@ -86,7 +86,7 @@ async fn finish(mut connection: Connection, end: End, slot: Slot) {
         end => {
             let was_evicted = matches!(end, End::Evicted);
             if was_evicted {
-                connection.log_eviction(&slot);
+                connection.log_eviction(&place);
                 if connection.session.peer.held() > NotifierOptions::default().waiting_max {
                     return; // of one that has read nothing of what it holds, no reading is to be expected
                 }
@@ -102,23 +102,23 @@ async fn finish(mut connection: Connection, end: End, slot: Slot) {
             };
             match tokio::time::timeout(patience, rest).await {
                 Ok(Some(end)) => end,
-                Ok(None) => return connection.log_eviction(&slot),
-                Err(_) => return debug!(peer = %slot, "connection closed; its last answer was not taken"),
+                Ok(None) => return connection.log_eviction(&place),
+                Err(_) => return debug!(peer = %place, "connection closed; its last answer was not taken"),
             }
         }
     };
     match end {
         WriterEnd::Finished if connection.session.has_overflowed() => {
-            let what = format_args!("connection closed: more deletes waited for {slot} than it may lag behind");
+            let what = format_args!("connection closed: more deletes waited for {place} than it may lag behind");
             connection.door.handle.log().warn("lag", what);
         }
-        WriterEnd::Finished => debug!(peer = %slot, "connection closed"),
+        WriterEnd::Finished => debug!(peer = %place, "connection closed"),
         WriterEnd::Stalled => {
             let limit = connection.door.options.stall_limit;
-            let what = format_args!("connection cut: {slot} took nothing for {limit:?}");
+            let what = format_args!("connection cut: {place} took nothing for {limit:?}");
             connection.door.handle.log().warn("stalled", what);
         }
-        WriterEnd::Failed(error) => debug!(peer = %slot, %error, "connection lost"),
+        WriterEnd::Failed(error) => debug!(peer = %place, %error, "connection lost"),
     }
 }
 
@@ -227,9 +227,9 @@ impl Connection {
         end
     }
 
-    fn log_eviction(&self, slot: &Slot) {
+    fn log_eviction(&self, place: &Place) {
         let held = self.session.peer.evicted_with();
-        let what = format_args!("connection closed: all hold too much, and {slot} the most, {held} bytes");
+        let what = format_args!("connection closed: all hold too much, and {place} the most, {held} bytes");
         self.door.handle.log().warn("evicted", what);
     }
 

@@ -2,12 +2,12 @@
 
 use nkv_node::Handle;
 
+use crate::connection_limit::ConnectionLimit;
 use crate::options::Options;
-use crate::slots::Slots;
 
 #[derive(Debug)]
 pub(crate) struct Inner {
     pub(crate) handle: Handle,
     pub(crate) options: Options,
-    pub(crate) slots: Slots,
+    pub(crate) places: ConnectionLimit,
 }

@@ -11,6 +11,7 @@
 )]
 
 mod connection;
+mod connection_limit;
 mod dispatch;
 mod door;
 mod error;
@@ -21,7 +22,6 @@ mod oldest;
 mod options;
 mod reading;
 mod server;
-mod slots;
 mod socket;
 
 pub use door::{Door, serve};

@@ -8,6 +8,16 @@ use nkv_protocol::Limits;
 const ALIVE_INTERVAL_MAX: Duration = Duration::from_secs(5);
 
 /// Limits of a server.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+///
+/// let mut options = nkv_server::Options::default();
+/// options.connections_max = 16;
+/// options.idle_limit = Some(Duration::from_secs(600));
+/// ```
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Options {

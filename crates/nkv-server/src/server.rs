@@ -24,6 +24,20 @@ pub struct Builder {
 
 impl Builder {
     /// Listens at `address` too. Without any, only [`Handle`]s reach the store.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_server::Server;
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let socket = dir.path().join("nkv.sock");
+    /// let unix = format!("unix:{}", socket.display());
+    /// let server = Server::builder().listen("127.0.0.1:0".parse()?).listen(unix.parse()?).bind().await?;
+    /// assert_eq!(server.addresses().len(), 2);
+    /// # Ok(()) }
+    /// ```
     #[must_use]
     pub fn listen(mut self, address: Address) -> Self {
         self.addresses.push(address);
@@ -33,6 +47,21 @@ impl Builder {
     /// Keeps values with what `open` returns, and calls that `durability` in `Stats`. Without it, values live in memory.
     ///
     /// `open` runs on a thread that may block, after the addresses were bound: nothing is opened in vain.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_persist_fs::{FsOptions, FsPersist};
+    /// use nkv_server::Server;
+    ///
+    /// # let temp = tempfile::tempdir()?;
+    /// # let dir = temp.path().join("data");
+    /// let server = Server::builder().persist("sync", || FsPersist::open(dir, FsOptions::default())).bind().await?;
+    /// server.handle().put("lamp.hall", "on").await?; // on the disk
+    /// server.shutdown().await?;
+    /// # Ok(()) }
+    /// ```
     #[must_use]
     pub fn persist<P: PersistValue>(
         mut self,
@@ -55,6 +84,27 @@ impl Builder {
 
     /// Describes the node itself: an [engine](nkv_node::Builder::engine) that decides writes, or
     /// [rights](nkv_node::Builder::rights). Limits are those of the [options](Self::options).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_node::{Pattern, Right, Rights};
+    /// use nkv_server::Server;
+    ///
+    /// #[derive(Debug)]
+    /// struct ReadOnly;
+    ///
+    /// impl Rights for ReadOnly {
+    ///     fn allows(&self, _principal: &str, right: Right, _pattern: &Pattern) -> bool {
+    ///         right == Right::Get
+    ///     }
+    /// }
+    ///
+    /// let server = Server::builder().node(|node| node.rights(ReadOnly)).bind().await?;
+    /// assert!(server.handle().as_principal("guest").put("lamp.hall", "on").await.is_err());
+    /// # Ok(()) }
+    /// ```
     #[must_use]
     pub fn node(mut self, describe: impl FnOnce(nkv_node::Builder) -> nkv_node::Builder) -> Self {
         self.node = describe(self.node);
@@ -62,6 +112,19 @@ impl Builder {
     }
 
     /// Sets the limits.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_server::{Options, Server};
+    ///
+    /// let mut options = Options::default();
+    /// options.value_len_max = 4_096;
+    /// let server = Server::builder().options(options).bind().await?;
+    /// assert!(server.handle().put("lamp.hall", vec![0; 5_000]).await.is_err());
+    /// # Ok(()) }
+    /// ```
     #[must_use]
     pub fn options(mut self, options: Options) -> Self {
         self.options = options;
@@ -73,6 +136,19 @@ impl Builder {
     /// # Errors
     ///
     /// [`ServerError`]; nothing runs then.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_server::{Server, ServerError};
+    ///
+    /// let first = Server::builder().listen("127.0.0.1:0".parse()?).bind().await?;
+    /// let taken = first.addresses()[0].clone();
+    /// let second: Result<Server, ServerError> = Server::builder().listen(taken).bind().await;
+    /// println!("{}", second.unwrap_err()); // there is one at this address
+    /// # Ok(()) }
+    /// ```
     pub async fn bind(self) -> Result<Server, ServerError> {
         let Builder { addresses, node, options } = self;
         let mut listeners = Vec::new();
@@ -106,6 +182,18 @@ pub struct Server {
 
 impl Server {
     /// A server to be described: at no address, in memory, with the default limits.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_server::Server;
+    ///
+    /// let server = Server::builder().listen("127.0.0.1:0".parse()?).bind().await?;
+    /// println!("listening at {}", server.addresses()[0]);
+    /// server.shutdown().await?;
+    /// # Ok(()) }
+    /// ```
     #[must_use]
     pub fn builder() -> Builder {
         Builder { addresses: Vec::new(), node: Node::builder(), options: Options::default() }
@@ -119,6 +207,17 @@ impl Server {
     }
 
     /// The store, from within the process.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let server = nkv_server::Server::builder().listen("127.0.0.1:0".parse()?).bind().await?;
+    /// let nkv = server.handle();
+    /// nkv.put("lamp.hall", "on").await?; // clients that subscribed to it hear of it
+    /// assert!(nkv.get("lamp.hall").await?.is_some());
+    /// # Ok(()) }
+    /// ```
     #[must_use]
     pub fn handle(&self) -> Handle {
         self.handle.clone()
@@ -130,6 +229,17 @@ impl Server {
     ///
     /// [`ServerError`] if the server had failed before; [`ServerError::Persist`] if the last sync of storage failed, or if
     /// storage did not answer within 5 s. In that case the thread that waits for it goes on, and keeps the storage.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let server = nkv_server::Server::builder().bind().await?;
+    /// let nkv = server.handle();
+    /// server.shutdown().await?;
+    /// assert!(nkv.put("lamp.hall", "on").await.is_err()); // no more writes are taken
+    /// # Ok(()) }
+    /// ```
     pub async fn shutdown(self) -> Result<(), ServerError> {
         let Server { stop, running, .. } = self;
         drop(stop);

@@ -166,6 +166,18 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`watch_branch`](Self::watch_branch).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(client: nkv_client::Client) -> nkv_client::Result<()> {
+    /// let levels = client.watch_branch_as::<u8>("level.*").await?;
+    /// for (key, level) in &levels.borrow().entries {
+    ///     println!("{key}: {level:?}");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn watch_branch_as<T>(&self, pattern: impl AsPattern) -> Result<BranchWatch<T>>
     where
         T: DeserializeOwned + Send + Sync + 'static,

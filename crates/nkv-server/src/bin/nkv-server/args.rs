@@ -12,9 +12,9 @@ use nkv_persist_fs::Durability;
 use nkv_server::{Address, Options};
 use tracing::level_filters::LevelFilter;
 
-/// A notify key-value store: shared state with a bell.
+/// A notify key-value store: shared state that says when it changes.
 ///
-/// Keeps values under dotted keys through crash and power loss, and always tells whoever subscribed the latest of them.
+/// Keeps values under dotted keys through crash and power loss, and brings each subscriber to their latest state.
 #[derive(Debug, Parser)]
 #[command(name = "nkv-server", version, args_conflicts_with_subcommands = true, after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -81,7 +81,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TIME", env = "NKV_STALL_LIMIT", default_value = "30s", value_parser = parse_time)]
     stall_limit: Duration,
 
-    /// A connection without subscriptions that asks nothing for so long is closed [default: never]
+    /// A connection without subscriptions that asks nothing for this long is closed [default: never]
     #[arg(long, value_name = "TIME", env = "NKV_IDLE_LIMIT", value_parser = parse_time)]
     idle_limit: Option<Duration>,
 
@@ -89,7 +89,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", env = "NKV_MAX_VALUE_SIZE", default_value = "1M", value_parser = parse_value_size)]
     max_value_size: usize,
 
-    /// Allow an address that other hosts reach; nobody is asked who they are
+    /// Allow an address that other hosts reach; clients are not authenticated
     #[arg(long, env = "NKV_INSECURE", value_parser = parse_flag)]
     insecure: bool,
 

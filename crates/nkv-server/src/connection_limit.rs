@@ -1,4 +1,4 @@
-//! Places for connections: so many in all, so many for each address.
+//! The connection limit: in all, and for each address.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -9,7 +9,7 @@ use thiserror::Error;
 
 /// Clones share the places.
 #[derive(Clone, Debug)]
-pub(crate) struct Slots {
+pub(crate) struct ConnectionLimit {
     max: usize,
     per_address_max: usize,
     taken: Arc<Mutex<Taken>>,
@@ -23,8 +23,8 @@ struct Taken {
 
 /// A place, free again when dropped. Displays its peer.
 #[derive(Debug)]
-pub(crate) struct Slot {
-    slots: Slots,
+pub(crate) struct Place {
+    places: ConnectionLimit,
     peer: Box<str>,
     from: Option<IpAddr>,
 }
@@ -38,13 +38,13 @@ pub(crate) enum Full {
     Address(usize, IpAddr),
 }
 
-impl Slots {
+impl ConnectionLimit {
     pub(crate) fn new(max: usize, per_address_max: usize) -> Self {
-        Slots { max, per_address_max, taken: Arc::default() }
+        ConnectionLimit { max, per_address_max, taken: Arc::default() }
     }
 
     /// A place for a connection of this peer; one of a Unix socket comes from no address.
-    pub(crate) fn take(&self, peer: &str) -> Result<Slot, Full> {
+    pub(crate) fn take(&self, peer: &str) -> Result<Place, Full> {
         let from = peer.parse().ok().map(address);
         let mut taken = self.lock();
         if taken.all >= self.max {
@@ -58,7 +58,7 @@ impl Slots {
             taken.by_address.insert(address, of_address.saturating_add(1));
         }
         taken.all = taken.all.saturating_add(1);
-        Ok(Slot { slots: self.clone(), peer: peer.into(), from })
+        Ok(Place { places: self.clone(), peer: peer.into(), from })
     }
 
     fn lock(&self) -> MutexGuard<'_, Taken> {
@@ -66,16 +66,16 @@ impl Slots {
     }
 }
 
-impl Slot {
+impl Place {
     /// Its peer, as people are shown it.
     pub(crate) fn peer(&self) -> &str {
         &self.peer
     }
 }
 
-impl Drop for Slot {
+impl Drop for Place {
     fn drop(&mut self) {
-        let mut taken = self.slots.lock();
+        let mut taken = self.places.lock();
         taken.all = taken.all.saturating_sub(1);
         if let Some(address) = self.from
             && let Some(of_address) = taken.by_address.get_mut(&address)
@@ -88,7 +88,7 @@ impl Drop for Slot {
     }
 }
 
-impl fmt::Display for Slot {
+impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.peer)
     }
@@ -109,22 +109,22 @@ mod tests {
 
     #[test]
     fn places_are_counted_in_all_and_for_each_address_and_come_back() {
-        let slots = Slots::new(4, 2);
-        let first = slots.take("10.0.0.1:1").unwrap();
-        let _second = slots.take("[::ffff:10.0.0.1]:2").unwrap();
+        let places = ConnectionLimit::new(4, 2);
+        let first = places.take("10.0.0.1:1").unwrap();
+        let _second = places.take("[::ffff:10.0.0.1]:2").unwrap();
         let full = Full::Address(2, "10.0.0.1".parse().unwrap());
-        assert_eq!(slots.take("10.0.0.1:3").unwrap_err(), full);
-        let network = slots.take("[2001:db8::1]:1").unwrap();
-        assert_eq!(network.slots.lock().by_address.get(&"2001:db8::".parse().unwrap()), Some(&1));
+        assert_eq!(places.take("10.0.0.1:3").unwrap_err(), full);
+        let network = places.take("[2001:db8::1]:1").unwrap();
+        assert_eq!(network.places.lock().by_address.get(&"2001:db8::".parse().unwrap()), Some(&1));
         drop(network);
-        let _other = slots.take("10.0.0.2:1").unwrap();
-        let _unix = slots.take("unix").unwrap();
-        assert_eq!(slots.take("unix").unwrap_err(), Full::All(4));
+        let _other = places.take("10.0.0.2:1").unwrap();
+        let _unix = places.take("unix").unwrap();
+        assert_eq!(places.take("unix").unwrap_err(), Full::All(4));
         drop(first);
-        assert_eq!(slots.lock().all, 3);
-        drop(slots.take("10.0.0.1:4").unwrap());
+        assert_eq!(places.lock().all, 3);
+        drop(places.take("10.0.0.1:4").unwrap());
         drop((_second, _other, _unix));
-        let taken = slots.lock();
+        let taken = places.lock();
         assert_eq!((taken.all, taken.by_address.len()), (0, 0));
     }
 }

@@ -19,7 +19,7 @@ use crate::record::{Record, RecordRef, ValueRef};
 ///
 /// let record = Record { key: Key::new("lamp")?, value: "on".into(), revision: Revision::new(3), expiry: None };
 /// let records: Records = [record].into_iter().collect();
-/// assert_eq!(records.get(0).map(|record| (record.key, record.revision)), Some(("lamp", Revision::new(3))));
+/// assert_eq!(records.get(0).map(|record| (record.key.as_str(), record.revision)), Some(("lamp", Revision::new(3))));
 /// # Ok::<(), nkv_core::KeyError>(())
 /// ```
 #[derive(Clone, Default, PartialEq, Eq)]

@@ -4,6 +4,7 @@
 //! had come, with the wall clock beside it. The next run goes on from there, and counts what passed in between, if both
 //! readings of the wall clock can be believed.
 
+use std::fmt;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -29,10 +30,27 @@ const SET_MIN: Millis = 1_000;
 /// The file is no longer than this.
 const FILE_LEN_MAX: u64 = 256;
 
+/// A clock of the program's own, for tests: see [`Builder::time`](crate::Builder::time).
+pub trait Time: fmt::Debug + Send + Sync + 'static {
+    /// How long ago some moment was that it chose once; it does not go back.
+    fn elapsed(&self) -> Duration;
+}
+
+/// That of the machine.
+#[derive(Debug)]
+pub(crate) struct SinceBoot;
+
+impl Time for SinceBoot {
+    fn elapsed(&self) -> Duration {
+        Duration::from_millis(since_boot())
+    }
+}
+
 #[derive(Clone, Debug)]
 pub(crate) struct Clock {
+    time: Arc<dyn Time>,
     started: Instant,
-    /// Since boot.
+    /// Of the time, at the start.
     start: Millis,
     /// How far the store had come at the start.
     origin: Millis,
@@ -67,7 +85,7 @@ struct Reading {
 
 impl Clock {
     /// A clock that goes on from what `file` says; without one, or if it says nothing, from the wall clock.
-    pub(crate) fn start(file: Option<PathBuf>) -> Self {
+    pub(crate) fn start(file: Option<PathBuf>, time: Arc<dyn Time>) -> Self {
         let kept = file.as_deref().and_then(|path| match read(path) {
             Ok(kept) => kept,
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -77,7 +95,8 @@ impl Clock {
             }
         });
         let keeper = file.map(|path| Arc::new(Keeper { path, last: Mutex::default(), writing: Mutex::default() }));
-        Clock { started: Instant::now(), start: since_boot(), origin: origin(kept, wall()), keeper }
+        let start = millis(time.elapsed());
+        Clock { time, started: Instant::now(), start, origin: origin(kept, wall()), keeper }
     }
 
     pub(crate) fn now(&self) -> Timestamp {
@@ -85,7 +104,7 @@ impl Clock {
     }
 
     fn now_ms(&self) -> Millis {
-        self.origin.saturating_add(since_boot().saturating_sub(self.start))
+        self.origin.saturating_add(millis(self.time.elapsed()).saturating_sub(self.start))
     }
 
     pub(crate) fn uptime_ms(&self) -> u64 {
@@ -262,13 +281,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("clock");
         write(&path, Reading { store: 70 * HOUR, wall: 5_000 }).unwrap();
-        let clock = Clock::start(Some(path.clone()));
+        let clock = Clock::start(Some(path.clone()), Arc::new(SinceBoot));
         assert!((70 * HOUR..71 * HOUR).contains(&clock.now_ms()) && clock.is_unkept() && clock.is_due());
         clock.keep();
         assert!(!clock.is_unkept());
         let kept = read(&path).unwrap().unwrap();
         assert!(kept.wall >= BELIEVED_FROM && (70 * HOUR..71 * HOUR).contains(&kept.store), "{kept:?}");
-        let without = Clock::start(None);
+        let without = Clock::start(None, Arc::new(SinceBoot));
         assert!(!without.is_unkept() && !without.is_due() && without.now_ms() >= BELIEVED_FROM);
     }
 }

@@ -653,7 +653,7 @@ impl Handle {
 
     // Looking at the node.
 
-    /// The subscribers that a change of `key` notifies, and what waits for each.
+    /// The subscribers that a change of `key` notifies, and the backlog of each.
     ///
     /// # Errors
     ///

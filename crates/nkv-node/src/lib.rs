@@ -35,6 +35,7 @@ pub use nkv_core;
 
 pub use blocking::BlockingHandle;
 pub use budget::{Budget, Held, Holder, Leave, Said};
+pub use clock::Time;
 pub use engine::{Abilities, Decided, Engine, EngineError, Feed, Seen};
 pub use handle::{Admitted, ChangesError, Handle};
 pub use job::Room;

@@ -53,7 +53,7 @@ pub struct PeerInfo {
     pub age: Duration,
     /// Its subscriptions.
     pub subscriptions: u64,
-    /// What waits for it.
+    /// Its backlog.
     pub backlog: Backlog,
 }
 

@@ -363,7 +363,7 @@ pub struct Traced {
     pub age: Duration,
     /// Whose it is, if it is that of a door's peer.
     pub peer: Option<PeerInfo>,
-    /// What waits for it.
+    /// Its backlog.
     pub backlog: Backlog,
 }
 
@@ -396,7 +396,7 @@ mod tests {
             failure,
             log,
             budget,
-            clock: Clock::start(None),
+            clock: Clock::start(None, Arc::new(crate::clock::SinceBoot)),
         };
         let writer = writer.spawn().unwrap();
         tokio::select! {

@@ -1,4 +1,4 @@
-//! Subscriptions from within the process: as a stream of events, or by anybody's notifier.
+//! Subscriptions from within the process: as a stream of events, or by a notifier of any kind.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::future::poll_fn;

@@ -466,3 +466,32 @@ async fn a_reserved_key_is_nobodys_to_write() {
     assert_eq!(kind(nkv.put(&reserved, "x").await), ErrorKind::InvalidKey);
     assert_eq!(kind(nkv.delete(&reserved).await), ErrorKind::InvalidKey);
 }
+
+/// Goes on when it is told to.
+#[derive(Clone, Debug, Default)]
+struct ByHand(std::sync::Arc<std::sync::atomic::AtomicU64>);
+
+impl nkv_node::Time for ByHand {
+    fn elapsed(&self) -> Duration {
+        Duration::from_secs(self.0.load(std::sync::atomic::Ordering::SeqCst))
+    }
+}
+
+#[tokio::test]
+async fn hours_pass_at_once_on_a_clock_of_the_programs_own() {
+    let time = ByHand::default();
+    let node = Node::builder().time(time.clone()).start().await.unwrap();
+    let nkv = node.handle();
+    for (name, hours) in [("short", 1), ("long", 3)] {
+        let options = PutOptions::default().with_ttl(Duration::from_secs(3_600 * hours));
+        nkv.put_with(name, "x", options).await.unwrap();
+    }
+    time.0.store(2 * 3_600, std::sync::atomic::Ordering::SeqCst);
+    let gone = async {
+        while nkv.exists("short").await.unwrap() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(Duration::from_secs(20), gone).await.expect("it does not end");
+    assert!(nkv.exists("long").await.unwrap());
+}

@@ -57,7 +57,7 @@ fn messages(event: &Event) -> Vec<ZmqMessage> {
             Action::Delete { .. } => vec![message(change.key.as_str(), change.revision, None)],
         },
         EventKind::Snapshot(part) => {
-            part.records.iter().map(|record| message(record.key, record.revision, Some(&record.value))).collect()
+            part.records.iter().map(|record| message(&record.key, record.revision, Some(&record.value))).collect()
         }
         _ => Vec::new(),
     }

@@ -9,7 +9,7 @@ use nkv_core::{Epoch, Key};
 use nkv_protocol::{Body, ConnectedClient, Kind, Request, Subscriber, status};
 use nkv_types::{
     AsKey, AsPattern, Deleted, Entry, Error, ErrorKind, IntoValue, Page, PageOptions, PutOptions, Result, Revision,
-    Stats,
+    Stats, to_json,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -752,10 +752,6 @@ fn keys(body: &Body, epoch: Epoch) -> Result<impl Iterator<Item = Result<(Key, R
             Key::new(key).map_err(|error| Error::protocol(format!("the server names an impossible key: {error}")))?;
         Ok((key, Revision::in_epoch(epoch, *revision)))
     }))
-}
-
-fn to_json<T: Serialize + ?Sized>(key: &str, value: &T) -> Result<Vec<u8>> {
-    serde_json::to_vec(value).map_err(|error| Error::json(format!("the value for '{key}' cannot be made JSON"), error))
 }
 
 impl fmt::Debug for Client {

@@ -12,7 +12,6 @@ pub(crate) trait WireError {
     fn protocol(what: impl Into<String>) -> Self;
     fn message(error: MessageError) -> Self;
     fn lost(error: io::Error) -> Self;
-    fn json(what: impl Into<String>, error: serde_json::Error) -> Self;
     fn too_large(len: usize, len_max: u64) -> Self;
     fn refused(status: u16, message: &str) -> Self;
 
@@ -38,10 +37,6 @@ impl WireError for Error {
 
     fn lost(error: io::Error) -> Self {
         Error::new(ErrorKind::CannotConnect, "connection lost").because(error)
-    }
-
-    fn json(what: impl Into<String>, error: serde_json::Error) -> Self {
-        Error::new(ErrorKind::Json, what).because(error)
     }
 
     fn too_large(len: usize, len_max: u64) -> Self {

@@ -13,7 +13,6 @@ mod hub;
 mod link;
 mod options;
 mod queue;
-mod store;
 mod subscription;
 mod task;
 mod types;
@@ -29,3 +28,5 @@ pub use nkv_types::{
 pub use options::ClientBuilder;
 pub use subscription::Subscription;
 pub use types::{ConnectionState, ServerVersion};
+
+nkv_types::store_by_methods!(Client, Subscription);

@@ -13,7 +13,7 @@ use nkv_core::{
 use nkv_types::{
     AsKey, AsPattern, AsPatterns, Branch, BranchWatch, Current, Deleted, Edit, Entry, Error, ErrorKind, Event,
     IntoEdit, IntoValue, Page, PageOptions, PutOptions, Result, Revision, Stats, SubscribeOptions, UpdateStore, Watch,
-    Watched, disjoint, update,
+    Watched, disjoint, to_json, update, update_as,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -272,14 +272,9 @@ impl Handle {
     pub async fn update_as<T: Serialize + DeserializeOwned, E: Into<Edit<T>>>(
         &self,
         key: impl AsKey,
-        mut edit: impl FnMut(Option<T>) -> E,
+        edit: impl FnMut(Option<T>) -> E,
     ) -> Result<Option<T>> {
-        let key = key.as_key()?;
-        let edit = |old: Option<&Entry>| {
-            let edit: Edit<T> = edit(old.map(Entry::json).transpose()?).into();
-            edit.try_map(|value| Ok(Bytes::from(to_json(key.as_str(), &value)?)))
-        };
-        update(self, &key, edit).await?.map(|entry| entry.json()).transpose()
+        update_as(self, &*key.as_key()?, edit).await
     }
 
     /// Deletes the keys that `pattern` selects, and says how many they were; none is no error. What of a wildcard
@@ -904,8 +899,7 @@ impl Handle {
     pub fn submit(&self, ops: Vec<Admitted>, room: Room) -> Written {
         let ops = ops.into_iter().map(|Admitted(op)| op).collect();
         match self.shared.truth() {
-            None => self.shared.write(Write::apart(ops), room, false),
-            Some(_) if self.shared.queue.is_closed() => Shared::written_never(),
+            None => self.shared.write(Write::apart(ops), room),
             Some(_) => self.shared.write_to_engine(ops, room),
         }
     }
@@ -953,6 +947,7 @@ impl Handle {
 
     fn check_op(&self, op: &Op) -> Result<()> {
         match op {
+            Op::Put { .. } if self.principal.is_none() => self.check_open()?,
             Op::Put { key, .. } => self.check(Right::Put, &Pattern::Exact(key.clone()))?,
             Op::Delete { pattern, .. } => self.check(Right::Delete, pattern)?,
         }
@@ -1074,12 +1069,6 @@ fn conflict(epoch: Epoch, outcome: Outcome) -> Error {
 
 fn unknown(_: Stopping) -> Error {
     Error::new(ErrorKind::OutcomeUnknown, "the node stopped; what became of the write is not known")
-}
-
-fn to_json<T: Serialize + ?Sized>(key: &str, value: &T) -> Result<Vec<u8>> {
-    serde_json::to_vec(value).map_err(|error| {
-        Error::new(ErrorKind::Json, format!("the value for '{key}' cannot be made JSON")).because(error)
-    })
 }
 
 impl fmt::Debug for Handle {

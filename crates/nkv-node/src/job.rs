@@ -30,7 +30,11 @@ impl Room {
         self.0.num_permits()
     }
 
-    /// Adds the bytes of another, from the same place.
+    /// Adds the bytes of another, which came by the same method of the same node.
+    ///
+    /// # Panics
+    ///
+    /// If it is for writes and the other for arrivals, or they are of two nodes.
     pub fn merge(&mut self, other: Room) {
         self.0.merge(other.0);
     }

@@ -25,7 +25,6 @@ mod peer;
 mod rate_log;
 mod rights;
 mod shared;
-mod store;
 mod subscriber;
 mod subscription;
 mod wakeups;
@@ -52,3 +51,5 @@ pub use rate_log::RateLimitedLog;
 pub use rights::{Right, Rights};
 pub use shared::{NotDone, Results, Stopping, Traced, Written};
 pub use subscription::{AttachOptions, Attached, Subscription};
+
+nkv_types::store_by_methods!(Handle, Subscription);

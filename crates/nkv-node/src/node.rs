@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nkv_core::{NoPersist, NotifyKeyValue, PersistError, PersistErrorKind, PersistValue, Timestamp};
+use nkv_core::{Epoch, NoPersist, NotifyKeyValue, PersistError, PersistErrorKind, PersistValue, Timestamp};
 use thiserror::Error;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
@@ -215,7 +215,7 @@ impl Builder {
         let persist = match persist {
             Some(open) => open,
             None => {
-                let persist = NoPersist::new(random_epoch()?);
+                let persist = NoPersist::new(Epoch::new(random()?));
                 Box::new(|| Ok(Box::new(persist) as Box<dyn PersistValue>))
             }
         };
@@ -282,17 +282,18 @@ impl Builder {
             durability,
             limits,
             rights,
-            failure: failure.clone(),
+            failure,
             truth,
             budget,
             wake_ups,
             queue,
             expiry_changed,
+            name: random()? as u64,
         };
         let shared = Arc::new(Shared::new(parts));
         let expiry = tokio::spawn(expiry::expire(Arc::clone(&shared)));
         let follow = follow.map(|follow| follow(Arc::clone(&shared)));
-        let tasks = Tasks { expiry, follow, pump, writer, failure };
+        let tasks = Tasks { expiry, follow, pump, writer };
         let running = tokio::spawn(run(Arc::clone(&shared), tasks));
         Ok(Node { handle: Handle::new(shared), running })
     }
@@ -406,17 +407,16 @@ struct Tasks {
     follow: Option<JoinHandle<()>>,
     pump: JoinHandle<()>,
     writer: oneshot::Receiver<Result<(), PersistError>>,
-    failure: Failure,
 }
 
 /// Runs until asked to stop or until storage fails, then ends everything in order.
 async fn run(shared: Arc<Shared>, tasks: Tasks) -> Result<(), NodeError> {
-    let Tasks { mut expiry, mut follow, pump, mut writer, failure } = tasks;
+    let Tasks { mut expiry, mut follow, pump, mut writer } = tasks;
     let mut stop_asked = shared.stop.subscribe();
     let mut writer_end = None;
     let result = tokio::select! {
         () = stopped(&mut stop_asked) => Ok(()),
-        failure = failure.reported() => Err(NodeError::Persist(failure)),
+        failure = shared.failure.reported() => Err(NodeError::Persist(failure)),
         end = &mut writer => {
             writer_end = Some(end);
             Err(broken("the writer"))
@@ -474,8 +474,8 @@ fn broken(what: &str) -> NodeError {
     NodeError::System(std::io::Error::other(format!("{what} broke")))
 }
 
-fn random_epoch() -> Result<nkv_core::Epoch, NodeError> {
+fn random() -> Result<u128, NodeError> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes).map_err(|error| NodeError::System(std::io::Error::other(error)))?;
-    Ok(nkv_core::Epoch::new(u128::from_le_bytes(bytes)))
+    Ok(u128::from_le_bytes(bytes))
 }

@@ -113,12 +113,26 @@ pub(crate) struct Parts {
     pub(crate) wake_ups: Arc<WakeUps>,
     pub(crate) queue: Arc<Queue>,
     pub(crate) expiry_changed: Arc<Notify>,
+    /// What no other node has in the names of its subscribers.
+    pub(crate) name: u64,
 }
 
 impl Shared {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { store, clock, durability, limits, rights, failure, truth, budget, wake_ups, queue, expiry_changed } =
-            parts;
+        let Parts {
+            store,
+            clock,
+            durability,
+            limits,
+            rights,
+            failure,
+            truth,
+            budget,
+            wake_ups,
+            queue,
+            expiry_changed,
+            name,
+        } = parts;
         let request_len_max = limits.request_len_max;
         let arrival_len =
             (limits.queued_max / ARRIVAL_ROOM_PART).clamp(request_len_max, ARRIVAL_ROOM_MAX.max(request_len_max));
@@ -140,7 +154,7 @@ impl Shared {
             stop: watch::Sender::new(false),
             ended: watch::Sender::new(false),
             names: AtomicU64::new(0),
-            name: getrandom::u64().unwrap_or_default(),
+            name,
             write_room: Arc::new(Semaphore::new(WRITE_ROOM)),
             arrival_room: Arc::new(Semaphore::new(arrival_len)),
             arrival_len,
@@ -188,15 +202,17 @@ impl Shared {
         self.arrival_room.available_permits() < JOB_LEN_MIN
     }
 
-    /// Has the writer do `write`, with all others that wait. Those of a connection wait until the turn of the runtime has
-    /// ended. A caller from elsewhere cannot count on its turning: theirs are `urgent`.
-    pub(crate) fn write(&self, write: Write, room: Room, urgent: bool) -> Written {
-        let handed_over = hand_over(&self.wake_ups, &self.queue, write, urgent, room);
+    /// Has the writer do `write`, with all others that wait, once the turn of the runtime has ended.
+    pub(crate) fn write(&self, write: Write, room: Room) -> Written {
+        let handed_over = hand_over(&self.wake_ups, &self.queue, write, false, room);
         Written(handed_over.map_or(Doing::Stopped, Doing::Here))
     }
 
     /// Has the engine do `ops`, each for itself. What is to be changed holds the room until then.
     pub(crate) fn write_to_engine(self: &Arc<Self>, ops: Vec<Op>, room: Room) -> Written {
+        if self.queue.is_closed() {
+            return Written(Doing::Stopped);
+        }
         let (results, done) = oneshot::channel();
         let shared = Arc::clone(self);
         self.runtime.spawn(async move {
@@ -206,11 +222,6 @@ impl Shared {
             drop(room);
         });
         Written(Doing::Engine(done))
-    }
-
-    /// What becomes of writes that come when the node has ended.
-    pub(crate) fn written_never() -> Written {
-        Written(Doing::Stopped)
     }
 
     /// The node has ended: nothing more is waited for.
@@ -237,7 +248,7 @@ impl Shared {
         Seen { epoch: stats.epoch, revision: stats.revision }
     }
 
-    /// As [`write`](Self::write), once there is room.
+    /// As [`write`](Self::write), once there is room, and at once: a caller from elsewhere cannot count on the runtime's turning.
     pub(crate) async fn write_urgently(&self, write: Write) -> Result<Vec<WriteResult>, Stopping> {
         let room = self.room(write.value_len().max(JOB_LEN_MIN)).await?;
         hand_over(&self.wake_ups, &self.queue, write, true, room)?.await.map_err(|_| Stopping)
@@ -269,7 +280,7 @@ fn room_len(len: usize) -> u32 {
     len.min(WRITE_ROOM) as u32
 }
 
-/// Gives the writer a job. If it sleeps, and the job is not urgent, the pump wakes it, once all that have something for it
+/// Gives the writer a job. If it sleeps, and the job is not `urgent`, the pump wakes it, once all that have something for it
 /// now have said so.
 fn hand_over(
     wake_ups: &WakeUps,

@@ -32,6 +32,6 @@ pub use page::Page;
 pub use revision::Revision;
 pub use stats::Stats;
 pub use store::Store;
-pub use update::{Edit, IntoEdit, UpdateStore, update};
-pub use value::IntoValue;
+pub use update::{Edit, IntoEdit, UpdateStore, update, update_as};
+pub use value::{IntoValue, to_json};
 pub use watched::Watched;

@@ -110,3 +110,109 @@ pub trait Store: Clone + fmt::Debug + Send + Sync + 'static {
     /// The figures of the store.
     fn stats(&self) -> impl Future<Output = Result<Stats>> + Send;
 }
+
+/// Implements [`Store`] by a type's own methods, which have the same names.
+///
+/// ```text
+/// nkv_types::store_by_methods!(Client, Subscription);
+/// ```
+#[macro_export]
+macro_rules! store_by_methods {
+    ($store:ty, $subscription:ty) => {
+        impl $crate::Store for $store {
+            type Subscription = $subscription;
+
+            async fn get(&self, key: impl $crate::AsKey) -> $crate::Result<Option<$crate::Entry>> {
+                self.get(key).await
+            }
+
+            async fn get_all(&self, pattern: impl $crate::AsPattern) -> $crate::Result<Vec<$crate::Entry>> {
+                self.get_all(pattern).await
+            }
+
+            async fn get_page(
+                &self,
+                pattern: impl $crate::AsPattern,
+                options: $crate::PageOptions,
+            ) -> $crate::Result<$crate::Page<$crate::Entry>> {
+                self.get_page(pattern, options).await
+            }
+
+            async fn list(
+                &self,
+                pattern: impl $crate::AsPattern,
+            ) -> $crate::Result<Vec<($crate::Key, $crate::Revision)>> {
+                self.list(pattern).await
+            }
+
+            async fn list_page(
+                &self,
+                pattern: impl $crate::AsPattern,
+                options: $crate::PageOptions,
+            ) -> $crate::Result<$crate::Page<($crate::Key, $crate::Revision)>> {
+                self.list_page(pattern, options).await
+            }
+
+            async fn exists(&self, pattern: impl $crate::AsPattern) -> $crate::Result<bool> {
+                self.exists(pattern).await
+            }
+
+            async fn put(
+                &self,
+                key: impl $crate::AsKey,
+                value: impl $crate::IntoValue,
+            ) -> $crate::Result<$crate::Revision> {
+                self.put(key, value).await
+            }
+
+            async fn put_with(
+                &self,
+                key: impl $crate::AsKey,
+                value: impl $crate::IntoValue,
+                options: $crate::PutOptions,
+            ) -> $crate::Result<$crate::Revision> {
+                self.put_with(key, value, options).await
+            }
+
+            async fn update<E: $crate::IntoEdit>(
+                &self,
+                key: impl $crate::AsKey,
+                edit: impl FnMut(Option<&$crate::Entry>) -> E + Send,
+            ) -> $crate::Result<Option<$crate::Entry>> {
+                self.update(key, edit).await
+            }
+
+            async fn delete(&self, pattern: impl $crate::AsPattern) -> $crate::Result<$crate::Deleted> {
+                self.delete(pattern).await
+            }
+
+            async fn delete_if(
+                &self,
+                key: impl $crate::AsKey,
+                if_revision: $crate::Revision,
+            ) -> $crate::Result<$crate::Deleted> {
+                self.delete_if(key, if_revision).await
+            }
+
+            async fn subscribe(&self, patterns: impl $crate::AsPatterns) -> $crate::Result<$subscription> {
+                self.subscribe(patterns).await
+            }
+
+            async fn subscribe_with(
+                &self,
+                patterns: impl $crate::AsPatterns,
+                options: $crate::SubscribeOptions,
+            ) -> $crate::Result<$subscription> {
+                self.subscribe_with(patterns, options).await
+            }
+
+            async fn health(&self) -> $crate::Result<()> {
+                self.health().await
+            }
+
+            async fn stats(&self) -> $crate::Result<$crate::Stats> {
+                self.stats().await
+            }
+        }
+    };
+}

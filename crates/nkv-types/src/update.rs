@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use nkv_core::Key;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::entry::{Deleted, Entry};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::PutOptions;
 use crate::revision::Revision;
-use crate::value::IntoValue;
+use crate::value::{IntoValue, to_json};
 
 /// The pause after the first conflict is a random part of this, that after the next of twice as much, up to `PAUSE_MAX`.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
@@ -158,6 +160,23 @@ pub async fn update<S: UpdateStore>(
             return Err(failure.because(format_args!("given up after {conflicts} attempts")));
         }
     }
+}
+
+/// [`update`] with values that are JSON.
+///
+/// # Errors
+///
+/// Those of [`update`], and [`ErrorKind::Json`] if a value is not the JSON of a `T`, or cannot be made JSON.
+pub async fn update_as<S: UpdateStore, T: Serialize + DeserializeOwned, E: Into<Edit<T>>>(
+    store: &S,
+    key: &Key,
+    mut edit: impl FnMut(Option<T>) -> E,
+) -> Result<Option<T>> {
+    let edit = |old: Option<&Entry>| {
+        let edit: Edit<T> = edit(old.map(Entry::json).transpose()?).into();
+        edit.try_map(|value| to_json(key.as_str(), &value))
+    };
+    update(store, key, edit).await?.map(|entry| entry.json()).transpose()
 }
 
 /// Whether the key was not as it had been read: that was in an epoch before, perhaps.

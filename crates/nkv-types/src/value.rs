@@ -3,6 +3,21 @@
 use std::borrow::Cow;
 
 use bytes::Bytes;
+use serde::Serialize;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// The JSON of the value for a key.
+///
+/// # Errors
+///
+/// [`ErrorKind::Json`] where there is none.
+pub fn to_json<T: Serialize + ?Sized>(key: &str, value: &T) -> Result<Bytes> {
+    let json = serde_json::to_vec(value).map_err(|error| {
+        Error::new(ErrorKind::Json, format!("the value for '{key}' cannot be made JSON")).because(error)
+    })?;
+    Ok(json.into())
+}
 
 /// What is a value, or can be made one: texts, vectors and slices of bytes, [`Bytes`]. Owned ones are not copied.
 pub trait IntoValue: Send {

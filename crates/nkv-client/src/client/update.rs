@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use nkv_core::Key;
-use nkv_types::{AsKey, Deleted, Edit, Entry, IntoEdit, IntoValue, PutOptions, Result, Revision, UpdateStore, update};
+use nkv_types::{AsKey, Deleted, Edit, Entry, IntoEdit, PutOptions, Result, Revision, UpdateStore, update, update_as};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::{Instant, sleep_until};
 
-use super::{Client, to_json};
+use super::Client;
 
 /// How long an update may take where the limit of a request is no limit.
 const UPDATE_MAX: Duration = Duration::from_secs(86_400);
@@ -73,14 +73,9 @@ impl Client {
     pub async fn update_as<T: Serialize + DeserializeOwned, E: Into<Edit<T>>>(
         &self,
         key: impl AsKey,
-        mut edit: impl FnMut(Option<T>) -> E,
+        edit: impl FnMut(Option<T>) -> E,
     ) -> Result<Option<T>> {
-        let key = key.as_key()?;
-        let edit = |old: Option<&Entry>| {
-            let edit: Edit<T> = edit(old.map(Entry::json).transpose()?).into();
-            edit.try_map(|value| Ok(to_json(key.as_str(), &value)?.into_value()))
-        };
-        update(&Bounded::new(self), &key, edit).await?.map(|entry| entry.json()).transpose()
+        update_as(&Bounded::new(self), &*key.as_key()?, edit).await
     }
 }
 

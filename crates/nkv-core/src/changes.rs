@@ -1,4 +1,4 @@
-//! Every change as it was committed, in order, with the boundaries of what one caller gave as one: for whoever copies the
+//! Every change as it was committed, in order, with the boundaries of what one caller gave as one: for code that copies the
 //! store elsewhere.
 //!
 //! All readers share one buffer. What the slowest of them has not taken stays in it, up to the bytes that this reader

@@ -16,7 +16,7 @@ use crate::sync::Mutex;
 /// Why a subscription has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum EndReason {
-    /// Somebody unsubscribed it.
+    /// Another task unsubscribed it.
     Unsubscribed,
     /// The same subscriber subscribed to the same pattern again.
     Replaced,

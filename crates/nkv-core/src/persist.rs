@@ -345,7 +345,7 @@ impl<P: PersistValue + ?Sized> PersistValue for Box<P> {
     }
 }
 
-/// A shared backend: whoever else holds it can look at it between two calls.
+/// A shared backend: another holder can look at it between two calls.
 #[deny(clippy::missing_trait_methods)]
 impl<P: PersistValue + ?Sized> PersistValue for Arc<Mutex<P>> {
     fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {

@@ -21,6 +21,7 @@ use thiserror::Error as ThisError;
 use tokio::sync::watch;
 
 use crate::budget::{Budget, Holder};
+use crate::deletes::RecentDeletes;
 use crate::failure::Chain;
 use crate::job::Room;
 use crate::limits::Limits;
@@ -29,6 +30,7 @@ use crate::rate_log::RateLimitedLog;
 use crate::rights::Right;
 use crate::shared::{JOB_LEN_MIN, Shared, Stopping, Traced, Written, stopped};
 use crate::subscription::{AttachOptions, Attached, Subscription};
+use crate::tail::{Tail, TailOptions};
 
 /// How many keys are taken from the store at a time: they are of one moment.
 const PART_KEYS: usize = 1_024;
@@ -634,6 +636,57 @@ impl Handle {
         let patterns = disjoint(patterns, options.exact)?;
         patterns.iter().try_for_each(|pattern| self.check(Right::Subscribe, pattern))?;
         Attached::begin(&self.shared, patterns, notifier, options)
+    }
+
+    /// A subscription that its reader can resume later: by a [`Cursor`](crate::Cursor) that came with an event, it is given what
+    /// it missed, and nothing else. What was deleted meanwhile is given where the node
+    /// [remembers](Self::remember_deletes) it; else, and where the cursor is of another epoch or of other patterns, it begins with
+    /// [`TailEvent::Reset`](crate::TailEvent::Reset) and the whole state.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`subscribe`](Self::subscribe).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_node::{Node, TailEvent, TailOptions};
+    ///
+    /// let node = Node::builder().start().await?;
+    /// let nkv = node.handle();
+    /// nkv.remember_deletes(1_000);
+    /// nkv.put("lamp.hall", "on").await?;
+    /// let mut lamps = nkv.tail("lamp", TailOptions::default())?;
+    /// let known = loop {
+    ///     let Some((event, cursor)) = lamps.next().await else { return Err("the node has stopped".into()) };
+    ///     if let (TailEvent::Synced { .. }, Some(cursor)) = (event, cursor) {
+    ///         break cursor;
+    ///     }
+    /// };
+    /// drop(lamps);
+    /// nkv.delete("lamp.hall").await?; // while nobody reads
+    /// let mut lamps = nkv.tail("lamp", TailOptions::default().with_after(known))?;
+    /// assert!(matches!(lamps.next().await, Some((TailEvent::Delete { .. }, _))));
+    /// # Ok(()) }
+    /// ```
+    pub fn tail(&self, patterns: impl AsPatterns, options: TailOptions<'_>) -> Result<Tail> {
+        let patterns = disjoint(patterns, options.exact)?;
+        patterns.iter().try_for_each(|pattern| self.check(Right::Subscribe, pattern))?;
+        Tail::begin(&self.shared, patterns, options)
+    }
+
+    /// Has the node remember this many of the most recent deletes, from now on, so that a [`tail`](Self::tail) can be resumed
+    /// behind them. They count in the budget. A door that resumes asks for it at its start; the first that asks decides the
+    /// number. Until then it costs nothing.
+    pub fn remember_deletes(&self, max: usize) {
+        self.shared.deletes.get_or_init(|| RecentDeletes::begin(&self.shared, max));
+    }
+
+    /// How long a value lives yet.
+    #[must_use]
+    pub fn time_left(&self, expiry: Expiry) -> Duration {
+        self.shared.clock.until(expiry.at)
     }
 
     /// Ends the subscription of this name and pattern, and notifies its subscriber; false if there is none.

@@ -13,6 +13,7 @@
 mod blocking;
 mod budget;
 mod clock;
+mod deletes;
 mod engine;
 mod expiry;
 mod failure;
@@ -27,6 +28,7 @@ mod rights;
 mod shared;
 mod subscriber;
 mod subscription;
+mod tail;
 mod wakeups;
 mod writer;
 
@@ -51,5 +53,6 @@ pub use rate_log::RateLimitedLog;
 pub use rights::{Right, Rights};
 pub use shared::{NotDone, Results, Stopping, Traced, Written};
 pub use subscription::{AttachOptions, Attached, Subscription};
+pub use tail::{Cursor, Tail, TailEvent, TailOptions};
 
 nkv_types::store_by_methods!(Handle, Subscription);

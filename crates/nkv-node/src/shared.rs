@@ -4,7 +4,7 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use std::vec;
@@ -16,6 +16,7 @@ use tokio::sync::{Notify, Semaphore, oneshot, watch};
 
 use crate::budget::Budget;
 use crate::clock::Clock;
+use crate::deletes::RecentDeletes;
 use crate::engine::{Seen, Truth};
 use crate::failure::Failure;
 use crate::job::{Job, Room};
@@ -51,6 +52,8 @@ pub(crate) struct Shared {
     pub(crate) stop: watch::Sender<bool>,
     /// Whether the node has ended: what has no answer by then gets none.
     pub(crate) ended: watch::Sender<bool>,
+    /// The most recent deletes, once a door asks for that.
+    pub(crate) deletes: OnceLock<Arc<RecentDeletes>>,
     /// The number of names made up for subscribers that gave none, and what no other has in its names.
     names: AtomicU64,
     name: u64,
@@ -153,6 +156,7 @@ impl Shared {
             runtime: tokio::runtime::Handle::current(),
             stop: watch::Sender::new(false),
             ended: watch::Sender::new(false),
+            deletes: OnceLock::new(),
             names: AtomicU64::new(0),
             name,
             write_room: Arc::new(Semaphore::new(WRITE_ROOM)),

@@ -805,6 +805,13 @@ impl Handle {
         self.shared.store.epoch()
     }
 
+    /// The newest revision that readers see.
+    #[must_use]
+    pub fn revision(&self) -> Revision {
+        let stats = self.shared.store.stats();
+        Revision::in_epoch(stats.epoch, stats.revision.get())
+    }
+
     /// Whether the truth lies in an engine: its data may begin another epoch at any time.
     #[must_use]
     pub fn follows_engine(&self) -> bool {

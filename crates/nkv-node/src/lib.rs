@@ -13,6 +13,7 @@
 mod blocking;
 mod budget;
 mod clock;
+mod connection_limit;
 mod deletes;
 mod engine;
 mod expiry;
@@ -37,6 +38,7 @@ pub use nkv_core;
 pub use blocking::BlockingHandle;
 pub use budget::{Budget, Held, Holder, Leave, Said};
 pub use clock::Time;
+pub use connection_limit::{ConnectionLimit, Full, Place};
 pub use engine::{Abilities, Decided, Engine, EngineError, Feed, Seen};
 pub use handle::{Admitted, ChangesError, Handle};
 pub use job::Room;

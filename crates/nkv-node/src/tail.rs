@@ -384,7 +384,7 @@ impl Tail {
     fn begin_anew(&mut self) {
         self.say_reset();
         (self.phase, self.base) = (Phase::Snapshots { since: None }, Number::new(u64::MAX));
-        let has_more = self.read.iter().any(|read| *read == Read::All);
+        let has_more = self.read.contains(&Read::All);
         self.read.fill(Read::Nothing);
         if has_more {
             self.observer.give_up();

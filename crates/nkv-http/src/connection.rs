@@ -226,6 +226,7 @@ where
         upgrade: Mutex::default(),
     });
     let stream = TokioIo::new(Timed::new(stream, times, limits));
+    let open = Open::new(&door);
     http(&door, &conn, stream).await;
     let upgrade = lock(&conn.upgrade).take();
     // No request is on its way, and the connection is not idle.
@@ -236,7 +237,7 @@ where
             let frames = Frames::new(stream, &door.handle, limits.request_limit).await;
             let address = conn.address.clone();
             // What the connection becomes is a peer of its own, and takes a place.
-            drop((conn, place));
+            drop((conn, place, open));
             (messages.0)(Box::new(frames), address).await;
         }
         (Some(Upgrade::Records(upgrade, changes)), _) => {
@@ -248,6 +249,22 @@ where
             }
         }
         _ => {}
+    }
+}
+
+/// A connection that figures count.
+struct Open(Arc<Inner>);
+
+impl Open {
+    fn new(door: &Arc<Inner>) -> Self {
+        door.counted.connections.fetch_add(1, Relaxed);
+        Open(Arc::clone(door))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.counted.connections.fetch_sub(1, Relaxed);
     }
 }
 

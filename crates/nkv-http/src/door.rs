@@ -3,12 +3,13 @@
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nkv_node::{ConnectionLimit, Handle};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 use crate::connection::{self, Messages};
+use crate::figures::Counted;
 use crate::guard::{Guard, Origin, host_name};
 use crate::timed::TimeLimits;
 
@@ -52,7 +53,13 @@ pub struct Options {
     pub deletes_max: usize,
     /// How often a watch gives a sign of life. 15 s by default.
     pub heartbeat: Duration,
+    /// What a door counts: one with a clone of these options shows it too.
+    pub(crate) counted: SharedCounted,
 }
+
+/// Clones are the same.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct SharedCounted(Arc<Counted>);
 
 impl Default for Options {
     fn default() -> Self {
@@ -67,6 +74,7 @@ impl Default for Options {
             stall_limit: Duration::from_secs(30),
             deletes_max: 65_536,
             heartbeat: Duration::from_secs(15),
+            counted: SharedCounted::default(),
         }
     }
 }
@@ -125,7 +133,8 @@ pub(crate) struct Inner {
     pub(crate) options: Options,
     pub(crate) guard: Guard,
     pub(crate) messages: Option<Messages>,
-    pub(crate) started: Instant,
+    /// Shared with a door that shows it.
+    pub(crate) counted: Arc<Counted>,
 }
 
 impl Door {
@@ -151,7 +160,9 @@ impl Door {
         if !options.only_figures {
             handle.remember_deletes(options.deletes_max);
         }
-        Ok(Door(Arc::new(Inner { handle, options, guard, messages: None, started: Instant::now() })))
+        handle.keep_figures();
+        let counted = Arc::clone(&options.counted.0);
+        Ok(Door(Arc::new(Inner { handle, options, guard, messages: None, counted })))
     }
 
     /// Serves WebSockets at `/v1/ws` too: `serve` is given a stream whose bytes are those of the JSON-lines protocol, and who the
@@ -162,9 +173,9 @@ impl Door {
         F: Future<Output = ()> + Send + 'static,
     {
         let serve: Box<ServeMessages> = Box::new(move |stream, peer| Box::pin(serve(stream, peer)));
-        let Inner { handle, options, guard, started, .. } = &*self.0;
-        let (handle, options, guard, started) = (handle.clone(), options.clone(), guard.clone(), *started);
-        Door(Arc::new(Inner { handle, options, guard, messages: Some(Messages(serve)), started }))
+        let Inner { handle, options, guard, counted, .. } = &*self.0;
+        let (handle, options, guard, counted) = (handle.clone(), options.clone(), guard.clone(), Arc::clone(counted));
+        Door(Arc::new(Inner { handle, options, guard, messages: Some(Messages(serve)), counted }))
     }
 
     /// Serves one connection until either side ends it or the node stops. `peer` is shown to people; where it is an IP

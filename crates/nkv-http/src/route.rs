@@ -1,6 +1,7 @@
 //! From a path to what answers it, with what every answer has.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use http::header::{CONTENT_SECURITY_POLICY, ETAG, VARY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
 use http::{HeaderValue, Method, Request, StatusCode};
@@ -53,12 +54,14 @@ fn is_preflight<B>(request: &Request<B>) -> bool {
 }
 
 async fn served(ctx: Ctx<'_>, request: Request<Incoming>) -> Answer {
-    route(ctx, request).await.unwrap_or_else(Problem::into_answer)
+    let (start, path) = (Instant::now(), request.uri().path().to_owned());
+    let answer = route(ctx, &path, request).await.unwrap_or_else(Problem::into_answer);
+    ctx.door.counted.answered(&path, start.elapsed(), answer.status());
+    answer
 }
 
-async fn route(ctx: Ctx<'_>, request: Request<Incoming>) -> Result<Answer, Problem> {
-    let path = request.uri().path().to_owned();
-    if let Some(figures) = figures::route(ctx, &path, &request) {
+async fn route(ctx: Ctx<'_>, path: &str, request: Request<Incoming>) -> Result<Answer, Problem> {
+    if let Some(figures) = figures::route(ctx, path, &request).await {
         return figures;
     }
     if ctx.door.options.only_figures {
@@ -70,7 +73,7 @@ async fn route(ctx: Ctx<'_>, request: Request<Incoming>) -> Result<Answer, Probl
     if let Some(key) = path.strip_prefix("/v1/trace/") {
         return look::trace(ctx, key, &request);
     }
-    match path.as_str() {
+    match path {
         "/v1/kv" => match *request.method() {
             Method::GET | Method::HEAD => list::list(ctx, &request).await,
             Method::DELETE => kv::delete_all(ctx, &request).await,
@@ -85,7 +88,7 @@ async fn route(ctx: Ctx<'_>, request: Request<Incoming>) -> Result<Answer, Probl
         "/getall" => seed::get_all(ctx).await,
         "/set" => seed::set(ctx, request).await,
         "/subscribe" => seed::subscribe(ctx, request),
-        _ => page::file(ctx, &path, &request).unwrap_or_else(|| Err(no_such_path())),
+        _ => page::file(ctx, path, &request).unwrap_or_else(|| Err(no_such_path())),
     }
 }
 

@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use crate::budget::{Budget, Holder};
 use crate::deletes::RecentDeletes;
 use crate::failure::Chain;
+use crate::figures::{Counters, Ended, Figures, Operation};
 use crate::job::Room;
 use crate::limits::Limits;
 use crate::peer::{Peer, PeerInfo};
@@ -683,6 +684,44 @@ impl Handle {
         self.shared.deletes.get_or_init(|| RecentDeletes::begin(&self.shared, max));
     }
 
+    /// Has the node count what [`figures`](Self::figures) gives, from now on. Until then that costs nothing.
+    pub fn keep_figures(&self) {
+        self.shared.counters.get_or_init(Counters::new);
+    }
+
+    /// What was counted since the node began to [keep](Self::keep_figures) figures; `None` before.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let node = nkv_node::Node::builder().start().await?;
+    /// # let nkv = node.handle();
+    /// nkv.keep_figures();
+    /// nkv.put("lamp.hall", "on").await?;
+    /// let figures = nkv.figures()?.ok_or("no figures")?;
+    /// assert_eq!(figures.batch_sizes.count(), 1);
+    /// # Ok(()) }
+    /// ```
+    pub fn figures(&self) -> Result<Option<Figures>> {
+        self.check(Right::Admin, &Pattern::All)?;
+        let Some(counters) = self.shared.counters.get() else { return Ok(None) };
+        let mut figures = Figures::of(counters);
+        figures.queued_bytes = self.shared.budget.queued_bytes() as u64;
+        figures.storage = self.shared.storage.as_ref().map(|storage| storage.read());
+        Ok(Some(figures))
+    }
+
+    pub(crate) fn count(&self, operation: Operation, ended: Ended) {
+        if let Some(counters) = self.shared.counters.get() {
+            counters.count(operation, ended);
+        }
+    }
+
     /// How long a value lives yet.
     #[must_use]
     pub fn time_left(&self, expiry: Expiry) -> Duration {
@@ -881,7 +920,9 @@ impl Handle {
     /// ```
     pub fn look_up<R>(&self, key: &str, look: impl FnOnce(RecordRef<'_>) -> R) -> Result<Option<R>> {
         self.check_text(Right::Get, key)?;
-        Ok(self.shared.store.look_up(key, look))
+        let found = self.shared.store.look_up(key, look);
+        self.count(Operation::Get, if found.is_some() { Ended::Ok } else { Ended::NotFound });
+        Ok(found)
     }
 
     /// Lends each record that `pattern` selects, after `after`, to `visit`, in key order, until it breaks off; see
@@ -899,6 +940,7 @@ impl Handle {
         visit: impl FnMut(RecordRef<'_>) -> ControlFlow<B>,
     ) -> Result<ControlFlow<B>> {
         self.check(Right::Get, pattern)?;
+        self.count(Operation::List, Ended::Ok);
         Ok(self.shared.store.walk(pattern, after, visit))
     }
 
@@ -1006,6 +1048,13 @@ impl Handle {
     }
 
     fn check_op(&self, op: &Op) -> Result<()> {
+        self.check_op_uncounted(op).inspect_err(|_| {
+            let is_put = matches!(op, Op::Put { .. });
+            self.count(if is_put { Operation::Put } else { Operation::Delete }, Ended::Refused);
+        })
+    }
+
+    fn check_op_uncounted(&self, op: &Op) -> Result<()> {
         match op {
             Op::Put { .. } if self.principal.is_none() => self.check_open()?,
             Op::Put { key, .. } => self.check(Right::Put, &Pattern::Exact(key.clone()))?,

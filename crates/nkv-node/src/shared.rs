@@ -10,7 +10,7 @@ use std::time::Duration;
 use std::vec;
 
 use nkv_core::mailbox::Backlog;
-use nkv_core::{Failed, Key, Notifier, Op, Outcome, Pattern, SubscriberId, Write, WriteResult};
+use nkv_core::{Failed, Key, Notifier, Op, Outcome, Pattern, StorageFigures, SubscriberId, Write, WriteResult};
 use nkv_types::{Error, ErrorKind};
 use tokio::sync::{Notify, Semaphore, oneshot, watch};
 
@@ -19,6 +19,7 @@ use crate::clock::Clock;
 use crate::deletes::RecentDeletes;
 use crate::engine::{Seen, Truth};
 use crate::failure::Failure;
+use crate::figures::Counters;
 use crate::job::{Job, Room};
 use crate::limits::Limits;
 use crate::peer::PeerInfo;
@@ -52,6 +53,9 @@ pub(crate) struct Shared {
     pub(crate) stop: watch::Sender<bool>,
     /// Whether the node has ended: what has no answer by then gets none.
     pub(crate) ended: watch::Sender<bool>,
+    /// What is counted, once a door asks for that.
+    pub(crate) counters: Arc<OnceLock<Arc<Counters>>>,
+    pub(crate) storage: Option<Arc<dyn StorageFigures>>,
     /// The most recent deletes, once a door asks for that.
     pub(crate) deletes: OnceLock<Arc<RecentDeletes>>,
     /// The number of names made up for subscribers that gave none, and what no other has in its names.
@@ -118,6 +122,8 @@ pub(crate) struct Parts {
     pub(crate) expiry_changed: Arc<Notify>,
     /// What no other node has in the names of its subscribers.
     pub(crate) name: u64,
+    pub(crate) counters: Arc<OnceLock<Arc<Counters>>>,
+    pub(crate) storage: Option<Arc<dyn StorageFigures>>,
 }
 
 impl Shared {
@@ -135,6 +141,8 @@ impl Shared {
             queue,
             expiry_changed,
             name,
+            counters,
+            storage,
         } = parts;
         let request_len_max = limits.request_len_max;
         let arrival_len =
@@ -156,6 +164,8 @@ impl Shared {
             runtime: tokio::runtime::Handle::current(),
             stop: watch::Sender::new(false),
             ended: watch::Sender::new(false),
+            counters,
+            storage,
             deletes: OnceLock::new(),
             names: AtomicU64::new(0),
             name,
@@ -412,6 +422,7 @@ mod tests {
             log,
             budget,
             clock: Clock::start(None, Arc::new(crate::clock::SinceBoot)),
+            counters: Arc::default(),
         };
         let writer = writer.spawn().unwrap();
         tokio::select! {

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 async fn node(deletes: usize) -> (Node, Handle) {
-    let node = Node::builder().start().await.unwrap();
+    let node = Node::builder().start().await.expect("a node");
     let handle = node.handle();
     handle.remember_deletes(deletes);
     (node, handle)

@@ -13,8 +13,12 @@ const OPENED_AT_FIRST = 150;
 const LABELS = { connecting: "Connecting", connected: "Connected, loading", synced: "Synced", stale: "Stale" };
 
 const part = (id) => document.getElementById(id);
+const narrow = matchMedia("(max-width: 700px)");
 const store = new Store();
-const tree = new Tree(store, part("tree"), (key) => value.select(key));
+const tree = new Tree(store, part("tree"), (key) => {
+  value.select(key);
+  if (narrow.matches && value.node?.revision) part("value").scrollIntoView({ block: "nearest" });
+});
 const feed = new Feed(part("feed"), part("pause"), part("feed-note"), (key) => {
   const node = store.find(key);
   if (node) tree.reveal(node);
@@ -33,7 +37,7 @@ const connection = new Connection({
     if (!node) return;
     if (!known) feed.add("put", key, revision, skipped, node.head);
     changed(key, () => value.update(key, revision, bytes), revision);
-    if (store.full && connection.phase) connection.stop(`more than ${number(store.nodes - 1)} keys and branches: choose a narrower filter`);
+    if (store.full && connection.phase) connection.stop(`${number(store.nodes)} keys and branches are too many for this page: choose a narrower pattern`);
   },
   close(key, revision, skipped, reason) {
     if (!store.remove(key, revision)) return;

@@ -110,8 +110,7 @@ export class Connection {
    */
   async load(ended) {
     const { pattern } = this;
-    const { keys, value_bytes: bytes } = await this.request({ type: "Stats", ahead: true });
-    let limit = Math.max(1, Math.min(PAGE_KEYS, Math.floor((PAGE_BYTES * keys) / Math.max(1, bytes))));
+    let limit = 1; // grows as far as the values are small, so that large ones on a slow line come one by one
     for (const key of /(^|\.)\*$/.test(pattern) ? [pattern] : [pattern, `${pattern}.*`]) {
       for (let after = ""; after !== undefined && !ended();) {
         const page = await this.request({ type: "Get", key, limit, after, ahead: true });
@@ -127,6 +126,8 @@ export class Connection {
           this.handler.update(name, page.revisions[index], page.payload.subarray(at, end), 0, true);
           at = end;
         });
+        if (at < PAGE_BYTES / 4) limit = Math.min(PAGE_KEYS, limit * 4);
+        else if (at > PAGE_BYTES) limit = Math.ceil(limit / 4);
         after = page.more ? page.keys.at(-1) : undefined;
       }
     }

@@ -1,6 +1,6 @@
 // Shows the server's figures, their rates as sparklines, and the clients of the server.
 
-import { duration, make, number, show, size } from "./format.js";
+import { brief, duration, make, number, show, size } from "./format.js";
 
 const POINTS = 120;
 const SVG = "http://www.w3.org/2000/svg";
@@ -59,7 +59,7 @@ export class Figures {
   /** Takes the clients of a Trace without a key. */
   takeClients(clients) {
     fillTable(this.clients, clients.slice(0, 100).map((client) => [
-      client.name || client.client_uuid || "unnamed", client.peer ?? "", number(client.subscriptions), number(client.queued), number(client.skipped), duration(client.since_ms),
+      client.name || client.client_uuid || "unnamed", client.peer ?? "", number(client.subscriptions), number(client.queued), number(client.skipped), brief(client.since_ms),
     ]));
   }
 }

@@ -1,7 +1,7 @@
 // Turns keys, values and numbers into text that is safe to show.
 
 // Characters that are invisible, or that reorder the text around them. A tab and a newline are shown as they are.
-const HIDDEN = /(?:(?![\n\t])[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}\u115f\u1160\u3164\uffa0])+/gu;
+const HIDDEN = /((?![\n\t])[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}\u115f\u1160\u3164\uffa0])\1*/gu;
 const strict = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const lenient = new TextDecoder("utf-8", { ignoreBOM: true });
 const encoder = new TextEncoder();
@@ -34,9 +34,9 @@ export function show(element, text) {
   const parts = [];
   let end = 0;
   for (const found of text.matchAll(HIDDEN)) {
-    const points = [...found[0]];
-    const code = points[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-    parts.push(text.slice(end, found.index), make("span", "mark", `U+${code}${points.length > 1 ? ` +${points.length - 1}` : ""}`));
+    const [run, one] = found;
+    const code = one.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+    parts.push(text.slice(end, found.index), make("span", "mark", `U+${code}${run === one ? "" : ` ×${run.length / one.length}`}`));
     end = found.index + found[0].length;
   }
   element.replaceChildren(...parts, text.slice(end));
@@ -113,6 +113,9 @@ export function duration(ms) {
   if (seconds < 86400) return `${Math.floor(seconds / 3600)} h ${Math.floor((seconds % 3600) / 60)} min`;
   return `${Math.floor(seconds / 86400)} d ${Math.floor((seconds % 86400) / 3600)} h`;
 }
+
+/** Returns the largest unit of a duration alone, for tables. */
+export const brief = (ms) => duration(ms).split(" ", 2).join(" ");
 
 /** Returns the milliseconds that a text such as "30s" or "5m" stands for; null for none, NaN if it is no duration. */
 export function parseDuration(text) {

@@ -3,8 +3,6 @@
 
 import { preview } from "./format.js";
 
-const NODES_MAX = 1_000_000;
-
 class Node {
   constructor(name, key, parent) {
     this.name = name;
@@ -31,7 +29,9 @@ class Node {
 }
 
 export class Store {
-  constructor() {
+  /** `nodesMax` is how many keys and branches the page is to hold; see `full`. */
+  constructor(nodesMax = 1_000_000) {
+    this.nodesMax = nodesMax;
     this.root = new Node("", "", null);
     this.nodes = 0;
     this.generation = 0;
@@ -44,7 +44,7 @@ export class Store {
   }
 
   get full() {
-    return this.nodes >= NODES_MAX;
+    return this.nodes >= this.nodesMax;
   }
 
   /** Returns the node of a key or branch, or undefined. */
@@ -59,6 +59,7 @@ export class Store {
   /** Begins a snapshot: what is neither in it nor changed during it will be gone at its end. */
   begin() {
     this.generation += 1;
+    if (this.full) this.finish(); // else what is kept for comparison would leave no room for the new state
     this.loading = true;
     this.buried.clear();
   }

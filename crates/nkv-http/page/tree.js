@@ -102,8 +102,8 @@ export class Tree {
   click(event) {
     const slot = this.slots.find(({ row }) => row.contains(event.target));
     if (!slot) return;
-    const twist = event.target === slot.twist || (slot.node === this.active && event.detail === 1 && !slot.node.revision);
-    if (twist && slot.node.children?.size) this.toggle(slot.node);
+    const opens = event.target === slot.twist || !slot.node.revision;
+    if (opens && slot.node.children?.size) this.toggle(slot.node);
     this.choose(slot.node);
   }
 

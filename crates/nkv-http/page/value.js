@@ -1,7 +1,7 @@
 // Shows the chosen key: its value in three forms, what is known of it, and the subscribers that a change would notify.
 
 import { fillTable } from "./figures.js";
-import { decode, duration, hexDump, number, prettyJson, show, size } from "./format.js";
+import { brief, decode, duration, hexDump, number, prettyJson, show, size } from "./format.js";
 
 const SHOWN = 64 * 1024;
 const PRETTY = 512 * 1024;
@@ -45,8 +45,10 @@ export class ValuePane {
   async load() {
     const { key, node } = this;
     this.trace();
-    if (!node?.revision || this.bytes) return;
+    if (!node?.revision || this.bytes || this.fetching === key) return;
+    this.fetching = key;
     const present = await this.editor.fetch(key).catch(() => null);
+    this.fetching = null;
     if (key !== this.key || !present?.revision || present.revision < this.revision) return;
     this.take(present.bytes, present.revision);
   }
@@ -130,7 +132,7 @@ export class ValuePane {
   fillTimes() {
     const { node } = this;
     const now = performance.now();
-    show(this.part("fact-changed"), node?.changed ? `${duration(now - node.changed)} ago` : "not since this page is open");
+    show(this.part("fact-changed"), node?.changed ? `${duration(now - node.changed)} ago` : "no change seen yet");
     this.part("ttl").hidden = !this.ttl || this.ttlRevision !== node?.revision;
     if (this.ttl) show(this.part("fact-ttl"), `${duration(Math.max(0, this.ttl - now))} left`);
   }
@@ -146,7 +148,7 @@ export class ValuePane {
     this.fillTimes();
     if (!this.connection.live) return;
     if (this.node?.revision && !this.bytes) this.load();
-    else if (count % 2 === 0) this.trace();
+    else if (count % 2) this.trace();
     if (this.node?.revision && this.ttlRevision !== this.node.revision) this.askTtl();
   }
 
@@ -179,7 +181,7 @@ export class ValuePane {
     show(this.part("watcher-count"), number(answer.subscribers.length));
     fillTable(this.part("watchers"), answer.subscribers.slice(0, 100).map((subscriber) => [
       subscriber.name || subscriber.client_uuid, subscriber.pattern + (subscriber.exact ? " (exact)" : ""), subscriber.peer ?? "",
-      number(subscriber.queued), number(subscriber.skipped), duration(subscriber.since_ms),
+      number(subscriber.queued), number(subscriber.skipped), brief(subscriber.since_ms),
     ]));
   }
 

@@ -2,12 +2,12 @@
 
 import { spawnSync } from "node:child_process";
 import { existsSync } from "node:fs";
-import { open, row, shows, sleep } from "./support.mjs";
+import { open, pick, shows, sleep } from "./support.mjs";
 
 const SHOTS = [
   ["page-light", { viewport: { width: 1440, height: 900 } }],
   ["page-dark", { viewport: { width: 1440, height: 900 }, colorScheme: "dark" }],
-  ["page-phone", { viewport: { width: 390, height: 844 }, deviceScaleFactor: 2, hasTouch: true }],
+  ["page-phone", { viewport: { width: 390, height: 844 }, deviceScaleFactor: 1.5, hasTouch: true }],
 ];
 
 function pairs() {
@@ -41,15 +41,15 @@ export async function screenshots(server, browser, folder) {
   const pages = [];
   for (const [name, options] of SHOTS) pages.push([name, await open(browser, server.url, options)]);
   for (const [, page] of pages) {
-    await row(page, "api").click();
+    await pick(page, "api");
     await shows(page, "#value-body", "listen");
   }
-  await sleep(45_000);
+  await sleep(Number(process.env.SHOT_MS ?? 60_000));
   for (const [name, page] of pages) {
     const path = `${folder}/${name}.png`;
     await page.bringToFront();
     await sleep(500);
-    await page.screenshot({ path, fullPage: name === "page-phone" });
+    await page.screenshot({ path });
     // Fewer colours make the file smaller; without the program the picture stays as it is.
     if (existsSync("/usr/bin/pngquant")) spawnSync("pngquant", ["--force", "--output", path, "128", path]);
     await page.context().close();

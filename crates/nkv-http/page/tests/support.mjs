@@ -118,10 +118,11 @@ export const launch = () => chromium.launch({
 });
 
 /** Opens the page and waits for its first state. `page.faults` collects errors and violations of the policy. */
-export async function open(browser, url, options = {}) {
+export async function open(browser, url, { socket, ...options } = {}) {
   const context = await browser.newContext({ viewport: { width: 1440, height: 900 }, ...options });
   context.setDefaultTimeout(WAIT_MS);
   const page = await context.newPage();
+  if (socket) await page.routeWebSocket(/\/v1\/ws$/, socket);
   page.faults = [];
   page.on("pageerror", (error) => page.faults.push(String(error)));
   page.on("dialog", (dialog) => { page.faults.push(`dialog: ${dialog.message()}`); dialog.dismiss(); });
@@ -138,6 +139,12 @@ export const state = (page, wanted, limitMs) =>
   until(`the page is ${wanted}`, async () => (await page.getAttribute("#state", "data-state")) === wanted, limitMs);
 
 export const row = (page, name) => page.locator(".row:not([hidden])", { has: page.locator(".name", { hasText: new RegExp(`^${name}$`) }) });
+
+/** Clicks the row of a name. Rows are filled anew at any time, so a click may have to be tried again. */
+export const pick = (page, name) => until(`a click on ${name}`, async () => {
+  await row(page, name).click({ timeout: 1000 }).catch(() => {});
+  return (await page.locator(".row[aria-selected=true]:not([hidden]) .name").allInnerTexts())[0] === name;
+});
 
 export const text = (page, selector) => page.locator(selector).innerText();
 

@@ -2,8 +2,10 @@
 
 import { spawnSync } from "node:child_process";
 import { existsSync } from "node:fs";
+import net from "node:net";
 import { open, pick, shows, sleep } from "./support.mjs";
 
+const RUN_MS = 100_000; // until the sparklines are nearly full
 const SHOTS = [
   ["page-light", { viewport: { width: 1440, height: 900 } }],
   ["page-dark", { viewport: { width: 1440, height: 900 }, colorScheme: "dark" }],
@@ -23,8 +25,16 @@ function pairs() {
   return list;
 }
 
+function watch(server, name, key) {
+  const socket = net.connect(server.lines, "127.0.0.1").resume();
+  const connect = { type: "Connect", id: "1", client_uuid: name, name, features: ["names"] };
+  socket.write(`${JSON.stringify(connect)}\n${JSON.stringify({ type: "Subscribe", id: "2", key })}\n`);
+  return socket;
+}
+
 export async function screenshots(server, browser, folder) {
   await server.fill(pairs());
+  const watchers = [["api 1", "config.api"], ["api 2", "config.api"], ["dashboard", "host.*"], ["lamp driver", "home.*"]].map(([name, key]) => watch(server, name, key));
   let running = true;
   const writer = (async () => {
     for (let round = 0; running; round += 1) {
@@ -38,17 +48,12 @@ export async function screenshots(server, browser, folder) {
       await sleep(150);
     }
   })();
-  const pages = [];
-  for (const [name, options] of SHOTS) pages.push([name, await open(browser, server.url, options)]);
-  for (const [, page] of pages) {
+  for (const [name, options] of SHOTS) {
+    const page = await open(browser, server.url, options);
     await pick(page, "api");
     await shows(page, "#value-body", "listen");
-  }
-  await sleep(Number(process.env.SHOT_MS ?? 60_000));
-  for (const [name, page] of pages) {
+    await sleep(RUN_MS);
     const path = `${folder}/${name}.png`;
-    await page.bringToFront();
-    await sleep(500);
     await page.screenshot({ path });
     // Fewer colours make the file smaller; without the program the picture stays as it is.
     if (existsSync("/usr/bin/pngquant")) spawnSync("pngquant", ["--force", "--output", path, "128", path]);
@@ -56,4 +61,5 @@ export async function screenshots(server, browser, folder) {
   }
   running = false;
   await writer;
+  for (const socket of watchers) socket.destroy();
 }

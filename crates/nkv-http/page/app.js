@@ -37,7 +37,7 @@ const connection = new Connection({
     if (!node) return;
     if (!known) feed.add("put", key, revision, skipped, node.head);
     changed(key, () => value.update(key, revision, bytes), revision);
-    if (store.full && connection.phase) connection.stop(`${number(store.nodes)} keys and branches are too many for this page: choose a narrower pattern`);
+    if (store.full && connection.phase) connection.stop(`more than ${number(store.nodesMax)} keys and branches; choose a narrower pattern`);
   },
   close(key, revision, skipped, reason) {
     if (!store.remove(key, revision)) return;

@@ -203,5 +203,9 @@ function editable(bytes, area) {
 
 function showValue(element, { bytes }) {
   const begin = bytes.subarray(0, 4096);
-  show(element, (decode(begin) ?? (begin.length < bytes.length ? decode(begin.subarray(0, -3)) : null) ?? hexDump(begin)) + (begin.length < bytes.length ? "\n…" : ""));
+  const cut = begin.length < bytes.length;
+  // The cut may have gone through a character of up to four bytes.
+  const ends = cut ? [0, 1, 2, 3] : [0];
+  const text = ends.map((end) => decode(begin.subarray(0, begin.length - end))).find((whole) => whole !== null);
+  show(element, (text ?? hexDump(begin)) + (cut ? "\n…" : ""));
 }

@@ -2,6 +2,7 @@
 
 import { brief, duration, make, number, show, size } from "./format.js";
 
+export const CLIENTS = 100;
 const POINTS = 120;
 const SVG = "http://www.w3.org/2000/svg";
 const RATES = {
@@ -58,11 +59,14 @@ export class Figures {
 
   /** Takes the clients of a Trace without a key. */
   takeClients(clients) {
-    fillTable(this.clients, clients.slice(0, 100).map((client) => [
-      client.name || client.client_uuid || "unnamed", client.peer ?? "", number(client.subscriptions), number(client.queued), number(client.skipped), brief(client.since_ms),
+    fillTable(this.clients, clients.slice(0, CLIENTS).map(({ name, client_uuid: uuid, subscriptions, ...rest }) => [
+      name || uuid || "unnamed", number(subscriptions), ...ofClient(rest),
     ]));
   }
 }
+
+/** Returns what tables show at the end of a client's row. */
+export const ofClient = ({ queued, skipped, since_ms: since, peer }) => [number(queued), number(skipped), brief(since), peer ?? ""];
 
 /** Fills the body of a table, reusing its cells. */
 export function fillTable(body, rows) {

@@ -61,9 +61,8 @@ export class Tree {
     const row = this.space.appendChild(make("div", "row"));
     row.id = `row-${this.slots.length}`;
     row.setAttribute("role", "treeitem");
-    const slot = { row, index: -1, twist: make("span", "twist"), name: make("span", "name"), count: make("span", "count"), head: make("span", "head") };
-    row.append(slot.twist, slot.name, slot.count, slot.head);
-    return slot;
+    const [twist, name, count, head] = ["twist", "name", "count", "head"].map((part) => row.appendChild(make("span", part)));
+    return { row, index: -1, twist, name, count, head };
   }
 
   fillSlot(slot, node, index, now) {
@@ -112,7 +111,7 @@ export class Tree {
     const node = this.active;
     const index = node ? this.store.rowOf(node) : -1;
     const page = Math.max(1, Math.floor(this.element.clientHeight / ROW_PX) - 1);
-    const steps = { ArrowDown: index + 1, ArrowUp: Math.max(0, index - 1), Home: 0, End: Infinity, PageDown: index + page, PageUp: index - page };
+    const steps = { ArrowDown: index + 1, ArrowUp: index - 1, Home: 0, End: Infinity, PageDown: index + page, PageUp: index - page };
     const branch = Boolean(node?.children?.size);
     if (event.key in steps) this.moveTo(steps[event.key]);
     else if (event.key === "ArrowRight" && branch) node.open ? this.moveTo(index + 1) : this.toggle(node);

@@ -1,7 +1,7 @@
 // Shows the chosen key: its value in three forms, what is known of it, and the subscribers that a change would notify.
 
-import { fillTable } from "./figures.js";
-import { brief, decode, duration, hexDump, number, prettyJson, show, size } from "./format.js";
+import { CLIENTS, fillTable, ofClient } from "./figures.js";
+import { decode, duration, hexDump, number, prettyJson, show, size } from "./format.js";
 
 const SHOWN = 64 * 1024;
 const PRETTY = 512 * 1024;
@@ -116,7 +116,8 @@ export class ValuePane {
       body = hexDump(bytes.subarray(0, SHOWN / 4));
       whole = bytes.length <= SHOWN / 4;
     } else if (bytes) {
-      if (form === "json" && this.json === null) note ||= this.text === null || bytes.length <= PRETTY ? "This is not JSON." : "Too large to format as JSON.";
+      const large = this.text !== null && bytes.length > PRETTY;
+      if (form === "json" && this.json === null) note ||= large ? "Too large to format as JSON." : "This is not JSON.";
       if (this.text === null) note ||= "This is not UTF-8; what cannot be read is shown as \ufffd. See hex.";
       const text = (form === "json" && this.json) || (this.text ?? new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes.subarray(0, SHOWN)));
       body = text.slice(0, SHOWN);
@@ -179,9 +180,8 @@ export class ValuePane {
     this.tracing = false;
     if (key !== this.key || !answer.subscribers) return;
     show(this.part("watcher-count"), number(answer.subscribers.length));
-    fillTable(this.part("watchers"), answer.subscribers.slice(0, 100).map((subscriber) => [
-      subscriber.name || subscriber.client_uuid, subscriber.pattern + (subscriber.exact ? " (exact)" : ""), subscriber.peer ?? "",
-      number(subscriber.queued), number(subscriber.skipped), brief(subscriber.since_ms),
+    fillTable(this.part("watchers"), answer.subscribers.slice(0, CLIENTS).map(({ name, client_uuid: uuid, pattern, exact, ...rest }) => [
+      name || uuid, pattern + (exact ? " (exact)" : ""), ...ofClient(rest),
     ]));
   }
 

@@ -222,7 +222,10 @@ const cases = {
     await server.fill([["reset.kept", "old"], ["reset.lost", "old"]]);
     let near;
     const page = await open(browser, server.url, { socket: (route) => { near = route; route.connectToServer(); } });
-    const update = (key, value, revision, skipped) => near.send(Buffer.from(`{"Update":{"key":"${key}","revision":${revision},"len":${value.length},"skipped":${skipped}}}\n${value}\n`));
+    const update = (key, value, revision, skipped) => {
+      const line = JSON.stringify({ Update: { key, revision, len: value.length, skipped } });
+      near.send(Buffer.from(`${line}\n${value}\n`));
+    };
     await row(page, "lost").waitFor();
     update("reset.kept", "late", 70, 7);
     await shows(page, "#feed", "+7 skipped");
@@ -308,8 +311,7 @@ for (const [name, run] of Object.entries(cases)) {
 }
 if (flags.screenshots) {
   const server = await Server.start(program);
-  await screenshots(server, browser, flags.screenshots);
-  await server.stop();
+  await screenshots(server, browser, flags.screenshots).finally(() => server.stop());
 }
 await browser.close();
 process.exitCode = failed ? 1 : 0;

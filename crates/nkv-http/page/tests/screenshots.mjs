@@ -12,16 +12,19 @@ const SHOTS = [
   ["page-phone", { viewport: { width: 390, height: 844 }, deviceScaleFactor: 1.5, hasTouch: true }],
 ];
 
+const WATCHERS = [["api 1", "config.api"], ["api 2", "config.api"], ["dashboard", "host.*"], ["lamp driver", "home.*"]];
+
 function pairs() {
   const list = [];
   for (const host of ["db1", "db2", "web1", "web2", "web3"]) {
     list.push([`host.${host}.load`, "0.42"], [`host.${host}.memory.free`, "12884901888"], [`host.${host}.uptime`, "1893204"]);
   }
+  const api = { listen: "0.0.0.0:8080", workers: 8, limits: { body_bytes: 1048576, idle_ms: 65000 }, features: ["search", "export"], owner: "platform" };
   for (const room of ["hall", "kitchen", "study"]) {
     list.push([`home.${room}.lamp`, JSON.stringify({ on: true, level: 80, colour: [255, 214, 170] })], [`home.${room}.temperature`, "21.5"]);
   }
-  list.push(["config.api", JSON.stringify({ listen: "0.0.0.0:8080", workers: 8, limits: { body_bytes: 1048576, idle_ms: 65000 }, features: ["search", "export"], owner: "platform" })]);
-  list.push(["config.api.flags.beta", "false"], ["config.worker", '{"queue":"mail","retries":5}'], ["deploy.current", "2026-11-30.2"], ["deploy.previous", "2026-11-28.1"]);
+  list.push(["config.api", JSON.stringify(api)], ["config.api.flags.beta", "false"], ["config.worker", '{"queue":"mail","retries":5}']);
+  list.push(["deploy.current", "2026-11-30.2"], ["deploy.previous", "2026-11-28.1"]);
   return list;
 }
 
@@ -34,7 +37,7 @@ function watch(server, name, key) {
 
 export async function screenshots(server, browser, folder) {
   await server.fill(pairs());
-  const watchers = [["api 1", "config.api"], ["api 2", "config.api"], ["dashboard", "host.*"], ["lamp driver", "home.*"]].map(([name, key]) => watch(server, name, key));
+  const watchers = WATCHERS.map(([name, key]) => watch(server, name, key));
   let running = true;
   const writer = (async () => {
     for (let round = 0; running; round += 1) {

@@ -219,12 +219,18 @@ impl ClientBuilder {
     }
 
     fn link_options(&self) -> Result<LinkOptions> {
+        let addr = self.addr.parse::<Address>()?;
+        if cfg!(not(feature = "ws")) && matches!(addr, Address::Ws { .. }) {
+            let what = format!("address '{addr}': this client was built without the cargo feature 'ws' of nkv-client");
+            return Err(Error::new(ErrorKind::InvalidAddress, what));
+        }
         Ok(LinkOptions {
-            addr: self.addr.parse::<Address>()?,
+            addr,
             client_uuid: self.client_uuid.clone().map_or_else(random_name, Ok)?,
             name: self.name.clone(),
             token: self.token.clone(),
             connect_timeout: self.connect_timeout,
+            heartbeat: self.pace.heartbeat,
             message_len_max: self.message_len_max,
         })
     }

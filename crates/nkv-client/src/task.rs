@@ -363,7 +363,16 @@ impl Task {
             let since = Instant::now();
             self.attach(&mut present);
             match self.serve(&mut present).await {
-                Stop::Done => break,
+                Stop::Done => {
+                    self.has_ended = true;
+                    #[cfg(feature = "ws")]
+                    present.say_goodbye();
+                    // No caller waits for the server's answer to that.
+                    drop(self);
+                    #[cfg(feature = "ws")]
+                    present.closed().await;
+                    return;
+                }
                 Stop::Lost(error) => self.detach(&present, &error),
             }
             drop(present);
@@ -835,6 +844,7 @@ mod tests {
 
     use super::*;
     use crate::hub::Sink;
+    use crate::link::Io;
     use nkv_types::Address;
 
     const HEARTBEAT: Duration = Duration::from_secs(10);
@@ -859,6 +869,7 @@ mod tests {
             name: None,
             token: None,
             connect_timeout: HEARTBEAT,
+            heartbeat: HEARTBEAT,
             message_len_max: 1 << 20,
         };
         let pace = Pace { heartbeat: HEARTBEAT, backoff_min: HEARTBEAT, backoff_max: HEARTBEAT };
@@ -868,6 +879,10 @@ mod tests {
 
     /// A stream that can be read and, from some time on, not written any more.
     struct HalfDead(DuplexStream, Arc<AtomicBool>);
+
+    impl Io for DuplexStream {}
+
+    impl Io for HalfDead {}
 
     impl AsyncRead for HalfDead {
         fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {

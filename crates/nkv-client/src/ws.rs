@@ -1,0 +1,383 @@
+//! A connection over a WebSocket. To the rest of the client it is a stream of bytes like any other, but for two things: what is
+//! written to it at a time is one message, and a frame of the server holds one message.
+//!
+//! The library buffers little and reads a frame whole before it gives it; so what counts as a sign of life is measured below it,
+//! by the bytes that move.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_core::Stream as _;
+use futures_sink::Sink as _;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep, sleep};
+use tokio_tungstenite::tungstenite::error::ProtocolError;
+use tokio_tungstenite::tungstenite::handshake::client::{Request, Response, generate_key};
+use tokio_tungstenite::tungstenite::http::{StatusCode, Uri, Version};
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig};
+use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
+use tokio_tungstenite::{WebSocketStream, client_async_with_config};
+
+use crate::link::Io;
+
+/// How many bytes one read of the socket asks for, and how many of small messages wait for one write.
+const BUFFER_LEN: usize = 8 << 10;
+/// How many bytes are read until the server has answered the greeting: the head of its HTTP answer, then the message.
+const GREETING_LEN_MAX: usize = 128 << 10;
+/// After this number of pings whose pongs cannot be sent nothing more is read.
+const UNANSWERED_MAX: u32 = 16;
+/// How many characters of the reason that a server closes with are shown.
+const REASON_CHARS_MAX: usize = 128;
+
+/// Where the WebSocket is, as an HTTP request names it.
+pub(crate) struct Target<'a> {
+    pub(crate) host: &'a str,
+    pub(crate) port: u16,
+    pub(crate) path: &'a str,
+}
+
+/// A WebSocket, as a stream of messages.
+pub(crate) struct WebSocket {
+    socket: WebSocketStream<Measured>,
+    /// What of a frame has not been read.
+    rest: Bytes,
+    /// Whether the frame is a line that came without the newline that ends it.
+    lacks_newline: bool,
+    /// Pings of the server since what is written last left.
+    unanswered: u32,
+    heartbeat: Duration,
+    next_ping: Instant,
+    timer: Pin<Box<Sleep>>,
+    /// What a server that is left is given as the reason; `None` once it was given.
+    goodbye: Option<CloseCode>,
+}
+
+impl WebSocket {
+    /// Asks for a WebSocket over a connection. `len_max` is the longest message that is taken from the server.
+    pub(crate) async fn open(
+        io: Box<dyn Io>,
+        target: &Target<'_>,
+        (heartbeat, len_max): (Duration, usize),
+    ) -> io::Result<Self> {
+        let config = WebSocketConfig::default()
+            .read_buffer_size(BUFFER_LEN)
+            .write_buffer_size(BUFFER_LEN)
+            .max_message_size(Some(len_max))
+            .max_frame_size(Some(len_max));
+        let handshake = client_async_with_config(target.request()?, Measured::new(io), Some(config));
+        let (socket, _) = handshake.await.map_err(|error| match error {
+            Error::Http(response) => io::Error::new(io::ErrorKind::ConnectionRefused, refusal(&response)),
+            Error::Protocol(ProtocolError::HttparseError(_)) => io::Error::other(
+                "what answers does not speak HTTP/1.1; nkv's own port is written host:port, without ws://",
+            ),
+            Error::Protocol(ProtocolError::HandshakeIncomplete) => {
+                io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the server before it answered")
+            }
+            Error::Io(error) => error,
+            error => io::Error::other(format!("the answer is not that of a WebSocket: {error}")),
+        })?;
+        Ok(WebSocket {
+            socket,
+            rest: Bytes::new(),
+            lacks_newline: false,
+            unanswered: 0,
+            heartbeat,
+            next_ping: Instant::now() + heartbeat,
+            timer: Box::pin(sleep(heartbeat)),
+            goodbye: Some(CloseCode::Normal),
+        })
+    }
+
+    /// The greeting was answered: from now on messages have the limit that the program set.
+    pub(crate) fn greeted(&mut self) {
+        self.socket.get_mut().left = u64::MAX;
+    }
+
+    /// When bytes moved last: some came, or the peer took some that had to wait.
+    pub(crate) fn heard(&self) -> Instant {
+        self.socket.get_ref().heard
+    }
+
+    /// How many bytes of the present frame have not been read.
+    pub(crate) fn frame_len_left(&self) -> usize {
+        self.rest.len() + usize::from(self.lacks_newline)
+    }
+
+    /// Says that the connection ends, as far as that can be said without waiting.
+    pub(crate) fn say_goodbye(&mut self) {
+        let Some(code) = self.goodbye.take() else { return };
+        let mut cx = Context::from_waker(Waker::noop());
+        let close = Message::Close(Some(CloseFrame { code, reason: Utf8Bytes::default() }));
+        // A connection that is lost cannot be told.
+        if Pin::new(&mut self.socket).start_send(close).is_ok() {
+            _ = Pin::new(&mut self.socket).poll_flush(&mut cx);
+        }
+    }
+
+    /// Waits until the server has said that the connection ends, too, and has closed it.
+    pub(crate) fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        _ = Pin::new(&mut self.socket).poll_flush(cx);
+        while let Some(Ok(_)) = ready!(Pin::new(&mut self.socket).poll_next(cx)) {}
+        Poll::Ready(())
+    }
+
+    /// Hands on what is left of a frame; false if nothing is.
+    fn give(&mut self, buf: &mut ReadBuf<'_>) -> bool {
+        let given = self.rest.split_to(self.rest.len().min(buf.remaining()));
+        buf.put_slice(&given);
+        if self.rest.is_empty() {
+            // The frame's memory need not wait for the next.
+            self.rest = Bytes::new();
+            if self.lacks_newline && buf.remaining() > 0 {
+                buf.put_slice(b"\n");
+                self.lacks_newline = false;
+                return true;
+            }
+        }
+        !given.is_empty()
+    }
+
+    /// Pings when that is due, and judges the silence of the server. What it has sent was read before.
+    fn poll_beat(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        while self.timer.as_mut().poll(cx).is_ready() {
+            let (now, limit) = (Instant::now(), 2 * self.heartbeat);
+            let silence = now.saturating_duration_since(self.heard());
+            if silence >= limit {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, format!("nothing heard for {silence:?}")));
+            }
+            if now >= self.next_ping {
+                self.next_ping = now + self.heartbeat;
+                // Where something waits to be sent, a ping would only wait behind it.
+                if Pin::new(&mut self.socket).poll_ready(cx).map_err(io_error)?.is_ready() {
+                    Pin::new(&mut self.socket).start_send(Message::Ping(Bytes::new())).map_err(io_error)?;
+                    _ = Pin::new(&mut self.socket).poll_flush(cx).map_err(io_error)?;
+                }
+            }
+            let next = self.next_ping.min(self.heard() + limit);
+            self.timer.as_mut().reset(next);
+        }
+        Ok(())
+    }
+
+    /// Waits for the next frame with a message.
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        loop {
+            if self.unanswered > 0 && Pin::new(&mut self.socket).poll_flush(cx).map_err(io_error)?.is_ready() {
+                self.unanswered = 0;
+            }
+            if self.unanswered > UNANSWERED_MAX {
+                return Poll::Pending;
+            }
+            match ready!(Pin::new(&mut self.socket).poll_next(cx)) {
+                Some(Ok(Message::Text(text))) => {
+                    self.lacks_newline = !text.ends_with('\n');
+                    self.rest = text.into();
+                    return Poll::Ready(Ok(true));
+                }
+                Some(Ok(Message::Binary(bytes))) => {
+                    self.rest = bytes;
+                    return Poll::Ready(Ok(true));
+                }
+                // The library has the pong ready, and the next flush sends it.
+                Some(Ok(Message::Ping(_))) => self.unanswered += 1,
+                Some(Ok(Message::Close(frame))) => {
+                    self.goodbye = None;
+                    // The library has the answer ready.
+                    _ = Pin::new(&mut self.socket).poll_flush(cx);
+                    return Poll::Ready(Err(closed(frame.as_ref())));
+                }
+                Some(Ok(Message::Pong(_) | Message::Frame(_))) => {}
+                Some(Err(error)) => return Poll::Ready(Err(self.failed(error))),
+                None => return Poll::Ready(Ok(false)),
+            }
+        }
+    }
+
+    fn failed(&mut self, error: Error) -> io::Error {
+        self.goodbye = self.goodbye.and(match error {
+            Error::Capacity(_) => Some(CloseCode::Size),
+            Error::Utf8(_) => Some(CloseCode::Invalid),
+            Error::Protocol(_) => Some(CloseCode::Protocol),
+            _ => None,
+        });
+        io_error(error)
+    }
+}
+
+impl Io for WebSocket {
+    fn web_socket(&mut self) -> Option<&mut WebSocket> {
+        Some(self)
+    }
+}
+
+impl AsyncRead for WebSocket {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        while !self.give(buf) {
+            match self.poll_frame(cx)? {
+                Poll::Ready(true) => {}
+                Poll::Ready(false) => break,
+                Poll::Pending => {
+                    self.poll_beat(cx)?;
+                    return Poll::Pending;
+                }
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for WebSocket {
+    /// Sends a whole message, or nothing: a line as text, a line with a payload as bytes.
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, message: &[u8]) -> Poll<io::Result<usize>> {
+        ready!(Pin::new(&mut self.socket).poll_ready(cx)).map_err(io_error)?;
+        let line = message.strip_suffix(b"\n").filter(|line| !line.contains(&b'\n'));
+        let text = line.and_then(|line| std::str::from_utf8(line).ok());
+        let frame = text.map_or_else(|| Message::Binary(Bytes::copy_from_slice(message)), Message::text);
+        Pin::new(&mut self.socket).start_send(frame).map_err(io_error)?;
+        Poll::Ready(Ok(message.len()))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx).map_err(io_error)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.say_goodbye();
+        self.poll_closed(cx).map(Ok)
+    }
+}
+
+impl Drop for WebSocket {
+    fn drop(&mut self) {
+        self.say_goodbye();
+    }
+}
+
+impl Target<'_> {
+    fn request(&self) -> io::Result<Request> {
+        // A zone of an IPv6 address is of this host alone.
+        let host = self.host.split_once('%').map_or(self.host, |(host, _)| host);
+        let authority = match host.contains(':') {
+            true => format!("[{host}]:{}", self.port),
+            false => format!("{host}:{}", self.port),
+        };
+        let uri = Uri::builder().scheme("ws").authority(authority.as_str()).path_and_query(self.path).build();
+        let request = Request::builder().method("GET").version(Version::HTTP_11).uri(uri.map_err(io::Error::other)?);
+        let request = request
+            .header("Host", authority)
+            .header("Connection", "Upgrade")
+            .header("Upgrade", "websocket")
+            .header("Sec-WebSocket-Version", "13")
+            .header("Sec-WebSocket-Key", generate_key());
+        request.body(()).map_err(io::Error::other)
+    }
+}
+
+/// What an answer other than a WebSocket means, and what to do about it.
+fn refusal(response: &Response) -> String {
+    let status = response.status();
+    let what = match status {
+        StatusCode::UNAUTHORIZED => "a proxy in front of the server asks for credentials",
+        StatusCode::FORBIDDEN => {
+            "the server, or a proxy in front of it, does not serve this host name: use its IP address, or have it \
+             started with --http-host NAME"
+        }
+        StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => {
+            "no WebSocket at this path: nkv has it at /v1/ws, unless a proxy in front has another path"
+        }
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
+            "the server has no room or is not ready: try again later"
+        }
+        StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT => {
+            "a proxy answers and does not reach the server: see whether that runs"
+        }
+        status if status.is_redirection() => "redirects are not followed: give the address that this one leads to",
+        status if status.is_server_error() => "the server, or a proxy in front of it, failed: its log says why",
+        _ => "no WebSocket here: see whether the path is right, and whether a proxy in front passes upgrades on",
+    };
+    format!("HTTP status {status}: {what}")
+}
+
+/// The server ended the connection in order.
+fn closed(frame: Option<&CloseFrame>) -> io::Error {
+    let why = match frame {
+        Some(CloseFrame { code, reason }) if reason.is_empty() => format!(" with code {}", u16::from(*code)),
+        Some(CloseFrame { code, reason }) => {
+            let reason: String = reason.chars().take(REASON_CHARS_MAX).flat_map(char::escape_debug).collect();
+            format!(" with code {}: {reason}", u16::from(*code))
+        }
+        None => String::new(),
+    };
+    io::Error::new(io::ErrorKind::ConnectionAborted, format!("closed by the server{why}"))
+}
+
+/// What a WebSocket brings that is wrong in itself is invalid data; the rest is a connection that is lost.
+fn io_error(error: Error) -> io::Error {
+    let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
+    match error {
+        Error::Io(error) => error,
+        Error::ConnectionClosed
+        | Error::AlreadyClosed
+        | Error::Protocol(ProtocolError::ResetWithoutClosingHandshake | ProtocolError::SendAfterClosing) => {
+            io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the server")
+        }
+        Error::Capacity(error) => invalid(format!("the server's message is over the limit: {error}")),
+        error => invalid(format!("not a good WebSocket: {error}")),
+    }
+}
+
+/// The stream below a WebSocket, which notes when bytes move.
+struct Measured {
+    io: Box<dyn Io>,
+    heard: Instant,
+    /// Whether the peer must take some bytes before more can be sent.
+    is_blocked: bool,
+    /// How many bytes may still be read.
+    left: u64,
+}
+
+impl Measured {
+    fn new(io: Box<dyn Io>) -> Self {
+        Measured { io, heard: Instant::now(), is_blocked: false, left: GREETING_LEN_MAX as u64 }
+    }
+}
+
+impl AsyncRead for Measured {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
+        let len = buf.filled().len().saturating_sub(before) as u64;
+        if len > 0 {
+            self.heard = Instant::now();
+        }
+        if len > self.left {
+            let what = format!("the server's answer to the greeting is over the limit of {GREETING_LEN_MAX} bytes");
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, what)));
+        }
+        self.left = self.left.saturating_sub(len);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Measured {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.io).poll_write(cx, bytes);
+        // What this side's buffer takes at once says nothing about the other.
+        if std::mem::replace(&mut self.is_blocked, polled.is_pending()) && polled.is_ready() {
+            self.heard = Instant::now();
+        }
+        polled
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}

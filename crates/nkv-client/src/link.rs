@@ -140,7 +140,9 @@ impl Link {
     }
 
     /// A connection that has not been greeted.
-    pub(crate) fn over(#[cfg_attr(not(feature = "ws"), expect(unused_mut))] mut io: Box<dyn Io>, message_len_max: usize) -> Self {
+    pub(crate) fn over(io: Box<dyn Io>, message_len_max: usize) -> Self {
+        #[cfg(feature = "ws")]
+        let mut io = io;
         Link {
             #[cfg(feature = "ws")]
             ends: io.web_socket().map(|_| VecDeque::new()),
@@ -320,6 +322,11 @@ impl Link {
             self.out = BytesMut::new();
         }
         Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    #[cfg(feature = "ws")]
+    pub(crate) fn is_web_socket(&self) -> bool {
+        self.ends.is_some()
     }
 
     /// Says that the connection ends, where its protocol has words for that.

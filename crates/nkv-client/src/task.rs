@@ -531,6 +531,11 @@ impl Task {
         if link.is_broken() {
             return Err(io::Error::new(io::ErrorKind::BrokenPipe, "nothing can be sent, and nothing comes"));
         }
+        // A WebSocket pings and judges by itself.
+        #[cfg(feature = "ws")]
+        if link.is_web_socket() {
+            return Ok(now + heartbeat);
+        }
         let has_signs = link.patience.is_some();
         let limit = (2 * heartbeat).max(link.patience.unwrap_or_default());
         // A server without signs of life may be busy with the first request that is due. Its caller may have more patience

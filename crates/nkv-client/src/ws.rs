@@ -381,3 +381,190 @@ impl AsyncWrite for Measured {
         Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::{SinkExt, StreamExt};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+    use tokio_tungstenite::tungstenite::protocol::Role;
+
+    use super::*;
+
+    const HEARTBEAT: Duration = Duration::from_secs(15);
+
+    /// A WebSocket over a stream that holds this number of bytes, past its greeting, and the stream's far end.
+    async fn opened(buffer_len: usize) -> (WebSocket, DuplexStream) {
+        let (near, mut far) = duplex(buffer_len);
+        let (mut socket, ()) = tokio::join!(
+            async {
+                let target = Target { host: "::1%lo", port: 80, path: "/v1/ws?a=b" };
+                WebSocket::open(Box::new(near), &target, (HEARTBEAT, 1 << 20)).await.unwrap()
+            },
+            async {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    head.push(far.read_u8().await.unwrap());
+                }
+                let head = String::from_utf8(head).unwrap();
+                assert!(head.starts_with("GET /v1/ws?a=b HTTP/1.1\r\nHost: [::1]:80\r\n"), "{head}");
+                let key = head.split_once("Sec-WebSocket-Key: ").unwrap().1.split_once("\r\n").unwrap().0;
+                let accept = tokio_tungstenite::tungstenite::handshake::derive_accept_key(key.as_bytes());
+                let head = format!(
+                    "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+                     Sec-WebSocket-Accept: {accept}\r\n\r\n"
+                );
+                far.write_all(head.as_bytes()).await.unwrap();
+            }
+        );
+        socket.greeted();
+        (socket, far)
+    }
+
+    async fn server(far: DuplexStream) -> WebSocketStream<DuplexStream> {
+        WebSocketStream::from_raw_socket(far, Role::Server, None).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_server_is_pinged_and_then_given_up() {
+        let (mut socket, far) = opened(1 << 16).await;
+        let started = Instant::now();
+        let error = socket.read_u8().await.unwrap_err();
+        assert_eq!((error.kind(), started.elapsed()), (io::ErrorKind::TimedOut, 2 * HEARTBEAT));
+        drop(socket);
+        let mut far = server(far).await;
+        assert!(matches!(far.next().await, Some(Ok(Message::Ping(_)))));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_answers_pings_and_says_nothing_else_is_alive() {
+        let (mut socket, far) = opened(1 << 16).await;
+        let mut far = server(far).await;
+        let mut pings = 0;
+        let answering = async {
+            while let Some(Ok(frame)) = far.next().await {
+                pings += usize::from(matches!(frame, Message::Ping(_)));
+                // The library answers when it is asked for the next frame.
+            }
+        };
+        tokio::select! {
+            read = socket.read_u8() => panic!("{read:?}"),
+            () = answering => panic!("it was closed"),
+            () = sleep(10 * HEARTBEAT + HEARTBEAT / 2) => {}
+        }
+        assert_eq!(pings, 10);
+    }
+
+    // A pong behind megabytes of a snapshot comes late.
+    #[tokio::test(start_paused = true)]
+    async fn a_long_frame_that_comes_bit_by_bit_is_life() {
+        let (mut socket, mut far) = opened(1 << 16).await;
+        let sending = async {
+            far.write_all(&[0x82, 127, 0, 0, 0, 0, 0, 0, 0, 20]).await.unwrap();
+            for _ in 0..20 {
+                sleep(HEARTBEAT).await;
+                far.write_all(b"x").await.unwrap();
+            }
+        };
+        let (read, ()) = tokio::join!(socket.read_u8(), sending);
+        assert_eq!(read.unwrap(), b'x');
+    }
+
+    // What a server takes of a long value is life too, though it sends nothing.
+    #[tokio::test(start_paused = true)]
+    async fn a_long_message_that_is_taken_bit_by_bit_is_life() {
+        let (mut socket, mut far) = opened(1_000).await;
+        socket.write_all(&[&b"{}\n"[..], &[b'x'; 20_000], b"\n"].concat()).await.unwrap();
+        let taking = async {
+            for _ in 0..18 {
+                sleep(HEARTBEAT).await;
+                far.read_exact(&mut [0; 1_000]).await.unwrap();
+            }
+            Instant::now()
+        };
+        let mut taking = std::pin::pin!(taking);
+        let taken = tokio::select! {
+            read = async { socket.flush().await.unwrap(); socket.read_u8().await } => panic!("{read:?}"),
+            taken = &mut taking => taken,
+        };
+        assert!(taken.elapsed() < HEARTBEAT);
+        // From then on it is as silent as any.
+        let error = socket.read_u8().await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test]
+    async fn a_line_is_a_text_frame_and_a_payload_comes_in_a_binary_one() {
+        let (mut socket, far) = opened(1 << 16).await;
+        let mut far = server(far).await;
+        for message in [&b"{\"a\":1}\n"[..], b"{\"len\":0}\n\n", b"{\"len\":2}\n\n\n\n"] {
+            assert_eq!(socket.write(message).await.unwrap(), message.len());
+        }
+        socket.flush().await.unwrap();
+        assert_eq!(far.next().await.unwrap().unwrap(), Message::text("{\"a\":1}"));
+        assert_eq!(far.next().await.unwrap().unwrap(), Message::binary(&b"{\"len\":0}\n\n"[..]));
+        assert_eq!(far.next().await.unwrap().unwrap(), Message::binary(&b"{\"len\":2}\n\n\n\n"[..]));
+
+        // The newline of a text frame may be missing, that of a payload not.
+        for frame in [Message::text("one"), Message::text("two\n"), Message::binary(&b"three\n3\n"[..])] {
+            far.send(frame).await.unwrap();
+        }
+        let mut read = [0; 15];
+        socket.read_exact(&mut read).await.unwrap();
+        assert_eq!(&read, b"one\ntwo\nthree\n3");
+        assert_eq!(socket.frame_len_left(), 1);
+    }
+
+    // Each ping left a pong in a buffer without end.
+    #[tokio::test]
+    async fn a_server_that_pings_and_takes_no_pong_is_not_read_any_more() {
+        let (mut socket, mut far) = opened(1_000).await;
+        let flood = async {
+            for _ in 0..10_000 {
+                let mut ping = vec![0x89, 125];
+                ping.extend([b'x'; 125]);
+                far.write_all(&ping).await.unwrap();
+            }
+        };
+        tokio::select! {
+            read = socket.read_u8() => panic!("{read:?}"),
+            () = flood => panic!("all pings were read"),
+            () = sleep(Duration::from_millis(200)) => {}
+        }
+        assert!(socket.unanswered > UNANSWERED_MAX);
+    }
+
+    #[tokio::test]
+    async fn what_is_left_is_told_so() {
+        let (socket, far) = opened(1 << 16).await;
+        let mut far = server(far).await;
+        drop(socket);
+        let Some(Ok(Message::Close(Some(close)))) = far.next().await else { panic!("no close frame") };
+        assert_eq!(close.code, CloseCode::Normal);
+
+        let (mut socket, mut far) = opened(1 << 16).await;
+        // A frame of 2^62 bytes.
+        far.write_all(&[0x82, 127, 0x40, 0, 0, 0, 0, 0, 0, 0]).await.unwrap();
+        assert_eq!(socket.read_u8().await.unwrap_err().kind(), io::ErrorKind::InvalidData);
+        drop(socket);
+        let Some(Ok(Message::Close(Some(close)))) = server(far).await.next().await else { panic!("no close frame") };
+        assert_eq!(close.code, CloseCode::Size);
+    }
+
+    #[tokio::test]
+    async fn the_reason_of_a_close_is_shown_and_cannot_do_harm() {
+        let reason = format!("\u{1b}[2J{}", "x".repeat(110));
+        let frame = CloseFrame { code: CloseCode::Again, reason: reason.into() };
+        let shown = closed(Some(&frame)).to_string();
+        assert!(shown.starts_with("closed by the server with code 1013: \\u{1b}[2Jxx"), "{shown}");
+    }
+
+    #[tokio::test]
+    async fn the_answer_to_the_greeting_has_a_limit_of_its_own() {
+        let (mut socket, mut far) = opened(1 << 20).await;
+        socket.socket.get_mut().left = GREETING_LEN_MAX as u64;
+        far.write_all(&[0x82, 127, 0, 0, 0, 0, 0, 8, 0, 0]).await.unwrap();
+        far.write_all(&vec![b'x'; GREETING_LEN_MAX]).await.unwrap();
+        let error = socket.read_u8().await.unwrap_err();
+        assert!(error.to_string().contains("greeting"), "{error}");
+    }
+}

@@ -79,9 +79,7 @@ async fn request(client: &mut SplitStream<WebSocketStream<TcpStream>>) -> Option
 
 /// Ends the test if these are not the bytes of one message, with or without a payload.
 fn one_message(bytes: Bytes, has_payload: bool) -> Bytes {
-    let mut limits = Limits::default();
-    limits.value_len_max = 8 << 20;
-    let mut decoder = Decoder::new(limits);
+    let mut decoder = Decoder::new(Limits { value_len_max: 8 << 20, ..Limits::default() });
     let decoded = decoder.decode(&bytes);
     let lines = bytes.iter().filter(|byte| **byte == b'\n').count();
     let is_one = decoded.item.is_some() && decoded.consumed == bytes.len() && has_payload == (lines > 1);

@@ -142,7 +142,9 @@ async fn connect(addr: Option<String>, args: &Args) -> Result<Client, Failure> {
 async fn takes_connections(addr: &str) -> bool {
     let connected = async {
         match addr.parse::<Address>() {
-            Ok(Address::Tcp { host, port } | Address::Ws { host, port, .. }) => TcpStream::connect((host.as_str(), port)).await.is_ok(),
+            Ok(Address::Tcp { host, port } | Address::Ws { host, port, .. }) => {
+                TcpStream::connect((host.as_str(), port)).await.is_ok()
+            }
             Ok(Address::Unix { path }) => UnixStream::connect(path).await.is_ok(),
             _ => false,
         }

@@ -384,11 +384,15 @@ impl AsyncWrite for Measured {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+
     use futures_util::{SinkExt, StreamExt};
+    use nkv_protocol::Kind;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
     use tokio_tungstenite::tungstenite::protocol::Role;
 
     use super::*;
+    use crate::link::Link;
 
     const HEARTBEAT: Duration = Duration::from_secs(15);
 
@@ -490,6 +494,47 @@ mod tests {
         // From then on it is as silent as any.
         let error = socket.read_u8().await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_link_knows_of_parts_of_a_message() {
+        let (socket, mut far) = opened(1 << 16).await;
+        let mut link = Link::over(Box::new(socket), 1 << 20);
+        let opened = link.heard;
+        far.write_all(&[0x82, 127, 0, 0, 0, 0, 0, 0, 0, 20, b'x']).await.unwrap();
+        sleep(HEARTBEAT).await;
+        let polled = poll_fn(|cx| Poll::Ready(link.poll_io(cx).is_pending())).await;
+        assert!(polled && link.heard >= opened + HEARTBEAT);
+    }
+
+    // What is given up is cut out of what waits to be sent, and the rest are whole frames still.
+    #[tokio::test]
+    async fn frames_are_whole_behind_one_that_was_taken_back() {
+        let (socket, far) = opened(1_000).await;
+        let mut far = server(far).await;
+        let mut link = Link::over(Box::new(socket), 1 << 20);
+        let mut put = nkv_protocol::Request::new(Kind::Put, "a");
+        put.value = Some(vec![b'x'; 20_000].into());
+        link.push(&put);
+        poll_fn(|cx| Poll::Ready(link.poll_send(cx))).await;
+        let (_, first) = link.push(&nkv_protocol::Request::new(Kind::Get, "first"));
+        let (_, second) = link.push(&nkv_protocol::Request::new(Kind::Get, "given.up"));
+        let end = link.encoded();
+        let (_, third) = link.push(&nkv_protocol::Request::new(Kind::Get, "third"));
+        poll_fn(|cx| Poll::Ready(link.poll_send(cx))).await;
+        assert!(!link.has_sent(first) && !link.has_sent(third));
+        link.take_back(second, end);
+        let reading = async {
+            assert!(matches!(far.next().await, Some(Ok(Message::Binary(bytes))) if bytes.len() > 20_000));
+            for key in ["first", "third"] {
+                let Some(Ok(Message::Text(line))) = far.next().await else { panic!("no text") };
+                assert!(line.ends_with(&format!("\"{key}\"}}")), "{line}");
+            }
+        };
+        tokio::select! {
+            _ = poll_fn(|cx| link.poll_io(cx)) => panic!("nothing was sent"),
+            () = reading => {}
+        }
     }
 
     #[tokio::test]

@@ -392,7 +392,6 @@ async fn a_watch_knows_that_its_key_is_not_in_an_empty_store() {
     let client = eager(&proxy.addr).connect().await.unwrap();
     client.put("a", "1").await.unwrap();
     let mut watch = client.watch("a").await.unwrap();
-    let listen = first.addresses()[0].clone();
     first.shutdown().await.unwrap();
     let (_second, addr) = server().await;
     proxy.lead_to(&addr);

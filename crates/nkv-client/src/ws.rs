@@ -28,6 +28,8 @@ use crate::link::Io;
 const BUFFER_LEN: usize = 8 << 10;
 /// How many bytes are read until the server has answered the greeting: the head of its HTTP answer, then the message.
 const GREETING_LEN_MAX: usize = 128 << 10;
+/// Longest message, whatever limit the program sets: room for a frame is made when its length is known.
+const MESSAGE_LEN_MAX: usize = 512 << 20;
 /// After this number of pings whose pongs cannot be sent nothing more is read.
 const UNANSWERED_MAX: u32 = 16;
 /// How many characters of the reason that a server closes with are shown.
@@ -63,6 +65,7 @@ impl WebSocket {
         target: &Target<'_>,
         (heartbeat, len_max): (Duration, usize),
     ) -> io::Result<Self> {
+        let len_max = len_max.min(MESSAGE_LEN_MAX);
         let config = WebSocketConfig::default()
             .read_buffer_size(BUFFER_LEN)
             .write_buffer_size(BUFFER_LEN)

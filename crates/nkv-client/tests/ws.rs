@@ -330,9 +330,11 @@ async fn the_wrong_port_is_named() {
 #[tokio::test]
 async fn a_frame_that_is_announced_too_long_is_refused_before_it_comes() {
     const LEN_MAX: usize = 1 << 20;
-    for len in [1_u64 << 62, u64::MAX >> 1, LEN_MAX as u64 + 1] {
+    for (len, len_max) in
+        [(1_u64 << 62, LEN_MAX), (1 << 62, usize::MAX), (u64::MAX >> 1, LEN_MAX), (LEN_MAX as u64 + 1, LEN_MAX)]
+    {
         let door = Door::new().await;
-        let builder = eager(&door.addr).message_len_max(LEN_MAX);
+        let builder = eager(&door.addr).message_len_max(len_max);
         let (client, mut peer) = tokio::join!(builder.connect(), door.accept());
         let client = client.unwrap();
         let asking = tokio::spawn(async move { client.exists("a").await });

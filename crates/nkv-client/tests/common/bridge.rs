@@ -46,9 +46,17 @@ async fn pass_on(near: TcpStream, target: String) {
     };
     let down = async {
         let mut server = Answers { stream: from_server, input: BytesMut::new(), decoder: MessageDecoder::new() };
-        while let Some(message) = server.next().await {
-            if to_client.send(frame(&message)).await.is_err() {
+        loop {
+            while let Some(message) = server.next() {
+                if to_client.feed(frame(&message)).await.is_err() {
+                    return;
+                }
+            }
+            if to_client.flush().await.is_err() {
                 return;
+            }
+            if !server.read().await {
+                break;
             }
         }
         _ = to_client.send(close(CloseCode::Away)).await;
@@ -99,20 +107,20 @@ struct Answers {
 }
 
 impl Answers {
-    /// The bytes of the server's next message.
-    async fn next(&mut self) -> Option<Bytes> {
-        loop {
-            let (consumed, message) = self.decoder.decode(&self.input).expect("a good message");
-            if message.is_some() {
-                return Some(self.input.split_to(consumed).freeze());
-            }
-            self.input.advance(consumed);
-            self.input.reserve(64 << 10);
-            match self.stream.read_buf(&mut self.input).await {
-                Ok(1..) => {}
-                _ => return None,
-            }
+    /// The bytes of the server's next message, if it is there.
+    fn next(&mut self) -> Option<Bytes> {
+        let (consumed, message) = self.decoder.decode(&self.input).expect("a good message");
+        if message.is_some() {
+            return Some(self.input.split_to(consumed).freeze());
         }
+        self.input.advance(consumed);
+        None
+    }
+
+    /// Reads more; false at the end.
+    async fn read(&mut self) -> bool {
+        self.input.reserve(64 << 10);
+        matches!(self.stream.read_buf(&mut self.input).await, Ok(1..))
     }
 }
 

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::time::Duration;
 
+use crate::kv_store;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use nkv_client::{Key, PageOptions, PutOptions, Revision};
@@ -228,6 +229,7 @@ impl Args {
     /// Parses a command line, the program's name first; the address is returned aside.
     pub(crate) fn from_command_line(mut words: Vec<OsString>) -> Result<(Option<String>, Self), clap::Error> {
         let mut addr = None;
+        kv_store::to_our_words(&mut words, first_plain);
         if let Some(at) = first_plain(&words, 1)
             && let Some(word) = words[at].to_str()
             && is_addr(word, first_plain(&words, at + 1).and_then(|next| words[next].to_str()))

@@ -3,6 +3,7 @@
 mod args;
 mod failure;
 mod follow;
+mod kv_store;
 mod output;
 mod repl;
 mod run;

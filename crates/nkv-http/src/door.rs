@@ -179,7 +179,7 @@ impl Door {
     }
 
     /// Serves one connection until either side ends it or the node stops. `peer` is shown to people; where it is an IP
-    /// address with a port, the limit for one address counts it.
+    /// address with a port, the limit for one address counts it. A socket of TCP is best given without delay (`TCP_NODELAY`).
     pub async fn serve<S>(&self, mut stream: S, peer: impl fmt::Display)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,

@@ -55,7 +55,7 @@ pub struct DeleteRequest {
     /// Which keys. With a condition it is one key.
     #[prost(string, tag = "1")]
     pub pattern: ::prost::alloc::string::String,
-    /// Deletes only if the key is at this revision.
+    /// Deletes only if the key is at this revision. That it is gone already is no conflict.
     #[prost(uint64, optional, tag = "2")]
     pub if_revision: ::core::option::Option<u64>,
     /// The epoch of `if_revision`, as in PutRequest.

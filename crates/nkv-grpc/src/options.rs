@@ -1,0 +1,53 @@
+//! Limits of the door.
+
+use std::time::Duration;
+
+/// Limits of a [`Door`](crate::Door). Those of values, messages, subscriptions and memory are the node's.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+///
+/// let mut options = nkv_grpc::Options::default();
+/// options.connections_max = 16;
+/// options.idle_limit = Some(Duration::from_secs(600));
+/// ```
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Options {
+    /// Connections at a time; others are refused. 1,024 by default.
+    pub connections_max: usize,
+    /// Connections at a time from one address, which is an IPv4 address or an IPv6 network /64. 1,024 by default.
+    pub connections_per_address_max: usize,
+    /// The bytes of changes that may wait for one watch, each to be sent, before those of one key are conflated. 64 KiB by
+    /// default.
+    pub slack: usize,
+    /// A connection that does not begin as HTTP/2 within this time is closed. 30 s by default.
+    pub first_byte_limit: Duration,
+    /// A request that is not whole this long after its beginning, and as long again for each MiB of it, ends with
+    /// DEADLINE_EXCEEDED. 30 s by default.
+    pub request_limit: Duration,
+    /// A peer is cut if for this long it takes nothing of an answer or of what is written to its socket, or does not answer a
+    /// ping. A watch may stand still for ever. 30 s by default.
+    pub stall_limit: Duration,
+    /// How often a ping is sent. 30 s by default.
+    pub keep_alive_interval: Duration,
+    /// A connection without calls is closed after this time. Never by default.
+    pub idle_limit: Option<Duration>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            connections_max: 1_024,
+            connections_per_address_max: 1_024,
+            slack: 64 << 10,
+            first_byte_limit: Duration::from_secs(30),
+            request_limit: Duration::from_secs(30),
+            stall_limit: Duration::from_secs(30),
+            keep_alive_interval: Duration::from_secs(30),
+            idle_limit: None,
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! A node with its door at port 0, and clients of it.
+#![allow(dead_code, unreachable_pub, missing_docs, missing_debug_implementations)]
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use nkv_grpc::v1::kv_client::KvClient;
+use nkv_grpc::v1::watch_response::Event;
+use nkv_grpc::v1::{PutRequest, WatchRequest, WatchResponse};
+use nkv_grpc::{Door, Options};
+use nkv_node::{Handle, Limits, Node};
+use tokio::task::JoinHandle;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status, Streaming};
+
+/// Generous: two busy cores are no failure.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+pub struct Server {
+    pub node: Node,
+    pub address: SocketAddr,
+    pub door: JoinHandle<()>,
+}
+
+impl Server {
+    pub async fn start() -> Self {
+        Server::of(Node::builder().start().await.unwrap(), Options::default()).await
+    }
+
+    pub async fn with(options: Options) -> Self {
+        Server::of(Node::builder().start().await.unwrap(), options).await
+    }
+
+    pub async fn with_limits(limit: impl FnOnce(&mut Limits)) -> Self {
+        let mut limits = Limits::default();
+        limit(&mut limits);
+        Server::of(Node::builder().limits(limits).start().await.unwrap(), Options::default()).await
+    }
+
+    pub async fn of(node: Node, options: Options) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let door = tokio::spawn(Door::new(node.handle(), options).serve(listener));
+        Server { node, address, door }
+    }
+
+    pub fn handle(&self) -> Handle {
+        self.node.handle()
+    }
+
+    pub fn endpoint(&self) -> Endpoint {
+        Channel::from_shared(format!("http://{}", self.address)).unwrap()
+    }
+
+    pub async fn channel(&self) -> Channel {
+        self.endpoint().connect().await.unwrap()
+    }
+
+    /// A client that takes little ahead of its reader.
+    pub async fn slow_client(&self) -> KvClient<Channel> {
+        let endpoint = self.endpoint().initial_stream_window_size(65_535).initial_connection_window_size(1 << 20);
+        KvClient::new(endpoint.connect().await.unwrap())
+    }
+
+    pub async fn client(&self) -> KvClient<Channel> {
+        KvClient::new(self.channel().await).max_decoding_message_size(128 << 20)
+    }
+}
+
+pub fn put(key: &str, value: impl Into<Vec<u8>>) -> PutRequest {
+    PutRequest { key: key.into(), value: value.into().into(), ..PutRequest::default() }
+}
+
+pub fn watch(patterns: &[&str]) -> WatchRequest {
+    let patterns = patterns.iter().map(ToString::to_string).collect();
+    WatchRequest { patterns, ..WatchRequest::default() }
+}
+
+pub fn code<T: std::fmt::Debug>(result: Result<T, Status>) -> Code {
+    result.unwrap_err().code()
+}
+
+pub async fn timely<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.expect("in time")
+}
+
+/// The next event of a watch; an error is how it ended.
+pub async fn try_next(stream: &mut Streaming<WatchResponse>) -> Result<Event, Status> {
+    Ok(timely(stream.message()).await?.expect("not at its end").event.unwrap())
+}
+
+pub async fn next(stream: &mut Streaming<WatchResponse>) -> Event {
+    try_next(stream).await.unwrap()
+}
+
+/// Events as short texts, up to and with the first `synced`.
+pub async fn up_to_synced(stream: &mut Streaming<WatchResponse>) -> Vec<String> {
+    let mut texts = Vec::new();
+    loop {
+        let event = next(stream).await;
+        texts.push(text(&event));
+        if matches!(event, Event::Synced(_)) {
+            return texts;
+        }
+    }
+}
+
+pub fn text(event: &Event) -> String {
+    match event {
+        Event::Began(began) => format!("began {}", began.revision),
+        Event::Put(put) => {
+            let value = if put.value.len() > 40 { put.value.len().to_string() } else { put.value.escape_ascii().to_string() };
+            format!("put {} {value} {} {}", put.key, put.revision, put.skipped)
+        }
+        Event::Delete(gone) => format!("delete {} {} {:?} {}", gone.key, gone.revision, gone.reason(), gone.skipped),
+        Event::Synced(synced) => format!("synced {}", synced.revision),
+        Event::Reset(reset) => format!("reset {} {:?}", reset.pattern, reset.cause()),
+    }
+}
+
+/// Waits until `is_so`.
+pub async fn until(mut is_so: impl FnMut() -> bool) {
+    timely(async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}

@@ -20,8 +20,8 @@ use crate::line::Line;
 /// What a message begins with: a flag, and its length.
 const PREFIX_LEN: usize = 5;
 
-/// A message that is longer waits for room.
-const LONG_LEN: usize = 64 << 10;
+/// A message that is longer waits for room. Shorter ones are limited by the number of streams.
+const LONG_LEN: usize = 16 << 10;
 
 type Arrival = Pin<Box<dyn Future<Output = Result<Room, Stopping>> + Send>>;
 
@@ -97,6 +97,13 @@ impl Arriving {
         self.deadline.get_or_insert_with(|| Box::pin(sleep(patience))).as_mut().poll(cx)
     }
 
+    fn set_room(&mut self, room: Option<Room>) {
+        if room.is_some() != self.room.is_some() {
+            self.line.note_room(room.is_some());
+        }
+        self.room = room;
+    }
+
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let Some((arrival, _)) = &mut self.waiting else { return Poll::Ready(None) };
         let room = ready!(arrival.as_mut().poll(cx));
@@ -104,7 +111,7 @@ impl Arriving {
         let frame = self.waiting.take().map(|(_, frame)| frame);
         self.deadline = None;
         match room {
-            Ok(room) => self.room = Some(room),
+            Ok(room) => self.set_room(Some(room)),
             Err(stopping) => return Poll::Ready(Some(Err(Status::unavailable(stopping.to_string())))),
         }
         Poll::Ready(frame.map(Ok))
@@ -117,9 +124,9 @@ impl Arriving {
         self.counted = self.counted.saturating_add(data.len());
         let Some(len) = self.look(data)? else { return Ok(Some(frame)) };
         // What the message before had is of no use to it.
-        self.room = None;
+        self.set_room(None);
         if let Some(room) = self.line.handle.try_arrival(len) {
-            self.room = Some(room);
+            self.set_room(Some(room));
             return Ok(Some(frame));
         }
         if !self.line.begin_waiting() {
@@ -171,6 +178,7 @@ impl Drop for Arriving {
         if self.waiting.take().is_some() {
             self.line.end_waiting();
         }
+        self.set_room(None);
         self.line.served(self.counted);
     }
 }

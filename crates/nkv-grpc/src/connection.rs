@@ -34,8 +34,8 @@ const MESSAGE_ROOM: usize = 64 << 10;
 const SPARE_STREAMS: usize = 256;
 
 /// What a peer may send of one request, and of all, before the door has taken it.
-const STREAM_WINDOW: u32 = 64 << 10;
-const CONNECTION_WINDOW: u32 = 2 << 20;
+pub(crate) const STREAM_WINDOW: u32 = 64 << 10;
+const CONNECTION_WINDOW: u32 = 4 << 20;
 
 /// Bytes of headers of a request, as HTTP/2 counts them.
 const HEADERS_LEN_MAX: u32 = 16 << 10;

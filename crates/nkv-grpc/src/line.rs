@@ -12,14 +12,15 @@ use nkv_node::{Handle, Held, Holder, Peer};
 use tokio::sync::{Mutex as Turns, Notify};
 use tokio::time::Instant;
 
+use crate::connection::STREAM_WINDOW;
 use crate::connection_limit::Place;
 use crate::door::Inner;
 
 /// Bytes of answers that a peer may leave untaken before its calls that read are answered no further.
 const ANSWERS_LEN_MAX: usize = 4 << 20;
 
-/// Long requests of one connection that may wait for room. Each holds a window of the connection's flow control meanwhile.
-const ARRIVALS_WAITING_MAX: usize = 16;
+/// Long requests of one connection that may wait for room. Each holds a window of its stream meanwhile, which counts.
+const ARRIVALS_WAITING_MAX: usize = 48;
 
 /// One connection.
 #[derive(Debug)]
@@ -39,11 +40,36 @@ pub(crate) struct Line {
     place: Option<Place>,
 }
 
+/// The requests that are not whole.
 #[derive(Debug, Default)]
 struct Requests {
     bytes: usize,
+    /// Those that wait for room, and those that have it.
     waiting: usize,
-    waiting_since: Option<Instant>,
+    with_room: usize,
+    /// Since when the node keeps the peer waiting: it does while no long request has room.
+    kept_since: Option<Instant>,
+}
+
+impl Requests {
+    fn hold(&self, peer: &Peer, served: bool) {
+        let windows = self.waiting.saturating_mul(STREAM_WINDOW as usize);
+        peer.hold(self.bytes.saturating_add(windows), served);
+    }
+
+    fn note_waiting(&mut self, peer: &Peer) {
+        match self.kept_since {
+            None if self.waiting > 0 && self.with_room == 0 => {
+                self.kept_since = Some(Instant::now());
+                peer.begin_waiting();
+            }
+            Some(since) if self.waiting == 0 || self.with_room > 0 => {
+                self.kept_since = None;
+                peer.end_waiting(since.elapsed());
+            }
+            _ => {}
+        }
+    }
 }
 
 /// The sending side of a connection.
@@ -308,14 +334,14 @@ impl Line {
     pub(crate) fn arrived(&self, more: usize) {
         let mut requests = self.requests();
         requests.bytes = requests.bytes.saturating_add(more);
-        self.peer.hold(requests.bytes, false);
+        requests.hold(&self.peer, false);
     }
 
     /// A request of so many bytes is served, or given up.
     pub(crate) fn served(&self, len: usize) {
         let mut requests = self.requests();
         requests.bytes = requests.bytes.saturating_sub(len);
-        self.peer.hold(requests.bytes, true);
+        requests.hold(&self.peer, true);
     }
 
     /// One more long request is to wait for room; false if too many do.
@@ -325,10 +351,8 @@ impl Line {
             return false;
         }
         requests.waiting = requests.waiting.saturating_add(1);
-        if requests.waiting_since.is_none() {
-            requests.waiting_since = Some(Instant::now());
-            self.peer.begin_waiting();
-        }
+        requests.note_waiting(&self.peer);
+        requests.hold(&self.peer, false);
         true
     }
 
@@ -336,11 +360,16 @@ impl Line {
     pub(crate) fn end_waiting(&self) {
         let mut requests = self.requests();
         requests.waiting = requests.waiting.saturating_sub(1);
-        if requests.waiting == 0
-            && let Some(since) = requests.waiting_since.take()
-        {
-            self.peer.end_waiting(since.elapsed());
-        }
+        requests.note_waiting(&self.peer);
+        requests.hold(&self.peer, false);
+    }
+
+    /// A long request has room, or gives it back.
+    pub(crate) fn note_room(&self, has_room: bool) {
+        let mut requests = self.requests();
+        requests.with_room =
+            if has_room { requests.with_room.saturating_add(1) } else { requests.with_room.saturating_sub(1) };
+        requests.note_waiting(&self.peer);
     }
 
     /// A call begins.

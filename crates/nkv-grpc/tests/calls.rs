@@ -274,6 +274,10 @@ async fn an_engine_that_lacks_an_ability_or_is_out_of_reach_has_its_status() {
         }
     })
     .await;
+    // Done or not: the answer was lost.
+    engine.lose_answers(true);
+    assert_eq!(code(client.put(put("a", "z")).await), Code::Unknown);
+    engine.lose_answers(false);
     engine.cut(true);
     timely(async {
         while !client.put(put("a", "y")).await.is_err_and(|status| status.code() == Code::Unavailable) {}

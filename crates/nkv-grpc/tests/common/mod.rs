@@ -127,3 +127,51 @@ pub async fn until(mut is_so: impl FnMut() -> bool) {
     })
     .await;
 }
+
+/// A message as its bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Raw;
+
+impl tonic::codec::Codec for Raw {
+    type Encode = Vec<u8>;
+    type Decode = Vec<u8>;
+    type Encoder = Raw;
+    type Decoder = Raw;
+
+    fn encoder(&mut self) -> Raw {
+        Raw
+    }
+
+    fn decoder(&mut self) -> Raw {
+        Raw
+    }
+}
+
+impl tonic::codec::Encoder for Raw {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn encode(&mut self, item: Vec<u8>, into: &mut tonic::codec::EncodeBuf<'_>) -> Result<(), Status> {
+        bytes::BufMut::put_slice(into, &item);
+        Ok(())
+    }
+}
+
+impl tonic::codec::Decoder for Raw {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn decode(&mut self, from: &mut tonic::codec::DecodeBuf<'_>) -> Result<Option<Vec<u8>>, Status> {
+        let len = bytes::Buf::remaining(from);
+        Ok(Some(bytes::Buf::copy_to_bytes(from, len).to_vec()))
+    }
+}
+
+/// Calls a method with the bytes of a message, and gives those of the answer.
+pub async fn raw_call(channel: &Channel, path: &'static str, message: &[u8]) -> Result<Vec<u8>, Status> {
+    let mut grpc = tonic::client::Grpc::new(channel.clone()).max_decoding_message_size(128 << 20);
+    grpc.ready().await.unwrap();
+    let path = http::uri::PathAndQuery::from_static(path);
+    let answer = timely(grpc.unary(tonic::Request::new(message.to_vec()), path, Raw)).await?;
+    Ok(answer.into_inner())
+}

@@ -16,7 +16,6 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tonic::Status;
 use tonic::body::Body;
-use tonic::service::Routes;
 use tower_service::Service;
 use tracing::debug;
 
@@ -24,6 +23,7 @@ use crate::arriving::Arriving;
 use crate::departing::{Answer, Departing, PIECE_LEN};
 use crate::door::Inner;
 use crate::line::{Kind, Line};
+use crate::services::Services;
 use crate::socket::Socket;
 use crate::timeout::timeout_of;
 
@@ -53,7 +53,7 @@ const DRAIN_TICK: Duration = Duration::from_millis(50);
 #[derive(Clone)]
 pub struct Connection {
     line: Arc<Line>,
-    routes: Routes,
+    services: Services,
 }
 
 impl fmt::Debug for Connection {
@@ -72,8 +72,8 @@ fn is_grpc(headers: &HeaderMap) -> bool {
 }
 
 impl Connection {
-    pub(crate) fn new(line: Arc<Line>, routes: Routes) -> Self {
-        Connection { line, routes }
+    pub(crate) fn new(line: Arc<Line>, services: Services) -> Self {
+        Connection { line, services }
     }
 
     /// Waits until the connection is to be cut: the node is short of memory, and its peer holds the most. Wait on it beside the
@@ -105,15 +105,14 @@ impl Connection {
             Err(status) => return Box::pin(std::future::ready(Ok(status.into_http()))),
         };
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let (line, mut routes) = (Arc::clone(&self.line), self.routes.clone());
+        let line = Arc::clone(&self.line);
         let form = Form::of(request.uri().path(), &line);
         let call = line.begin_call(form.is_stream);
-        let mut request = request.map(|body| {
-            Body::new(Arriving::new(Body::new(body), Arc::clone(&line), form.request_len_max, form.sends_stream))
-        });
+        let mut request = request
+            .map(|body| Arriving::new(Body::new(body), Arc::clone(&line), form.request_len_max, form.sends_stream));
         request.extensions_mut().insert(Arc::clone(&line));
+        let answered = self.services.call(request);
         Box::pin(async move {
-            let answered = routes.call(request);
             let answered = match deadline {
                 Some(deadline) => timeout_at(deadline, answered).await,
                 None => Ok(answered.await),
@@ -280,7 +279,8 @@ mod tests {
         for grpc in ["application/grpc", "application/grpc+proto", "application/grpc;charset=utf-8"] {
             assert!(is(grpc), "{grpc}");
         }
-        for other in ["application/grpc-web", "application/grpc-web+proto", "application/grpcx", "application/json", ""] {
+        for other in ["application/grpc-web", "application/grpc-web+proto", "application/grpcx", "application/json", ""]
+        {
             assert!(!is(other), "{other}");
         }
         assert!(!is_grpc(&HeaderMap::new()));

@@ -10,9 +10,9 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
-use tonic::service::Routes;
 use tonic_health::ServingStatus;
-use tonic_health::server::{HealthReporter, health_reporter};
+use tonic_health::pb::health_server::HealthServer;
+use tonic_health::server::{HealthReporter, HealthService};
 use tracing::{debug, error};
 
 use crate::connection::Connection;
@@ -22,6 +22,7 @@ use crate::kv_client::KvClientService;
 use crate::line::Line;
 use crate::node_kv::KvService;
 use crate::options::Options;
+use crate::services::{Services, service};
 use crate::socket::read_preface;
 use crate::v1::kv_server::KvServer;
 use crate::{FILE_DESCRIPTOR_SET, kv, v1};
@@ -72,7 +73,7 @@ pub(crate) struct Inner {
     pub(crate) handle: Handle,
     pub(crate) options: Options,
     places: ConnectionLimit,
-    routes: Routes,
+    services: Services,
     /// Whether connections are to end.
     going_away: watch::Sender<bool>,
     /// What reports the health of the node.
@@ -118,7 +119,8 @@ impl Door {
     /// ```
     #[must_use]
     pub fn new(handle: Handle, options: Options) -> Self {
-        let (reporter, health) = health_reporter();
+        let reporter = HealthReporter::new();
+        let health = HealthServer::new(HealthService::from_health_reporter(reporter.clone()));
         let going_away = watch::Sender::new(false);
         let reporting = tokio::spawn(report(handle.clone(), reporter, going_away.clone())).abort_handle();
         // The length of a request is checked where it arrives.
@@ -126,9 +128,9 @@ impl Door {
         let kv = kv.max_encoding_message_size(ENCODED_LEN_MAX);
         let client = ClientServer::new(KvClientService).max_decoding_message_size(usize::MAX);
         let client = client.max_encoding_message_size(ENCODED_LEN_MAX);
-        let routes = with_reflection(Routes::new(kv).add_service(client).add_service(health)).prepare();
+        let services = [service(kv), service(client), service(health)].into_iter().chain(reflection()).collect();
         let places = ConnectionLimit::new(options.connections_max, options.connections_per_address_max);
-        Door(Arc::new(Inner { handle, options, places, routes, going_away, reporting }))
+        Door(Arc::new(Inner { handle, options, places, services, going_away, reporting }))
     }
 
     /// Accepts connections and serves them until the node stops; ends when they have ended. Dropping the future cuts them.
@@ -197,7 +199,7 @@ impl Door {
             _ = going_away.wait_for(|going_away| *going_away) => return,
         };
         match began {
-            Ok(Ok(true)) => Box::pin(Connection::new(line, self.0.routes.clone()).serve(stream)).await,
+            Ok(Ok(true)) => Box::pin(Connection::new(line, self.0.services.clone()).serve(stream)).await,
             Ok(Ok(false)) => debug!(peer, "connection closed: it does not begin as HTTP/2"),
             Ok(Err(error)) => debug!(peer, %error, "connection lost"),
             Err(_) => debug!(peer, "connection closed: it did not begin in time"),
@@ -226,30 +228,30 @@ impl Door {
     #[must_use]
     pub fn connection(&self, peer: &str) -> Connection {
         let line = Line::new(Arc::clone(&self.0), self.0.handle.clone(), peer, None);
-        Connection::new(line, self.0.routes.clone())
+        Connection::new(line, self.0.services.clone())
     }
 
     /// The same for a peer that has authenticated: the node checks what it may do.
     #[must_use]
     pub fn connection_of(&self, peer: &str, principal: impl Into<Arc<str>>) -> Connection {
         let line = Line::new(Arc::clone(&self.0), self.0.handle.as_principal(principal), peer, None);
-        Connection::new(line, self.0.routes.clone())
+        Connection::new(line, self.0.services.clone())
     }
 }
 
-/// Adds both versions of the reflection service.
-fn with_reflection(routes: Routes) -> Routes {
+/// Both versions of the reflection service.
+fn reflection() -> Vec<crate::services::Named> {
     let builder = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     match (builder().build_v1(), builder().build_v1alpha()) {
-        (Ok(v1), Ok(v1alpha)) => routes.add_service(v1).add_service(v1alpha),
+        (Ok(v1), Ok(v1alpha)) => vec![service(v1), service(v1alpha)],
         // A test sees that this does not happen.
         (Err(error), _) | (_, Err(error)) => {
             error!(%error, "there is no reflection");
-            routes
+            Vec::new()
         }
     }
 }

@@ -19,6 +19,7 @@ mod kv_client;
 mod line;
 mod node_kv;
 mod options;
+mod services;
 mod socket;
 mod status;
 mod timeout;

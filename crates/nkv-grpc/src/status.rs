@@ -60,7 +60,9 @@ pub fn status(error: &Error, epoch: Epoch) -> Status {
 
 fn code_of(kind: &ErrorKind) -> Code {
     match kind {
-        ErrorKind::InvalidAddress | ErrorKind::InvalidKey | ErrorKind::Protocol | ErrorKind::Json => Code::InvalidArgument,
+        ErrorKind::InvalidAddress | ErrorKind::InvalidKey | ErrorKind::Protocol | ErrorKind::Json => {
+            Code::InvalidArgument
+        }
         ErrorKind::CannotConnect | ErrorKind::Closed => Code::Unavailable,
         ErrorKind::Timeout => Code::DeadlineExceeded,
         ErrorKind::Conflict { .. } | ErrorKind::OtherEpoch => Code::FailedPrecondition,

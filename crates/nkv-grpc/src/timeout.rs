@@ -14,7 +14,8 @@ const TIMEOUT_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// That the header cannot be understood.
 pub(crate) fn timeout_of(headers: &HeaderMap) -> Result<Option<Duration>, tonic::Status> {
     let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
-    let malformed = || tonic::Status::invalid_argument("'grpc-timeout' is at most eight digits and one of H, M, S, m, u, n");
+    let malformed =
+        || tonic::Status::invalid_argument("'grpc-timeout' is at most eight digits and one of H, M, S, m, u, n");
     let (unit, digits) = value.as_bytes().split_last().ok_or_else(malformed)?;
     if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
         return Err(malformed());
@@ -45,7 +46,14 @@ mod tests {
     #[test]
     fn a_timeout_is_digits_and_a_unit() {
         assert_eq!(timeout_of(&HeaderMap::new()).unwrap(), None);
-        let units = [("H", 3_600_000_000_000), ("M", 60_000_000_000), ("S", 1_000_000_000), ("m", 1_000_000), ("u", 1_000), ("n", 1)];
+        let units = [
+            ("H", 3_600_000_000_000),
+            ("M", 60_000_000_000),
+            ("S", 1_000_000_000),
+            ("m", 1_000_000),
+            ("u", 1_000),
+            ("n", 1),
+        ];
         for (unit, nanos) in units {
             assert_eq!(timeout(&format!("7{unit}")), Ok(Some(Duration::from_nanos(7 * nanos))), "{unit}");
         }

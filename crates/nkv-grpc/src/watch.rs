@@ -124,7 +124,6 @@ impl Watch {
     }
 }
 
-
 impl Stream for Watch {
     type Item = Result<WatchResponse, Status>;
 

@@ -1,4 +1,5 @@
 //! Every call of `nkv.v1.Kv`, and every status that it can give.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
 
@@ -154,8 +155,15 @@ async fn a_batch_has_one_outcome_for_each_operation_in_order() {
         .unwrap()
         .into_inner();
     let outcomes: Vec<_> = done.outcomes.into_iter().map(|outcome| outcome.outcome.unwrap()).collect();
-    let [Done::Put(first), Done::Conflict(second), Done::Put(third), Done::Delete(none), Done::Delete(both), gone, last] =
-        &outcomes[..]
+    let [
+        Done::Put(first),
+        Done::Conflict(second),
+        Done::Put(third),
+        Done::Delete(none),
+        Done::Delete(both),
+        gone,
+        last,
+    ] = &outcomes[..]
     else {
         panic!("{outcomes:?}")
     };
@@ -170,7 +178,10 @@ async fn a_batch_has_one_outcome_for_each_operation_in_order() {
     let of_other = PutRequest { if_revision: Some(1), if_epoch: Some("1".repeat(32)), ..put("c", "x") };
     let wrong = [
         (Some(operation::Operation::Put(put("c..d", "x"))), Code::InvalidArgument),
-        (Some(operation::Operation::Delete(DeleteRequest { if_revision: Some(1), ..delete("c.*") })), Code::InvalidArgument),
+        (
+            Some(operation::Operation::Delete(DeleteRequest { if_revision: Some(1), ..delete("c.*") })),
+            Code::InvalidArgument,
+        ),
         (Some(operation::Operation::Put(of_other)), Code::FailedPrecondition),
         (None, Code::InvalidArgument),
     ];
@@ -218,7 +229,10 @@ async fn trace_and_stats_show_what_the_node_knows() {
     assert!(subscriber.peer.starts_with("127.0.0.1:"), "{subscriber:?}");
     let stats = client.stats(StatsRequest {}).await.unwrap().into_inner();
     assert_eq!((stats.numbers["subscriptions"], stats.numbers["connections"]), (1, 1));
-    assert_eq!((&*stats.words["durability"], &*stats.words["epoch"]), ("memory", &*server.handle().epoch().to_string()));
+    assert_eq!(
+        (&*stats.words["durability"], &*stats.words["epoch"]),
+        ("memory", &*server.handle().epoch().to_string())
+    );
     // Dropping the stream ends the subscription.
     drop(watched);
     until(|| server.handle().numbers().unwrap().contains(&("subscriptions", 0))).await;
@@ -279,10 +293,8 @@ async fn an_engine_that_lacks_an_ability_or_is_out_of_reach_has_its_status() {
     assert_eq!(code(client.put(put("a", "z")).await), Code::Unknown);
     engine.lose_answers(false);
     engine.cut(true);
-    timely(async {
-        while !client.put(put("a", "y")).await.is_err_and(|status| status.code() == Code::Unavailable) {}
-    })
-    .await;
+    timely(async { while !client.put(put("a", "y")).await.is_err_and(|status| status.code() == Code::Unavailable) {} })
+        .await;
     assert!(client.get(get("a")).await.is_ok());
 }
 

@@ -1,6 +1,7 @@
 //! What is generated of the .proto files is in the repository, so that a build needs no tool. These tests compare the two.
 //!
 //! After a change of a .proto file: `NKV_GENERATE=1 cargo test -p nkv-grpc --test generated`.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};

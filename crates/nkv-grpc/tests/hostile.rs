@@ -1,4 +1,5 @@
 //! Peers that send too much, too slowly or nonsense, or take nothing: a clear end, bounded memory, and others are served.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
 
@@ -88,8 +89,15 @@ async fn a_message_that_is_too_long_is_refused_by_its_first_bytes() {
     let mut client = server.client().await;
     client.put(put("a", vec![0; 1 << 20])).await.unwrap();
     assert_eq!(code(client.put(put("a", vec![0; (1 << 20) + 1])).await), Code::ResourceExhausted);
-    let ops = |count| (0..count).map(|n| Operation { operation: Some(operation::Operation::Put(put(&format!("k{n}"), vec![0; 1_000_000]))) });
-    assert_eq!(client.write(WriteRequest { operations: ops(8).collect() }).await.unwrap().into_inner().outcomes.len(), 8);
+    let ops = |count| {
+        (0..count).map(|n| Operation {
+            operation: Some(operation::Operation::Put(put(&format!("k{n}"), vec![0; 1_000_000]))),
+        })
+    };
+    assert_eq!(
+        client.write(WriteRequest { operations: ops(8).collect() }).await.unwrap().into_inner().outcomes.len(),
+        8
+    );
     assert_eq!(code(client.write(WriteRequest { operations: ops(9).collect() }).await), Code::ResourceExhausted);
 }
 
@@ -116,9 +124,12 @@ async fn nonsense_has_a_status_and_the_connection_lives() {
         body.send_data(one.clone(), true).unwrap();
         assert_eq!(status(answer).await, Code::Unimplemented, "{path}");
     }
-    for (content_type, expected) in
-        [("application/grpc+proto", 200), ("application/grpc;charset=utf-8", 200), ("application/grpc-web", 415), ("text/html", 415)]
-    {
+    for (content_type, expected) in [
+        ("application/grpc+proto", 200),
+        ("application/grpc;charset=utf-8", 200),
+        ("application/grpc-web", 415),
+        ("text/html", 415),
+    ] {
         let request = Request::post("http://localhost/nkv.v1.Kv/Get").header("content-type", content_type);
         let mut ready = timely(sender.clone().ready()).await.unwrap();
         let (answer, mut body) = ready.send_request(request.body(()).unwrap(), false).unwrap();
@@ -245,7 +256,8 @@ async fn a_reset_in_the_middle_of_a_batch_loses_nothing_and_leaves_nothing_taken
     up_to_synced(&mut watched).await;
     let (mut sender, _connection) = raw(&server).await;
     for round in 0..200_u64 {
-        let op = |n| Operation { operation: Some(operation::Operation::Put(put(&format!("batch.{n}"), round.to_string()))) };
+        let op =
+            |n| Operation { operation: Some(operation::Operation::Put(put(&format!("batch.{n}"), round.to_string()))) };
         let bytes = message(&WriteRequest { operations: (0..20).map(op).collect() });
         let (answer, mut body) = open(&mut sender, "/nkv.v1.Kv/Write").await;
         body.send_data(bytes, true).unwrap();
@@ -266,8 +278,10 @@ async fn a_reset_in_the_middle_of_a_batch_loses_nothing_and_leaves_nothing_taken
         known.insert(put.key, put.value);
     }
     let stored = nkv.get_all("batch.*").await.unwrap().into_iter();
-    let stored: std::collections::BTreeMap<_, _> =
-        stored.filter(|entry| entry.key.as_str() != "batch.end").map(|entry| (entry.key.to_string(), entry.value)).collect();
+    let stored: std::collections::BTreeMap<_, _> = stored
+        .filter(|entry| entry.key.as_str() != "batch.end")
+        .map(|entry| (entry.key.to_string(), entry.value))
+        .collect();
     assert_eq!(known, stored);
     // Batches are whole.
     assert_eq!(stored.values().collect::<std::collections::BTreeSet<_>>().len().max(1), 1, "{stored:?}");
@@ -371,8 +385,12 @@ async fn a_peer_that_reads_nothing_from_its_socket_is_cut() {
     // A watch: headers without compression, then the message.
     let mut block = Vec::new();
     let headers = [
-        (":method", "POST"), (":scheme", "http"), (":path", "/nkv.v1.Kv/Watch"), (":authority", "x"),
-        ("content-type", "application/grpc"), ("te", "trailers"),
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", "/nkv.v1.Kv/Watch"),
+        (":authority", "x"),
+        ("content-type", "application/grpc"),
+        ("te", "trailers"),
     ];
     for (name, value) in headers {
         block.extend_from_slice(&[0, name.len() as u8]);

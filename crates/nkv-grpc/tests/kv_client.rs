@@ -1,10 +1,11 @@
 //! The service `kv.Client`, byte for byte as the clients of the replicated gRPC store know it.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
 
 use common::{Server, raw_call};
-use tonic::{Code, Status};
 use tonic::transport::Channel;
+use tonic::{Code, Status};
 
 async fn get(channel: &Channel, message: &[u8]) -> Result<Vec<u8>, Status> {
     raw_call(channel, "/kv.Client/Get", message).await

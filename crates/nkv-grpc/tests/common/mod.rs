@@ -109,7 +109,8 @@ pub fn text(event: &Event) -> String {
     match event {
         Event::Began(began) => format!("began {}", began.revision),
         Event::Put(put) => {
-            let value = if put.value.len() > 40 { put.value.len().to_string() } else { put.value.escape_ascii().to_string() };
+            let value =
+                if put.value.len() > 40 { put.value.len().to_string() } else { put.value.escape_ascii().to_string() };
             format!("put {} {value} {} {}", put.key, put.revision, put.skipped)
         }
         Event::Delete(gone) => format!("delete {} {} {:?} {}", gone.key, gone.revision, gone.reason(), gone.skipped),

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
+use crate::figures::StorageFigures;
 use crate::key::{Key, KeyRef};
 use crate::meta::Meta;
 use crate::record::{Action, Change, Expiry, Record, RecordRef, ValueRef};
@@ -106,6 +107,11 @@ pub trait PersistValue: fmt::Debug + Send + 'static {
     /// A backend that fails only when it is called has nothing to do here.
     fn on_failure(&mut self, handler: FailureHandler) {
         drop(handler);
+    }
+
+    /// Looks at it from outside, after a store has taken it over; `None` for a backend that has no figures.
+    fn figures(&self) -> Option<Arc<dyn StorageFigures>> {
+        None
     }
 
     /// Ends the use of the storage: what was stored and not synced yet is synced now. Called once, as the last call. A
@@ -340,6 +346,10 @@ impl<P: PersistValue + ?Sized> PersistValue for Box<P> {
         (**self).on_failure(handler);
     }
 
+    fn figures(&self) -> Option<Arc<dyn StorageFigures>> {
+        (**self).figures()
+    }
+
     fn close(&mut self) -> Result<(), PersistError> {
         (**self).close()
     }
@@ -370,6 +380,10 @@ impl<P: PersistValue + ?Sized> PersistValue for Arc<Mutex<P>> {
 
     fn on_failure(&mut self, handler: FailureHandler) {
         self.lock().unwrap_or_else(PoisonError::into_inner).on_failure(handler);
+    }
+
+    fn figures(&self) -> Option<Arc<dyn StorageFigures>> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).figures()
     }
 
     fn close(&mut self) -> Result<(), PersistError> {

@@ -1,7 +1,9 @@
 //! Several backends behind one: which branch is kept where.
 
 use std::iter::repeat;
+use std::sync::Arc;
 
+use crate::figures::{StorageFigures, StorageReading};
 use crate::key::Key;
 use crate::persist::{FailureHandler, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, StoredRef};
 use crate::record::Change;
@@ -99,6 +101,18 @@ fn pick(branches: &[Option<Key>], key: &str) -> usize {
     covering.max().map_or(0, |(_, at)| at)
 }
 
+/// The figures of several backends, as one.
+#[derive(Debug)]
+struct Together(Vec<Arc<dyn StorageFigures>>);
+
+impl StorageFigures for Together {
+    fn read(&self) -> StorageReading {
+        let mut all = StorageReading::default();
+        self.0.iter().for_each(|one| all.add(one.read()));
+        all
+    }
+}
+
 #[deny(clippy::missing_trait_methods)]
 impl PersistValue for RoutePersist {
     fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
@@ -179,6 +193,12 @@ impl PersistValue for RoutePersist {
 
     fn on_failure(&mut self, handler: FailureHandler) {
         self.backends.iter_mut().for_each(|backend| backend.on_failure(handler.clone()));
+    }
+
+    /// Those of all its backends together.
+    fn figures(&self) -> Option<Arc<dyn StorageFigures>> {
+        let all: Vec<_> = self.backends.iter().filter_map(|backend| backend.figures()).collect();
+        if all.is_empty() { None } else { Some(Arc::new(Together(all))) }
     }
 
     /// Closes every backend, also when one of them fails, and returns the first error.

@@ -44,6 +44,8 @@ pub(crate) struct Shared<N> {
     now: AtomicU64,
     /// What the events that are not delivered yet take.
     event_bytes: Arc<AtomicUsize>,
+    /// The revision up to which the subscribers are notified.
+    notified_up_to: AtomicU64,
     feed: Feed,
     pub(crate) counters: Counters,
 }
@@ -67,6 +69,7 @@ impl<N: Notifier> Shared<N> {
             next_expiry: AtomicU64::new(keyspace.next_expiry().unwrap_or(NEVER).as_millis()),
             now: AtomicU64::new(now.as_millis()),
             event_bytes: Arc::default(),
+            notified_up_to: AtomicU64::new(keyspace.revision().get()),
             keyspace: RwLock::new(keyspace),
             feed: Feed::default(),
             counters: Counters::default(),
@@ -96,6 +99,10 @@ impl<N: Notifier> Shared<N> {
         self.subscriptions.load(Relaxed)
     }
 
+    pub(crate) fn notified_up_to(&self) -> Revision {
+        Revision::new(self.notified_up_to.load(Acquire))
+    }
+
     pub(crate) fn event_bytes(&self) -> &Arc<AtomicUsize> {
         &self.event_bytes
     }
@@ -119,6 +126,7 @@ impl<N: Notifier> Shared<N> {
             changes.retain(Change::has_effect);
         }
         self.notify_all(subscribers, Numbered { changes: changes.into_iter(), next, complete }, applied);
+        self.notified_up_to.store(complete.get(), Release);
     }
 
     /// Puts another keyspace, of another epoch, in the place of the present one: for readers at once, and for each
@@ -144,6 +152,7 @@ impl<N: Notifier> Shared<N> {
                 );
             }
         }
+        self.notified_up_to.store(revision.get(), Release);
         drop(subscribers);
         drop_later(gone);
         before

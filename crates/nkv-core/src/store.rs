@@ -553,6 +553,12 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         self.shared.counters.notified.load(Relaxed)
     }
 
+    /// The revision up to which the subscribers have been given every change that they cover. What is visible may be newer for a
+    /// moment: of many changes they are notified in turns.
+    pub fn notified_up_to(&self) -> Revision {
+        self.shared.notified_up_to()
+    }
+
     /// How many bytes the changes take that some notifier still has; one that many have counts once. The store keeps the
     /// counter up to date.
     pub fn event_bytes(&self) -> &Arc<AtomicUsize> {

@@ -211,6 +211,11 @@ impl Write {
         self.ops
     }
 
+    /// Its operations that are done, each with what became of it.
+    pub fn outcomes(&self) -> impl Iterator<Item = (&Op, &WriteResult)> {
+        self.ops.iter().zip(&self.results)
+    }
+
     /// What became of its operations, one result each.
     #[must_use]
     pub fn into_results(self) -> Vec<WriteResult> {

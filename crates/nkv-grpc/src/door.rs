@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nkv_node::Handle;
+use nkv_node::{Full, Handle};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -16,7 +16,6 @@ use tonic_health::server::{HealthReporter, HealthService};
 use tracing::{debug, error};
 
 use crate::connection::Connection;
-use crate::connection_limit::{ConnectionLimit, Full};
 use crate::kv::client_server::ClientServer;
 use crate::kv_client::KvClientService;
 use crate::line::Line;
@@ -54,7 +53,7 @@ const ENCODED_LEN_MAX: usize = 128 << 20;
 /// let node = Node::builder().start().await?;
 /// let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
 /// let address = format!("http://{}", listener.local_addr()?);
-/// let door = tokio::spawn(Door::new(node.handle(), Options::default()).serve(listener));
+/// let door = tokio::spawn(Door::new(node.handle(), Options::default()).listen(listener));
 ///
 /// let mut client = KvClient::new(tonic::transport::Channel::from_shared(address)?.connect().await?);
 /// client.put(PutRequest { key: "lamp.hall".into(), value: "on".into(), ..Default::default() }).await?;
@@ -72,7 +71,6 @@ pub struct Door(Arc<Inner>);
 pub(crate) struct Inner {
     pub(crate) handle: Handle,
     pub(crate) options: Options,
-    places: ConnectionLimit,
     services: Services,
     /// Whether connections are to end.
     going_away: watch::Sender<bool>,
@@ -100,7 +98,7 @@ impl Drop for Inner {
 }
 
 impl Door {
-    /// A door to the store of `handle`, on the current Tokio runtime.
+    /// A door to the store of `handle`, on the current Tokio runtime. The node remembers recent deletes from now on.
     ///
     /// # Panics
     ///
@@ -112,13 +110,14 @@ impl Door {
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// let node = nkv_node::Node::builder().start().await?;
     /// let mut options = nkv_grpc::Options::default();
-    /// options.connections_max = 16;
+    /// options.connections = nkv_node::ConnectionLimit::new(16, 16);
     /// let door = nkv_grpc::Door::new(node.handle(), options);
     /// # drop(door);
     /// # Ok(()) }
     /// ```
     #[must_use]
     pub fn new(handle: Handle, options: Options) -> Self {
+        handle.remember_deletes(options.deletes_max);
         let reporter = HealthReporter::new();
         let health = HealthServer::new(HealthService::from_health_reporter(reporter.clone()));
         let going_away = watch::Sender::new(false);
@@ -129,12 +128,11 @@ impl Door {
         let client = ClientServer::new(KvClientService).max_decoding_message_size(usize::MAX);
         let client = client.max_encoding_message_size(ENCODED_LEN_MAX);
         let services = [service(kv), service(client), service(health)].into_iter().chain(reflection()).collect();
-        let places = ConnectionLimit::new(options.connections_max, options.connections_per_address_max);
-        Door(Arc::new(Inner { handle, options, places, services, going_away, reporting }))
+        Door(Arc::new(Inner { handle, options, services, going_away, reporting }))
     }
 
     /// Accepts connections and serves them until the node stops; ends when they have ended. Dropping the future cuts them.
-    pub async fn serve(self, listener: TcpListener) {
+    pub async fn listen(self, listener: TcpListener) {
         let (mut connections, handle) = (JoinSet::new(), self.0.handle.clone());
         let mut stopping = std::pin::pin!(handle.stopping());
         loop {
@@ -148,7 +146,7 @@ impl Door {
                             debug!(%error, "small packets of a connection may wait");
                         }
                         let door = self.clone();
-                        connections.spawn(async move { door.serve_stream(stream, from).await });
+                        connections.spawn(async move { door.serve(stream, from).await });
                     }
                     Err(error) => {
                         handle.log().warn("accept", format_args!("cannot accept a connection: {error}"));
@@ -173,17 +171,17 @@ impl Door {
     /// # let node = nkv_node::Node::builder().start().await?;
     /// let door = nkv_grpc::Door::new(node.handle(), nkv_grpc::Options::default());
     /// let (ours, theirs) = tokio::io::duplex(4_096);
-    /// let served = tokio::spawn(async move { door.serve_stream(theirs, "a test").await });
+    /// let served = tokio::spawn(async move { door.serve(theirs, "a test").await });
     /// drop(ours); // the peer hangs up
     /// served.await?;
     /// # Ok(()) }
     /// ```
-    pub async fn serve_stream<S>(&self, mut stream: S, peer: impl fmt::Display)
+    pub async fn serve<S>(&self, mut stream: S, peer: impl fmt::Display)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let peer = peer.to_string();
-        let place = match self.0.places.take(&peer) {
+        let place = match self.0.options.connections.take(&peer) {
             Ok(place) => place,
             Err(full) => {
                 self.0.handle.log().warn("refused", format_args!("a connection was refused: {full}"));

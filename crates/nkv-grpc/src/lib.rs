@@ -12,7 +12,6 @@
 
 mod arriving;
 mod connection;
-mod connection_limit;
 mod departing;
 mod door;
 mod kv_client;

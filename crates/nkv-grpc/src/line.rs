@@ -8,13 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nkv_core::mailbox::{Backlog, Observer};
-use nkv_node::{Handle, Held, Holder, Peer};
+use nkv_node::{Handle, Held, Holder, Peer, Place};
 use tokio::sync::{Mutex as Turns, Notify};
 use tokio::time::Instant;
 
 use crate::connection::STREAM_WINDOW;
-use crate::connection_limit::Place;
 use crate::door::Inner;
+use crate::node_kv::millis;
 
 /// Bytes of answers that a peer may leave untaken before its calls that read are answered no further.
 const ANSWERS_LEN_MAX: usize = 4 << 20;
@@ -88,7 +88,7 @@ pub(crate) struct Sending {
 #[derive(Default)]
 struct Watches {
     next_id: u64,
-    by_id: HashMap<u64, Observer>,
+    by_id: HashMap<u64, Arc<Observer>>,
 }
 
 impl std::fmt::Debug for Watches {
@@ -242,7 +242,7 @@ impl Sending {
     }
 
     /// Counts what waits in the mailbox of a watch, until this is dropped.
-    pub(crate) fn observe(self: &Arc<Self>, observer: Observer) -> Observed {
+    pub(crate) fn observe(self: &Arc<Self>, observer: Arc<Observer>) -> Observed {
         let mut watches = self.watches();
         let id = watches.next_id;
         watches.next_id = id.wrapping_add(1);
@@ -269,6 +269,13 @@ impl Drop for Observed {
 #[derive(Debug)]
 pub(crate) struct Seen(pub(crate) Arc<Sending>);
 
+impl Seen {
+    /// A copy: what is done with them takes locks of the store.
+    fn watches(&self) -> Vec<Arc<Observer>> {
+        self.0.watches().by_id.values().cloned().collect()
+    }
+}
+
 impl Holder for Seen {
     fn held(&self) -> Held {
         let Backlog { own_bytes: queue, event_bytes: changes, .. } = self.backlog();
@@ -278,7 +285,7 @@ impl Holder for Seen {
 
     fn backlog(&self) -> Backlog {
         let mut all = Backlog::default();
-        for one in self.0.watches().by_id.values().map(Observer::backlog) {
+        for one in self.watches().iter().map(|watch| watch.backlog()) {
             all.queued = all.queued.saturating_add(one.queued);
             all.skipped = all.skipped.saturating_add(one.skipped);
             all.own_bytes = all.own_bytes.saturating_add(one.own_bytes);
@@ -293,7 +300,7 @@ impl Holder for Seen {
     }
 
     fn give_up(&self) {
-        self.0.watches().by_id.values().for_each(Observer::give_up);
+        self.watches().iter().for_each(|watch| watch.give_up());
     }
 
     fn wake(&self) {
@@ -407,8 +414,4 @@ impl Drop for Call {
         open.fetch_sub(1, Relaxed);
         self.line.idle_since_ms.store(millis(self.line.sending.opened.elapsed()), Relaxed);
     }
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use nkv_core::ValueRef;
+use nkv_core::{RecordRef, ValueRef};
 use nkv_node::{Epoch, Error, Handle, Key, Op, Outcome, Pattern, PutOptions, Revision};
 use tonic::{Request, Response, Status};
 
@@ -80,6 +80,10 @@ fn ttl(ttl_ms: Option<u64>) -> Result<Option<Duration>, Status> {
     }
 }
 
+pub(crate) fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// A value by itself: what came lies in the buffer of its whole message.
 fn value(value: &Bytes) -> Bytes {
     Bytes::copy_from_slice(value)
@@ -92,12 +96,14 @@ impl Kv for KvService {
         Key::check(&key).map_err(invalid)?;
         line.room_for_answer().await;
         let epoch = line.handle.epoch();
-        let found = line.handle.look_up(&key, |record| (record.value.to_bytes(), record.revision.get()));
-        let Some((value, revision)) = found.map_err(|error| line.status(&error))? else {
+        let look = |record: RecordRef<'_>| (record.value.to_bytes(), record.revision.get(), record.expiry);
+        let found = line.handle.look_up(&key, look);
+        let Some((value, revision, expiry)) = found.map_err(|error| line.status(&error))? else {
             return Err(Status::not_found(format!("there is no key '{key}'")));
         };
         let answer = line.answer(value.len());
-        Ok(counted(GetResponse { value, revision, epoch: epoch.to_string() }, answer))
+        let ttl_ms = expiry.map(|expiry| millis(line.handle.time_left(expiry)));
+        Ok(counted(GetResponse { value, revision, epoch: epoch.to_string(), ttl_ms }, answer))
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
@@ -137,7 +143,8 @@ impl Kv for KvService {
             let value = if list.keys_only { ValueRef::Lent(&[]) } else { record.value };
             len = len.saturating_add(record.key.len()).saturating_add(value.len()).saturating_add(ENTRY_LEN);
             let (key, revision) = (record.key.as_str().to_owned(), record.revision.get());
-            entries.push(Entry { key, value: value.to_bytes(), revision });
+            let ttl_ms = record.expiry.map(|expiry| millis(line.handle.time_left(expiry)));
+            entries.push(Entry { key, value: value.to_bytes(), revision, ttl_ms });
             ControlFlow::Continue(())
         });
         let more = ended.map_err(|error| line.status(&error))?.is_break();
@@ -257,7 +264,7 @@ fn subscriber(traced: nkv_node::Traced) -> Subscriber {
         client_uuid: traced.client_uuid.as_str().to_owned(),
         pattern: traced.pattern.to_string(),
         exact: matches!(traced.pattern, Pattern::Exact(_)),
-        age_ms: u64::try_from(traced.age.as_millis()).unwrap_or(u64::MAX),
+        age_ms: millis(traced.age),
         peer,
         name,
         queued: traced.backlog.queued as u64,

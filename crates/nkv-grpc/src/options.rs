@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use nkv_node::ConnectionLimit;
+
 /// Limits of a [`Door`](crate::Door). Those of values, messages, subscriptions and memory are the node's.
 ///
 /// # Examples
@@ -10,19 +12,16 @@ use std::time::Duration;
 /// use std::time::Duration;
 ///
 /// let mut options = nkv_grpc::Options::default();
-/// options.connections_max = 16;
+/// options.connections = nkv_node::ConnectionLimit::new(16, 16);
 /// options.idle_limit = Some(Duration::from_secs(600));
 /// ```
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Options {
-    /// Connections at a time; others are refused. 1,024 by default.
-    pub connections_max: usize,
-    /// Connections at a time from one address, which is an IPv4 address or an IPv6 network /64. 1,024 by default.
-    pub connections_per_address_max: usize,
-    /// The bytes of changes that may wait for one watch, each to be sent, before those of one key are conflated. 64 KiB by
-    /// default.
-    pub slack: usize,
+    /// How many connections there may be; shared with other doors. 1,024, all of which may come from one address, by default.
+    pub connections: ConnectionLimit,
+    /// How many of the most recent deletes are remembered, for watches that are resumed. 65,536 by default.
+    pub deletes_max: usize,
     /// A connection that does not begin as HTTP/2 within this time is closed. 30 s by default.
     pub first_byte_limit: Duration,
     /// A request that is not whole this long after its beginning, and as long again for each MiB of it, ends with
@@ -40,9 +39,8 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Options {
-            connections_max: 1_024,
-            connections_per_address_max: 1_024,
-            slack: 64 << 10,
+            connections: ConnectionLimit::new(1_024, 1_024),
+            deletes_max: 65_536,
             first_byte_limit: Duration::from_secs(30),
             request_limit: Duration::from_secs(30),
             stall_limit: Duration::from_secs(30),

@@ -127,6 +127,10 @@ async fn conditions_hold_or_fail_with_the_present_revision() {
 async fn a_value_with_a_ttl_ends() {
     let server = Server::start().await;
     let mut client = server.client().await;
+    client.put(PutRequest { ttl_ms: Some(60_000), ..put("a", "x") }).await.unwrap();
+    let left = client.get(get("a")).await.unwrap().into_inner().ttl_ms.unwrap();
+    let listed = client.list(list("a")).await.unwrap().into_inner().entries[0].ttl_ms.unwrap();
+    assert!(listed <= left && (1..=60_000).contains(&listed));
     client.put(PutRequest { ttl_ms: Some(1), ..put("a", "x") }).await.unwrap();
     timely(async { while client.get(get("a")).await.is_ok() {} }).await;
     assert_eq!(code(client.put(PutRequest { ttl_ms: Some(0), ..put("a", "x") }).await), Code::InvalidArgument);
@@ -220,12 +224,12 @@ async fn keys_and_patterns_that_are_none_are_invalid_arguments() {
 async fn trace_and_stats_show_what_the_node_knows() {
     let server = Server::start().await;
     let mut client = server.client().await;
-    let request = nkv_grpc::v1::WatchRequest { client_uuid: Some("me".into()), ..common::watch(&["a"]) };
+    let request = nkv_grpc::v1::WatchRequest { name: Some("me".into()), ..common::watch(&["a"]) };
     let mut watched = client.watch(request).await.unwrap().into_inner();
     common::up_to_synced(&mut watched).await;
     let subscribers = client.trace(TraceRequest { key: "a.b".into() }).await.unwrap().into_inner().subscribers;
     let [subscriber] = &subscribers[..] else { panic!("{subscribers:?}") };
-    assert_eq!((&*subscriber.client_uuid, &*subscriber.pattern, subscriber.exact), ("me", "a", false));
+    assert_eq!((&*subscriber.name, &*subscriber.pattern, subscriber.exact), ("me", "a", false));
     assert!(subscriber.peer.starts_with("127.0.0.1:"), "{subscriber:?}");
     let stats = client.stats(StatsRequest {}).await.unwrap().into_inner();
     assert_eq!((stats.numbers["subscriptions"], stats.numbers["connections"]), (1, 1));

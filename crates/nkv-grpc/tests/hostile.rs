@@ -325,7 +325,7 @@ async fn a_flood_of_metadata_is_refused_and_others_are_served() {
 
 #[tokio::test]
 async fn connections_beyond_the_limit_are_refused_and_a_free_place_is_given_again() {
-    let server = Server::with(options(|options| options.connections_max = 1)).await;
+    let server = Server::with(options(|options| options.connections = nkv_node::ConnectionLimit::new(1, 1))).await;
     let mut client = server.client().await;
     client.put(put("a", "x")).await.unwrap();
     let mut refused = TcpStream::connect(server.address).await.unwrap();

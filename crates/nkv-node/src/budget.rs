@@ -523,6 +523,11 @@ impl Budget {
         self.waiting.load(Relaxed).saturating_add(self.read.load(Relaxed))
     }
 
+    /// With the changes that wait.
+    pub(crate) fn queued_bytes(&self) -> usize {
+        self.queued().saturating_add(self.event_bytes.load(Relaxed))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Holders> {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }

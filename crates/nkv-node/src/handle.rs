@@ -21,7 +21,9 @@ use thiserror::Error as ThisError;
 use tokio::sync::watch;
 
 use crate::budget::{Budget, Holder};
+use crate::deletes::RecentDeletes;
 use crate::failure::Chain;
+use crate::figures::{Counters, Ended, Figures, Operation};
 use crate::job::Room;
 use crate::limits::Limits;
 use crate::peer::{Peer, PeerInfo};
@@ -29,6 +31,7 @@ use crate::rate_log::RateLimitedLog;
 use crate::rights::Right;
 use crate::shared::{JOB_LEN_MIN, Shared, Stopping, Traced, Written, stopped};
 use crate::subscription::{AttachOptions, Attached, Subscription};
+use crate::tail::{Tail, TailOptions};
 
 /// How many keys are taken from the store at a time: they are of one moment.
 const PART_KEYS: usize = 1_024;
@@ -636,6 +639,95 @@ impl Handle {
         Attached::begin(&self.shared, patterns, notifier, options)
     }
 
+    /// A subscription that its reader can resume later: by a [`Cursor`](crate::Cursor) that came with an event, it is given what
+    /// it missed, and nothing else. What was deleted meanwhile is given where the node
+    /// [remembers](Self::remember_deletes) it; else, and where the cursor is of another epoch or of other patterns, it begins with
+    /// [`TailEvent::Reset`](crate::TailEvent::Reset) and the whole state.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`subscribe`](Self::subscribe).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_node::{Node, TailEvent, TailOptions};
+    ///
+    /// let node = Node::builder().start().await?;
+    /// let nkv = node.handle();
+    /// nkv.remember_deletes(1_000);
+    /// nkv.put("lamp.hall", "on").await?;
+    /// let mut lamps = nkv.tail("lamp", TailOptions::default())?;
+    /// let known = loop {
+    ///     let Some((event, cursor)) = lamps.next().await else { return Err("the node has stopped".into()) };
+    ///     if let (TailEvent::Synced { .. }, Some(cursor)) = (event, cursor) {
+    ///         break cursor;
+    ///     }
+    /// };
+    /// drop(lamps);
+    /// nkv.delete("lamp.hall").await?; // while nobody reads
+    /// let mut lamps = nkv.tail("lamp", TailOptions::default().with_after(known))?;
+    /// assert!(matches!(lamps.next().await, Some((TailEvent::Delete { .. }, _))));
+    /// # Ok(()) }
+    /// ```
+    pub fn tail(&self, patterns: impl AsPatterns, options: TailOptions<'_>) -> Result<Tail> {
+        let patterns = disjoint(patterns, options.exact)?;
+        patterns.iter().try_for_each(|pattern| self.check(Right::Subscribe, pattern))?;
+        Tail::begin(&self.shared, patterns, options)
+    }
+
+    /// Has the node remember this many of the most recent deletes, from now on, so that a [`tail`](Self::tail) can be resumed
+    /// behind them. They count in the budget. A door that resumes asks for it at its start; the first that asks decides the
+    /// number. Until then it costs nothing.
+    pub fn remember_deletes(&self, max: usize) {
+        self.shared.deletes.get_or_init(|| RecentDeletes::begin(&self.shared, max));
+    }
+
+    /// Has the node count what [`figures`](Self::figures) gives, from now on. Until then that costs nothing.
+    pub fn keep_figures(&self) {
+        self.shared.counters.get_or_init(Counters::new);
+    }
+
+    /// What was counted since the node began to [keep](Self::keep_figures) figures; `None` before.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let node = nkv_node::Node::builder().start().await?;
+    /// # let nkv = node.handle();
+    /// nkv.keep_figures();
+    /// nkv.put("lamp.hall", "on").await?;
+    /// let figures = nkv.figures()?.ok_or("no figures")?;
+    /// assert_eq!(figures.batch_sizes.count(), 1);
+    /// # Ok(()) }
+    /// ```
+    pub fn figures(&self) -> Result<Option<Figures>> {
+        self.check(Right::Admin, &Pattern::All)?;
+        let Some(counters) = self.shared.counters.get() else { return Ok(None) };
+        let mut figures = Figures::of(counters);
+        figures.queued_bytes = self.shared.budget.queued_bytes() as u64;
+        figures.storage = self.shared.storage.as_ref().map(|storage| storage.read());
+        Ok(Some(figures))
+    }
+
+    pub(crate) fn count(&self, operation: Operation, ended: Ended) {
+        if let Some(counters) = self.shared.counters.get() {
+            counters.count(operation, ended);
+        }
+    }
+
+    /// How long a value lives yet.
+    #[must_use]
+    pub fn time_left(&self, expiry: Expiry) -> Duration {
+        self.shared.clock.until(expiry.at)
+    }
+
     /// Ends the subscription of this name and pattern, and notifies its subscriber; false if there is none.
     ///
     /// # Errors
@@ -752,6 +844,13 @@ impl Handle {
         self.shared.store.epoch()
     }
 
+    /// The newest revision that readers see.
+    #[must_use]
+    pub fn revision(&self) -> Revision {
+        let stats = self.shared.store.stats();
+        Revision::in_epoch(stats.epoch, stats.revision.get())
+    }
+
     /// Whether the truth lies in an engine: its data may begin another epoch at any time.
     #[must_use]
     pub fn follows_engine(&self) -> bool {
@@ -821,7 +920,9 @@ impl Handle {
     /// ```
     pub fn look_up<R>(&self, key: &str, look: impl FnOnce(RecordRef<'_>) -> R) -> Result<Option<R>> {
         self.check_text(Right::Get, key)?;
-        Ok(self.shared.store.look_up(key, look))
+        let found = self.shared.store.look_up(key, look);
+        self.count(Operation::Get, if found.is_some() { Ended::Ok } else { Ended::NotFound });
+        Ok(found)
     }
 
     /// Lends each record that `pattern` selects, after `after`, to `visit`, in key order, until it breaks off; see
@@ -839,6 +940,7 @@ impl Handle {
         visit: impl FnMut(RecordRef<'_>) -> ControlFlow<B>,
     ) -> Result<ControlFlow<B>> {
         self.check(Right::Get, pattern)?;
+        self.count(Operation::List, Ended::Ok);
         Ok(self.shared.store.walk(pattern, after, visit))
     }
 
@@ -946,6 +1048,13 @@ impl Handle {
     }
 
     fn check_op(&self, op: &Op) -> Result<()> {
+        self.check_op_uncounted(op).inspect_err(|_| {
+            let is_put = matches!(op, Op::Put { .. });
+            self.count(if is_put { Operation::Put } else { Operation::Delete }, Ended::Refused);
+        })
+    }
+
+    fn check_op_uncounted(&self, op: &Op) -> Result<()> {
         match op {
             Op::Put { .. } if self.principal.is_none() => self.check_open()?,
             Op::Put { key, .. } => self.check(Right::Put, &Pattern::Exact(key.clone()))?,

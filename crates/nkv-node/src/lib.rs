@@ -13,9 +13,12 @@
 mod blocking;
 mod budget;
 mod clock;
+mod connection_limit;
+mod deletes;
 mod engine;
 mod expiry;
 mod failure;
+mod figures;
 mod follow;
 mod handle;
 mod job;
@@ -27,6 +30,7 @@ mod rights;
 mod shared;
 mod subscriber;
 mod subscription;
+mod tail;
 mod wakeups;
 mod writer;
 
@@ -35,7 +39,9 @@ pub use nkv_core;
 pub use blocking::BlockingHandle;
 pub use budget::{Budget, Held, Holder, Leave, Said};
 pub use clock::Time;
+pub use connection_limit::{ConnectionLimit, Full, Place};
 pub use engine::{Abilities, Decided, Engine, EngineError, Feed, Seen};
+pub use figures::{Ended, Figures, Operation};
 pub use handle::{Admitted, ChangesError, Handle};
 pub use job::Room;
 pub use limits::Limits;
@@ -51,5 +57,6 @@ pub use rate_log::RateLimitedLog;
 pub use rights::{Right, Rights};
 pub use shared::{NotDone, Results, Stopping, Traced, Written};
 pub use subscription::{AttachOptions, Attached, Subscription};
+pub use tail::{Cursor, Tail, TailEvent, TailOptions};
 
 nkv_types::store_by_methods!(Handle, Subscription);

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use nkv_core::{Epoch, NoPersist, NotifyKeyValue, PersistError, PersistErrorKind, PersistValue, Timestamp};
@@ -229,6 +229,7 @@ impl Builder {
                 return Err(PersistError::new(PersistErrorKind::Rejected, context));
             }
             persist.on_failure(handler);
+            let figures = persist.figures();
             // Only now: until storage is open, the file may be another server's.
             let clock = Clock::start(clock_file, time);
             let store = match &restored {
@@ -241,13 +242,14 @@ impl Builder {
             if store.next_expiry().is_some() {
                 clock.keep();
             }
-            Ok::<_, PersistError>((store, clock))
+            Ok::<_, PersistError>((store, clock, figures))
         });
-        let (store, clock) = open.await.map_err(|error| NodeError::System(error.into()))??;
+        let (store, clock, storage) = open.await.map_err(|error| NodeError::System(error.into()))??;
         let store = Arc::new(store);
 
         let (wake_ups, queue) = (Arc::new(WakeUps::default()), Arc::new(Queue::default()));
         let expiry_changed = Arc::new(Notify::new());
+        let counters = Arc::<OnceLock<_>>::default();
         let budget = Budget::new(limits.queued_max, Arc::clone(store.event_bytes()));
         let writer = Writer {
             store: Arc::clone(&store),
@@ -258,6 +260,7 @@ impl Builder {
             log: RateLimitedLog::default(),
             budget: Arc::clone(&budget),
             clock: clock.clone(),
+            counters: Arc::clone(&counters),
         };
         let writer = writer.spawn().map_err(NodeError::System)?;
         let pump = tokio::spawn({
@@ -289,6 +292,8 @@ impl Builder {
             queue,
             expiry_changed,
             name: random()? as u64,
+            counters,
+            storage,
         };
         let shared = Arc::new(Shared::new(parts));
         let expiry = tokio::spawn(expiry::expire(Arc::clone(&shared)));

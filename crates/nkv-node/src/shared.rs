@@ -4,20 +4,22 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use std::vec;
 
 use nkv_core::mailbox::Backlog;
-use nkv_core::{Failed, Key, Notifier, Op, Outcome, Pattern, SubscriberId, Write, WriteResult};
+use nkv_core::{Failed, Key, Notifier, Op, Outcome, Pattern, StorageFigures, SubscriberId, Write, WriteResult};
 use nkv_types::{Error, ErrorKind};
 use tokio::sync::{Notify, Semaphore, oneshot, watch};
 
 use crate::budget::Budget;
 use crate::clock::Clock;
+use crate::deletes::RecentDeletes;
 use crate::engine::{Seen, Truth};
 use crate::failure::Failure;
+use crate::figures::Counters;
 use crate::job::{Job, Room};
 use crate::limits::Limits;
 use crate::peer::PeerInfo;
@@ -51,6 +53,11 @@ pub(crate) struct Shared {
     pub(crate) stop: watch::Sender<bool>,
     /// Whether the node has ended: what has no answer by then gets none.
     pub(crate) ended: watch::Sender<bool>,
+    /// What is counted, once a door asks for that.
+    pub(crate) counters: Arc<OnceLock<Arc<Counters>>>,
+    pub(crate) storage: Option<Arc<dyn StorageFigures>>,
+    /// The most recent deletes, once a door asks for that.
+    pub(crate) deletes: OnceLock<Arc<RecentDeletes>>,
     /// The number of names made up for subscribers that gave none, and what no other has in its names.
     names: AtomicU64,
     name: u64,
@@ -115,6 +122,8 @@ pub(crate) struct Parts {
     pub(crate) expiry_changed: Arc<Notify>,
     /// What no other node has in the names of its subscribers.
     pub(crate) name: u64,
+    pub(crate) counters: Arc<OnceLock<Arc<Counters>>>,
+    pub(crate) storage: Option<Arc<dyn StorageFigures>>,
 }
 
 impl Shared {
@@ -132,6 +141,8 @@ impl Shared {
             queue,
             expiry_changed,
             name,
+            counters,
+            storage,
         } = parts;
         let request_len_max = limits.request_len_max;
         let arrival_len =
@@ -153,6 +164,9 @@ impl Shared {
             runtime: tokio::runtime::Handle::current(),
             stop: watch::Sender::new(false),
             ended: watch::Sender::new(false),
+            counters,
+            storage,
+            deletes: OnceLock::new(),
             names: AtomicU64::new(0),
             name,
             write_room: Arc::new(Semaphore::new(WRITE_ROOM)),
@@ -408,6 +422,7 @@ mod tests {
             log,
             budget,
             clock: Clock::start(None, Arc::new(crate::clock::SinceBoot)),
+            counters: Arc::default(),
         };
         let writer = writer.spawn().unwrap();
         tokio::select! {

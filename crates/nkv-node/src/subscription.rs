@@ -16,6 +16,7 @@ use nkv_core::{
 use nkv_types::{EndReason, Entry, Error, ErrorKind, Event, GoneReason, Result, Revision};
 
 use crate::budget::{InProcess, Share};
+use crate::figures::{Ended, Operation};
 use crate::peer::{Counted, Peer};
 use crate::shared::Shared;
 use crate::subscriber::Subscriber;
@@ -119,6 +120,20 @@ impl Attached {
     }
 
     fn add(
+        shared: &Arc<Shared>,
+        pattern: Pattern,
+        client_uuid: SubscriberId,
+        notifier: Box<dyn Notifier>,
+        options: &AttachOptions<'_>,
+    ) -> Result<Self> {
+        let added = Self::try_add(shared, pattern, client_uuid, notifier, options);
+        if let Some(counters) = shared.counters.get() {
+            counters.count(Operation::Subscribe, if added.is_ok() { Ended::Ok } else { Ended::Refused });
+        }
+        added
+    }
+
+    fn try_add(
         shared: &Arc<Shared>,
         pattern: Pattern,
         client_uuid: SubscriberId,

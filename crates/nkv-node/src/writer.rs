@@ -3,8 +3,9 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Release};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
+use std::time::Instant;
 
 use nkv_core::{PersistError, PersistErrorKind};
 use tokio::sync::{Notify, oneshot};
@@ -12,6 +13,7 @@ use tokio::sync::{Notify, oneshot};
 use crate::budget::Budget;
 use crate::clock::Clock;
 use crate::failure::{Chain, Failure};
+use crate::figures::Counters;
 use crate::job::Job;
 use crate::rate_log::RateLimitedLog;
 use crate::subscriber::Store;
@@ -116,6 +118,7 @@ pub(crate) struct Writer {
     pub(crate) log: RateLimitedLog,
     pub(crate) budget: Arc<Budget>,
     pub(crate) clock: Clock,
+    pub(crate) counters: Arc<OnceLock<Arc<Counters>>>,
 }
 
 /// Closes the queue when it is dropped.
@@ -184,12 +187,21 @@ impl Writer {
 
     /// Does as much as one batch takes, and answers the jobs that are done then.
     fn commit(&self, jobs: &mut Vec<Job>) {
+        let start = self.counters.get().map(|_| Instant::now());
         // It is not known what storage that panicked has done, and the store takes no more writes after it.
         if catch_unwind(AssertUnwindSafe(|| self.store.commit(jobs))).is_err() {
             self.store.commit(jobs);
         }
         let mut failed: Option<PersistError> = None;
+        let counters = self.counters.get();
+        let mut size = 0_u64;
         for Job { write, results, .. } in jobs.extract_if(.., |job| job.write.is_done()) {
+            if let Some(counters) = counters {
+                size = write
+                    .outcomes()
+                    .inspect(|(op, result)| counters.count_write(op, result))
+                    .fold(size, |n, _| n.saturating_add(1));
+            }
             let done = write.into_results();
             for error in done.iter().filter_map(|result| result.as_ref().err()).map(|failed| &failed.error) {
                 // What ends the server counts before what does not.
@@ -199,6 +211,10 @@ impl Writer {
             }
             // The peer may have gone away meanwhile, its connection cut; the write stands all the same.
             drop(results.send(done));
+        }
+        if let (Some(counters), Some(start)) = (counters, start) {
+            counters.commit_times.observe_time(start.elapsed());
+            counters.batch_sizes.observe(size);
         }
         if let Some(error) = failed {
             self.failed(error);

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use nkv_core::{Action, Change, Epoch, FailureHandler, PersistError, PersistErrorKind, Revision};
+use nkv_core::{
+    Action, Change, Epoch, FailureHandler, Histogram, HistogramReading, PersistError, PersistErrorKind, Revision,
+};
 
 use crate::batch::{Batch, has_puts};
 use crate::disk::{Disk, segment_name, write_zeros};
@@ -53,6 +55,8 @@ pub(crate) struct Log {
     epoch: Epoch,
     revision: Revision,
     counters: Counters,
+    /// How long each sync took.
+    sync_times: Arc<Histogram>,
     /// Since when something acknowledged waits for a sync.
     dirty_since: Option<Instant>,
     /// A full disk asks for every segment below this number to be compacted.
@@ -146,11 +150,15 @@ impl LogFile {
 pub(crate) struct PendingSync {
     file: Arc<LogFile>,
     position: u64,
+    times: Arc<Histogram>,
 }
 
 impl PendingSync {
     pub(crate) fn run(&self) -> Result<(), PersistError> {
-        self.file.sync().map_err(|e| from_io("sync", &self.file.path, e))
+        let start = Instant::now();
+        let result = self.file.sync().map_err(|e| from_io("sync", &self.file.path, e));
+        self.times.observe_time(start.elapsed());
+        result
     }
 }
 
@@ -176,6 +184,7 @@ impl Log {
             epoch,
             revision,
             counters: Counters::default(),
+            sync_times: Arc::new(Histogram::new(Histogram::TIMES)),
             dirty_since: None,
             urgent_below: 0,
             compact_after: None,
@@ -636,7 +645,8 @@ impl Log {
     pub(crate) fn start_sync(&mut self) -> Result<PendingSync, PersistError> {
         self.check_usable()?;
         (self.dirty_since, self.has_loose_zeros) = (None, false);
-        Ok(PendingSync { file: Arc::clone(&self.file), position: self.position() })
+        let times = Arc::clone(&self.sync_times);
+        Ok(PendingSync { file: Arc::clone(&self.file), position: self.position(), times })
     }
 
     /// A new segment, so that all before it can be compacted, in the room of the reserve if there is no other. Unless the
@@ -649,6 +659,11 @@ impl Log {
             }
             result => result,
         }
+    }
+
+    /// How long each sync took.
+    pub(crate) fn sync_times(&self) -> HistogramReading {
+        self.sync_times.read()
     }
 
     /// Whether something was appended that is not durable, as far as is known.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use nkv_core::{
     Change, Epoch, FailureHandler, KeyRef, Loaded, PersistError, PersistErrorKind, PersistValue, Prepared, RecordRef,
-    StoredRef, ValueRef,
+    StorageFigures, StorageReading, StoredRef, ValueRef,
 };
 
 use crate::batch::{Batch, has_puts};
@@ -97,6 +97,17 @@ impl FsMonitor {
             copied_bytes: counters.copied_bytes,
             reserve_held: log.reserve_held(),
         }
+    }
+}
+
+impl StorageFigures for FsMonitor {
+    fn read(&self) -> StorageReading {
+        let stats = self.stats();
+        let mut reading = StorageReading::default();
+        (reading.disk_bytes, reading.live_bytes) = (stats.disk_bytes, stats.live_bytes);
+        (reading.compactions, reading.compacted_bytes) = (stats.compacted_segments, stats.copied_bytes);
+        reading.sync_times = lock(&self.shared.log).sync_times();
+        reading
     }
 }
 
@@ -268,6 +279,10 @@ impl PersistValue for FsPersist {
 
     fn keeps_meta(&self) -> bool {
         true
+    }
+
+    fn figures(&self) -> Option<Arc<dyn StorageFigures>> {
+        Some(Arc::new(self.monitor()))
     }
 
     /// The new epoch is written where everything else is, into the log: the header of a new segment.

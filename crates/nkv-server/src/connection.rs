@@ -13,14 +13,13 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
-use nkv_node::Room;
+use nkv_node::{Place, Room};
 use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd, spare};
 use nkv_protocol::{Answer, BaseFields, Chunks, Decoder, Kind, Request, alive, status};
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tracing::debug;
 
-use crate::connection_limit::Place;
 use crate::dispatch::{Hold, Session};
 use crate::inner::Inner;
 use crate::oldest;

@@ -3,11 +3,10 @@
 use std::fmt;
 use std::sync::Arc;
 
-use nkv_node::Handle;
+use nkv_node::{ConnectionLimit, Handle};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::connection;
-use crate::connection_limit::ConnectionLimit;
 use crate::inner::Inner;
 use crate::options::Options;
 use crate::socket::Socket;
@@ -61,6 +60,12 @@ impl Door {
         let options = Options { value_len_max: handle.limits().value_len_max, ..options };
         let places = ConnectionLimit::new(options.connections_max, options.connections_per_address_max);
         Door(Arc::new(Inner { handle, options, places }))
+    }
+
+    /// The connection limit, for other doors that are to share it.
+    #[must_use]
+    pub fn connection_limit(&self) -> ConnectionLimit {
+        self.0.places.clone()
     }
 
     /// Serves one connection until either side ends it or the node stops. `peer` is shown to people; where it is an IP

@@ -1,8 +1,7 @@
 //! What the connections of a door share.
 
-use nkv_node::Handle;
+use nkv_node::{ConnectionLimit, Handle};
 
-use crate::connection_limit::ConnectionLimit;
 use crate::options::Options;
 
 #[derive(Debug)]

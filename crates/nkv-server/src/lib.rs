@@ -11,11 +11,12 @@
 )]
 
 mod connection;
-mod connection_limit;
 mod dispatch;
 mod door;
 mod error;
 mod holder;
+#[cfg(feature = "http")]
+mod http;
 mod inner;
 mod listener;
 mod oldest;
@@ -26,6 +27,8 @@ mod socket;
 
 pub use door::{Door, serve};
 pub use error::ServerError;
+#[cfg(feature = "http")]
+pub use nkv_http;
 pub use nkv_node::{Handle, Subscription};
 pub use nkv_types::Address;
 pub use options::Options;

@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nkv_node::Handle;
 use nkv_types::Address;
 use tokio::net::{TcpListener, UnixListener, UnixSocket, lookup_host};
 use tokio::task::JoinSet;
@@ -202,40 +203,51 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Accepts the connections of a server.
-#[derive(Clone, Debug)]
-pub(crate) struct Acceptor {
-    pub(crate) door: Door,
+/// A door, to those who accept its connections.
+pub(crate) trait Serve: Send + Sync + 'static {
+    /// The store behind it.
+    fn handle(&self) -> &Handle;
+
+    /// Serves a connection; `None` where it was refused at once.
+    fn serve_socket(&self, socket: Socket, peer: &str) -> Option<impl Future<Output = ()> + Send + 'static>;
 }
 
-impl Acceptor {
-    /// Accepts and serves until the node stops, then waits for the connections to end.
-    pub(crate) async fn run(self, listener: Listener) {
-        let (mut connections, handle) = (JoinSet::new(), &self.door.0.handle);
-        let mut stopping = std::pin::pin!(handle.stopping());
-        loop {
-            tokio::select! {
-                biased;
-                () = &mut stopping => break,
-                Some(ended) = connections.join_next() => log_panic(&ended),
-                accepted = listener.accept() => match accepted {
-                    Ok((socket, from)) => {
-                        let peer = from.map_or_else(|| "unix".into(), |from| from.to_string());
-                        if let Some(served) = self.door.serve_socket(socket, &peer) {
-                            connections.spawn(served);
-                        }
+/// Accepts and serves the connections of a door until the node stops, then waits for them to end.
+pub(crate) async fn accept(door: impl Serve, listener: Listener) {
+    let (mut connections, handle) = (JoinSet::new(), door.handle());
+    let mut stopping = std::pin::pin!(handle.stopping());
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut stopping => break,
+            Some(ended) = connections.join_next() => log_panic(&ended),
+            accepted = listener.accept() => match accepted {
+                Ok((socket, from)) => {
+                    let peer = from.map_or_else(|| "unix".into(), |from| from.to_string());
+                    if let Some(served) = door.serve_socket(socket, &peer) {
+                        connections.spawn(served);
                     }
-                    Err(error) => {
-                        handle.log().warn("accept", format_args!("cannot accept a connection: {error}"));
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
-                    }
-                },
-            }
+                }
+                Err(error) => {
+                    handle.log().warn("accept", format_args!("cannot accept a connection: {error}"));
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
         }
-        drop(listener);
-        while let Some(ended) = connections.join_next().await {
-            log_panic(&ended);
-        }
+    }
+    drop(listener);
+    while let Some(ended) = connections.join_next().await {
+        log_panic(&ended);
+    }
+}
+
+impl Serve for Door {
+    fn handle(&self) -> &Handle {
+        &self.0.handle
+    }
+
+    fn serve_socket(&self, socket: Socket, peer: &str) -> Option<impl Future<Output = ()> + Send + 'static> {
+        Door::serve_socket(self, socket, peer)
     }
 }
 

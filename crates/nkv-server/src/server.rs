@@ -11,7 +11,9 @@ use tokio::task::{JoinError, JoinHandle, JoinSet};
 
 use crate::door::Door;
 use crate::error::ServerError;
-use crate::listener::{Acceptor, Listener};
+#[cfg(feature = "http")]
+use crate::http::Http;
+use crate::listener::{Listener, accept};
 use crate::options::Options;
 
 /// What a server is to be.
@@ -20,6 +22,8 @@ pub struct Builder {
     addresses: Vec<Address>,
     node: nkv_node::Builder,
     options: Options,
+    #[cfg(feature = "http")]
+    http: Http,
 }
 
 impl Builder {
@@ -131,6 +135,42 @@ impl Builder {
         self
     }
 
+    /// Serves HTTP at `address` too: the [`HTTP door`](nkv_http::Door), with WebSockets that speak the JSON-lines protocol. The
+    /// doors share the connection limit.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_server::Server;
+    ///
+    /// let server = Server::builder().http("127.0.0.1:0".parse()?).bind().await?;
+    /// println!("http://{}", server.http_addresses()[0]);
+    /// # Ok(()) }
+    /// ```
+    #[cfg(feature = "http")]
+    #[must_use]
+    pub fn http(mut self, address: Address) -> Self {
+        self.http.addresses.push(address);
+        self
+    }
+
+    /// Serves health and figures alone at `address`, by HTTP, under any host name and whatever the connection limit is.
+    #[cfg(feature = "http")]
+    #[must_use]
+    pub fn metrics(mut self, address: Address) -> Self {
+        self.http.metrics.push(address);
+        self
+    }
+
+    /// Sets how the HTTP door is to be. Its connection limit is that of the [options](Self::options).
+    #[cfg(feature = "http")]
+    #[must_use]
+    pub fn http_options(mut self, options: nkv_http::Options) -> Self {
+        self.http.options = options;
+        self
+    }
+
     /// Loads what was stored and starts to listen, on the current Tokio runtime (I/O and time enabled).
     ///
     /// # Errors
@@ -150,23 +190,30 @@ impl Builder {
     /// # Ok(()) }
     /// ```
     pub async fn bind(self) -> Result<Server, ServerError> {
-        let Builder { addresses, node, options } = self;
-        let mut listeners = Vec::new();
-        for address in &addresses {
-            listeners.extend(Listener::bind(address, &options).await?);
-        }
-        let addresses =
-            listeners.iter().map(Listener::address).collect::<Result<_, _>>().map_err(ServerError::System)?;
-        let node = node.limits(options.node_limits()).after_wake_ups(forget_encodings).start().await?;
+        let (addresses, listeners) = listen_all(&self.addresses, &self.options).await?;
+        #[cfg(feature = "http")]
+        let http = self.http.listen(&self.options).await?;
+        let node = self.node.limits(self.options.node_limits()).after_wake_ups(forget_encodings).start().await?;
         let handle = node.handle();
-        let acceptor = Acceptor { door: Door::new(handle.clone(), options) };
+        let door = Door::new(handle.clone(), self.options);
         let mut acceptors = JoinSet::new();
         for listener in listeners {
-            acceptors.spawn(acceptor.clone().run(listener));
+            acceptors.spawn(accept(door.clone(), listener));
         }
+        #[cfg(feature = "http")]
+        let (http_addresses, metrics_addresses) = http.serve(&door, &mut acceptors)?;
         let (stop, stop_asked) = oneshot::channel();
         let running = tokio::spawn(run(node, acceptors, stop_asked));
-        Ok(Server { addresses, handle, stop, running })
+        Ok(Server {
+            addresses,
+            #[cfg(feature = "http")]
+            http_addresses,
+            #[cfg(feature = "http")]
+            metrics_addresses,
+            handle,
+            stop,
+            running,
+        })
     }
 }
 
@@ -174,6 +221,10 @@ impl Builder {
 #[derive(Debug)]
 pub struct Server {
     addresses: Vec<Address>,
+    #[cfg(feature = "http")]
+    http_addresses: Vec<Address>,
+    #[cfg(feature = "http")]
+    metrics_addresses: Vec<Address>,
     handle: Handle,
     /// Dropped to stop.
     stop: oneshot::Sender<()>,
@@ -196,7 +247,13 @@ impl Server {
     /// ```
     #[must_use]
     pub fn builder() -> Builder {
-        Builder { addresses: Vec::new(), node: Node::builder(), options: Options::default() }
+        Builder {
+            addresses: Vec::new(),
+            node: Node::builder(),
+            options: Options::default(),
+            #[cfg(feature = "http")]
+            http: Http::default(),
+        }
     }
 
     /// Where it listens, in the order asked for, with the ports that it was given. A name has one for each of its
@@ -204,6 +261,20 @@ impl Server {
     #[must_use]
     pub fn addresses(&self) -> &[Address] {
         &self.addresses
+    }
+
+    /// Where it serves HTTP, as [`addresses`](Self::addresses).
+    #[cfg(feature = "http")]
+    #[must_use]
+    pub fn http_addresses(&self) -> &[Address] {
+        &self.http_addresses
+    }
+
+    /// Where it serves health and figures alone, as [`addresses`](Self::addresses).
+    #[cfg(feature = "http")]
+    #[must_use]
+    pub fn metrics_addresses(&self) -> &[Address] {
+        &self.metrics_addresses
     }
 
     /// The store, from within the process.
@@ -271,6 +342,19 @@ impl Server {
     pub async fn failed(&mut self) -> Result<(), ServerError> {
         ended((&mut self.running).await)
     }
+}
+
+/// Listens at all of `addresses`, or at none: where that is, and the listeners.
+pub(crate) async fn listen_all(
+    addresses: &[Address],
+    options: &Options,
+) -> Result<(Vec<Address>, Vec<Listener>), ServerError> {
+    let mut listeners = Vec::new();
+    for address in addresses {
+        listeners.extend(Listener::bind(address, options).await?);
+    }
+    let addresses = listeners.iter().map(Listener::address).collect::<Result<_, _>>().map_err(ServerError::System)?;
+    Ok((addresses, listeners))
 }
 
 fn ended(ended: Result<Result<(), ServerError>, JoinError>) -> Result<(), ServerError> {

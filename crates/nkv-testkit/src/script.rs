@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nkv_core::{
     Change, Delivery, Epoch, Event, EventKind, FailureHandler, Loaded, Notifier, PersistError, PersistErrorKind,
-    PersistValue, Prepared, SnapshotReader, StoredRef,
+    PersistValue, Prepared, SnapshotReader, StorageFigures, StoredRef,
 };
 
 /// A backend that fails when it is told to, around one that works.
@@ -144,6 +144,10 @@ impl<P: PersistValue> PersistValue for ScriptedPersist<P> {
     fn on_failure(&mut self, handler: FailureHandler) {
         self.script.lock().handler = Some(handler.clone());
         self.inner.on_failure(handler);
+    }
+
+    fn figures(&self) -> Option<Arc<dyn StorageFigures>> {
+        self.inner.figures()
     }
 
     /// A close that fails has closed the inner backend all the same.

@@ -18,6 +18,9 @@ pub struct GetResponse {
     /// The epoch of the revision.
     #[prost(string, tag = "3")]
     pub epoch: ::prost::alloc::string::String,
+    /// How long the value lives yet, in milliseconds, if it ends by itself.
+    #[prost(uint64, optional, tag = "4")]
+    pub ttl_ms: ::core::option::Option<u64>,
 }
 /// A value to be written.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -116,6 +119,9 @@ pub struct Entry {
     /// The revision of the put that stored it.
     #[prost(uint64, tag = "3")]
     pub revision: u64,
+    /// How long the value lives yet, in milliseconds, if it ends by itself.
+    #[prost(uint64, optional, tag = "4")]
+    pub ttl_ms: ::core::option::Option<u64>,
 }
 /// Which keys are asked for.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -212,14 +218,21 @@ pub struct WatchRequest {
     /// Whether only changes from now on are wanted, without the present state.
     #[prost(bool, tag = "3")]
     pub changes_only: bool,
-    /// The name of the subscriber. A second subscription of the same name and pattern replaces the first. Without one it
-    /// replaces none.
+    /// Up to where the reader knows the state: the last `cursor` that it got for the same patterns, or `EPOCH-REVISION`. It gets
+    /// what it missed. `changes_only` is of no account then.
     #[prost(string, optional, tag = "4")]
-    pub client_uuid: ::core::option::Option<::prost::alloc::string::String>,
+    pub after: ::core::option::Option<::prost::alloc::string::String>,
+    /// A name of the connection, for people who look at Trace: 256 bytes at most, without control characters.
+    #[prost(string, optional, tag = "5")]
+    pub name: ::core::option::Option<::prost::alloc::string::String>,
 }
 /// One event of a watch.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchResponse {
+    /// Up to where the reader knows the state when it has taken this event, as WatchRequest takes it. Empty where that cannot be
+    /// resumed from: then the cursor before it holds.
+    #[prost(string, tag = "6")]
+    pub cursor: ::prost::alloc::string::String,
     /// What happened.
     #[prost(oneof = "watch_response::Event", tags = "1, 2, 3, 4, 5")]
     pub event: ::core::option::Option<watch_response::Event>,
@@ -241,7 +254,7 @@ pub mod watch_response {
         /// The state is complete.
         #[prost(message, tag = "4")]
         Synced(super::Synced),
-        /// The state of a pattern is sent anew.
+        /// The whole state is sent anew.
         #[prost(message, tag = "5")]
         Reset(super::Reset),
     }
@@ -249,11 +262,8 @@ pub mod watch_response {
 /// The watch began.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Began {
-    /// With `changes_only`, all changes after this revision follow.
-    #[prost(uint64, tag = "1")]
-    pub revision: u64,
     /// The epoch of all revisions that follow, until a reset says otherwise.
-    #[prost(string, tag = "2")]
+    #[prost(string, tag = "1")]
     pub epoch: ::prost::alloc::string::String,
 }
 /// A key has a value: its present state, or a change.
@@ -271,6 +281,9 @@ pub struct Put {
     /// How many changes of the key since the last one sent were left out in favour of this one.
     #[prost(uint64, tag = "4")]
     pub skipped: u64,
+    /// How long the value lives yet, in milliseconds, if it ends by itself.
+    #[prost(uint64, optional, tag = "5")]
+    pub ttl_ms: ::core::option::Option<u64>,
 }
 /// A key is gone.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -278,7 +291,7 @@ pub struct Delete {
     /// The key.
     #[prost(string, tag = "1")]
     pub key: ::prost::alloc::string::String,
-    /// The revision of its end.
+    /// The revision of its end; for DELETE_REASON_MISSED one by which it was gone.
     #[prost(uint64, tag = "2")]
     pub revision: u64,
     /// Why.
@@ -288,8 +301,8 @@ pub struct Delete {
     #[prost(uint64, tag = "4")]
     pub skipped: u64,
 }
-/// Every change up to a revision was sent, or is contained in what was sent. A key that a reset covered, and that was not sent
-/// since, is gone.
+/// Every change up to a revision was sent, or is contained in what was sent. After a reset: a key that was not sent since is
+/// gone.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Synced {
     /// The revision.
@@ -299,17 +312,11 @@ pub struct Synced {
     #[prost(string, tag = "2")]
     pub epoch: ::prost::alloc::string::String,
 }
-/// What is known of the keys that a pattern covers is void: all of them that there are follow, then `synced`.
+/// What the reader knows is void: all keys that there are follow, then `synced`.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Reset {
-    /// The pattern, as it was requested.
-    #[prost(string, tag = "1")]
-    pub pattern: ::prost::alloc::string::String,
-    /// Why.
-    #[prost(enumeration = "ResetCause", tag = "2")]
-    pub cause: i32,
     /// The epoch of all revisions that follow.
-    #[prost(string, tag = "3")]
+    #[prost(string, tag = "1")]
     pub epoch: ::prost::alloc::string::String,
 }
 /// Which key is asked about.
@@ -383,6 +390,8 @@ pub enum DeleteReason {
     Deleted = 1,
     /// Its time to live ended.
     Expired = 2,
+    /// It went while the reader was away, who may not have known it.
+    Missed = 3,
 }
 impl DeleteReason {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -394,6 +403,7 @@ impl DeleteReason {
             Self::Unspecified => "DELETE_REASON_UNSPECIFIED",
             Self::Deleted => "DELETE_REASON_DELETED",
             Self::Expired => "DELETE_REASON_EXPIRED",
+            Self::Missed => "DELETE_REASON_MISSED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -402,39 +412,7 @@ impl DeleteReason {
             "DELETE_REASON_UNSPECIFIED" => Some(Self::Unspecified),
             "DELETE_REASON_DELETED" => Some(Self::Deleted),
             "DELETE_REASON_EXPIRED" => Some(Self::Expired),
-            _ => None,
-        }
-    }
-}
-/// Why a state is sent anew.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
-#[repr(i32)]
-pub enum ResetCause {
-    /// Not given.
-    Unspecified = 0,
-    /// The reader lagged too far behind, or all readers together: its backlog was dropped.
-    Backlog = 1,
-    /// The data began another epoch: revisions before and after it are not compared.
-    Epoch = 2,
-}
-impl ResetCause {
-    /// String value of the enum field names used in the ProtoBuf definition.
-    ///
-    /// The values are not transformed in any way and thus are considered stable
-    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
-    pub fn as_str_name(&self) -> &'static str {
-        match self {
-            Self::Unspecified => "RESET_CAUSE_UNSPECIFIED",
-            Self::Backlog => "RESET_CAUSE_BACKLOG",
-            Self::Epoch => "RESET_CAUSE_EPOCH",
-        }
-    }
-    /// Creates an enum from field names used in the ProtoBuf definition.
-    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
-        match value {
-            "RESET_CAUSE_UNSPECIFIED" => Some(Self::Unspecified),
-            "RESET_CAUSE_BACKLOG" => Some(Self::Backlog),
-            "RESET_CAUSE_EPOCH" => Some(Self::Epoch),
+            "DELETE_REASON_MISSED" => Some(Self::Missed),
             _ => None,
         }
     }
@@ -645,11 +623,12 @@ pub mod kv_client {
         /// Sends the present state of the keys that patterns cover, then each change. A reader that lags gets the newest change of
         /// each key, and how many were left out: the node keeps no more than that for it.
         ///
-        /// The order of events: `began`; the present state as `put`s, unless `changes_only`; `synced`; changes. After too long a lag,
-        /// and where the data begin another epoch: `reset` for each pattern concerned, its present state as `put`s, `synced`; changes.
+        /// The order of events: `began`; the present state as `put`s, unless `changes_only`; `synced`; changes. One that resumes gets
+        /// `began`; what it missed, as `put`s and `delete`s; `synced`; changes. Where that is not known any more, after too long a lag,
+        /// and where the data begin another epoch: `reset`; the whole present state as `put`s; `synced`; changes.
         ///
-        /// The stream ends with UNAVAILABLE when the node stops, and with ABORTED when the subscription was replaced or ended by
-        /// another client. One that was cut is made again: its `put`s up to `synced` are the whole state.
+        /// The stream ends with UNAVAILABLE when the node stops, and with ABORTED when another client ended the subscription. To resume
+        /// it, a reader sends back the last `cursor` that it got.
         pub async fn watch(
             &mut self,
             request: impl tonic::IntoRequest<super::WatchRequest>,
@@ -765,11 +744,12 @@ pub mod kv_server {
         /// Sends the present state of the keys that patterns cover, then each change. A reader that lags gets the newest change of
         /// each key, and how many were left out: the node keeps no more than that for it.
         ///
-        /// The order of events: `began`; the present state as `put`s, unless `changes_only`; `synced`; changes. After too long a lag,
-        /// and where the data begin another epoch: `reset` for each pattern concerned, its present state as `put`s, `synced`; changes.
+        /// The order of events: `began`; the present state as `put`s, unless `changes_only`; `synced`; changes. One that resumes gets
+        /// `began`; what it missed, as `put`s and `delete`s; `synced`; changes. Where that is not known any more, after too long a lag,
+        /// and where the data begin another epoch: `reset`; the whole present state as `put`s; `synced`; changes.
         ///
-        /// The stream ends with UNAVAILABLE when the node stops, and with ABORTED when the subscription was replaced or ended by
-        /// another client. One that was cut is made again: its `put`s up to `synced` are the whole state.
+        /// The stream ends with UNAVAILABLE when the node stops, and with ABORTED when another client ended the subscription. To resume
+        /// it, a reader sends back the last `cursor` that it got.
         async fn watch(
             &self,
             request: tonic::Request<super::WatchRequest>,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use nkv_core::{
     Action, Change, Epoch, Expiry, FailureHandler, Key, Loaded, Meta, PersistError, PersistValue, Prepared, Reason,
-    Revision, StoredRef,
+    Revision, StorageFigures, StoredRef,
 };
 use nkv_persist_fs::sim::SimFs;
 use nkv_persist_fs::{FsOptions, FsPersist};
@@ -183,6 +183,10 @@ impl PersistValue for Storage {
 
     fn on_failure(&mut self, handler: FailureHandler) {
         self.persist.on_failure(handler);
+    }
+
+    fn figures(&self) -> Option<Arc<dyn StorageFigures>> {
+        self.persist.figures()
     }
 
     fn close(&mut self) -> Result<(), PersistError> {

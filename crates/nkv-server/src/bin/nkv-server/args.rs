@@ -29,6 +29,26 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ADDR", env = "NKV_LISTEN", value_delimiter = ',')]
     listen: Vec<Address>,
 
+    /// Serve HTTP here: REST, server-sent events, WebSocket, a page; may be given more than once
+    #[cfg(feature = "http")]
+    #[arg(long, value_name = "ADDR", env = "NKV_HTTP", value_delimiter = ',')]
+    pub(crate) http: Vec<Address>,
+
+    /// A name that HTTP requests may give as their host, besides IP addresses and localhost; may be given more than once
+    #[cfg(feature = "http")]
+    #[arg(long, value_name = "NAME", env = "NKV_HTTP_HOST", value_delimiter = ',')]
+    pub(crate) http_host: Vec<String>,
+
+    /// An origin whose web pages may use the store, such as http://localhost:3000; may be given more than once
+    #[cfg(feature = "http")]
+    #[arg(long, value_name = "ORIGIN", env = "NKV_HTTP_ALLOW_ORIGIN", value_delimiter = ',')]
+    pub(crate) http_allow_origin: Vec<String>,
+
+    /// Serve health and figures alone here, by HTTP; may be given more than once
+    #[cfg(feature = "http")]
+    #[arg(long, value_name = "ADDR", env = "NKV_METRICS", value_delimiter = ',')]
+    pub(crate) metrics: Vec<Address>,
+
     /// Directory for the values [default: nkv in the user's data directory]
     #[arg(long, value_name = "DIR", env = "NKV_DATA_DIR", global = true)]
     data_dir: Option<PathBuf>,
@@ -128,6 +148,7 @@ Examples:
   nkv-server localhost:4222 --data-dir /var/lib/nkv --durability interval:50ms
   nkv-server unix:/run/user/1000/nkv.sock --persist memory
   nkv-server unix:/run/nkv/nkv.sock --socket-group nkv
+  nkv-server --http 127.0.0.1:8080
   nkv-server check --data-dir /var/lib/nkv
   nkv-server restore --data-dir /var/lib/nkv
 

@@ -103,6 +103,15 @@ async fn start(args: &Args) -> Result<Server, ServerError> {
     for address in args.addresses() {
         builder = builder.listen(address);
     }
+    #[cfg(feature = "http")]
+    {
+        let mut options = nkv_server::nkv_http::Options::default();
+        options.hosts.clone_from(&args.http_host);
+        options.allowed_origins.clone_from(&args.http_allow_origin);
+        builder = builder.http_options(options);
+        builder = args.http.iter().cloned().fold(builder, Builder::http);
+        builder = args.metrics.iter().cloned().fold(builder, Builder::metrics);
+    }
     let opened = Arc::new(OnceLock::new());
     let server = with_persist(builder, args, Arc::clone(&opened))?.bind().await?;
     if let (Some(opened), Ok(numbers)) = (opened.get(), server.handle().numbers()) {
@@ -112,13 +121,28 @@ async fn start(args: &Args) -> Result<Server, ServerError> {
     }
     for address in server.addresses() {
         info!("listening at {address}");
-        if let Address::Tcp { host, .. } = address
-            && host.parse().is_ok_and(|ip: IpAddr| !ip.to_canonical().is_loopback())
-        {
-            warn!("{address} is open to other hosts (--insecure), and clients are not asked who they are");
+        warn_if_open(address);
+    }
+    #[cfg(feature = "http")]
+    {
+        for address in server.http_addresses() {
+            info!("serving HTTP at {address}");
+            warn_if_open(address);
+        }
+        for address in server.metrics_addresses() {
+            info!("serving figures at {address}");
+            warn_if_open(address);
         }
     }
     Ok(server)
+}
+
+fn warn_if_open(address: &Address) {
+    if let Address::Tcp { host, .. } = address
+        && host.parse().is_ok_and(|ip: IpAddr| !ip.to_canonical().is_loopback())
+    {
+        warn!("{address} is open to other hosts (--insecure), and clients are not asked who they are");
+    }
 }
 
 /// `opened` becomes when the opening began.

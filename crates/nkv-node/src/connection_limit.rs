@@ -7,9 +7,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 
-/// Clones share the places.
+/// How many connections there may be, for all doors that share it. Clones share the places.
+///
+/// # Examples
+///
+/// ```
+/// let places = nkv_node::ConnectionLimit::new(1_024, 1);
+/// let place = places.take("192.0.2.1:5000")?;
+/// assert!(places.take("192.0.2.1:5001").is_err());
+/// drop(place);
+/// assert!(places.take("192.0.2.1:5001").is_ok());
+/// # Ok::<(), nkv_node::Full>(())
+/// ```
 #[derive(Clone, Debug)]
-pub(crate) struct ConnectionLimit {
+pub struct ConnectionLimit {
     max: usize,
     per_address_max: usize,
     taken: Arc<Mutex<Taken>>,
@@ -23,7 +34,7 @@ struct Taken {
 
 /// A place, free again when dropped. Displays its peer.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub struct Place {
     places: ConnectionLimit,
     peer: Box<str>,
     from: Option<IpAddr>,
@@ -31,20 +42,29 @@ pub(crate) struct Place {
 
 /// There is no place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub(crate) enum Full {
+#[non_exhaustive]
+pub enum Full {
+    /// All are taken.
     #[error("too many connections: {0} is the limit")]
     All(usize),
+    /// Those for one address are taken.
     #[error("too many connections from {1}: {0} is the limit for one address")]
     Address(usize, IpAddr),
 }
 
 impl ConnectionLimit {
-    pub(crate) fn new(max: usize, per_address_max: usize) -> Self {
+    /// At most `max` connections, and `per_address_max` from one address: an IPv4 address or an IPv6 network /64.
+    #[must_use]
+    pub fn new(max: usize, per_address_max: usize) -> Self {
         ConnectionLimit { max, per_address_max, taken: Arc::default() }
     }
 
     /// A place for a connection of this peer; one of a Unix socket comes from no address.
-    pub(crate) fn take(&self, peer: &str) -> Result<Place, Full> {
+    ///
+    /// # Errors
+    ///
+    /// [`Full`] where there is none.
+    pub fn take(&self, peer: &str) -> Result<Place, Full> {
         let from = peer.parse().ok().map(address);
         let mut taken = self.lock();
         if taken.all >= self.max {
@@ -68,7 +88,8 @@ impl ConnectionLimit {
 
 impl Place {
     /// Its peer, as people are shown it.
-    pub(crate) fn peer(&self) -> &str {
+    #[must_use]
+    pub fn peer(&self) -> &str {
         &self.peer
     }
 }

@@ -1,0 +1,351 @@
+//! Bodies: of answers, which count in the budget until their peer has taken them, and end where it takes nothing for too long;
+//! and of requests, for which there is room before they are read.
+
+use std::fmt;
+use std::io::Write as _;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use http::header::{CONTENT_ENCODING, CONTENT_RANGE, TRANSFER_ENCODING};
+use http::{HeaderMap, Response};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use nkv_node::Handle;
+
+use crate::connection::{Busy, Conn, Load};
+use crate::problem::Problem;
+
+/// What is given to a connection at a time.
+pub(crate) const CHUNK_LEN: usize = 64 << 10;
+
+/// An answer.
+pub(crate) type Answer = Response<Body>;
+
+/// Of an answer.
+#[derive(Debug)]
+pub(crate) struct Body {
+    kind: Kind,
+    /// Its connection is not idle before this is gone.
+    pub(crate) busy: Option<Busy>,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Whole(Bytes),
+    Long(Arc<Long>, Option<u64>),
+}
+
+/// Makes a body, piece by piece.
+pub(crate) trait Source: Send {
+    /// The next piece; `None` at the end.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>>;
+}
+
+/// A body that is made in pieces, and dropped where its peer takes none of them for too long.
+pub(crate) struct Long {
+    source: Mutex<Option<Box<dyn Source>>>,
+    began: Instant,
+    /// When a piece was given that the peer has not taken, in milliseconds after the beginning, plus one; else 0.
+    given: AtomicU64,
+}
+
+/// The peer took nothing for too long.
+#[derive(Debug)]
+pub(crate) struct Stalled;
+
+impl fmt::Display for Stalled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the peer took nothing for too long")
+    }
+}
+
+impl std::error::Error for Stalled {}
+
+/// A short body.
+pub(crate) fn full(bytes: impl Into<Bytes>) -> Body {
+    Body { kind: Kind::Whole(bytes.into()), busy: None }
+}
+
+impl Body {
+    /// A body of any length that is there already.
+    pub(crate) fn counted(bytes: Bytes, conn: &Conn) -> Body {
+        if bytes.len() <= CHUNK_LEN {
+            return full(bytes);
+        }
+        let len = bytes.len() as u64;
+        Body::long(Box::new(Chunks { left: conn.load.hold(bytes.len()), bytes }), Some(len), conn)
+    }
+
+    /// A body that is made in pieces.
+    pub(crate) fn long(source: Box<dyn Source>, len: Option<u64>, conn: &Conn) -> Body {
+        let long = Long { source: Mutex::new(Some(source)), began: Instant::now(), given: AtomicU64::new(0) };
+        let long = Arc::new(long);
+        conn.load.watch(&long);
+        Body { kind: Kind::Long(long, len), busy: None }
+    }
+
+    /// The same, coded.
+    pub(crate) fn gzip(self, conn: &Conn) -> Body {
+        let source: Box<dyn Source> = match self.kind {
+            Kind::Whole(bytes) => Box::new(Chunks { left: conn.load.hold(bytes.len()), bytes }),
+            Kind::Long(long, _) => match long.take() {
+                Some(source) => source,
+                None => return full(Bytes::new()),
+            },
+        };
+        let encoder = Some(GzEncoder::new(Vec::new(), Compression::fast()));
+        Body::long(Box::new(Gzip { source, encoder }), None, conn)
+    }
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = Stalled;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Stalled>>> {
+        let next = match &mut self.kind {
+            Kind::Whole(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Kind::Whole(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
+            Kind::Long(long, _) => long.poll_frame(cx),
+        };
+        if matches!(next, Poll::Ready(None | Some(Err(_)))) {
+            self.busy = None;
+        }
+        next
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(&self.kind, Kind::Whole(bytes) if bytes.is_empty())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.kind {
+            Kind::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Kind::Long(_, Some(len)) => SizeHint::with_exact(*len),
+            Kind::Long(_, None) => SizeHint::default(),
+        }
+    }
+}
+
+impl Long {
+    fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Stalled>>> {
+        self.given.store(0, Relaxed);
+        let mut source = self.lock();
+        let Some(making) = source.as_mut() else { return Poll::Ready(Some(Err(Stalled))) };
+        let next = making.poll_next(cx);
+        match next {
+            Poll::Ready(Some(piece)) => {
+                let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+                self.given.store(now.saturating_add(1), Relaxed);
+                Poll::Ready(Some(Ok(Frame::data(piece))))
+            }
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    /// For how long the peer has not taken a piece.
+    pub(crate) fn stalled_for(&self) -> Duration {
+        match self.given.load(Relaxed) {
+            0 => Duration::ZERO,
+            given => self.began.elapsed().saturating_sub(Duration::from_millis(given.saturating_sub(1))),
+        }
+    }
+
+    /// Ends it, and gives back what it holds.
+    pub(crate) fn end(&self) {
+        drop(self.take());
+    }
+
+    fn take(&self) -> Option<Box<dyn Source>> {
+        self.lock().take()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Box<dyn Source>>> {
+        self.source.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Long {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Long").field("given", &self.given).finish_non_exhaustive()
+    }
+}
+
+/// Bytes that are there, in pieces.
+struct Chunks {
+    bytes: Bytes,
+    left: Unsent,
+}
+
+impl Source for Chunks {
+    fn poll_next(&mut self, _: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        let piece = self.bytes.split_to(self.bytes.len().min(CHUNK_LEN));
+        self.left.less(piece.len());
+        Poll::Ready((!piece.is_empty()).then_some(piece))
+    }
+}
+
+struct Gzip {
+    source: Box<dyn Source>,
+    encoder: Option<GzEncoder<Vec<u8>>>,
+}
+
+impl Source for Gzip {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        loop {
+            let Some(encoder) = &mut self.encoder else { return Poll::Ready(None) };
+            let Poll::Ready(piece) = self.source.poll_next(cx) else { return Poll::Pending };
+            // A vector takes all that is written to it.
+            let coded = match piece {
+                Some(piece) => encoder.write_all(&piece).map(|()| std::mem::take(encoder.get_mut())),
+                None => self.encoder.take().map_or_else(|| Ok(Vec::new()), GzEncoder::finish),
+            };
+            match coded {
+                Ok(coded) if coded.is_empty() && self.encoder.is_some() => {}
+                Ok(coded) => return Poll::Ready((!coded.is_empty()).then(|| coded.into())),
+                Err(_) => return Poll::Ready(None),
+            }
+        }
+    }
+}
+
+/// Bytes that a peer has not taken, as the budget counts them.
+#[derive(Debug)]
+pub(crate) struct Unsent {
+    load: Arc<Load>,
+    len: usize,
+}
+
+impl Unsent {
+    pub(crate) fn new(load: Arc<Load>, len: usize) -> Self {
+        load.add_unsent(len);
+        Unsent { load, len }
+    }
+
+    /// It is so much now.
+    pub(crate) fn set(&mut self, len: usize) {
+        self.load.take_unsent(self.len);
+        self.load.add_unsent(len);
+        self.len = len;
+    }
+
+    fn less(&mut self, len: usize) {
+        let len = len.min(self.len);
+        self.load.take_unsent(len);
+        self.len = self.len.saturating_sub(len);
+    }
+}
+
+impl Drop for Unsent {
+    fn drop(&mut self) {
+        self.load.take_unsent(self.len);
+    }
+}
+
+/// The body of a request, and that it is held for its peer.
+#[derive(Debug)]
+pub(crate) struct Received {
+    pub(crate) bytes: Bytes,
+    _held: Reading,
+}
+
+/// Bytes of a request that has not been served.
+#[derive(Debug)]
+pub(crate) struct Reading {
+    conn: Arc<Conn>,
+    len: usize,
+}
+
+impl Reading {
+    fn new(conn: &Arc<Conn>) -> Self {
+        Reading { conn: Arc::clone(conn), len: 0 }
+    }
+
+    fn more(&mut self, len: usize) {
+        self.len = self.len.saturating_add(len);
+        self.conn.hold_more(len);
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.conn.hold_less(self.len);
+    }
+}
+
+/// Past this, a body waits until there is room for it to arrive.
+const LONG_LEN: usize = 64 << 10;
+
+/// Reads a body of at most `len_max` bytes.
+pub(crate) async fn receive(
+    handle: &Handle,
+    conn: &Arc<Conn>,
+    headers: &HeaderMap,
+    mut body: Incoming,
+    len_max: usize,
+) -> Result<Received, Problem> {
+    check_form(headers)?;
+    let too_large =
+        |len: u64| Problem::new("too-large", format!("the body has {len} bytes or more, and {len_max} is the limit"));
+    let hint = body.size_hint();
+    if hint.lower() > len_max as u64 {
+        return Err(too_large(hint.lower()));
+    }
+    let known = hint.exact().and_then(|len| usize::try_from(len).ok());
+    let mut held = Reading::new(conn);
+    let mut arrival = None;
+    if known.unwrap_or(len_max) > LONG_LEN && known.is_some() {
+        arrival = Some(conn.waiting(handle.arrival(known.unwrap_or(len_max))).await);
+    }
+    let mut bytes = BytesMut::with_capacity(known.unwrap_or(0).min(LONG_LEN));
+    let limit = conn.limits().request_limit;
+    let deadline = limit.saturating_mul(1_u32.saturating_add(u32::try_from(len_max >> 20).unwrap_or(u32::MAX)));
+    let deadline = tokio::time::Instant::now().checked_add(deadline);
+    loop {
+        if known.is_none() && arrival.is_none() && bytes.len() > LONG_LEN {
+            arrival = Some(conn.waiting(handle.arrival(len_max)).await);
+        }
+        let frame = match deadline {
+            Some(at) => tokio::time::timeout_at(at, body.frame()).await,
+            None => Ok(body.frame().await),
+        };
+        let frame = frame.map_err(|_| Problem::new("too-slow", "the body did not arrive in time"))?;
+        let Some(frame) = frame else { break };
+        let frame = frame.map_err(|error| Problem::bad(format!("the body did not arrive whole: {error}")))?;
+        if let Ok(data) = frame.into_data() {
+            let len = bytes.len().saturating_add(data.len());
+            if len > len_max {
+                return Err(too_large(len as u64));
+            }
+            bytes.extend_from_slice(&data);
+            held.more(data.len());
+        }
+    }
+    drop(arrival);
+    // What is kept is to be no longer than it is.
+    let bytes = if bytes.capacity() > bytes.len() { Bytes::copy_from_slice(&bytes) } else { bytes.freeze() };
+    Ok(Received { bytes, _held: held })
+}
+
+/// A part of a value, or a coded form of it, is not to be stored as the whole.
+fn check_form(headers: &HeaderMap) -> Result<(), Problem> {
+    if headers.contains_key(CONTENT_ENCODING) {
+        return Err(Problem::new("coded-content", "a body with Content-Encoding is not taken: send it as it is"));
+    }
+    if headers.contains_key(CONTENT_RANGE) {
+        return Err(Problem::bad("a part of a value (Content-Range) cannot be written: send all of it"));
+    }
+    let codings = headers.get_all(TRANSFER_ENCODING).iter();
+    if codings.into_iter().any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")) {
+        return Err(Problem::new("coded-content", "of transfer codings there is 'chunked' alone"));
+    }
+    Ok(())
+}

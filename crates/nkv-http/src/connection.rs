@@ -1,0 +1,341 @@
+//! A connection: served until either side ends it, counted for as long.
+
+use std::convert::Infallible;
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use http::Request;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use nkv_core::mailbox::{Backlog, Observer};
+use nkv_node::{Held, Holder, Peer, Place, Tail};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Notify;
+
+use crate::body::{Long, Unsent};
+use crate::door::Inner;
+use crate::route::answer;
+use crate::timed::{TimeLimits, Timed, Times};
+use crate::ws::{Frames, tell_records};
+
+/// How often a connection looks for streams that stand still.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// The longest head of a request, in bytes.
+const HEAD_LEN_MAX: usize = 32 << 10;
+
+/// Streams of an HTTP/2 connection at a time: as many as there may be watches on one, and some for requests beside them.
+const STREAMS_MAX: u32 = 1_100;
+
+/// A connection, for those who serve its requests.
+#[derive(Debug)]
+pub(crate) struct Conn {
+    peer: Peer,
+    pub(crate) address: Box<str>,
+    pub(crate) load: Arc<Load>,
+    /// What its requests hold that are not served yet.
+    reading: AtomicUsize,
+    times: Arc<Times>,
+    limits: TimeLimits,
+    /// What the connection becomes when HTTP has ended.
+    upgrade: Mutex<Option<Upgrade>>,
+}
+
+/// What a connection becomes.
+#[derive(Debug)]
+pub(crate) enum Upgrade {
+    /// One of the JSON-lines protocol.
+    Messages(OnUpgrade),
+    /// One that is told records.
+    Records(OnUpgrade, Box<Tail>),
+}
+
+/// What is held for a connection, as the node looks at it.
+#[derive(Debug)]
+pub(crate) struct Load {
+    unsent: AtomicUsize,
+    /// That of all connections.
+    waiting: Arc<AtomicUsize>,
+    watches: Mutex<Vec<Weak<Observer>>>,
+    bodies: Mutex<Vec<Weak<Long>>>,
+    look_anew: Notify,
+}
+
+/// That a request is not answered whole.
+#[derive(Debug)]
+pub(crate) struct Busy(Arc<Times>);
+
+impl Busy {
+    fn begin(times: &Arc<Times>) -> Self {
+        times.begun.fetch_add(1, Relaxed);
+        times.busy.fetch_add(1, Relaxed);
+        Busy(Arc::clone(times))
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, Relaxed);
+    }
+}
+
+impl Conn {
+    pub(crate) fn limits(&self) -> &TimeLimits {
+        &self.limits
+    }
+
+    pub(crate) fn upgrade_to(&self, upgrade: Upgrade) {
+        *lock(&self.upgrade) = Some(upgrade);
+    }
+
+    pub(crate) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    pub(crate) fn hold_more(&self, len: usize) {
+        let held = self.reading.fetch_add(len, Relaxed).saturating_add(len);
+        self.peer.hold(held, false);
+    }
+
+    pub(crate) fn hold_less(&self, len: usize) {
+        let held = self.reading.fetch_sub(len, Relaxed).saturating_sub(len);
+        self.peer.hold(held, true);
+    }
+
+    /// Waits for the node: that is not held against the peer.
+    pub(crate) async fn waiting<T>(&self, wait: impl Future<Output = T>) -> T {
+        let start = Instant::now();
+        self.peer.begin_waiting();
+        let result = wait.await;
+        self.peer.end_waiting(start.elapsed());
+        result
+    }
+}
+
+impl Load {
+    fn new(waiting: Arc<AtomicUsize>) -> Arc<Self> {
+        let (unsent, watches, bodies, look_anew) = Default::default();
+        Arc::new(Load { unsent, waiting, watches, bodies, look_anew })
+    }
+
+    /// So much waits to be taken by the peer.
+    pub(crate) fn hold(self: &Arc<Self>, len: usize) -> Unsent {
+        Unsent::new(Arc::clone(self), len)
+    }
+
+    pub(crate) fn add_unsent(&self, len: usize) {
+        self.unsent.fetch_add(len, Relaxed);
+        self.waiting.fetch_add(len, Relaxed);
+    }
+
+    pub(crate) fn take_unsent(&self, len: usize) {
+        self.unsent.fetch_sub(len, Relaxed);
+        self.waiting.fetch_sub(len, Relaxed);
+    }
+
+    /// A body that ends if the peer takes none of it.
+    pub(crate) fn watch(&self, body: &Arc<Long>) {
+        let mut bodies = lock(&self.bodies);
+        bodies.retain(|body| body.strong_count() > 0);
+        bodies.push(Arc::downgrade(body));
+    }
+
+    /// A subscription whose backlog counts.
+    pub(crate) fn observe(&self, watch: &Arc<Observer>) {
+        let mut watches = lock(&self.watches);
+        watches.retain(|watch| watch.strong_count() > 0);
+        watches.push(Arc::downgrade(watch));
+    }
+
+    /// Ends the bodies that stand still for longer than `limit`.
+    fn end_stalled(&self, limit: Duration) {
+        let stalled = |body: &Arc<Long>| body.stalled_for() > limit;
+        let stalled: Vec<_> = lock(&self.bodies).iter().filter_map(Weak::upgrade).filter(stalled).collect();
+        stalled.iter().for_each(|body| body.end());
+    }
+
+    fn each_watch(&self, look: impl FnMut(Arc<Observer>)) {
+        // A copy: what it does may take time.
+        let watches: Vec<_> = lock(&self.watches).iter().filter_map(Weak::upgrade).collect();
+        watches.into_iter().for_each(look);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The node's view of a connection.
+#[derive(Debug)]
+struct Line(Arc<Load>);
+
+impl Holder for Line {
+    fn held(&self) -> Held {
+        let backlog = self.backlog();
+        let own = self.0.unsent.load(Relaxed);
+        Held { own, queue: backlog.own_bytes, changes: backlog.event_bytes, ..Held::default() }
+    }
+
+    fn backlog(&self) -> Backlog {
+        let mut all = Backlog::default();
+        self.0.each_watch(|watch| {
+            let Backlog { queued, skipped, own_bytes, event_bytes, slack } = watch.backlog();
+            all.queued = all.queued.saturating_add(queued);
+            all.skipped = all.skipped.saturating_add(skipped);
+            all.own_bytes = all.own_bytes.saturating_add(own_bytes);
+            all.event_bytes = all.event_bytes.saturating_add(event_bytes);
+            all.slack = all.slack.saturating_add(slack);
+        });
+        all
+    }
+
+    fn busy_for(&self) -> Duration {
+        let bodies = lock(&self.0.bodies);
+        bodies.iter().filter_map(Weak::upgrade).map(|body| body.stalled_for()).max().unwrap_or_default()
+    }
+
+    fn give_up(&self) {
+        self.0.each_watch(|watch| watch.give_up());
+    }
+
+    fn wake(&self) {
+        self.0.look_anew.notify_one();
+    }
+}
+
+/// Serves a connection.
+pub(crate) async fn serve<S>(door: Arc<Inner>, stream: S, place: Option<Place>, address: Box<str>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let load = Load::new(door.handle.budget().waiting());
+    let times = Arc::<Times>::default();
+    let limits = door.options.time_limits();
+    let conn = Arc::new(Conn {
+        peer: door.handle.peer(address.clone(), Box::new(Line(Arc::clone(&load)))),
+        address,
+        load,
+        reading: AtomicUsize::new(0),
+        times: Arc::clone(&times),
+        limits,
+        upgrade: Mutex::default(),
+    });
+    let stream = TokioIo::new(Timed::new(stream, times, limits));
+    let open = Open::new(&door);
+    http(&door, &conn, stream).await;
+    let upgrade = lock(&conn.upgrade).take();
+    // No request is on its way, and the connection is not idle.
+    let _busy = Busy::begin(&conn.times);
+    match (upgrade, &door.messages) {
+        (Some(Upgrade::Messages(upgrade)), Some(messages)) => {
+            let Ok(stream) = upgrade.await else { return };
+            let frames = Frames::new(stream, &door.handle, limits.request_limit).await;
+            let address = conn.address.clone();
+            // What the connection becomes is a peer of its own, and takes a place.
+            drop((conn, place, open));
+            (messages.0)(Box::new(frames), address).await;
+        }
+        (Some(Upgrade::Records(upgrade, changes)), _) => {
+            let Ok(stream) = upgrade.await else { return };
+            let told = tell_records(stream, &door.handle, limits.request_limit, *changes);
+            tokio::select! {
+                () = told => {}
+                () = evicted(&conn) => door.log_eviction(&conn),
+            }
+        }
+        _ => {}
+    }
+}
+
+/// A connection that figures count.
+struct Open(Arc<Inner>);
+
+impl Open {
+    fn new(door: &Arc<Inner>) -> Self {
+        door.counted.connections.fetch_add(1, Relaxed);
+        Open(Arc::clone(door))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.counted.connections.fetch_sub(1, Relaxed);
+    }
+}
+
+/// Waits until the peer is to leave.
+async fn evicted(conn: &Conn) {
+    while !conn.peer.is_evicted() {
+        conn.load.look_anew.notified().await;
+    }
+}
+
+async fn http<S>(door: &Arc<Inner>, conn: &Arc<Conn>, stream: TokioIo<Timed<S>>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder.http1().half_close(true).keep_alive(true).max_buf_size(HEAD_LEN_MAX).timer(TokioTimer::new());
+    // Limits of time are those of the stream: they tell an idle connection from a slow head.
+    builder.http1().header_read_timeout(None);
+    let http2 = &mut builder.http2();
+    http2.max_concurrent_streams(STREAMS_MAX).max_header_list_size(HEAD_LEN_MAX as u32).timer(TokioTimer::new());
+    http2.max_send_buf_size(crate::body::CHUNK_LEN).keep_alive_interval(None);
+    let service = service_fn(|request: Request<Incoming>| {
+        let (door, conn) = (Arc::clone(door), Arc::clone(conn));
+        async move {
+            let busy = Busy::begin(&conn.times);
+            let mut answer = answer(&door, &conn, request).await;
+            answer.body_mut().busy = Some(busy);
+            Ok::<_, Infallible>(answer)
+        }
+    });
+    let mut serving = std::pin::pin!(builder.serve_connection_with_upgrades(stream, service));
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    let mut is_stopping = false;
+    loop {
+        tokio::select! {
+            served = serving.as_mut() => {
+                if let Err(error) = served {
+                    tracing::debug!(%error, peer = %conn.address, "a connection has ended");
+                }
+                return;
+            }
+            () = conn.load.look_anew.notified() => {}
+            _ = look.tick(), if conn.load.has_bodies() => conn.load.end_stalled(conn.limits.stall),
+        }
+        if conn.peer.is_evicted() {
+            return door.log_eviction(conn);
+        }
+        if conn.peer.is_stopping() && !std::mem::replace(&mut is_stopping, true) {
+            serving.as_mut().graceful_shutdown();
+        }
+    }
+}
+
+impl Load {
+    fn has_bodies(&self) -> bool {
+        !lock(&self.bodies).is_empty()
+    }
+}
+
+/// What serves the messages of a WebSocket.
+pub(crate) struct Messages(pub(crate) Box<crate::door::ServeMessages>);
+
+impl Inner {
+    fn log_eviction(&self, conn: &Conn) {
+        let held = conn.peer.evicted_with();
+        self.handle.log().warn("evicted", format_args!("{} was closed: it held {held} bytes", conn.address));
+    }
+}
+
+impl fmt::Debug for Messages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Messages")
+    }
+}

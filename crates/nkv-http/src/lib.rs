@@ -1,0 +1,33 @@
+#![doc = include_str!("../README.md")]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+mod batch;
+mod body;
+mod connection;
+mod door;
+mod entry;
+mod figures;
+mod guard;
+mod kv;
+mod list;
+mod look;
+mod page;
+mod problem;
+mod query;
+mod route;
+mod seed;
+mod tag;
+mod timed;
+mod watch;
+mod ws;
+
+pub use door::{Door, OptionError, Options, Stream};

@@ -1,0 +1,152 @@
+//! Many entries: as one JSON object, in pages, or as a stream of lines.
+
+use std::ops::ControlFlow;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http::header::{ACCEPT, CONTENT_TYPE};
+use http::{HeaderValue, Request};
+use nkv_core::{Key, KeyRef, Pattern, RecordRef};
+use nkv_node::Handle;
+
+use crate::body::{Answer, Body, CHUNK_LEN, Source};
+use crate::entry::{write_number, write_record};
+use crate::problem::Problem;
+use crate::route::{Ctx, json, query, takes_gzip};
+
+/// Entries of a page when nothing is said, and at most.
+const LIMIT: u64 = 1_000;
+const LIMIT_MAX: u64 = 10_000;
+
+/// A page has no more bytes of keys and values than this, and one entry at least.
+const LEN_MAX: usize = 64 << 20;
+
+/// Entries that are of one moment, at most.
+const PART_KEYS: u64 = 1_024;
+
+const LINES: &str = "application/x-ndjson";
+
+/// `GET /v1/kv`.
+pub(crate) async fn list<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answer, Problem> {
+    let query = query(request, &["pattern", "limit", "after", "values", "format"])?;
+    let pattern = query.get("pattern").unwrap_or("*");
+    let pattern = Pattern::new(pattern).map_err(|error| Problem::new("invalid-key", error.to_string()))?;
+    let after = query.get("after").filter(|after| !after.is_empty()).map(Key::new).transpose();
+    let after = after.map_err(|error| Problem::new("invalid-key", format!("'after': {error}")))?;
+    let walk = Walk {
+        handle: ctx.door.handle.clone(),
+        pattern,
+        after,
+        limit: query.number("limit")?,
+        with_values: query.flag("values", true)?,
+    };
+    let is_lines = match query.get("format") {
+        None => request.headers().get(ACCEPT).is_some_and(|accept| accept == LINES),
+        Some("json") => false,
+        Some("ndjson") => true,
+        Some(_) => return Err(Problem::bad("'format' is json or ndjson")),
+    };
+    if is_lines { Ok(lines(ctx, request, walk)) } else { page(ctx, request, walk).await }
+}
+
+async fn page<B>(ctx: Ctx<'_>, request: &Request<B>, mut walk: Walk) -> Result<Answer, Problem> {
+    let limit = walk.limit.unwrap_or(LIMIT);
+    if limit == 0 || limit > LIMIT_MAX {
+        return Err(Problem::bad(format!("'limit' is from 1 to {LIMIT_MAX}; for more, go on with 'after'")));
+    }
+    walk.limit = Some(limit);
+    let handle = &ctx.door.handle;
+    let budget = handle.budget();
+    // Long answers of many peers are made one after another.
+    let stall_limit = ctx.door.options.stall_limit;
+    ctx.conn.waiting(budget.room(stall_limit)).await;
+    let leave = if budget.is_crowded() { ctx.conn.waiting(budget.leave(stall_limit)).await } else { None };
+    let (epoch, revision) = (handle.epoch(), handle.revision());
+    let mut out = b"{\"entries\":[".to_vec();
+    let more = loop {
+        let len = out.len();
+        if !walk.part(&mut out, b',', LEN_MAX)? {
+            break false;
+        }
+        if walk.limit == Some(0) || out.len() >= LEN_MAX || out.len() == len {
+            break true;
+        }
+        tokio::task::yield_now().await;
+    };
+    if out.ends_with(b",") {
+        out.pop();
+    }
+    out.extend_from_slice(if more { b"],\"more\":true" } else { b"],\"more\":false" });
+    out.extend_from_slice(format!(",\"epoch\":\"{epoch}\",\"revision\":").as_bytes());
+    write_number(&mut out, revision.get());
+    out.extend_from_slice(b"}\n");
+    let answer = json(ctx, request, out);
+    drop(leave);
+    Ok(answer)
+}
+
+/// Without a limit, if none is given.
+fn lines<B>(ctx: Ctx<'_>, request: &Request<B>, walk: Walk) -> Answer {
+    let body = Body::long(Box::new(Lines { walk: Some(walk) }), None, ctx.conn);
+    let mut answer = if takes_gzip(request) {
+        let mut answer = Answer::new(body.gzip(ctx.conn));
+        answer.headers_mut().insert("content-encoding", HeaderValue::from_static("gzip"));
+        answer
+    } else {
+        Answer::new(body)
+    };
+    let headers = answer.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(LINES));
+    headers.insert("cache-control", HeaderValue::from_static("no-cache"));
+    headers.insert("vary", HeaderValue::from_static("Accept, Accept-Encoding"));
+    answer
+}
+
+/// Goes through the entries, part by part.
+struct Walk {
+    handle: Handle,
+    pattern: Pattern,
+    after: Option<Key>,
+    /// How many are left.
+    limit: Option<u64>,
+    with_values: bool,
+}
+
+impl Walk {
+    /// Writes the next entries, each with `end` behind it, until there are `len_max` bytes in all; whether there is more.
+    fn part(&mut self, out: &mut Vec<u8>, end: u8, len_max: usize) -> Result<bool, Problem> {
+        let (mut count, max) = (0_u64, self.limit.unwrap_or(u64::MAX).min(PART_KEYS));
+        let (begin, mut last) = (out.len(), None);
+        let (handle, with_values) = (self.handle.clone(), self.with_values);
+        let ended = self.handle.walk(&self.pattern, self.after.as_ref(), |record: RecordRef<'_>| {
+            let is_full = out.len().saturating_add(record.value.len()) > len_max && out.len() > begin;
+            if count >= max || is_full {
+                return ControlFlow::Break(());
+            }
+            write_record(out, record, with_values, record.expiry.map(|expiry| handle.time_left(expiry)));
+            out.push(end);
+            count = count.saturating_add(1);
+            last = Some(KeyRef::to_key(record.key));
+            ControlFlow::Continue(())
+        })?;
+        self.after = last.or(self.after.take());
+        self.limit = self.limit.map(|limit| limit.saturating_sub(count));
+        Ok(ended.is_break())
+    }
+}
+
+struct Lines {
+    walk: Option<Walk>,
+}
+
+impl Source for Lines {
+    fn poll_next(&mut self, _: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        let Some(walk) = &mut self.walk else { return Poll::Ready(None) };
+        let mut out = Vec::new();
+        let more = walk.part(&mut out, b'\n', CHUNK_LEN).unwrap_or(false);
+        if !more || walk.limit == Some(0) {
+            self.walk = None;
+        }
+        Poll::Ready((!out.is_empty()).then(|| out.into()))
+    }
+}

@@ -1,0 +1,231 @@
+//! The paths of kv-store, the HTTP store that nkv takes the place of: `/get`, `/getall`, `/set` and `/subscribe`, as its curl lines and
+//! its command line need them. What it did wrong is mended: an absent key is a 404, every subscriber hears every change, and no queue
+//! is needed.
+
+use std::ops::ControlFlow;
+
+use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use http::{HeaderValue, Request, StatusCode};
+use hyper::body::Incoming;
+use nkv_core::{Key, Pattern, RecordRef};
+use nkv_node::{TailEvent, TailOptions};
+use serde_json::Value;
+
+use crate::body::{Answer, Body, Received, full, receive};
+use crate::connection::Upgrade;
+use crate::problem::Problem;
+use crate::route::Ctx;
+use crate::ws;
+
+/// An answer to `/getall` is no longer than this.
+const LEN_MAX: usize = 64 << 20;
+
+/// How many bytes a request may have beyond a value, which JSON makes up to six times as long.
+const FORM_LEN: usize = 32 << 10;
+
+/// What a request names; names in any letter case, others passed over, absent ones empty.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Pair {
+    key: String,
+    value: String,
+}
+
+pub(crate) async fn get(ctx: Ctx<'_>, request: Request<Incoming>) -> Result<Answer, Problem> {
+    let (_received, pair) = match read(ctx, request).await? {
+        Ok(read) => read,
+        Err(refusal) => return Ok(refusal),
+    };
+    let key = match Key::new(&pair.key) {
+        Ok(key) => key,
+        Err(error) => return Ok(text(StatusCode::BAD_REQUEST, &error.to_string())),
+    };
+    let Some(entry) = ctx.door.handle.get(&key).await? else {
+        return Ok(text(StatusCode::NOT_FOUND, "The given key is not present in the data store."));
+    };
+    let Ok(value) = std::str::from_utf8(&entry.value) else {
+        return Ok(text(StatusCode::UNPROCESSABLE_ENTITY, "the value is not UTF-8: read it at /v1/kv/"));
+    };
+    let mut out = b"{\"Key\":".to_vec();
+    write_go(&mut out, key.as_str());
+    out.extend_from_slice(b",\"Value\":");
+    write_go(&mut out, value);
+    out.extend_from_slice(b"}\n");
+    Ok(json(ctx, out))
+}
+
+pub(crate) async fn get_all(ctx: Ctx<'_>) -> Result<Answer, Problem> {
+    let handle = &ctx.door.handle;
+    ctx.conn.waiting(handle.budget().room(ctx.door.options.stall_limit)).await;
+    let (mut out, mut after) = (b"{".to_vec(), None);
+    // The original sorts by bytes, and nkv by segments.
+    let mut pairs: Vec<(String, String)> = Vec::new();
+    let mut len = 0_usize;
+    loop {
+        let (mut count, mut last) = (0_usize, None);
+        let ended = handle.walk(&Pattern::All, after.as_ref(), |record: RecordRef<'_>| {
+            if count >= 1_024 {
+                return ControlFlow::Break(());
+            }
+            count = count.saturating_add(1);
+            last = Some(record.key.to_key());
+            // A value that is no text has no form there.
+            if let Ok(value) = std::str::from_utf8(&record.value) {
+                len = len.saturating_add(record.key.as_str().len()).saturating_add(value.len());
+                pairs.push((record.key.as_str().to_owned(), value.to_owned()));
+            }
+            if len > LEN_MAX { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?;
+        if len > LEN_MAX {
+            let detail = "all pairs together have more than 64 MiB: read them in pages at /v1/kv";
+            return Ok(text(StatusCode::PAYLOAD_TOO_LARGE, detail));
+        }
+        if ended.is_continue() {
+            break;
+        }
+        after = last;
+        tokio::task::yield_now().await;
+    }
+    pairs.sort_unstable();
+    for (at, (key, value)) in pairs.into_iter().enumerate() {
+        if at > 0 {
+            out.push(b',');
+        }
+        write_go(&mut out, &key);
+        out.push(b':');
+        write_go(&mut out, &value);
+    }
+    out.extend_from_slice(b"}\n");
+    Ok(json(ctx, out))
+}
+
+pub(crate) async fn set(ctx: Ctx<'_>, request: Request<Incoming>) -> Result<Answer, Problem> {
+    let (received, pair) = match read(ctx, request).await? {
+        Ok(read) => read,
+        Err(refusal) => return Ok(refusal),
+    };
+    match ctx.door.handle.put(pair.key.as_str(), pair.value).await {
+        Ok(_) => {
+            drop(received);
+            Ok(json(ctx, b"\"SUCCESS\"\n".to_vec()))
+        }
+        Err(error) => {
+            let problem = Problem::from(error);
+            Ok(text(problem.status(), problem.detail()))
+        }
+    }
+}
+
+/// Every change from now on, as a record of a queue was told.
+pub(crate) fn subscribe(ctx: Ctx<'_>, mut request: Request<Incoming>) -> Result<Answer, Problem> {
+    let Some(answer) = ws::accept(&request) else {
+        let mut answer = text(StatusCode::BAD_REQUEST, "Bad Request");
+        answer.headers_mut().insert("sec-websocket-version", HeaderValue::from_static("13"));
+        return Ok(answer);
+    };
+    let options = TailOptions::default().with_snapshot(false).with_peer(ctx.conn.peer());
+    let changes = ctx.door.handle.tail(Pattern::All, options)?;
+    ctx.conn.load.observe(&changes.observer());
+    ctx.conn.upgrade_to(Upgrade::Records(hyper::upgrade::on(&mut request), Box::new(changes)));
+    Ok(answer)
+}
+
+/// The record of a change, if it has one: deletes have none, and values that are no text.
+pub(crate) fn record(event: &TailEvent) -> Option<String> {
+    let TailEvent::Put { entry, .. } = event else { return None };
+    let value = std::str::from_utf8(&entry.value).ok()?;
+    let mut out = format!("{{\"Topic\":\"command-log\",\"Partition\":0,\"Offset\":{},", entry.revision).into_bytes();
+    // Who set it is not known of a change that may stand for several.
+    out.extend_from_slice(b"\"Key\":\"Client address=unknown\",\"Value\":");
+    write_go(&mut out, &format!("{}: {value}", entry.key));
+    out.extend_from_slice(b"}\n");
+    String::from_utf8(out).ok()
+}
+
+/// The pair of a request, or what it is answered instead.
+async fn read(ctx: Ctx<'_>, request: Request<Incoming>) -> Result<Result<(Received, Pair), Answer>, Problem> {
+    let (parts, body) = request.into_parts();
+    let handle = &ctx.door.handle;
+    let len_max = handle.limits().value_len_max.saturating_mul(6).saturating_add(FORM_LEN);
+    let received = receive(handle, ctx.conn, &parts.headers, body, len_max).await?;
+    Ok(match pair(&received.bytes) {
+        Ok(pair) => Ok((received, pair)),
+        Err(message) => Err(text(StatusCode::BAD_REQUEST, &message)),
+    })
+}
+
+/// Of the body the first JSON value counts.
+fn pair(body: &[u8]) -> Result<Pair, String> {
+    let mut values = serde_json::Deserializer::from_slice(body).into_iter::<Value>();
+    let object = match values.next() {
+        None => return Err("EOF".into()),
+        Some(Err(error)) if error.is_eof() => return Err("unexpected EOF".into()),
+        Some(Err(error)) => return Err(error.to_string()),
+        Some(Ok(Value::Object(object))) => object,
+        Some(Ok(Value::Null)) => return Ok(Pair::default()),
+        Some(Ok(_)) => return Err("a JSON object with Key and Value is expected".into()),
+    };
+    let mut pair = Pair::default();
+    for (name, value) in object {
+        let field = match name.to_ascii_lowercase().as_str() {
+            "key" => &mut pair.key,
+            "value" => &mut pair.value,
+            _ => continue,
+        };
+        match value {
+            Value::String(text) => *field = text,
+            Value::Null => {}
+            _ => return Err(format!("{name} is to be a string")),
+        }
+    }
+    Ok(pair)
+}
+
+fn json(ctx: Ctx<'_>, bytes: Vec<u8>) -> Answer {
+    let mut answer = Answer::new(Body::counted(bytes.into(), ctx.conn));
+    let headers = answer.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    answer
+}
+
+fn text(status: StatusCode, line: &str) -> Answer {
+    let mut answer = Answer::new(full(format!("{line}\n")));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    answer
+}
+
+/// A JSON string as Go writes it: what HTML would understand is escaped.
+fn write_go(out: &mut Vec<u8>, text: &str) {
+    let mut plain = Vec::with_capacity(text.len());
+    crate::entry::write_text(&mut plain, text);
+    let plain = String::from_utf8_lossy(&plain);
+    for char in plain.chars() {
+        match char {
+            '<' | '>' | '&' | '\u{2028}' | '\u{2029}' => {
+                out.extend_from_slice(format!("\\u{:04x}", u32::from(char)).as_bytes());
+            }
+            char => out.extend_from_slice(char.encode_utf8(&mut [0; 4]).as_bytes()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_read_as_the_original_did() {
+        let of = |key: &str, value: &str| Ok(Pair { key: key.into(), value: value.into() });
+        assert_eq!(pair(br#"{"Key":"k","Value":"v"}"#), of("k", "v"));
+        assert_eq!(pair(br#" {"kEY":"k","other":[1]} {"Key":"x"}"#), of("k", ""));
+        assert_eq!(pair(b"{}"), of("", ""));
+        assert_eq!(pair(b""), Err("EOF".into()));
+        assert_eq!(pair(br#"{"Key":"#), Err("unexpected EOF".into()));
+        assert!(pair(br#"{"Key":1}"#).is_err());
+        assert!(pair(b"[]").is_err());
+        let mut out = Vec::new();
+        write_go(&mut out, "<a&b>\"\u{2028}ü");
+        assert_eq!(out, "\"\\u003ca\\u0026b\\u003e\\\"\\u2028ü\"".as_bytes());
+    }
+}

@@ -1,0 +1,180 @@
+//! The limits of time of a connection: until a request's head is whole, for which it may be idle, and for which its peer may take
+//! nothing.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+/// How the connections of a door are limited in time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TimeLimits {
+    pub(crate) head: Duration,
+    pub(crate) idle: Duration,
+    pub(crate) request_limit: Duration,
+    pub(crate) stall: Duration,
+}
+
+/// What a connection's requests tell its stream.
+#[derive(Debug, Default)]
+pub(crate) struct Times {
+    /// Requests whose head has come.
+    pub(crate) begun: AtomicU64,
+    /// Those that are not answered whole.
+    pub(crate) busy: AtomicUsize,
+}
+
+/// A stream that fails when its peer takes too long.
+#[derive(Debug)]
+pub(crate) struct Timed<S> {
+    stream: S,
+    times: Arc<Times>,
+    limits: TimeLimits,
+    begun_seen: u64,
+    was_busy: bool,
+    /// Since when the connection does nothing.
+    idle_since: Instant,
+    /// Since when a head is coming.
+    head_since: Option<Instant>,
+    /// On HTTP/2 there are other frames than heads, and the library bounds those.
+    is_http2: bool,
+    has_read: bool,
+    reading: Option<Pin<Box<Sleep>>>,
+    writing: Option<Pin<Box<Sleep>>>,
+}
+
+impl<S> Timed<S> {
+    pub(crate) fn new(stream: S, times: Arc<Times>, limits: TimeLimits) -> Self {
+        Timed {
+            stream,
+            times,
+            limits,
+            begun_seen: 0,
+            was_busy: false,
+            idle_since: Instant::now(),
+            head_since: None,
+            is_http2: false,
+            has_read: false,
+            reading: None,
+            writing: None,
+        }
+    }
+
+    fn is_busy(&self) -> bool {
+        self.times.busy.load(Relaxed) > 0
+    }
+
+    /// Some bytes came.
+    fn came(&mut self, bytes: &[u8]) {
+        if !std::mem::replace(&mut self.has_read, true) {
+            self.is_http2 = bytes.starts_with(b"PRI");
+        }
+        self.look();
+        if !self.is_busy() && self.head_since.is_none() {
+            self.head_since = Some(Instant::now());
+        }
+    }
+
+    /// Whether requests have begun since.
+    fn look(&mut self) {
+        let (begun, is_busy) = (self.times.begun.load(Relaxed), self.is_busy());
+        let was_busy = std::mem::replace(&mut self.was_busy, is_busy);
+        if std::mem::replace(&mut self.begun_seen, begun) != begun || was_busy || is_busy {
+            (self.head_since, self.idle_since) = (None, Instant::now());
+        }
+    }
+
+    fn deadline(&mut self) -> Option<Instant> {
+        self.look();
+        if self.is_busy() {
+            return None;
+        }
+        match self.head_since {
+            Some(since) if !self.is_http2 => since.checked_add(self.limits.head),
+            _ => self.idle_since.checked_add(self.limits.idle),
+        }
+    }
+
+    /// The peer took nothing, or something.
+    fn wrote<T>(&mut self, result: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+        if result.is_ready() {
+            self.writing = None;
+            return result;
+        }
+        let until = || Instant::now().checked_add(self.limits.stall);
+        if self.writing.is_none() {
+            self.writing = until().map(|at| Box::pin(sleep_until(at)));
+        }
+        poll_limit(&mut self.writing, cx)
+    }
+}
+
+fn poll_limit<T>(limit: &mut Option<Pin<Box<Sleep>>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+    match limit.as_mut().map(|limit| limit.as_mut().poll(cx)) {
+        Some(Poll::Ready(())) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+        _ => Poll::Pending,
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Timed<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        let result = Pin::new(&mut this.stream).poll_read(cx, buf);
+        if result.is_ready() {
+            let bytes = buf.filled().get(before..).unwrap_or_default();
+            if !bytes.is_empty() {
+                this.came(bytes);
+            }
+            return result;
+        }
+        let Some(at) = this.deadline() else {
+            this.reading = None;
+            return Poll::Pending;
+        };
+        let limit = this.reading.get_or_insert_with(|| Box::pin(sleep_until(at)));
+        if limit.deadline() != at {
+            limit.as_mut().reset(at);
+        }
+        poll_limit(&mut this.reading, cx)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Timed<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let result = Pin::new(&mut this.stream).poll_write(cx, buf);
+        this.wrote(result, cx)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let result = Pin::new(&mut this.stream).poll_write_vectored(cx, bufs);
+        this.wrote(result, cx)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let result = Pin::new(&mut this.stream).poll_flush(cx);
+        this.wrote(result, cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let result = Pin::new(&mut this.stream).poll_shutdown(cx);
+        this.wrote(result, cx)
+    }
+}

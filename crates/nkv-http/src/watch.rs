@@ -1,0 +1,313 @@
+//! Watching: server-sent events that can be resumed, and a long poll for those who have only single requests.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use http::{HeaderValue, Request};
+use nkv_core::Pattern;
+use nkv_node::{Cursor, EndReason, Handle, Tail, TailEvent, TailOptions};
+use tokio::time::{Sleep, sleep};
+
+use crate::body::{Answer, Body, Source};
+use crate::entry::{write_entry, write_number, write_text};
+use crate::problem::Problem;
+use crate::query::{Query, number};
+use crate::route::{Ctx, json, only_get, query};
+
+/// How long a long poll waits when nothing is said, and at most: what stands before many a server gives up after 60 s.
+const WAIT: Duration = Duration::from_secs(30);
+const WAIT_MAX: Duration = Duration::from_secs(60);
+/// So much earlier it is answered.
+const WAIT_MARGIN: Duration = Duration::from_secs(2);
+
+/// An answer to a long poll has no more bytes than this.
+const POLL_LEN_MAX: usize = 64 << 20;
+
+/// What is gathered before it is given to the connection.
+const PIECE_LEN: usize = 16 << 10;
+
+/// How many events are taken in one turn.
+const TURN_EVENTS: usize = 256;
+
+/// The longest label of a watch, in bytes.
+const NAME_LEN_MAX: usize = 256;
+
+/// How long a client is to wait before it comes back.
+const RETRY: &str = "retry: 1000\n\n";
+
+/// `GET /v1/watch`.
+pub(crate) async fn watch<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answer, Problem> {
+    only_get(request)?;
+    let query = query(request, &["pattern*", "exact", "snapshot", "name", "after", "wait"])?;
+    let patterns = query.all("pattern").map(Pattern::new).collect::<Result<Vec<_>, _>>();
+    let patterns = patterns.map_err(|error| Problem::new("invalid-key", error.to_string()))?;
+    if patterns.is_empty() {
+        return Err(Problem::bad("'pattern' says what is watched; '*' is everything"));
+    }
+    if let Some(name) = query.get("name").filter(|name| !name.is_empty()) {
+        if name.len() > NAME_LEN_MAX || name.chars().any(char::is_control) {
+            return Err(Problem::bad(format!("'name' has at most {NAME_LEN_MAX} bytes, and no control characters")));
+        }
+        ctx.conn.peer().says(|said| said.name = Some(name.into()));
+    }
+    let (snapshot, exact) = (query.flag("snapshot", true)?, query.flag("exact", false)?);
+    let mut options = TailOptions::default().with_snapshot(snapshot).with_exact(exact).with_peer(ctx.conn.peer());
+    // What the client heard last is newer than what its address says.
+    let handle = &ctx.door.handle;
+    let resumed = request.headers().get("last-event-id").filter(|id| !id.is_empty());
+    let after = match resumed {
+        Some(id) => Some(id.to_str().ok().map(str::to_owned).unwrap_or_default()),
+        None => query.get("after").filter(|after| !after.is_empty()).map(str::to_owned),
+    };
+    if let Some(after) = after {
+        options = options.with_after(cursor(handle, &after));
+    }
+    match wait(&query)? {
+        None => stream(ctx, patterns, options),
+        Some(wait) => poll(ctx, request, patterns, options, wait).await,
+    }
+}
+
+fn wait(query: &Query) -> Result<Option<Duration>, Problem> {
+    match query.get("wait") {
+        None => Ok(None),
+        Some("") => Ok(Some(WAIT)),
+        Some(_) => query.duration("wait").map(|wait| wait.map(|wait| wait.min(WAIT_MAX))),
+    }
+}
+
+/// Up to where a client says that it knows the state. A bare revision is one of the present epoch; what cannot be read is not known.
+fn cursor(handle: &Handle, text: &str) -> Cursor {
+    let bare = || {
+        let revision = number(text).map(nkv_core::Revision::new)?;
+        Some(Cursor { epoch: handle.epoch(), revision, selection: None })
+    };
+    let unknown = Cursor { epoch: handle.epoch(), revision: nkv_core::Revision::new(u64::MAX), selection: None };
+    text.parse().ok().or_else(bare).unwrap_or(unknown)
+}
+
+fn stream(ctx: Ctx<'_>, patterns: Vec<Pattern>, options: TailOptions<'_>) -> Result<Answer, Problem> {
+    let tail = ctx.door.handle.tail(patterns, options)?;
+    ctx.conn.load.observe(&tail.observer());
+    let mut out = Vec::new();
+    if options.after.is_none() && options.snapshot {
+        // One that is cut off inside the snapshot comes back as one that knows nothing.
+        out.extend_from_slice(format!("id: {}\n\n", tail.start()).as_bytes());
+    }
+    let (handle, every) = (ctx.door.handle.clone(), ctx.door.options.heartbeat);
+    let stopping = Box::pin(async move { handle.stopping().await });
+    let source = Events { tail, out, heartbeat: Box::pin(sleep(every)), every, stopping, has_ended: false };
+    let mut answer = Answer::new(Body::long(Box::new(source), None, ctx.conn));
+    let headers = answer.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    Ok(answer)
+}
+
+/// Server-sent events.
+struct Events {
+    tail: Tail,
+    out: Vec<u8>,
+    heartbeat: Pin<Box<Sleep>>,
+    every: Duration,
+    stopping: Pin<Box<dyn Future<Output = ()> + Send>>,
+    has_ended: bool,
+}
+
+impl Source for Events {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        for _ in 0..TURN_EVENTS {
+            if self.has_ended || self.out.len() >= PIECE_LEN {
+                break;
+            }
+            match self.tail.poll_next(cx) {
+                Poll::Ready(Some((event, cursor))) => self.say(&event, cursor),
+                Poll::Ready(None) => self.has_ended = true,
+                Poll::Pending => break,
+            }
+        }
+        if self.out.is_empty() && !self.has_ended && self.stopping.as_mut().poll(cx).is_ready() {
+            self.out.extend_from_slice(RETRY.as_bytes());
+            self.has_ended = true;
+        }
+        if self.out.is_empty() && !self.has_ended && self.heartbeat.as_mut().poll(cx).is_ready() {
+            self.out.extend_from_slice(b": \n");
+            if let Some(position) = self.tail.position() {
+                self.out.extend_from_slice(format!("id: {position}\n").as_bytes());
+            }
+            self.out.push(b'\n');
+        }
+        if self.out.is_empty() {
+            return if self.has_ended { Poll::Ready(None) } else { Poll::Pending };
+        }
+        if let Some(at) = tokio::time::Instant::now().checked_add(self.every) {
+            self.heartbeat.as_mut().reset(at);
+            // It is to wake this task, also if nothing else does.
+            if self.heartbeat.as_mut().poll(cx).is_ready() {
+                cx.waker().wake_by_ref();
+            }
+        }
+        Poll::Ready(Some(std::mem::take(&mut self.out).into()))
+    }
+}
+
+impl Events {
+    fn say(&mut self, event: &TailEvent, cursor: Option<Cursor>) {
+        let name = match event {
+            TailEvent::Put { .. } => "put",
+            TailEvent::Delete { .. } => "delete",
+            TailEvent::Synced { .. } => "synced",
+            TailEvent::Reset => "reset",
+            TailEvent::Ended(reason) => {
+                self.has_ended = true;
+                self.out.extend_from_slice(ended(reason).as_bytes());
+                return;
+            }
+            _ => return,
+        };
+        self.out.extend_from_slice(format!("event: {name}\n").as_bytes());
+        if let Some(cursor) = cursor {
+            self.out.extend_from_slice(format!("id: {cursor}\n").as_bytes());
+        }
+        self.out.extend_from_slice(b"data: {");
+        write_event(&mut self.out, event);
+        self.out.extend_from_slice(b"}\n\n");
+    }
+}
+
+/// The reader comes back: by itself, after a while.
+fn ended(reason: &EndReason) -> String {
+    match reason {
+        EndReason::Refused { message, .. } => format!(": {message}\n{RETRY}"),
+        _ => RETRY.to_owned(),
+    }
+}
+
+/// What stands between the braces of an event's object.
+fn write_event(out: &mut Vec<u8>, event: &TailEvent) {
+    match event {
+        TailEvent::Put { entry, ttl, skipped, .. } => {
+            write_entry(out, entry.key.as_str(), Some(&entry.value), entry.revision.get(), *ttl);
+            write_skipped(out, *skipped);
+        }
+        TailEvent::Delete { key, revision, reason, skipped, .. } => {
+            write_entry(out, key.as_str(), None, revision.get(), None);
+            out.extend_from_slice(b",\"reason\":");
+            write_text(out, reason.as_str());
+            write_skipped(out, *skipped);
+        }
+        TailEvent::Synced { revision, .. } => {
+            out.extend_from_slice(b"\"revision\":");
+            write_number(out, revision.get());
+        }
+        _ => {}
+    }
+}
+
+fn write_skipped(out: &mut Vec<u8>, skipped: u64) {
+    out.extend_from_slice(b",\"skipped\":");
+    write_number(out, skipped);
+}
+
+/// What a long poll is answered.
+struct Gathered {
+    events: Vec<u8>,
+    reset: bool,
+    next: Option<Cursor>,
+}
+
+impl Gathered {
+    /// Whether it is an event that its reader has to know of.
+    fn take(&mut self, event: &TailEvent, cursor: Option<Cursor>) -> Result<(), Problem> {
+        self.next = cursor.or(self.next);
+        let name = match event {
+            TailEvent::Put { .. } => "put",
+            TailEvent::Delete { .. } => "delete",
+            TailEvent::Reset => {
+                (self.events, self.reset) = (Vec::new(), true);
+                return Ok(());
+            }
+            TailEvent::Ended(EndReason::Refused { message, .. }) => {
+                return Err(Problem::new("unavailable", message.clone()));
+            }
+            TailEvent::Ended(_) => return Err(Problem::new("stopping", "the server is stopping")),
+            _ => return Ok(()),
+        };
+        if !self.events.is_empty() {
+            self.events.push(b',');
+        }
+        self.events.extend_from_slice(format!("{{\"event\":\"{name}\",").as_bytes());
+        write_event(&mut self.events, event);
+        self.events.push(b'}');
+        if self.events.len() > POLL_LEN_MAX {
+            let detail = "more than 64 MiB have changed: read them as a stream, without 'wait'";
+            return Err(Problem::new("too-large", detail));
+        }
+        Ok(())
+    }
+
+    fn has_something(&self) -> bool {
+        self.reset || !self.events.is_empty()
+    }
+}
+
+async fn poll<B>(
+    ctx: Ctx<'_>,
+    request: &Request<B>,
+    patterns: Vec<Pattern>,
+    options: TailOptions<'_>,
+    wait: Duration,
+) -> Result<Answer, Problem> {
+    let handle = &ctx.door.handle;
+    let mut tail = handle.tail(patterns, options)?;
+    ctx.conn.load.observe(&tail.observer());
+    let mut gathered = Gathered { events: Vec::new(), reset: false, next: None };
+    let mut held = ctx.conn.load.hold(0);
+    loop {
+        let Some((event, cursor)) = tail.next().await else { break };
+        gathered.take(&event, cursor)?;
+        held.set(gathered.events.len());
+        if matches!(event, TailEvent::Synced { .. }) {
+            break;
+        }
+        tokio::task::consume_budget().await;
+    }
+    if !gathered.has_something() && options.after.is_some() {
+        let wait = wait.min(WAIT_MAX.saturating_sub(WAIT_MARGIN));
+        let first = tokio::select! {
+            first = tail.next() => first,
+            () = sleep(wait) => None,
+            () = handle.stopping() => None,
+        };
+        if let Some((event, cursor)) = first {
+            gathered.take(&event, cursor)?;
+            // And what came with it.
+            let mut taken = 1_usize;
+            while let Poll::Ready(Some((event, cursor))) = poll_once(&mut tail).await {
+                gathered.take(&event, cursor)?;
+                taken = taken.saturating_add(1);
+                if taken >= TURN_EVENTS && cursor.is_some() {
+                    break;
+                }
+            }
+        } else if let Some(position) = tail.position() {
+            gathered.next = Some(position);
+        }
+    }
+    let mut out = b"{\"events\":[".to_vec();
+    out.append(&mut gathered.events);
+    out.extend_from_slice(b"],\"next\":");
+    write_text(&mut out, &gathered.next.unwrap_or_else(|| tail.start()).to_string());
+    out.extend_from_slice(if gathered.reset { b",\"reset\":true}\n" } else { b",\"reset\":false}\n" });
+    let mut answer = json(ctx, request, out);
+    answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    Ok(answer)
+}
+
+async fn poll_once(tail: &mut Tail) -> Poll<Option<(TailEvent, Option<Cursor>)>> {
+    std::future::poll_fn(|cx| Poll::Ready(tail.poll_next(cx))).await
+}

@@ -1,0 +1,93 @@
+//! The HTTP door beside the one for JSON lines.
+
+use nkv_http::{Door, Options as HttpOptions};
+use nkv_node::{ConnectionLimit, Handle};
+use nkv_types::Address;
+use tokio::task::JoinSet;
+
+use crate::door::Door as LinesDoor;
+use crate::error::ServerError;
+use crate::listener::{Listener, Serve, accept};
+use crate::options::Options;
+use crate::server::listen_all;
+use crate::socket::Socket;
+
+/// Connections that may ask for figures at a time.
+const FIGURES_MAX: usize = 64;
+
+/// Where and how HTTP is to be served.
+#[derive(Debug, Default)]
+pub(crate) struct Http {
+    pub(crate) addresses: Vec<Address>,
+    pub(crate) metrics: Vec<Address>,
+    pub(crate) options: HttpOptions,
+}
+
+/// With its listeners.
+#[derive(Debug)]
+pub(crate) struct Listening {
+    http: (Vec<Address>, Vec<Listener>),
+    metrics: (Vec<Address>, Vec<Listener>),
+    options: HttpOptions,
+}
+
+impl Http {
+    pub(crate) async fn listen(self, options: &Options) -> Result<Listening, ServerError> {
+        let http = listen_all(&self.addresses, options).await?;
+        let metrics = listen_all(&self.metrics, options).await?;
+        Ok(Listening { http, metrics, options: self.options })
+    }
+}
+
+impl Listening {
+    /// Accepts from now on, beside the door for JSON lines; gives the addresses of HTTP, and of figures alone.
+    pub(crate) fn serve(
+        self,
+        lines: &LinesDoor,
+        acceptors: &mut JoinSet<()>,
+    ) -> Result<(Vec<Address>, Vec<Address>), ServerError> {
+        let handle = &lines.0.handle;
+        let wrong = |error| ServerError::System(std::io::Error::new(std::io::ErrorKind::InvalidInput, error));
+        if !self.http.1.is_empty() {
+            let mut options = self.options.clone();
+            options.connections = lines.connection_limit();
+            options.stall_limit = lines.0.options.stall_limit;
+            options.request_limit = lines.0.options.request_limit;
+            let lines = lines.clone();
+            let messages = move |stream, peer: Box<str>| {
+                let lines = lines.clone();
+                async move { lines.serve(stream, peer).await }
+            };
+            let door = Door::new(handle.clone(), options).map_err(wrong)?.with_messages(messages);
+            for listener in self.http.1 {
+                acceptors.spawn(accept(HttpDoor(door.clone(), handle.clone()), listener));
+            }
+        }
+        if !self.metrics.1.is_empty() {
+            let mut options = self.options;
+            options.connections = ConnectionLimit::new(FIGURES_MAX, FIGURES_MAX);
+            options.only_figures = true;
+            let door = Door::new(handle.clone(), options).map_err(wrong)?;
+            for listener in self.metrics.1 {
+                acceptors.spawn(accept(HttpDoor(door.clone(), handle.clone()), listener));
+            }
+        }
+        Ok((self.http.0, self.metrics.0))
+    }
+}
+
+struct HttpDoor(Door, Handle);
+
+impl Serve for HttpDoor {
+    fn handle(&self) -> &Handle {
+        &self.1
+    }
+
+    fn serve_socket(&self, socket: Socket, peer: &str) -> Option<impl Future<Output = ()> + Send + 'static> {
+        let (door, peer) = (self.0.clone(), peer.to_owned());
+        if let Err(error) = socket.prepare() {
+            tracing::debug!(%error, peer, "a socket could not be prepared");
+        }
+        Some(async move { door.serve(socket, peer).await })
+    }
+}

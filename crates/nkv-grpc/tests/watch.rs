@@ -110,16 +110,17 @@ async fn a_stalled_reader_gets_the_newest_of_each_key_and_how_many_were_left_out
     assert_eq!(held.queued, backlog.queued);
     assert!(client.get(GetRequest { key: "k.1".into() }).await.is_ok());
 
-    let (mut seen, mut last) = (0, vec![0; KEYS as usize]);
+    let (mut seen, mut sent, mut last) = (0, 0, vec![0; KEYS as usize]);
     while last.iter().any(|revision| *revision <= (ROUNDS - 1) * KEYS) {
         let Event::Put(put) = next(&mut watched).await else { panic!("no put") };
         let key: usize = put.key[2..].parse().unwrap();
-        seen += 1 + put.skipped;
+        (seen, sent) = (seen + 1 + put.skipped, sent + 1);
         assert!(put.revision > last[key]);
         last[key] = put.revision;
     }
     assert_eq!(seen, KEYS * ROUNDS);
-    drop(watched);
+    // One of each key, and what was on the way: a window, and two pieces of the server's, of 2 KiB each.
+    assert!(sent < 2 * KEYS + 100, "{sent} of {seen} changes were sent");
 }
 
 // More deletes than a backlog may have: it is given up, and the state comes anew.

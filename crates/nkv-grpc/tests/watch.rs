@@ -330,3 +330,97 @@ async fn past_the_budget_of_the_node_a_stalled_watch_gives_up_its_backlog() {
     }
     assert!(was_reset);
 }
+
+/// What a reader makes of the events that it gets.
+#[derive(Default)]
+struct Reader {
+    known: std::collections::BTreeMap<String, bytes::Bytes>,
+    /// Since the last reset, until the state is whole.
+    anew: Option<std::collections::BTreeSet<String>>,
+    cursor: String,
+    resets: usize,
+}
+
+impl Reader {
+    fn take(&mut self, message: nkv_grpc::v1::WatchResponse) {
+        match message.event.unwrap() {
+            Event::Began(_) => {}
+            Event::Put(put) => {
+                self.anew.iter_mut().for_each(|anew| _ = anew.insert(put.key.clone()));
+                self.known.insert(put.key, put.value);
+            }
+            Event::Delete(gone) => _ = self.known.remove(&gone.key),
+            Event::Reset(_) => {
+                self.resets += 1;
+                self.anew = Some(std::collections::BTreeSet::new());
+            }
+            Event::Synced(_) => {
+                if let Some(anew) = self.anew.take() {
+                    self.known.retain(|key, _| anew.contains(key));
+                }
+            }
+        }
+        if !message.cursor.is_empty() {
+            self.cursor = message.cursor;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_is_cut_off_again_and_again_ends_with_the_state() {
+    let server = Server::start().await;
+    let nkv = server.handle();
+    let mut writers = tokio::task::JoinSet::new();
+    for writer in 0..4_u32 {
+        let mut client = server.client().await;
+        writers.spawn(async move {
+            for n in 0..500_u32 {
+                let key = format!("k.{}", (n * 7 + writer * 13) % 60);
+                if n % 3 == 0 {
+                    client.delete(nkv_grpc::v1::DeleteRequest { pattern: key, ..Default::default() }).await.unwrap();
+                } else {
+                    client.put(put(&key, format!("{writer}.{n}"))).await.unwrap();
+                }
+            }
+        });
+    }
+    let mut readers = tokio::task::JoinSet::new();
+    for reader in 0..3_usize {
+        let (mut client, nkv) = (server.client().await, nkv.clone());
+        readers.spawn(async move {
+            let (mut state, mut rounds) = (Reader::default(), 0);
+            loop {
+                let after = Some(state.cursor.clone()).filter(|cursor| !cursor.is_empty());
+                let request = WatchRequest { after, ..watch(&["k"]) };
+                let mut watched = client.watch(request).await.unwrap().into_inner();
+                // Some are cut off within the first state, some later, and the last of each goes on to the end.
+                rounds += 1;
+                let cut_after = if rounds < 30 { rounds * (reader + 1) } else { usize::MAX };
+                for _ in 0..cut_after {
+                    let event = timely(watched.message()).await.unwrap().unwrap();
+                    let is_end = matches!(&event.event, Some(Event::Put(put)) if put.key == "k.end");
+                    state.take(event);
+                    if is_end {
+                        // In order: all came before.
+                        let present = nkv.get_all("k.*").await.unwrap().into_iter();
+                        let present: std::collections::BTreeMap<_, _> =
+                            present.map(|entry| (entry.key.to_string(), entry.value)).collect();
+                        while state.anew.is_some() || state.known.len() != present.len() {
+                            state.take(timely(watched.message()).await.unwrap().unwrap());
+                        }
+                        assert_eq!(state.known, present);
+                        return;
+                    }
+                }
+            }
+        });
+    }
+    while let Some(done) = timely(writers.join_next()).await {
+        done.unwrap();
+    }
+    // Readers that are fast cut themselves off before it, others after.
+    nkv.put("k.end", "").await.unwrap();
+    while let Some(done) = timely(readers.join_next()).await {
+        done.unwrap();
+    }
+}

@@ -36,7 +36,7 @@ use crate::seed;
 const BUFFER_LEN: usize = 4 << 10;
 
 /// Past this, an unfinished frame needs room to arrive.
-const LONG_LEN: usize = 64 << 10;
+const LONG_LEN: u64 = 64 << 10;
 
 /// What waits to be made a frame before no more is taken.
 const GATHER_MAX: usize = 64 << 10;
@@ -107,34 +107,108 @@ impl Moved {
 /// For room.
 type Waiting = Pin<Box<dyn Future<Output = Result<Room, Stopping>> + Send>>;
 
-/// A stream whose bytes are seen, and where no more of a long frame is read than there is room for.
+/// A stream whose bytes are seen, and where a long message has room before anything is held for it: the library makes room for a
+/// frame as soon as it is announced.
 struct Seen {
     stream: TokioIo<Upgraded>,
     moved: Arc<Moved>,
     handle: Handle,
-    len_max: usize,
     is_blocked: bool,
+    /// What was read and not given on.
+    buffer: BytesMut,
+    /// What of the present frame is still to be given on.
+    left: u64,
+    /// What the present message has announced so far.
+    message_len: u64,
     room: Option<Room>,
     waiting: Option<Waiting>,
+}
+
+impl Seen {
+    /// Reads some more into the buffer; nothing comes at the end.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut bytes = [0; BUFFER_LEN];
+        let mut part = ReadBuf::new(&mut bytes);
+        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut part))?;
+        self.buffer.extend_from_slice(part.filled());
+        let len = part.filled().len();
+        self.came(len);
+        Poll::Ready(Ok(len))
+    }
+
+    fn came(&self, len: usize) {
+        if len > 0 {
+            self.moved.last.store(self.moved.now(), Relaxed);
+            self.moved.unfinished.fetch_add(len, Relaxed);
+        }
+    }
+
+    /// Waits until the next frame may be given on: its head is there, and room for it. False at the end of the stream.
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        if self.moved.unfinished.load(Relaxed) == 0 {
+            (self.message_len, self.room) = (0, None);
+        }
+        let (head_len, len, is_control) = loop {
+            match head(&self.buffer) {
+                Some(head) => break head,
+                None if ready!(self.poll_fill(cx))? == 0 => return Poll::Ready(Ok(false)),
+                None => {}
+            }
+        };
+        let message_len = if is_control { 0 } else { self.message_len.saturating_add(len) };
+        if message_len > LONG_LEN && self.room.is_none() {
+            let arrival = || self.handle.arrival(usize::try_from(message_len).unwrap_or(usize::MAX));
+            let waiting = self.waiting.get_or_insert_with(|| Box::pin(arrival()));
+            let room = ready!(waiting.as_mut().poll(cx));
+            self.waiting = None;
+            self.room = Some(room.map_err(io::Error::other)?);
+        }
+        self.message_len = message_len.max(self.message_len);
+        self.left = len.saturating_add(head_len);
+        Poll::Ready(Ok(true))
+    }
+}
+
+/// How long the head of a frame is, what length it announces, and whether the frame is one of control; `None` until the head has
+/// come.
+fn head(bytes: &[u8]) -> Option<(u64, u64, bool)> {
+    let (first, second) = (*bytes.first()?, *bytes.get(1)?);
+    let mask_len = if second & 0x80 == 0 { 0 } else { 4 };
+    let (head_len, len) = match second & 0x7f {
+        126 => (4, u64::from(u16::from_be_bytes(bytes.get(2..4)?.try_into().ok()?))),
+        127 => (10, u64::from_be_bytes(bytes.get(2..10)?.try_into().ok()?)),
+        len => (2, u64::from(len)),
+    };
+    Some((u64::saturating_add(head_len, mask_len), len, first & 0x08 != 0))
 }
 
 impl AsyncRead for Seen {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if this.moved.unfinished.load(Relaxed) <= LONG_LEN {
-            this.room = None;
-        } else if this.room.is_none() {
-            let waiting = this.waiting.get_or_insert_with(|| Box::pin(this.handle.arrival(this.len_max)));
-            let room = ready!(waiting.as_mut().poll(cx));
-            this.waiting = None;
-            this.room = Some(room.map_err(io::Error::other)?);
+        if this.left == 0 && !ready!(this.poll_frame(cx))? {
+            return Poll::Ready(Ok(()));
         }
-        let before = buf.filled().len();
-        ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
-        let len = buf.filled().len().saturating_sub(before);
-        if len > 0 {
-            this.moved.last.store(this.moved.now(), Relaxed);
-            this.moved.unfinished.fetch_add(len, Relaxed);
+        // Of frames that are here whole, all but those that need room are given on together.
+        loop {
+            let left = usize::try_from(this.left).unwrap_or(usize::MAX);
+            let some = this.buffer.split_to(this.buffer.len().min(left).min(buf.remaining()));
+            buf.put_slice(&some);
+            this.left = this.left.saturating_sub(some.len() as u64);
+            let may_go_on = this.left == 0 && buf.remaining() > 0 && head(&this.buffer).is_some();
+            if !may_go_on || this.poll_frame(cx)?.is_pending() {
+                break;
+            }
+        }
+        if buf.filled().is_empty() {
+            // The rest of a long frame.
+            let left = usize::try_from(this.left).unwrap_or(usize::MAX);
+            let space = buf.initialize_unfilled_to(left.min(buf.remaining()));
+            let mut part = ReadBuf::new(space);
+            ready!(Pin::new(&mut this.stream).poll_read(cx, &mut part))?;
+            let len = part.filled().len();
+            buf.advance(len);
+            this.left = this.left.saturating_sub(len as u64);
+            this.came(len);
         }
         Poll::Ready(Ok(()))
     }
@@ -183,8 +257,10 @@ impl Socket {
             stream: TokioIo::new(stream),
             moved: Arc::clone(&moved),
             handle: handle.clone(),
-            len_max,
             is_blocked: false,
+            buffer: BytesMut::new(),
+            left: 0,
+            message_len: 0,
             room: None,
             waiting: None,
         };

@@ -138,11 +138,10 @@ impl Reply {
     }
 
     pub(crate) fn header(&self, name: &str) -> Option<String> {
-        let line = self.head.lines().skip(1).find_map(|line| {
+        self.head.lines().skip(1).find_map(|line| {
             let (found, value) = line.split_once(':')?;
             found.eq_ignore_ascii_case(name).then(|| value.trim().to_owned())
-        });
-        line
+        })
     }
 
     pub(crate) fn text(&self) -> String {

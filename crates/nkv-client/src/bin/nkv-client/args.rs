@@ -9,7 +9,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use nkv_client::{Key, PageOptions, PutOptions, Revision};
 
 const AFTER_HELP: &str = "\
-ADDR is HOST[:PORT], nkv://HOST[:PORT], unix:PATH or /PATH; without it NKV_ADDR counts, then 127.0.0.1:4222.
+ADDR is HOST[:PORT], nkv://HOST[:PORT], unix:PATH, /PATH or ws://HOST[:PORT][/PATH]; without it NKV_ADDR counts, then
+127.0.0.1:4222.
 The first word is an ADDR if it has a ':', '/' or '.', is localhost, or stands before a COMMAND. A COMMAND's name never is.
 Without a COMMAND, commands are read from the terminal, or line by line from a pipe. An empty variable counts as not set.
 

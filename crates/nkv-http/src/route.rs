@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::header::{CONTENT_SECURITY_POLICY, ETAG, VARY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
-use http::{HeaderValue, Method, Request, StatusCode};
+use http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, VARY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
+use http::{HeaderValue, Method, Request, StatusCode, Version};
 use hyper::body::Incoming;
 
-use crate::body::{Answer, full};
+use crate::body::{Answer, full, of_calls};
 use crate::connection::Conn;
 use crate::door::Inner;
 use crate::guard::{Passed, allow, allow_preflight};
@@ -54,6 +54,15 @@ fn is_preflight<B>(request: &Request<B>) -> bool {
 }
 
 async fn served(ctx: Ctx<'_>, request: Request<Incoming>) -> Answer {
+    // Also what only begins like it: it is nothing for REST.
+    let kind = request.headers().get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
+    if kind.starts_with(b"application/grpc") {
+        let is_http2 = request.version() == Version::HTTP_2;
+        return match ctx.conn.calls(ctx.door).filter(|_| is_http2) {
+            Some(calls) => calls.call(request).await.map(of_calls),
+            None => Problem::new("coded-content", "no gRPC is served here, or not by HTTP/1.1").into_answer(),
+        };
+    }
     let (start, path) = (Instant::now(), request.uri().path().to_owned());
     let answer = route(ctx, &path, request).await.unwrap_or_else(Problem::into_answer);
     ctx.door.counted.answered(&path, start.elapsed(), answer.status());

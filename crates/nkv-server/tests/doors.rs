@@ -61,6 +61,7 @@ async fn a_foreign_host_reaches_nothing_by_grpc_either() {
     let channel = Channel::from_shared(format!("http://{http}")).unwrap();
     let channel = channel.origin("http://evil.example".parse().unwrap()).connect().await.unwrap();
     let put = PutRequest { key: "a".into(), value: "x".into(), ..Default::default() };
-    assert_eq!(KvClient::new(channel).put(put).await.unwrap_err().code(), Code::PermissionDenied);
+    let refused = KvClient::new(channel).put(put).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
     assert_eq!(server.handle().get("a").await.unwrap(), None);
 }

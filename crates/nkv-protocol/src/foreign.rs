@@ -91,8 +91,13 @@ fn is_control(byte: u8) -> bool {
     byte < b' ' && !byte.is_ascii_whitespace() && byte != b'\x1b'
 }
 
-/// A request line, a status line, or a usual header. A request line has two fields or three: `GET ID CLIENT KEY` is none.
+/// A request line, a status line, or a usual header. A request line has two fields or three, or ends with a
+/// version: `GET ID CLIENT KEY` is none.
 fn is_http(line: &str) -> bool {
+    let ends_so = line.rsplit_once(' ').is_some_and(|(_, version)| is_version(version));
+    if ends_so && METHODS.iter().any(|method| line.strip_prefix(method).is_some_and(|rest| rest.starts_with(' '))) {
+        return true;
+    }
     let mut fields = line.split(' ');
     match (fields.next(), fields.next(), fields.next(), fields.next()) {
         (Some(version), Some(_), ..) if is_version(version) => true,

@@ -25,6 +25,7 @@ use crate::inner::Inner;
 use crate::oldest;
 use crate::options::Options;
 use crate::socket::Socket;
+use crate::text_wire::{self, Framing};
 
 /// So much is asked of the system at a time.
 const READ_LEN: usize = 64 << 10;
@@ -63,6 +64,8 @@ enum End {
     Evicted,
     /// The sending side has ended.
     Writer(WriterEnd),
+    /// The peer speaks a later wire of the first nkv.
+    Text(Framing),
 }
 
 /// Serves a connection until either side ends it.
@@ -73,6 +76,12 @@ pub(crate) async fn serve(socket: Socket, door: Arc<Inner>, place: Place) {
     let mut connection = Connection::new(socket, door, place.peer());
     let end = poll_fn(|cx| connection.poll(cx)).await.unwrap_or_else(|error| End::Writer(WriterEnd::Failed(error)));
     // In memory of its own: a connection that goes on takes none for its end.
+    if let End::Text(framing) = end {
+        let Connection { socket, buffer, door, session, .. } = connection;
+        // It is a peer of its own kind from now on.
+        drop(session);
+        return Box::pin(text_wire::serve(socket, buffer, framing, door, place)).await;
+    }
     Box::pin(finish(connection, end, place)).await;
 }
 
@@ -498,6 +507,12 @@ impl Connection {
 
     /// Serves the whole requests at the start of `input`, until one has to wait; says how many bytes are done with.
     fn serve(&mut self, input: &[u8]) -> (usize, Option<End>) {
+        if self.since.served.is_none()
+            && input.first().is_some_and(|byte| *byte != b'{')
+            && let Some(framing) = text_wire::recognise(input)
+        {
+            return (0, Some(End::Text(framing)));
+        }
         if self.since.served.is_none() && !self.is_oldest && oldest::is_one(&self.decoder, input) {
             self.is_oldest = true;
             oldest::begin(&self.socket, &mut self.outbox);

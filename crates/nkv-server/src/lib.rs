@@ -26,6 +26,7 @@ mod options;
 mod reading;
 mod server;
 mod socket;
+mod text_wire;
 
 pub use door::{Door, serve};
 pub use error::ServerError;

@@ -17,15 +17,15 @@ START_LIMIT = 30
 class Server:
     """An nkv-server on free ports, with a data directory that is removed at the end."""
 
-    def __init__(self, program, *flags):
+    def __init__(self, program, *flags, on_disk=False):
         self.program = pathlib.Path(program).resolve()
-        self.flags = flags
+        self.flags = flags if on_disk else ("--persist", "memory", *flags)
 
     def __enter__(self):
         self.dir = tempfile.mkdtemp(prefix="nkv-http-")
         self.log = pathlib.Path(self.dir, "log")
-        flags = self.flags or ("--persist", "memory")
-        command = [self.program, "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--metrics", "127.0.0.1:0", *flags]
+        anywhere = [f"--{door}=127.0.0.1:0" for door in ("listen", "http", "metrics")]
+        command = [self.program, *anywhere, *self.flags]
         # Only what is said here counts.
         env = {name: value for name, value in os.environ.items() if not name.startswith("NKV_")}
         env.update(NO_COLOR="1", NKV_DATA_DIR=str(pathlib.Path(self.dir, "data")))

@@ -100,7 +100,8 @@ async fn other_methods_are_refused_with_those_that_there_are() {
                 assert_eq!(reply.status, 426, "{method}: {reply:?}");
                 continue;
             }
-            assert_eq!((reply.status, reply.problem()), (405, "wrong-method".into()), "{method} {operation:?}");
+            assert_eq!(reply.status, 405, "{method} {operation:?}");
+            assert!(method == "HEAD" || reply.problem() == "wrong-method", "{method} {operation:?}");
             let allowed = reply.header("allow").unwrap_or_default();
             assert!(allowed.split(", ").all(known) && allowed.contains(&operation.method), "{allowed}: {operation:?}");
         }

@@ -130,7 +130,9 @@ async fn every_parameter_is_known_and_no_other_is() {
 #[tokio::test]
 async fn what_the_document_does_not_name_is_not_there() {
     let door = TestDoor::start().await;
-    for path in ["/v1", "/v1/", "/v2/kv", "/v1/kvs", "/v1/watch/", "/v1/openapi", "/metrics/", "/page/", "/page/none.js"] {
+    for path in
+        ["/v1", "/v1/", "/v2/kv", "/v1/kvs", "/v1/watch/", "/v1/openapi", "/metrics/", "/page/", "/page/none.js"]
+    {
         let reply = door.get(path).await;
         assert_eq!((reply.status, reply.problem()), (404, "no-such-path".into()), "{path}");
     }

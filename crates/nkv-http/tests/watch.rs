@@ -1,4 +1,5 @@
 //! Watching: streams that are resumed, long polls, readers that stand still.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod support;
 
@@ -100,7 +101,7 @@ impl Events {
     }
 
     /// In short, up to `synced`.
-    async fn to_synced(&mut self) -> Vec<String> {
+    async fn until_synced(&mut self) -> Vec<String> {
         let mut said = Vec::new();
         loop {
             let event = self.next().await;
@@ -129,7 +130,7 @@ async fn a_stream_is_resumed_without_a_gap_and_without_repeats() {
     let head = events.head.to_lowercase();
     assert!(head.contains("content-type: text/event-stream") && head.contains("x-accel-buffering: no"), "{head}");
     assert!(head.contains("cache-control: no-cache, no-transform"), "{head}");
-    assert_eq!(events.to_synced().await, ["put a.1", "put a.2", "put a.3"]);
+    assert_eq!(events.until_synced().await, ["put a.1", "put a.2", "put a.3"]);
     door.put("a.2", "y").await;
     let event = events.next().await;
     assert_eq!((event.name.as_str(), &event.data["value"], &event.data["skipped"]), ("put", &"y".into(), &0.into()));
@@ -143,13 +144,13 @@ async fn a_stream_is_resumed_without_a_gap_and_without_repeats() {
     door.put("a.3", "z").await;
 
     let mut resumed = Events::open(&door, "/v1/watch?pattern=a", &[("Last-Event-ID", &id)]).await;
-    assert_eq!(resumed.to_synced().await, ["put a.3", "delete a.1"]);
+    assert_eq!(resumed.until_synced().await, ["put a.3", "delete a.1"]);
     // The header wins over an older one in the address.
     let path = format!("/v1/watch?pattern=a&after={id}");
     let mut newer = Events::open(&door, &path, &[("Last-Event-ID", &resumed.id)]).await;
-    assert_eq!(newer.to_synced().await, [""; 0]);
+    assert_eq!(newer.until_synced().await, [""; 0]);
     let mut older = Events::open(&door, &path, &[]).await;
-    assert_eq!(older.to_synced().await.len(), 2);
+    assert_eq!(older.until_synced().await.len(), 2);
     // What says nothing here begins anew.
     for (path, id) in [
         ("/v1/watch?pattern=a&pattern=b", id.as_str()),
@@ -158,10 +159,10 @@ async fn a_stream_is_resumed_without_a_gap_and_without_repeats() {
         ("/v1/watch?pattern=a", "000000000000000000000000000000ab-1"),
     ] {
         let mut events = Events::open(&door, path, &[("Last-Event-ID", id)]).await;
-        assert_eq!(events.to_synced().await, ["reset", "put a.2", "put a.3"], "{path} {id}");
+        assert_eq!(events.until_synced().await, ["reset", "put a.2", "put a.3"], "{path} {id}");
     }
     let mut bare = Events::open(&door, "/v1/watch?pattern=a&after=7", &[]).await;
-    assert_eq!(bare.to_synced().await, ["put a.3"]);
+    assert_eq!(bare.until_synced().await, ["put a.3"]);
 }
 
 #[tokio::test]
@@ -169,7 +170,7 @@ async fn without_a_snapshot_a_stream_is_synced_at_once() {
     let door = TestDoor::start().await;
     door.put("a", "x").await;
     let mut events = Events::open(&door, "/v1/watch?pattern=a&exact=true&snapshot=false", &[]).await;
-    assert_eq!(events.to_synced().await, [""; 0]);
+    assert_eq!(events.until_synced().await, [""; 0]);
     door.put("a.b", "y").await;
     door.send("DELETE", "/v1/kv/a", &[], b"").await;
     let event = events.next().await;
@@ -214,7 +215,7 @@ async fn a_heartbeat_moves_on_while_others_change() {
     let door = TestDoor::with(options, Limits::default()).await;
     door.put("quiet", "x").await;
     let mut events = Events::open(&door, "/v1/watch?pattern=quiet", &[]).await;
-    events.to_synced().await;
+    events.until_synced().await;
     for n in 0..50 {
         door.nkv.put(format!("loud.{n}"), "").await.unwrap();
         door.nkv.delete(format!("loud.{n}")).await.unwrap();
@@ -231,7 +232,7 @@ async fn a_heartbeat_moves_on_while_others_change() {
     // It never ages out.
     let id = events.id.clone();
     let mut resumed = Events::open(&door, "/v1/watch?pattern=quiet", &[("Last-Event-ID", &id)]).await;
-    assert_eq!(resumed.to_synced().await, [""; 0]);
+    assert_eq!(resumed.until_synced().await, [""; 0]);
 }
 
 #[tokio::test]
@@ -282,9 +283,9 @@ async fn a_long_poll_waits_as_long_as_asked_and_its_cursor_moves_on() {
 async fn a_reader_that_stands_still_costs_nobody_anything() {
     let door = TestDoor::start().await;
     let mut stalled = Events::open(&door, "/v1/watch?pattern=k", &[]).await;
-    stalled.to_synced().await;
+    stalled.until_synced().await;
     let mut live = Events::open(&door, "/v1/watch?pattern=end", &[]).await;
-    live.to_synced().await;
+    live.until_synced().await;
     for n in 0..30_000_u32 {
         door.nkv.put(format!("k.{}", n % 10), format!("{n:0>400}")).await.unwrap();
     }
@@ -307,7 +308,7 @@ async fn a_stop_ends_streams_and_polls_in_order() {
     let mut door = TestDoor::start().await;
     door.put("a", "x").await;
     let mut events = Events::open(&door, "/v1/watch?pattern=a", &[]).await;
-    events.to_synced().await;
+    events.until_synced().await;
     let id = events.id.clone();
     let node = door.node.take().unwrap();
     let path = format!("/v1/watch?pattern=a&wait=30s&after={id}");
@@ -329,7 +330,7 @@ async fn what_a_watch_may_not_is_said() {
     limits.subscriptions_total_max = 1;
     let door = TestDoor::with(Options::default(), limits).await;
     let mut one = Events::open(&door, "/v1/watch?pattern=a", &[]).await;
-    one.to_synced().await;
+    one.until_synced().await;
     let reply = door.get("/v1/watch?pattern=b").await;
     assert_eq!((reply.status, reply.problem()), (429, "too-many".into()));
     for path in ["/v1/watch?pattern=a..b", "/v1/watch?pattern=*&exact=true", "/v1/watch?pattern=a&name=%00"] {

@@ -41,7 +41,7 @@ async fn text(socket: &mut Socket) -> Value {
 }
 
 async fn ask(socket: &mut Socket, request: Value) -> Value {
-    socket.send(Message::text(request.to_string())).await.unwrap();
+    socket.send(Message::text(request.to_string())).await.expect("sent");
     text(socket).await
 }
 

@@ -168,7 +168,7 @@ const START: Work = Work::Start { keys: 100_000 };
 
 /// Every line of the table, by goal.
 pub(crate) fn lines() -> Vec<Line> {
-    [requests(), subscriptions(), growth_goals(), footprints(), tails(), unpinned()].concat()
+    [requests(), subscriptions(), growth_goals(), footprints(), tails(), unpinned(), http()].concat()
 }
 
 fn requests() -> Vec<Line> {
@@ -260,6 +260,23 @@ fn unpinned() -> Vec<Line> {
         rivals(UNPINNED, "per_s", put(50, 1), NkvSync, &[RedisAlways, Etcd], AtLeast(1.0)),
         rivals(UNPINNED, "per_s", put(50, 1), NkvOs, &[RedisEverysec, Nats], AtLeast(1.0)),
     ]
+}
+
+/// The HTTP door beside a server that only answers, and beside the door for JSON lines.
+fn http() -> Vec<Line> {
+    use Bound::{AtLeast, AtMost};
+    use Peer::*;
+    let mut lines = vec![
+        rivals(14, "per_s", get(50, 1), NkvHttp, &[HttpEcho], AtLeast(0.8)),
+        rivals(14, "per_s", put(50, 1), NkvHttp, &[HttpEcho], AtLeast(0.8)),
+        rivals(14, "per_s", put(50, 1), NkvHttpSync, &[NkvSync], Bound::None),
+    ];
+    for peer in [NkvHttp, NkvWs] {
+        lines.push(rivals(14, "p50_us", PACED, peer, &[NkvMemory], AtMost(1.3)));
+        lines.push(rivals(14, "p99_us", PACED, peer, &[NkvMemory], Bound::None));
+        lines.push(rivals(14, "rss_begin_mb", PACED, peer, &[NkvMemory], Bound::None));
+    }
+    lines
 }
 
 /// The goal whose servers and load have all processors.

@@ -80,6 +80,7 @@ fn run(arguments: &[String]) -> Result<()> {
         ["disk"] => measure_disk(),
         // What runs as one of the servers.
         ["echo-server", addr] => reference::echo(addr.parse()?),
+        ["http-echo-server", addr] => reference::http_echo(addr.parse()?),
         _ => Err(HELP.into()),
     }
 }

@@ -32,10 +32,14 @@ pub(crate) enum Peer {
     Nats,
     Etcd,
     Echo,
+    NkvHttp,
+    NkvHttpSync,
+    NkvWs,
+    HttpEcho,
 }
 
 impl Peer {
-    pub(crate) const ALL: [Peer; 9] = [
+    pub(crate) const ALL: [Peer; 13] = [
         Peer::NkvSync,
         Peer::NkvOs,
         Peer::NkvMemory,
@@ -45,6 +49,10 @@ impl Peer {
         Peer::Nats,
         Peer::Etcd,
         Peer::Echo,
+        Peer::NkvHttp,
+        Peer::NkvHttpSync,
+        Peer::NkvWs,
+        Peer::HttpEcho,
     ];
 
     /// Stands in the raw figures: stable.
@@ -59,21 +67,26 @@ impl Peer {
             Peer::Nats => "NATS KV",
             Peer::Etcd => "etcd",
             Peer::Echo => "echo",
+            Peer::NkvHttp => "nkv HTTP memory",
+            Peer::NkvHttpSync => "nkv HTTP sync",
+            Peer::NkvWs => "nkv WebSocket",
+            Peer::HttpEcho => "HTTP echo",
         }
     }
 
     pub(crate) fn is_nkv(self) -> bool {
-        self.protocol() == Protocol::Nkv
+        matches!(self.name().split(' ').next(), Some("nkv"))
     }
 
     /// What an answer to a put says.
     fn durability(self) -> &'static str {
         match self {
-            Peer::NkvSync | Peer::RedisAlways | Peer::Etcd => "on the disk (fdatasync)",
+            Peer::NkvSync | Peer::NkvHttpSync | Peer::RedisAlways | Peer::Etcd => "on the disk (fdatasync)",
             Peer::NkvOs => "given to the system; on the disk when the system likes",
             Peer::RedisEverysec => "given to the system; on the disk within a second or two",
             Peer::Nats => "given to the system; on the disk within two minutes (the default)",
             Peer::NkvMemory | Peer::RedisNone | Peer::Echo => "nothing is stored",
+            Peer::NkvHttp | Peer::NkvWs | Peer::HttpEcho => "nothing is stored",
         }
     }
 
@@ -84,12 +97,17 @@ impl Peer {
             Peer::Nats => Protocol::Nats,
             Peer::Etcd => Protocol::Etcd,
             Peer::Echo => Protocol::Echo,
+            Peer::NkvHttp | Peer::NkvHttpSync | Peer::HttpEcho => Protocol::Http,
+            Peer::NkvWs => Protocol::Ws,
         }
     }
 
     fn program(self, nkv: &Path) -> Option<PathBuf> {
+        if self == Peer::HttpEcho {
+            return std::env::current_exe().ok();
+        }
         match self.protocol() {
-            Protocol::Nkv => Some(nkv.to_owned()),
+            Protocol::Nkv | Protocol::Http | Protocol::Ws => Some(nkv.to_owned()),
             Protocol::Redis => installed("redis-server"),
             Protocol::Nats => installed("nats-server"),
             Protocol::Etcd => installed("etcd"),
@@ -115,6 +133,13 @@ impl Peer {
                 --initial-cluster default=http://127.0.0.1:{port2} --quota-backend-bytes 8000000000"
                 .to_owned(),
             Peer::Echo => "echo-server {addr}".to_owned(),
+            Peer::NkvHttp | Peer::NkvWs => {
+                "127.0.0.1:{port2} --http {addr} --log-level warn --persist memory".to_owned()
+            }
+            Peer::NkvHttpSync => {
+                "127.0.0.1:{port2} --http {addr} --data-dir {dir} --log-level warn --durability sync".to_owned()
+            }
+            Peer::HttpEcho => "http-echo-server {addr}".to_owned(),
         }
     }
 
@@ -123,6 +148,7 @@ impl Peer {
         let program = self.program(nkv)?;
         let version = match self {
             Peer::Echo => "compare echo-server, one tokio thread".to_owned(),
+            Peer::HttpEcho => "compare http-echo-server: axum, one tokio thread".to_owned(),
             _ => {
                 let output = Command::new(&program).arg("--version").output().ok()?.stdout;
                 String::from_utf8_lossy(&output).lines().next().unwrap_or_default().to_owned()
@@ -227,7 +253,7 @@ mod tests {
     #[test]
     fn the_readme_tells_how_each_server_is_started() {
         let readme = include_str!("../README.md");
-        for peer in Peer::ALL.into_iter().filter(|peer| *peer != Peer::Echo) {
+        for peer in Peer::ALL.into_iter().filter(|peer| !matches!(peer, Peer::Echo | Peer::HttpEcho)) {
             let line = format!("\n{:<15} {}\n", peer.name(), peer.arguments());
             assert!(readme.contains(&line), "{line}");
         }

@@ -36,6 +36,22 @@ pub(crate) fn echo(addr: SocketAddr) -> Result<()> {
     })
 }
 
+/// Serves the requests of `drivers/http.rs` for ever, with axum: what a put sent is thrown away, and a get is answered with a value
+/// of the usual length.
+pub(crate) fn http_echo(addr: SocketAddr) -> Result<()> {
+    use axum::routing::get;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let listener = axum::serve::ListenerExt::tap_io(TcpListener::bind(addr).await?, |socket| {
+            _ = socket.set_nodelay(true);
+        });
+        let value = axum::body::Bytes::from(vec![b'x'; 100]);
+        let put = async |_body: axum::body::Bytes| "{\"key\":\"k\",\"revision\":1}\n";
+        let route = get(async move || value).put(put);
+        Ok(axum::serve(listener, axum::Router::new().route("/v1/kv/{key}", route)).await?)
+    })
+}
+
 /// Ends without a word when the peer does.
 async fn serve(mut socket: TcpStream, subscribers: Subscribers) -> Option<()> {
     let mut input = Vec::with_capacity(64 << 10);

@@ -120,6 +120,16 @@ impl Client {
     /// # Ok(())
     /// # }
     /// ```
+    ///
+    /// The same over HTTP, through proxies and ingresses (with the feature `ws`, which is on by default):
+    ///
+    /// ```no_run
+    /// # async fn example() -> nkv_client::Result<()> {
+    /// let client = nkv_client::Client::connect("ws://nkv.example:8080").await?; // its path is /v1/ws
+    /// client.put("lamp.kitchen", "on").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn connect(addr: &str) -> Result<Self> {
         Client::builder(addr).connect().await
     }

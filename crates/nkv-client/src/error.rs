@@ -36,6 +36,11 @@ impl WireError for Error {
     }
 
     fn lost(error: io::Error) -> Self {
+        // A stream of bytes holds none; a WebSocket may.
+        #[cfg(feature = "ws")]
+        if error.kind() == io::ErrorKind::InvalidData {
+            return Error::protocol(error.to_string());
+        }
         Error::new(ErrorKind::CannotConnect, "connection lost").because(error)
     }
 

@@ -17,6 +17,8 @@ mod subscription;
 mod task;
 mod types;
 mod watcher;
+#[cfg(feature = "ws")]
+mod ws;
 
 pub use client::Client;
 pub use nkv_protocol::{ConnectedClient, Subscriber};

@@ -1,5 +1,7 @@
 //! One connection: bytes in both directions, the greeting, and nothing about what they mean.
 
+#[cfg(feature = "ws")]
+use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
@@ -17,6 +19,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::error::WireError as _;
+#[cfg(feature = "ws")]
+use crate::ws::{Target, WebSocket};
 
 /// What this client understands beyond the first version of the protocol.
 const FEATURES: Features =
@@ -34,9 +38,22 @@ const GREETING_LEN_MAX: usize = 64 << 10;
 /// So long one address of a name has before the next is tried beside it (RFC 8305).
 const ADDRESS_PAUSE: Duration = Duration::from_millis(250);
 
-pub(crate) trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+/// How long a server may take to answer that a WebSocket ends.
+#[cfg(feature = "ws")]
+const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
+pub(crate) trait Io: AsyncRead + AsyncWrite + Send + Unpin {
+    /// The WebSocket, if it is one: then what is written to it at a time is one message.
+    #[cfg(feature = "ws")]
+    fn web_socket(&mut self) -> Option<&mut WebSocket> {
+        None
+    }
+}
+
+impl Io for TcpStream {}
+
+#[cfg(unix)]
+impl Io for tokio::net::UnixStream {}
 
 /// What a connection needs to know to be made.
 #[derive(Clone, Debug)]
@@ -46,6 +63,8 @@ pub(crate) struct LinkOptions {
     pub(crate) name: Option<String>,
     pub(crate) token: Option<String>,
     pub(crate) connect_timeout: Duration,
+    #[cfg_attr(not(feature = "ws"), expect(dead_code, reason = "a WebSocket alone has a heartbeat of its own"))]
+    pub(crate) heartbeat: Duration,
     pub(crate) message_len_max: usize,
 }
 
@@ -54,6 +73,9 @@ pub(crate) struct Link {
     input: BytesMut,
     decoder: MessageDecoder,
     out: BytesMut,
+    /// On a WebSocket, the numbers of the bytes behind each message that waits to be sent.
+    #[cfg(feature = "ws")]
+    ends: Option<VecDeque<u64>>,
     /// Bytes ever given to be sent, less those taken back, and bytes ever sent.
     encoded: u64,
     written: u64,
@@ -88,7 +110,7 @@ impl Link {
     }
 
     async fn greeted(options: &LinkOptions) -> Result<Self> {
-        let io = connect(&options.addr).await;
+        let io = connect(options).await;
         let io = io.map_err(|error| Error::new(ErrorKind::CannotConnect, error.to_string()))?;
         let mut link = Link::over(io, GREETING_LEN_MAX.min(options.message_len_max));
         let mut greeting = Request::new(Kind::Connect, "");
@@ -101,6 +123,10 @@ impl Link {
         let body = link.answer().await?;
         if body.status != status::OK {
             return Err(Error::from_answer(&body, Epoch::default()));
+        }
+        #[cfg(feature = "ws")]
+        if let Some(socket) = link.io.web_socket() {
+            socket.greeted();
         }
         link.features = body.features;
         link.patience = body.patience_ms.map(Duration::from_millis).filter(|_| body.features.contains(Features::ALIVE));
@@ -115,7 +141,11 @@ impl Link {
 
     /// A connection that has not been greeted.
     pub(crate) fn over(io: Box<dyn Io>, message_len_max: usize) -> Self {
+        #[cfg(feature = "ws")]
+        let mut io = io;
         Link {
+            #[cfg(feature = "ws")]
+            ends: io.web_socket().map(|_| VecDeque::new()),
             io,
             input: BytesMut::new(),
             decoder: MessageDecoder::new(),
@@ -151,11 +181,20 @@ impl Link {
         self.next_id += 1;
         request.encode(id, &mut self.out);
         self.encoded += (self.out.len() - len) as u64;
+        #[cfg(feature = "ws")]
+        if let Some(ends) = &mut self.ends {
+            ends.push_back(self.encoded);
+        }
         (id, start)
     }
 
     /// Takes back a request, of which no byte was sent, from its first byte to the last.
     pub(crate) fn take_back(&mut self, start: u64, end: u64) {
+        #[cfg(feature = "ws")]
+        if let Some(ends) = &mut self.ends {
+            ends.retain(|known| *known != end);
+            ends.iter_mut().filter(|known| **known > end).for_each(|known| *known -= end - start);
+        }
         let at = |place: u64| usize::try_from(place.saturating_sub(self.written)).unwrap_or(usize::MAX);
         let (start, end) = (at(start).min(self.out.len()), at(end).min(self.out.len()));
         let behind = self.out.split_off(end);
@@ -192,10 +231,28 @@ impl Link {
             let limit = self.message_len_max;
             return Err(Error::protocol(format!("the server's message is over the limit of {limit} bytes")));
         }
+        #[cfg(feature = "ws")]
+        self.check_frame(message.is_some())?;
         if self.input.is_empty() && self.input.capacity() > KEEP_LEN_MAX {
             self.input = BytesMut::new();
         }
         Ok(message)
+    }
+
+    /// One frame of a WebSocket is one message: bytes of two frames are never taken for one.
+    #[cfg(feature = "ws")]
+    fn check_frame(&mut self, has_message: bool) -> Result<()> {
+        let Some(socket) = self.io.web_socket() else { return Ok(()) };
+        let is_over = socket.frame_len_left() == 0;
+        match has_message {
+            true if !is_over || !self.input.trim_ascii().is_empty() => {
+                Err(Error::protocol("a frame of the server holds more than one message"))
+            }
+            false if is_over && !self.input.is_empty() => {
+                Err(Error::protocol("a frame of the server ends within a message"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// How many bytes that were read are not decoded yet.
@@ -209,7 +266,13 @@ impl Link {
         self.poll_send(cx);
         self.input.reserve(READ_LEN);
         // Reading keeps no state between two polls, so the future may be made anew each time.
-        let end = match ready!(pin!(self.io.read_buf(&mut self.input)).poll(cx)) {
+        let read = pin!(self.io.read_buf(&mut self.input)).poll(cx);
+        #[cfg(feature = "ws")]
+        if let Some(socket) = self.io.web_socket() {
+            // Parts of a long message are a sign of life, and so is what the peer took of one.
+            self.heard = socket.heard();
+        }
+        let end = match ready!(read) {
             Ok(0) => io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the server"),
             Ok(_) => {
                 self.heard = Instant::now();
@@ -231,7 +294,13 @@ impl Link {
 
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.out.is_empty() {
-            let Poll::Ready(sent) = Pin::new(&mut self.io).poll_write(cx, &self.out)? else {
+            #[cfg(feature = "ws")]
+            let out = self.ends.as_ref().and_then(|ends| self.out.get(..message_len(ends, self.written)));
+            #[cfg(feature = "ws")]
+            let out = out.unwrap_or(&self.out);
+            #[cfg(not(feature = "ws"))]
+            let out = &self.out;
+            let Poll::Ready(sent) = Pin::new(&mut self.io).poll_write(cx, out)? else {
                 self.blocked = true;
                 return Poll::Pending;
             };
@@ -244,26 +313,68 @@ impl Link {
             }
             self.out.advance(sent);
             self.written += sent as u64;
+            #[cfg(feature = "ws")]
+            if let Some(ends) = &mut self.ends {
+                ends.pop_front();
+            }
         }
         if self.out.capacity() > KEEP_LEN_MAX {
             self.out = BytesMut::new();
         }
         Pin::new(&mut self.io).poll_flush(cx)
     }
+
+    #[cfg(feature = "ws")]
+    pub(crate) fn is_web_socket(&self) -> bool {
+        self.ends.is_some()
+    }
+
+    /// Says that the connection ends, where its protocol has words for that.
+    #[cfg(feature = "ws")]
+    pub(crate) fn say_goodbye(&mut self) {
+        if let Some(socket) = self.io.web_socket() {
+            socket.say_goodbye();
+        }
+    }
+
+    /// Waits for the answer to the goodbye, for a while.
+    #[cfg(feature = "ws")]
+    pub(crate) async fn closed(mut self) {
+        if let Some(socket) = self.io.web_socket() {
+            // One that does not answer is left all the same.
+            _ = tokio::time::timeout(CLOSE_LIMIT, std::future::poll_fn(|cx| socket.poll_closed(cx))).await;
+        }
+    }
 }
 
-async fn connect(addr: &Address) -> io::Result<Box<dyn Io>> {
-    match addr {
-        Address::Tcp { host, port } => {
-            let stream = connect_to_any(tokio::net::lookup_host((host.as_str(), *port)).await?.collect()).await?;
-            stream.set_nodelay(true)?;
-            keep_alive(&stream);
-            Ok(Box::new(stream))
-        }
+/// How long the first message is that waits to be sent.
+#[cfg(feature = "ws")]
+fn message_len(ends: &VecDeque<u64>, written: u64) -> usize {
+    let len = ends.front().map_or(0, |end| end.saturating_sub(written));
+    usize::try_from(len).unwrap_or(usize::MAX)
+}
+
+async fn connect(options: &LinkOptions) -> io::Result<Box<dyn Io>> {
+    match &options.addr {
+        Address::Tcp { host, port } => Ok(Box::new(connect_tcp(host, *port).await?)),
         #[cfg(unix)]
         Address::Unix { path } => Ok(Box::new(tokio::net::UnixStream::connect(path).await?)),
+        #[cfg(feature = "ws")]
+        Address::Ws { host, port, path } => {
+            let stream = connect_tcp(host, *port).await?;
+            let target = Target { host, port: *port, path };
+            let limits = (options.heartbeat, options.message_len_max);
+            Ok(Box::new(WebSocket::open(Box::new(stream), &target, limits).await?))
+        }
         _ => Err(io::Error::new(io::ErrorKind::Unsupported, "an address of a kind that this client cannot connect to")),
     }
+}
+
+async fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
+    let stream = connect_to_any(tokio::net::lookup_host((host, port)).await?.collect()).await?;
+    stream.set_nodelay(true)?;
+    keep_alive(&stream);
+    Ok(stream)
 }
 
 /// Has the kernel find out within a minute or so that the host of an idle server has vanished. No limit for what it does not

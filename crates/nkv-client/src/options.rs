@@ -120,6 +120,9 @@ impl ClientBuilder {
     /// few seconds, and does not count as lost before the time that it states has passed without any (30 s by
     /// default). Of an older server, which gives none, the
     /// request whose answer is due decides: while its caller still waits, nothing counts as lost.
+    ///
+    /// On a WebSocket (`ws://`) a ping is sent at each interval, and a server of which no byte came, and which took none that
+    /// waited, for two of them counts as lost, whatever is due. Parts of a long message are such bytes.
     pub fn heartbeat(mut self, interval: Duration) -> Self {
         self.pace.heartbeat = interval.clamp(Duration::from_millis(1), INTERVAL_MAX);
         self
@@ -219,12 +222,18 @@ impl ClientBuilder {
     }
 
     fn link_options(&self) -> Result<LinkOptions> {
+        let addr = self.addr.parse::<Address>()?;
+        if cfg!(not(feature = "ws")) && matches!(addr, Address::Ws { .. }) {
+            let what = format!("address '{addr}': this client was built without the cargo feature 'ws' of nkv-client");
+            return Err(Error::new(ErrorKind::InvalidAddress, what));
+        }
         Ok(LinkOptions {
-            addr: self.addr.parse::<Address>()?,
+            addr,
             client_uuid: self.client_uuid.clone().map_or_else(random_name, Ok)?,
             name: self.name.clone(),
             token: self.token.clone(),
             connect_timeout: self.connect_timeout,
+            heartbeat: self.pace.heartbeat,
             message_len_max: self.message_len_max,
         })
     }
@@ -255,4 +264,16 @@ fn random_name() -> Result<String> {
     getrandom::fill(&mut bytes)
         .map_err(|error| Error::new(ErrorKind::CannotConnect, "no randomness for the client's name").because(error))?;
     Ok(format!("{:032x}", u128::from_ne_bytes(bytes)))
+}
+
+#[cfg(all(test, not(feature = "ws")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_the_feature_an_address_of_a_websocket_names_it() {
+        let error = ClientBuilder::new("ws://127.0.0.1:8080").link_options().unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::InvalidAddress);
+        assert!(error.to_string().contains("feature 'ws'"), "{error}");
+    }
 }

@@ -363,7 +363,16 @@ impl Task {
             let since = Instant::now();
             self.attach(&mut present);
             match self.serve(&mut present).await {
-                Stop::Done => break,
+                Stop::Done => {
+                    self.has_ended = true;
+                    #[cfg(feature = "ws")]
+                    present.say_goodbye();
+                    // No caller waits for the server's answer to that.
+                    drop(self);
+                    #[cfg(feature = "ws")]
+                    present.closed().await;
+                    return;
+                }
                 Stop::Lost(error) => self.detach(&present, &error),
             }
             drop(present);
@@ -521,6 +530,11 @@ impl Task {
         }
         if link.is_broken() {
             return Err(io::Error::new(io::ErrorKind::BrokenPipe, "nothing can be sent, and nothing comes"));
+        }
+        // A WebSocket pings and judges by itself.
+        #[cfg(feature = "ws")]
+        if link.is_web_socket() {
+            return Ok(now + heartbeat);
         }
         let has_signs = link.patience.is_some();
         let limit = (2 * heartbeat).max(link.patience.unwrap_or_default());
@@ -835,6 +849,7 @@ mod tests {
 
     use super::*;
     use crate::hub::Sink;
+    use crate::link::Io;
     use nkv_types::Address;
 
     const HEARTBEAT: Duration = Duration::from_secs(10);
@@ -859,6 +874,7 @@ mod tests {
             name: None,
             token: None,
             connect_timeout: HEARTBEAT,
+            heartbeat: HEARTBEAT,
             message_len_max: 1 << 20,
         };
         let pace = Pace { heartbeat: HEARTBEAT, backoff_min: HEARTBEAT, backoff_max: HEARTBEAT };
@@ -868,6 +884,10 @@ mod tests {
 
     /// A stream that can be read and, from some time on, not written any more.
     struct HalfDead(DuplexStream, Arc<AtomicBool>);
+
+    impl Io for DuplexStream {}
+
+    impl Io for HalfDead {}
 
     impl AsyncRead for HalfDead {
         fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {

@@ -233,8 +233,9 @@ async fn a_condition_of_another_epoch_is_refused() {
     let (first, addr) = server().await;
     let client = eager(&addr).connect().await.unwrap();
     let revision = client.put("a", "1").await.unwrap();
+    let listen = first.addresses()[0].clone();
     first.shutdown().await.unwrap();
-    let _second = nkv_server::Server::builder().listen(addr.parse().unwrap()).bind().await.unwrap();
+    let _second = nkv_server::Server::builder().listen(listen).bind().await.unwrap();
     assert_eq!(client.get("a").await.unwrap(), None, "the new server's");
     assert_eq!(client.put("a", "other").await.unwrap().get(), revision.get());
     let stale = PutOptions::default().with_if_revision(revision);
@@ -318,6 +319,7 @@ async fn a_page_is_made_larger_again_behind_large_values() {
 #[tokio::test]
 async fn a_client_may_begin_before_its_server() {
     let (first, addr) = server().await;
+    let listen = first.addresses()[0].clone();
     first.shutdown().await.unwrap();
     let (waiting, started) = (eager(&addr).wait_for_server(Duration::from_secs(20)), eager(&addr).start().unwrap());
     assert_eq!(*started.state().borrow(), ConnectionState::Reconnecting);
@@ -327,7 +329,7 @@ async fn a_client_may_begin_before_its_server() {
         client.get("a").await
     });
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let _second = nkv_server::Server::builder().listen(addr.parse().unwrap()).bind().await.unwrap();
+    let _second = nkv_server::Server::builder().listen(listen).bind().await.unwrap();
     assert_eq!(within(early).await.unwrap().unwrap().unwrap().value, "1");
     let nobody = Scripted::new().await.addr;
     let error = Client::builder(&nobody).wait_for_server(Duration::from_millis(50)).connect().await.unwrap_err();

@@ -250,7 +250,7 @@ async fn kept(dir: &std::path::Path) -> (Server, String) {
     let dir = dir.to_owned();
     let open = move || FsPersist::open(dir, FsOptions::default().with_durability(Durability::Os));
     let server = Server::builder().listen("127.0.0.1:0".parse().unwrap()).persist("os", open).bind().await.unwrap();
-    let addr = server.addresses()[0].to_string();
+    let addr = common::front(&server.addresses()[0].to_string()).await;
     (server, addr)
 }
 

@@ -16,6 +16,7 @@ use http::header::{CONTENT_ENCODING, CONTENT_RANGE, TRANSFER_ENCODING};
 use http::{HeaderMap, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt;
+use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
 use nkv_node::Handle;
 
@@ -40,7 +41,15 @@ pub(crate) struct Body {
 enum Kind {
     Whole(Bytes),
     Long(Arc<Long>, Option<u64>),
+    /// Made elsewhere, with trailers.
+    Calls(CallsBody),
 }
+
+/// Why a body broke off.
+pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The body of an answer that another protocol on this port makes.
+pub type CallsBody = UnsyncBoxBody<Bytes, BoxError>;
 
 /// Makes a body, piece by piece.
 pub(crate) trait Source: Send {
@@ -67,6 +76,11 @@ impl fmt::Display for Stalled {
 }
 
 impl std::error::Error for Stalled {}
+
+/// The body of another protocol's answer.
+pub(crate) fn of_calls(body: CallsBody) -> Body {
+    Body { kind: Kind::Calls(body), busy: None }
+}
 
 /// A short body.
 pub(crate) fn full(bytes: impl Into<Bytes>) -> Body {
@@ -99,6 +113,7 @@ impl Body {
                 Some(source) => source,
                 None => return full(Bytes::new()),
             },
+            Kind::Calls(_) => return self,
         };
         let encoder = Some(GzEncoder::new(Vec::new(), Compression::fast()));
         Body::long(Box::new(Gzip { source, encoder }), None, conn)
@@ -107,13 +122,14 @@ impl Body {
 
 impl HttpBody for Body {
     type Data = Bytes;
-    type Error = Stalled;
+    type Error = BoxError;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Stalled>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let next = match &mut self.kind {
             Kind::Whole(bytes) if bytes.is_empty() => Poll::Ready(None),
             Kind::Whole(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
-            Kind::Long(long, _) => long.poll_frame(cx),
+            Kind::Long(long, _) => long.poll_frame(cx).map_err(Into::into),
+            Kind::Calls(body) => Pin::new(body).poll_frame(cx),
         };
         if matches!(next, Poll::Ready(None | Some(Err(_)))) {
             self.busy = None;
@@ -122,7 +138,11 @@ impl HttpBody for Body {
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(&self.kind, Kind::Whole(bytes) if bytes.is_empty())
+        match &self.kind {
+            Kind::Whole(bytes) => bytes.is_empty(),
+            Kind::Long(..) => false,
+            Kind::Calls(body) => body.is_end_stream(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -130,6 +150,7 @@ impl HttpBody for Body {
             Kind::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Kind::Long(_, Some(len)) => SizeHint::with_exact(*len),
             Kind::Long(_, None) => SizeHint::default(),
+            Kind::Calls(body) => body.size_hint(),
         }
     }
 }

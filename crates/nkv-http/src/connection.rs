@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use http::Request;
@@ -18,7 +18,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 
 use crate::body::{Long, Unsent};
-use crate::door::Inner;
+use crate::door::{Calls, Inner};
 use crate::route::answer;
 use crate::timed::{TimeLimits, Timed, Times};
 use crate::ws::{Frames, tell_records};
@@ -42,6 +42,9 @@ pub(crate) struct Conn {
     reading: AtomicUsize,
     times: Arc<Times>,
     limits: TimeLimits,
+    /// What answers its calls of gRPC, once there is one.
+    calls: OnceLock<Box<dyn Calls>>,
+    has_calls: Notify,
     /// What the connection becomes when HTTP has ended.
     upgrade: Mutex<Option<Upgrade>>,
 }
@@ -87,6 +90,24 @@ impl Drop for Busy {
 impl Conn {
     pub(crate) fn limits(&self) -> &TimeLimits {
         &self.limits
+    }
+
+    /// What answers its calls of gRPC, if this port does.
+    pub(crate) fn calls(&self, door: &Inner) -> Option<&dyn Calls> {
+        let make = door.calls.as_ref()?;
+        let calls = self.calls.get_or_init(|| (make.0)(&self.address));
+        self.has_calls.notify_one();
+        Some(&**calls)
+    }
+
+    /// Waits until it is to be cut for what its calls hold.
+    async fn calls_evicted(&self) {
+        loop {
+            if let Some(calls) = self.calls.get() {
+                return calls.evicted().await;
+            }
+            self.has_calls.notified().await;
+        }
     }
 
     pub(crate) fn upgrade_to(&self, upgrade: Upgrade) {
@@ -223,6 +244,8 @@ where
         reading: AtomicUsize::new(0),
         times: Arc::clone(&times),
         limits,
+        calls: OnceLock::new(),
+        has_calls: Notify::new(),
         upgrade: Mutex::default(),
     });
     let stream = TokioIo::new(Timed::new(stream, times, limits));
@@ -296,6 +319,7 @@ where
         }
     });
     let mut serving = std::pin::pin!(builder.serve_connection_with_upgrades(stream, service));
+    let mut calls_evicted = std::pin::pin!(conn.calls_evicted());
     let mut look = tokio::time::interval(LOOK_EVERY);
     let mut is_stopping = false;
     loop {
@@ -307,6 +331,7 @@ where
                 return;
             }
             () = conn.load.look_anew.notified() => {}
+            () = &mut calls_evicted => return,
             _ = look.tick(), if conn.load.has_bodies() => conn.load.end_stalled(conn.limits.stall),
         }
         if conn.peer.is_evicted() {
@@ -325,7 +350,18 @@ impl Load {
 }
 
 /// What serves the messages of a WebSocket.
-pub(crate) struct Messages(pub(crate) Box<crate::door::ServeMessages>);
+#[derive(Clone)]
+pub(crate) struct Messages(pub(crate) Arc<crate::door::ServeMessages>);
+
+/// What makes that which answers the calls of a connection.
+#[derive(Clone)]
+pub(crate) struct MakesCalls(pub(crate) Arc<crate::door::MakeCalls>);
+
+impl fmt::Debug for MakesCalls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("MakesCalls")
+    }
+}
 
 impl Inner {
     fn log_eviction(&self, conn: &Conn) {

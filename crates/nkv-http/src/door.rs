@@ -5,10 +5,13 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::{Request, Response};
+use hyper::body::Incoming;
 use nkv_node::{ConnectionLimit, Handle};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
-use crate::connection::{self, Messages};
+use crate::body::CallsBody;
+use crate::connection::{self, MakesCalls, Messages};
 use crate::figures::Counted;
 use crate::guard::{Guard, Origin, host_name};
 use crate::timed::TimeLimits;
@@ -20,6 +23,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
 
 pub(crate) type ServeMessages =
     dyn Fn(Box<dyn Stream>, Box<str>) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync;
+
+/// What answers the calls of another protocol on the port of a door: see [`Door::with_calls`]. One for each connection.
+pub trait Calls: fmt::Debug + Send + Sync {
+    /// Answers a request.
+    fn call(&self, request: Request<Incoming>) -> CallsFuture;
+
+    /// Waits until the connection is to be cut, as the node is short of memory.
+    fn evicted(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+}
+
+/// The answer of [`Calls`] to a request.
+pub type CallsFuture = Pin<Box<dyn Future<Output = Response<CallsBody>> + Send>>;
+
+pub(crate) type MakeCalls = dyn Fn(&str) -> Box<dyn Calls> + Send + Sync;
 
 /// How an HTTP door is to be.
 ///
@@ -133,6 +150,7 @@ pub(crate) struct Inner {
     pub(crate) options: Options,
     pub(crate) guard: Guard,
     pub(crate) messages: Option<Messages>,
+    pub(crate) calls: Option<MakesCalls>,
     /// Shared with a door that shows it.
     pub(crate) counted: Arc<Counted>,
 }
@@ -162,7 +180,7 @@ impl Door {
         }
         handle.keep_figures();
         let counted = Arc::clone(&options.counted.0);
-        Ok(Door(Arc::new(Inner { handle, options, guard, messages: None, counted })))
+        Ok(Door(Arc::new(Inner { handle, options, guard, messages: None, calls: None, counted })))
     }
 
     /// Serves WebSockets at `/v1/ws` too: `serve` is given a stream whose bytes are those of the JSON-lines protocol, and who the
@@ -172,14 +190,33 @@ impl Door {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let serve: Box<ServeMessages> = Box::new(move |stream, peer| Box::pin(serve(stream, peer)));
-        let Inner { handle, options, guard, counted, .. } = &*self.0;
-        let (handle, options, guard, counted) = (handle.clone(), options.clone(), guard.clone(), Arc::clone(counted));
-        Door(Arc::new(Inner { handle, options, guard, messages: Some(Messages(serve)), counted }))
+        let serve: Arc<ServeMessages> = Arc::new(move |stream, peer| Box::pin(serve(stream, peer)));
+        self.with(|inner| inner.messages = Some(Messages(serve)))
+    }
+
+    /// Has gRPC answered on the same port: requests of HTTP/2 whose content type is one of gRPC are given to what `make` makes for
+    /// their connection. Who may call is checked before, as for every request.
+    #[must_use]
+    pub fn with_calls(self, make: impl Fn(&str) -> Box<dyn Calls> + Send + Sync + 'static) -> Self {
+        self.with(|inner| inner.calls = Some(MakesCalls(Arc::new(make))))
+    }
+
+    fn with(self, change: impl FnOnce(&mut Inner)) -> Self {
+        let Inner { handle, options, guard, messages, calls, counted } = &*self.0;
+        let mut inner = Inner {
+            handle: handle.clone(),
+            options: options.clone(),
+            guard: guard.clone(),
+            messages: messages.clone(),
+            calls: calls.clone(),
+            counted: Arc::clone(counted),
+        };
+        change(&mut inner);
+        Door(Arc::new(inner))
     }
 
     /// Serves one connection until either side ends it or the node stops. `peer` is shown to people; where it is an IP
-    /// address with a port, the limit for one address counts it.
+    /// address with a port, the limit for one address counts it. A socket of TCP is best given without delay (`TCP_NODELAY`).
     pub async fn serve<S>(&self, mut stream: S, peer: impl fmt::Display)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,

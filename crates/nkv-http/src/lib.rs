@@ -30,4 +30,5 @@ mod timed;
 mod watch;
 mod ws;
 
-pub use door::{Door, OptionError, Options, Stream};
+pub use body::CallsBody;
+pub use door::{Calls, CallsFuture, Door, OptionError, Options, Stream};

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::header::{CONTENT_SECURITY_POLICY, ETAG, VARY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
-use http::{HeaderValue, Method, Request, StatusCode};
+use http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, VARY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
+use http::{HeaderName, HeaderValue, Method, Request, StatusCode, Version};
 use hyper::body::Incoming;
 
-use crate::body::{Answer, full};
+use crate::body::{Answer, full, of_calls};
 use crate::connection::Conn;
 use crate::door::Inner;
 use crate::guard::{Passed, allow, allow_preflight};
@@ -25,6 +25,7 @@ pub(crate) struct Ctx<'a> {
 /// Answers a request, also one that may not be served.
 pub(crate) async fn answer(door: &Arc<Inner>, conn: &Arc<Conn>, request: Request<Incoming>) -> Answer {
     let (mut answer, origin) = match door.guard.check(&request) {
+        Err(problem) if is_grpc(&request) && request.version() == Version::HTTP_2 => (refused_call(&problem), None),
         Err(problem) => (problem.into_answer(), None),
         Ok(Passed::Ours) => (served(Ctx { door, conn }, request).await, None),
         Ok(Passed::Allowed(origin)) if is_preflight(&request) => {
@@ -49,11 +50,36 @@ pub(crate) async fn answer(door: &Arc<Inner>, conn: &Arc<Conn>, request: Request
     answer
 }
 
+/// Also what only begins like it: it is nothing for REST.
+fn is_grpc<B>(request: &Request<B>) -> bool {
+    let kind = request.headers().get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
+    kind.starts_with(b"application/grpc")
+}
+
+/// A refusal as gRPC says it: an answer of trailers alone, with PERMISSION_DENIED.
+fn refused_call(problem: &Problem) -> Answer {
+    let mut answer = Answer::new(full(""));
+    let headers = answer.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert("grpc-status", HeaderValue::from_static("7"));
+    let message = problem.detail().replace('%', "%25");
+    headers
+        .extend(HeaderValue::from_str(&message).ok().map(|message| (HeaderName::from_static("grpc-message"), message)));
+    answer
+}
+
 fn is_preflight<B>(request: &Request<B>) -> bool {
     *request.method() == Method::OPTIONS && request.headers().contains_key("access-control-request-method")
 }
 
 async fn served(ctx: Ctx<'_>, request: Request<Incoming>) -> Answer {
+    if is_grpc(&request) {
+        let is_http2 = request.version() == Version::HTTP_2;
+        return match ctx.conn.calls(ctx.door).filter(|_| is_http2) {
+            Some(calls) => calls.call(request).await.map(of_calls),
+            None => Problem::new("coded-content", "no gRPC is served here, or not by HTTP/1.1").into_answer(),
+        };
+    }
     let (start, path) = (Instant::now(), request.uri().path().to_owned());
     let answer = route(ctx, &path, request).await.unwrap_or_else(Problem::into_answer);
     ctx.door.counted.answered(&path, start.elapsed(), answer.status());

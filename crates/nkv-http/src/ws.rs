@@ -16,6 +16,7 @@ use http::{HeaderName, HeaderValue, Method, Request, StatusCode, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
+use memchr::{memchr, memmem};
 use nkv_node::{Handle, Room, Stopping, Tail};
 use nkv_protocol::{Decoder, Limits};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -396,8 +397,8 @@ impl Frames {
         match message {
             Message::Text(text) => {
                 let mut bytes = Bytes::from(text);
-                let newlines = bytes.iter().filter(|byte| **byte == b'\n').count();
-                if newlines > usize::from(bytes.ends_with(b"\n")) {
+                let inner = bytes.len().saturating_sub(1);
+                if memchr(b'\n', bytes.get(..inner).unwrap_or_default()).is_some() {
                     // White space between the parts of one JSON value.
                     let line = bytes.iter().map(|byte| if *byte == b'\n' { b' ' } else { *byte });
                     bytes = line.collect::<Vec<_>>().into();
@@ -470,7 +471,7 @@ impl Frames {
 
 /// Whether a request may have a `len`, also one whose name is escaped.
 fn may_announce(line: &[u8]) -> bool {
-    line.windows(5).any(|part| part == b"\"len\"") || line.windows(2).any(|part| part == b"\\u")
+    memmem::find(line, b"\"len\"").is_some() || memmem::find(line, b"\\u").is_some()
 }
 
 /// Finds where the messages of the server end.
@@ -488,7 +489,7 @@ impl Splitter {
             Some(known) => known,
             None => {
                 let rest = bytes.get(self.scanned..).unwrap_or_default();
-                let Some(at) = rest.iter().position(|byte| *byte == b'\n') else {
+                let Some(at) = memchr(b'\n', rest) else {
                     self.scanned = bytes.len();
                     return None;
                 };
@@ -505,7 +506,7 @@ impl Splitter {
 /// How long the payload is that a line of the server announces: `len` in its inner object.
 fn payload_len(line: &[u8]) -> Option<usize> {
     const NAME: &[u8] = b"\"len\":";
-    line.windows(NAME.len()).any(|part| part == NAME).then_some(())?;
+    memmem::find(line, NAME)?;
     let message: serde_json::Value = serde_json::from_slice(line).ok()?;
     let inner = message.as_object()?.values().next()?;
     inner.get("len")?.as_u64().and_then(|len| usize::try_from(len).ok())

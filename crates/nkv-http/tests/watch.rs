@@ -34,7 +34,7 @@ impl Events {
         let mut stream = door.connect().await;
         let mut head = format!("GET {path} HTTP/1.1\r\nHost: {}\r\n", door.address);
         headers.iter().for_each(|(name, value)| head.push_str(&format!("{name}: {value}\r\n")));
-        stream.write_all(format!("{head}\r\n").as_bytes()).await.unwrap();
+        stream.write_all(format!("{head}\r\n").as_bytes()).await.expect("as documented");
         let mut events = Events { stream, bytes: Vec::new(), head: String::new(), id: String::new() };
         events.head = events.take_to("\r\n\r\n").await.expect("a head");
         events
@@ -86,7 +86,8 @@ impl Events {
         if let Some(id) = &id {
             self.id.clone_from(id);
         }
-        let data = field("data").map_or(serde_json::Value::Null, |data| serde_json::from_str(&data).unwrap());
+        let data =
+            field("data").map_or(serde_json::Value::Null, |data| serde_json::from_str(&data).expect("as documented"));
         Some(Event { name: field("event").unwrap_or_default(), id, data })
     }
 
@@ -113,7 +114,7 @@ impl Events {
                 "reset" => said.push("reset".into()),
                 name => {
                     assert_eq!(event.id, None, "inside a snapshot or a resume");
-                    said.push(format!("{name} {}", event.data["key"].as_str().unwrap()));
+                    said.push(format!("{name} {}", event.data["key"].as_str().expect("as documented")));
                 }
             }
         }

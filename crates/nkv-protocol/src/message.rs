@@ -207,6 +207,14 @@ pub enum MessageError {
     /// The peer is a NATS server.
     #[error("this is a NATS server, not nkv; both use port 4222 by default")]
     Nats,
+    /// The peer is an HTTP server.
+    #[error("this is an HTTP server; the HTTP port of an nkv server is written ws://host:port")]
+    Http,
+    /// The peer is a server of HTTP/2 alone, such as one of gRPC.
+    #[error(
+        "this is an HTTP/2 server, such as one of gRPC; use the port of nkv's own protocol, or ws://host:port for that of HTTP"
+    )]
+    Http2,
     /// A message is longer than this client takes.
     #[error("message over the limit of {len_max} bytes")]
     TooLarge {
@@ -350,6 +358,9 @@ impl MessageDecoder {
         let mut rest = input;
         loop {
             let Some((whole_line, behind)) = split_line(rest, std::mem::take(&mut self.scanned)) else {
+                if is_http2(rest) {
+                    return Err(MessageError::Http2);
+                }
                 if rest.len() as u64 > MESSAGE_LEN_MAX {
                     return Err(MessageError::TooLarge { len_max: MESSAGE_LEN_MAX });
                 }
@@ -653,12 +664,23 @@ fn wrong(reason: &str) -> MessageError {
     MessageError::Malformed { reason: reason.to_owned() }
 }
 
+/// The settings that a server of HTTP/2 begins with: a frame of a length of two bytes at most, type 4, no flags, stream 0.
+fn is_http2(input: &[u8]) -> bool {
+    matches!(input, [0, _, _, 4, 0, 0, 0, 0, 0, ..])
+}
+
 /// How many characters of the reason are kept that a message is none.
 const REASON_CHARS_MAX: usize = 256;
 
 fn malformed(line: &[u8], error: &serde_json::Error) -> MessageError {
     if line.starts_with(b"INFO {") {
         return MessageError::Nats;
+    }
+    if line.starts_with(b"HTTP/") {
+        return MessageError::Http;
+    }
+    if is_http2(line) {
+        return MessageError::Http2;
     }
     // It may quote a name of any length.
     let mut reason = Start::default();

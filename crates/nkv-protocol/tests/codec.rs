@@ -241,6 +241,24 @@ fn a_nats_server_is_named_as_such() {
     assert!(error.to_string().contains("NATS"), "{error}");
 }
 
+/// A server of HTTP/2 speaks first, and its first bytes need not hold a newline.
+#[test]
+fn an_http_server_is_named_as_such() {
+    for (input, part) in [
+        (
+            &b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n"[..],
+            "an HTTP server; the HTTP port of an nkv server is written ws://",
+        ),
+        (b"\0\0\x12\x04\0\0\0\0\0\0\x03\0\0\0\x64", "an HTTP/2 server"),
+        (b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\n", "an HTTP/2 server"),
+    ] {
+        let error = MessageDecoder::new().decode(input).unwrap_err();
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    assert_eq!(MessageDecoder::new().decode(b"HTTP/1.1 400 Bad").unwrap().1, None, "the line is not there yet");
+    assert_eq!(MessageDecoder::new().decode(b"\0\0\x06\x04").unwrap().1, None, "nor is the frame");
+}
+
 /// The byte behind a payload was not looked at: a wrong `len` put the reader out of step.
 #[test]
 fn a_payload_from_the_server_ends_with_a_newline() {

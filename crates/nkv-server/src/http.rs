@@ -26,29 +26,45 @@ pub(crate) struct Http {
 /// With its listeners.
 #[derive(Debug)]
 pub(crate) struct Listening {
-    http: (Vec<Address>, Vec<Listener>),
+    http: Vec<Port>,
     metrics: (Vec<Address>, Vec<Listener>),
     options: HttpOptions,
 }
 
+/// The listeners of one address.
+#[derive(Debug)]
+struct Port {
+    /// As it was asked for.
+    asked: Address,
+    addresses: Vec<Address>,
+    listeners: Vec<Listener>,
+}
+
 impl Http {
     pub(crate) async fn listen(self, options: &Options) -> Result<Listening, ServerError> {
-        let http = listen_all(&self.addresses, options).await?;
+        let mut http = Vec::new();
+        for asked in self.addresses {
+            let (addresses, listeners) = listen_all(std::slice::from_ref(&asked), options).await?;
+            http.push(Port { asked, addresses, listeners });
+        }
         let metrics = listen_all(&self.metrics, options).await?;
         Ok(Listening { http, metrics, options: self.options })
     }
 }
 
 impl Listening {
-    /// Accepts from now on, beside the door for JSON lines; gives the addresses of HTTP, and of figures alone.
+    /// Accepts from now on, beside the door for JSON lines; `with_calls` is given each address as it was asked for, and may add gRPC
+    /// to its door. Gives the addresses of HTTP, and of figures alone.
     pub(crate) fn serve(
         self,
         lines: &LinesDoor,
+        with_calls: impl Fn(&Address, Door) -> Door,
         acceptors: &mut JoinSet<()>,
     ) -> Result<(Vec<Address>, Vec<Address>), ServerError> {
         let handle = &lines.0.handle;
         let wrong = |error| ServerError::System(std::io::Error::new(std::io::ErrorKind::InvalidInput, error));
-        if !self.http.1.is_empty() {
+        let mut addresses = Vec::new();
+        if !self.http.is_empty() {
             let mut options = self.options.clone();
             options.connections = lines.connection_limit();
             options.stall_limit = lines.0.options.stall_limit;
@@ -59,8 +75,12 @@ impl Listening {
                 async move { lines.serve(stream, peer).await }
             };
             let door = Door::new(handle.clone(), options).map_err(wrong)?.with_messages(messages);
-            for listener in self.http.1 {
-                acceptors.spawn(accept(HttpDoor(door.clone(), handle.clone()), listener));
+            for port in self.http {
+                let door = with_calls(&port.asked, door.clone());
+                addresses.extend(port.addresses);
+                for listener in port.listeners {
+                    acceptors.spawn(accept(HttpDoor(door.clone(), handle.clone()), listener));
+                }
             }
         }
         if !self.metrics.1.is_empty() {
@@ -72,7 +92,7 @@ impl Listening {
                 acceptors.spawn(accept(HttpDoor(door.clone(), handle.clone()), listener));
             }
         }
-        Ok((self.http.0, self.metrics.0))
+        Ok((addresses, self.metrics.0))
     }
 }
 

@@ -14,6 +14,8 @@ mod connection;
 mod dispatch;
 mod door;
 mod error;
+#[cfg(feature = "grpc")]
+mod grpc;
 mod holder;
 #[cfg(feature = "http")]
 mod http;
@@ -27,6 +29,8 @@ mod socket;
 
 pub use door::{Door, serve};
 pub use error::ServerError;
+#[cfg(feature = "grpc")]
+pub use nkv_grpc;
 #[cfg(feature = "http")]
 pub use nkv_http;
 pub use nkv_node::{Handle, Subscription};

@@ -78,6 +78,10 @@ impl Listener {
                 bind_all(&address.to_string(), &found).await.map_err(failed)
             }
             Address::Unix { path } => bind_unix(path, options).map(|listener| vec![listener]).map_err(failed),
+            Address::Ws { .. } => {
+                let what = "ws:// is where a client connects; a server listens at host:port or unix:PATH";
+                Err(failed(io::Error::new(io::ErrorKind::Unsupported, what)))
+            }
             _ => Err(failed(io::ErrorKind::Unsupported.into())),
         }
     }

@@ -11,6 +11,8 @@ use tokio::task::{JoinError, JoinHandle, JoinSet};
 
 use crate::door::Door;
 use crate::error::ServerError;
+#[cfg(feature = "grpc")]
+use crate::grpc::{self, Grpc};
 #[cfg(feature = "http")]
 use crate::http::Http;
 use crate::listener::{Listener, accept};
@@ -24,6 +26,8 @@ pub struct Builder {
     options: Options,
     #[cfg(feature = "http")]
     http: Http,
+    #[cfg(feature = "grpc")]
+    grpc: Grpc,
 }
 
 impl Builder {
@@ -171,6 +175,26 @@ impl Builder {
         self
     }
 
+    /// Serves gRPC at `address` too: the [gRPC door](nkv_grpc::Door). At an address that [`http`](Self::http) was given as well, both
+    /// are served at one port.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use nkv_server::Server;
+    ///
+    /// let server = Server::builder().grpc("127.0.0.1:0".parse()?).bind().await?;
+    /// println!("gRPC at {}", server.grpc_addresses()[0]);
+    /// # Ok(()) }
+    /// ```
+    #[cfg(feature = "grpc")]
+    #[must_use]
+    pub fn grpc(mut self, address: Address) -> Self {
+        self.grpc.addresses.push(address);
+        self
+    }
+
     /// Loads what was stored and starts to listen, on the current Tokio runtime (I/O and time enabled).
     ///
     /// # Errors
@@ -191,8 +215,12 @@ impl Builder {
     /// ```
     pub async fn bind(self) -> Result<Server, ServerError> {
         let (addresses, listeners) = listen_all(&self.addresses, &self.options).await?;
+        #[cfg(feature = "grpc")]
+        let shared: Vec<Address> = shared(&self);
         #[cfg(feature = "http")]
         let http = self.http.listen(&self.options).await?;
+        #[cfg(feature = "grpc")]
+        let grpc = self.grpc.listen(&self.options, &shared).await?;
         let node = self.node.limits(self.options.node_limits()).after_wake_ups(forget_encodings).start().await?;
         let handle = node.handle();
         let door = Door::new(handle.clone(), self.options);
@@ -200,8 +228,22 @@ impl Builder {
         for listener in listeners {
             acceptors.spawn(accept(door.clone(), listener));
         }
+        #[cfg(feature = "grpc")]
+        let calls = grpc.is_wanted(&shared).then(|| grpc::door(&door));
         #[cfg(feature = "http")]
-        let (http_addresses, metrics_addresses) = http.serve(&door, &mut acceptors)?;
+        let (http_addresses, metrics_addresses) = {
+            let with_calls = |asked: &Address, http: nkv_http::Door| {
+                #[cfg(feature = "grpc")]
+                if let Some(calls) = calls.clone().filter(|_| shared.contains(asked)) {
+                    return http.with_calls(move |peer| grpc::shared::calls(&calls, peer));
+                }
+                let _ = asked;
+                http
+            };
+            http.serve(&door, with_calls, &mut acceptors)?
+        };
+        #[cfg(feature = "grpc")]
+        let grpc_addresses = grpc.serve(calls, &door, &mut acceptors);
         let (stop, stop_asked) = oneshot::channel();
         let running = tokio::spawn(run(node, acceptors, stop_asked));
         Ok(Server {
@@ -210,6 +252,8 @@ impl Builder {
             http_addresses,
             #[cfg(feature = "http")]
             metrics_addresses,
+            #[cfg(feature = "grpc")]
+            grpc_addresses,
             handle,
             stop,
             running,
@@ -225,6 +269,8 @@ pub struct Server {
     http_addresses: Vec<Address>,
     #[cfg(feature = "http")]
     metrics_addresses: Vec<Address>,
+    #[cfg(feature = "grpc")]
+    grpc_addresses: Vec<Address>,
     handle: Handle,
     /// Dropped to stop.
     stop: oneshot::Sender<()>,
@@ -253,6 +299,8 @@ impl Server {
             options: Options::default(),
             #[cfg(feature = "http")]
             http: Http::default(),
+            #[cfg(feature = "grpc")]
+            grpc: Grpc::default(),
         }
     }
 
@@ -275,6 +323,13 @@ impl Server {
     #[must_use]
     pub fn metrics_addresses(&self) -> &[Address] {
         &self.metrics_addresses
+    }
+
+    /// Where it serves gRPC alone, as [`addresses`](Self::addresses).
+    #[cfg(feature = "grpc")]
+    #[must_use]
+    pub fn grpc_addresses(&self) -> &[Address] {
+        &self.grpc_addresses
     }
 
     /// The store, from within the process.
@@ -342,6 +397,16 @@ impl Server {
     pub async fn failed(&mut self) -> Result<(), ServerError> {
         ended((&mut self.running).await)
     }
+}
+
+/// Where HTTP and gRPC are served at one port.
+#[cfg(feature = "grpc")]
+fn shared(builder: &Builder) -> Vec<Address> {
+    #[cfg(feature = "http")]
+    let http = &builder.http.addresses[..];
+    #[cfg(not(feature = "http"))]
+    let http: &[Address] = &[];
+    builder.grpc.addresses.iter().filter(|address| http.contains(address)).cloned().collect()
 }
 
 /// Listens at all of `addresses`, or at none: where that is, and the listeners.

@@ -109,6 +109,18 @@ fn a_unix_socket_left_over_is_replaced_and_one_that_is_anothers_is_not() {
 
 /// The message was the word `storage`.
 #[test]
+fn a_server_does_not_listen_at_the_address_of_a_websocket() {
+    let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+    let server = Server::builder().listen("ws://127.0.0.1:0".parse().unwrap());
+    let error = runtime.block_on(server.bind()).unwrap_err();
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    assert!(
+        error.to_string().contains("ws://127.0.0.1:0") && source.contains("where a client connects"),
+        "{error}: {source}"
+    );
+}
+
+#[test]
 fn an_error_that_keeps_a_server_from_starting_says_what_is_wrong() {
     let runtime = Builder::new_current_thread().enable_all().build().unwrap();
     let open =

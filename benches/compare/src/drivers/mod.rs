@@ -2,9 +2,11 @@
 
 mod echo;
 mod etcd;
+mod http;
 mod nats;
 mod nkv;
 mod resp;
+mod ws;
 
 use std::fmt;
 use std::sync::Arc;
@@ -33,6 +35,10 @@ pub(crate) enum Protocol {
     Nats,
     Etcd,
     Nkv,
+    /// nkv's HTTP door, and the reference of HTTP.
+    Http,
+    /// nkv's messages over a WebSocket.
+    Ws,
 }
 
 impl Protocol {
@@ -45,6 +51,8 @@ impl Protocol {
             Protocol::Nats => Box::new(nats::Nats::new(number, values)),
             Protocol::Etcd => Box::new(etcd::Etcd::new(values)),
             Protocol::Nkv => Box::new(nkv::Nkv::new(number, values)),
+            Protocol::Http => Box::new(http::Http::new(values)),
+            Protocol::Ws => Box::new(ws::Ws::new(number, values)),
         }
     }
 }

@@ -1,6 +1,8 @@
 //! What tests need: a real server, a proxy that cuts, a server that follows a script, and limits to every wait.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+#[cfg(feature = "ws")]
+pub(crate) mod bridge;
 #[cfg(feature = "cli")]
 pub(crate) mod cli;
 pub(crate) mod proxy;
@@ -20,10 +22,20 @@ pub(crate) async fn within<T>(work: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(20), work).await.expect("it took too long")
 }
 
+/// A server and its address: behind a bridge of WebSockets in `ws_suites.rs`, and with `NKV_TEST_WS=1`.
 pub(crate) async fn server() -> (Server, String) {
     let server = Server::builder().listen("127.0.0.1:0".parse().unwrap()).bind().await.unwrap();
-    let addr = server.addresses()[0].to_string();
+    let addr = front(&server.addresses()[0].to_string()).await;
     (server, addr)
+}
+
+/// The address by which the tests reach a server.
+pub(crate) async fn front(addr: &str) -> String {
+    #[cfg(feature = "ws")]
+    if env!("CARGO_CRATE_NAME") == "ws_suites" || std::env::var_os("NKV_TEST_WS").is_some() {
+        return bridge::to(addr).await;
+    }
+    addr.to_owned()
 }
 
 /// A client that comes back quickly.

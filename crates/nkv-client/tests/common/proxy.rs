@@ -60,10 +60,15 @@ pub(crate) struct Proxy {
 }
 
 impl Proxy {
+    /// To a host and port, or to a WebSocket; the proxy's own address is of the same kind.
     pub(crate) async fn to(target: &str, dice: Dice) -> Self {
+        let (scheme, target) = match target.strip_prefix("ws://") {
+            Some(rest) => ("ws://", rest.split('/').next().unwrap_or(rest)),
+            None => ("", target),
+        };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let proxy = Proxy {
-            addr: listener.local_addr().unwrap().to_string(),
+            addr: format!("{scheme}{}", listener.local_addr().unwrap()),
             target: Arc::new(Mutex::new(target.to_owned())),
             cut_after: Arc::default(),
             cut_within: Arc::default(),
@@ -122,6 +127,7 @@ impl Proxy {
     }
 
     pub(crate) fn lead_to(&self, target: &str) {
+        let target = target.strip_prefix("ws://").map_or(target, |rest| rest.split('/').next().unwrap_or(rest));
         target.clone_into(&mut self.target.lock().unwrap());
     }
 }

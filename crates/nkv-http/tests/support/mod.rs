@@ -43,6 +43,7 @@ impl TestDoor {
                     () = handle.stopping() => break,
                     accepted = listener.accept() => {
                         let (stream, peer) = accepted.expect("a connection");
+                        stream.set_nodelay(true).expect("a socket");
                         let door = door.clone();
                         connections.spawn(async move { door.serve(stream, peer).await });
                     }

@@ -4,12 +4,14 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::time::Duration;
 
+use crate::kv_store;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use nkv_client::{Key, PageOptions, PutOptions, Revision};
 
 const AFTER_HELP: &str = "\
-ADDR is HOST[:PORT], nkv://HOST[:PORT], unix:PATH or /PATH; without it NKV_ADDR counts, then 127.0.0.1:4222.
+ADDR is HOST[:PORT], nkv://HOST[:PORT], unix:PATH, /PATH or ws://HOST[:PORT][/PATH]; without it NKV_ADDR counts, then
+127.0.0.1:4222.
 The first word is an ADDR if it has a ':', '/' or '.', is localhost, or stands before a COMMAND. A COMMAND's name never is.
 Without a COMMAND, commands are read from the terminal, or line by line from a pipe. An empty variable counts as not set.
 
@@ -227,6 +229,7 @@ impl Args {
     /// Parses a command line, the program's name first; the address is returned aside.
     pub(crate) fn from_command_line(mut words: Vec<OsString>) -> Result<(Option<String>, Self), clap::Error> {
         let mut addr = None;
+        kv_store::to_our_words(&mut words, first_plain);
         if let Some(at) = first_plain(&words, 1)
             && let Some(word) = words[at].to_str()
             && is_addr(word, first_plain(&words, at + 1).and_then(|next| words[next].to_str()))

@@ -3,6 +3,7 @@
 mod args;
 mod failure;
 mod follow;
+mod kv_store;
 mod output;
 mod repl;
 mod run;
@@ -64,7 +65,10 @@ fn main() -> ExitCode {
 fn serve(runtime: &Runtime, addr: Option<String>, args: &Args, out: Output) -> Result<Exit, Failure> {
     let Some(command) = &args.command else {
         let client = runtime.block_on(interruptible(connect(addr, args)))?;
-        return repl::serve(runtime, &client, Settings { out, timeout: args.timeout });
+        let exit = repl::serve(runtime, &client, Settings { out, timeout: args.timeout });
+        #[cfg(feature = "ws")]
+        runtime.block_on(leave(&client));
+        return exit;
     };
     if let Command::Unsubscribe { key } = command {
         let what = format!("'unsubscribe {key}' belongs to the interactive mode; Ctrl-C ends a subscribe");
@@ -74,11 +78,24 @@ fn serve(runtime: &Runtime, addr: Option<String>, args: &Args, out: Output) -> R
     runtime.block_on(async {
         end_when_interrupted().await;
         let client = connect(addr, args).await?;
-        match Follow::new(command, args.timeout) {
+        let exit = match Follow::new(command, args.timeout) {
             Some(follow) => follow::run(&client, &follow, out).await,
             None => run::run(&client, command, out).await,
-        }
+        };
+        #[cfg(feature = "ws")]
+        leave(&client).await;
+        exit
     })
+}
+
+/// Closes the connection in order, where the protocol below has words for that.
+#[cfg(feature = "ws")]
+async fn leave(client: &Client) {
+    client.close();
+    let mut state = client.state();
+    // It is closed without waiting for the server.
+    let closed = state.wait_for(|state| *state == nkv_client::ConnectionState::Closed);
+    _ = tokio::time::timeout(LOOK_LIMIT, closed).await;
 }
 
 async fn connect(addr: Option<String>, args: &Args) -> Result<Client, Failure> {
@@ -126,7 +143,9 @@ async fn connect(addr: Option<String>, args: &Args) -> Result<Client, Failure> {
 async fn takes_connections(addr: &str) -> bool {
     let connected = async {
         match addr.parse::<Address>() {
-            Ok(Address::Tcp { host, port }) => TcpStream::connect((host.as_str(), port)).await.is_ok(),
+            Ok(Address::Tcp { host, port } | Address::Ws { host, port, .. }) => {
+                TcpStream::connect((host.as_str(), port)).await.is_ok()
+            }
             Ok(Address::Unix { path }) => UnixStream::connect(path).await.is_ok(),
             _ => false,
         }

@@ -49,6 +49,19 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ADDR", env = "NKV_METRICS", value_delimiter = ',')]
     pub(crate) metrics: Vec<Address>,
 
+    /// Serve gRPC here; at an ADDR of --http both share the port; may be given more than once
+    #[cfg(feature = "grpc")]
+    #[arg(long, value_name = "ADDR", env = "NKV_GRPC", value_delimiter = ',')]
+    pub(crate) grpc: Vec<Address>,
+
+    #[cfg(not(feature = "http"))]
+    #[command(flatten)]
+    without_http: WithoutHttp,
+
+    #[cfg(not(feature = "grpc"))]
+    #[command(flatten)]
+    without_grpc: WithoutGrpc,
+
     /// Directory for the values [default: nkv in the user's data directory]
     #[arg(long, value_name = "DIR", env = "NKV_DATA_DIR", global = true)]
     data_dir: Option<PathBuf>,
@@ -128,6 +141,23 @@ pub(crate) struct Args {
     /// How to say it
     #[arg(long, value_name = "FORMAT", env = "NKV_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,
+}
+
+/// What a build without this door says of its flags.
+#[cfg(not(feature = "http"))]
+#[derive(Debug, clap::Args)]
+struct WithoutHttp {
+    #[arg(long, hide = true, env = "NKV_HTTP", value_parser = |_: &str| Err::<(), _>("this build has no HTTP: build it with --features http"))]
+    http: Option<()>,
+    #[arg(long, hide = true, env = "NKV_METRICS", value_parser = |_: &str| Err::<(), _>("this build has no HTTP: build it with --features http"))]
+    metrics: Option<()>,
+}
+
+#[cfg(not(feature = "grpc"))]
+#[derive(Debug, clap::Args)]
+struct WithoutGrpc {
+    #[arg(long, hide = true, env = "NKV_GRPC", value_parser = |_: &str| Err::<(), _>("this build has no gRPC: build it with --features grpc"))]
+    grpc: Option<()>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -112,6 +112,10 @@ async fn start(args: &Args) -> Result<Server, ServerError> {
         builder = args.http.iter().cloned().fold(builder, Builder::http);
         builder = args.metrics.iter().cloned().fold(builder, Builder::metrics);
     }
+    #[cfg(feature = "grpc")]
+    {
+        builder = args.grpc.iter().cloned().fold(builder, Builder::grpc);
+    }
     let opened = Arc::new(OnceLock::new());
     let server = with_persist(builder, args, Arc::clone(&opened))?.bind().await?;
     if let (Some(opened), Ok(numbers)) = (opened.get(), server.handle().numbers()) {
@@ -133,6 +137,11 @@ async fn start(args: &Args) -> Result<Server, ServerError> {
             info!("serving figures at {address}");
             warn_if_open(address);
         }
+    }
+    #[cfg(feature = "grpc")]
+    for address in server.grpc_addresses() {
+        info!("serving gRPC at {address}");
+        warn_if_open(address);
     }
     Ok(server)
 }

@@ -1,0 +1,119 @@
+//! The gRPC door beside the one for JSON lines: at a port of its own, or at one with HTTP.
+
+use nkv_grpc::{Door, Options as GrpcOptions};
+use nkv_node::Handle;
+use nkv_types::Address;
+use tokio::task::JoinSet;
+
+use crate::door::Door as LinesDoor;
+use crate::error::ServerError;
+use crate::listener::{Listener, Serve, accept};
+use crate::options::Options;
+use crate::server::listen_all;
+use crate::socket::Socket;
+
+/// Where gRPC is to be served.
+#[derive(Debug, Default)]
+pub(crate) struct Grpc {
+    pub(crate) addresses: Vec<Address>,
+}
+
+/// With its listeners.
+#[derive(Debug)]
+pub(crate) struct Listening {
+    addresses: Vec<Address>,
+    listeners: Vec<Listener>,
+}
+
+impl Grpc {
+    /// Listens at all addresses but those that HTTP has too.
+    pub(crate) async fn listen(self, options: &Options, shared: &[Address]) -> Result<Listening, ServerError> {
+        let own: Vec<_> = self.addresses.into_iter().filter(|address| !shared.contains(address)).collect();
+        let (addresses, listeners) = listen_all(&own, options).await?;
+        Ok(Listening { addresses, listeners })
+    }
+}
+
+/// The door of a node.
+pub(crate) fn door(lines: &LinesDoor) -> Door {
+    let mut options = GrpcOptions::default();
+    options.connections = lines.connection_limit();
+    options.stall_limit = lines.0.options.stall_limit;
+    options.request_limit = lines.0.options.request_limit;
+    options.first_byte_limit = lines.0.options.first_byte_limit;
+    options.idle_limit = lines.0.options.idle_limit;
+    Door::new(lines.0.handle.clone(), options)
+}
+
+impl Listening {
+    /// Whether there is anything to serve, here or at a port of HTTP.
+    pub(crate) fn is_wanted(&self, shared: &[Address]) -> bool {
+        !self.listeners.is_empty() || !shared.is_empty()
+    }
+
+    /// Accepts from now on; gives the addresses.
+    pub(crate) fn serve(self, door: Option<Door>, lines: &LinesDoor, acceptors: &mut JoinSet<()>) -> Vec<Address> {
+        for (listener, door) in self.listeners.into_iter().zip(std::iter::repeat(door).flatten()) {
+            acceptors.spawn(accept(GrpcDoor(door, lines.0.handle.clone()), listener));
+        }
+        self.addresses
+    }
+}
+
+struct GrpcDoor(Door, Handle);
+
+impl Serve for GrpcDoor {
+    fn handle(&self) -> &Handle {
+        &self.1
+    }
+
+    fn serve_socket(&self, socket: Socket, peer: &str) -> Option<impl Future<Output = ()> + Send + 'static> {
+        let (door, peer) = (self.0.clone(), peer.to_owned());
+        if let Err(error) = socket.prepare() {
+            tracing::debug!(%error, peer, "a socket could not be prepared");
+        }
+        Some(async move { door.serve(socket, peer).await })
+    }
+}
+
+#[cfg(feature = "http")]
+pub(crate) mod shared {
+    //! gRPC at a port of HTTP.
+
+    use std::fmt;
+    use std::pin::Pin;
+
+    use http::Request;
+    use http_body_util::BodyExt;
+    use hyper::body::Incoming;
+    use nkv_grpc::{Connection, Door};
+    use nkv_http::{Calls, CallsFuture};
+    use tower_service::Service;
+
+    struct Shared(Connection);
+
+    /// What answers the calls of one connection.
+    pub(crate) fn calls(door: &Door, peer: &str) -> Box<dyn Calls> {
+        Box::new(Shared(door.connection(peer)))
+    }
+
+    impl Calls for Shared {
+        fn call(&self, request: Request<Incoming>) -> CallsFuture {
+            let answered = self.0.clone().call(request);
+            Box::pin(async move {
+                let Ok(response) = answered.await;
+                response.map(|body| body.map_err(Into::into).boxed_unsync())
+            })
+        }
+
+        fn evicted(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+            Box::pin(self.0.evicted())
+        }
+    }
+
+    impl fmt::Debug for Shared {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("Shared")
+        }
+    }
+}

@@ -24,6 +24,15 @@ run live_map
 run watch_config
 run host_state
 
+# The page beside it is opened by crates/nkv-http/page/tests, which has a browser.
+if command -v python3 > /dev/null; then
+    echo "== http/watch.py"
+    cargo build --quiet -p nkv-server --bin nkv-server
+    timeout 60 python3 examples/http/watch.py --self-check "${CARGO_TARGET_DIR:-target}/debug/nkv-server"
+else
+    echo "skipped: http/watch.py needs python3"
+fi
+
 # In a build of its own, because of what it depends on.
 echo "== zeromq_notifier"
 cargo build --quiet -p nkv-examples --features zeromq --example zeromq_notifier

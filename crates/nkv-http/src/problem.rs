@@ -25,7 +25,7 @@ pub(crate) struct Problem {
 }
 
 /// All types, with their status and title: the reference and the OpenAPI document have them from here.
-pub(crate) const KINDS: [(&str, u16, &str); 25] = [
+pub(crate) const KINDS: [(&str, u16, &str); 23] = [
     ("bad-request", 400, "the request cannot be understood"),
     ("invalid-key", 400, "not a key or pattern"),
     ("forbidden", 403, "not allowed"),
@@ -40,9 +40,7 @@ pub(crate) const KINDS: [(&str, u16, &str); 25] = [
     ("too-large", 413, "more than the limit"),
     ("coded-content", 415, "a coded body is not taken"),
     ("upgrade", 426, "a WebSocket is to be asked for"),
-    ("not-text", 422, "the value is not text"),
     ("too-many", 429, "too many subscriptions"),
-    ("too-much-head", 431, "the headers are too long"),
     ("storage-failed", 500, "storage failed"),
     ("outcome-unknown", 500, "what became of the write is not known"),
     ("internal", 500, "an error of the server"),
@@ -144,6 +142,23 @@ impl From<Error> for Problem {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn both_documents_have_every_type_with_its_status() {
+        let document: Value = serde_json::from_str(crate::look::OPENAPI).unwrap();
+        let types = document.pointer("/components/schemas/Problem/properties/type/enum").unwrap();
+        let types: Vec<_> = types.as_array().unwrap().iter().map(|kind| kind.as_str().unwrap()).collect();
+        let all: Vec<_> = KINDS.iter().map(|(kind, ..)| format!("{TYPE}{kind}")).collect();
+        assert_eq!(types, all);
+        let rows: Vec<_> = include_str!("../../../docs/http.md")
+            .lines()
+            .skip_while(|line| !line.starts_with("| `type`"))
+            .skip(2)
+            .map_while(|line| line.strip_prefix("| `").and_then(|row| row.split_once(" | ")))
+            .map(|(kind, row)| (kind.trim_end_matches('`'), row.split(' ').next().unwrap().parse().unwrap()))
+            .collect();
+        assert_eq!(rows, KINDS.map(|(kind, status, _)| (kind, status)));
+    }
 
     #[test]
     fn each_kind_is_there_once_and_every_error_of_a_node_has_one() {

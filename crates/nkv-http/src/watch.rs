@@ -54,6 +54,10 @@ pub(crate) async fn watch<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answe
         ctx.conn.peer().says(|said| said.name = Some(name.into()));
     }
     let (snapshot, exact) = (query.flag("snapshot", true)?, query.flag("exact", false)?);
+    if let Some(wildcard) = patterns.iter().find(|pattern| exact && !matches!(pattern, Pattern::Key(_))) {
+        let detail = format!("'exact' is about keys, and '{wildcard}' is a wildcard");
+        return Err(Problem::new("invalid-key", detail));
+    }
     let mut options = TailOptions::default().with_snapshot(snapshot).with_exact(exact).with_peer(ctx.conn.peer());
     // What the client heard last is newer than what its address says.
     let handle = &ctx.door.handle;

@@ -29,9 +29,10 @@ async function freePort() {
 }
 
 export class Server {
-  static async start(program) {
+  static async start(program, flags = []) {
     const server = new Server();
     server.program = program;
+    server.flags = flags;
     server.http = await freePort();
     server.lines = await freePort();
     server.url = `http://127.0.0.1:${server.http}`;
@@ -41,7 +42,7 @@ export class Server {
 
   async run() {
     const addresses = ["--http", `127.0.0.1:${this.http}`, "--listen", `127.0.0.1:${this.lines}`];
-    this.child = spawn(this.program, [...addresses, "--persist", "memory"], { stdio: ["ignore", "ignore", "inherit"] });
+    this.child = spawn(this.program, [...addresses, "--persist", "memory", ...this.flags], { stdio: ["ignore", "ignore", "inherit"] });
     await until("the server answers", () => fetch(this.url).then((answer) => answer.ok, () => false));
     await until("the server takes lines", () => this.fill([]).then(() => true, () => false));
   }

@@ -220,6 +220,8 @@ struct State<T> {
     vacant: usize,
     /// The sequence number of the newest change that came: one up to it is a duplicate.
     newest: u64,
+    /// The reader may know keys that are absent: the end of one that came and went unread is not left out.
+    keeps_ends: bool,
     skipped: u64,
     /// How much slack there is, and how much of it is taken.
     slack: usize,
@@ -259,6 +261,7 @@ impl<T> State<T> {
             knows_one_epoch: false,
             vacant: 0,
             newest: 0,
+            keeps_ends: false,
             skipped: 0,
             slack,
             slack_taken: 0,
@@ -379,7 +382,7 @@ impl<T> State<T> {
     fn take_place(&mut self, change: &Change) -> Option<u64> {
         let (back, is_delete) = (self.back(), is_delete(change));
         let Some(slot) = self.slots.get_mut(&change.key) else {
-            let is_new = change.replaces == Revision::ZERO && self.snapshots == 0;
+            let is_new = change.replaces == Revision::ZERO && self.snapshots == 0 && !self.keeps_ends;
             self.slots.insert(change.key.clone(), Slot { number: back, is_new });
             self.deletes += usize::from(is_delete);
             return Some(0);
@@ -821,6 +824,12 @@ impl<T> Observer<T> {
     #[must_use]
     pub fn backlog(&self) -> Backlog {
         self.shared.backlog()
+    }
+
+    /// Says whether the reader may know keys that are absent now, from an earlier subscription: then the end of a key that came and
+    /// went unread is given too, as it may be the end of what the reader knows. It may not, if nothing is said.
+    pub fn keep_ends(&self, keeps: bool) {
+        self.shared.post(|state| state.keeps_ends = keeps);
     }
 
     /// Gives up what waits, as if there were too much of it: see [`Overflow`].

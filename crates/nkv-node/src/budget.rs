@@ -398,7 +398,8 @@ impl Budget {
             }
             return;
         }
-        let worst = staying.iter().max_by_key(|(held, holder)| weight(held.rest(), holder));
+        let can_leave = |(_, holder): &&(Held, &Account)| holder.source.can_leave();
+        let worst = staying.iter().filter(can_leave).max_by_key(|(held, holder)| weight(held.rest(), holder));
         if let Some((_, worst)) = worst.filter(|(held, _)| total.saturating_sub(held.rest()) > self.limit / 2) {
             worst.evict();
         }

@@ -13,6 +13,9 @@ use nkv_core::{Action, CHANGES_LEN_MAX, ChangeGroup, Changes, Epoch, Key, Revisi
 use crate::budget::{Held, Holder};
 use crate::shared::Shared;
 
+/// They take no more than this part of what peers and subscriptions may hold.
+const BUDGET_PART: usize = 16;
+
 /// What a delete takes besides its key.
 const DELETE_LEN: usize = 64;
 
@@ -23,6 +26,7 @@ const TURN_GROUPS: usize = 256;
 #[derive(Debug)]
 pub(crate) struct RecentDeletes {
     max: usize,
+    len_max: usize,
     state: Mutex<State>,
     bytes: Arc<AtomicUsize>,
 }
@@ -41,12 +45,30 @@ struct State {
 #[derive(Debug)]
 struct Bytes(Arc<AtomicUsize>);
 
+/// What a reader of deletes has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// All up to this revision, and maybe more.
+    UpTo(Revision),
+    /// All that there are.
+    NoMore,
+    /// They are not known any more.
+    Forgotten,
+}
+
+impl State {
+    fn reaches(&self, epoch: Epoch, since: Revision) -> bool {
+        self.changes.is_some() && self.epoch == epoch && self.floor <= since
+    }
+}
+
 impl RecentDeletes {
-    /// Remembers `max` deletes, from now on.
+    /// Remembers `max` deletes, from now on; fewer, if their keys are long.
     pub(crate) fn begin(shared: &Arc<Shared>, max: usize) -> Arc<Self> {
         let state =
             State { changes: None, floor: Revision::ZERO, epoch: shared.store.epoch(), deletes: VecDeque::new() };
-        let deletes = Arc::new(RecentDeletes { max, state: Mutex::new(state), bytes: Arc::default() });
+        let len_max = shared.limits.queued_max / BUDGET_PART;
+        let deletes = Arc::new(RecentDeletes { max, len_max, state: Mutex::new(state), bytes: Arc::default() });
         deletes.begin_anew(&mut deletes.lock(), shared);
         let share = shared.budget.share(None, Box::new(Bytes(Arc::clone(&deletes.bytes))));
         let (task, shared_later) = (Arc::clone(&deletes), Arc::downgrade(shared));
@@ -61,21 +83,22 @@ impl RecentDeletes {
 
     /// Whether every delete after this revision is known.
     pub(crate) fn reaches(&self, shared: &Shared, epoch: Epoch, since: Revision) -> bool {
-        let state = self.filled(shared);
-        state.changes.is_some() && state.epoch == epoch && state.floor <= since
+        self.filled(shared).reaches(epoch, since)
     }
 
-    /// Gives the next deletes after `since`, in order, to `take`, at most `limit`: up to where that was. `None` if there are no
-    /// more, or it does not [reach](Self::reaches) so far back any more.
+    /// Gives the next deletes after `at`, in order, to `take`, at most `limit`, for one who needs all after `since`.
     pub(crate) fn next(
         &self,
         shared: &Shared,
-        since: Revision,
+        (epoch, since, at): (Epoch, Revision, Revision),
         limit: usize,
         mut take: impl FnMut(&Key, Revision),
-    ) -> Option<Revision> {
+    ) -> Next {
         let state = self.filled(shared);
-        let first = state.deletes.partition_point(|(_, revision)| *revision <= since);
+        if !state.reaches(epoch, since) {
+            return Next::Forgotten;
+        }
+        let first = state.deletes.partition_point(|(_, revision)| *revision <= at);
         let mut last = None;
         for (key, revision) in state.deletes.iter().skip(first).take(limit) {
             take(key, *revision);
@@ -86,7 +109,7 @@ impl RecentDeletes {
         for (key, revision) in rest.take_while(|(_, revision)| Some(*revision) == last) {
             take(key, *revision);
         }
-        last
+        last.map_or(Next::NoMore, Next::UpTo)
     }
 
     /// With all that was published by now.
@@ -137,7 +160,7 @@ impl RecentDeletes {
             }
             self.bytes.fetch_add(len(&change.key), Relaxed);
             state.deletes.push_back((change.key.clone(), change.revision));
-            if state.deletes.len() > self.max
+            while (state.deletes.len() > self.max || self.bytes.load(Relaxed) > self.len_max)
                 && let Some((key, revision)) = state.deletes.pop_front()
             {
                 self.bytes.fetch_sub(len(&key), Relaxed);

@@ -39,6 +39,9 @@ const PART_KEYS: usize = 1_024;
 /// How many events of a watch are one change of its state, at most.
 const TURN_EVENTS: usize = 256;
 
+/// Patterns of one subscription that can be resumed: each change and each delete is compared with all of them.
+const PATTERNS_MAX: usize = 256;
+
 /// Keys of a page when its options do not say, and at most.
 const PAGE_LIMIT: u64 = 1_000;
 const PAGE_LIMIT_MAX: u64 = 10_000;
@@ -674,6 +677,10 @@ impl Handle {
     pub fn tail(&self, patterns: impl AsPatterns, options: TailOptions<'_>) -> Result<Tail> {
         let patterns = disjoint(patterns, options.exact)?;
         patterns.iter().try_for_each(|pattern| self.check(Right::Subscribe, pattern))?;
+        if patterns.len() > PATTERNS_MAX {
+            let message = format!("{} patterns in one subscription, and {PATTERNS_MAX} is the limit", patterns.len());
+            return Err(Error::new(ErrorKind::Refused { status: 413 }, message));
+        }
         Tail::begin(&self.shared, patterns, options)
     }
 

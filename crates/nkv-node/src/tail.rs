@@ -17,6 +17,7 @@ use nkv_core::{
 };
 use nkv_types::{EndReason, Entry, Error, ErrorKind, GoneReason, Result, Revision};
 
+use crate::deletes::Next;
 use crate::shared::Shared;
 use crate::subscription::{AttachOptions, Attached};
 
@@ -175,6 +176,8 @@ pub struct Tail {
     read: Vec<Read>,
     /// Every change up to this revision was given, once all are read.
     base: Number,
+    /// The newest revision at which one of several subscriptions began.
+    newest: Number,
     _attached: Attached,
 }
 
@@ -210,11 +213,15 @@ impl Tail {
                 && after.revision <= shared.store.stats().revision
                 && shared.deletes.get().is_some_and(|deletes| deletes.reaches(shared, after.epoch, after.revision))
         };
-        match options.after {
+        // What is to be told from now on is what comes after the present revision: several subscriptions do not begin at once.
+        let stats = shared.store.stats();
+        let now = Cursor { epoch: stats.epoch, revision: stats.revision, selection: None };
+        let after = options.after.or((!options.snapshot && patterns.len() > 1).then_some(now).filter(is_known));
+        match after {
             Some(after) if is_known(&after) => {
                 // Where nothing has changed, as usual, nothing is read.
                 let tail = Tail::attach(shared, &patterns, selection, false, options.peer)?;
-                if tail.epoch == after.epoch && tail.base == after.revision {
+                if tail.epoch == after.epoch && (tail.base, tail.newest) == (after.revision, after.revision) {
                     return Ok(tail.synced());
                 }
                 since = Some(after.revision);
@@ -226,7 +233,8 @@ impl Tail {
             None => {}
         }
         let mut tail = Tail::attach(shared, &patterns, selection, true, options.peer)?;
-        if since.is_some() && options.after.is_none_or(|after| after.epoch != tail.epoch) {
+        tail.observer.keep_ends(since.is_some());
+        if since.is_some() && after.is_none_or(|after| after.epoch != tail.epoch) {
             // A new epoch began meanwhile.
             (since, is_reset) = (None, true);
         }
@@ -259,6 +267,7 @@ impl Tail {
             phase: Phase::Live,
             read: vec![Read::Nothing; patterns.len()],
             base: Number::new(u64::MAX),
+            newest: Number::ZERO,
             _attached: attached,
         };
         if !snapshot {
@@ -280,6 +289,8 @@ impl Tail {
 
     fn say_synced(&mut self) {
         self.phase = Phase::Live;
+        // Its reader knows no others than those that there are.
+        self.observer.keep_ends(false);
         let revision = Revision::in_epoch(self.epoch, self.base.get());
         let cursor = self.cursor(self.base);
         self.ready.push_back((TailEvent::Synced { revision }, Some(cursor)));
@@ -324,6 +335,11 @@ impl Tail {
                     Poll::Pending => return Poll::Pending,
                 },
             }
+            if self.ready.is_empty() && !matches!(self.phase, Phase::Live | Phase::Ended) {
+                // Much was looked at, and nothing found: others have their turn.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
         }
     }
 
@@ -365,6 +381,7 @@ impl Tail {
                 self.epoch = began.epoch;
                 if !began.has_snapshot {
                     self.base = self.base.min(began.revision);
+                    self.newest = self.newest.max(began.revision);
                 }
             }
             EventKind::Snapshot(snapshot) => self.read(snapshot),
@@ -424,16 +441,11 @@ impl Tail {
     }
 
     /// A key that was deleted and is absent is gone for the reader, who may have known it. One that is there again was in a
-    /// snapshot, or its put follows.
+    /// snapshot, or its put follows, or its [end](Observer::keep_ends).
     fn look_for_missed(&mut self, since: Number, at: Number) {
-        let Some(deletes) =
-            self.shared.deletes.get().filter(|deletes| deletes.reaches(&self.shared, self.epoch, since))
-        else {
-            // The snapshots are read once more, for the keys that were left out.
-            return self.begin_anew();
-        };
+        let Some(deletes) = self.shared.deletes.get() else { return self.begin_anew() };
         let mut missed = Vec::new();
-        let next = deletes.next(&self.shared, at, TURN_DELETES, |key, revision| {
+        let next = deletes.next(&self.shared, (self.epoch, since, at), TURN_DELETES, |key, revision| {
             if self.patterns.iter().any(|pattern| pattern.covers(key)) {
                 missed.push((key.clone(), revision));
             }
@@ -446,8 +458,10 @@ impl Tail {
             }
         }
         match next {
-            Some(at) => self.phase = Phase::Missed { since, at },
-            None => self.say_synced(),
+            Next::UpTo(at) => self.phase = Phase::Missed { since, at },
+            Next::NoMore => self.say_synced(),
+            // The snapshots are read once more, for the keys that were left out.
+            Next::Forgotten => self.begin_anew(),
         }
     }
 

@@ -20,7 +20,7 @@ async fn next(tail: &mut Tail) -> (TailEvent, Option<Cursor>) {
 }
 
 /// What comes up to `Synced`, in short, and the cursor there.
-async fn to_synced(tail: &mut Tail) -> (Vec<String>, Cursor) {
+async fn until_synced(tail: &mut Tail) -> (Vec<String>, Cursor) {
     let mut said = Vec::new();
     loop {
         let (event, cursor) = next(tail).await;
@@ -58,7 +58,7 @@ async fn a_resumed_reader_is_given_what_it_missed_and_nothing_else() {
         nkv.put(key, "1").await.unwrap();
     }
     let mut tail = nkv.tail("a", TailOptions::default()).unwrap();
-    let (said, cursor) = to_synced(&mut tail).await;
+    let (said, cursor) = until_synced(&mut tail).await;
     assert_eq!(said, ["a.again=1", "a.changed=1", "a.deleted=1", "a.kept=1"]);
     nkv.put("a.changed", "2").await.unwrap();
     let (event, live) = next(&mut tail).await;
@@ -66,7 +66,7 @@ async fn a_resumed_reader_is_given_what_it_missed_and_nothing_else() {
     drop(tail);
 
     let mut nothing = nkv.tail("a", after(live.unwrap())).unwrap();
-    assert_eq!(to_synced(&mut nothing).await.0, [""; 0]);
+    assert_eq!(until_synced(&mut nothing).await.0, [""; 0]);
     nkv.delete("a.deleted").await.unwrap();
     nkv.delete("a.again").await.unwrap();
     nkv.put("a.again", "3").await.unwrap();
@@ -74,7 +74,7 @@ async fn a_resumed_reader_is_given_what_it_missed_and_nothing_else() {
     nkv.delete("b.other").await.unwrap();
     // From before the change, and over the wire.
     let cursor: Cursor = cursor.to_string().parse().unwrap();
-    let (said, _) = to_synced(&mut nkv.tail("a", after(cursor)).unwrap()).await;
+    let (said, _) = until_synced(&mut nkv.tail("a", after(cursor)).unwrap()).await;
     assert_eq!(said, ["a.again=3", "a.changed=2", "a.deleted missed"]);
 }
 
@@ -82,25 +82,25 @@ async fn a_resumed_reader_is_given_what_it_missed_and_nothing_else() {
 async fn what_is_not_known_any_more_begins_with_a_reset_and_the_whole_state() {
     let (_node, nkv) = node(2).await;
     nkv.put("a.kept", "1").await.unwrap();
-    let (_, cursor) = to_synced(&mut nkv.tail("a", TailOptions::default()).unwrap()).await;
+    let (_, cursor) = until_synced(&mut nkv.tail("a", TailOptions::default()).unwrap()).await;
     let whole = ["reset", "a.kept=1"];
 
     let other_selection = nkv.tail(["a", "b"], after(cursor));
-    assert_eq!(to_synced(&mut other_selection.unwrap()).await.0, whole);
+    assert_eq!(until_synced(&mut other_selection.unwrap()).await.0, whole);
     let other_epoch = Cursor { epoch: nkv_core::Epoch::new(1), ..cursor };
-    assert_eq!(to_synced(&mut nkv.tail("a", after(other_epoch)).unwrap()).await.0, whole);
+    assert_eq!(until_synced(&mut nkv.tail("a", after(other_epoch)).unwrap()).await.0, whole);
     let of_the_future = Cursor { revision: nkv_core::Revision::new(99), ..cursor };
-    assert_eq!(to_synced(&mut nkv.tail("a", after(of_the_future)).unwrap()).await.0, whole);
+    assert_eq!(until_synced(&mut nkv.tail("a", after(of_the_future)).unwrap()).await.0, whole);
     // As a person types it: of whatever selection.
     let typed = Cursor { selection: None, ..cursor };
-    assert_eq!(to_synced(&mut nkv.tail(["a", "b"], after(typed)).unwrap()).await.0, [""; 0]);
+    assert_eq!(until_synced(&mut nkv.tail(["a", "b"], after(typed)).unwrap()).await.0, [""; 0]);
 
     // More deletes than are remembered: the oldest may be one that is missed.
     for round in 0..3 {
         nkv.put(format!("x.{round}"), "").await.unwrap();
         nkv.delete(format!("x.{round}")).await.unwrap();
     }
-    assert_eq!(to_synced(&mut nkv.tail("a", after(cursor)).unwrap()).await.0, whole);
+    assert_eq!(until_synced(&mut nkv.tail("a", after(cursor)).unwrap()).await.0, whole);
 }
 
 #[tokio::test]
@@ -108,8 +108,8 @@ async fn a_node_that_remembers_nothing_resets() {
     let node = Node::builder().start().await.unwrap();
     let nkv = node.handle();
     nkv.put("a", "1").await.unwrap();
-    let (_, cursor) = to_synced(&mut nkv.tail("a", TailOptions::default()).unwrap()).await;
-    assert_eq!(to_synced(&mut nkv.tail("a", after(cursor)).unwrap()).await.0, ["reset", "a=1"]);
+    let (_, cursor) = until_synced(&mut nkv.tail("a", TailOptions::default()).unwrap()).await;
+    assert_eq!(until_synced(&mut nkv.tail("a", after(cursor)).unwrap()).await.0, ["reset", "a=1"]);
 }
 
 #[tokio::test]
@@ -117,7 +117,7 @@ async fn without_a_snapshot_it_is_synced_at_once_and_gives_what_comes() {
     let (_node, nkv) = node(10).await;
     nkv.put("a", "1").await.unwrap();
     let mut tail = nkv.tail(["a", "b"], TailOptions::default().with_snapshot(false)).unwrap();
-    let (said, cursor) = to_synced(&mut tail).await;
+    let (said, cursor) = until_synced(&mut tail).await;
     assert_eq!((said, cursor.revision.get()), (vec![], 1));
     assert_eq!(tail.position().map(|position| position.revision.get()), Some(1));
     nkv.put("other", "1").await.unwrap();
@@ -210,4 +210,54 @@ async fn a_key_that_ends_by_itself_says_when() {
     let TailEvent::Put { ttl: Some(left), .. } = event else { panic!("no put with a TTL: {event:?}") };
     assert!(left <= ttl && left > ttl / 2, "{left:?}");
     assert_eq!(GoneReason::Missed.as_str(), "missed");
+}
+
+/// What the mailbox takes for a key that the reader never knew: one that came and went unread. A resumed reader may know it.
+#[tokio::test]
+async fn a_key_that_comes_back_and_goes_while_its_reader_resumes_is_gone_for_it() {
+    let (_node, nkv) = node(100).await;
+    nkv.put("k", "1").await.unwrap();
+    let (_, cursor) = until_synced(&mut nkv.tail("*", TailOptions::default()).unwrap()).await;
+    nkv.delete("k").await.unwrap();
+    nkv.put("z", "1").await.unwrap();
+    let mut tail = nkv.tail("*", after(cursor)).unwrap();
+    assert_eq!(short(&next(&mut tail).await.0), "z=1");
+    nkv.put("k", "2").await.unwrap();
+    let mut said = Vec::new();
+    loop {
+        let (event, _) = next(&mut tail).await;
+        if matches!(event, TailEvent::Synced { .. }) {
+            break;
+        }
+        said.push(short(&event));
+    }
+    nkv.delete("k").await.unwrap();
+    if said.is_empty() {
+        said.push(short(&next(&mut tail).await.0));
+    }
+    assert!(said.last().is_some_and(|last| last.starts_with("k ")), "{said:?}");
+}
+
+/// Several subscriptions do not begin at once: what changes in between is given, whoever resumes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_missed_between_the_beginnings_of_several_patterns() {
+    let (_node, nkv) = node(1_000).await;
+    let patterns: Vec<String> = (0..200).map(|n| format!("p.{n}")).collect();
+    let last = "p.199";
+    let mut cursor = until_synced(&mut nkv.tail(&patterns, TailOptions::default()).unwrap()).await.1;
+    for round in 0..100_u64 {
+        let writer = nkv.clone();
+        let writing = tokio::spawn(async move { writer.put(last, format!("{round}")).await.unwrap() });
+        let mut tail = nkv.tail(&patterns, after(cursor)).unwrap();
+        let revision = writing.await.unwrap().get();
+        let (mut is_given, mut known) = (false, 0);
+        while known < revision {
+            let (event, at) = next(&mut tail).await;
+            is_given |= matches!(&event, TailEvent::Put { entry, .. } if entry.revision.get() == revision);
+            if let Some(at) = at {
+                (cursor, known) = (at, at.revision.get());
+            }
+        }
+        assert!(is_given, "round {round}: {revision} was never given, and {known} is said to be known");
+    }
 }

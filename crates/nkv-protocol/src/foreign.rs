@@ -189,7 +189,6 @@ mod tests {
             b"[1]\n",
             b"\"GET / HTTP/1.1\"\n",
             b"GET 7 client a.b\n",
-            b"GET 7 client HTTP/1\n",
             b"PUT 7 client a.b aGk=\n",
             b"DEL 7 client a\n",
             b"TRACE 7 client /a\n",

@@ -1,11 +1,13 @@
-//! Many writes as one: stored together or not at all.
+//! Many writes as one: stored by one batch, each under its own condition.
 
 use bytes::Bytes;
 use http::{Method, Request};
 use hyper::body::Incoming;
 use nkv_core::{Key, Op, Outcome, Pattern, PutOptions, Revision};
 use nkv_node::Handle;
+use serde::de::{IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use std::fmt;
 use std::time::Duration;
 
 use crate::body::{Answer, receive};
@@ -26,6 +28,38 @@ struct Item {
     put: Option<Put>,
     #[serde(default, deserialize_with = "given")]
     delete: Option<Delete>,
+}
+
+/// As many as a batch may have, and one more if there are more: the rest is not made into anything.
+struct Items(Vec<Item>);
+
+impl<'de> Deserialize<'de> for Items {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Some;
+
+        impl<'de> Visitor<'de> for Some {
+            type Value = Items;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an array of writes")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Items, A::Error> {
+                let mut items = Vec::new();
+                while items.len() <= OPS_MAX
+                    && let Option::Some(item) = seq.next_element()?
+                {
+                    items.push(item);
+                }
+                if items.len() > OPS_MAX {
+                    while seq.next_element::<IgnoredAny>()?.is_some() {}
+                }
+                Ok(Items(items))
+            }
+        }
+
+        from.deserialize_seq(Some)
+    }
 }
 
 #[derive(Deserialize)]
@@ -64,14 +98,11 @@ pub(crate) async fn batch(ctx: Ctx<'_>, request: Request<Incoming>) -> Result<An
     let handle = &ctx.door.handle;
     let (parts, body) = request.into_parts();
     let received = receive(handle, ctx.conn, &parts.headers, body, handle.limits().request_len_max).await?;
-    let items: Vec<Item> = serde_json::from_slice(&received.bytes).map_err(|error| {
+    let Items(items) = serde_json::from_slice(&received.bytes).map_err(|error| {
         Problem::bad(format!("the body is not an array of {{\"put\":…}} and {{\"delete\":…}}: {error}"))
     })?;
     if items.len() > OPS_MAX {
-        return Err(Problem::new(
-            "too-large",
-            format!("{} writes, and {OPS_MAX} is the limit of a batch", items.len()),
-        ));
+        return Err(Problem::new("too-large", format!("more than {OPS_MAX} writes, which is the limit of a batch")));
     }
     let ops = items.into_iter().enumerate().map(|(at, item)| op(handle, item).map_err(|wrong| of_item(at, &wrong)));
     let ops: Vec<Op> = ops.collect::<Result<_, _>>()?;

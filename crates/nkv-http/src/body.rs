@@ -26,6 +26,9 @@ use crate::problem::Problem;
 /// What is given to a connection at a time.
 pub(crate) const CHUNK_LEN: usize = 64 << 10;
 
+/// What is given to a stream of HTTP/2 at a time: there may be many on a connection.
+pub(crate) const STREAM_PIECE_LEN: usize = 16 << 10;
+
 /// An answer.
 pub(crate) type Answer = Response<Body>;
 
@@ -94,21 +97,35 @@ impl Body {
             return full(bytes);
         }
         let len = bytes.len() as u64;
-        Body::long(Box::new(Chunks { left: conn.load.hold(bytes.len()), bytes }), Some(len), conn)
+        Body::long(Box::new(Chunks::new(bytes, conn)), Some(len), conn)
     }
 
     /// A body that is made in pieces.
     pub(crate) fn long(source: Box<dyn Source>, len: Option<u64>, conn: &Conn) -> Body {
-        let long = Long { source: Mutex::new(Some(source)), began: Instant::now(), given: AtomicU64::new(0) };
+        // From the beginning: a stream that is never read is never asked for a piece.
+        let long = Long { source: Mutex::new(Some(source)), began: Instant::now(), given: AtomicU64::new(1) };
         let long = Arc::new(long);
         conn.load.watch(&long);
         Body { kind: Kind::Long(long, len), busy: None }
     }
 
+    /// The same, counted, and ended where its peer takes none of it for too long.
+    pub(crate) fn watched(self, conn: &Conn) -> Body {
+        let Body { kind, busy } = self;
+        match kind {
+            Kind::Whole(bytes) if !bytes.is_empty() => {
+                let len = bytes.len() as u64;
+                let chunks = Chunks { left: conn.load.hold(bytes.len()), bytes, given: 0, piece_max: STREAM_PIECE_LEN };
+                Body { busy, ..Body::long(Box::new(chunks), Some(len), conn) }
+            }
+            kind => Body { kind, busy },
+        }
+    }
+
     /// The same, coded.
     pub(crate) fn gzip(self, conn: &Conn) -> Body {
         let source: Box<dyn Source> = match self.kind {
-            Kind::Whole(bytes) => Box::new(Chunks { left: conn.load.hold(bytes.len()), bytes }),
+            Kind::Whole(bytes) => Box::new(Chunks::new(bytes, conn)),
             Kind::Long(long, _) => match long.take() {
                 Some(source) => source,
                 None => return full(Bytes::new()),
@@ -180,9 +197,9 @@ impl Long {
         }
     }
 
-    /// Ends it, and gives back what it holds.
-    pub(crate) fn end(&self) {
-        drop(self.take());
+    /// Ends it, and gives back what it holds; whether there was anything.
+    pub(crate) fn end(&self) -> bool {
+        self.take().is_some()
     }
 
     fn take(&self) -> Option<Box<dyn Source>> {
@@ -204,12 +221,23 @@ impl fmt::Debug for Long {
 struct Chunks {
     bytes: Bytes,
     left: Unsent,
+    /// The length of the piece that was given last: what is asked for more has taken it.
+    given: usize,
+    piece_max: usize,
+}
+
+impl Chunks {
+    fn new(bytes: Bytes, conn: &Conn) -> Self {
+        let piece_max = if conn.load.is_http2() { STREAM_PIECE_LEN } else { CHUNK_LEN };
+        Chunks { left: conn.load.hold(bytes.len()), bytes, given: 0, piece_max }
+    }
 }
 
 impl Source for Chunks {
     fn poll_next(&mut self, _: &mut Context<'_>) -> Poll<Option<Bytes>> {
-        let piece = self.bytes.split_to(self.bytes.len().min(CHUNK_LEN));
-        self.left.less(piece.len());
+        self.left.less(self.given);
+        let piece = self.bytes.split_to(self.bytes.len().min(self.piece_max));
+        self.given = piece.len();
         Poll::Ready((!piece.is_empty()).then_some(piece))
     }
 }
@@ -323,16 +351,14 @@ pub(crate) async fn receive(
     let known = hint.exact().and_then(|len| usize::try_from(len).ok());
     let mut held = Reading::new(conn);
     let mut arrival = None;
-    if known.unwrap_or(len_max) > LONG_LEN && known.is_some() {
-        arrival = Some(conn.waiting(handle.arrival(known.unwrap_or(len_max))).await);
-    }
     let mut bytes = BytesMut::with_capacity(known.unwrap_or(0).min(LONG_LEN));
     let limit = conn.limits().request_limit;
     let deadline = limit.saturating_mul(1_u32.saturating_add(u32::try_from(len_max >> 20).unwrap_or(u32::MAX)));
     let deadline = tokio::time::Instant::now().checked_add(deadline);
     loop {
-        if known.is_none() && arrival.is_none() && bytes.len() > LONG_LEN {
-            arrival = Some(conn.waiting(handle.arrival(len_max)).await);
+        // What is announced takes no room before some of it has come; from then on its peer counts as one that sends.
+        if arrival.is_none() && bytes.len() > LONG_LEN {
+            arrival = Some(conn.waiting(handle.arrival(known.unwrap_or(len_max))).await);
         }
         let frame = match deadline {
             Some(at) => tokio::time::timeout_at(at, body.frame()).await,

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -16,8 +16,9 @@ use nkv_core::mailbox::{Backlog, Observer};
 use nkv_node::{Held, Holder, Peer, Place, Tail};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
+use tokio::time::MissedTickBehavior;
 
-use crate::body::{Long, Unsent};
+use crate::body::{Long, STREAM_PIECE_LEN, Unsent};
 use crate::door::{Calls, Inner};
 use crate::route::answer;
 use crate::timed::{TimeLimits, Timed, Times};
@@ -26,7 +27,11 @@ use crate::ws::{Frames, tell_records};
 /// How often a connection looks for streams that stand still.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
+/// What the library holds of a stream that was ended stays until the connection ends: with one more it does.
+const STALLED_MAX: usize = 16;
+
 /// The longest head of a request, in bytes.
+const STREAM_HEAD_LEN_MAX: u32 = 16 << 10;
 const HEAD_LEN_MAX: usize = 32 << 10;
 
 /// Streams of an HTTP/2 connection at a time: as many as there may be watches on one, and some for requests beside them.
@@ -67,6 +72,9 @@ pub(crate) struct Load {
     watches: Mutex<Vec<Weak<Observer>>>,
     bodies: Mutex<Vec<Weak<Long>>>,
     look_anew: Notify,
+    is_http2: AtomicBool,
+    /// Streams that were ended as their peer took none of them.
+    ended: AtomicUsize,
 }
 
 /// That a request is not answered whole.
@@ -140,8 +148,8 @@ impl Conn {
 
 impl Load {
     fn new(waiting: Arc<AtomicUsize>) -> Arc<Self> {
-        let (unsent, watches, bodies, look_anew) = Default::default();
-        Arc::new(Load { unsent, waiting, watches, bodies, look_anew })
+        let (unsent, watches, bodies, look_anew, is_http2, ended) = Default::default();
+        Arc::new(Load { unsent, waiting, watches, bodies, look_anew, is_http2, ended })
     }
 
     /// So much waits to be taken by the peer.
@@ -157,6 +165,17 @@ impl Load {
     pub(crate) fn take_unsent(&self, len: usize) {
         self.unsent.fetch_sub(len, Relaxed);
         self.waiting.fetch_sub(len, Relaxed);
+    }
+
+    pub(crate) fn is_http2(&self) -> bool {
+        self.is_http2.load(Relaxed)
+    }
+
+    /// Its requests come by HTTP/2.
+    pub(crate) fn note_http2(&self) {
+        if !self.is_http2.swap(true, Relaxed) {
+            self.look_anew.notify_one();
+        }
     }
 
     /// A body that ends if the peer takes none of it.
@@ -177,7 +196,8 @@ impl Load {
     fn end_stalled(&self, limit: Duration) {
         let stalled = |body: &Arc<Long>| body.stalled_for() > limit;
         let stalled: Vec<_> = lock(&self.bodies).iter().filter_map(Weak::upgrade).filter(stalled).collect();
-        stalled.iter().for_each(|body| body.end());
+        let ended = stalled.iter().filter(|body| body.end()).count();
+        self.ended.fetch_add(ended, Relaxed);
     }
 
     fn each_watch(&self, look: impl FnMut(Arc<Observer>)) {
@@ -307,8 +327,8 @@ where
     // Limits of time are those of the stream: they tell an idle connection from a slow head.
     builder.http1().header_read_timeout(None);
     let http2 = &mut builder.http2();
-    http2.max_concurrent_streams(STREAMS_MAX).max_header_list_size(HEAD_LEN_MAX as u32).timer(TokioTimer::new());
-    http2.max_send_buf_size(crate::body::CHUNK_LEN).keep_alive_interval(None);
+    http2.max_concurrent_streams(STREAMS_MAX).max_header_list_size(STREAM_HEAD_LEN_MAX).timer(TokioTimer::new());
+    http2.max_send_buf_size(STREAM_PIECE_LEN).keep_alive_interval(None);
     let service = service_fn(|request: Request<Incoming>| {
         let (door, conn) = (Arc::clone(door), Arc::clone(conn));
         async move {
@@ -321,6 +341,7 @@ where
     let mut serving = std::pin::pin!(builder.serve_connection_with_upgrades(stream, service));
     let mut calls_evicted = std::pin::pin!(conn.calls_evicted());
     let mut look = tokio::time::interval(LOOK_EVERY);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut is_stopping = false;
     loop {
         tokio::select! {
@@ -332,7 +353,14 @@ where
             }
             () = conn.load.look_anew.notified() => {}
             () = &mut calls_evicted => return,
-            _ = look.tick(), if conn.load.has_bodies() => conn.load.end_stalled(conn.limits.stall),
+            // By HTTP/1 the stream itself sees a peer that takes nothing.
+            _ = look.tick(), if conn.load.is_http2() && conn.load.has_bodies() => {
+                conn.load.end_stalled(conn.limits.stall);
+                if conn.load.ended.load(Relaxed) > STALLED_MAX {
+                    let what = format_args!("connection cut: {} takes nothing of its streams", conn.address);
+                    return door.handle.log().warn("stalled", what);
+                }
+            }
         }
         if conn.peer.is_evicted() {
             return door.log_eviction(conn);
@@ -345,7 +373,9 @@ where
 
 impl Load {
     fn has_bodies(&self) -> bool {
-        !lock(&self.bodies).is_empty()
+        let mut bodies = lock(&self.bodies);
+        bodies.retain(|body| body.strong_count() > 0);
+        !bodies.is_empty()
     }
 }
 

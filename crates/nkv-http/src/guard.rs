@@ -13,6 +13,9 @@ use http::{HeaderMap, HeaderValue, Method, Request, Version};
 
 use crate::problem::Problem;
 
+/// The port where none is named.
+const HTTP_PORT: u16 = 80;
+
 /// Whose requests are served.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Guard {
@@ -118,7 +121,11 @@ fn named<B>(request: &Request<B>) -> Result<Option<(Host, Option<u16>)>, Problem
         return Err(Problem::bad("more than one Host"));
     }
     match (target, host) {
-        (Some(target), Some(host)) if target != host => Err(Problem::bad("the target and Host name different hosts")),
+        (Some((target, port)), Some((host, other)))
+            if target != host || port.unwrap_or(HTTP_PORT) != other.unwrap_or(HTTP_PORT) =>
+        {
+            Err(Problem::bad("the target and Host name different hosts"))
+        }
         (target, host) => Ok(target.or(host)),
     }
 }
@@ -276,6 +283,7 @@ mod tests {
         };
         assert!(of("http://127.0.0.1:1/a", None).is_ok());
         assert!(of("http://127.0.0.1:1/a", Some("127.0.0.1:1")).is_ok());
+        assert!(of("http://127.0.0.1/a", Some("127.0.0.1:80")).is_ok());
         assert!(of("http://evil.com/a", Some("127.0.0.1")).is_err());
         assert!(of("http://127.0.0.1/a", Some("localhost")).is_err());
         let old = Request::get("/readyz").version(Version::HTTP_10).body(()).unwrap();

@@ -20,6 +20,7 @@ mod guard;
 mod kv;
 mod list;
 mod look;
+mod making;
 mod page;
 mod problem;
 mod query;

@@ -11,6 +11,7 @@ use nkv_node::Handle;
 
 use crate::body::{Answer, Body, CHUNK_LEN, Source};
 use crate::entry::{write_number, write_record};
+use crate::making::Making;
 use crate::problem::Problem;
 use crate::route::{Ctx, json, query, takes_gzip};
 
@@ -21,14 +22,17 @@ const LIMIT_MAX: u64 = 10_000;
 /// A page has no more bytes of keys and values than this, and one entry at least.
 const LEN_MAX: usize = 64 << 20;
 
+/// What is written in one turn.
+const PART_LEN: usize = 1 << 20;
+
 /// Entries that are of one moment, at most.
 const PART_KEYS: u64 = 1_024;
 
 const LINES: &str = "application/x-ndjson";
 
 /// `GET /v1/kv`.
-pub(crate) async fn list<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answer, Problem> {
-    let query = query(request, &["pattern", "limit", "after", "values", "format"])?;
+pub(crate) async fn list<B>(ctx: Ctx<'_>, request: Request<B>) -> Result<Answer, Problem> {
+    let query = query(&request, &["pattern", "limit", "after", "values", "format"])?;
     let pattern = query.get("pattern").unwrap_or("*");
     let pattern = Pattern::new(pattern).map_err(|error| Problem::new("invalid-key", error.to_string()))?;
     let after = query.get("after").filter(|after| !after.is_empty()).map(Key::new).transpose();
@@ -46,31 +50,32 @@ pub(crate) async fn list<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answer
         Some("ndjson") => true,
         Some(_) => return Err(Problem::bad("'format' is json or ndjson")),
     };
-    if is_lines { Ok(lines(ctx, request, walk)) } else { page(ctx, request, walk).await }
+    let gzip = takes_gzip(&request);
+    drop((query, request));
+    if is_lines { Ok(lines(ctx, gzip, walk)) } else { page(ctx, gzip, walk).await }
 }
 
-async fn page<B>(ctx: Ctx<'_>, request: &Request<B>, mut walk: Walk) -> Result<Answer, Problem> {
+async fn page(ctx: Ctx<'_>, gzip: bool, mut walk: Walk) -> Result<Answer, Problem> {
     let limit = walk.limit.unwrap_or(LIMIT);
     if limit == 0 || limit > LIMIT_MAX {
         return Err(Problem::bad(format!("'limit' is from 1 to {LIMIT_MAX}; for more, go on with 'after'")));
     }
     walk.limit = Some(limit);
     let handle = &ctx.door.handle;
-    let budget = handle.budget();
-    // Long answers of many peers are made one after another.
-    let stall_limit = ctx.door.options.stall_limit;
-    ctx.conn.waiting(budget.room(stall_limit)).await;
-    let leave = if budget.is_crowded() { ctx.conn.waiting(budget.leave(stall_limit)).await } else { None };
+    let mut making = Making::new(ctx);
     let (epoch, revision) = (handle.epoch(), handle.revision());
     let mut out = b"{\"entries\":[".to_vec();
     let more = loop {
         let len = out.len();
-        if !walk.part(&mut out, b',', LEN_MAX)? {
+        // A little at a time, so that it is counted before there is much of it.
+        let part_max = LEN_MAX.min(len.saturating_add(PART_LEN));
+        if !walk.part(&mut out, b',', part_max)? {
             break false;
         }
-        if walk.limit == Some(0) || out.len() >= LEN_MAX || out.len() == len {
+        if walk.limit == Some(0) || out.len() >= LEN_MAX || part_max == LEN_MAX && out.len() == len {
             break true;
         }
+        making.grow(out.len()).await;
         tokio::task::yield_now().await;
     };
     if out.ends_with(b",") {
@@ -80,15 +85,15 @@ async fn page<B>(ctx: Ctx<'_>, request: &Request<B>, mut walk: Walk) -> Result<A
     out.extend_from_slice(format!(",\"epoch\":\"{epoch}\",\"revision\":").as_bytes());
     write_number(&mut out, revision.get());
     out.extend_from_slice(b"}\n");
-    let answer = json(ctx, request, out);
-    drop(leave);
+    let answer = json(ctx, gzip, out);
+    drop(making);
     Ok(answer)
 }
 
 /// Without a limit, if none is given.
-fn lines<B>(ctx: Ctx<'_>, request: &Request<B>, walk: Walk) -> Answer {
+fn lines(ctx: Ctx<'_>, gzip: bool, walk: Walk) -> Answer {
     let body = Body::long(Box::new(Lines { walk: Some(walk) }), None, ctx.conn);
-    let mut answer = if takes_gzip(request) {
+    let mut answer = if gzip {
         let mut answer = Answer::new(body.gzip(ctx.conn));
         answer.headers_mut().insert("content-encoding", HeaderValue::from_static("gzip"));
         answer

@@ -8,7 +8,7 @@ use crate::body::Answer;
 use crate::entry::millis;
 use crate::kv::key_of;
 use crate::problem::Problem;
-use crate::route::{self, Ctx, only_get, query};
+use crate::route::{self, Ctx, only_get, query, takes_gzip};
 
 /// What this door serves, for programs.
 pub(crate) const OPENAPI: &str = include_str!("openapi.json");
@@ -20,7 +20,7 @@ pub(crate) fn trace<B>(ctx: Ctx<'_>, key: &str, request: &Request<B>) -> Result<
     let key = key_of(key)?;
     let subscribers: Vec<Value> = ctx.door.handle.trace(&key)?.iter().map(subscriber).collect();
     let object = json!({"key": key.as_str(), "subscribers": subscribers});
-    Ok(route::json(ctx, request, line(&object)))
+    Ok(route::json(ctx, takes_gzip(request), line(&object)))
 }
 
 fn subscriber(traced: &Traced) -> Value {
@@ -49,14 +49,14 @@ pub(crate) async fn stats<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answe
         stats.words.into_iter().map(|(name, word)| (name, Value::from(word))).collect();
     object.extend(stats.numbers.into_iter().map(|(name, number)| (name, Value::from(number))));
     object.insert("version".into(), env!("CARGO_PKG_VERSION").into());
-    Ok(route::json(ctx, request, line(&Value::Object(object))))
+    Ok(route::json(ctx, takes_gzip(request), line(&Value::Object(object))))
 }
 
 /// `GET /v1/openapi.json`.
 pub(crate) fn openapi<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answer, Problem> {
     only_get(request)?;
     query(request, &[])?;
-    Ok(route::json(ctx, request, OPENAPI.into()))
+    Ok(route::json(ctx, takes_gzip(request), OPENAPI.into()))
 }
 
 fn line(value: &Value) -> Vec<u8> {

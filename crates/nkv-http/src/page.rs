@@ -5,7 +5,7 @@ use http::{HeaderValue, Request};
 
 use crate::body::Answer;
 use crate::problem::Problem;
-use crate::route::{Ctx, json, only_get};
+use crate::route::{Ctx, json, only_get, takes_gzip};
 
 /// What the page may load and run: its own files.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; \
@@ -33,7 +33,7 @@ const FILES: &[(&str, &str, &str)] = &[
 pub(crate) fn file<B>(ctx: Ctx<'_>, path: &str, request: &Request<B>) -> Option<Result<Answer, Problem>> {
     let (_, kind, text) = FILES.iter().find(|(name, ..)| *name == path)?;
     Some(only_get(request).map(|()| {
-        let mut answer = json(ctx, request, text.as_bytes().to_vec());
+        let mut answer = json(ctx, takes_gzip(request), text.as_bytes().to_vec());
         let headers = answer.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
         headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));

@@ -24,8 +24,12 @@ pub(crate) struct Ctx<'a> {
 
 /// Answers a request, also one that may not be served.
 pub(crate) async fn answer(door: &Arc<Inner>, conn: &Arc<Conn>, request: Request<Incoming>) -> Answer {
+    let is_http2 = request.version() == Version::HTTP_2;
+    if is_http2 {
+        conn.load.note_http2();
+    }
     let (mut answer, origin) = match door.guard.check(&request) {
-        Err(problem) if is_grpc(&request) && request.version() == Version::HTTP_2 => (refused_call(&problem), None),
+        Err(problem) if is_grpc(&request) && is_http2 => (refused_call(&problem), None),
         Err(problem) => (problem.into_answer(), None),
         Ok(Passed::Ours) => (served(Ctx { door, conn }, request).await, None),
         Ok(Passed::Allowed(origin)) if is_preflight(&request) => {
@@ -36,6 +40,10 @@ pub(crate) async fn answer(door: &Arc<Inner>, conn: &Arc<Conn>, request: Request
         }
         Ok(Passed::Allowed(origin)) => (served(Ctx { door, conn }, request).await, Some(origin)),
     };
+    if is_http2 {
+        // A connection lives on while one of its streams stands still.
+        answer = answer.map(|body| body.watched(conn));
+    }
     let headers = answer.headers_mut();
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(X_FRAME_OPTIONS, HeaderValue::from_static("DENY"));
@@ -44,6 +52,8 @@ pub(crate) async fn answer(door: &Arc<Inner>, conn: &Arc<Conn>, request: Request
     if !door.guard.origins.is_empty() {
         headers.append(VARY, HeaderValue::from_static("Origin"));
     }
+    let resource_policy = if origin.is_some() { "cross-origin" } else { "same-origin" };
+    headers.insert("cross-origin-resource-policy", HeaderValue::from_static(resource_policy));
     if let Some(origin) = origin {
         allow(headers, origin);
     }
@@ -101,12 +111,12 @@ async fn route(ctx: Ctx<'_>, path: &str, request: Request<Incoming>) -> Result<A
     }
     match path {
         "/v1/kv" => match *request.method() {
-            Method::GET | Method::HEAD => list::list(ctx, &request).await,
+            Method::GET | Method::HEAD => list::list(ctx, request).await,
             Method::DELETE => kv::delete_all(ctx, &request).await,
             _ => Err(Problem::method("GET, HEAD, DELETE")),
         },
         "/v1/batch" => batch::batch(ctx, request).await,
-        "/v1/watch" => watch::watch(ctx, &request).await,
+        "/v1/watch" => watch::watch(ctx, request).await,
         "/v1/ws" => ws::upgrade(ctx, request),
         "/v1/stats" => look::stats(ctx, &request).await,
         "/v1/openapi.json" => look::openapi(ctx, &request),
@@ -146,9 +156,9 @@ pub(crate) fn takes_gzip<B>(request: &Request<B>) -> bool {
 }
 
 /// A JSON answer, coded where that is asked for. It is no page, and not to be kept without asking again.
-pub(crate) fn json<B>(ctx: Ctx<'_>, request: &Request<B>, bytes: Vec<u8>) -> Answer {
+pub(crate) fn json(ctx: Ctx<'_>, gzip: bool, bytes: Vec<u8>) -> Answer {
     let body = crate::body::Body::counted(bytes.into(), ctx.conn);
-    let mut answer = if takes_gzip(request) {
+    let mut answer = if gzip {
         let mut answer = Answer::new(body.gzip(ctx.conn));
         answer.headers_mut().insert("content-encoding", HeaderValue::from_static("gzip"));
         answer

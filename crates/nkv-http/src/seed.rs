@@ -2,6 +2,8 @@
 //! its command line need them. What it did wrong is mended: an absent key is a 404, every subscriber hears every change, and no queue
 //! is needed.
 
+use std::borrow::Cow;
+use std::fmt;
 use std::ops::ControlFlow;
 
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
@@ -9,16 +11,21 @@ use http::{HeaderValue, Request, StatusCode};
 use hyper::body::Incoming;
 use nkv_core::{Key, Pattern, RecordRef};
 use nkv_node::{TailEvent, TailOptions};
-use serde_json::Value;
+use serde::de::{IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use crate::body::{Answer, Body, Received, full, receive};
 use crate::connection::Upgrade;
+use crate::making::Making;
 use crate::problem::Problem;
 use crate::route::Ctx;
 use crate::ws;
 
 /// An answer to `/getall` is no longer than this.
 const LEN_MAX: usize = 64 << 20;
+
+/// What a pair takes besides its texts.
+const PAIR_LEN: usize = 64;
 
 /// How many bytes a request may have beyond a value, which JSON makes up to six times as long.
 const FORM_LEN: usize = 32 << 10;
@@ -55,47 +62,63 @@ pub(crate) async fn get(ctx: Ctx<'_>, request: Request<Incoming>) -> Result<Answ
 
 pub(crate) async fn get_all(ctx: Ctx<'_>) -> Result<Answer, Problem> {
     let handle = &ctx.door.handle;
-    ctx.conn.waiting(handle.budget().room(ctx.door.options.stall_limit)).await;
-    let (mut out, mut after) = (b"{".to_vec(), None);
-    // The original sorts by bytes, and nkv by segments.
+    let (mut making, mut after) = (Making::new(ctx), None);
     let mut pairs: Vec<(String, String)> = Vec::new();
     let mut len = 0_usize;
     loop {
         let (mut count, mut last) = (0_usize, None);
         let ended = handle.walk(&Pattern::All, after.as_ref(), |record: RecordRef<'_>| {
-            if count >= 1_024 {
+            if count >= 1_024 || len > LEN_MAX {
                 return ControlFlow::Break(());
             }
             count = count.saturating_add(1);
             last = Some(record.key.to_key());
             // A value that is no text has no form there.
             if let Ok(value) = std::str::from_utf8(&record.value) {
-                len = len.saturating_add(record.key.as_str().len()).saturating_add(value.len());
+                len =
+                    len.saturating_add(record.key.as_str().len()).saturating_add(value.len()).saturating_add(PAIR_LEN);
                 pairs.push((record.key.as_str().to_owned(), value.to_owned()));
             }
-            if len > LEN_MAX { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            ControlFlow::Continue(())
         })?;
         if len > LEN_MAX {
-            let detail = "all pairs together have more than 64 MiB: read them in pages at /v1/kv";
-            return Ok(text(StatusCode::PAYLOAD_TOO_LARGE, detail));
+            return Ok(too_much());
         }
+        making.grow(len).await;
         if ended.is_continue() {
             break;
         }
         after = last;
         tokio::task::yield_now().await;
     }
+    // What takes long is done elsewhere: others are served meanwhile.
+    let written = tokio::task::spawn_blocking(move || write_pairs(pairs)).await;
+    let out = written.map_err(|error| Problem::new("internal", error.to_string()))?;
+    Ok(out.map_or_else(too_much, |out| json(ctx, out)))
+}
+
+fn too_much() -> Answer {
+    let detail = "all pairs together have more than 64 MiB: read them in pages at /v1/kv";
+    text(StatusCode::PAYLOAD_TOO_LARGE, detail)
+}
+
+/// Writes pairs as one object; `None` if that is too long. The original sorts them by bytes, and nkv by segments.
+fn write_pairs(mut pairs: Vec<(String, String)>) -> Option<Vec<u8>> {
     pairs.sort_unstable();
-    for (at, (key, value)) in pairs.into_iter().enumerate() {
-        if at > 0 {
+    let mut out = b"{".to_vec();
+    for (key, value) in pairs {
+        if out.len() > 1 {
             out.push(b',');
         }
         write_go(&mut out, &key);
         out.push(b':');
         write_go(&mut out, &value);
+        if out.len() > LEN_MAX {
+            return None;
+        }
     }
     out.extend_from_slice(b"}\n");
-    Ok(json(ctx, out))
+    Some(out)
 }
 
 pub(crate) async fn set(ctx: Ctx<'_>, request: Request<Incoming>) -> Result<Answer, Problem> {
@@ -155,29 +178,49 @@ async fn read(ctx: Ctx<'_>, request: Request<Incoming>) -> Result<Result<(Receiv
 
 /// Of the body the first JSON value counts.
 fn pair(body: &[u8]) -> Result<Pair, String> {
-    let mut values = serde_json::Deserializer::from_slice(body).into_iter::<Value>();
-    let object = match values.next() {
-        None => return Err("EOF".into()),
-        Some(Err(error)) if error.is_eof() => return Err("unexpected EOF".into()),
-        Some(Err(error)) => return Err(error.to_string()),
-        Some(Ok(Value::Object(object))) => object,
-        Some(Ok(Value::Null)) => return Ok(Pair::default()),
-        Some(Ok(_)) => return Err("a JSON object with Key and Value is expected".into()),
-    };
-    let mut pair = Pair::default();
-    for (name, value) in object {
-        let field = match name.to_ascii_lowercase().as_str() {
-            "key" => &mut pair.key,
-            "value" => &mut pair.value,
-            _ => continue,
-        };
-        match value {
-            Value::String(text) => *field = text,
-            Value::Null => {}
-            _ => return Err(format!("{name} is to be a string")),
-        }
+    let mut values = serde_json::Deserializer::from_slice(body).into_iter::<Option<Pair>>();
+    match values.next() {
+        None => Err("EOF".into()),
+        Some(Err(error)) if error.is_eof() => Err("unexpected EOF".into()),
+        Some(Err(error)) => Err(error.to_string()),
+        Some(Ok(pair)) => Ok(pair.unwrap_or_default()),
     }
-    Ok(pair)
+}
+
+impl<'de> Deserialize<'de> for Pair {
+    /// Of a name that is given twice the last counts.
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Fields;
+
+        impl<'de> Visitor<'de> for Fields {
+            type Value = Pair;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object with Key and Value")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Pair, A::Error> {
+                let mut pair = Pair::default();
+                while let Some(name) = map.next_key::<Cow<'_, str>>()? {
+                    let field = match name.to_ascii_lowercase().as_str() {
+                        "key" => &mut pair.key,
+                        "value" => &mut pair.value,
+                        _ => {
+                            map.next_value::<IgnoredAny>()?;
+                            continue;
+                        }
+                    };
+                    // What is null leaves it as it is.
+                    if let Some(text) = map.next_value::<Option<String>>()? {
+                        *field = text;
+                    }
+                }
+                Ok(pair)
+            }
+        }
+
+        from.deserialize_map(Fields)
+    }
 }
 
 fn json(ctx: Ctx<'_>, bytes: Vec<u8>) -> Answer {
@@ -197,14 +240,21 @@ fn text(status: StatusCode, line: &str) -> Answer {
 
 /// A JSON string as Go writes it: what HTML would understand is escaped.
 fn write_go(out: &mut Vec<u8>, text: &str) {
-    let mut plain = Vec::with_capacity(text.len());
-    crate::entry::write_text(&mut plain, text);
-    let plain = String::from_utf8_lossy(&plain);
-    for char in plain.chars() {
+    let begin = out.len();
+    crate::entry::write_text(out, text);
+    let is_plain =
+        memchr::memchr3(b'<', b'>', b'&', text.as_bytes()).is_none() && !text.contains(['\u{2028}', '\u{2029}']);
+    if is_plain {
+        return;
+    }
+    let written = out.split_off(begin);
+    for char in String::from_utf8_lossy(&written).chars() {
         match char {
-            '<' | '>' | '&' | '\u{2028}' | '\u{2029}' => {
-                out.extend_from_slice(format!("\\u{:04x}", u32::from(char)).as_bytes());
-            }
+            '<' => out.extend_from_slice(b"\\u003c"),
+            '>' => out.extend_from_slice(b"\\u003e"),
+            '&' => out.extend_from_slice(b"\\u0026"),
+            '\u{2028}' => out.extend_from_slice(b"\\u2028"),
+            '\u{2029}' => out.extend_from_slice(b"\\u2029"),
             char => out.extend_from_slice(char.encode_utf8(&mut [0; 4]).as_bytes()),
         }
     }

@@ -43,7 +43,9 @@ pub(crate) struct Timed<S> {
     head_since: Option<Instant>,
     /// On HTTP/2 there are other frames than heads, and the library bounds those.
     is_http2: bool,
-    has_read: bool,
+    /// The first bytes: HTTP/2 begins with `PRI`.
+    first: [u8; 3],
+    first_len: usize,
     reading: Option<Pin<Box<Sleep>>>,
     writing: Option<Pin<Box<Sleep>>>,
 }
@@ -59,7 +61,8 @@ impl<S> Timed<S> {
             idle_since: Instant::now(),
             head_since: None,
             is_http2: false,
-            has_read: false,
+            first: [0; 3],
+            first_len: 0,
             reading: None,
             writing: None,
         }
@@ -71,9 +74,10 @@ impl<S> Timed<S> {
 
     /// Some bytes came.
     fn came(&mut self, bytes: &[u8]) {
-        if !std::mem::replace(&mut self.has_read, true) {
-            self.is_http2 = bytes.starts_with(b"PRI");
+        for (place, byte) in self.first.iter_mut().skip(self.first_len).zip(bytes) {
+            (*place, self.first_len) = (*byte, self.first_len.saturating_add(1));
         }
+        self.is_http2 = self.first == *b"PRI";
         self.look();
         if !self.is_busy() && self.head_since.is_none() {
             self.head_since = Some(Instant::now());

@@ -11,11 +11,12 @@ use nkv_core::Pattern;
 use nkv_node::{Cursor, EndReason, Handle, Tail, TailEvent, TailOptions};
 use tokio::time::{Sleep, sleep};
 
-use crate::body::{Answer, Body, Source};
+use crate::body::{Answer, Body, Source, Unsent};
 use crate::entry::{write_entry, write_number, write_text};
+use crate::making::Making;
 use crate::problem::Problem;
 use crate::query::{Query, number};
-use crate::route::{Ctx, json, only_get, query};
+use crate::route::{Ctx, json, only_get, query, takes_gzip};
 
 /// How long a long poll waits when nothing is said, and at most: what stands before many a server gives up after 60 s.
 const WAIT: Duration = Duration::from_secs(30);
@@ -39,9 +40,9 @@ const NAME_LEN_MAX: usize = 256;
 const RETRY: &str = "retry: 1000\n\n";
 
 /// `GET /v1/watch`.
-pub(crate) async fn watch<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answer, Problem> {
-    only_get(request)?;
-    let query = query(request, &["pattern*", "exact", "snapshot", "name", "after", "wait"])?;
+pub(crate) async fn watch<B>(ctx: Ctx<'_>, request: Request<B>) -> Result<Answer, Problem> {
+    only_get(&request)?;
+    let query = query(&request, &["pattern*", "exact", "snapshot", "name", "after", "wait"])?;
     let patterns = query.all("pattern").map(Pattern::new).collect::<Result<Vec<_>, _>>();
     let patterns = patterns.map_err(|error| Problem::new("invalid-key", error.to_string()))?;
     if patterns.is_empty() {
@@ -69,9 +70,12 @@ pub(crate) async fn watch<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answe
     if let Some(after) = after {
         options = options.with_after(cursor(handle, &after));
     }
-    match wait(&query)? {
+    let (wait, gzip) = (wait(&query)?, takes_gzip(&request));
+    // What was asked may be long, and is not kept for as long as it takes.
+    drop((query, request));
+    match wait {
         None => stream(ctx, patterns, options),
-        Some(wait) => poll(ctx, request, patterns, options, wait).await,
+        Some(wait) => poll(ctx, gzip, patterns, options, wait).await,
     }
 }
 
@@ -103,7 +107,15 @@ fn stream(ctx: Ctx<'_>, patterns: Vec<Pattern>, options: TailOptions<'_>) -> Res
     }
     let (handle, every) = (ctx.door.handle.clone(), ctx.door.options.heartbeat);
     let stopping = Box::pin(async move { handle.stopping().await });
-    let source = Events { tail, out, heartbeat: Box::pin(sleep(every)), every, stopping, has_ended: false };
+    let source = Events {
+        tail,
+        out,
+        heartbeat: Box::pin(sleep(every)),
+        every,
+        stopping,
+        has_ended: false,
+        unsent: ctx.conn.load.hold(0),
+    };
     let mut answer = Answer::new(Body::long(Box::new(source), None, ctx.conn));
     let headers = answer.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
@@ -120,10 +132,13 @@ struct Events {
     every: Duration,
     stopping: Pin<Box<dyn Future<Output = ()> + Send>>,
     has_ended: bool,
+    /// The piece that the peer has not taken.
+    unsent: Unsent,
 }
 
 impl Source for Events {
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        self.unsent.set(0);
         for _ in 0..TURN_EVENTS {
             if self.has_ended || self.out.len() >= PIECE_LEN {
                 break;
@@ -155,6 +170,7 @@ impl Source for Events {
                 cx.waker().wake_by_ref();
             }
         }
+        self.unsent.set(self.out.len());
         Poll::Ready(Some(std::mem::take(&mut self.out).into()))
     }
 }
@@ -259,9 +275,9 @@ impl Gathered {
     }
 }
 
-async fn poll<B>(
+async fn poll(
     ctx: Ctx<'_>,
-    request: &Request<B>,
+    gzip: bool,
     patterns: Vec<Pattern>,
     options: TailOptions<'_>,
     wait: Duration,
@@ -270,11 +286,11 @@ async fn poll<B>(
     let mut tail = handle.tail(patterns, options)?;
     ctx.conn.load.observe(&tail.observer());
     let mut gathered = Gathered { events: Vec::new(), reset: false, next: None };
-    let mut held = ctx.conn.load.hold(0);
+    let mut making = Making::new(ctx);
     loop {
         let Some((event, cursor)) = tail.next().await else { break };
         gathered.take(&event, cursor)?;
-        held.set(gathered.events.len());
+        making.grow(gathered.events.len()).await;
         if matches!(event, TailEvent::Synced { .. }) {
             break;
         }
@@ -307,7 +323,7 @@ async fn poll<B>(
     out.extend_from_slice(b"],\"next\":");
     write_text(&mut out, &gathered.next.unwrap_or_else(|| tail.start()).to_string());
     out.extend_from_slice(if gathered.reset { b",\"reset\":true}\n" } else { b",\"reset\":false}\n" });
-    let mut answer = json(ctx, request, out);
+    let mut answer = json(ctx, gzip, out);
     answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     Ok(answer)
 }

@@ -11,13 +11,15 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use futures_core::Stream as _;
 use futures_sink::Sink as _;
+use futures_util::task::AtomicWaker;
 use http::header::{CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
 use http::{HeaderName, HeaderValue, Method, Request, StatusCode, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use memchr::{memchr, memmem};
-use nkv_node::{Handle, Room, Stopping, Tail};
+use nkv_core::mailbox::Backlog;
+use nkv_node::{Handle, Held, Holder, Peer, Room, Stopping, Tail};
 use nkv_protocol::{Decoder, Limits};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
@@ -91,8 +93,10 @@ struct Moved {
     began: Instant,
     /// When a byte moved last, in milliseconds after the beginning.
     last: AtomicU64,
-    /// Bytes that came since the last whole frame.
+    /// Bytes that came since the last whole message.
     unfinished: AtomicUsize,
+    /// The task that reads, to be woken when it is to end.
+    look_anew: AtomicWaker,
 }
 
 impl Moved {
@@ -102,6 +106,30 @@ impl Moved {
 
     fn silence(&self) -> Duration {
         Duration::from_millis(self.now().saturating_sub(self.last.load(Relaxed)))
+    }
+}
+
+/// What a WebSocket holds beside its connection's account, as the node looks at it.
+#[derive(Debug)]
+struct Aside(Arc<Moved>);
+
+impl Holder for Aside {
+    fn held(&self) -> Held {
+        Held::default()
+    }
+
+    fn backlog(&self) -> Backlog {
+        Backlog::default()
+    }
+
+    fn busy_for(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn give_up(&self) {}
+
+    fn wake(&self) {
+        self.0.look_anew.wake();
     }
 }
 
@@ -121,6 +149,9 @@ struct Seen {
     left: u64,
     /// What the present message has announced so far.
     message_len: u64,
+    len_max: u64,
+    /// What of a long message is held, for the node to count: its peer is another one's.
+    held: Peer,
     room: Option<Room>,
     waiting: Option<Waiting>,
 }
@@ -140,14 +171,24 @@ impl Seen {
     fn came(&self, len: usize) {
         if len > 0 {
             self.moved.last.store(self.moved.now(), Relaxed);
-            self.moved.unfinished.fetch_add(len, Relaxed);
+            let unfinished = self.moved.unfinished.fetch_add(len, Relaxed).saturating_add(len);
+            if self.room.is_some() {
+                self.held.hold(unfinished, false);
+            }
         }
     }
 
     /// Waits until the next frame may be given on: its head is there, and room for it. False at the end of the stream.
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         if self.moved.unfinished.load(Relaxed) == 0 {
-            (self.message_len, self.room) = (0, None);
+            self.message_len = 0;
+            if self.room.take().is_some() {
+                self.held.hold(0, true);
+            }
+        }
+        if self.held.is_evicted() {
+            // Others wait for room, and this one takes its time.
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         let (head_len, len, is_control) = loop {
             match head(&self.buffer) {
@@ -157,12 +198,16 @@ impl Seen {
             }
         };
         let message_len = if is_control { 0 } else { self.message_len.saturating_add(len) };
-        if message_len > LONG_LEN && self.room.is_none() {
+        // One that is too long is refused by the library as soon as it sees its head.
+        let needs_room = message_len > LONG_LEN && message_len <= self.len_max;
+        if needs_room && self.room.is_none() {
             let arrival = || self.handle.arrival(usize::try_from(message_len).unwrap_or(usize::MAX));
             let waiting = self.waiting.get_or_insert_with(|| Box::pin(arrival()));
             let room = ready!(waiting.as_mut().poll(cx));
             self.waiting = None;
             self.room = Some(room.map_err(io::Error::other)?);
+            // Also one that sends nothing more holds it.
+            self.held.hold(self.moved.unfinished.load(Relaxed).max(1), false);
         }
         self.message_len = message_len.max(self.message_len);
         self.left = len.saturating_add(head_len);
@@ -186,6 +231,10 @@ fn head(bytes: &[u8]) -> Option<(u64, u64, bool)> {
 impl AsyncRead for Seen {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        this.moved.look_anew.register(cx.waker());
+        if this.held.is_evicted() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         if this.left == 0 && !ready!(this.poll_frame(cx))? {
             return Poll::Ready(Ok(()));
         }
@@ -252,8 +301,8 @@ impl Socket {
     async fn new(stream: Upgraded, handle: &Handle, request_limit: Duration) -> Self {
         let limits = handle.limits();
         let len_max = limits.request_len_max.saturating_add(limits.value_len_max);
-        let (last, unfinished) = Default::default();
-        let moved = Arc::new(Moved { began: Instant::now(), last, unfinished });
+        let (last, unfinished, look_anew) = Default::default();
+        let moved = Arc::new(Moved { began: Instant::now(), last, unfinished, look_anew });
         let seen = Seen {
             stream: TokioIo::new(stream),
             moved: Arc::clone(&moved),
@@ -262,6 +311,8 @@ impl Socket {
             buffer: BytesMut::new(),
             left: 0,
             message_len: 0,
+            len_max: len_max as u64,
+            held: handle.aside(Box::new(Aside(Arc::clone(&moved)))),
             room: None,
             waiting: None,
         };
@@ -278,8 +329,8 @@ impl Socket {
             look: Box::pin(sleep(LOOK_EVERY)),
             pinged: Instant::now(),
             coming_since: None,
-            // As long again for each MiB of the longest.
-            request_limit: request_limit.saturating_mul(1_u32.saturating_add((len_max >> 20) as u32)),
+            // A long message may take longer than a short one, and no message for ever.
+            request_limit: request_limit.saturating_mul(2),
             has_closed: false,
         }
     }
@@ -292,10 +343,12 @@ impl Socket {
                 self.poll_look(cx)?;
                 return Poll::Pending;
             };
-            self.moved.unfinished.store(0, Relaxed);
-            self.coming_since = None;
             match next {
-                Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => return Poll::Ready(Ok(Some(message))),
+                Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => {
+                    self.moved.unfinished.store(0, Relaxed);
+                    self.coming_since = None;
+                    return Poll::Ready(Ok(Some(message)));
+                }
                 Some(Ok(Message::Close(_))) | None => {
                     self.has_closed = true;
                     // The library has the answer ready.

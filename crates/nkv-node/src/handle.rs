@@ -887,6 +887,13 @@ impl Handle {
         Peer::new(self.shared.budget.share(Some(address.into()), holder))
     }
 
+    /// An account for what a door holds beside that of a peer, such as for one whose connection another door serves. It is not
+    /// listed, nor waited for when the node stops.
+    #[must_use]
+    pub fn aside(&self, holder: Box<dyn Holder>) -> Peer {
+        Peer::new(self.shared.budget.share(None, holder))
+    }
+
     /// What all peers may hold together, and the ways to wait for room in it.
     #[must_use]
     pub fn budget(&self) -> &Budget {

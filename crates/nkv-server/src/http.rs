@@ -1,5 +1,7 @@
 //! The HTTP door beside the one for JSON lines.
 
+use std::time::Duration;
+
 use nkv_http::{Door, Options as HttpOptions};
 use nkv_node::{ConnectionLimit, Handle};
 use nkv_types::Address;
@@ -13,7 +15,10 @@ use crate::server::listen_all;
 use crate::socket::Socket;
 
 /// Connections that may ask for figures at a time.
-const FIGURES_MAX: usize = 64;
+const FIGURES_MAX: usize = 256;
+
+/// For how long they may do nothing.
+const FIGURES_LIMIT: Duration = Duration::from_secs(5);
 
 /// Where and how HTTP is to be served.
 #[derive(Debug, Default)]
@@ -87,6 +92,8 @@ impl Listening {
             let mut options = self.options;
             options.connections = ConnectionLimit::new(FIGURES_MAX, FIGURES_MAX);
             options.only_figures = true;
+            // Nobody keeps a place that does not ask.
+            (options.head_limit, options.idle_limit) = (FIGURES_LIMIT, FIGURES_LIMIT);
             let door = Door::new(handle.clone(), options).map_err(wrong)?;
             for listener in self.metrics.1 {
                 acceptors.spawn(accept(HttpDoor(door.clone(), handle.clone()), listener));

@@ -183,6 +183,10 @@ impl Load {
         let mut bodies = lock(&self.bodies);
         bodies.retain(|body| body.strong_count() > 0);
         bodies.push(Arc::downgrade(body));
+        if bodies.len() == 1 {
+            // From now on there is something to look at.
+            self.look_anew.notify_one();
+        }
     }
 
     /// A subscription whose backlog counts.

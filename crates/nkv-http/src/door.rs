@@ -97,6 +97,31 @@ impl Default for Options {
 }
 
 impl Options {
+    /// Whether a door can be made of them.
+    ///
+    /// # Errors
+    ///
+    /// [`OptionError`] for a host that is no name, and an origin that is none.
+    pub fn check(&self) -> Result<(), OptionError> {
+        self.guard().map(drop)
+    }
+
+    fn guard(&self) -> Result<Guard, OptionError> {
+        let host = |text: &String| {
+            let wrong = || OptionError(format!("'{text}' is not the name of a host; an address needs no mention"));
+            host_name(text).ok_or_else(wrong)
+        };
+        let origin = |text: &String| {
+            let wrong = || OptionError(format!("'{text}' is not an origin, such as http://localhost:3000"));
+            Origin::read(text).ok_or_else(wrong)
+        };
+        Ok(Guard {
+            hosts: self.hosts.iter().map(host).collect::<Result<_, _>>()?,
+            origins: self.allowed_origins.iter().map(origin).collect::<Result<_, _>>()?,
+            any_host: self.only_figures,
+        })
+    }
+
     pub(crate) fn time_limits(&self) -> TimeLimits {
         TimeLimits {
             head: self.head_limit,
@@ -162,19 +187,7 @@ impl Door {
     ///
     /// [`OptionError`] for a host that is no name, and an origin that is none.
     pub fn new(handle: Handle, options: Options) -> Result<Self, OptionError> {
-        let host = |text: &String| {
-            let wrong = || OptionError(format!("'{text}' is not the name of a host; an address needs no mention"));
-            host_name(text).ok_or_else(wrong)
-        };
-        let origin = |text: &String| {
-            let wrong = || OptionError(format!("'{text}' is not an origin, such as http://localhost:3000"));
-            Origin::read(text).ok_or_else(wrong)
-        };
-        let guard = Guard {
-            hosts: options.hosts.iter().map(host).collect::<Result<_, _>>()?,
-            origins: options.allowed_origins.iter().map(origin).collect::<Result<_, _>>()?,
-            any_host: options.only_figures,
-        };
+        let guard = options.guard()?;
         if !options.only_figures {
             handle.remember_deletes(options.deletes_max);
         }
@@ -182,7 +195,6 @@ impl Door {
         let counted = Arc::clone(&options.counted.0);
         Ok(Door(Arc::new(Inner { handle, options, guard, messages: None, calls: None, counted })))
     }
-
     /// Serves WebSockets at `/v1/ws` too: `serve` is given a stream whose bytes are those of the JSON-lines protocol, and who the
     /// peer is, as `nkv_server::Door::serve` takes them.
     #[must_use]

@@ -23,7 +23,7 @@ const LIMIT_MAX: u64 = 10_000;
 const LEN_MAX: usize = 64 << 20;
 
 /// What is written in one turn.
-const PART_LEN: usize = 1 << 20;
+pub(crate) const PART_LEN: usize = 256 << 10;
 
 /// Entries that are of one moment, at most.
 const PART_KEYS: u64 = 1_024;

@@ -16,6 +16,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::body::{Answer, Body, Received, full, receive};
 use crate::connection::Upgrade;
+use crate::list::PART_LEN;
 use crate::making::Making;
 use crate::problem::Problem;
 use crate::route::Ctx;
@@ -66,9 +67,9 @@ pub(crate) async fn get_all(ctx: Ctx<'_>) -> Result<Answer, Problem> {
     let mut pairs: Vec<(String, String)> = Vec::new();
     let mut len = 0_usize;
     loop {
-        let (mut count, mut last) = (0_usize, None);
+        let (begin, mut count, mut last) = (len, 0_usize, None);
         let ended = handle.walk(&Pattern::All, after.as_ref(), |record: RecordRef<'_>| {
-            if count >= 1_024 || len > LEN_MAX {
+            if count >= 1_024 || len.saturating_sub(begin) > PART_LEN {
                 return ControlFlow::Break(());
             }
             count = count.saturating_add(1);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use nkv_http::{Door, Options as HttpOptions};
+use nkv_http::{Door, OptionError, Options as HttpOptions};
 use nkv_node::{ConnectionLimit, Handle};
 use nkv_types::Address;
 use tokio::task::JoinSet;
@@ -47,6 +47,7 @@ struct Port {
 
 impl Http {
     pub(crate) async fn listen(self, options: &Options) -> Result<Listening, ServerError> {
+        self.options.check().map_err(wrong)?;
         let mut http = Vec::new();
         for asked in self.addresses {
             let (addresses, listeners) = listen_all(std::slice::from_ref(&asked), options).await?;
@@ -67,7 +68,6 @@ impl Listening {
         acceptors: &mut JoinSet<()>,
     ) -> Result<(Vec<Address>, Vec<Address>), ServerError> {
         let handle = &lines.0.handle;
-        let wrong = |error| ServerError::System(std::io::Error::new(std::io::ErrorKind::InvalidInput, error));
         let mut addresses = Vec::new();
         if !self.http.is_empty() {
             let mut options = self.options.clone();
@@ -101,6 +101,10 @@ impl Listening {
         }
         Ok((addresses, self.metrics.0))
     }
+}
+
+fn wrong(error: OptionError) -> ServerError {
+    ServerError::System(std::io::Error::new(std::io::ErrorKind::InvalidInput, error))
 }
 
 struct HttpDoor(Door, Handle);

@@ -222,6 +222,8 @@ fn code_of(error: &ServerError) -> u8 {
         ServerError::Insecure { .. } => USAGE,
         // Such as a path that no socket can have.
         ServerError::Bind { source, .. } if source.kind() == ErrorKind::InvalidInput => USAGE,
+        // Such as a name for `--http-host` that is none.
+        ServerError::System(source) if source.kind() == ErrorKind::InvalidInput => USAGE,
         ServerError::Persist(error) => persist_code(error),
         _ => IO,
     }

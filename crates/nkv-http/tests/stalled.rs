@@ -89,7 +89,7 @@ async fn many_long_answers_that_nobody_reads_are_bounded_together() {
     }
     door.nkv.keep_figures();
     let mut unread = Vec::new();
-    for n in 0..30 {
+    for n in 0..12 {
         let path = ["/v1/kv?limit=10000", "/getall", "/v1/watch?pattern=*&wait=1s"][n % 3];
         let mut stream = door.connect().await;
         stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {}\r\n\r\n", door.address).as_bytes()).await.unwrap();

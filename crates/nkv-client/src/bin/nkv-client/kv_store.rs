@@ -1,11 +1,11 @@
 //! The words of kv-store's command line, whose place this one takes: `get --all`, `get -k KEY`, `set -k KEY -v VALUE`, `watch` without
-//! a key, and `--server-address ADDR`. They become ours before anything is parsed.
+//! a key, and `--server-address ADDR`; and `--addr PATH` of the first nkv. They become ours before anything is parsed.
 
 use std::ffi::OsString;
 
 /// Puts our words in the place of kv-store's; the program's name is the first of them, and `first_plain` finds the command.
 pub(crate) fn to_our_words(words: &mut Vec<OsString>, first_plain: impl Fn(&[OsString], usize) -> Option<usize>) {
-    if let Some(addr) = take_value(words, 1, &["--server-address"]) {
+    if let Some(addr) = take_value(words, 1, &["--server-address", "--addr"]) {
         words.insert(1, addr);
     }
     let command = |word: &OsString| word.to_str().map(str::to_ascii_lowercase);
@@ -94,6 +94,7 @@ mod tests {
             ("watch", "watch *"),
             ("--server-address 0.0.0.0:23333 get -k a", "0.0.0.0:23333 get -- a"),
             ("get -k a --server-address=h:1", "h:1 get -- a"),
+            ("--addr /tmp/nkv.sock get a", "/tmp/nkv.sock get a"),
             // Ours stay as they are.
             ("get a.b", "get a.b"),
             ("h:1 get a --json", "h:1 get a --json"),

@@ -26,7 +26,7 @@ pub(crate) struct Args {
     address: Option<Address>,
 
     /// Listen here too; may be given more than once
-    #[arg(long, value_name = "ADDR", env = "NKV_LISTEN", value_delimiter = ',')]
+    #[arg(long, alias = "addr", value_name = "ADDR", env = "NKV_LISTEN", value_delimiter = ',')]
     listen: Vec<Address>,
 
     /// Serve HTTP here: REST, server-sent events, WebSocket, a page; may be given more than once
@@ -63,7 +63,7 @@ pub(crate) struct Args {
     without_grpc: WithoutGrpc,
 
     /// Directory for the values [default: nkv in the user's data directory]
-    #[arg(long, value_name = "DIR", env = "NKV_DATA_DIR", global = true)]
+    #[arg(long, alias = "dir", value_name = "DIR", env = "NKV_DATA_DIR", global = true)]
     data_dir: Option<PathBuf>,
 
     /// Allow a data directory that its group may write to; files in it are made for the group too
@@ -135,8 +135,13 @@ pub(crate) struct Args {
     socket_group: Option<u32>,
 
     /// How much to say on stderr: off, error, warn, info, debug, trace
-    #[arg(long, value_name = "LEVEL", env = "NKV_LOG_LEVEL", default_value = "info", value_parser = parse_level)]
+    #[arg(long, alias = "level", value_name = "LEVEL", env = "NKV_LOG_LEVEL", default_value = "info",
+          value_parser = parse_level)]
     pub(crate) log_level: LevelFilter,
+
+    /// The first nkv wrote its log into a directory
+    #[arg(long, hide = true, value_parser = |_: &str| Err::<(), _>("logs go to stderr: let the service manager keep them"))]
+    logs: Option<()>,
 
     /// How to say it
     #[arg(long, value_name = "FORMAT", env = "NKV_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]

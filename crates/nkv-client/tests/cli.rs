@@ -23,6 +23,28 @@ fn a_value_stands_alone_on_stdout_and_all_else_on_stderr() {
 }
 
 #[test]
+fn what_other_stores_say_is_understood() {
+    let nkv = nkv();
+    let ok = |stdout: &str| (0, stdout.to_owned(), String::new());
+    // kv-store.
+    assert_eq!(nkv.run(&["set", "-k", "Name", "-v", "-5"]), (0, String::new(), "OK revision 1\n".into()));
+    assert_eq!(nkv.run(&["get", "-k", "Name"]), ok("-5"));
+    assert_eq!(nkv.run(&["get", "--all"]), ok("Name = -5\n"));
+    assert_eq!(nkv.run(&["set", "-k", "Name"]).0, 2, "without a value");
+    // The replicated store.
+    let (code, stdout, stderr) = nkv.run(&["set", "--pairs", "a=1", "b=2=3", "c="]);
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (0, "", 3), "{stderr}");
+    assert_eq!(nkv.run(&["get", "a", "b"]), ok("a = 1\nb = 2=3\n"));
+    assert_eq!(nkv.run(&["list", "--values"]), ok("Name = -5\na = 1\nb = 2=3\nc = \n"));
+    assert_eq!(nkv.run(&["get", "a", "none"]), (1, "a = 1\n".into(), "none: not found\n".into()));
+    let (code, _, stderr) = nkv.run(&["set", "--pairs", "x=1", "y"]);
+    assert_eq!((code, stderr.contains("'y' is not KEY=VALUE")), (2, true), "{stderr}");
+    assert_eq!(nkv.run(&["exists", "x"]).0, 1, "nothing was written");
+    let (code, _, stderr) = nkv.run(&["set", "--pairs", "x=1", "y..z=2"]);
+    assert_eq!((code, stderr.contains("y..z") || stderr.contains("empty segment")), (2, true), "{stderr}");
+}
+
+#[test]
 fn each_end_has_its_exit_code() {
     let nkv = nkv();
     assert_eq!(nkv.run(&["put", "a", "1", "--if-revision", "0"]).0, 0);

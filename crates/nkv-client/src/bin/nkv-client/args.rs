@@ -71,6 +71,9 @@ pub(crate) enum Command {
     Get {
         /// A key, KEY.* or *
         key: String,
+        /// More of them: each value is a line then
+        #[arg(value_name = "KEY", conflicts_with_all = ["limit", "after"])]
+        more: Vec<String>,
         #[command(flatten)]
         page: PageArgs,
     },
@@ -91,6 +94,13 @@ pub(crate) enum Command {
         /// Lets the value end by itself after this time
         #[arg(long, value_name = "DURATION", value_parser = duration)]
         ttl: Option<Duration>,
+    },
+    /// Writes many values, each for itself: `put --pairs KEY=VALUE...`
+    #[command(hide = true)]
+    PutPairs {
+        /// A key, '=' and its value
+        #[arg(value_name = "KEY=VALUE", required = true)]
+        pairs: Vec<String>,
     },
     /// Removes a key, or all below one with KEY.*
     #[command(visible_aliases = ["del", "rm"], after_help = DELETE_HELP)]
@@ -131,6 +141,9 @@ pub(crate) enum Command {
         /// A key, KEY.* or *
         #[arg(default_value = "*")]
         key: String,
+        /// With their values
+        #[arg(long)]
+        values: bool,
         #[command(flatten)]
         page: PageArgs,
     },
@@ -194,7 +207,7 @@ impl Command {
     pub(crate) fn op(&self) -> &'static str {
         match self {
             Command::Get { .. } => "get",
-            Command::Put { .. } => "put",
+            Command::Put { .. } | Command::PutPairs { .. } => "put",
             Command::Delete { .. } => "delete",
             Command::Subscribe { .. } => "subscribe",
             Command::Unsubscribe { .. } => "unsubscribe",
@@ -220,7 +233,7 @@ impl Command {
             | Command::Tree { key }
             | Command::Exists { key } => Some(key),
             Command::Trace { key } => key.as_deref(),
-            Command::Health | Command::Version | Command::Stats | Command::Quit => None,
+            Command::PutPairs { .. } | Command::Health | Command::Version | Command::Stats | Command::Quit => None,
         }
     }
 }

@@ -9,7 +9,7 @@ pub(crate) fn to_our_words(words: &mut Vec<OsString>, first_plain: impl Fn(&[OsS
         words.insert(1, addr);
     }
     let command = |word: &OsString| word.to_str().map(str::to_ascii_lowercase);
-    let is_one = |word: &OsString| matches!(command(word).as_deref(), Some("get" | "set" | "watch"));
+    let is_one = |word: &OsString| matches!(command(word).as_deref(), Some("get" | "set" | "put" | "watch"));
     // An address may stand before it.
     let first = first_plain(words, 1);
     let candidates = [first, first.and_then(|at| first_plain(words, at.saturating_add(1)))];
@@ -21,6 +21,12 @@ pub(crate) fn to_our_words(words: &mut Vec<OsString>, first_plain: impl Fn(&[OsS
                 words.push("*".into());
             } else if let Some(key) = take_value(words, from, &["-k", "--key"]) {
                 words.extend(["--".into(), key]);
+            }
+        }
+        // The replicated store sets several at once.
+        Some("set" | "put") if take(words, from, &["--pairs"]) => {
+            if let Some(word) = words.get_mut(at) {
+                *word = "put-pairs".into();
             }
         }
         Some("set") => {
@@ -94,6 +100,7 @@ mod tests {
             ("watch", "watch *"),
             ("--server-address 0.0.0.0:23333 get -k a", "0.0.0.0:23333 get -- a"),
             ("get -k a --server-address=h:1", "h:1 get -- a"),
+            ("set --pairs a=1 b=2", "put-pairs a=1 b=2"),
             ("--addr /tmp/nkv.sock get a", "/tmp/nkv.sock get a"),
             // Ours stay as they are.
             ("get a.b", "get a.b"),

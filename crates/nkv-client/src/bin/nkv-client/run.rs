@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::args::{Command, PageArgs, put_options};
 use crate::failure::{Exit, Failure};
-use crate::output::{Output, Place, entry_json, tree};
+use crate::output::{Output, Place, complain, entry_json, tree};
 use crate::stdio::Stdin;
 
 /// What is read of stdin or a file at most: no server takes more.
@@ -20,12 +20,18 @@ pub(crate) const VALUE_LEN_MAX: u64 = 64 << 20;
 /// Runs a command that is the same in all modes, after [`check`].
 pub(crate) async fn run(client: &Client, command: &Command, out: Output) -> Result<Exit, Failure> {
     match command {
-        Command::Get { key, page } => get(client, key, page, out).await,
+        Command::Get { key, more, page } if more.is_empty() => get(client, key, page, out).await,
+        Command::Get { key, more, .. } => get_many(client, key, more, out).await,
+        Command::PutPairs { pairs } => put_pairs(client, pairs, out).await,
         Command::Put { .. } | Command::Delete { .. } => {
             let value = value_of(command, out.place).await?;
             written(command, write(client, command, value).await?, out)
         }
-        Command::List { key, page } => list(client, key, page, out).await,
+        Command::List { key, page, values: true } => match get(client, key, page, out).await {
+            Err(Failure::NotFound) => Ok(Exit::Ok),
+            shown => shown,
+        },
+        Command::List { key, page, .. } => list(client, key, page, out).await,
         Command::Tree { key } if out.json => list(client, key, &PageArgs::default(), out).await,
         Command::Tree { key } => {
             let keys = client.list(key).await?;
@@ -145,6 +151,57 @@ async fn get(client: &Client, key: &str, page: &PageArgs, out: Output) -> Result
         out.more("get", key, last.key.as_str());
     }
     if entries.is_empty() { Err(Failure::NotFound) } else { Ok(Exit::Ok) }
+}
+
+/// Several keys or patterns, each a line; what is missing is said of each.
+async fn get_many(client: &Client, key: &str, more: &[String], out: Output) -> Result<Exit, Failure> {
+    let mut exit = Exit::Ok;
+    for key in std::iter::once(key).chain(more.iter().map(String::as_str)) {
+        let entries = client.get_all(key).await?;
+        if entries.is_empty() {
+            out.note(&format!("{}: not found", out.key(key)))?;
+            exit = Exit::NotFound;
+        }
+        for entry in &entries {
+            match out.json {
+                true => out.object(&entry_json("get", entry))?,
+                false => out.line(out.key_value(entry).as_bytes())?,
+            }
+        }
+    }
+    Ok(exit)
+}
+
+/// All are on their way at once; the first that fails says how to end.
+async fn put_pairs(client: &Client, pairs: &[String], out: Output) -> Result<Exit, Failure> {
+    let mut puts = Vec::new();
+    for pair in pairs {
+        let wrong = || Failure::Usage(format!("'{pair}' is not KEY=VALUE; nothing was written"));
+        let (key, value) = pair.split_once('=').ok_or_else(wrong)?;
+        puts.push((key.to_owned(), value.to_owned()));
+    }
+    let started: Vec<_> = puts
+        .into_iter()
+        .map(|(key, value)| {
+            let client = client.clone();
+            (key.clone(), tokio::spawn(async move { client.put(key, value).await }))
+        })
+        .collect();
+    let mut failed = None;
+    for (key, put) in started {
+        match put.await.map_err(|error| Failure::System(error.to_string()))? {
+            Ok(revision) if out.json => {
+                out.object(&json!({"op": "put", "key": key, "revision": revision.get()}))?;
+            }
+            Ok(revision) => out.note(&format!("{} OK revision {revision}", out.key(&key)))?,
+            Err(error) => {
+                let (_, what) = Failure::Client(error.clone()).in_words(out, None);
+                what.iter().for_each(|what| complain(what));
+                failed.get_or_insert(error);
+            }
+        }
+    }
+    failed.map_or(Ok(Exit::Ok), |error| Ok(Failure::Client(error).in_words(out, None).0))
 }
 
 async fn list(client: &Client, key: &str, page: &PageArgs, out: Output) -> Result<Exit, Failure> {

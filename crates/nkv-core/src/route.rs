@@ -35,27 +35,62 @@ use crate::revision::{Epoch, Revision};
 /// ```
 #[derive(Debug)]
 pub struct RoutePersist {
-    /// Which branch goes to the backend of the same index; the default has none and comes first.
-    branches: Vec<Option<Key>>,
+    /// Which branch goes to which of the backends.
+    branches: Vec<(Key, usize)>,
+    /// The default comes first.
     backends: Vec<Box<dyn PersistValue>>,
 }
 
 impl RoutePersist {
     /// All keys go to `default`, until routes are added.
     pub fn new(default: impl PersistValue) -> Self {
-        RoutePersist { branches: vec![None], backends: vec![Box::new(default)] }
+        RoutePersist { branches: Vec::new(), backends: vec![Box::new(default)] }
     }
 
     /// Sends `branch` and every key below it to `backend`. A branch routed twice goes to the later backend.
     #[must_use]
-    pub fn route(mut self, branch: Key, backend: impl PersistValue) -> Self {
-        if let Some(at) = self.branches.iter().position(|known| known.as_ref() == Some(&branch)) {
-            self.branches.remove(at);
-            self.backends.remove(at);
-        }
-        self.branches.push(Some(branch));
+    pub fn route(self, branch: Key, backend: impl PersistValue) -> Self {
+        self.route_all([branch], backend)
+    }
+
+    /// Sends several branches, each with every key below it, to one `backend`.
+    #[must_use]
+    pub fn route_all(mut self, branches: impl IntoIterator<Item = Key>, backend: impl PersistValue) -> Self {
+        let at = self.backends.len();
         self.backends.push(Box::new(backend));
+        branches.into_iter().for_each(|branch| self.send(branch, at));
         self
+    }
+
+    /// Leaves `branch`, and every key below it, to the default: within a branch that goes elsewhere.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use nkv_core::{Key, MemoryPersist, NoPersist, RoutePersist};
+    ///
+    /// // All below `runtime` is forgotten at a restart, but for what is below `runtime.kept`.
+    /// let persist = RoutePersist::new(MemoryPersist::default())
+    ///     .route(Key::new("runtime")?, NoPersist::default())
+    ///     .keep(Key::new("runtime.kept")?);
+    /// # Ok::<(), nkv_core::KeyError>(())
+    /// ```
+    #[must_use]
+    pub fn keep(mut self, branch: Key) -> Self {
+        self.send(branch, 0);
+        self
+    }
+
+    fn send(&mut self, branch: Key, to: usize) {
+        let Some((_, known)) = self.branches.iter_mut().find(|(known, _)| *known == branch) else {
+            return self.branches.push((branch, to));
+        };
+        let before = std::mem::replace(known, to);
+        if before > 0 && self.branches.iter().all(|(_, at)| *at != before) {
+            // Nothing is left for it.
+            self.backends.remove(before);
+            self.branches.iter_mut().filter(|(_, at)| *at > before).for_each(|(_, at)| *at -= 1);
+        }
     }
 
     #[expect(clippy::indexing_slicing, reason = "`pick` gives the index of a branch, and each has a backend")]
@@ -91,14 +126,11 @@ struct Part<'a> {
     prepared: Prepared,
 }
 
-/// Index of the route that covers `key` with the most segments. The branches that cover one key are prefixes of each
+/// The backend of the branch that covers `key` with the most segments. The branches that cover one key are prefixes of each
 /// other, so the longest text is the one with the most segments.
-fn pick(branches: &[Option<Key>], key: &str) -> usize {
-    let covering = branches.iter().enumerate().filter_map(|(at, branch)| match branch {
-        Some(branch) if branch.as_str() == key || branch.is_above(key) => Some((branch.as_str().len(), at)),
-        _ => None,
-    });
-    covering.max().map_or(0, |(_, at)| at)
+fn pick(branches: &[(Key, usize)], key: &str) -> usize {
+    let covering = branches.iter().filter(|(branch, _)| branch.as_str() == key || branch.is_above(key));
+    covering.max_by_key(|(branch, _)| branch.as_str().len()).map_or(0, |(_, at)| *at)
 }
 
 /// The figures of several backends, as one.

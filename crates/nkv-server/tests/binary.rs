@@ -42,6 +42,50 @@ fn sigterm_ends_it_cleanly_and_what_was_acknowledged_is_there_again() {
     }
 }
 
+/// What is below `runtime` is gone after a restart, but for the branch that is kept within it; and the other way round.
+#[test]
+fn a_branch_lives_where_it_is_said_to() {
+    for (flags, kept, forgotten, durability) in [
+        (
+            &["--branch", "runtime=memory", "--branch", "runtime.kept=log"][..],
+            ["other", "runtime.kept.x", "runtimes"],
+            ["runtime", "runtime.x"],
+            "sync; runtime: memory",
+        ),
+        (
+            &["--persist", "memory", "--branch", "config=log"],
+            ["config", "config.x", "config.y"],
+            ["other", "configs"],
+            "memory; config: sync",
+        ),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        for round in 0..2 {
+            let mut server = Process::start(dir.path(), flags);
+            let mut conn = server.connect();
+            let has = |conn: &mut Conn, key: &str| {
+                status(&conn.ask(&format!(r#"{{"type":"Exists","key":"{key}"}}"#))) == 200
+            };
+            for key in kept {
+                assert_eq!(has(&mut conn, key), round > 0, "{key}, round {round}");
+                conn.put(key, "1");
+            }
+            for key in forgotten {
+                assert!(!has(&mut conn, key), "{key}, round {round}");
+                conn.put(key, "1");
+            }
+            let stats = conn.ask(r#"{"type":"Stats"}"#);
+            assert!(stats.contains(durability), "{stats}");
+            server.signal("-TERM");
+            assert_eq!(server.wait().code(), Some(0));
+        }
+    }
+    for (wrong, named) in [("runtime", "BRANCH=log"), ("a..b=log", "empty segment"), ("a=disk", "log or memory")] {
+        let (code, said) = run(&["--branch", wrong]);
+        assert_eq!((code, said.contains(named)), (2, true), "{said}");
+    }
+}
+
 #[test]
 fn a_second_signal_ends_it_at_once() {
     let dir = tempfile::tempdir().unwrap();

@@ -7,7 +7,7 @@ use clap::builder::Resettable;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use nkv_core::{PersistError, PersistErrorKind};
+use nkv_core::{Key, PersistError, PersistErrorKind};
 use nkv_persist_fs::Durability;
 use nkv_server::{Address, Options};
 use tracing::level_filters::LevelFilter;
@@ -78,6 +78,10 @@ pub(crate) struct Args {
     /// Where values live
     #[arg(long, value_name = "KIND", env = "NKV_PERSIST", value_enum, default_value_t = Persist::Log)]
     pub(crate) persist: Persist,
+
+    /// Where the values of a branch live, as --persist; the longest branch that covers a key counts; may be given more than once
+    #[arg(long, value_name = "BRANCH=KIND", env = "NKV_BRANCH", value_delimiter = ',', value_parser = parse_branch)]
+    pub(crate) branch: Vec<(Key, Persist)>,
 
     /// Connections at a time; others are refused
     #[arg(long, value_name = "N", env = "NKV_MAX_CONNECTIONS", default_value_t = Options::default().connections_max)]
@@ -330,6 +334,12 @@ fn parse_level(text: &str) -> Result<LevelFilter, String> {
     let levels = "off, error, warn, info, debug or trace";
     let level = if text.is_empty() { None } else { text.parse().ok() };
     level.ok_or_else(|| format!("expected {levels}"))
+}
+
+fn parse_branch(text: &str) -> Result<(Key, Persist), String> {
+    let (branch, kind) = text.split_once('=').ok_or("expected BRANCH=log or BRANCH=memory")?;
+    let kind = Persist::from_str(kind, false).map_err(|_| "a branch is kept by log or memory")?;
+    Ok((Key::new(branch).map_err(|error| error.to_string())?, kind))
 }
 
 fn parse_mode(text: &str) -> Result<u32, String> {

@@ -18,13 +18,13 @@ mod log;
 mod signals;
 
 use std::error::Error;
-use std::io::{ErrorKind, Write};
+use std::io::{self, ErrorKind, Write};
 use std::net::IpAddr;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use nkv_core::{PersistError, PersistErrorKind};
+use nkv_core::{Epoch, Key, NoPersist, PersistError, PersistErrorKind, PersistValue, RoutePersist};
 use nkv_persist_fs::{FsOptions, FsPersist, check, repair, restore};
 use nkv_server::{Address, Builder, Server, ServerError};
 use tokio::sync::oneshot;
@@ -156,23 +156,45 @@ fn warn_if_open(address: &Address) {
 
 /// `opened` becomes when the opening began.
 fn with_persist(builder: Builder, args: &Args, opened: Arc<OnceLock<Instant>>) -> Result<Builder, ServerError> {
-    match args.persist {
-        Persist::Memory => {
-            info!(durability = "memory", "values live in memory only and are gone at the end");
-            Ok(builder)
-        }
-        Persist::Log => {
-            let (dir, durability) = (args.data_dir()?, args.durability);
-            let options = FsOptions::default().with_durability(durability).with_group_access(args.group_access);
-            let builder = builder.clock_file(dir.join("clock"));
-            Ok(builder.persist(durability.to_string(), move || {
-                opened.get_or_init(Instant::now);
-                let persist = FsPersist::open(&dir, options)?;
-                info!(data_dir = %dir.display(), %durability, "data directory opened");
-                Ok(persist)
-            }))
-        }
+    let default = args.persist;
+    let (kept, elsewhere): (Vec<_>, Vec<_>) = args.branch.iter().cloned().partition(|(_, kind)| *kind == default);
+    let branches = |of: Vec<(Key, Persist)>| of.into_iter().map(|(branch, _)| branch).collect::<Vec<_>>();
+    let (kept, elsewhere) = (branches(kept), branches(elsewhere));
+    if default == Persist::Memory && elsewhere.is_empty() {
+        info!(durability = "memory", "values live in memory only and are gone at the end");
+        return Ok(builder);
     }
+    let (dir, durability) = (args.data_dir()?, args.durability);
+    let options = FsOptions::default().with_durability(durability).with_group_access(args.group_access);
+    let builder = builder.clock_file(dir.join("clock"));
+    let (log, memory) = (durability.to_string(), "memory".to_owned());
+    let (first, other) = if default == Persist::Log { (log, memory) } else { (memory, log) };
+    let list = |branches: &[Key]| branches.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let words = if elsewhere.is_empty() { first } else { format!("{first}; {}: {other}", list(&elsewhere)) };
+    Ok(builder.persist(words.clone(), move || {
+        opened.get_or_init(Instant::now);
+        let log = FsPersist::open(&dir, options)?;
+        info!(data_dir = %dir.display(), durability = words, "data directory opened");
+        if elsewhere.is_empty() {
+            return Ok(Box::new(log) as Box<dyn PersistValue>);
+        }
+        // What is forgotten begins anew each time.
+        let memory = NoPersist::new(Epoch::new(random()?));
+        let routes = match default {
+            Persist::Log => RoutePersist::new(log).route_all(elsewhere, memory),
+            Persist::Memory => RoutePersist::new(memory).route_all(elsewhere, log),
+        };
+        Ok(Box::new(kept.into_iter().fold(routes, RoutePersist::keep)))
+    }))
+}
+
+fn random() -> Result<u128, PersistError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| {
+        PersistError::new(PersistErrorKind::Io, "the system gives no random numbers")
+            .with_source(io::Error::other(error.to_string()))
+    })?;
+    Ok(u128::from_ne_bytes(bytes))
 }
 
 fn check_data(args: &Args, with_repair: bool) -> ExitCode {

@@ -17,7 +17,7 @@ const { Branch, Watch } = require('./watch.js');
 const { CannotConnectError, ClosedError, OutcomeUnknownError, ProtocolError, RefusedError, TimeoutError } = errors;
 
 /** A connection that lived for so long counts as good: the pauses between attempts begin anew. */
-const LASTED_MS = 5_000;
+const LASTED_MS = 2_000;
 /** How many entries `getAll` asks for at once, and how many keys `list`. */
 const GET_PAGE = 1_000;
 const LIST_PAGE = 10_000;

@@ -141,8 +141,8 @@ class Proxy:
                       asyncio.ensure_future(self.copy("down", up_reader, writer))]
             # The end of one direction is passed on; the end of both, or an error, ends the connection.
             await asyncio.gather(*copies)
-        except OSError:
-            pass
+        except (OSError, asyncio.CancelledError):
+            pass  # cut, or the end of the case
         finally:
             for end in (writer, up):
                 if end is not None:

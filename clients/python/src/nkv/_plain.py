@@ -433,7 +433,8 @@ class _Watching(Generic[S]):
     """What subscriptions and watches have in common."""
 
     def __init__(self, core: _Core, local: Local, sink: S) -> None:
-        self._core, self._local, self._sink = core, local, sink
+        self._core, self._local = core, local
+        self._sink: S = sink
         self._news = threading.Condition(core.lock)
         # Called by the driver's thread, which has the lock.
         sink.notify = self._news.notify_all

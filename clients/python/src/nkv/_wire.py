@@ -65,11 +65,11 @@ class Decoder:
                 if not line.strip():
                     continue
                 kind, body = _parse(line)
-                length = body.get("len")
-                if isinstance(length, int) and not isinstance(length, bool):
-                    if not 0 <= length <= self._len_max:
-                        raise ProtocolError(f"a payload of {length} bytes")
-                    self._head = (kind, body, length)
+                announced = body.get("len")
+                if isinstance(announced, int) and not isinstance(announced, bool):
+                    if not 0 <= announced <= self._len_max:
+                        raise ProtocolError(f"a payload of {announced} bytes")
+                    self._head = (kind, body, announced)
                 else:
                     yield Message(kind, body, b"")
         finally:

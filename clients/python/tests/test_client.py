@@ -191,6 +191,27 @@ class Ends(WithServer):
             self.assertEqual((done.returncode, done.stderr), (0, ""), text)
             self.assertLess(time.monotonic() - began, 5)
 
+    def test_close_while_a_name_is_being_resolved(self) -> None:
+        slow = ("import socket, sys, time, threading, asyncio, nkv, nkv.aio\n"
+                "socket.getaddrinfo = lambda *a, **k: time.sleep(30)\n"
+                "def left(since):\n"
+                "    assert time.monotonic() - since < 0.5\n")
+        for text in ("c = nkv.Client('a.name'); time.sleep(0.1); since = time.monotonic(); c.close(); left(since)",
+                     "async def main():\n"
+                     "    c = nkv.aio.Client('a.name')\n"
+                     "    call = asyncio.ensure_future(c.get('k'))\n"
+                     "    await asyncio.sleep(0.1)\n"
+                     "    since = time.monotonic()\n"
+                     "    await c.close()\n"
+                     "    left(since)\n"
+                     "    try: await call\n"
+                     "    except nkv.Closed: print('closed')\n"
+                     "asyncio.run(main())"):
+            began = time.monotonic()
+            done = self.program(slow + text)
+            self.assertEqual((done.returncode, done.stderr), (0, ""), text)
+            self.assertLess(time.monotonic() - began, 5)
+
     def test_an_interrupt_ends_a_call_and_not_the_client(self) -> None:
         with nkv.Client(self.address) as client:
             client.put("k", "1")

@@ -7,7 +7,10 @@ not been sent by then never is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -173,11 +176,46 @@ class _Core:
     async def _connect(self) -> _Link:
         if self.address.path is not None:
             _, link = await self.loop.create_unix_connection(lambda: _Link(self), self.address.path)
-        else:
-            # Resolved at each attempt: the name may have moved.
-            _, link = await self.loop.create_connection(lambda: _Link(self), self.address.host, self.address.port,
-                                                        happy_eyeballs_delay=0.25)
-        return link
+            return link
+        # Resolved at each attempt: the name may have moved.
+        found = await self._resolve()
+        until = self.loop.time() + self.options.connect_timeout
+        error: OSError = ConnectionError("no address")
+        for left, where in zip(range(len(found), 0, -1), found):
+            seconds = max(0.0, until - self.loop.time()) / left
+            try:
+                _, link = await asyncio.wait_for(self.loop.create_connection(lambda: _Link(self), *where), seconds)
+                return link
+            except (OSError, asyncio.TimeoutError) as caught:
+                error = caught if isinstance(caught, OSError) and str(caught) else TimeoutError(f"{where}: no connection in time")
+        raise error
+
+    async def _resolve(self) -> list[tuple[str, int]]:
+        future: asyncio.Future[list[tuple[str, int]]] = self.loop.create_future()
+
+        def report(found: list[tuple[str, int]], error: OSError | None) -> None:
+            if not future.done():
+                if error is None:
+                    future.set_result(found)
+                else:
+                    future.set_exception(error)
+
+        def resolve() -> None:
+            found: list[tuple[str, int]] = []
+            error = None
+            try:
+                for _, _, _, _, where in socket.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM):
+                    found.append((str(where[0]), int(where[1])))
+            except OSError as caught:
+                error = caught
+            except UnicodeError as caught:
+                error = OSError(str(caught))
+            with contextlib.suppress(RuntimeError):  # the loop may have ended
+                self.loop.call_soon_threadsafe(report, found, error)
+
+        # A daemon of our own: asyncio waits at its end for the threads that it has for this.
+        threading.Thread(target=resolve, name="nkv-resolve", daemon=True).start()
+        return await future
 
     async def _serve(self, link: _Link) -> Exception | None:
         self._link = link

@@ -157,9 +157,11 @@ class Threads(WithServer):
             watch.changed(0)
             with self.assertRaises(nkv.Timeout):
                 watch.changed(0.05)
-            threading.Timer(0.1, lambda: client.put("k", "1")).start()
+            timer = threading.Timer(0.1, lambda: client.put("k", "1"))
+            timer.start()
             watch.changed(5)
             self.assertEqual(watch.value, b"1")
+            timer.join()
         with self.assertRaises(nkv.Closed):
             while True:
                 watch.changed(5)

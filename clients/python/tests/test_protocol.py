@@ -391,6 +391,21 @@ class Subscriptions(unittest.TestCase):
         self.assertEqual(events(one), [("synced", 0), ("a.b", b"1", 0)])
         self.assertEqual(events(two), [("a.b", b"1", 0), ("synced", 1)])
 
+    def test_a_change_from_before_a_snapshot_is_no_news(self) -> None:
+        wire = Wire()
+        _, one = wire.subscribe("a")
+        wire.sent()
+        wire.say(HELLO, synced("a", 0))
+        _, two = wire.subscribe("a.*")
+        wire.sent()
+        # What the backlog of the first still holds, the snapshot of the second has had.
+        wire.say(HELLO, synced("a.*", 2), update("a.b", b"1", 1))
+        self.assertEqual(events(one), [("synced", 0), ("a.b", b"1", 0)])
+        self.assertEqual(events(two), [("synced", 2)])
+        wire.say(gone("a.b", 2), update("a.b", b"3", 3))
+        self.assertEqual(events(one), [("a.b", b"3", 1)])
+        self.assertEqual(events(two), [("a.b", b"3", 0)])
+
     def test_a_reset_reports_what_is_gone(self) -> None:
         wire = Wire()
         _, queue = wire.subscribe("a")

@@ -386,6 +386,9 @@ func (c *Client) detach(l *link) {
 // receive handles a message. It is called with the lock held.
 func (c *Client) receive(l *link, message message) error {
 	body := message.body
+	if body == nil && message.kind != "Hello" {
+		return nil // a sign of life, or what a later version of the protocol says
+	}
 	switch message.kind {
 	case "Hello":
 		if len(l.hellos) == 0 {
@@ -426,7 +429,7 @@ func (c *Client) receive(l *link, message message) error {
 	case "Base", "Get", "List", "Trace", "Version", "Stats":
 		return c.answer(l, body)
 	}
-	return nil // a sign of life, or what a later version of the protocol says
+	return nil
 }
 
 func (c *Client) answer(l *link, body *body) error {

@@ -406,6 +406,7 @@ func TestTheClientReadsWhileItsWriteIsBlocked(t *testing.T) {
 func TestWhatALaterVersionSaysIsPassedOver(t *testing.T) {
 	f := newFake(t, each(func(p *peer, a ask) bool {
 		p.send(`"Later"`)
+		p.send(`"Get"`)
 		p.send(`{"Later":{"len":3,"key":5}}` + "\n{\"x")
 		p.send(`{"Later":[1,2]}`)
 		p.send(`{"Close":{"key":"k","reason":"tired"}}`)

@@ -46,7 +46,7 @@ func (f *following) end(err error) {
 	})
 }
 
-// Close unsubscribes. It returns at once, and always nil.
+// Close ends it, and its subscription at the server. It returns at once, and always nil.
 func (f *following) Close() error {
 	f.stop()
 	f.end(closedError())

@@ -68,6 +68,7 @@ func (l *Live) read() {
 		// A value that is no good is reported, and the last one stays.
 		if err := json.Unmarshal(entry.Value, field); err != nil {
 			log.Printf("%s is no good: %v", entry.Key, err)
+			l.CompareAndSwap(nil, &defaults)
 			return
 		}
 	}

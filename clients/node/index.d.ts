@@ -221,11 +221,11 @@ export class Branch implements ReadonlyMap<string, Entry> {
   readonly revision: Revision | undefined;
   get(key: string): Entry | undefined;
   has(key: string): boolean;
-  keys(): MapIterator<string>;
-  values(): MapIterator<Entry>;
-  entries(): MapIterator<[string, Entry]>;
+  keys(): ReturnType<ReadonlyMap<string, Entry>['keys']>;
+  values(): ReturnType<ReadonlyMap<string, Entry>['values']>;
+  entries(): ReturnType<ReadonlyMap<string, Entry>['entries']>;
   forEach(callback: (entry: Entry, key: string, branch: ReadonlyMap<string, Entry>) => void, thisArg?: any): void;
-  [Symbol.iterator](): MapIterator<[string, Entry]>;
+  [Symbol.iterator](): ReturnType<ReadonlyMap<string, Entry>['entries']>;
   /** Waits until it is current. */
   ready(options?: Limits): Promise<void>;
   /** Yields at once, and again after changes: one time for all that came meanwhile. */
@@ -266,6 +266,8 @@ export class Client {
   watchBranch(pattern: string, options?: Limits): Promise<Branch>;
   /** Ends everything: calls that wait reject, iterators end. */
   close(): Promise<void>;
+  /** The same as `close`, for `await using`. */
+  [Symbol.asyncDispose](): Promise<void>;
 }
 
 /** The same as `Client.connect`. */

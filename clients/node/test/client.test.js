@@ -93,9 +93,10 @@ describe('requests', () => {
       echo(peer, request);
     }
   };
-  withFake('the answer to a call that was given up is no one else’s', { onRequest: answersLate }, {}, async (client) => {
+  withFake('the answer to a call that was given up is of no other', { onRequest: answersLate }, {}, async (client, server) => {
     await assert.rejects(client.get('first', { timeout: 50 }), failsWith('TIMEOUT'));
     assert.equal((await client.get('second')).text(), 'second');
+    assert.equal(server.peers.length, 1);
   });
 
   test('a put that timed out before it was sent is never sent', { timeout: 60_000 }, async () => {

@@ -301,6 +301,8 @@ func TestAttemptsGrowRarerAndAreJittered(t *testing.T) {
 
 func TestCloseReturnsAtOnceInEveryState(t *testing.T) {
 	release := make(chan struct{})
+	// The goroutines are counted before the first dialer is stuck.
+	left := noGoroutinesLeft(t)
 	stuck := func(context.Context, string, string) (net.Conn, error) { // as a resolver that knows no context
 		<-release
 		return nil, errors.New("released")
@@ -308,7 +310,12 @@ func TestCloseReturnsAtOnceInEveryState(t *testing.T) {
 	silent := newFake(t, func(p *peer) { _, _ = p.read(); _, _ = p.read() })
 	gone := newFake(t, func(*peer) {})
 	gone.stop()
-	left := noGoroutinesLeft(t)
+	began := time.Now()
+	_, err := nkv.Dial(in(50*time.Millisecond), "db1", nkv.WithDialer(stuck))
+	isErr(t, err, context.DeadlineExceeded)
+	if took := time.Since(began); took > 500*time.Millisecond {
+		t.Fatalf("it took %v", took)
+	}
 	for name, start := range map[string]func() (*nkv.Client, error){
 		"name":     func() (*nkv.Client, error) { return nkv.Start("db1", nkv.WithDialer(stuck)) },
 		"greeting": func() (*nkv.Client, error) { return nkv.Start(silent.address) },
@@ -334,6 +341,7 @@ func TestCloseReturnsAtOnceInEveryState(t *testing.T) {
 		isErr(t, err, nkv.ErrClosed)
 	}
 	close(release)
+	silent.stop()
 	left()
 }
 

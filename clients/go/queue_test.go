@@ -62,6 +62,21 @@ func TestManyCutsWithoutAReaderTakeNoMemory(t *testing.T) {
 	}
 }
 
+func TestAReaderThatIsSlowerThanTheWritersIsSyncedAllTheSame(t *testing.T) {
+	q := newQueue()
+	q.update(entry("a", "", 1), 0, true, false)
+	q.update(entry("b", "", 2), 0, true, false)
+	q.postSynced(revisionIn("e", 2))
+	for i := uint64(3); i < 20; i += 2 {
+		q.update(entry("a", "", i), 0, false, true)
+		q.update(entry("b", "", i+1), 0, false, true)
+		if event, _, _ := q.take(); event == (Synced{Revision: revisionIn("e", 2)}) {
+			return
+		}
+	}
+	t.Fatal("it never is")
+}
+
 // model is a server with a store, and what a reader makes of the events.
 type model struct {
 	random   *rand.Rand
@@ -75,6 +90,9 @@ type model struct {
 	reader   map[string]Entry
 	told     map[string]string // epoch and revision of the last update of a key
 	isLost   bool
+	present  string                        // the epoch that the reader knows of
+	states   map[Revision]map[string]Entry // the store as it was at the ends of snapshots
+	ended    map[string]Revision           // the keys that the reader heard the end of
 }
 
 func newModel(seed uint64) *model {
@@ -83,7 +101,8 @@ func newModel(seed uint64) *model {
 		panic(err)
 	}
 	m := &model{random: rand.New(rand.NewPCG(seed, 0)), client: client, queue: newQueue(), store: map[string]Entry{},
-		reader: map[string]Entry{}, told: map[string]string{}}
+		reader: map[string]Entry{}, told: map[string]string{},
+		states: map[Revision]map[string]Entry{}, ended: map[string]Revision{}}
 	client.mu.Lock()
 	client.hub.add(newLocal("s", false, 1<<30, &queueSink{m.queue}))
 	client.mu.Unlock()
@@ -93,6 +112,9 @@ func newModel(seed uint64) *model {
 func (m *model) name() string { return fmt.Sprintf("e%d", m.epoch) }
 
 func (m *model) connect() {
+	if m.present == "" {
+		m.present = m.name() // the first connection is not told
+	}
 	m.link = &link{epoch: m.name(), features: []string{"exact"}}
 	m.client.link = m.link
 	m.client.hub.attach(m.link)
@@ -106,6 +128,7 @@ func (m *model) connect() {
 		}
 		m.client.hub.update(entry, 0)
 	}
+	m.states[revisionIn(m.name(), m.revision)] = maps.Clone(m.store)
 	_ = m.client.hub.end(revisionIn(m.name(), m.revision))
 }
 
@@ -144,6 +167,9 @@ func (m *model) read(count int) string {
 			if m.told[event.Key] == at {
 				return fmt.Sprintf("%v came twice", event)
 			}
+			if event.Revision.epoch != m.present {
+				return fmt.Sprintf("%v came in the epoch %s", event, m.present)
+			}
 			before, ok := m.reader[event.Key]
 			if ok && before.Revision.epoch == event.Revision.epoch && !event.Revision.After(before.Revision) {
 				return fmt.Sprintf("%v came behind %v", event, before)
@@ -152,19 +178,34 @@ func (m *model) read(count int) string {
 			m.reader[event.Key] = event.Entry
 		case Gone:
 			delete(m.reader, event.Key)
+			m.ended[event.Key] = event.Revision
 		case Reconnecting:
 			m.isLost = true
 		case Connected:
-			m.isLost = false
+			m.isLost, m.present = false, event.Epoch
 		case Synced:
 			if m.isLost {
 				return "synced while the connection is lost"
 			}
-			for key, entry := range m.reader {
-				if entry.Revision.epoch != event.Revision.epoch && event.Revision.number > 0 {
-					return fmt.Sprintf("synced, and %s is of another epoch", key)
-				}
+			if wrong := m.knows(event.Revision); wrong != "" {
+				return wrong
 			}
+		}
+	}
+	return ""
+}
+
+// knows says of which key the reader, who is synced, does not know the state then or a later one.
+func (m *model) knows(synced Revision) string {
+	state := m.states[synced]
+	for key, entry := range state {
+		if at := m.reader[key].Revision; at != entry.Revision && !at.After(entry.Revision) && !m.ended[key].After(entry.Revision) {
+			return fmt.Sprintf("synced at %s, and %v is not known", synced, entry)
+		}
+	}
+	for key, entry := range m.reader {
+		if _, ok := state[key]; !ok && !entry.Revision.After(synced) {
+			return fmt.Sprintf("synced at %s, and %v is not gone", synced, entry)
 		}
 	}
 	return ""
@@ -208,6 +249,24 @@ func TestWhatAReaderMakesOfTheEventsIsTheStore(t *testing.T) {
 		if m.queue.len != 0 || len(m.queue.keys) != 0 {
 			t.Fatalf("seed %d: %d bytes, %d keys are left", seed, m.queue.len, len(m.queue.keys))
 		}
+	}
+}
+
+func TestKeysThatABranchMissedGoInOneStepWithItsBecomingLive(t *testing.T) {
+	p := newPresent()
+	for _, key := range []string{"a", "b", "c"} {
+		p.update(entry(key, "1", 1), 0, true, false)
+	}
+	p.synced(revisionIn("e", 1), true)
+	p.lost()
+	p.gone("a", revisionIn("e", 5), Missed, 0, false)
+	p.gone("b", revisionIn("e", 5), Missed, 0, false)
+	if p.isLive || len(p.entries) != 3 {
+		t.Fatal(p.isLive, p.entries)
+	}
+	p.synced(revisionIn("e", 5), true)
+	if !p.isLive || len(p.entries) != 1 || p.len != 1 {
+		t.Fatal(p.isLive, p.entries, p.len)
 	}
 }
 

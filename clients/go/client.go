@@ -95,7 +95,7 @@ func (c *Client) ClientUUID() string { return c.options.clientUUID }
 func (c *Client) Connected() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.link != nil
+	return c.link != nil && c.link.err == nil
 }
 
 // Close closes the connection. Calls that wait end with [ErrClosed], or a write that was sent with
@@ -427,18 +427,24 @@ func (c *Client) receive(l *link, message message) error {
 		}
 		return c.hub.begin(known, known.exact)
 	case "Base", "Get", "List", "Trace", "Version", "Stats":
-		return c.answer(l, body)
+		return c.answer(l, message)
 	}
 	return nil
 }
 
-func (c *Client) answer(l *link, body *body) error {
+func (c *Client) answer(l *link, message message) error {
+	body := message.body
 	ask := l.settle(parseID(body.ID))
 	if ask == nil {
 		if body.Status == http.StatusOK {
 			return protocolError("an answer to no request")
 		}
 		return answerError(body, l.epoch, false) // what a server says before it closes the connection
+	}
+	if body.Status == http.StatusOK && ask.isUser() && message.kind != answerKind(ask.request) {
+		err := protocolError("a %q in answer to a %q", message.kind, ask.request)
+		c.drop(ask, err)
+		return err
 	}
 	switch ask.kind {
 	case callSubscribe:
@@ -456,6 +462,15 @@ func (c *Client) answer(l *link, body *body) error {
 		ask.finish(result{body: body, epoch: l.epoch})
 	}
 	return nil
+}
+
+// answerKind is the kind of the answer to a request that was served.
+func answerKind(request string) string {
+	switch request {
+	case "Put", "Delete", "Exists", "Health":
+		return "Base"
+	}
+	return request
 }
 
 // parseID returns 0, the id of the greeting, for what is no id of ours.

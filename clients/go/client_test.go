@@ -464,6 +464,18 @@ func TestAnswersThatWereNotAskedForAreRefused(t *testing.T) {
 	isErr(t, err, nkv.ErrProtocol)
 }
 
+func TestAnAnswerOfAnotherKindIsNoAnswer(t *testing.T) {
+	f := newFake(t, each(func(p *peer, a ask) bool {
+		p.ok(a, "") // also to a Get, which would seem to find nothing
+		return true
+	}))
+	client := dial(t, f.address)
+	_, ok, err := client.Get(soon(t), "k")
+	if isErr(t, err, nkv.ErrProtocol); ok {
+		t.Fatal("found")
+	}
+}
+
 func TestAddresses(t *testing.T) {
 	seen := make(chan string, 1)
 	look := func(_ context.Context, network, address string) (net.Conn, error) {

@@ -18,9 +18,9 @@ const (
 // sink is where a local subscription's events go. Its methods are called with the lock of the client held, and never wait.
 type sink interface {
 	// update says that a key has a value. isNew: the reader does not know of the key. It returns how many bytes are kept.
-	update(entry Entry, skipped uint64, isNew, isSynced bool) int
+	update(entry Entry, skipped uint64, isNew bool) int
 	// gone says that a key is gone, of which the reader knows.
-	gone(key string, revision Revision, reason Reason, skipped uint64, isSynced bool)
+	gone(key string, revision Revision, reason Reason, skipped uint64)
 	// synced says that all up to a revision was said.
 	synced(revision Revision, isFirst bool)
 	lost()
@@ -112,7 +112,7 @@ func (l *local) update(entry Entry, skipped uint64) {
 	if !isNews || l.isSilent() {
 		return
 	}
-	kept := l.sink.update(entry, skipped, !isKnown || wasDead, l.isSynced)
+	kept := l.sink.update(entry, skipped, !isKnown || wasDead)
 	if kept+l.knownLen > l.lenMax {
 		l.isTooLarge = true
 	}
@@ -125,7 +125,7 @@ func (l *local) gone(key string, revision Revision, reason Reason, skipped uint6
 	}
 	l.forget(key)
 	if !known.isDead && !l.isSilent() {
-		l.sink.gone(key, revision, reason, skipped, l.isSynced)
+		l.sink.gone(key, revision, reason, skipped)
 	}
 }
 
@@ -395,7 +395,7 @@ func (h *hub) wrote(ask *call, revision Revision) {
 				}
 			} else if known, ok := l.known[ask.key]; ok && !known.isDead && known.revision < revision.number {
 				l.known[ask.key] = knownKey{revision: revision.number, snapshot: l.snapshot, isDead: true}
-				l.sink.gone(ask.key, revision, Deleted, 0, l.isSynced)
+				l.sink.gone(ask.key, revision, Deleted, 0)
 			}
 		}
 		h.endTooLarge(w)

@@ -45,7 +45,7 @@ func WithWaitForServer(patience time.Duration) Option {
 	return func(o *options) { o.waitForServer = patience }
 }
 
-// WithRequestTimeout sets how long a call takes at most whose context has no deadline. 5 s if not given.
+// WithRequestTimeout sets how long a call takes at most whose context has no deadline. 5 s if not given; 0 means no limit.
 func WithRequestTimeout(timeout time.Duration) Option {
 	return func(o *options) { o.requestTimeout = timeout }
 }

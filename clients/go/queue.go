@@ -64,20 +64,20 @@ func isConnection(event Event) bool {
 	return false
 }
 
-func (q *queue) update(entry Entry, skipped uint64, isNew, isSynced bool) int {
+func (q *queue) update(entry Entry, skipped uint64, isNew bool) int {
 	event := waitingEvent{key: entry.Key, len: len(entry.Key) + len(entry.Value) + keyCost, isNew: isNew}
-	return q.change(event, isSynced, func(passed uint64) Event { return Update{Entry: entry, Skipped: skipped + passed} })
+	return q.change(event, func(passed uint64) Event { return Update{Entry: entry, Skipped: skipped + passed} })
 }
 
-func (q *queue) gone(key string, revision Revision, reason Reason, skipped uint64, isSynced bool) {
+func (q *queue) gone(key string, revision Revision, reason Reason, skipped uint64) {
 	event := waitingEvent{key: key, len: len(key) + keyCost}
-	q.change(event, isSynced, func(passed uint64) Event {
+	q.change(event, func(passed uint64) Event {
 		return Gone{Key: key, Revision: revision, Reason: reason, Skipped: skipped + passed}
 	})
 }
 
 // change takes in a change of a key; made gets how many others it stands for.
-func (q *queue) change(change waitingEvent, isSynced bool, made func(passed uint64) Event) int {
+func (q *queue) change(change waitingEvent, made func(passed uint64) Event) int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.err != nil {
@@ -102,7 +102,7 @@ func (q *queue) change(change waitingEvent, isSynced bool, made func(passed uint
 	_, isGone := change.event.(Gone)
 	isBeforeSynced := q.synced != nil && before.place < at(q.synced).place
 	switch {
-	case isGone && change.isNew && isSynced && !isBeforeSynced:
+	case isGone && change.isNew:
 		q.drop(old) // the reader has never heard of it
 		delete(q.keys, change.key)
 	case isBeforeSynced && q.connected < before.place:

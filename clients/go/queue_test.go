@@ -34,16 +34,16 @@ func drain(t *testing.T, q *queue) []Event {
 func TestASlowReaderGetsTheNewestStateOfEachKeyAndTheCountOfWhatItMissed(t *testing.T) {
 	q := newQueue()
 	for i := uint64(1); i <= 1000; i++ {
-		q.update(entry([]string{"even", "odd"}[i%2], "", i), 0, i <= 2, true)
+		q.update(entry([]string{"even", "odd"}[i%2], "", i), 0, i <= 2)
 	}
-	q.gone("odd", revisionIn("e", 1001), Deleted, 3, true)
+	q.gone("odd", revisionIn("e", 1001), Deleted, 3)
 	events := drain(t, q)
 	if len(events) != 1 || events[0].(Update).Skipped != 499 || q.len != 0 {
 		t.Fatal(events, q.len)
 	}
 	// It is known now.
-	q.update(entry("even", "", 1002), 0, false, true)
-	q.gone("even", revisionIn("e", 1003), Deleted, 3, true)
+	q.update(entry("even", "", 1002), 0, false)
+	q.gone("even", revisionIn("e", 1003), Deleted, 3)
 	if events = drain(t, q); len(events) != 1 || events[0].(Gone).Skipped != 4 {
 		t.Fatal(events)
 	}
@@ -52,7 +52,7 @@ func TestASlowReaderGetsTheNewestStateOfEachKeyAndTheCountOfWhatItMissed(t *test
 func TestManyCutsWithoutAReaderTakeNoMemory(t *testing.T) {
 	q := newQueue()
 	for i := uint64(1); i <= 1000; i++ {
-		q.update(entry("a", "", i), 0, i == 1, false)
+		q.update(entry("a", "", i), 0, i == 1)
 		q.postSynced(revisionIn("e", i))
 		q.connection(Reconnecting{})
 		q.connection(Connected{Epoch: "e"})
@@ -64,12 +64,12 @@ func TestManyCutsWithoutAReaderTakeNoMemory(t *testing.T) {
 
 func TestAReaderThatIsSlowerThanTheWritersIsSyncedAllTheSame(t *testing.T) {
 	q := newQueue()
-	q.update(entry("a", "", 1), 0, true, false)
-	q.update(entry("b", "", 2), 0, true, false)
+	q.update(entry("a", "", 1), 0, true)
+	q.update(entry("b", "", 2), 0, true)
 	q.postSynced(revisionIn("e", 2))
 	for i := uint64(3); i < 20; i += 2 {
-		q.update(entry("a", "", i), 0, false, true)
-		q.update(entry("b", "", i+1), 0, false, true)
+		q.update(entry("a", "", i), 0, false)
+		q.update(entry("b", "", i+1), 0, false)
 		if event, _, _ := q.take(); event == (Synced{Revision: revisionIn("e", 2)}) {
 			return
 		}
@@ -92,7 +92,6 @@ type model struct {
 	isLost   bool
 	present  string                        // the epoch that the reader knows of
 	states   map[Revision]map[string]Entry // the store as it was at the ends of snapshots
-	ended    map[string]Revision           // the keys that the reader heard the end of
 }
 
 func newModel(seed uint64) *model {
@@ -102,7 +101,7 @@ func newModel(seed uint64) *model {
 	}
 	m := &model{random: rand.New(rand.NewPCG(seed, 0)), client: client, queue: newQueue(), store: map[string]Entry{},
 		reader: map[string]Entry{}, told: map[string]string{},
-		states: map[Revision]map[string]Entry{}, ended: map[string]Revision{}}
+		states: map[Revision]map[string]Entry{}}
 	client.mu.Lock()
 	client.hub.add(newLocal("s", false, 1<<30, &queueSink{m.queue}))
 	client.mu.Unlock()
@@ -177,8 +176,10 @@ func (m *model) read(count int) string {
 			m.told[event.Key] = at
 			m.reader[event.Key] = event.Entry
 		case Gone:
+			if _, ok := m.reader[event.Key]; !ok {
+				return fmt.Sprintf("%v is not news", event)
+			}
 			delete(m.reader, event.Key)
-			m.ended[event.Key] = event.Revision
 		case Reconnecting:
 			m.isLost = true
 		case Connected:
@@ -199,7 +200,9 @@ func (m *model) read(count int) string {
 func (m *model) knows(synced Revision) string {
 	state := m.states[synced]
 	for key, entry := range state {
-		if at := m.reader[key].Revision; at != entry.Revision && !at.After(entry.Revision) && !m.ended[key].After(entry.Revision) {
+		at, now := m.reader[key].Revision, m.store[key].Revision
+		// A key that has gone since need not be heard of.
+		if at != entry.Revision && !at.After(entry.Revision) && now == entry.Revision {
 			return fmt.Sprintf("synced at %s, and %v is not known", synced, entry)
 		}
 	}
@@ -255,12 +258,12 @@ func TestWhatAReaderMakesOfTheEventsIsTheStore(t *testing.T) {
 func TestKeysThatABranchMissedGoInOneStepWithItsBecomingLive(t *testing.T) {
 	p := newPresent()
 	for _, key := range []string{"a", "b", "c"} {
-		p.update(entry(key, "1", 1), 0, true, false)
+		p.update(entry(key, "1", 1), 0, true)
 	}
 	p.synced(revisionIn("e", 1), true)
 	p.lost()
-	p.gone("a", revisionIn("e", 5), Missed, 0, false)
-	p.gone("b", revisionIn("e", 5), Missed, 0, false)
+	p.gone("a", revisionIn("e", 5), Missed, 0)
+	p.gone("b", revisionIn("e", 5), Missed, 0)
 	if p.isLive || len(p.entries) != 3 {
 		t.Fatal(p.isLive, p.entries)
 	}
@@ -276,13 +279,13 @@ func TestAWaitThatIsGivenUpLosesNoEvent(t *testing.T) {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Millisecond)
 		go func() {
 			time.Sleep(2 * time.Millisecond)
-			q.update(entry(fmt.Sprint(i), "", i), 0, true, true)
+			q.update(entry(fmt.Sprint(i), "", i), 0, true)
 		}()
 		_, _ = q.next(ctx)
 		cancel()
 	}
 	time.Sleep(20 * time.Millisecond)
-	q.update(entry("last", "", 51), 0, true, true)
+	q.update(entry("last", "", 51), 0, true)
 	events := drain(t, q)
 	if last := events[len(events)-1].(Update); last.Key != "last" {
 		t.Fatal(last)

@@ -46,7 +46,7 @@ func (p *present) reach(revision Revision) {
 	}
 }
 
-func (p *present) update(entry Entry, _ uint64, _, _ bool) int {
+func (p *present) update(entry Entry, _ uint64, _ bool) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.remove(entry.Key)
@@ -62,7 +62,7 @@ func (p *present) remove(key string) {
 	delete(p.entries, key)
 }
 
-func (p *present) gone(key string, revision Revision, reason Reason, _ uint64, _ bool) {
+func (p *present) gone(key string, revision Revision, reason Reason, _ uint64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if reason == Missed {

@@ -44,7 +44,7 @@ var (
 	ErrTooMuch = errors.New("nkv: subscription holds too much")
 )
 
-// Error is every error of this package. [errors.Is] finds its kind and its cause; [errors.As] finds the fields.
+// Error is the error of every call. [errors.Is] finds its kind and its cause; [errors.As] finds the fields.
 type Error struct {
 	// Kind is one of the errors that this package declares, such as [ErrConflict].
 	Kind error

@@ -18,6 +18,7 @@ const { CannotConnectError, ClosedError, OutcomeUnknownError, ProtocolError, Ref
 
 /** A connection that lived for so long counts as good: the pauses between attempts begin anew. */
 const LASTED_MS = 2_000;
+const BACKOFF_LONGEST_MS = 86_400_000;
 /** How many entries `getAll` asks for at once, and how many keys `list`. */
 const GET_PAGE = 1_000;
 const LIST_PAGE = 10_000;
@@ -513,7 +514,8 @@ function clientOptions(options) {
   if (given.lookup !== undefined && typeof given.lookup !== 'function') {
     throw new TypeError("'lookup' is a function, such as dns.lookup");
   }
-  const backoffMin = Math.max(1, args.checkTime(given.backoffMin, 'backoffMin', 50));
+  // A pause of nothing would never grow, and one without end would never be over.
+  const backoffMin = Math.min(Math.max(1, args.checkTime(given.backoffMin, 'backoffMin', 50)), BACKOFF_LONGEST_MS);
   return {
     name,
     lookup: given.lookup,
@@ -523,7 +525,7 @@ function clientOptions(options) {
     connectTimeout: args.checkTime(given.connectTimeout, 'connectTimeout', 5_000),
     heartbeat: Math.max(1, args.checkTime(given.heartbeat, 'heartbeat', 15_000)),
     backoffMin,
-    backoffMax: Math.max(backoffMin, args.checkTime(given.backoffMax, 'backoffMax', 5_000)),
+    backoffMax: Math.min(Math.max(backoffMin, args.checkTime(given.backoffMax, 'backoffMax', 5_000)), BACKOFF_LONGEST_MS),
     messageLenMax: args.checkCount(given.messageLenMax, 'messageLenMax', 1) ?? 80 * 1024 * 1024,
     subscriptionLenMax: args.checkCount(given.subscriptionLenMax, 'subscriptionLenMax', 1) ?? 1024 * 1024 * 1024,
   };

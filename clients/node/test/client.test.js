@@ -23,6 +23,20 @@ function withFake(name, handlers, options, run) {
   });
 }
 
+/** A fake server that ends with the test. */
+async function fakeFor(t, handlers) {
+  const server = await fakeServer(handlers);
+  t.after(() => server.close());
+  return server;
+}
+
+/** The same for a client of it, which is connected. */
+async function clientFor(t, addr, options) {
+  const client = await nkv.connect(addr, options);
+  t.after(() => client.close());
+  return client;
+}
+
 const failsWith = (code) => (error) => error instanceof nkv.NkvError && error.code === code;
 
 describe('requests', () => {
@@ -99,16 +113,16 @@ describe('requests', () => {
     assert.equal(server.peers.length, 1);
   });
 
-  test('a put that timed out before it was sent is never sent', { timeout: 60_000 }, async () => {
+  test('a put that timed out before it was sent is never sent', { timeout: 60_000 }, async (t) => {
     // The server takes nothing until all has timed out: some is in the socket by then, the rest waits in the client.
-    const server = await fakeServer({
+    const server = await fakeFor(t, {
       onConnect: (peer, request) => {
         peer.greet(request);
         peer.socket.pause();
       },
       onRequest: (peer, { id }) => peer.answer(id, { revision: 1 }),
     });
-    const client = await nkv.connect(server.addr, { heartbeat: 60_000 });
+    const client = await clientFor(t, server.addr, { heartbeat: 60_000 });
     const value = Buffer.alloc(500_000);
     const puts = Array.from({ length: 60 }, (_, number) => client.put(`k.${number}`, value, { timeout: 300 }));
     const codes = (await Promise.allSettled(puts)).map(({ reason }) => reason?.code);
@@ -120,14 +134,12 @@ describe('requests', () => {
     const sent = server.of('Put').map(({ key }) => key);
     assert.deepEqual(sent.filter((key) => unsent.includes(key)), []);
     assert.deepEqual(sent, [...codes.flatMap((code, number) => (code === 'TIMEOUT' ? [] : [`k.${number}`])), 'last']);
-    await client.close();
-    await server.close();
   });
 
-  test('it reads on while its writes are blocked', { timeout: 60_000 }, async () => {
+  test('it reads on while its writes are blocked', { timeout: 60_000 }, async (t) => {
     // The server takes nothing while its own answers are not read.
     const value = Buffer.alloc(100_000, 'v');
-    const server = await fakeServer({
+    const server = await fakeFor(t, {
       onPeer: ({ socket }) => socket.on('drain', () => socket.resume()),
       onRequest: (peer, { id, type, key }) => {
         if (type === 'Get') {
@@ -140,11 +152,9 @@ describe('requests', () => {
         }
       },
     });
-    const client = await nkv.connect(server.addr, { requestTimeout: 50_000 });
+    const client = await clientFor(t, server.addr, { requestTimeout: 50_000 });
     const calls = Array.from({ length: 1000 }, (_, n) => (n % 2 === 0 ? client.put(`k.${n}`, value) : client.get(`k.${n}`)));
     await Promise.all(calls);
-    await client.close();
-    await server.close();
   });
 
   withFake('a signal ends a call: before it is sent for good, after that with the outcome unknown', {}, {}, async (client, server) => {
@@ -217,15 +227,7 @@ describe('requests', () => {
   });
 });
 
-describe('the connection', () => {
-  const attempts = async (handlers) => {
-    const server = await fakeServer(handlers);
-    const client = new nkv.Client(server.addr);
-    await sleep(6_000);
-    await client.close();
-    await server.close();
-    return server.peers.length;
-  };
+describe('a server is tried in growing pauses that', { concurrency: 4 }, () => {
   const closes = {
     'accepts and closes': { onPeer: ({ socket }) => socket.destroy() },
     'answers 503 and closes': {
@@ -235,13 +237,19 @@ describe('the connection', () => {
     'speaks HTTP': { onConnect: (peer) => peer.socket.end('HTTP/1.1 400 Bad Request\r\n\r\n') },
   };
   for (const [name, handlers] of Object.entries(closes)) {
-    test(`a server that ${name} is tried in growing pauses`, { timeout: 30_000 }, async () => {
-      const count = await attempts(handlers);
+    test(name, { timeout: 30_000 }, async (t) => {
+      const server = await fakeFor(t, handlers);
+      const client = new nkv.Client(server.addr);
+      t.after(() => client.close());
+      await sleep(6_000);
+      const count = server.peers.length;
       assert.ok(count >= 3 && count <= 12, `${count} attempts in 6 s`);
     });
   }
+});
 
-  test('connect fails at once where no server answers, and says why', { timeout: 30_000 }, async () => {
+describe('the connection', () => {
+  test('connect fails at once where no server answers, and says why', { timeout: 30_000 }, async (t) => {
     const server = await fakeServer({});
     await server.close();
     await assert.rejects(nkv.connect(server.addr), (error) => failsWith('CANNOT_CONNECT')(error) && /ECONNREFUSED/.test(error.message));
@@ -250,27 +258,23 @@ describe('the connection', () => {
     await assert.rejects(nkv.connect('http://x'), failsWith('INVALID_ADDRESS'));
   });
 
-  test('connect waits for the server if it is told to', { timeout: 30_000 }, async () => {
+  test('connect waits for the server if it is told to', { timeout: 30_000 }, async (t) => {
     let isUp = false;
     const onConnect = (peer, request) => (isUp ? peer.greet(request) : peer.socket.destroy());
-    const server = await fakeServer({ onConnect });
+    const server = await fakeFor(t, { onConnect });
     setTimeout(() => (isUp = true), 300);
-    const client = await nkv.connect(server.addr, { waitForServer: 20_000 });
+    const client = await clientFor(t, server.addr, { waitForServer: 20_000 });
     assert.equal(client.state, 'connected');
-    await client.close();
     const abort = AbortSignal.timeout(50);
     isUp = false;
     await assert.rejects(nkv.connect(server.addr, { waitForServer: 20_000, signal: abort }), { name: 'TimeoutError' });
-    await server.close();
   });
 
-  test('the addresses of a name are tried in turn', { timeout: 30_000 }, async () => {
-    const server = await fakeServer({});
+  test('the addresses of a name are tried in turn', { timeout: 30_000 }, async (t) => {
+    const server = await fakeFor(t, {});
     const addresses = ['127.0.0.9', '192.0.2.1', '127.0.0.1'].map((address) => ({ address, family: 4 }));
     const lookup = (host, options, callback) => callback(null, addresses);
-    const client = await nkv.connect(`name.example:${server.port}`, { lookup });
-    await client.close();
-    await server.close();
+    const client = await clientFor(t, `name.example:${server.port}`, { lookup });
   });
 
   withFake('a server that gives no sign of life counts as dead', { onRequest: () => {} }, { heartbeat: 100 }, async (client, server) => {
@@ -476,9 +480,9 @@ describe('subscriptions', () => {
     assert.equal(branch.live, false);
   });
 
-  test('250 subscriptions, half of them dropped while there is no connection', { timeout: 60_000 }, async () => {
-    const server = await fakeServer(store({ entries: [], revision: 1 }));
-    const client = await nkv.connect(server.addr, { backoffMin: 300 });
+  test('250 subscriptions, half of them dropped while there is no connection', { timeout: 60_000 }, async (t) => {
+    const server = await fakeFor(t, store({ entries: [], revision: 1 }));
+    const client = await clientFor(t, server.addr, { backoffMin: 300 });
     const all = Array.from({ length: 250 }, (_, number) => client.subscribe(`s.${number}`));
     await Promise.all(all.map((subscription) => subscription.ready()));
     server.peers[0].socket.destroy();
@@ -490,7 +494,5 @@ describe('subscriptions', () => {
     assert.equal(server.of('Subscribe').length - before, 125);
     server.peers[1].update('s.200', 'x', 2);
     assert.deepEqual(await take(all[200], 3), ['connected', 'synced', 'update s.200 x']);
-    await client.close();
-    await server.close();
   });
 });

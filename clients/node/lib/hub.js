@@ -106,11 +106,6 @@ class Local {
     this.unseen = undefined;
     this.isJoined = false;
     this.isSynced = false;
-    if (this.isSilent) {
-      // Nothing was promised yet: the next snapshot is the one that counts.
-      this.known.clear();
-      this.knownLen = 0;
-    }
     this.sink.lost(this.isAccepted);
   }
 
@@ -214,6 +209,10 @@ class Hub {
     this.#connection = undefined;
     this.#filling = undefined;
     this.#leaving.clear();
+    // The next connection may be to data of another epoch.
+    for (const own of this.#own.values()) {
+      own.gone = 0;
+    }
     for (const wire of this.#wires.values()) {
       wire.isLive = false;
       wire.isAsked = false;

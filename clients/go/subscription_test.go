@@ -80,6 +80,24 @@ func TestWithoutSnapshotNothingIsMissedOverACut(t *testing.T) {
 	expect(t, s, `update "s.c" "1"`, `gone "s.b" "missed"`, "synced")
 }
 
+// What is sent for another subscription may be from before the snapshot, which has it already, or its delete.
+func TestAChangeFromBeforeTheSnapshotIsNoNews(t *testing.T) {
+	f := newFake(t, each(func(p *peer, a ask) bool {
+		if a.Type != "Subscribe" {
+			return kind(p, a)
+		}
+		p.send(`"Hello"`)
+		p.synced(a.Key, 9)
+		p.update("s.a", 5, 0, "deleted since")
+		p.send(`{"Close":{"key":"s.b","revision":6,"skipped":0,"reason":"deleted"}}`)
+		p.update("s.b", 10, 0, "2")
+		return true
+	}))
+	client := dial(t, f.address)
+	s := must[*nkv.Subscription](t)(client.Subscribe(soon(t), "s"))
+	expect(t, s, "synced", `update "s.b" "2"`)
+}
+
 func TestAResetReportsWhatWasMissed(t *testing.T) {
 	f := newFake(t, each(func(p *peer, a ask) bool {
 		if a.Type != "Subscribe" {

@@ -157,8 +157,6 @@ class Hub {
   #connection;
   /** The subscription whose snapshot is under way. */
   #filling;
-  /** How many `Unsubscribe`s to a pattern have no answer yet. */
-  #leaving = new Map();
   /** Keys with writes of this client under way: how many, and the number of the last revision at which the key had gone. */
   #own = new Map();
 
@@ -181,17 +179,8 @@ class Hub {
     }
     this.#wires.delete(wire.pattern);
     clearTimeout(wire.retry);
-    const { pattern } = wire;
     if (this.#connection !== undefined && (wire.isLive || wire.isAsked)) {
-      this.#leaving.set(pattern, (this.#leaving.get(pattern) ?? 0) + 1);
-      this.#connection.ask({ type: 'Unsubscribe', key: pattern }, () => {
-        const left = this.#leaving.get(pattern) - 1;
-        if (left > 0) {
-          this.#leaving.set(pattern, left);
-        } else {
-          this.#leaving.delete(pattern);
-        }
-      });
+      this.#connection.ask({ type: 'Unsubscribe', key: wire.pattern }, () => {});
     }
   }
 
@@ -208,7 +197,6 @@ class Hub {
   detach() {
     this.#connection = undefined;
     this.#filling = undefined;
-    this.#leaving.clear();
     // The next connection may be to data of another epoch.
     for (const own of this.#own.values()) {
       own.gone = 0;
@@ -287,10 +275,10 @@ class Hub {
       this.#synced(key, this.#revision(body));
     } else if (kind === 'Reset') {
       const wire = this.#wires.get(key);
-      if (wire !== undefined && wire.isLive && !this.#leaving.has(key)) {
+      if (wire !== undefined && wire.isLive) {
         this.#begin(wire);
       } else {
-        this.#filling = { pattern: key };
+        this.#filling = { pattern: key }; // of one that was given up
       }
     }
   }
@@ -390,8 +378,8 @@ class Hub {
     if (this.#filling?.pattern === pattern) {
       this.#filling = undefined;
     }
-    if (this.#leaving.has(pattern) || this.#connection.isSubscribing(pattern)) {
-      return;
+    if (this.#connection.isSubscribing(pattern)) {
+      return; // the subscription here is a later one
     }
     const wire = this.#wires.get(pattern);
     if (wire !== undefined && wire.isLive) {

@@ -446,6 +446,18 @@ describe('subscriptions', () => {
     await eventually(() => server.of('Unsubscribe').length === 3);
   });
 
+  withFake('dropped and made again at once, it has the present state each time', store(two), {}, async (client, server) => {
+    for (let time = 0; time < 20; time += 1) {
+      client.subscribe('a').close();
+    }
+    const subscription = client.subscribe('a');
+    assert.deepEqual(await take(subscription, 3), ['update a.x 1', 'update a.y 2', 'synced']);
+    client.subscribe('a.*').close();
+    server.peers[0].update('a.x', '3', 3);
+    assert.deepEqual(await take(subscription, 1), ['update a.x 3']);
+    assert.equal(server.peers.length, 1);
+  });
+
   const lagging = { entries: [], revision: 1, putRevision: 5 };
   withFake('a watch is never older than an own write that is done', store(lagging), {}, async (client) => {
     const watch = await client.watch('k');

@@ -3,6 +3,7 @@
 // The client against a server that does what a real one seldom does.
 
 const assert = require('node:assert/strict');
+const net = require('node:net');
 const { describe, test } = require('node:test');
 const { setTimeout: sleep } = require('node:timers/promises');
 
@@ -272,7 +273,10 @@ describe('the connection', () => {
 
   test('the addresses of a name are tried in turn', { timeout: 30_000 }, async (t) => {
     const server = await fakeFor(t, {});
+    // One refuses, one never answers.
     const addresses = ['127.0.0.9', '192.0.2.1', '127.0.0.1'].map((address) => ({ address, family: 4 }));
+    const connect = net.connect;
+    t.mock.method(net, 'connect', (options) => (options.host === '192.0.2.1' ? new net.Socket() : connect(options)));
     const lookup = (host, options, callback) => callback(null, addresses);
     const client = await clientFor(t, `name.example:${server.port}`, { lookup });
   });

@@ -37,10 +37,12 @@ const states = {
     return [new nkv.Client('nkv.example:4222', { lookup: () => {} })];
   },
   async 'in connect'() {
+    // An address that never answers, and a socket that does not connect.
     const lookup = (host, options, callback) => callback(null, [{ address: '192.0.2.1', family: 4 }]);
-    const client = new nkv.Client('nkv.example:4222', { lookup });
+    const clients = [new nkv.Client('192.0.2.1:4222'), new nkv.Client('nkv.example:4222', { lookup })];
     await new Promise((resolve) => setTimeout(resolve, 50));
-    return [client];
+    await clients[0].close();
+    return [clients[1]];
   },
   async 'before Connect is answered'() {
     const server = await fakeServer({ onConnect: () => {} });

@@ -93,12 +93,13 @@ fn held_by_one_that_does_not_read(queued_max: usize, forms: &[&str]) -> (usize, 
     let stuck = subscribe(narrow(&server), "stuck", "text");
     // The values that it has waiting are those that the store has, until they are replaced.
     write_all(&server, 'b');
-    let with = live().saturating_sub(before);
-    let queued = queued(&server, "stuck");
-    // No connection is closed, whatever is given up; on many threads a reader may be the last to be served.
+    // No connection is closed, whatever is given up; on many threads a reader may be the last to be served, and what is encoded for
+    // it is there until then.
     for form in forms {
         eventually("those who read have read all", || self::queued(&server, form) == 0);
     }
+    let with = live().saturating_sub(before);
+    let queued = queued(&server, "stuck");
     drop(stuck);
     server.shutdown().unwrap();
     readers.into_iter().for_each(|reader| reader.join().unwrap());

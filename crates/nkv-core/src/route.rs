@@ -59,7 +59,7 @@ impl RoutePersist {
         let at = self.backends.len();
         self.backends.push(Box::new(backend));
         branches.into_iter().for_each(|branch| self.send(branch, at));
-        self
+        self.without_unused()
     }
 
     /// Leaves `branch`, and every key below it, to the default: within a branch that goes elsewhere.
@@ -78,19 +78,25 @@ impl RoutePersist {
     #[must_use]
     pub fn keep(mut self, branch: Key) -> Self {
         self.send(branch, 0);
-        self
+        self.without_unused()
     }
 
     fn send(&mut self, branch: Key, to: usize) {
-        let Some((_, known)) = self.branches.iter_mut().find(|(known, _)| *known == branch) else {
-            return self.branches.push((branch, to));
-        };
-        let before = std::mem::replace(known, to);
-        if before > 0 && self.branches.iter().all(|(_, at)| *at != before) {
-            // Nothing is left for it.
-            self.backends.remove(before);
-            self.branches.iter_mut().filter(|(_, at)| *at > before).for_each(|(_, at)| *at -= 1);
+        match self.branches.iter_mut().find(|(known, _)| *known == branch) {
+            Some((_, known)) => *known = to,
+            None => self.branches.push((branch, to)),
         }
+    }
+
+    /// Lets go of backends for which no branch is left.
+    fn without_unused(mut self) -> Self {
+        for at in (1..self.backends.len()).rev() {
+            if self.branches.iter().all(|(_, known)| *known != at) {
+                self.backends.remove(at);
+                self.branches.iter_mut().filter(|(_, known)| *known > at).for_each(|(_, known)| *known -= 1);
+            }
+        }
+        self
     }
 
     #[expect(clippy::indexing_slicing, reason = "`pick` gives the index of a branch, and each has a backend")]

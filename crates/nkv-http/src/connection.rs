@@ -28,7 +28,7 @@ use crate::ws::{Frames, tell_records};
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// What the library holds of a stream that was ended stays until the connection ends: with one more it does.
-const STALLED_MAX: usize = 16;
+const STALLED_MAX: usize = 64;
 
 /// The longest head of a request, in bytes.
 const STREAM_HEAD_LEN_MAX: u32 = 16 << 10;

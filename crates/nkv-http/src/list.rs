@@ -11,7 +11,7 @@ use nkv_node::Handle;
 
 use crate::body::{Answer, Body, CHUNK_LEN, Source};
 use crate::entry::{write_number, write_record};
-use crate::making::Making;
+use crate::making::{FIRST_LEN, Making};
 use crate::problem::Problem;
 use crate::route::{Ctx, json, query, takes_gzip};
 
@@ -65,16 +65,20 @@ async fn page(ctx: Ctx<'_>, gzip: bool, mut walk: Walk) -> Result<Answer, Proble
     let mut making = Making::new(ctx);
     let (epoch, revision) = (handle.epoch(), handle.revision());
     let mut out = b"{\"entries\":[".to_vec();
+    // What is short needs no turn.
+    let mut is_first = true;
     let more = loop {
         let len = out.len();
+        let at_least = if std::mem::take(&mut is_first) { FIRST_LEN } else { PART_LEN };
         // A little at a time, so that it is counted before there is much of it.
-        let part_max = LEN_MAX.min(len.saturating_add(PART_LEN));
-        if !walk.part(&mut out, b',', part_max)? {
+        let part_max = LEN_MAX.min(len.saturating_add(at_least));
+        if !walk.part(&mut out, b',', part_max, at_least == PART_LEN)? {
             break false;
         }
         if walk.limit == Some(0) || out.len() >= LEN_MAX || part_max == LEN_MAX && out.len() == len {
             break true;
         }
+        making.turn().await;
         making.grow(out.len()).await;
         tokio::task::yield_now().await;
     };
@@ -118,13 +122,15 @@ struct Walk {
 }
 
 impl Walk {
-    /// Writes the next entries, each with `end` behind it, until there are `len_max` bytes in all; whether there is more.
-    fn part(&mut self, out: &mut Vec<u8>, end: u8, len_max: usize) -> Result<bool, Problem> {
+    /// Writes the next entries, each with `end` behind it, until there are `len_max` bytes in all; whether there is more. One may be
+    /// longer than that, if it is to be one at least.
+    fn part(&mut self, out: &mut Vec<u8>, end: u8, len_max: usize, at_least_one: bool) -> Result<bool, Problem> {
         let (mut count, max) = (0_u64, self.limit.unwrap_or(u64::MAX).min(PART_KEYS));
         let (begin, mut last) = (out.len(), None);
         let (handle, with_values) = (self.handle.clone(), self.with_values);
         let ended = self.handle.walk(&self.pattern, self.after.as_ref(), |record: RecordRef<'_>| {
-            let is_full = out.len().saturating_add(record.value.len()) > len_max && out.len() > begin;
+            let is_full =
+                out.len().saturating_add(record.value.len()) > len_max && (out.len() > begin || !at_least_one);
             if count >= max || is_full {
                 return ControlFlow::Break(());
             }
@@ -148,7 +154,7 @@ impl Source for Lines {
     fn poll_next(&mut self, _: &mut Context<'_>) -> Poll<Option<Bytes>> {
         let Some(walk) = &mut self.walk else { return Poll::Ready(None) };
         let mut out = Vec::new();
-        let more = walk.part(&mut out, b'\n', CHUNK_LEN).unwrap_or(false);
+        let more = walk.part(&mut out, b'\n', CHUNK_LEN, true).unwrap_or(false);
         if !more || walk.limit == Some(0) {
             self.walk = None;
         }

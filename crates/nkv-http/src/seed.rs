@@ -17,7 +17,7 @@ use serde::{Deserialize, Deserializer};
 use crate::body::{Answer, Body, Received, full, receive};
 use crate::connection::Upgrade;
 use crate::list::PART_LEN;
-use crate::making::Making;
+use crate::making::{FIRST_LEN, Making};
 use crate::problem::Problem;
 use crate::route::Ctx;
 use crate::ws;
@@ -63,13 +63,15 @@ pub(crate) async fn get(ctx: Ctx<'_>, request: Request<Incoming>) -> Result<Answ
 
 pub(crate) async fn get_all(ctx: Ctx<'_>) -> Result<Answer, Problem> {
     let handle = &ctx.door.handle;
-    let (mut making, mut after) = (Making::new(ctx), None);
+    let (mut making, mut after, mut has_turn) = (Making::new(ctx), None, false);
     let mut pairs: Vec<(String, String)> = Vec::new();
     let mut len = 0_usize;
     loop {
         let (begin, mut count, mut last) = (len, 0_usize, None);
         let ended = handle.walk(&Pattern::All, after.as_ref(), |record: RecordRef<'_>| {
-            if count >= 1_024 || len.saturating_sub(begin) > PART_LEN {
+            let part_len = if after.is_none() { FIRST_LEN } else { PART_LEN };
+            let is_full = len.saturating_sub(begin).saturating_add(record.value.len()) > part_len;
+            if count >= 1_024 || is_full && (count > 0 || after.is_none() && !has_turn) {
                 return ControlFlow::Break(());
             }
             count = count.saturating_add(1);
@@ -85,11 +87,13 @@ pub(crate) async fn get_all(ctx: Ctx<'_>) -> Result<Answer, Problem> {
         if len > LEN_MAX {
             return Ok(too_much());
         }
-        making.grow(len).await;
         if ended.is_continue() {
             break;
         }
-        after = last;
+        making.turn().await;
+        has_turn = true;
+        making.grow(len).await;
+        after = last.or(after);
         tokio::task::yield_now().await;
     }
     // What takes long is done elsewhere: others are served meanwhile.

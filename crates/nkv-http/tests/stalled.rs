@@ -106,6 +106,30 @@ async fn many_long_answers_that_nobody_reads_are_bounded_together() {
     door.nothing_is_held().await;
 }
 
+/// Those who read at once do not keep each other waiting.
+#[tokio::test]
+async fn many_who_read_at_once_are_served_soon() {
+    let mut limits = Limits::default();
+    limits.queued_max = 16 << 20;
+    let door = std::sync::Arc::new(TestDoor::with(Options::default(), limits).await);
+    for n in 0..10 {
+        door.nkv.put(format!("k.{n}"), vec![b'x'; 300_000]).await.unwrap();
+    }
+    let readers: Vec<_> = (0..40)
+        .map(|n| {
+            let (door, path) = (std::sync::Arc::clone(&door), ["/v1/kv", "/getall"][n % 2]);
+            tokio::spawn(async move { door.get(path).await })
+        })
+        .collect();
+    let all = async {
+        for reader in readers {
+            let reply = reader.await.unwrap();
+            assert!(reply.status == 200 && reply.is_whole && reply.body.len() > 3_000_000, "{}", reply.head);
+        }
+    };
+    timeout(PATIENCE, all).await.expect("all are served");
+}
+
 #[tokio::test]
 async fn what_becomes_too_long_by_escaping_is_refused_and_holds_nobody_up() {
     let mut limits = Limits::default();

@@ -25,7 +25,7 @@ use crate::inner::Inner;
 use crate::oldest;
 use crate::options::Options;
 use crate::socket::Socket;
-use crate::text_wire::{self, Framing};
+use crate::text_wire::{self, Framing, Speaks};
 
 /// So much is asked of the system at a time.
 const READ_LEN: usize = 64 << 10;
@@ -507,11 +507,12 @@ impl Connection {
 
     /// Serves the whole requests at the start of `input`, until one has to wait; says how many bytes are done with.
     fn serve(&mut self, input: &[u8]) -> (usize, Option<End>) {
-        if self.since.served.is_none()
-            && input.first().is_some_and(|byte| *byte != b'{')
-            && let Some(framing) = text_wire::recognise(input)
-        {
-            return (0, Some(End::Text(framing)));
+        if self.since.served.is_none() && !self.is_at_end {
+            match text_wire::recognise(input) {
+                Speaks::This(framing) => return (0, Some(End::Text(framing))),
+                Speaks::Unknown => return (0, None),
+                Speaks::Other => {}
+            }
         }
         if self.since.served.is_none() && !self.is_oldest && oldest::is_one(&self.decoder, input) {
             self.is_oldest = true;

@@ -42,6 +42,15 @@ const HEAD_LEN: usize = 4;
 /// A subscription's line may lack its end: after so long without another byte it is taken for whole.
 const SILENCE: Duration = Duration::from_millis(100);
 
+/// How long what is under way may take once the node stops.
+const STOP_LIMIT: Duration = Duration::from_millis(500);
+
+/// So much of a text tells its word: that, and a space.
+const WORD_LEN: usize = 4;
+
+/// Past this a request needs room to arrive, and an answer its turn.
+const LONG_LEN: usize = 16 << 10;
+
 /// An answer is no longer than this.
 const ANSWER_LEN_MAX: usize = 64 << 20;
 
@@ -52,21 +61,51 @@ pub(crate) enum Framing {
     Frame,
 }
 
+/// What the first bytes of a connection say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Speaks {
+    This(Framing),
+    /// More has to come.
+    Unknown,
+    Other,
+}
+
 /// Whether the first bytes of a connection are of these wires. Nothing that is plainly of another protocol is.
-pub(crate) fn recognise(input: &[u8]) -> Option<Framing> {
-    // A short TLS record has a zero in the fourth place too, and no letter behind it.
-    if let [_, _, _, 0, letter, ..] = input {
-        return letter.is_ascii_uppercase().then_some(Framing::Frame);
+pub(crate) fn recognise(input: &[u8]) -> Speaks {
+    // The length of a frame may have any byte in front, also a brace.
+    let (head, text) = input.split_at_checked(HEAD_LEN).unwrap_or((input, &[]));
+    if head.get(3).is_none_or(|byte| *byte == 0) {
+        let word_len = text.len().min(WORD_LEN);
+        let begins = |word: &&str| {
+            let begin = [word.as_bytes(), b" "].concat();
+            let len = begin.len().min(word_len);
+            text.get(..len) == begin.get(..len)
+        };
+        // A short record of TLS has a zero in the fourth place too, and no word behind it.
+        match WORDS.iter().any(begins) {
+            true if text.len() >= WORD_LEN => return Speaks::This(Framing::Frame),
+            true if head.len() == HEAD_LEN => return Speaks::Unknown,
+            // A line of two or three bytes is whole with its end.
+            true if head.first().is_some_and(|byte| *byte == b'{' || *byte < b' ') => return Speaks::Unknown,
+            _ => {}
+        }
+    }
+    if !input.first().is_some_and(u8::is_ascii_uppercase) {
+        return Speaks::Other;
     }
     let line = match memchr::memchr(b'\n', input) {
-        Some(end) => input.get(..end)?,
+        Some(end) => input.get(..end).unwrap_or_default(),
         // The word is no other protocol's, and its end may never come.
-        None if input.starts_with(b"SUB ") => return Some(Framing::Line),
-        None => return None,
+        None if input.starts_with(b"SUB ") => return Speaks::This(Framing::Line),
+        None => return Speaks::Other,
     };
-    let line = std::str::from_utf8(line).ok()?.trim_end();
+    let Ok(line) = std::str::from_utf8(line) else { return Speaks::Other };
+    let line = line.trim_end();
     let is_http = line.ends_with(" HTTP/1.0") || line.ends_with(" HTTP/1.1");
-    (!is_http && Text::parse(line).is_some()).then_some(Framing::Line)
+    match !is_http && Text::parse(line).is_some() {
+        true => Speaks::This(Framing::Line),
+        false => Speaks::Other,
+    }
 }
 
 /// A request.
@@ -86,6 +125,25 @@ impl<'a> Text<'a> {
         let value = words.next();
         let is_whole = words.next().is_none() && ![id, client, key].contains(&"");
         (is_whole && WORDS.contains(&word)).then_some(Text { word, id, client, key, value })
+    }
+}
+
+/// What is written of an answer in one turn.
+const PART_LEN: usize = 256 << 10;
+
+/// Bytes of an answer that its peer has not taken, as the node counts them.
+struct Unsent<'a>(&'a AtomicUsize, usize);
+
+impl<'a> Unsent<'a> {
+    fn of(waiting: &'a AtomicUsize, len: usize) -> Self {
+        waiting.fetch_add(len, Relaxed);
+        Unsent(waiting, len)
+    }
+}
+
+impl Drop for Unsent<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(self.1, Relaxed);
     }
 }
 
@@ -124,9 +182,12 @@ pub(crate) async fn serve(socket: Socket, input: BytesMut, framing: Framing, doo
     let line = Arc::<Line>::default();
     let peer = door.handle.peer(place.peer(), Box::new(Connected(Arc::clone(&line))));
     let is_old_form = framing == Framing::Line && socket.tcp().is_some();
-    let mut wire = Wire { socket, input, framing, is_old_form, stall_limit: door.options.stall_limit, line };
+    let looked_at = Arc::clone(&line);
+    let (stall_limit, waiting) = (door.options.stall_limit, door.handle.budget().waiting());
+    let mut wire = Wire { socket, input, framing, is_old_form, stall_limit, line, waiting };
     let served = async {
-        let Ok(Some(text)) = timeout(door.options.request_limit, wire.read()).await.unwrap_or(Ok(None)) else {
+        let read = timeout(door.options.request_limit, wire.read(&door.handle, &peer)).await;
+        let Ok(Some(text)) = read.unwrap_or(Ok(None)) else {
             return Ok(());
         };
         match Text::parse(text.trim_end()) {
@@ -135,8 +196,20 @@ pub(crate) async fn serve(socket: Socket, input: BytesMut, framing: Framing, doo
             None => Ok(()),
         }
     };
-    if let Err(error) = served.await {
-        debug!(peer = %place, %error, "connection lost");
+    let left = async {
+        while !peer.is_evicted() {
+            looked_at.look_anew.notified().await;
+        }
+    };
+    tokio::select! {
+        served = served => {
+            if let Err(error) = served {
+                debug!(peer = %place, %error, "connection lost");
+            }
+        }
+        // What it holds is needed, or what it was to send did not come before the node stopped.
+        () = left => debug!(peer = %place, "connection closed"),
+        () = async { door.handle.stopping().await; tokio::time::sleep(STOP_LIMIT).await } => {}
     }
 }
 
@@ -147,17 +220,24 @@ struct Wire {
     is_old_form: bool,
     stall_limit: Duration,
     line: Arc<Line>,
+    /// What doors count of answers that are not taken.
+    waiting: Arc<AtomicUsize>,
 }
 
 impl Wire {
     /// The text of the request; `None` if it does not come whole.
-    async fn read(&mut self) -> io::Result<Option<String>> {
+    async fn read(&mut self, handle: &Handle, peer: &Peer) -> io::Result<Option<String>> {
+        let mut room = None;
         loop {
+            peer.hold(self.input.len(), false);
             if let Some(text) = self.whole() {
                 return Ok(String::from_utf8(text).ok());
             }
-            if self.input.len() > TEXT_LEN_MAX.saturating_add(HEAD_LEN) {
+            if self.input.len() > TEXT_LEN_MAX.saturating_add(HEAD_LEN) || self.is_too_long() {
                 return Ok(None);
+            }
+            if room.is_none() && self.input.len() > LONG_LEN {
+                room = handle.arrival(TEXT_LEN_MAX).await.ok();
             }
             let is_subscription = self.framing == Framing::Line && self.input.starts_with(b"SUB ");
             let read = self.socket.read_buf(&mut self.input);
@@ -168,6 +248,11 @@ impl Wire {
                 return Ok(String::from_utf8(self.input.to_vec()).ok().filter(|_| is_line));
             }
         }
+    }
+
+    fn is_too_long(&self) -> bool {
+        let head = self.input.get(..HEAD_LEN).and_then(|head| head.try_into().ok()).map(u32::from_le_bytes);
+        self.framing == Framing::Frame && head.is_some_and(|len| len as usize > TEXT_LEN_MAX)
     }
 
     fn whole(&mut self) -> Option<Vec<u8>> {
@@ -200,7 +285,20 @@ impl Wire {
                 };
                 base(is_done)
             }
-            "GET" => self.found(handle, id, key, is_old),
+            "GET" => {
+                let budget = handle.budget();
+                // Long answers are made one after another.
+                let is_long = key.ends_with('*');
+                let leave = if is_long { budget.leave(self.stall_limit).await } else { None };
+                let text = found(handle, id, key, is_old).await;
+                let waiting = Arc::clone(&self.waiting);
+                let held = Unsent::of(&waiting, text.len());
+                budget.check_if_over();
+                drop(leave);
+                self.send(&text).await?;
+                drop(held);
+                return self.socket.shutdown().await;
+            }
             "DEL" => {
                 let deleted = delete(handle, key).await;
                 // The newer wire has a delete of an absent key done.
@@ -208,9 +306,12 @@ impl Wire {
             }
             "SUB" => return self.subscribe(handle, peer, client, key).await,
             "UNSUB" => {
-                let ended =
-                    Pattern::new(key).ok().and_then(|pattern| handle.unsubscribe(&pattern, &client.into()).ok());
-                base(ended.unwrap_or(false))
+                let pattern = Pattern::new(key).ok();
+                let ended = pattern.as_ref().and_then(|pattern| handle.unsubscribe(pattern, &client.into()).ok());
+                // The newer wire has that done also if it is another client's.
+                let traced = || Key::new(key).ok().and_then(|key| handle.trace(&key).ok()).unwrap_or_default();
+                let is_known = || traced().iter().any(|traced| Some(&traced.pattern) == pattern.as_ref());
+                base(ended.unwrap_or(false) || !is_old && is_known())
             }
             "TRACE" => {
                 let traced = Key::new(key).ok().and_then(|key| handle.trace(&key).ok()).unwrap_or_default();
@@ -227,54 +328,16 @@ impl Wire {
         self.socket.shutdown().await
     }
 
-    /// The values that `key` selects. `a.*` has `a` too, as always on these wires.
-    fn found(&self, handle: &Handle, id: &str, key: &str, is_old: bool) -> String {
-        let failed = || if is_old { format!("{id} FAILED") } else { format!("data {id} FAILED") };
-        let Ok(pattern) = Pattern::new(key) else { return failed() };
-        let mut text = if is_old { format!("{id} OK") } else { format!("data {id} OK") };
-        let (mut count, begin) = (0_u64, text.len());
-        let mut add = |record: RecordRef<'_>| {
-            // An empty value would be taken for the next key.
-            if !record.value.is_empty() {
-                if !is_old {
-                    text.push(' ');
-                    text.push_str(record.key.as_str());
-                }
-                text.push(' ');
-                STANDARD.encode_string(&*record.value, &mut text);
-            }
-            count = count.saturating_add(1);
-            if text.len() > ANSWER_LEN_MAX { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        };
-        if let Pattern::Below(branch) = &pattern {
-            _ = handle.look_up(branch.as_str(), &mut add);
-        }
-        let walked = handle.walk(&pattern, None, add);
-        let is_known = count > 0 && matches!(walked, Ok(ControlFlow::Continue(())));
-        // Of a wildcard there may be nothing; a key is there or not.
-        let is_wildcard = !matches!(pattern, Pattern::Key(_));
-        if is_known || is_wildcard && walked.is_ok_and(|walked| walked.is_continue()) && text.len() == begin {
-            return text;
-        }
-        failed()
-    }
-
     /// Tells what changes for as long as both sides want that.
     async fn subscribe(&mut self, handle: &Handle, peer: &Peer, client: &str, key: &str) -> io::Result<()> {
         let options = AttachOptions::default().with_client_uuid(client).with_peer(peer);
         let Ok(pattern) = Pattern::new(key) else { return Ok(()) };
         let Ok(mut events) = handle.subscribe_attached(pattern, options).await else { return Ok(()) };
         self.send("HELLO").await?;
-        let line = Arc::clone(&self.line);
         loop {
             let event = tokio::select! {
                 event = events.next() => event,
-                () = line.look_anew.notified() => {
-                    if peer.is_evicted() || peer.is_stopping() {
-                        return Ok(());
-                    }
-                    continue;
-                }
+                () = handle.stopping() => return Ok(()),
                 // It says no more on this connection; its end is the end of the subscription.
                 len = self.socket.read_buf(&mut self.input) => {
                     if len? == 0 {
@@ -296,26 +359,76 @@ impl Wire {
     }
 
     async fn send(&mut self, text: &str) -> io::Result<()> {
-        let len = text.len().saturating_add(1);
-        let mut out = Vec::with_capacity(len.saturating_add(HEAD_LEN));
-        if self.framing == Framing::Frame {
-            out.extend_from_slice(&u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes());
+        let len = u32::try_from(text.len().saturating_add(1)).unwrap_or(u32::MAX).to_le_bytes();
+        let head: &[u8] = if self.framing == Framing::Frame { &len } else { &[] };
+        if text.len() <= LONG_LEN {
+            // In one piece.
+            self.write(&[head, text.as_bytes(), b"\n"].concat()).await?;
+        } else {
+            self.write(head).await?;
+            self.write(text.as_bytes()).await?;
+            self.write(b"\n").await?;
         }
-        out.extend_from_slice(text.as_bytes());
-        out.push(b'\n');
-        self.line.unsent.store(out.len(), Relaxed);
-        let mut rest = &out[..];
+        self.socket.flush().await
+    }
+
+    async fn write(&mut self, mut rest: &[u8]) -> io::Result<()> {
         while !rest.is_empty() {
+            self.line.unsent.store(rest.len(), Relaxed);
             let written = timeout(self.stall_limit, self.socket.write(rest)).await;
             let written = written.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
             if written == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
             rest = rest.get(written..).unwrap_or_default();
-            self.line.unsent.store(rest.len(), Relaxed);
         }
-        self.socket.flush().await
+        self.line.unsent.store(0, Relaxed);
+        Ok(())
     }
+}
+
+/// The values that `key` selects. `a.*` has `a` too, as always on these wires.
+async fn found(handle: &Handle, id: &str, key: &str, is_old: bool) -> String {
+    let failed = || if is_old { format!("{id} FAILED") } else { format!("data {id} FAILED") };
+    let Ok(pattern) = Pattern::new(key) else { return failed() };
+    let mut text = if is_old { format!("{id} OK") } else { format!("data {id} OK") };
+    let add = |text: &mut String, record: RecordRef<'_>| {
+        // An empty value would be taken for the next key.
+        if !record.value.is_empty() {
+            if !is_old {
+                text.push(' ');
+                text.push_str(record.key.as_str());
+            }
+            text.push(' ');
+            STANDARD.encode_string(&*record.value, text);
+        }
+    };
+    let mut count = 0_u64;
+    if let Pattern::Below(branch) = &pattern {
+        let found = handle.look_up(branch.as_str(), |record| add(&mut text, record));
+        count = count.saturating_add(u64::from(matches!(found, Ok(Some(())))));
+    }
+    let mut after: Option<Key> = None;
+    loop {
+        let (begin, mut last) = (text.len(), None);
+        let walked = handle.walk(&pattern, after.as_ref(), |record| {
+            if text.len().saturating_sub(begin) > PART_LEN {
+                return ControlFlow::Break(());
+            }
+            add(&mut text, record);
+            count = count.saturating_add(1);
+            last = Some(record.key.to_key());
+            ControlFlow::Continue(())
+        });
+        match walked {
+            Ok(ControlFlow::Continue(())) => break,
+            Ok(ControlFlow::Break(())) if text.len() <= ANSWER_LEN_MAX => after = last.or(after),
+            _ => return failed(),
+        }
+        tokio::task::yield_now().await;
+    }
+    // Of a wildcard there may be nothing; a key is there or not.
+    if count > 0 || !matches!(pattern, Pattern::Key(_)) { text } else { failed() }
 }
 
 /// How many keys are gone; `a.*` takes `a` with it, as always on these wires.
@@ -334,23 +447,32 @@ mod tests {
 
     #[test]
     fn the_first_bytes_tell_whose_they_are() {
+        use Speaks::{Other, This, Unknown};
+        let (line, frame) = (This(Framing::Line), This(Framing::Frame));
         for (input, expected) in [
-            (&b"PUT 1 me a.b aGk=\n"[..], Some(Framing::Line)),
-            (b"GET 1 me a.b\r\n", Some(Framing::Line)),
-            (b"GET 1 me a", None), // more may come
-            (b"SUB 1 me a", Some(Framing::Line)),
-            (b"TRACE 1 me a\n", Some(Framing::Line)),
-            (b"GET / HTTP/1.1\r\n", None),
-            (b"GET /a b HTTP/1.0\n", None),
-            (b"GET a b c HTTP/1.1\n", None),
-            (b"PUT a\n", None),
-            (b"get 1 me a\n", None),
-            (b"GET 1  a\n", None),
-            (b"PUT 1 me a b c\n", None),
-            (b"{\"type\":\"Get\"}\n", None),
-            (&[0x0f, 0, 0, 0, b'G', b'E', b'T'], Some(Framing::Frame)),
-            (&[0x16, 3, 1, 0, 0xa5, 1], None), // TLS
-            (&[0x0f, 0, 0, 0], None),
+            (&b"PUT 1 me a.b aGk=\n"[..], line),
+            (b"GET 1 me a.b\r\n", line),
+            (b"GET 1 me a", Other), // more may come
+            (b"SUB 1 me a", line),
+            (b"TRACE 1 me a\n", line),
+            (b"GET / HTTP/1.1\r\n", Other),
+            (b"GET /a b HTTP/1.0\n", Other),
+            (b"GET a b c HTTP/1.1\n", Other),
+            (b"PUT a\n", Other),
+            (b"get 1 me a\n", Other),
+            (b"GET 1  a\n", Other),
+            (b"PUT 1 me a b c\n", Other),
+            (b"{\"type\":\"Get\"}\n", Other),
+            (b"{\"ty", Other),
+            (b"{", Unknown),
+            (&[0x0f, 0, 0, 0, b'G', b'E', b'T', b' '], frame),
+            (&[0x7b, 0, 0, 0, b'U', b'N', b'S', b'U'], frame),
+            (&[0x0a, 0, 0, 0], Unknown),
+            (&[0x0a, 0, 0, 0, b'G'], Unknown),
+            (&[0x0a], Unknown),
+            (&[0x16, 3, 1, 0], Unknown),
+            (&[0x16, 3, 1, 0, 0x5a, 1], Other), // TLS
+            (&[0x16, 3, 1, 0, b'P', 1, 0, 0], Other),
         ] {
             assert_eq!(recognise(input), expected, "{:?}", String::from_utf8_lossy(input));
         }

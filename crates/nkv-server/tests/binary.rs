@@ -50,7 +50,7 @@ fn a_branch_lives_where_it_is_said_to() {
             &["--branch", "runtime=memory", "--branch", "runtime.kept=log"][..],
             ["other", "runtime.kept.x", "runtimes"],
             ["runtime", "runtime.x"],
-            "sync; runtime: memory",
+            "sync; runtime: memory; runtime.kept: as the rest",
         ),
         (
             &["--persist", "memory", "--branch", "config=log"],
@@ -63,9 +63,8 @@ fn a_branch_lives_where_it_is_said_to() {
         for round in 0..2 {
             let mut server = Process::start(dir.path(), flags);
             let mut conn = server.connect();
-            let has = |conn: &mut Conn, key: &str| {
-                status(&conn.ask(&format!(r#"{{"type":"Exists","key":"{key}"}}"#))) == 200
-            };
+            let has =
+                |conn: &mut Conn, key: &str| status(&conn.ask(&format!(r#"{{"type":"Exists","key":"{key}"}}"#))) == 200;
             for key in kept {
                 assert_eq!(has(&mut conn, key), round > 0, "{key}, round {round}");
                 conn.put(key, "1");
@@ -80,7 +79,12 @@ fn a_branch_lives_where_it_is_said_to() {
             assert_eq!(server.wait().code(), Some(0));
         }
     }
-    for (wrong, named) in [("runtime", "BRANCH=log"), ("a..b=log", "empty segment"), ("a=disk", "log or memory")] {
+    for (wrong, named) in [
+        ("runtime", "BRANCH=log"),
+        ("a..b=log", "empty segment"),
+        ("a=disk", "log or memory"),
+        ("a=log,a=memory", "twice"),
+    ] {
         let (code, said) = run(&["--branch", wrong]);
         assert_eq!((code, said.contains(named)), (2, true), "{said}");
     }

@@ -218,6 +218,15 @@ impl Args {
         let matches = without_empty_variables().try_get_matches();
         let matches = matches.unwrap_or_else(|error| with_variable(error, &without_empty_variables()).exit());
         let mut args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+        let twice = args
+            .branch
+            .iter()
+            .enumerate()
+            .find(|(at, (branch, _))| args.branch.iter().take(*at).any(|(known, _)| known == branch));
+        if let Some((_, (branch, _))) = twice {
+            let what = format!("--branch says of '{branch}' twice where it lives");
+            without_empty_variables().error(ErrorKind::ArgumentConflict, what).exit();
+        }
         if args.address.is_some() && matches.value_source("listen") == Some(ValueSource::EnvVariable) {
             args.listen.clear();
         }

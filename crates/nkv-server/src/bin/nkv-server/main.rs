@@ -171,6 +171,8 @@ fn with_persist(builder: Builder, args: &Args, opened: Arc<OnceLock<Instant>>) -
     let (first, other) = if default == Persist::Log { (log, memory) } else { (memory, log) };
     let list = |branches: &[Key]| branches.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     let words = if elsewhere.is_empty() { first } else { format!("{first}; {}: {other}", list(&elsewhere)) };
+    let words =
+        if kept.is_empty() || elsewhere.is_empty() { words } else { format!("{words}; {}: as the rest", list(&kept)) };
     Ok(builder.persist(words.clone(), move || {
         opened.get_or_init(Instant::now);
         let log = FsPersist::open(&dir, options)?;

@@ -184,7 +184,8 @@ const cases = {
     await page.click("#edit");
     assert.ok(await page.isChecked("#editor-hex"), "a value with a carriage return is edited as hex");
     await page.click("#editor-save");
-    await until("the value came back as it was", async () => String(await server.get("value.line")) === "one\r\ntwo\u0000\u202e");
+    await until("the dialog is closed", async () => !(await page.isVisible("#editor")));
+    assert.equal(String(await server.get("value.line")), "one\r\ntwo\u0000\u202e", "the value came back as it was");
     await page.fill("#pattern", "*");
     await page.keyboard.press("Enter");
     await shows(page, "#tree", "<img");

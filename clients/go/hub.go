@@ -82,7 +82,7 @@ func (l *local) begin(epoch string) {
 	l.standing = filling
 	l.snapshot++
 	if l.epoch != epoch {
-		// Revisions of another epoch say nothing: everything is told again.
+		// Revisions of another epoch say nothing: everything is reported again.
 		for key, known := range l.known {
 			known.revision = 0
 			l.known[key] = known
@@ -378,7 +378,7 @@ func (h *hub) eachPattern(key string, visit func(*wire)) {
 func (h *hub) wrote(ask *call, revision Revision) {
 	link := h.client.link
 	if h.watches == 0 || link == nil || revision.number <= link.lastRev {
-		return // it was told, or something newer was
+		return // it was reported, or something newer was
 	}
 	entry := Entry{Key: ask.key, Value: ask.value, Revision: revision}
 	h.eachPattern(ask.key, func(w *wire) {

@@ -95,7 +95,7 @@ class Server:
 
 
 class Proxy:
-    """Copies bytes between clients and the server until it is told otherwise."""
+    """Copies bytes between clients and the server until it gets another command."""
 
     def __init__(self, server_port: int) -> None:
         self.server_port = server_port

@@ -141,7 +141,7 @@ impl Untaken {
         self.opened.elapsed().saturating_sub(Duration::from_millis(self.since_ms.load(Relaxed)))
     }
 
-    /// Waits until there are not more than so many bytes.
+    /// Waits until at most `len` bytes are held.
     async fn at_most(&self, len: usize) {
         loop {
             let mut taken = std::pin::pin!(self.taken.notified());
@@ -161,7 +161,7 @@ pub(crate) enum Kind {
     Event,
 }
 
-/// So many bytes, counted until this is dropped.
+/// A number of bytes, counted until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Counted {
     sending: Arc<Sending>,
@@ -328,7 +328,7 @@ impl Line {
         self.sending.answers.at_most(ANSWERS_LEN_MAX).await;
     }
 
-    /// Counts an answer of so many bytes.
+    /// Counts an answer of `len` bytes.
     pub(crate) fn answer(&self, len: usize) -> Counted {
         Counted::new(&self.sending, Kind::Answer, len)
     }
@@ -344,7 +344,7 @@ impl Line {
         requests.hold(&self.peer, false);
     }
 
-    /// A request of so many bytes is served, or given up.
+    /// A request of `len` bytes is served, or given up.
     pub(crate) fn served(&self, len: usize) {
         let mut requests = self.requests();
         requests.bytes = requests.bytes.saturating_sub(len);

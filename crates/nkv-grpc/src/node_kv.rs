@@ -24,7 +24,7 @@ use crate::watch::Watch;
 const PAGE_LIMIT: u32 = 1_000;
 const PAGE_LIMIT_MAX: u32 = 10_000;
 
-/// A page ends where its keys and values pass so many bytes: clients take messages of 4 MiB unless they are told otherwise.
+/// A page ends where its keys and values pass this number of bytes: clients take messages of 4 MiB unless configured otherwise.
 const PAGE_LEN_MAX: usize = 2 << 20;
 
 /// What an entry takes beside key and value.

@@ -1,4 +1,4 @@
-//! The end: what was accepted is answered, streams are told, and nothing keeps the node from stopping.
+//! The end: what was accepted is answered, streams get a status, and nothing keeps the node from stopping.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;

@@ -59,7 +59,7 @@ pub(crate) struct Conn {
 pub(crate) enum Upgrade {
     /// One of the JSON-lines protocol.
     Messages(OnUpgrade),
-    /// One that is told records.
+    /// One that gets records.
     Records(OnUpgrade, Box<Tail>),
 }
 

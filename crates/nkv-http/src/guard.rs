@@ -1,4 +1,4 @@
-//! Nobody's web page may reach the store: who a request says it is for (`Host`), and where it says it comes from (`Origin`,
+//! No foreign web page may reach the store: who a request says it is for (`Host`), and where it says it comes from (`Origin`,
 //! `Sec-Fetch-Site`), before anything else is looked at.
 //!
 //! A browser sends a page's requests wherever the page wants. What the page cannot forge is `Origin`, `Sec-Fetch-*`, and the name in
@@ -193,7 +193,7 @@ pub(crate) fn host_name(text: &str) -> Option<String> {
     }
 }
 
-/// What browsers are told of an answer, so that a page of an allowed origin can read it.
+/// The headers that go with an answer, so that a page of an allowed origin can read it.
 pub(crate) fn allow(headers: &mut HeaderMap, origin: HeaderValue) {
     headers.insert("access-control-allow-origin", origin);
     headers.insert("access-control-expose-headers", HeaderValue::from_static("etag, nkv-revision, nkv-ttl-ms"));

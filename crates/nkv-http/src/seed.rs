@@ -143,7 +143,7 @@ pub(crate) async fn set(ctx: Ctx<'_>, request: Request<Incoming>) -> Result<Answ
     }
 }
 
-/// Every change from now on, as a record of a queue was told.
+/// Every change from now on, in the form of a record of the queue.
 pub(crate) fn subscribe(ctx: Ctx<'_>, mut request: Request<Incoming>) -> Result<Answer, Problem> {
     let Some(answer) = ws::accept(&request) else {
         let mut answer = text(StatusCode::BAD_REQUEST, "Bad Request");

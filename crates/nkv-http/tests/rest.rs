@@ -463,7 +463,7 @@ async fn a_page_of_an_allowed_origin_reads_every_answer() {
     let foreign = [("Origin", "http://evil.com"), ("Access-Control-Request-Method", "PUT")];
     let reply = door.send("OPTIONS", "/v1/kv/k", &foreign, b"").await;
     assert_eq!((reply.status, reply.header("access-control-allow-origin")), (403, None));
-    // Without the flag no page is told anything.
+    // Without the flag no page gets a CORS header.
     let plain = TestDoor::start().await;
     assert!(!plain.get("/livez").await.head.to_lowercase().contains("access-control"));
 }

@@ -279,7 +279,7 @@ async fn a_long_poll_waits_as_long_as_asked_and_its_cursor_moves_on() {
     assert_eq!((&lost["reset"], lost["events"].as_array().unwrap().len()), (&true.into(), 0));
 }
 
-/// Of many changes a reader that stands still is given the last, and nobody waits for it.
+/// Of many changes a reader that stands still is given the last, and no other waits for it.
 #[tokio::test]
 async fn a_reader_that_stands_still_costs_nobody_anything() {
     let door = TestDoor::start().await;

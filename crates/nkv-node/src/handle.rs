@@ -669,7 +669,7 @@ impl Handle {
     ///     }
     /// };
     /// drop(lamps);
-    /// nkv.delete("lamp.hall").await?; // while nobody reads
+    /// nkv.delete("lamp.hall").await?; // while no task reads the tail
     /// let mut lamps = nkv.tail("lamp", TailOptions::default().with_after(known))?;
     /// assert!(matches!(lamps.next().await, Some((TailEvent::Delete { .. }, _))));
     /// # Ok(()) }

@@ -238,7 +238,7 @@ async fn a_key_that_comes_back_and_goes_while_its_reader_resumes_is_gone_for_it(
     assert!(said.last().is_some_and(|last| last.starts_with("k ")), "{said:?}");
 }
 
-/// Several subscriptions do not begin at once: what changes in between is given, whoever resumes.
+/// Several subscriptions do not begin at once: what changes in between is given to each that resumes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_missed_between_the_beginnings_of_several_patterns() {
     let (_node, nkv) = node(1_000).await;

@@ -92,7 +92,7 @@ impl Listening {
             let mut options = self.options;
             options.connections = ConnectionLimit::new(FIGURES_MAX, FIGURES_MAX);
             options.only_figures = true;
-            // Nobody keeps a place that does not ask.
+            // A connection that does not ask keeps no place.
             (options.head_limit, options.idle_limit) = (FIGURES_LIMIT, FIGURES_LIMIT);
             let door = Door::new(handle.clone(), options).map_err(wrong)?;
             for listener in self.metrics.1 {

@@ -298,7 +298,7 @@ class Client:
         """Stores a value and returns its revision. A text is stored as UTF-8.
 
         With `if_revision`, only if the key is at this revision, or absent for 0; else it raises `Conflict`. With `ttl`, the value
-        ends by itself after so many seconds.
+        ends by itself after this number of seconds.
         """
         return self._core.call(requests.put(key, value, if_revision, ttl), timeout)
 

@@ -27,11 +27,11 @@ from ._requests import Pending, Request, number, text, value_bytes
 from ._types import GoneReason, Revision
 from ._wire import Decoder, Message, encode
 
-#: So many bytes are handed to the socket at once.
+#: Bytes that are handed to the socket at once.
 CHUNK = 64 * 1024
 ANSWERS = frozenset(("Base", "Get", "List", "Trace", "Version", "Stats"))
 FEATURES = ["reset", "exact", "names", "alive"]
-#: A refused subscription that was accepted before is tried again after so many seconds, if time may help.
+#: A refused subscription that was accepted before is tried again after this number of seconds, if time may help.
 RETRY = 1.0
 CURABLE = frozenset((429, 500, 503, 507))
 
@@ -175,7 +175,7 @@ class Session:
             self._wake()
 
     def give_up(self, request: Request[Any]) -> Exception:
-        """Ends a request that nobody waits for any more, and returns the error that says what is known of it."""
+        """Ends a request that no caller waits for any more, and returns the error that says what is known of it."""
         if request.error is not None:
             return request.error
         error: Exception

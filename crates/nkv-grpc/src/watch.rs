@@ -3,10 +3,10 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, ready};
 
 use futures_core::Stream;
-use nkv_node::{Cursor, EndReason, GoneReason, Handle, Tail, TailEvent, TailOptions};
+use nkv_node::{Cursor, EndReason, GoneReason, Handle, SharedWaker, Tail, TailEvent, TailOptions};
 use tonic::Status;
 
 use crate::line::{Line, Observed};
@@ -24,8 +24,8 @@ pub(crate) struct Watch {
     began: Option<WatchResponse>,
     tail: Tail,
     has_ended: bool,
-    /// This task's waker, and one that wakes it with all others that a batch notifies.
-    wakers: Option<(Waker, Waker)>,
+    /// Wakes this task with all others that a batch notifies.
+    waker: SharedWaker,
     handle: Handle,
     /// After the tail: what ends the watch comes before what counts what waits.
     _observed: Observed,
@@ -58,7 +58,14 @@ impl Watch {
         let cursor = if after.is_none() && !changes_only { start.to_string() } else { String::new() };
         let event = Some(Event::Began(Began { epoch: start.epoch.to_string() }));
         let began = Some(WatchResponse { event, cursor });
-        Ok(Watch { began, tail, has_ended: false, wakers: None, handle: line.handle.clone(), _observed: observed })
+        Ok(Watch {
+            began,
+            tail,
+            has_ended: false,
+            waker: SharedWaker::default(),
+            handle: line.handle.clone(),
+            _observed: observed,
+        })
     }
 }
 
@@ -75,10 +82,9 @@ impl Stream for Watch {
         }
         // A peer with a large window would otherwise keep others from having their turn.
         let turn = ready!(tokio::task::coop::poll_proceed(cx));
-        let known = this.wakers.take().filter(|(task, _)| task.will_wake(cx.waker()));
-        let wakers = known.unwrap_or_else(|| (cx.waker().clone(), this.handle.waker(cx.waker())));
+        let waker = this.handle.waker(&mut this.waker, cx.waker());
         let next = loop {
-            match this.tail.poll_next(&mut Context::from_waker(&wakers.1)) {
+            match this.tail.poll_next(&mut Context::from_waker(waker)) {
                 Poll::Pending => break Poll::Pending,
                 Poll::Ready(None) => break Poll::Ready(Err(ended(&EndReason::Closed))),
                 Poll::Ready(Some((event, cursor))) => match sent(event, cursor) {
@@ -88,7 +94,6 @@ impl Stream for Watch {
                 },
             }
         };
-        this.wakers = Some(wakers);
         let next = ready!(next);
         turn.made_progress();
         this.has_ended = next.is_err();

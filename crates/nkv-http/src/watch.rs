@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::{HeaderValue, Request};
 use nkv_core::Pattern;
-use nkv_node::{Cursor, EndReason, Handle, Tail, TailEvent, TailOptions};
+use nkv_node::{Cursor, EndReason, Handle, SharedWaker, Tail, TailEvent, TailOptions};
 use tokio::time::{Sleep, sleep};
 
 use crate::body::{Answer, Body, Source, Unsent};
@@ -109,6 +109,8 @@ fn stream(ctx: Ctx<'_>, patterns: Vec<Pattern>, options: TailOptions<'_>) -> Res
     let stopping = Box::pin(async move { handle.stopping().await });
     let source = Events {
         tail,
+        handle: ctx.door.handle.clone(),
+        waker: SharedWaker::default(),
         out,
         heartbeat: Box::pin(sleep(every)),
         every,
@@ -127,6 +129,9 @@ fn stream(ctx: Ctx<'_>, patterns: Vec<Pattern>, options: TailOptions<'_>) -> Res
 /// Server-sent events.
 struct Events {
     tail: Tail,
+    handle: Handle,
+    /// Wakes this task with all others that a batch notifies.
+    waker: SharedWaker,
     out: Vec<u8>,
     heartbeat: Pin<Box<Sleep>>,
     every: Duration,
@@ -139,16 +144,19 @@ struct Events {
 impl Source for Events {
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
         self.unsent.set(0);
+        let mut shared = std::mem::take(&mut self.waker);
+        let waker = self.handle.waker(&mut shared, cx.waker());
         for _ in 0..TURN_EVENTS {
             if self.has_ended || self.out.len() >= PIECE_LEN {
                 break;
             }
-            match self.tail.poll_next(cx) {
+            match self.tail.poll_next(&mut Context::from_waker(waker)) {
                 Poll::Ready(Some((event, cursor))) => self.say(&event, cursor),
                 Poll::Ready(None) => self.has_ended = true,
                 Poll::Pending => break,
             }
         }
+        self.waker = shared;
         if self.out.is_empty() && !self.has_ended && self.stopping.as_mut().poll(cx).is_ready() {
             self.out.extend_from_slice(RETRY.as_bytes());
             self.has_ended = true;

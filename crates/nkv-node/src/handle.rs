@@ -32,6 +32,7 @@ use crate::rights::Right;
 use crate::shared::{JOB_LEN_MIN, Shared, Stopping, Traced, Written, stopped};
 use crate::subscription::{AttachOptions, Attached, Subscription};
 use crate::tail::{Tail, TailOptions};
+use crate::wakeups::SharedWaker;
 
 /// How many keys are taken from the store at a time: they are of one moment.
 const PART_KEYS: usize = 1_024;
@@ -906,10 +907,14 @@ impl Handle {
         &self.shared.log
     }
 
-    /// A waker that stands for `task`: tasks that a batch wakes by such wakers share one wake-up of the runtime.
-    #[must_use]
-    pub fn waker(&self, task: &std::task::Waker) -> std::task::Waker {
-        self.shared.wake_ups.waker(task)
+    /// A waker that stands for `task`: tasks that a batch wakes by such wakers share one wake-up of the node's runtime, and
+    /// those that wait for an answer have their turn before those that are only notified. `known` is what the task got before.
+    pub fn waker<'a>(&self, known: &'a mut SharedWaker, task: &std::task::Waker) -> &'a std::task::Waker {
+        let known = &mut known.0;
+        if known.as_ref().is_none_or(|(of, _)| !of.will_wake(task)) {
+            *known = None;
+        }
+        &known.get_or_insert_with(|| (task.clone(), self.shared.wake_ups.waker(task))).1
     }
 
     /// Lends a key's record to `look`; `None` if there is none, as for a text that is no key. Nothing is allocated or

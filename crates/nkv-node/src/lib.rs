@@ -58,5 +58,6 @@ pub use rights::{Right, Rights};
 pub use shared::{NotDone, Results, Stopping, Traced, Written};
 pub use subscription::{AttachOptions, Attached, Subscription};
 pub use tail::{Cursor, Tail, TailEvent, TailOptions};
+pub use wakeups::SharedWaker;
 
 nkv_types::store_by_methods!(Handle, Subscription);

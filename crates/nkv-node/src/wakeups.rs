@@ -29,6 +29,10 @@ pub(crate) struct Sleeper {
     is_noted: AtomicBool,
 }
 
+/// What [`Handle::waker`](crate::Handle::waker) gave to one task, kept from one poll to the next.
+#[derive(Debug, Default)]
+pub struct SharedWaker(pub(crate) Option<(Waker, Waker)>);
+
 thread_local! {
     static IS_GATHERING: Cell<bool> = const { Cell::new(false) };
 }

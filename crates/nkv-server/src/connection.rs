@@ -13,7 +13,7 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
-use nkv_node::{Place, Room};
+use nkv_node::{Place, Room, SharedWaker};
 use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd, spare};
 use nkv_protocol::{Answer, BaseFields, Chunks, Decoder, Kind, Request, alive, status};
 use tokio::io::{AsyncRead, ReadBuf};
@@ -170,9 +170,9 @@ struct Connection {
     /// When the next sign of life may be due, and how many bytes had been written when that was set.
     sign: Option<(Pin<Box<Sleep>>, u64)>,
     door: Arc<Inner>,
-    /// This task's waker, and one that wakes it with all others that are told of the same batch: see
+    /// Wakes this task with all others that are notified of the same batch: see
     /// [`Handle::waker`](nkv_node::Handle::waker).
-    told: Option<(Waker, Waker)>,
+    told: SharedWaker,
     /// Bytes that were served since this connection last gave others their turn.
     turn_len: usize,
 }
@@ -203,7 +203,7 @@ impl Connection {
             timer: None,
             sign: None,
             door,
-            told: None,
+            told: SharedWaker::default(),
             turn_len: 0,
         }
     }
@@ -242,13 +242,13 @@ impl Connection {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<End>> {
-        let known = self.told.take().filter(|(task, _)| task.will_wake(cx.waker()));
-        let wakers = known.unwrap_or_else(|| (cx.waker().clone(), self.door.handle.waker(cx.waker())));
-        let mut end = self.poll_told(cx, &wakers.1);
+        let mut shared = std::mem::take(&mut self.told);
+        let waker = self.door.handle.waker(&mut shared, cx.waker());
+        let mut end = self.poll_told(cx, waker);
         while end.is_pending() && self.session.wants_signs() && self.poll_sign(cx).is_ready() {
-            end = self.poll_told(cx, &wakers.1);
+            end = self.poll_told(cx, waker);
         }
-        self.told = Some(wakers);
+        self.told = shared;
         end
     }
 

@@ -32,12 +32,12 @@ class Watch:
 
     def blocks(self):
         """A block of lines up to an empty one is an event, or only an id."""
-        event, data = None, ""
+        event, data, last_id = None, "", None
         for line in self.stream:
             name, _, value = line.decode().rstrip("\n").partition(":")
             value = value.removeprefix(" ")
             if name == "id":
-                self.last_id = value
+                last_id = value
             elif name == "retry":
                 self.retry = int(value) / 1000
             elif name == "event":
@@ -45,9 +45,11 @@ class Watch:
             elif name == "data":
                 data += value
             elif line == b"\n":
+                # A block that was cut before its end says nothing.
+                self.last_id = last_id or self.last_id
                 if event:
                     yield event, json.loads(data)
-                event, data = None, ""
+                event, data, last_id = None, "", None
 
     def apply(self, event, data):
         if event == "reset":

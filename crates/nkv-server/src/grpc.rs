@@ -53,8 +53,9 @@ impl Listening {
 
     /// Accepts from now on; gives the addresses.
     pub(crate) fn serve(self, door: Option<Door>, lines: &LinesDoor, acceptors: &mut JoinSet<()>) -> Vec<Address> {
-        for (listener, door) in self.listeners.into_iter().zip(std::iter::repeat(door).flatten()) {
-            acceptors.spawn(accept(GrpcDoor(door, lines.0.handle.clone()), listener));
+        let Some(door) = door else { return self.addresses };
+        for listener in self.listeners {
+            acceptors.spawn(accept(GrpcDoor(door.clone(), lines.0.handle.clone()), listener));
         }
         self.addresses
     }

@@ -107,7 +107,6 @@ fn a_unix_socket_left_over_is_replaced_and_one_that_is_anothers_is_not() {
     assert_eq!(std::fs::read(&path).unwrap(), b"no socket");
 }
 
-/// The message was the word `storage`.
 #[test]
 fn a_server_does_not_listen_at_the_address_of_a_websocket() {
     let runtime = Builder::new_current_thread().enable_all().build().unwrap();
@@ -120,6 +119,7 @@ fn a_server_does_not_listen_at_the_address_of_a_websocket() {
     );
 }
 
+/// The message was the word `storage`.
 #[test]
 fn an_error_that_keeps_a_server_from_starting_says_what_is_wrong() {
     let runtime = Builder::new_current_thread().enable_all().build().unwrap();

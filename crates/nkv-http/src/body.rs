@@ -56,8 +56,8 @@ pub type CallsBody = UnsyncBoxBody<Bytes, BoxError>;
 
 /// Makes a body, piece by piece.
 pub(crate) trait Source: Send {
-    /// The next piece; `None` at the end.
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>>;
+    /// The next piece; `None` at the end. After an error the peer sees that the body broke off.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BoxError>>>;
 }
 
 /// A body that is made in pieces, and dropped where its peer takes none of them for too long.
@@ -145,7 +145,7 @@ impl HttpBody for Body {
         let next = match &mut self.kind {
             Kind::Whole(bytes) if bytes.is_empty() => Poll::Ready(None),
             Kind::Whole(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
-            Kind::Long(long, _) => long.poll_frame(cx).map_err(Into::into),
+            Kind::Long(long, _) => long.poll_frame(cx),
             Kind::Calls(body) => Pin::new(body).poll_frame(cx),
         };
         if matches!(next, Poll::Ready(None | Some(Err(_)))) {
@@ -173,20 +173,16 @@ impl HttpBody for Body {
 }
 
 impl Long {
-    fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Stalled>>> {
+    fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         self.given.store(0, Relaxed);
         let mut source = self.lock();
-        let Some(making) = source.as_mut() else { return Poll::Ready(Some(Err(Stalled))) };
+        let Some(making) = source.as_mut() else { return Poll::Ready(Some(Err(Stalled.into()))) };
         let next = making.poll_next(cx);
-        match next {
-            Poll::Ready(Some(piece)) => {
-                let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
-                self.given.store(now.saturating_add(1), Relaxed);
-                Poll::Ready(Some(Ok(Frame::data(piece))))
-            }
-            Poll::Ready(None) => Poll::Ready(None),
-            Poll::Pending => Poll::Pending,
+        if let Poll::Ready(Some(Ok(_))) = &next {
+            let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+            self.given.store(now.saturating_add(1), Relaxed);
         }
+        next.map_ok(Frame::data)
     }
 
     /// For how long the peer has not taken a piece.
@@ -234,11 +230,11 @@ impl Chunks {
 }
 
 impl Source for Chunks {
-    fn poll_next(&mut self, _: &mut Context<'_>) -> Poll<Option<Bytes>> {
+    fn poll_next(&mut self, _: &mut Context<'_>) -> Poll<Option<Result<Bytes, BoxError>>> {
         self.left.less(self.given);
         let piece = self.bytes.split_to(self.bytes.len().min(self.piece_max));
         self.given = piece.len();
-        Poll::Ready((!piece.is_empty()).then_some(piece))
+        Poll::Ready((!piece.is_empty()).then_some(Ok(piece)))
     }
 }
 
@@ -248,19 +244,18 @@ struct Gzip {
 }
 
 impl Source for Gzip {
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BoxError>>> {
         loop {
             let Some(encoder) = &mut self.encoder else { return Poll::Ready(None) };
-            let Poll::Ready(piece) = self.source.poll_next(cx) else { return Poll::Pending };
-            // A vector takes all that is written to it.
+            let Poll::Ready(piece) = self.source.poll_next(cx)? else { return Poll::Pending };
             let coded = match piece {
                 Some(piece) => encoder.write_all(&piece).map(|()| std::mem::take(encoder.get_mut())),
                 None => self.encoder.take().map_or_else(|| Ok(Vec::new()), GzEncoder::finish),
             };
             match coded {
                 Ok(coded) if coded.is_empty() && self.encoder.is_some() => {}
-                Ok(coded) => return Poll::Ready((!coded.is_empty()).then(|| coded.into())),
-                Err(_) => return Poll::Ready(None),
+                Ok(coded) => return Poll::Ready((!coded.is_empty()).then(|| Ok(coded.into()))),
+                Err(error) => return Poll::Ready(Some(Err(error.into()))),
             }
         }
     }
@@ -281,9 +276,11 @@ impl Unsent {
 
     /// It is so much now.
     pub(crate) fn set(&mut self, len: usize) {
-        self.load.take_unsent(self.len);
-        self.load.add_unsent(len);
-        self.len = len;
+        if len != self.len {
+            self.load.take_unsent(self.len);
+            self.load.add_unsent(len);
+            self.len = len;
+        }
     }
 
     fn less(&mut self, len: usize) {

@@ -43,8 +43,7 @@ pub(crate) struct Conn {
     peer: Peer,
     pub(crate) address: Box<str>,
     pub(crate) load: Arc<Load>,
-    /// What its requests hold that are not served yet.
-    reading: AtomicUsize,
+    arriving: Mutex<Arriving>,
     times: Arc<Times>,
     limits: TimeLimits,
     /// What answers its calls of gRPC, once there is one.
@@ -52,6 +51,43 @@ pub(crate) struct Conn {
     has_calls: Notify,
     /// What the connection becomes when HTTP has ended.
     upgrade: Mutex<Option<Upgrade>>,
+}
+
+/// Requests that are not served yet. Those of HTTP/2 are tasks of their own: what is noted of them is noted under the lock, so
+/// that the newest is the last.
+#[derive(Debug, Default)]
+struct Arriving {
+    held: usize,
+    /// How many wait for the node, and since when there is one.
+    waiting: usize,
+    since: Option<Instant>,
+}
+
+/// A request that waits for the node, until this is dropped.
+struct Waits<'a>(&'a Conn);
+
+impl<'a> Waits<'a> {
+    fn begin(conn: &'a Conn) -> Self {
+        let mut arriving = lock(&conn.arriving);
+        arriving.waiting = arriving.waiting.saturating_add(1);
+        if arriving.since.is_none() {
+            arriving.since = Some(Instant::now());
+            conn.peer.begin_waiting();
+        }
+        Waits(conn)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        let mut arriving = lock(&self.0.arriving);
+        arriving.waiting = arriving.waiting.saturating_sub(1);
+        if arriving.waiting == 0
+            && let Some(since) = arriving.since.take()
+        {
+            self.0.peer.end_waiting(since.elapsed());
+        }
+    }
 }
 
 /// What a connection becomes.
@@ -127,22 +163,21 @@ impl Conn {
     }
 
     pub(crate) fn hold_more(&self, len: usize) {
-        let held = self.reading.fetch_add(len, Relaxed).saturating_add(len);
-        self.peer.hold(held, false);
+        let mut arriving = lock(&self.arriving);
+        arriving.held = arriving.held.saturating_add(len);
+        self.peer.hold(arriving.held, false);
     }
 
     pub(crate) fn hold_less(&self, len: usize) {
-        let held = self.reading.fetch_sub(len, Relaxed).saturating_sub(len);
-        self.peer.hold(held, true);
+        let mut arriving = lock(&self.arriving);
+        arriving.held = arriving.held.saturating_sub(len);
+        self.peer.hold(arriving.held, true);
     }
 
     /// Waits for the node: that is not held against the peer.
     pub(crate) async fn waiting<T>(&self, wait: impl Future<Output = T>) -> T {
-        let start = Instant::now();
-        self.peer.begin_waiting();
-        let result = wait.await;
-        self.peer.end_waiting(start.elapsed());
-        result
+        let _waits = Waits::begin(self);
+        wait.await
     }
 }
 
@@ -265,7 +300,7 @@ where
         peer: door.handle.peer(address.clone(), Box::new(Line(Arc::clone(&load)))),
         address,
         load,
-        reading: AtomicUsize::new(0),
+        arriving: Mutex::default(),
         times: Arc::clone(&times),
         limits,
         calls: OnceLock::new(),

@@ -2,8 +2,6 @@
 
 use std::fmt;
 use std::fs;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -27,12 +25,15 @@ const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset
 /// What requests are about, as figures have it.
 pub(crate) const ROUTES: [&str; 7] = ["kv", "list", "batch", "watch", "ws", "kv_store", "other"];
 
+/// No status is greater.
+const STATUS_MAX: usize = 600;
+
 /// What a door counts.
 #[derive(Debug)]
 pub(crate) struct Counted {
     times: [Histogram; ROUTES.len()],
     /// By status.
-    answers: Mutex<Vec<(u16, u64)>>,
+    answers: [AtomicU64; STATUS_MAX],
     pub(crate) connections: AtomicU64,
 }
 
@@ -40,7 +41,7 @@ impl Default for Counted {
     fn default() -> Self {
         Counted {
             times: std::array::from_fn(|_| Histogram::new(Histogram::TIMES)),
-            answers: Mutex::default(),
+            answers: std::array::from_fn(|_| AtomicU64::new(0)),
             connections: AtomicU64::new(0),
         }
     }
@@ -52,10 +53,8 @@ impl Counted {
         if let Some(times) = self.times.get(route_of(path)) {
             times.observe_time(time);
         }
-        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        match answers.iter_mut().find(|(known, _)| *known == status.as_u16()) {
-            Some((_, count)) => *count = count.saturating_add(1),
-            None => answers.push((status.as_u16(), 1)),
+        if let Some(answers) = self.answers.get(usize::from(status.as_u16())) {
+            answers.fetch_add(1, Relaxed);
         }
     }
 }
@@ -131,17 +130,16 @@ async fn metrics<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answer, Proble
 #[derive(Debug)]
 struct CountedReading {
     times: Vec<(&'static str, HistogramReading)>,
-    answers: Vec<(u16, u64)>,
+    answers: Vec<(usize, u64)>,
     connections: u64,
 }
 
 impl Counted {
     fn read(&self) -> CountedReading {
-        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        answers.sort_unstable();
+        let answers = self.answers.iter().map(|count| count.load(Relaxed)).enumerate();
         CountedReading {
             times: ROUTES.into_iter().zip(self.times.iter().map(Histogram::read)).collect(),
-            answers,
+            answers: answers.filter(|(_, count)| *count > 0).collect(),
             connections: self.connections.load(Relaxed),
         }
     }

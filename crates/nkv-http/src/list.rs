@@ -9,7 +9,7 @@ use http::{HeaderValue, Request};
 use nkv_core::{Key, KeyRef, Pattern, RecordRef};
 use nkv_node::Handle;
 
-use crate::body::{Answer, Body, CHUNK_LEN, Source};
+use crate::body::{Answer, Body, BoxError, CHUNK_LEN, Source};
 use crate::entry::{write_number, write_record};
 use crate::making::{FIRST_LEN, Making};
 use crate::problem::Problem;
@@ -151,13 +151,17 @@ struct Lines {
 }
 
 impl Source for Lines {
-    fn poll_next(&mut self, _: &mut Context<'_>) -> Poll<Option<Bytes>> {
+    fn poll_next(&mut self, _: &mut Context<'_>) -> Poll<Option<Result<Bytes, BoxError>>> {
         let Some(walk) = &mut self.walk else { return Poll::Ready(None) };
         let mut out = Vec::new();
-        let more = walk.part(&mut out, b'\n', CHUNK_LEN, true).unwrap_or(false);
+        // An end that is none must not look like one.
+        let more = match walk.part(&mut out, b'\n', CHUNK_LEN, true) {
+            Ok(more) => more,
+            Err(problem) => return Poll::Ready(Some(Err(problem.detail().into()))),
+        };
         if !more || walk.limit == Some(0) {
             self.walk = None;
         }
-        Poll::Ready((!out.is_empty()).then(|| out.into()))
+        Poll::Ready((!out.is_empty()).then(|| Ok(out.into())))
     }
 }

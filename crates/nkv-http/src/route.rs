@@ -84,8 +84,8 @@ fn is_preflight<B>(request: &Request<B>) -> bool {
 
 async fn served(ctx: Ctx<'_>, request: Request<Incoming>) -> Answer {
     if is_grpc(&request) {
-        let is_http2 = request.version() == Version::HTTP_2;
-        return match ctx.conn.calls(ctx.door).filter(|_| is_http2) {
+        let calls = if request.version() == Version::HTTP_2 { ctx.conn.calls(ctx.door) } else { None };
+        return match calls {
             Some(calls) => calls.call(request).await.map(of_calls),
             None => Problem::new("coded-content", "no gRPC is served here, or not by HTTP/1.1").into_answer(),
         };

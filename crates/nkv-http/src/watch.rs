@@ -1,5 +1,6 @@
 //! Watching: server-sent events that can be resumed, and a long poll for those who have only single requests.
 
+use std::io::Write as _;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -11,7 +12,7 @@ use nkv_core::Pattern;
 use nkv_node::{Cursor, EndReason, Handle, SharedWaker, Tail, TailEvent, TailOptions};
 use tokio::time::{Sleep, sleep};
 
-use crate::body::{Answer, Body, Source, Unsent};
+use crate::body::{Answer, Body, BoxError, Source, Unsent};
 use crate::entry::{write_entry, write_number, write_text};
 use crate::making::Making;
 use crate::problem::Problem;
@@ -142,7 +143,7 @@ struct Events {
 }
 
 impl Source for Events {
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BoxError>>> {
         self.unsent.set(0);
         let mut shared = std::mem::take(&mut self.waker);
         let waker = self.handle.waker(&mut shared, cx.waker());
@@ -179,7 +180,7 @@ impl Source for Events {
             }
         }
         self.unsent.set(self.out.len());
-        Poll::Ready(Some(std::mem::take(&mut self.out).into()))
+        Poll::Ready(Some(Ok(std::mem::take(&mut self.out).into())))
     }
 }
 
@@ -197,10 +198,11 @@ impl Events {
             }
             _ => return,
         };
-        self.out.extend_from_slice(format!("event: {name}\n").as_bytes());
-        if let Some(cursor) = cursor {
-            self.out.extend_from_slice(format!("id: {cursor}\n").as_bytes());
-        }
+        // A vector takes all that is written to it.
+        drop(match cursor {
+            Some(cursor) => write!(self.out, "event: {name}\nid: {cursor}\n"),
+            None => writeln!(self.out, "event: {name}"),
+        });
         self.out.extend_from_slice(b"data: {");
         write_event(&mut self.out, event);
         self.out.extend_from_slice(b"}\n\n");
@@ -249,7 +251,7 @@ struct Gathered {
 }
 
 impl Gathered {
-    /// Whether it is an event that its reader has to know of.
+    /// Adds an event to the answer, if it is one that its reader has to know of.
     fn take(&mut self, event: &TailEvent, cursor: Option<Cursor>) -> Result<(), Problem> {
         self.next = cursor.or(self.next);
         let name = match event {
@@ -317,6 +319,7 @@ async fn poll(
             let mut taken = 1_usize;
             while let Poll::Ready(Some((event, cursor))) = poll_once(&mut tail).await {
                 gathered.take(&event, cursor)?;
+                making.grow(gathered.events.len()).await;
                 taken = taken.saturating_add(1);
                 if taken >= TURN_EVENTS && cursor.is_some() {
                     break;

@@ -19,7 +19,7 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use memchr::{memchr, memmem};
 use nkv_core::mailbox::Backlog;
-use nkv_node::{Handle, Held, Holder, Peer, Room, Stopping, Tail};
+use nkv_node::{Handle, Held, Holder, Peer, Room, SharedWaker, Stopping, Tail};
 use nkv_protocol::{Decoder, Limits};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
@@ -628,7 +628,9 @@ impl Drop for Frames {
 pub(crate) async fn tell_records(stream: Upgraded, handle: &Handle, request_limit: Duration, mut changes: Tail) {
     let mut socket = Socket::new(stream, handle, request_limit).await;
     let mut record: Option<String> = None;
+    let mut waker = SharedWaker::default();
     let told = poll_fn(|cx| {
+        let waker = handle.waker(&mut waker, cx.waker());
         loop {
             // What it sends says nothing but that it is there.
             match socket.poll_message(cx) {
@@ -637,7 +639,7 @@ pub(crate) async fn tell_records(stream: Upgraded, handle: &Handle, request_limi
                 Poll::Pending => {}
             }
             if record.is_none() {
-                match changes.poll_next(cx) {
+                match changes.poll_next(&mut Context::from_waker(waker)) {
                     Poll::Ready(Some((event, _))) => record = seed::record(&event),
                     Poll::Ready(None) => return Poll::Ready(()),
                     Poll::Pending => {

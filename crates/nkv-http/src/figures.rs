@@ -187,10 +187,14 @@ impl Collector for Scrape {
         out.gauge("value", "Bytes of all values.", Some(Unit::Bytes), stats.value_bytes)?;
         out.gauge("revision", "The number of the newest change.", None, stats.revision)?;
         out.gauge("subscriptions", "Subscriptions that there are.", None, stats.subscriptions)?;
-        let lines = stats.connections.saturating_sub(counted.connections);
-        let connections = [("http", counted.connections), ("lines", lines)];
+        let other = stats.connections.saturating_sub(counted.connections);
+        let connections = [("http", counted.connections), ("other", other)];
         let connections = connections.map(|(door, count)| ([("door", door)], count));
-        out.gauges("connections", "Connections, by the door; a WebSocket is one of lines.", &connections)?;
+        out.gauges(
+            "connections",
+            "Connections, by the door; 'other' are JSON lines, WebSockets and gRPC.",
+            &connections,
+        )?;
         out.gauge(
             "queued",
             "What is held for peers: requests, answers and changes that wait.",

@@ -165,3 +165,28 @@ impl Source for Lines {
         Poll::Ready((!out.is_empty()).then(|| Ok(out.into())))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use nkv_node::Node;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn lines_that_break_off_do_not_look_complete() {
+        let node = Node::builder().start().await.unwrap();
+        let handle = node.handle();
+        for key in ["a", "b"] {
+            handle.put(key, vec![b'x'; CHUNK_LEN]).await.unwrap();
+        }
+        let pattern = Pattern::new("*").unwrap();
+        let mut lines = Lines { walk: Some(Walk { handle, pattern, after: None, limit: None, with_values: true }) };
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(matches!(lines.poll_next(&mut cx), Poll::Ready(Some(Ok(_)))));
+        node.shutdown().await.unwrap();
+        let Poll::Ready(Some(Err(error))) = lines.poll_next(&mut cx) else { panic!("it looks complete") };
+        assert!(error.to_string().contains("stopped"), "{error}");
+    }
+}

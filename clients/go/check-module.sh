@@ -32,7 +32,13 @@ func main() {
 	}
 }
 END
-go mod init example.org/program 2>/dev/null
-go get "$module@$version" 2>/dev/null
+
+# Runs a command; what it says is shown only if it fails.
+quietly() {
+    "$@" >"$scratch/output" 2>&1 || { cat "$scratch/output" >&2; exit 1; }
+}
+
+quietly go mod init example.org/program
+quietly go get "$module@$version"
 go run .
 go list -m "$module"

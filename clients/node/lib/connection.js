@@ -186,11 +186,6 @@ class Connection {
     onAnswer?.(kind, body, payload);
   }
 
-  /** Whether a caller still waits for an answer. */
-  #isAwaited() {
-    return [...this.#pending.values()].some((wait) => wait !== undefined && wait !== this.#probe);
-  }
-
   /** Asks a silent server for a sign of life, and gives it up if none comes. Bytes that it takes are one too. */
   #checkLife(heartbeat) {
     // The queue of the handle shows the progress of one long write too.

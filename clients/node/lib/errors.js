@@ -100,6 +100,7 @@ class EndedError extends NkvError {
   }
 }
 
+/** The classes of the errors, as the package exports them. */
 const classes = {
   NkvError,
   InvalidAddressError,
@@ -119,4 +120,4 @@ for (const [name, type] of Object.entries(classes)) {
   Object.defineProperty(type.prototype, 'name', { value: name, configurable: true, writable: true });
 }
 
-module.exports = { ...classes, TOO_MANY, UNAVAILABLE };
+module.exports = { ...classes, classes, TOO_MANY, UNAVAILABLE };

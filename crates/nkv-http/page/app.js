@@ -79,10 +79,11 @@ async function poll(count) {
   if (!connection.open || poll.busy) return;
   poll.busy = true;
   try {
-    figures.take(await connection.request({ type: "Stats", ahead: true }), connection.info);
+    const stats = await connection.request({ type: "Stats", ahead: true });
+    if ((stats.status ?? 200) === 200) figures.take(stats, connection.info);
     if (count % 2 === 0 && !document.hidden) figures.takeClients((await connection.request({ type: "Trace", ahead: true })).clients ?? []);
-  } catch {
-    // The connection ended; the next one is asked again.
+  } catch (error) {
+    if (connection.open) console.error(error); // else the connection ended; the next one asks again
   }
   poll.busy = false;
 }

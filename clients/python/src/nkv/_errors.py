@@ -65,5 +65,9 @@ class Closed(NkvError):
     """The client was closed, or this process was forked from the one that made it. Nothing was changed."""
 
 
+#: What `Closed` says in a child process.
+FORKED = "this process was forked from the one that made the client: make another client here"
+
+
 class ProtocolError(NkvError):
     """The peer does not speak the protocol, or exceeds a limit. The connection is made again."""

@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 from . import _requests as requests
-from ._errors import Closed, Conflict, NkvError, Refused, Timeout
+from ._errors import FORKED, Closed, Conflict, NkvError, Refused, Timeout
 from ._queue import EventQueue, State
-from ._requests import Condition, Paging, Request, Value
+from ._requests import Batch, Condition, Paging, Request, Value
 from ._session import Local, Options, Session
 from ._types import Address, Entry, Event, Page, Revision
 
@@ -46,7 +46,7 @@ class _Core:
     def check_process(self) -> None:
         # Before the lock: another thread may have held it when the process was forked.
         if os.getpid() != self.process:
-            raise Closed("this process was forked from the one that made the client: make another client here")
+            raise Closed(FORKED)
 
     def call(self, request: Request[T], timeout: float | None) -> T:
         self.call_all([request], timeout)
@@ -385,35 +385,16 @@ class Client:
         return watch
 
 
-class Pipeline:
+class Pipeline(Batch):
     """Requests that are sent at once, and answered in order. They are no transaction."""
 
     def __init__(self, core: _Core) -> None:
+        super().__init__()
         self._core = core
-        self._batch: list[Request[Any]] = []
-
-    def __len__(self) -> int:
-        return len(self._batch)
-
-    def put(self, key: str, value: Value, *, if_revision: Condition = None, ttl: float | None = None) -> Pipeline:
-        self._batch.append(requests.put(key, value, if_revision, ttl))
-        return self
-
-    def get(self, key: str) -> Pipeline:
-        self._batch.append(requests.get(key))
-        return self
-
-    def delete(self, pattern: str, *, if_revision: Condition = None) -> Pipeline:
-        self._batch.append(requests.delete(pattern, if_revision))
-        return self
-
-    def exists(self, pattern: str) -> Pipeline:
-        self._batch.append(requests.exists(pattern))
-        return self
 
     def run(self, *, timeout: float | None = None) -> list[Revision | Entry | int | bool | NkvError | None]:
         """Sends the requests and returns what became of each: what the call would return, or the error."""
-        batch, self._batch = self._batch, []
+        batch = self._take()
         self._core.call_all(batch, timeout)
         return [outcome(request) for request in batch]
 

@@ -11,6 +11,7 @@ from ._types import Entry, Listed, Page, Revision
 from ._wire import Message
 
 T = TypeVar("T")
+B = TypeVar("B", bound="Batch")
 Value = Union[bytes, bytearray, memoryview, str]
 #: A condition: the key is at this revision; 0: it is absent.
 Condition = Union[Revision, int, None]
@@ -200,6 +201,37 @@ def exists(pattern: str) -> Request[bool]:
 
 def health() -> Request[None]:
     return Request({"type": "Health"}, lambda message, epoch: None)
+
+
+class Batch:
+    """The requests of a pipeline, until they are sent."""
+
+    def __init__(self) -> None:
+        self._batch: list[Request[Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._batch)
+
+    def put(self: B, key: str, value: Value, *, if_revision: Condition = None, ttl: float | None = None) -> B:
+        self._batch.append(put(key, value, if_revision, ttl))
+        return self
+
+    def get(self: B, key: str) -> B:
+        self._batch.append(get(key))
+        return self
+
+    def delete(self: B, pattern: str, *, if_revision: Condition = None) -> B:
+        self._batch.append(delete(pattern, if_revision))
+        return self
+
+    def exists(self: B, pattern: str) -> B:
+        self._batch.append(exists(pattern))
+        return self
+
+    def _take(self) -> list[Request[Any]]:
+        """Returns the requests, and is empty then."""
+        batch, self._batch = self._batch, []
+        return batch
 
 
 class Paging:

@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from . import _requests as requests
-from ._errors import Closed, Conflict, NkvError, Refused
+from ._errors import FORKED, Closed, Conflict, NkvError, Refused
 from ._plain import outcome
 from ._queue import EventQueue, State
-from ._requests import Condition, Paging, Pending, Request, Value
+from ._requests import Batch, Condition, Paging, Pending, Request, Value
 from ._session import Local, Options, Session
 from ._types import Address, Entry, Event, Page, Revision
 
@@ -95,7 +95,7 @@ class _Core:
 
     def check(self) -> None:
         if os.getpid() != self.process:
-            raise Closed("this process was forked from the one that made the client: make another client here")
+            raise Closed(FORKED)
         if asyncio.get_running_loop() is not self.loop:
             raise RuntimeError("the client belongs to another event loop")
 
@@ -168,7 +168,7 @@ class _Core:
             try:
                 link = await asyncio.wait_for(self._connect(), self.options.connect_timeout)
                 error = await self._serve(link)
-            except (OSError, asyncio.TimeoutError) as caught:
+            except Exception as caught:  # no error that a peer or the system causes may end the task
                 error = caught if str(caught) else ConnectionError("no connection in time")
             pause = self.session.connection_lost(error, self.loop.time())
             await asyncio.sleep(pause)
@@ -373,35 +373,16 @@ class Client:
         return watch
 
 
-class Pipeline:
+class Pipeline(Batch):
     """Requests that are sent at once, and answered in order. They are no transaction."""
 
     def __init__(self, core: _Core) -> None:
+        super().__init__()
         self._core = core
-        self._batch: list[Request[Any]] = []
-
-    def __len__(self) -> int:
-        return len(self._batch)
-
-    def put(self, key: str, value: Value, *, if_revision: Condition = None, ttl: float | None = None) -> Pipeline:
-        self._batch.append(requests.put(key, value, if_revision, ttl))
-        return self
-
-    def get(self, key: str) -> Pipeline:
-        self._batch.append(requests.get(key))
-        return self
-
-    def delete(self, pattern: str, *, if_revision: Condition = None) -> Pipeline:
-        self._batch.append(requests.delete(pattern, if_revision))
-        return self
-
-    def exists(self, pattern: str) -> Pipeline:
-        self._batch.append(requests.exists(pattern))
-        return self
 
     async def run(self, *, timeout: float | None = None) -> list[Revision | Entry | int | bool | NkvError | None]:
         """Sends the requests and returns what became of each: what the call would return, or the error."""
-        batch, self._batch = self._batch, []
+        batch = self._take()
         await self._core.call_all(batch, timeout)
         return [outcome(request) for request in batch]
 

@@ -149,5 +149,5 @@ export const pick = (page, name) => until(`a click on ${name}`, async () => {
 
 export const text = (page, selector) => page.locator(selector).innerText();
 
-export const shows = (page, selector, wanted, limitMs) =>
-  until(`${selector} shows ${wanted}`, async () => (await page.locator(selector).innerText()).includes(wanted), limitMs);
+export const shows = (page, selector, wanted) =>
+  until(`${selector} shows ${wanted}`, async () => (await page.locator(selector).innerText()).includes(wanted));

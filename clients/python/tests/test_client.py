@@ -215,6 +215,8 @@ class Ends(WithServer):
             self.assertLess(time.monotonic() - began, 5)
 
     def test_an_interrupt_ends_a_call_and_not_the_client(self) -> None:
+        # A process that a shell starts in the background ignores it.
+        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
         with nkv.Client(self.address) as client:
             client.put("k", "1")
             events = client.subscribe("nothing")

@@ -118,6 +118,7 @@ impl Door {
     #[must_use]
     pub fn new(handle: Handle, options: Options) -> Self {
         handle.remember_deletes(options.deletes_max);
+        let handle = handle.for_door();
         let reporter = HealthReporter::new();
         let health = HealthServer::new(HealthService::from_health_reporter(reporter.clone()));
         let going_away = watch::Sender::new(false);

@@ -192,6 +192,7 @@ impl Door {
             handle.remember_deletes(options.deletes_max);
         }
         handle.keep_figures();
+        let handle = handle.for_door();
         let counted = Arc::clone(&options.counted.0);
         Ok(Door(Arc::new(Inner { handle, options, guard, messages: None, calls: None, counted })))
     }

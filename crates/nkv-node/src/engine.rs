@@ -2,12 +2,17 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use nkv_core::{Applied, Change, Epoch, Op, Outcome, Pattern, PersistError, Revision, StoredRef};
 use nkv_types::{Error, ErrorKind, Result};
 use thiserror::Error as ThisError;
 use tokio::sync::watch;
+use tokio::time::timeout;
+
+/// How long an answer waits for the node to see what was written.
+const FEED_LIMIT: Duration = Duration::from_secs(1);
 
 /// An engine decides writes and owns the truth that many nodes share. Each node follows it: reads and subscriptions are
 /// served from what the node has applied, writes go to the engine.
@@ -26,8 +31,14 @@ use tokio::sync::watch;
 /// with.
 #[async_trait]
 pub trait Engine: fmt::Debug + Send + Sync + 'static {
-    /// What it can do.
+    /// What it can do: asked at each write that needs more than a plain put, so it may depend on what the engine turned out to
+    /// be. [`meta`](Abilities::meta) is asked for at the start.
     fn abilities(&self) -> Abilities;
+
+    /// The longest value that it takes, in bytes; the node's own limit holds too.
+    fn value_len_max(&self) -> usize {
+        usize::MAX
+    }
 
     /// Takes a record or a tombstone that the node's storage has kept, with its meta, before anything is written or followed.
     fn restore(&self, stored: StoredRef<'_>) {
@@ -48,6 +59,13 @@ pub trait Engine: fmt::Debug + Send + Sync + 'static {
     /// Feeds what comes after `seen`, or the whole state first where that cannot be or nothing was seen, for as long as it goes
     /// well; returns why it did not. Dropped when the node stops.
     async fn follow(&self, seen: Option<Seen>, feed: Feed) -> EngineError;
+
+    /// Up to where the engine's data are by now, as it says itself.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Unavailable`], where it does not say so at once.
+    async fn last(&self) -> Result<Seen, EngineError>;
 }
 
 /// What an engine made of operations.
@@ -65,8 +83,10 @@ pub struct Decided {
 pub struct Abilities {
     /// Writes with `if_revision`.
     pub conditions: bool,
-    /// Several operations in one step, and wildcard deletes.
+    /// Several operations in one step.
     pub batches: bool,
+    /// Wildcard deletes, in one step or key by key.
+    pub wildcards: bool,
     /// Values with a TTL.
     pub ttl: bool,
     /// It feeds [meta](Change::meta): a node that has storage needs one that keeps it.
@@ -75,7 +95,7 @@ pub struct Abilities {
 
 impl Abilities {
     /// All of them.
-    pub const ALL: Abilities = Abilities { conditions: true, batches: true, ttl: true, meta: true };
+    pub const ALL: Abilities = Abilities { conditions: true, batches: true, wildcards: true, ttl: true, meta: true };
 }
 
 /// Up to where a node has seen changes.
@@ -195,7 +215,6 @@ impl Feed {
 #[derive(Debug)]
 pub(crate) struct Truth {
     pub(crate) engine: Arc<dyn Engine>,
-    pub(crate) abilities: Abilities,
     status: watch::Sender<Status>,
 }
 
@@ -213,7 +232,7 @@ impl Truth {
     pub(crate) fn new(engine: Arc<dyn Engine>, seen: Seen) -> Self {
         let has_state = seen.revision > Revision::ZERO;
         let status = watch::Sender::new(Status { has_state, is_in_reach: false, seen });
-        Truth { abilities: engine.abilities(), engine, status }
+        Truth { engine, status }
     }
 
     pub(crate) fn status(&self) -> Status {
@@ -224,30 +243,41 @@ impl Truth {
         self.status.send_modify(change);
     }
 
-    /// Whether the engine can do an operation.
+    /// Whether the engine is in reach and can do an operation.
     pub(crate) fn check(&self, op: &Op) -> Result<()> {
-        let lacks = match op {
-            Op::Put { options, .. } if options.if_revision.is_some() && !self.abilities.conditions => "conditions",
-            Op::Put { options, .. } if options.expiry.is_some() && !self.abilities.ttl => "values with a TTL",
-            Op::Delete { if_revision: Some(_), .. } if !self.abilities.conditions => "conditions",
-            Op::Delete { pattern: Pattern::Below(_) | Pattern::All, .. } if !self.abilities.batches => {
-                "deletes by wildcard"
-            }
-            _ => return Ok(()),
+        let of = |is_needed: bool, can: fn(&Abilities) -> bool, what| {
+            (is_needed && !can(&self.engine.abilities())).then_some(what)
         };
-        Err(cannot(lacks))
+        let conditions = |is_needed| of(is_needed, |can| can.conditions, "conditions");
+        let lacks = match op {
+            Op::Put { options, .. } => conditions(options.if_revision.is_some())
+                .or_else(|| of(options.expiry.is_some(), |can| can.ttl, "values with a TTL")),
+            Op::Delete { pattern, if_revision } => conditions(if_revision.is_some()).or_else(|| {
+                let is_wildcard = matches!(pattern, Pattern::Below(_) | Pattern::All);
+                of(is_wildcard, |can| can.wildcards, "deletes by wildcard")
+            }),
+        };
+        self.check_in_reach()?;
+        lacks.map_or(Ok(()), |what| Err(cannot(what)))
+    }
+
+    fn check_in_reach(&self) -> Result<()> {
+        match self.status().is_in_reach {
+            true => Ok(()),
+            false => {
+                let message = "the engine is out of reach; nothing was changed";
+                Err(Error::new(ErrorKind::Refused { status: 503 }, message))
+            }
+        }
     }
 
     /// Has the engine do operations, and waits until the node has seen what they changed.
     pub(crate) async fn write(&self, ops: Vec<Op>, together: bool) -> Result<(Epoch, Vec<Result<Outcome>>)> {
-        if together && ops.len() > 1 && !self.abilities.batches {
+        self.check_in_reach()?;
+        if together && ops.len() > 1 && !self.engine.abilities().batches {
             return Err(cannot("batches"));
         }
-        let Status { is_in_reach, seen: Seen { epoch: before, .. }, .. } = self.status();
-        if !is_in_reach {
-            let message = "the engine is out of reach; nothing was changed";
-            return Err(Error::new(ErrorKind::Refused { status: 503 }, message));
-        }
+        let before = self.status().seen.epoch;
         let Decided { epoch, results } = self.engine.write(before, ops, together).await.map_err(Error::from)?;
         let revision = |result: &Result<Outcome, EngineError>| match result {
             Ok(Outcome::Put { revision } | Outcome::Deleted { revision, .. } | Outcome::Conflict { revision }) => {
@@ -261,13 +291,13 @@ impl Truth {
     }
 
     /// Waits until the node, which was in the epoch `before`, has seen this much, or will not: the engine is out of reach, or
-    /// began yet another epoch.
+    /// began yet another epoch, or feeds nothing for too long. What was decided is answered all the same.
     async fn caught_up(&self, before: Epoch, wanted: Seen) {
         let is_it = |Status { seen, is_in_reach, .. }: &Status| {
             let is_elsewhere = seen.epoch != before && seen.epoch != wanted.epoch;
             !is_in_reach || is_elsewhere || seen.epoch == wanted.epoch && seen.revision >= wanted.revision
         };
-        drop(self.status.subscribe().wait_for(is_it).await);
+        drop(timeout(FEED_LIMIT, self.status.subscribe().wait_for(is_it)).await);
     }
 }
 

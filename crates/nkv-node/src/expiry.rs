@@ -56,7 +56,7 @@ async fn expire_in_time(shared: &Shared) {
         // From here on what is due is absent for all, however long storage takes.
         shared.store.advance(now);
         advancing(shared, async {
-            let expired = shared.write_urgently(Write::expiry()).await;
+            let expired = shared.write_in_turn(Write::expiry(), false).await;
             if !matches!(expired.as_deref(), Ok([Ok(_)])) {
                 tokio::time::sleep(EXPIRY_PAUSE).await;
             }

@@ -22,6 +22,7 @@ use tokio::sync::watch;
 
 use crate::budget::{Budget, Holder};
 use crate::deletes::RecentDeletes;
+use crate::engine::Abilities;
 use crate::failure::Chain;
 use crate::figures::{Counters, Ended, Figures, Operation};
 use crate::job::Room;
@@ -61,6 +62,8 @@ pub struct Handle {
     shared: Arc<Shared>,
     /// For whom it acts, if not all is allowed.
     principal: Option<Arc<str>>,
+    /// Its writes are done with those of other tasks of the node's runtime.
+    gathers: bool,
 }
 
 /// An operation that the limits and rights allow: see [`Handle::admit`].
@@ -69,7 +72,7 @@ pub struct Admitted(Op);
 
 impl Handle {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        Handle { shared, principal: None }
+        Handle { shared, principal: None, gathers: false }
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
@@ -81,7 +84,7 @@ impl Handle {
     /// rights are for peers, not for code of the process.
     #[must_use]
     pub fn as_principal(&self, principal: impl Into<Arc<str>>) -> Self {
-        Handle { shared: Arc::clone(&self.shared), principal: Some(principal.into()) }
+        Handle { principal: Some(principal.into()), ..self.clone() }
     }
 
     // Reading.
@@ -374,7 +377,7 @@ impl Handle {
                     truth.write(write.into_ops(), together).await
                 }
                 None => {
-                    let results = self.shared.write_urgently(write).await.map_err(unknown)?;
+                    let results = self.shared.write_in_turn(write, self.gathers).await.map_err(unknown)?;
                     Ok((epoch, results.into_iter().map(|result| result.map_err(failed)).collect()))
                 }
             }
@@ -840,10 +843,14 @@ impl Handle {
         }
     }
 
-    /// The limits that hold.
+    /// The limits that hold: the node's, and those of its engine.
     #[must_use]
     pub fn limits(&self) -> Limits {
-        self.shared.limits
+        let mut limits = self.shared.limits;
+        if let Some(truth) = self.shared.truth() {
+            limits.value_len_max = limits.value_len_max.min(truth.engine.value_len_max());
+        }
+        limits
     }
 
     /// The life of the data within which revisions may be compared.
@@ -857,6 +864,12 @@ impl Handle {
     pub fn revision(&self) -> Revision {
         let stats = self.shared.store.stats();
         Revision::in_epoch(stats.epoch, stats.revision.get())
+    }
+
+    /// What can be done beyond plain puts, gets and deletes: all, unless the node's engine lacks some of it.
+    #[must_use]
+    pub fn abilities(&self) -> Abilities {
+        self.shared.truth().map_or(Abilities::ALL, |truth| truth.engine.abilities())
     }
 
     /// Whether the truth lies in an engine: its data may begin another epoch at any time.
@@ -907,14 +920,17 @@ impl Handle {
         &self.shared.log
     }
 
+    /// The same for a door, whose tasks run in the node's runtime: writes of a turn are handed over together, and their answers
+    /// share one wake-up. A single write takes a turn of the runtime longer.
+    #[must_use]
+    pub fn for_door(&self) -> Handle {
+        Handle { gathers: true, ..self.clone() }
+    }
+
     /// A waker that stands for `task`: tasks that a batch wakes by such wakers share one wake-up of the node's runtime, and
     /// those that wait for an answer have their turn before those that are only notified. `known` is what the task got before.
     pub fn waker<'a>(&self, known: &'a mut SharedWaker, task: &std::task::Waker) -> &'a std::task::Waker {
-        let known = &mut known.0;
-        if known.as_ref().is_none_or(|(of, _)| !of.will_wake(task)) {
-            *known = None;
-        }
-        &known.get_or_insert_with(|| (task.clone(), self.shared.wake_ups.waker(task))).1
+        self.shared.wake_ups.waker(known, task)
     }
 
     /// Lends a key's record to `look`; `None` if there is none, as for a text that is no key. Nothing is allocated or
@@ -1087,7 +1103,7 @@ impl Handle {
             return Err(Error::new(ErrorKind::InvalidKey, format!("'{key}' is a reserved key")));
         }
         if let Op::Put { key, value, .. } = op {
-            let (len, len_max) = (value.len(), self.shared.limits.value_len_max);
+            let (len, len_max) = (value.len(), self.limits().value_len_max);
             if len > len_max {
                 let message = format!("the value of '{key}' has {len} bytes, and {len_max} is the limit");
                 return Err(Error::new(ErrorKind::Refused { status: 413 }, message));

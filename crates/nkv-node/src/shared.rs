@@ -1,6 +1,7 @@
 //! What handles share: the store, the way to its writer, and the limits.
 
 use std::fmt;
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
@@ -26,7 +27,7 @@ use crate::peer::PeerInfo;
 use crate::rate_log::RateLimitedLog;
 use crate::rights::Rights;
 use crate::subscriber::{Store, Subscriber};
-use crate::wakeups::WakeUps;
+use crate::wakeups::{SharedWaker, WakeUps};
 use crate::writer::Queue;
 
 pub(crate) struct Shared {
@@ -262,10 +263,20 @@ impl Shared {
         Seen { epoch: stats.epoch, revision: stats.revision }
     }
 
-    /// As [`write`](Self::write), once there is room, and at once: a caller from elsewhere cannot count on the runtime's turning.
-    pub(crate) async fn write_urgently(&self, write: Write) -> Result<Vec<WriteResult>, Stopping> {
+    /// As [`write`](Self::write), once there is room; at once unless it is to be `gathered` with others: a caller from elsewhere
+    /// cannot count on the runtime's turning.
+    pub(crate) async fn write_in_turn(&self, write: Write, gathered: bool) -> Result<Vec<WriteResult>, Stopping> {
         let room = self.room(write.value_len().max(JOB_LEN_MIN)).await?;
-        hand_over(&self.wake_ups, &self.queue, write, true, room)?.await.map_err(|_| Stopping)
+        let mut done = hand_over(&self.wake_ups, &self.queue, write, !gathered, room)?;
+        if !gathered {
+            return done.await.map_err(|_| Stopping);
+        }
+        let mut waker = SharedWaker::default();
+        let done = poll_fn(|cx| {
+            let waker = self.wake_ups.waker(&mut waker, cx.waker());
+            Pin::new(&mut done).poll(&mut Context::from_waker(waker))
+        });
+        done.await.map_err(|_| Stopping)
     }
 
     /// The subscribers that a change of `key` notifies.

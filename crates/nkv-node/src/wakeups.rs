@@ -31,15 +31,23 @@ pub(crate) struct Sleeper {
 
 /// What [`Handle::waker`](crate::Handle::waker) gave to one task, kept from one poll to the next.
 #[derive(Debug, Default)]
-pub struct SharedWaker(pub(crate) Option<(Waker, Waker)>);
+pub struct SharedWaker(Option<(Waker, Waker)>);
 
 thread_local! {
     static IS_GATHERING: Cell<bool> = const { Cell::new(false) };
 }
 
 impl WakeUps {
-    /// A waker that stands for `task`.
-    pub(crate) fn waker(self: &Arc<Self>, task: &Waker) -> Waker {
+    /// A waker that stands for `task`: the one that is `known`, if that is of the same task.
+    pub(crate) fn waker<'a>(self: &Arc<Self>, known: &'a mut SharedWaker, task: &Waker) -> &'a Waker {
+        let known = &mut known.0;
+        if known.as_ref().is_none_or(|(of, _)| !of.will_wake(task)) {
+            *known = None;
+        }
+        &known.get_or_insert_with(|| (task.clone(), self.new_waker(task))).1
+    }
+
+    fn new_waker(self: &Arc<Self>, task: &Waker) -> Waker {
         let sleeper = Sleeper { wake_ups: Arc::clone(self), task: task.clone(), is_noted: AtomicBool::new(false) };
         Waker::from(Arc::new(sleeper))
     }
@@ -162,7 +170,7 @@ mod tests {
 
     fn task_and_waker(wake_ups: &Arc<WakeUps>) -> (Arc<Task>, Waker) {
         let task = Arc::new(Task::default());
-        (Arc::clone(&task), wake_ups.waker(&Waker::from(task)))
+        (Arc::clone(&task), wake_ups.new_waker(&Waker::from(task)))
     }
 
     #[tokio::test]

@@ -271,6 +271,14 @@ impl Engine for ScriptedEngine {
             Ok(()) => EngineError::Unavailable("it ended".into()),
         }
     }
+
+    async fn last(&self) -> Result<Seen, EngineError> {
+        let world = self.lock();
+        match world.is_cut {
+            true => Err(EngineError::Unavailable("it is cut off".into())),
+            false => Ok(Seen { epoch: world.epoch, revision: world.revision }),
+        }
+    }
 }
 
 /// Checks an engine: `make` gives engines of one truth, which is empty at the beginning, as several nodes have them. Panics
@@ -280,11 +288,12 @@ pub async fn check<E: Engine>(make: impl Fn() -> E) {
         async || ready(Node::builder().engine(make()).start().await.unwrap_or_else(|error| panic!("{error}"))).await;
     let (first, second) = (start().await, start().await);
     let (a, b) = (first.handle(), second.handle());
-    let abilities = make().abilities();
+    let abilities = a.abilities();
     writes_are_seen_by_their_writer_at_once_and_everywhere_in_the_end(&a, &b).await;
     all_nodes_have_one_order_of_changes(&a, &b).await;
     a_condition_holds_everywhere(&a, &b, abilities).await;
     a_batch_is_one_step(&a, &b, abilities).await;
+    a_wildcard_deletes_what_it_selects(&a, &b, abilities).await;
     a_value_with_a_ttl_ends_everywhere(&a, &b, abilities).await;
     for node in [first, second] {
         node.shutdown().await.unwrap_or_else(|error| panic!("{error}"));
@@ -389,12 +398,9 @@ async fn a_batch_is_one_step(a: &Handle, b: &Handle, abilities: Abilities) {
         options: PutOptions::default(),
     };
     if !abilities.batches {
-        for refused in
-            [a.write(vec![put("batch.a"), put("batch.b")]).await.map(drop), a.delete("batch.*").await.map(drop)]
-        {
-            let refused = refused.map_err(|error| error.kind().clone());
-            assert_eq!(refused, Err(ErrorKind::Refused { status: 501 }), "a batch is imitated");
-        }
+        let refused =
+            a.write(vec![put("batch.a"), put("batch.b")]).await.map(drop).map_err(|error| error.kind().clone());
+        assert_eq!(refused, Err(ErrorKind::Refused { status: 501 }), "a batch is imitated");
         return;
     }
     let mut changes = b.changes(None).unwrap_or_else(|error| panic!("changes: {error}"));
@@ -408,9 +414,22 @@ async fn a_batch_is_one_step(a: &Handle, b: &Handle, abilities: Abilities) {
             count => break assert_eq!(count, 2, "a batch came in parts"),
         }
     }
-    let deleted = b.delete("batch.*").await.unwrap_or_else(|error| panic!("delete: {error}"));
-    assert_eq!(deleted.count, 2);
-    assert!(!b.exists("batch.*").await.unwrap_or(true), "a client does not see all of its own delete");
+}
+
+async fn a_wildcard_deletes_what_it_selects(a: &Handle, b: &Handle, abilities: Abilities) {
+    for name in ["branch", "branch.a", "branch.b.c", "branches"] {
+        a.put(name, "1").await.unwrap_or_else(|error| panic!("put: {error}"));
+    }
+    eventually("the other node has the values", async || b.exists("branches").await == Ok(true)).await;
+    let deleted = b.delete("branch.*").await.map_err(|error| error.kind().clone());
+    if !abilities.wildcards {
+        assert_eq!(deleted, Err(ErrorKind::Refused { status: 501 }), "a wildcard delete is imitated");
+        return;
+    }
+    assert_eq!(deleted.map(|deleted| deleted.count), Ok(2));
+    assert_eq!(b.exists("branch.*").await, Ok(false), "a client does not see all of its own delete");
+    assert_eq!((b.exists("branch").await, b.exists("branches").await), (Ok(true), Ok(true)), "it deletes too much");
+    eventually("the other node has the delete", async || a.exists("branch.*").await == Ok(false)).await;
 }
 
 async fn a_value_with_a_ttl_ends_everywhere(a: &Handle, b: &Handle, abilities: Abilities) {

@@ -5,7 +5,7 @@
     python3 examples/http/watch.py --self-check NKV_SERVER       starts a server, cuts the stream, and asserts what comes
 """
 
-import http.client, json, subprocess, sys, tempfile, time, urllib.parse, urllib.request  # noqa: E401
+import http.client, json, subprocess, sys, tempfile, time, urllib.error, urllib.parse, urllib.request  # noqa: E401
 
 SILENCE_MAX = 45  # the server gives a sign of life every 15 s
 
@@ -26,6 +26,10 @@ class Watch:
                     for event, data in self.blocks():
                         self.apply(event, data)
                         yield event, data
+            except urllib.error.HTTPError as error:
+                # Asked again, it would refuse again.
+                if error.code < 500 and error.code != 429:
+                    raise
             except (OSError, http.client.HTTPException, AttributeError, ValueError):
                 pass  # the stream broke, or was closed here
             time.sleep(self.retry)

@@ -80,8 +80,9 @@ fn summary(set: &FileDescriptorSet) -> Result<String, AnyError> {
         for service in &file.service {
             for method in &service.method {
                 let stream = if method.server_streaming() { "stream " } else { "" };
+                let taken = if method.client_streaming() { "stream " } else { "" };
                 let (input, output) = (method.input_type(), method.output_type());
-                writeln!(out, "/{package}.{}/{}({input}) -> {stream}{output}", service.name(), method.name())?;
+                writeln!(out, "/{package}.{}/{}({taken}{input}) -> {stream}{output}", service.name(), method.name())?;
             }
         }
         for message in &file.message_type {

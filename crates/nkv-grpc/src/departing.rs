@@ -14,7 +14,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use tonic::Status;
 use tonic::body::Body;
 
-use crate::line::{Call, Counted, Kind, Line, Sending};
+use crate::line::{Call, Counted, Kind, Line};
 
 /// The most that is given to HTTP/2 at a time.
 pub(crate) const PIECE_LEN: usize = 32 << 10;
@@ -25,8 +25,6 @@ pub(crate) type Answer = Arc<Counted>;
 /// The body of one answer.
 pub(crate) struct Departing {
     inner: Body,
-    sending: Arc<Sending>,
-    kind: Kind,
     /// What was encoded and not asked for yet.
     rest: Bytes,
     counted: Counted,
@@ -62,30 +60,15 @@ impl Departing {
         deadline: Option<Instant>,
         call: Call,
     ) -> Self {
-        let sending = Arc::clone(&line.sending);
-        let counted = Counted::new(&sending, kind, 0);
+        let counted = Counted::new(&line.sending, kind, 0);
         let (rest, is_at_end, timer, going_away) = Default::default();
-        Departing {
-            inner,
-            sending,
-            kind,
-            rest,
-            counted,
-            answer,
-            is_at_end,
-            deadline,
-            timer,
-            going_away,
-            line,
-            _call: call,
-        }
+        Departing { inner, rest, counted, answer, is_at_end, deadline, timer, going_away, line, _call: call }
     }
 
     /// The next piece of what was encoded.
     fn piece(&mut self) -> Bytes {
         let bytes = self.rest.split_to(self.rest.len().min(PIECE_LEN));
-        self.counted.shrink(bytes.len());
-        let counted = Counted::new(&self.sending, self.kind, bytes.len());
+        let counted = self.counted.split(bytes.len());
         if self.rest.is_empty() {
             self.rest = Bytes::new();
         }

@@ -37,7 +37,8 @@ pub(crate) struct Line {
     streams: AtomicUsize,
     /// When the last call ended, in ms after the opening.
     idle_since_ms: AtomicU64,
-    place: Option<Place>,
+    address: Box<str>,
+    _place: Option<Place>,
 }
 
 /// The requests that are not whole.
@@ -183,18 +184,19 @@ impl Counted {
         }
     }
 
-    pub(crate) fn shrink(&mut self, len: usize) {
+    /// Counts a part of it by itself.
+    pub(crate) fn split(&mut self, len: usize) -> Counted {
         let len = len.min(self.len);
-        if len > 0 {
-            self.len = self.len.saturating_sub(len);
-            self.sending.of(self.kind).take(len);
-        }
+        self.len = self.len.saturating_sub(len);
+        Counted { sending: Arc::clone(&self.sending), kind: self.kind, len }
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.shrink(self.len);
+        if self.len > 0 {
+            self.sending.of(self.kind).take(self.len);
+        }
     }
 }
 
@@ -313,12 +315,24 @@ impl Line {
         let sending = Sending::new(&handle);
         let peer = handle.peer(address, Box::new(Seen(Arc::clone(&sending))));
         let (long_answers, arriving, unary, streams, idle_since_ms) = Default::default();
-        Arc::new(Line { handle, peer, sending, long_answers, door, arriving, unary, streams, idle_since_ms, place })
+        Arc::new(Line {
+            handle,
+            peer,
+            sending,
+            long_answers,
+            door,
+            arriving,
+            unary,
+            streams,
+            idle_since_ms,
+            address: address.into(),
+            _place: place,
+        })
     }
 
     /// The peer, as people are shown it.
     pub(crate) fn address(&self) -> &str {
-        self.place.as_ref().map_or("a peer", Place::peer)
+        &self.address
     }
 
     /// Waits until the peer has taken most of its answers, and until there is room for more in the budget: before an answer

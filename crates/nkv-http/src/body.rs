@@ -348,7 +348,7 @@ pub(crate) async fn receive(
     let known = hint.exact().and_then(|len| usize::try_from(len).ok());
     let mut held = Reading::new(conn);
     let mut arrival = None;
-    let mut bytes = BytesMut::with_capacity(known.unwrap_or(0).min(LONG_LEN));
+    let mut bytes = BytesMut::new();
     let limit = conn.limits().request_limit;
     let deadline = limit.saturating_mul(1_u32.saturating_add(u32::try_from(len_max >> 20).unwrap_or(u32::MAX)));
     let deadline = tokio::time::Instant::now().checked_add(deadline);
@@ -356,6 +356,7 @@ pub(crate) async fn receive(
         // What is announced takes no room before some of it has come; from then on its peer counts as one that sends.
         if arrival.is_none() && bytes.len() > LONG_LEN {
             arrival = Some(conn.waiting(handle.arrival(known.unwrap_or(len_max))).await);
+            bytes.reserve(known.unwrap_or(0).saturating_sub(bytes.len()));
         }
         let frame = match deadline {
             Some(at) => tokio::time::timeout_at(at, body.frame()).await,
@@ -368,6 +369,9 @@ pub(crate) async fn receive(
             let len = bytes.len().saturating_add(data.len());
             if len > len_max {
                 return Err(too_large(len as u64));
+            }
+            if bytes.is_empty() {
+                bytes.reserve(known.unwrap_or(0).min(LONG_LEN));
             }
             bytes.extend_from_slice(&data);
             held.more(data.len());

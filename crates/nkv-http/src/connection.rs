@@ -139,8 +139,10 @@ impl Conn {
     /// What answers its calls of gRPC, if this port does.
     pub(crate) fn calls(&self, door: &Inner) -> Option<&dyn Calls> {
         let make = door.calls.as_ref()?;
-        let calls = self.calls.get_or_init(|| (make.0)(&self.address));
-        self.has_calls.notify_one();
+        let calls = self.calls.get_or_init(|| {
+            self.has_calls.notify_one();
+            (make.0)(&self.address)
+        });
         Some(&**calls)
     }
 

@@ -90,9 +90,9 @@ async fn served(ctx: Ctx<'_>, request: Request<Incoming>) -> Answer {
             None => Problem::new("coded-content", "no gRPC is served here, or not by HTTP/1.1").into_answer(),
         };
     }
-    let (start, path) = (Instant::now(), request.uri().path().to_owned());
-    let answer = route(ctx, &path, request).await.unwrap_or_else(Problem::into_answer);
-    ctx.door.counted.answered(&path, start.elapsed(), answer.status());
+    let (start, uri) = (Instant::now(), request.uri().clone());
+    let answer = route(ctx, uri.path(), request).await.unwrap_or_else(Problem::into_answer);
+    ctx.door.counted.answered(uri.path(), start.elapsed(), answer.status());
     answer
 }
 

@@ -504,10 +504,10 @@ impl Frames {
                 let whole = gathered.split_to(len);
                 if line_len == len {
                     // A line of the server is UTF-8.
-                    let line = whole.get(..len.saturating_sub(1)).unwrap_or_default();
-                    return match std::str::from_utf8(line) {
-                        Ok(line) => Message::text(line),
-                        Err(_) => Message::binary(whole.freeze()),
+                    let line = whole.freeze();
+                    return match Utf8Bytes::try_from(line.slice(..len.saturating_sub(1))) {
+                        Ok(line) => Message::Text(line),
+                        Err(_) => Message::binary(line),
                     };
                 }
                 Message::binary(whole.freeze())

@@ -1,6 +1,5 @@
 //! What is counted for those who watch a node from outside, once a door asks for that.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use nkv_core::{Histogram, HistogramReading, Op, Outcome, StorageReading, WriteResult};
@@ -81,9 +80,9 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
-    pub(crate) fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Self {
         let (commit_times, batch_sizes) = (Histogram::new(Histogram::TIMES), Histogram::new(Histogram::SIZES));
-        Arc::new(Counters { requests: Default::default(), commit_times, batch_sizes })
+        Counters { requests: Default::default(), commit_times, batch_sizes }
     }
 
     pub(crate) fn count(&self, operation: Operation, ended: Ended) {

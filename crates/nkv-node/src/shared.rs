@@ -55,7 +55,7 @@ pub(crate) struct Shared {
     /// Whether the node has ended: what has no answer by then gets none.
     pub(crate) ended: watch::Sender<bool>,
     /// What is counted, once a door asks for that.
-    pub(crate) counters: Arc<OnceLock<Arc<Counters>>>,
+    pub(crate) counters: Arc<OnceLock<Counters>>,
     pub(crate) storage: Option<Arc<dyn StorageFigures>>,
     /// The most recent deletes, once a door asks for that.
     pub(crate) deletes: OnceLock<Arc<RecentDeletes>>,
@@ -123,7 +123,7 @@ pub(crate) struct Parts {
     pub(crate) expiry_changed: Arc<Notify>,
     /// What no other node has in the names of its subscribers.
     pub(crate) name: u64,
-    pub(crate) counters: Arc<OnceLock<Arc<Counters>>>,
+    pub(crate) counters: Arc<OnceLock<Counters>>,
     pub(crate) storage: Option<Arc<dyn StorageFigures>>,
 }
 

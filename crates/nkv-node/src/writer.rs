@@ -118,7 +118,7 @@ pub(crate) struct Writer {
     pub(crate) log: RateLimitedLog,
     pub(crate) budget: Arc<Budget>,
     pub(crate) clock: Clock,
-    pub(crate) counters: Arc<OnceLock<Arc<Counters>>>,
+    pub(crate) counters: Arc<OnceLock<Counters>>,
 }
 
 /// Closes the queue when it is dropped.
@@ -192,16 +192,18 @@ impl Writer {
         if catch_unwind(AssertUnwindSafe(|| self.store.commit(jobs))).is_err() {
             self.store.commit(jobs);
         }
+        // First, so that who has an answer finds it counted.
+        if let (Some(counters), Some(start)) = (self.counters.get(), start) {
+            let done = jobs.iter().filter(|job| job.write.is_done());
+            let size = done
+                .flat_map(|job| job.write.outcomes())
+                .inspect(|(op, result)| counters.count_write(op, result))
+                .count();
+            counters.commit_times.observe_time(start.elapsed());
+            counters.batch_sizes.observe(size as u64);
+        }
         let mut failed: Option<PersistError> = None;
-        let counters = self.counters.get();
-        let mut size = 0_u64;
         for Job { write, results, .. } in jobs.extract_if(.., |job| job.write.is_done()) {
-            if let Some(counters) = counters {
-                size = write
-                    .outcomes()
-                    .inspect(|(op, result)| counters.count_write(op, result))
-                    .fold(size, |n, _| n.saturating_add(1));
-            }
             let done = write.into_results();
             for error in done.iter().filter_map(|result| result.as_ref().err()).map(|failed| &failed.error) {
                 // What ends the server counts before what does not.
@@ -211,10 +213,6 @@ impl Writer {
             }
             // The peer may have gone away meanwhile, its connection cut; the write stands all the same.
             drop(results.send(done));
-        }
-        if let (Some(counters), Some(start)) = (counters, start) {
-            counters.commit_times.observe_time(start.elapsed());
-            counters.batch_sizes.observe(size);
         }
         if let Some(error) = failed {
             self.failed(error);

@@ -1,16 +1,14 @@
 //! The gRPC door beside the one for JSON lines: at a port of its own, or at one with HTTP.
 
 use nkv_grpc::{Door, Options as GrpcOptions};
-use nkv_node::Handle;
 use nkv_types::Address;
 use tokio::task::JoinSet;
 
 use crate::door::Door as LinesDoor;
 use crate::error::ServerError;
-use crate::listener::{Listener, Serve, accept};
+use crate::listener::{Listener, Outside, accept};
 use crate::options::Options;
 use crate::server::listen_all;
-use crate::socket::Socket;
 
 /// Where gRPC is to be served.
 #[derive(Debug, Default)]
@@ -55,25 +53,14 @@ impl Listening {
     pub(crate) fn serve(self, door: Option<Door>, lines: &LinesDoor, acceptors: &mut JoinSet<()>) -> Vec<Address> {
         let Some(door) = door else { return self.addresses };
         for listener in self.listeners {
-            acceptors.spawn(accept(GrpcDoor(door.clone(), lines.0.handle.clone()), listener));
+            let door = door.clone();
+            let serve = move |socket, peer| {
+                let door = door.clone();
+                async move { door.serve(socket, peer).await }
+            };
+            acceptors.spawn(accept(Outside(serve, lines.0.handle.clone()), listener));
         }
         self.addresses
-    }
-}
-
-struct GrpcDoor(Door, Handle);
-
-impl Serve for GrpcDoor {
-    fn handle(&self) -> &Handle {
-        &self.1
-    }
-
-    fn serve_socket(&self, socket: Socket, peer: &str) -> Option<impl Future<Output = ()> + Send + 'static> {
-        let (door, peer) = (self.0.clone(), peer.to_owned());
-        if let Err(error) = socket.prepare() {
-            tracing::debug!(%error, peer, "a socket could not be prepared");
-        }
-        Some(async move { door.serve(socket, peer).await })
     }
 }
 

@@ -9,10 +9,9 @@ use tokio::task::JoinSet;
 
 use crate::door::Door as LinesDoor;
 use crate::error::ServerError;
-use crate::listener::{Listener, Serve, accept};
+use crate::listener::{Listener, Outside, Serve, accept};
 use crate::options::Options;
 use crate::server::listen_all;
-use crate::socket::Socket;
 
 /// Connections that may ask for figures at a time.
 const FIGURES_MAX: usize = 256;
@@ -84,7 +83,7 @@ impl Listening {
                 let door = with_calls(&port.asked, door.clone());
                 addresses.extend(port.addresses);
                 for listener in port.listeners {
-                    acceptors.spawn(accept(HttpDoor(door.clone(), handle.clone()), listener));
+                    acceptors.spawn(accept(served(&door, handle), listener));
                 }
             }
         }
@@ -96,7 +95,7 @@ impl Listening {
             (options.head_limit, options.idle_limit) = (FIGURES_LIMIT, FIGURES_LIMIT);
             let door = Door::new(handle.clone(), options).map_err(wrong)?;
             for listener in self.metrics.1 {
-                acceptors.spawn(accept(HttpDoor(door.clone(), handle.clone()), listener));
+                acceptors.spawn(accept(served(&door, handle), listener));
             }
         }
         Ok((addresses, self.metrics.0))
@@ -107,18 +106,11 @@ fn wrong(error: OptionError) -> ServerError {
     ServerError::System(std::io::Error::new(std::io::ErrorKind::InvalidInput, error))
 }
 
-struct HttpDoor(Door, Handle);
-
-impl Serve for HttpDoor {
-    fn handle(&self) -> &Handle {
-        &self.1
-    }
-
-    fn serve_socket(&self, socket: Socket, peer: &str) -> Option<impl Future<Output = ()> + Send + 'static> {
-        let (door, peer) = (self.0.clone(), peer.to_owned());
-        if let Err(error) = socket.prepare() {
-            tracing::debug!(%error, peer, "a socket could not be prepared");
-        }
-        Some(async move { door.serve(socket, peer).await })
-    }
+fn served(door: &Door, handle: &Handle) -> impl Serve + use<> {
+    let door = door.clone();
+    let serve = move |socket, peer| {
+        let door = door.clone();
+        async move { door.serve(socket, peer).await }
+    };
+    Outside(serve, handle.clone())
 }

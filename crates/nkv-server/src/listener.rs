@@ -216,6 +216,26 @@ pub(crate) trait Serve: Send + Sync + 'static {
     fn serve_socket(&self, socket: Socket, peer: &str) -> Option<impl Future<Output = ()> + Send + 'static>;
 }
 
+/// A door that lives in another crate: how it serves a socket and its peer's address, and the store behind it.
+pub(crate) struct Outside<F>(pub(crate) F, pub(crate) Handle);
+
+impl<F, Served> Serve for Outside<F>
+where
+    F: Fn(Socket, String) -> Served + Send + Sync + 'static,
+    Served: Future<Output = ()> + Send + 'static,
+{
+    fn handle(&self) -> &Handle {
+        &self.1
+    }
+
+    fn serve_socket(&self, socket: Socket, peer: &str) -> Option<impl Future<Output = ()> + Send + 'static> {
+        if let Err(error) = socket.prepare() {
+            debug!(%error, peer, "a socket could not be prepared");
+        }
+        Some((self.0)(socket, peer.to_owned()))
+    }
+}
+
 /// Accepts and serves the connections of a door until the node stops, then waits for them to end.
 pub(crate) async fn accept(door: impl Serve, listener: Listener) {
     let (mut connections, handle) = (JoinSet::new(), door.handle());

@@ -183,8 +183,8 @@ pub(crate) async fn serve(socket: Socket, input: BytesMut, framing: Framing, doo
     let peer = door.handle.peer(place.peer(), Box::new(Connected(Arc::clone(&line))));
     let is_old_form = framing == Framing::Line && socket.tcp().is_some();
     let looked_at = Arc::clone(&line);
-    let (stall_limit, waiting) = (door.options.stall_limit, door.handle.budget().waiting());
-    let mut wire = Wire { socket, input, framing, is_old_form, stall_limit, line, waiting };
+    let stall_limit = door.options.stall_limit;
+    let mut wire = Wire { socket, input, searched: 0, framing, is_old_form, stall_limit, line };
     let served = async {
         let read = timeout(door.options.request_limit, wire.read(&door.handle, &peer)).await;
         let Ok(Some(text)) = read.unwrap_or(Ok(None)) else {
@@ -216,12 +216,12 @@ pub(crate) async fn serve(socket: Socket, input: BytesMut, framing: Framing, doo
 struct Wire {
     socket: Socket,
     input: BytesMut,
+    /// So much of it has no end of a line.
+    searched: usize,
     framing: Framing,
     is_old_form: bool,
     stall_limit: Duration,
     line: Arc<Line>,
-    /// What doors count of answers that are not taken.
-    waiting: Arc<AtomicUsize>,
 }
 
 impl Wire {
@@ -256,16 +256,26 @@ impl Wire {
     }
 
     fn whole(&mut self) -> Option<Vec<u8>> {
-        match self.framing {
-            Framing::Line => memchr::memchr(b'\n', &self.input).map(|end| self.input.split_to(end).to_vec()),
+        let (begin, end) = match self.framing {
+            Framing::Line => {
+                let new = self.input.get(self.searched..)?;
+                let Some(end) = memchr::memchr(b'\n', new) else {
+                    self.searched = self.input.len();
+                    return None;
+                };
+                (0, self.searched.saturating_add(end))
+            }
             Framing::Frame => {
                 let head: [u8; HEAD_LEN] = self.input.get(..HEAD_LEN)?.try_into().ok()?;
                 let len = usize::try_from(u32::from_le_bytes(head)).ok().filter(|len| *len <= TEXT_LEN_MAX)?;
-                let text = self.input.get(HEAD_LEN..HEAD_LEN.saturating_add(len))?.to_vec();
-                self.input.advance(HEAD_LEN);
-                Some(text)
+                (HEAD_LEN, Some(HEAD_LEN.saturating_add(len)).filter(|end| *end <= self.input.len())?)
             }
-        }
+        };
+        // There is one request on a connection: what comes behind it says nothing.
+        let mut text = std::mem::take(&mut self.input);
+        text.truncate(end);
+        text.advance(begin);
+        Some(text.into())
     }
 
     async fn answer(&mut self, handle: &Handle, peer: &Peer, request: &Text<'_>) -> io::Result<()> {
@@ -291,13 +301,13 @@ impl Wire {
                 let is_long = key.ends_with('*');
                 let leave = if is_long { budget.leave(self.stall_limit).await } else { None };
                 let text = found(handle, id, key, is_old).await;
-                let waiting = Arc::clone(&self.waiting);
+                let waiting = budget.waiting();
                 let held = Unsent::of(&waiting, text.len());
                 budget.check_if_over();
                 drop(leave);
                 self.send(&text).await?;
                 drop(held);
-                return self.socket.shutdown().await;
+                return within(self.stall_limit, self.socket.shutdown()).await;
             }
             "DEL" => {
                 let deleted = delete(handle, key).await;
@@ -325,7 +335,7 @@ impl Wire {
             _ => format!("version {id} OK {VERSION}"),
         };
         self.send(&text).await?;
-        self.socket.shutdown().await
+        within(self.stall_limit, self.socket.shutdown()).await
     }
 
     /// Tells what changes for as long as both sides want that.
@@ -369,14 +379,13 @@ impl Wire {
             self.write(text.as_bytes()).await?;
             self.write(b"\n").await?;
         }
-        self.socket.flush().await
+        within(self.stall_limit, self.socket.flush()).await
     }
 
     async fn write(&mut self, mut rest: &[u8]) -> io::Result<()> {
         while !rest.is_empty() {
             self.line.unsent.store(rest.len(), Relaxed);
-            let written = timeout(self.stall_limit, self.socket.write(rest)).await;
-            let written = written.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+            let written = within(self.stall_limit, self.socket.write(rest)).await?;
             if written == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
@@ -385,6 +394,11 @@ impl Wire {
         self.line.unsent.store(0, Relaxed);
         Ok(())
     }
+}
+
+/// What a peer does not let go on for so long has failed.
+async fn within<T>(limit: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    timeout(limit, work).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// The values that `key` selects. `a.*` has `a` too, as always on these wires.

@@ -12,8 +12,7 @@ use nkv_grpc::v1::{
     WriteRequest, operation,
 };
 use nkv_grpc::{Door, Options, conflict_of};
-use nkv_node::{Node, Pattern, Right, Rights};
-use nkv_testkit::engine::ScriptedEngine;
+use nkv_node::{Abilities, Node, Pattern, Right, Rights};
 use tonic::Code;
 
 fn get(key: &str) -> GetRequest {
@@ -282,16 +281,12 @@ async fn what_the_node_refuses_has_its_status() {
 
 #[tokio::test]
 async fn an_engine_that_lacks_an_ability_or_is_out_of_reach_has_its_status() {
-    let engine = ScriptedEngine::default();
-    let node = Node::builder().engine(engine.clone()).start().await.unwrap();
-    let server = Server::of(node, Options::default()).await;
+    let (server, engine) = Server::scripted().await;
     let mut client = server.client().await;
-    timely(async {
-        while client.put(put("a", "x")).await.is_err() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    })
-    .await;
+    engine.set_abilities(Abilities::default());
+    assert_eq!(code(client.put(PutRequest { if_revision: Some(0), ..put("b", "x") }).await), Code::Unimplemented);
+    assert_eq!(code(client.put(PutRequest { ttl_ms: Some(1_000), ..put("b", "x") }).await), Code::Unimplemented);
+    client.put(put("a", "x")).await.unwrap();
     // Done or not: the answer was lost.
     engine.lose_answers(true);
     assert_eq!(code(client.put(put("a", "z")).await), Code::Unknown);

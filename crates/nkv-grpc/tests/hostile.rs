@@ -164,7 +164,7 @@ async fn of_those_that_fill_the_budget_with_requests_that_never_end_one_is_close
     for _ in 0..4 {
         let (sender, connection) = raw(&server).await;
         for _ in 0..1_000 {
-            let Ok(mut ready) = sender.clone().ready().await else { break };
+            let Ok(mut ready) = timely(sender.clone().ready()).await else { break };
             let put = request("/nkv.v1.Kv/Put").body(()).unwrap();
             let Ok((answer, mut body)) = ready.send_request(put, false) else { break };
             drop(body.send_data(part.clone(), false));
@@ -296,7 +296,7 @@ async fn streams_that_are_reset_as_fast_as_they_come_keep_nobody_from_being_serv
     let mut others = server.client().await;
     let one = message(&GetRequest { key: "a".into() });
     for n in 0..5_000 {
-        let Ok(mut ready) = sender.clone().ready().await else { break };
+        let Ok(mut ready) = timely(sender.clone().ready()).await else { break };
         let Ok((_, mut body)) = ready.send_request(request("/nkv.v1.Kv/Get").body(()).unwrap(), false) else { break };
         drop(body.send_data(one.clone(), true));
         body.send_reset(Reason::CANCEL);

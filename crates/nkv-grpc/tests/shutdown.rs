@@ -6,10 +6,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Server, code, put, timely, try_next, until, up_to_synced, watch};
-use nkv_grpc::Options;
 use nkv_grpc::v1::GetRequest;
-use nkv_node::Node;
-use nkv_testkit::engine::ScriptedEngine;
 use tonic::Code;
 
 #[tokio::test]
@@ -39,20 +36,11 @@ async fn a_stalled_watch_does_not_keep_the_node_from_stopping_and_others_are_tol
 
 #[tokio::test]
 async fn a_put_that_was_accepted_is_answered() {
-    let engine = ScriptedEngine::default();
-    let node = Node::builder().engine(engine.clone()).start().await.unwrap();
-    let server = Server::of(node, Options::default()).await;
+    let (server, engine) = Server::scripted().await;
     let mut client = server.client().await;
-    timely(async {
-        while client.put(put("a", "x")).await.is_err() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    })
-    .await;
-    // The engine keeps the next one, and the node has not seen it when it is asked to stop.
+    // The engine keeps it, and the node has not seen it when it is asked to stop.
     engine.hold(true);
-    let mut pending = client.clone();
-    let pending = tokio::spawn(async move { pending.put(put("a", "y")).await });
+    let pending = tokio::spawn(async move { client.put(put("a", "y")).await });
     tokio::time::sleep(Duration::from_millis(100)).await;
     let stopped = tokio::spawn(server.node.shutdown());
     tokio::time::sleep(Duration::from_millis(100)).await;

@@ -10,8 +10,7 @@ use nkv_core::{Key, Pattern};
 use nkv_grpc::Options;
 use nkv_grpc::v1::watch_response::Event;
 use nkv_grpc::v1::{GetRequest, WatchRequest};
-use nkv_node::{Epoch, Node, PutOptions};
-use nkv_testkit::engine::ScriptedEngine;
+use nkv_node::{Epoch, PutOptions};
 use tonic::Code;
 
 #[tokio::test]
@@ -172,16 +171,9 @@ async fn after_too_long_a_lag_the_stream_says_reset_and_gives_the_whole_state() 
 
 #[tokio::test]
 async fn where_an_epoch_begins_the_stream_says_reset_and_gives_the_whole_state() {
-    let engine = ScriptedEngine::default();
-    let node = Node::builder().engine(engine.clone()).start().await.unwrap();
-    let server = Server::of(node, Options::default()).await;
+    let (server, engine) = Server::scripted().await;
     let (mut client, nkv) = (server.client().await, server.handle());
-    timely(async {
-        while nkv.put("a", "1").await.is_err() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    })
-    .await;
+    nkv.put("a", "1").await.unwrap();
     let mut watched = client.watch(watch(&["a", "b"])).await.unwrap().into_inner();
     up_to_synced(&mut watched).await;
     engine.begin_anew(Epoch::new(77));

@@ -65,12 +65,15 @@ async fn a_client_comes_back_by_itself() {
     let watched = client.watch_branch("*").await.unwrap();
     node.shutdown().await.unwrap();
     accepting.await.unwrap();
-    let listener = loop {
-        match TcpListener::bind(address).await {
-            Ok(listener) => break listener,
-            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+    let bound = timeout(PATIENCE, async {
+        loop {
+            match TcpListener::bind(address).await {
+                Ok(listener) => break listener,
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
         }
-    };
+    });
+    let listener = bound.await.unwrap();
     let (node, _accepting) = serve(listener).await;
     node.handle().put("new", "2").await.unwrap();
     timeout(PATIENCE, async {

@@ -259,7 +259,7 @@ async fn a_body_that_does_not_arrive_whole_changes_nothing() {
     let door = TestDoor::start().await;
     door.put("k", "old").await;
     let mut events = door.nkv.subscribe(Pattern::All).await.unwrap();
-    while !matches!(events.next().await, Some(nkv_node::Event::Synced { .. })) {}
+    while !matches!(timeout(support::PATIENCE, events.next()).await.unwrap(), Some(nkv_node::Event::Synced { .. })) {}
     let host = format!("Host: {}\r\n", door.address);
     let half = "x".repeat(500);
     let cut = [
@@ -339,7 +339,7 @@ async fn each_limit_has_its_status() {
         let mut stream = door.connect().await;
         stream.write_all(format!("GET /livez HTTP/1.1\r\nHost: {}\r\n\r\n", door.address).as_bytes()).await.unwrap();
         let mut bytes = [0; 512];
-        assert!(stream.read(&mut bytes).await.unwrap() > 0);
+        assert!(timeout(support::PATIENCE, stream.read(&mut bytes)).await.unwrap().unwrap() > 0);
         held.push(stream);
     }
     let refused = door.get("/livez").await;
@@ -371,7 +371,7 @@ async fn a_head_that_does_not_end_ends_its_connection_and_an_idle_one_stays() {
         sleep(Duration::from_millis(700)).await;
         idle.write_all(request.as_bytes()).await.unwrap();
         let mut bytes = [0; 1_024];
-        let len = idle.read(&mut bytes).await.unwrap();
+        let len = timeout(support::PATIENCE, idle.read(&mut bytes)).await.unwrap().unwrap();
         assert!(bytes[..len].starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&bytes[..len]));
     }
     // But not for ever.
@@ -484,7 +484,7 @@ async fn a_slow_reader_gets_the_whole_or_sees_that_it_is_not() {
     stream.write_all(request.as_bytes()).await.unwrap();
     let (mut bytes, mut part, mut reads) = (Vec::new(), vec![0; 256 << 10], 0);
     loop {
-        let len = stream.read(&mut part).await.unwrap();
+        let len = timeout(support::PATIENCE, stream.read(&mut part)).await.unwrap().unwrap();
         if len == 0 {
             break;
         }

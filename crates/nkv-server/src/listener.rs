@@ -217,8 +217,10 @@ pub(crate) trait Serve: Send + Sync + 'static {
 }
 
 /// A door that lives in another crate: how it serves a socket and its peer's address, and the store behind it.
+#[cfg(any(feature = "http", feature = "grpc"))]
 pub(crate) struct Outside<F>(pub(crate) F, pub(crate) Handle);
 
+#[cfg(any(feature = "http", feature = "grpc"))]
 impl<F, Served> Serve for Outside<F>
 where
     F: Fn(Socket, String) -> Served + Send + Sync + 'static,

@@ -32,6 +32,7 @@ struct World {
     is_cut: bool,
     is_held: bool,
     loses_answers: bool,
+    abilities: Abilities,
 }
 
 #[derive(Clone, Debug)]
@@ -106,6 +107,7 @@ impl Default for ScriptedEngine {
             is_cut: false,
             is_held: false,
             loses_answers: false,
+            abilities: Abilities::ALL,
         };
         ScriptedEngine { world: Arc::new(Mutex::new(world)), ticks: watch::Sender::new(0) }
     }
@@ -135,6 +137,11 @@ impl ScriptedEngine {
     /// Does what it is asked for, and its answers are lost.
     pub fn lose_answers(&self, loses: bool) {
         self.with(|world| world.loses_answers = loses);
+    }
+
+    /// Has these abilities from now on.
+    pub fn set_abilities(&self, abilities: Abilities) {
+        self.with(|world| world.abilities = abilities);
     }
 
     /// Forgets the changes so far: a node that has not seen them is fed the whole state.
@@ -220,7 +227,7 @@ impl ScriptedEngine {
 #[async_trait]
 impl Engine for ScriptedEngine {
     fn abilities(&self) -> Abilities {
-        Abilities::ALL
+        self.lock().abilities
     }
 
     async fn write(&self, epoch: Epoch, ops: Vec<Op>, together: bool) -> Result<Decided, EngineError> {

@@ -9,6 +9,7 @@ use nkv_grpc::v1::watch_response::Event;
 use nkv_grpc::v1::{PutRequest, WatchRequest, WatchResponse};
 use nkv_grpc::{Door, Options};
 use nkv_node::{Handle, Limits, Node};
+use nkv_testkit::engine::ScriptedEngine;
 use tokio::task::JoinHandle;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
@@ -44,12 +45,26 @@ impl Server {
         Server { node, address, door }
     }
 
+    /// In front of an engine that it follows.
+    pub async fn scripted() -> (Self, ScriptedEngine) {
+        let engine = ScriptedEngine::default();
+        let node = Node::builder().engine(engine.clone()).start().await.unwrap();
+        let handle = node.handle();
+        timely(async {
+            while handle.health().await.is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+        (Server::of(node, Options::default()).await, engine)
+    }
+
     pub fn handle(&self) -> Handle {
         self.node.handle()
     }
 
     pub fn endpoint(&self) -> Endpoint {
-        Channel::from_shared(format!("http://{}", self.address)).unwrap()
+        Channel::from_shared(format!("http://{}", self.address)).unwrap().connect_timeout(PATIENCE)
     }
 
     pub async fn channel(&self) -> Channel {

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-all=(requests messages keys log_records recovery)
+all=(requests messages keys http log_records recovery)
 seconds=10 keep="" targets=()
 while (($# > 0)); do
   case "$1" in

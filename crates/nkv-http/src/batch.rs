@@ -23,7 +23,7 @@ const OPS_MAX: usize = 10_000;
 /// never left out.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Item {
+pub(crate) struct Item {
     #[serde(default, deserialize_with = "given")]
     put: Option<Put>,
     #[serde(default, deserialize_with = "given")]
@@ -31,7 +31,7 @@ struct Item {
 }
 
 /// As many as a batch may have, and one more if there are more: the rest is not made into anything.
-struct Items(Vec<Item>);
+pub(crate) struct Items(Vec<Item>);
 
 impl<'de> Deserialize<'de> for Items {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
@@ -64,7 +64,7 @@ impl<'de> Deserialize<'de> for Items {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Put {
+pub(crate) struct Put {
     key: String,
     #[serde(default, deserialize_with = "given")]
     value: Option<String>,
@@ -78,7 +78,7 @@ struct Put {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Delete {
+pub(crate) struct Delete {
     key: String,
     #[serde(default, deserialize_with = "given")]
     if_revision: Option<u64>,

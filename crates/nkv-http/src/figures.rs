@@ -212,6 +212,8 @@ impl Collector for Scrape {
         let help =
             "Requests by what was asked and what became of it, through all doors; a list counts once for 1,024 keys.";
         out.counters("requests", help, &requests.collect::<Vec<_>>())?;
+        let help = "From the handing over of writes, one or several of a door, until they were answered.";
+        out.times("write_duration", help, &figures.write_times)?;
         out.times(
             "commit_duration",
             "Until a batch was stored and its subscribers were notified.",

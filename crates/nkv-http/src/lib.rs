@@ -16,6 +16,9 @@ mod connection;
 mod door;
 mod entry;
 mod figures;
+#[cfg(any(fuzzing, test))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod guard;
 mod kv;
 mod list;

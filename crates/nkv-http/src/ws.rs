@@ -529,7 +529,7 @@ fn may_announce(line: &[u8]) -> bool {
 
 /// Finds where the messages of the server end.
 #[derive(Debug, Default)]
-struct Splitter {
+pub(crate) struct Splitter {
     scanned: usize,
     /// Of the line, and of the whole message.
     known: Option<(usize, usize)>,
@@ -537,7 +537,7 @@ struct Splitter {
 
 impl Splitter {
     /// How long the first message's line is, and the message, if it is whole.
-    fn next(&mut self, bytes: &[u8]) -> Option<(usize, usize)> {
+    pub(crate) fn next(&mut self, bytes: &[u8]) -> Option<(usize, usize)> {
         let (line_len, len) = match self.known {
             Some(known) => known,
             None => {

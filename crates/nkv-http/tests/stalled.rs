@@ -110,10 +110,10 @@ async fn many_long_answers_that_nobody_reads_are_bounded_together() {
 #[tokio::test]
 async fn many_who_read_at_once_are_served_soon() {
     let mut limits = Limits::default();
-    limits.queued_max = 16 << 20;
+    limits.queued_max = 8 << 20;
     let door = std::sync::Arc::new(TestDoor::with(Options::default(), limits).await);
     for n in 0..10 {
-        door.nkv.put(format!("k.{n}"), vec![b'x'; 300_000]).await.unwrap();
+        door.nkv.put(format!("k.{n}"), vec![b'x'; 100_000]).await.unwrap();
     }
     let readers: Vec<_> = (0..40)
         .map(|n| {
@@ -124,7 +124,7 @@ async fn many_who_read_at_once_are_served_soon() {
     let all = async {
         for reader in readers {
             let reply = reader.await.unwrap();
-            assert!(reply.status == 200 && reply.is_whole && reply.body.len() > 3_000_000, "{}", reply.head);
+            assert!(reply.status == 200 && reply.is_whole && reply.body.len() > 1_000_000, "{}", reply.head);
         }
     };
     timeout(PATIENCE, all).await.expect("all are served");
@@ -143,4 +143,47 @@ async fn what_becomes_too_long_by_escaping_is_refused_and_holds_nobody_up() {
     assert_eq!(door.send("POST", "/v1/batch", &[], many.as_bytes()).await.status, 413);
     let many = format!("[{}]", "{\"delete\":{\"key\":\"a\"}},".repeat(10_001).trim_end_matches(','));
     assert_eq!(door.send("POST", "/v1/batch", &[], many.as_bytes()).await.status, 413);
+}
+
+/// HTTP/2 lets a peer take a request back at once and ask again, past any limit of streams that are open.
+#[tokio::test]
+async fn requests_that_are_taken_back_as_fast_as_they_come_keep_nobody_from_being_served() {
+    let door = TestDoor::start().await;
+    door.put("k", &"x".repeat(100_000)).await;
+    let (client, connection) = h2::client::handshake(door.connect().await).await.unwrap();
+    let connection = tokio::spawn(connection);
+    for n in 0..5_000 {
+        let Ok(Ok(mut client)) = timeout(PATIENCE, client.clone().ready()).await else { break };
+        let path = ["/v1/kv/k", "/v1/kv", "/v1/watch?pattern=*"][n % 3];
+        let request = Request::get(format!("http://{}{path}", door.address)).body(()).unwrap();
+        let Ok((_, mut stream)) = client.send_request(request, false) else { break };
+        stream.send_data(bytes::Bytes::new(), true).ok();
+        stream.send_reset(h2::Reason::CANCEL);
+        if n % 500 == 0 {
+            assert_eq!(door.get("/v1/kv/k").await.status, 200);
+        }
+    }
+    assert_eq!(door.get("/v1/kv/k").await.status, 200);
+    connection.abort();
+    door.nkv.keep_figures();
+    door.nothing_is_held().await;
+}
+
+#[tokio::test]
+async fn a_flood_of_header_fields_is_refused_and_others_are_served() {
+    let door = TestDoor::start().await;
+    door.put("k", "x").await;
+    let (client, connection) = h2::client::handshake(door.connect().await).await.unwrap();
+    let connection = tokio::spawn(connection);
+    for _ in 0..20 {
+        let Ok(Ok(mut client)) = timeout(PATIENCE, client.clone().ready()).await else { break };
+        let flood = (0..40).fold(Request::get(format!("http://{}/v1/kv/k", door.address)), |request, n| {
+            request.header(format!("x-flood-{n}"), "x".repeat(1_000))
+        });
+        let Ok((answer, _)) = client.send_request(flood.body(()).unwrap(), true) else { break };
+        // A status, or the end of the stream or of all.
+        assert!(timeout(PATIENCE, answer).await.unwrap().map_or(true, |answer| answer.status() == 431));
+        assert_eq!(door.get("/v1/kv/k").await.status, 200);
+    }
+    connection.abort();
 }

@@ -40,6 +40,13 @@ impl Operation {
     const ALL: [Operation; 5] =
         [Operation::Get, Operation::List, Operation::Put, Operation::Delete, Operation::Subscribe];
 
+    pub(crate) fn of(op: &Op) -> Self {
+        match op {
+            Op::Put { .. } => Operation::Put,
+            Op::Delete { .. } => Operation::Delete,
+        }
+    }
+
     /// The word for it.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -73,6 +80,8 @@ impl Ended {
 #[derive(Debug)]
 pub(crate) struct Counters {
     requests: [[AtomicU64; Ended::ALL.len()]; Operation::ALL.len()],
+    /// How long it took from the handing over of a write until its answer.
+    pub(crate) write_times: Histogram,
     /// How long it took until a batch was stored and its subscribers were notified.
     pub(crate) commit_times: Histogram,
     /// How many writes one batch had.
@@ -81,8 +90,9 @@ pub(crate) struct Counters {
 
 impl Counters {
     pub(crate) fn new() -> Self {
-        let (commit_times, batch_sizes) = (Histogram::new(Histogram::TIMES), Histogram::new(Histogram::SIZES));
-        Counters { requests: Default::default(), commit_times, batch_sizes }
+        let [write_times, commit_times] = [(); 2].map(|()| Histogram::new(Histogram::TIMES));
+        let batch_sizes = Histogram::new(Histogram::SIZES);
+        Counters { requests: Default::default(), write_times, commit_times, batch_sizes }
     }
 
     pub(crate) fn count(&self, operation: Operation, ended: Ended) {
@@ -91,20 +101,17 @@ impl Counters {
     }
 
     pub(crate) fn count_write(&self, op: &Op, result: &WriteResult) {
-        let operation = match op {
-            Op::Put { .. } => Operation::Put,
-            Op::Delete { .. } => Operation::Delete,
-        };
-        self.count(operation, ended(result));
+        self.count(Operation::of(op), ended(result.as_ref().ok()));
     }
 }
 
-fn ended(result: &WriteResult) -> Ended {
-    match result {
-        Ok(Outcome::Put { .. } | Outcome::Deleted { .. }) => Ended::Ok,
-        Ok(Outcome::NotFound) => Ended::NotFound,
-        Ok(Outcome::Conflict { .. }) => Ended::Conflict,
-        Err(_) => Ended::Failed,
+/// `None` for one that failed.
+pub(crate) fn ended(outcome: Option<&Outcome>) -> Ended {
+    match outcome {
+        Some(Outcome::Put { .. } | Outcome::Deleted { .. }) => Ended::Ok,
+        Some(Outcome::NotFound) => Ended::NotFound,
+        Some(Outcome::Conflict { .. }) => Ended::Conflict,
+        None => Ended::Failed,
     }
 }
 
@@ -114,6 +121,9 @@ fn ended(result: &WriteResult) -> Ended {
 pub struct Figures {
     /// How many requests there were, by what was asked and what became of it, through all doors.
     pub requests: Vec<(Operation, Ended, u64)>,
+    /// How long it took from the handing over of writes, one or several of a door, until they were answered, in microseconds:
+    /// what they waited for their turn, and the commit, or the engine.
+    pub write_times: HistogramReading,
     /// How long it took until a batch was stored and its subscribers were notified, in microseconds.
     pub commit_times: HistogramReading,
     /// How many writes one batch had.
@@ -133,7 +143,8 @@ impl Figures {
                 requests.extend(count.map(|count| (operation, ended, count.load(Relaxed))));
             }
         }
-        let (commit_times, batch_sizes) = (counters.commit_times.read(), counters.batch_sizes.read());
-        Figures { requests, commit_times, batch_sizes, queued_bytes: 0, storage: None }
+        let [write_times, commit_times, batch_sizes] =
+            [&counters.write_times, &counters.commit_times, &counters.batch_sizes].map(Histogram::read);
+        Figures { requests, write_times, commit_times, batch_sizes, queued_bytes: 0, storage: None }
     }
 }

@@ -374,7 +374,7 @@ impl Handle {
             match self.shared.truth() {
                 Some(truth) => {
                     let _room = self.shared.room(write.value_len().max(JOB_LEN_MIN)).await.map_err(unknown)?;
-                    truth.write(write.into_ops(), together).await
+                    self.shared.write_to(truth, write.into_ops(), together).await
                 }
                 None => {
                     let results = self.shared.write_in_turn(write, self.gathers).await.map_err(unknown)?;

@@ -1,5 +1,7 @@
 //! Writes on their way to the writer, and the room that they take.
 
+use std::time::Instant;
+
 use nkv_core::{Write, WriteResult};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
@@ -8,6 +10,8 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 pub(crate) struct Job {
     pub(crate) write: Write,
     pub(crate) results: oneshot::Sender<Vec<WriteResult>>,
+    /// When it was handed over, if that is counted.
+    pub(crate) began: Option<Instant>,
     /// Its share of what may wait to be stored, given back when it is done.
     pub(crate) _room: Room,
 }
@@ -45,6 +49,6 @@ impl Job {
     pub(crate) fn for_tests(ops: Vec<nkv_core::Op>) -> (Self, oneshot::Receiver<Vec<WriteResult>>) {
         let (results, done) = oneshot::channel();
         let room = std::sync::Arc::new(tokio::sync::Semaphore::new(1)).try_acquire_owned().unwrap();
-        (Job { write: Write::together(ops), results, _room: Room(room) }, done)
+        (Job { write: Write::together(ops), results, began: None, _room: Room(room) }, done)
     }
 }

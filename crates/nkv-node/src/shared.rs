@@ -7,11 +7,11 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::vec;
 
 use nkv_core::mailbox::Backlog;
-use nkv_core::{Failed, Key, Notifier, Op, Outcome, Pattern, StorageFigures, SubscriberId, Write, WriteResult};
+use nkv_core::{Epoch, Failed, Key, Notifier, Op, Outcome, Pattern, StorageFigures, SubscriberId, Write, WriteResult};
 use nkv_types::{Error, ErrorKind};
 use tokio::sync::{Notify, Semaphore, oneshot, watch};
 
@@ -20,7 +20,7 @@ use crate::clock::Clock;
 use crate::deletes::RecentDeletes;
 use crate::engine::{Seen, Truth};
 use crate::failure::Failure;
-use crate::figures::Counters;
+use crate::figures::{Counters, Operation, ended};
 use crate::job::{Job, Room};
 use crate::limits::Limits;
 use crate::peer::PeerInfo;
@@ -219,7 +219,7 @@ impl Shared {
 
     /// Has the writer do `write`, with all others that wait, once the turn of the runtime has ended.
     pub(crate) fn write(&self, write: Write, room: Room) -> Written {
-        let handed_over = hand_over(&self.wake_ups, &self.queue, write, false, room);
+        let handed_over = hand_over(&self.wake_ups, &self.queue, write, false, self.began(), room);
         Written(handed_over.map_or(Doing::Stopped, Doing::Here))
     }
 
@@ -232,11 +232,34 @@ impl Shared {
         let shared = Arc::clone(self);
         self.runtime.spawn(async move {
             if let Some(truth) = shared.truth() {
-                drop(results.send(truth.write(ops, false).await.map(|(_, results)| results)));
+                drop(results.send(shared.write_to(truth, ops, false).await.map(|(_, results)| results)));
             }
             drop(room);
         });
         Written(Doing::Engine(done))
+    }
+
+    /// When something begins, if that is counted.
+    fn began(&self) -> Option<Instant> {
+        self.counters.get().map(|_| Instant::now())
+    }
+
+    /// Has the engine do `ops`.
+    pub(crate) async fn write_to(
+        &self,
+        truth: &Truth,
+        ops: Vec<Op>,
+        together: bool,
+    ) -> nkv_types::Result<(Epoch, EngineResults)> {
+        let Some(counters) = self.counters.get() else { return truth.write(ops, together).await };
+        let (began, operations) = (Instant::now(), ops.iter().map(Operation::of).collect::<Vec<_>>());
+        let written = truth.write(ops, together).await;
+        counters.write_times.observe_time(began.elapsed());
+        for (at, operation) in operations.into_iter().enumerate() {
+            let outcome = written.as_ref().ok().and_then(|(_, results)| results.get(at)?.as_ref().ok());
+            counters.count(operation, ended(outcome));
+        }
+        written
     }
 
     /// The node has ended: nothing more is waited for.
@@ -267,7 +290,7 @@ impl Shared {
     /// cannot count on the runtime's turning.
     pub(crate) async fn write_in_turn(&self, write: Write, gathered: bool) -> Result<Vec<WriteResult>, Stopping> {
         let room = self.room(write.value_len().max(JOB_LEN_MIN)).await?;
-        let mut done = hand_over(&self.wake_ups, &self.queue, write, !gathered, room)?;
+        let mut done = hand_over(&self.wake_ups, &self.queue, write, !gathered, self.began(), room)?;
         if !gathered {
             return done.await.map_err(|_| Stopping);
         }
@@ -312,10 +335,11 @@ fn hand_over(
     queue: &Queue,
     write: Write,
     urgent: bool,
+    began: Option<Instant>,
     room: Room,
 ) -> Result<oneshot::Receiver<Vec<WriteResult>>, Stopping> {
     let (results, done) = oneshot::channel();
-    let is_asleep = queue.push(Job { write, results, _room: room }, urgent).map_err(|_| Stopping)?;
+    let is_asleep = queue.push(Job { write, results, began, _room: room }, urgent).map_err(|_| Stopping)?;
     if is_asleep && urgent {
         queue.wake();
     } else if is_asleep {
@@ -420,7 +444,7 @@ mod tests {
         let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
         let room = Room(room);
         let ops = vec![Op::Delete { pattern: Pattern::All, if_revision: None }];
-        let done = hand_over(&wake_ups, &queue, Write::apart(ops), false, room).unwrap();
+        let done = hand_over(&wake_ups, &queue, Write::apart(ops), false, None, room).unwrap();
         // It could not be more busy than before it begins.
         let (failure, log, budget) = (Failure::new(), RateLimitedLog::default(), Budget::new(1, Arc::default()));
         let (queue, wake_ups) = (&queue, &wake_ups);

@@ -195,6 +195,9 @@ impl Writer {
         // First, so that who has an answer finds it counted.
         if let (Some(counters), Some(start)) = (self.counters.get(), start) {
             let done = jobs.iter().filter(|job| job.write.is_done());
+            let done = done.inspect(|job| {
+                job.began.into_iter().for_each(|began| counters.write_times.observe_time(began.elapsed()))
+            });
             let size = done
                 .flat_map(|job| job.write.outcomes())
                 .inspect(|(op, result)| counters.count_write(op, result))

@@ -174,7 +174,7 @@ impl Kv for KvService {
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Watch>, Status> {
         let (line, request) = (line_of(&request)?, request.into_inner());
-        Ok(Response::new(Watch::begin(&line, request)?))
+        Ok(Response::new(Watch::begin(&line, request).await?))
     }
 
     async fn trace(&self, request: Request<TraceRequest>) -> Result<Response<TraceResponse>, Status> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use futures_core::Stream;
-use nkv_node::{Cursor, EndReason, GoneReason, Handle, SharedWaker, Tail, TailEvent, TailOptions};
+use nkv_node::{Cursor, EndReason, GoneReason, Handle, Seen, SharedWaker, Tail, TailEvent, TailOptions};
 use tonic::Status;
 
 use crate::line::{Line, Observed};
@@ -32,7 +32,7 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    pub(crate) fn begin(line: &Arc<Line>, request: WatchRequest) -> Result<Self, Status> {
+    pub(crate) async fn begin(line: &Arc<Line>, request: WatchRequest) -> Result<Self, Status> {
         let WatchRequest { patterns, exact, changes_only, after, name } = request;
         let patterns_max = line.handle.limits().subscriptions_max;
         if patterns.len() > patterns_max {
@@ -41,7 +41,14 @@ impl Watch {
         }
         let mut options = TailOptions::default().with_exact(exact).with_snapshot(!changes_only).with_peer(&line.peer);
         if let Some(after) = &after {
-            let cursor: Cursor = after.parse().map_err(|error| line.status(&error))?;
+            let mut cursor: Cursor = after.parse().map_err(|error| line.status(&error))?;
+            if line.handle.follows_engine() {
+                // It may come from another node of the engine.
+                let seen = Seen { epoch: cursor.epoch, revision: cursor.revision };
+                if !line.handle.catch_up(seen).await.map_err(|error| line.status(&error))? {
+                    cursor.revision = nkv_core::Revision::new(u64::MAX);
+                }
+            }
             options = options.with_after(cursor);
         }
         if let Some(name) = &name {

@@ -85,15 +85,21 @@ pub(crate) async fn route<B>(ctx: Ctx<'_>, path: &str, request: &Request<B>) -> 
 fn ready<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answer, Problem> {
     only_get(request)?;
     let is_verbose = query(request, &["verbose"])?.flag("verbose", false)?;
-    let healthy = ctx.door.handle.check_healthy();
+    let stale = ctx.door.handle.stale_for();
+    // Readers of a node whose engine is away are served from the last state: taking it out of service would help nobody.
+    let healthy = if stale.is_some() { ctx.door.handle.check_readable() } else { ctx.door.handle.check_healthy() };
+    let stale = stale.map(|stale| format!("stale for {} s: the engine is out of reach", stale.as_secs()));
     if !is_verbose {
         healthy.map_err(|error| Problem::new("unavailable", error.to_string()))?;
-        return Ok(plain("ok\n".into()));
+        return Ok(plain(stale.unwrap_or_else(|| "ok".into()) + "\n"));
     }
     let durability = ctx.door.handle.words().map(|words| words.map(|(_, word)| word)).unwrap_or_default();
     let [_, durability] = durability;
     let mut answer = match &healthy {
-        Ok(()) => plain(format!("[+]node ok\n[+]storage ok ({durability})\nok\n")),
+        Ok(()) => {
+            let engine = stale.map(|stale| format!("[!]engine {stale}\n")).unwrap_or_default();
+            plain(format!("[+]node ok\n[+]storage ok ({durability})\n{engine}ok\n"))
+        }
         Err(error) => plain(format!("[-]node failed: {error}\nnot ready\n")),
     };
     if healthy.is_err() {

@@ -9,10 +9,10 @@ use bytes::Bytes;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::{HeaderValue, Request};
 use nkv_core::Pattern;
-use nkv_node::{Cursor, EndReason, Handle, SharedWaker, Tail, TailEvent, TailOptions};
+use nkv_node::{Cursor, EndReason, Handle, Seen, SharedWaker, Tail, TailEvent, TailOptions};
 use tokio::time::{Sleep, sleep};
 
-use crate::body::{Answer, Body, BoxError, Source, Unsent};
+use crate::body::{Answer, Body, BoxError, Source, Unsent, full};
 use crate::entry::{write_entry, write_number, write_text};
 use crate::making::Making;
 use crate::problem::Problem;
@@ -68,15 +68,23 @@ pub(crate) async fn watch<B>(ctx: Ctx<'_>, request: Request<B>) -> Result<Answer
         Some(id) => Some(id.to_str().ok().map(str::to_owned).unwrap_or_default()),
         None => query.get("after").filter(|after| !after.is_empty()).map(str::to_owned),
     };
+    let mut behind = None;
     if let Some(after) = after {
-        options = options.with_after(cursor(handle, &after));
+        let after = cursor(handle, &after);
+        match level(handle, after).await {
+            Ok(after) => options = options.with_after(after),
+            Err(error) => behind = Some(error),
+        }
     }
     let (wait, gzip) = (wait(&query)?, takes_gzip(&request));
     // What was asked may be long, and is not kept for as long as it takes.
     drop((query, request));
-    match wait {
-        None => stream(ctx, patterns, options),
-        Some(wait) => poll(ctx, gzip, patterns, options, wait).await,
+    match (wait, behind) {
+        // A status that is no success would end a browser's source for good.
+        (None, Some(error)) => Ok(event_stream(full(format!(": {error}\n{RETRY}")))),
+        (Some(_), Some(error)) => Err(error.into()),
+        (None, None) => stream(ctx, patterns, options),
+        (Some(wait), None) => poll(ctx, gzip, patterns, options, wait).await,
     }
 }
 
@@ -88,14 +96,26 @@ fn wait(query: &Query) -> Result<Option<Duration>, Problem> {
     }
 }
 
+/// What a client has seen, once this node has it; one that knows nothing, where the data have it not.
+async fn level(handle: &Handle, after: Cursor) -> nkv_node::Result<Cursor> {
+    if !handle.follows_engine() || after.revision.get() == u64::MAX {
+        return Ok(after);
+    }
+    let has_it = handle.catch_up(Seen { epoch: after.epoch, revision: after.revision }).await?;
+    Ok(if has_it { after } else { unknown(handle) })
+}
+
+fn unknown(handle: &Handle) -> Cursor {
+    Cursor { epoch: handle.epoch(), revision: nkv_core::Revision::new(u64::MAX), selection: None }
+}
+
 /// Up to where a client says that it knows the state. A bare revision is one of the present epoch; what cannot be read is not known.
 fn cursor(handle: &Handle, text: &str) -> Cursor {
     let bare = || {
         let revision = number(text).map(nkv_core::Revision::new)?;
         Some(Cursor { epoch: handle.epoch(), revision, selection: None })
     };
-    let unknown = Cursor { epoch: handle.epoch(), revision: nkv_core::Revision::new(u64::MAX), selection: None };
-    text.parse().ok().or_else(bare).unwrap_or(unknown)
+    text.parse().ok().or_else(bare).unwrap_or_else(|| unknown(handle))
 }
 
 fn stream(ctx: Ctx<'_>, patterns: Vec<Pattern>, options: TailOptions<'_>) -> Result<Answer, Problem> {
@@ -119,12 +139,16 @@ fn stream(ctx: Ctx<'_>, patterns: Vec<Pattern>, options: TailOptions<'_>) -> Res
         has_ended: false,
         unsent: ctx.conn.load.hold(0),
     };
-    let mut answer = Answer::new(Body::long(Box::new(source), None, ctx.conn));
+    Ok(event_stream(Body::long(Box::new(source), None, ctx.conn)))
+}
+
+fn event_stream(body: Body) -> Answer {
+    let mut answer = Answer::new(body);
     let headers = answer.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    Ok(answer)
+    answer
 }
 
 /// Server-sent events.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use nkv_core::{Applied, Change, Epoch, Key, Op, Outcome, Pattern, PersistError, Revision, StoredRef};
@@ -13,6 +13,9 @@ use tokio::time::timeout;
 
 /// How long an answer waits for the node to see what was written.
 const FEED_LIMIT: Duration = Duration::from_secs(1);
+
+/// How long a client that comes from another node waits for this one to see what it has seen.
+const CATCH_UP_LIMIT: Duration = Duration::from_secs(5);
 
 /// An engine decides writes and owns the truth that many nodes share. Each node follows it: reads and subscriptions are
 /// served from what the node has applied, writes go to the engine.
@@ -246,15 +249,21 @@ pub(crate) struct Truth {
 pub(crate) struct Status {
     /// There is a state to be read.
     pub(crate) has_state: bool,
-    /// It is followed.
-    pub(crate) is_in_reach: bool,
+    /// Since when it is not followed; `None` while it is.
+    pub(crate) away_since: Option<Instant>,
     pub(crate) seen: Seen,
+}
+
+impl Status {
+    pub(crate) fn is_in_reach(&self) -> bool {
+        self.away_since.is_none()
+    }
 }
 
 impl Truth {
     pub(crate) fn new(engine: Arc<dyn Engine>, seen: Seen) -> Self {
         let has_state = seen.revision > Revision::ZERO;
-        let status = watch::Sender::new(Status { has_state, is_in_reach: false, seen });
+        let status = watch::Sender::new(Status { has_state, away_since: Some(Instant::now()), seen });
         Truth { engine, status }
     }
 
@@ -285,13 +294,36 @@ impl Truth {
     }
 
     fn check_in_reach(&self) -> Result<()> {
-        match self.status().is_in_reach {
-            true => Ok(()),
-            false => {
-                let message = "the engine is out of reach; nothing was changed";
+        match self.status().away_since {
+            None => Ok(()),
+            Some(since) => {
+                let away = since.elapsed().as_secs();
+                let message = format!("the engine is out of reach for {away} s; nothing was changed");
                 Err(Error::new(ErrorKind::Refused { status: 503 }, message))
             }
         }
+    }
+
+    /// Waits until the node has seen as much as a client that comes from another one; `false` where the engine has not.
+    pub(crate) async fn catch_up(&self, wanted: Seen) -> Result<bool> {
+        let has_it = |status: &Status| status.seen.epoch == wanted.epoch && status.seen.revision >= wanted.revision;
+        if has_it(&self.status()) {
+            return Ok(true);
+        }
+        let behind = |cause: &dyn fmt::Display| {
+            let message = format!("this node is behind what the client has seen elsewhere: {cause}");
+            Error::new(ErrorKind::Refused { status: 503 }, message)
+        };
+        let caught_up = async {
+            let last = self.engine.last().await.map_err(|error| behind(&error))?;
+            if last.epoch != wanted.epoch || last.revision < wanted.revision {
+                return Ok(false);
+            }
+            let is_there = self.status.subscribe().wait_for(has_it).await.is_ok();
+            Ok(is_there)
+        };
+        let late = |_| Err(behind(&format_args!("not level after {} s", CATCH_UP_LIMIT.as_secs())));
+        timeout(CATCH_UP_LIMIT, caught_up).await.unwrap_or_else(late)
     }
 
     /// Has the engine do operations, and waits until the node has seen what they changed.
@@ -316,9 +348,10 @@ impl Truth {
     /// Waits until the node, which was in the epoch `before`, has seen this much, or will not: the engine is out of reach, or
     /// began yet another epoch, or feeds nothing for too long. What was decided is answered all the same.
     async fn caught_up(&self, before: Epoch, wanted: Seen) {
-        let is_it = |Status { seen, is_in_reach, .. }: &Status| {
+        let is_it = |status: &Status| {
+            let seen = status.seen;
             let is_elsewhere = seen.epoch != before && seen.epoch != wanted.epoch;
-            !is_in_reach || is_elsewhere || seen.epoch == wanted.epoch && seen.revision >= wanted.revision
+            !status.is_in_reach() || is_elsewhere || seen.epoch == wanted.epoch && seen.revision >= wanted.revision
         };
         drop(timeout(FEED_LIMIT, self.status.subscribe().wait_for(is_it)).await);
     }

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nkv_core::{Applied, Change, Epoch, Key, Pattern, PersistError, PersistErrorKind, Revision};
 
@@ -62,7 +62,7 @@ impl Follower for Shared {
         if *newest != feed {
             return;
         }
-        let reached = |truth: &Truth| truth.note(|status| (status.has_state, status.is_in_reach) = (true, true));
+        let reached = |truth: &Truth| truth.note(|status| (status.has_state, status.away_since) = (true, None));
         self.truth().into_iter().for_each(reached);
     }
 }
@@ -72,7 +72,7 @@ struct Unfollowed<'a>(&'a Truth);
 
 impl Drop for Unfollowed<'_> {
     fn drop(&mut self) {
-        self.0.note(|status| status.is_in_reach = false);
+        self.0.note(|status| status.away_since = status.away_since.or_else(|| Some(Instant::now())));
     }
 }
 
@@ -92,7 +92,7 @@ pub(crate) async fn follow(shared: Arc<Shared>) {
         let Ok(feed) = feed.await else { return };
         let seen = truth.status().has_state.then(|| shared.seen());
         let error = truth.engine.follow(seen, Feed::new(shared.clone(), feed)).await;
-        failures = if truth.status().is_in_reach { 1 } else { failures.saturating_add(1) };
+        failures = if truth.status().is_in_reach() { 1 } else { failures.saturating_add(1) };
         drop(unfollowed);
         shared.log.warn("engine", format_args!("the engine is not followed: {error}"));
         tokio::time::sleep(pause(failures)).await;

@@ -22,7 +22,7 @@ use tokio::sync::watch;
 
 use crate::budget::{Budget, Holder};
 use crate::deletes::RecentDeletes;
-use crate::engine::Abilities;
+use crate::engine::{Abilities, Seen};
 use crate::failure::Chain;
 use crate::figures::{Counters, Ended, Figures, Operation};
 use crate::job::Room;
@@ -834,13 +834,52 @@ impl Handle {
     /// Those of [`health`](Self::health).
     pub fn check_healthy(&self) -> Result<()> {
         self.check_open()?;
-        match self.shared.truth() {
-            Some(truth) if !truth.status().is_in_reach => {
-                let message = "the engine is out of reach: reads are of the last state, writes are refused";
-                Err(Error::new(ErrorKind::Refused { status: 503 }, message))
-            }
-            _ => Ok(()),
+        let Some(stale) = self.stale_for() else { return Ok(()) };
+        let message = format!(
+            "stale for {} s: the engine is out of reach, reads are of the last state, writes are refused",
+            stale.as_secs()
+        );
+        Err(Error::new(ErrorKind::Refused { status: 503 }, message))
+    }
+
+    /// Whether there is a state to be read: also where it may be [stale](Self::stale_for).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub fn check_readable(&self) -> Result<()> {
+        self.check_open()
+    }
+
+    /// For how long the node has had no sign of life of its engine: so long its state may be behind. `None` where it follows
+    /// its engine, or has none.
+    #[must_use]
+    pub fn stale_for(&self) -> Option<Duration> {
+        self.shared.truth()?.status().away_since.map(|since| since.elapsed())
+    }
+
+    /// For a client that has been at another node of the same engine, and has seen this much there: waits until this node has
+    /// it too, for 5 s at most. `false` where the data have it not: they are of another epoch, or went back, and what the client
+    /// holds says nothing any more. A node without an engine answers at once.
+    ///
+    /// # Errors
+    ///
+    /// 503 where the node is not level in time, or the engine is out of reach; and those of [`get`](Self::get).
+    pub async fn catch_up(&self, seen: Seen) -> Result<bool> {
+        self.check_open()?;
+        let Some(truth) = self.shared.truth() else {
+            let present = self.shared.seen();
+            return Ok(present.epoch == seen.epoch && present.revision >= seen.revision);
+        };
+        let has_it = truth.catch_up(seen).await?;
+        if !has_it {
+            let Seen { epoch, revision } = seen;
+            let what = format_args!(
+                "a client that has seen revision {revision} of {epoch}, which the engine has not, begins anew"
+            );
+            self.shared.log.warn("begins anew", what);
         }
+        Ok(has_it)
     }
 
     /// The limits that hold: the node's, and those of its engine.

@@ -280,3 +280,35 @@ async fn an_engine_passes_revisions_at_which_nothing_changed_and_asks_which_keys
     assert_eq!(nkv.revision().get(), 9);
     assert_eq!(timeout(PATIENCE, keys.recv()).await.unwrap().unwrap(), [Key::new("a.b").unwrap()]);
 }
+
+#[tokio::test]
+async fn a_client_that_has_seen_more_elsewhere_waits_for_its_node_or_begins_anew() {
+    let engine = ScriptedEngine::default();
+    let (_node, nkv) = started(&engine).await;
+    nkv.put("a", "1").await.unwrap();
+    engine.hold(true);
+    // Another node writes, and this one is held back.
+    let elsewhere = ScriptedEngine::clone(&engine);
+    let op = Op::Put { key: Key::new("a").unwrap(), value: "2".into(), options: PutOptions::default() };
+    elsewhere.write(Epoch::new(1), vec![op], false).await.unwrap();
+    let seen = |revision| Seen { epoch: nkv.epoch(), revision: nkv_core::Revision::new(revision) };
+    assert_eq!(nkv.catch_up(seen(1)).await, Ok(true));
+    let (waiting, wanted) = (nkv.clone(), seen(2));
+    let waiting = tokio::spawn(async move { waiting.catch_up(wanted).await });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!waiting.is_finished(), "the node has not seen it");
+    engine.hold(false);
+    assert_eq!(timeout(PATIENCE, waiting).await.unwrap().unwrap(), Ok(true));
+    assert_eq!(nkv.get("a").await.unwrap().unwrap().value, "2");
+    // The engine has it not: at once.
+    assert_eq!(nkv.catch_up(seen(3)).await, Ok(false));
+    assert_eq!(nkv.catch_up(Seen { epoch: Epoch::new(7), ..seen(1) }).await, Ok(false));
+    engine.cut(true);
+    assert_eq!(kind(nkv.catch_up(seen(3)).await), UNAVAILABLE);
+    until(async || nkv.stale_for().is_some()).await;
+    assert!(nkv.health().await.unwrap_err().to_string().contains("stale for 0 s"));
+    assert_eq!(nkv.check_readable(), Ok(()));
+    engine.cut(false);
+    healthy(&nkv).await;
+    assert_eq!(nkv.stale_for(), None);
+}

@@ -561,7 +561,7 @@ impl Session {
             said.client_uuid = Some(client);
             said.name = name.or(said.name.take());
         });
-        let (epoch, limits) = (self.door.handle.epoch(), self.door.options.limits());
+        let (epoch, limits) = (self.door.handle.epoch(), self.door.handle.limits());
         self.epoch = self.door.handle.follows_engine().then_some(epoch);
         let epoch = epoch.to_string();
         let mut server = ServerFields::new(VERSION, &epoch, limits.value_len_max as u64);

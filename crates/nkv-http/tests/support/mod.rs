@@ -26,7 +26,10 @@ impl TestDoor {
     }
 
     pub(crate) async fn with(options: Options, limits: Limits) -> Self {
-        let node = Node::builder().limits(limits).start().await.expect("a node");
+        Self::of(Node::builder().limits(limits).start().await.expect("a node"), options).await
+    }
+
+    pub(crate) async fn of(node: Node, options: Options) -> Self {
         let nkv = node.handle();
         let lines = nkv_server::Door::new(nkv.clone(), nkv_server::Options::default());
         let door = Door::new(nkv.clone(), options).expect("good options").with_messages(move |stream, peer| {

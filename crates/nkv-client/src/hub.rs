@@ -471,11 +471,15 @@ impl Hub {
         self.attached.then_some(Send::Unsubscribe(text))
     }
 
-    /// A connection is there: everything is subscribed again.
-    pub(crate) fn attach(&mut self, epoch: Epoch) -> Vec<Send> {
+    /// A connection is there: everything is subscribed again. Where the data `begin_anew`, revisions say nothing, as in another
+    /// epoch.
+    pub(crate) fn attach(&mut self, epoch: Epoch, begin_anew: bool) -> Vec<Send> {
         (self.attached, self.epoch) = (true, epoch);
         let mut sends = Vec::with_capacity(self.wires.len());
         for (text, wire) in &mut self.wires {
+            if begin_anew {
+                wire.epoch = Epoch::default();
+            }
             wire.asked = 1;
             wire.exact_asked = wire.is_exact();
             sends.push(Send::Subscribe { pattern: text.clone(), wire: wire.id, exact: wire.exact_asked });
@@ -777,7 +781,7 @@ mod tests {
     #[test]
     fn a_change_that_comes_before_its_snapshot_on_a_new_connection_is_told_once() {
         let mut hub = Hub::default();
-        assert_eq!(hub.attach(Epoch::new(1)), []);
+        assert_eq!(hub.attach(Epoch::new(1), false), []);
         let (all, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
         let (one, send) = add(&mut hub, 2, "a");
@@ -788,7 +792,7 @@ mod tests {
         );
 
         hub.detach();
-        let mut sends = hub.attach(Epoch::new(2));
+        let mut sends = hub.attach(Epoch::new(2), false);
         sends.sort_by_key(|send| matches!(send, Send::Subscribe { pattern, .. } if pattern == "a"));
         fill(&mut hub, &sends[0], &[entry("a", 1)]);
         hub.update(&entry("a", 2), 0);
@@ -801,7 +805,7 @@ mod tests {
     #[test]
     fn an_end_is_expected_after_our_own_request_and_else_it_is_the_end() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let (first, send) = add(&mut hub, 1, "a");
         hub.ended("a", Reason::Replaced); // by the `Subscribe` that is under way
         fill(&mut hub, &send.unwrap(), &[]);
@@ -817,7 +821,7 @@ mod tests {
     #[test]
     fn a_snapshot_that_nobody_waits_for_any_more_is_read_past() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let (_, early) = add(&mut hub, 1, "a");
         hub.remove(&Pattern::new("a").unwrap(), 1);
         let (queue, late) = add(&mut hub, 2, "a");
@@ -831,7 +835,7 @@ mod tests {
     #[test]
     fn what_is_not_in_a_snapshot_that_was_not_asked_for_was_missed_and_what_is_known_comes_not_again() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let (queue, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("b", 2)]);
         assert_eq!(told(&queue), ["a@1", "b@2", "Synced"]);
@@ -853,7 +857,7 @@ mod tests {
     #[test]
     fn a_snapshot_that_was_not_asked_for_answers_no_subscribe() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let (first, send) = add(&mut hub, 1, "a");
         fill(&mut hub, &send.unwrap(), &[]);
         let (second, send) = add(&mut hub, 2, "a");
@@ -870,17 +874,17 @@ mod tests {
     #[test]
     fn within_an_epoch_a_server_that_goes_back_is_not_followed() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let (queue, send) = add(&mut hub, 1, "a");
         fill(&mut hub, &send.unwrap(), &[entry("a", 5)]);
         told(&queue);
         hub.detach();
-        let sends = hub.attach(Epoch::new(1));
+        let sends = hub.attach(Epoch::new(1), false);
         fill(&mut hub, &sends[0], &[entry("a", 3)]);
         hub.update(&entry("a", 4), 0);
         assert_eq!(told(&queue), ["Connected", "Synced"]);
         hub.detach();
-        let sends = hub.attach(Epoch::new(2));
+        let sends = hub.attach(Epoch::new(2), false);
         fill(&mut hub, &sends[0], &[entry("a", 3)]);
         assert_eq!(told(&queue), ["Connected", "a@3", "Synced"]);
     }
@@ -888,7 +892,7 @@ mod tests {
     #[test]
     fn whoever_would_hold_too_much_is_ended_and_others_go_on() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let (all, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[]);
         let (one, send) = add(&mut hub, 2, "a");
@@ -916,7 +920,7 @@ mod tests {
     #[test]
     fn a_snapshot_within_another_or_an_end_without_a_beginning_is_an_error() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         assert!(hub.synced(Revision::ZERO).is_err());
         hub.hello("a".into(), 1, false).unwrap();
         assert!(hub.hello("b".into(), 2, false).is_err());
@@ -925,7 +929,7 @@ mod tests {
     #[test]
     fn a_snapshot_that_broke_off_is_told_on_and_nothing_twice() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let (first, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("b", 2)]);
         assert_eq!(told(&first), ["a@1", "b@2", "Synced"]);
@@ -935,7 +939,7 @@ mod tests {
         [entry("a", 1), entry("b", 2)].iter().for_each(|entry| hub.update(entry, 0));
         assert_eq!(told(&second), ["a@1", "b@2"]);
         hub.detach();
-        let sends = hub.attach(Epoch::new(1));
+        let sends = hub.attach(Epoch::new(1), false);
         fill(&mut hub, &sends[0], &[entry("b", 2), entry("d", 4)]);
         assert_eq!(told(&first), ["Connected", "d@4", "a missed", "Synced"]);
         assert_eq!(told(&second), ["Connected", "d@4", "a missed", "Synced"]);
@@ -944,7 +948,7 @@ mod tests {
     #[test]
     fn a_snapshot_costs_those_who_know_it_nothing() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let (first, send) = add(&mut hub, 1, "a");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
         told(&first);
@@ -972,7 +976,7 @@ mod tests {
     #[test]
     fn several_patterns_are_synced_once_all_are_and_up_to_the_lowest_revision() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::default());
+        hub.attach(Epoch::default(), false);
         let (queue, sends) = add_parts(&mut hub, &["a", "b", "c"]);
         fill(&mut hub, &sends[0], &[entry("a", 7)]);
         fill(&mut hub, &sends[1], &[entry("b", 5)]);
@@ -988,7 +992,7 @@ mod tests {
 
         hub.detach();
         assert_eq!(told(&queue), ["Reconnecting"]);
-        let mut sends = hub.attach(Epoch::default());
+        let mut sends = hub.attach(Epoch::default(), false);
         sends.sort_by_key(|send| format!("{send:?}"));
         assert_eq!(told(&queue), ["Connected"]);
         fill(&mut hub, &sends[0], &[]);
@@ -1001,7 +1005,7 @@ mod tests {
     #[test]
     fn while_a_part_is_not_synced_nothing_is_left_out_of_the_others() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::default());
+        hub.attach(Epoch::default(), false);
         let (queue, sends) = add_parts(&mut hub, &["a", "b"]);
         fill(&mut hub, &sends[0], &[entry("a", 7)]);
         hub.gone(&Key::new("a").unwrap(), revision(9), GoneReason::Deleted, 0);
@@ -1012,7 +1016,7 @@ mod tests {
     #[test]
     fn with_one_of_several_patterns_the_subscription_ends() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::default());
+        hub.attach(Epoch::default(), false);
         let (queue, sends) = add_parts(&mut hub, &["a", "b"]);
         sends.iter().for_each(|send| fill(&mut hub, send, &[]));
         hub.ended("a", Reason::Replaced);
@@ -1025,7 +1029,7 @@ mod tests {
     #[test]
     fn several_patterns_share_one_limit() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::default());
+        hub.attach(Epoch::default(), false);
         let (queue, sends) = add_parts(&mut hub, &["a", "b"]);
         fill(&mut hub, &sends[0], &[]);
         fill(&mut hub, &sends[1], &[]);
@@ -1085,7 +1089,7 @@ mod tests {
     #[test]
     fn who_watches_knows_of_the_clients_own_write_with_its_answer() {
         let (mut hub, notes) = (Hub::default(), Notes::default());
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let pattern = Pattern::Exact(Key::new("a").unwrap());
         let send = hub.add(Local::new(1, pattern.clone(), Sink::Watch(Box::new(notes.clone())), 1_000));
         fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
@@ -1109,14 +1113,14 @@ mod tests {
     #[test]
     fn a_key_known_by_the_clients_own_put_alone_is_missed_too() {
         let (mut hub, notes) = (Hub::default(), Notes::default());
-        hub.attach(Epoch::default());
+        hub.attach(Epoch::default(), false);
         let key = Key::new("a").unwrap();
         let sink = Sink::Watch(Box::new(notes.clone()));
         let send = hub.add(Local::new(1, Pattern::Exact(key.clone()), sink, 1_000));
         fill(&mut hub, &send.unwrap(), &[]);
         hub.own_write(&key, Some(&entry("a", 2)), revision(2));
         hub.detach();
-        let sends = hub.attach(Epoch::default());
+        let sends = hub.attach(Epoch::default(), false);
         fill(&mut hub, &sends[0], &[entry("a.b", 3)]);
         assert_eq!(notes.take(), ["live", "is@2", "lost", "missed@3", "live"]);
         hub.own_write(&key, Some(&entry("a", 9)), revision(9));
@@ -1125,13 +1129,13 @@ mod tests {
         assert_eq!(notes.take(), ["is@9", "live"], "the snapshot is of a moment before it");
 
         hub.detach();
-        let sends = hub.attach(Epoch::new(2));
+        let sends = hub.attach(Epoch::new(2), false);
         let put = Revision::in_epoch(Epoch::new(2), 1);
         hub.own_write(&key, Some(&entry("a", 1)), put); // answered ahead of the snapshot, which does not have it
         fill(&mut hub, &sends[0], &[]);
         assert_eq!(notes.take(), ["lost", "is@1", "live"]);
         hub.detach();
-        let sends = hub.attach(Epoch::new(3));
+        let sends = hub.attach(Epoch::new(3), false);
         fill(&mut hub, &sends[0], &[]);
         assert_eq!(notes.take(), ["lost", "missed@0", "live"], "the store is another, and empty");
     }
@@ -1153,7 +1157,7 @@ mod tests {
     #[test]
     fn a_branch_is_never_older_than_the_clients_own_writes() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let (branch, send) = add_branch(&mut hub, 1, "a");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("a.x", 2)]);
         assert!(hub.is_watched("a.y") && !hub.is_watched("b"));
@@ -1184,18 +1188,18 @@ mod tests {
     #[test]
     fn a_branch_loses_what_it_missed_when_it_is_live_again() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let (branch, send) = add_branch(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("b", 2)]);
         hub.own_write(&Key::new("c").unwrap(), Some(&entry("c", 3)), revision(3));
         hub.detach();
         assert_eq!(state(&branch), "a@1 b@2 c@3");
-        let sends = hub.attach(Epoch::new(1));
+        let sends = hub.attach(Epoch::new(1), false);
         fill(&mut hub, &sends[0], &[entry("a", 1), entry("d", 4)]);
         assert_eq!(state(&branch), "a@1 d@4 live");
         hub.detach();
         // Nothing is in the store of another epoch.
-        let sends = hub.attach(Epoch::new(2));
+        let sends = hub.attach(Epoch::new(2), false);
         fill(&mut hub, &sends[0], &[]);
         assert_eq!((state(&branch).as_str(), branch.borrow().revision), ("live", Revision::ZERO));
     }
@@ -1203,7 +1207,7 @@ mod tests {
     #[test]
     fn a_branch_that_would_hold_too_much_is_ended_and_says_why() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let (branch, send) = add_branch(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
         // The same key again costs nothing, a key that has gone neither.
@@ -1229,7 +1233,7 @@ mod tests {
     #[test]
     fn the_snapshot_of_a_key_alone_is_not_that_of_its_branch() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let exact = add_watch(&mut hub, 1);
         let (queue, branch) = add(&mut hub, 2, "a");
         fill(&mut hub, &exact.unwrap(), &[entry("a", 1)]);
@@ -1242,7 +1246,7 @@ mod tests {
     #[test]
     fn when_only_those_of_the_key_alone_are_left_its_branch_is_given_up() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let (queue, send) = add(&mut hub, 1, "a");
         fill(&mut hub, &send.unwrap(), &[]);
         let send = add_watch(&mut hub, 2);
@@ -1257,7 +1261,7 @@ mod tests {
     #[test]
     fn a_snapshot_that_is_not_told_is_bounded_too() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let queue = Arc::<Queue>::default();
         let mut local = Local::new(1, Pattern::All, Sink::Queue(Arc::clone(&queue)), 2_000);
         local.has_snapshot = false;
@@ -1272,7 +1276,7 @@ mod tests {
     #[test]
     fn who_never_heard_of_a_key_does_not_hear_of_its_end() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let (_all, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a.k", 1)]);
         let (one, send) = add(&mut hub, 2, "a");
@@ -1284,7 +1288,7 @@ mod tests {
     #[test]
     fn a_refusal_ends_nobody_while_another_request_is_under_way() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1));
+        hub.attach(Epoch::new(1), false);
         let Some(Send::Subscribe { pattern, wire, .. }) = add_watch(&mut hub, 1) else { panic!("it is subscribed") };
         let (queue, branch) = add(&mut hub, 2, "a");
         hub.refused(&pattern, wire, 429, "not now");

@@ -62,6 +62,8 @@ pub(crate) struct LinkOptions {
     pub(crate) client_uuid: String,
     pub(crate) name: Option<String>,
     pub(crate) token: Option<String>,
+    /// What was seen of the data so far: the next server is not to be behind it.
+    pub(crate) seen: Option<(Epoch, u64)>,
     pub(crate) connect_timeout: Duration,
     #[cfg_attr(not(feature = "ws"), expect(dead_code, reason = "a WebSocket alone has a heartbeat of its own"))]
     pub(crate) heartbeat: Duration,
@@ -91,6 +93,8 @@ pub(crate) struct Link {
     pub(crate) epoch: Epoch,
     /// The longest value that the server takes.
     pub(crate) value_len_max: u64,
+    /// The server's data have not what was [seen](LinkOptions::seen).
+    pub(crate) begins_anew: bool,
     /// What the server offers beyond the first version of the protocol.
     pub(crate) features: Features,
     /// The longest silence of a server that gives signs of life, while a request waits.
@@ -119,6 +123,7 @@ impl Link {
         greeting.features = FEATURES;
         greeting.name = options.name.as_deref().map(Into::into);
         greeting.token = options.token.as_deref().map(Into::into);
+        greeting.seen = options.seen.map(|(epoch, revision)| format!("{epoch}-{revision}").into());
         link.push(&greeting);
         let body = link.answer().await?;
         if body.status != status::OK {
@@ -129,6 +134,7 @@ impl Link {
             socket.greeted();
         }
         link.features = body.features;
+        link.begins_anew = body.begins_anew;
         link.patience = body.patience_ms.map(Duration::from_millis).filter(|_| body.features.contains(Features::ALIVE));
         link.value_len_max = body.max_value.unwrap_or(u64::MAX);
         if let Some(epoch) = body.epoch {
@@ -159,6 +165,7 @@ impl Link {
             heard: Instant::now(),
             epoch: Epoch::default(),
             value_len_max: u64::MAX,
+            begins_anew: false,
             features: Features::NONE,
             patience: None,
         }

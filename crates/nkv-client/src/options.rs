@@ -232,6 +232,7 @@ impl ClientBuilder {
             client_uuid: self.client_uuid.clone().map_or_else(random_name, Ok)?,
             name: self.name.clone(),
             token: self.token.clone(),
+            seen: None,
             connect_timeout: self.connect_timeout,
             heartbeat: self.pace.heartbeat,
             message_len_max: self.message_len_max,

@@ -290,6 +290,8 @@ pub(crate) struct Pace {
 
 pub(crate) struct Task {
     pub(crate) link_options: LinkOptions,
+    /// The highest revision that any message had.
+    seen: Option<(Epoch, u64)>,
     pub(crate) pace: Pace,
     pub(crate) asks: mpsc::Receiver<Ask>,
     pub(crate) control: mpsc::UnboundedReceiver<Control>,
@@ -336,6 +338,7 @@ impl Task {
     ) -> Self {
         Task {
             link_options,
+            seen: None,
             pace,
             asks,
             control,
@@ -389,7 +392,10 @@ impl Task {
         self.shared.set_trouble(None);
         self.shared.value_len_max.store(link.value_len_max, Relaxed);
         tracing::debug!(addr = %self.link_options.addr, features = ?link.features, "connected");
-        for send in self.hub.attach(link.epoch) {
+        if link.begins_anew || self.seen.is_some_and(|(epoch, _)| epoch != link.epoch) {
+            self.seen = None;
+        }
+        for send in self.hub.attach(link.epoch, link.begins_anew) {
             self.send(link, send);
         }
         let connected = ConnectionState::Connected;
@@ -657,6 +663,7 @@ impl Task {
     }
 
     fn receive(&mut self, message: Message, epoch: Epoch) -> Result<()> {
+        self.note_seen(&message, epoch);
         match message {
             Message::Hello => {
                 let asked = self.pending.subscribes.front().copied().and_then(|id| self.pending.remove(id));
@@ -683,6 +690,21 @@ impl Task {
             _ => {}
         }
         Ok(())
+    }
+
+    /// What is known to be there: the server after this one must have it too. A snapshot that is under way counts only from its end.
+    fn note_seen(&mut self, message: &Message, epoch: Epoch) {
+        let revision = match message {
+            Message::Answer(body) => body.revisions.iter().copied().chain(body.revision).max(),
+            Message::Update { revision, .. } | Message::Close { revision, .. } | Message::Synced { revision, .. } => {
+                Some(*revision)
+            }
+            _ => None,
+        };
+        if let Some(revision) = revision {
+            let known = self.seen.filter(|(of, _)| *of == epoch).map_or(0, |(_, known)| known);
+            self.seen = Some((epoch, known.max(revision)));
+        }
     }
 
     fn answer(&mut self, body: Box<Body>, epoch: Epoch) -> Result<()> {
@@ -778,7 +800,7 @@ impl Task {
             if self.nudged.take().is_some() {
                 *failures = 0;
             }
-            let options = self.link_options.clone();
+            let options = LinkOptions { seen: self.seen, ..self.link_options.clone() };
             match self.meanwhile(Link::open(&options)).await? {
                 Ok(link) => return Some(link),
                 Err(error) => {
@@ -873,6 +895,7 @@ mod tests {
             client_uuid: "test".into(),
             name: None,
             token: None,
+            seen: None,
             connect_timeout: HEARTBEAT,
             heartbeat: HEARTBEAT,
             message_len_max: 1 << 20,
@@ -986,7 +1009,7 @@ mod tests {
             rig.control.send(command).unwrap();
             drop(std::mem::replace(&mut rig.far, duplex(1).0));
             lost(&mut rig).await;
-            assert_eq!(rig.task.hub.attach(Epoch::default()), after);
+            assert_eq!(rig.task.hub.attach(Epoch::default(), false), after);
         }
     }
 

@@ -53,13 +53,15 @@ pub struct ServerFields<'a> {
     pub features: Features,
     /// For how many milliseconds it may keep a request waiting, for clients with [`Features::ALIVE`].
     pub patience_ms: Option<u64>,
+    /// The data have not what the client has [seen](crate::Request::seen): what it holds says nothing any more.
+    pub begins_anew: bool,
 }
 
 impl<'a> ServerFields<'a> {
     /// A server that offers no features.
     #[must_use]
     pub fn new(version: &'a str, epoch: &'a str, value_len_max: u64) -> Self {
-        ServerFields { version, epoch, value_len_max, features: Features::NONE, patience_ms: None }
+        ServerFields { version, epoch, value_len_max, features: Features::NONE, patience_ms: None, begins_anew: false }
     }
 }
 
@@ -243,13 +245,17 @@ impl<'a> Answer<'a> {
             out.put_slice(b",\"count\":");
             json::number(out, count);
         }
-        if let Some(ServerFields { version, epoch, value_len_max, features, patience_ms }) = fields.server {
+        if let Some(ServerFields { version, epoch, value_len_max, features, patience_ms, begins_anew }) = fields.server
+        {
             let mut object = Object::resume(out);
             object.text("server", SERVER).text("version", version).number("protocol", crate::PROTOCOL);
             object.text("epoch", epoch).number("max_value", value_len_max);
             json::array(object.name("features"), b"[", features.names(), json::string);
             if let Some(patience_ms) = patience_ms {
                 object.number("patience_ms", patience_ms);
+            }
+            if begins_anew {
+                object.flag("begins_anew", true);
             }
         }
         out.put_slice(END);

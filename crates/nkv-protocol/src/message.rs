@@ -136,6 +136,8 @@ pub struct Body {
     pub features: Features,
     /// For how many milliseconds the server may keep a request waiting before it answers or closes the connection.
     pub patience_ms: Option<u64>,
+    /// The server's data have not what the client said that it has seen.
+    pub begins_anew: bool,
     /// Figures.
     pub stats: Stats,
 }
@@ -285,6 +287,7 @@ struct WireBody<'a> {
     max_value: Option<Scalar<u64>>,
     features: Option<NoText<NameList>>,
     patience_ms: Option<Scalar<u64>>,
+    begins_anew: Option<Scalar<bool>>,
 }
 
 #[derive(Deserialize)]
@@ -562,6 +565,7 @@ fn answer(body: WireBody<'_>, payload: Option<&[u8]>) -> Result<Body, MessageErr
         max_value: plain(body.max_value),
         features: body.features.unwrap_or_default().0.0,
         patience_ms: plain(body.patience_ms),
+        begins_anew: plain(body.begins_anew).unwrap_or(false),
         stats: Stats::default(),
     })
 }

@@ -164,6 +164,8 @@ pub struct Request<'a> {
     pub name: Option<Cow<'a, str>>,
     /// How values are to travel to this client.
     pub values: Option<ValueForm>,
+    /// What the client has seen of the data, as `EPOCH-REVISION`, perhaps at another node of the same engine.
+    pub seen: Option<Cow<'a, str>>,
     /// The client's credential.
     pub token: Option<Cow<'a, str>>,
     /// What the client understands beyond the first version of the protocol.
@@ -188,6 +190,7 @@ impl<'a> Request<'a> {
             exact: false,
             name: None,
             values: None,
+            seen: None,
             token: None,
             features: Features::NONE,
         }
@@ -200,8 +203,13 @@ impl<'a> Request<'a> {
         if self.kind.needs_key() || self.kind.takes_key() && !self.key.is_empty() {
             object.text("key", &self.key);
         }
-        let texts =
-            [("client_uuid", &self.client_uuid), ("after", &self.after), ("token", &self.token), ("name", &self.name)];
+        let texts = [
+            ("client_uuid", &self.client_uuid),
+            ("after", &self.after),
+            ("seen", &self.seen),
+            ("token", &self.token),
+            ("name", &self.name),
+        ];
         for (name, text) in texts {
             if let Some(text) = text {
                 object.text(name, text);
@@ -255,7 +263,7 @@ impl Default for Head<'_> {
     }
 }
 
-const FIELDS: [&str; 17] = [
+const FIELDS: [&str; 18] = [
     "type",
     "id",
     "key",
@@ -273,6 +281,7 @@ const FIELDS: [&str; 17] = [
     "ahead",
     "exact",
     "name",
+    "seen",
 ];
 
 impl<'a> Head<'a> {
@@ -383,6 +392,7 @@ impl<'a> Head<'a> {
                 });
                 request.values = form.transpose()?;
             }
+            "seen" => request.seen = text(map)?,
             "token" => request.token = text(map)?,
             "ahead" => request.ahead = scalar(map)?.unwrap_or(false),
             "exact" => request.exact = scalar(map)?.unwrap_or(false),

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -11,8 +11,8 @@ use nkv_core::{
     Epoch, Failed, Key, KeyError, Op, Outcome, Pattern, PersistErrorKind, PutOptions, Revision, SubscriberId, ValueRef,
 };
 use nkv_node::{
-    Admitted, AttachOptions, Attached, Error, ErrorKind, Handle, Leave, NotDone, Peer, PeerInfo, Results, Room,
-    Stopping, Written,
+    Admitted, AttachOptions, Attached, Cursor, Error, ErrorKind, Handle, Leave, NotDone, Peer, PeerInfo, Results, Room,
+    Seen, Stopping, Written,
 };
 use nkv_notify_tcp::{Outbox, TcpNotifier, spare};
 use nkv_protocol::{
@@ -57,6 +57,8 @@ pub(crate) struct Session {
     pub(crate) peer: Peer,
     /// What the client knows as the epoch of the data, if that may change.
     epoch: Option<Epoch>,
+    /// Whether the node has what the client has seen, once it is known.
+    level: Option<Arc<OnceLock<nkv_node::Result<bool>>>>,
     subscriptions: HashMap<(SubscriberId, Pattern), Attached>,
     /// Writes that were read and are not under way yet, the room that was had for their values, and how much of it these
     /// take.
@@ -127,6 +129,7 @@ impl Session {
         Session {
             peer: door.handle.peer(peer, Box::new(Connected(notifier.clone()))),
             epoch: None,
+            level: None,
             door,
             notifier,
             subscriptions: HashMap::new(),
@@ -175,6 +178,9 @@ impl Session {
         }
         let served = match served {
             Ok(Some(request)) if is_long(&request) && !is_admitted => return Err(self.turns()),
+            Ok(Some(request)) if request.seen.is_some() && !is_admitted && self.door.handle.follows_engine() => {
+                return Err(self.catch_up(&request));
+            }
             Ok(Some(_)) if self.door.handle.budget().is_over() && !is_admitted => return Err(self.relief()),
             Ok(Some(request)) => self.read(&request, outbox, out),
             Ok(None) => Ok(()),
@@ -324,6 +330,21 @@ impl Session {
         }))
     }
 
+    /// What a client that comes from another node waits for: this one is to have what it has seen.
+    fn catch_up(&mut self, request: &Request<'_>) -> Hold {
+        let (door, level) = (Arc::clone(&self.door), Arc::new(OnceLock::new()));
+        self.level = Some(Arc::clone(&level));
+        let seen = request.seen.as_deref().and_then(|seen| seen.parse::<Cursor>().ok());
+        Hold::Turns(Box::pin(async move {
+            let has_it = match seen {
+                Some(Cursor { epoch, revision, .. }) => door.handle.catch_up(Seen { epoch, revision }).await,
+                None => Ok(false),
+            };
+            // It is asked once.
+            drop(level.set(has_it));
+        }))
+    }
+
     /// Some turns for those who were told to give up what they hold.
     pub(crate) fn relief(&self) -> Hold {
         let door = Arc::clone(&self.door);
@@ -390,7 +411,7 @@ impl Session {
                 Ok(())
             }
             Kind::Connect => {
-                self.connect(request, out);
+                self.connect(request, out)?;
                 outbox.end_pace();
                 Ok(())
             }
@@ -552,7 +573,9 @@ impl Session {
         Ok(())
     }
 
-    fn connect(&mut self, request: &Request<'_>, out: &mut Chunks) {
+    fn connect<'r>(&mut self, request: &Request<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {
+        let level = self.level.take().and_then(|level| level.get().cloned()).transpose();
+        let has_it = level.map_err(|error| refusal(request.id, &error))?;
         let client = self.client_of(request);
         self.notifier.set_form(request.values.unwrap_or_default());
         self.notifier.set_features(request.features);
@@ -567,7 +590,9 @@ impl Session {
         let mut server = ServerFields::new(VERSION, &epoch, limits.value_len_max as u64);
         server.features = FEATURES;
         server.patience_ms = self.wants_signs().then(|| millis(self.door.options.stall_limit));
+        server.begins_anew = has_it == Some(false);
         Answer::to(request.id, out).ok(&BaseFields::server(server));
+        Ok(())
     }
 
     fn stats<'r>(&self, id: Id<'r>, out: &mut Chunks) -> Result<(), Refusal<'r>> {

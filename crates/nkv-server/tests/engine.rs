@@ -4,6 +4,12 @@
 
 mod support;
 
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use nkv_client::blocking::Client;
+use nkv_client::{ConnectionState, Event};
 use nkv_testkit::engine::ScriptedEngine;
 use support::{TestServer, eventually, status};
 
@@ -60,6 +66,75 @@ fn a_client_that_knows_another_epoch_is_to_connect_again() {
     // Its condition is on a revision of the epoch before.
     assert_eq!(status(&writer.ask(r#"{"type":"Put","key":"a","value":"2","if_revision":1}"#)), 503);
     assert!(server.connect().ask(GET).contains("\"revisions\":[]"), "it was done");
+}
+
+/// A name in front of several servers, which gives each connection to the one that is chosen by then.
+fn balancer(chosen: Arc<Mutex<String>>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for near in listener.incoming() {
+            let near = near.unwrap();
+            let target = chosen.lock().unwrap().clone();
+            let Ok(far) = TcpStream::connect(target) else { continue };
+            let copy = |mut from: TcpStream, mut to: TcpStream| {
+                std::thread::spawn(move || {
+                    drop(std::io::copy(&mut from, &mut to));
+                    drop(to.shutdown(std::net::Shutdown::Both));
+                })
+            };
+            copy(near.try_clone().unwrap(), far.try_clone().unwrap());
+            copy(far, near);
+        }
+    });
+    address.to_string()
+}
+
+/// A node that lags answers a client that comes from another one once it has what that has seen, and says so where nobody has.
+#[test]
+fn a_client_that_moves_to_a_server_that_lags_sees_nothing_older_and_no_false_delete() {
+    let engine = ScriptedEngine::default();
+    let start = || TestServer::with(|builder| builder.node(|node| node.engine(engine.clone())));
+    let (first, second) = (start(), start());
+    eventually("both follow", || ask(&first, HEALTH) == 200 && ask(&second, HEALTH) == 200);
+    let chosen = Arc::new(Mutex::new(first.addr.clone()));
+    let client = Client::connect(&balancer(Arc::clone(&chosen))).unwrap();
+    client.put("a", "1").unwrap();
+    eventually("the other server has it", || second.connect().ask(GET).contains("\"revisions\":[1]"));
+    let mut events = client.subscribe("*").unwrap();
+    let mut next = || events.next_timeout(support::PATIENCE).unwrap().unwrap();
+    while !matches!(next(), Event::Synced { .. }) {}
+
+    // What is written from now on no server sees: it is answered all the same.
+    engine.hold(true);
+    client.put("b", "2").unwrap();
+    *chosen.lock().unwrap() = second.addr.clone();
+    drop(first);
+    assert!(matches!(next(), Event::Reconnecting));
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(matches!(client.state(), ConnectionState::Reconnecting), "a server that lags has taken it");
+    engine.hold(false);
+    let mut keys = Vec::new();
+    loop {
+        match next() {
+            Event::Update { entry, .. } => keys.push(entry.key.to_string()),
+            Event::Synced { .. } => break,
+            Event::Gone { key, .. } => panic!("{key} was not deleted"),
+            _ => {}
+        }
+    }
+    assert_eq!(keys, ["b"]);
+
+    let epoch = second.handle.epoch();
+    let connect = |seen: &str| second.connect().ask(&format!(r#"{{"type":"Connect","seen":"{seen}"}}"#));
+    assert!(!connect(&format!("{epoch}-2")).contains("begins_anew"));
+    for unknown in [format!("{epoch}-3"), format!("{}-1", nkv_core::Epoch::new(7)), "2".into()] {
+        assert!(connect(&unknown).contains(r#""begins_anew":true"#), "{unknown}");
+    }
+    engine.cut(true);
+    eventually("it is noticed", || ask(&second, HEALTH) == 503);
+    assert_eq!(status(&connect(&format!("{epoch}-3"))), 503);
+    assert_eq!(status(&connect(&format!("{epoch}-2"))), 200);
 }
 
 /// A stream that keeps what is written until it is flushed, as one of TLS may.

@@ -16,6 +16,7 @@ mod connection;
 mod door;
 mod entry;
 mod figures;
+mod go_kv;
 mod guard;
 mod kv;
 mod list;

@@ -71,7 +71,7 @@ impl Dns {
         Dns { servers, ..self }
     }
 
-    /// A resolver without memory.
+    /// A new resolver: what it remembers goes with it.
     fn resolver(&self) -> Result<TokioResolver, NetError> {
         let mut builder = if self.servers.is_empty() {
             TokioResolver::builder_tokio()?
@@ -85,7 +85,6 @@ impl Dns {
             Resolver::builder_with_config(config, TokioRuntimeProvider::default())
         };
         let options = builder.options_mut();
-        options.cache_size = 0;
         options.timeout = SERVER_LIMIT;
         options.attempts = 1;
         builder.build()

@@ -6,6 +6,7 @@
 )]
 
 pub mod blocking;
+pub mod codec;
 
 mod client;
 mod error;

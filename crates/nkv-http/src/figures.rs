@@ -14,6 +14,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::body::{Answer, Body, full};
+use crate::go_kv;
 use crate::problem::Problem;
 use crate::route::{Ctx, only_get, query};
 
@@ -23,7 +24,7 @@ const MICROS: f64 = 1e6;
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// What requests are about, as figures have it.
-pub(crate) const ROUTES: [&str; 7] = ["kv", "list", "batch", "watch", "ws", "kv_store", "other"];
+pub(crate) const ROUTES: [&str; 8] = ["kv", "list", "batch", "watch", "ws", "kv_store", "go_kv", "other"];
 
 /// No status is greater.
 const STATUS_MAX: usize = 600;
@@ -67,7 +68,8 @@ fn route_of(path: &str) -> usize {
         "/v1/ws" => 4,
         "/get" | "/getall" | "/set" | "/subscribe" => 5,
         path if path.starts_with("/v1/kv/") => 0,
-        _ => 6,
+        path if path.starts_with(go_kv::SERVICE) => 6,
+        _ => 7,
     }
 }
 

@@ -19,6 +19,7 @@ mod figures;
 #[cfg(any(fuzzing, test))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod go_kv;
 mod guard;
 mod kv;
 mod list;

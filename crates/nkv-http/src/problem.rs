@@ -84,7 +84,6 @@ impl Problem {
         self
     }
 
-    #[cfg(test)]
     pub(crate) fn kind(&self) -> &'static str {
         self.kind
     }

@@ -13,7 +13,7 @@ use crate::door::Inner;
 use crate::guard::{Passed, allow, allow_preflight};
 use crate::problem::Problem;
 use crate::query::Query;
-use crate::{batch, figures, kv, list, look, page, seed, watch, ws};
+use crate::{batch, figures, go_kv, kv, list, look, page, seed, watch, ws};
 
 /// What the handlers of a request are given.
 #[derive(Clone, Copy)]
@@ -108,6 +108,9 @@ async fn route(ctx: Ctx<'_>, path: &str, request: Request<Incoming>) -> Result<A
     }
     if let Some(key) = path.strip_prefix("/v1/trace/") {
         return look::trace(ctx, key, &request);
+    }
+    if let Some(method) = path.strip_prefix(go_kv::SERVICE) {
+        return go_kv::call(ctx, method, request).await;
     }
     match path {
         "/v1/kv" => match *request.method() {

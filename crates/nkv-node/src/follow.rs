@@ -72,7 +72,7 @@ struct Unfollowed<'a>(&'a Truth);
 
 impl Drop for Unfollowed<'_> {
     fn drop(&mut self) {
-        self.0.note(|status| status.away_since = status.away_since.or_else(|| Some(Instant::now())));
+        self.0.note(|status| _ = status.away_since.get_or_insert_with(Instant::now));
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use nkv_core::{Applied, Change, Epoch, Key, Op, Outcome, Pattern, PersistError, Revision, StoredRef};
+use nkv_core::{Applied, Change, Epoch, Op, Outcome, Pattern, PersistError, RecordRef, Revision, StoredRef};
 use nkv_types::{Error, ErrorKind, Result};
 use thiserror::Error as ThisError;
 use tokio::sync::watch;
@@ -165,7 +165,7 @@ pub(crate) trait Follower: fmt::Debug + Send + Sync {
 
     fn pass(&self, feed: u64, revision: Revision) -> Result<(), PersistError>;
 
-    fn keys(&self, pattern: &Pattern) -> Vec<Key>;
+    fn walk(&self, pattern: &Pattern, visit: &mut dyn FnMut(RecordRef<'_>));
 
     fn reached(&self, feed: u64);
 }
@@ -215,10 +215,10 @@ impl Feed {
         self.run(move |to, number| to.pass(number, revision)).await
     }
 
-    /// The keys that the node shows and `pattern` selects, in their order: up to 1,024 are of one moment.
-    #[must_use]
-    pub fn keys(&self, pattern: &Pattern) -> Vec<Key> {
-        self.to.keys(pattern)
+    /// Lends each record that the node shows and `pattern` selects to `visit`, in the order of keys: up to 1,024 are of one
+    /// moment. No write becomes visible meanwhile, so `visit` is to be quick.
+    pub fn walk(&self, pattern: &Pattern, mut visit: impl FnMut(RecordRef<'_>)) {
+        self.to.walk(pattern, &mut visit);
     }
 
     /// Notes that the engine is in reach, and that the node has seen all that there was when it was asked: reads are of the

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use nkv_core::{Applied, Change, Epoch, Key, Pattern, PersistError, PersistErrorKind, Revision};
+use nkv_core::{Applied, Change, Epoch, Pattern, PersistError, PersistErrorKind, RecordRef, Revision};
 
 use crate::engine::{Feed, Follower, Truth};
 use crate::shared::Shared;
@@ -48,13 +48,11 @@ impl Follower for Shared {
         self.take(feed, |shared| shared.store.pass(revision))
     }
 
-    fn keys(&self, pattern: &Pattern) -> Vec<Key> {
-        let mut keys = Vec::new();
+    fn walk(&self, pattern: &Pattern, visit: &mut dyn FnMut(RecordRef<'_>)) {
         let _: ControlFlow<()> = self.store.walk(pattern, None, |record| {
-            keys.push(record.key.to_key());
+            visit(record);
             ControlFlow::Continue(())
         });
-        keys
     }
 
     fn reached(&self, feed: u64) {

@@ -238,7 +238,7 @@ async fn a_snapshot_that_an_epoch_breaks_off_is_followed_by_a_whole_one() {
 
 /// Feeds one value, passes a revision, and gives what the feed shows of the node.
 #[derive(Debug)]
-struct Passing(tokio::sync::mpsc::UnboundedSender<Vec<Key>>);
+struct Passing(tokio::sync::mpsc::UnboundedSender<Vec<(Key, u64)>>);
 
 #[async_trait::async_trait]
 impl Engine for Passing {
@@ -262,7 +262,9 @@ impl Engine for Passing {
         feed.replace(state, nkv_core::Revision::new(3), Epoch::new(1)).await.unwrap();
         feed.pass(nkv_core::Revision::new(9)).await.unwrap();
         feed.reached();
-        self.0.send(feed.keys(&"a.*".parse().unwrap())).unwrap();
+        let mut shown = Vec::new();
+        feed.walk(&"a.*".parse().unwrap(), |record| shown.push((record.key.to_key(), record.revision.get())));
+        self.0.send(shown).unwrap();
         std::future::pending().await
     }
 
@@ -272,13 +274,13 @@ impl Engine for Passing {
 }
 
 #[tokio::test]
-async fn an_engine_passes_revisions_at_which_nothing_changed_and_asks_which_keys_the_node_shows() {
+async fn an_engine_passes_revisions_at_which_nothing_changed_and_looks_at_what_the_node_shows() {
     let (shown, mut keys) = tokio::sync::mpsc::unbounded_channel();
     let node = Node::builder().engine(Passing(shown)).start().await.unwrap();
     let nkv = node.handle();
     healthy(&nkv).await;
     assert_eq!(nkv.revision().get(), 9);
-    assert_eq!(timeout(PATIENCE, keys.recv()).await.unwrap().unwrap(), [Key::new("a.b").unwrap()]);
+    assert_eq!(timeout(PATIENCE, keys.recv()).await.unwrap().unwrap(), [(Key::new("a.b").unwrap(), 2)]);
 }
 
 #[tokio::test]

@@ -183,6 +183,7 @@ async fn rubbish_alone_and_too_many_answers_are_neither_none_nor_without_bound()
             let found = found.unwrap();
             let (kept, remarks) = (found.addresses().len(), found.unusable().len());
             assert!(kept > 0 && kept <= ADDRESSES_MAX && remarks <= ADDRESSES_MAX, "{kept} {remarks}");
+            assert!(remarks > 0, "that some are left out is said");
         } else {
             assert_eq!(found.unwrap_err().kind(), DiscoveryErrorKind::Unusable);
         }

@@ -141,7 +141,9 @@ async fn the_exchange_is_that_of_go_kv() {
     assert_eq!(request.payload, [me, b"\x20\x02"].concat());
     let reply = request.reply.expect("an inbox");
     let peer = b"\x0a\x0810.0.0.2\x10\xfa\x19\x1a\x0d10.0.0.2:3322\x20\x03".as_slice();
-    let rubbish = [b"\xff\xff".as_slice(), b"", &[0; 4_096], b"\x0a\x01 \x10\x07\x20\x03", b"\x0a\x01h\x20\x03"];
+    let request = b"\x0a\x0810.0.0.9\x10\x07\x20\x02".as_slice();
+    let rubbish =
+        [b"\xff\xff".as_slice(), b"", &[0; 4_096], b"\x0a\x01 \x10\x07\x20\x03", b"\x0a\x01h\x20\x03", request];
     for message in rubbish.into_iter().chain([peer, peer]) {
         client.publish(reply.clone(), message.to_vec().into()).await.unwrap();
     }

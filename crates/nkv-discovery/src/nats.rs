@@ -2,10 +2,12 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use async_nats::connection::State;
-use async_nats::{Client, ConnectErrorKind, ConnectOptions, Message as NatsMessage, ServerAddr, Subscriber};
+use async_nats::{Client, ConnectErrorKind, ConnectOptions, Event, Message as NatsMessage, ServerAddr, Subscriber};
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use percent_encoding::percent_decode_str;
@@ -23,7 +25,7 @@ use crate::spec::NatsSpec;
 /// No message of the exchange is longer: two texts of a host, a port and a type.
 const MESSAGE_LEN_MAX: usize = 1_024;
 
-/// How many messages wait to be read.
+/// How many messages wait to be read; of what comes faster, some is lost.
 const CAPACITY: usize = 256;
 
 /// A message of the exchange.
@@ -93,6 +95,8 @@ pub struct Nats {
     spec: NatsSpec,
     server: ServerAddr,
     session: OnceCell<Session>,
+    /// How often a message was lost.
+    lost: Arc<AtomicU64>,
 }
 
 /// A connection, on which requests are answered.
@@ -110,7 +114,7 @@ impl Nats {
     pub fn new(spec: NatsSpec) -> Result<Self, ConfigError> {
         let server = format!("nats://{}", spec.server);
         let server = server.parse().map_err(|error| ConfigError(format!("nats: {}: {error}", spec.place())))?;
-        Ok(Nats { spec, server, session: OnceCell::new() })
+        Ok(Nats { spec, server, session: OnceCell::new(), lost: Arc::default() })
     }
 
     async fn session(&self, own: SocketAddr) -> Result<&Session, DiscoveryError> {
@@ -138,13 +142,19 @@ impl Nats {
     }
 
     async fn connect(&self, own: SocketAddr) -> Result<Client, DiscoveryError> {
-        let wait = self.spec.reconnect_wait;
+        let (wait, lost) = (self.spec.reconnect_wait, Arc::clone(&self.lost));
         let mut options = ConnectOptions::new()
             .name(own)
             .connection_timeout(self.spec.timeout)
             .subscription_capacity(CAPACITY)
             .client_capacity(CAPACITY)
             .max_reconnects(None)
+            .event_callback(move |event| {
+                if matches!(event, Event::SlowConsumer(_)) {
+                    lost.fetch_add(1, Relaxed);
+                }
+                std::future::ready(())
+            })
             .reconnect_delay_callback(move |attempt| if attempt <= 1 { Duration::ZERO } else { wait });
         let decode = |text| percent_decode_str(text).decode_utf8_lossy().into_owned();
         options = match (self.server.username().map(decode), self.server.password().map(decode)) {
@@ -274,16 +284,21 @@ impl Discovery for Nats {
 
     async fn find(&self, own: SocketAddr) -> Result<Found, DiscoveryError> {
         let client = &self.session(own).await?.client;
-        let lost = || DiscoveryError::unreachable(format!("nats: {}: the connection is lost", self.spec.place()));
+        let cut = || DiscoveryError::unreachable(format!("nats: {}: the connection is lost", self.spec.place()));
         if client.connection_state() != State::Connected {
-            return Err(lost());
+            return Err(cut());
         }
+        let lost_before = self.lost.load(Relaxed);
         let inbox = client.new_inbox();
         let mut answers = self.subscribe(client, inbox.clone()).await?;
         let request = PeerMessage::new(own, Kind::Request);
         self.publish(client, Some(inbox), request.clone()).await?;
         let (hosts, mut found, heard_own) = self.collect(&mut answers, &request).await;
         found.merge(resolve(&hosts, self.spec.timeout).await);
+        match self.lost.load(Relaxed).wrapping_sub(lost_before) {
+            0 => {}
+            lost => found.add_unusable(format!("{lost} messages came faster than they were read")),
+        }
         if found.addresses().is_empty() && !heard_own {
             // Not even this node's own answer came back: that says nothing of others.
             return Err(match client.connection_state() {
@@ -291,7 +306,7 @@ impl Discovery for Nats {
                     "nats: no answer on '{}' within {:?}, not even the own one",
                     self.spec.subject, self.spec.timeout
                 )),
-                _ => lost(),
+                _ => cut(),
             });
         }
         found.checked()

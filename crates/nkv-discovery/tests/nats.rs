@@ -141,7 +141,9 @@ async fn the_exchange_is_that_of_go_kv() {
     assert_eq!(request.payload, [me, b"\x20\x02"].concat());
     let reply = request.reply.expect("an inbox");
     let peer = b"\x0a\x0810.0.0.2\x10\xfa\x19\x1a\x0d10.0.0.2:3322\x20\x03".as_slice();
-    let rubbish = [b"\xff\xff".as_slice(), b"", &[0; 4_096], b"\x0a\x01 \x10\x07\x20\x03", b"\x0a\x01h\x20\x03"];
+    let request = b"\x0a\x0810.0.0.9\x10\x07\x20\x02".as_slice();
+    let rubbish =
+        [b"\xff\xff".as_slice(), b"", &[0; 4_096], b"\x0a\x01 \x10\x07\x20\x03", b"\x0a\x01h\x20\x03", request];
     for message in rubbish.into_iter().chain([peer, peer]) {
         client.publish(reply.clone(), message.to_vec().into()).await.unwrap();
     }
@@ -183,6 +185,7 @@ async fn rubbish_alone_and_too_many_answers_are_neither_none_nor_without_bound()
             let found = found.unwrap();
             let (kept, remarks) = (found.addresses().len(), found.unusable().len());
             assert!(kept > 0 && kept <= ADDRESSES_MAX && remarks <= ADDRESSES_MAX, "{kept} {remarks}");
+            assert!(remarks > 0, "that some are left out is said");
         } else {
             assert_eq!(found.unwrap_err().kind(), DiscoveryErrorKind::Unusable);
         }

@@ -99,6 +99,23 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         Ok(count)
     }
 
+    /// Notes that the source of [applied](Self::apply) changes is at `revision`, with no further change up to there: the store is at
+    /// it too then. Nothing happens if it was already.
+    ///
+    /// # Errors
+    ///
+    /// [`PersistError`]: the store is where it was.
+    pub fn skip_to(&self, revision: Revision) -> Result<(), PersistError> {
+        let _later = Later::begin();
+        let mut writer = self.lock_writer()?;
+        check_last(revision)?;
+        if revision <= writer.revision {
+            return Ok(());
+        }
+        let mark = mark(revision, writer.persist.keeps_meta(), |key| self.get_stored(key, |_| ()).is_some());
+        self.keep(&mut writer, vec![mark], usize::MAX)
+    }
+
     /// Does what differs between the store and a state of its epoch.
     fn mend(&self, writer: &mut Writer<P>, state: Vec<Change>, revision: Revision) -> Result<u64, PersistError> {
         if revision < writer.revision {

@@ -518,3 +518,19 @@ fn a_large_delete_does_not_go_on_in_another_epoch() {
     assert!(matches!(results[..], [Ok(nkv_core::Outcome::Deleted { count: 1_024, .. })]), "{results:?}");
     assert_eq!(store.stats().keys, 3_000, "what it was to delete was of the epoch before");
 }
+
+#[test]
+fn a_revision_without_a_change_is_noted_and_kept_and_nothing_is_told() {
+    let (store, _script, disk) = store();
+    store.apply(vec![put("a", 3)]).unwrap();
+    let inbox = subscribe(&store, &["a"]);
+    store.skip_to(r(7)).unwrap();
+    assert_eq!(store.stats().revision, r(7));
+    assert_eq!(told(&inbox), [""; 0], "a subscriber is told of nothing");
+    store.skip_to(r(5)).unwrap();
+    assert_eq!(store.stats().revision, r(7), "it never falls");
+    assert_eq!(store.apply(vec![put("a", 7)]).unwrap().passed_over, 1, "what was passed is over");
+    assert_eq!(store.skip_to(r(u64::MAX)).unwrap_err().kind(), PersistErrorKind::Rejected);
+    let again: Store<Disk> = NotifyKeyValue::open(disk).unwrap();
+    assert_eq!(again.stats().revision, r(7), "and it is kept");
+}

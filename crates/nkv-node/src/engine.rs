@@ -160,6 +160,8 @@ pub(crate) trait Follower: fmt::Debug + Send + Sync {
 
     fn replace(&self, feed: u64, state: Vec<Change>, revision: Revision, epoch: Epoch) -> Result<u64, PersistError>;
 
+    fn skip_to(&self, feed: u64, revision: Revision) -> Result<(), PersistError>;
+
     fn reached(&self, feed: u64);
 }
 
@@ -193,6 +195,20 @@ impl Feed {
     /// As [`apply`](Self::apply).
     pub async fn replace(&self, state: Vec<Change>, revision: Revision, epoch: Epoch) -> Result<u64, EngineError> {
         self.run(move |to, number| to.replace(number, state, revision, epoch)).await
+    }
+
+    /// Notes that the engine is at this revision, with no further change for the node up to there: see
+    /// [`NotifyKeyValue::skip_to`](nkv_core::NotifyKeyValue::skip_to).
+    ///
+    /// # Errors
+    ///
+    /// As [`apply`](Self::apply).
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`apply`](Self::apply).
+    pub async fn skip_to(&self, revision: Revision) -> Result<(), EngineError> {
+        self.run(move |to, number| to.skip_to(number, revision)).await
     }
 
     /// Notes that the engine is in reach, and that the node has seen all that there was when it was asked: reads are of the

@@ -43,6 +43,10 @@ impl Follower for Shared {
         self.take(feed, |shared| shared.store.replace(state, revision, epoch))
     }
 
+    fn skip_to(&self, feed: u64, revision: Revision) -> Result<(), PersistError> {
+        self.take(feed, |shared| shared.store.skip_to(revision))
+    }
+
     fn reached(&self, feed: u64) {
         let newest = self.feeds.lock().unwrap_or_else(PoisonError::into_inner);
         if *newest != feed {

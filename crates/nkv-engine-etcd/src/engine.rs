@@ -19,12 +19,17 @@ use crate::names::Names;
 use crate::options::Options;
 use crate::rpc::{KeyValue, RangeRequest};
 use crate::session::{Ids, Session};
+use crate::write;
 
 /// How long [`Engine::last`] waits for etcd.
 const LAST_LIMIT: Duration = Duration::from_secs(1);
 
-/// etcd as the engine of a node. It connects when the node follows it, so it can be made while etcd is away.
-pub struct Etcd {
+/// etcd as the engine of a node. It connects when the node follows it, so it can be made while etcd is away. Clones are one
+/// engine.
+#[derive(Clone, Debug)]
+pub struct Etcd(Arc<Inner>);
+
+pub(crate) struct Inner {
     pub(crate) options: Options,
     pub(crate) names: Names,
     login: Login,
@@ -64,7 +69,7 @@ impl Etcd {
     /// An engine with these options. Nothing is done yet.
     #[must_use]
     pub fn new(options: Options) -> Self {
-        Etcd {
+        Etcd(Arc::new(Inner {
             names: Names::new(options.prefix()),
             login: Login::new(options.user.clone(), options.password_file.clone()),
             options,
@@ -73,7 +78,7 @@ impl Etcd {
             known: Mutex::default(),
             wanted: Notify::new(),
             warned_of_history: AtomicBool::new(false),
-        }
+        }))
     }
 
     /// Whether etcd is in reach and fit: what a program asks at its start, to end with a clear message where it is not. Makes
@@ -84,9 +89,11 @@ impl Etcd {
     /// [`EngineError::Unavailable`] if etcd is out of reach; [`EngineError::Refused`] for a setting that breaks a promise, such as
     /// a prefix within that of another nkv, servers of two etcds, or a login that is not accepted.
     pub async fn check(&self) -> Result<(), EngineError> {
-        self.open().await.map(drop)
+        self.0.open().await.map(drop)
     }
+}
 
+impl Inner {
     pub(crate) async fn open(&self) -> Result<Session, EngineError> {
         Session::open(&self.options, &self.names, &self.login, &self.ids).await
     }
@@ -103,10 +110,6 @@ impl Etcd {
     pub(crate) fn publish(&self, session: Arc<Session>) -> Published<'_> {
         *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&session));
         Published { etcd: self, session }
-    }
-
-    pub(crate) fn lease_of(&self, key: &Key) -> Option<i64> {
-        self.known().leases.get(key).copied()
     }
 
     pub(crate) fn hides(&self, key: &Key) -> bool {
@@ -130,9 +133,17 @@ impl Known {
         if lease == 0 { None } else { self.own.get(&lease).map(|(expiry, _)| *expiry) }
     }
 
-    pub(crate) fn note_lease(&mut self, key: Key, lease: i64) {
+    /// The value of the key has this lease now. Returns the one before if it is this node's to revoke.
+    pub(crate) fn note_lease(&mut self, key: Key, lease: i64) -> Option<i64> {
         let before = self.leases.insert(key, lease);
-        before.filter(|before| *before != lease).map(|before| self.own.remove(&before));
+        before.filter(|before| *before != lease && self.own.remove(before).is_some())
+    }
+
+    /// The key has another value now, with this lease (0: none), or none. Returns the lease that it had if it is this node's to
+    /// revoke: each node revokes those that it has made, so that each is revoked once, whoever has changed the value.
+    pub(crate) fn end_value(&mut self, key: &Key, lease: i64) -> Option<i64> {
+        let before = self.leases.get(key).copied();
+        before.filter(|before| *before != lease && self.own.remove(before).is_some())
     }
 
     pub(crate) fn end_lease(&mut self, key: &Key) {
@@ -147,15 +158,15 @@ impl Known {
     }
 }
 
-impl fmt::Debug for Etcd {
+impl fmt::Debug for Inner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Etcd").field("options", &self.options).finish_non_exhaustive()
+        f.debug_struct("Inner").field("options", &self.options).finish_non_exhaustive()
     }
 }
 
 /// While it lives, writes go by its session. Dropped, those under way have an unknown outcome.
 pub(crate) struct Published<'a> {
-    etcd: &'a Etcd,
+    etcd: &'a Inner,
     session: Arc<Session>,
 }
 
@@ -175,15 +186,21 @@ impl Engine for Etcd {
     }
 
     fn value_len_max(&self) -> usize {
-        self.options.value_len_max
+        self.0.options.value_len_max
     }
 
     async fn write(&self, epoch: Epoch, ops: Vec<Op>, together: bool) -> Result<Decided, EngineError> {
-        self.decide(epoch, &ops, together).await
+        if !ops.iter().any(write::has_ttl) {
+            return self.0.decide(epoch, &ops, together).await;
+        }
+        // It is not given up half-way: its leases would stay.
+        let inner = Arc::clone(&self.0);
+        let done = tokio::spawn(async move { inner.decide(epoch, &ops, together).await });
+        done.await.unwrap_or_else(|error| Err(EngineError::OutcomeUnknown(error.to_string())))
     }
 
     async fn follow(&self, seen: Option<Seen>, feed: Feed) -> EngineError {
-        match crate::follow::follow(self, seen, &feed).await {
+        match crate::follow::follow(&self.0, seen, &feed).await {
             Ok(never) => match never {},
             Err(error) => error,
         }
@@ -191,14 +208,15 @@ impl Engine for Etcd {
 
     async fn last(&self) -> Result<Seen, EngineError> {
         let away = |text: &str| EngineError::Unavailable(text.into());
-        let session = self.session().ok_or_else(|| away("etcd is not followed"))?;
-        let request = RangeRequest { key: self.names.generation().into(), keys_only: true, ..RangeRequest::default() };
+        let session = self.0.session().ok_or_else(|| away("etcd is not followed"))?;
+        let request =
+            RangeRequest { key: self.0.names.generation().into(), keys_only: true, ..RangeRequest::default() };
         let read =
             timeout(LAST_LIMIT, session.range(request)).await.map_err(|_| away("etcd did not answer in time"))?;
         let header = read.map_err(|status| fault::of_request(&status))?.header.unwrap_or_default();
         let revision = Revision::new(u64::try_from(header.revision).unwrap_or_default());
-        if self.known().at.as_ref().is_none_or(|at| at.seen.revision < revision) {
-            self.wanted.notify_one();
+        if self.0.known().at.as_ref().is_none_or(|at| at.seen.revision < revision) {
+            self.0.wanted.notify_one();
         }
         Ok(Seen { epoch: session.epoch, revision })
     }

@@ -27,6 +27,11 @@ pub(crate) fn is_future(status: &Status) -> bool {
     has(status, "required revision is a future revision")
 }
 
+/// There is no room.
+pub(crate) fn is_full(status: &Status) -> bool {
+    has(status, "database space exceeded")
+}
+
 /// An answer that is longer than what is taken.
 pub(crate) fn is_too_long(status: &Status) -> bool {
     has(status, "message length too large")
@@ -53,7 +58,7 @@ fn of_read(status: &Status) -> Option<EngineError> {
     if was_not_sent(status) || has(status, "etcdserver: no leader") || has(status, "etcdserver: too many requests") {
         return Some(EngineError::Unavailable(said.to_owned()));
     }
-    if has(status, "database space exceeded") {
+    if is_full(status) {
         return refused(
             507,
             format!("etcd is full: {said}; compact and defragment it, or raise its --quota-backend-bytes"),

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use nkv_core::{Action, Change, Key, Meta, Reason, Revision};
 use nkv_node::EngineError;
 
-use crate::engine::{Etcd, Known};
+use crate::engine::{Inner, Known};
 use crate::fault;
 use crate::names::{Name, Range, behind};
 use crate::rpc::{KeyValue, RangeRequest};
@@ -35,7 +35,7 @@ pub(crate) struct State {
     pub(crate) last: KeyValue,
 }
 
-impl Etcd {
+impl Inner {
     pub(crate) async fn fetch(&self, session: &Session) -> Result<State, EngineError> {
         let mut tries = 0_usize;
         loop {
@@ -135,4 +135,8 @@ fn change(key: Key, number: i64, action: Action) -> Change {
 
 pub(crate) fn revision(number: i64) -> Revision {
     Revision::new(u64::try_from(number).unwrap_or_default())
+}
+
+pub(crate) fn number(revision: Revision) -> i64 {
+    i64::try_from(revision.get()).unwrap_or(i64::MAX)
 }

@@ -16,16 +16,16 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use crate::engine::{At, Etcd, Published};
+use crate::engine::{At, Inner, Published};
 use crate::fault;
-use crate::fetch::{State, delete, own, put, revision};
+use crate::fetch::{State, delete, number, own, put, revision};
 use crate::names::Name;
 use crate::rpc::event::EventType;
 use crate::rpc::watch_request::RequestUnion;
 use crate::rpc::{
     Event, KeyValue, RangeRequest, TxnRequest, WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse,
 };
-use crate::session::Session;
+use crate::session::{Session, revoke};
 use crate::write;
 
 /// How often etcd is asked how far it is: a sign of life.
@@ -45,7 +45,7 @@ const HISTORY_MAX: i64 = 10_000;
 const FOREIGN_PAUSE: Duration = Duration::from_secs(60);
 
 /// Follows, for as long as it goes well.
-pub(crate) async fn follow(etcd: &Etcd, seen: Option<Seen>, feed: &Feed) -> Result<Infallible, EngineError> {
+pub(crate) async fn follow(etcd: &Inner, seen: Option<Seen>, feed: &Feed) -> Result<Infallible, EngineError> {
     let session = Arc::new(etcd.open().await?);
     warn_of_history(etcd, &session).await;
     let resumed = match seen {
@@ -62,27 +62,27 @@ pub(crate) async fn follow(etcd: &Etcd, seen: Option<Seen>, feed: &Feed) -> Resu
 }
 
 /// The revision from which the watch may go on; `None` where the whole state is needed.
-async fn resume(etcd: &Etcd, session: &Session, seen: Seen) -> Result<Option<i64>, EngineError> {
+async fn resume(etcd: &Inner, session: &Session, seen: Seen) -> Result<Option<i64>, EngineError> {
     let at = etcd.known().at.clone().filter(|at| at.seen == seen);
     let Some(at) = at.filter(|_| session.epoch == seen.epoch) else { return Ok(None) };
-    let number = number(seen.revision);
-    let mut is_other = session.revision < number
+    let start = number(seen.revision);
+    let mut is_other = session.revision < start
         || session.raft_term < at.raft_term
         || session.raft_index < at.raft_index
         || session.generation != at.generation;
     if !is_other {
-        match session.read_at(at.last.0.clone(), number).await {
+        match session.read_at(at.last.0.clone(), start).await {
             Ok(found) => is_other = found != at.last.1,
             Err(status) if fault::is_compacted(&status) => return Ok(None),
             Err(status) if fault::is_future(&status) => is_other = true,
             Err(status) => return Err(fault::of_request(&status)),
         }
     }
-    if is_other { Err(begin_anew(etcd, session).await) } else { Ok(Some(number)) }
+    if is_other { Err(begin_anew(etcd, session).await) } else { Ok(Some(start)) }
 }
 
 /// Gives the node the whole state.
-async fn fetch(etcd: &Etcd, session: &Session, seen: Option<Seen>, feed: &Feed) -> Result<i64, EngineError> {
+async fn fetch(etcd: &Inner, session: &Session, seen: Option<Seen>, feed: &Feed) -> Result<i64, EngineError> {
     let state = etcd.fetch(session).await?;
     let before = seen.filter(|seen| seen.epoch == session.epoch);
     if before.is_some_and(|before| state.revision < number(before.revision)) {
@@ -111,7 +111,7 @@ async fn fetch(etcd: &Etcd, session: &Session, seen: Option<Seen>, feed: &Feed) 
 }
 
 /// etcd does not go on from where this node saw it: other nodes must not take the one for the other either.
-async fn begin_anew(etcd: &Etcd, session: &Session) -> EngineError {
+async fn begin_anew(etcd: &Inner, session: &Session) -> EngineError {
     tracing::warn!(target: "nkv::engine", "etcd went back behind what this node has seen: a new epoch begins");
     match session.write_generation(&etcd.names, session.generation).await {
         Ok(()) => EngineError::Unavailable("etcd went back behind what this node has seen: a new epoch begins".into()),
@@ -124,12 +124,8 @@ fn at_of(session: &Session, seen: Seen, last: (Bytes, Option<KeyValue>)) -> At {
     At { seen, raft_term, raft_index, generation, last }
 }
 
-fn number(revision: Revision) -> i64 {
-    i64::try_from(revision.get()).unwrap_or(i64::MAX)
-}
-
 /// A history that grows for ever fills etcd in the end.
-async fn warn_of_history(etcd: &Etcd, session: &Session) {
+async fn warn_of_history(etcd: &Inner, session: &Session) {
     if session.revision < HISTORY_MAX || etcd.warned_of_history.load(Relaxed) {
         return;
     }
@@ -157,7 +153,7 @@ struct Watch {
 }
 
 struct Following<'a> {
-    etcd: &'a Etcd,
+    etcd: &'a Inner,
     session: Arc<Session>,
     feed: &'a Feed,
     /// Up to where the node has seen changes.
@@ -167,8 +163,7 @@ struct Following<'a> {
     /// Where it began, if without the whole state.
     resumed_at: Option<i64>,
     published: Option<Published<'a>>,
-    /// Parts of an answer that is not whole.
-    parts: Vec<Event>,
+    /// What was heard, and the node does not have yet.
     ready: Vec<Event>,
     /// Bytes of the values in it.
     ready_len: usize,
@@ -186,7 +181,7 @@ struct Following<'a> {
 }
 
 impl<'a> Following<'a> {
-    fn new(etcd: &'a Etcd, session: Arc<Session>, feed: &'a Feed, at: i64, is_resumed: bool) -> Self {
+    fn new(etcd: &'a Inner, session: Arc<Session>, feed: &'a Feed, at: i64, is_resumed: bool) -> Self {
         let now = Instant::now();
         Following {
             etcd,
@@ -196,7 +191,6 @@ impl<'a> Following<'a> {
             resumed_at: is_resumed.then_some(at),
             session,
             published: None,
-            parts: Vec::new(),
             ready: Vec::new(),
             ready_len: 0,
             complete: at,
@@ -214,12 +208,12 @@ impl<'a> Following<'a> {
     async fn watch(&self) -> Result<Watch, EngineError> {
         let (requests, stream) = mpsc::channel(4);
         let range = self.etcd.names.all();
+        // Not in fragments: etcd cuts many small events in quadratic time. What is too long for one message is fetched.
         let request = WatchCreateRequest {
             key: range.from.into(),
             range_end: range.to.into(),
             start_revision: self.at.saturating_add(1),
             progress_notify: true,
-            fragment: true,
         };
         let opening = async {
             let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(request)) };
@@ -270,7 +264,13 @@ impl<'a> Following<'a> {
                     Err(error) => break Some(error),
                 },
                 Ok(None) => break Some(unavailable("the watch ended")),
-                Err(status) => break Some(fault::of_request(&status)),
+                Err(status) => {
+                    if fault::is_too_long(&status) {
+                        // It would come again.
+                        self.etcd.known().at = None;
+                    }
+                    break Some(fault::of_request(&status));
+                }
             }
             count = count.saturating_add(1);
             if count >= JOINED_MAX || self.ready_len >= JOINED_LEN_MAX {
@@ -302,20 +302,15 @@ impl<'a> Following<'a> {
         if answer.created {
             return Ok(true);
         }
-        self.parts.extend(answer.events);
-        if answer.fragment {
-            return Ok(false);
-        }
-        if self.parts.is_empty() {
+        if answer.events.is_empty() {
             // Of itself it says so in order.
             if answer.watch_id >= 0 || self.session.tells_progress {
                 self.complete = self.complete.max(header.revision);
             }
-        } else {
-            let len = self.parts.iter().filter_map(|event| event.kv.as_ref()).map(|kv| kv.value.len()).sum();
-            self.ready_len = self.ready_len.saturating_add(len);
-            self.ready.append(&mut self.parts);
         }
+        let len = answer.events.iter().filter_map(|event| event.kv.as_ref()).map(|kv| kv.value.len()).sum();
+        self.ready_len = self.ready_len.saturating_add(len);
+        self.ready.extend(answer.events);
         Ok(false)
     }
 
@@ -365,7 +360,7 @@ impl<'a> Following<'a> {
     fn translate(&mut self, events: &[Event], changes: &mut Vec<Change>) -> bool {
         let events = || events.iter().filter_map(|event| event.kv.as_ref().map(|kv| (event.r#type, kv)));
         let is_put = |kind: i32| kind == i32::from(EventType::Put);
-        let mut ended = HashSet::<Key>::new();
+        let (mut ended, mut replaced) = (HashSet::<Key>::new(), Vec::new());
         let mut foreign = 0_u64;
         let mut known = self.etcd.known();
         let names: Vec<(i32, &KeyValue, Name)> =
@@ -373,7 +368,7 @@ impl<'a> Following<'a> {
         for (kind, kv, name) in &names {
             if let Name::Lease(key) = name {
                 if is_put(*kind) {
-                    known.note_lease(key.clone(), kv.lease);
+                    replaced.extend(known.note_lease(key.clone(), kv.lease));
                 } else {
                     known.end_lease(key);
                     ended.insert(key.clone());
@@ -391,6 +386,7 @@ impl<'a> Following<'a> {
                 }
                 Name::Value(key) => {
                     known.large.remove(&key);
+                    replaced.extend(known.end_value(&key, kv.lease));
                     if is_put(kind) {
                         changes.push(put(key, kv, &known));
                     } else {
@@ -405,6 +401,7 @@ impl<'a> Following<'a> {
             }
         }
         drop(known);
+        revoke(&self.session, replaced);
         self.note_foreign(foreign);
         is_other
     }

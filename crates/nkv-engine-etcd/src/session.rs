@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -189,8 +190,7 @@ impl Session {
         Ok(granted.id)
     }
 
-    /// What is not revoked ends by itself.
-    pub(crate) async fn revoke(&self, id: i64) {
+    async fn revoke(&self, id: i64) {
         let revoked = self.call(|| async { self.lease().lease_revoke(LeaseRevokeRequest { id }).await }).await;
         if let Err(status) = revoked {
             tracing::debug!(target: "nkv::engine", "etcd: a lease was not revoked: {status}");
@@ -243,6 +243,19 @@ impl Session {
     fn maintenance(&self) -> MaintenanceClient<Via> {
         MaintenanceClient::with_interceptor(self.channel.clone(), self.login.clone())
     }
+}
+
+/// Frees the leases of values that are gone. What is not revoked ends by itself, but not soon.
+pub(crate) fn revoke(session: &Arc<Session>, ids: Vec<i64>) {
+    if ids.is_empty() {
+        return;
+    }
+    let session = Arc::clone(session);
+    tokio::spawn(async move {
+        for id in ids {
+            session.revoke(id).await;
+        }
+    });
 }
 
 /// One prefix lies within the other.

@@ -9,14 +9,17 @@ use nkv_core::{Epoch, Key, Op, Outcome, Pattern, PutOptions, Revision};
 use nkv_node::{Decided, EngineError};
 use tonic::Status;
 
-use crate::engine::Etcd;
+use crate::engine::Inner;
 use crate::fault;
+use crate::fetch::{number, revision};
 use crate::names::{Name, Range, behind};
 use crate::rpc::compare::{CompareResult, CompareTarget, TargetUnion};
 use crate::rpc::request_op::Request;
 use crate::rpc::response_op::Response;
-use crate::rpc::{Compare, DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, ResponseOp, TxnRequest};
-use crate::session::Session;
+use crate::rpc::{
+    Compare, DeleteRangeRequest, PutRequest, RangeRequest, RangeResponse, RequestOp, ResponseOp, TxnRequest,
+};
+use crate::session::{Session, revoke};
 
 /// So many plain writes of one caller go in one transaction, at most.
 const JOINED_MAX: usize = 64;
@@ -27,7 +30,7 @@ const OPS_MAX: usize = 128;
 const STEP_TRIES: usize = 3;
 const SCAN_KEYS: i64 = 10_000;
 
-impl Etcd {
+impl Inner {
     pub(crate) async fn decide(&self, epoch: Epoch, ops: &[Op], together: bool) -> Result<Decided, EngineError> {
         let session = self.session().ok_or_else(|| EngineError::Unavailable("etcd is not followed".into()))?;
         let results = if together {
@@ -78,20 +81,17 @@ impl Etcd {
         if ops.iter().any(has_condition) && epoch != session.epoch {
             return Err(EngineError::OtherEpoch);
         }
-        // Before it is done: a lease that is known now is of a value that this one replaces.
-        let before: Vec<Option<i64>> = ops.iter().map(|op| one_key(op).and_then(|key| self.lease_of(key))).collect();
         let mut tries = 0_usize;
-        let (outcomes, mut replaced) = loop {
+        loop {
             tries = tries.saturating_add(1);
             let mut leases = try_join_all(ops.iter().map(|op| Lease::grant(self, session, op))).await?;
-            let (mut guards, mut parts, mut replaced) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut guards, mut parts) = (Vec::new(), Vec::new());
             for (op, lease) in ops.iter().zip(&leases) {
                 match op {
                     Op::Delete { pattern: pattern @ (Pattern::Below(_) | Pattern::All), if_revision: None } => {
                         let scan = self.scan(session, pattern).await?;
                         guards.extend(self.guards(pattern, scan.revision));
                         parts.push(Part { requests: scan.ranges.into_iter().map(delete).collect(), of: Of::Delete });
-                        replaced.extend(scan.keys.iter().filter_map(|key| self.lease_of(key)));
                     }
                     op => parts.push(self.part(op, lease.as_ref().map_or(0, |lease| lease.id))),
                 }
@@ -103,7 +103,7 @@ impl Etcd {
                     for (lease, outcome) in leases.into_iter().zip(&outcomes) {
                         lease.into_iter().for_each(|lease| lease.end(outcome));
                     }
-                    break (outcomes, replaced);
+                    return Ok(outcomes);
                 }
                 Ok(None) if tries >= STEP_TRIES => {
                     let message = "keys are written too often for a wildcard delete in one step".into();
@@ -123,11 +123,7 @@ impl Etcd {
                     return Err(error);
                 }
             }
-        };
-        replaced
-            .extend(before.into_iter().zip(&outcomes).filter(|(_, outcome)| changes(outcome)).filter_map(|(id, _)| id));
-        revoke(session, replaced);
-        Ok(outcomes)
+        }
     }
 
     /// What a transaction does for an operation that is no wildcard.
@@ -158,6 +154,7 @@ impl Etcd {
         parts: Vec<Part>,
         guards: Vec<Compare>,
     ) -> Result<Option<Vec<Outcome>>, Fault> {
+        let before = self.known().at.as_ref().map_or(session.revision, |at| number(at.seen.revision));
         let generation = Bytes::from(self.names.generation());
         let mut compare = guards;
         compare.push(mod_is(generation.clone(), session.generation));
@@ -170,6 +167,9 @@ impl Etcd {
         let answer = match session.txn(&request).await {
             Ok(answer) => answer,
             Err(status) if fault::has_no_lease(&status) => return Err(Fault::NoLease),
+            Err(status) if fault::is_full(&status) => {
+                return Err(Fault::Other(self.when_full(session, &request, before, &status).await));
+            }
             Err(status) => return Err(Fault::Other(fault::of_write(&status))),
         };
         if !answer.succeeded {
@@ -194,6 +194,19 @@ impl Etcd {
             rest = others;
         }
         Ok(Some(outcomes))
+    }
+
+    /// etcd refuses what does not fit; but of the very first that does not, it says so and does it all the same.
+    async fn when_full(&self, session: &Session, request: &TxnRequest, before: i64, status: &Status) -> EngineError {
+        let mut keys = Vec::new();
+        puts(&request.success, &mut keys);
+        // By plain reads: etcd before 3.5.2 takes no transaction at all now.
+        let look = |key| session.range(RangeRequest { key, keys_only: true, ..RangeRequest::default() });
+        let is_untouched = |found: &RangeResponse| found.kvs.iter().all(|kv| kv.mod_revision <= before);
+        match try_join_all(keys.into_iter().map(look)).await {
+            Ok(found) if found.iter().all(is_untouched) => fault::of_write(status),
+            _ => EngineError::OutcomeUnknown(format!("{}; it may be done all the same", status.message())),
+        }
     }
 
     /// Where a pattern selects keys of nkv, and none else.
@@ -260,7 +273,6 @@ impl Etcd {
     /// A wildcard delete that one transaction does not take.
     async fn delete_key_by_key(&self, session: &Arc<Session>, pattern: &Pattern) -> Result<Outcome, EngineError> {
         let Scan { keys, .. } = self.scan(session, pattern).await?;
-        let replaced = keys.iter().filter_map(|key| self.lease_of(key)).collect();
         let (mut count, mut last) = (0_u64, Revision::ZERO);
         for some in keys.chunks(OPS_MAX) {
             let part =
@@ -280,22 +292,8 @@ impl Etcd {
                 }
             }
         }
-        revoke(session, replaced);
         Ok(if count == 0 { Outcome::NotFound } else { Outcome::Deleted { count, revision: last } })
     }
-}
-
-/// Frees the leases of values that are gone: they would end by themselves, but not soon.
-fn revoke(session: &Arc<Session>, ids: Vec<i64>) {
-    if ids.is_empty() {
-        return;
-    }
-    let session = Arc::clone(session);
-    tokio::spawn(async move {
-        for id in ids {
-            session.revoke(id).await;
-        }
-    });
 }
 
 /// How many operations from the first on are done in one transaction.
@@ -324,16 +322,8 @@ fn has_condition(op: &Op) -> bool {
     }
 }
 
-fn has_ttl(op: &Op) -> bool {
+pub(crate) fn has_ttl(op: &Op) -> bool {
     matches!(op, Op::Put { options: PutOptions { expiry: Some(_), .. }, .. })
-}
-
-fn changes(outcome: &Outcome) -> bool {
-    matches!(outcome, Outcome::Put { .. } | Outcome::Deleted { .. })
-}
-
-fn revision(number: i64) -> Revision {
-    Revision::new(u64::try_from(number).unwrap_or_default())
 }
 
 /// Not what etcd answers to what it was asked.
@@ -453,13 +443,24 @@ fn delete(range: Range) -> RequestOp {
     RequestOp { request: Some(Request::RequestDeleteRange(request)) }
 }
 
+/// The keys that are put.
+fn puts(requests: &[RequestOp], keys: &mut Vec<Bytes>) {
+    for request in requests {
+        match &request.request {
+            Some(Request::RequestPut(put)) => keys.push(put.key.clone()),
+            Some(Request::RequestTxn(txn)) => puts(&txn.success, keys),
+            _ => {}
+        }
+    }
+}
+
 fn look(key: Bytes) -> RequestOp {
     RequestOp { request: Some(Request::RequestRange(RangeRequest { key, keys_only: true, ..RangeRequest::default() })) }
 }
 
 /// A lease for one value. Dropped before the value was put, it is revoked.
 struct Lease<'a> {
-    etcd: &'a Etcd,
+    etcd: &'a Inner,
     session: Arc<Session>,
     id: i64,
     /// The value has it, or may have it.
@@ -468,7 +469,7 @@ struct Lease<'a> {
 
 impl<'a> Lease<'a> {
     /// One for an operation that needs one: in whole seconds, and no shorter than etcd has it at all times.
-    async fn grant(etcd: &'a Etcd, session: &Arc<Session>, op: &Op) -> Result<Option<Self>, EngineError> {
+    async fn grant(etcd: &'a Inner, session: &Arc<Session>, op: &Op) -> Result<Option<Self>, EngineError> {
         let Op::Put { options: PutOptions { expiry: Some(expiry), .. }, .. } = op else { return Ok(None) };
         let ttl = i64::try_from(expiry.ttl_ms.div_ceil(1_000).max(2)).unwrap_or(i64::MAX).min(TTL_MAX);
         let granted: Result<i64, Status> = session.grant(ttl).await;
@@ -492,7 +493,6 @@ impl Drop for Lease<'_> {
             return;
         }
         self.etcd.forget_own(self.id);
-        let (session, id) = (Arc::clone(&self.session), self.id);
-        tokio::spawn(async move { session.revoke(id).await });
+        revoke(&self.session, vec![self.id]);
     }
 }

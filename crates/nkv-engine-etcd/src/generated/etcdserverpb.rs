@@ -298,8 +298,6 @@ pub struct WatchCreateRequest {
     pub start_revision: i64,
     #[prost(bool, tag = "4")]
     pub progress_notify: bool,
-    #[prost(bool, tag = "8")]
-    pub fragment: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchProgressRequest {}
@@ -318,9 +316,6 @@ pub struct WatchResponse {
     pub compact_revision: i64,
     #[prost(string, tag = "6")]
     pub cancel_reason: ::prost::alloc::string::String,
-    /// Another part of the same answer follows.
-    #[prost(bool, tag = "7")]
-    pub fragment: bool,
     #[prost(message, repeated, tag = "11")]
     pub events: ::prost::alloc::vec::Vec<Event>,
 }

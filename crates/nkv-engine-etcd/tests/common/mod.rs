@@ -1,6 +1,7 @@
 //! An etcd for a test: a process of its own on free ports, with a directory of its own.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, reason = "a helper of tests")]
 
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -8,8 +9,15 @@ use std::time::Duration;
 
 use nkv_engine_etcd::{Etcd, Options};
 use nkv_node::{Handle, Node};
+use rpc::kv_client::KvClient;
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
+use tonic::transport::{Channel, Endpoint};
+
+#[allow(clippy::all, missing_docs, rustdoc::all, reason = "generated")]
+pub mod rpc {
+    include!("../../src/generated/etcdserverpb.rs");
+}
 
 /// How long anything may take.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -159,11 +167,30 @@ impl Server {
         self.ctl(args).unwrap_or_else(|error| panic!("etcdctl {args:?}: {error}"))
     }
 
+    /// Has `etcdctl` do puts and deletes, a line for each, in one transaction.
+    pub fn txn(&self, lines: &str) {
+        let mut command = Command::new(tool("etcdctl").unwrap());
+        command.args(["--endpoints", &self.server(), "txn"]).env("ETCDCTL_API", "3");
+        feed(command, format!("\n{lines}\n\n").as_bytes());
+    }
+
     /// etcd's revision.
     pub fn revision(&self) -> u64 {
         let text = self.must(&["get", "-w", "json", "x"]);
         let (_, rest) = text.split_once("\"revision\":").unwrap();
         rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
+    }
+
+    pub fn version(&self) -> String {
+        let text = self.must(&["endpoint", "status", "-w", "fields"]);
+        let line = text.lines().find_map(|line| line.strip_prefix("\"Version\" : ")).unwrap();
+        line.trim_matches('"').to_owned()
+    }
+
+    /// etcd's own API, as any client has it.
+    pub async fn client(&self) -> KvClient<Channel> {
+        let channel = Endpoint::from_shared(format!("http://{}", self.server())).unwrap().tcp_nodelay(true);
+        KvClient::new(channel.connect().await.unwrap())
     }
 
     pub fn options(&self, prefix: &str) -> Options {
@@ -179,6 +206,13 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+fn feed(mut command: Command, input: &[u8]) {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 pub fn output(command: &mut Command) -> Result<String, String> {
@@ -205,8 +239,18 @@ pub async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     }
 }
 
+/// A put, as etcd has it.
+pub fn raw_put(key: &str, value: Vec<u8>) -> rpc::TxnRequest {
+    let put = rpc::PutRequest { key: key.to_owned().into(), value: value.into(), lease: 0 };
+    let op = rpc::RequestOp { request: Some(rpc::request_op::Request::RequestPut(put)) };
+    rpc::TxnRequest { success: vec![op], ..Default::default() }
+}
+
 /// A node of this engine, once it has a state.
 pub async fn node(engine: Etcd) -> (Node, Handle) {
+    if std::env::var_os("NKV_TEST_LOG").is_some() {
+        drop(tracing_subscriber::fmt().with_max_level(tracing_subscriber::filter::LevelFilter::DEBUG).try_init());
+    }
     let node = Node::builder().engine(engine).start().await.unwrap();
     let handle = node.handle();
     eventually("the engine is in reach", async || handle.health().await.is_ok()).await;

@@ -12,7 +12,7 @@ use nkv_core::{Change, Key, PersistErrorKind, Reason, Revision};
 use nkv_node::{EngineError, Feed, Seen};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
@@ -235,6 +235,7 @@ impl<'a> Following<'a> {
             if is_created && self.published.is_none() {
                 self.reach().await?;
             }
+            let silent_at = self.silent_at();
             tokio::select! {
                 biased;
                 () = self.session.kicked.notified() => return Err(unavailable("the data of this prefix begin anew")),
@@ -244,7 +245,8 @@ impl<'a> Following<'a> {
                 }
                 Some(job) = self.jobs.join_next(), if !self.jobs.is_empty() => self.end(job.ok())?,
                 () = self.etcd.wanted.notified() => self.ask(watch, true),
-                _ = ticks.tick() => self.tick(watch)?,
+                () = sleep_until(silent_at) => return Err(unavailable("etcd gave no sign of life for 2 s")),
+                _ = ticks.tick() => self.tick(watch),
             }
         }
     }
@@ -433,25 +435,26 @@ impl<'a> Following<'a> {
         Ok(())
     }
 
-    fn tick(&mut self, watch: &Watch) -> Result<(), EngineError> {
-        let is_caught_up = self.published.is_some();
-        let patience = if is_caught_up { SILENCE } else { SILENCE_AT_START };
-        if self.heard.elapsed() >= SILENCE || self.heard_watch.elapsed() >= patience {
-            return Err(unavailable("etcd gave no sign of life for 2 s"));
-        }
+    /// When it counts as away unless something is heard.
+    fn silent_at(&self) -> Instant {
+        let patience = if self.published.is_some() { SILENCE } else { SILENCE_AT_START };
+        let after = |at: Instant, patience| at.checked_add(patience).unwrap_or(at);
+        after(self.heard, SILENCE).min(after(self.heard_watch, patience))
+    }
+
+    fn tick(&mut self, watch: &Watch) {
         if self.at < self.told {
             self.behind_since.get_or_insert_with(Instant::now);
         }
         let is_long_behind = self.behind_since.is_some_and(|since| since.elapsed() > BEHIND);
         self.ask(watch, is_long_behind || self.at < self.target);
-        if !is_caught_up && self.jobs.is_empty() {
+        if self.published.is_none() && self.jobs.is_empty() {
             let (session, key) = (Arc::clone(&self.session), Bytes::from(self.etcd.names.generation()));
             self.jobs.spawn(async move {
                 let request = RangeRequest { key, serializable: true, keys_only: true, ..RangeRequest::default() };
                 Job::Pong(timeout(SILENCE, session.range(request)).await.is_ok_and(|read| read.is_ok()))
             });
         }
-        Ok(())
     }
 
     /// Asks etcd how far it is. Where the answer says nothing about the events before it, a write of our own that comes by

@@ -5,10 +5,10 @@ mod common;
 
 use std::time::Duration;
 
-use common::{PATIENCE, Server, eventually, node, raw_put, value};
+use common::{PATIENCE, Server, eventually, next, node, raw_put, value};
 use nkv_core::{Op, Outcome, Pattern};
 use nkv_engine_etcd::Etcd;
-use nkv_node::{Engine, EngineError, ErrorKind, Event, Handle, Key, PutOptions, Revision, Subscription};
+use nkv_node::{Engine, EngineError, ErrorKind, Handle, Key, PutOptions, Revision};
 use tokio::time::{Instant, timeout};
 
 fn key(text: &str) -> Key {
@@ -33,17 +33,6 @@ fn status<T: std::fmt::Debug>(result: Result<T, nkv_node::Error>) -> (u16, Strin
     match error.kind() {
         ErrorKind::Refused { status } => (*status, error.to_string()),
         other => panic!("{other:?}: {error}"),
-    }
-}
-
-async fn next(stream: &mut Subscription) -> String {
-    loop {
-        match timeout(PATIENCE, stream.next()).await.expect("no event").expect("it ended") {
-            Event::Update { entry, .. } => break format!("{}={}", entry.key, String::from_utf8_lossy(&entry.value)),
-            Event::Gone { key, reason, .. } => break format!("{key} {reason:?}"),
-            Event::Synced { .. } => {}
-            other => panic!("{other:?}"),
-        }
     }
 }
 

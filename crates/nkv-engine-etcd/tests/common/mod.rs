@@ -8,10 +8,13 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use nkv_engine_etcd::{Etcd, Options};
-use nkv_node::{Handle, Node};
+use nkv_node::{Event, Handle, Node, Subscription};
 use rpc::kv_client::KvClient;
 use tempfile::TempDir;
-use tokio::time::{Instant, sleep};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
 use tonic::transport::{Channel, Endpoint};
 
 #[allow(clippy::all, missing_docs, rustdoc::all, reason = "generated")]
@@ -181,6 +184,16 @@ impl Server {
         rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
     }
 
+    /// A figure of etcd.
+    pub async fn metric(&self, name: &str) -> u64 {
+        let mut stream = tokio::net::TcpStream::connect(self.server()).await.unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        let value = text.lines().find_map(|line| line.strip_prefix(name)).expect("there is no such figure");
+        value.trim().parse::<f64>().unwrap() as u64
+    }
+
     pub fn version(&self) -> String {
         let text = self.must(&["endpoint", "status", "-w", "fields"]);
         let line = text.lines().find_map(|line| line.strip_prefix("\"Version\" : ")).unwrap();
@@ -259,4 +272,100 @@ pub async fn node(engine: Etcd) -> (Node, Handle) {
 
 pub async fn value(nkv: &Handle, key: &str) -> Option<String> {
     nkv.get(key).await.unwrap().map(|entry| String::from_utf8_lossy(&entry.value).into_owned())
+}
+
+/// What a proxy does with what passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passing {
+    Both,
+    /// Nothing from the server.
+    OneWay,
+    /// Connections end, and none is taken.
+    None,
+}
+
+/// Stands between a node and its etcd.
+#[derive(Debug)]
+pub struct Proxy {
+    pub port: u16,
+    passing: watch::Sender<Passing>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Proxy {
+    pub async fn start(server: String) -> Proxy {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let passing = watch::Sender::new(Passing::Both);
+        let sender = passing.clone();
+        let task = tokio::spawn(async move {
+            loop {
+                let Ok((near, _)) = listener.accept().await else { continue };
+                if *sender.borrow() == Passing::None {
+                    continue;
+                }
+                let (server, passing) = (server.clone(), sender.subscribe());
+                tokio::spawn(async move {
+                    let Ok(far) = tokio::net::TcpStream::connect(server).await else { return };
+                    let ((near_read, near_write), (far_read, far_write)) = (near.into_split(), far.into_split());
+                    let mut ended = passing.clone();
+                    tokio::select! {
+                        () = pass(near_read, far_write, None) => {}
+                        () = pass(far_read, near_write, Some(passing)) => {}
+                        _ = ended.wait_for(|passing| *passing == Passing::None) => {}
+                    }
+                });
+            }
+        });
+        Proxy { port, passing, task }
+    }
+
+    pub fn set(&self, passing: Passing) {
+        self.passing.send_replace(passing);
+    }
+
+    pub fn server(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    pub fn engine(&self, prefix: &str) -> Etcd {
+        Etcd::new(Options::new([self.server()], prefix).unwrap())
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut held: Option<watch::Receiver<Passing>>) {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let Ok(len) = from.read(&mut buffer).await else { return };
+        if let Some(held) = &mut held {
+            drop(held.wait_for(|passing| *passing != Passing::OneWay).await);
+        }
+        if len == 0 || to.write_all(&buffer[..len]).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Events of a stream, in words.
+pub async fn next(stream: &mut Subscription) -> String {
+    loop {
+        match timeout(PATIENCE, stream.next()).await.expect("no event").expect("it ended") {
+            Event::Update { entry, .. } => break format!("{}={}", entry.key, String::from_utf8_lossy(&entry.value)),
+            Event::Gone { key, reason, .. } => break format!("{key} {reason:?}"),
+            Event::Synced { .. } => {}
+            other => break format!("{other:?}").split(['{', ' ']).next().unwrap_or_default().to_owned(),
+        }
+    }
+}
+
+/// That nothing came by this stream since: `mark` is a key below it.
+pub async fn nothing_else(nkv: &Handle, stream: &mut Subscription, mark: &str) {
+    nkv.put(mark, "mark").await.unwrap();
+    assert_eq!(next(stream).await, format!("{mark}=mark"), "something was told twice, or that had not happened");
 }

@@ -81,7 +81,7 @@ impl Session {
         login: &Login,
         ids: &std::sync::Mutex<Ids>,
     ) -> Result<Self, EngineError> {
-        let members = members(options).await?;
+        let members = members(options, login).await?;
         check_ids(&members, ids)?;
         let mut last = EngineError::Unavailable("no member of etcd has a leader".into());
         for member in members.into_iter().filter(|member| member.status.leader != 0) {
@@ -98,7 +98,6 @@ impl Session {
 
     async fn of(member: Member, options: &Options, names: &Names, login: &Login) -> Result<Self, EngineError> {
         let Member { server, channel, status } = member;
-        login.renew(&channel, None).await?;
         let mut session = Session {
             server,
             channel,
@@ -279,11 +278,11 @@ fn cluster_id(status: &StatusResponse) -> u64 {
 }
 
 /// The servers that answer, soonest first.
-async fn members(options: &Options) -> Result<Vec<Member>, EngineError> {
+async fn members(options: &Options, login: &Login) -> Result<Vec<Member>, EngineError> {
     let tls = tls(options).await?;
     let probe = async |server: &String| {
-        let probed = timeout(PROBE_LIMIT, probe(server, tls.clone())).await;
-        probed.unwrap_or_else(|_| Err("no answer".into())).map_err(|error| format!("{server}: {error}"))
+        let probed = timeout(PROBE_LIMIT, probe(server, tls.clone(), login)).await;
+        probed.unwrap_or_else(|_| Err(EngineError::Unavailable(format!("{server}: no answer"))))
     };
     let mut probes: FuturesUnordered<_> = options.servers.iter().map(probe).collect();
     let (mut members, mut errors, mut until) = (Vec::new(), Vec::new(), None::<Instant>);
@@ -304,14 +303,20 @@ async fn members(options: &Options) -> Result<Vec<Member>, EngineError> {
             }
         }
     }
-    if members.is_empty() { Err(EngineError::Unavailable(errors.join("; "))) } else { Ok(members) }
+    if !members.is_empty() {
+        return Ok(members);
+    }
+    let messages: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    let refused = errors.into_iter().find(|error| matches!(error, EngineError::Refused { .. }));
+    Err(refused.unwrap_or_else(|| EngineError::Unavailable(messages.join("; "))))
 }
 
-async fn probe(server: &str, tls: Option<ClientTlsConfig>) -> Result<Member, String> {
+async fn probe(server: &str, tls: Option<ClientTlsConfig>, login: &Login) -> Result<Member, EngineError> {
+    let away = |error: &dyn std::error::Error| EngineError::Unavailable(format!("{server}: {}", said(error)));
     let scheme = if tls.is_some() { "https" } else { "http" };
-    let endpoint = Endpoint::from_shared(format!("{scheme}://{server}")).map_err(|error| said(&error))?;
+    let endpoint = Endpoint::from_shared(format!("{scheme}://{server}")).map_err(|error| away(&error))?;
     let endpoint = match tls {
-        Some(tls) => endpoint.tls_config(tls).map_err(|error| said(&error))?,
+        Some(tls) => endpoint.tls_config(tls).map_err(|error| away(&error))?,
         None => endpoint,
     };
     let endpoint = endpoint
@@ -319,9 +324,16 @@ async fn probe(server: &str, tls: Option<ClientTlsConfig>) -> Result<Member, Str
         .tcp_nodelay(true)
         .initial_stream_window_size(WINDOW_LEN)
         .initial_connection_window_size(CONNECTION_WINDOW_LEN);
-    let channel = endpoint.connect().await.map_err(|error| said(&error))?;
-    let asked = MaintenanceClient::new(channel.clone()).status(StatusRequest {}).await;
-    let status = asked.map_err(|status| status.message().to_owned())?.into_inner();
+    let channel = endpoint.connect().await.map_err(|error| away(&error))?;
+    login.renew(&channel, None).await?;
+    let before = login.token();
+    let mut client = MaintenanceClient::with_interceptor(channel.clone(), login.clone());
+    let mut asked = client.status(StatusRequest {}).await;
+    if asked.as_ref().is_err_and(fault::wants_login) {
+        login.renew(&channel, before).await?;
+        asked = client.status(StatusRequest {}).await;
+    }
+    let status = asked.map_err(|status| fault::of_request(&status))?.into_inner();
     Ok(Member { server: server.to_owned(), channel, status })
 }
 

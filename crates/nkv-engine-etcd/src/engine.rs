@@ -38,7 +38,7 @@ pub(crate) struct Inner {
     known: Mutex<Known>,
     /// A client waits for a revision that the feed has not reached.
     pub(crate) wanted: Notify,
-    pub(crate) warned_of_history: AtomicBool,
+    pub(crate) warned_of_history: Arc<AtomicBool>,
 }
 
 /// What is known of the data.
@@ -77,7 +77,7 @@ impl Etcd {
             session: Mutex::default(),
             known: Mutex::default(),
             wanted: Notify::new(),
-            warned_of_history: AtomicBool::new(false),
+            warned_of_history: Arc::default(),
         }))
     }
 
@@ -119,7 +119,14 @@ impl Inner {
     /// This node is about to put a value that ends then, by this lease.
     pub(crate) fn note_own(&self, lease: i64, expiry: Expiry) {
         let until = Instant::now().checked_add(Duration::from_millis(expiry.ttl_ms));
-        self.known().own.insert(lease, (expiry, until));
+        let mut known = self.known();
+        known.own.insert(lease, (expiry, until));
+        let count = known.own.len();
+        if count >= 1_024 && count.is_power_of_two() {
+            // Of puts that were never done.
+            let now = Instant::now();
+            known.own.retain(|_, (_, until)| until.is_none_or(|until| until > now));
+        }
     }
 
     pub(crate) fn forget_own(&self, lease: i64) {

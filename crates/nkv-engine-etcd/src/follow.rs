@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
@@ -42,12 +43,12 @@ const JOINED_MAX: usize = 256;
 const JOINED_LEN_MAX: usize = 4 << 20;
 /// From this revision on a history of which nothing was compacted is worth a warning.
 const HISTORY_MAX: i64 = 10_000;
+const HISTORY_PAUSE: Duration = Duration::from_secs(3_600);
 const FOREIGN_PAUSE: Duration = Duration::from_secs(60);
 
 /// Follows, for as long as it goes well.
 pub(crate) async fn follow(etcd: &Inner, seen: Option<Seen>, feed: &Feed) -> Result<Infallible, EngineError> {
     let session = Arc::new(etcd.open().await?);
-    warn_of_history(etcd, &session).await;
     let resumed = match seen {
         Some(seen) => resume(etcd, &session, seen).await?,
         None => None,
@@ -124,14 +125,9 @@ fn at_of(session: &Session, seen: Seen, last: (Bytes, Option<KeyValue>)) -> At {
     At { seen, raft_term, raft_index, generation, last }
 }
 
-/// A history that grows for ever fills etcd in the end.
-async fn warn_of_history(etcd: &Inner, session: &Session) {
-    if session.revision < HISTORY_MAX || etcd.warned_of_history.load(Relaxed) {
-        return;
-    }
-    let first = session.read_at(etcd.names.generation().into(), 1).await;
-    if first.is_ok() && !etcd.warned_of_history.swap(true, Relaxed) {
-        let revision = session.revision;
+/// A history that grows for ever fills etcd in the end: warns of one that is whole, once.
+async fn warn_of_history(session: Arc<Session>, key: Bytes, revision: i64, is_warned: Arc<AtomicBool>) {
+    if session.read_at(key, 1).await.is_ok() && !is_warned.swap(true, Relaxed) {
         tracing::warn!(
             target: "nkv::engine",
             "etcd has kept all of its {revision} revisions: unless it compacts them it will be full (--auto-compaction-retention)"
@@ -145,6 +141,8 @@ enum Job {
     Pong(bool),
     /// A fence was written, or not.
     Fence(Result<(), EngineError>),
+    /// Whether anything was compacted was looked at.
+    History,
 }
 
 struct Watch {
@@ -173,6 +171,7 @@ struct Following<'a> {
     told: i64,
     behind_since: Option<Instant>,
     fenced: Option<Instant>,
+    history_seen: Option<Instant>,
     heard: Instant,
     heard_watch: Instant,
     jobs: JoinSet<Job>,
@@ -197,6 +196,7 @@ impl<'a> Following<'a> {
             told: at,
             behind_since: None,
             fenced: None,
+            history_seen: None,
             heard: now,
             heard_watch: now,
             jobs: JoinSet::new(),
@@ -448,6 +448,14 @@ impl<'a> Following<'a> {
         }
         let is_long_behind = self.behind_since.is_some_and(|since| since.elapsed() > BEHIND);
         self.ask(watch, is_long_behind || self.at < self.target);
+        let is_warned = &self.etcd.warned_of_history;
+        let is_due = self.history_seen.is_none_or(|at| at.elapsed() > HISTORY_PAUSE);
+        if self.told > HISTORY_MAX && is_due && !is_warned.load(Relaxed) {
+            self.history_seen = Some(Instant::now());
+            let key = self.etcd.names.generation().into();
+            let warned = warn_of_history(Arc::clone(&self.session), key, self.told, Arc::clone(is_warned));
+            self.jobs.spawn(warned.map(|()| Job::History));
+        }
         if self.published.is_none() && self.jobs.is_empty() {
             let (session, key) = (Arc::clone(&self.session), Bytes::from(self.etcd.names.generation()));
             self.jobs.spawn(async move {
@@ -480,7 +488,7 @@ impl<'a> Following<'a> {
 
     fn end(&mut self, job: Option<Job>) -> Result<(), EngineError> {
         match job {
-            Some(Job::Pong(true)) | Some(Job::Fence(Ok(()))) => self.heard = Instant::now(),
+            Some(Job::Pong(true) | Job::Fence(Ok(()))) => self.heard = Instant::now(),
             Some(Job::Fence(Err(error))) if self.published.is_none() => {
                 // The whole state needs none.
                 self.etcd.known().at = None;

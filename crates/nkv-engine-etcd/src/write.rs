@@ -61,7 +61,11 @@ impl Inner {
                         results.push(self.one(session, epoch, one).await);
                     }
                 }
-                (Err(EngineError::Refused { status: 413, .. }), [Op::Delete { pattern, .. }]) => {
+                // It takes more ranges than a transaction has, or keys come and go too often.
+                (
+                    Err(EngineError::Refused { status: 413 | 409, .. }),
+                    [Op::Delete { pattern: pattern @ (Pattern::Below(_) | Pattern::All), if_revision: None }],
+                ) => {
                     results.push(self.delete_key_by_key(session, pattern).await);
                 }
                 (Err(error), some) => results.extend(some.iter().map(|_| Err(error.clone()))),
@@ -107,7 +111,7 @@ impl Inner {
                 }
                 Ok(None) if tries >= STEP_TRIES => {
                     let message = "keys are written too often for a wildcard delete in one step".into();
-                    return Err(EngineError::Refused { status: 413, message });
+                    return Err(EngineError::Refused { status: 409, message });
                 }
                 Ok(None) => leases.iter_mut().flatten().for_each(|lease| lease.is_put = false),
                 // It had no time to be put.

@@ -244,7 +244,7 @@ async fn after_many_cuts_there_is_one_watch() {
     let Some(server) = Server::start().await else { return };
     let proxy = Proxy::start(server.server()).await;
     let (_node, nkv) = node(proxy.engine("app")).await;
-    for n in 0..30 {
+    for n in 0..20 {
         proxy.set(Passing::None);
         is_away(&nkv).await;
         proxy.set(Passing::Both);

@@ -318,9 +318,12 @@ impl<'a> Following<'a> {
 
     /// Has the node have what was heard.
     async fn apply(&mut self) -> Result<(), EngineError> {
-        let mut events = std::mem::take(&mut self.ready);
+        let events = std::mem::take(&mut self.ready);
         self.ready_len = 0;
-        events.retain(|event| event.kv.as_ref().is_some_and(|kv| kv.mod_revision > self.at));
+        if events.iter().any(|event| at(event) <= self.at) {
+            self.etcd.known().at = None;
+            return Err(unavailable("etcd told of a change too late: the whole state is needed"));
+        }
         let last = events.iter().rev().find_map(|event| event.kv.clone().map(|kv| (event.r#type, kv)));
         let (mut changes, mut is_other) = (Vec::with_capacity(events.len()), false);
         for of_one_revision in events.chunk_by(|a, b| at(a) == at(b)) {

@@ -44,22 +44,21 @@ impl Inner {
     /// Each for itself, in order. Plain ones that follow each other share a transaction.
     async fn in_order(&self, session: &Arc<Session>, epoch: Epoch, ops: &[Op]) -> Vec<Result<Outcome, EngineError>> {
         let (mut results, mut rest) = (Vec::with_capacity(ops.len()), ops);
-        let mut is_in_doubt = false;
+        let mut len_max = JOINED_MAX;
         while !rest.is_empty() {
-            let (some, others) = rest.split_at_checked(joined(rest)).unwrap_or((rest, &[]));
-            rest = others;
-            if is_in_doubt {
-                // Whatever comes after it could be done before it.
-                let error = || EngineError::Unavailable("a write before it has an unknown outcome".into());
-                results.extend(some.iter().map(|_| Err(error())));
-                continue;
+            if matches!(results.last(), Some(Err(EngineError::OutcomeUnknown(_)))) {
+                // What comes after it could be done before it.
+                let error = EngineError::Unavailable("a write before it has an unknown outcome".into());
+                results.extend(rest.iter().map(|_| Err(error.clone())));
+                break;
             }
+            let (some, others) = rest.split_at_checked(joined(rest, len_max)).unwrap_or((rest, &[]));
             match (self.step(session, epoch, some).await, some) {
                 (Ok(outcomes), _) => results.extend(outcomes.into_iter().map(Ok)),
+                // One of them is refused: which?
                 (Err(EngineError::Refused { .. }), [_, _, ..]) => {
-                    for one in some {
-                        results.push(self.one(session, epoch, one).await);
-                    }
+                    len_max = 1;
+                    continue;
                 }
                 // It takes more ranges than a transaction has, or keys come and go too often.
                 (
@@ -70,14 +69,9 @@ impl Inner {
                 }
                 (Err(error), some) => results.extend(some.iter().map(|_| Err(error.clone()))),
             }
-            is_in_doubt = matches!(results.last(), Some(Err(EngineError::OutcomeUnknown(_))));
+            rest = others;
         }
         results
-    }
-
-    async fn one(&self, session: &Arc<Session>, epoch: Epoch, op: &Op) -> Result<Outcome, EngineError> {
-        let outcomes = self.step(session, epoch, std::slice::from_ref(op)).await?;
-        outcomes.into_iter().next().ok_or_else(unheard)
     }
 
     /// All in one transaction, or none of it.
@@ -301,15 +295,15 @@ impl Inner {
 }
 
 /// How many operations from the first on are done in one transaction.
-fn joined(ops: &[Op]) -> usize {
+fn joined(ops: &[Op], len_max: usize) -> usize {
     let (mut keys, mut len) = (HashSet::new(), 0_usize);
     let mut joins = |op| {
         let Some(key) = one_key(op).filter(|_| !has_condition(op) && !has_ttl(op)) else { return false };
         len = if let Op::Put { value, .. } = op { value.len().saturating_add(len) } else { len };
         keys.insert(key) && len <= JOINED_LEN_MAX
     };
-    let first = ops.iter().take(JOINED_MAX).position(|op| !joins(op));
-    first.unwrap_or(ops.len().min(JOINED_MAX)).max(1)
+    let first = ops.iter().take(len_max).position(|op| !joins(op));
+    first.unwrap_or(ops.len().min(len_max)).max(1)
 }
 
 fn one_key(op: &Op) -> Option<&Key> {

@@ -1,11 +1,11 @@
-//! Generates the Rust of `nkv-grpc` from its `.proto` files, without `protoc`.
+//! Generates the Rust of `nkv-grpc` and `nkv-engine-etcd` from their `.proto` files, without `protoc`.
 //!
 //! ```text
 //! cargo run -p xtask-proto       # after a change of a .proto file
 //! cargo test -p xtask-proto      # whether what is in the repository is what the files give
 //! ```
 //!
-//! It is a package of its own, because `nkv-grpc` itself does not build while the two differ.
+//! It is a package of its own, because those crates themselves do not build while the two differ.
 
 use std::error::Error;
 use std::fmt::Write as _;
@@ -36,11 +36,33 @@ fn main() -> Result<(), AnyError> {
 }
 
 fn here(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/nkv-grpc").join(path)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates").join(path)
 }
 
-/// All that is generated: paths in `crates/nkv-grpc`, and what the files hold.
+/// All that is generated: paths in `crates`, and what the files hold.
 fn generate() -> Result<Vec<(String, Vec<u8>)>, AnyError> {
+    let mut files = generate_door()?;
+    files.push(generate_etcd()?);
+    Ok(files)
+}
+
+/// The client of etcd: its own crate for that wants `protoc` wherever it is built.
+fn generate_etcd() -> Result<(String, Vec<u8>), AnyError> {
+    let mut compiler = protox::Compiler::new([here("nkv-engine-etcd/proto")])?;
+    compiler.include_source_info(true).open_files(["etcd.proto"])?;
+    let out = tempfile::tempdir()?;
+    tonic_prost_build::configure()
+        .out_dir(out.path())
+        .bytes(".")
+        .build_server(false)
+        .build_transport(false)
+        .emit_rerun_if_changed(false)
+        .compile_fds(compiler.file_descriptor_set())?;
+    let path = "nkv-engine-etcd/src/generated/etcdserverpb.rs";
+    Ok((path.into(), fs::read(out.path().join("etcdserverpb.rs"))?))
+}
+
+fn generate_door() -> Result<Vec<(String, Vec<u8>)>, AnyError> {
     let set = compile()?;
     let out = tempfile::tempdir()?;
     tonic_prost_build::configure()
@@ -52,14 +74,14 @@ fn generate() -> Result<Vec<(String, Vec<u8>)>, AnyError> {
         .compile_fds(set.clone())?;
     let mut files = Vec::new();
     for name in ["nkv.v1.rs", "kv.rs"] {
-        files.push((format!("src/generated/{name}"), fs::read(out.path().join(name))?));
+        files.push((format!("nkv-grpc/src/generated/{name}"), fs::read(out.path().join(name))?));
     }
-    files.push(("src/generated/descriptors.bin".into(), without_comments(set).encode_to_vec()));
+    files.push(("nkv-grpc/src/generated/descriptors.bin".into(), without_comments(set).encode_to_vec()));
     Ok(files)
 }
 
 fn compile() -> Result<FileDescriptorSet, AnyError> {
-    let mut compiler = protox::Compiler::new([here("proto")])?;
+    let mut compiler = protox::Compiler::new([here("nkv-grpc/proto")])?;
     compiler.include_source_info(true);
     compiler.open_files(PROTOS)?;
     Ok(compiler.file_descriptor_set())

@@ -18,16 +18,39 @@ const EXPIRY_PAUSE: Duration = Duration::from_secs(1);
 /// While storage has not done an expiry, the time goes on so often for other values whose TTL ends.
 const EXPIRY_TICK: Duration = Duration::from_millis(10);
 
-/// Until the node stops. Where the truth lies in an engine, it decides when a value ends.
+/// Until the node stops.
 pub(crate) async fn expire(shared: Arc<Shared>) {
     let mut stop = shared.stop.subscribe();
-    if shared.truth().is_some() {
-        return stopped(&mut stop).await;
-    }
+    let expire = async {
+        match shared.truth() {
+            Some(_) => hide_in_time(&shared).await,
+            None => expire_in_time(&shared).await,
+        }
+    };
     tokio::select! {
         biased;
         () = stopped(&mut stop) => {}
-        () = expire_in_time(&shared) => {}
+        () = expire => {}
+    }
+}
+
+/// Where the truth lies in an engine, it decides when a value ends, perhaps by a coarser clock. A value whose end this node knows is
+/// hidden from its readers from then on.
+async fn hide_in_time(shared: &Shared) {
+    loop {
+        let due = async {
+            match shared.store.next_expiry() {
+                // One that is due may be there for a while.
+                Some(at) => tokio::time::sleep(shared.clock.until(at).clamp(EXPIRY_TICK, CLOCK_TICK)).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = shared.expiry_changed.notified() => {}
+            () = due => {}
+        }
+        shared.store.advance(shared.clock.now());
     }
 }
 

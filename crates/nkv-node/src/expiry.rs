@@ -21,13 +21,29 @@ const EXPIRY_TICK: Duration = Duration::from_millis(10);
 /// Until the node stops. Where the truth lies in an engine, it decides when a value ends.
 pub(crate) async fn expire(shared: Arc<Shared>) {
     let mut stop = shared.stop.subscribe();
-    if shared.truth().is_some() {
-        return stopped(&mut stop).await;
-    }
+    let has_engine = shared.truth().is_some();
     tokio::select! {
         biased;
         () = stopped(&mut stop) => {}
-        () = expire_in_time(&shared) => {}
+        () = hide_in_time(&shared), if has_engine => {}
+        () = expire_in_time(&shared), if !has_engine => {}
+    }
+}
+
+/// Values of an engine that come with an expiry are absent for readers from then on; their deletes come from the engine.
+async fn hide_in_time(shared: &Shared) {
+    loop {
+        let due = async {
+            match shared.store.next_expiry() {
+                Some(at) => tokio::time::sleep(shared.clock.until(at).clamp(EXPIRY_TICK, CLOCK_TICK)).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = shared.expiry_changed.notified() => {}
+            () = due => {}
+        }
+        shared.store.advance(shared.clock.now());
     }
 }
 

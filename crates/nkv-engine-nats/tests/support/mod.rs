@@ -245,3 +245,86 @@ impl Other {
         Some(String::from_utf8(base64::engine::general_purpose::STANDARD.decode(data).unwrap()).unwrap())
     }
 }
+
+/// What lies between a node and a server.
+#[derive(Debug)]
+pub(crate) struct Proxy {
+    pub(crate) port: u16,
+    way: tokio::sync::watch::Sender<Way>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    Open,
+    /// What the server sends does not arrive; the other way round all does.
+    OneWay,
+    /// Connections end, and others are not taken.
+    Cut,
+}
+
+impl Proxy {
+    pub(crate) async fn start(to: u16) -> Self {
+        let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let way = tokio::sync::watch::Sender::new(Way::Open);
+        let of_task = way.clone();
+        let task = tokio::spawn(async move {
+            loop {
+                let Ok((client, _)) = listener.accept().await else { continue };
+                if *of_task.borrow() == Way::Cut {
+                    continue;
+                }
+                let Ok(server) = tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, to)).await else { continue };
+                tokio::spawn(pass(client, server, of_task.subscribe()));
+            }
+        });
+        Proxy { port, way, task }
+    }
+
+    pub(crate) fn set(&self, way: Way) {
+        self.way.send_replace(way);
+    }
+
+    pub(crate) fn options(&self) -> Options {
+        Options::new([format!("127.0.0.1:{}", self.port)], "test").unwrap()
+    }
+
+    pub(crate) fn engine(&self) -> NatsEngine {
+        NatsEngine::new(self.options())
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn pass(
+    mut client: tokio::net::TcpStream,
+    mut server: tokio::net::TcpStream,
+    mut way: tokio::sync::watch::Receiver<Way>,
+) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let (mut from_client, mut to_client) = client.split();
+    let (mut from_server, mut to_server) = server.split();
+    let (mut up, mut down) = (vec![0; 65_536], vec![0; 65_536]);
+    loop {
+        let now = *way.borrow_and_update();
+        if now == Way::Cut {
+            return;
+        }
+        tokio::select! {
+            _ = way.changed() => {}
+            read = from_client.read(&mut up) => match read {
+                Ok(len @ 1..) if to_server.write_all(&up[..len]).await.is_ok() => {}
+                _ => return,
+            },
+            read = from_server.read(&mut down), if now == Way::Open => match read {
+                Ok(len @ 1..) if to_client.write_all(&down[..len]).await.is_ok() => {}
+                _ => return,
+            },
+        }
+    }
+}

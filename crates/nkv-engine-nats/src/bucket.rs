@@ -1,5 +1,6 @@
 //! The bucket: created where it is missing, refused where its settings break a promise.
 
+use futures_util::future::join_all;
 use nkv_node::{Abilities, EngineError};
 use serde_json::json;
 use tracing::info;
@@ -33,6 +34,42 @@ pub(crate) async fn ensure(wire: &Wire, options: &Options) -> Result<(Info, Sett
         EngineError::Refused { status: 503, message }
     })?;
     Ok((info, settings))
+}
+
+/// Refuses servers of two systems: those whose bucket was created at another time than that of the one that answered. With
+/// `is_other`, this one is not the bucket that was followed before.
+pub(crate) async fn check_others(
+    wire: &Wire,
+    options: &Options,
+    info: &Info,
+    is_other: bool,
+) -> Result<(), EngineError> {
+    let refused = |message| Err(EngineError::Refused { status: 503, message });
+    let others = options.servers().iter().filter(|server| **server != wire.server);
+    let asked = others.map(async |server| {
+        let other = Wire::connect_to(options, server).await.ok()?;
+        Some((other.server.clone(), other.info().await.ok()?.created()))
+    });
+    for other in join_all(asked).await {
+        match other {
+            Some((server, created)) if created != info.created() => {
+                let (here, there) = (info.created(), &wire.server);
+                return refused(format!(
+                    "{there} and {server} are of two systems: their buckets were created at {here} and {created} ns"
+                ));
+            }
+            Some(_) => {}
+            // A server that is no member of a cluster does not stand in for another.
+            None if is_other && wire.client.server_info().cluster.is_none() => {
+                let server = &wire.server;
+                return refused(format!(
+                    "the bucket at {server} is not the one that was followed, and others do not answer"
+                ));
+            }
+            None => {}
+        }
+    }
+    Ok(())
 }
 
 async fn create(wire: &Wire, options: &Options) -> Result<Info, EngineError> {

@@ -47,7 +47,8 @@ impl NatsEngine {
     /// [`EngineError::Refused`] names what cannot be used; [`EngineError::Unavailable`] if no server answers.
     pub async fn check(&self) -> Result<(), EngineError> {
         let wire = Wire::connect(&self.shared.options).await?;
-        let (_, settings) = bucket::ensure(&wire, &self.shared.options).await?;
+        let (info, settings) = bucket::ensure(&wire, &self.shared.options).await?;
+        bucket::check_others(&wire, &self.shared.options, &info, false).await?;
         *lock(&self.shared.settings) = Some(settings);
         Ok(())
     }

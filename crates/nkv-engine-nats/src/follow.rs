@@ -53,6 +53,9 @@ pub(crate) async fn follow(shared: &Shared, seen: Option<Seen>, feed: &Feed) -> 
     let wire = Wire::connect(&shared.options).await?;
     let (info, settings) = bucket::ensure(&wire, &shared.options).await?;
     *lock(&shared.settings) = Some(settings);
+    if seen.is_none_or(|seen| created_of(seen.epoch) != info.created()) {
+        bucket::check_others(&wire, &shared.options, &info, seen.is_some()).await?;
+    }
     let epoch = epoch(&wire, &info, seen).await?;
     let link = Arc::new(Link {
         created: info.created(),
@@ -96,14 +99,20 @@ fn epoch_of(created: u64, generation: u64) -> Epoch {
     Epoch::new((u128::from(created) << 64) | u128::from(generation))
 }
 
+fn created_of(epoch: Epoch) -> u64 {
+    u64::try_from(epoch.get() >> 64).unwrap_or_default()
+}
+
+fn generation_of(epoch: Epoch) -> u64 {
+    u64::try_from(epoch.get() & u128::from(u64::MAX)).unwrap_or_default()
+}
+
 /// The epoch of the data, after raising the generation if what was seen shows that they went back.
 async fn epoch(wire: &Wire, info: &Info, seen: Option<Seen>) -> Result<Epoch> {
     let created = info.created();
     let (generation, _) = generation(wire).await?;
     if let Some(Seen { epoch, revision }) = seen {
-        let number = epoch.get();
-        let [of_seen, generation_seen] =
-            [number >> 64, number & u128::from(u64::MAX)].map(|part| u64::try_from(part).unwrap_or(0));
+        let (of_seen, generation_seen) = (created_of(epoch), generation_of(epoch));
         if of_seen == created && generation_seen > generation {
             return raise(wire, created, generation_seen).await;
         }
@@ -214,9 +223,10 @@ impl Follower<'_> {
         }) else {
             return Ok(false);
         };
-        match self.link.wire.at(anchor.sequence).await? {
-            Some(kept) if kept.time_ns == anchor.time_ns => {}
-            _ => return Ok(false),
+        match self.link.wire.at(anchor.sequence).await {
+            Ok(Some(kept)) if kept.time_ns == anchor.time_ns => {}
+            Ok(_) | Err(ApiError::Refused { .. }) => return Ok(false),
+            Err(error) => return Err(error.into()),
         }
         self.consume(From::Behind(anchor.sequence)).await?;
         lock(&self.shared.place).last = None;
@@ -280,14 +290,13 @@ impl Follower<'_> {
                 if error.kind() == PersistErrorKind::Rejected
                     && seen.is_some_and(|seen| seen.epoch == self.link.epoch) =>
             {
-                let generation = u64::try_from(self.link.epoch.get() & u128::from(u64::MAX)).unwrap_or_default();
-                raise(&self.link.wire, self.link.created, generation).await?;
+                raise(&self.link.wire, self.link.created, generation_of(self.link.epoch)).await?;
                 return Err(EngineError::Unavailable(format!("a new epoch begins: {error}")));
             }
             Err(error) => return Err(error),
         }
-        if came == self.last {
-            self.note_last(last_time);
+        if came == self.last && came > 0 {
+            self.note_last(came, last_time);
         }
         info!(keys = count, revision = self.last, "the whole state of the bucket was fetched");
         Ok(())
@@ -431,7 +440,7 @@ impl Follower<'_> {
             changes.push(self.mark(revision)?);
         }
         self.feed.apply(changes).await?;
-        self.note_last_at(sequence, time_ns);
+        self.note_last(sequence, time_ns);
         Ok(())
     }
 
@@ -444,11 +453,7 @@ impl Follower<'_> {
         Ok(change(key, revision, Action::Delete { reason: Reason::Deleted }))
     }
 
-    fn note_last(&self, time_ns: i128) {
-        self.note_last_at(self.last, time_ns);
-    }
-
-    fn note_last_at(&self, sequence: u64, time_ns: i128) {
+    fn note_last(&self, sequence: u64, time_ns: i128) {
         lock(&self.shared.place).last = Some(Anchor { epoch: self.link.epoch, sequence, time_ns });
     }
 

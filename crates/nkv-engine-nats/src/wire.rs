@@ -33,6 +33,8 @@ const NOWHERE: &str = "nats://127.0.0.1:0";
 #[derive(Clone, Debug)]
 pub(crate) struct Wire {
     pub(crate) client: Client,
+    /// Its URL.
+    pub(crate) server: String,
     /// `KV_` and the name of the bucket.
     pub(crate) stream: String,
     /// `$KV.`, the name of the bucket and a dot.
@@ -145,31 +147,43 @@ pub(crate) struct Kept {
 impl Wire {
     /// Connects to the first server that answers.
     pub(crate) async fn connect(options: &Options) -> Result<Self, EngineError> {
-        let template = connect_options(options).await?;
         let mut attempts: FuturesUnordered<_> = (0_u32..)
             .zip(options.servers())
-            .map(|(number, server)| {
-                let options = template.clone();
-                async move {
-                    sleep(STAGGER.saturating_mul(number)).await;
-                    connect_one(options, server).await
-                }
+            .map(async |(number, server)| {
+                sleep(STAGGER.saturating_mul(number)).await;
+                Self::connect_to(options, server).await
             })
             .collect();
         let mut last = EngineError::Unavailable("no server answers".to_owned());
         let first = async {
             while let Some(attempt) = attempts.next().await {
                 match attempt {
-                    Ok(client) => return Ok(client),
+                    Ok(wire) => return Ok(wire),
                     Err(error) => last = error,
                 }
             }
             Err(last)
         };
         let unavailable = |_| EngineError::Unavailable(format!("no server answers within {CONNECT_LIMIT:?}"));
-        let client = timeout(CONNECT_LIMIT, first).await.map_err(unavailable)??;
-        let bucket = options.bucket();
-        Ok(Wire { client, stream: format!("KV_{bucket}"), prefix: format!("$KV.{bucket}.") })
+        timeout(CONNECT_LIMIT, first).await.map_err(unavailable)?
+    }
+
+    /// Connects to this one.
+    pub(crate) async fn connect_to(options: &Options, server: &str) -> Result<Self, EngineError> {
+        let client = connect_options(options).await?.connect(server).await.map_err(|error| {
+            let message = format!("{server}: {error}");
+            match error.kind() {
+                ConnectErrorKind::Authentication | ConnectErrorKind::AuthorizationViolation => {
+                    EngineError::Refused { status: 503, message }
+                }
+                _ => EngineError::Unavailable(message),
+            }
+        })?;
+        // With nowhere to connect to again, the client ends at the first loss.
+        let unavailable = |error| EngineError::Unavailable(format!("{server}: {error}"));
+        client.set_server_pool(NOWHERE).await.map_err(unavailable)?;
+        let (server, bucket) = (server.to_owned(), options.bucket());
+        Ok(Wire { client, server, stream: format!("KV_{bucket}"), prefix: format!("$KV.{bucket}.") })
     }
 
     /// A request that is answered in JSON.
@@ -266,22 +280,6 @@ pub(crate) fn marker<'a>(header: impl Fn(&str) -> Option<&'a str>) -> Option<Rea
 /// A header of a message.
 pub(crate) fn header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str> {
     headers?.get(name).map(async_nats::HeaderValue::as_str)
-}
-
-async fn connect_one(options: ConnectOptions, server: &str) -> Result<Client, EngineError> {
-    let client = options.connect(server).await.map_err(|error| {
-        let message = format!("{server}: {error}");
-        match error.kind() {
-            ConnectErrorKind::Authentication | ConnectErrorKind::AuthorizationViolation => {
-                EngineError::Refused { status: 503, message }
-            }
-            _ => EngineError::Unavailable(message),
-        }
-    })?;
-    // With nowhere to connect to again, the client ends at the first loss.
-    let unavailable = |error| EngineError::Unavailable(format!("{server}: {error}"));
-    client.set_server_pool(NOWHERE).await.map_err(unavailable)?;
-    Ok(client)
 }
 
 async fn connect_options(options: &Options) -> Result<ConnectOptions, EngineError> {

@@ -61,6 +61,9 @@ impl Server {
     }
 
     pub(crate) async fn start_with(is_old: bool, config: &str) -> Option<Self> {
+        if env::var_os("NKV_TEST_LOG").is_some() {
+            drop(tracing_subscriber::fmt().try_init());
+        }
         let program = program(is_old)?;
         let dir = match env::var_os("NKV_TEST_DIR") {
             Some(base) => TempDir::new_in(base).unwrap(),

@@ -8,10 +8,20 @@ use std::hash::{BuildHasher, RandomState};
 #[derive(Debug, Default)]
 pub(crate) struct Census {
     hasher: RandomState,
-    /// With the sequence of the marker where the last message of a name is one; zero where it is a value.
-    names: HashMap<u64, u64>,
+    names: HashMap<u64, Last>,
     /// By sequence: deletes and ends of values.
     markers: BTreeMap<u64, Marker>,
+}
+
+/// The last message of a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Last {
+    /// A value that nkv shows, put at this sequence.
+    Value(u64),
+    /// A delete, or the end of a value.
+    Marker(u64),
+    /// What nkv cannot hold.
+    Foreign,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -22,14 +32,13 @@ struct Marker {
 }
 
 impl Census {
-    /// Notes the latest message of a name; `until_ms`, where it is a marker.
-    pub(crate) fn note(&mut self, name: &str, sequence: u64, until_ms: Option<u64>) {
+    /// Notes the last message of a name, and for a marker, from when on it may vanish.
+    pub(crate) fn note(&mut self, name: &str, last: Last, until_ms: u64) {
         let name = self.hasher.hash_one(name);
-        let marker = if until_ms.is_some() { sequence } else { 0 };
-        if let Some(before) = self.names.insert(name, marker) {
+        if let Some(Last::Marker(before)) = self.names.insert(name, last) {
             self.markers.remove(&before);
         }
-        if let Some(until_ms) = until_ms {
+        if let Last::Marker(sequence) = last {
             self.markers.insert(sequence, Marker { name, until_ms });
         }
     }
@@ -39,11 +48,6 @@ impl Census {
         if let Some(marker) = self.markers.remove(&sequence) {
             self.names.remove(&marker.name);
         }
-    }
-
-    /// Whether there is something of a name.
-    pub(crate) fn has(&self, name: &str) -> bool {
-        self.names.contains_key(&self.hasher.hash_one(name))
     }
 
     /// How many names there are.
@@ -62,9 +66,9 @@ impl Census {
         self.markers.contains_key(&sequence)
     }
 
-    /// The sequence of the marker that is the last message of a name; zero if none is.
-    pub(crate) fn marker_of(&self, name: &str) -> u64 {
-        self.names.get(&self.hasher.hash_one(name)).copied().unwrap_or_default()
+    /// The last message of a name, if there is one.
+    pub(crate) fn last_of(&self, name: &str) -> Option<Last> {
+        self.names.get(&self.hasher.hash_one(name)).copied()
     }
 
     /// The first of the markers that are old.
@@ -81,18 +85,18 @@ mod tests {
     #[test]
     fn a_marker_counts_until_it_may_have_vanished() {
         let mut census = Census::default();
-        census.note("a", 1, None);
-        census.note("b", 2, None);
-        census.note("a", 3, Some(100));
+        census.note("a", Last::Value(1), 0);
+        census.note("b", Last::Foreign, 0);
+        census.note("a", Last::Marker(3), 100);
         assert_eq!((census.len(), census.len_min(99), census.len_min(100)), (2, 2, 1));
         assert!(census.is_marker(3) && !census.is_marker(2));
-        assert_eq!((census.marker_of("a"), census.marker_of("b"), census.marker_of("c")), (3, 0, 0));
+        assert_eq!([census.last_of("a"), census.last_of("c")], [Some(Last::Marker(3)), None]);
         assert_eq!(census.old(100, 9), [3]);
         // Put again: the marker is gone.
-        census.note("a", 4, None);
+        census.note("a", Last::Value(4), 0);
         assert_eq!((census.len(), census.len_min(100), census.old(100, 9).len()), (2, 2, 0));
-        census.note("a", 5, Some(100));
+        census.note("a", Last::Marker(5), 100);
         census.forget(5);
-        assert_eq!((census.len(), census.marker_of("a")), (1, 0));
+        assert_eq!((census.len(), census.last_of("a")), (1, None));
     }
 }

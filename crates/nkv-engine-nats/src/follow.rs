@@ -7,13 +7,13 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::future::pending;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use async_nats::{Message, Subscriber};
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
 use nkv_core::{Action, Change, Epoch, Key, Meta, PersistErrorKind, Reason, Revision};
 use nkv_node::{EngineError, Feed, Seen};
@@ -25,6 +25,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, tim
 use tracing::{info, warn};
 
 use crate::bucket;
+use crate::census::Last;
 use crate::engine::{Anchor, Link, Shared, lock};
 use crate::subject::decode;
 use crate::wire::{ApiError, Info, LIFE, NotDone, Wire, header, marker};
@@ -331,8 +332,8 @@ impl Follower<'_> {
         let mut probes = interval(PROBE);
         probes.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut alive, mut heard) = (fetched, fetched);
-        let mut probe: Option<Pin<Box<dyn Future<Output = std::result::Result<Info, ApiError>> + Send>>> = None;
-        let mut purge: Option<Pin<Box<dyn Future<Output = Result<Vec<u64>>> + Send + '_>>> = None;
+        let mut probe: Option<BoxFuture<'static, std::result::Result<Info, ApiError>>> = None;
+        let mut purge: Option<BoxFuture<'_, Result<Vec<u64>>>> = None;
         loop {
             tokio::select! {
                 message = next_message(&mut self.consumer) => {
@@ -448,7 +449,7 @@ impl Follower<'_> {
     fn mark(&self, revision: Revision) -> Result<Change> {
         let place = lock(&self.shared.place);
         let mut names = (0_u64..).map(|number| format!("nkv.revision.{number}"));
-        let key = names.find(|name| !place.census.has(name)).and_then(|name| Key::new(&name).ok());
+        let key = names.find(|name| place.census.last_of(name).is_none()).and_then(|name| Key::new(&name).ok());
         let key = key.ok_or_else(|| EngineError::Unavailable("there is no name that is not taken".to_owned()))?;
         Ok(change(key, revision, Action::Delete { reason: Reason::Deleted }))
     }
@@ -561,20 +562,18 @@ impl Follower<'_> {
             return Err(EngineError::Unavailable("another node has begun an epoch".to_owned()));
         }
         let marker = marker(|name| header(headers, name));
-        let until_ms = marker.map(|_| {
-            let age = header(headers, "Nats-TTL").and_then(|ttl| ttl.trim_end_matches('s').parse().ok());
-            let age_ms =
-                age.map_or(self.shared.options.marker_age.as_millis(), |age| Duration::from_secs(age).as_millis());
-            u64::try_from(place.time_ns.max(0) / 1_000_000)
-                .unwrap_or(u64::MAX)
-                .saturating_add(u64::try_from(age_ms).unwrap_or(u64::MAX))
-        });
-        lock(&self.shared.place).census.note(name, place.sequence, until_ms);
         let key = decode(name);
         let is_held = message.payload.len() <= self.shared.options.value_len_max;
-        if marker.is_none() && name != GENERATION && (key.is_none() || !is_held) {
+        let last = match marker {
+            Some(_) => Last::Marker(place.sequence),
+            None if key.is_some() && is_held => Last::Value(place.sequence),
+            None => Last::Foreign,
+        };
+        if last == Last::Foreign && name != GENERATION {
             self.note_foreign(&message.subject);
         }
+        let until_ms = place.time_ms().saturating_add(self.age_ms(header(headers, "Nats-TTL")));
+        lock(&self.shared.place).census.note(name, last, until_ms);
         let action = match marker {
             Some(reason) => Action::Delete { reason },
             None if is_held => {
@@ -591,6 +590,12 @@ impl Follower<'_> {
             is_part: is_batch && header(headers, "Nats-Batch-Commit").is_none(),
             pending: place.pending,
         })
+    }
+
+    /// How long a marker stays.
+    fn age_ms(&self, ttl: Option<&str>) -> u64 {
+        let ttl = ttl.and_then(|ttl| ttl.trim_end_matches('s').parse().ok()).map(Duration::from_secs);
+        u64::try_from(ttl.unwrap_or(self.shared.options.marker_age).as_millis()).unwrap_or(u64::MAX)
     }
 
     /// When a value ends that this engine has put.
@@ -667,6 +672,10 @@ struct Delivered {
 }
 
 impl Delivered {
+    fn time_ms(&self) -> u64 {
+        u64::try_from(self.time_ns / 1_000_000).unwrap_or_default()
+    }
+
     fn read(reply: &str) -> Option<Self> {
         let tokens: Vec<&str> = reply.split('.').collect();
         // `$JS.ACK.STREAM.CONSUMER.…`, or with domain and account before the stream.

@@ -11,6 +11,7 @@ use nkv_core::{Epoch, Expiry, Key, Op, Outcome, Pattern, Revision};
 use nkv_node::{Decided, EngineError};
 
 use crate::bucket::BATCH_OPS_MAX;
+use crate::census::Last;
 use crate::engine::{Link, Shared, lock};
 use crate::subject::{decode, encode};
 use crate::wire::{NotDone, PubAck};
@@ -122,7 +123,10 @@ impl Writer<'_> {
         let subject = self.subject(key);
         let mut last = match expected {
             // Most likely: there was nothing, or the marker that has come last.
-            Revision::ZERO => lock(&self.shared.place).census.marker_of(self.name(&subject)),
+            Revision::ZERO => match self.known(&subject) {
+                Some(Last::Marker(sequence)) => sequence,
+                _ => 0,
+            },
             expected => expected.get(),
         };
         if expected != Revision::ZERO && self.may_be_marker(last) {
@@ -151,12 +155,24 @@ impl Writer<'_> {
         if if_revision.is_some() {
             self.check_epoch()?;
         }
+        // Most likely that is what is there. Where it is not, the server says so.
+        let mut known = match self.known(subject) {
+            Some(Last::Value(sequence)) => Some(Present::Value(sequence)),
+            _ => None,
+        };
         for _ in 0..ATTEMPTS {
-            let present = self.present(subject).await?;
+            let is_known = known.is_some();
+            let present = match known.take() {
+                Some(present) => present,
+                None => self.present(subject).await?,
+            };
             if let Present::Absent(_) = present {
                 return Ok(Outcome::NotFound);
             }
             if if_revision.is_some_and(|expected| expected != present.revision()) {
+                if is_known {
+                    continue;
+                }
                 return Ok(Outcome::Conflict { revision: present.revision() });
             }
             match self.send(subject.to_owned(), What::Delete, Some(present.sequence()), None).await {
@@ -346,6 +362,11 @@ impl Writer<'_> {
             }
             Some(kept) => Present::Value(kept.sequence),
         })
+    }
+
+    /// What has come last of a key; there may be something newer.
+    fn known(&self, subject: &str) -> Option<Last> {
+        lock(&self.shared.place).census.last_of(self.name(subject))
     }
 
     /// Whether a sequence may be that of a marker: nkv has a revision for a delete too, and no value is at that.

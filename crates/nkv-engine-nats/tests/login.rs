@@ -70,11 +70,16 @@ async fn a_creds_file_logs_in() {
     });
     let claims = &mut json!({ "name": "A", "nats": { "type": "account", "version": 2, "limits": limits } });
     let of_account = token(claims, &operator, &account);
+    let system = KeyPair::new_account();
+    let claims = &mut json!({ "name": "SYS", "nats": { "type": "account", "version": 2, "limits": { "conn": -1, "subs": -1 } } });
+    let of_system = token(claims, &operator, &system);
     let claims = json!({ "name": "U", "nats": { "type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1 } });
     let of_user = token(&mut claims.clone(), &account, &user);
-    let key = account.public_key();
-    let config =
-        format!("operator: {of_operator}\nresolver: MEMORY\nresolver_preload {{ {key}: {of_account} }}\n");
+    let (account, system) = (account.public_key(), system.public_key());
+    let config = format!(
+        "operator: {of_operator}\nsystem_account: {system}\nresolver: MEMORY\n\
+         resolver_preload {{ {account}: {of_account}, {system}: {of_system} }}\n"
+    );
     let Some(server) = Server::start_with(false, &config).await else { return };
     let creds = |name: &str, user: &KeyPair| {
         let file = server.dir.path().join(name);

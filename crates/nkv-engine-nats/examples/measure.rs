@@ -95,11 +95,18 @@ async fn latency(own: &Store, nkv: &Handle, alone: Duration) {
         }
     }
     let (beside, through) = (median(of_own), median(of_nkv));
-    println!("put_p50_us = own alone {}, own beside a node {}, nkv {}", alone.as_micros(), beside.as_micros(), through.as_micros());
+    println!(
+        "put_p50_us = own alone {}, own beside a node {}, nkv {}",
+        alone.as_micros(),
+        beside.as_micros(),
+        through.as_micros()
+    );
     println!("added_p50_us = {}", through.saturating_sub(alone).as_micros());
 }
 
-async fn rate<F: Future<Output = ()> + Send + 'static>(put: impl Fn(usize) -> F + Clone + Send + Sync + 'static) -> u64 {
+async fn rate<F: Future<Output = ()> + Send + 'static>(
+    put: impl Fn(usize) -> F + Clone + Send + Sync + 'static,
+) -> u64 {
     let (count, end) = (Arc::new(AtomicU64::new(0)), Instant::now() + SPAN);
     let writers: Vec<_> = (0..WRITERS)
         .map(|number| {

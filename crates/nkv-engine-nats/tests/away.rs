@@ -82,6 +82,34 @@ async fn while_a_server_stands_still_reads_go_on_and_writes_are_refused_and_neve
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_not_sent_before_a_cut_is_never_sent() {
+    let Some(server) = Server::start().await else { return };
+    let other = server.other().await;
+    let proxy = Proxy::start(server.port).await;
+    let (_node, nkv) = node(proxy.engine()).await;
+    nkv.put("a", "1").await.unwrap();
+    proxy.set(Way::Cut);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let put = |number: u32| {
+        let nkv = nkv.clone();
+        async move { nkv.put(format!("cut.{number}"), "1").await }
+    };
+    let puts = (0..20).map(put);
+    let puts = tokio::spawn(futures_util::future::join_all(puts.collect::<Vec<_>>()));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    proxy.set(Way::Open);
+    for put in timeout(PATIENCE, puts).await.unwrap().unwrap() {
+        let kind = kind(put);
+        assert!(kind == UNAVAILABLE || kind == ErrorKind::OutcomeUnknown, "{kind:?}");
+    }
+    healthy(&nkv).await;
+    nkv.put("a", "2").await.unwrap();
+    for number in 0..20 {
+        assert_eq!(other.get(&format!("cut.{number}")).await, None, "it was sent later");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_one_way_partition_is_noticed_and_a_killed_server_too() {
     let Some(mut server) = Server::start().await else { return };
     let proxy = Proxy::start(server.port).await;

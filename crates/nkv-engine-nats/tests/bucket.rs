@@ -202,6 +202,22 @@ async fn a_batch_is_whole_or_not_at_all_and_what_it_cannot_do_is_refused() {
     assert_eq!(nkv.list("*").await.unwrap().len(), 1_002);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_is_given_in_one_however_large_it_is() {
+    let Some(server) = Server::start().await else { return };
+    let (_node, nkv) = server.node().await;
+    let (_other, other) = server.node().await;
+    let mut changes = other.changes(None).unwrap();
+    let put = |number: u32| Op::Put {
+        key: Key::new(&format!("batch.{number}")).unwrap(),
+        value: vec![7; 60_000].into(),
+        options: nkv_core::PutOptions::default(),
+    };
+    nkv.write((0..100).map(put).collect()).await.unwrap();
+    let group = timeout(PATIENCE, changes.next()).await.unwrap().unwrap().unwrap();
+    assert_eq!(group.changes.len(), 100, "a batch came in parts");
+}
+
 #[tokio::test]
 async fn the_longest_value_fits_with_all_headers_and_a_longer_one_is_refused() {
     for settings in [json!({}), json!({ "max_msg_size": 5_000 })] {

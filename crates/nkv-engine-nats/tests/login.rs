@@ -63,7 +63,8 @@ fn token(claims: &mut Value, issuer: &KeyPair, subject: &KeyPair) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_creds_file_logs_in() {
     let (operator, account, user) = (KeyPair::new_operator(), KeyPair::new_account(), KeyPair::new_user());
-    let of_operator = token(&mut json!({ "name": "O", "nats": { "type": "operator", "version": 2 } }), &operator, &operator);
+    let of_operator =
+        token(&mut json!({ "name": "O", "nats": { "type": "operator", "version": 2 } }), &operator, &operator);
     let limits = json!({
         "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true, "conn": -1, "leaf": -1,
         "mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1,
@@ -73,7 +74,8 @@ async fn a_creds_file_logs_in() {
     let system = KeyPair::new_account();
     let claims = &mut json!({ "name": "SYS", "nats": { "type": "account", "version": 2, "limits": { "conn": -1, "subs": -1 } } });
     let of_system = token(claims, &operator, &system);
-    let claims = json!({ "name": "U", "nats": { "type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1 } });
+    let claims =
+        json!({ "name": "U", "nats": { "type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1 } });
     let of_user = token(&mut claims.clone(), &account, &user);
     let (account, system) = (account.public_key(), system.public_key());
     let config = format!(
@@ -93,7 +95,9 @@ async fn a_creds_file_logs_in() {
     };
     works(server.options().with_credentials(creds("good.creds", &user))).await;
     // The right token, signed by one who has another key.
-    assert!(refusal(server.options().with_credentials(creds("bad.creds", &KeyPair::new_user()))).await.contains("auth"));
+    assert!(
+        refusal(server.options().with_credentials(creds("bad.creds", &KeyPair::new_user()))).await.contains("auth")
+    );
 }
 
 struct Certificates {
@@ -147,7 +151,8 @@ async fn tls_trusts_the_given_authority_alone_and_shows_a_certificate() {
         let Some(server) = Server::start_with(is_old, &tls(certificates.dir.path(), true)).await else { continue };
         let options = || server.options().with_ca(certificates.path("ca.pem"));
         works(options().with_identity(certificates.path("ca.client.pem"), certificates.path("ca.client.key"))).await;
-        let other = options().with_identity(certificates.path("other.client.pem"), certificates.path("other.client.key"));
+        let other =
+            options().with_identity(certificates.path("other.client.pem"), certificates.path("other.client.key"));
         assert!(!refusal(other).await.is_empty());
         assert!(!refusal(options()).await.is_empty());
     }

@@ -82,7 +82,8 @@ impl Server {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        let log = |_| panic!("the server does not start: {}", std::fs::read_to_string(self.dir.path().join("log")).unwrap());
+        let log =
+            |_| panic!("the server does not start: {}", std::fs::read_to_string(self.dir.path().join("log")).unwrap());
         timeout(PATIENCE, wait).await.unwrap_or_else(log);
     }
 

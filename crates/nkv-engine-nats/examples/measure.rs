@@ -35,17 +35,19 @@ async fn main() {
         let own = jetstream.get_key_value("test").await.unwrap();
         // A program that uses NATS alone has no consumer in its bucket.
         let alone = latency_of_own(&own).await;
-        let alone_rate = rate(|number| {
-            let own = own.clone();
-            async move { drop(own.put(format!("rate.{number}"), VALUE.into()).await.unwrap()) }
+        let writer = own.clone();
+        let alone_rate = rate(move |number| {
+            let own = writer.clone();
+            async move { _ = own.put(format!("rate.{number}"), VALUE.into()).await.unwrap() }
         })
         .await;
         let (node, nkv) = server.node().await;
         println!("puts_of_50_own_per_s = {alone_rate}");
         latency(&own, &nkv, alone).await;
-        let through = rate(|number| {
-            let nkv = nkv.clone();
-            async move { drop(nkv.put(format!("rate.{number}"), VALUE).await.unwrap()) }
+        let writer = nkv.clone();
+        let through = rate(move |number| {
+            let nkv = writer.clone();
+            async move { _ = nkv.put(format!("rate.{number}"), VALUE).await.unwrap() }
         })
         .await;
         println!("puts_of_50_nkv_per_s = {through}");

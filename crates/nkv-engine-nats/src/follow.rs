@@ -9,7 +9,7 @@ use std::convert::Infallible;
 use std::future::pending;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use async_nats::{Message, Subscriber};
 use bytes::Bytes;
@@ -42,8 +42,11 @@ const FETCH_PAUSE: Duration = Duration::from_secs(2);
 /// About so many changes, or bytes of values, are given to the node at once.
 const CHANGES_AT_ONCE: usize = 1_024;
 const LEN_AT_ONCE: usize = 4 << 20;
-/// So many markers are purged in one go.
+/// So many markers are purged in one go, and after a failure that is tried again so much later.
 const PURGES_AT_ONCE: usize = 256;
+const PURGE_RETRY: Duration = Duration::from_secs(60);
+/// By how much the clocks of servers and this one's idea of them may differ.
+const CLOCK_DRIFT_MS: u64 = 2_000;
 /// Where the generation of the data is kept. Nobody's key: it has a byte that no key has, spelled in a way that no key is.
 const GENERATION: &str = "=00nkv.generation";
 
@@ -171,8 +174,9 @@ struct Consumer {
     number: u64,
     /// What was there for it when it was made.
     pending: u64,
-    /// By how much the server's clock is ahead, in milliseconds.
-    clock_ms: i128,
+    /// The server's clock when it was made, in milliseconds.
+    made_ms: u64,
+    made: Instant,
 }
 
 /// From where on a consumer begins.
@@ -332,6 +336,8 @@ impl Follower<'_> {
         let mut probes = interval(PROBE);
         probes.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut alive, mut heard) = (fetched, fetched);
+        // What had come when the stream was asked, and whether it went back behind that.
+        let (mut asked_at, mut went_back, mut purge_at) = (self.last, false, fetched);
         let mut probe: Option<BoxFuture<'static, std::result::Result<Info, ApiError>>> = None;
         let mut purge: Option<BoxFuture<'_, Result<Vec<u64>>>> = None;
         loop {
@@ -346,7 +352,12 @@ impl Follower<'_> {
                     match answer {
                         Ok(info) => {
                             alive = Instant::now();
-                            if !self.check(&info).await? && fetched.elapsed() >= FETCH_PAUSE {
+                            let is_behind = info.state.last_seq < asked_at;
+                            if is_behind && went_back {
+                                return Err(EngineError::Unavailable("the bucket went back".to_owned()));
+                            }
+                            went_back = is_behind;
+                            if !self.check(&info)? && fetched.elapsed() >= FETCH_PAUSE {
                                 return Ok(());
                             }
                         }
@@ -354,18 +365,27 @@ impl Follower<'_> {
                         Err(ApiError::Away(_)) => {}
                         Err(error) => return Err(error.into()),
                     }
-                    if purge.is_none() && link.settings.can_purge {
+                    if purge.is_none() && link.settings.can_purge && purge_at <= Instant::now() {
                         let old = lock(&self.shared.place).census.old(self.now_ms(), PURGES_AT_ONCE);
                         purge = (!old.is_empty()).then(|| purged(link, old).boxed());
                     }
                 }
                 done = ready(&mut purge) => {
                     purge = None;
-                    let mut place = lock(&self.shared.place);
-                    done?.into_iter().for_each(|sequence| place.census.forget(sequence));
+                    match done {
+                        Ok(gone) => {
+                            let mut place = lock(&self.shared.place);
+                            gone.into_iter().for_each(|sequence| place.census.forget(sequence));
+                        }
+                        Err(error) => {
+                            warn!(%error, "markers of deletes could not be purged");
+                            purge_at = Instant::now().checked_add(PURGE_RETRY).unwrap_or(purge_at);
+                        }
+                    }
                 }
                 _ = probes.tick(), if probe.is_none() => {
                     let link = Arc::clone(link);
+                    asked_at = self.last;
                     probe = Some(async move { link.wire.info().await }.boxed());
                 }
                 () = sleep_until(alive.checked_add(LIFE).unwrap_or(alive)) => {
@@ -379,7 +399,7 @@ impl Follower<'_> {
     }
 
     /// Whether the stream has just what has come of it; an error where it is not what it was.
-    async fn check(&self, info: &Info) -> Result<bool> {
+    fn check(&self, info: &Info) -> Result<bool> {
         let link = self.link;
         if info.created() != link.created {
             return Err(EngineError::Unavailable("the bucket was created anew".to_owned()));
@@ -387,12 +407,9 @@ impl Follower<'_> {
         if bucket::settings(&link.wire, &info.config).ok() != Some(link.settings) {
             return Err(EngineError::Unavailable("the settings of the bucket were changed".to_owned()));
         }
-        if info.state.last_seq < self.last && went_back(&link.wire, info, self.last).await? {
-            return Err(EngineError::Unavailable("the bucket went back".to_owned()));
-        }
         let names = info.state.num_subjects;
         let census = &lock(&self.shared.place).census;
-        let is_whole = (census.len_min(self.now_ms())..=census.len()).contains(&names);
+        let is_whole = (census.len_min(self.now_ms().saturating_add(CLOCK_DRIFT_MS))..=census.len()).contains(&names);
         Ok(info.state.last_seq != self.last || is_whole)
     }
 
@@ -460,8 +477,10 @@ impl Follower<'_> {
 
     /// The server's clock, in milliseconds.
     fn now_ms(&self) -> u64 {
-        let ahead = self.consumer.as_ref().map_or(0, |consumer| consumer.clock_ms);
-        u64::try_from(local_ms().saturating_add(ahead)).unwrap_or_default()
+        let now = |consumer: &Consumer| {
+            consumer.made_ms.saturating_add(u64::try_from(consumer.made.elapsed().as_millis()).unwrap_or(u64::MAX))
+        };
+        self.consumer.as_ref().map_or(0, now)
     }
 
     /// Makes a consumer.
@@ -508,8 +527,9 @@ impl Follower<'_> {
         self.last = if let From::Behind(sequence) = from { sequence } else { 0 };
         let body = json!({ "stream_name": wire.stream, "config": config });
         let created: Created = wire.api(&format!("CONSUMER.CREATE.{}", wire.stream), &body).await?;
-        let clock_ms = (created.created.unix_timestamp_nanos() / 1_000_000).saturating_sub(local_ms());
-        self.consumer = Some(Consumer { messages, number: 0, pending: created.num_pending, clock_ms });
+        let made_ms = u64::try_from(created.created.unix_timestamp_nanos() / 1_000_000).unwrap_or_default();
+        let (pending, made) = (created.num_pending, Instant::now());
+        self.consumer = Some(Consumer { messages, number: 0, pending, made_ms, made });
         Ok(())
     }
 
@@ -594,8 +614,8 @@ impl Follower<'_> {
 
     /// How long a marker stays.
     fn age_ms(&self, ttl: Option<&str>) -> u64 {
-        let ttl = ttl.and_then(|ttl| ttl.trim_end_matches('s').parse().ok()).map(Duration::from_secs);
-        u64::try_from(ttl.unwrap_or(self.shared.options.marker_age).as_millis()).unwrap_or(u64::MAX)
+        let age = u64::try_from(self.shared.options.marker_age.as_millis()).unwrap_or(u64::MAX);
+        ttl.and_then(seconds).map_or(age, |seconds| seconds.saturating_mul(1_000))
     }
 
     /// When a value ends that this engine has put.
@@ -627,16 +647,29 @@ fn disconnected() -> EngineError {
     EngineError::Unavailable("the connection to NATS is lost".to_owned())
 }
 
-fn local_ms() -> i128 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    i128::try_from(since.as_millis()).unwrap_or_default()
-}
-
 async fn next_message(consumer: &mut Option<Consumer>) -> Option<Message> {
     match consumer {
         Some(consumer) => consumer.messages.next().await,
         None => None,
     }
+}
+
+/// The whole seconds of a duration as servers write it: `90`, `90s`, `1m30s`, `1h0m0s`.
+fn seconds(text: &str) -> Option<u64> {
+    let (mut total, mut rest) = (0_u64, text);
+    while !rest.is_empty() {
+        let (number, after) = rest.split_at(rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len()));
+        let unit = after.split_at_checked(1).map_or("s", |(unit, _)| unit);
+        let seconds = match unit {
+            "h" => 3_600,
+            "m" => 60,
+            "s" => 1,
+            _ => return None,
+        };
+        total = total.saturating_add(number.parse::<u64>().ok()?.saturating_mul(seconds));
+        rest = after.get(1..).unwrap_or_default();
+    }
+    Some(total)
 }
 
 /// What a future that there may be comes to.
@@ -690,5 +723,31 @@ impl Delivered {
             time_ns: time.parse().ok()?,
             pending: pending.parse().ok()?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_read_as_servers_write_them() {
+        for (text, expected) in
+            [("90", 90), ("90s", 90), ("1m30s", 90), ("1h0m0s", 3_600), ("30m0s", 1_800), ("1m", 60)]
+        {
+            assert_eq!(seconds(text), Some(expected), "{text}");
+        }
+        for text in ["never", "1.5s", "s", "1d"] {
+            assert_eq!(seconds(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_place_of_a_message_is_read_in_both_forms() {
+        let old = Delivered::read("$JS.ACK.KV_b.c.1.17.5.1700000000000000000.3").unwrap();
+        assert_eq!((old.sequence, old.number, old.pending, old.time_ms()), (17, 5, 3, 1_700_000_000_000));
+        let new = Delivered::read("$JS.ACK.d.h.KV_b.c.1.17.5.1700000000000000000.3.t").unwrap();
+        assert_eq!((new.sequence, new.number, new.pending, new.time_ms()), (17, 5, 3, 1_700_000_000_000));
+        assert!(Delivered::read("_INBOX.x").is_none() && Delivered::read("$JS.ACK.KV_b.c.1").is_none());
     }
 }

@@ -131,7 +131,7 @@ impl Options {
     }
 
     /// How old the marker of a delete gets before it is purged, so that deletes do not grow the bucket for ever. 30 minutes by
-    /// default.
+    /// default. It is to be the same for all nodes of a bucket.
     #[must_use]
     pub fn with_marker_age(self, marker_age: Duration) -> Self {
         Options { marker_age, ..self }

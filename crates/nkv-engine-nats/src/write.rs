@@ -326,7 +326,7 @@ impl Writer<'_> {
         for ((subject, what, last), number) in messages.into_iter().zip(1..) {
             let batch = (count > 1).then(|| Batch { id: &id, number, is_last: number == count });
             if number < count {
-                let (headers, value) = self.message(what, last, batch);
+                let (headers, value) = self.message(what, last, batch).map_err(NotDone::Failed)?;
                 let publish = self.link.wire.client.publish_with_headers(subject, headers.unwrap_or_default(), value);
                 let sent = self.link.unless_lost(publish).await.map_err(NotDone::Failed)?;
                 // Without the last message nothing of it is done.
@@ -371,14 +371,23 @@ impl Writer<'_> {
 
     /// Whether a sequence may be that of a marker: nkv has a revision for a delete too, and no value is at that.
     fn may_be_marker(&self, sequence: u64) -> bool {
-        sequence > self.link.seen.load(Relaxed) || lock(&self.shared.place).census.is_marker(sequence)
+        let place = lock(&self.shared.place);
+        let is_known = place.last.is_some() && sequence <= self.link.seen.load(Relaxed);
+        !is_known || place.census.is_marker(sequence)
     }
 
     fn check_epoch(&self) -> Result<()> {
         if self.epoch == self.link.epoch { Ok(()) } else { Err(EngineError::OtherEpoch) }
     }
 
-    fn message(&self, what: What, last: Option<u64>, batch: Option<Batch<'_>>) -> (Option<HeaderMap>, Bytes) {
+    fn message(&self, what: What, last: Option<u64>, batch: Option<Batch<'_>>) -> Result<(Option<HeaderMap>, Bytes)> {
+        if let What::Put { value, .. } = &what
+            && value.len() > self.link.settings.value_len_max
+        {
+            let (len, len_max) = (value.len(), self.link.settings.value_len_max);
+            let message = format!("the value has {len} bytes, and NATS takes {len_max} here; nothing was changed");
+            return Err(refused(413, message));
+        }
         let mut headers = HeaderMap::new();
         if let Some(last) = last {
             headers.insert("Nats-Expected-Last-Subject-Sequence", last.to_string());
@@ -405,7 +414,7 @@ impl Writer<'_> {
                 value
             }
         };
-        ((!headers.is_empty()).then_some(headers), value)
+        Ok(((!headers.is_empty()).then_some(headers), value))
     }
 
     async fn send(
@@ -415,14 +424,9 @@ impl Writer<'_> {
         last: Option<u64>,
         batch: Option<Batch<'_>>,
     ) -> std::result::Result<PubAck, NotDone> {
-        let Link { wire, seen, settings, .. } = self.link;
+        let Link { wire, seen, .. } = self.link;
         let before = seen.load(Relaxed);
-        let (headers, value) = self.message(what, last, batch);
-        if value.len() > settings.value_len_max {
-            let (len, len_max) = (value.len(), settings.value_len_max);
-            let message = format!("the value has {len} bytes, and NATS takes {len_max} here; nothing was changed");
-            return Err(NotDone::Failed(refused(413, message)));
-        }
+        let (headers, value) = self.message(what, last, batch).map_err(NotDone::Failed)?;
         let ack = self.link.unless_lost(wire.publish(subject, headers, value)).await.map_err(NotDone::Failed)??;
         if ack.seq <= before {
             let message = "the stream began anew: it is not known what it was when it took the write";

@@ -179,9 +179,9 @@ pub(crate) async fn value(nkv: &Handle, key: &str) -> Option<String> {
 /// The next event that says anything of a key.
 pub(crate) async fn event(events: &mut Subscription) -> Event {
     loop {
-        match timeout(PATIENCE, events.next()).await.expect("no event comes").expect("the subscription ended") {
-            event @ (Event::Update { .. } | Event::Gone { .. }) => return event,
-            _ => {}
+        let event = timeout(PATIENCE, events.next()).await.expect("no event comes").expect("the subscription ended");
+        if matches!(event, Event::Update { .. } | Event::Gone { .. }) {
+            return event;
         }
     }
 }
@@ -263,7 +263,7 @@ pub(crate) struct Proxy {
 pub(crate) enum Way {
     Open,
     /// What the server sends does not arrive; the other way round all does.
-    OneWay,
+    Deaf,
     /// Connections end, and others are not taken.
     Cut,
 }

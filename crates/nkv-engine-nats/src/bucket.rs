@@ -3,7 +3,7 @@
 use futures_util::future::join_all;
 use nkv_node::{Abilities, EngineError};
 use serde_json::json;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::options::Options;
 use crate::wire::{ApiError, Config, Info, Wire};
@@ -20,7 +20,17 @@ pub(crate) struct Settings {
     pub(crate) value_len_max: usize,
     /// Each key has one message: what is overwritten is gone.
     pub(crate) has_no_history: bool,
-    pub(crate) can_purge: bool,
+    pub(crate) purge: Purge,
+}
+
+/// How markers of deletes are removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purge {
+    /// By their sequence alone.
+    BySequence,
+    /// By their subject, up to their sequence.
+    BySubject,
+    Never,
 }
 
 /// Finds the bucket, or creates it, and checks its settings.
@@ -33,6 +43,12 @@ pub(crate) async fn ensure(wire: &Wire, options: &Options) -> Result<(Info, Sett
         let message = format!("the bucket '{}' cannot be used: {what}", options.bucket());
         EngineError::Refused { status: 503, message }
     })?;
+    if settings.purge == Purge::Never {
+        warn!(
+            bucket = options.bucket(),
+            "markers of deletes stay for ever: the bucket denies it, or NATS is older than 2.10"
+        );
+    }
     Ok((info, settings))
 }
 
@@ -91,7 +107,8 @@ async fn create(wire: &Wire, options: &Options) -> Result<Info, EngineError> {
         "max_msg_size": -1,
         "max_consumers": -1,
         "allow_rollup_hdrs": true,
-        "deny_delete": true,
+        // See `Purge`.
+        "deny_delete": wire.client.is_server_compatible(2, 10, 0),
         "allow_direct": true,
     });
     if let Some(config) = config.as_object_mut() {
@@ -134,7 +151,12 @@ pub(crate) fn settings(wire: &Wire, config: &Config) -> Result<Settings, String>
         abilities,
         value_len_max: info.max_payload.min(message_len_max).saturating_sub(HEADERS_LEN_MAX),
         has_no_history: config.max_msgs_per_subject == 1,
-        can_purge: !config.deny_purge,
+        purge: match () {
+            () if config.max_msgs_per_subject == 1 && !config.deny_delete => Purge::BySequence,
+            // Before 2.9.15 a purge moves consumers past messages of other subjects (nats-server#3838).
+            () if !config.deny_purge && is_since(10) => Purge::BySubject,
+            () => Purge::Never,
+        },
     })
 }
 

@@ -1,10 +1,10 @@
-//! Which names a bucket has something of, so that its own count shows whether anything was removed without a notice.
+//! Which subjects a bucket has something of, so that its own count shows whether anything was removed without a notice.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, RandomState};
 
-/// The names that a follower knows to be in the bucket, by a hash of each. Two names of one hash make a count that is never
-/// right, and the state is fetched anew with another hasher.
+/// The subjects that a follower knows to be in the bucket, its names, by a hash of each. Two names of one hash make a count that
+/// is never right, and the state is fetched anew with another hasher.
 #[derive(Debug, Default)]
 pub(crate) struct Census {
     hasher: RandomState,

@@ -15,7 +15,7 @@ use async_nats::{Message, Subscriber};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
-use nkv_core::{Action, Change, Epoch, Key, Meta, PersistErrorKind, Reason, Revision};
+use nkv_core::{Action, Change, Epoch, Key, Meta, PersistError, PersistErrorKind, Reason, Revision};
 use nkv_node::{EngineError, Feed, Seen};
 use serde::Deserialize;
 use serde_json::json;
@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 use tracing::{info, warn};
 
-use crate::bucket;
+use crate::bucket::{self, Purge};
 use crate::census::Last;
 use crate::engine::{Anchor, Link, Shared, lock};
 use crate::subject::decode;
@@ -49,6 +49,8 @@ const PURGE_RETRY: Duration = Duration::from_secs(60);
 const CLOCK_DRIFT_MS: u64 = 2_000;
 /// Where the generation of the data is kept. Nobody's key: it has a byte that no key has, spelled in a way that no key is.
 const GENERATION: &str = "=00nkv.generation";
+/// What is put there only takes a sequence.
+const STEP: &str = "=00nkv.step";
 
 type Result<T> = std::result::Result<T, EngineError>;
 
@@ -213,7 +215,6 @@ struct Item {
     change: Option<Change>,
     /// More of the same step is to come.
     is_part: bool,
-    pending: u64,
 }
 
 impl Follower<'_> {
@@ -260,6 +261,30 @@ impl Follower<'_> {
 
     /// Fetches the whole state.
     async fn fetch(&mut self, info: &Info, seen: Option<Seen>) -> Result<()> {
+        let is_same = seen.is_some_and(|seen| seen.epoch == self.link.epoch);
+        let is_contradiction = |error: &PersistError| is_same && error.kind() == PersistErrorKind::Rejected;
+        match self.fetch_once(info).await {
+            Err(EngineError::Feed(error)) if is_contradiction(&error) => {}
+            done => return done,
+        }
+        // Where names vanished without a message, the node was at this revision with them: that they are gone takes another.
+        let Link { wire, epoch, created, .. } = &**self.link;
+        match wire.publish(format!("{}{STEP}", wire.prefix), None, Bytes::new()).await {
+            Ok(_) | Err(NotDone::Conflict) => {}
+            Err(NotDone::Failed(error)) => return Err(error),
+        }
+        let info = wire.info().await?;
+        match self.fetch_once(&info).await {
+            // The bucket says something else of revisions that the node has: it went back, and has overtaken the node since.
+            Err(EngineError::Feed(error)) if is_contradiction(&error) => {
+                raise(wire, *created, generation_of(*epoch)).await?;
+                Err(EngineError::Unavailable(format!("a new epoch begins: {error}")))
+            }
+            done => done,
+        }
+    }
+
+    async fn fetch_once(&mut self, info: &Info) -> Result<()> {
         {
             let mut place = lock(&self.shared.place);
             (place.census, place.last) = Default::default();
@@ -288,18 +313,7 @@ impl Follower<'_> {
         self.link.seen.fetch_max(self.last, Relaxed);
         let count = state.len();
         let state = state.into_values().collect();
-        match self.feed.replace(state, Revision::new(self.last), self.link.epoch).await {
-            Ok(_) => {}
-            // The bucket says something else of revisions that the node has: it went back, and has overtaken the node since.
-            Err(EngineError::Feed(error))
-                if error.kind() == PersistErrorKind::Rejected
-                    && seen.is_some_and(|seen| seen.epoch == self.link.epoch) =>
-            {
-                raise(&self.link.wire, self.link.created, generation_of(self.link.epoch)).await?;
-                return Err(EngineError::Unavailable(format!("a new epoch begins: {error}")));
-            }
-            Err(error) => return Err(error),
-        }
+        self.feed.replace(state, Revision::new(self.last), self.link.epoch).await?;
         if came == self.last && came > 0 {
             self.note_last(came, last_time);
         }
@@ -310,7 +324,6 @@ impl Follower<'_> {
     /// Takes what comes until the stream's sequence is reached, or nothing more comes.
     async fn gather(&mut self, until: u64, mut take: impl FnMut(Item)) -> Result<()> {
         let is_empty = self.consumer.as_ref().is_none_or(|consumer| consumer.pending == 0);
-        let mut is_part = false;
         if self.last >= until || is_empty && until == 0 {
             return Ok(());
         }
@@ -318,14 +331,14 @@ impl Follower<'_> {
             match self.receive().await? {
                 Brought::Item(item) => {
                     self.last = item.sequence;
-                    is_part = item.is_part && item.pending > 0;
+                    let is_part = item.is_part;
                     take(item);
                     if self.last >= until && !is_part {
                         return Ok(());
                     }
                 }
-                Brought::Idle if !is_part => return Ok(()),
-                Brought::Idle | Brought::Nothing => {}
+                Brought::Idle => return Ok(()),
+                Brought::Nothing => {}
             }
         }
     }
@@ -365,7 +378,7 @@ impl Follower<'_> {
                         Err(ApiError::Away(_)) => {}
                         Err(error) => return Err(error.into()),
                     }
-                    if purge.is_none() && link.settings.can_purge && purge_at <= Instant::now() {
+                    if purge.is_none() && link.settings.purge != Purge::Never && purge_at <= Instant::now() {
                         let old = lock(&self.shared.place).census.old(self.now_ms(), PURGES_AT_ONCE);
                         purge = (!old.is_empty()).then(|| purged(link, old).boxed());
                     }
@@ -409,22 +422,31 @@ impl Follower<'_> {
         }
         let names = info.state.num_subjects;
         let census = &lock(&self.shared.place).census;
-        let is_whole = (census.len_min(self.now_ms().saturating_add(CLOCK_DRIFT_MS))..=census.len()).contains(&names);
-        Ok(info.state.last_seq != self.last || is_whole)
+        let least = census.len_min(self.now_ms().saturating_add(CLOCK_DRIFT_MS));
+        if info.state.last_seq != self.last || (least..=census.len()).contains(&names) {
+            return Ok(true);
+        }
+        info!(names, least, most = census.len(), "names vanished without a message: the state is fetched anew");
+        Ok(false)
     }
 
     /// Takes a message, and all that have come behind it.
     async fn take(&mut self, message: Message) -> Result<()> {
         let (mut items, mut len, mut next) = (Vec::new(), 0_usize, Some(message));
+        let mut is_part = false;
         while let Some(message) = next.take() {
-            let mut is_part = false;
-            if let Brought::Item(item) = self.read(message).await? {
-                is_part = item.is_part && item.pending > 0;
-                self.last = item.sequence;
-                if let Some(Change { action: Action::Put { value, .. }, .. }) = &item.change {
-                    len = len.saturating_add(value.len());
+            match self.read(message).await? {
+                Brought::Item(item) => {
+                    is_part = item.is_part;
+                    self.last = item.sequence;
+                    if let Some(Change { action: Action::Put { value, .. }, .. }) = &item.change {
+                        len = len.saturating_add(value.len());
+                    }
+                    items.push(item);
                 }
-                items.push(item);
+                // The end of the batch was overwritten, or was no message.
+                Brought::Idle => is_part = false,
+                Brought::Nothing => {}
             }
             next = if is_part {
                 // What was done in one step is given in one.
@@ -465,8 +487,11 @@ impl Follower<'_> {
     /// The delete of a key that does not exist.
     fn mark(&self, revision: Revision) -> Result<Change> {
         let place = lock(&self.shared.place);
+        let prefix = &self.link.wire.prefix;
         let mut names = (0_u64..).map(|number| format!("nkv.revision.{number}"));
-        let key = names.find(|name| place.census.last_of(name).is_none()).and_then(|name| Key::new(&name).ok());
+        let key = names
+            .find(|name| place.census.last_of(&format!("{prefix}{name}")).is_none())
+            .and_then(|name| Key::new(&name).ok());
         let key = key.ok_or_else(|| EngineError::Unavailable("there is no name that is not taken".to_owned()))?;
         Ok(change(key, revision, Action::Delete { reason: Reason::Deleted }))
     }
@@ -506,6 +531,7 @@ impl Follower<'_> {
             "idle_heartbeat": u64::try_from(HEARTBEAT.as_nanos()).unwrap_or(u64::MAX),
             "mem_storage": true,
             "num_replicas": 1,
+            "filter_subject": ">",
             "description": "nkv",
         });
         if let Some(config) = config.as_object_mut() {
@@ -516,7 +542,6 @@ impl Follower<'_> {
                 }
                 From::State => {
                     config.insert("deliver_policy".into(), json!("last_per_subject"));
-                    config.insert("filter_subject".into(), json!(format!("{}>", wire.prefix)));
                 }
                 From::Behind(sequence) => {
                     config.insert("deliver_policy".into(), json!("by_start_sequence"));
@@ -589,11 +614,11 @@ impl Follower<'_> {
             None if key.is_some() && is_held => Last::Value(place.sequence),
             None => Last::Foreign,
         };
-        if last == Last::Foreign && name != GENERATION {
+        if last == Last::Foreign && ![GENERATION, STEP].contains(&name) {
             self.note_foreign(&message.subject);
         }
         let until_ms = place.time_ms().saturating_add(self.age_ms(header(headers, "Nats-TTL")));
-        lock(&self.shared.place).census.note(name, last, until_ms);
+        lock(&self.shared.place).census.note(&message.subject, last, until_ms);
         let action = match marker {
             Some(reason) => Action::Delete { reason },
             None if is_held => {
@@ -608,7 +633,6 @@ impl Follower<'_> {
             time_ns: place.time_ns,
             change: key.map(|key| change(key, Revision::new(place.sequence), action)),
             is_part: is_batch && header(headers, "Nats-Batch-Commit").is_none(),
-            pending: place.pending,
         })
     }
 
@@ -688,8 +712,15 @@ async fn purged(link: &Link, old: Vec<u64>) -> Result<Vec<u64>> {
     let mut gone = Vec::with_capacity(old.len());
     for sequence in old {
         if let Some(kept) = wire.at(sequence).await?.filter(|kept| kept.marker.is_some()) {
-            let body = json!({ "filter": kept.subject, "seq": sequence.saturating_add(1) });
-            let Purged {} = wire.api(&format!("STREAM.PURGE.{}", wire.stream), &body).await?;
+            let (verb, body) = match link.settings.purge {
+                Purge::BySequence => ("STREAM.MSG.DELETE", json!({ "seq": sequence, "no_erase": true })),
+                _ => ("STREAM.PURGE", json!({ "filter": kept.subject, "seq": sequence.saturating_add(1) })),
+            };
+            let done: std::result::Result<Purged, ApiError> = wire.api(&format!("{verb}.{}", wire.stream), &body).await;
+            // It may be gone by now.
+            if wire.at(sequence).await?.is_some() {
+                done?;
+            }
         }
         gone.push(sequence);
     }
@@ -701,7 +732,6 @@ struct Delivered {
     sequence: u64,
     number: u64,
     time_ns: i128,
-    pending: u64,
 }
 
 impl Delivered {
@@ -713,16 +743,10 @@ impl Delivered {
         let tokens: Vec<&str> = reply.split('.').collect();
         // `$JS.ACK.STREAM.CONSUMER.…`, or with domain and account before the stream.
         let place = tokens.strip_prefix(&["$JS", "ACK"])?;
-        let [_, sequence, number, time, pending, ..] = (if place.len() > 7 { place.get(4..) } else { place.get(2..) })?
-        else {
+        let [_, sequence, number, time, ..] = (if place.len() > 7 { place.get(4..) } else { place.get(2..) })? else {
             return None;
         };
-        Some(Delivered {
-            sequence: sequence.parse().ok()?,
-            number: number.parse().ok()?,
-            time_ns: time.parse().ok()?,
-            pending: pending.parse().ok()?,
-        })
+        Some(Delivered { sequence: sequence.parse().ok()?, number: number.parse().ok()?, time_ns: time.parse().ok()? })
     }
 }
 
@@ -745,9 +769,9 @@ mod tests {
     #[test]
     fn the_place_of_a_message_is_read_in_both_forms() {
         let old = Delivered::read("$JS.ACK.KV_b.c.1.17.5.1700000000000000000.3").unwrap();
-        assert_eq!((old.sequence, old.number, old.pending, old.time_ms()), (17, 5, 3, 1_700_000_000_000));
+        assert_eq!((old.sequence, old.number, old.time_ms()), (17, 5, 1_700_000_000_000));
         let new = Delivered::read("$JS.ACK.d.h.KV_b.c.1.17.5.1700000000000000000.3.t").unwrap();
-        assert_eq!((new.sequence, new.number, new.pending, new.time_ms()), (17, 5, 3, 1_700_000_000_000));
+        assert_eq!((new.sequence, new.number, new.time_ms()), (17, 5, 1_700_000_000_000));
         assert!(Delivered::read("_INBOX.x").is_none() && Delivered::read("$JS.ACK.KV_b.c.1").is_none());
     }
 }

@@ -19,8 +19,10 @@ use tokio::time::{sleep, timeout};
 
 use crate::options::Options;
 
-/// Without a sign of life for this long a server is away, and a request that it has not answered by then is given up.
+/// Without a sign of life for this long a server is away.
 pub(crate) const LIFE: Duration = Duration::from_millis(1_800);
+/// A write, or what takes its time, is given up after this long, also if the server gives signs of life.
+const REQUEST_LIMIT: Duration = Duration::from_secs(5);
 /// Each further server of a list is tried this much later: one that stands still delays the others by no more.
 const STAGGER: Duration = Duration::from_millis(250);
 /// All of them together have this long.
@@ -114,6 +116,7 @@ pub(crate) struct Config {
     pub(crate) max_msg_size: i64,
     pub(crate) no_ack: bool,
     pub(crate) sealed: bool,
+    pub(crate) deny_delete: bool,
     pub(crate) deny_purge: bool,
     pub(crate) mirror: Option<serde_json::Value>,
     pub(crate) subject_transform: Option<serde_json::Value>,
@@ -186,11 +189,20 @@ impl Wire {
         Ok(Wire { client, server, stream: format!("KV_{bucket}"), prefix: format!("$KV.{bucket}.") })
     }
 
-    /// A request that is answered in JSON.
+    /// A small request that is answered in JSON.
     pub(crate) async fn api<T: DeserializeOwned>(&self, verb: &str, body: &impl Serialize) -> Result<T, ApiError> {
+        self.api_within(LIFE, verb, body).await
+    }
+
+    async fn api_within<T: DeserializeOwned>(
+        &self,
+        limit: Duration,
+        verb: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ApiError> {
         let away = |error: &dyn Display| ApiError::Away(format!("{verb}: {error}"));
         let payload = serde_json::to_vec(body).map_err(|error| away(&error))?;
-        let request = Request::new().payload(payload.into()).timeout(Some(LIFE));
+        let request = Request::new().payload(payload.into()).timeout(Some(limit));
         let answer =
             self.client.send_request(format!("$JS.API.{verb}"), request).await.map_err(|error| away(&error))?;
         match serde_json::from_slice(&answer.payload).map_err(|error| away(&error))? {
@@ -211,7 +223,8 @@ impl Wire {
         let mut names = Vec::new();
         loop {
             let body = serde_json::json!({ "subjects_filter": filter, "offset": names.len() });
-            let info: Info = self.api(&format!("STREAM.INFO.{}", self.stream), &body).await?;
+            let verb = format!("STREAM.INFO.{}", self.stream);
+            let info: Info = self.api_within(REQUEST_LIMIT, &verb, &body).await?;
             if info.state.subjects.is_empty() {
                 return Ok(names);
             }
@@ -342,7 +355,7 @@ impl Wire {
         headers: Option<HeaderMap>,
         value: Bytes,
     ) -> Result<PubAck, NotDone> {
-        let mut request = Request::new().payload(value).timeout(Some(LIFE));
+        let mut request = Request::new().payload(value).timeout(Some(REQUEST_LIMIT));
         if let Some(headers) = headers {
             request = request.headers(headers);
         }

@@ -221,7 +221,8 @@ impl Writer<'_> {
             Pattern::Key(key) | Pattern::Exact(key) => self.subject(key),
         };
         let mut names = self.link.read(self.link.wire.names(&filter)).await?;
-        names.retain(|subject| decode(self.name(subject)).is_some_and(|key| pattern.selects(&key)));
+        let key = |subject: &str| decode(subject.strip_prefix(prefix)?);
+        names.retain(|subject| key(subject).is_some_and(|key| pattern.selects(&key)));
         Ok(names)
     }
 
@@ -348,10 +349,6 @@ impl Writer<'_> {
         format!("{}{}", self.link.wire.prefix, encode(key.as_str()))
     }
 
-    fn name<'a>(&self, subject: &'a str) -> &'a str {
-        subject.strip_prefix(&self.link.wire.prefix).unwrap_or_default()
-    }
-
     /// What nkv sees of a key: neither a marker nor a value that is too long.
     async fn present(&self, subject: &str) -> Result<Present> {
         let last = self.link.read(self.link.wire.last_of(subject)).await?;
@@ -366,7 +363,7 @@ impl Writer<'_> {
 
     /// What has come last of a key; there may be something newer.
     fn known(&self, subject: &str) -> Option<Last> {
-        lock(&self.shared.place).census.last_of(self.name(subject))
+        lock(&self.shared.place).census.last_of(subject)
     }
 
     /// Whether a sequence may be that of a marker: nkv has a revision for a delete too, and no value is at that.

@@ -117,6 +117,42 @@ async fn what_nkv_cannot_hold_is_absent_and_takes_the_older_value_with_it() {
 }
 
 #[tokio::test]
+async fn a_foreign_value_of_six_megabytes_stops_nothing() {
+    let Some(server) = Server::start_with(false, "max_payload: 8000000").await else { return };
+    let (_node, nkv) = server.node().await;
+    let other = server.other().await;
+    nkv.put("a", "1").await.unwrap();
+    other.put("a", &"x".repeat(6_000_000)).await;
+    other.put("b", "1").await;
+    until("what comes behind it", async || nkv.exists("b").await.unwrap()).await;
+    let (_later, later) = server.node().await;
+    for nkv in [&nkv, &later] {
+        assert_eq!((nkv.list("*").await.unwrap().len(), nkv.exists("a").await.unwrap()), (1, false));
+        assert!(nkv.health().await.is_ok());
+    }
+}
+
+#[tokio::test]
+async fn what_comes_from_another_bucket_by_sources_is_no_key() {
+    let Some(server) = Server::start().await else { return };
+    let other = server.other().await;
+    let source = json!({
+        "name": "SOURCE", "subjects": ["source.>"], "retention": "limits", "discard": "old", "storage": "file",
+        "num_replicas": 1, "max_msgs": -1, "max_bytes": -1, "max_consumers": -1, "max_age": 0,
+    });
+    assert!(other.api("STREAM.CREATE.SOURCE", source).await.get("error").is_none());
+    other.create(json!({ "sources": [{ "name": "SOURCE" }] })).await;
+    for number in 0..3 {
+        other.client.publish(format!("source.{number}"), "1".into()).await.unwrap();
+    }
+    other.put("a", "1").await;
+    until("all of it is there", async || other.state().await["num_subjects"] == 4).await;
+    let (_node, nkv) = server.node().await;
+    assert_eq!(nkv.list("*").await.unwrap().len(), 1);
+    nkv.put("b", "1").await.unwrap();
+}
+
+#[tokio::test]
 async fn conditions_see_through_markers() {
     for server in [Server::start().await, Server::start_old().await] {
         let Some(server) = server else { continue };

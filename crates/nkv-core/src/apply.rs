@@ -99,6 +99,24 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         Ok(count)
     }
 
+    /// Notes that nothing else changed up to a revision: the store is at it from here on, and so is its storage. Readers and
+    /// subscribers see nothing of it. A revision that the store is at already is passed over.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`apply`](Self::apply).
+    pub fn pass(&self, revision: Revision) -> Result<(), PersistError> {
+        let _later = Later::begin();
+        let mut writer = self.lock_writer()?;
+        if revision <= writer.revision {
+            return Ok(());
+        }
+        check_last(revision)?;
+        let is_taken = |key: &Key| self.get_stored(key, |_| ()).is_some();
+        let mark = mark(revision, writer.persist.keeps_meta(), is_taken);
+        self.keep(&mut writer, vec![mark], usize::MAX)
+    }
+
     /// Does what differs between the store and a state of its epoch.
     fn mend(&self, writer: &mut Writer<P>, state: Vec<Change>, revision: Revision) -> Result<u64, PersistError> {
         if revision < writer.revision {

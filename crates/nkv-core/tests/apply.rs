@@ -161,6 +161,22 @@ fn what_was_applied_before_is_passed_over() {
 }
 
 #[test]
+fn a_revision_at_which_nothing_changed_is_kept_and_nobody_is_notified() {
+    let (store, script, disk) = store();
+    let inbox = subscribe(&store, &["*"]);
+    store.apply(vec![put("a", 3)]).unwrap();
+    store.pass(r(7)).unwrap();
+    assert_eq!((store.stats().revision, stored(&disk).1.revision), (r(7), r(7)));
+    for passed in [r(7), r(5)] {
+        store.pass(passed).unwrap();
+    }
+    assert_eq!((script.calls(), store.stats().revision), (2, r(7)), "what it is at already is passed over");
+    assert_eq!(store.apply(vec![put("b", 6), put("b", 8)]).unwrap(), Applied { stored: 1, passed_over: 1 });
+    assert_eq!((told(&inbox).join(" "), records(&store)), ("!a@3. !b@8.".into(), vec!["a@3".into(), "b@8".into()]));
+    assert_eq!(store.pass(r(u64::MAX)).unwrap_err().kind(), PersistErrorKind::Rejected);
+}
+
+#[test]
 fn a_batch_that_cannot_be_is_refused_before_anything_is_stored() {
     let (store, script, _) = store();
     store.apply(vec![put("a", 3)]).unwrap();

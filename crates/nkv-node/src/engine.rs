@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use nkv_core::{Applied, Change, Epoch, Op, Outcome, Pattern, PersistError, Revision, StoredRef};
+use nkv_core::{Applied, Change, Epoch, Op, Outcome, Pattern, PersistError, RecordRef, Revision, StoredRef};
 use nkv_types::{Error, ErrorKind, Result};
 use thiserror::Error as ThisError;
 use tokio::sync::watch;
@@ -160,6 +160,10 @@ pub(crate) trait Follower: fmt::Debug + Send + Sync {
 
     fn replace(&self, feed: u64, state: Vec<Change>, revision: Revision, epoch: Epoch) -> Result<u64, PersistError>;
 
+    fn pass(&self, feed: u64, revision: Revision) -> Result<(), PersistError>;
+
+    fn walk(&self, pattern: &Pattern, visit: &mut dyn FnMut(RecordRef<'_>));
+
     fn reached(&self, feed: u64);
 }
 
@@ -193,6 +197,25 @@ impl Feed {
     /// As [`apply`](Self::apply).
     pub async fn replace(&self, state: Vec<Change>, revision: Revision, epoch: Epoch) -> Result<u64, EngineError> {
         self.run(move |to, number| to.replace(number, state, revision, epoch)).await
+    }
+
+    /// Notes that nothing else changed up to a revision: see [`NotifyKeyValue::pass`](nkv_core::NotifyKeyValue::pass).
+    ///
+    /// # Errors
+    ///
+    /// As [`apply`](Self::apply).
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`apply`](Self::apply).
+    pub async fn pass(&self, revision: Revision) -> Result<(), EngineError> {
+        self.run(move |to, number| to.pass(number, revision)).await
+    }
+
+    /// Lends each record that the node shows and `pattern` selects to `visit`, in the order of keys: up to 1,024 are of one
+    /// moment. No write becomes visible meanwhile, so `visit` is to be quick.
+    pub fn walk(&self, pattern: &Pattern, mut visit: impl FnMut(RecordRef<'_>)) {
+        self.to.walk(pattern, &mut visit);
     }
 
     /// Notes that the engine is in reach, and that the node has seen all that there was when it was asked: reads are of the

@@ -1,9 +1,10 @@
 //! Follows an engine: keeps what it feeds, and begins again when it does not any more.
 
+use std::ops::ControlFlow;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use nkv_core::{Applied, Change, Epoch, PersistError, PersistErrorKind, Revision};
+use nkv_core::{Applied, Change, Epoch, Pattern, PersistError, PersistErrorKind, RecordRef, Revision};
 
 use crate::engine::{Feed, Follower, Truth};
 use crate::shared::Shared;
@@ -41,6 +42,17 @@ impl Follower for Shared {
 
     fn replace(&self, feed: u64, state: Vec<Change>, revision: Revision, epoch: Epoch) -> Result<u64, PersistError> {
         self.take(feed, |shared| shared.store.replace(state, revision, epoch))
+    }
+
+    fn pass(&self, feed: u64, revision: Revision) -> Result<(), PersistError> {
+        self.take(feed, |shared| shared.store.pass(revision))
+    }
+
+    fn walk(&self, pattern: &Pattern, visit: &mut dyn FnMut(RecordRef<'_>)) {
+        let _: ControlFlow<()> = self.store.walk(pattern, None, |record| {
+            visit(record);
+            ControlFlow::Continue(())
+        });
     }
 
     fn reached(&self, feed: u64) {

@@ -4,8 +4,10 @@
 
 use std::time::Duration;
 
-use nkv_core::{Epoch, Key, MemoryPersist, NoPersist, Op, PutOptions};
-use nkv_node::{ErrorKind, Event, GoneReason, Handle, Node, Result, Revision};
+use nkv_core::{Action, Change, Epoch, Key, MemoryPersist, Meta, NoPersist, Op, PutOptions};
+use nkv_node::{
+    Abilities, Decided, Engine, EngineError, ErrorKind, Event, Feed, GoneReason, Handle, Node, Result, Revision, Seen,
+};
 use nkv_testkit::engine::{ScriptedEngine, check};
 use tokio::time::timeout;
 
@@ -232,4 +234,51 @@ async fn a_snapshot_that_an_epoch_breaks_off_is_followed_by_a_whole_one() {
         }
     };
     timeout(PATIENCE, synced).await.expect("it is never synced again");
+}
+
+/// Feeds one value, passes a revision, and gives what the feed shows of the node.
+#[derive(Debug)]
+struct Passing(tokio::sync::mpsc::UnboundedSender<Vec<(Key, u64)>>);
+
+#[async_trait::async_trait]
+impl Engine for Passing {
+    fn abilities(&self) -> Abilities {
+        Abilities::default()
+    }
+
+    async fn write(&self, _: Epoch, _: Vec<Op>, _: bool) -> std::result::Result<Decided, EngineError> {
+        Err(EngineError::Unavailable("it takes nothing".into()))
+    }
+
+    async fn follow(&self, _: Option<Seen>, feed: Feed) -> EngineError {
+        let put = |name: &str, revision| Change {
+            key: Key::new(name).unwrap(),
+            revision: nkv_core::Revision::new(revision),
+            replaces: nkv_core::Revision::ZERO,
+            action: Action::Put { value: "1".into(), expiry: None },
+            meta: Meta::NONE,
+        };
+        let state = vec![put("a", 1), put("a.b", 2), put("c", 3)];
+        feed.replace(state, nkv_core::Revision::new(3), Epoch::new(1)).await.unwrap();
+        feed.pass(nkv_core::Revision::new(9)).await.unwrap();
+        feed.reached();
+        let mut shown = Vec::new();
+        feed.walk(&"a.*".parse().unwrap(), |record| shown.push((record.key.to_key(), record.revision.get())));
+        self.0.send(shown).unwrap();
+        std::future::pending().await
+    }
+
+    async fn last(&self) -> std::result::Result<Seen, EngineError> {
+        Ok(Seen { epoch: Epoch::new(1), revision: nkv_core::Revision::new(9) })
+    }
+}
+
+#[tokio::test]
+async fn an_engine_passes_revisions_at_which_nothing_changed_and_looks_at_what_the_node_shows() {
+    let (shown, mut keys) = tokio::sync::mpsc::unbounded_channel();
+    let node = Node::builder().engine(Passing(shown)).start().await.unwrap();
+    let nkv = node.handle();
+    healthy(&nkv).await;
+    assert_eq!(nkv.revision().get(), 9);
+    assert_eq!(timeout(PATIENCE, keys.recv()).await.unwrap().unwrap(), [(Key::new("a.b").unwrap(), 2)]);
 }

@@ -1,0 +1,17 @@
+#![doc = include_str!("../README.md")]
+
+mod compression;
+mod engine;
+mod error;
+mod options;
+mod reader;
+mod records;
+mod security;
+mod session;
+mod topic;
+mod wire;
+mod writer;
+
+pub use engine::KafkaEngine;
+pub use error::{Error, ErrorKind, Result};
+pub use options::Options;

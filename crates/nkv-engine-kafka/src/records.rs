@@ -1,0 +1,153 @@
+//! The records of the log: out of what a broker sends, and into what it is sent.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use bytes::{Bytes, BytesMut};
+use kafka_protocol::indexmap::IndexMap;
+use kafka_protocol::messages::fetch_response::AbortedTransaction;
+use kafka_protocol::records::{
+    Compression, NO_PARTITION_LEADER_EPOCH, NO_PRODUCER_EPOCH, NO_PRODUCER_ID, Record, RecordBatchDecoder,
+    RecordBatchEncoder, RecordEncodeOptions, TimestampType,
+};
+
+use crate::compression::decompress;
+use crate::error::{Error, Result};
+
+/// Where things stand in the head of a batch.
+const LENGTH_AT: usize = 8;
+const LENGTH_END: usize = 12;
+const LAST_DELTA_AT: usize = 23;
+const COUNT_AT: usize = 57;
+const HEAD_LEN: usize = 61;
+
+/// Fewest bytes that a record takes.
+const RECORD_LEN_MIN: usize = 7;
+
+/// What a record takes beside its key, its value and its headers, at most; and what a batch takes beside its records.
+pub(crate) const RECORD_OVERHEAD: usize = 32;
+pub(crate) const BATCH_OVERHEAD: usize = HEAD_LEN;
+
+/// The records of one batch that readers may see, and where the next batch may begin.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    pub(crate) records: Vec<Record>,
+    pub(crate) next: i64,
+}
+
+/// Which transactions were aborted, of those that an answer has records of.
+#[derive(Debug, Default)]
+pub(crate) struct Aborted {
+    /// By where they begin.
+    to_come: VecDeque<(i64, i64)>,
+    /// Those that have begun and not ended at this place, by producer.
+    open: BTreeSet<i64>,
+}
+
+impl Aborted {
+    pub(crate) fn new(transactions: &[AbortedTransaction]) -> Self {
+        let mut to_come: Vec<(i64, i64)> =
+            transactions.iter().map(|aborted| (aborted.first_offset, aborted.producer_id.0)).collect();
+        to_come.sort_unstable();
+        Aborted { to_come: to_come.into(), open: BTreeSet::new() }
+    }
+
+    /// Whether a record is one that no reader may see.
+    fn hides(&mut self, record: &Record) -> bool {
+        while self.to_come.front().is_some_and(|(first, _)| *first <= record.offset) {
+            self.open.extend(self.to_come.pop_front().map(|(_, producer)| producer));
+        }
+        if record.control {
+            // Its key has a version and a type: 0 ends a transaction that was aborted.
+            if record.key.as_deref().and_then(|key| key.get(2..4)) == Some(&[0, 0]) {
+                self.open.remove(&record.producer_id);
+            }
+            return true;
+        }
+        record.transactional && self.open.contains(&record.producer_id)
+    }
+}
+
+/// The batches that `bytes` has whole, from the offset `from` on: a broker begins with the batch that has it. The last one may be cut
+/// off, which is no error.
+pub(crate) fn batches(mut bytes: Bytes, aborted: &[AbortedTransaction], from: i64) -> Result<Vec<Batch>> {
+    let (mut batches, mut aborted) = (Vec::new(), Aborted::new(aborted));
+    while let Some((next, len)) = head(&bytes)? {
+        let mut batch = bytes.split_to(len);
+        let count = usize::try_from(number(&batch, COUNT_AT)).unwrap_or(usize::MAX);
+        let unpacked = |bytes: &mut Bytes, compression: Compression| {
+            let bytes = decompress(bytes, compression)?;
+            // So that room for records is made only if they can be there.
+            if count > bytes.len() / RECORD_LEN_MIN {
+                return Err(std::io::Error::other("a batch has fewer records than it says").into());
+            }
+            Ok(bytes)
+        };
+        let decoded = RecordBatchDecoder::decode_with_custom_compression(&mut batch, Some(unpacked));
+        let mut records = decoded.map_err(|error| Error::unavailable(format!("a batch of records: {error}")))?.records;
+        records.retain(|record| !aborted.hides(record) && record.offset >= from);
+        batches.push(Batch { records, next });
+    }
+    Ok(batches)
+}
+
+/// The offset behind the batch that `bytes` begins with, and its length; `None` if it is not there whole.
+fn head(bytes: &[u8]) -> Result<Option<(i64, usize)>> {
+    if bytes.len() < HEAD_LEN {
+        return Ok(None);
+    }
+    let first = bytes.first_chunk::<LENGTH_AT>().map_or(0, |bytes| i64::from_be_bytes(*bytes));
+    let broken = || Error::unavailable(format!("the batch at offset {first} is no batch"));
+    let len = usize::try_from(number(bytes, LENGTH_AT)).map_err(|_| broken())?.saturating_add(LENGTH_END);
+    if len < HEAD_LEN || first < 0 {
+        return Err(broken());
+    }
+    if bytes.len() < len {
+        return Ok(None);
+    }
+    let next = i64::from(number(bytes, LAST_DELTA_AT)).checked_add(first).and_then(|last| last.checked_add(1));
+    Ok(Some((next.filter(|next| *next > first).ok_or_else(broken)?, len)))
+}
+
+fn number(bytes: &[u8], at: usize) -> i32 {
+    bytes.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |bytes| i32::from_be_bytes(*bytes))
+}
+
+/// A record to be written: a value, or a tombstone.
+#[derive(Clone, Debug)]
+pub(crate) struct NewRecord {
+    pub(crate) key: Bytes,
+    pub(crate) value: Option<Bytes>,
+}
+
+impl NewRecord {
+    /// How long it is in a batch, at most.
+    pub(crate) fn len_max(&self) -> usize {
+        self.key.len() + self.value.as_ref().map_or(0, Bytes::len) + RECORD_OVERHEAD
+    }
+}
+
+/// One batch of records, which the broker appends whole or not at all.
+pub(crate) fn encode<'a>(records: impl IntoIterator<Item = &'a NewRecord>, timestamp: i64) -> Result<Bytes> {
+    let record = |(offset, new): (i64, &NewRecord)| Record {
+        transactional: false,
+        control: false,
+        delete_horizon: false,
+        partition_leader_epoch: NO_PARTITION_LEADER_EPOCH,
+        producer_id: NO_PRODUCER_ID,
+        producer_epoch: NO_PRODUCER_EPOCH,
+        timestamp_type: TimestampType::Creation,
+        offset,
+        // The encoder begins another batch where it does not rise with the offset.
+        sequence: i32::try_from(offset).unwrap_or(i32::MAX).wrapping_sub(1),
+        timestamp,
+        key: Some(new.key.clone()),
+        value: new.value.clone(),
+        headers: IndexMap::new(),
+    };
+    let records: Vec<Record> = (0..).zip(records).map(record).collect();
+    let mut bytes = BytesMut::new();
+    let options = RecordEncodeOptions { version: 2, compression: Compression::None };
+    RecordBatchEncoder::encode(&mut bytes, &records, &options)
+        .map_err(|error| Error::refused(format!("encode records: {error}")))?;
+    Ok(bytes.freeze())
+}

@@ -4,6 +4,7 @@ mod compression;
 mod engine;
 mod error;
 mod options;
+mod properties;
 mod reader;
 mod records;
 mod security;

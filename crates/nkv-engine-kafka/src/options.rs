@@ -1,7 +1,10 @@
 //! Where the topic is, and how its engine behaves.
 
+use std::path::Path;
+
 use crate::error::{Error, Result};
-use crate::security::Security;
+use crate::properties::{apply, parse};
+use crate::security::{Security, read};
 
 /// The topic of the first kv-store, whose records have a form of their own.
 const SEED_TOPIC: &str = "command-log";
@@ -94,6 +97,54 @@ impl Options {
     #[must_use]
     pub fn with_value_len_max(self, value_len_max: usize) -> Self {
         Options { value_len_max, ..self }
+    }
+
+    /// The user to be, and its password. `SCRAM-SHA-512` unless [properties](Self::with_properties) name another mechanism.
+    #[must_use]
+    pub fn with_user(mut self, user: impl Into<String>, password: impl Into<String>) -> Self {
+        self.security.user = Some((user.into(), password.into()));
+        self
+    }
+
+    /// Encrypts connections, and trusts the certificates in this file (PEM).
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Refused`](crate::ErrorKind::Refused) for a file that cannot be read or has no certificates, and without the
+    /// feature `tls`.
+    pub fn with_ca_file(mut self, path: impl AsRef<Path>) -> Result<Self> {
+        self.security.trusted = Some(read("the trusted certificates", path.as_ref())?);
+        self.encrypted()
+    }
+
+    /// Encrypts connections, and shows this certificate, with its chain and its key (PEM).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`with_ca_file`](Self::with_ca_file).
+    pub fn with_certificate_files(mut self, chain: impl AsRef<Path>, key: impl AsRef<Path>) -> Result<Self> {
+        self.security.identity = Some((read("the certificate", chain.as_ref())?, read("the key", key.as_ref())?));
+        self.encrypted()
+    }
+
+    fn encrypted(mut self) -> Result<Self> {
+        self.security.is_encrypted = true;
+        self.security.check()?;
+        Ok(self)
+    }
+
+    /// Does what a text in the form of a properties file says, with the names that Kafka's clients have: `security.protocol`,
+    /// `sasl.mechanism`, `sasl.username` and `sasl.password` or `sasl.jaas.config`, `ssl.ca.location`,
+    /// `ssl.certificate.location`, `ssl.key.location`, and `ssl.truststore.location` and `ssl.keystore.location` of type PEM.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Refused`](crate::ErrorKind::Refused) names the first property that is not one of these: all else that a
+    /// client can be told, nkv decides by itself. Also for files that cannot be used.
+    pub fn with_properties(mut self, text: &str) -> Result<Self> {
+        apply(&mut self.security, parse(text)?)?;
+        self.security.check()?;
+        Ok(self)
     }
 
     /// The brokers to begin with.

@@ -4,5 +4,8 @@
 
 mod away;
 mod contract;
+mod measure;
+#[cfg(feature = "tls")]
+mod security;
 mod settings;
 mod support;

@@ -55,6 +55,8 @@ pub(crate) struct Broker {
     /// Of the listener that names the proxy as its address.
     proxied: u16,
     proxy: u16,
+    /// Of the listener with TLS, that wants a certificate and a user.
+    pub(crate) secure: u16,
     running: Option<Running>,
 }
 
@@ -69,12 +71,32 @@ impl Broker {
     pub(crate) fn start(libs: &Path) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (port, proxied, proxy, controller) = (free_port(), free_port(), free_port(), free_port());
+        let secure = free_port();
         let path = dir.path().display();
+        let certify = |name: &str| {
+            let one = rcgen::generate_simple_self_signed(vec!["localhost".into(), "127.0.0.1".into()]).unwrap();
+            let (chain, key) = (one.cert.pem(), one.signing_key.serialize_pem());
+            fs::write(dir.path().join(format!("{name}.pem")), &chain).unwrap();
+            fs::write(dir.path().join(format!("{name}.key")), &key).unwrap();
+            fs::write(dir.path().join(format!("{name}.both")), key + &chain).unwrap();
+        };
+        ["broker", "client", "stranger"].into_iter().for_each(certify);
+        let module = "org.apache.kafka.common.security";
         let properties = format!(
             "process.roles=broker,controller\nnode.id=1\ncontroller.quorum.voters=1@127.0.0.1:{controller}\n\
-             listeners=PLAIN://127.0.0.1:{port},PROXIED://127.0.0.1:{proxied},CONTROLLER://127.0.0.1:{controller}\n\
-             advertised.listeners=PLAIN://127.0.0.1:{port},PROXIED://127.0.0.1:{proxy}\n\
-             listener.security.protocol.map=PLAIN:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT\n\
+             listeners=PLAIN://127.0.0.1:{port},PROXIED://127.0.0.1:{proxied},SECURE://127.0.0.1:{secure},\
+             CONTROLLER://127.0.0.1:{controller}\n\
+             advertised.listeners=PLAIN://127.0.0.1:{port},PROXIED://127.0.0.1:{proxy},\
+             SECURE://127.0.0.1:{secure}\n\
+             listener.security.protocol.map=PLAIN:PLAINTEXT,PROXIED:PLAINTEXT,SECURE:SASL_SSL,\
+             CONTROLLER:PLAINTEXT\n\
+             ssl.keystore.type=PEM\nssl.keystore.location={path}/broker.both\nssl.client.auth=required\n\
+             ssl.truststore.type=PEM\nssl.truststore.location={path}/client.pem\n\
+             listener.name.secure.ssl.client.auth=required\n\
+             sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512\n\
+             listener.name.secure.plain.sasl.jaas.config={module}.plain.PlainLoginModule required user_nkv=\"secret\";\n\
+             listener.name.secure.scram-sha-256.sasl.jaas.config={module}.scram.ScramLoginModule required;\n\
+             listener.name.secure.scram-sha-512.sasl.jaas.config={module}.scram.ScramLoginModule required;\n\
              inter.broker.listener.name=PLAIN\ncontroller.listener.names=CONTROLLER\nlog.dirs={path}/data\n\
              offsets.topic.replication.factor=1\noffsets.topic.num.partitions=1\n\
              transaction.state.log.replication.factor=1\ntransaction.state.log.min.isr=1\n\
@@ -84,10 +106,12 @@ impl Broker {
              log.cleaner.dedupe.buffer.size=4194304\nlog.segment.delete.delay.ms=500\n"
         );
         fs::write(dir.path().join("server.properties"), properties).unwrap();
-        let mut broker = Broker { libs: libs.to_owned(), dir, port, proxied, proxy, running: None };
+        let mut broker = Broker { libs: libs.to_owned(), dir, port, proxied, proxy, secure, running: None };
         let format = java(libs)
             .args(["kafka.tools.StorageTool", "format", "-t", "AAAAAAAAAAAAAAAAAAAAAA", "-c"])
             .arg(broker.path("server.properties"))
+            .args(["--add-scram", "SCRAM-SHA-256=[name=nkv,password=secret]"])
+            .args(["--add-scram", "SCRAM-SHA-512=[name=nkv,password=secret]"])
             .output();
         assert!(format.unwrap().status.success(), "the directory of the broker cannot be made");
         broker.run();

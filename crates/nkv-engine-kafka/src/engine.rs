@@ -20,7 +20,7 @@ use crate::options::Options;
 use crate::reader::{Fetched, Reader, now};
 use crate::records::NewRecord;
 use crate::session::{Deletes, Session, revision};
-use crate::topic::{Topic, find, settings};
+use crate::topic::{Kind, Topic, find, settings};
 use crate::wire::{AWAY, Connection};
 use crate::writer::{Writer, end};
 
@@ -186,7 +186,7 @@ impl Shared {
     }
 
     async fn find(&self) -> Result<(Topic, Connection)> {
-        let (topic, connection) = find(&self.options).await?;
+        let (topic, connection) = find(&self.options, Kind::State).await?;
         let known = self.lock().cluster.get_or_insert_with(|| topic.cluster.clone()).clone();
         if known != topic.cluster {
             let message = format!("the brokers named belong to different clusters: '{known}' and '{}'", topic.cluster);
@@ -294,7 +294,8 @@ impl Shared {
             // The log is not the one that this node has seen, and has the same name: from here on it has another.
             self.log.warn("generation", format_args!("the topic went back or was changed: a new epoch begins"));
             let key = Bytes::from_static(GENERATION.as_bytes());
-            writer.write(NewRecord { key, value: Some(Bytes::from(format!("after epoch {epoch}"))) }).await?;
+            let value = Some(Bytes::from(format!("after epoch {epoch}")));
+            writer.write(&[NewRecord { key, value, header: None }]).await?;
             is_other = false;
         }
         Err(EngineError::Unavailable("the topic goes back again and again".into()))
@@ -338,7 +339,7 @@ impl Shared {
     async fn keep_checking(&self, connection: &mut Connection, topic: &Topic) -> Error {
         loop {
             sleep(CHECKING).await;
-            match settings(connection, &self.options.topic).await {
+            match settings(connection, &self.options.topic, Kind::State).await {
                 Ok(settings) if settings == topic.settings => {}
                 Ok(_) => return Error::unavailable("the settings of the topic were changed"),
                 Err(error) => return error,

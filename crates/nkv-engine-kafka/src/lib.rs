@@ -3,6 +3,8 @@
 mod compression;
 mod engine;
 mod error;
+mod group;
+mod log;
 mod options;
 mod properties;
 mod reader;
@@ -15,4 +17,5 @@ mod writer;
 
 pub use engine::KafkaEngine;
 pub use error::{Error, ErrorKind, Result};
+pub use log::KafkaLog;
 pub use options::Options;

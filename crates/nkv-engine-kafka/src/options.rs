@@ -60,6 +60,15 @@ impl Options {
         Ok(Options { servers, topic, create: true, replicas: None, value_len_max: 1 << 20, security })
     }
 
+    /// The same brokers, for the log `topic` of the first kv-store.
+    pub(crate) fn for_log(&self, topic: &str) -> Result<Self> {
+        check_topic(topic)?;
+        if topic == self.topic {
+            return Err(Error::refused(format!("'{topic}' is the topic of the state; the log is another one")));
+        }
+        Ok(Options { topic: topic.to_owned(), ..self.clone() })
+    }
+
     /// What a URL such as `kafka://h1:9092,h2:9092/topic` says.
     ///
     /// # Errors
@@ -183,7 +192,7 @@ fn address(text: &str) -> Result<String> {
     }
 }
 
-pub(crate) fn check_topic(topic: &str) -> Result<()> {
+fn check_topic(topic: &str) -> Result<()> {
     let is_good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     let problem = if topic.is_empty() {
         "no topic is named: kafka://HOST:PORT/TOPIC"

@@ -3,8 +3,8 @@
 use std::collections::{BTreeSet, VecDeque};
 
 use bytes::{Bytes, BytesMut};
-use kafka_protocol::indexmap::IndexMap;
 use kafka_protocol::messages::fetch_response::AbortedTransaction;
+use kafka_protocol::protocol::StrBytes;
 use kafka_protocol::records::{
     Compression, NO_PARTITION_LEADER_EPOCH, NO_PRODUCER_EPOCH, NO_PRODUCER_ID, Record, RecordBatchDecoder,
     RecordBatchEncoder, RecordEncodeOptions, TimestampType,
@@ -117,12 +117,20 @@ fn number(bytes: &[u8], at: usize) -> i32 {
 pub(crate) struct NewRecord {
     pub(crate) key: Bytes,
     pub(crate) value: Option<Bytes>,
+    /// What the header [`HEADER`] says, if there is to be one.
+    pub(crate) header: Option<Bytes>,
 }
+
+/// The header of nkv's own records in a log that others write to.
+pub(crate) const HEADER: &str = "nkv";
 
 impl NewRecord {
     /// How long it is in a batch, at most.
     pub(crate) fn len_max(&self) -> usize {
-        self.key.len() + self.value.as_ref().map_or(0, Bytes::len) + RECORD_OVERHEAD
+        self.key.len()
+            + self.value.as_ref().map_or(0, Bytes::len)
+            + self.header.as_ref().map_or(0, |header| HEADER.len() + header.len())
+            + RECORD_OVERHEAD
     }
 }
 
@@ -142,7 +150,7 @@ pub(crate) fn encode<'a>(records: impl IntoIterator<Item = &'a NewRecord>, times
         timestamp,
         key: Some(new.key.clone()),
         value: new.value.clone(),
-        headers: IndexMap::new(),
+        headers: new.header.iter().map(|header| (StrBytes::from_static_str(HEADER), Some(header.clone()))).collect(),
     };
     let records: Vec<Record> = (0..).zip(records).map(record).collect();
     let mut bytes = BytesMut::new();

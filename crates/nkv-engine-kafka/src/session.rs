@@ -240,7 +240,7 @@ impl Session {
 }
 
 fn record(key: &Key, value: Option<Bytes>) -> NewRecord {
-    NewRecord { key: Bytes::copy_from_slice(key.as_str().as_bytes()), value }
+    NewRecord { key: Bytes::copy_from_slice(key.as_str().as_bytes()), value, header: None }
 }
 
 /// The revision of the record at an offset: there is none at 0.

@@ -39,6 +39,15 @@ const SETTINGS: [(&str, &str); 5] = [
     ("delete.retention.ms", "86400000"),
 ];
 
+/// What a topic is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// It is the state.
+    State,
+    /// The log of the first kv-store.
+    Log,
+}
+
 /// A topic as it is now.
 #[derive(Clone, Debug)]
 pub(crate) struct Topic {
@@ -75,7 +84,7 @@ fn overhead() -> usize {
 /// # Errors
 ///
 /// Refused, if a setting breaks a promise.
-pub(crate) async fn find(options: &Options) -> Result<(Topic, Connection)> {
+pub(crate) async fn find(options: &Options, kind: Kind) -> Result<(Topic, Connection)> {
     let name = options.topic.as_str();
     let mut was_created = false;
     let found = async {
@@ -86,7 +95,7 @@ pub(crate) async fn find(options: &Options) -> Result<(Topic, Connection)> {
             match ResponseError::try_from_code(topic.error_code) {
                 Some(ResponseError::UnknownTopicOrPartition) if was_created => sleep(SETTLING).await,
                 Some(ResponseError::UnknownTopicOrPartition) if options.create => {
-                    create(&mut connection, options).await?;
+                    create(&mut connection, options, kind).await?;
                     was_created = true;
                 }
                 Some(ResponseError::UnknownTopicOrPartition) => {
@@ -101,7 +110,7 @@ pub(crate) async fn find(options: &Options) -> Result<(Topic, Connection)> {
                         continue;
                     };
                     let (id, cluster) = (topic.topic_id, metadata.cluster_id.as_deref().unwrap_or_default().to_owned());
-                    let settings = settings(&mut connection, name).await?;
+                    let settings = settings(&mut connection, name, kind).await?;
                     return Ok((Topic { id, leader, leader_epoch, cluster, settings }, connection));
                 }
             }
@@ -160,15 +169,16 @@ fn leader(name: &str, metadata: &MetadataResponse, topic: &MetadataResponseTopic
     }))
 }
 
-async fn create(connection: &mut Connection, options: &Options) -> Result<()> {
+async fn create(connection: &mut Connection, options: &Options, kind: Kind) -> Result<()> {
     let name = options.topic.as_str();
     let config = |name: &str, value: String| {
         let (name, value) = (StrBytes::from_string(name.to_owned()), StrBytes::from_string(value));
         CreatableTopicConfig::default().with_name(name).with_value(Some(value))
     };
-    let longest = options.value_len_max.saturating_add(overhead());
-    let mut configs: Vec<_> = SETTINGS.iter().map(|(name, value)| config(name, (*value).to_owned())).collect();
-    configs.push(config("max.message.bytes", longest.to_string()));
+    let longest = options.value_len_max.saturating_add(overhead()).to_string();
+    let own: &[_] = if kind == Kind::State { &SETTINGS } else { &[] };
+    let all: Vec<_> = own.iter().copied().chain([("max.message.bytes", &*longest)]).collect();
+    let configs = all.iter().map(|(name, value)| config(name, (*value).to_owned())).collect();
     let topic = CreatableTopic::default()
         .with_name(TopicName(StrBytes::from_string(name.to_owned())))
         .with_num_partitions(1)
@@ -179,9 +189,8 @@ async fn create(connection: &mut Connection, options: &Options) -> Result<()> {
     let topic = answer.topics.first().ok_or_else(|| Error::unavailable("the broker says nothing of the new topic"))?;
     match ResponseError::try_from_code(topic.error_code) {
         None => {
-            let settings: Vec<String> = SETTINGS.iter().map(|(name, value)| format!("{name}={value}")).collect();
-            let settings = settings.join(" ");
-            tracing::info!("created the Kafka topic '{name}': one partition, {settings} max.message.bytes={longest}");
+            let settings: Vec<String> = all.iter().map(|(name, value)| format!("{name}={value}")).collect();
+            tracing::info!("created the Kafka topic '{name}': one partition, {}", settings.join(" "));
             Ok(())
         }
         // Another node was first: that one's settings are checked as any.
@@ -194,7 +203,7 @@ async fn create(connection: &mut Connection, options: &Options) -> Result<()> {
 }
 
 /// What of the settings matters; refused, if one of them breaks a promise.
-pub(crate) async fn settings(connection: &mut Connection, name: &str) -> Result<Settings> {
+pub(crate) async fn settings(connection: &mut Connection, name: &str, kind: Kind) -> Result<Settings> {
     let resource = DescribeConfigsResource::default()
         .with_resource_type(2)
         .with_resource_name(StrBytes::from_string(name.to_owned()));
@@ -208,14 +217,14 @@ pub(crate) async fn settings(connection: &mut Connection, name: &str) -> Result<
         found.and_then(|config| config.value.as_deref()).unwrap_or_default().to_owned()
     };
     let policy = value("cleanup.policy");
-    if policy != "compact" {
+    if kind == Kind::State && policy != "compact" {
         let message = format!(
             "the topic '{name}' has cleanup.policy={policy}: Kafka deletes values from it; it must be 'compact' (for a topic \
              with the records of the first kv-store, see --kafka-log)"
         );
         return Err(Error::refused(message));
     }
-    if value("unclean.leader.election.enable") == "true" {
+    if kind == Kind::State && value("unclean.leader.election.enable") == "true" {
         let message = format!(
             "the topic '{name}' has unclean.leader.election.enable=true: acknowledged writes may be lost; it must be 'false'"
         );

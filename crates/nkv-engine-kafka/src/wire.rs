@@ -54,6 +54,8 @@ pub(crate) struct Connection {
     input: BytesMut,
     versions: HashMap<i16, i16>,
     next_id: i32,
+    /// How long it may be silent while it owes an answer.
+    silence_max: Duration,
 }
 
 impl Connection {
@@ -65,8 +67,8 @@ impl Connection {
         let secured = timeout(AWAY, security.secure(stream, address)).await;
         let stream = secured.map_err(|_| silent(address))?.map_err(|error| error.at(address))?;
         let address = address.to_owned();
-        let mut connection =
-            Connection { stream, address, input: BytesMut::new(), versions: HashMap::new(), next_id: 0 };
+        let (input, versions) = (BytesMut::new(), HashMap::new());
+        let mut connection = Connection { stream, address, input, versions, next_id: 0, silence_max: AWAY };
         connection.agree().await?;
         security.authenticate(&mut connection).await?;
         Ok(connection)
@@ -157,7 +159,7 @@ impl Connection {
             // Bytes that move are life, however long the answer is.
             let read = self.stream.read_buf(&mut self.input);
             let read = match is_owed {
-                true => timeout(AWAY, read).await.map_err(|_| silent(&self.address))?,
+                true => timeout(self.silence_max, read).await.map_err(|_| silent(&self.address))?,
                 false => read.await,
             };
             match read {
@@ -179,6 +181,11 @@ impl Connection {
         R::Response::decode(&mut frame, version).map_err(|error| broken(format!("an answer: {error}")))
     }
 
+    /// Waits longer for answers that take their time.
+    pub(crate) fn be_patient(&mut self, silence_max: Duration) {
+        self.silence_max = silence_max;
+    }
+
     pub(crate) fn address(&self) -> &str {
         &self.address
     }
@@ -191,7 +198,7 @@ impl fmt::Debug for Connection {
 }
 
 fn silent(address: &str) -> Error {
-    Error::unavailable(format!("{address}: no sign of life for {} s", AWAY.as_secs()))
+    Error::unavailable(format!("{address}: no sign of life"))
 }
 
 /// What an error code of an answer means for what is not a write.

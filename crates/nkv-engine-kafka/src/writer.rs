@@ -131,8 +131,8 @@ impl Writer {
     }
 
     /// Writes one batch alone, and gives its offset.
-    pub(crate) async fn write(&mut self, record: NewRecord) -> Result<i64, EngineError> {
-        let request = self.request(encode([&record], timestamp())?)?;
+    pub(crate) async fn write(&mut self, records: &[NewRecord]) -> Result<i64, EngineError> {
+        let request = self.request(encode(records, timestamp())?)?;
         let answer = self.connection.call(&request).await?;
         let partition =
             answer.responses.into_iter().next().and_then(|topic| topic.partition_responses.into_iter().next());

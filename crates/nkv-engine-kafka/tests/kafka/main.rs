@@ -4,6 +4,7 @@
 
 mod away;
 mod contract;
+mod log;
 mod measure;
 #[cfg(feature = "tls")]
 mod security;

@@ -60,3 +60,37 @@ fn block(packed: &[u8], len_max: usize) -> io::Result<Vec<u8>> {
 fn too_long() -> io::Error {
     io::Error::other(format!("a batch has more than {LEN_MAX} bytes, unpacked"))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        // What brokers send is seen in the tests against one; here, that nothing of it panics.
+        #[test]
+        fn bytes_that_are_not_packed_are_an_error(bytes in vec(any::<u8>(), 0..200), blocks: bool) {
+            let head = if blocks { &b"\x82SNAPPY\x00\x00\x00\x00\x01\x00\x00\x00\x01"[..] } else { &[] };
+            let bytes = Bytes::from([head, &bytes].concat());
+            for kind in [Compression::Gzip, Compression::Lz4, Compression::Zstd, Compression::Snappy] {
+                let _ = decompress(&mut bytes.clone(), kind);
+            }
+            prop_assert_eq!(decompress(&mut bytes.clone(), Compression::None).unwrap(), bytes);
+        }
+    }
+
+    #[test]
+    fn what_would_take_too_much_memory_is_refused() {
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        let part = vec![0; 1 << 20];
+        for _ in 0..=LEN_MAX >> 20 {
+            std::io::Write::write_all(&mut gzip, &part).unwrap();
+        }
+        let packed = Bytes::from(gzip.finish().unwrap());
+        assert!(decompress(&mut packed.clone(), Compression::Gzip).is_err(), "{} bytes became all of it", packed.len());
+        // Its head says that it is longer than all memory.
+        assert!(decompress(&mut Bytes::from_static(&[0xff, 0xff, 0xff, 0xff, 0x0f]), Compression::Snappy).is_err());
+    }
+}

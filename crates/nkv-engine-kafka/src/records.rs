@@ -159,3 +159,103 @@ pub(crate) fn encode<'a>(records: impl IntoIterator<Item = &'a NewRecord>, times
         .map_err(|error| Error::refused(format!("encode records: {error}")))?;
     Ok(bytes.freeze())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::option;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn new(key: &str, value: Option<&str>) -> NewRecord {
+        let value = value.map(|value| Bytes::copy_from_slice(value.as_bytes()));
+        NewRecord { key: Bytes::copy_from_slice(key.as_bytes()), value, header: None }
+    }
+
+    /// A batch as the log has it from an offset on, with as many records gone behind it.
+    fn stored(batch: &Bytes, offset: i64, gone: i32) -> Bytes {
+        let mut bytes = BytesMut::from(&batch[..]);
+        bytes[..8].copy_from_slice(&offset.to_be_bytes());
+        let last = number(&bytes, LAST_DELTA_AT) + gone;
+        bytes[LAST_DELTA_AT..LAST_DELTA_AT + 4].copy_from_slice(&last.to_be_bytes());
+        let checksum = crc32c::crc32c(&bytes[21..]);
+        bytes[17..21].copy_from_slice(&checksum.to_be_bytes());
+        bytes.freeze()
+    }
+
+    fn read(records: &[Batch]) -> Vec<(i64, Bytes, Option<Bytes>)> {
+        let all = records.iter().flat_map(|batch| &batch.records);
+        all.map(|record| (record.offset, record.key.clone().unwrap(), record.value.clone())).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_as_one_batch_is_read_whole_and_a_part_of_it_is_nothing(
+            records in vec(("[a-z.]{1,9}", option::of("[ -~]{0,9}")), 1..20), cut in 0_usize..4_096, offset in 0_i64..1 << 40,
+        ) {
+            let records: Vec<_> = records.iter().map(|(key, value)| new(key, value.as_deref())).collect();
+            let len: usize = records.iter().map(NewRecord::len_max).sum();
+            let batch = stored(&encode(&records, 1).unwrap(), offset, 0);
+            prop_assert!(batch.len() <= len + BATCH_OVERHEAD);
+            let expected: Vec<_> =
+                (offset..).zip(&records).map(|(at, one)| (at, one.key.clone(), one.value.clone())).collect();
+            let whole = batches(batch.clone(), &[], 0).unwrap();
+            prop_assert_eq!((whole.len(), whole[0].next), (1, offset + records.len() as i64));
+            prop_assert_eq!(read(&whole), &expected[..]);
+            // A broker sends batches whole, and may cut off the last one.
+            let cut = cut % batch.len();
+            let both = Bytes::from([&batch[..], &batch[..cut]].concat());
+            prop_assert_eq!(batches(both, &[], 0).unwrap().len(), 1);
+            prop_assert_eq!(read(&batches(batch, &[], offset + 1).unwrap()), &expected[1..]);
+        }
+
+        #[test]
+        fn bytes_that_are_no_batch_are_an_error_or_nothing(bytes in vec(any::<u8>(), 0..300), at in 0_usize..300, to: u8) {
+            let _ = batches(Bytes::from(bytes), &[], 0);
+            let batch = stored(&encode(&[new("a", Some("value")), new("b", None)], 1).unwrap(), 7, 0);
+            let mut broken = batch.to_vec();
+            let at = at % broken.len();
+            broken[at] = to;
+            if let Ok(read) = batches(Bytes::from(broken), &[], 0) {
+                // Offsets, the length and the epoch of the leader are not covered by the checksum.
+                prop_assert!(read.is_empty() || at < 16 || to == batch[at]);
+            }
+        }
+    }
+
+    #[test]
+    fn behind_a_batch_whose_last_records_were_removed_is_the_next_batch() {
+        let batch = stored(&encode(&[new("a", Some("1"))], 1).unwrap(), 5, 3);
+        let read = batches(batch, &[], 0).unwrap();
+        assert_eq!((read[0].records.len(), read[0].next), (1, 9));
+    }
+
+    #[test]
+    fn records_of_aborted_transactions_are_hidden_up_to_their_end() {
+        let record = |offset, producer_id, control: Option<u8>| {
+            let [batch] = &batches(encode(&[new("a", Some("1"))], 1).unwrap(), &[], 0).unwrap()[..] else { panic!() };
+            let mut record = batch.records[0].clone();
+            (record.offset, record.producer_id, record.transactional) = (offset, producer_id, true);
+            if let Some(kind) = control {
+                (record.control, record.key) = (true, Some(Bytes::from(vec![0, 0, 0, kind])));
+            }
+            record
+        };
+        let begun = |producer: i64, first| {
+            AbortedTransaction::default().with_producer_id(producer.into()).with_first_offset(first)
+        };
+        let mut aborted = Aborted::new(&[begun(1, 7), begun(1, 2)]);
+        let log = [
+            record(1, 1, None),
+            record(2, 1, None),
+            record(3, 2, None),
+            record(4, 1, Some(0)),
+            record(5, 1, None),
+            record(6, 1, Some(1)),
+            record(7, 1, None),
+        ];
+        let hidden: Vec<bool> = log.iter().map(|record| aborted.hides(record)).collect();
+        assert_eq!(hidden, [false, true, false, true, false, true, true]);
+    }
+}

@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::records::{BATCH_OVERHEAD, RECORD_OVERHEAD};
-use crate::wire::{Connection, check};
+use crate::wire::{AWAY, Connection, check};
 
 /// How long the next broker waits for the one before it to answer.
 const TURN: Duration = Duration::from_millis(200);
@@ -27,6 +27,9 @@ const SETTLING: Duration = Duration::from_millis(100);
 
 /// How long creating a topic may take.
 const CREATING: Duration = Duration::from_secs(10);
+
+/// Tombstones have to be there for longer than it takes to see that a broker is away.
+const RETENTION_MIN: Duration = AWAY.saturating_mul(2);
 
 /// What a topic is created with, beside the longest message.
 const SETTINGS: [(&str, &str); 5] = [
@@ -243,5 +246,15 @@ pub(crate) async fn settings(connection: &mut Connection, name: &str, kind: Kind
         );
         return Err(Error::refused(message));
     }
-    Ok(Settings { batch_len_max, retention: Duration::from_millis(whole("delete.retention.ms")?) })
+    let retention = Duration::from_millis(whole("delete.retention.ms")?);
+    if kind == Kind::State && retention < RETENTION_MIN {
+        let message = format!(
+            "the topic '{name}' has delete.retention.ms={}: deletes are gone before a node that reads the log has seen them; {} \
+             is the least",
+            retention.as_millis(),
+            RETENTION_MIN.as_millis()
+        );
+        return Err(Error::refused(message));
+    }
+    Ok(Settings { batch_len_max, retention })
 }

@@ -207,10 +207,11 @@ async fn a_log_that_was_put_back_is_another_epoch_although_it_has_overtaken_the_
             (Some(a), None) => (a.handle(), second.start().await),
             _ => panic!("the first does not run"),
         };
-        broker.kill();
+        // As if it was copied when the power went.
+        broker.signal(Signal::STOP);
         let copied = Command::new("cp").arg("-a").arg(broker.path("data")).arg(broker.path("copy")).status().unwrap();
         assert!(copied.success());
-        broker.run();
+        broker.signal(Signal::CONT);
         healthy(&a).await;
         healthy(&b).await;
         for number in 0..5 {

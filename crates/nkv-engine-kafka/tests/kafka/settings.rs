@@ -45,6 +45,7 @@ async fn settings_that_break_a_promise_are_refused_by_name() {
         ("1", vec!["cleanup.policy=compact,delete"], "cleanup.policy=compact,delete"),
         ("1", vec!["cleanup.policy=compact", "unclean.leader.election.enable=true"], "unclean.leader.election"),
         ("1", vec!["cleanup.policy=compact", "max.message.bytes=1000"], "max.message.bytes=1000"),
+        ("1", vec!["cleanup.policy=compact", "delete.retention.ms=3999"], "delete.retention.ms=3999"),
     ] {
         let topic = shared.topic();
         shared.foreign.done(&[&["create", &topic, partitions], &settings[..]].concat());

@@ -1,6 +1,6 @@
 //! The engine: follows the log of the topic, and writes to it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,7 +20,7 @@ use crate::options::Options;
 use crate::reader::{Fetched, Reader, now};
 use crate::records::NewRecord;
 use crate::session::{Deletes, Session, revision};
-use crate::topic::{Kind, Topic, find, settings};
+use crate::topic::{Kind, Topic, clusters, find, settings};
 use crate::wire::{AWAY, Connection};
 use crate::writer::{Writer, end};
 
@@ -39,7 +39,8 @@ const CHECKING: Duration = Duration::from_secs(5);
 /// How often the state is read anew because the log contradicts what the node has.
 const ROUNDS: usize = 4;
 
-/// A topic of Kafka as the truth of a node. Clones stand for the same.
+/// A topic of Kafka as the truth of one node. Clones stand for the same, so that a program can ask it for figures while the node
+/// has it.
 ///
 /// # Examples
 ///
@@ -186,12 +187,24 @@ impl Shared {
     }
 
     async fn find(&self) -> Result<(Topic, Connection)> {
+        let known = self.lock().cluster.clone();
+        let mut clusters = match &known {
+            Some(known) => BTreeSet::from([known.clone()]),
+            // Before anything is created.
+            None => clusters(&self.options).await,
+        };
+        let check = |clusters: &BTreeSet<String>| match clusters.len() {
+            0 | 1 => Ok(()),
+            _ => {
+                let all: Vec<&str> = clusters.iter().map(String::as_str).collect();
+                Err(Error::refused(format!("the named brokers belong to different clusters: {}", all.join(", "))))
+            }
+        };
+        check(&clusters)?;
         let (topic, connection) = find(&self.options, Kind::State).await?;
-        let known = self.lock().cluster.get_or_insert_with(|| topic.cluster.clone()).clone();
-        if known != topic.cluster {
-            let message = format!("the brokers named belong to different clusters: '{known}' and '{}'", topic.cluster);
-            return Err(Error::refused(message));
-        }
+        clusters.insert(topic.cluster.clone());
+        check(&clusters)?;
+        self.lock().cluster = Some(topic.cluster.clone());
         let value_len_max = self.options.value_len_max.min(topic.settings.value_len_max());
         self.value_len_max.store(value_len_max, Ordering::Relaxed);
         Ok((topic, connection))
@@ -480,7 +493,8 @@ impl Followed<'_> {
 
 impl Drop for Followed<'_> {
     fn drop(&mut self) {
-        self.shared.lock().session = None;
+        let mut state = self.shared.lock();
+        state.session = state.session.take().filter(|session| !Arc::ptr_eq(session, &self.session));
     }
 }
 
@@ -538,9 +552,10 @@ async fn prove(reader: &mut Reader, level: &Level) -> Result<Proof> {
     })
 }
 
-/// Whether tombstones that were written at that time may be gone by now.
+/// Whether tombstones that were written at that time may be gone by now. Half of the time that they are kept is for replicas
+/// that were behind, and clocks that do not agree.
 fn is_over(at: Duration, topic: &Topic) -> bool {
-    now().saturating_sub(at) >= topic.settings.retention
+    now().saturating_sub(at) >= topic.settings.retention / 2
 }
 
 /// The same for all nodes that read the same log.

@@ -1,7 +1,9 @@
 //! The topic: where it is, that it is there, and that its settings keep the promises.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use kafka_protocol::ResponseError;
 use kafka_protocol::messages::create_topics_request::{CreatableTopic, CreatableTopicConfig};
@@ -122,25 +124,21 @@ pub(crate) async fn find(options: &Options, kind: Kind) -> Result<(Topic, Connec
     timeout(CREATING, found).await.map_err(|_| Error::unavailable(format!("the topic '{name}' has no leader")))?
 }
 
+/// Which clusters the named brokers belong to, of those that answer.
+pub(crate) async fn clusters(options: &Options) -> BTreeSet<String> {
+    let asked = options.servers.iter().map(|server| timeout(AWAY, ask(options, server)));
+    let answers = join_all(asked).await.into_iter().flatten().flatten();
+    answers.filter_map(|(_, metadata)| metadata.cluster_id.map(|cluster| cluster.to_string())).collect()
+}
+
 /// The first broker that answers, and what it says of the topic. The next is asked when one has had its turn, so that one that
 /// is silent keeps nobody waiting.
 async fn reach(options: &Options) -> Result<(Connection, MetadataResponse)> {
-    let ask = |server: &str, turn: u32| {
-        let server = server.to_owned();
-        async move {
-            sleep(TURN.saturating_mul(turn)).await;
-            let mut connection = Connection::open(&server, &options.security).await?;
-            let name = TopicName(StrBytes::from_string(options.topic.clone()));
-            let topic = MetadataRequestTopic::default().with_name(Some(name));
-            // A broker would create it with settings of its own.
-            let request =
-                MetadataRequest::default().with_topics(Some(vec![topic])).with_allow_auto_topic_creation(false);
-            let metadata = connection.call(&request).await?;
-            check(metadata.error_code, "ask for the topic")?;
-            Ok::<_, Error>((connection, metadata))
-        }
+    let in_turn = |server, turn: u32| async move {
+        sleep(TURN.saturating_mul(turn)).await;
+        ask(options, server).await
     };
-    let asked = options.servers.iter().zip(0..).map(|(server, turn)| ask(server, turn));
+    let asked = options.servers.iter().zip(0..).map(|(server, turn)| in_turn(server, turn));
     let mut asked: FuturesUnordered<_> = asked.collect();
     let mut failed: Option<Error> = None;
     while let Some(answer) = asked.next().await {
@@ -152,6 +150,18 @@ async fn reach(options: &Options) -> Result<(Connection, MetadataResponse)> {
         }
     }
     Err(failed.unwrap_or_else(|| Error::unavailable("no broker is named")))
+}
+
+/// What a broker says of the topic.
+async fn ask(options: &Options, server: &str) -> Result<(Connection, MetadataResponse)> {
+    let mut connection = Connection::open(server, &options.security).await?;
+    let name = TopicName(StrBytes::from_string(options.topic.clone()));
+    let topic = MetadataRequestTopic::default().with_name(Some(name));
+    // A broker would create it with settings of its own.
+    let request = MetadataRequest::default().with_topics(Some(vec![topic])).with_allow_auto_topic_creation(false);
+    let metadata = connection.call(&request).await?;
+    check(metadata.error_code, "ask for the topic")?;
+    Ok((connection, metadata))
 }
 
 /// The broker that leads the only partition, once there is one.

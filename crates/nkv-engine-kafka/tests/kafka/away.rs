@@ -97,7 +97,7 @@ async fn a_delete_whose_tombstone_is_gone_is_not_missed_by_a_node_that_was_away_
         &topic,
         "1",
         "cleanup.policy=compact",
-        "delete.retention.ms=4000",
+        "delete.retention.ms=6000",
         "segment.ms=100",
         "min.cleanable.dirty.ratio=0.001",
         "max.compaction.lag.ms=100",
@@ -118,7 +118,7 @@ async fn a_delete_whose_tombstone_is_gone_is_not_missed_by_a_node_that_was_away_
     other.delete("gone").await.unwrap();
     // Each one rolls a segment, which has the cleaner work.
     until("the tombstone is removed", async || {
-        other.put("turn", "x").await.unwrap();
+        drop(other.put("turn", "x").await);
         tokio::time::sleep(Duration::from_millis(300)).await;
         !foreign.done(&["read", &topic]).contains(":gone=")
     })
@@ -139,13 +139,20 @@ async fn a_delete_whose_tombstone_is_gone_is_not_missed_by_a_node_that_was_away_
 /// Held by the test that has a broker of its own.
 static OWN_BROKER: Mutex<()> = Mutex::const_new(());
 
+/// The identity of its cluster.
+const OWN: &str = "BAAAAAAAAAAAAAAAAAAAAA";
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_stands_still_or_dies_is_away_and_nothing_is_sent_later() {
     let Some(libs) = kafka() else { return };
     let _alone = OWN_BROKER.lock().await;
-    let mut broker = Broker::start(&libs);
+    let mut broker = Broker::start(&libs, OWN);
     let (_node, nkv) = ready(KafkaEngine::new(Options::new([broker.address()], "lamps").unwrap())).await;
     nkv.put("a", "1").await.unwrap();
+
+    let unrelated = [shared().unwrap().broker.address(), broker.address()];
+    let error = KafkaEngine::new(Options::new(unrelated, "lamps").unwrap()).check().await.unwrap_err();
+    assert!(error.to_string().contains(OWN) && error.to_string().contains("AAAAAAAAAAAAAAAAAAAAAA"), "{error}");
 
     broker.signal(Signal::STOP);
     let under_way = nkv.put("under.way", "x").await.unwrap_err();
@@ -194,7 +201,7 @@ impl Stopping {
 async fn a_log_that_was_put_back_is_another_epoch_although_it_has_overtaken_the_node() {
     let Some(libs) = kafka() else { return };
     let _alone = OWN_BROKER.lock().await;
-    let mut broker = Broker::start(&libs);
+    let mut broker = Broker::start(&libs, OWN);
     let options = Options::new([broker.address()], "lamps").unwrap();
     let engine = || KafkaEngine::new(options.clone());
     let stopping = |epoch| Stopping { disk: MemoryPersist::new(Epoch::new(epoch)), engine: engine(), node: None };

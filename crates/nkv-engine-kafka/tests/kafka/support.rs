@@ -56,6 +56,7 @@ pub(crate) struct Broker {
     proxied: u16,
     proxy: u16,
     /// Of the listener with TLS, that wants a certificate and a user.
+    #[cfg_attr(not(feature = "tls"), expect(dead_code))]
     pub(crate) secure: u16,
     running: Option<Running>,
 }
@@ -68,7 +69,8 @@ struct Running {
 }
 
 impl Broker {
-    pub(crate) fn start(libs: &Path) -> Self {
+    /// The broker of the cluster with this identity, of 22 characters.
+    pub(crate) fn start(libs: &Path, cluster: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (port, proxied, proxy, controller) = (free_port(), free_port(), free_port(), free_port());
         let secure = free_port();
@@ -108,7 +110,7 @@ impl Broker {
         fs::write(dir.path().join("server.properties"), properties).unwrap();
         let mut broker = Broker { libs: libs.to_owned(), dir, port, proxied, proxy, secure, running: None };
         let format = java(libs)
-            .args(["kafka.tools.StorageTool", "format", "-t", "AAAAAAAAAAAAAAAAAAAAAA", "-c"])
+            .args(["kafka.tools.StorageTool", "format", "-t", cluster, "-c"])
             .arg(broker.path("server.properties"))
             .args(["--add-scram", "SCRAM-SHA-256=[name=nkv,password=secret]"])
             .args(["--add-scram", "SCRAM-SHA-512=[name=nkv,password=secret]"])
@@ -192,7 +194,7 @@ pub(crate) fn shared() -> Option<&'static Shared> {
     static SHARED: OnceLock<Option<Shared>> = OnceLock::new();
     let start = || {
         let libs = kafka()?;
-        let broker = Broker::start(&libs);
+        let broker = Broker::start(&libs, "AAAAAAAAAAAAAAAAAAAAAA");
         let foreign = Foreign::start(&libs, &broker.address());
         Some(Shared { broker, foreign, proxy: tokio::sync::Mutex::default() })
     };

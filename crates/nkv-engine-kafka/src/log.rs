@@ -10,6 +10,7 @@ use nkv_core::{Action, Change, Key, Op, Outcome, PutOptions};
 use nkv_node::{ChangesError, Handle, RateLimitedLog, Revision};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, sleep};
+use uuid::Uuid;
 
 use crate::error::{Error, Result};
 use crate::group::Member;
@@ -78,6 +79,8 @@ pub struct KafkaLog {
 /// Up to where the log was read and written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Position {
+    /// The identity of the log.
+    log: Uuid,
     /// What is read next.
     offset: i64,
     /// How many sets of the log were done in the same step: they have the revisions behind it.
@@ -88,9 +91,10 @@ struct Position {
 
 impl Position {
     fn parse(text: &[u8]) -> Option<Self> {
-        let mut words = str::from_utf8(text).ok()?.splitn(3, ' ');
+        let mut words = str::from_utf8(text).ok()?.splitn(4, ' ');
+        let log = Uuid::try_parse(words.next()?).ok()?;
         let (offset, sets) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
-        Some(Position { offset, sets, written: parse_revision(words.next()?)? })
+        Some(Position { log, offset, sets, written: parse_revision(words.next()?)? })
     }
 
     /// Puts up to this revision are in the log.
@@ -101,7 +105,7 @@ impl Position {
     }
 
     fn text(self) -> String {
-        format!("{} {} {}", self.offset, self.sets, revision_text(self.written))
+        format!("{} {} {} {}", self.log, self.offset, self.sets, revision_text(self.written))
     }
 }
 
@@ -217,7 +221,7 @@ impl KafkaLog {
         let mut reader = Reader::open(&topic, &self.options).await?;
         let connection = Connection::open(&topic.leader, &self.options.security).await?;
         let mut writer = Writer::new(connection, &topic, &self.options.topic);
-        let mut position = self.position(nkv, &mut reader).await?;
+        let mut position = self.position(nkv, &topic, &mut reader).await?;
         let begin = reader.next;
         // The last records of the log say what was written to it.
         loop {
@@ -288,17 +292,17 @@ impl KafkaLog {
     }
 
     /// Where to go on; at the end of a log that is new, or not the one that was read.
-    async fn position(&self, nkv: &Handle, reader: &mut Reader) -> Result<Position> {
+    async fn position(&self, nkv: &Handle, topic: &Topic, reader: &mut Reader) -> Result<Position> {
         let end = reader.end().await?;
         let start = reader.rewind().await?;
         let kept = nkv.get(&self.position).await.map_err(refused)?.and_then(|entry| Position::parse(&entry.value));
-        if let Some(kept) = kept.filter(|kept| kept.offset <= end) {
+        if let Some(kept) = kept.filter(|kept| kept.log == topic.id && kept.offset <= end) {
             reader.next = kept.offset.max(start);
             let is_of_epoch = kept.written.epoch() == Some(nkv.epoch());
             return Ok(if is_of_epoch { kept } else { Position { written: nkv.revision(), ..kept } });
         }
         reader.next = end;
-        let new = Position { offset: end, sets: 0, written: nkv.revision() };
+        let new = Position { log: topic.id, offset: end, sets: 0, written: nkv.revision() };
         nkv.put(&self.position, new.text()).await.map_err(refused)?;
         Ok(new)
     }
@@ -455,4 +459,38 @@ fn set(record: &Record, value_len_max: usize) -> Option<(Key, Bytes)> {
 /// What the node did not do.
 fn refused(error: nkv_node::Error) -> Error {
     Error::unavailable(format!("the node: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use nkv_core::Epoch;
+
+    use super::*;
+
+    #[test]
+    fn a_position_is_what_was_kept_and_nothing_else_is_one() {
+        let written = Revision::in_epoch(Epoch::new(7), 42);
+        let position = Position { log: Uuid::from_u128(1 << 100), offset: 5, sets: 3, written };
+        assert_eq!(Position::parse(position.text().as_bytes()), Some(position));
+        for text in ["", "1 2 3 4 5", "x", &position.text()[1..], &position.text()[..position.text().len() - 3]] {
+            assert_eq!(Position::parse(text.as_bytes()), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_set_is_a_key_and_what_stands_behind_the_first_colon_and_space() {
+        let set = |text: Option<&str>| {
+            let batch = crate::records::encode(
+                &[NewRecord { key: Bytes::new(), value: text.map(|text| text.to_owned().into()), header: None }],
+                1,
+            );
+            let batches = crate::records::batches(batch.unwrap(), &[], 0).unwrap();
+            super::set(&batches[0].records[0], 10).map(|(key, value)| (key.to_string(), value))
+        };
+        assert_eq!(set(Some("a.b: c: d")), Some(("a.b".into(), "c: d".into())));
+        assert_eq!(set(Some("a: ")), Some(("a".into(), "".into())));
+        for none in [None, Some(""), Some("a:b"), Some(": b"), Some("a b: c"), Some("..a: b"), Some("a: 12345678901")] {
+            assert_eq!(set(none), None, "{none:?}");
+        }
+    }
 }

@@ -231,7 +231,8 @@ impl Session {
             );
             return Err(EngineError::Refused { status: 413, message });
         }
-        hand_over(&self.jobs, records).await
+        let floor = *self.progress.borrow();
+        hand_over(&self.jobs, records, floor).await
     }
 
     fn room(&self) -> usize {

@@ -70,6 +70,8 @@ pub(crate) struct Handed {
     stage: Arc<AtomicU8>,
     answer: oneshot::Receiver<Result<i64, EngineError>>,
     deadline: Instant,
+    /// Where the log was when it was handed over, at least.
+    floor: i64,
 }
 
 impl Handed {
@@ -77,7 +79,12 @@ impl Handed {
     pub(crate) async fn done(self) -> Result<i64, EngineError> {
         let answer = timeout_at(self.deadline, self.answer).await;
         if let Ok(Ok(answer)) = answer {
-            return answer;
+            return match answer {
+                Ok(offset) if offset < self.floor => {
+                    Err(EngineError::OutcomeUnknown("the topic is another one by now".into()))
+                }
+                answer => answer,
+            };
         }
         match self.stage.compare_exchange(WAITS, GIVEN_UP, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => Err(EngineError::Unavailable("it did not take the write in time; it was not sent".into())),
@@ -86,15 +93,19 @@ impl Handed {
     }
 }
 
-/// Hands records over to be written together.
-pub(crate) async fn hand_over(jobs: &mpsc::Sender<Job>, records: Vec<NewRecord>) -> Result<Handed, EngineError> {
+/// Hands records over to be written together, to a log that ends at `floor` or behind it.
+pub(crate) async fn hand_over(
+    jobs: &mpsc::Sender<Job>,
+    records: Vec<NewRecord>,
+    floor: i64,
+) -> Result<Handed, EngineError> {
     let (deadline, stage) = (Instant::now() + AWAY, Arc::new(AtomicU8::new(WAITS)));
     let (answer, answered) = oneshot::channel();
     let len = records.iter().map(NewRecord::len_max).sum();
     let job = Job::Write(Records { records, len, stage: Arc::clone(&stage), answer });
     let unavailable = |why: &str| EngineError::Unavailable(why.into());
     match timeout_at(deadline, jobs.send(job)).await {
-        Ok(Ok(())) => Ok(Handed { stage, answer: answered, deadline }),
+        Ok(Ok(())) => Ok(Handed { stage, answer: answered, deadline, floor }),
         Ok(Err(_)) => Err(unavailable("it was lost; the write was not sent")),
         Err(_) => Err(unavailable("too many writes wait for it; this one was not sent")),
     }

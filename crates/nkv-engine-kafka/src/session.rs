@@ -1,0 +1,312 @@
+//! What writes need while the engine is followed.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use nkv_core::{Epoch, Key, Op, Outcome, Pattern, Revision};
+use nkv_node::{EngineError, Feed};
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+
+use crate::error::Result;
+use crate::records::{BATCH_OVERHEAD, NewRecord};
+use crate::topic::Settings;
+use crate::writer::{Handed, Job, end, hand_over};
+
+/// How long a write waits until the node has seen what was written.
+const FEED_LIMIT: Duration = Duration::from_secs(1);
+
+/// How many keys of a wildcard delete go into one batch, at most.
+const PART_KEYS: usize = 1_000;
+
+/// One time of following: it ends with the connections.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) epoch: Epoch,
+    pub(crate) settings: Settings,
+    pub(crate) jobs: mpsc::Sender<Job>,
+    /// Up to which offset the node has what the log has.
+    pub(crate) progress: watch::Receiver<i64>,
+    pub(crate) feed: Feed,
+    pub(crate) deletes: Deletes,
+}
+
+/// A write that was begun.
+enum Begun<'a> {
+    Put(Handed),
+    Delete(Handed, Awaited<'a>),
+    Ended(Result<Outcome, EngineError>),
+}
+
+impl Session {
+    /// Does operations in order, each for itself.
+    pub(crate) async fn write_apart(&self, ops: Vec<Op>) -> Vec<Result<Outcome, EngineError>> {
+        let (mut results, mut begun) = (Vec::with_capacity(ops.len()), Vec::new());
+        for op in ops {
+            if matches!(op, Op::Delete { pattern: Pattern::Below(_) | Pattern::All, .. }) {
+                // It deletes what those before it have put.
+                self.end_all(&mut begun, &mut results).await;
+            }
+            begun.push(self.begin(op).await.unwrap_or_else(|error| Begun::Ended(Err(error))));
+        }
+        self.end_all(&mut begun, &mut results).await;
+        results
+    }
+
+    async fn end_all(&self, begun: &mut Vec<Begun<'_>>, results: &mut Vec<Result<Outcome, EngineError>>) {
+        for one in begun.drain(..) {
+            results.push(self.end_one(one).await);
+        }
+    }
+
+    async fn begin(&self, op: Op) -> Result<Begun<'_>, EngineError> {
+        match op {
+            Op::Put { key, value, options } => {
+                if options.if_revision.is_some() || options.expiry.is_some() {
+                    return Err(cannot("conditions and no values with a TTL"));
+                }
+                Ok(Begun::Put(self.hand_over(vec![record(&key, Some(value))]).await?))
+            }
+            Op::Delete { if_revision: Some(_), .. } => Err(cannot("conditions")),
+            Op::Delete { pattern: Pattern::Key(key) | Pattern::Exact(key), .. } => {
+                let awaited = self.deletes.expect(vec![key.clone()]);
+                Ok(Begun::Delete(self.hand_over(vec![record(&key, None)]).await?, awaited))
+            }
+            Op::Delete { pattern, .. } => Ok(Begun::Ended(self.delete_all(&pattern).await)),
+        }
+    }
+
+    async fn end_one(&self, begun: Begun<'_>) -> Result<Outcome, EngineError> {
+        match begun {
+            Begun::Ended(outcome) => outcome,
+            Begun::Put(handed) => Ok(Outcome::Put { revision: revision(handed.done().await?) }),
+            Begun::Delete(handed, awaited) => {
+                let offset = handed.done().await?;
+                self.deleted(awaited, &[offset]).await
+            }
+        }
+    }
+
+    /// Does operations in one step: one batch of records, which Kafka appends whole or not at all.
+    pub(crate) async fn write_together(&self, ops: Vec<Op>) -> Result<Vec<Outcome>, EngineError> {
+        let (mut records, mut parts) = (Vec::new(), Vec::new());
+        for op in ops {
+            match op {
+                Op::Put { key, value, options } => {
+                    if options.if_revision.is_some() || options.expiry.is_some() {
+                        return Err(cannot("conditions and no values with a TTL"));
+                    }
+                    records.push(record(&key, Some(value)));
+                    parts.push(None);
+                }
+                Op::Delete { if_revision: Some(_), .. } => return Err(cannot("conditions")),
+                Op::Delete { pattern, .. } => {
+                    let keys = match pattern {
+                        Pattern::Key(key) | Pattern::Exact(key) => vec![key],
+                        pattern => self.shown(&pattern, &records).await?,
+                    };
+                    let first = records.len();
+                    records.extend(keys.iter().map(|key| record(key, None)));
+                    parts.push(Some((first, keys)));
+                }
+            }
+        }
+        if records.is_empty() {
+            return Ok(parts.iter().map(|_| Outcome::NotFound).collect());
+        }
+        let expected = parts.into_iter().enumerate();
+        let expected: Vec<_> = expected
+            .map(|(place, part)| match part {
+                None => (place, None),
+                Some((first, keys)) => (first, Some(self.deletes.expect(keys))),
+            })
+            .collect();
+        let base = self.hand_over(records).await?.done().await?;
+        let (mut outcomes, mut next) = (Vec::with_capacity(expected.len()), 0_i64);
+        for (_, awaited) in expected {
+            match awaited {
+                None => {
+                    outcomes.push(Outcome::Put { revision: revision(base.saturating_add(next)) });
+                    next = next.saturating_add(1);
+                }
+                Some(awaited) => {
+                    let count = i64::try_from(awaited.keys.len()).unwrap_or(i64::MAX);
+                    let offsets: Vec<i64> =
+                        (next..next.saturating_add(count)).map(|at| base.saturating_add(at)).collect();
+                    next = next.saturating_add(count);
+                    outcomes.push(self.deleted(awaited, &offsets).await?);
+                }
+            }
+        }
+        Ok(outcomes)
+    }
+
+    /// Deletes what the node shows, in batches: another may write in between.
+    async fn delete_all(&self, pattern: &Pattern) -> Result<Outcome, EngineError> {
+        let keys = self.shown(pattern, &[]).await?;
+        let (mut count, mut last) = (0_u64, Revision::ZERO);
+        for part in self.parts(keys) {
+            let records = part.iter().map(|key| record(key, None)).collect();
+            let awaited = self.deletes.expect(part);
+            let deleted = async {
+                let first = self.hand_over(records).await?.done().await?;
+                let offsets: Vec<i64> = (first..).take(awaited.keys.len()).collect();
+                self.deleted(awaited, &offsets).await
+            };
+            match deleted.await {
+                Ok(Outcome::Deleted { count: more, revision }) => {
+                    (count, last) = (count.saturating_add(more), revision)
+                }
+                Ok(_) => {}
+                Err(error) if last == Revision::ZERO => return Err(error),
+                Err(error) => {
+                    return Err(EngineError::OutcomeUnknown(format!("{count} keys are gone, then: {error}")));
+                }
+            }
+        }
+        if count == 0 { Ok(Outcome::NotFound) } else { Ok(Outcome::Deleted { count, revision: last }) }
+    }
+
+    /// Parts of keys whose tombstones fit into one batch each.
+    fn parts(&self, keys: Vec<Key>) -> Vec<Vec<Key>> {
+        let (mut parts, mut len) = (Vec::<Vec<Key>>::new(), 0);
+        for key in keys {
+            let own = record(&key, None).len_max();
+            match parts.last_mut().filter(|part| part.len() < PART_KEYS && len + own <= self.room()) {
+                Some(part) => (len, _) = (len + own, part.push(key)),
+                None => {
+                    len = own;
+                    parts.push(vec![key]);
+                }
+            }
+        }
+        parts
+    }
+
+    /// The keys that a pattern selects of what was acknowledged to anyone up to now, and of what stands before.
+    async fn shown(&self, pattern: &Pattern, before: &[NewRecord]) -> Result<Vec<Key>, EngineError> {
+        self.seen(end(&self.jobs).await?).await?;
+        let mut keys = Vec::new();
+        self.feed.walk(pattern, |record| keys.push(record.key.to_key()));
+        let put = before.iter().filter(|record| record.value.is_some());
+        let put = put.filter_map(|record| str::from_utf8(&record.key).ok().and_then(|text| Key::new(text).ok()));
+        keys.extend(put.filter(|key| pattern.selects(key)));
+        keys.sort_unstable();
+        keys.dedup();
+        Ok(keys)
+    }
+
+    /// What became of deletes: how many of them found something, in the order of the log.
+    async fn deleted(&self, awaited: Awaited<'_>, offsets: &[i64]) -> Result<Outcome, EngineError> {
+        let last = offsets.last().copied().unwrap_or_default();
+        if self.seen(last.saturating_add(1)).await.is_err() {
+            let message = "it is deleted, but the node has not seen yet whether there was anything";
+            return Err(EngineError::OutcomeUnknown(message.into()));
+        }
+        let found = awaited.found(offsets);
+        match found.last() {
+            None => Ok(Outcome::NotFound),
+            Some(last) => Ok(Outcome::Deleted { count: found.len() as u64, revision: revision(*last) }),
+        }
+    }
+
+    /// Waits until the node has all before this offset.
+    async fn seen(&self, end: i64) -> Result<(), EngineError> {
+        let mut progress = self.progress.clone();
+        let seen = timeout(FEED_LIMIT, progress.wait_for(|progress| *progress >= end)).await;
+        match seen {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(EngineError::Unavailable("the node is behind the log".into())),
+        }
+    }
+
+    async fn hand_over(&self, records: Vec<NewRecord>) -> Result<Handed, EngineError> {
+        let len: usize = records.iter().map(NewRecord::len_max).sum();
+        if len > self.room() {
+            let message = format!(
+                "Kafka takes {} bytes in one step (max.message.bytes), and this has {len}; nothing was changed",
+                self.room()
+            );
+            return Err(EngineError::Refused { status: 413, message });
+        }
+        let floor = *self.progress.borrow();
+        hand_over(&self.jobs, records, floor).await
+    }
+
+    fn room(&self) -> usize {
+        self.settings.batch_len_max.saturating_sub(BATCH_OVERHEAD)
+    }
+}
+
+fn record(key: &Key, value: Option<Bytes>) -> NewRecord {
+    NewRecord { key: Bytes::copy_from_slice(key.as_str().as_bytes()), value, header: None }
+}
+
+/// The revision of the record at an offset: there is none at 0.
+pub(crate) fn revision(offset: i64) -> Revision {
+    Revision::new(u64::try_from(offset).unwrap_or(0).saturating_add(1))
+}
+
+fn cannot(what: &str) -> EngineError {
+    EngineError::Refused { status: 501, message: format!("Kafka has no {what}") }
+}
+
+/// Which tombstones found a value, of the keys that someone here deletes.
+#[derive(Debug, Default)]
+pub(crate) struct Deletes(Mutex<HashMap<Key, Watched>>);
+
+#[derive(Debug, Default)]
+struct Watched {
+    waiting: usize,
+    found: Vec<i64>,
+}
+
+/// Keys whose tombstones are noted for as long as this is held.
+pub(crate) struct Awaited<'a> {
+    deletes: &'a Deletes,
+    keys: Vec<Key>,
+}
+
+impl Deletes {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Watched>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn expect(&self, keys: Vec<Key>) -> Awaited<'_> {
+        let mut watched = self.lock();
+        keys.iter().for_each(|key| watched.entry(key.clone()).or_default().waiting += 1);
+        Awaited { deletes: self, keys }
+    }
+
+    /// Notes that a tombstone of the log found a value, if anyone waits for it.
+    pub(crate) fn note(&self, key: &Key, offset: i64, found: impl FnOnce() -> bool) {
+        if self.lock().contains_key(key) && found() {
+            self.lock().entry(key.clone()).and_modify(|watched| watched.found.push(offset));
+        }
+    }
+}
+
+impl Awaited<'_> {
+    /// Which of its tombstones, at these offsets, found a value.
+    fn found(&self, offsets: &[i64]) -> Vec<i64> {
+        let watched = self.deletes.lock();
+        let is_found = |(key, offset): &(&Key, &i64)| watched.get(*key).is_some_and(|one| one.found.contains(offset));
+        self.keys.iter().zip(offsets).filter(is_found).map(|(_, offset)| *offset).collect()
+    }
+}
+
+impl Drop for Awaited<'_> {
+    fn drop(&mut self) {
+        let mut watched = self.deletes.lock();
+        for key in &self.keys {
+            if let Some(one) = watched.get_mut(key) {
+                one.waiting -= 1;
+                if one.waiting == 0 {
+                    watched.remove(key);
+                }
+            }
+        }
+    }
+}

@@ -378,3 +378,29 @@ fn check(conn: &mut Conn, acknowledged: &BTreeMap<String, (u64, u64)>) {
         assert!(got["Get"]["revisions"][0].as_u64().unwrap() >= *revision, "{key}: its revision went back");
     }
 }
+
+/// What is wrong with an engine is said before anything is opened.
+#[cfg(feature = "engines")]
+#[test]
+fn an_engine_that_cannot_be_meant_is_refused() {
+    for (flags, said) in [
+        (&["--engine", "redis://h/x"][..], "etcd://HOST:PORT/PREFIX"),
+        (&["--engine", "etcd"], "etcd://HOST:PORT/PREFIX"),
+        #[cfg(feature = "etcd")]
+        (&["--engine", "etcd://127.0.0.1:1/"], "an empty prefix"),
+        #[cfg(feature = "etcd")]
+        (&["--engine", "etcd://me:secret@127.0.0.1:1/x"], "--engine-password-file"),
+        #[cfg(feature = "etcd")]
+        (&["--engine", "etcd://127.0.0.1:1/x", "--kafka-log", "command-log"], "--kafka-log is for kafka:// alone"),
+        #[cfg(feature = "nats")]
+        (&["--engine", "nats://127.0.0.1:1/"], "bucket"),
+        #[cfg(feature = "kafka")]
+        (&["--engine", "kafka://127.0.0.1:1/x", "--engine-creds", "/dev/null"], "--engine-creds is for nats:// alone"),
+        (&["--engine", "etcd://127.0.0.1:1/x", "--data-dir", "/tmp"], "--data-dir"),
+        (&["--engine", "etcd://127.0.0.1:1/x", "--branch", "a=memory"], "--branch"),
+        (&["import", "/nowhere"], "import needs --engine URL"),
+    ] {
+        let (code, text) = run(flags);
+        assert!(code == 2 && text.contains(said) && !text.contains("secret"), "{flags:?}: {code} {text}");
+    }
+}

@@ -12,6 +12,9 @@ use nkv_persist_fs::Durability;
 use nkv_server::{Address, Options};
 use tracing::level_filters::LevelFilter;
 
+#[cfg(feature = "engines")]
+use crate::engine::EngineArgs;
+
 /// A notify key-value store: shared state that says when it changes.
 ///
 /// Keeps values under dotted keys through crash and power loss, and brings each subscriber to their latest state.
@@ -54,9 +57,17 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ADDR", env = "NKV_GRPC", value_delimiter = ',')]
     pub(crate) grpc: Vec<Address>,
 
+    #[cfg(feature = "engines")]
+    #[command(flatten, next_help_heading = "Engines")]
+    pub(crate) engine: EngineArgs,
+
     #[cfg(not(feature = "http"))]
     #[command(flatten)]
     without_http: WithoutHttp,
+
+    #[cfg(not(feature = "engines"))]
+    #[command(flatten)]
+    without_engines: WithoutEngines,
 
     #[cfg(not(feature = "grpc"))]
     #[command(flatten)]
@@ -169,6 +180,13 @@ struct WithoutGrpc {
     grpc: Option<()>,
 }
 
+#[cfg(not(feature = "engines"))]
+#[derive(Debug, clap::Args)]
+struct WithoutEngines {
+    #[arg(long, hide = true, env = "NKV_ENGINE", value_parser = |_: &str| Err::<(), _>("this build has no engines: build it with --features etcd, nats or kafka"))]
+    engine: Option<()>,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Say what is in the data directory, and whether it is damaged; changes nothing without --repair
@@ -179,6 +197,14 @@ pub(crate) enum Command {
     },
     /// Begin a new epoch in a data directory that was put back to an earlier state, so that clients notice
     Restore,
+    /// Put what a data directory holds into an engine that is empty; the directory stays as it is
+    #[cfg(feature = "engines")]
+    Import {
+        /// The data directory of a server that does not run
+        dir: PathBuf,
+        #[command(flatten)]
+        engine: Box<EngineArgs>,
+    },
 }
 
 const EXAMPLES: &str = "\
@@ -226,6 +252,16 @@ impl Args {
         if let Some((_, (branch, _))) = twice {
             let what = format!("--branch says of '{branch}' twice where it lives");
             without_empty_variables().error(ErrorKind::ArgumentConflict, what).exit();
+        }
+        #[cfg(feature = "engines")]
+        if args.engine.engine.is_some() {
+            let is_given = |id: &&str| matches.value_source(id) == Some(ValueSource::CommandLine);
+            if let Some(id) = ["data_dir", "durability", "persist", "branch", "group_access"].into_iter().find(is_given)
+            {
+                let flag = id.replace('_', "-");
+                let what = format!("--engine keeps all data in the engine: --{flag} says nothing beside it");
+                without_empty_variables().error(ErrorKind::ArgumentConflict, what).exit();
+            }
         }
         if args.address.is_some() && matches.value_source("listen") == Some(ValueSource::EnvVariable) {
             args.listen.clear();

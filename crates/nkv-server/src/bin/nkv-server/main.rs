@@ -14,6 +14,10 @@
 )]
 
 mod args;
+#[cfg(feature = "engines")]
+mod engine;
+#[cfg(feature = "engines")]
+mod import;
 mod log;
 mod signals;
 
@@ -54,6 +58,8 @@ fn main() -> ExitCode {
     let code = match args.command {
         Some(Command::Check { repair }) => check_data(&args, repair),
         Some(Command::Restore) => restore_data(&args),
+        #[cfg(feature = "engines")]
+        Some(Command::Import { ref dir, ref engine }) => import_data(dir, engine),
         None => serve(&args, &log),
     };
     log.flush(FLUSH_LIMIT);
@@ -117,7 +123,18 @@ async fn start(args: &Args) -> Result<Server, ServerError> {
         builder = args.grpc.iter().cloned().fold(builder, Builder::grpc);
     }
     let opened = Arc::new(OnceLock::new());
-    let server = with_persist(builder, args, Arc::clone(&opened))?.bind().await?;
+    #[cfg(feature = "engines")]
+    let (builder, beside) = match args.engine.engine.as_deref() {
+        Some(url) => args.engine.choose(url).await?.followed_by(builder),
+        None => (with_persist(builder, args, Arc::clone(&opened))?, None),
+    };
+    #[cfg(not(feature = "engines"))]
+    let builder = with_persist(builder, args, Arc::clone(&opened))?;
+    let server = builder.bind().await?;
+    #[cfg(feature = "engines")]
+    if let Some(beside) = beside {
+        beside(server.handle());
+    }
     if let (Some(opened), Ok(numbers)) = (opened.get(), server.handle().numbers()) {
         let load_ms = u64::try_from(opened.elapsed().as_millis()).unwrap_or(u64::MAX);
         let number = |name| numbers.iter().find(|(known, _)| *known == name).map_or(0, |(_, number)| *number);
@@ -217,6 +234,41 @@ fn restore_data(args: &Args) -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => fail(&error, persist_code(&error)),
+    }
+}
+
+/// How long an engine may take to be in reach.
+#[cfg(feature = "engines")]
+const ENGINE_LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
+
+#[cfg(feature = "engines")]
+fn import_data(dir: &std::path::Path, engine: &engine::EngineArgs) -> ExitCode {
+    let import = async {
+        let url = engine.engine.as_deref();
+        let url = url.ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "import needs --engine URL"));
+        let chosen = engine.choose(url.map_err(ServerError::System)?).await?;
+        let (builder, _) = chosen.followed_by(Server::builder());
+        let to = builder.bind().await?;
+        let dir = dir.to_owned();
+        let from =
+            Server::builder().persist("sync", move || FsPersist::open(&dir, FsOptions::default())).bind().await?;
+        let (from, nkv) = (from.handle(), to.handle());
+        let reached = async {
+            while nkv.health().await.is_err() {
+                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            }
+        };
+        let failed = |error: &dyn Error| ServerError::System(io::Error::other(error.to_string()));
+        tokio::time::timeout(ENGINE_LIMIT, reached).await.map_err(|error| failed(&error))?;
+        import::import(&from, &nkv).await.map_err(|error| failed(&error))
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::System);
+    match runtime.and_then(|runtime| runtime.block_on(import)) {
+        Ok(keys) => {
+            info!(keys, "imported; the directory is as it was");
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(&error, code_of(&error)),
     }
 }
 

@@ -1,0 +1,206 @@
+//! `--engine URL`: the truth lies in etcd, NATS or Kafka, and this server is one of many in front of it; and `import`, which
+//! moves a data directory there.
+
+use std::path::{Path, PathBuf};
+
+use nkv_node::EngineError;
+use nkv_server::{Builder, Handle, ServerError};
+use tracing::{info, warn};
+
+/// The engine, and how to reach it.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct EngineArgs {
+    /// What decides and keeps all writes, shared by many servers: etcd://HOST:PORT,…/PREFIX, nats://HOST:PORT,…/BUCKET
+    /// or kafka://HOST:PORT,…/TOPIC; there is no data directory then
+    #[arg(long, value_name = "URL", env = "NKV_ENGINE")]
+    pub(crate) engine: Option<String>,
+
+    /// Make a bucket or topic that is missing
+    #[arg(long, value_name = "BOOL", env = "NKV_ENGINE_CREATE", default_value_t = true, action = clap::ArgAction::Set)]
+    engine_create: bool,
+
+    /// Certificates of the authorities that the engine's certificate may come from, as PEM; the engine is reached by TLS then
+    #[arg(long, value_name = "FILE", env = "NKV_ENGINE_CA")]
+    engine_ca: Option<PathBuf>,
+
+    /// The certificate that the engine is shown, as PEM
+    #[arg(long, value_name = "FILE", env = "NKV_ENGINE_CERT", requires = "engine_key")]
+    engine_cert: Option<PathBuf>,
+
+    /// The key of that certificate, as PEM
+    #[arg(long, value_name = "FILE", env = "NKV_ENGINE_KEY", requires = "engine_cert")]
+    engine_key: Option<PathBuf>,
+
+    /// The name to log in with
+    #[arg(long, value_name = "NAME", env = "NKV_ENGINE_USER", requires = "engine_password_file")]
+    engine_user: Option<String>,
+
+    /// A file with the password, and perhaps a newline
+    #[arg(long, value_name = "FILE", env = "NKV_ENGINE_PASSWORD_FILE", requires = "engine_user")]
+    engine_password_file: Option<PathBuf>,
+
+    /// A file of credentials of NATS (.creds)
+    #[arg(long, value_name = "FILE", env = "NKV_ENGINE_CREDS")]
+    engine_creds: Option<PathBuf>,
+
+    /// A file of properties of Kafka, one KEY=VALUE a line
+    #[arg(long, value_name = "FILE", env = "NKV_ENGINE_CONFIG")]
+    engine_config: Option<PathBuf>,
+
+    /// The topic of the first kv-store's log, which is read, and written with each put, beside the topic of the state
+    #[arg(long, value_name = "TOPIC", env = "NKV_KAFKA_LOG", requires = "engine")]
+    kafka_log: Option<String>,
+}
+
+/// The engine that was asked for.
+pub(crate) enum Chosen {
+    #[cfg(feature = "etcd")]
+    Etcd(nkv_engine_etcd::Etcd),
+    #[cfg(feature = "nats")]
+    Nats(nkv_engine_nats::NatsEngine),
+    #[cfg(feature = "kafka")]
+    Kafka(nkv_engine_kafka::KafkaEngine, Option<nkv_engine_kafka::KafkaLog>),
+}
+
+fn usage(what: impl Into<String>) -> ServerError {
+    ServerError::System(std::io::Error::new(std::io::ErrorKind::InvalidInput, what.into()))
+}
+
+fn wrong(error: &dyn std::error::Error) -> ServerError {
+    let mut text = format!("--engine: {error}");
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text.push_str(&format!(": {inner}"));
+        cause = inner.source();
+    }
+    usage(text)
+}
+
+impl EngineArgs {
+    /// Reads what the flags say, and looks whether the engine can be had. One that is away is waited for by the node; one whose
+    /// settings break a promise is refused now.
+    pub(crate) async fn choose(&self, url: &str) -> Result<Chosen, ServerError> {
+        let scheme = url.split_once("://").map(|(scheme, _)| scheme);
+        for (given, flag, of) in [
+            (self.engine_creds.is_some(), "--engine-creds", "nats"),
+            (self.engine_config.is_some(), "--engine-config", "kafka"),
+            (self.kafka_log.is_some(), "--kafka-log", "kafka"),
+        ] {
+            if given && scheme != Some(of) {
+                return Err(usage(format!("{flag} is for {of}:// alone")));
+            }
+        }
+        match scheme {
+            #[cfg(feature = "etcd")]
+            Some("etcd") => self.etcd(url).await,
+            #[cfg(feature = "nats")]
+            Some("nats") => self.nats(url).await,
+            #[cfg(feature = "kafka")]
+            Some("kafka") => self.kafka(url).await,
+            #[allow(unreachable_patterns, reason = "in a build with all of them")]
+            Some(scheme @ ("etcd" | "nats" | "kafka")) => {
+                Err(usage(format!("this build has no engine {scheme}: build it with --features {scheme}")))
+            }
+            _ => Err(usage("--engine is etcd://HOST:PORT/PREFIX, nats://HOST:PORT/BUCKET or kafka://HOST:PORT/TOPIC")),
+        }
+    }
+
+    #[cfg(feature = "etcd")]
+    async fn etcd(&self, url: &str) -> Result<Chosen, ServerError> {
+        let mut options = nkv_engine_etcd::Options::from_url(url).map_err(|error| wrong(&error))?;
+        options = options.create(self.engine_create);
+        if let Some(file) = &self.engine_ca {
+            options = options.ca_file(file);
+        }
+        if let (Some(cert), Some(key)) = (&self.engine_cert, &self.engine_key) {
+            options = options.identity_files(cert, key);
+        }
+        if let (Some(user), Some(file)) = (&self.engine_user, &self.engine_password_file) {
+            options = options.user(user, file);
+        }
+        let engine = nkv_engine_etcd::Etcd::new(options);
+        looked_at(engine.check().await)?;
+        Ok(Chosen::Etcd(engine))
+    }
+
+    #[cfg(feature = "nats")]
+    async fn nats(&self, url: &str) -> Result<Chosen, ServerError> {
+        let mut options = nkv_engine_nats::Options::from_url(url).map_err(|error| wrong(&error))?;
+        options = options.with_create(self.engine_create);
+        if let Some(file) = &self.engine_ca {
+            options = options.with_ca(file);
+        }
+        if let (Some(cert), Some(key)) = (&self.engine_cert, &self.engine_key) {
+            options = options.with_identity(cert, key);
+        }
+        if let (Some(user), Some(file)) = (&self.engine_user, &self.engine_password_file) {
+            options = options.with_user(user, file);
+        }
+        if let Some(file) = &self.engine_creds {
+            options = options.with_credentials(file);
+        }
+        let engine = nkv_engine_nats::NatsEngine::new(options);
+        looked_at(engine.check().await)?;
+        Ok(Chosen::Nats(engine))
+    }
+
+    #[cfg(feature = "kafka")]
+    async fn kafka(&self, url: &str) -> Result<Chosen, ServerError> {
+        let read = |file: &Path| {
+            std::fs::read_to_string(file).map_err(|error| usage(format!("--engine: {}: {error}", file.display())))
+        };
+        let mut options = nkv_engine_kafka::Options::from_url(url).map_err(|error| wrong(&error))?;
+        options = options.with_create(self.engine_create);
+        if let Some(file) = &self.engine_config {
+            options = options.with_properties(&read(file)?).map_err(|error| wrong(&error))?;
+        }
+        if let Some(file) = &self.engine_ca {
+            options = options.with_ca_file(file).map_err(|error| wrong(&error))?;
+        }
+        if let (Some(cert), Some(key)) = (&self.engine_cert, &self.engine_key) {
+            options = options.with_certificate_files(cert, key).map_err(|error| wrong(&error))?;
+        }
+        if let (Some(user), Some(file)) = (&self.engine_user, &self.engine_password_file) {
+            options = options.with_user(user, read(file)?.trim_end_matches(['\r', '\n']));
+        }
+        let log = self.kafka_log.as_deref().map(|topic| nkv_engine_kafka::KafkaLog::new(&options, topic)).transpose();
+        let log = log.map_err(|error| wrong(&error))?;
+        let engine = nkv_engine_kafka::KafkaEngine::new(options);
+        looked_at(engine.check().await.map_err(EngineError::from))?;
+        if let Some(log) = &log {
+            looked_at(log.check().await.map_err(EngineError::from))?;
+        }
+        Ok(Chosen::Kafka(engine, log))
+    }
+}
+
+fn looked_at(checked: Result<(), EngineError>) -> Result<(), ServerError> {
+    match checked {
+        Ok(()) => info!("the engine is in reach"),
+        Err(error @ EngineError::Refused { .. }) => return Err(wrong(&error)),
+        Err(error) => warn!("{error}; clients get 503 until it is there"),
+    }
+    Ok(())
+}
+
+/// What goes on beside the node.
+pub(crate) type Beside = Box<dyn FnOnce(Handle) + Send>;
+
+impl Chosen {
+    /// Has the node follow it.
+    pub(crate) fn followed_by(self, builder: Builder) -> (Builder, Option<Beside>) {
+        match self {
+            #[cfg(feature = "etcd")]
+            Chosen::Etcd(engine) => (builder.node(|node| node.engine(engine)), None),
+            #[cfg(feature = "nats")]
+            Chosen::Nats(engine) => (builder.node(|node| node.engine(engine)), None),
+            #[cfg(feature = "kafka")]
+            Chosen::Kafka(engine, log) => {
+                let beside = log.map(|log| -> Beside {
+                    Box::new(move |nkv| drop(tokio::spawn(async move { log.run(nkv).await })))
+                });
+                (builder.node(|node| node.engine(engine)), beside)
+            }
+        }
+    }
+}

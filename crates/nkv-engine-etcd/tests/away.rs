@@ -190,7 +190,6 @@ async fn an_etcd_that_was_put_back_and_has_overtaken_is_another_epoch() {
     let Some(mut server) = Server::start().await else { return };
     let proxy = Proxy::start(server.server()).await;
     let (_a, a) = node(proxy.engine("app")).await;
-    let (_b, b) = node(server.engine("app")).await;
     a.put("k", "1").await.unwrap();
     let snapshot = server.dir.path().join("snapshot");
     server.must(&["snapshot", "save", snapshot.to_str().unwrap()]);
@@ -207,6 +206,9 @@ async fn an_etcd_that_was_put_back_and_has_overtaken_is_another_epoch() {
     for _ in 0..10 {
         server.must(&["put", "app/lost", "2"]);
     }
+    // One that has seen nothing of what is lost has nothing to recognise, and follows.
+    let (_b, b) = node(server.engine("app")).await;
+    assert_eq!(b.epoch(), before);
     proxy.set(Passing::Both);
     eventually("a new epoch", async || a.epoch() != before && a.epoch() == b.epoch()).await;
     is_back(&a).await;

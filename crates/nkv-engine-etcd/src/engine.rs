@@ -60,7 +60,6 @@ pub(crate) struct At {
     pub(crate) seen: Seen,
     pub(crate) raft_term: u64,
     pub(crate) raft_index: u64,
-    pub(crate) generation: i64,
     /// The key that changed last, and how it was then.
     pub(crate) last: (Bytes, Option<KeyValue>),
 }

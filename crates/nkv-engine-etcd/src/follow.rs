@@ -67,10 +67,8 @@ async fn resume(etcd: &Inner, session: &Session, seen: Seen) -> Result<Option<i6
     let at = etcd.known().at.clone().filter(|at| at.seen == seen);
     let Some(at) = at.filter(|_| session.epoch == seen.epoch) else { return Ok(None) };
     let start = number(seen.revision);
-    let mut is_other = session.revision < start
-        || session.raft_term < at.raft_term
-        || session.raft_index < at.raft_index
-        || session.generation != at.generation;
+    let mut is_other =
+        session.revision < start || session.raft_term < at.raft_term || session.raft_index < at.raft_index;
     if !is_other {
         match session.read_at(at.last.0.clone(), start).await {
             Ok(found) => is_other = found != at.last.1,
@@ -114,15 +112,14 @@ async fn fetch(etcd: &Inner, session: &Session, seen: Option<Seen>, feed: &Feed)
 /// etcd does not go on from where this node saw it: other nodes must not take the one for the other either.
 async fn begin_anew(etcd: &Inner, session: &Session) -> EngineError {
     tracing::warn!(target: "nkv::engine", "etcd went back behind what this node has seen: a new epoch begins");
-    match session.write_generation(&etcd.names, session.generation).await {
+    match session.write_generation(&etcd.names, Some(session.generation.clone())).await {
         Ok(()) => EngineError::Unavailable("etcd went back behind what this node has seen: a new epoch begins".into()),
         Err(error) => error,
     }
 }
 
 fn at_of(session: &Session, seen: Seen, last: (Bytes, Option<KeyValue>)) -> At {
-    let Session { raft_term, raft_index, generation, .. } = *session;
-    At { seen, raft_term, raft_index, generation, last }
+    At { seen, raft_term: session.raft_term, raft_index: session.raft_index, last }
 }
 
 /// A history that grows for ever fills etcd in the end: warns of one that is whole, once.
@@ -381,7 +378,7 @@ impl<'a> Following<'a> {
             }
         }
         let is_other =
-            names.iter().any(|(_, kv, name)| *name == Name::Generation && kv.mod_revision != self.session.generation);
+            names.iter().any(|(_, kv, name)| *name == Name::Generation && kv.value != self.session.generation);
         for (kind, kv, name) in names {
             match name {
                 Name::Value(key) if is_put(kind) && kv.value.len() > self.etcd.options.value_len_max => {
@@ -481,7 +478,7 @@ impl<'a> Following<'a> {
         self.fenced = Some(Instant::now());
         let session = Arc::clone(&self.session);
         let names = &self.etcd.names;
-        let compare = vec![write::mod_is(names.generation().into(), session.generation)];
+        let compare = vec![write::value_is(names.generation().into(), session.generation.clone())];
         let success = vec![write::put(names.fence().into(), Bytes::new(), 0)];
         self.jobs.spawn(async move {
             let written = session.txn(&TxnRequest { compare, success, failure: Vec::new() }).await;

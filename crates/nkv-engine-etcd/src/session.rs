@@ -31,7 +31,7 @@ use crate::rpc::{
     KeyValue, LeaseGrantRequest, LeaseRevokeRequest, RangeRequest, RangeResponse, StatusRequest, StatusResponse,
     TxnRequest, TxnResponse,
 };
-use crate::write::{mod_is, put};
+use crate::write::{mod_is, put, value_is};
 
 /// How long a member may take until it counts as silent.
 const PROBE_LIMIT: Duration = Duration::from_millis(1_500);
@@ -58,8 +58,8 @@ pub(crate) struct Session {
     /// Whether an answer to a progress request comes behind all events up to its revision.
     pub(crate) tells_progress: bool,
     pub(crate) epoch: Epoch,
-    /// The revision of the record of the generation.
-    pub(crate) generation: i64,
+    /// What the record of the generation has: random, so no other etcd has the same.
+    pub(crate) generation: Bytes,
     ended: watch::Sender<bool>,
     pub(crate) kicked: Notify,
 }
@@ -108,13 +108,12 @@ impl Session {
             raft_index: 0,
             tells_progress: tells_progress(&status.version),
             epoch: Epoch::default(),
-            generation: 0,
+            generation: Bytes::new(),
             ended: watch::Sender::new(false),
             kicked: Notify::new(),
         };
         let record = session.generation_record(options, names).await?;
-        (session.epoch, session.generation) =
-            (epoch(session.cluster_id, names.prefix(), &record.value), record.mod_revision);
+        (session.epoch, session.generation) = (epoch(session.cluster_id, names.prefix(), &record.value), record.value);
         // After a read that is up to date, so that what it says is not behind what was seen by another member.
         let status = session.call(|| async { session.maintenance().status(StatusRequest {}).await }).await;
         session.raft_index = status.map_err(|status| fault::of_request(&status))?.raft_index;
@@ -138,7 +137,7 @@ impl Session {
                     format!("no nkv has used the prefix '{prefix}' of etcd yet, and nothing is to be created");
                 return Err(EngineError::Refused { status: 503, message });
             }
-            self.write_generation(names, 0).await?;
+            self.write_generation(names, None).await?;
             tracing::info!(target: "nkv::engine", "etcd: the prefix '{prefix}' is used by nkv from now on");
         }
     }
@@ -155,14 +154,14 @@ impl Session {
         Ok(())
     }
 
-    /// Has another generation begin where the record is still that of `revision`, or is not there (0).
-    pub(crate) async fn write_generation(&self, names: &Names, revision: i64) -> Result<(), EngineError> {
+    /// Has another generation begin where it is still the one before, or there is none.
+    pub(crate) async fn write_generation(&self, names: &Names, before: Option<Bytes>) -> Result<(), EngineError> {
         let key = Bytes::from(names.generation());
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(|error| EngineError::Unavailable(error.to_string()))?;
         let value = random.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let request = TxnRequest {
-            compare: vec![mod_is(key.clone(), revision)],
+            compare: vec![before.map_or_else(|| mod_is(key.clone(), 0), |before| value_is(key.clone(), before))],
             success: vec![put(key, value.into(), 0)],
             failure: Vec::new(),
         };

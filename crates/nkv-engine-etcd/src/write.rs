@@ -17,7 +17,7 @@ use crate::rpc::compare::{CompareResult, CompareTarget, TargetUnion};
 use crate::rpc::request_op::Request;
 use crate::rpc::response_op::Response;
 use crate::rpc::{
-    Compare, DeleteRangeRequest, PutRequest, RangeRequest, RangeResponse, RequestOp, ResponseOp, TxnRequest,
+    Compare, DeleteRangeRequest, KeyValue, PutRequest, RangeRequest, RangeResponse, RequestOp, ResponseOp, TxnRequest,
 };
 use crate::session::{Session, revoke};
 
@@ -155,12 +155,12 @@ impl Inner {
         let before = self.known().at.as_ref().map_or(session.revision, |at| number(at.seen.revision));
         let generation = Bytes::from(self.names.generation());
         let mut compare = guards;
-        compare.push(mod_is(generation.clone(), session.generation));
+        compare.push(value_is(generation.clone(), session.generation.clone()));
         let shapes: Vec<(usize, Of)> = parts.iter().map(|part| (part.requests.len(), part.of)).collect();
         let request = TxnRequest {
             compare,
             success: parts.into_iter().flat_map(|part| part.requests).collect(),
-            failure: vec![look(generation)],
+            failure: vec![look_at(generation, false)],
         };
         let answer = match session.txn(&request).await {
             Ok(answer) => answer,
@@ -172,7 +172,7 @@ impl Inner {
         };
         if !answer.succeeded {
             let found = answer.responses.first().and_then(found);
-            if found == Some(session.generation) {
+            if found.is_some_and(|found| found.value == session.generation) {
                 return Ok(None);
             }
             session.kicked.notify_one();
@@ -410,16 +410,16 @@ fn deleted(answer: &ResponseOp) -> u64 {
     }
 }
 
-/// The revision of the key that a look found.
-fn found(answer: &ResponseOp) -> Option<i64> {
+/// The key that a look found.
+fn found(answer: &ResponseOp) -> Option<&KeyValue> {
     match &answer.response {
-        Some(Response::ResponseRange(answer)) => answer.kvs.first().map(|kv| kv.mod_revision),
+        Some(Response::ResponseRange(answer)) => answer.kvs.first(),
         _ => None,
     }
 }
 
 fn present(answers: &[ResponseOp]) -> Revision {
-    answers.first().and_then(found).map_or(Revision::ZERO, revision)
+    answers.first().and_then(found).map_or(Revision::ZERO, |kv| revision(kv.mod_revision))
 }
 
 pub(crate) fn mod_is(key: Bytes, revision: i64) -> Compare {
@@ -430,6 +430,10 @@ pub(crate) fn mod_is(key: Bytes, revision: i64) -> Compare {
         range_end: Bytes::new(),
         target_union: Some(TargetUnion::ModRevision(revision)),
     }
+}
+
+pub(crate) fn value_is(key: Bytes, value: Bytes) -> Compare {
+    Compare { target: CompareTarget::Value.into(), target_union: Some(TargetUnion::Value(value)), ..mod_is(key, 0) }
 }
 
 pub(crate) fn put(key: Bytes, value: Bytes, lease: i64) -> RequestOp {
@@ -453,7 +457,11 @@ fn puts(requests: &[RequestOp], keys: &mut Vec<Bytes>) {
 }
 
 fn look(key: Bytes) -> RequestOp {
-    RequestOp { request: Some(Request::RequestRange(RangeRequest { key, keys_only: true, ..RangeRequest::default() })) }
+    look_at(key, true)
+}
+
+fn look_at(key: Bytes, keys_only: bool) -> RequestOp {
+    RequestOp { request: Some(Request::RequestRange(RangeRequest { key, keys_only, ..RangeRequest::default() })) }
 }
 
 /// A lease for one value. Dropped before the value was put, it is revoked.

@@ -5,7 +5,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{PATIENCE, Passing, Proxy, Server, eventually, next, node, nothing_else, restore, value};
+use common::{PATIENCE, Passing, Proxy, Server, eventually, next, node, nothing_else, raw_put, restore, value};
 use nkv_core::Pattern;
 use nkv_engine_etcd::{Etcd, Options};
 use nkv_node::{Engine, ErrorKind, Handle, Node, Result};
@@ -167,11 +167,29 @@ async fn an_etcd_that_was_made_anew_is_another_epoch() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_generation_is_another_epoch_and_takes_no_write_of_the_one_before() {
+    let Some(server) = Server::start().await else { return };
+    let ((_a, a), (_b, b)) = (node(server.engine("app")).await, node(server.engine("app")).await);
+    a.put("k", "1").await.unwrap();
+    for turn in 0..3 {
+        let (before, revision) = (a.epoch(), a.get("k").await.unwrap().unwrap().revision);
+        let mut raw = server.client().await;
+        raw.txn(raw_put("app/..nkv/generation", vec![b'0' + turn])).await.unwrap();
+        // As it has not heard of it yet, or has, or hears of it meanwhile.
+        let refused = a.put_with("k", "2", nkv_node::PutOptions::default().with_if_revision(revision)).await;
+        let refused = kind(refused);
+        assert!([AWAY, ErrorKind::OtherEpoch, ErrorKind::OutcomeUnknown].contains(&refused), "{refused:?}");
+        eventually("a new epoch", async || a.epoch() != before && a.epoch() == b.epoch()).await;
+        is_back(&a).await;
+        assert_eq!(value(&a, "k").await.as_deref(), Some("1"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_etcd_that_was_put_back_and_has_overtaken_is_another_epoch() {
     let Some(mut server) = Server::start().await else { return };
     let proxy = Proxy::start(server.server()).await;
     let (_a, a) = node(proxy.engine("app")).await;
-    let (_b, b) = node(server.engine("app")).await;
     a.put("k", "1").await.unwrap();
     let snapshot = server.dir.path().join("snapshot");
     server.must(&["snapshot", "save", snapshot.to_str().unwrap()]);
@@ -188,6 +206,9 @@ async fn an_etcd_that_was_put_back_and_has_overtaken_is_another_epoch() {
     for _ in 0..10 {
         server.must(&["put", "app/lost", "2"]);
     }
+    // One that has seen nothing of what is lost has nothing to recognise, and follows.
+    let (_b, b) = node(server.engine("app")).await;
+    assert_eq!(b.epoch(), before);
     proxy.set(Passing::Both);
     eventually("a new epoch", async || a.epoch() != before && a.epoch() == b.epoch()).await;
     is_back(&a).await;

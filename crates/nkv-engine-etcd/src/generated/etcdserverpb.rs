@@ -166,7 +166,7 @@ pub struct Compare {
     pub key: ::prost::bytes::Bytes,
     #[prost(bytes = "bytes", tag = "64")]
     pub range_end: ::prost::bytes::Bytes,
-    #[prost(oneof = "compare::TargetUnion", tags = "6")]
+    #[prost(oneof = "compare::TargetUnion", tags = "6, 7")]
     pub target_union: ::core::option::Option<compare::TargetUnion>,
 }
 /// Nested message and enum types in `Compare`.
@@ -226,6 +226,7 @@ pub mod compare {
         Version = 0,
         Create = 1,
         Mod = 2,
+        Value = 3,
     }
     impl CompareTarget {
         /// String value of the enum field names used in the ProtoBuf definition.
@@ -237,6 +238,7 @@ pub mod compare {
                 Self::Version => "VERSION",
                 Self::Create => "CREATE",
                 Self::Mod => "MOD",
+                Self::Value => "VALUE",
             }
         }
         /// Creates an enum from field names used in the ProtoBuf definition.
@@ -245,14 +247,17 @@ pub mod compare {
                 "VERSION" => Some(Self::Version),
                 "CREATE" => Some(Self::Create),
                 "MOD" => Some(Self::Mod),
+                "VALUE" => Some(Self::Value),
                 _ => None,
             }
         }
     }
-    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum TargetUnion {
         #[prost(int64, tag = "6")]
         ModRevision(i64),
+        #[prost(bytes, tag = "7")]
+        Value(::prost::bytes::Bytes),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -531,7 +531,6 @@ impl Follower<'_> {
             "idle_heartbeat": u64::try_from(HEARTBEAT.as_nanos()).unwrap_or(u64::MAX),
             "mem_storage": true,
             "num_replicas": 1,
-            "filter_subject": ">",
             "description": "nkv",
         });
         if let Some(config) = config.as_object_mut() {
@@ -542,6 +541,8 @@ impl Follower<'_> {
                 }
                 From::State => {
                     config.insert("deliver_policy".into(), json!("last_per_subject"));
+                    // It wants one.
+                    config.insert("filter_subject".into(), json!(">"));
                 }
                 From::Behind(sequence) => {
                     config.insert("deliver_policy".into(), json!("by_start_sequence"));

@@ -21,8 +21,8 @@ use crate::records::{BATCH_OVERHEAD, NewRecord, encode};
 use crate::topic::Topic;
 use crate::wire::{AWAY, Connection};
 
-/// How many batches are under way at once: what comes meanwhile is the next batch.
-const FLIGHTS_MAX: usize = 4;
+/// How many batches are under way at once: what comes meanwhile is the next batch, so that a crowd of writers shares few.
+const FLIGHTS_MAX: usize = 2;
 
 /// How long the broker waits for its replicas: less than the silence that is taken for death.
 const REPLICAS: Duration = Duration::from_millis(1_500);

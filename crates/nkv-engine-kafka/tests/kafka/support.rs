@@ -191,14 +191,14 @@ pub(crate) struct Shared {
 }
 
 pub(crate) fn shared() -> Option<&'static Shared> {
-    static SHARED: OnceLock<Option<Shared>> = OnceLock::new();
+    static SHARED: OnceLock<Shared> = OnceLock::new();
+    let libs = kafka()?;
     let start = || {
-        let libs = kafka()?;
         let broker = Broker::start(&libs, "AAAAAAAAAAAAAAAAAAAAAA");
         let foreign = Foreign::start(&libs, &broker.address());
-        Some(Shared { broker, foreign, proxy: tokio::sync::Mutex::default() })
+        Shared { broker, foreign, proxy: tokio::sync::Mutex::default() }
     };
-    SHARED.get_or_init(start).as_ref()
+    Some(SHARED.get_or_init(start))
 }
 
 impl Shared {

@@ -4,11 +4,7 @@
 
 use std::time::Duration;
 
-<<<<<<< HEAD
 use nkv_core::{Action, Change, Epoch, Key, MemoryPersist, Meta, NoPersist, Op, PutOptions};
-=======
-use nkv_core::{Action, Change, Epoch, Key, MemoryPersist, NoPersist, Op, PutOptions};
->>>>>>> etcd
 use nkv_node::{
     Abilities, Decided, Engine, EngineError, ErrorKind, Event, Feed, GoneReason, Handle, Node, Result, Revision, Seen,
 };
@@ -240,29 +236,17 @@ async fn a_snapshot_that_an_epoch_breaks_off_is_followed_by_a_whole_one() {
     timeout(PATIENCE, synced).await.expect("it is never synced again");
 }
 
-<<<<<<< HEAD
 /// Feeds one value, passes a revision, and gives what the feed shows of the node.
 #[derive(Debug)]
 struct Passing(tokio::sync::mpsc::UnboundedSender<Vec<(Key, u64)>>);
 
 #[async_trait::async_trait]
 impl Engine for Passing {
-=======
-/// Feeds what a test gives it.
-#[derive(Debug)]
-struct Fed(tokio::sync::Mutex<tokio::sync::mpsc::Receiver<Vec<Change>>>);
-
-const FED: Seen = Seen { epoch: Epoch::new(5), revision: nkv_core::Revision::new(1) };
-
-#[async_trait::async_trait]
-impl Engine for Fed {
->>>>>>> etcd
     fn abilities(&self) -> Abilities {
         Abilities::default()
     }
 
     async fn write(&self, _: Epoch, _: Vec<Op>, _: bool) -> std::result::Result<Decided, EngineError> {
-<<<<<<< HEAD
         Err(EngineError::Unavailable("it takes nothing".into()))
     }
 
@@ -286,29 +270,10 @@ impl Engine for Fed {
 
     async fn last(&self) -> std::result::Result<Seen, EngineError> {
         Ok(Seen { epoch: Epoch::new(1), revision: nkv_core::Revision::new(9) })
-=======
-        Err(EngineError::Unavailable("it only feeds".into()))
-    }
-
-    async fn follow(&self, _: Option<Seen>, feed: Feed) -> EngineError {
-        let mut changes = self.0.lock().await;
-        feed.replace(Vec::new(), FED.revision, FED.epoch).await.unwrap();
-        feed.reached();
-        while let Some(changes) = changes.recv().await {
-            feed.apply(changes).await.unwrap();
-            feed.skip_to(nkv_core::Revision::new(9)).await.unwrap();
-        }
-        EngineError::Unavailable("it ends".into())
-    }
-
-    async fn last(&self) -> std::result::Result<Seen, EngineError> {
-        Ok(FED)
->>>>>>> etcd
     }
 }
 
 #[tokio::test]
-<<<<<<< HEAD
 async fn an_engine_passes_revisions_at_which_nothing_changed_and_looks_at_what_the_node_shows() {
     let (shown, mut keys) = tokio::sync::mpsc::unbounded_channel();
     let node = Node::builder().engine(Passing(shown)).start().await.unwrap();
@@ -348,7 +313,41 @@ async fn a_client_that_has_seen_more_elsewhere_waits_for_its_node_or_begins_anew
     engine.cut(false);
     healthy(&nkv).await;
     assert_eq!(nkv.stale_for(), None);
-=======
+}
+
+/// Feeds what a test gives it.
+#[derive(Debug)]
+struct Fed(tokio::sync::Mutex<tokio::sync::mpsc::Receiver<Vec<Change>>>);
+
+const FED: Seen = Seen { epoch: Epoch::new(5), revision: nkv_core::Revision::new(1) };
+
+#[async_trait::async_trait]
+impl Engine for Fed {
+    fn abilities(&self) -> Abilities {
+        Abilities::default()
+    }
+
+    async fn write(&self, _: Epoch, _: Vec<Op>, _: bool) -> std::result::Result<Decided, EngineError> {
+        Err(EngineError::Unavailable("it only feeds".into()))
+    }
+
+    async fn follow(&self, _: Option<Seen>, feed: Feed) -> EngineError {
+        let mut changes = self.0.lock().await;
+        feed.replace(Vec::new(), FED.revision, FED.epoch).await.unwrap();
+        feed.reached();
+        while let Some(changes) = changes.recv().await {
+            feed.apply(changes).await.unwrap();
+            feed.pass(nkv_core::Revision::new(9)).await.unwrap();
+        }
+        EngineError::Unavailable("it ends".into())
+    }
+
+    async fn last(&self) -> std::result::Result<Seen, EngineError> {
+        Ok(FED)
+    }
+}
+
+#[tokio::test]
 async fn a_value_whose_end_the_node_knows_is_hidden_then_and_told_when_the_engine_says_so() {
     let (changes, fed) = tokio::sync::mpsc::channel(1);
     let node = Node::builder().engine(Fed(tokio::sync::Mutex::new(fed))).start().await.unwrap();
@@ -372,5 +371,4 @@ async fn a_value_whose_end_the_node_knows_is_hidden_then_and_told_when_the_engin
     changes.send(vec![change(10, Action::Delete { reason: nkv_core::Reason::Expired })]).await.unwrap();
     let told = timeout(PATIENCE, events.next()).await.unwrap();
     assert!(matches!(told, Some(Event::Gone { reason: GoneReason::Expired, .. })), "{told:?}");
->>>>>>> etcd
 }

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Breaks the code on purpose, one fault at a time, and demands that the test which guards against it turns red.
 
-    mutants.py [--fast] [--check] [--list] [NAME...]
+    mutants.py [--fast] [--share N] [--check] [--list] [NAME...]
 
 The faults are in mutants.toml, each with the guarantee of docs/guarantees.md that it breaks. They are put into a copy of
 the tree under the target directory; the checkout is never touched. Each test is seen green on the unchanged copy first.
 
     --fast    only those marked `fast`, for every change
+    --share   only every Nth of them, another Nth for each commit
     --check   only whether each text to be replaced is found exactly once, and each guarantee has a mutant
     --list    name, guarantee and fault of each
 
@@ -40,6 +41,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--share", type=int, default=1)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("names", nargs="*")
@@ -53,12 +55,15 @@ def main():
         mutants = [mutant for mutant in mutants if mutant["name"] in args.names]
     elif args.fast:
         mutants = [mutant for mutant in mutants if mutant.get("fast")]
+    if args.share > 1:
+        count = subprocess.run(["git", "rev-list", "--count", "HEAD"], cwd=ROOT, capture_output=True, check=True, text=True)
+        mutants = mutants[int(count.stdout) % args.share :: args.share]
     if args.list:
         for mutant in mutants:
             print(f"{mutant['breaks']:4} {'fast' if mutant.get('fast') else '    '} {mutant['name']}")
         return
     if args.check:
-        return check(mutants, all_of_them=not args.names and not args.fast)
+        return check(mutants, all_of_them=not args.names and not args.fast and args.share == 1)
     if not mutants_are_killed(mutants):
         sys.exit(1)
 

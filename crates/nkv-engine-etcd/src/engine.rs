@@ -27,7 +27,7 @@ const LAST_LIMIT: Duration = Duration::from_secs(1);
 /// etcd as the engine of a node. It connects when the node follows it, so it can be made while etcd is away. Clones are one
 /// engine.
 #[derive(Clone, Debug)]
-pub struct Etcd(Arc<Inner>);
+pub struct EtcdEngine(Arc<Inner>);
 
 pub(crate) struct Inner {
     pub(crate) options: Options,
@@ -64,11 +64,11 @@ pub(crate) struct At {
     pub(crate) last: (Bytes, Option<KeyValue>),
 }
 
-impl Etcd {
+impl EtcdEngine {
     /// An engine with these options. Nothing is done yet.
     #[must_use]
     pub fn new(options: Options) -> Self {
-        Etcd(Arc::new(Inner {
+        EtcdEngine(Arc::new(Inner {
             names: Names::new(options.prefix()),
             login: Login::new(options.user.clone(), options.password_file.clone()),
             options,
@@ -184,7 +184,7 @@ impl Drop for Published<'_> {
 }
 
 #[async_trait]
-impl Engine for Etcd {
+impl Engine for EtcdEngine {
     fn abilities(&self) -> Abilities {
         let mut abilities = Abilities::ALL;
         abilities.meta = false;

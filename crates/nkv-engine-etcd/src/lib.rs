@@ -20,7 +20,7 @@ mod options;
 mod session;
 mod write;
 
-pub use engine::Etcd;
+pub use engine::EtcdEngine;
 pub use options::{Options, OptionsError};
 
 /// What nkv uses of etcd's API: see `proto/etcd.proto`.

@@ -16,7 +16,7 @@ const VALUE_LEN_MAX: usize = 1_536 * 1_024 - 16 * 1_024;
 /// ```
 /// use nkv_engine_etcd::Options;
 ///
-/// let options = Options::from_url("etcd://db1,db2:2379/app")?.create(false);
+/// let options = Options::from_url("etcd://db1,db2:2379/app")?.with_create(false);
 /// assert_eq!((options.servers(), options.prefix()), (&["db1:2379".into(), "db2:2379".into()][..], "app"));
 /// assert!(Options::from_url("etcd://db1/").is_err(), "a prefix is needed");
 /// # Ok::<(), nkv_engine_etcd::OptionsError>(())
@@ -81,7 +81,7 @@ impl Options {
 
     /// From `etcd://[USER@]HOST[:PORT][,HOST[:PORT]...]/PREFIX`. The prefix is what stands behind the first slash, with `%XX` for
     /// what a URL does not take: `etcd://db1/app` has the keys `app/KEY`, `etcd://db1//app` the keys `/app/KEY`. With `etcds` the
-    /// connection is TLS, checked by the certificates that the system trusts unless [`ca_file`](Self::ca_file) names others.
+    /// connection is TLS, checked by the certificates that the system trusts unless [`with_ca`](Self::with_ca) names others.
     ///
     /// # Errors
     ///
@@ -111,39 +111,39 @@ impl Options {
 
     /// Uses TLS, and trusts the certificates of this PEM file alone.
     #[must_use]
-    pub fn ca_file(self, file: impl AsRef<Path>) -> Self {
+    pub fn with_ca(self, file: impl AsRef<Path>) -> Self {
         Options { is_tls: true, ca_file: Some(file.as_ref().to_owned()), ..self }
     }
 
     /// Uses TLS, and shows this certificate, with its private key: PEM files.
     #[must_use]
-    pub fn identity_files(self, certificate: impl AsRef<Path>, key: impl AsRef<Path>) -> Self {
+    pub fn with_identity(self, certificate: impl AsRef<Path>, key: impl AsRef<Path>) -> Self {
         let files = (certificate.as_ref().to_owned(), key.as_ref().to_owned());
         Options { is_tls: true, identity_files: Some(files), ..self }
     }
 
     /// Uses etcd as this user, whose password is the first line of the file. It is read anew for each login.
     #[must_use]
-    pub fn user(self, name: impl Into<String>, password_file: impl AsRef<Path>) -> Self {
-        Options { user: Some(name.into()), ..self }.password_file(password_file)
+    pub fn with_user(self, name: impl Into<String>, password_file: impl AsRef<Path>) -> Self {
+        Options { user: Some(name.into()), ..self }.with_password_file(password_file)
     }
 
     /// The file with the password of the user that the URL names.
     #[must_use]
-    pub fn password_file(self, file: impl AsRef<Path>) -> Self {
+    pub fn with_password_file(self, file: impl AsRef<Path>) -> Self {
         Options { password_file: Some(file.as_ref().to_owned()), ..self }
     }
 
     /// Whether a prefix that no nkv has used yet is taken, which is so by default, or refused.
     #[must_use]
-    pub fn create(self, create: bool) -> Self {
+    pub fn with_create(self, create: bool) -> Self {
         Options { create, ..self }
     }
 
     /// Longest value in bytes, about 1.5 MiB by default, as etcd has it. Longer ones that others write are not shown. Give the node's
     /// own limit if that is lower, or a higher one where etcd has a higher `--max-request-bytes`.
     #[must_use]
-    pub fn value_len_max(self, value_len_max: usize) -> Self {
+    pub fn with_value_len_max(self, value_len_max: usize) -> Self {
         Options { value_len_max, ..self }
     }
 

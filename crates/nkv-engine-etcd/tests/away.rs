@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use common::{PATIENCE, Passing, Proxy, Server, eventually, next, node, nothing_else, raw_put, restore, value};
 use nkv_core::Pattern;
-use nkv_engine_etcd::{Etcd, Options};
+use nkv_engine_etcd::{EtcdEngine, Options};
 use nkv_node::{Engine, ErrorKind, Handle, Node, Result};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -251,7 +251,7 @@ async fn whatever_the_servers_of_a_list_do_a_good_one_is_found() {
         let mut servers = vec![server.server(), stopped.server(), refusing.clone(), dropping.clone()];
         servers.rotate_left(turn);
         let began = Instant::now();
-        let (_node, nkv) = node(Etcd::new(Options::new(servers, "app").unwrap())).await;
+        let (_node, nkv) = node(EtcdEngine::new(Options::new(servers, "app").unwrap())).await;
         println!("TEST ready with one of four servers = {} ms", began.elapsed().as_millis());
         for n in 0..20 {
             nkv.put("k", n.to_string()).await.unwrap();

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use common::{PATIENCE, Server, eventually, next, node, raw_put, value};
 use nkv_core::{Op, Outcome, Pattern};
-use nkv_engine_etcd::Etcd;
+use nkv_engine_etcd::EtcdEngine;
 use nkv_node::{Engine, EngineError, ErrorKind, Handle, Key, PutOptions, Revision};
 use tokio::time::{Instant, timeout};
 
@@ -64,7 +64,7 @@ async fn plain_keys_are_shared_with_others_both_ways() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wildcard_deletes_what_nkv_shows_and_nothing_else() {
     let Some(server) = Server::start().await else { return };
-    let (_node, nkv) = node(Etcd::new(server.options("app").value_len_max(1_000))).await;
+    let (_node, nkv) = node(EtcdEngine::new(server.options("app").with_value_len_max(1_000))).await;
     for name in ["app", "app-old", "app2/x", "app/a b", "app/b.", "app/..x", "/app/x", "app/k.has space"] {
         server.must(&["put", name, "foreign"]);
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use common::{Server, eventually, node};
 use nkv_core::Pattern;
-use nkv_engine_etcd::{Etcd, Options};
+use nkv_engine_etcd::{EtcdEngine, Options};
 use nkv_node::{ErrorKind, Handle};
 use tokio::time::sleep;
 
@@ -58,7 +58,7 @@ async fn write(nkv: Handle, name: usize, stop: Arc<AtomicBool>) -> BTreeMap<Stri
 async fn whoever_fails_nothing_acknowledged_is_lost_and_nothing_refused_is_done() {
     let Some(mut servers) = start().await else { return };
     let list: Vec<String> = servers.iter().map(Server::server).collect();
-    let engine = || Etcd::new(Options::new(list.clone(), "app").unwrap());
+    let engine = || EtcdEngine::new(Options::new(list.clone(), "app").unwrap());
     let ((_a, a), (_b, b)) = (node(engine()).await, node(engine()).await);
     let (epoch, stop) = (a.epoch(), Arc::new(AtomicBool::new(false)));
     let clients = [&a, &b, &a, &b].into_iter().enumerate();

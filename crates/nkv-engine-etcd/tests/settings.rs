@@ -7,11 +7,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::{Server, next, node};
-use nkv_engine_etcd::{Etcd, Options};
+use nkv_engine_etcd::{EtcdEngine, Options};
 use nkv_node::EngineError;
 
 async fn refused(options: Options) -> String {
-    match Etcd::new(options).check().await {
+    match EtcdEngine::new(options).check().await {
         Err(error @ EngineError::Refused { .. }) => error.to_string(),
         other => panic!("{other:?}"),
     }
@@ -20,11 +20,11 @@ async fn refused(options: Options) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_prefix_within_another_is_refused() {
     let Some(server) = Server::start().await else { return };
-    assert!(refused(server.options("app").create(false)).await.contains("'app'"), "nothing is made");
+    assert!(refused(server.options("app").with_create(false)).await.contains("'app'"), "nothing is made");
     assert_eq!(server.must(&["get", "", "--from-key"]), "");
     server.engine("app").check().await.unwrap();
     server.engine("app2").check().await.unwrap();
-    Etcd::new(server.options("app/").create(false)).check().await.unwrap();
+    EtcdEngine::new(server.options("app/").with_create(false)).check().await.unwrap();
     let message = refused(server.options("app/inner/deep")).await;
     assert!(message.contains("'app/inner/deep'") && message.contains("'app'"), "{message}");
     // The other way round it is seen when the state is read.
@@ -63,14 +63,14 @@ async fn a_user_has_its_own_prefix() {
     }
     let file = server.dir.path().join("password");
     std::fs::write(&file, "wrong\n").unwrap();
-    let options = |prefix: &str| server.options(prefix).user("nkv", &file);
+    let options = |prefix: &str| server.options(prefix).with_user("nkv", &file);
     let message = refused(options("app")).await;
     assert!(!message.contains("wrong"), "{message}");
-    assert!(Etcd::new(server.options("app")).check().await.is_err(), "nobody");
+    assert!(EtcdEngine::new(server.options("app")).check().await.is_err(), "nobody");
     std::fs::write(&file, "secret\n").unwrap();
     let message = refused(options("other")).await;
     assert!(message.contains("permission denied"), "{message}");
-    let (_node, nkv) = node(Etcd::new(options("app"))).await;
+    let (_node, nkv) = node(EtcdEngine::new(options("app"))).await;
     let mut stream = nkv.subscribe("*").await.unwrap();
     let root = |args: &[&str]| server.must(&[&["--user", "root:r"], args].concat());
     for n in 0..3 {
@@ -115,16 +115,16 @@ async fn tls_is_checked_on_both_sides() {
     server.add_args(&["--cert-file", &file("server.pem"), "--key-file", &file("server.key")]);
     server.add_args(&["--trusted-ca-file", &file("ca.pem")]);
     server.run();
-    let trusted = server.options("app").ca_file(file("ca.pem"));
-    let known = trusted.clone().identity_files(file("client.pem"), file("client.key"));
-    let (_node, nkv) = node(Etcd::new(known)).await;
+    let trusted = server.options("app").with_ca(file("ca.pem"));
+    let known = trusted.clone().with_identity(file("client.pem"), file("client.key"));
+    let (_node, nkv) = node(EtcdEngine::new(known)).await;
     nkv.put("k", "1").await.unwrap();
     // One who shows nothing, one who trusts nothing of it, and one without TLS.
     let of_system = Options::from_url(&format!("etcds://{}/app", server.server())).unwrap();
-    let of_system = of_system.identity_files(file("client.pem"), file("client.key"));
+    let of_system = of_system.with_identity(file("client.pem"), file("client.key"));
     for options in [trusted, of_system, server.options("app")] {
-        assert!(matches!(Etcd::new(options).check().await, Err(EngineError::Unavailable(_))));
+        assert!(matches!(EtcdEngine::new(options).check().await, Err(EngineError::Unavailable(_))));
     }
-    let message = refused(server.options("app").ca_file(file("none.pem"))).await;
+    let message = refused(server.options("app").with_ca(file("none.pem"))).await;
     assert!(message.contains("none.pem"), "{message}");
 }

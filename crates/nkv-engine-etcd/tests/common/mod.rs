@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use nkv_engine_etcd::{Etcd, Options};
+use nkv_engine_etcd::{EtcdEngine, Options};
 use nkv_node::{Event, Handle, Node, Subscription};
 use rpc::kv_client::KvClient;
 use tempfile::TempDir;
@@ -210,8 +210,8 @@ impl Server {
         Options::new([self.server()], prefix).unwrap()
     }
 
-    pub fn engine(&self, prefix: &str) -> Etcd {
-        Etcd::new(self.options(prefix))
+    pub fn engine(&self, prefix: &str) -> EtcdEngine {
+        EtcdEngine::new(self.options(prefix))
     }
 }
 
@@ -260,7 +260,7 @@ pub fn raw_put(key: &str, value: Vec<u8>) -> rpc::TxnRequest {
 }
 
 /// A node of this engine, once it has a state.
-pub async fn node(engine: Etcd) -> (Node, Handle) {
+pub async fn node(engine: EtcdEngine) -> (Node, Handle) {
     if std::env::var_os("NKV_TEST_LOG").is_some() {
         drop(tracing_subscriber::fmt().with_max_level(tracing_subscriber::filter::LevelFilter::DEBUG).try_init());
     }
@@ -328,8 +328,8 @@ impl Proxy {
         format!("127.0.0.1:{}", self.port)
     }
 
-    pub fn engine(&self, prefix: &str) -> Etcd {
-        Etcd::new(Options::new([self.server()], prefix).unwrap())
+    pub fn engine(&self, prefix: &str) -> EtcdEngine {
+        EtcdEngine::new(Options::new([self.server()], prefix).unwrap())
     }
 }
 

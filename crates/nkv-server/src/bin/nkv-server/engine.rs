@@ -55,7 +55,7 @@ pub(crate) struct EngineArgs {
 /// The engine that was asked for.
 pub(crate) enum Chosen {
     #[cfg(feature = "etcd")]
-    Etcd(nkv_engine_etcd::Etcd),
+    Etcd(nkv_engine_etcd::EtcdEngine),
     #[cfg(feature = "nats")]
     Nats(nkv_engine_nats::NatsEngine),
     #[cfg(feature = "kafka")]
@@ -78,8 +78,8 @@ fn wrong(error: &dyn std::error::Error) -> ServerError {
 
 impl EngineArgs {
     /// Reads what the flags say, and looks whether the engine can be had. One that is away is waited for by the node; one whose
-    /// settings break a promise is refused now.
-    pub(crate) async fn choose(&self, url: &str) -> Result<Chosen, ServerError> {
+    /// settings break a promise is refused now. A value longer than `value_len_max`, which others wrote, is not shown.
+    pub(crate) async fn choose(&self, url: &str, value_len_max: usize) -> Result<Chosen, ServerError> {
         let scheme = url.split_once("://").map(|(scheme, _)| scheme);
         for (given, flag, of) in [
             (self.engine_creds.is_some(), "--engine-creds", "nats"),
@@ -92,11 +92,11 @@ impl EngineArgs {
         }
         match scheme {
             #[cfg(feature = "etcd")]
-            Some("etcd") => self.etcd(url).await,
+            Some("etcd") => self.etcd(url, value_len_max).await,
             #[cfg(feature = "nats")]
-            Some("nats") => self.nats(url).await,
+            Some("nats") => self.nats(url, value_len_max).await,
             #[cfg(feature = "kafka")]
-            Some("kafka") => self.kafka(url).await,
+            Some("kafka") => self.kafka(url, value_len_max).await,
             #[allow(unreachable_patterns, reason = "in a build with all of them")]
             Some(scheme @ ("etcd" | "nats" | "kafka")) => {
                 Err(usage(format!("this build has no engine {scheme}: build it with --features {scheme}")))
@@ -106,27 +106,27 @@ impl EngineArgs {
     }
 
     #[cfg(feature = "etcd")]
-    async fn etcd(&self, url: &str) -> Result<Chosen, ServerError> {
+    async fn etcd(&self, url: &str, value_len_max: usize) -> Result<Chosen, ServerError> {
         let mut options = nkv_engine_etcd::Options::from_url(url).map_err(|error| wrong(&error))?;
-        options = options.create(self.engine_create);
+        options = options.with_create(self.engine_create).with_value_len_max(value_len_max);
         if let Some(file) = &self.engine_ca {
-            options = options.ca_file(file);
+            options = options.with_ca(file);
         }
         if let (Some(cert), Some(key)) = (&self.engine_cert, &self.engine_key) {
-            options = options.identity_files(cert, key);
+            options = options.with_identity(cert, key);
         }
         if let (Some(user), Some(file)) = (&self.engine_user, &self.engine_password_file) {
-            options = options.user(user, file);
+            options = options.with_user(user, file);
         }
-        let engine = nkv_engine_etcd::Etcd::new(options);
+        let engine = nkv_engine_etcd::EtcdEngine::new(options);
         looked_at(engine.check().await)?;
         Ok(Chosen::Etcd(engine))
     }
 
     #[cfg(feature = "nats")]
-    async fn nats(&self, url: &str) -> Result<Chosen, ServerError> {
+    async fn nats(&self, url: &str, value_len_max: usize) -> Result<Chosen, ServerError> {
         let mut options = nkv_engine_nats::Options::from_url(url).map_err(|error| wrong(&error))?;
-        options = options.with_create(self.engine_create);
+        options = options.with_create(self.engine_create).with_value_len_max(value_len_max);
         if let Some(file) = &self.engine_ca {
             options = options.with_ca(file);
         }
@@ -145,12 +145,12 @@ impl EngineArgs {
     }
 
     #[cfg(feature = "kafka")]
-    async fn kafka(&self, url: &str) -> Result<Chosen, ServerError> {
+    async fn kafka(&self, url: &str, value_len_max: usize) -> Result<Chosen, ServerError> {
         let read = |file: &Path| {
             std::fs::read_to_string(file).map_err(|error| usage(format!("--engine: {}: {error}", file.display())))
         };
         let mut options = nkv_engine_kafka::Options::from_url(url).map_err(|error| wrong(&error))?;
-        options = options.with_create(self.engine_create);
+        options = options.with_create(self.engine_create).with_value_len_max(value_len_max);
         if let Some(file) = &self.engine_config {
             options = options.with_properties(&read(file)?).map_err(|error| wrong(&error))?;
         }

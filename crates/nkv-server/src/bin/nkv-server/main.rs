@@ -30,6 +30,8 @@ use std::time::Instant;
 
 use nkv_core::{Epoch, Key, NoPersist, PersistError, PersistErrorKind, PersistValue, RoutePersist};
 use nkv_persist_fs::{FsOptions, FsPersist, check, repair, restore};
+#[cfg(feature = "engines")]
+use nkv_server::Options;
 use nkv_server::{Address, Builder, Server, ServerError};
 use tokio::sync::oneshot;
 use tracing::{error, info, warn};
@@ -125,7 +127,7 @@ async fn start(args: &Args) -> Result<Server, ServerError> {
     let opened = Arc::new(OnceLock::new());
     #[cfg(feature = "engines")]
     let (builder, beside) = match args.engine.engine.as_deref() {
-        Some(url) => args.engine.choose(url).await?.followed_by(builder),
+        Some(url) => args.engine.choose(url, args.options().value_len_max).await?.followed_by(builder),
         None => (with_persist(builder, args, Arc::clone(&opened))?, None),
     };
     #[cfg(not(feature = "engines"))]
@@ -246,7 +248,7 @@ fn import_data(dir: &std::path::Path, engine: &engine::EngineArgs) -> ExitCode {
     let import = async {
         let url = engine.engine.as_deref();
         let url = url.ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "import needs --engine URL"));
-        let chosen = engine.choose(url.map_err(ServerError::System)?).await?;
+        let chosen = engine.choose(url.map_err(ServerError::System)?, Options::default().value_len_max).await?;
         let (builder, _) = chosen.followed_by(Server::builder());
         let to = builder.bind().await?;
         let dir = dir.to_owned();

@@ -37,7 +37,7 @@ pub fn program() -> Option<PathBuf> {
         .chain(std::env::split_paths(&paths).map(|dir| dir.join("etcd")))
         .find(|path| path.is_file());
     if found.is_none() {
-        assert!(std::env::var_os("CI").is_none(), "no etcd: scripts/servers-etcd.sh target/servers/etcd");
+        assert!(std::env::var("CI").as_deref() != Ok("true"), "no etcd: scripts/servers-etcd.sh target/servers/etcd");
         println!("skipped: there is no etcd (scripts/servers-etcd.sh target/servers/etcd)");
     }
     found

@@ -64,8 +64,8 @@ pub(crate) struct Broker {
 struct Running {
     shell: Child,
     pid: Pid,
-    /// While it is open, the broker runs.
-    _life: ChildStdin,
+    /// While it is open, the broker runs. What is not told to keep its directory by then removes it.
+    life: ChildStdin,
 }
 
 impl Broker {
@@ -131,7 +131,8 @@ impl Broker {
     /// Starts it, again if it ran before.
     pub(crate) fn run(&mut self) {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.path("log")).unwrap();
-        let script = r#"java "$@" & echo $! > "$PID_FILE"; cat > /dev/null; kill -9 $!; wait $!"#;
+        let script =
+            r#"java "$@" & echo $! > "$PID_FILE"; read word; kill -9 $!; wait $!; [ "$word" = keep ] || rm -rf "$DIR""#;
         let pid_file = self.path("pid");
         drop(fs::remove_file(&pid_file));
         let mut shell = Command::new("sh")
@@ -140,6 +141,7 @@ impl Broker {
             .arg("kafka.Kafka")
             .arg(self.path("server.properties"))
             .env("PID_FILE", &pid_file)
+            .env("DIR", self.dir.path())
             .stdin(Stdio::piped())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
@@ -155,7 +157,7 @@ impl Broker {
             std::thread::sleep(Duration::from_millis(50));
         }
         let pid = fs::read_to_string(&pid_file).unwrap().trim().parse().ok().and_then(Pid::from_raw).unwrap();
-        self.running = Some(Running { shell, pid, _life: life });
+        self.running = Some(Running { shell, pid, life });
     }
 
     fn log(&self) -> String {
@@ -168,9 +170,10 @@ impl Broker {
 
     /// Kills it without a warning.
     pub(crate) fn kill(&mut self) {
-        if let Some(Running { mut shell, pid, _life }) = self.running.take() {
+        if let Some(Running { mut shell, pid, mut life }) = self.running.take() {
             let _ = kill_process(pid, Signal::KILL);
-            drop(_life);
+            life.write_all(b"keep\n").unwrap();
+            drop(life);
             shell.wait().unwrap();
         }
     }

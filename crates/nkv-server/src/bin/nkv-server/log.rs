@@ -60,7 +60,9 @@ impl Log {
             .with_target(false)
             .with_ansi(io::stderr().is_terminal() && !no_color)
             .log_internal_errors(false);
-        let registry = registry().with(Targets::new().with_default(level).with_target(FATAL, LevelFilter::ERROR));
+        let targets = Targets::new().with_default(level).with_target(FATAL, LevelFilter::ERROR);
+        // It calls each loss of a connection an error, which the engine says by itself.
+        let registry = registry().with(targets.with_target("async_nats", LevelFilter::OFF));
         match format {
             LogFormat::Text => registry.with(lines).init(),
             LogFormat::Json => registry.with(lines.json()).init(),

@@ -48,6 +48,8 @@ pub struct Options {
     pub max_clock_offset: Duration,
     /// How long an empty node waits for the state of a peer: 5 s.
     pub join_timeout: Duration,
+    /// How long a peer may take to answer, before the connection is made anew: 5 s.
+    pub peer_timeout: Duration,
     /// Takes conditional writes, whose conditions hold on this node alone. Off by default.
     pub local_conditions: bool,
     /// The longest value, in bytes: 1 MiB.
@@ -67,6 +69,7 @@ impl Options {
             sync_interval: Duration::from_secs(1),
             max_clock_offset: Duration::from_secs(1),
             join_timeout: Duration::from_secs(5),
+            peer_timeout: Duration::from_secs(5),
             local_conditions: false,
             value_len_max: 1 << 20,
             clock_file: None,
@@ -121,8 +124,11 @@ impl Cluster {
         if options.cluster.is_empty() || options.cluster.len() > 255 {
             return wrong("the name of a cluster has 1 to 255 bytes");
         }
-        if options.sync_interval.is_zero() || options.max_clock_offset < Duration::from_millis(10) {
-            return wrong("the sync interval is above 0, and the clock offset 10 ms at least");
+        if options.sync_interval.is_zero()
+            || options.peer_timeout.is_zero()
+            || options.max_clock_offset < Duration::from_millis(10)
+        {
+            return wrong("the sync interval and the peer timeout are above 0, and the clock offset is 10 ms at least");
         }
         if options.value_len_max > (u32::MAX / 2) as usize {
             return wrong("values are shorter than 2 GiB");

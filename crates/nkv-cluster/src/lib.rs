@@ -12,6 +12,8 @@ mod membership;
 mod register;
 mod replica;
 mod session;
+#[cfg(test)]
+mod sim;
 mod stamp;
 mod tree;
 mod wire;

@@ -16,9 +16,6 @@ use tokio::time::timeout;
 
 use crate::wire::{self, Message};
 
-/// How long one frame may take on its way, or an answer until it begins.
-pub(crate) const FRAME_PATIENCE: Duration = Duration::from_secs(10);
-
 /// Bytes that wait to be pushed to one peer, at most. What is over it comes with the next session.
 const PUSH_LEN_MAX: usize = 4 << 20;
 
@@ -61,6 +58,8 @@ pub(crate) struct Line {
     from: BufReader<ReadHalf<Box<dyn Stream>>>,
     to: mpsc::Sender<Bytes>,
     frame_len_max: usize,
+    /// How long one frame may take on its way, or an answer until it has come.
+    patience: Duration,
 }
 
 impl fmt::Debug for dyn Stream {
@@ -74,6 +73,7 @@ impl Line {
     pub(crate) fn new(
         stream: Box<dyn Stream>,
         pushes: &PushQueue,
+        patience: Duration,
     ) -> (Line, impl Future<Output = io::Error> + Send + use<'_>) {
         let (from, mut stream) = tokio::io::split(stream);
         let (to, mut frames) = mpsc::channel::<Bytes>(4);
@@ -87,7 +87,7 @@ impl Line {
                     },
                     frame = pushes.next() => frame,
                 };
-                let written = timeout(FRAME_PATIENCE, async {
+                let written = timeout(patience, async {
                     stream.write_all(&frame).await?;
                     stream.flush().await
                 });
@@ -98,7 +98,7 @@ impl Line {
                 }
             }
         };
-        (Line { from: BufReader::new(from), to, frame_len_max: wire::HELLO_LEN_MAX }, writer)
+        (Line { from: BufReader::new(from), to, frame_len_max: wire::HELLO_LEN_MAX, patience }, writer)
     }
 
     /// From here on frames may be this long.
@@ -111,7 +111,7 @@ impl Line {
     }
 
     pub(crate) async fn receive(&mut self) -> io::Result<Message> {
-        self.receive_within(FRAME_PATIENCE).await
+        self.receive_within(self.patience).await
     }
 
     pub(crate) async fn receive_within(&mut self, patience: Duration) -> io::Result<Message> {

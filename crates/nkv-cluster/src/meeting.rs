@@ -23,12 +23,9 @@ const ACCEPTED_MAX: usize = 512;
 /// Addresses that are tried, at most.
 const ADDRESSES_MAX: usize = 1_024;
 
-/// How long the greeting of a connection may take.
-const GREETING_PATIENCE: Duration = Duration::from_secs(5);
-
-/// The pauses between attempts to connect double from the first to the last.
+/// The pauses between attempts to connect double from this on, up to so many sync intervals.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
-const PAUSE_MAX: Duration = Duration::from_secs(5);
+const PAUSE_INTERVALS_MAX: u32 = 5;
 
 /// So many peers are synced with in each interval: with more, each waits longer.
 const PEERS_AN_INTERVAL: usize = 4;
@@ -164,7 +161,7 @@ pub(crate) async fn accept(inner: &Arc<Inner>) -> EngineError {
 /// Answers one who opened a connection.
 async fn answer(inner: &Inner, stream: Box<dyn Stream>) -> io::Result<()> {
     let pushes = PushQueue::default();
-    let (line, writer) = Line::new(stream, &pushes);
+    let (line, writer) = Line::new(stream, &pushes, inner.options.peer_timeout);
     tokio::select! {
         biased;
         ended = serve(inner, line) => ended,
@@ -173,7 +170,7 @@ async fn answer(inner: &Inner, stream: Box<dyn Stream>) -> io::Result<()> {
 }
 
 async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
-    let theirs = match line.receive_within(GREETING_PATIENCE).await? {
+    let theirs = match line.receive().await? {
         Message::Hello(theirs) => theirs,
         _ => return Err(invalid("a connection begins with a hello")),
     };
@@ -190,7 +187,7 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
     let asked = inner.steady();
     if theirs.run == inner.run {
         line.send(Message::Hello(hello(inner)).encode()).await?;
-        line.receive_within(GREETING_PATIENCE).await?;
+        line.receive().await?;
         return Ok(());
     }
     let connected = match Connected::new(inner, theirs.clone()) {
@@ -225,7 +222,7 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
 
 /// How long a peer that opened a connection may say nothing.
 fn patience(inner: &Inner) -> Duration {
-    interval(inner).saturating_mul(3).saturating_add(Duration::from_secs(2))
+    interval(inner).saturating_mul(3).saturating_add(inner.options.peer_timeout)
 }
 
 /// How often this node leads a session with each of its peers.
@@ -303,6 +300,7 @@ fn begins_alone(inner: &Inner, named: &BTreeSet<SocketAddr>, asked_at: u64) -> b
 
 /// Connects to an address, again and again, and uses the connection for as long as it lasts.
 async fn keep_link(inner: &Inner, address: SocketAddr) {
+    let pause_max = inner.options.sync_interval.saturating_mul(PAUSE_INTERVALS_MAX);
     let mut pause = PAUSE_MIN;
     let mut last_met = inner.steady();
     loop {
@@ -312,9 +310,9 @@ async fn keep_link(inner: &Inner, address: SocketAddr) {
         match link(inner, address).await {
             NotMet::Myself => {
                 note(Tried::Myself);
-                pause = PAUSE_MAX;
+                pause = pause_max;
             }
-            NotMet::Known => pause = PAUSE_MAX,
+            NotMet::Known => pause = pause_max,
             NotMet::Failed(error) => {
                 let is_met = matches!(inner.peers().tried.get(&address), Some(Tried::Met { .. }));
                 note(match error.kind() {
@@ -338,19 +336,19 @@ async fn keep_link(inner: &Inner, address: SocketAddr) {
         // Spread, so that many do not come at once.
         let part = (inner.random() >> 32) as u32;
         sleep(pause.mul_f64(0.5 + f64::from(part) / f64::from(u32::MAX) / 2.0)).await;
-        pause = pause.saturating_mul(2).min(PAUSE_MAX);
+        pause = pause.saturating_mul(2).min(pause_max);
     }
 }
 
 /// Opens a connection and uses it.
 async fn link(inner: &Inner, address: SocketAddr) -> NotMet {
-    let stream = match timeout(GREETING_PATIENCE, inner.parts.network.connect(address)).await {
+    let stream = match timeout(inner.options.peer_timeout, inner.parts.network.connect(address)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return error.into(),
         Err(_) => return io::Error::from(io::ErrorKind::TimedOut).into(),
     };
     let pushes = Arc::new(PushQueue::default());
-    let (line, writer) = Line::new(stream, &pushes);
+    let (line, writer) = Line::new(stream, &pushes, inner.options.peer_timeout);
     tokio::select! {
         biased;
         ended = lead(inner, address, line, &pushes) => ended,
@@ -373,7 +371,7 @@ async fn try_lead(
 ) -> Result<std::convert::Infallible, NotMet> {
     let asked = inner.steady();
     line.send(Message::Hello(hello(inner)).encode()).await?;
-    let theirs = match line.receive_within(GREETING_PATIENCE).await? {
+    let theirs = match line.receive().await? {
         Message::Hello(theirs) => theirs,
         Message::Refused { is_duplicate, reason } => {
             tracing::warn!(%address, "a peer refuses this node: {reason}");

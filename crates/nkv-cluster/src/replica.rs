@@ -134,6 +134,9 @@ pub(crate) struct Replica {
     unstamped: Vec<(Key, Bytes, Option<Millis>)>,
     /// What storage has and cannot be understood.
     broken: Option<String>,
+    /// What was stamped anew, for tests that know what was answered.
+    #[cfg(test)]
+    pub(crate) restamped: Vec<((Key, Stamp), Stamp)>,
 }
 
 /// What is to be changed.
@@ -244,6 +247,8 @@ impl Replica {
             untaken: BTreeMap::new(),
             unstamped: Vec::new(),
             broken: None,
+            #[cfg(test)]
+            restamped: Vec::new(),
         }
     }
 
@@ -575,6 +580,8 @@ impl Replica {
             before = before.next().max(Hlc::at(written));
             let stamp = Stamp { time: before, node: self.id() };
             self.clock.see(before);
+            #[cfg(test)]
+            self.restamped.push(((slot.1.clone(), register.stamp), stamp));
             let revision = plan.next_revision();
             plan.decide(slot, revision, register.restamped(stamp));
         }
@@ -746,7 +753,7 @@ impl Replica {
         count: usize,
     ) -> Compared {
         let mut compared = Compared::default();
-        let mut groups: BTreeMap<u64, (Vec<(&Slot, &Held)>, Vec<&Entry>)> = BTreeMap::new();
+        let mut groups: BTreeMap<u64, Group<'_>> = BTreeMap::new();
         for (number, (slot, held)) in self.range((first, last)).enumerate() {
             if number >= count && !groups.contains_key(&slot.0) {
                 compared.next = Some(slot.0);
@@ -784,6 +791,9 @@ impl Replica {
         self.held.iter().map(|((_, key), held)| (key.clone(), held.register.clone())).collect()
     }
 }
+
+/// What is there of one hash, and what a peer listed of it.
+type Group<'a> = (Vec<(&'a Slot, &'a Held)>, Vec<&'a Entry>);
 
 fn entry(slot: &Slot, held: &Held) -> Entry {
     Entry { key_hash: slot.0, time: held.register.stamp.time, rest: held.register.rest() }

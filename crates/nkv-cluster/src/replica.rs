@@ -452,7 +452,8 @@ impl Replica {
 
     /// Plans to take a peer's record, if it is above what is there.
     pub(crate) fn merge(&mut self, plan: &mut Plan, record: &Record, now: Now) -> Merged {
-        let latest = now.wall.saturating_add(self.terms.offset_max);
+        // What is ahead was taken before, where clocks were ahead together; then what follows is taken too.
+        let latest = now.wall.max(self.clock.last().millis()).saturating_add(self.terms.offset_max);
         let Record { key, register } = record;
         let is_early = match &register.content {
             Content::Put { .. } => false,

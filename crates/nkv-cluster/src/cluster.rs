@@ -441,13 +441,13 @@ impl Inner {
         Ok(())
     }
 
-    /// Before anything is given to a peer or taken from it: what was stamped with a clock that was off is stamped anew.
-    pub(crate) async fn meet(&self) -> io::Result<()> {
+    /// Before anything is given to a peer or taken from it, and after its clock is known: what was stamped with a clock that was
+    /// off is stamped anew.
+    pub(crate) async fn mend_stamps(&self) -> io::Result<()> {
         let now = self.now();
         if self.replica().must_restamp(now) {
             self.ask(|answer| Job::Restamp { answer }).await?;
         }
-        self.replica().set_alone(false);
         Ok(())
     }
 
@@ -596,3 +596,7 @@ impl Engine for Cluster {
 pub(crate) fn frames_of(options: &Options) -> usize {
     frame_len_max(options.value_len_max)
 }
+
+#[cfg(test)]
+#[path = "cluster_tests.rs"]
+mod tests;

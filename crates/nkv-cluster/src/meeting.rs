@@ -79,11 +79,6 @@ impl Drop for Connected<'_> {
             peers.connected.remove(&self.hello.id);
             tracing::info!(peer = %self.hello.id, "no longer connected");
         }
-        let is_alone = peers.connected.is_empty();
-        drop(peers);
-        if is_alone {
-            self.inner.replica().set_alone(true);
-        }
     }
 }
 
@@ -199,7 +194,7 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
         Message::Ready { wall } => inner.note_clock(id, wall, asked),
         _ => return Err(invalid("a hello is answered with a ready")),
     }
-    inner.meet().await?;
+    inner.mend_stamps().await?;
     line.allow(frames_of(&inner.options));
     let mut session = None;
     loop {
@@ -394,7 +389,7 @@ async fn try_lead(
     let has_joined = theirs.has_joined;
     let _connected = Connected::new(inner, theirs).map_err(invalid)?;
     line.send(Message::Ready { wall: inner.wall() }.encode()).await?;
-    inner.meet().await?;
+    inner.mend_stamps().await?;
     line.allow(frames_of(&inner.options));
     let taken = frame_len_max(usize::try_from(value_len_max).unwrap_or(usize::MAX));
     {

@@ -126,9 +126,7 @@ pub(crate) struct Replica {
     purges: BTreeSet<(Millis, Slot)>,
     clock: HybridClock,
     contacts: BTreeMap<NodeId, (Contact, Millis)>,
-    /// No peer takes what is written now.
-    is_alone: bool,
-    /// What was written while alone, and when, by the steady clock.
+    /// What was written here and that no session has given to a peer since, and when that was, by the steady clock.
     untaken: BTreeMap<Key, Millis>,
     /// What storage had without a stamp, from before the node was in a cluster.
     unstamped: Vec<(Key, Bytes, Option<Millis>)>,
@@ -243,7 +241,6 @@ impl Replica {
             purges: BTreeSet::new(),
             clock: HybridClock::default(),
             contacts: BTreeMap::new(),
-            is_alone: true,
             untaken: BTreeMap::new(),
             unstamped: Vec::new(),
             broken: None,
@@ -304,11 +301,12 @@ impl Replica {
             return Err(format!("storage is not that of a node of a cluster: {broken}"));
         }
         (self.epoch, self.revision) = (place.epoch, place.revision);
-        self.data_revision = self.data_revision.min(self.revision);
         self.clock.see(bound);
         // What came after the last contact, no peer may have taken. When it was written is not known any more.
         let taken = self.contacts.values().map(|(contact, _)| contact.own).filter(|own| own.epoch == self.epoch);
         let taken = taken.map(|own| own.revision).max().unwrap_or(0);
+        // Of a tombstone that was forgotten nothing tells the revision any more.
+        self.data_revision = self.data_revision.max(taken).min(self.revision);
         let own = self.identity.as_ref().map(|identity| identity.id);
         let is_untaken = |held: &Held| held.revision > taken && Some(held.register.stamp.node) == own;
         let untaken = self.held.iter().filter(|(_, held)| is_untaken(held)).map(|((_, key), _)| (key.clone(), steady));
@@ -618,17 +616,16 @@ impl Replica {
             self.identity = Some(identity);
         }
         for (slot, held) in std::mem::take(&mut plan.staged) {
-            if !self.is_alone || held.is_none() {
-                self.untaken.remove(&slot.1);
-            }
+            self.untaken.remove(&slot.1);
             self.set(slot, held);
         }
-        if self.is_alone {
-            self.untaken.extend(plan.fresh.iter().map(|record| (record.key.clone(), plan.steady)));
-        }
+        self.untaken.extend(plan.fresh.iter().map(|record| (record.key.clone(), plan.steady)));
         for (peer, contact) in std::mem::take(&mut plan.contacts) {
             match contact {
-                Some(contact) => drop(self.contacts.insert(peer, contact)),
+                Some(contact) => {
+                    self.contacts.insert(peer, contact);
+                    self.note_taken(contact.0.own.revision);
+                }
                 None => drop(self.contacts.remove(&peer)),
             }
         }
@@ -655,12 +652,11 @@ impl Replica {
         }
     }
 
-    /// Whether peers take what is written: from the first on, nothing is untaken.
-    pub(crate) fn set_alone(&mut self, is_alone: bool) {
-        self.is_alone = is_alone;
-        if !is_alone {
-            self.untaken.clear();
-        }
+    /// A peer has what came up to this revision.
+    fn note_taken(&mut self, revision: u64) {
+        let held = &self.held;
+        self.untaken
+            .retain(|key, _| held.get(&(key_hash(key), key.clone())).is_some_and(|held| held.revision > revision));
     }
 
     // What it has.
@@ -837,3 +833,7 @@ impl Compared {
 fn contact_key(peer: NodeId) -> Option<Key> {
     Key::reserved(&format!("{CONTACT}{peer}")).ok()
 }
+
+#[cfg(test)]
+#[path = "replica_tests.rs"]
+mod tests;

@@ -184,6 +184,7 @@ impl Session {
             other => return Err(unexpected(&other)),
         };
         inner.note_clock(peer, theirs.wall, asked);
+        inner.mend_stamps().await?;
         let mut session = Session::new(inner, peer, value_len_max, own, theirs);
         if own.root != theirs.root {
             session.level(inner, line).await?;

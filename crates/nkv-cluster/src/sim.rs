@@ -6,7 +6,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -26,7 +26,7 @@ use crate::cluster::{Cluster, Options, Parts, Random, Sink};
 use crate::link::{Network, Stream};
 use crate::membership::StaticPeers;
 use crate::register::{Content, Register};
-use crate::stamp::{Hlc, Millis};
+use crate::stamp::{Hlc, Millis, Stamp};
 
 /// When the simulation begins.
 const EPOCH: Millis = SET_FROM + 200_000_000_000;
@@ -116,6 +116,8 @@ struct World {
     acked: Vec<Acked>,
     /// All that any node decided, for each key.
     issued: BTreeMap<Key, Vec<Register>>,
+    /// What was stamped anew by processes that have ended.
+    moved: BTreeMap<(Key, Stamp), Stamp>,
     trace: SipHasher13,
     writes: u64,
     refused: u64,
@@ -225,6 +227,7 @@ impl Sink for SimSink {
                 nkv_core::Action::Delete { .. } => None,
             };
             let register = Register::read(&mut Reader::new(Bytes::copy_from_slice(meta)), |_| value).unwrap();
+            trace(|| format!("{now} n{} {} {}: {register:?}", self.node, change.revision, change.key));
             world.machines[self.node].log.insert(change.revision.get(), (change.key.clone(), register.clone()));
             world.issued.entry(change.key).or_default().push(register);
         }
@@ -408,6 +411,7 @@ fn run(seed: u64) -> Ran {
         machines: (0..plan.nodes as u64).map(Machine::new).collect(),
         acked: Vec::new(),
         issued: BTreeMap::new(),
+        moved: BTreeMap::new(),
         trace: SipHasher13::new(),
         writes: 0,
         refused: 0,
@@ -483,7 +487,11 @@ fn stop(sim: &mut turmoil::Sim<'_>, world: &Shared, number: usize, down: &mut BT
     if down.insert(number) {
         {
             // The listener ends with the process.
-            let machine = &mut lock(world).machines[number];
+            let world = &mut *lock(world);
+            let machine = &mut world.machines[number];
+            if let Some(cluster) = &machine.running {
+                world.moved.extend(cluster.inner().replica().restamped.iter().cloned());
+            }
             (machine.running, machine.store) = (None, None);
         }
         // As by a power cut: no peer is told. What a process says while its tasks are dropped has no fixed order.
@@ -504,7 +512,9 @@ fn begin(sim: &mut turmoil::Sim<'_>, nodes: usize, number: usize) {
 fn trouble(sim: &mut turmoil::Sim<'_>, world: &Shared, plan: Plan, rng: &Rng, down: &mut BTreeSet<usize>) {
     let one = rng.below(plan.nodes as u64) as usize;
     let other = (one + 1 + rng.below(plan.nodes as u64 - 1) as usize) % plan.nodes;
-    match rng.below(12) {
+    let kind = rng.below(12);
+    trace(|| format!("{:?} trouble {kind} of n{one}", sim.elapsed()));
+    match kind {
         // A part of the nodes is cut off.
         0 | 1 => {
             let side: Vec<bool> = (0..plan.nodes).map(|_| rng.one_in(2)).collect();
@@ -546,6 +556,14 @@ fn trouble(sim: &mut turmoil::Sim<'_>, world: &Shared, plan: Plan, rng: &Rng, do
             let machine = &mut lock(world).machines[one];
             machine.is_full = !machine.is_full;
         }
+    }
+}
+
+/// Prints what happens, if that is asked for.
+fn trace(line: impl FnOnce() -> String) {
+    static IS_ON: LazyLock<bool> = LazyLock::new(|| std::env::var_os("NKV_SIM_TRACE").is_some());
+    if *IS_ON {
+        println!("{}", line());
     }
 }
 
@@ -629,7 +647,7 @@ fn check(world: &Shared, plan: Plan, now: Millis) {
     let cluster = world.machines[0].running.clone().unwrap();
     let registers = cluster.inner().replica().registers();
     // What was stamped anew counts with its new stamp.
-    let mut moved = BTreeMap::new();
+    let mut moved = world.moved.clone();
     for machine in &world.machines {
         let replica = machine.running.as_ref().unwrap().inner().replica();
         moved.extend(replica.restamped.iter().cloned());

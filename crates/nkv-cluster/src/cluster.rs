@@ -1,6 +1,6 @@
 //! The engine: one task that commits, one that accepts, one that finds peers, and one for each connection.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -46,7 +46,7 @@ pub struct Options {
     pub sync_interval: Duration,
     /// How far a clock may be off: 1 s.
     pub max_clock_offset: Duration,
-    /// How long an empty node waits for the state of a peer: 5 s.
+    /// How long an empty node waits for the state of a peer, or for more of it: 5 s.
     pub join_timeout: Duration,
     /// How long a peer may take to answer, before the connection is made anew: 5 s.
     pub peer_timeout: Duration,
@@ -142,6 +142,7 @@ impl Cluster {
             jobs: Mutex::default(),
             peers: Mutex::default(),
             joined: watch::Sender::new(false),
+            given_at: AtomicU64::new(0),
             refused: Mutex::default(),
             figures: Figures::default(),
             bound,
@@ -260,6 +261,8 @@ pub(crate) struct Inner {
     jobs: Mutex<Option<mpsc::Sender<Job>>>,
     peers: Mutex<Peers>,
     joined: watch::Sender<bool>,
+    /// When a peer last gave something, by the steady clock.
+    given_at: AtomicU64,
     /// Why it takes no writes, and until when by the steady clock.
     refused: Mutex<Option<(String, Millis)>>,
     pub(crate) figures: Figures,
@@ -272,6 +275,8 @@ pub(crate) struct Peers {
     pub(crate) connected: BTreeMap<NodeId, (u64, usize)>,
     /// What is to be pushed to those that this node has opened a connection to, and the longest frame that they take.
     pub(crate) links: BTreeMap<NodeId, (Arc<PushQueue>, usize)>,
+    /// With whom this node leads a session.
+    pub(crate) leading: BTreeSet<NodeId>,
     /// Where those that said so can be reached, also when they are gone.
     pub(crate) addresses: BTreeMap<NodeId, SocketAddr>,
     /// What became of the addresses that were tried.
@@ -373,6 +378,11 @@ impl Inner {
         self.joined.send_if_modified(|joined| !std::mem::replace(joined, true));
     }
 
+    /// When a peer last gave something.
+    pub(crate) fn given_at(&self) -> Millis {
+        self.given_at.load(Relaxed)
+    }
+
     pub(crate) async fn joined(&self) {
         let mut joined = self.joined.subscribe();
         drop(joined.wait_for(|joined| *joined).await);
@@ -419,6 +429,7 @@ impl Inner {
 
     /// Merges a peer's records; says how many were not taken.
     pub(crate) async fn merge(&self, records: Vec<Record>) -> io::Result<u32> {
+        self.given_at.store(self.steady(), Relaxed);
         self.ask(|answer| Job::Merge { records, answer: Some(answer) }).await
     }
 

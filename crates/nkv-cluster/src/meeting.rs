@@ -91,7 +91,9 @@ struct Linked<'a> {
 
 impl Drop for Linked<'_> {
     fn drop(&mut self) {
-        self.inner.peers().links.remove(&self.id);
+        let mut peers = self.inner.peers();
+        peers.links.remove(&self.id);
+        peers.leading.remove(&self.id);
     }
 }
 
@@ -200,6 +202,10 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
     loop {
         match line.receive_within(patience(inner)).await? {
             Message::Push(records) => inner.merge_later(records).await?,
+            // One of two is enough.
+            Message::Sync(_) if inner.peers().leading.contains(&id) && inner.id() < Some(id) => {
+                line.send(Message::Busy.encode()).await?;
+            }
             Message::Sync(theirs) => {
                 let (begun, answer) = Session::answer(inner, id, value_len_max, theirs);
                 session = Some(begun);
@@ -282,7 +288,9 @@ fn begins_alone(inner: &Inner, named: &BTreeSet<SocketAddr>, asked_at: u64) -> b
     if inner.options.advertise.is_some_and(|own| named.iter().all(|address| *address == own)) {
         return true;
     }
-    let is_late = inner.steady().saturating_sub(asked_at) >= millis(inner.options.join_timeout);
+    // A state that is on its way is waited for.
+    let since = asked_at.max(inner.given_at());
+    let is_late = inner.steady().saturating_sub(since) >= millis(inner.options.join_timeout);
     // Of those that are all empty, the one of the lowest id begins.
     let own = inner.id().unwrap_or_default();
     let need_not = |tried: &Option<Tried>| match tried {
@@ -403,7 +411,9 @@ async fn try_lead(
     let _linked = Linked { inner, id };
     tracing::info!(peer = %id, %address, "connected");
     loop {
+        inner.peers().leading.insert(id);
         Session::lead(inner, line, id, value_len_max).await?;
+        inner.peers().leading.remove(&id);
         sleep(interval(inner)).await;
     }
 }

@@ -14,7 +14,7 @@ use crate::bytes::{Reader, Writer};
 use crate::clock::{Now, SET_FROM};
 use crate::register::{Content, Record, Register, key_hash};
 use crate::stamp::{Hlc, HybridClock, Millis, NodeId, Stamp};
-use crate::tree::{CHILDREN, Prefix, Tree};
+use crate::tree::{Children, Half, Prefix, Tree};
 
 /// Under which reserved key a node's own id is.
 const IDENTITY: &str = "cluster.node";
@@ -694,8 +694,8 @@ impl Replica {
         self.tree.digest(prefix)
     }
 
-    pub(crate) fn children(&self, prefix: Prefix) -> [u64; CHILDREN] {
-        self.tree.children(prefix)
+    pub(crate) fn children(&self, prefix: Prefix, half: Half) -> Children {
+        self.tree.children(prefix, half)
     }
 
     /// Whether there are at most this many keys below a prefix.

@@ -143,6 +143,10 @@ fn sync(a: &mut One, b: &mut One, is_broken: bool) {
     }
 }
 
+fn one_value() -> Content {
+    Content::Put { value: "1".into(), ttl: None }
+}
+
 fn pass(nodes: &mut [&mut One], millis: Millis) {
     for one in nodes {
         one.now = Now { wall: one.now.wall + millis, steady: one.now.steady + millis };
@@ -273,7 +277,16 @@ fn an_inferred_delete_undoes_no_write_that_came_since() {
     let newer = a.put("k", "2");
     a.delete_gone(compared.gone.clone());
     assert_eq!(a.value("k").as_deref(), Some("2"));
-    // Nor elsewhere: it has the stamp of what it deletes.
+    // Nor elsewhere, whoever was first: it has the stamp of what it deletes.
+    let (mut e, mut f) = (One::new(5), One::new(6));
+    (e.now, f.now) = (a.now, a.now);
+    e.merge(&Record { key: key("k"), register: Register::new(compared.gone[0].1, one_value()) });
+    f.put("k", "2");
+    e.now.wall += 10;
+    e.delete_gone(compared.gone.clone());
+    let inferred = e.record("k");
+    assert_eq!((e.value("k"), f.merge(&inferred)), (None, Merged::PassedOver));
+    assert_eq!(f.value("k").as_deref(), Some("2"));
     let (mut c, mut d) = (One::new(3), One::new(4));
     (c.now, d.now) = (a.now, a.now);
     let old =

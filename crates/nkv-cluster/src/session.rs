@@ -11,7 +11,7 @@ use crate::link::Line;
 use crate::register::Record;
 use crate::replica::{Compared, Contact, Entry, Slot, Want};
 use crate::stamp::NodeId;
-use crate::tree::{DEPTH, Prefix};
+use crate::tree::{DEPTH, Half, Prefix};
 use crate::wire::{ENTRIES_MAX, Message, PREFIXES_MAX, State, frame_len_max, invalid, parts};
 
 /// Below a prefix with at most so many keys the keys are listed, rather than digests of parts of them asked for.
@@ -128,10 +128,10 @@ impl Session {
     /// Answers what the one that leads says next; `true` once the session has ended whole.
     pub(crate) async fn serve(&mut self, inner: &Inner, line: &mut Line, message: Message) -> io::Result<bool> {
         match message {
-            Message::Digests(prefixes) if prefixes.len() <= PREFIXES_MAX => {
+            Message::Digests(half, prefixes) if prefixes.len() <= PREFIXES_MAX => {
                 let children = {
                     let replica = inner.replica();
-                    prefixes.iter().map(|prefix| replica.children(*prefix)).collect()
+                    prefixes.iter().map(|prefix| replica.children(*prefix, half)).collect()
                 };
                 line.send(Message::Children(children).encode()).await?;
             }
@@ -181,6 +181,7 @@ impl Session {
         let asked = inner.steady();
         let theirs = match line.ask(&Message::Sync(own)).await? {
             Message::SyncAnswer(theirs) => theirs,
+            Message::Busy => return Ok(false),
             other => return Err(unexpected(&other)),
         };
         inner.note_clock(peer, theirs.wall, asked);
@@ -200,7 +201,8 @@ impl Session {
     /// Goes down to what differs, and levels it.
     async fn level(&mut self, inner: &Inner, line: &mut Line) -> io::Result<()> {
         let mut ways = Ways::default();
-        ways.add(inner, Prefix::ROOT, self.theirs.root);
+        let half = if inner.random() >> 63 == 0 { Half::Low } else { Half::High };
+        ways.add(inner, Prefix::ROOT, half, (self.theirs.root != 0, half.of(self.theirs.root)));
         loop {
             if let Some(prefix) = ways.lacking.pop() {
                 self.compare(inner, line, prefix, &[]).await?;
@@ -210,13 +212,13 @@ impl Session {
             } else if !ways.descend.is_empty() {
                 let count = ways.descend.len().min(PREFIXES_MAX);
                 let prefixes: Vec<Prefix> = ways.descend.drain(..count).collect();
-                let children = match line.ask(&Message::Digests(prefixes.clone())).await? {
+                let children = match line.ask(&Message::Digests(half, prefixes.clone())).await? {
                     Message::Children(children) if children.len() == prefixes.len() => children,
                     other => return Err(unexpected(&other)),
                 };
                 for (prefix, children) in prefixes.into_iter().zip(children) {
-                    for (number, digest) in (0..).zip(children) {
-                        ways.add(inner, prefix.child(number), digest);
+                    for (number, child) in (0..).zip(children.each()) {
+                        ways.add(inner, prefix.child(number), half, child);
                     }
                 }
             } else {
@@ -272,11 +274,12 @@ struct Ways {
 }
 
 impl Ways {
-    fn add(&mut self, inner: &Inner, prefix: Prefix, theirs: u64) {
+    fn add(&mut self, inner: &Inner, prefix: Prefix, half: Half, (is_used, theirs): (bool, u32)) {
         let replica = inner.replica();
-        if replica.digest(prefix) == theirs {
+        let own = replica.digest(prefix);
+        if (own != 0, half.of(own)) == (is_used, theirs) {
             // The same.
-        } else if theirs == 0 {
+        } else if !is_used {
             self.lacking.push(prefix);
         } else if prefix.level == DEPTH || replica.has_at_most(prefix, LIST_MAX) {
             self.list.push(prefix);

@@ -52,6 +52,37 @@ impl Prefix {
     }
 }
 
+/// Half of each digest is said in a session: of two that differ, one half may be the same by chance, and the other is not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Half {
+    Low,
+    High,
+}
+
+impl Half {
+    pub(crate) fn of(self, digest: u64) -> u32 {
+        match self {
+            Half::Low => digest as u32,
+            Half::High => (digest >> 32) as u32,
+        }
+    }
+}
+
+/// What is said of the children of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Children {
+    /// A bit for each that has keys: of that no half digest is to decide.
+    pub(crate) used: u16,
+    pub(crate) digests: [u32; CHILDREN],
+}
+
+impl Children {
+    /// Each in turn, and whether it has keys.
+    pub(crate) fn each(self) -> impl Iterator<Item = (bool, u32)> {
+        (0..).zip(self.digests).map(move |(number, digest)| (self.used >> number & 1 == 1, digest))
+    }
+}
+
 /// The digests of all nodes; zero for one that has no keys.
 #[derive(Debug)]
 pub(crate) struct Tree {
@@ -78,8 +109,10 @@ impl Tree {
         digests.and_then(|digests| digests.get(index as usize)).copied().unwrap_or_default()
     }
 
-    pub(crate) fn children(&self, prefix: Prefix) -> [u64; CHILDREN] {
-        std::array::from_fn(|number| self.digest(prefix.child(number as u32)))
+    pub(crate) fn children(&self, prefix: Prefix, half: Half) -> Children {
+        let digests: [u64; CHILDREN] = std::array::from_fn(|number| self.digest(prefix.child(number as u32)));
+        let used = (0..).zip(digests).fold(0, |used, (number, digest)| used | (u16::from(digest != 0) << number));
+        Children { used, digests: digests.map(|digest| half.of(digest)) }
     }
 }
 
@@ -97,9 +130,14 @@ mod tests {
             let mut at = Prefix::ROOT;
             prop_assert_eq!(tree.digest(at), digest);
             while at.level < DEPTH {
-                let children = tree.children(at);
-                let with: Vec<usize> = (0..CHILDREN).filter(|child| children[*child] != 0).collect();
+                let [low, high] = [Half::Low, Half::High].map(|half| tree.children(at, half));
+                let with: Vec<usize> = (0..CHILDREN)
+                    .filter(|child| {
+                        u64::from(high.digests[*child]) << 32 | u64::from(low.digests[*child]) == digest
+                    })
+                    .collect();
                 prop_assert_eq!(with.len(), 1);
+                prop_assert_eq!((low.used, high.used), (1 << with[0], 1 << with[0]));
                 at = at.child(with[0] as u32);
                 let (first, last) = at.hashes();
                 prop_assert!((first..=last).contains(&hash) && at.is_valid());

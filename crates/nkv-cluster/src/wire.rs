@@ -14,7 +14,7 @@ use crate::bytes::{Reader, Writer};
 use crate::register::Record;
 use crate::replica::{Contact, Entry, Place, Want};
 use crate::stamp::{Hlc, Millis, NodeId};
-use crate::tree::{CHILDREN, Prefix};
+use crate::tree::{CHILDREN, Children, Half, Prefix};
 
 /// Of what nodes say; of another version nothing is understood.
 pub(crate) const VERSION: u32 = 1;
@@ -87,9 +87,11 @@ pub(crate) enum Message {
     Sync(State),
     /// Answers it.
     SyncAnswer(State),
-    /// Asks for the digests of children.
-    Digests(Vec<Prefix>),
-    Children(Vec<[u64; CHILDREN]>),
+    /// Answers it, where the other leads a session itself.
+    Busy,
+    /// Asks for half the digests of children.
+    Digests(Half, Vec<Prefix>),
+    Children(Vec<Children>),
     /// All that there is below some prefixes.
     List(Vec<(Prefix, Vec<Entry>)>),
     /// What answers a list or a want, in parts.
@@ -142,12 +144,16 @@ impl Message {
                 state.write(&mut to);
                 6
             }
-            Message::Digests(prefixes) => {
+            Message::Digests(half, prefixes) => {
+                to.u8(u8::from(*half == Half::High));
                 to.list(prefixes, |to, prefix| prefix.write(to));
                 7
             }
             Message::Children(children) => {
-                to.list(children, |to, digests| digests.iter().for_each(|digest| to.u64(*digest)));
+                to.list(children, |to, children| {
+                    to.u32(u32::from(children.used));
+                    children.digests.iter().for_each(|digest| to.u32(*digest));
+                });
                 8
             }
             Message::List(lists) => {
@@ -173,6 +179,7 @@ impl Message {
                 11
             }
             Message::Given => 12,
+            Message::Busy => 16,
             Message::Taken { refused } => {
                 to.u32(*refused);
                 13
@@ -206,13 +213,16 @@ impl Message {
             4 => Message::Push(records(from)?),
             5 => Message::Sync(State::read(from)?),
             6 => Message::SyncAnswer(State::read(from)?),
-            7 => Message::Digests(from.list(5, Prefix::read)?),
-            8 => Message::Children(from.list(8 * CHILDREN, |from| {
-                let mut digests = [0; CHILDREN];
+            7 => {
+                let half = if from.flag()? { Half::High } else { Half::Low };
+                Message::Digests(half, from.list(5, Prefix::read)?)
+            }
+            8 => Message::Children(from.list(4 + 4 * CHILDREN, |from| {
+                let (used, mut digests) = (u16::try_from(from.u32()?).ok()?, [0; CHILDREN]);
                 for digest in &mut digests {
-                    *digest = from.u64()?;
+                    *digest = from.u32()?;
                 }
-                Some(digests)
+                Some(Children { used, digests })
             })?),
             9 => Message::List(from.list(9, |from| {
                 let entry = |from: &mut Reader| {
@@ -223,6 +233,7 @@ impl Message {
             10 => Message::Records(records(from)?),
             11 => Message::Wants(from.list(9, |from| Some(Want { key_hash: from.u64()?, lacks: from.flag()? }))?),
             12 => Message::Given,
+            16 => Message::Busy,
             13 => Message::Taken { refused: from.u32()? },
             14 => Message::End { at: from.u64()?, is_whole: from.flag()? },
             15 => Message::Ended { is_whole: from.flag()? },
@@ -384,8 +395,9 @@ mod tests {
             Message::Push(records.clone()),
             Message::Sync(state),
             Message::SyncAnswer(State { contact: None, ..state }),
-            Message::Digests(vec![Prefix::ROOT, prefix]),
-            Message::Children(vec![[7; CHILDREN]]),
+            Message::Digests(Half::High, vec![Prefix::ROOT, prefix]),
+            Message::Busy,
+            Message::Children(vec![Children { used: 5, digests: [7; CHILDREN] }]),
             Message::List(vec![(prefix, vec![entry, entry]), (Prefix::ROOT, Vec::new())]),
             Message::Records(records),
             Message::Wants(vec![Want { key_hash: 1, lacks: true }]),

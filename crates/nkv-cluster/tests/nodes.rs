@@ -1,10 +1,11 @@
 //! Nodes of one process that talk over TCP.
+#![allow(clippy::unwrap_used)]
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use nkv_cluster::{Cluster, Membership, MembershipError, Options, StaticPeers};
-use nkv_node::nkv_core::{Epoch, MemoryPersist};
+use nkv_node::nkv_core::{self, Action, Change, Epoch, MemoryPersist, Meta, PersistValue, Reason, StoredRef};
 use nkv_node::{ErrorKind, Event, GoneReason, Handle, Node, Op, PutOptions, Revision};
 use tokio::time::timeout;
 
@@ -30,6 +31,25 @@ async fn start(cluster: &Cluster) -> Node {
 async fn start_with(cluster: &Cluster, disk: &MemoryPersist) -> Node {
     let disk = disk.clone();
     Node::builder().persist("sync", move || Ok(disk)).engine(cluster.clone()).start().await.unwrap()
+}
+
+/// What a copy of a directory is.
+fn copy_of(disk: &MemoryPersist) -> MemoryPersist {
+    let (mut changes, mut original) = (Vec::new(), disk.clone());
+    let take = &mut |stored: StoredRef<'_>| {
+        let action = match stored.record() {
+            Some(record) => Action::Put { value: record.value.to_bytes(), expiry: None },
+            None => Action::Delete { reason: Reason::Deleted },
+        };
+        let (key, revision, meta) = (stored.key().to_key(), stored.revision(), Meta::from(stored.meta()));
+        changes.push(Change { key, revision, replaces: nkv_core::Revision::ZERO, action, meta });
+    };
+    let loaded = original.load(take).unwrap();
+    changes.sort_by_key(|change| change.revision);
+    let mut copy = MemoryPersist::new(loaded.epoch);
+    copy.load(&mut |_| ()).unwrap();
+    copy.persist(&changes).unwrap();
+    copy
 }
 
 async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
@@ -200,34 +220,7 @@ async fn another_cluster_and_a_second_living_node_of_an_id_are_refused_by_name()
     original_nkv.put("c", "1").await.unwrap();
     is_at(&nkv, "c", Some("1")).await;
     let copy = bind(options(), &[first.address()]).await;
-    let copied = {
-        use nkv_node::nkv_core::PersistValue;
-        let mut records = Vec::new();
-        let mut reader = disk.clone();
-        let loaded = reader
-            .load(&mut |stored| {
-                records.push((
-                    stored.key().to_key(),
-                    stored.revision(),
-                    stored.record().map(|record| record.value.to_bytes()),
-                    stored.meta().map(<[u8]>::to_vec),
-                ))
-            })
-            .unwrap();
-        let mut copied = MemoryPersist::new(loaded.epoch);
-        copied.load(&mut |_| ()).unwrap();
-        records.sort_by_key(|record| record.1);
-        for (key, revision, value, meta) in records {
-            use nkv_node::nkv_core::{Action, Change, Meta, Reason, Revision};
-            let action = match value {
-                Some(value) => Action::Put { value, expiry: None },
-                None => Action::Delete { reason: Reason::Deleted },
-            };
-            let meta = Meta::new(&meta.unwrap());
-            copied.persist(&[Change { key, revision, replaces: Revision::ZERO, action, meta }]).unwrap();
-        }
-        copied
-    };
+    let copied = copy_of(&disk);
     let copy_node = start_with(&copy, &copied).await;
     let copy_nkv = ready(&copy_node).await;
     eventually("the copy is refused", async || match copy_nkv.put("d", "1").await {

@@ -379,7 +379,7 @@ fn note_acked(world: &Shared, node: usize, life: u64, cluster: &Cluster, result:
     for revision in revisions {
         let (key, register) = world.machines[node].log[&revision].clone();
         // What a client was answered, it reads there: that, or a newer write.
-        if !registers.get(&key).is_some_and(|held| !register.is_above(held)) {
+        if registers.get(&key).is_none_or(|held| register.is_above(held)) {
             let fault = format!("node {node} answered a write of {key} and has {:?}", registers.get(&key));
             world.faults.push(fault);
         }

@@ -220,6 +220,8 @@ async fn another_cluster_and_a_second_living_node_of_an_id_are_refused_by_name()
     original_nkv.put("c", "1").await.unwrap();
     is_at(&nkv, "c", Some("1")).await;
     let copy = bind(options(), &[first.address()]).await;
+    // Copying takes the disk over: the original is to have nothing to store any more.
+    tokio::time::sleep(Duration::from_millis(800)).await;
     let copied = copy_of(&disk);
     let copy_node = start_with(&copy, &copied).await;
     let copy_nkv = ready(&copy_node).await;

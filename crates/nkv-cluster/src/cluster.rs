@@ -277,6 +277,8 @@ pub(crate) struct Peers {
     pub(crate) links: BTreeMap<NodeId, (Arc<PushQueue>, usize)>,
     /// With whom this node leads a session.
     pub(crate) leading: BTreeSet<NodeId>,
+    /// Who leads a session with this node.
+    pub(crate) led_by: BTreeSet<NodeId>,
     /// Where those that said so can be reached, also when they are gone.
     pub(crate) addresses: BTreeMap<NodeId, SocketAddr>,
     /// What became of the addresses that were tried.
@@ -453,13 +455,14 @@ impl Inner {
     }
 
     /// Before anything is given to a peer or taken from it, and after its clock is known: what was stamped with a clock that was
-    /// off is stamped anew.
-    pub(crate) async fn mend_stamps(&self) -> io::Result<()> {
+    /// off is stamped anew, and what ended by it too early is given up. Says whether there was any.
+    pub(crate) async fn mend(&self) -> io::Result<bool> {
         let now = self.now();
-        if self.replica().must_restamp(now) {
-            self.ask(|answer| Job::Restamp { answer }).await?;
+        let must_mend = self.replica().must_mend(now);
+        if must_mend {
+            self.ask(|answer| Job::Mend { answer }).await?;
         }
-        Ok(())
+        Ok(must_mend)
     }
 
     /// Has peers have new records at once; says nothing of those that are slow: the next session levels them.

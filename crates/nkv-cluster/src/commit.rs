@@ -46,7 +46,8 @@ pub(crate) enum Job {
         peer: NodeId,
         contact: Contact,
     },
-    Restamp {
+    /// After a clock was found to have been off.
+    Mend {
         answer: oneshot::Sender<()>,
     },
     /// The time has come for something.
@@ -270,7 +271,8 @@ fn plan_one(
             replica.note_contact(plan, *peer, *contact);
             Done::Other
         }
-        Job::Restamp { .. } => {
+        Job::Mend { .. } => {
+            replica.give_up_ended_early(plan, now);
             let count = replica.restamp(plan, now);
             if count > 0 {
                 tracing::warn!(count, "the clock was off: what was written with it is stamped anew");
@@ -278,7 +280,6 @@ fn plan_one(
             Done::Other
         }
         Job::Tick => {
-            replica.give_up_ended_early(plan, now);
             replica.expire(plan, now, may_purge, TICK_KEYS);
             Done::Other
         }
@@ -299,7 +300,7 @@ fn answer(job: Job, done: Done) {
         (Job::Write { answer, .. }, Done::Written(written)) => drop(answer.send(written)),
         (Job::Merge { answer: Some(answer), .. }, Done::Merged { refused }) => _ = answer.send(refused),
         (Job::Gone { answer, .. }, _) => _ = answer.send(true),
-        (Job::Restamp { answer }, _) => _ = answer.send(()),
+        (Job::Mend { answer }, _) => _ = answer.send(()),
         _ => {}
     }
 }
@@ -316,7 +317,7 @@ fn fail(job: Job, error: &EngineError) {
         }
         Job::Gone { answer, .. } => _ = answer.send(false),
         // The caller finds out by what is missing.
-        Job::Restamp { answer } => drop(answer),
+        Job::Mend { answer } => drop(answer),
         Job::Contact { .. } | Job::Tick | Job::Name(_) | Job::StampOld => {
             tracing::warn!(%error, "not stored");
         }

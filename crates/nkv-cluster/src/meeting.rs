@@ -27,6 +27,9 @@ const ADDRESSES_MAX: usize = 1_024;
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_INTERVALS_MAX: u32 = 5;
 
+/// Where peers are is asked again after so many sync intervals.
+const ASK_INTERVALS: u64 = 10;
+
 /// So many peers are synced with in each interval: with more, each waits longer.
 const PEERS_AN_INTERVAL: usize = 4;
 
@@ -94,6 +97,20 @@ impl Drop for Linked<'_> {
         let mut peers = self.inner.peers();
         peers.links.remove(&self.id);
         peers.leading.remove(&self.id);
+    }
+}
+
+/// A session that a peer leads, while it lasts.
+#[derive(Debug)]
+struct Led<'a> {
+    inner: &'a Inner,
+    id: NodeId,
+    session: Session,
+}
+
+impl Drop for Led<'_> {
+    fn drop(&mut self) {
+        self.inner.peers().led_by.remove(&self.id);
     }
 }
 
@@ -196,9 +213,9 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
         Message::Ready { wall } => inner.note_clock(id, wall, asked),
         _ => return Err(invalid("a hello is answered with a ready")),
     }
-    inner.mend_stamps().await?;
+    inner.mend().await?;
     line.allow(frames_of(&inner.options));
-    let mut session = None;
+    let mut led: Option<Led<'_>> = None;
     loop {
         match line.receive_within(patience(inner)).await? {
             Message::Push(records) => inner.merge_later(records).await?,
@@ -208,12 +225,15 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
             }
             Message::Sync(theirs) => {
                 let (begun, answer) = Session::answer(inner, id, value_len_max, theirs);
-                session = Some(begun);
+                inner.peers().led_by.insert(id);
+                led = Some(Led { inner, id, session: begun });
                 line.send(answer.encode()).await?;
             }
-            message => match &mut session {
-                Some(begun) => {
-                    begun.serve(inner, &mut line, message).await?;
+            message => match &mut led {
+                Some(Led { session, .. }) => {
+                    if session.serve(inner, &mut line, message).await? {
+                        led = None;
+                    }
                 }
                 None => return Err(invalid("no session has begun")),
             },
@@ -249,7 +269,9 @@ pub(crate) async fn find(inner: &Arc<Inner>) -> EngineError {
             }
             Err(error) => tracing::warn!(%error, "it is not known where peers are"),
         }
-        let until = inner.steady().saturating_add(millis(inner.options.sync_interval));
+        // Who has met its peers learns of others from them too.
+        let intervals = if named.is_some() && inner.has_joined() { ASK_INTERVALS } else { 1 };
+        let until = inner.steady().saturating_add(millis(inner.options.sync_interval).saturating_mul(intervals));
         loop {
             while tasks.try_join_next().is_some() {}
             links.retain(|_, link| !link.is_finished());
@@ -397,7 +419,7 @@ async fn try_lead(
     let has_joined = theirs.has_joined;
     let _connected = Connected::new(inner, theirs).map_err(invalid)?;
     line.send(Message::Ready { wall: inner.wall() }.encode()).await?;
-    inner.mend_stamps().await?;
+    inner.mend().await?;
     line.allow(frames_of(&inner.options));
     let taken = frame_len_max(usize::try_from(value_len_max).unwrap_or(usize::MAX));
     {
@@ -411,9 +433,15 @@ async fn try_lead(
     let _linked = Linked { inner, id };
     tracing::info!(peer = %id, %address, "connected");
     loop {
-        inner.peers().leading.insert(id);
-        Session::lead(inner, line, id, value_len_max).await?;
-        inner.peers().leading.remove(&id);
+        let is_led = {
+            let mut peers = inner.peers();
+            let is_led = peers.led_by.contains(&id);
+            is_led || !peers.leading.insert(id)
+        };
+        if !is_led {
+            Session::lead(inner, line, id, value_len_max).await?;
+            inner.peers().leading.remove(&id);
+        }
         sleep(interval(inner)).await;
     }
 }

@@ -521,13 +521,8 @@ impl Replica {
     /// Plans to give up what has ended too early, as the clock was ahead then: peers give it again. What this node lacks proves
     /// nothing to them from then on.
     pub(crate) fn give_up_ended_early(&mut self, plan: &mut Plan, now: Now) {
-        let latest = now.wall.saturating_add(self.terms.offset_max);
-        let from = latest.saturating_add(self.terms.kept());
-        let later = self.purges.iter().rev().take_while(|(at, _)| *at > from);
-        let is_ended = |slot: &Slot| {
-            self.held(plan, slot).is_some_and(|held| matches!(held.register.content, Content::Ended { .. }))
-        };
-        let early: Vec<Slot> = later.map(|(_, slot)| slot.clone()).filter(is_ended).collect();
+        let is_there = |slot: &&Slot| !plan.staged.contains_key(*slot);
+        let early: Vec<Slot> = self.ended_early(now).filter(is_there).cloned().collect();
         if early.is_empty() {
             return;
         }
@@ -542,8 +537,22 @@ impl Replica {
         }
     }
 
-    /// Whether a clock that is right now, was so far off that writes must be [stamped anew](Self::restamp).
-    pub(crate) fn must_restamp(&self, now: Now) -> bool {
+    /// What has ended although its time has not come.
+    fn ended_early(&self, now: Now) -> impl Iterator<Item = &Slot> {
+        let from = now.wall.saturating_add(self.terms.offset_max).saturating_add(self.terms.kept());
+        let later = self.purges.iter().rev().take_while(move |(at, _)| *at > from).map(|(_, slot)| slot);
+        later.filter(|slot| {
+            self.held.get(*slot).is_some_and(|held| matches!(held.register.content, Content::Ended { .. }))
+        })
+    }
+
+    /// Whether the clock, which is right now, was so far off that there is something to be [stamped anew](Self::restamp) or to be
+    /// [given up](Self::give_up_ended_early).
+    pub(crate) fn must_mend(&self, now: Now) -> bool {
+        self.ended_early(now).next().is_some() || self.must_restamp(now)
+    }
+
+    fn must_restamp(&self, now: Now) -> bool {
         self.untaken.iter().any(|(key, written)| self.misstamped(key, *written, now).is_some())
     }
 

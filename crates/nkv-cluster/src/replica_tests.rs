@@ -400,10 +400,10 @@ fn what_was_stamped_with_a_clock_that_was_off_is_stamped_anew_if_no_peer_has_it(
         a.delete("other");
         a.now = Now { wall: right.wall + 60_000, steady: right.steady + 60_000 };
         b.now = a.now;
-        assert!(a.replica.must_restamp(a.now));
+        assert!(a.replica.must_mend(a.now));
         let now = a.now;
         assert_eq!(a.plan(|replica, plan, _| replica.restamp(plan, now)), 2);
-        assert!(!a.replica.must_restamp(a.now));
+        assert!(!a.replica.must_mend(a.now));
         let anew = a.record("k").register.stamp;
         assert_ne!(first, anew);
         // When it was written, by the clock that is right.
@@ -432,7 +432,9 @@ fn a_value_that_ended_early_by_a_wrong_clock_is_given_again() {
     // Others do not take its word for it.
     let ended = b.record("k");
     assert_eq!(One::new(3).merge(&ended), Merged::Refused);
+    assert!(b.replica.must_mend(b.now));
     b.expire();
+    assert!(!b.replica.must_mend(b.now));
     assert_eq!(b.replica.contact(a.id), None);
     sync(&mut a, &mut b, false);
     assert_eq!((a.value("k").as_deref(), b.value("k").as_deref()), (Some("1"), Some("1")));

@@ -3,13 +3,14 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::MutexGuard;
 
 use bytes::Bytes;
 
 use crate::cluster::Inner;
 use crate::link::Line;
 use crate::register::Record;
-use crate::replica::{Compared, Contact, Entry, Slot, Want};
+use crate::replica::{Compared, Contact, Entry, Replica, Slot, Want};
 use crate::stamp::NodeId;
 use crate::tree::{DEPTH, Half, Prefix};
 use crate::wire::{ENTRIES_MAX, Message, PREFIXES_MAX, State, frame_len_max, invalid, parts};
@@ -52,6 +53,15 @@ impl Session {
         let both_had = inner.replica().long_ago(peer, theirs.place, theirs.contact, inner.now());
         let frame_len_max = frame_len_max(usize::try_from(value_len_max).unwrap_or(usize::MAX));
         Session { peer, frame_len_max, own, theirs, both_had, is_whole: true }
+    }
+
+    /// What this node has; not where it gave up something since the session began: what it lacks proves no delete then.
+    fn whole<'a>(&self, inner: &'a Inner) -> io::Result<MutexGuard<'a, Replica>> {
+        let replica = inner.replica();
+        match self.own.contact.is_some() && replica.contact(self.peer).is_none() {
+            true => Err(invalid("the session ends: the clock was set")),
+            false => Ok(replica),
+        }
     }
 
     /// The answer to one who begins a session.
@@ -117,7 +127,7 @@ impl Session {
         let ((first, last), mut wants) = (prefix.hashes(), Vec::new());
         let mut next = Some(first);
         while let Some(from) = next {
-            let mut compared = inner.replica().compare((from, last), theirs, self.both_had, PAGE);
+            let mut compared = self.whole(inner)?.compare((from, last), theirs, self.both_had, PAGE);
             next = compared.next;
             wants.append(&mut compared.want);
             self.act(inner, line, compared).await?;
@@ -125,7 +135,7 @@ impl Session {
         Ok(wants)
     }
 
-    /// Answers what the one that leads says next; `true` once the session has ended whole.
+    /// Answers what the one that leads says next; `true` once the session has ended.
     pub(crate) async fn serve(&mut self, inner: &Inner, line: &mut Line, message: Message) -> io::Result<bool> {
         match message {
             Message::Digests(half, prefixes) if prefixes.len() <= PREFIXES_MAX => {
@@ -159,7 +169,8 @@ impl Session {
             Message::End { at, is_whole } => {
                 self.is_whole &= is_whole;
                 line.send(Message::Ended { is_whole: self.is_whole }.encode()).await?;
-                return self.end(inner, at).await;
+                self.end(inner, at).await?;
+                return Ok(true);
             }
             other => return Err(unexpected(&other)),
         }
@@ -185,7 +196,11 @@ impl Session {
             other => return Err(unexpected(&other)),
         };
         inner.note_clock(peer, theirs.wall, asked);
-        inner.mend_stamps().await?;
+        if inner.mend().await? {
+            // What was said of this node's data is not so any more.
+            line.ask(&Message::End { at: 0, is_whole: false }).await?;
+            return Ok(false);
+        }
         let mut session = Session::new(inner, peer, value_len_max, own, theirs);
         if own.root != theirs.root {
             session.level(inner, line).await?;
@@ -235,7 +250,7 @@ impl Session {
             && let Some(prefix) = prefixes.pop()
         {
             // All of one moment: what is missing from it was not there.
-            let entries = inner.replica().entries(prefix);
+            let entries = self.whole(inner)?.entries(prefix);
             count += entries.len();
             lists.push((prefix, entries));
         }
@@ -248,7 +263,7 @@ impl Session {
             }
             answer = line.receive().await?;
         };
-        let wanted = inner.replica().wanted(&wants, self.both_had);
+        let wanted = self.whole(inner)?.wanted(&wants, self.both_had);
         self.act(inner, line, wanted).await?;
         self.end_giving(line).await
     }

@@ -189,6 +189,7 @@ async fn a_node_whose_clock_is_ahead_refuses_writes_and_stamps_anew_what_it_wrot
     // The other one goes on; and so does this one when its clock is right, at once.
     other.node.handle().put("k", "2").await.unwrap();
     ahead.clock.1.store(0, Relaxed);
+    eventually("it has that", async || nkv.exists("k").await.unwrap()).await;
     nkv.put("k", "3").await.unwrap();
     eventually("the last wins", async || {
         let all = other.node.handle().get_all(Pattern::All).await.unwrap();

@@ -661,6 +661,13 @@ fn check(world: &Shared, plan: Plan, now: Millis) {
         while let Some(stamp) = moved.get(&(acked.key.clone(), register.stamp)) {
             register = register.restamped(*stamp);
         }
+        // A later write of the same node took its place, and then another stamp.
+        let is_later = |((key, old), new): (&(Key, Stamp), &Stamp)| {
+            *key == acked.key && old.node == register.stamp.node && *old > register.stamp && *new < register.stamp
+        };
+        if moved.iter().any(is_later) {
+            continue;
+        }
         if expected.get(&acked.key).is_none_or(|before| register.is_above(before)) {
             expected.insert(acked.key.clone(), register);
         }

@@ -1,0 +1,251 @@
+//! What time it is: this machine's clock, and what those of the peers say about it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use async_trait::async_trait;
+
+use crate::stamp::{Hlc, Millis, NodeId};
+
+/// A wall clock that shows less was never set: 2020-01-01.
+pub(crate) const SET_FROM: Millis = 1_577_836_800_000;
+
+/// What a peer's clock showed is believed for so long.
+const SAMPLE_LIFE: Millis = 60_000;
+
+/// The clocks of a machine.
+pub(crate) trait Clock: fmt::Debug + Send + Sync + 'static {
+    /// Milliseconds since the Unix epoch, as far as the machine knows.
+    fn wall(&self) -> Millis;
+
+    /// Milliseconds since some moment; it is never set, and goes on while the machine is suspended.
+    fn steady(&self) -> Millis;
+}
+
+/// Those of this machine.
+#[derive(Debug)]
+pub(crate) struct SystemClock {
+    started: std::time::Instant,
+}
+
+impl SystemClock {
+    pub(crate) fn new() -> Self {
+        SystemClock { started: std::time::Instant::now() }
+    }
+}
+
+impl Clock for SystemClock {
+    fn wall(&self) -> Millis {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    #[cfg(target_os = "linux")]
+    fn steady(&self) -> Millis {
+        let _ = self.started;
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        let (seconds, nanos) = (u64::try_from(time.tv_sec).unwrap_or(0), u64::try_from(time.tv_nsec).unwrap_or(0));
+        seconds.saturating_mul(1_000).saturating_add(nanos / 1_000_000)
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn steady(&self) -> Millis {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// A moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Now {
+    /// The time that is believed: the own clock's, or the peers' where that is off.
+    pub(crate) wall: Millis,
+    /// See [`Clock::steady`].
+    pub(crate) steady: Millis,
+}
+
+/// How the clocks of the peers stand against the own steady clock, which no one sets.
+#[derive(Debug, Default)]
+pub(crate) struct PeerClocks {
+    samples: BTreeMap<NodeId, Sample>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    /// What the peer's wall clock is ahead of the own steady one.
+    base: i64,
+    /// Half of the time that it took to ask: it may be off by so much.
+    error: i64,
+    /// When it was taken.
+    at: Millis,
+}
+
+impl PeerClocks {
+    /// Notes what a peer's clock showed, between two readings of the steady clock. One that was never set says nothing.
+    pub(crate) fn note(&mut self, peer: NodeId, wall: Millis, asked: Millis, answered: Millis) {
+        if wall < SET_FROM {
+            self.samples.remove(&peer);
+            return;
+        }
+        let error = signed(answered.saturating_sub(asked)) / 2;
+        let base = signed(wall).saturating_sub(signed(asked).saturating_add(error));
+        self.samples.insert(peer, Sample { base, error, at: answered });
+    }
+
+    /// How far the own wall clock is ahead of the median of the peers'; of an even number of them, of the one nearer to it. What
+    /// may be an error of measurement does not count. Says also of how many peers that is.
+    pub(crate) fn offset(&self, wall: Millis, steady: Millis) -> Option<(i64, usize)> {
+        let own = signed(wall).saturating_sub(signed(steady));
+        let offset = |sample: &Sample| {
+            let offset = own.saturating_sub(sample.base);
+            offset.signum() * offset.abs().saturating_sub(sample.error).max(0)
+        };
+        let fresh = |sample: &&Sample| steady.saturating_sub(sample.at) <= SAMPLE_LIFE;
+        let mut offsets: Vec<i64> = self.samples.values().filter(fresh).map(offset).collect();
+        offsets.sort_unstable();
+        let count = offsets.len();
+        let middle = [count.checked_sub(1)? / 2, count / 2];
+        let median = middle.iter().filter_map(|at| offsets.get(*at)).min_by_key(|offset| offset.abs());
+        median.map(|median| (*median, count))
+    }
+
+    /// The time to believe: the own clock's; the peers' if that is ahead of them by more than `offset_max`, or behind and it was
+    /// never set or two peers say so.
+    pub(crate) fn now(&self, wall: Millis, steady: Millis, offset_max: Millis) -> Now {
+        let corrected = match self.offset(wall, steady) {
+            Some((offset, _)) if offset > signed(offset_max) => Some(offset),
+            Some((offset, peers)) if offset < -signed(offset_max) && (wall < SET_FROM || peers >= 2) => Some(offset),
+            _ => None,
+        };
+        let wall = corrected.map_or(wall, |offset| wall.saturating_add_signed(offset.saturating_neg()));
+        Now { wall, steady }
+    }
+}
+
+pub(crate) fn signed(millis: Millis) -> i64 {
+    i64::try_from(millis).unwrap_or(i64::MAX)
+}
+
+/// Keeps the upper bound of a hybrid clock, ahead of its use: a restart gives no stamp that was given before, whatever
+/// the wall clock shows then and whatever of the data was lost.
+#[async_trait]
+pub(crate) trait Bound: fmt::Debug + Send + Sync + 'static {
+    /// What was kept last; zero if nothing was.
+    async fn load(&self) -> io::Result<Hlc>;
+
+    /// Keeps it durably.
+    async fn store(&self, bound: Hlc) -> io::Result<()>;
+}
+
+/// For a node in memory, which has another id after a restart.
+#[derive(Debug)]
+pub(crate) struct NoBound;
+
+#[async_trait]
+impl Bound for NoBound {
+    async fn load(&self) -> io::Result<Hlc> {
+        Ok(Hlc::default())
+    }
+
+    async fn store(&self, _bound: Hlc) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Keeps it in a file of one line.
+#[derive(Debug)]
+pub(crate) struct BoundFile(pub(crate) PathBuf);
+
+#[async_trait]
+impl Bound for BoundFile {
+    async fn load(&self) -> io::Result<Hlc> {
+        let path = self.0.clone();
+        blocking(move || match std::fs::read_to_string(&path) {
+            Ok(text) => text
+                .trim_end()
+                .parse()
+                .map(Hlc)
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {error}", path.display()))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Hlc::default()),
+            Err(error) => Err(error),
+        })
+        .await
+    }
+
+    async fn store(&self, bound: Hlc) -> io::Result<()> {
+        let path = self.0.clone();
+        blocking(move || {
+            let new = path.with_extension("new");
+            let mut file = std::fs::File::create(&new)?;
+            io::Write::write_all(&mut file, format!("{}\n", bound.0).as_bytes())?;
+            file.sync_data()?;
+            std::fs::rename(&new, &path)?;
+            let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+            std::fs::File::open(dir.unwrap_or(std::path::Path::new(".")))?.sync_all()
+        })
+        .await
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::from)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TODAY: Millis = SET_FROM + 1_000_000_000;
+
+    fn clocks(offsets: &[i64]) -> PeerClocks {
+        let mut clocks = PeerClocks::default();
+        for (id, offset) in (0..).zip(offsets) {
+            clocks.note(NodeId(id), TODAY.saturating_add_signed(*offset), 500, 500);
+        }
+        clocks
+    }
+
+    #[test]
+    fn a_clock_is_compared_with_the_median_of_the_peers() {
+        let offset = |offsets: &[i64]| clocks(offsets).offset(TODAY, 500);
+        assert_eq!(offset(&[]), None);
+        assert_eq!(offset(&[-3_000]), Some((3_000, 1)));
+        assert_eq!(offset(&[-3_000, 10]), Some((-10, 2)), "of two, the nearer one");
+        assert_eq!(offset(&[-3_000, -2_000, 10]), Some((2_000, 3)));
+        // A clock that is set stands against the steady one at once; a peer that was never set says nothing.
+        assert_eq!(clocks(&[0]).offset(TODAY + 5_000, 600), Some((4_900, 1)));
+        assert_eq!(offset(&[-signed(TODAY)]), None);
+        assert_eq!(clocks(&[0]).offset(TODAY, 500 + SAMPLE_LIFE + 1), None, "too long ago");
+    }
+
+    #[test]
+    fn time_that_it_took_to_ask_is_no_offset() {
+        let mut clocks = PeerClocks::default();
+        clocks.note(NodeId(1), TODAY, 0, 2_000);
+        assert_eq!(clocks.offset(TODAY + 2_000, 2_000), Some((0, 1)));
+        assert_eq!(clocks.offset(TODAY + 5_000, 2_000), Some((3_000, 1)));
+    }
+
+    #[test]
+    fn the_peers_are_believed_where_the_own_clock_is_off() {
+        let now = |offsets: &[i64], wall| clocks(offsets).now(wall, 500, 1_000).wall;
+        assert_eq!(now(&[-3_600_000], TODAY), TODAY - 3_600_000, "ahead of its only peer");
+        assert_eq!(now(&[3_600_000], TODAY), TODAY, "one peer that is ahead may be wrong itself");
+        assert_eq!(now(&[3_600_000, 3_600_001], TODAY), TODAY + 3_600_000);
+        assert_eq!(now(&[0], 5_000), TODAY, "a clock that was never set");
+        assert_eq!(now(&[900], TODAY), TODAY);
+    }
+
+    #[tokio::test]
+    async fn a_bound_is_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = BoundFile(dir.path().join("bound"));
+        assert_eq!(file.load().await.unwrap(), Hlc(0));
+        file.store(Hlc(77)).await.unwrap();
+        assert_eq!(file.load().await.unwrap(), Hlc(77));
+        std::fs::write(dir.path().join("bound"), "7x").unwrap();
+        assert!(file.load().await.is_err(), "what is damaged is no bound of zero");
+    }
+}

@@ -1,0 +1,303 @@
+//! Nodes with clocks and bounds of the test's own, over TCP.
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicI64};
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use nkv_core::{Loaded, MemoryPersist, PersistError, PersistErrorKind, PersistValue};
+use nkv_node::{ErrorKind, Node, Pattern};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::timeout;
+
+use super::*;
+use crate::clock::SystemClock;
+use crate::link::Stream;
+use crate::membership::StaticPeers;
+use crate::register::{Content, Register};
+use crate::stamp::Hlc;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A clock that is off by so many milliseconds.
+#[derive(Debug)]
+struct Skewed(SystemClock, AtomicI64);
+
+impl Clock for Skewed {
+    fn wall(&self) -> Millis {
+        self.0.wall().saturating_add_signed(self.1.load(Relaxed))
+    }
+
+    fn steady(&self) -> Millis {
+        self.0.steady()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Memory(AtomicU64);
+
+#[async_trait]
+impl Bound for Memory {
+    async fn load(&self) -> io::Result<Hlc> {
+        Ok(Hlc(self.0.load(Relaxed)))
+    }
+
+    async fn store(&self, bound: Hlc) -> io::Result<()> {
+        self.0.store(bound.0, Relaxed);
+        Ok(())
+    }
+}
+
+struct One {
+    cluster: Cluster,
+    node: Node,
+    clock: Arc<Skewed>,
+    bytes: Arc<AtomicU64>,
+}
+
+/// Storage that is full, for as long as that is said.
+#[derive(Debug)]
+struct Full(MemoryPersist, Arc<AtomicBool>);
+
+impl PersistValue for Full {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
+        self.0.load(visit)
+    }
+
+    fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
+        match self.1.load(Relaxed) {
+            true => Err(PersistError::new(PersistErrorKind::NoSpace, "the disk is full")),
+            false => self.0.persist(batch),
+        }
+    }
+
+    fn keeps_meta(&self) -> bool {
+        true
+    }
+
+    fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
+        self.0.begin_epoch(epoch)
+    }
+}
+
+/// TCP that counts what is read and written, without the headers of packets.
+#[derive(Debug)]
+struct Counting(Tcp, Arc<AtomicU64>);
+
+struct Counted(Box<dyn Stream>, Arc<AtomicU64>);
+
+#[async_trait]
+impl Network for Counting {
+    async fn connect(&self, to: SocketAddr) -> io::Result<Box<dyn Stream>> {
+        Ok(Box::new(Counted(self.0.connect(to).await?, Arc::clone(&self.1))))
+    }
+
+    async fn accept(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(Box::new(Counted(self.0.accept().await?, Arc::clone(&self.1))))
+    }
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.0).poll_read(cx, buf);
+        self.1.fetch_add((buf.filled().len() - before) as u64, Relaxed);
+        read
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.0).poll_write(cx, bytes);
+        if let Poll::Ready(Ok(len)) = &written {
+            self.1.fetch_add(*len as u64, Relaxed);
+        }
+        written
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+async fn start(skew: i64, bound: Arc<Memory>, peers: &[SocketAddr]) -> One {
+    start_with(skew, bound, peers, None, 100).await
+}
+
+async fn start_with(skew: i64, bound: Arc<Memory>, peers: &[SocketAddr], disk: Option<Full>, interval_ms: u64) -> One {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let clock = Arc::new(Skewed(SystemClock::new(), AtomicI64::new(skew)));
+    let bytes = Arc::new(AtomicU64::new(0));
+    let parts = Parts {
+        clock: Arc::clone(&clock) as Arc<dyn Clock>,
+        random: Arc::new(SystemRandom),
+        bound,
+        network: Arc::new(Counting(Tcp(listener), Arc::clone(&bytes))),
+        membership: Arc::new(StaticPeers(peers.to_vec())),
+    };
+    let mut options = Options::new("test");
+    options.sync_interval = Duration::from_millis(interval_ms);
+    options.advertise = Some(address);
+    let cluster = Cluster::with(options, parts, address).unwrap();
+    let builder = Node::builder().engine(cluster.clone());
+    let builder = match disk {
+        Some(disk) => builder.persist("sync", move || Ok(disk)),
+        None => builder,
+    };
+    let node = builder.start().await.unwrap();
+    eventually("it has a state", async || node.handle().health().await.is_ok()).await;
+    One { cluster, node, clock, bytes }
+}
+
+async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let wait = async {
+        while !is_so().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(timeout(PATIENCE, wait).await.is_ok(), "not in {PATIENCE:?}: {what}");
+}
+
+impl One {
+    fn register(&self, key: &str) -> Option<Register> {
+        self.cluster.inner().replica().registers().get(&key.parse().unwrap()).cloned()
+    }
+}
+
+#[tokio::test]
+async fn a_node_whose_clock_is_ahead_refuses_writes_and_stamps_anew_what_it_wrote_alone() {
+    let ahead = start(3_600_000, Arc::default(), &[]).await;
+    let nkv = ahead.node.handle();
+    nkv.put("alone", "1").await.unwrap();
+    let first = ahead.register("alone").unwrap().stamp.time;
+    let other = start(0, Arc::default(), &[ahead.cluster.address()]).await;
+    eventually("the other has it", async || other.node.handle().exists("alone").await.unwrap()).await;
+    let anew = other.register("alone").unwrap().stamp.time;
+    let error = first.millis() - anew.millis();
+    assert!((3_599_000..3_601_000).contains(&error), "stamped anew by {error} ms");
+    assert_eq!(ahead.register("alone").unwrap().stamp.time, anew);
+
+    let refused = nkv.put("k", "1").await.unwrap_err();
+    assert_eq!(refused.kind(), &ErrorKind::Refused { status: 503 });
+    let offset = ahead.cluster.clock_offset().unwrap();
+    assert!(offset > 3_500_000 && refused.to_string().contains("ms ahead of its peers'"), "{offset}: {refused}");
+    // The other one goes on; and so does this one when its clock is right, at once.
+    other.node.handle().put("k", "2").await.unwrap();
+    ahead.clock.1.store(0, Relaxed);
+    eventually("it has that", async || nkv.exists("k").await.unwrap()).await;
+    nkv.put("k", "3").await.unwrap();
+    eventually("the last wins", async || {
+        let all = other.node.handle().get_all(Pattern::All).await.unwrap();
+        all.iter().any(|entry| entry.value == "3")
+    })
+    .await;
+    // A clock that is set while a peer is there is noticed before a write is stamped with it.
+    ahead.clock.1.store(7_200_000, Relaxed);
+    assert!(nkv.put("k", "4").await.is_err());
+}
+
+#[tokio::test]
+async fn a_restart_with_a_clock_set_back_gives_no_old_stamps() {
+    let bound = Arc::new(Memory::default());
+    let before = start(0, Arc::clone(&bound), &[]).await;
+    before.node.handle().put("k", "1").await.unwrap();
+    let first = before.register("k").unwrap().stamp.time;
+    assert!(Hlc(bound.0.load(Relaxed)) >= first, "the bound is kept ahead of use");
+    before.node.shutdown().await.unwrap();
+    // Its data are lost, as far as a durability allows that.
+    let after = start(-365 * 24 * 3_600_000, bound, &[]).await;
+    after.node.handle().put("k", "2").await.unwrap();
+    assert!(after.register("k").unwrap().stamp.time > first);
+}
+
+#[tokio::test]
+async fn a_clock_that_was_never_set_harms_no_one() {
+    let unset = -signed(SystemClock::new().wall()) + 5_000;
+    let one = start(0, Arc::default(), &[]).await;
+    one.node.handle().put("k", "1").await.unwrap();
+    let other = start(unset, Arc::default(), &[one.cluster.address()]).await;
+    other.node.handle().put("k", "2").await.unwrap();
+    eventually("the later write wins", async || {
+        let value = one.node.handle().get("k").await.unwrap().unwrap().value;
+        value == "2"
+    })
+    .await;
+    one.node.handle().put("l", "1").await.unwrap();
+    eventually("it takes what others write", async || other.node.handle().exists("l").await.unwrap()).await;
+    assert_eq!(one.cluster.clock_offset(), None);
+}
+
+#[tokio::test]
+async fn a_node_whose_disk_was_full_is_level_once_there_is_room() {
+    let one = start(0, Arc::default(), &[]).await;
+    let is_full = Arc::new(AtomicBool::new(false));
+    let disk = Full(MemoryPersist::new(Epoch::new(7)), Arc::clone(&is_full));
+    let other = start_with(0, Arc::default(), &[one.cluster.address()], Some(disk), 100).await;
+    let (a, b) = (one.node.handle(), other.node.handle());
+    a.put("before", "1").await.unwrap();
+    eventually("it comes", async || b.exists("before").await.unwrap()).await;
+    is_full.store(true, Relaxed);
+    for number in 0..20 {
+        a.put(format!("k.{number}"), "1").await.unwrap();
+    }
+    a.delete("before").await.unwrap();
+    assert!(b.put("mine", "1").await.is_err());
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(b.exists("before").await.unwrap() && !b.exists("k.*").await.unwrap() && !b.exists("mine").await.unwrap());
+    is_full.store(false, Relaxed);
+    eventually("it is level", async || !b.exists("before").await.unwrap() && b.list("k.*").await.unwrap().len() == 20)
+        .await;
+    b.put("mine", "2").await.unwrap();
+    eventually("its writes reach the other", async || a.exists("mine").await.unwrap()).await;
+}
+
+/// 100,000 keys of 100 bytes, 1,000 of which change while a node is away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_was_away_is_level_for_few_bytes() {
+    const KEYS: u64 = 100_000;
+    const CHANGES: u64 = 1_000;
+    let one = start_with(0, Arc::default(), &[], None, 1_000).await;
+    let records: Vec<Record> = (0..KEYS)
+        .map(|number| {
+            let stamp = Stamp { time: Hlc::at(one.clock.wall() - 1_000), node: NodeId(number) };
+            let content = Content::Put { value: vec![b'v'; 100].into(), ttl: None };
+            Record { key: format!("key.{number}").parse().unwrap(), register: Register::new(stamp, content) }
+        })
+        .collect();
+    for part in records.chunks(1_000) {
+        assert_eq!(one.cluster.inner().merge(part.to_vec()).await.unwrap(), 0);
+    }
+    let disk = MemoryPersist::new(Epoch::new(7));
+    let full = || Full(disk.clone(), Arc::default());
+    let peers = [one.cluster.address()];
+    let began = Instant::now();
+    let other = start_with(0, Arc::default(), &peers, Some(full()), 1_000).await;
+    println!("TEST join_100000_keys_ms = {}", began.elapsed().as_millis());
+    println!("TEST join_100000_keys_bytes = {}", other.bytes.load(Relaxed));
+    // The first state that it has is whole.
+    assert_eq!(other.node.handle().stats().await.unwrap().keys, KEYS);
+    eventually("it is level", async || one.cluster.digest() == other.cluster.digest()).await;
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    let idle = other.bytes.load(Relaxed);
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    println!("TEST idle_bytes_per_s_and_peer = {}", (other.bytes.load(Relaxed) - idle) / 4);
+    other.node.shutdown().await.unwrap();
+    drop(other.cluster);
+
+    for number in 0..CHANGES {
+        one.node.handle().put(format!("key.{}", number * (KEYS / CHANGES)), vec![b'w'; 100]).await.unwrap();
+    }
+    let began = Instant::now();
+    let other = start_with(0, Arc::default(), &peers, Some(full()), 1_000).await;
+    eventually("it is level", async || one.cluster.digest() == other.cluster.digest()).await;
+    println!("TEST away_1000_changes_ms = {}", began.elapsed().as_millis());
+    let bytes = other.bytes.load(Relaxed);
+    println!("TEST away_1000_changes_bytes = {bytes}");
+    let data = CHANGES * ("key.99999".len() as u64 + 100 + 16);
+    assert!(bytes <= 3 * data, "{bytes} bytes for {data} bytes of data");
+}

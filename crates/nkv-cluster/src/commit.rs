@@ -1,0 +1,325 @@
+//! The one task that changes what a node has: it plans what came, stores it, commits it, and only then says so to anyone.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use nkv_core::{Epoch, Key, Op, Outcome, PersistErrorKind};
+use nkv_node::{Decided, EngineError};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+
+use crate::cluster::{Inner, Sink, millis};
+use crate::register::Record;
+use crate::replica::{Contact, Identity, Merged, Plan, Replica};
+use crate::stamp::{Hlc, NodeId, Stamp};
+
+/// Jobs, and bytes of values, that share a batch of storage, about.
+const GROUP_JOBS: usize = 64;
+const GROUP_LEN: usize = 4 << 20;
+
+/// Values that end, tombstones that are forgotten, or values that are stamped for the first time, in one batch.
+const TICK_KEYS: usize = 1_024;
+
+/// The clock is looked at so often while something is to end.
+const TICK_MAX: Duration = Duration::from_secs(1);
+
+/// What is to be committed.
+#[derive(Debug)]
+pub(crate) enum Job {
+    Write {
+        epoch: Epoch,
+        ops: Vec<Op>,
+        together: bool,
+        answer: oneshot::Sender<Result<Decided, EngineError>>,
+    },
+    /// Answered with how many were not taken.
+    Merge {
+        records: Vec<Record>,
+        answer: Option<oneshot::Sender<u32>>,
+    },
+    /// What a peer deleted so long ago that it has forgotten it. Answered with whether it was stored.
+    Gone {
+        gone: Vec<(Key, Stamp)>,
+        answer: oneshot::Sender<bool>,
+    },
+    Contact {
+        peer: NodeId,
+        contact: Contact,
+    },
+    /// After a clock was found to have been off.
+    Mend {
+        answer: oneshot::Sender<()>,
+    },
+    /// The time has come for something.
+    Tick,
+    Name(Identity),
+    StampOld,
+}
+
+impl Job {
+    fn len(&self) -> usize {
+        match self {
+            Job::Write { ops, .. } => ops.iter().map(op_len).sum(),
+            Job::Merge { records, .. } => records.iter().map(Record::len).sum(),
+            _ => 0,
+        }
+    }
+}
+
+fn op_len(op: &Op) -> usize {
+    match op {
+        Op::Put { value, .. } => value.len(),
+        Op::Delete { .. } => 0,
+    }
+}
+
+/// What a job's answer is, once it is stored.
+#[derive(Debug)]
+enum Done {
+    Written(Result<Decided, EngineError>),
+    Merged { refused: u32 },
+    Other,
+}
+
+/// Why a batch was not stored.
+#[derive(Debug)]
+enum Failed {
+    /// Another may be.
+    Now(EngineError),
+    /// The node cannot go on.
+    ForGood(EngineError),
+}
+
+#[derive(Debug)]
+pub(crate) struct Committer {
+    inner: Arc<Inner>,
+    queue: mpsc::Receiver<Job>,
+    /// Readings of the clock are not above it.
+    bound: Hlc,
+}
+
+impl Committer {
+    pub(crate) fn new(inner: Arc<Inner>, queue: mpsc::Receiver<Job>, bound: Hlc) -> Self {
+        Committer { inner, queue, bound }
+    }
+
+    /// Gives the node an id if it has none, and stamps to what was there before it was in a cluster.
+    pub(crate) async fn name(&mut self, sink: &dyn Sink) -> Result<(), EngineError> {
+        if self.inner.id().is_none() {
+            let random = self.inner.parts.random.next();
+            let id = NodeId(random.map_err(|error| EngineError::Unavailable(error.to_string()))?);
+            let identity = Identity { id, cluster: self.inner.options.cluster.clone() };
+            self.store_or_end(sink, Job::Name(identity)).await?;
+        }
+        while self.inner.replica().unstamped_len() > 0 {
+            self.store_or_end(sink, Job::StampOld).await?;
+        }
+        Ok(())
+    }
+
+    async fn store_or_end(&mut self, sink: &dyn Sink, job: Job) -> Result<(), EngineError> {
+        match self.store(sink, &[job]).await {
+            Ok(_) => Ok(()),
+            Err(Failed::Now(error) | Failed::ForGood(error)) => Err(error),
+        }
+    }
+
+    /// Commits what comes, until it cannot go on.
+    pub(crate) async fn run(&mut self, sink: &dyn Sink) -> EngineError {
+        loop {
+            let Some(first) = self.next().await else {
+                return EngineError::Unavailable("this node stops".into());
+            };
+            let mut jobs = vec![first];
+            let mut len: usize = jobs.iter().map(Job::len).sum();
+            while jobs.len() < GROUP_JOBS
+                && len < GROUP_LEN
+                && let Ok(job) = self.queue.try_recv()
+            {
+                len += job.len();
+                jobs.push(job);
+            }
+            if let Err(error) = self.commit(sink, jobs).await {
+                return error;
+            }
+        }
+    }
+
+    /// The next job; or a tick, when something ends.
+    async fn next(&mut self) -> Option<Job> {
+        loop {
+            let may_purge = self.inner.may_purge();
+            let Some(due) = self.inner.replica().next_due(may_purge) else {
+                // What may be forgotten then is looked for again.
+                match timeout(TICK_MAX, self.queue.recv()).await {
+                    Ok(job) => return job,
+                    Err(_) => continue,
+                }
+            };
+            let pause = Duration::from_millis(due.saturating_sub(self.inner.now().wall)).min(TICK_MAX);
+            if let Ok(job) = timeout(pause, self.queue.recv()).await {
+                return job;
+            }
+            if due <= self.inner.now().wall {
+                return Some(Job::Tick);
+            }
+        }
+    }
+
+    async fn commit(&mut self, sink: &dyn Sink, jobs: Vec<Job>) -> Result<(), EngineError> {
+        match self.store(sink, &jobs).await {
+            Ok(done) => {
+                jobs.into_iter().zip(done).for_each(|(job, done)| answer(job, done));
+                Ok(())
+            }
+            // One that cannot be stored is not to keep others back.
+            Err(Failed::Now(_)) if jobs.len() > 1 => {
+                for job in jobs {
+                    Box::pin(self.commit(sink, vec![job])).await?;
+                }
+                Ok(())
+            }
+            Err(Failed::Now(error)) => {
+                let was_tick = jobs.iter().any(|job| matches!(job, Job::Tick));
+                jobs.into_iter().for_each(|job| fail(job, &error));
+                if was_tick {
+                    // It would come again at once.
+                    tokio::time::sleep(TICK_MAX).await;
+                }
+                Ok(())
+            }
+            Err(Failed::ForGood(error)) => {
+                let unknown = EngineError::OutcomeUnknown(error.to_string());
+                jobs.into_iter().for_each(|job| fail(job, &unknown));
+                Err(error)
+            }
+        }
+    }
+
+    async fn store(&mut self, sink: &dyn Sink, jobs: &[Job]) -> Result<Vec<Done>, Failed> {
+        let now = self.inner.now();
+        let checked = self.inner.check_writes();
+        let may_purge = self.inner.may_purge();
+        let (mut plan, done) = {
+            let mut replica = self.inner.replica();
+            let mut plan = replica.plan(now);
+            let done: Vec<Done> = jobs
+                .iter()
+                .map(|job| plan_one(&mut replica, &mut plan, job, now, checked.as_ref(), may_purge))
+                .collect();
+            (plan, done)
+        };
+        self.keep_bound().await?;
+        if !plan.changes.is_empty() {
+            sink.apply(std::mem::take(&mut plan.changes)).await.map_err(|error| match &error {
+                EngineError::Feed(cause) if cause.kind() != PersistErrorKind::Poisoned => Failed::Now(error),
+                _ => Failed::ForGood(error),
+            })?;
+        }
+        self.inner.replica().commit(&mut plan);
+        self.inner.push(std::mem::take(&mut plan.fresh));
+        Ok(done)
+    }
+
+    /// The clock's upper bound is kept before anything that it gave is.
+    async fn keep_bound(&mut self) -> Result<(), Failed> {
+        let last = self.inner.replica().last_time();
+        let ahead = millis(self.inner.options.max_clock_offset) / 2;
+        // It is far below where the clock was off before.
+        let is_far_below = last.millis().saturating_add(2 * ahead.max(1)) < self.bound.millis();
+        if last <= self.bound && !is_far_below {
+            return Ok(());
+        }
+        let bound = Hlc::at(last.millis().saturating_add(ahead));
+        let unavailable = |error| EngineError::Unavailable(format!("the bound of the clock cannot be kept: {error}"));
+        self.inner.parts.bound.store(bound).await.map_err(|error| Failed::Now(unavailable(error)))?;
+        self.bound = bound;
+        Ok(())
+    }
+}
+
+fn plan_one(
+    replica: &mut Replica,
+    plan: &mut Plan,
+    job: &Job,
+    now: crate::clock::Now,
+    checked: Result<&(), &EngineError>,
+    may_purge: bool,
+) -> Done {
+    match job {
+        Job::Write { epoch, ops, together, .. } => {
+            if let Err(error) = checked {
+                return Done::Written(Err(error.clone()));
+            }
+            let results: Vec<Result<Outcome, EngineError>> = replica.write(plan, *epoch, ops, *together, now);
+            Done::Written(Ok(Decided { epoch: replica.epoch(), results }))
+        }
+        Job::Merge { records, .. } => {
+            let merged = records.iter().map(|record| replica.merge(plan, record, now));
+            let refused = merged.filter(|merged| *merged == Merged::Refused).count();
+            Done::Merged { refused: u32::try_from(refused).unwrap_or(u32::MAX) }
+        }
+        Job::Gone { gone, .. } => {
+            for (key, stamp) in gone {
+                if replica.infer_delete(plan, key, *stamp, now) {
+                    tracing::info!(%key, "deleted, as a peer deleted it during a long absence");
+                }
+            }
+            Done::Other
+        }
+        Job::Contact { peer, contact } => {
+            replica.note_contact(plan, *peer, *contact);
+            Done::Other
+        }
+        Job::Mend { .. } => {
+            replica.give_up_ended_early(plan, now);
+            let count = replica.restamp(plan, now);
+            if count > 0 {
+                tracing::warn!(count, "the clock was off: what was written with it is stamped anew");
+            }
+            Done::Other
+        }
+        Job::Tick => {
+            replica.expire(plan, now, may_purge, TICK_KEYS);
+            Done::Other
+        }
+        Job::Name(identity) => {
+            replica.name(plan, identity.clone());
+            Done::Other
+        }
+        Job::StampOld => {
+            replica.stamp_old(plan, now, TICK_KEYS);
+            Done::Other
+        }
+    }
+}
+
+/// One that gave up is not told.
+fn answer(job: Job, done: Done) {
+    match (job, done) {
+        (Job::Write { answer, .. }, Done::Written(written)) => drop(answer.send(written)),
+        (Job::Merge { answer: Some(answer), .. }, Done::Merged { refused }) => _ = answer.send(refused),
+        (Job::Gone { answer, .. }, _) => _ = answer.send(true),
+        (Job::Mend { answer }, _) => _ = answer.send(()),
+        _ => {}
+    }
+}
+
+fn fail(job: Job, error: &EngineError) {
+    match job {
+        Job::Write { answer, .. } => drop(answer.send(Err(error.clone()))),
+        Job::Merge { records, answer } => {
+            tracing::warn!(%error, "records of a peer were not stored");
+            let count = u32::try_from(records.len()).unwrap_or(u32::MAX);
+            if let Some(answer) = answer {
+                _ = answer.send(count);
+            }
+        }
+        Job::Gone { answer, .. } => _ = answer.send(false),
+        // The caller finds out by what is missing.
+        Job::Mend { answer } => drop(answer),
+        Job::Contact { .. } | Job::Tick | Job::Name(_) | Job::StampOld => {
+            tracing::warn!(%error, "not stored");
+        }
+    }
+}

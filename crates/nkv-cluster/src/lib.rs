@@ -1,0 +1,23 @@
+#![doc = include_str!("../README.md")]
+// No peer, disk or user may end the process.
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
+
+mod bytes;
+mod clock;
+mod cluster;
+mod commit;
+mod link;
+mod meeting;
+mod membership;
+mod register;
+mod replica;
+mod session;
+#[cfg(test)]
+mod sim;
+mod stamp;
+mod tree;
+mod wire;
+
+pub use cluster::{Cluster, Options};
+pub use membership::{Membership, MembershipError, StaticPeers};
+pub use stamp::NodeId;

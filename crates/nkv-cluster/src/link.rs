@@ -1,0 +1,166 @@
+//! Connections: how one is made and greeted, and what goes over it.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, ReadHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::timeout;
+
+use crate::wire::{self, Message};
+
+/// Bytes that wait to be pushed to one peer, at most. What is over it comes with the next session.
+const PUSH_LEN_MAX: usize = 4 << 20;
+
+/// A connection.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for S {}
+
+/// How connections are made.
+#[async_trait]
+pub(crate) trait Network: fmt::Debug + Send + Sync + 'static {
+    async fn connect(&self, to: SocketAddr) -> io::Result<Box<dyn Stream>>;
+
+    /// The next one that a peer has opened.
+    async fn accept(&self) -> io::Result<Box<dyn Stream>>;
+}
+
+/// TCP.
+#[derive(Debug)]
+pub(crate) struct Tcp(pub(crate) TcpListener);
+
+#[async_trait]
+impl Network for Tcp {
+    async fn connect(&self, to: SocketAddr) -> io::Result<Box<dyn Stream>> {
+        let stream = TcpStream::connect(to).await?;
+        stream.set_nodelay(true)?;
+        Ok(Box::new(stream))
+    }
+
+    async fn accept(&self) -> io::Result<Box<dyn Stream>> {
+        let (stream, _) = self.0.accept().await?;
+        stream.set_nodelay(true)?;
+        Ok(Box::new(stream))
+    }
+}
+
+/// A connection to a peer, on which one says something and hears something.
+#[derive(Debug)]
+pub(crate) struct Line {
+    from: BufReader<ReadHalf<Box<dyn Stream>>>,
+    to: mpsc::Sender<Bytes>,
+    frame_len_max: usize,
+    /// How long one frame may take on its way, or an answer until it has come.
+    patience: Duration,
+}
+
+impl fmt::Debug for dyn Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Stream")
+    }
+}
+
+impl Line {
+    /// A line over a stream, and what writes to it, which is to be run beside.
+    pub(crate) fn new(
+        stream: Box<dyn Stream>,
+        pushes: &PushQueue,
+        patience: Duration,
+    ) -> (Line, impl Future<Output = io::Error> + Send + use<'_>) {
+        let (from, mut stream) = tokio::io::split(stream);
+        let (to, mut frames) = mpsc::channel::<Bytes>(4);
+        let writer = async move {
+            loop {
+                let frame = tokio::select! {
+                    biased;
+                    frame = frames.recv() => match frame {
+                        Some(frame) => frame,
+                        None => return io::ErrorKind::ConnectionAborted.into(),
+                    },
+                    frame = pushes.next() => frame,
+                };
+                let written = timeout(patience, async {
+                    stream.write_all(&frame).await?;
+                    stream.flush().await
+                });
+                match written.await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => return error,
+                    Err(_) => return io::ErrorKind::TimedOut.into(),
+                }
+            }
+        };
+        (Line { from: BufReader::new(from), to, frame_len_max: wire::HELLO_LEN_MAX, patience }, writer)
+    }
+
+    /// From here on frames may be this long.
+    pub(crate) fn allow(&mut self, frame_len_max: usize) {
+        self.frame_len_max = frame_len_max;
+    }
+
+    pub(crate) async fn send(&mut self, frame: Bytes) -> io::Result<()> {
+        self.to.send(frame).await.map_err(|_| io::ErrorKind::ConnectionAborted.into())
+    }
+
+    pub(crate) async fn receive(&mut self) -> io::Result<Message> {
+        self.receive_within(self.patience).await
+    }
+
+    pub(crate) async fn receive_within(&mut self, patience: Duration) -> io::Result<Message> {
+        timeout(patience, wire::read(&mut self.from, self.frame_len_max)).await?
+    }
+
+    pub(crate) async fn ask(&mut self, message: &Message) -> io::Result<Message> {
+        self.send(message.encode()).await?;
+        self.receive().await
+    }
+}
+
+/// What waits to be pushed to one peer.
+#[derive(Debug, Default)]
+pub(crate) struct PushQueue {
+    frames: Mutex<(VecDeque<Bytes>, usize)>,
+    more: Notify,
+}
+
+impl PushQueue {
+    fn lock(&self) -> MutexGuard<'_, (VecDeque<Bytes>, usize)> {
+        self.frames.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says whether there was room.
+    pub(crate) fn push(&self, frame: &Bytes) -> bool {
+        let mut queue = self.lock();
+        let (frames, len) = &mut *queue;
+        if *len + frame.len() > PUSH_LEN_MAX {
+            return false;
+        }
+        *len += frame.len();
+        frames.push_back(frame.clone());
+        drop(queue);
+        self.more.notify_one();
+        true
+    }
+
+    async fn next(&self) -> Bytes {
+        loop {
+            {
+                let mut queue = self.lock();
+                let (frames, len) = &mut *queue;
+                if let Some(frame) = frames.pop_front() {
+                    *len -= frame.len();
+                    return frame;
+                }
+            }
+            self.more.notified().await;
+        }
+    }
+}

@@ -1,0 +1,447 @@
+//! How nodes meet: they accept connections, and open one to each address that they know, again and again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nkv_node::EngineError;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::cluster::{Inner, Tried, frames_of, millis};
+use crate::link::{Line, PushQueue, Stream};
+use crate::session::Session;
+use crate::stamp::NodeId;
+use crate::wire::{Hello, Message, frame_len_max, invalid};
+
+/// Connections that peers have opened, at most.
+const ACCEPTED_MAX: usize = 512;
+
+/// Addresses that are tried, at most.
+const ADDRESSES_MAX: usize = 1_024;
+
+/// The pauses between attempts to connect double from this on, up to so many sync intervals.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+const PAUSE_INTERVALS_MAX: u32 = 5;
+
+/// Where peers are is asked again after so many sync intervals.
+const ASK_INTERVALS: u64 = 10;
+
+/// So many peers are synced with in each interval: with more, each waits longer.
+const PEERS_AN_INTERVAL: usize = 4;
+
+/// Why a connection is not used.
+#[derive(Debug)]
+enum NotMet {
+    Myself,
+    /// There is one already.
+    Known,
+    Failed(io::Error),
+}
+
+impl From<io::Error> for NotMet {
+    fn from(error: io::Error) -> Self {
+        NotMet::Failed(error)
+    }
+}
+
+/// Counts a connection while it lasts.
+#[derive(Debug)]
+struct Connected<'a> {
+    inner: &'a Inner,
+    hello: Hello,
+}
+
+impl<'a> Connected<'a> {
+    /// Unless another run of the node is connected: then two nodes have one id, or it has just been restarted, and its old
+    /// connections end at once.
+    fn new(inner: &'a Inner, hello: Hello) -> Result<Self, String> {
+        let mut peers = inner.peers();
+        let entry = peers.connected.entry(hello.id).or_insert((hello.run, 0));
+        if entry.0 != hello.run {
+            return Err(format!("another node of the id {} lives and is connected to this one", hello.id));
+        }
+        entry.1 += 1;
+        if let Some(address) = hello.address {
+            peers.addresses.insert(hello.id, address);
+        }
+        drop(peers);
+        Ok(Connected { inner, hello })
+    }
+}
+
+impl Drop for Connected<'_> {
+    fn drop(&mut self) {
+        let mut peers = self.inner.peers();
+        let Some(entry) = peers.connected.get_mut(&self.hello.id) else { return };
+        entry.1 = entry.1.saturating_sub(1);
+        if entry.1 == 0 {
+            peers.connected.remove(&self.hello.id);
+            tracing::info!(peer = %self.hello.id, "no longer connected");
+        }
+    }
+}
+
+/// Pushes to a peer while it lasts.
+#[derive(Debug)]
+struct Linked<'a> {
+    inner: &'a Inner,
+    id: NodeId,
+}
+
+impl Drop for Linked<'_> {
+    fn drop(&mut self) {
+        let mut peers = self.inner.peers();
+        peers.links.remove(&self.id);
+        peers.leading.remove(&self.id);
+    }
+}
+
+/// A session that a peer leads, while it lasts.
+#[derive(Debug)]
+struct Led<'a> {
+    inner: &'a Inner,
+    id: NodeId,
+    session: Session,
+}
+
+impl Drop for Led<'_> {
+    fn drop(&mut self) {
+        self.inner.peers().led_by.remove(&self.id);
+    }
+}
+
+fn hello(inner: &Inner) -> Hello {
+    Hello {
+        cluster: inner.options.cluster.clone(),
+        id: inner.id().unwrap_or_default(),
+        run: inner.run,
+        uptime: inner.uptime(),
+        wall: inner.wall(),
+        address: inner.options.advertise,
+        has_joined: inner.has_joined(),
+        value_len_max: inner.options.value_len_max as u64,
+    }
+}
+
+/// What is wrong with a peer, and whether it is a second node of an id.
+fn check(inner: &Inner, theirs: &Hello) -> Result<(), (bool, String)> {
+    let own = &inner.options.cluster;
+    if theirs.cluster != *own {
+        return Err((false, format!("this is a node of the cluster {own:?}, not of {:?}", theirs.cluster)));
+    }
+    if Some(theirs.id) == inner.id() && theirs.run != inner.run {
+        let reason = format!("two living nodes have the id {}: one has a copy of the other's directory", theirs.id);
+        // The one that came later is to go.
+        let is_later = (theirs.uptime, theirs.run) <= (inner.uptime(), inner.run);
+        if !is_later {
+            inner.note_refused(reason.clone());
+        }
+        return Err((is_later, reason));
+    }
+    Ok(())
+}
+
+/// Accepts connections, and answers what comes over them.
+pub(crate) async fn accept(inner: &Arc<Inner>) -> EngineError {
+    let places = Arc::new(Semaphore::new(ACCEPTED_MAX));
+    let mut tasks = JoinSet::new();
+    loop {
+        while tasks.try_join_next().is_some() {}
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+            return EngineError::Unavailable("it accepts no more".into());
+        };
+        match inner.parts.network.accept().await {
+            Ok(stream) => {
+                let inner = Arc::clone(inner);
+                tasks.spawn(async move {
+                    if let Err(error) = answer(&inner, stream).await {
+                        tracing::debug!(%error, "a connection of a peer ended");
+                    }
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection of a peer was not accepted");
+                sleep(PAUSE_MIN).await;
+            }
+        }
+    }
+}
+
+/// Answers one who opened a connection.
+async fn answer(inner: &Inner, stream: Box<dyn Stream>) -> io::Result<()> {
+    let pushes = PushQueue::default();
+    let (line, writer) = Line::new(stream, &pushes, inner.options.peer_timeout);
+    tokio::select! {
+        biased;
+        ended = serve(inner, line) => ended,
+        error = writer => Err(error),
+    }
+}
+
+async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
+    let theirs = match line.receive().await? {
+        Message::Hello(theirs) => theirs,
+        _ => return Err(invalid("a connection begins with a hello")),
+    };
+    let refuse = async |line: &mut Line, is_duplicate, reason: String| {
+        tracing::warn!(peer = %theirs.id, "a peer is refused: {reason}");
+        line.send(Message::Refused { is_duplicate, reason: reason.clone() }.encode()).await?;
+        // Until it has been read.
+        sleep(PAUSE_MIN).await;
+        Err(invalid(reason))
+    };
+    if let Err((is_duplicate, reason)) = check(inner, &theirs) {
+        return refuse(&mut line, is_duplicate, reason).await;
+    }
+    let asked = inner.steady();
+    if theirs.run == inner.run {
+        line.send(Message::Hello(hello(inner)).encode()).await?;
+        line.receive().await?;
+        return Ok(());
+    }
+    let connected = match Connected::new(inner, theirs.clone()) {
+        Ok(connected) => connected,
+        Err(reason) => return refuse(&mut line, true, reason).await,
+    };
+    let (id, value_len_max) = (connected.hello.id, connected.hello.value_len_max);
+    match line.ask(&Message::Hello(hello(inner))).await? {
+        Message::Ready { wall } => inner.note_clock(id, wall, asked),
+        _ => return Err(invalid("a hello is answered with a ready")),
+    }
+    inner.mend().await?;
+    line.allow(frames_of(&inner.options));
+    let mut led: Option<Led<'_>> = None;
+    loop {
+        match line.receive_within(patience(inner)).await? {
+            Message::Push(records) => inner.merge_later(records).await?,
+            // One of two is enough.
+            Message::Sync(_) if inner.peers().leading.contains(&id) && inner.id() < Some(id) => {
+                line.send(Message::Busy.encode()).await?;
+            }
+            Message::Sync(theirs) => {
+                let (begun, answer) = Session::answer(inner, id, value_len_max, theirs);
+                inner.peers().led_by.insert(id);
+                led = Some(Led { inner, id, session: begun });
+                line.send(answer.encode()).await?;
+            }
+            message => match &mut led {
+                Some(Led { session, .. }) => {
+                    if session.serve(inner, &mut line, message).await? {
+                        led = None;
+                    }
+                }
+                None => return Err(invalid("no session has begun")),
+            },
+        }
+    }
+}
+
+/// How long a peer that opened a connection may say nothing.
+fn patience(inner: &Inner) -> Duration {
+    interval(inner).saturating_mul(3).saturating_add(inner.options.peer_timeout)
+}
+
+/// How often this node leads a session with each of its peers.
+fn interval(inner: &Inner) -> Duration {
+    let peers = inner.peers().connected.len().div_ceil(PEERS_AN_INTERVAL).max(1);
+    inner.options.sync_interval.saturating_mul(u32::try_from(peers).unwrap_or(u32::MAX))
+}
+
+/// Finds out where peers are, keeps a connection to each, and has an empty node join.
+pub(crate) async fn find(inner: &Arc<Inner>) -> EngineError {
+    let mut links: BTreeMap<SocketAddr, tokio::task::AbortHandle> = BTreeMap::new();
+    let mut tasks = JoinSet::new();
+    let mut named = None;
+    let mut asked_at = inner.steady();
+    loop {
+        let answer = inner.parts.membership.addresses().await;
+        match answer {
+            Ok(addresses) => {
+                if named.is_none() {
+                    asked_at = inner.steady();
+                }
+                named = Some(addresses.into_iter().collect::<BTreeSet<_>>());
+            }
+            Err(error) => tracing::warn!(%error, "it is not known where peers are"),
+        }
+        // Who has met its peers learns of others from them too.
+        let intervals = if named.is_some() && inner.has_joined() { ASK_INTERVALS } else { 1 };
+        let until = inner.steady().saturating_add(millis(inner.options.sync_interval).saturating_mul(intervals));
+        loop {
+            while tasks.try_join_next().is_some() {}
+            links.retain(|_, link| !link.is_finished());
+            let learned: Vec<SocketAddr> = inner.peers().addresses.values().copied().collect();
+            for address in named.iter().flatten().copied().chain(learned) {
+                if links.len() < ADDRESSES_MAX && !links.contains_key(&address) {
+                    let inner = Arc::clone(inner);
+                    links.insert(address, tasks.spawn(async move { keep_link(&inner, address).await }));
+                }
+            }
+            if let Some(named) = &named
+                && !inner.has_joined()
+                && begins_alone(inner, named, asked_at)
+            {
+                tracing::warn!("no peer gives its state: this node begins alone");
+                inner.join();
+            }
+            if inner.steady() >= until {
+                break;
+            }
+            let pause = if inner.has_joined() { inner.options.sync_interval } else { Duration::from_millis(50) };
+            sleep(pause).await;
+        }
+    }
+}
+
+/// Whether an empty node need not wait for a peer any longer.
+fn begins_alone(inner: &Inner, named: &BTreeSet<SocketAddr>, asked_at: u64) -> bool {
+    let peers = inner.peers();
+    let others: Vec<Option<Tried>> = named
+        .iter()
+        .map(|address| peers.tried.get(address).copied())
+        .filter(|tried| *tried != Some(Tried::Myself))
+        .collect();
+    drop(peers);
+    if inner.options.advertise.is_some_and(|own| named.iter().all(|address| *address == own)) {
+        return true;
+    }
+    // A state that is on its way is waited for.
+    let since = asked_at.max(inner.given_at());
+    let is_late = inner.steady().saturating_sub(since) >= millis(inner.options.join_timeout);
+    // Of those that are all empty, the one of the lowest id begins.
+    let own = inner.id().unwrap_or_default();
+    let need_not = |tried: &Option<Tried>| match tried {
+        Some(Tried::Refused) => true,
+        Some(Tried::Met { id, has_joined }) => !has_joined && own < *id,
+        _ => false,
+    };
+    is_late || others.iter().all(need_not)
+}
+
+/// Connects to an address, again and again, and uses the connection for as long as it lasts.
+async fn keep_link(inner: &Inner, address: SocketAddr) {
+    let pause_max = inner.options.sync_interval.saturating_mul(PAUSE_INTERVALS_MAX);
+    let mut pause = PAUSE_MIN;
+    let mut last_met = inner.steady();
+    loop {
+        let note = |tried| {
+            inner.peers().tried.insert(address, tried);
+        };
+        match link(inner, address).await {
+            NotMet::Myself => {
+                note(Tried::Myself);
+                pause = pause_max;
+            }
+            NotMet::Known => pause = pause_max,
+            NotMet::Failed(error) => {
+                let is_met = matches!(inner.peers().tried.get(&address), Some(Tried::Met { .. }));
+                note(match error.kind() {
+                    io::ErrorKind::ConnectionRefused => Tried::Refused,
+                    _ => Tried::Failed,
+                });
+                tracing::debug!(%address, %error, "a connection to a peer ended");
+                if is_met {
+                    last_met = inner.steady();
+                    pause = PAUSE_MIN;
+                }
+            }
+        }
+        let is_long_ago = inner.steady().saturating_sub(last_met) > millis(inner.options.gc_grace);
+        if is_long_ago {
+            // One that is named is tried again; one that was only learned is forgotten.
+            inner.peers().addresses.retain(|_, learned| *learned != address);
+            inner.peers().tried.remove(&address);
+            return;
+        }
+        // Spread, so that many do not come at once.
+        let part = (inner.random() >> 32) as u32;
+        sleep(pause.mul_f64(0.5 + f64::from(part) / f64::from(u32::MAX) / 2.0)).await;
+        pause = pause.saturating_mul(2).min(pause_max);
+    }
+}
+
+/// Opens a connection and uses it.
+async fn link(inner: &Inner, address: SocketAddr) -> NotMet {
+    let stream = match timeout(inner.options.peer_timeout, inner.parts.network.connect(address)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return error.into(),
+        Err(_) => return io::Error::from(io::ErrorKind::TimedOut).into(),
+    };
+    let pushes = Arc::new(PushQueue::default());
+    let (line, writer) = Line::new(stream, &pushes, inner.options.peer_timeout);
+    tokio::select! {
+        biased;
+        ended = lead(inner, address, line, &pushes) => ended,
+        error = writer => error.into(),
+    }
+}
+
+async fn lead(inner: &Inner, address: SocketAddr, mut line: Line, pushes: &Arc<PushQueue>) -> NotMet {
+    match try_lead(inner, address, &mut line, pushes).await {
+        Ok(never) => match never {},
+        Err(not_met) => not_met,
+    }
+}
+
+async fn try_lead(
+    inner: &Inner,
+    address: SocketAddr,
+    line: &mut Line,
+    pushes: &Arc<PushQueue>,
+) -> Result<std::convert::Infallible, NotMet> {
+    let asked = inner.steady();
+    line.send(Message::Hello(hello(inner)).encode()).await?;
+    let theirs = match line.receive().await? {
+        Message::Hello(theirs) => theirs,
+        Message::Refused { is_duplicate, reason } => {
+            tracing::warn!(%address, "a peer refuses this node: {reason}");
+            if is_duplicate {
+                inner.note_refused(reason.clone());
+            }
+            return Err(invalid(reason).into());
+        }
+        _ => return Err(invalid("a hello is answered with one").into()),
+    };
+    if theirs.run == inner.run {
+        return Err(NotMet::Myself);
+    }
+    if let Err((_, reason)) = check(inner, &theirs) {
+        tracing::warn!(%address, "{reason}");
+        return Err(invalid(reason).into());
+    }
+    inner.note_clock(theirs.id, theirs.wall, asked);
+    let (id, value_len_max) = (theirs.id, theirs.value_len_max);
+    let has_joined = theirs.has_joined;
+    let _connected = Connected::new(inner, theirs).map_err(invalid)?;
+    line.send(Message::Ready { wall: inner.wall() }.encode()).await?;
+    inner.mend().await?;
+    line.allow(frames_of(&inner.options));
+    let taken = frame_len_max(usize::try_from(value_len_max).unwrap_or(usize::MAX));
+    {
+        let mut peers = inner.peers();
+        if peers.links.contains_key(&id) {
+            return Err(NotMet::Known);
+        }
+        peers.links.insert(id, (Arc::clone(pushes), taken));
+        peers.tried.insert(address, Tried::Met { id, has_joined });
+    }
+    let _linked = Linked { inner, id };
+    tracing::info!(peer = %id, %address, "connected");
+    loop {
+        let is_led = {
+            let mut peers = inner.peers();
+            let is_led = peers.led_by.contains(&id);
+            is_led || !peers.leading.insert(id)
+        };
+        if !is_led {
+            Session::lead(inner, line, id, value_len_max).await?;
+            inner.peers().leading.remove(&id);
+        }
+        sleep(interval(inner)).await;
+    }
+}

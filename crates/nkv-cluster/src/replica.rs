@@ -1,0 +1,848 @@
+//! What one node has: the registers, their digests, and how far each peer has them. It decides what a write or a record of a
+//! peer changes; no clock, disk or socket is here, so that a simulation runs the same code.
+//!
+//! A change takes two steps. It is planned, against what is there and what was planned before; the plan is stored; then it is
+//! committed. One task does all of them, so nothing comes in between.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use nkv_core::{Action, Change, Epoch, Key, KeyRef, Meta, Op, Outcome, Pattern, Reason, Revision, StoredRef};
+use nkv_node::EngineError;
+
+use crate::bytes::{Reader, Writer};
+use crate::clock::{Now, SET_FROM};
+use crate::register::{Content, Record, Register, key_hash};
+use crate::stamp::{Hlc, HybridClock, Millis, NodeId, Stamp};
+use crate::tree::{Children, Half, Prefix, Tree};
+
+/// Under which reserved key a node's own id is.
+const IDENTITY: &str = "cluster.node";
+
+/// Under which reserved keys the contacts are.
+const CONTACT: &str = "cluster.contact.";
+
+/// A contact at which nothing was new is written down again after this part of `gc_grace`.
+const CONTACT_PART: Millis = 64;
+
+/// How long things last.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Terms {
+    /// Tombstones are given to peers for so long.
+    pub(crate) gc_grace: Millis,
+    /// What is stamped further ahead is not taken.
+    pub(crate) offset_max: Millis,
+}
+
+impl Terms {
+    /// Tombstones are kept a little longer than they are given: one node has forgotten what another still lists, and is not
+    /// given it again.
+    fn kept(&self) -> Millis {
+        self.gc_grace.saturating_add(self.offset_max.saturating_mul(2))
+    }
+}
+
+/// Who a node is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) id: NodeId,
+    pub(crate) cluster: String,
+}
+
+/// The last time that two nodes had the same: a session that ended whole in both directions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Contact {
+    pub(crate) at: Millis,
+    /// Of the node whose contact it is: what it had up to this revision, both had.
+    pub(crate) own: Place,
+    /// Of the peer, in the same way.
+    pub(crate) peer: Place,
+}
+
+/// How far a node's data were.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) epoch: Epoch,
+    pub(crate) revision: u64,
+}
+
+impl Place {
+    /// Whether data that are at `now` are whole since this.
+    fn leads_to(self, now: Place) -> bool {
+        self.epoch == now.epoch && self.revision <= now.revision
+    }
+
+    pub(crate) fn write(self, to: &mut Writer) {
+        to.u128(self.epoch.get());
+        to.u64(self.revision);
+    }
+
+    pub(crate) fn read(from: &mut Reader) -> Option<Self> {
+        Some(Place { epoch: Epoch::new(from.u128()?), revision: from.u64()? })
+    }
+}
+
+impl Contact {
+    /// The same as the peer has it.
+    fn mirrored(self) -> Self {
+        Contact { own: self.peer, peer: self.own, ..self }
+    }
+
+    pub(crate) fn write(self, to: &mut Writer) {
+        to.u64(self.at);
+        self.own.write(to);
+        self.peer.write(to);
+    }
+
+    pub(crate) fn read(from: &mut Reader) -> Option<Self> {
+        Some(Contact { at: from.u64()?, own: Place::read(from)?, peer: Place::read(from)? })
+    }
+}
+
+/// A key, behind its hash: in the order of the digests.
+pub(crate) type Slot = (u64, Key);
+
+#[derive(Clone, Debug)]
+struct Held {
+    register: Register,
+    /// The node's own revision at which it came.
+    revision: u64,
+}
+
+/// What one node has.
+#[derive(Debug)]
+pub(crate) struct Replica {
+    terms: Terms,
+    identity: Option<Identity>,
+    epoch: Epoch,
+    revision: u64,
+    /// The last revision of a register: those of what a node notes for itself do not count.
+    data_revision: u64,
+    held: BTreeMap<Slot, Held>,
+    tree: Tree,
+    /// When values end.
+    ends: BTreeSet<(Millis, Slot)>,
+    /// When tombstones may be forgotten.
+    purges: BTreeSet<(Millis, Slot)>,
+    clock: HybridClock,
+    contacts: BTreeMap<NodeId, (Contact, Millis)>,
+    /// What was written here and that no session has given to a peer since, and when that was, by the steady clock.
+    untaken: BTreeMap<Key, Millis>,
+    /// What storage had without a stamp, from before the node was in a cluster.
+    unstamped: Vec<(Key, Bytes, Option<Millis>)>,
+    /// What storage has and cannot be understood.
+    broken: Option<String>,
+    /// What was stamped anew, for tests that know what was answered.
+    #[cfg(test)]
+    pub(crate) restamped: Vec<((Key, Stamp), Stamp)>,
+}
+
+/// What is to be changed.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    revision: u64,
+    data_revision: u64,
+    staged: BTreeMap<Slot, Option<Held>>,
+    contacts: Vec<(NodeId, Option<(Contact, Millis)>)>,
+    identity: Option<Identity>,
+    /// For storage.
+    pub(crate) changes: Vec<Change>,
+    /// For the peers: what this node has decided.
+    pub(crate) fresh: Vec<Record>,
+    /// How many values from before the cluster it stamps.
+    stamped_old: usize,
+    /// By the steady clock.
+    steady: Millis,
+}
+
+impl Plan {
+    fn next_revision(&mut self) -> u64 {
+        self.revision = self.revision.saturating_add(1);
+        self.revision
+    }
+
+    fn stage(&mut self, slot: Slot, revision: u64, register: Option<Register>) {
+        let earlier = self.staged.get(&slot).and_then(Option::as_ref);
+        if earlier.is_some_and(|earlier| earlier.revision == revision) {
+            // A batch of one revision has each key once.
+            self.changes.retain(|change| change.revision.get() != revision || change.key != slot.1);
+        }
+        self.changes.push(match &register {
+            Some(register) => register.change(&slot.1, Revision::new(revision)),
+            None => note(slot.1.clone(), revision, Meta::NONE),
+        });
+        self.data_revision = revision;
+        self.staged.insert(slot, register.map(|register| Held { register, revision }));
+    }
+
+    /// Stages what this node decided: for the peers too.
+    fn decide(&mut self, slot: Slot, revision: u64, register: Register) {
+        self.fresh.push(Record { key: slot.1.clone(), register: register.clone() });
+        self.stage(slot, revision, Some(register));
+    }
+}
+
+/// What a node has storage keep, or forget, without a value.
+fn note(key: Key, revision: u64, meta: Meta) -> Change {
+    let action = Action::Delete { reason: Reason::Deleted };
+    Change { key, revision: Revision::new(revision), replaces: Revision::ZERO, action, meta }
+}
+
+/// What became of a peer's record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Merged {
+    Applied,
+    /// What is there is above it, or it is forgotten already.
+    PassedOver,
+    /// It is not of this time: stamped ahead, or ended before its end.
+    Refused,
+}
+
+/// A register as it is listed for a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Entry {
+    pub(crate) key_hash: u64,
+    pub(crate) time: Hlc,
+    pub(crate) rest: u64,
+}
+
+/// A key that a node wants to be given, by its hash.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Want {
+    pub(crate) key_hash: u64,
+    /// It has nothing of it, neither a value nor a tombstone.
+    pub(crate) lacks: bool,
+}
+
+/// How what a node has differs from what a peer listed.
+#[derive(Debug, Default)]
+pub(crate) struct Compared {
+    /// To be given to the peer; and whether it has nothing of it.
+    pub(crate) give: Vec<(Slot, bool)>,
+    /// The peer has it newer.
+    pub(crate) want: Vec<Want>,
+    /// Both had it, the peer has nothing of it now: it was deleted.
+    pub(crate) gone: Vec<(Key, Stamp)>,
+    /// The hash to go on from.
+    pub(crate) next: Option<u64>,
+}
+
+impl Replica {
+    pub(crate) fn new(terms: Terms) -> Self {
+        Replica {
+            terms,
+            identity: None,
+            epoch: Epoch::default(),
+            revision: 0,
+            data_revision: 0,
+            held: BTreeMap::new(),
+            tree: Tree::default(),
+            ends: BTreeSet::new(),
+            purges: BTreeSet::new(),
+            clock: HybridClock::default(),
+            contacts: BTreeMap::new(),
+            untaken: BTreeMap::new(),
+            unstamped: Vec::new(),
+            broken: None,
+            #[cfg(test)]
+            restamped: Vec::new(),
+        }
+    }
+
+    // At the start.
+
+    /// Takes what storage has kept.
+    pub(crate) fn restore(&mut self, stored: StoredRef<'_>) {
+        let (key, revision) = (stored.key().to_key(), stored.revision().get());
+        self.revision = self.revision.max(revision);
+        let meta = stored.meta().map(|meta| Reader::new(Bytes::copy_from_slice(meta)));
+        if key.is_reserved() {
+            let known = meta.is_none_or(|meta| self.restore_note(&key, meta).is_some());
+            if !known {
+                self.broken = Some(format!("{key:?} is not understood"));
+            }
+            return;
+        }
+        self.data_revision = self.data_revision.max(revision);
+        let value = stored.record().map(|record| record.value.to_bytes());
+        let register = match (meta, value) {
+            (None, Some(value)) => {
+                let ttl = stored.record().and_then(|record| record.expiry).map(|expiry| expiry.ttl_ms);
+                self.unstamped.push((key, value, ttl));
+                return;
+            }
+            (None, None) => return,
+            (Some(mut meta), Some(value)) => Register::read(&mut meta, |_| Some(value)),
+            (Some(mut meta), None) => Register::read(&mut meta, |_| None),
+        };
+        let Some(register) = register else {
+            self.broken = Some(format!("the stamp of {key:?} is not understood"));
+            return;
+        };
+        self.clock.see(register.stamp.time);
+        self.set((key_hash(&key), key), Some(Held { register, revision }));
+    }
+
+    fn restore_note(&mut self, key: &Key, mut meta: Reader) -> Option<()> {
+        let name = key.as_str().trim_start_matches('.');
+        if name == IDENTITY {
+            self.identity = Some(Identity { id: NodeId(meta.u64()?), cluster: meta.text()? });
+        } else if let Some(peer) = name.strip_prefix(CONTACT) {
+            let (peer, contact) = (NodeId(u64::from_str_radix(peer, 16).ok()?), Contact::read(&mut meta)?);
+            self.contacts.insert(peer, (contact, contact.at));
+        }
+        // Others may keep notes of their own.
+        Some(())
+    }
+
+    /// Begins to run at this place, with readings of the clock above `bound`. Says why it cannot.
+    pub(crate) fn begin(&mut self, place: Place, bound: Hlc, steady: Millis) -> Result<(), String> {
+        if let Some(broken) = &self.broken {
+            return Err(format!("storage is not that of a node of a cluster: {broken}"));
+        }
+        (self.epoch, self.revision) = (place.epoch, place.revision);
+        self.clock.see(bound);
+        // What came after the last contact, no peer may have taken. When it was written is not known any more.
+        let taken = self.contacts.values().map(|(contact, _)| contact.own).filter(|own| own.epoch == self.epoch);
+        let taken = taken.map(|own| own.revision).max().unwrap_or(0);
+        // Of a tombstone that was forgotten nothing tells the revision any more.
+        self.data_revision = self.data_revision.max(taken).min(self.revision);
+        let own = self.identity.as_ref().map(|identity| identity.id);
+        let is_untaken = |held: &Held| held.revision > taken && Some(held.register.stamp.node) == own;
+        let untaken = self.held.iter().filter(|(_, held)| is_untaken(held)).map(|((_, key), _)| (key.clone(), steady));
+        for (key, written) in untaken.collect::<Vec<_>>() {
+            self.untaken.entry(key).or_insert(written);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn identity(&self) -> Option<&Identity> {
+        self.identity.as_ref()
+    }
+
+    fn id(&self) -> NodeId {
+        self.identity.as_ref().map(|identity| identity.id).unwrap_or_default()
+    }
+
+    /// How many values wait to be stamped for the first time.
+    pub(crate) fn unstamped_len(&self) -> usize {
+        self.unstamped.len()
+    }
+
+    // Planning.
+
+    pub(crate) fn plan(&self, now: Now) -> Plan {
+        Plan { revision: self.revision, data_revision: self.data_revision, steady: now.steady, ..Plan::default() }
+    }
+
+    fn held<'a>(&'a self, plan: &'a Plan, slot: &Slot) -> Option<&'a Held> {
+        match plan.staged.get(slot) {
+            Some(staged) => staged.as_ref(),
+            None => self.held.get(slot),
+        }
+    }
+
+    fn stamp(&mut self, now: Now) -> Stamp {
+        Stamp { time: self.clock.tick(now.wall), node: self.id() }
+    }
+
+    /// Names the node, for as long as its data live.
+    pub(crate) fn name(&mut self, plan: &mut Plan, identity: Identity) {
+        let Ok(key) = Key::reserved(IDENTITY) else { return };
+        let mut meta = Writer::default();
+        meta.u64(identity.id.0);
+        meta.bytes(identity.cluster.as_bytes());
+        let revision = plan.next_revision();
+        plan.changes.push(note(key, revision, Meta::new(&meta.into_bytes())));
+        plan.identity = Some(identity);
+    }
+
+    /// Stamps some of what was there before the node was in a cluster.
+    pub(crate) fn stamp_old(&mut self, plan: &mut Plan, now: Now, count: usize) {
+        let some: Vec<_> = self.unstamped.iter().take(count).cloned().collect();
+        plan.stamped_old = some.len();
+        for (key, value, ttl) in some {
+            let register = Register::new(self.stamp(now), Content::Put { value, ttl });
+            let revision = plan.next_revision();
+            plan.decide((key_hash(&key), key), revision, register);
+        }
+    }
+
+    /// Plans operations of this node; `together`, they have one revision.
+    pub(crate) fn write(
+        &mut self,
+        plan: &mut Plan,
+        epoch: Epoch,
+        ops: &[Op],
+        together: bool,
+        now: Now,
+    ) -> Vec<Result<Outcome, EngineError>> {
+        let mut shared = None;
+        let mut revision = |plan: &mut Plan| match together {
+            true => *shared.get_or_insert_with(|| plan.next_revision()),
+            false => plan.next_revision(),
+        };
+        ops.iter().map(|op| self.write_one(plan, epoch, op, now, &mut revision)).collect()
+    }
+
+    fn write_one(
+        &mut self,
+        plan: &mut Plan,
+        epoch: Epoch,
+        op: &Op,
+        now: Now,
+        next: &mut impl FnMut(&mut Plan) -> u64,
+    ) -> Result<Outcome, EngineError> {
+        let (condition, key) = match op {
+            Op::Put { key, options, .. } => (options.if_revision, Some(key)),
+            Op::Delete { pattern: Pattern::Key(key) | Pattern::Exact(key), if_revision } => (*if_revision, Some(key)),
+            Op::Delete { if_revision, .. } => (*if_revision, None),
+        };
+        if let Some(expected) = condition {
+            // That a key is absent is the same in every epoch.
+            if epoch != self.epoch && expected != Revision::ZERO {
+                return Err(EngineError::OtherEpoch);
+            }
+            let present = key.and_then(|key| self.held(plan, &(key_hash(key), key.clone())));
+            let present = present.filter(|held| held.register.is_live()).map_or(0, |held| held.revision);
+            if key.is_none() || present != expected.get() {
+                return Ok(Outcome::Conflict { revision: Revision::new(present) });
+            }
+        }
+        match op {
+            Op::Put { key, value, options } => {
+                let ttl = options.expiry.map(|expiry| expiry.ttl_ms);
+                let register = Register::new(self.stamp(now), Content::Put { value: value.clone(), ttl });
+                let revision = next(plan);
+                plan.decide((key_hash(key), key.clone()), revision, register);
+                Ok(Outcome::Put { revision: Revision::new(revision) })
+            }
+            Op::Delete { pattern, .. } => {
+                let slots = self.live(plan, pattern);
+                let (count, mut revision) = (slots.len() as u64, 0);
+                for slot in slots {
+                    let stamp = self.stamp(now);
+                    let deleted = Register::new(stamp, Content::Deleted { at: stamp.time.millis() });
+                    revision = next(plan);
+                    plan.decide(slot, revision, deleted);
+                }
+                match count {
+                    0 => Ok(Outcome::NotFound),
+                    count => Ok(Outcome::Deleted { count, revision: Revision::new(revision) }),
+                }
+            }
+        }
+    }
+
+    /// The values that a pattern selects, as planned.
+    fn live(&self, plan: &Plan, pattern: &Pattern) -> Vec<Slot> {
+        let is_live = |slot: &Slot| self.held(plan, slot).is_some_and(|held| held.register.is_live());
+        if let Pattern::Key(key) | Pattern::Exact(key) = pattern {
+            let slot = (key_hash(key), key.clone());
+            return if is_live(&slot) { vec![slot] } else { Vec::new() };
+        }
+        let selects = |slot: &&Slot| pattern.selects(&slot.1) && is_live(slot);
+        let new = plan.staged.keys().filter(|slot| !self.held.contains_key(*slot));
+        let mut slots: Vec<Slot> = self.held.keys().chain(new).filter(selects).cloned().collect();
+        slots.sort_by(|a, b| a.1.cmp(&b.1));
+        slots
+    }
+
+    /// Plans to take a peer's record, if it is above what is there.
+    pub(crate) fn merge(&mut self, plan: &mut Plan, record: &Record, now: Now) -> Merged {
+        // What is ahead was taken before, where clocks were ahead together; then what follows is taken too.
+        let latest = now.wall.max(self.clock.last().millis()).saturating_add(self.terms.offset_max);
+        let Record { key, register } = record;
+        let is_early = match &register.content {
+            Content::Put { .. } => false,
+            Content::Ended { .. } => register.end().is_some_and(|end| end > latest),
+            Content::Deleted { at } => *at > latest,
+        };
+        if is_early || register.stamp.time.millis() > latest {
+            return Merged::Refused;
+        }
+        self.clock.see(register.stamp.time);
+        let ended = register.ended().filter(|register| register.end().is_some_and(|end| end <= now.wall));
+        let register = ended.as_ref().unwrap_or(register);
+        let slot = (key_hash(key), key.clone());
+        let held = self.held(plan, &slot).map(|held| &held.register);
+        if held.is_some_and(|held| !register.is_above(held)) {
+            return Merged::PassedOver;
+        }
+        let is_past = register.gone_at().is_some_and(|at| at.saturating_add(self.terms.kept()) <= now.wall);
+        if is_past && !held.is_some_and(Register::is_live) {
+            return Merged::PassedOver;
+        }
+        let revision = plan.next_revision();
+        plan.stage(slot, revision, Some(register.clone()));
+        Merged::Applied
+    }
+
+    /// Plans to delete what a peer was seen to have deleted, if it is still there: see [`compare`](Self::compare). Its stamp is that
+    /// of what it deletes, so that it undoes no other write. Says whether it was.
+    pub(crate) fn infer_delete(&mut self, plan: &mut Plan, key: &Key, stamp: Stamp, now: Now) -> bool {
+        let slot = (key_hash(key), key.clone());
+        let is_there = |held: &Held| held.register.is_live() && held.register.stamp == stamp;
+        if !self.held(plan, &slot).is_some_and(is_there) {
+            return false;
+        }
+        let revision = plan.next_revision();
+        plan.decide(slot, revision, Register::new(stamp, Content::Deleted { at: now.wall }));
+        true
+    }
+
+    /// Plans to end values whose time has come, and to forget tombstones that are old enough, if that is allowed: this many.
+    pub(crate) fn expire(&mut self, plan: &mut Plan, now: Now, may_purge: bool, count: usize) {
+        let ends = self.ends.iter().take_while(|(at, _)| *at <= now.wall).take(count);
+        for (_, slot) in ends {
+            let held = self.held(plan, slot).map(|held| &held.register);
+            let held = held.filter(|register| register.end().is_some_and(|end| end <= now.wall));
+            if let Some(ended) = held.and_then(Register::ended) {
+                let revision = plan.next_revision();
+                plan.stage(slot.clone(), revision, Some(ended));
+            }
+        }
+        let purges = self.purges.iter().take_while(|(at, _)| may_purge && *at <= now.wall).take(count);
+        for (_, slot) in purges {
+            let gone_at = self.held(plan, slot).and_then(|held| held.register.gone_at());
+            if gone_at.is_some_and(|at| at.saturating_add(self.terms.kept()) <= now.wall) {
+                let revision = plan.next_revision();
+                plan.stage(slot.clone(), revision, None);
+            }
+        }
+    }
+
+    /// When [`expire`](Self::expire) has something to do.
+    pub(crate) fn next_due(&self, may_purge: bool) -> Option<Millis> {
+        let purge = self.purges.first().filter(|_| may_purge);
+        self.ends.first().into_iter().chain(purge).map(|(at, _)| *at).min()
+    }
+
+    /// Plans to give up what has ended too early, as the clock was ahead then: peers give it again. What this node lacks proves
+    /// nothing to them from then on.
+    pub(crate) fn give_up_ended_early(&mut self, plan: &mut Plan, now: Now) {
+        let is_there = |slot: &&Slot| !plan.staged.contains_key(*slot);
+        let early: Vec<Slot> = self.ended_early(now).filter(is_there).cloned().collect();
+        if early.is_empty() {
+            return;
+        }
+        for slot in early {
+            let revision = plan.next_revision();
+            plan.stage(slot, revision, None);
+        }
+        for peer in self.contacts.keys() {
+            let revision = plan.next_revision();
+            plan.changes.extend(contact_key(*peer).map(|key| note(key, revision, Meta::NONE)));
+            plan.contacts.push((*peer, None));
+        }
+    }
+
+    /// What has ended although its time has not come.
+    fn ended_early(&self, now: Now) -> impl Iterator<Item = &Slot> {
+        let from = now.wall.saturating_add(self.terms.offset_max).saturating_add(self.terms.kept());
+        let later = self.purges.iter().rev().take_while(move |(at, _)| *at > from).map(|(_, slot)| slot);
+        later.filter(|slot| {
+            self.held.get(*slot).is_some_and(|held| matches!(held.register.content, Content::Ended { .. }))
+        })
+    }
+
+    /// Whether the clock, which is right now, was so far off that there is something to be [stamped anew](Self::restamp) or to be
+    /// [given up](Self::give_up_ended_early).
+    pub(crate) fn must_mend(&self, now: Now) -> bool {
+        self.ended_early(now).next().is_some() || self.must_restamp(now)
+    }
+
+    fn must_restamp(&self, now: Now) -> bool {
+        self.untaken.iter().any(|(key, written)| self.misstamped(key, *written, now).is_some())
+    }
+
+    /// What a key has that was stamped with a clock that was off while it was written, by the steady clock, and when that was.
+    fn misstamped(&self, key: &Key, written: Millis, now: Now) -> Option<(Slot, &Held, Millis)> {
+        let slot = (key_hash(key), key.clone());
+        let held = self.held.get(&slot).filter(|held| held.register.stamp.node == self.id())?;
+        let (stamped, written) =
+            (held.register.stamp.time.millis(), now.wall.saturating_sub(now.steady.saturating_sub(written)));
+        let is_ahead = stamped > written.saturating_add(self.terms.offset_max);
+        let was_never_set = stamped < SET_FROM && written >= SET_FROM;
+        (is_ahead || was_never_set).then_some((slot, held, written))
+    }
+
+    /// Plans to stamp anew what was stamped with a clock that was off and that no peer has taken: when it was written, by the clock
+    /// as it is known now. Says how many they are.
+    pub(crate) fn restamp(&mut self, plan: &mut Plan, now: Now) -> usize {
+        let off = self.untaken.iter().filter_map(|(key, written)| self.misstamped(key, *written, now));
+        let mut off: Vec<(Slot, Register, Millis)> =
+            off.map(|(slot, held, written)| (slot, held.register.clone(), written)).collect();
+        if off.is_empty() {
+            return 0;
+        }
+        off.sort_by_key(|(_, register, _)| register.stamp);
+        // The clock goes on from what others may have seen.
+        let slots: BTreeSet<&Slot> = off.iter().map(|(slot, ..)| slot).collect();
+        let others = self.held.iter().filter(|(slot, _)| !slots.contains(slot));
+        let last = others.map(|(_, held)| held.register.stamp.time).max().unwrap_or_default();
+        self.clock.reset(last);
+        let count = off.len();
+        let mut before = Hlc::default();
+        for (slot, register, written) in off {
+            before = before.next().max(Hlc::at(written));
+            let stamp = Stamp { time: before, node: self.id() };
+            self.clock.see(before);
+            #[cfg(test)]
+            self.restamped.push(((slot.1.clone(), register.stamp), stamp));
+            let revision = plan.next_revision();
+            plan.decide(slot, revision, register.restamped(stamp));
+        }
+        count
+    }
+
+    /// Plans to note that a session with a peer ended whole, in both directions.
+    pub(crate) fn note_contact(&mut self, plan: &mut Plan, peer: NodeId, contact: Contact) {
+        let kept = self.contacts.get(&peer).copied();
+        let is_news = |(kept, kept_at): (Contact, Millis)| {
+            let age = contact.at.saturating_sub(kept_at);
+            (kept.own, kept.peer) != (contact.own, contact.peer) || age >= self.terms.gc_grace / CONTACT_PART
+        };
+        let Some(key) = contact_key(peer).filter(|_| kept.is_none_or(is_news)) else {
+            // Nothing is new but the time.
+            let kept_at = kept.map_or(contact.at, |(_, kept_at)| kept_at);
+            plan.contacts.push((peer, Some((contact, kept_at))));
+            return;
+        };
+        let mut meta = Writer::default();
+        contact.write(&mut meta);
+        let revision = plan.next_revision();
+        plan.changes.push(note(key, revision, Meta::new(&meta.into_bytes())));
+        plan.contacts.push((peer, Some((contact, contact.at))));
+    }
+
+    /// Does what is planned, after it was stored.
+    pub(crate) fn commit(&mut self, plan: &mut Plan) {
+        self.revision = plan.revision;
+        self.data_revision = plan.data_revision;
+        self.unstamped.drain(..plan.stamped_old.min(self.unstamped.len()));
+        if let Some(identity) = plan.identity.take() {
+            self.identity = Some(identity);
+        }
+        for (slot, held) in std::mem::take(&mut plan.staged) {
+            self.untaken.remove(&slot.1);
+            self.set(slot, held);
+        }
+        self.untaken.extend(plan.fresh.iter().map(|record| (record.key.clone(), plan.steady)));
+        for (peer, contact) in std::mem::take(&mut plan.contacts) {
+            match contact {
+                Some(contact) => {
+                    self.contacts.insert(peer, contact);
+                    self.note_taken(contact.0.own.revision);
+                }
+                None => drop(self.contacts.remove(&peer)),
+            }
+        }
+    }
+
+    fn set(&mut self, slot: Slot, held: Option<Held>) {
+        let before = match &held {
+            Some(held) => self.held.insert(slot.clone(), held.clone()),
+            None => self.held.remove(&slot),
+        };
+        let changes = [before.map(|held| (held.register, false)), held.map(|held| (held.register, true))];
+        for (register, is_there) in changes.into_iter().flatten() {
+            self.tree.flip(slot.0, register.digest(slot.0));
+            let (times, at) = match register.gone_at() {
+                Some(at) => (&mut self.purges, Some(at.saturating_add(self.terms.kept()))),
+                None => (&mut self.ends, register.end()),
+            };
+            let Some(at) = at else { continue };
+            if is_there {
+                times.insert((at, slot.clone()));
+            } else {
+                times.remove(&(at, slot.clone()));
+            }
+        }
+    }
+
+    /// A peer has what came up to this revision.
+    fn note_taken(&mut self, revision: u64) {
+        let held = &self.held;
+        self.untaken
+            .retain(|key, _| held.get(&(key_hash(key), key.clone())).is_some_and(|held| held.revision > revision));
+    }
+
+    // What it has.
+
+    pub(crate) fn last_time(&self) -> Hlc {
+        self.clock.last()
+    }
+
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    pub(crate) fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.held.is_empty() && self.unstamped.is_empty()
+    }
+
+    /// Up to where its data are.
+    pub(crate) fn place(&self) -> Place {
+        Place { epoch: self.epoch, revision: self.data_revision }
+    }
+
+    pub(crate) fn has_contacts(&self) -> bool {
+        !self.contacts.is_empty()
+    }
+
+    pub(crate) fn contact(&self, peer: NodeId) -> Option<Contact> {
+        self.contacts.get(&peer).map(|(contact, _)| *contact)
+    }
+
+    pub(crate) fn digest(&self, prefix: Prefix) -> u64 {
+        self.tree.digest(prefix)
+    }
+
+    pub(crate) fn children(&self, prefix: Prefix, half: Half) -> Children {
+        self.tree.children(prefix, half)
+    }
+
+    /// Whether there are at most this many keys below a prefix.
+    pub(crate) fn has_at_most(&self, prefix: Prefix, count: usize) -> bool {
+        self.range(prefix.hashes()).take(count.saturating_add(1)).count() <= count
+    }
+
+    /// All that is below a prefix.
+    pub(crate) fn entries(&self, prefix: Prefix) -> Vec<Entry> {
+        self.range(prefix.hashes()).map(|(slot, held)| entry(slot, held)).collect()
+    }
+
+    fn range(&self, (first, last): (u64, u64)) -> impl Iterator<Item = (&Slot, &Held)> {
+        // No key is below this one.
+        let least = KeyRef::checked_before("!").to_key();
+        self.held.range((first, least)..).take_while(move |(slot, _)| slot.0 <= last)
+    }
+
+    /// The record of a key, unless it is too old to be given.
+    pub(crate) fn record(&self, slot: &Slot, now: Now) -> Option<Record> {
+        let register = &self.held.get(slot)?.register;
+        let is_past = register.gone_at().is_some_and(|at| at.saturating_add(self.terms.gc_grace) <= now.wall);
+        (!is_past).then(|| Record { key: slot.1.clone(), register: register.clone() })
+    }
+
+    /// How far what is there is known to have been the peer's too, where tombstones may have been forgotten since: the older of the
+    /// contacts that both noted, if the data of both are whole since. `None` where tombstones tell all, or nothing does.
+    pub(crate) fn long_ago(
+        &self,
+        peer: NodeId,
+        of_peer: Place,
+        noted_by_peer: Option<Contact>,
+        now: Now,
+    ) -> Option<u64> {
+        let (own, noted) = (self.contact(peer)?, noted_by_peer?.mirrored());
+        let is_whole = |contact: &Contact| contact.own.leads_to(self.place()) && contact.peer.leads_to(of_peer);
+        if !is_whole(&own) || !is_whole(&noted) {
+            return None;
+        }
+        let older = if own.at <= noted.at { own } else { noted };
+        (now.wall.saturating_sub(older.at) > self.terms.gc_grace)
+            .then_some(older.own.revision.min(own.own.revision).min(noted.own.revision))
+    }
+
+    /// Compares what is there with all that a peer has of the same hashes, up to so many keys. What both had up to the revision
+    /// `both_had`, and the peer has nothing of any more, was deleted there.
+    pub(crate) fn compare(
+        &self,
+        (first, last): (u64, u64),
+        theirs: &[Entry],
+        both_had: Option<u64>,
+        count: usize,
+    ) -> Compared {
+        let mut compared = Compared::default();
+        let mut groups: BTreeMap<u64, Group<'_>> = BTreeMap::new();
+        for (number, (slot, held)) in self.range((first, last)).enumerate() {
+            if number >= count && !groups.contains_key(&slot.0) {
+                compared.next = Some(slot.0);
+                break;
+            }
+            groups.entry(slot.0).or_default().0.push((slot, held));
+        }
+        let end = compared.next;
+        let is_in =
+            |entry: &&Entry| (first..=last).contains(&entry.key_hash) && end.is_none_or(|end| entry.key_hash < end);
+        for entry in theirs.iter().filter(is_in) {
+            groups.entry(entry.key_hash).or_default().1.push(entry);
+        }
+        for (key_hash, (own, theirs)) in groups {
+            compared.group(key_hash, &own, &theirs, both_had);
+        }
+        compared
+    }
+
+    /// What to do about keys that a peer wants and this node listed.
+    pub(crate) fn wanted(&self, wants: &[Want], both_had: Option<u64>) -> Compared {
+        let mut compared = Compared::default();
+        for want in wants {
+            let own: Vec<_> = self.range((want.key_hash, want.key_hash)).collect();
+            match want.lacks {
+                true => compared.group(want.key_hash, &own, &[], both_had),
+                false => compared.give.extend(own.into_iter().map(|(slot, _)| (slot.clone(), false))),
+            }
+        }
+        compared
+    }
+
+    #[cfg(test)]
+    pub(crate) fn registers(&self) -> BTreeMap<Key, Register> {
+        self.held.iter().map(|((_, key), held)| (key.clone(), held.register.clone())).collect()
+    }
+}
+
+/// What is there of one hash, and what a peer listed of it.
+type Group<'a> = (Vec<(&'a Slot, &'a Held)>, Vec<&'a Entry>);
+
+fn entry(slot: &Slot, held: &Held) -> Entry {
+    Entry { key_hash: slot.0, time: held.register.stamp.time, rest: held.register.rest() }
+}
+
+impl Compared {
+    /// Compares what is there of one hash: of one key, but for two whose hashes meet.
+    fn group(&mut self, key_hash: u64, own: &[(&Slot, &Held)], theirs: &[&Entry], both_had: Option<u64>) {
+        let mut listed: Vec<Entry> = own.iter().map(|(slot, held)| entry(slot, held)).collect();
+        listed.sort_unstable();
+        let mut theirs: Vec<Entry> = theirs.iter().map(|entry| **entry).collect();
+        theirs.sort_unstable();
+        if listed == theirs {
+            return;
+        }
+        if theirs.is_empty() {
+            for (slot, held) in own {
+                let was_theirs = both_had.is_some_and(|both_had| held.revision <= both_had);
+                if was_theirs && held.register.is_live() {
+                    self.gone.push((slot.1.clone(), held.register.stamp));
+                } else {
+                    self.give.push(((*slot).clone(), true));
+                }
+            }
+            return;
+        }
+        let order = match (&listed[..], &theirs[..]) {
+            ([own], [their]) => own.time.cmp(&their.time),
+            _ => std::cmp::Ordering::Equal,
+        };
+        if order.is_ge() {
+            self.give.extend(own.iter().map(|(slot, _)| ((*slot).clone(), false)));
+        }
+        if order.is_le() {
+            self.want.push(Want { key_hash, lacks: own.is_empty() });
+        }
+    }
+}
+
+fn contact_key(peer: NodeId) -> Option<Key> {
+    Key::reserved(&format!("{CONTACT}{peer}")).ok()
+}
+
+#[cfg(test)]
+#[path = "replica_tests.rs"]
+mod tests;

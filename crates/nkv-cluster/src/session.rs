@@ -1,0 +1,320 @@
+//! A session: two nodes find out what differs between them, and give it to each other. One begins it and leads; the other
+//! answers, and keeps nothing for it but where it began.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::MutexGuard;
+
+use bytes::Bytes;
+
+use crate::cluster::Inner;
+use crate::link::Line;
+use crate::register::Record;
+use crate::replica::{Compared, Contact, Entry, Replica, Slot, Want};
+use crate::stamp::NodeId;
+use crate::tree::{DEPTH, Half, Prefix};
+use crate::wire::{ENTRIES_MAX, Message, PREFIXES_MAX, State, frame_len_max, invalid, parts};
+
+/// Below a prefix with at most so many keys the keys are listed, rather than digests of parts of them asked for.
+const LIST_MAX: usize = 8;
+
+/// Keys that are compared in one go.
+const PAGE: usize = 1_024;
+
+/// One side of a session.
+#[derive(Debug)]
+pub(crate) struct Session {
+    peer: NodeId,
+    /// The longest frame that the peer takes.
+    frame_len_max: usize,
+    own: State,
+    theirs: State,
+    /// See [`Replica::long_ago`](crate::replica::Replica::long_ago).
+    both_had: Option<u64>,
+    /// All that was needed was given and taken.
+    is_whole: bool,
+}
+
+impl Session {
+    /// The state of this node, as a session with this peer begins or answers it.
+    fn state(inner: &Inner, peer: NodeId) -> State {
+        let wall = inner.wall();
+        let replica = inner.replica();
+        State {
+            wall,
+            place: replica.place(),
+            root: replica.digest(Prefix::ROOT),
+            contact: replica.contact(peer),
+            has_joined: inner.has_joined(),
+        }
+    }
+
+    fn new(inner: &Inner, peer: NodeId, value_len_max: u64, own: State, theirs: State) -> Self {
+        let both_had = inner.replica().long_ago(peer, theirs.place, theirs.contact, inner.now());
+        let frame_len_max = frame_len_max(usize::try_from(value_len_max).unwrap_or(usize::MAX));
+        Session { peer, frame_len_max, own, theirs, both_had, is_whole: true }
+    }
+
+    /// What this node has; not where it gave up something since the session began: what it lacks proves no delete then.
+    fn whole<'a>(&self, inner: &'a Inner) -> io::Result<MutexGuard<'a, Replica>> {
+        let replica = inner.replica();
+        match self.own.contact.is_some() && replica.contact(self.peer).is_none() {
+            true => Err(invalid("the session ends: the clock was set")),
+            false => Ok(replica),
+        }
+    }
+
+    /// The answer to one who begins a session.
+    pub(crate) fn answer(inner: &Inner, peer: NodeId, value_len_max: u64, theirs: State) -> (Self, Message) {
+        let own = Self::state(inner, peer);
+        (Session::new(inner, peer, value_len_max, own, theirs), Message::SyncAnswer(own))
+    }
+
+    /// Takes in records that the peer gives.
+    async fn take(&mut self, inner: &Inner, records: Vec<Record>) -> io::Result<u32> {
+        let refused = inner.merge(records).await?;
+        self.is_whole &= refused == 0;
+        Ok(refused)
+    }
+
+    /// Deletes what the peer was seen to have deleted, and gives it what it has not, frame by frame.
+    async fn act(&mut self, inner: &Inner, line: &mut Line, compared: Compared) -> io::Result<()> {
+        if !compared.gone.is_empty() && !inner.delete_gone(compared.gone).await? {
+            self.is_whole = false;
+        }
+        let mut slots = VecDeque::from(compared.give);
+        while !slots.is_empty() {
+            let records = self.some(inner, &mut slots);
+            for part in parts(records) {
+                line.send(Message::Records(part).encode()).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The records of the next of these keys, about a frame of them.
+    fn some(&mut self, inner: &Inner, slots: &mut VecDeque<(Slot, bool)>) -> Vec<Record> {
+        let now = inner.now();
+        let contact_at = self.own.contact.into_iter().chain(self.theirs.contact).map(|contact| contact.at).min();
+        let replica = inner.replica();
+        let (mut records, mut len) = (Vec::new(), 0);
+        while len < crate::wire::RECORDS_LEN
+            && let Some((slot, is_lacking)) = slots.pop_front()
+        {
+            let Some(record) = replica.record(&slot, now) else { continue };
+            if record.len() > self.frame_len_max.saturating_sub(64) {
+                self.is_whole = false;
+                tracing::warn!(peer = %self.peer, "the value of {:?} is longer than the peer takes", slot.1);
+                continue;
+            }
+            if let Some(contact_at) = contact_at.filter(|_| is_lacking) {
+                inner.note_given(&record, contact_at, now);
+            }
+            len += record.len();
+            records.push(record);
+        }
+        records
+    }
+
+    /// Does what follows from all that a peer has below a prefix; gives what it wants of this node in turn.
+    async fn compare(
+        &mut self,
+        inner: &Inner,
+        line: &mut Line,
+        prefix: Prefix,
+        theirs: &[Entry],
+    ) -> io::Result<Vec<Want>> {
+        let ((first, last), mut wants) = (prefix.hashes(), Vec::new());
+        let mut next = Some(first);
+        while let Some(from) = next {
+            let mut compared = self.whole(inner)?.compare((from, last), theirs, self.both_had, PAGE);
+            next = compared.next;
+            wants.append(&mut compared.want);
+            self.act(inner, line, compared).await?;
+        }
+        Ok(wants)
+    }
+
+    /// Answers what the one that leads says next; `true` once the session has ended.
+    pub(crate) async fn serve(&mut self, inner: &Inner, line: &mut Line, message: Message) -> io::Result<bool> {
+        match message {
+            Message::Digests(half, prefixes) if prefixes.len() <= PREFIXES_MAX => {
+                let children = {
+                    let replica = inner.replica();
+                    prefixes.iter().map(|prefix| replica.children(*prefix, half)).collect()
+                };
+                line.send(Message::Children(children).encode()).await?;
+            }
+            Message::List(lists) => {
+                let mut wants = Vec::new();
+                for (prefix, entries) in lists {
+                    wants.append(&mut self.compare(inner, line, prefix, &entries).await?);
+                }
+                line.send(Message::Wants(wants).encode()).await?;
+            }
+            Message::Records(records) => {
+                let mut refused = self.take(inner, records).await?;
+                loop {
+                    match line.receive().await? {
+                        Message::Records(records) => {
+                            refused = refused.saturating_add(self.take(inner, records).await?);
+                        }
+                        Message::Given => break line.send(Message::Taken { refused }.encode()).await?,
+                        Message::Push(records) => inner.merge_later(records).await?,
+                        other => return Err(unexpected(&other)),
+                    }
+                }
+            }
+            Message::Given => line.send(Message::Taken { refused: 0 }.encode()).await?,
+            Message::End { at, is_whole } => {
+                self.is_whole &= is_whole;
+                line.send(Message::Ended { is_whole: self.is_whole }.encode()).await?;
+                self.end(inner, at).await?;
+                return Ok(true);
+            }
+            other => return Err(unexpected(&other)),
+        }
+        Ok(false)
+    }
+
+    /// Notes the contact, if all went well.
+    async fn end(&self, inner: &Inner, at: u64) -> io::Result<bool> {
+        if self.is_whole {
+            let contact = Contact { at, own: self.own.place, peer: self.theirs.place };
+            inner.note_contact(self.peer, contact, self.theirs.has_joined).await?;
+        }
+        Ok(self.is_whole)
+    }
+
+    /// Leads a session from its beginning to its end; says whether it ended whole.
+    pub(crate) async fn lead(inner: &Inner, line: &mut Line, peer: NodeId, value_len_max: u64) -> io::Result<bool> {
+        let own = Self::state(inner, peer);
+        let asked = inner.steady();
+        let theirs = match line.ask(&Message::Sync(own)).await? {
+            Message::SyncAnswer(theirs) => theirs,
+            Message::Busy => return Ok(false),
+            other => return Err(unexpected(&other)),
+        };
+        inner.note_clock(peer, theirs.wall, asked);
+        if inner.mend().await? {
+            // What was said of this node's data is not so any more.
+            line.ask(&Message::End { at: 0, is_whole: false }).await?;
+            return Ok(false);
+        }
+        let mut session = Session::new(inner, peer, value_len_max, own, theirs);
+        if own.root != theirs.root {
+            session.level(inner, line).await?;
+        }
+        let at = inner.now().wall;
+        match line.ask(&Message::End { at, is_whole: session.is_whole }).await? {
+            Message::Ended { is_whole } => session.is_whole &= is_whole,
+            other => return Err(unexpected(&other)),
+        }
+        session.end(inner, at).await
+    }
+
+    /// Goes down to what differs, and levels it.
+    async fn level(&mut self, inner: &Inner, line: &mut Line) -> io::Result<()> {
+        let mut ways = Ways::default();
+        let half = if inner.random() >> 63 == 0 { Half::Low } else { Half::High };
+        ways.add(inner, Prefix::ROOT, half, (self.theirs.root != 0, half.of(self.theirs.root)));
+        loop {
+            if let Some(prefix) = ways.lacking.pop() {
+                self.compare(inner, line, prefix, &[]).await?;
+                self.end_giving(line).await?;
+            } else if !ways.list.is_empty() && (ways.list.len() >= PREFIXES_MAX || ways.descend.is_empty()) {
+                self.list(inner, line, &mut ways.list).await?;
+            } else if !ways.descend.is_empty() {
+                let count = ways.descend.len().min(PREFIXES_MAX);
+                let prefixes: Vec<Prefix> = ways.descend.drain(..count).collect();
+                let children = match line.ask(&Message::Digests(half, prefixes.clone())).await? {
+                    Message::Children(children) if children.len() == prefixes.len() => children,
+                    other => return Err(unexpected(&other)),
+                };
+                for (prefix, children) in prefixes.into_iter().zip(children) {
+                    for (number, child) in (0..).zip(children.each()) {
+                        ways.add(inner, prefix.child(number), half, child);
+                    }
+                }
+            } else {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Lists all keys below some prefixes, takes what the peer gives for it, and gives what it wants.
+    async fn list(&mut self, inner: &Inner, line: &mut Line, prefixes: &mut Vec<Prefix>) -> io::Result<()> {
+        let (mut lists, mut count) = (Vec::new(), 0);
+        while lists.len() < PREFIXES_MAX
+            && count < ENTRIES_MAX
+            && let Some(prefix) = prefixes.pop()
+        {
+            // All of one moment: what is missing from it was not there.
+            let entries = self.whole(inner)?.entries(prefix);
+            count += entries.len();
+            lists.push((prefix, entries));
+        }
+        let mut answer = line.ask(&Message::List(lists)).await?;
+        let wants = loop {
+            match answer {
+                Message::Records(records) => _ = self.take(inner, records).await?,
+                Message::Wants(wants) => break wants,
+                other => return Err(unexpected(&other)),
+            }
+            answer = line.receive().await?;
+        };
+        let wanted = self.whole(inner)?.wanted(&wants, self.both_had);
+        self.act(inner, line, wanted).await?;
+        self.end_giving(line).await
+    }
+
+    async fn end_giving(&mut self, line: &mut Line) -> io::Result<()> {
+        match line.ask(&Message::Given).await? {
+            Message::Taken { refused } => self.is_whole &= refused == 0,
+            other => return Err(unexpected(&other)),
+        }
+        Ok(())
+    }
+}
+
+/// Where a session has to go.
+#[derive(Debug, Default)]
+struct Ways {
+    /// Whose children are to be asked for.
+    descend: VecDeque<Prefix>,
+    /// What is to be listed.
+    list: Vec<Prefix>,
+    /// Of which the peer has nothing.
+    lacking: Vec<Prefix>,
+}
+
+impl Ways {
+    fn add(&mut self, inner: &Inner, prefix: Prefix, half: Half, (is_used, theirs): (bool, u32)) {
+        let replica = inner.replica();
+        let own = replica.digest(prefix);
+        if (own != 0, half.of(own)) == (is_used, theirs) {
+            // The same.
+        } else if !is_used {
+            self.lacking.push(prefix);
+        } else if prefix.level == DEPTH || replica.has_at_most(prefix, LIST_MAX) {
+            self.list.push(prefix);
+        } else {
+            self.descend.push_back(prefix);
+        }
+    }
+}
+
+fn unexpected(message: &Message) -> io::Error {
+    let kind = match message {
+        Message::Refused { reason, .. } => return invalid(reason.clone()),
+        Message::Records(_) => "records",
+        Message::Push(_) => "a push",
+        _ => "this",
+    };
+    invalid(format!("the peer was not to say {kind} here"))
+}
+
+/// A frame for peers.
+pub(crate) fn push_frames(records: Vec<Record>) -> Vec<Bytes> {
+    parts(records).into_iter().map(|part| Message::Push(part).encode()).collect()
+}

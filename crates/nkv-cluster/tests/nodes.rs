@@ -1,0 +1,336 @@
+//! Nodes of one process that talk over TCP.
+#![allow(clippy::unwrap_used)]
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use nkv_cluster::{Cluster, Membership, MembershipError, Options, StaticPeers};
+use nkv_node::nkv_core::{self, Action, Change, Epoch, MemoryPersist, Meta, PersistValue, Reason, StoredRef};
+use nkv_node::{ErrorKind, Event, GoneReason, Handle, Node, Op, PutOptions, Revision};
+use tokio::time::timeout;
+
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+const LOCAL: &str = "127.0.0.1:0";
+
+fn options() -> Options {
+    let mut options = Options::new("test");
+    options.sync_interval = Duration::from_millis(200);
+    options
+}
+
+async fn bind(options: Options, peers: &[SocketAddr]) -> Cluster {
+    Cluster::bind(LOCAL.parse().unwrap(), options, StaticPeers(peers.to_vec())).await.unwrap()
+}
+
+async fn start(cluster: &Cluster) -> Node {
+    Node::builder().engine(cluster.clone()).start().await.unwrap()
+}
+
+async fn start_with(cluster: &Cluster, disk: &MemoryPersist) -> Node {
+    let disk = disk.clone();
+    Node::builder().persist("sync", move || Ok(disk)).engine(cluster.clone()).start().await.unwrap()
+}
+
+/// What a copy of a directory is.
+fn copy_of(disk: &MemoryPersist) -> MemoryPersist {
+    let (mut changes, mut original) = (Vec::new(), disk.clone());
+    let take = &mut |stored: StoredRef<'_>| {
+        let action = match stored.record() {
+            Some(record) => Action::Put { value: record.value.to_bytes(), expiry: None },
+            None => Action::Delete { reason: Reason::Deleted },
+        };
+        let (key, revision, meta) = (stored.key().to_key(), stored.revision(), Meta::from(stored.meta()));
+        changes.push(Change { key, revision, replaces: nkv_core::Revision::ZERO, action, meta });
+    };
+    let loaded = original.load(take).unwrap();
+    changes.sort_by_key(|change| change.revision);
+    let mut copy = MemoryPersist::new(loaded.epoch);
+    copy.load(&mut |_| ()).unwrap();
+    copy.persist(&changes).unwrap();
+    copy
+}
+
+async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let wait = async {
+        while !is_so().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(timeout(PATIENCE, wait).await.is_ok(), "not in {PATIENCE:?}: {what}");
+}
+
+async fn ready(node: &Node) -> Handle {
+    let handle = node.handle();
+    eventually("the node has a state", async || handle.health().await.is_ok()).await;
+    handle
+}
+
+async fn value(nkv: &Handle, key: &str) -> Option<String> {
+    let entry = nkv.get(key).await.unwrap();
+    entry.map(|entry| String::from_utf8(entry.value.to_vec()).unwrap())
+}
+
+async fn is_at(nkv: &Handle, key: &str, expected: Option<&str>) {
+    eventually(&format!("{key} is {expected:?}"), async || value(nkv, key).await.as_deref() == expected).await;
+}
+
+async fn two() -> ([Cluster; 2], [Node; 2], [Handle; 2]) {
+    let first = bind(options(), &[]).await;
+    let second = bind(options(), &[first.address()]).await;
+    let nodes = [start(&first).await, start(&second).await];
+    let handles = [ready(&nodes[0]).await, ready(&nodes[1]).await];
+    ([first, second], nodes, handles)
+}
+
+async fn stop(nodes: impl IntoIterator<Item = Node>) {
+    for node in nodes {
+        timeout(PATIENCE, node.shutdown()).await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn two_nodes_converge_and_each_reads_its_own_writes() {
+    let (clusters, nodes, [a, b]) = two().await;
+    for number in 0..20 {
+        let text = number.to_string();
+        a.put("seen", text.as_str()).await.unwrap();
+        assert_eq!(value(&a, "seen").await, Some(text), "a client does not see its own write");
+    }
+    is_at(&b, "seen", Some("19")).await;
+    assert_eq!(b.delete("seen").await.unwrap().count, 1);
+    assert_eq!(value(&b, "seen").await, None);
+    is_at(&a, "seen", None).await;
+    assert_eq!(a.delete("seen").await.unwrap().count, 0);
+
+    for name in ["branch", "branch.a", "branch.b.c", "branches"] {
+        a.put(name, "1").await.unwrap();
+    }
+    is_at(&b, "branches", Some("1")).await;
+    assert_eq!(b.delete("branch.*").await.unwrap().count, 2);
+    is_at(&a, "branch.b.c", None).await;
+    assert!(a.exists("branch").await.unwrap() && !a.exists("branch.*").await.unwrap());
+    eventually("digests are equal", async || clusters[0].digest() == clusters[1].digest()).await;
+    assert_ne!(clusters[0].digest(), 0);
+    assert_eq!(
+        (clusters[0].peers(), clusters[1].peers()),
+        (clusters[1].id().into_iter().collect(), clusters[0].id().into_iter().collect())
+    );
+    stop(nodes).await;
+}
+
+#[tokio::test]
+async fn a_batch_is_whole_on_its_node_and_conditions_are_refused_unless_asked_for() {
+    let (_, nodes, [a, b]) = two().await;
+    let put = |name: &str| Op::Put { key: name.parse().unwrap(), value: "1".into(), options: Default::default() };
+    let mut changes = a.changes(None).unwrap();
+    a.write(vec![put("batch.a"), put("batch.b"), put("batch.a")]).await.unwrap();
+    let group = timeout(PATIENCE, changes.next()).await.unwrap().unwrap().unwrap();
+    assert_eq!(group.changes.len(), 2);
+    is_at(&b, "batch.b", Some("1")).await;
+    let absent = PutOptions::default().with_if_revision(Revision::ZERO);
+    let refused = a.put_with("lock", "a", absent).await.unwrap_err();
+    assert_eq!(refused.kind(), &ErrorKind::Refused { status: 501 });
+    stop(nodes).await;
+
+    let mut local = options();
+    local.local_conditions = true;
+    let cluster = bind(local, &[]).await;
+    let node = start(&cluster).await;
+    let nkv = ready(&node).await;
+    let revision = nkv.put_with("lock", "a", absent).await.unwrap();
+    assert!(matches!(nkv.put_with("lock", "b", absent).await.unwrap_err().kind(), ErrorKind::Conflict { .. }));
+    let at = PutOptions::default().with_if_revision(revision);
+    nkv.put_with("lock", "c", at).await.unwrap();
+    assert!(matches!(nkv.put_with("lock", "d", at).await.unwrap_err().kind(), ErrorKind::Conflict { .. }));
+    assert_eq!(value(&nkv, "lock").await.as_deref(), Some("c"));
+    stop([node]).await;
+}
+
+#[tokio::test]
+async fn a_value_with_a_ttl_ends_everywhere() {
+    let (_, nodes, [a, b]) = two().await;
+    let mut events = b.subscribe("ttl").await.unwrap();
+    a.put_with("ttl", "1", PutOptions::default().with_ttl(Duration::from_millis(700))).await.unwrap();
+    loop {
+        match timeout(PATIENCE, events.next()).await.unwrap() {
+            Some(Event::Gone { reason: GoneReason::Expired, .. }) => break,
+            Some(Event::Update { .. } | Event::Synced { .. }) => {}
+            other => panic!("the value does not expire: {other:?}"),
+        }
+    }
+    is_at(&a, "ttl", None).await;
+    stop(nodes).await;
+}
+
+#[tokio::test]
+async fn what_was_missed_comes_after_a_restart_and_the_id_is_kept() {
+    let disk = MemoryPersist::new(Epoch::new(9));
+    let other = bind(options(), &[]).await;
+    let other_node = start(&other).await;
+    let nkv = ready(&other_node).await;
+    let first = bind(options(), &[other.address()]).await;
+    let node = start_with(&first, &disk).await;
+    let handle = ready(&node).await;
+    for name in ["kept", "gone", "changed"] {
+        handle.put(name, "1").await.unwrap();
+        is_at(&nkv, name, Some("1")).await;
+    }
+    let (id, epoch) = (first.id(), handle.stats().await.unwrap().epoch);
+    stop([node]).await;
+    drop(first);
+    nkv.delete("gone").await.unwrap();
+    nkv.put("changed", "2").await.unwrap();
+
+    let again = bind(options(), &[other.address()]).await;
+    let node = start_with(&again, &disk).await;
+    let handle = node.handle();
+    // From storage, before a peer is asked.
+    assert!(handle.exists("kept").await.unwrap());
+    is_at(&handle, "changed", Some("2")).await;
+    is_at(&handle, "gone", None).await;
+    is_at(&handle, "kept", Some("1")).await;
+    assert_eq!((again.id(), handle.stats().await.unwrap().epoch), (id, epoch));
+    stop([node, other_node]).await;
+}
+
+#[tokio::test]
+async fn another_cluster_and_a_second_living_node_of_an_id_are_refused_by_name() {
+    let first = bind(options(), &[]).await;
+    let node = start(&first).await;
+    let nkv = ready(&node).await;
+    nkv.put("a", "1").await.unwrap();
+    let mut elsewhere = options();
+    (elsewhere.cluster, elsewhere.join_timeout) = ("other".into(), Duration::from_millis(300));
+    let foreign = bind(elsewhere, &[first.address()]).await;
+    let foreign_node = start(&foreign).await;
+    let foreign_nkv = ready(&foreign_node).await;
+    foreign_nkv.put("b", "1").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert!(foreign.peers().is_empty() && first.peers().is_empty());
+    assert!(!nkv.exists("b").await.unwrap() && !foreign_nkv.exists("a").await.unwrap());
+    stop([foreign_node]).await;
+
+    // Two nodes of one disk: the second one takes no writes, and says why.
+    let disk = MemoryPersist::new(Epoch::new(9));
+    let original = bind(options(), &[first.address()]).await;
+    let original_node = start_with(&original, &disk).await;
+    let original_nkv = ready(&original_node).await;
+    original_nkv.put("c", "1").await.unwrap();
+    is_at(&nkv, "c", Some("1")).await;
+    let copy = bind(options(), &[first.address()]).await;
+    // Copying takes the disk over: the original is to have nothing to store any more.
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    let copied = copy_of(&disk);
+    let copy_node = start_with(&copy, &copied).await;
+    let copy_nkv = ready(&copy_node).await;
+    eventually("the copy is refused", async || match copy_nkv.put("d", "1").await {
+        Ok(_) => false,
+        Err(error) => {
+            assert!(error.to_string().contains(&original.id().unwrap().to_string()), "{error}");
+            true
+        }
+    })
+    .await;
+    assert_eq!(copy.id(), original.id());
+    nkv.put("e", "1").await.unwrap();
+    is_at(&nkv, "c", Some("1")).await;
+    stop([node, copy_node]).await;
+    drop(original_node);
+}
+
+/// Does not know for a while.
+#[derive(Debug)]
+struct Unknown(SocketAddr, std::sync::atomic::AtomicBool);
+
+#[async_trait::async_trait]
+impl Membership for Unknown {
+    async fn addresses(&self) -> Result<Vec<SocketAddr>, MembershipError> {
+        match self.1.load(std::sync::atomic::Ordering::Relaxed) {
+            true => Ok(vec![self.0]),
+            false => Err(MembershipError::new("the name server does not answer")),
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_empty_node_has_no_state_until_it_has_joined_and_an_error_is_no_empty_list() {
+    let first = bind(options(), &[]).await;
+    let node = start(&first).await;
+    let nkv = ready(&node).await;
+    for number in 0..5_000 {
+        nkv.put(format!("key.{number}"), "v".repeat(100)).await.unwrap();
+    }
+    let membership = std::sync::Arc::new(Unknown(first.address(), false.into()));
+    let mut short = options();
+    short.join_timeout = Duration::from_millis(100);
+    let second = Cluster::bind(LOCAL.parse().unwrap(), short, std::sync::Arc::clone(&membership)).await.unwrap();
+    let joining = start(&second).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let refused = joining.handle().get("key.1").await.unwrap_err();
+    assert_eq!(refused.kind(), &ErrorKind::Refused { status: 503 });
+    assert!(joining.handle().put("a", "b").await.is_err());
+    stop([joining]).await;
+
+    let mut patient = options();
+    patient.join_timeout = PATIENCE;
+    membership.1.store(true, std::sync::atomic::Ordering::Relaxed);
+    let third = Cluster::bind(LOCAL.parse().unwrap(), patient, membership).await.unwrap();
+    let joining = start(&third).await;
+    let joined = ready(&joining).await;
+    // The first state that it shows is whole.
+    assert_eq!(joined.list("key.*").await.unwrap().len(), 5_000);
+    stop([joining, node]).await;
+}
+
+#[tokio::test]
+async fn a_node_begins_alone_where_all_refuse_and_later_joins_without_loss() {
+    let free = bind(options(), &[]).await.address();
+    let mut patient = options();
+    patient.join_timeout = PATIENCE;
+    let first = bind(patient.clone(), &[free]).await;
+    let node = start(&first).await;
+    let nkv = ready(&node).await;
+    nkv.put("a", "1").await.unwrap();
+    // Three that are empty and know of each other: one of them begins.
+    let lone = bind(patient.clone(), &[]).await;
+    let x = bind(patient.clone(), &[lone.address()]).await;
+    let y = bind(patient, &[x.address(), lone.address(), first.address()]).await;
+    let nodes = [start(&lone).await, start(&x).await, start(&y).await];
+    for node in &nodes {
+        let nkv = ready(node).await;
+        is_at(&nkv, "a", Some("1")).await;
+    }
+    stop(nodes).await;
+    stop([node]).await;
+}
+
+#[tokio::test]
+async fn a_directory_of_a_single_node_is_stamped_at_its_first_start() {
+    let disk = MemoryPersist::new(Epoch::new(9));
+    let alone = disk.clone();
+    let node = Node::builder().persist("sync", move || Ok(alone)).start().await.unwrap();
+    for number in 0..1_500 {
+        node.handle().put(format!("old.{number}"), "1").await.unwrap();
+    }
+    stop([node]).await;
+    let first = bind(options(), &[]).await;
+    let node = start_with(&first, &disk).await;
+    let nkv = ready(&node).await;
+    assert_eq!(nkv.list("old.*").await.unwrap().len(), 1_500);
+    let second = bind(options(), &[first.address()]).await;
+    let other = start(&second).await;
+    assert_eq!(ready(&other).await.list("old.*").await.unwrap().len(), 1_500);
+    stop([node, other]).await;
+}
+
+#[tokio::test]
+async fn values_at_the_limit_reach_all_and_longer_ones_are_refused() {
+    let (_, nodes, [a, b]) = two().await;
+    a.put("large", vec![b'v'; 1 << 20]).await.unwrap();
+    eventually("the value has come", async || b.exists("large").await.unwrap()).await;
+    let refused = a.put("larger", vec![b'v'; (1 << 20) + 1]).await.unwrap_err();
+    assert_eq!(refused.kind(), &ErrorKind::Refused { status: 413 });
+    stop(nodes).await;
+}

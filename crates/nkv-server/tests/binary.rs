@@ -404,3 +404,58 @@ fn an_engine_that_cannot_be_meant_is_refused() {
         assert!(code == 2 && text.contains(said) && !text.contains("secret"), "{flags:?}: {code} {text}");
     }
 }
+
+#[cfg(feature = "cluster")]
+#[test]
+fn a_cluster_that_cannot_be_meant_is_refused() {
+    for (flags, said) in [
+        (&["--cluster", "home"][..], "--gossip"),
+        (&["--gossip", "127.0.0.1:0"], "--cluster"),
+        (&["--cluster", "home", "--gossip", "127.0.0.1:0", "--discover", "radio:x"], "radio"),
+        (&["--persist", "memory", "--cluster", "home", "--gossip", "192.0.2.1:7000"], "--insecure"),
+        (
+            &["--persist", "memory", "--cluster", "home", "--gossip", "127.0.0.1:0", "--discover", "static:h:1"],
+            "--advertise",
+        ),
+        #[cfg(feature = "engines")]
+        (
+            &["--cluster", "home", "--gossip", "127.0.0.1:0", "--engine", "etcd://127.0.0.1:1/x"],
+            "--engine and --cluster",
+        ),
+    ] {
+        let (code, text) = run(flags);
+        assert!(code == 2 && text.contains(said), "{flags:?}: {code} {text}");
+    }
+}
+
+/// Three servers of one cluster, by their addresses: each takes writes, and one that was away is level again.
+#[cfg(all(feature = "cluster", feature = "http"))]
+#[test]
+fn servers_of_a_cluster_agree() {
+    let dirs = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let ports = [(); 3].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+    let list = format!("static:{}", ports.map(|port| port.to_string()).join(","));
+    let start = |at: usize| {
+        Process::start(dirs[at].path(), &["--cluster", "home", "--gossip", &ports[at].to_string(), "--discover", &list])
+    };
+    let has = |server: &Process, key: &str| {
+        status(&server.connect().ask(&format!(r#"{{"type":"Get","key":"{key}"}}"#))) == 200
+    };
+    let is_ready = |server: &Process| status(&server.connect().ask(r#"{"type":"Health"}"#)) == 200;
+    let mut servers = [start(0), start(1), start(2)];
+    eventually("all are ready", || servers.iter().all(is_ready));
+    for (at, server) in servers.iter().enumerate() {
+        server.connect().put(&format!("k.{at}"), "x");
+    }
+    eventually("all have all", || servers.iter().all(|server| (0..3).all(|at| has(server, &format!("k.{at}")))));
+    servers[1].signal("-KILL");
+    servers[1].wait();
+    assert_eq!(status(&servers[2].connect().ask(r#"{"type":"Delete","key":"k.0"}"#)), 200);
+    servers[0].connect().put("new", "x");
+    servers[1] = start(1);
+    eventually("it is level", || is_ready(&servers[1]) && has(&servers[1], "new") && !has(&servers[1], "k.0"));
+    for mut server in servers {
+        server.signal("-TERM");
+        assert_eq!(server.wait().code(), Some(0));
+    }
+}

@@ -12,6 +12,8 @@ use nkv_persist_fs::Durability;
 use nkv_server::{Address, Options};
 use tracing::level_filters::LevelFilter;
 
+#[cfg(feature = "cluster")]
+use crate::cluster::ClusterArgs;
 #[cfg(feature = "engines")]
 use crate::engine::EngineArgs;
 
@@ -65,9 +67,17 @@ pub(crate) struct Args {
     #[command(flatten)]
     without_http: WithoutHttp,
 
+    #[cfg(feature = "cluster")]
+    #[command(flatten, next_help_heading = "Cluster")]
+    pub(crate) cluster: ClusterArgs,
+
     #[cfg(not(feature = "engines"))]
     #[command(flatten)]
     without_engines: WithoutEngines,
+
+    #[cfg(not(feature = "cluster"))]
+    #[command(flatten)]
+    without_cluster: WithoutCluster,
 
     #[cfg(not(feature = "grpc"))]
     #[command(flatten)]
@@ -180,6 +190,13 @@ struct WithoutGrpc {
     grpc: Option<()>,
 }
 
+#[cfg(not(feature = "cluster"))]
+#[derive(Debug, clap::Args)]
+struct WithoutCluster {
+    #[arg(long, hide = true, env = "NKV_CLUSTER", value_parser = |_: &str| Err::<(), _>("this build has no cluster: build it with --features cluster"))]
+    cluster: Option<()>,
+}
+
 #[cfg(not(feature = "engines"))]
 #[derive(Debug, clap::Args)]
 struct WithoutEngines {
@@ -256,6 +273,11 @@ impl Args {
         #[cfg(feature = "engines")]
         if args.engine.engine.is_some() {
             let is_given = |id: &&str| matches.value_source(id) == Some(ValueSource::CommandLine);
+            #[cfg(feature = "cluster")]
+            if args.cluster.cluster.is_some() {
+                let what = "--engine and --cluster: the truth is in the one or in the other";
+                without_empty_variables().error(ErrorKind::ArgumentConflict, what).exit();
+            }
             if let Some(id) = ["data_dir", "durability", "persist", "branch", "group_access"].into_iter().find(is_given)
             {
                 let flag = id.replace('_', "-");
@@ -405,7 +427,7 @@ fn parse_value_size(text: &str) -> Result<usize, String> {
     if (1..=8 << 20).contains(&size) { Ok(size) } else { Err("expected a size from 1 to 8M".into()) }
 }
 
-fn parse_time(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_time(text: &str) -> Result<Duration, String> {
     let time = number(text).filter(|(number, _)| *number > 0).and_then(|(number, unit)| match unit {
         "ms" => Some(Duration::from_millis(number)),
         "s" => Some(Duration::from_secs(number)),

@@ -14,6 +14,8 @@
 )]
 
 mod args;
+#[cfg(feature = "cluster")]
+mod cluster;
 #[cfg(feature = "engines")]
 mod engine;
 #[cfg(feature = "engines")]
@@ -24,9 +26,10 @@ mod signals;
 use std::error::Error;
 use std::io::{self, ErrorKind, Write};
 use std::net::IpAddr;
+use std::pin::Pin;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nkv_core::{Epoch, Key, NoPersist, PersistError, PersistErrorKind, PersistValue, RoutePersist};
 use nkv_persist_fs::{FsOptions, FsPersist, check, repair, restore};
@@ -92,7 +95,7 @@ fn try_serve(args: &Args, log: &Log) -> Result<(), ServerError> {
 
 async fn run(args: &Args, mut stop: oneshot::Receiver<()>) -> Result<(), ServerError> {
     info!(version = %env!("CARGO_PKG_VERSION"), "nkv-server");
-    let mut server = tokio::select! {
+    let (mut server, ends) = tokio::select! {
         started = start(args) => started?,
         _ = &mut stop => return Ok(()), // nothing was accepted yet
     };
@@ -100,13 +103,24 @@ async fn run(args: &Args, mut stop: oneshot::Receiver<()>) -> Result<(), ServerE
         ended = server.failed() => return ended,
         _ = stop => {}
     }
+    for end in ends {
+        if tokio::time::timeout(END_LIMIT, end).await.is_err() {
+            warn!("the end of this node was not told in time");
+        }
+    }
     server.shutdown().await?;
     info!("stopped");
     Ok(())
 }
 
+/// What is to be done before the server stops.
+type Ends = Vec<Pin<Box<dyn Future<Output = ()>>>>;
+
+/// How long each of that may take.
+const END_LIMIT: Duration = Duration::from_secs(2);
+
 /// Opens and loads the data, listens, and says what an operator looks for.
-async fn start(args: &Args) -> Result<Server, ServerError> {
+async fn start(args: &Args) -> Result<(Server, Ends), ServerError> {
     let mut builder = Server::builder().options(args.options());
     for address in args.addresses() {
         builder = builder.listen(address);
@@ -132,6 +146,21 @@ async fn start(args: &Args) -> Result<Server, ServerError> {
     };
     #[cfg(not(feature = "engines"))]
     let builder = with_persist(builder, args, Arc::clone(&opened))?;
+    #[cfg_attr(not(feature = "cluster"), expect(unused_mut, reason = "nothing is to be ended"))]
+    let mut ends = Ends::new();
+    #[cfg(feature = "cluster")]
+    let builder = match args.cluster.cluster.as_deref() {
+        Some(name) => {
+            let clock_file =
+                if args.persist == Persist::Log { Some(args.data_dir()?.join("cluster-clock")) } else { None };
+            let options = args.options();
+            let joined = args.cluster.join(name, options.insecure, options.value_len_max, clock_file).await?;
+            let cluster = joined.cluster.clone();
+            ends.push(Box::pin(joined.leave()));
+            builder.node(|node| node.engine(cluster))
+        }
+        None => builder,
+    };
     let server = builder.bind().await?;
     #[cfg(feature = "engines")]
     if let Some(beside) = beside {
@@ -162,7 +191,7 @@ async fn start(args: &Args) -> Result<Server, ServerError> {
         info!("serving gRPC at {address}");
         warn_if_open(address);
     }
-    Ok(server)
+    Ok((server, ends))
 }
 
 fn warn_if_open(address: &Address) {
@@ -241,7 +270,7 @@ fn restore_data(args: &Args) -> ExitCode {
 
 /// How long an engine may take to be in reach.
 #[cfg(feature = "engines")]
-const ENGINE_LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
+const ENGINE_LIMIT: Duration = Duration::from_secs(30);
 
 #[cfg(feature = "engines")]
 fn import_data(dir: &std::path::Path, engine: &engine::EngineArgs) -> ExitCode {
@@ -257,7 +286,7 @@ fn import_data(dir: &std::path::Path, engine: &engine::EngineArgs) -> ExitCode {
         let (from, nkv) = (from.handle(), to.handle());
         let reached = async {
             while nkv.health().await.is_err() {
-                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
         let failed = |error: &dyn Error| ServerError::System(io::Error::other(error.to_string()));

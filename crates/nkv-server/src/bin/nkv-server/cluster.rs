@@ -1,0 +1,147 @@
+//! `--cluster NAME`: this server is a node of a cluster, whose nodes find each other and agree in the end.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use nkv_cluster::{Cluster, Membership, MembershipError, Options, StaticPeers};
+use nkv_discovery::{Discovery, Spec};
+use nkv_server::ServerError;
+use tracing::{info, warn};
+
+use crate::args::parse_time;
+
+/// The cluster, and how its nodes find each other.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ClusterArgs {
+    /// Be a node of the cluster of this name: each has all data and takes writes, and all agree in the end
+    #[arg(long, value_name = "NAME", env = "NKV_CLUSTER", requires = "gossip")]
+    pub(crate) cluster: Option<String>,
+
+    /// Where other nodes of the cluster reach this one: IP:PORT
+    #[arg(long, value_name = "ADDR", env = "NKV_GOSSIP", requires = "cluster")]
+    gossip: Option<SocketAddr>,
+
+    /// The address of --gossip as other nodes see it, if that is another
+    #[arg(long, value_name = "ADDR", env = "NKV_ADVERTISE", requires = "cluster")]
+    advertise: Option<SocketAddr>,
+
+    /// How nodes are found: static:HOST:PORT,…, dns:NAME[:PORT], srv:NAME, nats://HOST:PORT/SUBJECT or
+    /// kubernetes:NAMESPACE/LABEL=VALUE/PORT-NAME [default: this node is the first]
+    #[arg(long, value_name = "HOW", env = "NKV_DISCOVER", requires = "cluster")]
+    discover: Option<Spec>,
+
+    /// How often nodes compare what they have; each write is given on at once
+    #[arg(long, value_name = "TIME", env = "NKV_SYNC_INTERVAL", default_value = "1s", value_parser = parse_time)]
+    sync_interval: Duration,
+
+    /// How long an empty node waits for the state of another
+    #[arg(long, value_name = "TIME", env = "NKV_JOIN_TIMEOUT", default_value = "5s", value_parser = parse_time)]
+    join_timeout: Duration,
+
+    /// How long deletes are remembered, and so how long a node may be away
+    #[arg(long, value_name = "TIME", env = "NKV_GC_GRACE", default_value = "24h", value_parser = parse_time)]
+    gc_grace: Duration,
+
+    /// How far a clock may be off from those of other nodes
+    #[arg(long, value_name = "TIME", env = "NKV_MAX_CLOCK_OFFSET", default_value = "1s", value_parser = parse_time)]
+    max_clock_offset: Duration,
+
+    /// Take conditional writes, whose conditions hold on this node alone
+    #[arg(long, env = "NKV_LOCAL_CONDITIONS", requires = "cluster")]
+    local_conditions: bool,
+}
+
+/// Nodes as discovery finds them.
+#[derive(Debug)]
+struct Found {
+    discovery: Arc<dyn Discovery>,
+    own: SocketAddr,
+}
+
+#[async_trait]
+impl Membership for Found {
+    async fn addresses(&self) -> Result<Vec<SocketAddr>, MembershipError> {
+        let found = self.discovery.find(self.own).await.map_err(|error| {
+            warn!("{}: {error}", self.discovery.name());
+            MembershipError::new(error.to_string())
+        })?;
+        for what in found.unusable() {
+            warn!("{}: {what}", self.discovery.name());
+        }
+        if found.addresses().is_empty() && !found.unusable().is_empty() {
+            return Err(MembershipError::new("nothing of what was found can be used"));
+        }
+        Ok(found.addresses().to_vec())
+    }
+}
+
+/// A node's part of the cluster, and what is to be undone when it stops.
+pub(crate) struct Joined {
+    pub(crate) cluster: Cluster,
+    known: Option<(Arc<dyn Discovery>, SocketAddr)>,
+}
+
+impl Joined {
+    /// Others are not pointed to this node any more.
+    pub(crate) async fn leave(self) {
+        if let Some((discovery, own)) = self.known
+            && let Err(error) = discovery.deregister(own).await
+        {
+            warn!("{}: {error}", discovery.name());
+        }
+    }
+}
+
+fn wrong(what: impl Into<String>) -> ServerError {
+    ServerError::System(io::Error::new(io::ErrorKind::InvalidInput, what.into()))
+}
+
+impl ClusterArgs {
+    /// Listens for other nodes, and makes this one known to them. `clock_file` is beside the data, if they are kept.
+    pub(crate) async fn join(
+        &self,
+        name: &str,
+        is_insecure: bool,
+        value_len_max: usize,
+        clock_file: Option<PathBuf>,
+    ) -> Result<Joined, ServerError> {
+        let gossip = self.gossip.ok_or_else(|| wrong("--cluster needs --gossip ADDR"))?;
+        if !is_insecure && !gossip.ip().to_canonical().is_loopback() {
+            return Err(ServerError::Insecure { address: gossip.to_string() });
+        }
+        let mut options = Options::new(name);
+        options.advertise = self.advertise;
+        options.sync_interval = self.sync_interval;
+        options.join_timeout = self.join_timeout;
+        options.gc_grace = self.gc_grace;
+        options.max_clock_offset = self.max_clock_offset;
+        options.local_conditions = self.local_conditions;
+        options.value_len_max = value_len_max;
+        options.clock_file = clock_file;
+        let bind = |source| ServerError::Bind { address: gossip.to_string(), source };
+        let Some(spec) = &self.discover else {
+            let cluster = Cluster::bind(gossip, options, StaticPeers::default()).await.map_err(bind)?;
+            info!("the cluster '{name}' reaches this node at {}", cluster.address());
+            return Ok(Joined { cluster, known: None });
+        };
+        let own = self.advertise.unwrap_or(gossip);
+        if own.port() == 0 || own.ip().is_unspecified() {
+            return Err(wrong(
+                "others find this node by its address: give --gossip or --advertise with an IP and a port",
+            ));
+        }
+        let discovery = spec.provider().map_err(|error| wrong(format!("--discover: {error}")))?;
+        let discovery: Arc<dyn Discovery> = discovery.into();
+        if let Err(error) = discovery.register(own).await {
+            warn!("{}: {error}", discovery.name());
+        }
+        let found = Found { discovery: Arc::clone(&discovery), own };
+        let cluster = Cluster::bind(gossip, options, found).await.map_err(bind)?;
+        info!("the cluster '{name}' reaches this node at {own}, and finds others by {}", discovery.name());
+        Ok(Joined { cluster, known: Some((discovery, own)) })
+    }
+}

@@ -33,6 +33,11 @@ else
     echo "skipped: http/watch.py needs python3"
 fi
 
+echo "== cluster.sh"
+cargo build --quiet -p nkv-server --features nkv-server/cluster --bin nkv-server
+cargo build --quiet -p nkv-client --bin nkv-client
+timeout 120 examples/cluster.sh "${CARGO_TARGET_DIR:-target}/debug/nkv-server" "${CARGO_TARGET_DIR:-target}/debug/nkv-client"
+
 # In a build of its own, because of what it depends on.
 echo "== zeromq_notifier"
 cargo build --quiet -p nkv-examples --features zeromq --example zeromq_notifier

@@ -27,7 +27,7 @@ const ADDRESSES_MAX: usize = 1_024;
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_INTERVALS_MAX: u32 = 5;
 
-/// Where peers are is asked again after so many sync intervals.
+/// Where peers are is asked again after so many sync intervals or sessions.
 const ASK_INTERVALS: u64 = 10;
 
 /// So many peers are synced with in each interval: with more, each waits longer.
@@ -219,6 +219,7 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
     loop {
         match line.receive_within(patience(inner)).await? {
             Message::Push(records) => inner.merge_later(records).await?,
+            Message::WhoElse => line.send(Message::Known(known(inner)).encode()).await?,
             // One of two is enough.
             Message::Sync(_) if inner.peers().leading.contains(&id) && inner.id() < Some(id) => {
                 line.send(Message::Busy.encode()).await?;
@@ -237,6 +238,24 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
                 }
                 None => return Err(invalid("no session has begun")),
             },
+        }
+    }
+}
+
+/// Where the connected peers are.
+fn known(inner: &Inner) -> Vec<(NodeId, SocketAddr)> {
+    let peers = inner.peers();
+    let connected = peers.connected.keys().filter_map(|id| Some((*id, *peers.addresses.get(id)?)));
+    connected.take(ADDRESSES_MAX).collect()
+}
+
+/// Takes in what a peer knows; what a node said of itself counts more.
+fn learn(inner: &Inner, known: Vec<(NodeId, SocketAddr)>) {
+    let own = inner.id();
+    let mut peers = inner.peers();
+    for (id, address) in known {
+        if Some(id) != own && peers.addresses.len() < ADDRESSES_MAX && !peers.connected.contains_key(&id) {
+            peers.addresses.insert(id, address);
         }
     }
 }
@@ -432,7 +451,15 @@ async fn try_lead(
     }
     let _linked = Linked { inner, id };
     tracing::info!(peer = %id, %address, "connected");
+    let mut turn = 0_u64;
     loop {
+        if turn.is_multiple_of(ASK_INTERVALS) {
+            match line.ask(&Message::WhoElse).await? {
+                Message::Known(known) => learn(inner, known),
+                _ => return Err(invalid("the peer was to say whom it knows").into()),
+            }
+        }
+        turn = turn.wrapping_add(1);
         let is_led = {
             let mut peers = inner.peers();
             let is_led = peers.led_by.contains(&id);

@@ -311,6 +311,7 @@ fn lacking_a_key_proves_nothing_where_the_data_are_not_whole_since_the_contact()
                 // Its directory was repaired, and lost the key.
                 let contact = b.replica.contact(a.id).unwrap();
                 fresh.replica.begin(Place { epoch: Epoch::new(77), revision: 50 }, Hlc(0), 0).unwrap();
+                fresh.put("mine", "1");
                 let a_id = a.id;
                 fresh.plan(|replica, plan, _| replica.note_contact(plan, a_id, contact));
             }

@@ -87,8 +87,11 @@ pub(crate) enum Message {
     Sync(State),
     /// Answers it.
     SyncAnswer(State),
-    /// Answers it, where the other leads a session itself.
+    /// Answers it too, where the other leads a session itself.
     Busy,
+    /// Asks where the peers are that the other is connected to.
+    WhoElse,
+    Known(Vec<(NodeId, SocketAddr)>),
     /// Asks for half the digests of children.
     Digests(Half, Vec<Prefix>),
     Children(Vec<Children>),
@@ -180,6 +183,14 @@ impl Message {
             }
             Message::Given => 12,
             Message::Busy => 16,
+            Message::WhoElse => 17,
+            Message::Known(known) => {
+                to.list(known, |to, (id, address)| {
+                    to.u64(id.0);
+                    to.bytes(address.to_string().as_bytes());
+                });
+                18
+            }
             Message::Taken { refused } => {
                 to.u32(*refused);
                 13
@@ -234,6 +245,8 @@ impl Message {
             11 => Message::Wants(from.list(9, |from| Some(Want { key_hash: from.u64()?, lacks: from.flag()? }))?),
             12 => Message::Given,
             16 => Message::Busy,
+            17 => Message::WhoElse,
+            18 => Message::Known(from.list(12, |from| Some((NodeId(from.u64()?), from.text()?.parse().ok()?)))?),
             13 => Message::Taken { refused: from.u32()? },
             14 => Message::End { at: from.u64()?, is_whole: from.flag()? },
             15 => Message::Ended { is_whole: from.flag()? },
@@ -397,6 +410,8 @@ mod tests {
             Message::SyncAnswer(State { contact: None, ..state }),
             Message::Digests(Half::High, vec![Prefix::ROOT, prefix]),
             Message::Busy,
+            Message::WhoElse,
+            Message::Known(vec![(NodeId(1), "10.0.0.1:5".parse().unwrap())]),
             Message::Children(vec![Children { used: 5, digests: [7; CHILDREN] }]),
             Message::List(vec![(prefix, vec![entry, entry]), (Prefix::ROOT, Vec::new())]),
             Message::Records(records),
@@ -427,7 +442,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(5_000))]
 
         #[test]
-        fn bytes_of_any_kind_end_nothing(kind in 0_u8..18, bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+        fn bytes_of_any_kind_end_nothing(kind in 0_u8..20, bytes in prop::collection::vec(any::<u8>(), 0..80)) {
             let mut frame = vec![kind];
             frame.extend(bytes);
             let _ = Message::decode(frame.into());

@@ -334,3 +334,58 @@ async fn values_at_the_limit_reach_all_and_longer_ones_are_refused() {
     assert_eq!(refused.kind(), &ErrorKind::Refused { status: 413 });
     stop(nodes).await;
 }
+
+/// Prints how long a write takes to all of five nodes, at 1,000 writes a second.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn five_nodes_have_each_write_once_and_soon() {
+    const PUTS: usize = 3_000;
+    let first = bind(options(), &[]).await;
+    let mut clusters = vec![first.clone()];
+    for _ in 1..5 {
+        // One address that is known is enough.
+        clusters.push(bind(options(), &[first.address()]).await);
+    }
+    let (mut nodes, mut handles) = (Vec::new(), Vec::new());
+    for cluster in &clusters {
+        let node = start(cluster).await;
+        handles.push(ready(&node).await);
+        nodes.push(node);
+    }
+    eventually("all are connected to all", async || clusters.iter().all(|cluster| cluster.peers().len() == 4)).await;
+    let base = std::time::Instant::now();
+    let mut receiving = Vec::new();
+    for nkv in &handles[1..] {
+        let mut events = nkv.subscribe("k").await.unwrap();
+        receiving.push(tokio::spawn(async move {
+            let mut took = Vec::new();
+            while took.len() < PUTS {
+                match timeout(PATIENCE, events.next()).await.unwrap() {
+                    Some(Event::Update { entry, .. }) => {
+                        let sent: u64 = std::str::from_utf8(&entry.value).unwrap().parse().unwrap();
+                        took.push((base.elapsed().as_micros() as u64).saturating_sub(sent));
+                    }
+                    Some(Event::Synced { .. }) => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+            took
+        }));
+    }
+    let mut pace = tokio::time::interval(Duration::from_millis(10));
+    for tens in 0..PUTS / 10 {
+        pace.tick().await;
+        for number in tens * 10..tens * 10 + 10 {
+            let sent = base.elapsed().as_micros().to_string();
+            handles[0].put(format!("k.{number}"), sent).await.unwrap();
+        }
+    }
+    let mut took = Vec::new();
+    for one in receiving {
+        took.extend(one.await.unwrap());
+    }
+    took.sort_unstable();
+    println!("TEST convergence_p50_us = {}", took[took.len() / 2]);
+    println!("TEST convergence_p99_us = {}", took[took.len() * 99 / 100]);
+    eventually("digests are equal", async || clusters.iter().all(|cluster| cluster.digest() == first.digest())).await;
+    stop(nodes).await;
+}

@@ -19,6 +19,7 @@ use crate::connection::Connection;
 use crate::kv::client_server::ClientServer;
 use crate::kv_client::KvClientService;
 use crate::line::Line;
+use crate::mesh::Mesh;
 use crate::node_kv::KvService;
 use crate::options::Options;
 use crate::services::{Services, service};
@@ -74,8 +75,10 @@ pub(crate) struct Inner {
     services: Services,
     /// Whether connections are to end.
     going_away: watch::Sender<bool>,
-    /// What reports the health of the node.
+    /// What reports the health of the node, and what tells the mesh.
     reporting: AbortHandle,
+    telling: AbortHandle,
+    pub(crate) mesh: Arc<Mesh>,
 }
 
 impl Inner {
@@ -94,6 +97,7 @@ impl fmt::Debug for Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.reporting.abort();
+        self.telling.abort();
     }
 }
 
@@ -129,7 +133,9 @@ impl Door {
         let client = ClientServer::new(KvClientService).max_decoding_message_size(usize::MAX);
         let client = client.max_encoding_message_size(ENCODED_LEN_MAX);
         let services = [service(kv), service(client), service(health)].into_iter().chain(reflection()).collect();
-        Door(Arc::new(Inner { handle, options, services, going_away, reporting }))
+        let mesh = Mesh::new(handle.clone(), options.own_address.clone(), options.peers.clone());
+        let telling = tokio::spawn(Arc::clone(&mesh).run()).abort_handle();
+        Door(Arc::new(Inner { handle, options, services, going_away, reporting, telling, mesh }))
     }
 
     /// Accepts connections and serves them until the node stops; ends when they have ended. Dropping the future cuts them.

@@ -43,11 +43,15 @@ impl Client for KvClientService {
     }
 
     async fn set(&self, request: Request<SetKey>) -> Result<Response<SetReply>, Status> {
-        let (line, SetKey { key, value, .. }) = (line_of(&request)?, request.into_inner());
+        let (line, SetKey { key, value, broadcast }) = (line_of(&request)?, request.into_inner());
         let key = Key::new(&key).map_err(invalid_key)?;
         line.room_for_answer().await;
         let answer = line.answer(value.len());
-        let written = line.handle.put(&key, Bytes::copy_from_slice(value.as_bytes())).await;
+        let written = match broadcast {
+            true => line.handle.put(&key, Bytes::copy_from_slice(value.as_bytes())).await,
+            // A server tells what was put there: it is not told on.
+            false => line.door.mesh.apply(&line.handle, &key, value.clone()).await,
+        };
         written.map_err(|error| line.status(&error))?;
         Ok(counted(SetReply { value }, answer))
     }
@@ -57,7 +61,9 @@ impl Client for KvClientService {
     }
 
     async fn register_with_peer(&self, request: Request<Ip>) -> Result<Response<StoreReply>, Status> {
-        whole_store(&line_of(&request)?).await
+        let (line, Ip { ip }) = (line_of(&request)?, request.into_inner());
+        line.door.mesh.register(&ip, line.address()).await?;
+        whole_store(&line).await
     }
 }
 

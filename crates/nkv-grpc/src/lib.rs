@@ -16,6 +16,7 @@ mod departing;
 mod door;
 mod kv_client;
 mod line;
+mod mesh;
 mod node_kv;
 mod options;
 mod services;

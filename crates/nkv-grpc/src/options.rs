@@ -34,6 +34,10 @@ pub struct Options {
     pub keep_alive_interval: Duration,
     /// A connection without calls is closed after this time. Never by default.
     pub idle_limit: Option<Duration>,
+    /// Servers of a mesh of the replicated gRPC store that this one joins, as HOST:PORT. None by default; others may join this one.
+    pub peers: Vec<String>,
+    /// Where servers of that mesh reach this one, as HOST:PORT: without it none is joined, and `peers` are only told.
+    pub own_address: Option<String>,
 }
 
 impl Default for Options {
@@ -46,6 +50,8 @@ impl Default for Options {
             stall_limit: Duration::from_secs(30),
             keep_alive_interval: Duration::from_secs(30),
             idle_limit: None,
+            peers: Vec::new(),
+            own_address: None,
         }
     }
 }

@@ -14,6 +14,7 @@ use crate::server::listen_all;
 #[derive(Debug, Default)]
 pub(crate) struct Grpc {
     pub(crate) addresses: Vec<Address>,
+    pub(crate) options: GrpcOptions,
 }
 
 /// With its listeners.
@@ -21,6 +22,7 @@ pub(crate) struct Grpc {
 pub(crate) struct Listening {
     addresses: Vec<Address>,
     listeners: Vec<Listener>,
+    options: GrpcOptions,
 }
 
 impl Grpc {
@@ -28,25 +30,23 @@ impl Grpc {
     pub(crate) async fn listen(self, options: &Options, shared: &[Address]) -> Result<Listening, ServerError> {
         let own: Vec<_> = self.addresses.into_iter().filter(|address| !shared.contains(address)).collect();
         let (addresses, listeners) = listen_all(&own, options).await?;
-        Ok(Listening { addresses, listeners })
+        Ok(Listening { addresses, listeners, options: self.options })
     }
 }
 
-/// The door of a node.
-pub(crate) fn door(lines: &LinesDoor) -> Door {
-    let mut options = GrpcOptions::default();
-    options.connections = lines.connection_limit();
-    options.stall_limit = lines.0.options.stall_limit;
-    options.request_limit = lines.0.options.request_limit;
-    options.first_byte_limit = lines.0.options.first_byte_limit;
-    options.idle_limit = lines.0.options.idle_limit;
-    Door::new(lines.0.handle.clone(), options)
-}
-
 impl Listening {
-    /// Whether there is anything to serve, here or at a port of HTTP.
-    pub(crate) fn is_wanted(&self, shared: &[Address]) -> bool {
-        !self.listeners.is_empty() || !shared.is_empty()
+    /// The door of a node, if there is anything to serve, here or at a port of HTTP.
+    pub(crate) fn door(&self, lines: &LinesDoor, shared: &[Address]) -> Option<Door> {
+        if self.listeners.is_empty() && shared.is_empty() {
+            return None;
+        }
+        let mut options = self.options.clone();
+        options.connections = lines.connection_limit();
+        options.stall_limit = lines.0.options.stall_limit;
+        options.request_limit = lines.0.options.request_limit;
+        options.first_byte_limit = lines.0.options.first_byte_limit;
+        options.idle_limit = lines.0.options.idle_limit;
+        Some(Door::new(lines.0.handle.clone(), options))
     }
 
     /// Accepts from now on; gives the addresses.

@@ -195,6 +195,15 @@ impl Builder {
         self
     }
 
+    /// Sets how the gRPC door is to be, and which mesh of the replicated gRPC store it joins. Its limits of connections and time are
+    /// those of the [options](Self::options).
+    #[cfg(feature = "grpc")]
+    #[must_use]
+    pub fn grpc_options(mut self, options: nkv_grpc::Options) -> Self {
+        self.grpc.options = options;
+        self
+    }
+
     /// Loads what was stored and starts to listen, on the current Tokio runtime (I/O and time enabled).
     ///
     /// # Errors
@@ -229,7 +238,7 @@ impl Builder {
             acceptors.spawn(accept(door.clone(), listener));
         }
         #[cfg(feature = "grpc")]
-        let calls = grpc.is_wanted(&shared).then(|| grpc::door(&door));
+        let calls = grpc.door(&door, &shared);
         #[cfg(feature = "http")]
         let (http_addresses, metrics_addresses) = {
             let with_calls = |asked: &Address, http: nkv_http::Door| {

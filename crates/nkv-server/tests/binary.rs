@@ -459,3 +459,22 @@ fn servers_of_a_cluster_agree() {
         assert_eq!(server.wait().code(), Some(0));
     }
 }
+
+#[cfg(feature = "grpc")]
+#[test]
+fn a_mesh_that_cannot_be_meant_is_refused() {
+    for (flags, said) in [
+        (&["--peer", "127.0.0.1:4001"][..], "--grpc"),
+        (&["--grpc", "127.0.0.1:0", "--peer", "127.0.0.1:4001"], "--peer-advertise"),
+        (&["--grpc", "0.0.0.0:4000", "--insecure", "--peer", "127.0.0.1:4001"], "--peer-advertise"),
+        (&["--grpc", "127.0.0.1:4000", "--peer", "nowhere"], "HOST:PORT"),
+        #[cfg(feature = "cluster")]
+        (
+            &["--grpc", "127.0.0.1:4000", "--peer", "h:1", "--cluster", "home", "--gossip", "127.0.0.1:0"],
+            "not for --cluster",
+        ),
+    ] {
+        let (code, text) = run(flags);
+        assert!(code == 2 && text.contains(said), "{flags:?}: {code} {text}");
+    }
+}

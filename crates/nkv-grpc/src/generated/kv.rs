@@ -25,7 +25,7 @@ pub struct SetKey {
     /// The value.
     #[prost(string, tag = "2")]
     pub value: ::prost::alloc::string::String,
-    /// Whether the server is to tell its peers. nkv has none here and ignores it.
+    /// Whether the server is to tell its peers: a client's request.
     #[prost(bool, tag = "3")]
     pub broadcast: bool,
 }
@@ -196,7 +196,8 @@ pub mod client_client {
             req.extensions_mut().insert(GrpcMethod::new("kv.Client", "List"));
             self.inner.unary(req, path, codec).await
         }
-        /// Answers all values, as List does. The address is not remembered: nkv does not replicate to other servers by this service.
+        /// Answers all values, as List does, and tells that server each put from then on. The address must be where the call comes from, or
+        /// one that the server was given as a peer: else INVALID_ARGUMENT.
         pub async fn register_with_peer(
             &mut self,
             request: impl tonic::IntoRequest<super::Ip>,
@@ -250,7 +251,8 @@ pub mod client_server {
             &self,
             request: tonic::Request<super::Void>,
         ) -> std::result::Result<tonic::Response<super::StoreReply>, tonic::Status>;
-        /// Answers all values, as List does. The address is not remembered: nkv does not replicate to other servers by this service.
+        /// Answers all values, as List does, and tells that server each put from then on. The address must be where the call comes from, or
+        /// one that the server was given as a peer: else INVALID_ARGUMENT.
         async fn register_with_peer(
             &self,
             request: tonic::Request<super::Ip>,

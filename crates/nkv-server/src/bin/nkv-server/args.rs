@@ -59,6 +59,16 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ADDR", env = "NKV_GRPC", value_delimiter = ',')]
     pub(crate) grpc: Vec<Address>,
 
+    /// A server of the replicated gRPC store whose mesh this one joins: HOST:PORT; may be given more than once
+    #[cfg(feature = "grpc")]
+    #[arg(long, value_name = "ADDR", env = "NKV_PEER", value_delimiter = ',', requires = "grpc")]
+    pub(crate) peer: Vec<String>,
+
+    /// The address of --grpc as servers of that mesh see it, if that is another
+    #[cfg(feature = "grpc")]
+    #[arg(long, value_name = "ADDR", env = "NKV_PEER_ADVERTISE", requires = "peer")]
+    peer_advertise: Option<String>,
+
     #[cfg(feature = "engines")]
     #[command(flatten, next_help_heading = "Engines")]
     pub(crate) engine: EngineArgs,
@@ -297,6 +307,40 @@ impl Args {
             addresses.push(Address::default());
         }
         addresses
+    }
+
+    /// Where servers of a mesh reach this one, and which those are.
+    #[cfg(feature = "grpc")]
+    pub(crate) fn mesh(&self) -> Result<(Vec<String>, Option<String>), String> {
+        if self.peer.is_empty() {
+            return Ok((Vec::new(), None));
+        }
+        for peer in self.peer.iter().chain(&self.peer_advertise) {
+            // An address of nkv has a port if it names none.
+            let has_port = peer.rsplit_once(':').is_some_and(|(_, port)| port.parse().is_ok_and(|port: u16| port > 0));
+            if !has_port || !matches!(peer.parse(), Ok(Address::Tcp { .. })) {
+                return Err(format!("--peer and --peer-advertise are HOST:PORT, and '{peer}' is not"));
+            }
+        }
+        #[cfg(feature = "engines")]
+        if self.engine.engine.is_some() {
+            return Err("--peer is for a server that keeps its data itself, and not for --engine".into());
+        }
+        #[cfg(feature = "cluster")]
+        if self.cluster.cluster.is_some() {
+            return Err("--peer is for a server that keeps its data itself, and not for --cluster".into());
+        }
+        let own = self.peer_advertise.clone().or_else(|| {
+            self.grpc.iter().find_map(|address| match address {
+                Address::Tcp { host, port } if *port > 0 && !["0.0.0.0", "::", "[::]"].contains(&host.as_str()) => {
+                    Some(address.to_string())
+                }
+                _ => None,
+            })
+        });
+        let own =
+            own.ok_or("--peer needs an address of this server that others reach: give --peer-advertise HOST:PORT")?;
+        Ok((self.peer.clone(), Some(own)))
     }
 
     pub(crate) fn options(&self) -> Options {

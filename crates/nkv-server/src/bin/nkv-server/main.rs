@@ -136,6 +136,10 @@ async fn start(args: &Args) -> Result<(Server, Ends), ServerError> {
     }
     #[cfg(feature = "grpc")]
     {
+        let wrong = |what| ServerError::System(io::Error::new(ErrorKind::InvalidInput, what));
+        let mut options = nkv_server::nkv_grpc::Options::default();
+        (options.peers, options.own_address) = args.mesh().map_err(wrong)?;
+        builder = builder.grpc_options(options);
         builder = args.grpc.iter().cloned().fold(builder, Builder::grpc);
     }
     let opened = Arc::new(OnceLock::new());

@@ -1,0 +1,342 @@
+//! A mesh of servers of the replicated gRPC store: each tells every put on to all others, once, and takes over what others have
+//! when it joins.
+//!
+//! What is to be told is a subscription of each peer: one that is slow or away costs a caller nothing, and gets the newest value
+//! of each key when it is there. There are no deletes and no order in this protocol, so two sets of one key at once on two
+//! servers may stay different.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nkv_node::{Cursor, Handle, Key, Revision, TailEvent, TailOptions};
+use tokio::net::lookup_host;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::kv::client_client::ClientClient;
+use crate::kv::{Ip, SetKey, Void};
+use crate::node_kv::ANSWER_LEN_MAX;
+
+/// Peers at most: those that were named, and those that registered.
+const PEERS_MAX: usize = 64;
+
+/// A peer that was not named is forgotten when it could not be reached for so long.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
+
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+
+const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long a peer may take to answer.
+const CALL_LIMIT: Duration = Duration::from_secs(10);
+
+/// So many of the latest revisions that came from peers are known as such. One that is forgotten is told on, which changes nothing.
+const FOREIGN_MAX: usize = 65_536;
+
+/// The longest address of a registration, in bytes.
+const ADDRESS_LEN_MAX: usize = 256;
+
+/// The other servers of a mesh.
+pub(crate) struct Mesh {
+    handle: Handle,
+    /// Where peers reach this server; without it this server joins nobody, and others may join it.
+    own: Option<String>,
+    named: Vec<String>,
+    state: Mutex<State>,
+    /// A set of a peer is done.
+    applied: Notify,
+    registered: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    peers: Vec<String>,
+    /// Those that no task tells yet.
+    new: Vec<String>,
+    /// Keys that sets of peers are about to change, and how many those are.
+    under_way: HashMap<Key, usize>,
+    foreign: HashSet<u64>,
+    foreign_order: VecDeque<u64>,
+}
+
+impl fmt::Debug for Mesh {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mesh").field("own", &self.own).field("named", &self.named).finish_non_exhaustive()
+    }
+}
+
+impl Mesh {
+    pub(crate) fn new(handle: Handle, own: Option<String>, named: Vec<String>) -> Arc<Self> {
+        let named: Vec<String> = named.into_iter().filter(|peer| own.as_ref() != Some(peer)).collect();
+        let state = State { peers: named.clone(), new: named.clone(), ..State::default() };
+        let (applied, registered) = (Notify::new(), Notify::new());
+        Arc::new(Mesh { handle, own, named, state: Mutex::new(state), applied, registered })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells peers what is put here, until the node stops.
+    pub(crate) async fn run(self: Arc<Self>) {
+        let mut telling = JoinSet::new();
+        let mut stopping = std::pin::pin!(self.handle.stopping());
+        loop {
+            for address in std::mem::take(&mut self.state().new) {
+                telling.spawn(Arc::clone(&self).tell(address));
+            }
+            tokio::select! {
+                biased;
+                () = &mut stopping => return,
+                Some(_) = telling.join_next() => {}
+                () = self.registered.notified() => {}
+            }
+        }
+    }
+
+    /// Puts what a peer has, by the handle of its connection: it is not told on.
+    pub(crate) async fn apply(&self, handle: &Handle, key: &Key, value: String) -> nkv_node::Result<Revision> {
+        {
+            let mut state = self.state();
+            let count = state.under_way.entry(key.clone()).or_default();
+            *count = count.saturating_add(1);
+        }
+        let _done = Done { mesh: self, key };
+        let revision = handle.put(key, value).await?;
+        let mut state = self.state();
+        state.foreign.insert(revision.get());
+        state.foreign_order.push_back(revision.get());
+        if state.foreign_order.len() > FOREIGN_MAX
+            && let Some(oldest) = state.foreign_order.pop_front()
+        {
+            state.foreign.remove(&oldest);
+        }
+        drop(state);
+        Ok(revision)
+    }
+
+    /// Whether a peer put what is there at this revision.
+    async fn is_foreign(&self, key: &Key, revision: u64) -> bool {
+        loop {
+            let applied = self.applied.notified();
+            let mut applied = std::pin::pin!(applied);
+            applied.as_mut().enable();
+            {
+                let state = self.state();
+                if state.foreign.contains(&revision) {
+                    return true;
+                }
+                if !state.under_way.contains_key(key) {
+                    return false;
+                }
+            }
+            applied.await;
+        }
+    }
+
+    /// Remembers a peer that registers: one that was named, or whose host is where its call comes from.
+    pub(crate) async fn register(&self, address: &str, caller: &str) -> Result<(), Status> {
+        let is_named = self.named.iter().any(|named| named == address);
+        let (host, port) = address.rsplit_once(':').unwrap_or((address, ""));
+        if address.len() > ADDRESS_LEN_MAX || host.is_empty() || !port.parse().is_ok_and(|port: u16| port > 0) {
+            return Err(Status::invalid_argument("a server registers as HOST:PORT"));
+        }
+        if !is_named {
+            let caller =
+                ip_of(caller).ok_or_else(|| Status::invalid_argument("it is not known where the call comes from"))?;
+            let found = timeout(CONNECT_LIMIT, lookup_host(address)).await;
+            let is_there = found
+                .is_ok_and(|found| found.is_ok_and(|mut found| found.any(|found| found.ip().to_canonical() == caller)));
+            if !is_there {
+                let message = format!("'{address}' is not where the call comes from, and is no --peer of this server");
+                return Err(Status::invalid_argument(message));
+            }
+        }
+        let mut state = self.state();
+        if state.peers.iter().any(|known| known == address) {
+            return Ok(());
+        }
+        if state.peers.len() >= PEERS_MAX {
+            return Err(Status::resource_exhausted(format!("this server has {PEERS_MAX} peers already")));
+        }
+        state.peers.push(address.to_owned());
+        state.new.push(address.to_owned());
+        drop(state);
+        tracing::info!(peer = address, "a server joins");
+        self.registered.notify_one();
+        Ok(())
+    }
+
+    /// Tells one peer, for as long as it is known.
+    async fn tell(self: Arc<Self>, address: String) {
+        let (mut told, mut failures, mut last_reached) = (None, 0_u32, Instant::now());
+        loop {
+            let before = told;
+            let error = match self.told(&address, &mut told).await {
+                Ok(()) => return,
+                Err(error) => error,
+            };
+            if told != before {
+                (failures, last_reached) = (0, Instant::now());
+            }
+            failures = failures.saturating_add(1);
+            self.handle.log().warn("peer", format_args!("the peer {address} is not told: {error}"));
+            if last_reached.elapsed() > FORGOTTEN_AFTER && !self.named.contains(&address) {
+                self.state().peers.retain(|known| *known != address);
+                tracing::info!(peer = address, "a server is forgotten");
+                return;
+            }
+            let span = PAUSE_MIN.saturating_mul(1 << failures.min(16)).min(PAUSE_MAX);
+            let part = f64::from(u32::from_ne_bytes(random())) / f64::from(u32::MAX);
+            sleep(span.mul_f64(0.5 + part / 2.0)).await;
+        }
+    }
+
+    /// Joins a peer, and tells it what changes; up to where it knows is in `told`. Ends well when the node stops.
+    async fn told(&self, address: &str, told: &mut Option<Cursor>) -> Result<(), Failed> {
+        // A name is looked up each time.
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))?;
+        let channel = endpoint.connect_timeout(CONNECT_LIMIT).timeout(CALL_LIMIT).connect().await?;
+        let mut peer = ClientClient::new(channel).max_decoding_message_size(ANSWER_LEN_MAX);
+        let mut options = TailOptions::default();
+        if let Some(known) = *told {
+            options = options.with_after(known);
+        }
+        let mut tail = self.handle.tail("*", options)?;
+        // What was written or deleted here since the peer was told last.
+        let (mut changed, mut synced) = (HashMap::new(), None);
+        while synced.is_none() {
+            match tail.next().await {
+                Some((TailEvent::Put { entry, .. }, _)) => {
+                    changed.insert(entry.key, Some(entry.revision.get()));
+                }
+                Some((TailEvent::Delete { key, .. }, _)) => drop(changed.insert(key, None)),
+                Some((TailEvent::Synced { .. }, cursor)) => synced = cursor,
+                Some((TailEvent::Ended(_), _)) | None => return Ok(()),
+                Some(_) => {}
+            }
+        }
+        let store = match &self.own {
+            Some(own) => peer.register_with_peer(Ip { ip: own.clone() }).await?,
+            None => peer.list(Void {}).await?,
+        };
+        self.take_over(store.into_inner().store, &changed).await;
+        for (key, revision) in changed {
+            if let Some(revision) = revision {
+                self.tell_one(&mut peer, &key, revision).await?;
+            }
+        }
+        *told = synced.or(*told);
+        loop {
+            match tail.next().await {
+                Some((TailEvent::Put { entry, .. }, cursor)) => {
+                    self.tell_one(&mut peer, &entry.key, entry.revision.get()).await?;
+                    *told = cursor.or(*told);
+                }
+                Some((TailEvent::Ended(_), _)) | None => return Ok(()),
+                // A delete has no form.
+                Some((_, cursor)) => *told = cursor.or(*told),
+            }
+        }
+    }
+
+    /// Takes what a peer has, but for what was written or deleted here since it was told last.
+    async fn take_over(&self, store: std::collections::BTreeMap<String, String>, changed: &HashMap<Key, Option<u64>>) {
+        let mut taken = 0_u64;
+        for (key, value) in store {
+            let Ok(key) = Key::new(&key) else { continue };
+            let is_same = |text: &[u8]| text == value.as_bytes();
+            if changed.contains_key(&key)
+                || self.handle.look_up(key.as_str(), |record| is_same(&record.value)).ok().flatten() == Some(true)
+            {
+                continue;
+            }
+            match self.apply(&self.handle, &key, value).await {
+                Ok(_) => taken = taken.saturating_add(1),
+                Err(error) => self.handle.log().warn("peer", format_args!("a value of a peer is not taken: {error}")),
+            }
+        }
+        tracing::info!(taken, "joined a server");
+    }
+
+    /// Tells the present value of a key, if it is not of a peer and a text.
+    async fn tell_one(&self, peer: &mut ClientClient<Channel>, key: &Key, revision: u64) -> Result<(), Failed> {
+        if self.is_foreign(key, revision).await {
+            return Ok(());
+        }
+        // The newest, if there is one by now that is not of a peer: what comes behind tells it again.
+        let value = self.handle.look_up(key.as_str(), |record| {
+            (record.revision.get() == revision)
+                .then(|| String::from_utf8(record.value.to_bytes().into()).ok())
+                .flatten()
+        })?;
+        if let Some(value) = value.flatten() {
+            peer.set(SetKey { key: key.as_str().to_owned(), value, broadcast: false }).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a peer was not told.
+#[derive(Debug, thiserror::Error)]
+enum Failed {
+    #[error("{0}")]
+    Transport(String),
+    #[error("{0}")]
+    Status(#[from] Status),
+    #[error("{0}")]
+    Node(#[from] nkv_node::Error),
+}
+
+impl From<tonic::transport::Error> for Failed {
+    fn from(error: tonic::transport::Error) -> Self {
+        let mut text = error.to_string();
+        let mut cause = std::error::Error::source(&error);
+        while let Some(inner) = cause {
+            text.push_str(&format!(": {inner}"));
+            cause = inner.source();
+        }
+        Failed::Transport(text)
+    }
+}
+
+/// A set of a peer that is under way.
+struct Done<'a> {
+    mesh: &'a Mesh,
+    key: &'a Key,
+}
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        let mut state = self.mesh.state();
+        if let Some(count) = state.under_way.get_mut(self.key) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                state.under_way.remove(self.key);
+            }
+        }
+        drop(state);
+        self.mesh.applied.notify_waiters();
+    }
+}
+
+/// The host of `IP:PORT`.
+fn ip_of(address: &str) -> Option<IpAddr> {
+    address.parse().ok().map(|address: std::net::SocketAddr| address.ip().to_canonical())
+}
+
+fn random() -> [u8; 4] {
+    let mut bytes = [0; 4];
+    match getrandom::fill(&mut bytes) {
+        Ok(()) => bytes,
+        // All pauses are of one length then.
+        Err(_) => [0; 4],
+    }
+}

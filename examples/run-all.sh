@@ -34,9 +34,16 @@ else
 fi
 
 echo "== cluster.sh"
-cargo build --quiet -p nkv-server --features nkv-server/cluster --bin nkv-server
+cargo build --quiet -p nkv-server --features nkv-server/cluster,nkv-server/nats --bin nkv-server
 cargo build --quiet -p nkv-client --bin nkv-client
 timeout 120 examples/cluster.sh "${CARGO_TARGET_DIR:-target}/debug/nkv-server" "${CARGO_TARGET_DIR:-target}/debug/nkv-client"
+
+if [ -x "${NKV_NATS_SERVER:-}" ]; then
+    echo "== nats.sh"
+    timeout 120 examples/nats.sh "${CARGO_TARGET_DIR:-target}/debug/nkv-server" "${CARGO_TARGET_DIR:-target}/debug/nkv-client" "$NKV_NATS_SERVER"
+else
+    echo "skipped: nats.sh needs NKV_NATS_SERVER, which scripts/servers-nats.sh gets"
+fi
 
 # In a build of its own, because of what it depends on.
 echo "== zeromq_notifier"

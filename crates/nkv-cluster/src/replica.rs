@@ -324,12 +324,20 @@ impl Replica {
         (self.epoch, self.revision) = (place.epoch, place.revision);
         self.clock.see(bound);
         // What came after the last contact, no peer may have taken. When it was written is not known any more.
-        let taken = self.contacts.values().map(|(contact, _)| contact.own).filter(|own| own.epoch == self.epoch);
-        let taken = taken.map(|own| own.revision).max().unwrap_or(0);
+        let contacts = self.contacts.values().map(|(contact, _)| contact);
+        let contacts = contacts.filter(|contact| contact.own.epoch == self.epoch);
+        let taken = contacts.clone().map(|contact| contact.own.revision).max().unwrap_or(0);
+        let taken_at = contacts.map(|contact| contact.at).max().unwrap_or(0);
         // Of a tombstone that was forgotten nothing tells the revision any more.
         self.data_revision = self.data_revision.max(taken).min(self.revision);
         let own = self.identity.as_ref().map(|identity| identity.id);
-        let is_untaken = |held: &Held| held.revision > taken && Some(held.register.stamp.node) == own;
+        let is_untaken = |Held { register, revision }: &Held| {
+            let stamped = register.stamp.time.millis();
+            // A value that has ended may have been taken before its end.
+            let is_ended = matches!(register.content, Content::Ended { .. });
+            let is_new = !is_ended || stamped > taken_at || stamped < SET_FROM;
+            *revision > taken && Some(register.stamp.node) == own && is_new
+        };
         let untaken = self.held.iter().filter(|(_, held)| is_untaken(held)).map(|((_, key), held)| {
             (key.clone(), Untaken { written: steady, above: Hlc::default(), first: held.revision })
         });

@@ -179,6 +179,7 @@ fn a_write_after_one_that_was_seen_wins_whatever_the_own_clock_shows() {
     let own = b.put("k", "b");
     assert_eq!(b.value("k").as_deref(), Some("b"));
     assert_eq!((a.merge(&own), a.value("k").as_deref()), (Merged::Applied, Some("b")));
+    assert!(b.put("other", "b").register.stamp > theirs.register.stamp, "of another key too");
     b.delete("k");
     let deleted = b.record("k");
     assert_eq!((a.merge(&deleted), a.value("k")), (Merged::Applied, None));
@@ -555,15 +556,17 @@ fn what_is_written_in_the_batch_that_stamps_anew_is_not_undone_by_it() {
 #[test]
 fn a_value_that_ended_early_by_a_wrong_clock_is_given_again() {
     let (mut a, mut b) = two();
-    a.put_for("k", "1", Some(50_000));
+    b.put_for("k", "1", Some(50_000));
     sync(&mut a, &mut b, false);
-    assert_eq!(b.value("k").as_deref(), Some("1"));
+    assert_eq!(a.value("k").as_deref(), Some("1"));
     let right = b.now;
     b.now.wall += 60_000;
     b.expire();
     assert_eq!(b.value("k"), None);
     assert_level_digests(&a, &b);
     b.now = right;
+    // Also after a restart: its end came after the contact, and it did not.
+    b.restart();
     // Others do not take its word for it.
     let ended = b.record("k");
     assert_eq!(One::new(3).merge(&ended), Merged::Refused);

@@ -16,6 +16,9 @@ pub(crate) const SET_FROM: Millis = 1_577_836_800_000;
 /// What a peer's clock showed is believed for so long.
 const SAMPLE_LIFE: Millis = 60_000;
 
+/// A clock that moves by no more between two samples was not set.
+const SAME: i64 = 100;
+
 /// The clocks of a machine.
 pub(crate) trait Clock: fmt::Debug + Send + Sync + 'static {
     /// Milliseconds since the Unix epoch, as far as the machine knows.
@@ -62,6 +65,10 @@ impl Clock for SystemClock {
 pub(crate) struct Now {
     /// The time that is believed: the own clock's, or the peers' where that is off.
     pub(crate) wall: Millis,
+    /// The latest time that it may be, by what is known: what is stamped ahead of it by more than the offset is not taken.
+    pub(crate) latest: Millis,
+    /// Whether peers bear out the time that is believed.
+    pub(crate) is_agreed: bool,
     /// See [`Clock::steady`].
     pub(crate) steady: Millis,
 }
@@ -78,8 +85,11 @@ struct Sample {
     base: i64,
     /// Half of the time that it took to ask: it may be off by so much.
     error: i64,
-    /// When it was taken.
+    /// When it was asked for, and when it was there.
+    asked: Millis,
     at: Millis,
+    /// From when on all samples of the peer said about the same.
+    since: Millis,
 }
 
 impl PeerClocks {
@@ -91,19 +101,17 @@ impl PeerClocks {
         }
         let error = signed(answered.saturating_sub(asked)) / 2;
         let base = signed(wall).saturating_sub(signed(asked).saturating_add(error));
-        self.samples.insert(peer, Sample { base, error, at: answered });
+        let is_same = |before: &&Sample| {
+            before.base.saturating_sub(base).abs() <= before.error.saturating_add(error).saturating_add(SAME)
+        };
+        let since = self.samples.get(&peer).filter(is_same).map_or(answered, |before| before.since);
+        self.samples.insert(peer, Sample { base, error, asked, at: answered, since });
     }
 
     /// How far the own wall clock is ahead of the median of the peers'; of an even number of them, of the one nearer to it. What
     /// may be an error of measurement does not count. Says also of how many peers that is.
     pub(crate) fn offset(&self, wall: Millis, steady: Millis) -> Option<(i64, usize)> {
-        let own = signed(wall).saturating_sub(signed(steady));
-        let offset = |sample: &Sample| {
-            let offset = own.saturating_sub(sample.base);
-            offset.signum() * offset.abs().saturating_sub(sample.error).max(0)
-        };
-        let fresh = |sample: &&Sample| steady.saturating_sub(sample.at) <= SAMPLE_LIFE;
-        let mut offsets: Vec<i64> = self.samples.values().filter(fresh).map(offset).collect();
+        let mut offsets: Vec<i64> = self.fresh(wall, steady).map(|(_, offset)| offset).collect();
         offsets.sort_unstable();
         let count = offsets.len();
         let middle = [count.checked_sub(1)? / 2, count / 2];
@@ -111,16 +119,48 @@ impl PeerClocks {
         median.map(|median| (*median, count))
     }
 
+    /// The samples that count, and how far the own wall clock is ahead of each.
+    fn fresh(&self, wall: Millis, steady: Millis) -> impl Iterator<Item = (&Sample, i64)> {
+        let own = signed(wall).saturating_sub(signed(steady));
+        let fresh = self.samples.values().filter(move |sample| steady.saturating_sub(sample.at) <= SAMPLE_LIFE);
+        fresh.map(move |sample| {
+            let offset = own.saturating_sub(sample.base);
+            (sample, offset.signum() * offset.abs().saturating_sub(sample.error).max(0))
+        })
+    }
+
+    /// Whether two peers were both ahead of the own clock by more than `offset_max` at one moment. Of two that were at different
+    /// moments, each may have been off and not know it, as a clock that is off is set again.
+    fn are_two_ahead(&self, wall: Millis, steady: Millis, offset_max: Millis) -> bool {
+        let ahead = self.fresh(wall, steady).filter(|(_, offset)| *offset < -signed(offset_max));
+        let mut spans: Vec<(Millis, Millis)> = ahead.map(|(sample, _)| (sample.since, sample.asked)).collect();
+        spans.retain(|(since, until)| since <= until);
+        spans.sort_unstable();
+        let mut latest = None;
+        spans.into_iter().any(|(since, until)| {
+            let meets = latest.is_some_and(|latest| since <= latest);
+            latest = latest.max(Some(until));
+            meets
+        })
+    }
+
     /// The time to believe: the own clock's; the peers' if that is ahead of them by more than `offset_max`, or behind and it was
     /// never set or two peers say so.
     pub(crate) fn now(&self, wall: Millis, steady: Millis, offset_max: Millis) -> Now {
-        let corrected = match self.offset(wall, steady) {
-            Some((offset, _)) if offset > signed(offset_max) => Some(offset),
-            Some((offset, peers)) if offset < -signed(offset_max) && (wall < SET_FROM || peers >= 2) => Some(offset),
-            _ => None,
+        let Some((offset, peers)) = self.offset(wall, steady) else {
+            return Now { wall, latest: wall, is_agreed: false, steady };
         };
-        let wall = corrected.map_or(wall, |offset| wall.saturating_add_signed(offset.saturating_neg()));
-        Now { wall, steady }
+        let of_peers = wall.saturating_add_signed(offset.saturating_neg());
+        let max = signed(offset_max);
+        let is_behind = || wall < SET_FROM || self.are_two_ahead(wall, steady, offset_max);
+        match offset {
+            // Of two clocks, the other may be the one that is off.
+            _ if offset > max && peers == 1 => Now { wall: of_peers, latest: wall, is_agreed: false, steady },
+            _ if offset > max => Now { wall: of_peers, latest: of_peers, is_agreed: true, steady },
+            _ if offset >= -max => Now { wall, latest: wall.max(of_peers), is_agreed: true, steady },
+            _ if is_behind() => Now { wall: of_peers, latest: of_peers, is_agreed: true, steady },
+            _ => Now { wall, latest: wall, is_agreed: false, steady },
+        }
     }
 }
 
@@ -236,6 +276,41 @@ mod tests {
         assert_eq!(now(&[3_600_000, 3_600_001], TODAY), TODAY + 3_600_000);
         assert_eq!(now(&[0], 5_000), TODAY, "a clock that was never set");
         assert_eq!(now(&[900], TODAY), TODAY);
+    }
+
+    #[test]
+    fn two_peers_that_were_ahead_at_different_moments_are_not_believed() {
+        const AHEAD: Millis = 3_600_000;
+        let mut clocks = PeerClocks::default();
+        let note = |clocks: &mut PeerClocks, id, ahead, steady| {
+            clocks.note(NodeId(id), TODAY + steady + ahead, steady, steady);
+        };
+        let now = |clocks: &PeerClocks, steady| clocks.now(TODAY + steady, steady, 1_000);
+        note(&mut clocks, 1, AHEAD, 0);
+        note(&mut clocks, 1, AHEAD, 1_000);
+        // It is gone, and only then the other is set ahead.
+        note(&mut clocks, 2, 0, 1_000);
+        note(&mut clocks, 2, AHEAD, 2_000);
+        note(&mut clocks, 2, AHEAD, 3_000);
+        let unclear = now(&clocks, 3_000);
+        assert_eq!((unclear.wall, unclear.latest, unclear.is_agreed), (TODAY + 3_000, TODAY + 3_000, false));
+        // Now it says so too.
+        note(&mut clocks, 1, AHEAD, 3_000);
+        let agreed = now(&clocks, 3_000);
+        assert_eq!((agreed.wall, agreed.latest, agreed.is_agreed), (TODAY + 3_000 + AHEAD, agreed.wall, true));
+    }
+
+    #[test]
+    fn what_may_be_of_this_time_is_taken_by_the_peers_clocks_too() {
+        let now = |offsets: &[i64]| clocks(offsets).now(TODAY, 500, 1_000);
+        let latest = |offsets: &[i64]| (now(offsets).latest, now(offsets).is_agreed);
+        assert_eq!(latest(&[]), (TODAY, false));
+        assert_eq!(latest(&[-900]), (TODAY, true));
+        assert_eq!(latest(&[900]), (TODAY + 900, true), "a little behind");
+        assert_eq!(latest(&[-9_000]), (TODAY, false), "which of two clocks is off, is not known");
+        assert_eq!(latest(&[9_000]), (TODAY, false));
+        assert_eq!(latest(&[-9_000, -9_000]), (TODAY - 9_000, true));
+        assert_eq!(latest(&[9_000, 9_000]), (TODAY + 9_000, true));
     }
 
     #[tokio::test]

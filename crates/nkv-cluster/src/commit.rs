@@ -202,7 +202,7 @@ impl Committer {
         let may_purge = self.inner.may_purge();
         let (mut plan, done) = {
             let mut replica = self.inner.replica();
-            let mut plan = replica.plan(now);
+            let mut plan = replica.plan();
             let done: Vec<Done> = jobs
                 .iter()
                 .map(|job| plan_one(&mut replica, &mut plan, job, now, checked.as_ref(), may_purge))
@@ -272,8 +272,8 @@ fn plan_one(
             Done::Other
         }
         Job::Mend { .. } => {
-            replica.give_up_ended_early(plan, now);
             let count = replica.restamp(plan, now);
+            replica.give_up_ended_early(plan, now);
             if count > 0 {
                 tracing::warn!(count, "the clock was off: what was written with it is stamped anew");
             }

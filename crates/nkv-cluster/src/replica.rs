@@ -109,6 +109,17 @@ struct Held {
     revision: u64,
 }
 
+/// A write of this node of which no peer is known to have taken it, nor any that it took the place of since one was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Untaken {
+    /// When it was written, by the steady clock.
+    written: Millis,
+    /// What its stamp had to be above: that of what peers may have of the key.
+    above: Hlc,
+    /// The revision of the first of these writes.
+    first: u64,
+}
+
 /// What one node has.
 #[derive(Debug)]
 pub(crate) struct Replica {
@@ -126,8 +137,8 @@ pub(crate) struct Replica {
     purges: BTreeSet<(Millis, Slot)>,
     clock: HybridClock,
     contacts: BTreeMap<NodeId, (Contact, Millis)>,
-    /// What was written here and that no session has given to a peer since, and when that was, by the steady clock.
-    untaken: BTreeMap<Key, Millis>,
+    /// What was written here and that no session has given to a peer since.
+    untaken: BTreeMap<Key, Untaken>,
     /// What storage had without a stamp, from before the node was in a cluster.
     unstamped: Vec<(Key, Bytes, Option<Millis>)>,
     /// What storage has and cannot be understood.
@@ -137,12 +148,23 @@ pub(crate) struct Replica {
     pub(crate) restamped: Vec<((Key, Stamp), Stamp)>,
 }
 
+/// A write that was stamped with a clock that was off.
+#[derive(Debug)]
+struct Misstamped {
+    slot: Slot,
+    register: Register,
+    untaken: Untaken,
+    least: Hlc,
+}
+
 /// What is to be changed.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
     revision: u64,
     data_revision: u64,
     staged: BTreeMap<Slot, Option<Held>>,
+    /// Of what is staged.
+    untaken: BTreeMap<Key, Untaken>,
     contacts: Vec<(NodeId, Option<(Contact, Millis)>)>,
     identity: Option<Identity>,
     /// For storage.
@@ -151,8 +173,6 @@ pub(crate) struct Plan {
     pub(crate) fresh: Vec<Record>,
     /// How many values from before the cluster it stamps.
     stamped_old: usize,
-    /// By the steady clock.
-    steady: Millis,
 }
 
 impl Plan {
@@ -172,6 +192,7 @@ impl Plan {
             None => note(slot.1.clone(), revision, Meta::NONE),
         });
         self.data_revision = revision;
+        self.untaken.remove(&slot.1);
         self.staged.insert(slot, register.map(|register| Held { register, revision }));
     }
 
@@ -303,15 +324,25 @@ impl Replica {
         (self.epoch, self.revision) = (place.epoch, place.revision);
         self.clock.see(bound);
         // What came after the last contact, no peer may have taken. When it was written is not known any more.
-        let taken = self.contacts.values().map(|(contact, _)| contact.own).filter(|own| own.epoch == self.epoch);
-        let taken = taken.map(|own| own.revision).max().unwrap_or(0);
+        let contacts = self.contacts.values().map(|(contact, _)| contact);
+        let contacts = contacts.filter(|contact| contact.own.epoch == self.epoch);
+        let taken = contacts.clone().map(|contact| contact.own.revision).max().unwrap_or(0);
+        let taken_at = contacts.map(|contact| contact.at).max().unwrap_or(0);
         // Of a tombstone that was forgotten nothing tells the revision any more.
         self.data_revision = self.data_revision.max(taken).min(self.revision);
         let own = self.identity.as_ref().map(|identity| identity.id);
-        let is_untaken = |held: &Held| held.revision > taken && Some(held.register.stamp.node) == own;
-        let untaken = self.held.iter().filter(|(_, held)| is_untaken(held)).map(|((_, key), _)| (key.clone(), steady));
-        for (key, written) in untaken.collect::<Vec<_>>() {
-            self.untaken.entry(key).or_insert(written);
+        let is_untaken = |Held { register, revision }: &Held| {
+            let stamped = register.stamp.time.millis();
+            // A value that has ended may have been taken before its end.
+            let is_ended = matches!(register.content, Content::Ended { .. });
+            let is_new = !is_ended || stamped > taken_at || stamped < SET_FROM;
+            *revision > taken && Some(register.stamp.node) == own && is_new
+        };
+        let untaken = self.held.iter().filter(|(_, held)| is_untaken(held)).map(|((_, key), held)| {
+            (key.clone(), Untaken { written: steady, above: Hlc::default(), first: held.revision })
+        });
+        for (key, untaken) in untaken.collect::<Vec<_>>() {
+            self.untaken.entry(key).or_insert(untaken);
         }
         Ok(())
     }
@@ -331,8 +362,8 @@ impl Replica {
 
     // Planning.
 
-    pub(crate) fn plan(&self, now: Now) -> Plan {
-        Plan { revision: self.revision, data_revision: self.data_revision, steady: now.steady, ..Plan::default() }
+    pub(crate) fn plan(&self) -> Plan {
+        Plan { revision: self.revision, data_revision: self.data_revision, ..Plan::default() }
     }
 
     fn held<'a>(&'a self, plan: &'a Plan, slot: &Slot) -> Option<&'a Held> {
@@ -342,8 +373,34 @@ impl Replica {
         }
     }
 
-    fn stamp(&mut self, now: Now) -> Stamp {
-        Stamp { time: self.clock.tick(now.wall), node: self.id() }
+    fn untaken(&self, plan: &Plan, slot: &Slot) -> Option<Untaken> {
+        let untaken = if plan.staged.contains_key(slot) { &plan.untaken } else { &self.untaken };
+        untaken.get(&slot.1).copied()
+    }
+
+    /// What is stamped later than this is not of this time.
+    fn latest(&self, now: Now) -> Millis {
+        now.latest.saturating_add(self.terms.offset_max)
+    }
+
+    /// A stamp for a key: above what is there, and above all readings of the clock but those that peers show to be of one that was
+    /// off. What follows those, none of the peers would take.
+    fn stamp(&mut self, plan: &Plan, slot: &Slot, now: Now) -> Stamp {
+        if now.is_agreed && self.clock.last().millis() > self.latest(now) {
+            self.clock.reset(Hlc::at(now.wall));
+        }
+        let above = self.held(plan, slot).map(|held| held.register.stamp.time.next()).unwrap_or_default();
+        Stamp { time: self.clock.tick(now.wall).max(above), node: self.id() }
+    }
+
+    /// Plans what this node writes.
+    fn write_register(&self, plan: &mut Plan, slot: Slot, revision: u64, register: Register, now: Now) {
+        let above = self.held(plan, &slot).map(|held| held.register.stamp.time).unwrap_or_default();
+        let before = self.untaken(plan, &slot);
+        let (above, first) = before.map_or((above, revision), |before| (before.above, before.first));
+        let key = slot.1.clone();
+        plan.decide(slot, revision, register);
+        plan.untaken.insert(key, Untaken { written: now.steady, above, first });
     }
 
     /// Names the node, for as long as its data live.
@@ -362,9 +419,10 @@ impl Replica {
         let some: Vec<_> = self.unstamped.iter().take(count).cloned().collect();
         plan.stamped_old = some.len();
         for (key, value, ttl) in some {
-            let register = Register::new(self.stamp(now), Content::Put { value, ttl });
+            let slot = (key_hash(&key), key);
+            let register = Register::new(self.stamp(plan, &slot, now), Content::Put { value, ttl });
             let revision = plan.next_revision();
-            plan.decide((key_hash(&key), key), revision, register);
+            self.write_register(plan, slot, revision, register, now);
         }
     }
 
@@ -412,19 +470,20 @@ impl Replica {
         match op {
             Op::Put { key, value, options } => {
                 let ttl = options.expiry.map(|expiry| expiry.ttl_ms);
-                let register = Register::new(self.stamp(now), Content::Put { value: value.clone(), ttl });
+                let slot = (key_hash(key), key.clone());
+                let register = Register::new(self.stamp(plan, &slot, now), Content::Put { value: value.clone(), ttl });
                 let revision = next(plan);
-                plan.decide((key_hash(key), key.clone()), revision, register);
+                self.write_register(plan, slot, revision, register, now);
                 Ok(Outcome::Put { revision: Revision::new(revision) })
             }
             Op::Delete { pattern, .. } => {
                 let slots = self.live(plan, pattern);
                 let (count, mut revision) = (slots.len() as u64, 0);
                 for slot in slots {
-                    let stamp = self.stamp(now);
+                    let stamp = self.stamp(plan, &slot, now);
                     let deleted = Register::new(stamp, Content::Deleted { at: stamp.time.millis() });
                     revision = next(plan);
-                    plan.decide(slot, revision, deleted);
+                    self.write_register(plan, slot, revision, deleted, now);
                 }
                 match count {
                     0 => Ok(Outcome::NotFound),
@@ -450,21 +509,24 @@ impl Replica {
 
     /// Plans to take a peer's record, if it is above what is there.
     pub(crate) fn merge(&mut self, plan: &mut Plan, record: &Record, now: Now) -> Merged {
-        // What is ahead was taken before, where clocks were ahead together; then what follows is taken too.
-        let latest = now.wall.max(self.clock.last().millis()).saturating_add(self.terms.offset_max);
         let Record { key, register } = record;
+        let slot = (key_hash(key), key.clone());
+        let latest = self.latest(now);
+        // Where what is ahead was taken, as clocks were ahead together, what follows it is taken too; it is not later than it.
+        let before = self.held(plan, &slot).map_or(0, |held| held.register.stamp.time.millis().saturating_add(1));
         let is_early = match &register.content {
             Content::Put { .. } => false,
             Content::Ended { .. } => register.end().is_some_and(|end| end > latest),
-            Content::Deleted { at } => *at > latest,
+            Content::Deleted { at } => *at > latest.max(before),
         };
-        if is_early || register.stamp.time.millis() > latest {
+        if is_early || register.stamp.time.millis() > latest.max(before) {
             return Merged::Refused;
         }
-        self.clock.see(register.stamp.time);
+        if register.stamp.time.millis() <= latest {
+            self.clock.see(register.stamp.time);
+        }
         let ended = register.ended().filter(|register| register.end().is_some_and(|end| end <= now.wall));
         let register = ended.as_ref().unwrap_or(register);
-        let slot = (key_hash(key), key.clone());
         let held = self.held(plan, &slot).map(|held| &held.register);
         if held.is_some_and(|held| !register.is_above(held)) {
             return Merged::PassedOver;
@@ -498,8 +560,11 @@ impl Replica {
             let held = self.held(plan, slot).map(|held| &held.register);
             let held = held.filter(|register| register.end().is_some_and(|end| end <= now.wall));
             if let Some(ended) = held.and_then(Register::ended) {
+                // It is the same write.
+                let untaken = self.untaken(plan, slot);
                 let revision = plan.next_revision();
                 plan.stage(slot.clone(), revision, Some(ended));
+                plan.untaken.extend(untaken.map(|untaken| (slot.1.clone(), untaken)));
             }
         }
         let purges = self.purges.iter().take_while(|(at, _)| may_purge && *at <= now.wall).take(count);
@@ -518,8 +583,8 @@ impl Replica {
         self.ends.first().into_iter().chain(purge).map(|(at, _)| *at).min()
     }
 
-    /// Plans to give up what has ended too early, as the clock was ahead then: peers give it again. What this node lacks proves
-    /// nothing to them from then on.
+    /// Plans to give up what has ended too early, as the clock was ahead then: peers give it again, if they have it. What this node
+    /// lacks proves nothing to them from then on.
     pub(crate) fn give_up_ended_early(&mut self, plan: &mut Plan, now: Now) {
         let is_there = |slot: &&Slot| !plan.staged.contains_key(*slot);
         let early: Vec<Slot> = self.ended_early(now).filter(is_there).cloned().collect();
@@ -542,7 +607,9 @@ impl Replica {
         let from = now.wall.saturating_add(self.terms.offset_max).saturating_add(self.terms.kept());
         let later = self.purges.iter().rev().take_while(move |(at, _)| *at > from).map(|(_, slot)| slot);
         later.filter(|slot| {
-            self.held.get(*slot).is_some_and(|held| matches!(held.register.content, Content::Ended { .. }))
+            let held = self.held.get(*slot);
+            held.is_some_and(|held| matches!(held.register.content, Content::Ended { .. }))
+                && !self.untaken.contains_key(&slot.1)
         })
     }
 
@@ -553,45 +620,55 @@ impl Replica {
     }
 
     fn must_restamp(&self, now: Now) -> bool {
-        self.untaken.iter().any(|(key, written)| self.misstamped(key, *written, now).is_some())
+        let plan = self.plan();
+        self.untaken.keys().any(|key| self.misstamped(&plan, key, now).is_some())
     }
 
-    /// What a key has that was stamped with a clock that was off while it was written, by the steady clock, and when that was.
-    fn misstamped(&self, key: &Key, written: Millis, now: Now) -> Option<(Slot, &Held, Millis)> {
+    /// What a key has that was stamped with a clock that was off, and the least stamp that is right for it.
+    fn misstamped(&self, plan: &Plan, key: &Key, now: Now) -> Option<Misstamped> {
         let slot = (key_hash(key), key.clone());
-        let held = self.held.get(&slot).filter(|held| held.register.stamp.node == self.id())?;
-        let (stamped, written) =
-            (held.register.stamp.time.millis(), now.wall.saturating_sub(now.steady.saturating_sub(written)));
-        let is_ahead = stamped > written.saturating_add(self.terms.offset_max);
+        let untaken = self.untaken(plan, &slot)?;
+        let register = self.held(plan, &slot).map(|held| &held.register)?;
+        let stamped = register.stamp.time.millis();
+        let written = now.wall.saturating_sub(now.steady.saturating_sub(untaken.written));
+        let is_ahead = stamped > written.max(untaken.above.millis()).saturating_add(self.terms.offset_max);
         let was_never_set = stamped < SET_FROM && written >= SET_FROM;
-        (is_ahead || was_never_set).then_some((slot, held, written))
+        let least = Hlc::at(written).max(untaken.above.next());
+        let is_off = register.stamp.node == self.id() && (is_ahead || was_never_set);
+        is_off.then(|| Misstamped { slot, register: register.clone(), untaken, least })
     }
 
     /// Plans to stamp anew what was stamped with a clock that was off and that no peer has taken: when it was written, by the clock
     /// as it is known now. Says how many they are.
     pub(crate) fn restamp(&mut self, plan: &mut Plan, now: Now) -> usize {
-        let off = self.untaken.iter().filter_map(|(key, written)| self.misstamped(key, *written, now));
-        let mut off: Vec<(Slot, Register, Millis)> =
-            off.map(|(slot, held, written)| (slot, held.register.clone(), written)).collect();
+        let keys: BTreeSet<&Key> = self.untaken.keys().chain(plan.untaken.keys()).collect();
+        let mut off: Vec<Misstamped> = keys.into_iter().filter_map(|key| self.misstamped(plan, key, now)).collect();
         if off.is_empty() {
             return 0;
         }
-        off.sort_by_key(|(_, register, _)| register.stamp);
+        off.sort_by_key(|off| off.register.stamp);
         // The clock goes on from what others may have seen.
-        let slots: BTreeSet<&Slot> = off.iter().map(|(slot, ..)| slot).collect();
-        let others = self.held.iter().filter(|(slot, _)| !slots.contains(slot));
-        let last = others.map(|(_, held)| held.register.stamp.time).max().unwrap_or_default();
+        let slots: BTreeSet<&Slot> = off.iter().map(|off| &off.slot).collect();
+        let others = self.held.iter().chain(plan.staged.iter().filter_map(|(slot, held)| Some((slot, held.as_ref()?))));
+        let others = others.filter(|(slot, _)| !slots.contains(slot)).map(|(_, held)| held.register.stamp.time);
+        let latest = self.latest(now);
+        let last = others.filter(|time| time.millis() <= latest).max().unwrap_or_default();
         self.clock.reset(last);
         let count = off.len();
         let mut before = Hlc::default();
-        for (slot, register, written) in off {
-            before = before.next().max(Hlc::at(written));
-            let stamp = Stamp { time: before, node: self.id() };
-            self.clock.see(before);
+        for Misstamped { slot, register, untaken, least } in off {
+            let time = before.next().max(least);
+            if time.millis() <= latest {
+                before = time;
+                self.clock.see(time);
+            }
+            let stamp = Stamp { time, node: self.id() };
             #[cfg(test)]
             self.restamped.push(((slot.1.clone(), register.stamp), stamp));
             let revision = plan.next_revision();
+            let key = slot.1.clone();
             plan.decide(slot, revision, register.restamped(stamp));
+            plan.untaken.insert(key, untaken);
         }
         count
     }
@@ -628,7 +705,7 @@ impl Replica {
             self.untaken.remove(&slot.1);
             self.set(slot, held);
         }
-        self.untaken.extend(plan.fresh.iter().map(|record| (record.key.clone(), plan.steady)));
+        self.untaken.append(&mut plan.untaken);
         for (peer, contact) in std::mem::take(&mut plan.contacts) {
             match contact {
                 Some(contact) => {
@@ -663,9 +740,7 @@ impl Replica {
 
     /// A peer has what came up to this revision.
     fn note_taken(&mut self, revision: u64) {
-        let held = &self.held;
-        self.untaken
-            .retain(|key, _| held.get(&(key_hash(key), key.clone())).is_some_and(|held| held.revision > revision));
+        self.untaken.retain(|_, untaken| untaken.first > revision);
     }
 
     // What it has.

@@ -33,7 +33,7 @@ impl One {
     }
 
     fn plan<T>(&mut self, work: impl FnOnce(&mut Replica, &mut Plan, Now) -> T) -> T {
-        let mut plan = self.replica.plan(self.now);
+        let mut plan = self.replica.plan();
         let done = work(&mut self.replica, &mut plan, self.now);
         if !plan.changes.is_empty() {
             self.disk.persist(&plan.changes).unwrap();
@@ -110,7 +110,12 @@ impl One {
 }
 
 fn at(wall: Millis) -> Now {
-    Now { wall, steady: wall - TODAY }
+    time(wall, wall - TODAY)
+}
+
+/// What all agree on.
+fn time(wall: Millis, steady: Millis) -> Now {
+    Now { wall, latest: wall, is_agreed: true, steady }
 }
 
 /// What a session does, led by `a`; `is_broken`: it ends before its end.
@@ -149,7 +154,7 @@ fn one_value() -> Content {
 
 fn pass(nodes: &mut [&mut One], millis: Millis) {
     for one in nodes {
-        one.now = Now { wall: one.now.wall + millis, steady: one.now.steady + millis };
+        one.now = time(one.now.wall + millis, one.now.steady + millis);
         one.expire();
     }
 }
@@ -174,6 +179,7 @@ fn a_write_after_one_that_was_seen_wins_whatever_the_own_clock_shows() {
     let own = b.put("k", "b");
     assert_eq!(b.value("k").as_deref(), Some("b"));
     assert_eq!((a.merge(&own), a.value("k").as_deref()), (Merged::Applied, Some("b")));
+    assert!(b.put("other", "b").register.stamp > theirs.register.stamp, "of another key too");
     b.delete("k");
     let deleted = b.record("k");
     assert_eq!((a.merge(&deleted), a.value("k")), (Merged::Applied, None));
@@ -399,7 +405,7 @@ fn what_was_stamped_with_a_clock_that_was_off_is_stamped_anew_if_no_peer_has_it(
         let first = a.put("k", "1").register.stamp;
         a.put("other", "1");
         a.delete("other");
-        a.now = Now { wall: right.wall + 60_000, steady: right.steady + 60_000 };
+        a.now = time(right.wall + 60_000, right.steady + 60_000);
         b.now = a.now;
         assert!(a.replica.must_mend(a.now));
         let now = a.now;
@@ -418,18 +424,149 @@ fn what_was_stamped_with_a_clock_that_was_off_is_stamped_anew_if_no_peer_has_it(
     }
 }
 
+const HOUR: Millis = 3_600_000;
+
+/// Alone, its clock shows this.
+fn alone(wall: Millis, steady: Millis) -> Now {
+    Now { is_agreed: false, ..time(wall, steady) }
+}
+
+fn mend(one: &mut One) -> usize {
+    let count = one.plan(|replica, plan, now| {
+        let count = replica.restamp(plan, now);
+        replica.give_up_ended_early(plan, now);
+        count
+    });
+    assert!(!one.replica.must_mend(one.now));
+    count
+}
+
+#[test]
+fn no_row_of_stamps_leads_ahead_of_the_clock() {
+    let mut b = One::new(2);
+    for (ahead, merged) in [(900, Merged::Applied), (1_000, Merged::Applied), (1_001, Merged::Refused)] {
+        let stamp = Stamp { time: Hlc::at(TODAY + ahead), node: NodeId(1) };
+        let record = Record { key: key(&format!("k.{ahead}")), register: Register::new(stamp, one_value()) };
+        assert_eq!(b.merge(&record), merged, "{ahead} ms ahead");
+    }
+    assert_eq!(b.replica.last_time(), Hlc::at(TODAY + 1_000));
+}
+
+#[test]
+fn what_peers_took_while_clocks_were_ahead_together_keeps_its_stamp_and_holds_up_no_other_key() {
+    let (mut a, mut b, mut c) = (One::new(1), One::new(2), One::new(3));
+    (a.now, b.now) = (at(TODAY + HOUR), at(TODAY + HOUR));
+    let taken = a.put("k", "1");
+    assert_eq!(b.merge(&taken), Merged::Applied);
+    sync(&mut a, &mut b, false);
+    // Both clocks are set right.
+    (a.now, b.now, c.now) = (at(TODAY + 10), at(TODAY + 10), at(TODAY + 10));
+    for one in [&mut a, &mut b] {
+        assert!(!one.replica.must_mend(one.now));
+        let other = one.put(&format!("other.{}", one.id), "1");
+        assert_eq!(other.register.stamp.time.millis(), TODAY + 10, "it follows a clock that was off");
+        assert_eq!(c.merge(&other), Merged::Applied);
+    }
+    // What is written of that key is above it, where it was taken; it is not shifted below it.
+    let next = a.put("k", "2");
+    assert!(next.register.is_above(&taken.register) && next.register.stamp.time.millis() == TODAY + HOUR);
+    assert!(!a.replica.must_mend(a.now));
+    assert_eq!((b.merge(&next), b.value("k").as_deref()), (Merged::Applied, Some("2")));
+    assert_eq!((c.merge(&taken), c.merge(&next)), (Merged::Refused, Merged::Refused));
+    let last = b.delete("k");
+    assert!(matches!(last, Outcome::Deleted { count: 1, .. }));
+    let deleted = b.record("k");
+    assert_eq!((a.merge(&deleted), a.value("k")), (Merged::Applied, None));
+    // Nothing leads further ahead by it.
+    let stamp = Stamp { time: Hlc::at(TODAY + HOUR + 100), node: NodeId(2) };
+    assert_eq!(a.merge(&Record { key: key("k"), register: Register::new(stamp, one_value()) }), Merged::Refused);
+    pass(&mut [&mut a, &mut b, &mut c], HOUR);
+    assert_eq!(c.merge(&deleted), Merged::Applied);
+}
+
+#[test]
+fn a_write_over_one_that_a_peer_took_is_not_stamped_below_it() {
+    let (mut a, mut b) = two();
+    // Its clock is ahead by less than is refused, the peer's too; then further, and it is alone.
+    (a.now, b.now) = (at(TODAY + HOUR), at(TODAY + HOUR));
+    a.put("k", "1");
+    sync(&mut a, &mut b, false);
+    let taken = b.record("k").register;
+    a.now = alone(TODAY + 5 * HOUR, a.now.steady + 10);
+    a.put("k", "2");
+    a.put("k", "3");
+    (a.now, b.now) = (time(TODAY + 20, a.now.steady + 10), at(TODAY + 20));
+    assert_eq!(mend(&mut a), 1);
+    let anew = a.record("k").register;
+    assert!(anew.is_above(&taken) && anew.stamp.time.millis() == TODAY + HOUR, "{anew:?}");
+    sync(&mut a, &mut b, false);
+    assert_eq!(b.value("k").as_deref(), Some("3"));
+    assert_level(&a, &b);
+}
+
+#[test]
+fn a_value_that_ended_is_stamped_anew_too_and_no_older_one_comes_back() {
+    let (mut a, mut b) = two();
+    a.put("k", "old");
+    sync(&mut a, &mut b, false);
+    let steady = a.now.steady;
+    a.now = alone(TODAY + HOUR, steady + 1_000);
+    a.put_for("k", "short", Some(400));
+    a.now = alone(TODAY + HOUR + 500, steady + 1_500);
+    a.plan(|replica, plan, now| replica.expire(plan, now, false, 1_000));
+    assert_eq!(a.value("k"), None);
+    (a.now, b.now) = (time(TODAY + 2_000, steady + 2_000), at(TODAY + 2_000));
+    assert!(a.replica.must_mend(a.now));
+    assert_eq!(mend(&mut a), 1);
+    assert_eq!(a.record("k").register.stamp.time.millis(), TODAY + 1_000);
+    sync(&mut a, &mut b, false);
+    assert_eq!((a.value("k"), b.value("k")), (None, None));
+    assert_level(&a, &b);
+
+    // Nor where its stamp is right, and the clock went ahead after it.
+    let (mut a, mut b) = two();
+    a.put("k", "old");
+    sync(&mut a, &mut b, false);
+    a.put_for("k", "new", Some(2 * GRACE));
+    a.now = alone(TODAY + HOUR, a.now.steady + 10);
+    a.plan(|replica, plan, now| replica.expire(plan, now, false, 1_000));
+    a.now = time(TODAY + 20, a.now.steady + 10);
+    assert_eq!(mend(&mut a), 0);
+    sync(&mut a, &mut b, false);
+    assert_eq!(a.value("k"), None, "an older write came back");
+}
+
+#[test]
+fn what_is_written_in_the_batch_that_stamps_anew_is_not_undone_by_it() {
+    let (mut a, mut b) = two();
+    a.now = alone(TODAY + HOUR, a.now.steady + 10);
+    a.put("k", "1");
+    a.now = time(TODAY + 20, a.now.steady + 10);
+    let epoch = a.replica.epoch();
+    let op = Op::Put { key: key("k"), value: "2".into(), options: PutOptions::default() };
+    let count = a.plan(|replica, plan, now| {
+        replica.write(plan, epoch, &[op], false, now);
+        replica.restamp(plan, now)
+    });
+    assert_eq!((count, a.value("k").as_deref()), (1, Some("2")));
+    let anew = a.record("k");
+    assert_eq!((anew.register.stamp.time.millis(), b.merge(&anew)), (TODAY + 20, Merged::Applied));
+}
+
 #[test]
 fn a_value_that_ended_early_by_a_wrong_clock_is_given_again() {
     let (mut a, mut b) = two();
-    a.put_for("k", "1", Some(50_000));
+    b.put_for("k", "1", Some(50_000));
     sync(&mut a, &mut b, false);
-    assert_eq!(b.value("k").as_deref(), Some("1"));
+    assert_eq!(a.value("k").as_deref(), Some("1"));
     let right = b.now;
     b.now.wall += 60_000;
     b.expire();
     assert_eq!(b.value("k"), None);
     assert_level_digests(&a, &b);
     b.now = right;
+    // Also after a restart: its end came after the contact, and it did not.
+    b.restart();
     // Others do not take its word for it.
     let ended = b.record("k");
     assert_eq!(One::new(3).merge(&ended), Merged::Refused);

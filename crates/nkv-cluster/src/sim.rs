@@ -463,7 +463,9 @@ fn run(seed: u64) -> Ran {
             lock(&world).faults.push(format!("level, and not any more: {difference}"));
         }
     }
-    let world = lock(&world);
+    let mut world = lock(&world);
+    // The nodes have the world, which has the nodes: none would ever be freed.
+    world.machines.iter_mut().for_each(|machine| (machine.running, machine.store) = (None, None));
     Ran { trace: world.trace.finish(), writes: world.acked.len(), refused: world.refused, faults: world.faults.clone() }
 }
 
@@ -730,7 +732,7 @@ fn run_all(seeds: std::ops::Range<u64>) -> Vec<(u64, Vec<String>)> {
 }
 
 /// Seeds that failed once.
-const KEPT: &[u64] = &[];
+const KEPT: &[u64] = &[434, 437, 722];
 
 #[test]
 fn all_agree_in_the_end_and_no_answered_write_is_undone() {

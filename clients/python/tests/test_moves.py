@@ -69,8 +69,12 @@ class Servers:
 
 class Moves(unittest.TestCase):
     #: What is read between two cuts.
-    EXPECTED = [[("a.1", b"new"), ("a.2", b"new"), "synced 9"], ["synced 9"], [("a.1", b"old"), ("a.2", "missed"), "synced 3"],
-                ["synced 3"]]
+    EXPECTED: list[list[object]] = [
+        [("a.1", b"new"), ("a.2", b"new"), "synced 9"],
+        ["synced 9"],
+        [("a.1", b"old"), ("a.2", "missed"), "synced 3"],
+        ["synced 3"],
+    ]
 
     def setUp(self) -> None:
         self.servers = Servers()

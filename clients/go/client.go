@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,8 +32,40 @@ type Client struct {
 	isClosed bool
 	link     *link
 	trouble  error      // why there is no link
+	seen     seen       // the next server must have it too
 	queue    *list.List // of calls that wait for a link
 	hub      hub
+}
+
+// seen is what is known of the data: their epoch, and the highest revision that any message of it had. Before any message had
+// one it is zero.
+type seen struct {
+	epoch    string
+	revision uint64
+}
+
+// text is as the greeting has it.
+func (s seen) text() string {
+	if s.epoch == "" {
+		return ""
+	}
+	return s.epoch + "-" + strconv.FormatUint(s.revision, 10)
+}
+
+// note takes in what a message of an epoch says.
+func (s *seen) note(epoch string, body *body) {
+	if body.Revision == nil && len(body.Revisions) == 0 {
+		return
+	}
+	if s.epoch != epoch {
+		*s = seen{epoch: epoch}
+	}
+	if body.Revision != nil {
+		s.revision = max(s.revision, *body.Revision)
+	}
+	for _, revision := range body.Revisions {
+		s.revision = max(s.revision, revision)
+	}
 }
 
 // Dial connects to a server. The address is host:port, nkv://host:port, unix:PATH or /PATH; the port is 4222 if not given.
@@ -45,7 +78,7 @@ func Dial(ctx context.Context, addr string, opts ...Option) (*Client, error) {
 	}
 	deadline := time.Now().Add(c.options.waitForServer)
 	for failures := 0; ; failures++ {
-		l, err := openLink(ctx, c.network, c.address, &c.options)
+		l, err := openLink(ctx, c.network, c.address, "", &c.options)
 		if err == nil {
 			c.run(l)
 			return c, nil
@@ -159,7 +192,10 @@ func (c *Client) run(l *link) {
 // connect returns nil if the client is closed.
 func (c *Client) connect(failures *int) *link {
 	for c.ctx.Err() == nil {
-		l, err := openLink(c.ctx, c.network, c.address, &c.options)
+		c.mu.Lock()
+		seen := c.seen.text()
+		c.mu.Unlock()
+		l, err := openLink(c.ctx, c.network, c.address, seen, &c.options)
 		if err == nil {
 			return l
 		}
@@ -208,6 +244,9 @@ func (c *Client) attach(l *link) {
 		return
 	}
 	c.link, c.trouble = l, nil
+	if l.beginsAnew || l.epoch != c.seen.epoch {
+		c.seen = seen{}
+	}
 	l.sign()
 	l.beat = time.AfterFunc(c.options.heartbeat, func() { c.beat(l) })
 	c.hub.attach(l)
@@ -388,6 +427,9 @@ func (c *Client) receive(l *link, message message) error {
 	body := message.body
 	if body == nil && message.kind != "Hello" {
 		return nil // a sign of life, or what a later version of the protocol says
+	}
+	if body != nil {
+		c.seen.note(l.epoch, body)
 	}
 	switch message.kind {
 	case "Hello":

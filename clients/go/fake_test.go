@@ -45,6 +45,7 @@ type ask struct {
 	Snapshot   bool     `json:"snapshot"`
 	Exact      bool     `json:"exact"`
 	Features   []string `json:"features"`
+	Seen       *string  `json:"seen"`
 	line       string
 	payload    string
 }
@@ -154,8 +155,13 @@ func (p *peer) greet(epoch string) bool {
 	if err != nil || a.Type != "Connect" {
 		return false
 	}
-	p.ok(a, `,"server":"nkv","version":"1","protocol":1,"epoch":"`+epoch+`","max_value":1048576,"features":["reset","exact"]`)
+	p.welcome(a, epoch, "")
 	return true
+}
+
+func (p *peer) welcome(a ask, epoch, more string) {
+	const says = `,"server":"nkv","version":"1","protocol":1,"epoch":%q,"max_value":1048576,"features":["reset","exact"]`
+	p.ok(a, fmt.Sprintf(says, epoch)+more)
 }
 
 // each greets, and serves one request after another, until serve returns false.

@@ -24,6 +24,8 @@ type sink interface {
 	// synced says that all up to a revision was said.
 	synced(revision Revision, isFirst bool)
 	lost()
+	// beginAnew says that revisions from before say nothing any more.
+	beginAnew()
 	connected(epoch string)
 	end(err error)
 }
@@ -82,16 +84,25 @@ func (l *local) begin(epoch string) {
 	l.standing = filling
 	l.snapshot++
 	if l.epoch != epoch {
-		// Revisions of another epoch say nothing: everything is reported again.
-		for key, known := range l.known {
-			known.revision = 0
-			l.known[key] = known
-		}
+		l.forgetRevisions()
 		l.epoch = epoch
 	}
 	if !l.atSynced {
 		l.isReady(nil)
 	}
+}
+
+// forgetRevisions is for data of which those from before say nothing: everything is reported again.
+func (l *local) forgetRevisions() {
+	for key, known := range l.known {
+		known.revision = 0
+		l.known[key] = known
+	}
+}
+
+func (l *local) beginAnew() {
+	l.forgetRevisions()
+	l.sink.beginAnew()
 }
 
 func (l *local) update(entry Entry, skipped uint64) {
@@ -269,6 +280,9 @@ func (h *hub) attach(link *link) {
 	for _, w := range h.wires {
 		h.subscribe(link, w)
 		for _, l := range w.locals {
+			if link.beginsAnew {
+				l.beginAnew()
+			}
 			if l.ready == nil {
 				l.sink.connected(link.epoch)
 			}

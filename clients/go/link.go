@@ -26,12 +26,14 @@ const (
 
 // link is one connection. Its fields below mu are guarded by the mutex of the client.
 type link struct {
-	conn     net.Conn
-	in       *decoder
-	epoch    string
-	valueMax uint64
-	features []string
-	patience time.Duration
+	conn  net.Conn
+	in    *decoder
+	epoch string
+	// beginsAnew says that revisions from before say nothing, as in another epoch.
+	beginsAnew bool
+	valueMax   uint64
+	features   []string
+	patience   time.Duration
 	// heard is when the peer last gave a sign of life, as nanoseconds since the start of the link.
 	heard atomic.Int64
 	start time.Time
@@ -69,8 +71,8 @@ func (l *link) silence() time.Duration {
 
 func (l *link) offers(feature string) bool { return slices.Contains(l.features, feature) }
 
-// openLink connects and greets.
-func openLink(ctx context.Context, network, address string, o *options) (*link, error) {
+// openLink connects and greets. The server is to have what was seen, if that is not empty.
+func openLink(ctx context.Context, network, address, seen string, o *options) (*link, error) {
 	cannot := func(err error) error {
 		status := 0
 		var known *Error
@@ -88,7 +90,7 @@ func openLink(ctx context.Context, network, address string, o *options) (*link, 
 	}
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	l := &link{conn: conn, start: time.Now(), dead: make(chan struct{}), pending: map[uint64]*call{}, order: list.New()}
-	err = l.greet(o)
+	err = l.greet(seen, o)
 	if !stop() { // the context ended, and has closed the connection
 		err = context.Cause(ctx)
 		if outer.Err() == nil {
@@ -129,7 +131,7 @@ func dialAbandonable(ctx context.Context, network, address string, o *options) (
 // features are what this client understands beyond the first version of the protocol.
 var features = []string{"reset", "exact", "names", "alive"}
 
-func (l *link) greet(o *options) error {
+func (l *link) greet(seen string, o *options) error {
 	r := newRequest("Connect", 0)
 	r.text("client_uuid", o.clientUUID).text("values", "payload").texts("features", features)
 	if o.name != "" {
@@ -137,6 +139,9 @@ func (l *link) greet(o *options) error {
 	}
 	if o.token != "" {
 		r.text("token", o.token)
+	}
+	if seen != "" {
+		r.text("seen", seen)
 	}
 	if _, err := l.conn.Write(r.end()); err != nil {
 		return err
@@ -158,7 +163,7 @@ func (l *link) greet(o *options) error {
 			return answerError(body, "", false)
 		}
 		l.in.lenMax = uint64(o.messageLenMax)
-		l.epoch, l.features = body.Epoch, body.Features
+		l.epoch, l.features, l.beginsAnew = body.Epoch, body.Features, body.BeginsAnew
 		l.valueMax = ^uint64(0)
 		if body.MaxValue != nil {
 			l.valueMax = *body.MaxValue

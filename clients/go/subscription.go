@@ -102,6 +102,7 @@ func (s *queueSink) synced(revision Revision, isFirst bool) {
 	}
 }
 
+func (s *queueSink) beginAnew()             {}
 func (s *queueSink) lost()                  { s.connection(Reconnecting{}) }
 func (s *queueSink) connected(epoch string) { s.connection(Connected{Epoch: epoch}) }
 func (s *queueSink) end(err error)          { s.queue.end(err, errors.Is(err, ErrClosed)) }

@@ -93,6 +93,12 @@ func (p *present) lost() {
 	p.wake()
 }
 
+func (p *present) beginAnew() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.revision = Revision{}
+}
+
 func (p *present) connected(string) {}
 
 func (p *present) end(err error) {

@@ -106,6 +106,7 @@ type body struct {
 	Len         *uint64           `json:"len"`
 	More        bool              `json:"more"`
 	Epoch       string            `json:"epoch"`
+	BeginsAnew  bool              `json:"begins_anew"`
 	MaxValue    *uint64           `json:"max_value"`
 	Features    []string          `json:"features"`
 	PatienceMS  *uint64           `json:"patience_ms"`

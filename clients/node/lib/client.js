@@ -44,6 +44,8 @@ class Client {
   #options;
   #hub = new Hub();
   #connection;
+  /** `{ epoch, revision }`: the highest revision that any message of the epoch had. The next server must have it too. */
+  #seen;
   #state = 'connecting';
   /** Ends the attempt to connect that is under way. */
   #attempt;
@@ -444,7 +446,8 @@ class Client {
       connection = new Connection(socket, messageLenMax);
       attempt.signal.throwIfAborted();
       attempt.signal.addEventListener('abort', () => connection.destroy(attempt.signal.reason), { once: true });
-      await connection.greet({ client_uuid: clientUuid, name, token });
+      const seen = this.#seen && `${this.#seen.epoch}-${this.#seen.revision}`;
+      await connection.greet({ client_uuid: clientUuid, name, token, seen });
       return connection;
     } catch (error) {
       connection?.destroy(error);
@@ -467,18 +470,28 @@ class Client {
       this.#state = 'connected';
       this.#opening?.resolve();
       this.#opening = undefined;
+      if (connection.beginsAnew || this.#seen?.epoch !== connection.epoch) {
+        this.#seen = undefined;
+      }
       this.#hub.attach(connection);
       connection.attach({
         heartbeat: this.#options.heartbeat,
         onNotification: (kind, body, payload) => this.#hub.notification(kind, body, payload),
         onDrain: () => this.#pump(),
         onEnd: (error) => {
+          this.#noteSeen(connection);
           this.#lost(error);
           resolve(error);
         },
       });
       this.#pump();
     });
+  }
+
+  #noteSeen({ epoch, revision }) {
+    if (epoch !== '' && revision !== undefined) {
+      this.#seen = { epoch, revision: Math.max(revision, this.#seen?.revision ?? 0) };
+    }
   }
 
   /** Of what was sent, reads are repeated; of writes it is not known what became of them. */

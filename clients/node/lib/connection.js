@@ -34,6 +34,9 @@ class Connection {
   /** What waits for the answer to the question for a sign of life. */
   #probe;
 
+  /** The highest that a message had; undefined if none had one. */
+  revision;
+
   constructor(socket, lenMax) {
     this.#socket = socket;
     this.lenMax = lenMax;
@@ -55,6 +58,8 @@ class Connection {
           throw new CannotConnectError(`the server refuses the connection: ${body.status}: ${body.message}`);
         }
         this.epoch = typeof body.epoch === 'string' ? body.epoch : '';
+        // Whether revisions from before say nothing, as in another epoch.
+        this.beginsAnew = body.begins_anew === true;
         this.features = Array.isArray(body.features) ? body.features : [];
         this.valueLenMax = Number.isSafeInteger(body.max_value) ? body.max_value : VALUE_LEN_MAX;
         this.patience = Number.isSafeInteger(body.patience_ms) ? body.patience_ms : 0;
@@ -158,6 +163,7 @@ class Connection {
     if (this.#error !== undefined) {
       return;
     }
+    this.#noteRevisions(body);
     if (kind === 'Hello') {
       const subscribe = this.#subscribes.shift();
       if (subscribe === undefined) {
@@ -169,6 +175,14 @@ class Connection {
       this.#answer(kind, body, payload);
     } else {
       this.#onNotification(kind, body, payload);
+    }
+  }
+
+  #noteRevisions({ revision, revisions }) {
+    for (const number of Array.isArray(revisions) ? [...revisions, revision] : [revision]) {
+      if (Number.isSafeInteger(number) && number >= (this.revision ?? 0)) {
+        this.revision = number;
+      }
     }
   }
 

@@ -109,6 +109,11 @@ class Local {
     this.sink.lost(this.isAccepted);
   }
 
+  /** Revisions from before say nothing any more, as in another epoch. */
+  beginAnew() {
+    this.epoch = undefined;
+  }
+
   connected(epoch) {
     this.sink.connected(epoch, this.isAccepted);
   }
@@ -188,6 +193,9 @@ class Hub {
     this.#connection = connection;
     connection.cork();
     for (const wire of [...this.#wires.values()]) {
+      if (connection.beginsAnew) {
+        wire.locals.forEach((local) => local.beginAnew());
+      }
       wire.locals.forEach((local) => local.connected(connection.epoch));
       this.#ask(wire);
     }

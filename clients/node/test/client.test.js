@@ -8,7 +8,7 @@ const { describe, test } = require('node:test');
 const { setTimeout: sleep } = require('node:timers/promises');
 
 const nkv = require('../index.js');
-const { eventually, fakeServer } = require('../testing/fake-server.js');
+const { EPOCH, eventually, fakeServer } = require('../testing/fake-server.js');
 
 /** Runs a test with a fake server and a client of it. */
 function withFake(name, handlers, options, run) {
@@ -494,6 +494,78 @@ describe('subscriptions', () => {
     assert.deepEqual([...branch].map(([key, entry]) => [key, entry.json()]), [['a.y', 5]]);
     branch.close();
     assert.equal(branch.live, false);
+  });
+
+  const highest = {
+    'the answer to a put': (peer, { id }) => peer.answer(id, { revision: 9 }),
+    'a conflict': (peer, { id }) => peer.answer(id, { status: 409, revision: 9 }),
+    'the answer to a list': (peer, { id }) => peer.answer(id, { revision: 3, revisions: [9, 2] }),
+    'an update': (peer, { id }) => {
+      peer.update('k', 'v', 9);
+      peer.answer(id, { revision: 7 });
+    },
+    'the end of a key': (peer, { id }) => {
+      peer.gone('k', 9, 'expired');
+      peer.answer(id, { revision: 7 });
+    },
+    'the end of a snapshot': (peer, { id }) => {
+      peer.synced('s', 9);
+      peer.answer(id, { revision: 7 });
+    },
+  };
+  for (const [name, onRequest] of Object.entries(highest)) {
+    withFake(`what was seen is said on a reconnect: ${name}`, { onRequest }, {}, async (client, server) => {
+      await client.put('k', 'v').catch(() => {});
+      server.peers[0].socket.destroy();
+      await eventually(() => server.of('Connect').length === 2);
+      assert.deepEqual(server.of('Connect').map(({ seen }) => seen), [undefined, `${EPOCH}-9`]);
+    });
+  }
+
+  const conflicts = (peer, { id, key }) => peer.answer(id, { status: 409, revision: Number(key) });
+  withFake('a lower revision on a later connection is not what was seen', { onRequest: conflicts }, {}, async (client, server) => {
+    for (const key of ['9', '2']) {
+      await assert.rejects(client.put(key, 'v', { ifRevision: 0 }), failsWith('CONFLICT'));
+      const before = server.peers.length;
+      server.peers.at(-1).socket.destroy();
+      await eventually(() => server.of('Connect').length > before);
+    }
+    assert.deepEqual(server.of('Connect').map(({ seen }) => seen), [undefined, `${EPOCH}-9`, `${EPOCH}-9`]);
+  });
+
+  // The second and third server lag. The engine behind the fifth has lost the newest changes.
+  test('a client that moves to another server sees nothing older, or begins anew', { timeout: 60_000 }, async (t) => {
+    const state = { entries: [['a.x', 'new', 5], ['a.y', 'new', 9]], revision: 9 };
+    const server = await fakeFor(t, {
+      ...store(state),
+      onConnect: (peer, request) => {
+        const count = server.of('Connect').length;
+        if (count === 2 || count === 3) {
+          peer.answer(request.id, { status: 503, message: 'it is not as far yet' });
+          return;
+        }
+        if (count === 5) {
+          [state.entries, state.revision] = [[['a.x', 'old', 2]], 3];
+        }
+        peer.greet(request, EPOCH, count === 5 ? { begins_anew: true } : {});
+      },
+    });
+    const client = await clientFor(t, server.addr, { backoffMin: 20, backoffMax: 200 });
+    const subscription = client.subscribe('a');
+    assert.deepEqual(await take(subscription, 3), ['update a.x new', 'update a.y new', 'synced']);
+    const branch = await client.watchBranch('a');
+    const cut = () => server.peers.at(-1).socket.destroy();
+    cut();
+    assert.deepEqual(await take(subscription, 3), ['reconnecting', 'connected', 'synced']);
+    assert.deepEqual([branch.live, branch.size], [true, 2]);
+    cut();
+    assert.deepEqual(await take(subscription, 5), ['reconnecting', 'connected', 'update a.x old', 'gone a.y missed', 'synced']);
+    assert.deepEqual([...branch].map(([key, entry]) => [key, entry.text(), entry.revision.number]), [['a.x', 'old', 2]]);
+    assert.equal(branch.revision.number, 3);
+    cut();
+    assert.deepEqual(await take(subscription, 3), ['reconnecting', 'connected', 'synced']);
+    const seen = server.of('Connect').map((request) => request.seen);
+    assert.deepEqual(seen, [undefined, ...Array(4).fill(`${EPOCH}-9`), `${EPOCH}-3`]);
   });
 
   test('250 subscriptions, half of them dropped while there is no connection', { timeout: 60_000 }, async (t) => {

@@ -47,12 +47,18 @@ class Wire:
         self.session = Session(Options(**options), lambda: None, self.now)
         self.connect(epoch)
 
-    def connect(self, epoch: str = EPOCH) -> None:
+    def connect(self, epoch: str = EPOCH, **more: Any) -> str | None:
+        """Greets, and returns what the client says that it has seen."""
         self.session.connection_made(self.now)
         (connect,) = self.sent()
         assert connect["type"] == "Connect"
         self.say(message("Base", id=connect["id"], status=200, message="No Error", epoch=epoch, max_value=100,
-                         features=["exact", "reset", "alive"], patience_ms=1000))
+                         features=["exact", "reset", "alive"], patience_ms=1000, **more))
+        return connect.get("seen")
+
+    def reconnect(self, epoch: str = EPOCH, **more: Any) -> str | None:
+        self.lose()
+        return self.connect(epoch, **more)
 
     def lose(self) -> float:
         return self.session.connection_lost(None, self.now)
@@ -274,6 +280,44 @@ class Requests(unittest.TestCase):
         self.assertEqual(nkv.Revision.parse(str(one)), one)
         with self.assertRaises(ValueError):
             _ = one < nkv.Revision(2, OTHER)
+
+
+class Moves(unittest.TestCase):
+    def test_the_highest_revision_of_any_message_is_seen(self) -> None:
+        def answer(**body: Any) -> bytes:
+            return message("Base", **{"id": 2, "status": 200, "message": "No Error", **body})
+
+        for messages in ([answer(revision=9)], [answer(status=409, revision=9)], [answer(revision=3, revisions=[9, 2])],
+                         [update("a", b"1", 9), answer(revision=7)], [gone("a", 9, "expired"), answer(revision=7)],
+                         [message("Reset", key="a"), synced("a", 9), answer(revision=7)]):
+            wire = Wire()
+            put = requests.put("a", b"1", None, None)
+            wire.session.submit(put)
+            wire.sent()
+            wire.say(*messages)
+            self.assertTrue(put.done)
+            self.assertEqual(wire.reconnect(), f"{EPOCH}-9", messages)
+
+    def test_nothing_is_said_of_what_was_not_seen_or_is_of_another_epoch(self) -> None:
+        wire = Wire()
+        self.assertIsNone(wire.reconnect())
+        wire.say(update("a", b"1", 9))
+        self.assertEqual(wire.reconnect(OTHER), f"{EPOCH}-9")
+        self.assertIsNone(wire.reconnect(OTHER))
+        wire.say(update("a", b"1", 1))
+        self.assertEqual(wire.reconnect(OTHER, begins_anew=True), f"{OTHER}-1")
+        self.assertIsNone(wire.reconnect(OTHER))
+
+    def test_where_the_data_begin_anew_everything_is_delivered_again(self) -> None:
+        wire = Wire()
+        _, queue = wire.subscribe("a")
+        wire.sent()
+        wire.say(HELLO, update("a.1", b"new", 5), update("a.2", b"new", 9), synced("a", 9))
+        events(queue)
+        wire.reconnect(begins_anew=True)
+        wire.sent()
+        wire.say(HELLO, update("a.1", b"old", 2), synced("a", 3))
+        self.assertEqual(events(queue), [("a.1", b"old", 0), ("a.2", "missed"), ("synced", 3)])
 
 
 class Subscriptions(unittest.TestCase):

@@ -135,6 +135,8 @@ class Session:
     def __init__(self, options: Options, wake: Callable[[], None], now: float) -> None:
         self.options = options
         self.epoch: str | None = None
+        # The highest revision that any message of the epoch had. The next server must have it too.
+        self._seen: int | None = None
         self.closed = False
         #: Why there is no connection.
         self.last_error: Exception | None = None
@@ -257,6 +259,8 @@ class Session:
                                      "features": FEATURES}
         if self.options.name:
             fields["name"] = self.options.name
+        if self.epoch and self._seen is not None:
+            fields["seen"] = f"{self.epoch}-{self._seen}"
 
         def parse(message: Message, epoch: str) -> None:
             self._greeted(message.body)
@@ -383,8 +387,9 @@ class Session:
         self._features = frozenset(f for f in features if isinstance(f, str)) if isinstance(features, list) else frozenset()
         self._value_max = number(body, "max_value") if "max_value" in body else None
         self._patience = number(body, "patience_ms") / 1000 if "patience_ms" in body else 0.0
-        if self.epoch is not None and epoch != self.epoch:
+        if body.get("begins_anew") is True or epoch != self.epoch:
             # Revisions begin again: everything is news.
+            self._seen = None
             for wire in self._wires.values():
                 for local in wire.locals:
                     local.known = dict.fromkeys(local.known, 0)
@@ -397,6 +402,7 @@ class Session:
 
     def _message(self, message: Message, now: float) -> None:
         kind, body = message.kind, message.body
+        self._note_seen(body)
         if kind == "Update":
             self._update(message)
         elif kind in ANSWERS:
@@ -424,6 +430,12 @@ class Session:
                 self._begin_snapshot(wire)
             else:
                 self._begin_snapshot(_Wire(text(body, "key")))
+
+    def _note_seen(self, body: dict[str, Any]) -> None:
+        revisions = body.get("revisions")
+        for revision in (body.get("revision"), *(revisions if isinstance(revisions, list) else ())):
+            if isinstance(revision, int) and not isinstance(revision, bool) and revision >= (self._seen or 0):
+                self._seen = revision
 
     def _answer(self, message: Message, now: float) -> None:
         body = message.body

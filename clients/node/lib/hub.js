@@ -65,7 +65,7 @@ class Local {
     }
     this.known.set(key, entry.revision.number);
     if (!this.isSilent) {
-      this.sink.update(entry, skipped, known === undefined, this.isSynced);
+      this.sink.update(entry, skipped, known === undefined);
     }
   }
 
@@ -77,7 +77,7 @@ class Local {
     this.known.delete(key);
     this.knownLen -= key.length + EVENT_LEN;
     if (!this.isSilent) {
-      this.sink.gone(key, revision, reason, skipped, this.isSynced);
+      this.sink.gone(key, revision, reason, skipped);
     }
   }
 

@@ -10,7 +10,7 @@ const EVENT_LEN = 200;
 
 /**
  * A newer event of a key takes the place of one that waits, and moves to the end, but not past a `synced` that waits:
- * after that the reader knows some state of every key. Of a key that comes and goes unread nothing is kept.
+ * after that the reader knows some state of every key that is there. Of a key that comes and goes unread nothing is kept.
  */
 class Queue {
   #events = new Map();
@@ -23,8 +23,8 @@ class Queue {
     return this.#events.size;
   }
 
-  /** Adds an `update` or `gone`. `isNew`: the reader does not know the key; `isSynced`: no snapshot is under way. */
-  change(event, isNew, isSynced) {
+  /** Adds an `update` or `gone`. `isNew`: the reader does not know the key. */
+  change(event, isNew) {
     const old = this.#events.get(event.key);
     let place = this.#place;
     this.#place += 1;
@@ -33,7 +33,7 @@ class Queue {
       event.skipped += old.event.skipped + 1;
       const synced = this.#events.get(SYNCED);
       const isBeforeSynced = synced !== undefined && old.place < synced.place;
-      if (event.type === 'gone' && old.isNew && isSynced && !isBeforeSynced) {
+      if (event.type === 'gone' && old.isNew) {
         this.#events.delete(event.key);
         return;
       }

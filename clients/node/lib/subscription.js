@@ -117,13 +117,13 @@ class Subscription {
       get len() {
         return subscription.#queue.len;
       },
-      update: (entry, skipped, isNew, isSynced) => {
+      update: (entry, skipped, isNew) => {
         const { key, value, revision } = entry;
         const event = { type: 'update', key, value: Buffer.from(value), revision, skipped };
-        this.#post(() => this.#queue.change(event, isNew, isSynced));
+        this.#post(() => this.#queue.change(event, isNew));
       },
-      gone: (key, revision, reason, skipped, isSynced) => {
-        this.#post(() => this.#queue.change({ type: 'gone', key, revision, reason, skipped }, false, isSynced));
+      gone: (key, revision, reason, skipped) => {
+        this.#post(() => this.#queue.change({ type: 'gone', key, revision, reason, skipped }, false));
       },
       synced: (revision) => this.#post(() => this.#queue.synced({ type: 'synced', revision })),
       lost: (isAccepted) => {

@@ -215,6 +215,12 @@ impl Local {
         }
     }
 
+    fn begin_anew(&mut self) {
+        if let Sink::Watch(watch) = &mut self.sink {
+            watch.begin_anew();
+        }
+    }
+
     fn attach(&self, epoch: Epoch) {
         if let Sink::Queue(queue) = &self.sink
             && self.ready.is_none()
@@ -479,6 +485,8 @@ impl Hub {
         for (text, wire) in &mut self.wires {
             if begin_anew {
                 wire.epoch = Epoch::default();
+                wire.own.clear();
+                wire.locals.iter_mut().for_each(Local::begin_anew);
             }
             wire.asked = 1;
             wire.exact_asked = wire.is_exact();
@@ -1074,6 +1082,10 @@ mod tests {
 
         fn deleted(&mut self, _: &Pattern, first: Revision) {
             self.note(format!("deleted@{first}"));
+        }
+
+        fn begin_anew(&mut self) {
+            self.note("anew".into());
         }
 
         fn set_live(&mut self, synced: Option<Revision>) {

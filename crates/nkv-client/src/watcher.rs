@@ -43,6 +43,9 @@ pub(crate) trait Watcher: Send {
     /// and still to come is passed over.
     fn deleted(&mut self, pattern: &Pattern, first: Revision);
 
+    /// The data begin anew: revisions so far say nothing of those to come.
+    fn begin_anew(&mut self);
+
     /// What is known is what the server says, up to this revision; `None`: not any more.
     fn set_live(&mut self, synced: Option<Revision>);
 
@@ -99,6 +102,10 @@ impl<T: Send + Sync, F: Fn(&Entry) -> Result<T> + Send> Watcher for ChannelWatch
 
     fn deleted(&mut self, _: &Pattern, first: Revision) {
         self.know(None, first);
+    }
+
+    fn begin_anew(&mut self) {
+        self.newest = Revision::ZERO;
     }
 
     fn set_live(&mut self, synced: Option<Revision>) {
@@ -224,6 +231,12 @@ impl<T: Send + Sync, F: Fn(&Entry) -> Result<T> + Send> Watcher for BranchWatche
         }
     }
 
+    fn begin_anew(&mut self) {
+        self.known.values_mut().for_each(|known| known.revision = Revision::ZERO);
+        self.deleted.clear();
+        self.deletes.clear();
+    }
+
     fn set_live(&mut self, synced: Option<Revision>) {
         let Some(revision) = synced else {
             self.sender.send_if_modified(|branch| std::mem::replace(&mut branch.is_live, false));
@@ -268,6 +281,30 @@ mod tests {
         watcher.set_live(Some(Revision::new(5)));
         let branch = branch.borrow();
         assert_eq!((branch.entries.keys().cloned().collect::<Vec<_>>(), branch.is_live), (vec![keys[1].clone()], true));
+    }
+
+    // A server of an engine that went back: its epoch is the same, and its revisions are lower.
+    #[test]
+    fn where_the_data_begin_anew_lower_revisions_are_known_of_and_what_is_missing_goes() {
+        let (mut watcher, branch) = BranchWatcher::new(|entry: &Entry| Ok(entry.clone()));
+        let (mut one, value) = ChannelWatcher::new(|entry: &Entry| Ok(entry.revision));
+        let keys = ["a", "b"].map(|key| Key::new(key).unwrap());
+        for key in &keys {
+            watcher.set(&entry(key.as_str(), 9));
+        }
+        one.set(&entry("a", 9));
+        watcher.deleted(&Pattern::new("c.*").unwrap(), Revision::new(10));
+        watcher.begin_anew();
+        one.begin_anew();
+        watcher.set(&entry("a", 3));
+        watcher.set(&entry("c.d", 2));
+        one.set(&entry("a", 3));
+        watcher.missed(&keys[1], Revision::new(3));
+        watcher.set_live(Some(Revision::new(3)));
+        let known: Vec<_> =
+            branch.borrow().entries.iter().map(|(key, entry)| (key.to_string(), entry.revision.get())).collect();
+        assert_eq!(known, [("a".to_owned(), 3), ("c.d".to_owned(), 2)]);
+        assert_eq!(value.borrow().value, Some(Revision::new(3)));
     }
 
     #[test]

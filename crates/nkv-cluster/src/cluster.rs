@@ -429,8 +429,8 @@ impl Inner {
         answered.await.map_err(|_| io::Error::new(io::ErrorKind::ConnectionAborted, "this node stops"))
     }
 
-    /// Merges a peer's records; says how many were not taken.
-    pub(crate) async fn merge(&self, records: Vec<Record>) -> io::Result<u32> {
+    /// Merges a peer's records; says how many are stamped ahead, and nothing if they were not stored.
+    pub(crate) async fn merge(&self, records: Vec<Record>) -> io::Result<Option<u32>> {
         self.given_at.store(self.steady(), Relaxed);
         self.ask(|answer| Job::Merge { records, answer: Some(answer) }).await
     }

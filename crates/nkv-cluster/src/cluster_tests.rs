@@ -270,7 +270,7 @@ async fn a_node_that_was_away_is_level_for_few_bytes() {
         })
         .collect();
     for part in records.chunks(1_000) {
-        assert_eq!(one.cluster.inner().merge(part.to_vec()).await.unwrap(), 0);
+        assert_eq!(one.cluster.inner().merge(part.to_vec()).await.unwrap(), Some(0));
     }
     let disk = MemoryPersist::new(Epoch::new(7));
     let full = || Full(disk.clone(), Arc::default());

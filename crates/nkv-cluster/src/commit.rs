@@ -32,10 +32,10 @@ pub(crate) enum Job {
         together: bool,
         answer: oneshot::Sender<Result<Decided, EngineError>>,
     },
-    /// Answered with how many were not taken.
+    /// Answered with how many are stamped ahead; with nothing if they were not stored.
     Merge {
         records: Vec<Record>,
-        answer: Option<oneshot::Sender<u32>>,
+        answer: Option<oneshot::Sender<Option<u32>>>,
     },
     /// What a peer deleted so long ago that it has forgotten it. Answered with whether it was stored.
     Gone {
@@ -298,7 +298,7 @@ fn plan_one(
 fn answer(job: Job, done: Done) {
     match (job, done) {
         (Job::Write { answer, .. }, Done::Written(written)) => drop(answer.send(written)),
-        (Job::Merge { answer: Some(answer), .. }, Done::Merged { refused }) => _ = answer.send(refused),
+        (Job::Merge { answer: Some(answer), .. }, Done::Merged { refused }) => _ = answer.send(Some(refused)),
         (Job::Gone { answer, .. }, _) => _ = answer.send(true),
         (Job::Mend { answer }, _) => _ = answer.send(()),
         _ => {}
@@ -308,11 +308,10 @@ fn answer(job: Job, done: Done) {
 fn fail(job: Job, error: &EngineError) {
     match job {
         Job::Write { answer, .. } => drop(answer.send(Err(error.clone()))),
-        Job::Merge { records, answer } => {
+        Job::Merge { answer, .. } => {
             tracing::warn!(%error, "records of a peer were not stored");
-            let count = u32::try_from(records.len()).unwrap_or(u32::MAX);
             if let Some(answer) = answer {
-                _ = answer.send(count);
+                _ = answer.send(None);
             }
         }
         Job::Gone { answer, .. } => _ = answer.send(false),

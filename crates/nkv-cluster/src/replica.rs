@@ -604,12 +604,15 @@ impl Replica {
 
     /// What has ended although its time has not come.
     fn ended_early(&self, now: Now) -> impl Iterator<Item = &Slot> {
+        let latest = self.latest(now);
         let from = now.wall.saturating_add(self.terms.offset_max).saturating_add(self.terms.kept());
         let later = self.purges.iter().rev().take_while(move |(at, _)| *at > from).map(|(_, slot)| slot);
-        later.filter(|slot| {
+        later.filter(move |slot| {
             let held = self.held.get(*slot);
-            held.is_some_and(|held| matches!(held.register.content, Content::Ended { .. }))
-                && !self.untaken.contains_key(&slot.1)
+            // One that is ahead, peers would not give again.
+            held.is_some_and(|held| {
+                matches!(held.register.content, Content::Ended { .. }) && held.register.stamp.time.millis() <= latest
+            }) && !self.untaken.contains_key(&slot.1)
         })
     }
 

@@ -33,6 +33,8 @@ pub(crate) struct Session {
     both_had: Option<u64>,
     /// All that was needed was given and taken.
     is_whole: bool,
+    /// All that was given to this node was stored, but for what is stamped ahead.
+    has_state: bool,
 }
 
 impl Session {
@@ -52,7 +54,7 @@ impl Session {
     fn new(inner: &Inner, peer: NodeId, value_len_max: u64, own: State, theirs: State) -> Self {
         let both_had = inner.replica().long_ago(peer, theirs.place, theirs.contact, inner.now());
         let frame_len_max = frame_len_max(usize::try_from(value_len_max).unwrap_or(usize::MAX));
-        Session { peer, frame_len_max, own, theirs, both_had, is_whole: true }
+        Session { peer, frame_len_max, own, theirs, both_had, is_whole: true, has_state: true }
     }
 
     /// What this node has; not where it gave up something since the session began: what it lacks proves no delete then.
@@ -73,8 +75,9 @@ impl Session {
     /// Takes in records that the peer gives.
     async fn take(&mut self, inner: &Inner, records: Vec<Record>) -> io::Result<u32> {
         let refused = inner.merge(records).await?;
-        self.is_whole &= refused == 0;
-        Ok(refused)
+        self.is_whole &= refused == Some(0);
+        self.has_state &= refused.is_some();
+        Ok(refused.unwrap_or(1))
     }
 
     /// Deletes what the peer was seen to have deleted, and gives it what it has not, frame by frame.
@@ -167,8 +170,9 @@ impl Session {
             }
             Message::Given => line.send(Message::Taken { refused: 0 }.encode()).await?,
             Message::End { at, is_whole } => {
-                self.is_whole &= is_whole;
                 line.send(Message::Ended { is_whole: self.is_whole }.encode()).await?;
+                self.is_whole &= is_whole;
+                self.has_state &= is_whole;
                 self.end(inner, at).await?;
                 return Ok(true);
             }
@@ -177,11 +181,13 @@ impl Session {
         Ok(false)
     }
 
-    /// Notes the contact, if all went well.
+    /// Notes the contact, if all went well. An empty node has a state also where it did not take what is stamped ahead.
     async fn end(&self, inner: &Inner, at: u64) -> io::Result<bool> {
         if self.is_whole {
             let contact = Contact { at, own: self.own.place, peer: self.theirs.place };
             inner.note_contact(self.peer, contact, self.theirs.has_joined).await?;
+        } else if self.has_state && self.theirs.has_joined {
+            inner.join();
         }
         Ok(self.is_whole)
     }
@@ -207,7 +213,10 @@ impl Session {
         }
         let at = inner.now().wall;
         match line.ask(&Message::End { at, is_whole: session.is_whole }).await? {
-            Message::Ended { is_whole } => session.is_whole &= is_whole,
+            Message::Ended { is_whole } => {
+                session.is_whole &= is_whole;
+                session.has_state &= is_whole;
+            }
             other => return Err(unexpected(&other)),
         }
         session.end(inner, at).await

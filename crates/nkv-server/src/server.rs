@@ -12,7 +12,7 @@ use tokio::task::{JoinError, JoinHandle, JoinSet};
 use crate::door::Door;
 use crate::error::ServerError;
 #[cfg(feature = "grpc")]
-use crate::grpc::{self, Grpc};
+use crate::grpc::Grpc;
 #[cfg(feature = "http")]
 use crate::http::Http;
 use crate::listener::{Listener, accept};
@@ -244,7 +244,7 @@ impl Builder {
             let with_calls = |asked: &Address, http: nkv_http::Door| {
                 #[cfg(feature = "grpc")]
                 if let Some(calls) = calls.clone().filter(|_| shared.contains(asked)) {
-                    return http.with_calls(move |peer| grpc::shared::calls(&calls, peer));
+                    return http.with_calls(move |peer| crate::grpc::shared::calls(&calls, peer));
                 }
                 let _ = asked;
                 http

@@ -1,7 +1,7 @@
 //! `--engine URL`: the truth lies in etcd, NATS or Kafka, and this server is one of many in front of it; and `import`, which
 //! moves a data directory there.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use nkv_node::EngineError;
 use nkv_server::{Builder, Handle, ServerError};
@@ -146,7 +146,7 @@ impl EngineArgs {
 
     #[cfg(feature = "kafka")]
     async fn kafka(&self, url: &str, value_len_max: usize) -> Result<Chosen, ServerError> {
-        let read = |file: &Path| {
+        let read = |file: &std::path::Path| {
             std::fs::read_to_string(file).map_err(|error| usage(format!("--engine: {}: {error}", file.display())))
         };
         let mut options = nkv_engine_kafka::Options::from_url(url).map_err(|error| wrong(&error))?;

@@ -85,7 +85,7 @@ async fn an_answer_with_all_values_has_64_mib_at_most() {
     drop(answer);
     nkv.put("k63", &value).await.unwrap();
     assert_eq!(list(&channel).await.unwrap_err().code(), Code::ResourceExhausted);
-    let refused = raw_call(&channel, "/kv.Client/RegisterWithPeer", b"").await.unwrap_err();
+    let refused = raw_call(&channel, "/kv.Client/RegisterWithPeer", b"\x0a\x0b127.0.0.1:9").await.unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted);
     assert!(get(&channel, b"\x0a\x03k00").await.is_ok());
 }

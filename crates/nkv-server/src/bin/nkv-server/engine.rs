@@ -18,7 +18,8 @@ pub(crate) struct EngineArgs {
     pub(crate) engine: Option<String>,
 
     /// Make a bucket or topic that is missing
-    #[arg(long, value_name = "BOOL", env = "NKV_ENGINE_CREATE", default_value_t = true, action = clap::ArgAction::Set)]
+    #[arg(long, value_name = "BOOL", env = "NKV_ENGINE_CREATE", default_value_t = true, action = clap::ArgAction::Set,
+          value_parser = crate::args::parse_flag)]
     engine_create: bool,
 
     /// Certificates of the authorities that the engine's certificate may come from, as PEM; the engine is reached by TLS then
@@ -51,7 +52,7 @@ pub(crate) struct EngineArgs {
 
     /// The topic of the first kv-store's log, which is read, and written with each put, beside the topic of the state
     #[arg(long, value_name = "TOPIC", env = "NKV_KAFKA_LOG", requires = "engine")]
-    kafka_log: Option<String>,
+    pub(crate) kafka_log: Option<String>,
 }
 
 /// The engine that was asked for.

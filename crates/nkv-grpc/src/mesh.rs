@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nkv_node::{Cursor, Handle, Key, Revision, TailEvent, TailOptions};
+use nkv_node::{Chain, Cursor, Handle, Key, Revision, TailEvent, TailOptions};
 use tokio::net::lookup_host;
 use tokio::sync::{Mutex as AsyncMutex, Notify};
 use tokio::task::{JoinError, JoinSet};
@@ -329,13 +329,7 @@ enum Failed {
 
 impl From<tonic::transport::Error> for Failed {
     fn from(error: tonic::transport::Error) -> Self {
-        let mut text = error.to_string();
-        let mut cause = std::error::Error::source(&error);
-        while let Some(inner) = cause {
-            text.push_str(&format!(": {inner}"));
-            cause = inner.source();
-        }
-        Failed::Transport(text)
+        Failed::Transport(Chain(&error).to_string())
     }
 }
 

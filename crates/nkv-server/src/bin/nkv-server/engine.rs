@@ -3,11 +3,9 @@
 
 use std::path::PathBuf;
 
-use nkv_node::EngineError;
+use nkv_node::{Chain, EngineError};
 use nkv_server::{Builder, Handle, ServerError};
 use tracing::{info, warn};
-
-use crate::with_causes;
 
 /// The engine, and how to reach it.
 #[derive(Clone, Debug, clap::Args)]
@@ -70,7 +68,7 @@ fn usage(what: impl Into<String>) -> ServerError {
 }
 
 fn wrong(error: &dyn std::error::Error) -> ServerError {
-    usage(format!("--engine: {}", with_causes(error)))
+    usage(format!("--engine: {}", Chain(error)))
 }
 
 /// The options of an engine whose options have these methods, as the flags say.

@@ -32,6 +32,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use nkv_core::{Epoch, Key, NoPersist, PersistError, PersistErrorKind, PersistValue, RoutePersist};
+use nkv_node::Chain;
 use nkv_persist_fs::{FsOptions, FsPersist, check, repair, restore};
 #[cfg(feature = "engines")]
 use nkv_server::Options;
@@ -312,7 +313,7 @@ async fn try_import(dir: &std::path::Path, engine: &engine::EngineArgs) -> Resul
     let from =
         from.persist("sync", move || FsPersist::open(&kept, FsOptions::default()).map(import::Kept)).bind().await?;
     let (from, nkv) = (from.handle(), to.handle());
-    let failed = |error: &dyn Error| ServerError::System(io::Error::other(with_causes(error)));
+    let failed = |error: &dyn Error| ServerError::System(io::Error::other(Chain(error).to_string()));
     let reached = async {
         while nkv.health().await.is_err() {
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -337,19 +338,8 @@ fn fail(error: &dyn Error, code: u8) -> ExitCode {
 
 /// One line of the log, whatever its level, from the outermost cause to the innermost.
 fn fail_with_hint(error: &dyn Error, hint: &str, code: u8) -> ExitCode {
-    error!(target: log::FATAL, "{}{hint}", with_causes(error));
+    error!(target: log::FATAL, "{}{hint}", Chain(error));
     ExitCode::from(code)
-}
-
-/// An error and what caused it, from the outermost to the innermost.
-fn with_causes(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        line.push_str(&format!(": {inner}"));
-        cause = inner.source();
-    }
-    line
 }
 
 fn code_of(error: &ServerError) -> u8 {

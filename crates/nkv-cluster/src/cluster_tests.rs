@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use nkv_core::{Loaded, MemoryPersist, PersistError, PersistErrorKind, PersistValue};
-use nkv_node::{ErrorKind, Node, Pattern};
+use nkv_node::{ErrorKind, Node, Pattern, PutOptions};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::timeout;
 
@@ -254,6 +254,28 @@ async fn a_node_whose_disk_was_full_is_level_once_there_is_room() {
         .await;
     b.put("mine", "2").await.unwrap();
     eventually("its writes reach the other", async || a.exists("mine").await.unwrap()).await;
+}
+
+fn with_ttl(millis: u64) -> PutOptions {
+    PutOptions::default().with_ttl(Duration::from_millis(millis))
+}
+
+#[tokio::test]
+async fn a_value_ends_also_while_jobs_keep_coming() {
+    let one = start(0, Arc::default(), &[]).await;
+    let nkv = one.node.handle();
+    nkv.put_with("k", "1", with_ttl(200)).await.unwrap();
+    let inner = Arc::clone(one.cluster.inner());
+    // More at any time than are taken at once.
+    let busy = tokio::spawn(async move {
+        for number in 0.. {
+            let stamp = Stamp { time: Hlc::at(inner.wall()), node: NodeId(number) };
+            let register = Register::new(stamp, Content::Put { value: "v".into(), ttl: None });
+            inner.merge_later(vec![Record { key: "busy".parse().unwrap(), register }]).await.unwrap();
+        }
+    });
+    eventually("it ends", async || !nkv.exists("k").await.unwrap()).await;
+    busy.abort();
 }
 
 /// 100,000 keys of 100 bytes, 1,000 of which change while a node is away.

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use crate::cluster::{Inner, Sink, millis};
 use crate::register::Record;
 use crate::replica::{Contact, Identity, Merged, Plan, Replica};
-use crate::stamp::{Hlc, NodeId, Stamp};
+use crate::stamp::{Hlc, Millis, NodeId, Stamp};
 
 /// Jobs, and bytes of values, that share a batch of storage, about.
 const GROUP_JOBS: usize = 64;
@@ -139,6 +139,10 @@ impl Committer {
                 len += job.len();
                 jobs.push(job);
             }
+            // What ends does so also while jobs keep coming.
+            if self.is_due() && !jobs.iter().any(|job| matches!(job, Job::Tick)) {
+                jobs.push(Job::Tick);
+            }
             if let Err(error) = self.commit(sink, jobs).await {
                 return error;
             }
@@ -148,22 +152,25 @@ impl Committer {
     /// The next job; or a tick, when something ends.
     async fn next(&mut self) -> Option<Job> {
         loop {
-            let may_purge = self.inner.may_purge();
-            let Some(due) = self.inner.replica().next_due(may_purge) else {
-                // What may be forgotten then is looked for again.
-                match timeout(TICK_MAX, self.queue.recv()).await {
-                    Ok(job) => return job,
-                    Err(_) => continue,
-                }
-            };
-            let pause = Duration::from_millis(due.saturating_sub(self.inner.now().wall)).min(TICK_MAX);
-            if let Ok(job) = timeout(pause, self.queue.recv()).await {
-                return job;
-            }
-            if due <= self.inner.now().wall {
-                return Some(Job::Tick);
+            // What may be forgotten then is looked for again.
+            let pause = self.until_tick().map_or(TICK_MAX, |pause| Duration::from_millis(pause).min(TICK_MAX));
+            match timeout(pause, self.queue.recv()).await {
+                Ok(job) => return job,
+                Err(_) if self.is_due() => return Some(Job::Tick),
+                Err(_) => {}
             }
         }
+    }
+
+    /// How long it is until a tick has something to do, if it is known.
+    fn until_tick(&self) -> Option<Millis> {
+        let may_purge = self.inner.may_purge();
+        let due = self.inner.replica().next_due(may_purge)?;
+        Some(due.saturating_sub(self.inner.now().wall))
+    }
+
+    fn is_due(&self) -> bool {
+        self.until_tick() == Some(0)
     }
 
     async fn commit(&mut self, sink: &dyn Sink, jobs: Vec<Job>) -> Result<(), EngineError> {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use nkv_core::{Loaded, MemoryPersist, PersistError, PersistErrorKind, PersistValue};
+use nkv_core::{Action, Loaded, MemoryPersist, PersistError, PersistErrorKind, PersistValue, Reason};
 use nkv_node::{ErrorKind, Node, Pattern, PutOptions};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::timeout;
@@ -55,19 +55,37 @@ struct One {
     bytes: Arc<AtomicU64>,
 }
 
-/// Storage that is full, for as long as that is said.
+/// Storage that is full, for as long as that is said, and that never takes the end of the value of [`STUCK`].
 #[derive(Debug)]
-struct Full(MemoryPersist, Arc<AtomicBool>);
+struct Full {
+    disk: MemoryPersist,
+    is_full: Arc<AtomicBool>,
+    /// How often it did not take that end.
+    stuck: Arc<AtomicU64>,
+}
+
+const STUCK: &str = "stuck";
+
+impl Full {
+    fn new(disk: MemoryPersist) -> Self {
+        Full { disk, is_full: Arc::default(), stuck: Arc::default() }
+    }
+}
 
 impl PersistValue for Full {
     fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
-        self.0.load(visit)
+        self.disk.load(visit)
     }
 
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        match self.1.load(Relaxed) {
+        let is_end = |change: &Change| {
+            change.key.as_str() == STUCK && matches!(change.action, Action::Delete { reason: Reason::Expired })
+        };
+        let is_stuck = batch.iter().any(is_end);
+        self.stuck.fetch_add(u64::from(is_stuck), Relaxed);
+        match is_stuck || self.is_full.load(Relaxed) {
             true => Err(PersistError::new(PersistErrorKind::NoSpace, "the disk is full")),
-            false => self.0.persist(batch),
+            false => self.disk.persist(batch),
         }
     }
 
@@ -76,7 +94,7 @@ impl PersistValue for Full {
     }
 
     fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
-        self.0.begin_epoch(epoch)
+        self.disk.begin_epoch(epoch)
     }
 }
 
@@ -235,8 +253,8 @@ async fn a_clock_that_was_never_set_harms_no_one() {
 #[tokio::test]
 async fn a_node_whose_disk_was_full_is_level_once_there_is_room() {
     let one = start(0, Arc::default(), &[]).await;
-    let is_full = Arc::new(AtomicBool::new(false));
-    let disk = Full(MemoryPersist::new(Epoch::new(7)), Arc::clone(&is_full));
+    let disk = Full::new(MemoryPersist::new(Epoch::new(7)));
+    let is_full = Arc::clone(&disk.is_full);
     let other = start_with(0, Arc::default(), &[one.cluster.address()], Some(disk), 100).await;
     let (a, b) = (one.node.handle(), other.node.handle());
     a.put("before", "1").await.unwrap();
@@ -278,6 +296,24 @@ async fn a_value_ends_also_while_jobs_keep_coming() {
     busy.abort();
 }
 
+#[tokio::test]
+async fn an_end_that_cannot_be_stored_holds_up_no_write() {
+    const PUTS: u64 = 20;
+    let disk = Full::new(MemoryPersist::new(Epoch::new(7)));
+    let stuck = Arc::clone(&disk.stuck);
+    let one = start_with(0, Arc::default(), &[], Some(disk), 100).await;
+    let nkv = one.node.handle();
+    nkv.put_with(STUCK, "1", with_ttl(1)).await.unwrap();
+    eventually("its end is tried", async || stuck.load(Relaxed) > 0).await;
+    for number in 0..PUTS {
+        nkv.put("k", number.to_string()).await.unwrap();
+    }
+    // It is tried again after a while, not after each write.
+    let tried = stuck.load(Relaxed);
+    assert!(tried < PUTS / 2, "{tried} times for {PUTS} writes");
+    eventually("it is tried again", async || stuck.load(Relaxed) > tried).await;
+}
+
 /// 100,000 keys of 100 bytes, 1,000 of which change while a node is away.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_was_away_is_level_for_few_bytes() {
@@ -295,7 +331,7 @@ async fn a_node_that_was_away_is_level_for_few_bytes() {
         assert_eq!(one.cluster.inner().merge(part.to_vec()).await.unwrap(), Some(0));
     }
     let disk = MemoryPersist::new(Epoch::new(7));
-    let full = || Full(disk.clone(), Arc::default());
+    let full = || Full::new(disk.clone());
     let peers = [one.cluster.address()];
     let began = Instant::now();
     let other = start_with(0, Arc::default(), &peers, Some(full()), 1_000).await;

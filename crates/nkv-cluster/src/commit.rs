@@ -96,11 +96,13 @@ pub(crate) struct Committer {
     queue: mpsc::Receiver<Job>,
     /// Readings of the clock are not above it.
     bound: Hlc,
+    /// No tick comes before this, by the steady clock: one was not stored.
+    tick_from: Millis,
 }
 
 impl Committer {
     pub(crate) fn new(inner: Arc<Inner>, queue: mpsc::Receiver<Job>, bound: Hlc) -> Self {
-        Committer { inner, queue, bound }
+        Committer { inner, queue, bound, tick_from: 0 }
     }
 
     /// Gives the node an id if it has none, and stamps to what was there before it was in a cluster.
@@ -166,7 +168,8 @@ impl Committer {
     fn until_tick(&self) -> Option<Millis> {
         let may_purge = self.inner.may_purge();
         let due = self.inner.replica().next_due(may_purge)?;
-        Some(due.saturating_sub(self.inner.now().wall))
+        let now = self.inner.now();
+        Some(due.saturating_sub(now.wall).max(self.tick_from.saturating_sub(now.steady)))
     }
 
     fn is_due(&self) -> bool {
@@ -187,12 +190,11 @@ impl Committer {
                 Ok(())
             }
             Err(Failed::Now(error)) => {
-                let was_tick = jobs.iter().any(|job| matches!(job, Job::Tick));
-                jobs.into_iter().for_each(|job| fail(job, &error));
-                if was_tick {
+                if jobs.iter().any(|job| matches!(job, Job::Tick)) {
                     // It would come again at once.
-                    tokio::time::sleep(TICK_MAX).await;
+                    self.tick_from = self.inner.steady().saturating_add(millis(TICK_MAX));
                 }
+                jobs.into_iter().for_each(|job| fail(job, &error));
                 Ok(())
             }
             Err(Failed::ForGood(error)) => {

@@ -22,6 +22,10 @@ const IDENTITY: &str = "cluster.node";
 /// Under which reserved keys the contacts are.
 const CONTACT: &str = "cluster.contact.";
 
+/// Values that are shorter are copied when they are written, so that they keep nothing of the request that they came with. The
+/// store does the same.
+const VALUE_LEN_LONG: usize = 4_096;
+
 /// A contact at which nothing was new is written down again after this part of `gc_grace`.
 const CONTACT_PART: Millis = 64;
 
@@ -471,7 +475,8 @@ impl Replica {
             Op::Put { key, value, options } => {
                 let ttl = options.expiry.map(|expiry| expiry.ttl_ms);
                 let slot = (key_hash(key), key.clone());
-                let register = Register::new(self.stamp(plan, &slot, now), Content::Put { value: value.clone(), ttl });
+                let value = if value.len() < VALUE_LEN_LONG { Bytes::copy_from_slice(value) } else { value.clone() };
+                let register = Register::new(self.stamp(plan, &slot, now), Content::Put { value, ttl });
                 let revision = next(plan);
                 self.write_register(plan, slot, revision, register, now);
                 Ok(Outcome::Put { revision: Revision::new(revision) })

@@ -186,6 +186,17 @@ fn a_write_after_one_that_was_seen_wins_whatever_the_own_clock_shows() {
 }
 
 #[test]
+fn a_short_value_keeps_nothing_of_the_request_that_it_came_with() {
+    let mut a = One::new(1);
+    let request = Bytes::from(vec![b'v'; 10_000]);
+    for (len, is_unique) in [(VALUE_LEN_LONG - 1, true), (VALUE_LEN_LONG, false)] {
+        let value = request.slice(1..=len);
+        a.write(Op::Put { key: key("k"), value, options: PutOptions::default() });
+        assert_eq!(request.is_unique(), is_unique, "{len} bytes");
+    }
+}
+
+#[test]
 fn equal_stamps_are_decided_alike_everywhere() {
     let (mut a, mut b) = two();
     let stamp = Stamp { time: Hlc::at(TODAY), node: NodeId(3) };

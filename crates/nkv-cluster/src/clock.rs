@@ -98,6 +98,7 @@ struct Sample {
 impl PeerClocks {
     /// Notes what a peer's clock showed, between two readings of the steady clock. One that was never set says nothing.
     pub(crate) fn note(&mut self, peer: NodeId, wall: Millis, asked: Millis, answered: Millis) {
+        self.samples.retain(|other, sample| *other == peer || answered.saturating_sub(sample.at) <= SAMPLE_LIFE);
         if wall < SET_FROM {
             self.samples.remove(&peer);
             return;
@@ -261,6 +262,15 @@ mod tests {
         assert_eq!(clocks(&[0]).offset(TODAY + 5_000, 600), Some((4_900, 1)));
         assert_eq!(offset(&[-signed(TODAY)]), None);
         assert_eq!(clocks(&[0]).offset(TODAY, 500 + SAMPLE_LIFE + 1), None, "too long ago");
+    }
+
+    #[test]
+    fn what_peers_said_too_long_ago_is_dropped() {
+        let mut clocks = clocks(&[0, 0, 0]);
+        clocks.note(NodeId(7), TODAY, 500 + SAMPLE_LIFE, 500 + SAMPLE_LIFE);
+        assert_eq!(clocks.samples.len(), 4);
+        clocks.note(NodeId(7), TODAY, 501 + SAMPLE_LIFE, 501 + SAMPLE_LIFE);
+        assert_eq!(clocks.samples.len(), 1);
     }
 
     #[test]

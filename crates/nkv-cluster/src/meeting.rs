@@ -11,7 +11,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::cluster::{Inner, Tried, frames_of, millis};
+use crate::cluster::{Inner, Peers, Tried, frames_of, millis};
 use crate::link::{Line, PushQueue, Stream};
 use crate::session::Session;
 use crate::stamp::NodeId;
@@ -66,7 +66,7 @@ impl<'a> Connected<'a> {
         }
         entry.1 += 1;
         if let Some(address) = hello.address {
-            peers.addresses.insert(hello.id, address);
+            note_address(&mut peers, hello.id, address);
         }
         drop(peers);
         Ok(Connected { inner, hello })
@@ -249,12 +249,22 @@ fn known(inner: &Inner) -> Vec<(NodeId, SocketAddr)> {
     connected.take(ADDRESSES_MAX).collect()
 }
 
+/// Notes where a node says that it can be reached: no other one is there any more.
+fn note_address(peers: &mut Peers, id: NodeId, address: SocketAddr) {
+    peers.addresses.retain(|other, there| *other == id || *there != address);
+    if peers.addresses.len() < ADDRESSES_MAX || peers.addresses.contains_key(&id) {
+        peers.addresses.insert(id, address);
+    }
+}
+
 /// Takes in what a peer knows; what a node said of itself counts more.
 fn learn(inner: &Inner, known: Vec<(NodeId, SocketAddr)>) {
     let own = inner.id();
     let mut peers = inner.peers();
+    let mut there: BTreeSet<SocketAddr> = peers.addresses.values().copied().collect();
     for (id, address) in known {
-        if Some(id) != own && peers.addresses.len() < ADDRESSES_MAX && !peers.connected.contains_key(&id) {
+        let is_new = Some(id) != own && !peers.connected.contains_key(&id);
+        if is_new && peers.addresses.len() < ADDRESSES_MAX && there.insert(address) {
             peers.addresses.insert(id, address);
         }
     }
@@ -470,5 +480,30 @@ async fn try_lead(
             inner.peers().leading.remove(&id);
         }
         sleep(interval(inner)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_one_a_node_and_one_node_an_address_up_to_the_limit() {
+        let at = |number: usize| SocketAddr::from(([10, 0, (number >> 8) as u8, number as u8], 1));
+        let mut peers = Peers::default();
+        for number in 0..ADDRESSES_MAX + 3 {
+            note_address(&mut peers, NodeId(number as u64), at(number));
+        }
+        assert_eq!(peers.addresses.len(), ADDRESSES_MAX);
+        // A node in memory has another id after each restart.
+        for id in 5_000..5_010 {
+            note_address(&mut peers, NodeId(id), at(7));
+        }
+        assert_eq!(peers.addresses.len(), ADDRESSES_MAX);
+        let there = peers.addresses.iter().filter(|(_, address)| **address == at(7));
+        assert_eq!(there.map(|(id, _)| *id).collect::<Vec<_>>(), [NodeId(5_009)]);
+        // One that is known may move.
+        note_address(&mut peers, NodeId(8), at(9_000));
+        assert_eq!(peers.addresses.get(&NodeId(8)), Some(&at(9_000)));
     }
 }

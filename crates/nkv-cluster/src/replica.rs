@@ -29,6 +29,9 @@ const VALUE_LEN_LONG: usize = 4_096;
 /// A contact at which nothing was new is written down again after this part of `gc_grace`.
 const CONTACT_PART: Millis = 64;
 
+/// Peers whose contacts are kept, at most: of more, those of the oldest are forgotten. What a node lacks proves nothing to them.
+const CONTACTS_MAX: usize = 1_024;
+
 /// How long things last.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Terms {
@@ -198,6 +201,12 @@ impl Plan {
         self.data_revision = revision;
         self.untaken.remove(&slot.1);
         self.staged.insert(slot, register.map(|register| Held { register, revision }));
+    }
+
+    fn forget_contact(&mut self, peer: NodeId) {
+        let revision = self.next_revision();
+        self.changes.extend(contact_key(peer).map(|key| note(key, revision, Meta::NONE)));
+        self.contacts.push((peer, None));
     }
 
     /// Stages what this node decided: for the peers too.
@@ -600,11 +609,7 @@ impl Replica {
             let revision = plan.next_revision();
             plan.stage(slot, revision, None);
         }
-        for peer in self.contacts.keys() {
-            let revision = plan.next_revision();
-            plan.changes.extend(contact_key(*peer).map(|key| note(key, revision, Meta::NONE)));
-            plan.contacts.push((*peer, None));
-        }
+        self.contacts.keys().for_each(|peer| plan.forget_contact(*peer));
     }
 
     /// What has ended although its time has not come.
@@ -694,11 +699,33 @@ impl Replica {
             plan.contacts.push((peer, Some((contact, kept_at))));
             return;
         };
+        if kept.is_none() {
+            self.make_room_for_contact(plan);
+        }
         let mut meta = Writer::default();
         contact.write(&mut meta);
         let revision = plan.next_revision();
         plan.changes.push(note(key, revision, Meta::new(&meta.into_bytes())));
         plan.contacts.push((peer, Some((contact, contact.at))));
+    }
+
+    /// Plans to forget the oldest contacts, as far as there would be too many with one more.
+    fn make_room_for_contact(&self, plan: &mut Plan) {
+        if self.contacts.len() + plan.contacts.len() < CONTACTS_MAX {
+            return;
+        }
+        let mut contacts: BTreeMap<NodeId, Millis> =
+            self.contacts.iter().map(|(peer, (contact, _))| (*peer, contact.at)).collect();
+        for (peer, planned) in &plan.contacts {
+            match planned {
+                Some((contact, _)) => contacts.insert(*peer, contact.at),
+                None => contacts.remove(peer),
+            };
+        }
+        let count = (contacts.len() + 1).saturating_sub(CONTACTS_MAX);
+        let mut oldest: Vec<(Millis, NodeId)> = contacts.into_iter().map(|(peer, at)| (at, peer)).collect();
+        oldest.sort_unstable();
+        oldest.into_iter().take(count).for_each(|(_, peer)| plan.forget_contact(peer));
     }
 
     /// Does what is planned, after it was stored.

@@ -621,6 +621,34 @@ fn what_a_restart_restores_is_what_was_there() {
 }
 
 #[test]
+fn of_more_contacts_than_are_kept_the_oldest_is_forgotten_also_on_disk() {
+    let mut a = One::new(1);
+    let own = a.replica.place();
+    let noted = |at: Millis| Contact { at: TODAY + at, own, peer: own };
+    // Peers are numbered from the one that was met last. Half of them are noted in one batch.
+    let half = CONTACTS_MAX as u64 / 2;
+    for at in 0..half {
+        a.plan(|replica, plan, _| replica.note_contact(plan, NodeId(2_000 - at), noted(at)));
+    }
+    a.plan(|replica, plan, _| {
+        (half..2 * half).for_each(|at| replica.note_contact(plan, NodeId(2_000 - at), noted(at)));
+    });
+    assert_eq!(a.replica.contacts.len(), CONTACTS_MAX);
+    a.plan(|replica, plan, _| {
+        (2 * half..2 * half + 2).for_each(|at| replica.note_contact(plan, NodeId(2_000 - at), noted(at)));
+        // One that is known already takes no room.
+        replica.note_contact(plan, NodeId(1_500), noted(5_000));
+    });
+    for _ in 0..2 {
+        assert_eq!(a.replica.contacts.len(), CONTACTS_MAX);
+        assert_eq!((a.replica.contact(NodeId(2_000)), a.replica.contact(NodeId(1_999))), (None, None));
+        assert_eq!(a.replica.contact(NodeId(1_998)), Some(noted(2)));
+        assert_eq!(a.replica.contact(NodeId(1_500)), Some(noted(5_000)));
+        a.restart();
+    }
+}
+
+#[test]
 fn a_comparison_in_pages_finds_what_one_in_whole_finds() {
     let (mut a, mut b) = two();
     for number in 0..200 {

@@ -106,7 +106,7 @@ impl PeerClocks {
         let error = signed(answered.saturating_sub(asked)) / 2;
         let base = signed(wall).saturating_sub(signed(asked).saturating_add(error));
         let is_same = |before: &&Sample| {
-            before.base.saturating_sub(base).abs() <= before.error.saturating_add(error).saturating_add(SAME)
+            before.base.saturating_sub(base).saturating_abs() <= before.error.saturating_add(error).saturating_add(SAME)
         };
         let since = self.samples.get(&peer).filter(is_same).map_or(answered, |before| before.since);
         self.samples.insert(peer, Sample { base, error, asked, at: answered, since });
@@ -119,7 +119,7 @@ impl PeerClocks {
         offsets.sort_unstable();
         let count = offsets.len();
         let middle = [count.checked_sub(1)? / 2, count / 2];
-        let median = middle.iter().filter_map(|at| offsets.get(*at)).min_by_key(|offset| offset.abs());
+        let median = middle.iter().filter_map(|at| offsets.get(*at)).min_by_key(|offset| offset.saturating_abs());
         median.map(|median| (*median, count))
     }
 
@@ -129,7 +129,7 @@ impl PeerClocks {
         let fresh = self.samples.values().filter(move |sample| steady.saturating_sub(sample.at) <= SAMPLE_LIFE);
         fresh.map(move |sample| {
             let offset = own.saturating_sub(sample.base);
-            (sample, offset.signum() * offset.abs().saturating_sub(sample.error).max(0))
+            (sample, offset.signum() * offset.saturating_abs().saturating_sub(sample.error).max(0))
         })
     }
 
@@ -262,6 +262,17 @@ mod tests {
         assert_eq!(clocks(&[0]).offset(TODAY + 5_000, 600), Some((4_900, 1)));
         assert_eq!(offset(&[-signed(TODAY)]), None);
         assert_eq!(clocks(&[0]).offset(TODAY, 500 + SAMPLE_LIFE + 1), None, "too long ago");
+    }
+
+    #[test]
+    fn a_clock_that_shows_nonsense_ends_nothing() {
+        let mut clocks = PeerClocks::default();
+        for _ in 0..2 {
+            clocks.note(NodeId(1), u64::MAX, 0, 0);
+            assert!(clocks.offset(0, 5_000).is_some_and(|(offset, _)| offset < 0));
+            assert!(clocks.now(0, 5_000, 1_000).wall > 0);
+            clocks.note(NodeId(1), u64::MAX, u64::MAX, u64::MAX);
+        }
     }
 
     #[test]

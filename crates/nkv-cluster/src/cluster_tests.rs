@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use nkv_core::{Action, Loaded, MemoryPersist, PersistError, PersistErrorKind, PersistValue, Reason};
 use nkv_node::{ErrorKind, Node, Pattern, PutOptions};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::*;
@@ -312,6 +313,36 @@ async fn an_end_that_cannot_be_stored_holds_up_no_write() {
     let tried = stuck.load(Relaxed);
     assert!(tried < PUTS / 2, "{tried} times for {PUTS} writes");
     eventually("it is tried again", async || stuck.load(Relaxed) > tried).await;
+}
+
+/// A node in memory, of a membership and options of the test's own.
+async fn start_in(options: Options, membership: impl Membership) -> (Cluster, Node) {
+    let cluster = Cluster::bind("127.0.0.1:0".parse().unwrap(), options, membership).await.unwrap();
+    let node = Node::builder().engine(cluster.clone()).start().await.unwrap();
+    (cluster, node)
+}
+
+#[tokio::test]
+async fn a_living_peer_that_has_a_second_address_keeps_both() {
+    let one = start(0, Arc::default(), &[]).await;
+    let address = one.cluster.address();
+    let forwarder = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let second_address = forwarder.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut from, _)) = forwarder.accept().await {
+            let mut to = TcpStream::connect(address).await.unwrap();
+            tokio::spawn(async move { copy_bidirectional(&mut from, &mut to).await });
+        }
+    });
+    let mut options = Options::new("test");
+    (options.sync_interval, options.gc_grace) = (Duration::from_millis(20), Duration::from_millis(100));
+    let (other, _node) = start_in(options, StaticPeers(vec![second_address])).await;
+    let is_known = || other.inner().peers().addresses.values().any(|there| *there == address);
+    eventually("it learns the first", async || is_known()).await;
+    for _ in 0..30 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(is_known(), "it forgot the first");
+    }
 }
 
 /// 100,000 keys of 100 bytes, 1,000 of which change while a node is away.

@@ -364,9 +364,9 @@ async fn keep_link(inner: &Inner, address: SocketAddr) {
         match link(inner, address).await {
             NotMet::Myself => {
                 note(Tried::Myself);
-                pause = pause_max;
+                (last_met, pause) = (inner.steady(), pause_max);
             }
-            NotMet::Known => pause = pause_max,
+            NotMet::Known => (last_met, pause) = (inner.steady(), pause_max),
             NotMet::Failed(error) => {
                 let is_met = matches!(inner.peers().tried.get(&address), Some(Tried::Met { .. }));
                 note(match error.kind() {

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::*;
 use crate::clock::SystemClock;
 use crate::link::Stream;
-use crate::membership::StaticPeers;
+use crate::membership::{MembershipError, StaticPeers};
 use crate::register::{Content, Register};
 use crate::stamp::Hlc;
 
@@ -343,6 +343,47 @@ async fn a_living_peer_that_has_a_second_address_keeps_both() {
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(is_known(), "it forgot the first");
     }
+}
+
+/// Answers some of the times that it is asked, and never the others.
+#[derive(Debug)]
+struct Hanging {
+    peers: Vec<SocketAddr>,
+    answers: u64,
+    asked: AtomicU64,
+}
+
+#[async_trait]
+impl Membership for Hanging {
+    async fn addresses(&self) -> Result<Vec<SocketAddr>, MembershipError> {
+        match self.asked.fetch_add(1, Relaxed) == self.answers {
+            true => Ok(self.peers.clone()),
+            false => std::future::pending().await,
+        }
+    }
+}
+
+#[tokio::test]
+async fn where_peers_are_is_asked_again_if_there_is_no_answer() {
+    let one = start(0, Arc::default(), &[]).await;
+    one.node.handle().put("k", "1").await.unwrap();
+    let mut options = Options::new("test");
+    options.peer_timeout = Duration::from_millis(200);
+    let membership = Hanging { peers: vec![one.cluster.address()], answers: 1, asked: AtomicU64::new(0) };
+    let (_, node) = start_in(options, membership).await;
+    eventually("it joins", async || node.handle().exists("k").await.unwrap_or(false)).await;
+}
+
+#[tokio::test]
+async fn peers_are_met_while_it_is_asked_where_they_are() {
+    let mut options = Options::new("test");
+    (options.sync_interval, options.peer_timeout) = (Duration::from_millis(20), PATIENCE);
+    let membership = Arc::new(Hanging { peers: Vec::new(), answers: 0, asked: AtomicU64::new(0) });
+    let (first, _node) = start_in(options, Arc::clone(&membership)).await;
+    eventually("it is asked again", async || membership.asked.load(Relaxed) > 1).await;
+    let other = start(0, Arc::default(), &[first.address()]).await;
+    let id = other.cluster.id().unwrap();
+    eventually("it connects to the other too", async || first.inner().peers().links.contains_key(&id)).await;
 }
 
 /// 100,000 keys of 100 bytes, 1,000 of which change while a node is away.

@@ -13,6 +13,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::cluster::{Inner, Peers, Tried, frames_of, millis};
 use crate::link::{Line, PushQueue, Stream};
+use crate::membership::MembershipError;
 use crate::session::Session;
 use crate::stamp::NodeId;
 use crate::wire::{Hello, Message, frame_len_max, invalid};
@@ -29,6 +30,9 @@ const PAUSE_INTERVALS_MAX: u32 = 5;
 
 /// Where peers are is asked again after so many sync intervals or sessions.
 const ASK_INTERVALS: u64 = 10;
+
+/// Where peers are may take so many times the time-out of a peer to find out: names are looked up at several servers.
+const LOOKUP_TIMEOUTS: u32 = 4;
 
 /// So many peers are synced with in each interval: with more, each waits longer.
 const PEERS_AN_INTERVAL: usize = 4;
@@ -287,44 +291,62 @@ pub(crate) async fn find(inner: &Arc<Inner>) -> EngineError {
     let mut tasks = JoinSet::new();
     let mut named = None;
     let mut asked_at = inner.steady();
+    let (mut asking, mut ask_from) = (None, 0);
     loop {
-        let answer = inner.parts.membership.addresses().await;
-        match answer {
-            Ok(addresses) => {
-                if named.is_none() {
-                    asked_at = inner.steady();
-                }
-                named = Some(addresses.into_iter().collect::<BTreeSet<_>>());
-            }
-            Err(error) => tracing::warn!(%error, "it is not known where peers are"),
+        if asking.is_none() && inner.steady() >= ask_from {
+            asking = Some(Box::pin(named_addresses(inner)));
         }
-        // Who has met its peers learns of others from them too.
-        let intervals = if named.is_some() && inner.has_joined() { ASK_INTERVALS } else { 1 };
-        let until = inner.steady().saturating_add(millis(inner.options.sync_interval).saturating_mul(intervals));
-        loop {
-            while tasks.try_join_next().is_some() {}
-            links.retain(|_, link| !link.is_finished());
-            let learned: Vec<SocketAddr> = inner.peers().addresses.values().copied().collect();
-            for address in named.iter().flatten().copied().chain(learned) {
-                if links.len() < ADDRESSES_MAX && !links.contains_key(&address) {
-                    let inner = Arc::clone(inner);
-                    links.insert(address, tasks.spawn(async move { keep_link(&inner, address).await }));
+        while tasks.try_join_next().is_some() {}
+        links.retain(|_, link| !link.is_finished());
+        let learned: Vec<SocketAddr> = inner.peers().addresses.values().copied().collect();
+        for address in named.iter().flatten().copied().chain(learned) {
+            if links.len() < ADDRESSES_MAX && !links.contains_key(&address) {
+                let inner = Arc::clone(inner);
+                links.insert(address, tasks.spawn(async move { keep_link(&inner, address).await }));
+            }
+        }
+        if let Some(named) = &named
+            && !inner.has_joined()
+            && begins_alone(inner, named, asked_at)
+        {
+            tracing::warn!("no peer gives its state: this node begins alone");
+            inner.join();
+        }
+        let answer = async {
+            match &mut asking {
+                Some(asking) => asking.await,
+                None => std::future::pending().await,
+            }
+        };
+        let pause = if inner.has_joined() { inner.options.sync_interval } else { Duration::from_millis(50) };
+        tokio::select! {
+            biased;
+            answer = answer => {
+                asking = None;
+                match answer {
+                    Ok(addresses) => {
+                        if named.is_none() {
+                            asked_at = inner.steady();
+                        }
+                        named = Some(addresses.into_iter().collect::<BTreeSet<_>>());
+                    }
+                    Err(error) => tracing::warn!(%error, "it is not known where peers are"),
                 }
+                // Who has met its peers learns of others from them too.
+                let intervals = if named.is_some() && inner.has_joined() { ASK_INTERVALS } else { 1 };
+                let pause = millis(inner.options.sync_interval).saturating_mul(intervals);
+                ask_from = inner.steady().saturating_add(pause);
             }
-            if let Some(named) = &named
-                && !inner.has_joined()
-                && begins_alone(inner, named, asked_at)
-            {
-                tracing::warn!("no peer gives its state: this node begins alone");
-                inner.join();
-            }
-            if inner.steady() >= until {
-                break;
-            }
-            let pause = if inner.has_joined() { inner.options.sync_interval } else { Duration::from_millis(50) };
-            sleep(pause).await;
+            () = sleep(pause) => {}
         }
     }
+}
+
+/// Where peers are, as the membership says; an error if it does not say so in time.
+async fn named_addresses(inner: &Inner) -> Result<Vec<SocketAddr>, MembershipError> {
+    let limit = inner.options.peer_timeout.saturating_mul(LOOKUP_TIMEOUTS);
+    let answer = timeout(limit, inner.parts.membership.addresses()).await;
+    answer.unwrap_or_else(|_| Err(MembershipError::new(format!("no answer within {limit:?}"))))
 }
 
 /// Whether an empty node need not wait for a peer any longer.

@@ -13,10 +13,11 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::clock::SystemClock;
-use crate::link::Stream;
+use crate::link::{Line, Stream};
 use crate::membership::{MembershipError, StaticPeers};
 use crate::register::{Content, Register};
 use crate::stamp::Hlc;
+use crate::wire::{Hello, Message, State};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -384,6 +385,44 @@ async fn peers_are_met_while_it_is_asked_where_they_are() {
     let other = start(0, Arc::default(), &[first.address()]).await;
     let id = other.cluster.id().unwrap();
     eventually("it connects to the other too", async || first.inner().peers().links.contains_key(&id)).await;
+}
+
+/// A connection of a peer that says what a test has it say.
+async fn greet(one: &One) -> Line {
+    let stream = TcpStream::connect(one.cluster.address()).await.unwrap();
+    let (mut line, writer) = Line::new(Box::new(stream), Box::leak(Box::default()), PATIENCE);
+    tokio::spawn(writer);
+    let hello = Hello {
+        cluster: "test".into(),
+        id: NodeId(77),
+        run: 1,
+        uptime: 0,
+        wall: one.clock.wall(),
+        address: None,
+        has_joined: true,
+        value_len_max: 1 << 20,
+    };
+    assert!(matches!(line.ask(&Message::Hello(hello)).await.unwrap(), Message::Hello(_)));
+    line.allow(1 << 20);
+    line.send(Message::Ready { wall: one.clock.wall() }.encode()).await.unwrap();
+    line
+}
+
+async fn begin_session(one: &One, line: &mut Line) {
+    let state = State { wall: one.clock.wall(), place: Place::default(), root: 0, contact: None, has_joined: true };
+    assert!(matches!(line.ask(&Message::Sync(state)).await.unwrap(), Message::SyncAnswer(_)));
+}
+
+#[tokio::test]
+async fn a_peer_that_begins_a_session_anew_leads_that_one() {
+    let one = start(0, Arc::default(), &[]).await;
+    let mut line = greet(&one).await;
+    for _ in 0..2 {
+        begin_session(&one, &mut line).await;
+        assert!(one.cluster.inner().peers().led_by.contains(&NodeId(77)));
+    }
+    line.ask(&Message::End { at: 0, is_whole: false }).await.unwrap();
+    eventually("it ends", async || one.cluster.inner().peers().led_by.is_empty()).await;
 }
 
 /// 100,000 keys of 100 bytes, 1,000 of which change while a node is away.

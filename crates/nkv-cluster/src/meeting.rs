@@ -230,6 +230,8 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
             }
             Message::Sync(theirs) => {
                 let (begun, answer) = Session::answer(inner, id, value_len_max, theirs);
+                // One that was not ended says on its end that none is led.
+                drop(led.take());
                 inner.peers().led_by.insert(id);
                 led = Some(Led { inner, id, session: begun });
                 line.send(answer.encode()).await?;

@@ -13,7 +13,7 @@ use crate::register::Record;
 use crate::replica::{Compared, Contact, Entry, Replica, Slot, Want};
 use crate::stamp::NodeId;
 use crate::tree::{DEPTH, Half, Prefix};
-use crate::wire::{ENTRIES_MAX, Message, PREFIXES_MAX, State, frame_len_max, invalid, parts};
+use crate::wire::{ENTRIES_MAX, Message, PREFIXES_MAX, RECORDS_LEN, State, frame_len_max, invalid, parts};
 
 /// Below a prefix with at most so many keys the keys are listed, rather than digests of parts of them asked for.
 const LIST_MAX: usize = 8;
@@ -88,23 +88,25 @@ impl Session {
         let mut slots = VecDeque::from(compared.give);
         while !slots.is_empty() {
             let records = self.some(inner, &mut slots);
-            for part in parts(records) {
-                line.send(Message::Records(part).encode()).await?;
+            if !records.is_empty() {
+                line.send(Message::Records(records).encode()).await?;
             }
         }
         Ok(())
     }
 
-    /// The records of the next of these keys, about a frame of them.
+    /// The records of the next of these keys, a frame of them.
     fn some(&mut self, inner: &Inner, slots: &mut VecDeque<(Slot, bool)>) -> Vec<Record> {
         let now = inner.now();
         let contact_at = self.own.contact.into_iter().chain(self.theirs.contact).map(|contact| contact.at).min();
         let replica = inner.replica();
         let (mut records, mut len) = (Vec::new(), 0);
-        while len < crate::wire::RECORDS_LEN
-            && let Some((slot, is_lacking)) = slots.pop_front()
-        {
+        while let Some((slot, is_lacking)) = slots.pop_front() {
             let Some(record) = replica.record(&slot, now) else { continue };
+            if !records.is_empty() && len + record.len() > RECORDS_LEN {
+                slots.push_front((slot, is_lacking));
+                break;
+            }
             if record.len() > self.frame_len_max.saturating_sub(64) {
                 self.is_whole = false;
                 tracing::warn!(peer = %self.peer, "the value of {:?} is longer than the peer takes", slot.1);

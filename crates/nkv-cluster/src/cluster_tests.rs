@@ -17,7 +17,8 @@ use crate::link::{Line, Stream};
 use crate::membership::{MembershipError, StaticPeers};
 use crate::register::{Content, Register};
 use crate::stamp::Hlc;
-use crate::wire::{Hello, Message, State};
+use crate::tree::{Half, Prefix};
+use crate::wire::{Hello, Message, PREFIXES_MAX, State};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -423,6 +424,21 @@ async fn a_peer_that_begins_a_session_anew_leads_that_one() {
     }
     line.ask(&Message::End { at: 0, is_whole: false }).await.unwrap();
     eventually("it ends", async || one.cluster.inner().peers().led_by.is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_peer_that_asks_for_too_much_at_once_is_refused() {
+    let one = start(0, Arc::default(), &[]).await;
+    let prefixes = |count| vec![Prefix::ROOT.child(3); count];
+    let digests = |count| Message::Digests(Half::Low, prefixes(count));
+    let list = |count| Message::List(prefixes(count).into_iter().map(|prefix| (prefix, Vec::new())).collect());
+    for what in [&digests as &dyn Fn(usize) -> Message, &list] {
+        let mut line = greet(&one).await;
+        begin_session(&one, &mut line).await;
+        assert!(matches!(line.ask(&what(PREFIXES_MAX)).await.unwrap(), Message::Children(_) | Message::Wants(_)));
+        let answer = line.ask(&what(PREFIXES_MAX + 1)).await;
+        assert!(answer.is_err(), "{answer:?}");
+    }
 }
 
 /// 100,000 keys of 100 bytes, 1,000 of which change while a node is away.

@@ -143,7 +143,9 @@ impl Session {
     /// Answers what the one that leads says next; `true` once the session has ended.
     pub(crate) async fn serve(&mut self, inner: &Inner, line: &mut Line, message: Message) -> io::Result<bool> {
         match message {
-            Message::Digests(half, prefixes) if prefixes.len() <= PREFIXES_MAX => {
+            Message::Digests(_, prefixes) if prefixes.len() > PREFIXES_MAX => return Err(too_many(prefixes.len())),
+            Message::List(lists) if lists.len() > PREFIXES_MAX => return Err(too_many(lists.len())),
+            Message::Digests(half, prefixes) => {
                 let children = {
                     let replica = inner.replica();
                     prefixes.iter().map(|prefix| replica.children(*prefix, half)).collect()
@@ -323,6 +325,10 @@ fn unexpected(message: &Message) -> io::Error {
         _ => "this",
     };
     invalid(format!("the peer was not to say {kind} here"))
+}
+
+fn too_many(prefixes: usize) -> io::Error {
+    invalid(format!("the peer asks for {prefixes} prefixes at once, and {PREFIXES_MAX} is the limit"))
 }
 
 /// A frame for peers.

@@ -145,6 +145,11 @@ impl AsyncWrite for Counted {
     }
 }
 
+/// Each test has a cluster of its own, named after its thread.
+fn options() -> Options {
+    Options::new(std::thread::current().name().unwrap_or("test"))
+}
+
 async fn start(skew: i64, bound: Arc<Memory>, peers: &[SocketAddr]) -> One {
     start_with(skew, bound, peers, None, 100).await
 }
@@ -161,7 +166,7 @@ async fn start_with(skew: i64, bound: Arc<Memory>, peers: &[SocketAddr], disk: O
         network: Arc::new(Counting(Tcp(listener), Arc::clone(&bytes))),
         membership: Arc::new(StaticPeers(peers.to_vec())),
     };
-    let mut options = Options::new("test");
+    let mut options = options();
     options.sync_interval = Duration::from_millis(interval_ms);
     options.advertise = Some(address);
     let cluster = Cluster::with(options, parts, address).unwrap();
@@ -336,7 +341,7 @@ async fn a_living_peer_that_has_a_second_address_keeps_both() {
             tokio::spawn(async move { copy_bidirectional(&mut from, &mut to).await });
         }
     });
-    let mut options = Options::new("test");
+    let mut options = options();
     (options.sync_interval, options.gc_grace) = (Duration::from_millis(20), Duration::from_millis(100));
     let (other, _node) = start_in(options, StaticPeers(vec![second_address])).await;
     let is_known = || other.inner().peers().addresses.values().any(|there| *there == address);
@@ -369,7 +374,7 @@ impl Membership for Hanging {
 async fn where_peers_are_is_asked_again_if_there_is_no_answer() {
     let one = start(0, Arc::default(), &[]).await;
     one.node.handle().put("k", "1").await.unwrap();
-    let mut options = Options::new("test");
+    let mut options = options();
     options.peer_timeout = Duration::from_millis(200);
     let membership = Hanging { peers: vec![one.cluster.address()], answers: 1, asked: AtomicU64::new(0) };
     let (_, node) = start_in(options, membership).await;
@@ -378,7 +383,7 @@ async fn where_peers_are_is_asked_again_if_there_is_no_answer() {
 
 #[tokio::test]
 async fn peers_are_met_while_it_is_asked_where_they_are() {
-    let mut options = Options::new("test");
+    let mut options = options();
     (options.sync_interval, options.peer_timeout) = (Duration::from_millis(20), PATIENCE);
     let membership = Arc::new(Hanging { peers: Vec::new(), answers: 0, asked: AtomicU64::new(0) });
     let (first, _node) = start_in(options, Arc::clone(&membership)).await;
@@ -394,7 +399,7 @@ async fn greet(one: &One) -> Line {
     let (mut line, writer) = Line::new(Box::new(stream), Box::leak(Box::default()), PATIENCE);
     tokio::spawn(writer);
     let hello = Hello {
-        cluster: "test".into(),
+        cluster: one.cluster.inner().options.cluster.clone(),
         id: NodeId(77),
         run: 1,
         uptime: 0,

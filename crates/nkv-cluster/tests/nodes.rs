@@ -14,8 +14,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 const LOCAL: &str = "127.0.0.1:0";
 
+/// Each test has a cluster of its own, named after its thread: nodes of two that meet by a port that one gave back refuse each other.
 fn options() -> Options {
-    let mut options = Options::new("test");
+    let mut options = Options::new(std::thread::current().name().unwrap_or("test"));
     options.sync_interval = Duration::from_millis(200);
     options
 }
@@ -286,10 +287,12 @@ async fn an_empty_node_has_no_state_until_it_has_joined_and_an_error_is_no_empty
 
 #[tokio::test]
 async fn a_node_begins_alone_where_all_refuse_and_later_joins_without_loss() {
-    let free = bind(options(), &[]).await.address();
+    // Bound, so that no one else is given the port; no one listens there.
+    let free = tokio::net::TcpSocket::new_v4().unwrap();
+    free.bind(LOCAL.parse().unwrap()).unwrap();
     let mut patient = options();
     patient.join_timeout = PATIENCE;
-    let first = bind(patient.clone(), &[free]).await;
+    let first = bind(patient.clone(), &[free.local_addr().unwrap()]).await;
     let node = start(&first).await;
     let nkv = ready(&node).await;
     nkv.put("a", "1").await.unwrap();

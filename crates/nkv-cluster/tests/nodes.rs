@@ -220,21 +220,27 @@ async fn another_cluster_and_a_second_living_node_of_an_id_are_refused_by_name()
     let original_nkv = ready(&original_node).await;
     original_nkv.put("c", "1").await.unwrap();
     is_at(&nkv, "c", Some("1")).await;
-    let copy = bind(options(), &[first.address()]).await;
-    // Copying takes the disk over: the original is to have nothing to store any more.
-    tokio::time::sleep(Duration::from_millis(800)).await;
+    // Copying takes the disk over: the original begins again after it.
+    let id = original.id().unwrap();
+    stop([original_node]).await;
+    drop(original);
     let copied = copy_of(&disk);
+    eventually("the original is gone", async || !first.peers().contains(&id)).await;
+    let original = bind(options(), &[first.address()]).await;
+    let original_node = start_with(&original, &disk).await;
+    eventually("the original is back", async || first.peers().contains(&id)).await;
+    let copy = bind(options(), &[first.address()]).await;
     let copy_node = start_with(&copy, &copied).await;
     let copy_nkv = ready(&copy_node).await;
     eventually("the copy is refused", async || match copy_nkv.put("d", "1").await {
         Ok(_) => false,
         Err(error) => {
-            assert!(error.to_string().contains(&original.id().unwrap().to_string()), "{error}");
+            assert!(error.to_string().contains(&id.to_string()), "{error}");
             true
         }
     })
     .await;
-    assert_eq!(copy.id(), original.id());
+    assert_eq!((copy.id(), original.id()), (Some(id), Some(id)));
     nkv.put("e", "1").await.unwrap();
     is_at(&nkv, "c", Some("1")).await;
     stop([node, copy_node]).await;

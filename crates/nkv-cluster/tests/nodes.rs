@@ -1,6 +1,7 @@
 //! Nodes of one process that talk over TCP.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -366,11 +367,12 @@ async fn five_nodes_have_each_write_once_and_soon() {
     for nkv in &handles[1..] {
         let mut events = nkv.subscribe("k").await.unwrap();
         receiving.push(tokio::spawn(async move {
-            let mut took = Vec::new();
+            let (mut took, mut keys) = (Vec::new(), BTreeSet::new());
             while took.len() < PUTS {
                 match timeout(PATIENCE, events.next()).await.unwrap() {
                     Some(Event::Update { entry, .. }) => {
                         let sent: u64 = std::str::from_utf8(&entry.value).unwrap().parse().unwrap();
+                        assert!(keys.insert(entry.key.clone()), "{} comes twice", entry.key);
                         took.push((base.elapsed().as_micros() as u64).saturating_sub(sent));
                     }
                     Some(Event::Synced { .. }) => {}

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use nkv_core::{Action, Loaded, MemoryPersist, PersistError, PersistErrorKind, PersistValue, Reason};
+use nkv_core::{Action, Loaded, MemoryPersist, PersistError, PersistErrorKind, PersistValue};
 use nkv_node::{ErrorKind, Node, Pattern, PutOptions};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional};
 use tokio::net::TcpStream;
@@ -58,20 +58,22 @@ struct One {
     bytes: Arc<AtomicU64>,
 }
 
-/// Storage that is full, for as long as that is said, and that never takes the end of the value of [`STUCK`].
+/// Storage that is full, for as long as that is said, and that never takes that the value of [`STUCK`] is gone.
 #[derive(Debug)]
 struct Full {
     disk: MemoryPersist,
     is_full: Arc<AtomicBool>,
-    /// How often it did not take that end.
+    /// How often it did not take that.
     stuck: Arc<AtomicU64>,
+    /// Changes in one batch, at most so far.
+    batch_max: Arc<AtomicU64>,
 }
 
 const STUCK: &str = "stuck";
 
 impl Full {
     fn new(disk: MemoryPersist) -> Self {
-        Full { disk, is_full: Arc::default(), stuck: Arc::default() }
+        Full { disk, is_full: Arc::default(), stuck: Arc::default(), batch_max: Arc::default() }
     }
 }
 
@@ -81,10 +83,9 @@ impl PersistValue for Full {
     }
 
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        let is_end = |change: &Change| {
-            change.key.as_str() == STUCK && matches!(change.action, Action::Delete { reason: Reason::Expired })
-        };
-        let is_stuck = batch.iter().any(is_end);
+        let is_stuck = |change: &Change| change.key.as_str() == STUCK && matches!(change.action, Action::Delete { .. });
+        let is_stuck = batch.iter().any(is_stuck);
+        self.batch_max.fetch_max(batch.len() as u64, Relaxed);
         self.stuck.fetch_add(u64::from(is_stuck), Relaxed);
         match is_stuck || self.is_full.load(Relaxed) {
             true => Err(PersistError::new(PersistErrorKind::NoSpace, "the disk is full")),
@@ -320,6 +321,38 @@ async fn an_end_that_cannot_be_stored_holds_up_no_write() {
     let tried = stuck.load(Relaxed);
     assert!(tried < PUTS / 2, "{tried} times for {PUTS} writes");
     eventually("it is tried again", async || stuck.load(Relaxed) > tried).await;
+}
+
+#[tokio::test]
+async fn a_delete_of_many_keys_is_stored_in_parts_and_what_became_of_it_is_said() {
+    const KEYS: usize = 2_500;
+    let disk = Full::new(MemoryPersist::new(Epoch::new(7)));
+    let (is_full, batch_max) = (Arc::clone(&disk.is_full), Arc::clone(&disk.batch_max));
+    let one = start_with(0, Arc::default(), &[], Some(disk), 100).await;
+    let nkv = one.node.handle();
+    let put_all = async || {
+        for number in 0..KEYS {
+            nkv.put(format!("a.{number}"), "1").await.unwrap();
+        }
+    };
+    put_all().await;
+    assert_eq!(nkv.delete("a.*").await.unwrap().count, KEYS as u64);
+    assert!(nkv.list("a.*").await.unwrap().is_empty());
+    let batch_max = batch_max.load(Relaxed);
+    assert!(batch_max < KEYS as u64 / 2, "{batch_max} keys at once");
+    assert!(nkv.delete("a.*").await.unwrap().count == 0);
+
+    // The last part cannot be stored, then none.
+    put_all().await;
+    nkv.put(STUCK, "1").await.unwrap();
+    let failed = nkv.delete("*").await.unwrap_err();
+    assert_eq!(failed.kind(), &ErrorKind::OutcomeUnknown, "{failed}");
+    let left = nkv.list("*").await.unwrap().len();
+    assert!((1..KEYS).contains(&left), "{left} are left");
+    is_full.store(true, Relaxed);
+    let failed = nkv.delete("*").await.unwrap_err();
+    assert_eq!(failed.kind(), &ErrorKind::Refused { status: 503 }, "{failed}");
+    assert_eq!(nkv.list("*").await.unwrap().len(), left);
 }
 
 /// A node in memory, of a membership and options of the test's own.

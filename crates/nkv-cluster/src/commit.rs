@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use nkv_core::{Epoch, Key, Op, Outcome, PersistErrorKind};
+use nkv_core::{Epoch, Key, Op, Outcome, Pattern, PersistErrorKind, Revision};
 use nkv_node::{Decided, EngineError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
+use crate::clock::Now;
 use crate::cluster::{Inner, Sink, millis};
 use crate::register::Record;
 use crate::replica::{Contact, Identity, Merged, Plan, Replica};
@@ -17,7 +18,8 @@ use crate::stamp::{Hlc, Millis, NodeId, Stamp};
 const GROUP_JOBS: usize = 64;
 const GROUP_LEN: usize = 4 << 20;
 
-/// Values that end, tombstones that are forgotten, or values that are stamped for the first time, in one batch.
+/// Keys that a pattern deletes, values that end, tombstones that are forgotten, or values that are stamped for the first time, in
+/// one batch.
 const TICK_KEYS: usize = 1_024;
 
 /// The clock is looked at so often while something is to end.
@@ -145,7 +147,7 @@ impl Committer {
             if self.is_due() && !jobs.iter().any(|job| matches!(job, Job::Tick)) {
                 jobs.push(Job::Tick);
             }
-            if let Err(error) = self.commit(sink, jobs).await {
+            if let Err(error) = self.commit_in_order(sink, jobs).await {
                 return error;
             }
         }
@@ -176,7 +178,72 @@ impl Committer {
         self.until_tick() == Some(0)
     }
 
+    /// Commits jobs in their order; one that may change any number of keys is not part of a group.
+    async fn commit_in_order(&mut self, sink: &dyn Sink, jobs: Vec<Job>) -> Result<(), EngineError> {
+        let mut group = Vec::new();
+        for job in jobs {
+            match job {
+                Job::Write { ops, together: false, answer, epoch } if ops.iter().any(selects_many) => {
+                    self.commit(sink, std::mem::take(&mut group)).await?;
+                    let written = self.write_apart(sink, epoch, &ops).await;
+                    let failed = written.as_ref().err().cloned();
+                    drop(answer.send(written.map_err(|error| EngineError::OutcomeUnknown(error.to_string()))));
+                    failed.map_or(Ok(()), Err)?;
+                }
+                job => group.push(job),
+            }
+        }
+        self.commit(sink, group).await
+    }
+
+    /// Does operations one by one; an error is one that the node cannot go on with.
+    async fn write_apart(&mut self, sink: &dyn Sink, epoch: Epoch, ops: &[Op]) -> Result<Decided, EngineError> {
+        let mut results = Vec::with_capacity(ops.len());
+        for op in ops {
+            let done = match op {
+                Op::Delete { pattern, .. } if selects_many(op) => self.delete_in_parts(sink, pattern).await,
+                op => self.write_one(sink, epoch, op).await,
+            };
+            match done {
+                Ok(outcome) => results.push(Ok(outcome)),
+                Err(Failed::Now(error)) => results.push(Err(error)),
+                Err(Failed::ForGood(error)) => return Err(error),
+            }
+        }
+        Ok(Decided { epoch: self.inner.replica().epoch(), results })
+    }
+
+    async fn write_one(&mut self, sink: &dyn Sink, epoch: Epoch, op: &Op) -> Result<Outcome, Failed> {
+        self.inner.check_writes().map_err(Failed::Now)?;
+        let plan = |replica: &mut Replica, plan: &mut Plan, now| replica.write_alone(plan, epoch, op, now);
+        self.store_planned(sink, plan).await?.map_err(Failed::Now)
+    }
+
+    /// Deletes what a pattern selects. Neither the lock nor a batch of storage is for all of it.
+    async fn delete_in_parts(&mut self, sink: &dyn Sink, pattern: &Pattern) -> Result<Outcome, Failed> {
+        self.inner.check_writes().map_err(Failed::Now)?;
+        let slots = self.inner.replica().all_live(pattern);
+        let (mut count, mut outcome) = (0, Outcome::NotFound);
+        for part in slots.chunks(TICK_KEYS) {
+            let plan = |replica: &mut Replica, plan: &mut Plan, now| replica.delete(plan, part, now);
+            let revision = match self.store_planned(sink, plan).await {
+                Ok(revision) => Revision::new(revision),
+                Err(Failed::Now(error)) if count > 0 => {
+                    let message = format!("{count} of {} keys are deleted, the others not: {error}", slots.len());
+                    return Err(Failed::Now(EngineError::OutcomeUnknown(message)));
+                }
+                Err(failed) => return Err(failed),
+            };
+            count += part.len() as u64;
+            outcome = Outcome::Deleted { count, revision };
+        }
+        Ok(outcome)
+    }
+
     async fn commit(&mut self, sink: &dyn Sink, jobs: Vec<Job>) -> Result<(), EngineError> {
+        if jobs.is_empty() {
+            return Ok(());
+        }
         match self.store(sink, &jobs).await {
             Ok(done) => {
                 jobs.into_iter().zip(done).for_each(|(job, done)| answer(job, done));
@@ -206,16 +273,26 @@ impl Committer {
     }
 
     async fn store(&mut self, sink: &dyn Sink, jobs: &[Job]) -> Result<Vec<Done>, Failed> {
-        let now = self.inner.now();
         let checked = self.inner.check_writes();
         let may_purge = self.inner.may_purge();
+        let plan = |replica: &mut Replica, plan: &mut Plan, now| {
+            let plan_one = |job| plan_one(replica, plan, job, now, checked.as_ref(), may_purge);
+            jobs.iter().map(plan_one).collect()
+        };
+        self.store_planned(sink, plan).await
+    }
+
+    /// Stores what is planned, and then has the replica be like that.
+    async fn store_planned<T>(
+        &mut self,
+        sink: &dyn Sink,
+        work: impl FnOnce(&mut Replica, &mut Plan, Now) -> T,
+    ) -> Result<T, Failed> {
+        let now = self.inner.now();
         let (mut plan, done) = {
             let mut replica = self.inner.replica();
             let mut plan = replica.plan();
-            let done: Vec<Done> = jobs
-                .iter()
-                .map(|job| plan_one(&mut replica, &mut plan, job, now, checked.as_ref(), may_purge))
-                .collect();
+            let done = work(&mut replica, &mut plan, now);
             (plan, done)
         };
         self.keep_bound().await?;
@@ -247,11 +324,16 @@ impl Committer {
     }
 }
 
+/// Whether it may change any number of keys.
+fn selects_many(op: &Op) -> bool {
+    matches!(op, Op::Delete { pattern: Pattern::Below(_) | Pattern::All, if_revision: None })
+}
+
 fn plan_one(
     replica: &mut Replica,
     plan: &mut Plan,
     job: &Job,
-    now: crate::clock::Now,
+    now: Now,
     checked: Result<&(), &EngineError>,
     may_purge: bool,
 ) -> Done {

@@ -26,6 +26,9 @@ const CONTACT: &str = "cluster.contact.";
 /// store does the same.
 const VALUE_LEN_LONG: usize = 4_096;
 
+/// Keys that the patterns of a batch delete, at most: a batch is planned and stored whole.
+const BATCH_DELETES_MAX: usize = 16_384;
+
 /// A contact at which nothing was new is written down again after this part of `gc_grace`.
 const CONTACT_PART: Millis = 64;
 
@@ -448,12 +451,29 @@ impl Replica {
         together: bool,
         now: Now,
     ) -> Vec<Result<Outcome, EngineError>> {
+        if together && self.deletes_too_many(plan, ops) {
+            let message =
+                format!("the patterns of a batch delete at most {BATCH_DELETES_MAX} keys; nothing was changed");
+            let refused = EngineError::Refused { status: 413, message };
+            return ops.iter().map(|_| Err(refused.clone())).collect();
+        }
         let mut shared = None;
         let mut revision = |plan: &mut Plan| match together {
             true => *shared.get_or_insert_with(|| plan.next_revision()),
             false => plan.next_revision(),
         };
         ops.iter().map(|op| self.write_one(plan, epoch, op, now, &mut revision)).collect()
+    }
+
+    /// Plans one operation of this node.
+    pub(crate) fn write_alone(
+        &mut self,
+        plan: &mut Plan,
+        epoch: Epoch,
+        op: &Op,
+        now: Now,
+    ) -> Result<Outcome, EngineError> {
+        self.write_one(plan, epoch, op, now, &mut Plan::next_revision)
     }
 
     fn write_one(
@@ -492,19 +512,48 @@ impl Replica {
             }
             Op::Delete { pattern, .. } => {
                 let slots = self.live(plan, pattern);
-                let (count, mut revision) = (slots.len() as u64, 0);
-                for slot in slots {
-                    let stamp = self.stamp(plan, &slot, now);
-                    let deleted = Register::new(stamp, Content::Deleted { at: stamp.time.millis() });
-                    revision = next(plan);
-                    self.write_register(plan, slot, revision, deleted, now);
-                }
-                match count {
+                let revision = self.delete_each(plan, &slots, now, next);
+                match slots.len() as u64 {
                     0 => Ok(Outcome::NotFound),
                     count => Ok(Outcome::Deleted { count, revision: Revision::new(revision) }),
                 }
             }
         }
+    }
+
+    /// Plans to delete keys that have values; says the last revision.
+    pub(crate) fn delete(&mut self, plan: &mut Plan, slots: &[Slot], now: Now) -> u64 {
+        self.delete_each(plan, slots, now, &mut Plan::next_revision)
+    }
+
+    fn delete_each(
+        &mut self,
+        plan: &mut Plan,
+        slots: &[Slot],
+        now: Now,
+        next: &mut impl FnMut(&mut Plan) -> u64,
+    ) -> u64 {
+        let mut revision = 0;
+        for slot in slots {
+            let stamp = self.stamp(plan, slot, now);
+            let deleted = Register::new(stamp, Content::Deleted { at: stamp.time.millis() });
+            revision = next(plan);
+            self.write_register(plan, slot.clone(), revision, deleted, now);
+        }
+        revision
+    }
+
+    fn deletes_too_many(&self, plan: &Plan, ops: &[Op]) -> bool {
+        let patterns = ops.iter().filter_map(|op| match op {
+            Op::Delete { pattern, if_revision: None } => Some(pattern),
+            _ => None,
+        });
+        patterns.map(|pattern| self.live(plan, pattern).len()).sum::<usize>() > BATCH_DELETES_MAX
+    }
+
+    /// The values that a pattern selects.
+    pub(crate) fn all_live(&self, pattern: &Pattern) -> Vec<Slot> {
+        self.live(&self.plan(), pattern)
     }
 
     /// The values that a pattern selects, as planned.

@@ -197,6 +197,26 @@ fn a_short_value_keeps_nothing_of_the_request_that_it_came_with() {
 }
 
 #[test]
+fn the_patterns_of_a_batch_delete_a_certain_number_of_keys_at_most() {
+    let mut a = One::new(1);
+    let epoch = a.replica.epoch();
+    let put = |number| Op::Put { key: key(&format!("k.{number}")), value: "1".into(), options: PutOptions::default() };
+    let write =
+        |a: &mut One, ops: &[Op], together| a.plan(|replica, plan, now| replica.write(plan, epoch, ops, together, now));
+    write(&mut a, &(0..=BATCH_DELETES_MAX).map(put).collect::<Vec<_>>(), false);
+    let delete = Op::Delete { pattern: Pattern::Below(key("k")), if_revision: None };
+    let before = a.replica.revision();
+    let results = write(&mut a, &[put(0), delete.clone()], true);
+    let is_refused = |result: &Result<_, _>| matches!(result, Err(EngineError::Refused { status: 413, .. }));
+    assert!(results.len() == 2 && results.iter().all(is_refused), "{results:?}");
+    assert_eq!(a.replica.revision(), before, "a part of it was done");
+    a.delete("k.0");
+    let results = write(&mut a, &[delete], true);
+    let is_whole = matches!(results[..], [Ok(Outcome::Deleted { count, .. })] if count == BATCH_DELETES_MAX as u64);
+    assert!(is_whole, "{results:?}");
+}
+
+#[test]
 fn equal_stamps_are_decided_alike_everywhere() {
     let (mut a, mut b) = two();
     let stamp = Stamp { time: Hlc::at(TODAY), node: NodeId(3) };

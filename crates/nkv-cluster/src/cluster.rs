@@ -483,15 +483,18 @@ impl Inner {
         }
     }
 
-    /// Counts and logs what is given to a peer that has nothing of it, after an absence so long that it may have been deleted
-    /// there meanwhile, and forgotten.
-    pub(crate) fn note_given(&self, record: &Record, contact_at: Millis, now: Now) {
+    /// Whether a record is given to a peer that has nothing of it after an absence so long that it may have been deleted there
+    /// meanwhile, and forgotten.
+    pub(crate) fn may_bring_back(&self, record: &Record, contact_at: Millis, now: Now) -> bool {
         let grace = millis(self.options.gc_grace);
         let age = now.wall.saturating_sub(record.register.stamp.time.millis());
-        if now.wall.saturating_sub(contact_at) > grace && age > grace && record.register.is_live() {
-            self.figures.brought_back.fetch_add(1, Relaxed);
-            tracing::warn!(key = %record.key, "given to a peer after a long absence: it may bring back a deleted key");
-        }
+        now.wall.saturating_sub(contact_at) > grace && age > grace && record.register.is_live()
+    }
+
+    /// Counts and logs that it was.
+    pub(crate) fn note_brought_back(&self, key: &Key) {
+        self.figures.brought_back.fetch_add(1, Relaxed);
+        tracing::warn!(%key, "given to a peer after a long absence: it may bring back a deleted key");
     }
 
     // Running.

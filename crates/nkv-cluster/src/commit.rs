@@ -79,7 +79,13 @@ fn op_len(op: &Op) -> usize {
 #[derive(Debug)]
 enum Done {
     Written(Result<Decided, EngineError>),
-    Merged { refused: u32 },
+    Merged {
+        refused: u32,
+    },
+    /// What was deleted.
+    Gone(Vec<Key>),
+    /// How many values were stamped anew.
+    Mended(usize),
     Other,
 }
 
@@ -351,12 +357,8 @@ fn plan_one(
             Done::Merged { refused: u32::try_from(refused).unwrap_or(u32::MAX) }
         }
         Job::Gone { gone, .. } => {
-            for (key, stamp) in gone {
-                if replica.infer_delete(plan, key, *stamp, now) {
-                    tracing::info!(%key, "deleted, as a peer deleted it during a long absence");
-                }
-            }
-            Done::Other
+            let deleted = gone.iter().filter(|(key, stamp)| replica.infer_delete(plan, key, *stamp, now));
+            Done::Gone(deleted.map(|(key, _)| key.clone()).collect())
         }
         Job::Contact { peer, contact } => {
             replica.note_contact(plan, *peer, *contact);
@@ -365,10 +367,7 @@ fn plan_one(
         Job::Mend { .. } => {
             let count = replica.restamp(plan, now);
             replica.give_up_ended_early(plan, now);
-            if count > 0 {
-                tracing::warn!(count, "the clock was off: what was written with it is stamped anew");
-            }
-            Done::Other
+            Done::Mended(count)
         }
         Job::Tick => {
             replica.expire(plan, now, may_purge, TICK_KEYS);
@@ -390,8 +389,18 @@ fn answer(job: Job, done: Done) {
     match (job, done) {
         (Job::Write { answer, .. }, Done::Written(written)) => drop(answer.send(written)),
         (Job::Merge { answer: Some(answer), .. }, Done::Merged { refused }) => _ = answer.send(Some(refused)),
-        (Job::Gone { answer, .. }, _) => _ = answer.send(true),
-        (Job::Mend { answer }, _) => _ = answer.send(()),
+        (Job::Gone { answer, .. }, Done::Gone(deleted)) => {
+            for key in deleted {
+                tracing::info!(%key, "deleted, as a peer deleted it during a long absence");
+            }
+            _ = answer.send(true);
+        }
+        (Job::Mend { answer }, Done::Mended(count)) => {
+            if count > 0 {
+                tracing::warn!(count, "the clock was off: what was written with it is stamped anew");
+            }
+            _ = answer.send(());
+        }
         _ => {}
     }
 }

@@ -84,6 +84,7 @@ impl Drop for Connected<'_> {
         entry.1 = entry.1.saturating_sub(1);
         if entry.1 == 0 {
             peers.connected.remove(&self.hello.id);
+            drop(peers);
             tracing::info!(peer = %self.hello.id, "no longer connected");
         }
     }

@@ -99,8 +99,9 @@ impl Session {
     fn some(&mut self, inner: &Inner, slots: &mut VecDeque<(Slot, bool)>) -> Vec<Record> {
         let now = inner.now();
         let contact_at = self.own.contact.into_iter().chain(self.theirs.contact).map(|contact| contact.at).min();
-        let replica = inner.replica();
         let (mut records, mut len) = (Vec::new(), 0);
+        let (mut too_long, mut brought_back) = (Vec::new(), Vec::new());
+        let replica = inner.replica();
         while let Some((slot, is_lacking)) = slots.pop_front() {
             let Some(record) = replica.record(&slot, now) else { continue };
             if !records.is_empty() && len + record.len() > RECORDS_LEN {
@@ -109,14 +110,20 @@ impl Session {
             }
             if record.len() > self.frame_len_max.saturating_sub(64) {
                 self.is_whole = false;
-                tracing::warn!(peer = %self.peer, "the value of {:?} is longer than the peer takes", slot.1);
+                too_long.push(slot.1);
                 continue;
             }
-            if let Some(contact_at) = contact_at.filter(|_| is_lacking) {
-                inner.note_given(&record, contact_at, now);
+            if contact_at.is_some_and(|contact_at| is_lacking && inner.may_bring_back(&record, contact_at, now)) {
+                brought_back.push(slot.1);
             }
             len += record.len();
             records.push(record);
+        }
+        // Logging may block: not with the lock.
+        drop(replica);
+        brought_back.iter().for_each(|key| inner.note_brought_back(key));
+        for key in too_long {
+            tracing::warn!(peer = %self.peer, "the value of {key:?} is longer than the peer takes");
         }
         records
     }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use nkv_core::{Change, Epoch, Key, Op, Revision, StoredRef};
-use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, Seen};
+use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, RateLimitedLog, Seen};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -145,6 +145,7 @@ impl Cluster {
             given_at: AtomicU64::new(0),
             refused: Mutex::default(),
             figures: Figures::default(),
+            log: RateLimitedLog::default(),
             bound,
             options,
             parts,
@@ -266,6 +267,8 @@ pub(crate) struct Inner {
     /// Why it takes no writes, and until when by the steady clock.
     refused: Mutex<Option<(String, Millis)>>,
     pub(crate) figures: Figures,
+    /// For what a peer can provoke.
+    pub(crate) log: RateLimitedLog,
 }
 
 /// Who is connected.
@@ -392,7 +395,7 @@ impl Inner {
 
     /// This node is a second one of its id.
     pub(crate) fn note_refused(&self, reason: String) {
-        tracing::error!("this node takes no writes: {reason}");
+        self.log.error("second", format_args!("this node takes no writes: {reason}"));
         let until = self.steady().saturating_add(millis(REFUSED_FOR));
         *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some((reason, until));
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nkv_core::{Epoch, Key, Op, Outcome, Pattern, PersistErrorKind, Revision};
-use nkv_node::{Decided, EngineError};
+use nkv_node::{Decided, EngineError, RateLimitedLog};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
@@ -267,12 +267,12 @@ impl Committer {
                     // It would come again at once.
                     self.tick_from = self.inner.steady().saturating_add(millis(TICK_MAX));
                 }
-                jobs.into_iter().for_each(|job| fail(job, &error));
+                jobs.into_iter().for_each(|job| fail(&self.inner.log, job, &error));
                 Ok(())
             }
             Err(Failed::ForGood(error)) => {
                 let unknown = EngineError::OutcomeUnknown(error.to_string());
-                jobs.into_iter().for_each(|job| fail(job, &unknown));
+                jobs.into_iter().for_each(|job| fail(&self.inner.log, job, &unknown));
                 Err(error)
             }
         }
@@ -405,11 +405,11 @@ fn answer(job: Job, done: Done) {
     }
 }
 
-fn fail(job: Job, error: &EngineError) {
+fn fail(log: &RateLimitedLog, job: Job, error: &EngineError) {
     match job {
         Job::Write { answer, .. } => drop(answer.send(Err(error.clone()))),
         Job::Merge { answer, .. } => {
-            tracing::warn!(%error, "records of a peer were not stored");
+            log.warn("merge", format_args!("records of a peer were not stored: {error}"));
             if let Some(answer) = answer {
                 _ = answer.send(None);
             }
@@ -418,7 +418,7 @@ fn fail(job: Job, error: &EngineError) {
         // The caller finds out by what is missing.
         Job::Mend { answer } => drop(answer),
         Job::Contact { .. } | Job::Tick | Job::Name(_) | Job::StampOld => {
-            tracing::warn!(%error, "not stored");
+            log.warn("other", format_args!("not stored: {error}"));
         }
     }
 }

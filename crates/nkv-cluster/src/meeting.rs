@@ -170,7 +170,7 @@ pub(crate) async fn accept(inner: &Arc<Inner>) -> EngineError {
                 });
             }
             Err(error) => {
-                tracing::warn!(%error, "a connection of a peer was not accepted");
+                inner.log.warn("accept", format_args!("a connection of a peer was not accepted: {error}"));
                 sleep(PAUSE_MIN).await;
             }
         }
@@ -194,7 +194,7 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
         _ => return Err(invalid("a connection begins with a hello")),
     };
     let refuse = async |line: &mut Line, is_duplicate, reason: String| {
-        tracing::warn!(peer = %theirs.id, "a peer is refused: {reason}");
+        inner.log.warn("refused", format_args!("the peer {} is refused: {reason}", theirs.id));
         line.send(Message::Refused { is_duplicate, reason: reason.clone() }.encode()).await?;
         // Until it has been read.
         sleep(PAUSE_MIN).await;
@@ -453,7 +453,7 @@ async fn try_lead(
     let theirs = match line.receive().await? {
         Message::Hello(theirs) => theirs,
         Message::Refused { is_duplicate, reason } => {
-            tracing::warn!(%address, "a peer refuses this node: {reason}");
+            inner.log.warn("refuses", format_args!("the peer at {address} refuses this node: {reason}"));
             if is_duplicate {
                 inner.note_refused(reason.clone());
             }
@@ -465,7 +465,7 @@ async fn try_lead(
         return Err(NotMet::Myself);
     }
     if let Err((_, reason)) = check(inner, &theirs) {
-        tracing::warn!(%address, "{reason}");
+        inner.log.warn("refused", format_args!("the peer at {address} is not one: {reason}"));
         return Err(invalid(reason).into());
     }
     inner.note_clock(theirs.id, theirs.wall, asked);

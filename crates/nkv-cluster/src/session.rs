@@ -123,7 +123,8 @@ impl Session {
         drop(replica);
         brought_back.iter().for_each(|key| inner.note_brought_back(key));
         for key in too_long {
-            tracing::warn!(peer = %self.peer, "the value of {key:?} is longer than the peer takes");
+            let peer = self.peer;
+            inner.log.warn("long", format_args!("the value of {key:?} is longer than the peer {peer} takes"));
         }
         records
     }

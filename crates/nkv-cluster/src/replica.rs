@@ -4,7 +4,7 @@
 //! A change takes two steps. It is planned, against what is there and what was planned before; the plan is stored; then it is
 //! committed. One task does all of them, so nothing comes in between.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 use nkv_core::{Action, Change, Epoch, Key, KeyRef, Meta, Op, Outcome, Pattern, Reason, Revision, StoredRef};
@@ -150,7 +150,7 @@ pub(crate) struct Replica {
     /// What was written here and that no session has given to a peer since.
     untaken: BTreeMap<Key, Untaken>,
     /// What storage had without a stamp, from before the node was in a cluster.
-    unstamped: Vec<(Key, Bytes, Option<Millis>)>,
+    unstamped: VecDeque<(Key, Bytes, Option<Millis>)>,
     /// What storage has and cannot be understood.
     broken: Option<String>,
     /// What was stamped anew, for tests that know what was answered.
@@ -279,7 +279,7 @@ impl Replica {
             clock: HybridClock::default(),
             contacts: BTreeMap::new(),
             untaken: BTreeMap::new(),
-            unstamped: Vec::new(),
+            unstamped: VecDeque::new(),
             broken: None,
             #[cfg(test)]
             restamped: Vec::new(),
@@ -305,7 +305,7 @@ impl Replica {
         let register = match (meta, value) {
             (None, Some(value)) => {
                 let ttl = stored.record().and_then(|record| record.expiry).map(|expiry| expiry.ttl_ms);
-                self.unstamped.push((key, value, ttl));
+                self.unstamped.push_back((key, value, ttl));
                 return;
             }
             (None, None) => return,

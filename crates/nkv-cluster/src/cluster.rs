@@ -1,6 +1,7 @@
 //! The engine: one task that commits, one that accepts, one that finds peers, and one for each connection.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -24,7 +25,6 @@ use crate::register::Record;
 use crate::replica::{Contact, Place, Replica, Terms};
 use crate::session::push_frames;
 use crate::stamp::{Millis, NodeId, Stamp};
-use crate::wire::frame_len_max;
 
 /// Jobs that wait to be committed. A peer's waits in its connection then.
 const JOBS_MAX: usize = 64;
@@ -555,14 +555,14 @@ impl Inner {
                 let reach = async {
                     self.joined().await;
                     sink.reached();
-                    std::future::pending().await
+                    std::future::pending::<Infallible>().await
                 };
                 tokio::select! {
                     biased;
                     error = committer.run(sink) => error,
                     error = meeting::accept(self) => error,
                     error = meeting::find(self) => error,
-                    () = reach => EngineError::Unavailable("it ended".into()),
+                    never = reach => match never {},
                 }
             }
         };
@@ -610,11 +610,6 @@ impl Engine for Cluster {
         let replica = self.inner.replica();
         Ok(Seen { epoch: replica.epoch(), revision: Revision::new(replica.revision()) })
     }
-}
-
-/// What peers take at most.
-pub(crate) fn frames_of(options: &Options) -> usize {
-    frame_len_max(options.value_len_max)
 }
 
 #[cfg(test)]

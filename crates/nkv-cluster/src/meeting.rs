@@ -11,7 +11,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::cluster::{Inner, Peers, Tried, frames_of, millis};
+use crate::cluster::{Inner, Peers, Tried, millis};
 use crate::link::{Line, PushQueue, Stream};
 use crate::membership::MembershipError;
 use crate::session::Session;
@@ -213,13 +213,13 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
         Ok(connected) => connected,
         Err(reason) => return refuse(&mut line, true, reason).await,
     };
-    let (id, value_len_max) = (connected.hello.id, connected.hello.value_len_max);
+    let (id, of_peer) = (connected.hello.id, connected.hello.frame_len_max());
     match line.ask(&Message::Hello(hello(inner))).await? {
         Message::Ready { wall } => inner.note_clock(id, wall, asked),
         _ => return Err(invalid("a hello is answered with a ready")),
     }
     inner.mend().await?;
-    line.allow(frames_of(&inner.options));
+    line.allow(frame_len_max(inner.options.value_len_max));
     let mut led: Option<Led<'_>> = None;
     loop {
         match line.receive_within(patience(inner)).await? {
@@ -230,7 +230,7 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
                 line.send(Message::Busy.encode()).await?;
             }
             Message::Sync(theirs) => {
-                let (begun, answer) = Session::answer(inner, id, value_len_max, theirs);
+                let (begun, answer) = Session::answer(inner, id, of_peer, theirs);
                 // One that was not ended says on its end that none is led.
                 drop(led.take());
                 inner.peers().led_by.insert(id);
@@ -469,19 +469,18 @@ async fn try_lead(
         return Err(invalid(reason).into());
     }
     inner.note_clock(theirs.id, theirs.wall, asked);
-    let (id, value_len_max) = (theirs.id, theirs.value_len_max);
+    let (id, of_peer) = (theirs.id, theirs.frame_len_max());
     let has_joined = theirs.has_joined;
     let _connected = Connected::new(inner, theirs).map_err(invalid)?;
     line.send(Message::Ready { wall: inner.wall() }.encode()).await?;
     inner.mend().await?;
-    line.allow(frames_of(&inner.options));
-    let taken = frame_len_max(usize::try_from(value_len_max).unwrap_or(usize::MAX));
+    line.allow(frame_len_max(inner.options.value_len_max));
     {
         let mut peers = inner.peers();
         if peers.links.contains_key(&id) {
             return Err(NotMet::Known);
         }
-        peers.links.insert(id, (Arc::clone(pushes), taken));
+        peers.links.insert(id, (Arc::clone(pushes), of_peer));
         peers.tried.insert(address, Tried::Met { id, has_joined });
     }
     let _linked = Linked { inner, id };
@@ -501,7 +500,7 @@ async fn try_lead(
             is_led || !peers.leading.insert(id)
         };
         if !is_led {
-            Session::lead(inner, line, id, value_len_max).await?;
+            Session::lead(inner, line, id, of_peer).await?;
             inner.peers().leading.remove(&id);
         }
         sleep(interval(inner)).await;

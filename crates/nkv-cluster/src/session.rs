@@ -13,7 +13,7 @@ use crate::register::Record;
 use crate::replica::{Compared, Contact, Entry, Replica, Slot, Want};
 use crate::stamp::NodeId;
 use crate::tree::{DEPTH, Half, Prefix};
-use crate::wire::{ENTRIES_MAX, Message, PREFIXES_MAX, RECORDS_LEN, State, frame_len_max, invalid, parts};
+use crate::wire::{ENTRIES_MAX, Message, PREFIXES_MAX, RECORDS_LEN, State, invalid, parts};
 
 /// Below a prefix with at most so many keys the keys are listed, rather than digests of parts of them asked for.
 const LIST_MAX: usize = 8;
@@ -51,9 +51,8 @@ impl Session {
         }
     }
 
-    fn new(inner: &Inner, peer: NodeId, value_len_max: u64, own: State, theirs: State) -> Self {
+    fn new(inner: &Inner, peer: NodeId, frame_len_max: usize, own: State, theirs: State) -> Self {
         let both_had = inner.replica().long_ago(peer, theirs.place, theirs.contact, inner.now());
-        let frame_len_max = frame_len_max(usize::try_from(value_len_max).unwrap_or(usize::MAX));
         Session { peer, frame_len_max, own, theirs, both_had, is_whole: true, has_state: true }
     }
 
@@ -67,9 +66,9 @@ impl Session {
     }
 
     /// The answer to one who begins a session.
-    pub(crate) fn answer(inner: &Inner, peer: NodeId, value_len_max: u64, theirs: State) -> (Self, Message) {
+    pub(crate) fn answer(inner: &Inner, peer: NodeId, frame_len_max: usize, theirs: State) -> (Self, Message) {
         let own = Self::state(inner, peer);
-        (Session::new(inner, peer, value_len_max, own, theirs), Message::SyncAnswer(own))
+        (Session::new(inner, peer, frame_len_max, own, theirs), Message::SyncAnswer(own))
     }
 
     /// Takes in records that the peer gives.
@@ -194,32 +193,32 @@ impl Session {
     }
 
     /// Notes the contact, if all went well. An empty node has a state also where it did not take what is stamped ahead.
-    async fn end(&self, inner: &Inner, at: u64) -> io::Result<bool> {
+    async fn end(&self, inner: &Inner, at: u64) -> io::Result<()> {
         if self.is_whole {
             let contact = Contact { at, own: self.own.place, peer: self.theirs.place };
             inner.note_contact(self.peer, contact, self.theirs.has_joined).await?;
         } else if self.has_state && self.theirs.has_joined {
             inner.join();
         }
-        Ok(self.is_whole)
+        Ok(())
     }
 
-    /// Leads a session from its beginning to its end; says whether it ended whole.
-    pub(crate) async fn lead(inner: &Inner, line: &mut Line, peer: NodeId, value_len_max: u64) -> io::Result<bool> {
+    /// Leads a session from its beginning to its end.
+    pub(crate) async fn lead(inner: &Inner, line: &mut Line, peer: NodeId, frame_len_max: usize) -> io::Result<()> {
         let own = Self::state(inner, peer);
         let asked = inner.steady();
         let theirs = match line.ask(&Message::Sync(own)).await? {
             Message::SyncAnswer(theirs) => theirs,
-            Message::Busy => return Ok(false),
+            Message::Busy => return Ok(()),
             other => return Err(unexpected(&other)),
         };
         inner.note_clock(peer, theirs.wall, asked);
         if inner.mend().await? {
             // What was said of this node's data is not so any more.
             line.ask(&Message::End { at: 0, is_whole: false }).await?;
-            return Ok(false);
+            return Ok(());
         }
-        let mut session = Session::new(inner, peer, value_len_max, own, theirs);
+        let mut session = Session::new(inner, peer, frame_len_max, own, theirs);
         if own.root != theirs.root {
             session.level(inner, line).await?;
         }

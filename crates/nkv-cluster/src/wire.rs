@@ -261,6 +261,11 @@ fn records(from: &mut Reader) -> Option<Vec<Record>> {
 }
 
 impl Hello {
+    /// The longest frame that the node takes.
+    pub(crate) fn frame_len_max(&self) -> usize {
+        frame_len_max(usize::try_from(self.value_len_max).unwrap_or(usize::MAX))
+    }
+
     fn write(&self, to: &mut Writer) {
         to.u32(MAGIC);
         to.u32(VERSION);

@@ -462,8 +462,8 @@ impl Inner {
     pub(crate) async fn mend(&self) -> io::Result<bool> {
         let now = self.now();
         let must_mend = self.replica().must_mend(now);
-        if must_mend {
-            self.ask(|answer| Job::Mend { answer }).await?;
+        if must_mend && !self.ask(|answer| Job::Mend { answer }).await? {
+            return Err(io::Error::other("what was stamped with a clock that was off cannot be stored anew"));
         }
         Ok(must_mend)
     }

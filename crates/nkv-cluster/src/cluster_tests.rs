@@ -229,6 +229,20 @@ async fn a_node_whose_clock_is_ahead_refuses_writes_and_stamps_anew_what_it_wrot
 }
 
 #[tokio::test]
+async fn a_node_that_cannot_store_new_stamps_says_so() {
+    let disk = Full::new(MemoryPersist::new(Epoch::new(7)));
+    let is_full = Arc::clone(&disk.is_full);
+    let one = start_with(3_600_000, Arc::default(), &[], Some(disk), 100).await;
+    one.node.handle().put("k", "1").await.unwrap();
+    one.clock.1.store(0, Relaxed);
+    is_full.store(true, Relaxed);
+    let error = one.cluster.inner().mend().await.unwrap_err();
+    assert!(error.to_string().contains("cannot be stored"), "{error}");
+    is_full.store(false, Relaxed);
+    assert!(one.cluster.inner().mend().await.unwrap());
+}
+
+#[tokio::test]
 async fn a_restart_with_a_clock_set_back_gives_no_old_stamps() {
     let bound = Arc::new(Memory::default());
     let before = start(0, Arc::clone(&bound), &[]).await;

@@ -48,9 +48,9 @@ pub(crate) enum Job {
         peer: NodeId,
         contact: Contact,
     },
-    /// After a clock was found to have been off.
+    /// After a clock was found to have been off. Answered with whether it was stored.
     Mend {
-        answer: oneshot::Sender<()>,
+        answer: oneshot::Sender<bool>,
     },
     /// The time has come for something.
     Tick,
@@ -399,7 +399,7 @@ fn answer(job: Job, done: Done) {
             if count > 0 {
                 tracing::warn!(count, "the clock was off: what was written with it is stamped anew");
             }
-            _ = answer.send(());
+            _ = answer.send(true);
         }
         _ => {}
     }
@@ -414,9 +414,7 @@ fn fail(log: &RateLimitedLog, job: Job, error: &EngineError) {
                 _ = answer.send(None);
             }
         }
-        Job::Gone { answer, .. } => _ = answer.send(false),
-        // The caller finds out by what is missing.
-        Job::Mend { answer } => drop(answer),
+        Job::Gone { answer, .. } | Job::Mend { answer } => _ = answer.send(false),
         Job::Contact { .. } | Job::Tick | Job::Name(_) | Job::StampOld => {
             log.warn("other", format_args!("not stored: {error}"));
         }

@@ -95,6 +95,18 @@ struct Sample {
     since: Millis,
 }
 
+impl Sample {
+    fn is_fresh(&self, steady: Millis) -> bool {
+        steady.saturating_sub(self.at) <= SAMPLE_LIFE
+    }
+
+    /// How far the own wall clock is ahead of the peer's.
+    fn offset(&self, wall: Millis, steady: Millis) -> i64 {
+        let offset = signed(wall).saturating_sub(signed(steady)).saturating_sub(self.base);
+        offset.signum() * offset.saturating_abs().saturating_sub(self.error).max(0)
+    }
+}
+
 impl PeerClocks {
     /// Notes what a peer's clock showed, between two readings of the steady clock. One that was never set says nothing.
     pub(crate) fn note(&mut self, peer: NodeId, wall: Millis, asked: Millis, answered: Millis) {
@@ -123,14 +135,16 @@ impl PeerClocks {
         median.map(|median| (*median, count))
     }
 
+    /// How far the clock of each peer is ahead of the own one; what may be an error of measurement does not count.
+    pub(crate) fn offsets(&self, wall: Millis, steady: Millis) -> BTreeMap<NodeId, i64> {
+        let fresh = self.samples.iter().filter(|(_, sample)| sample.is_fresh(steady));
+        fresh.map(|(id, sample)| (*id, sample.offset(wall, steady).saturating_neg())).collect()
+    }
+
     /// The samples that count, and how far the own wall clock is ahead of each.
     fn fresh(&self, wall: Millis, steady: Millis) -> impl Iterator<Item = (&Sample, i64)> {
-        let own = signed(wall).saturating_sub(signed(steady));
-        let fresh = self.samples.values().filter(move |sample| steady.saturating_sub(sample.at) <= SAMPLE_LIFE);
-        fresh.map(move |sample| {
-            let offset = own.saturating_sub(sample.base);
-            (sample, offset.signum() * offset.saturating_abs().saturating_sub(sample.error).max(0))
-        })
+        let fresh = self.samples.values().filter(move |sample| sample.is_fresh(steady));
+        fresh.map(move |sample| (sample, sample.offset(wall, steady)))
     }
 
     /// Whether two peers were both ahead of the own clock by more than `offset_max` at one moment. Of two that were at different

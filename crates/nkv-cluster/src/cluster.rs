@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use nkv_core::{Change, Epoch, Key, Op, Revision, StoredRef};
-use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, RateLimitedLog, Seen};
+use nkv_node::{Abilities, Decided, Engine, EngineError, EngineFigures, EngineNumber, Feed, RateLimitedLog, Seen};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -20,17 +20,22 @@ use crate::clock::{Bound, BoundFile, Clock, NoBound, Now, PeerClocks, SystemCloc
 use crate::commit::{Committer, Job};
 use crate::link::{Network, PushQueue, Tcp};
 use crate::meeting;
+use crate::members::{self, Events, Member, Members};
 use crate::membership::Membership;
 use crate::register::Record;
 use crate::replica::{Contact, Place, Replica, Terms};
 use crate::session::push_frames;
 use crate::stamp::{Millis, NodeId, Stamp};
+use crate::wire::Message;
 
 /// Jobs that wait to be committed. A peer's waits in its connection then.
 const JOBS_MAX: usize = 64;
 
 /// How long a node that was refused as a second one of its id takes no writes.
 const REFUSED_FOR: Duration = Duration::from_secs(10);
+
+/// How long a node that stops waits until its peers know that.
+const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 
 /// What a node of a cluster is to be. Times have the defaults that they say.
 #[derive(Clone, Debug)]
@@ -141,6 +146,7 @@ impl Cluster {
             peer_clocks: Mutex::default(),
             jobs: Mutex::default(),
             peers: Mutex::default(),
+            members: Members::default(),
             joined: watch::Sender::new(false),
             given_at: AtomicU64::new(0),
             refused: Mutex::default(),
@@ -169,6 +175,47 @@ impl Cluster {
     #[must_use]
     pub fn peers(&self) -> Vec<NodeId> {
         self.inner.peers().connected.keys().copied().collect()
+    }
+
+    /// The other nodes that this one knows of, also those that are away, in the order of their ids.
+    #[must_use]
+    pub fn members(&self) -> Vec<Member> {
+        members::members(&self.inner)
+    }
+
+    /// What changes about [`members`](Self::members): first those that are there join.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # async fn log(cluster: nkv_cluster::Cluster) {
+    /// let mut events = cluster.events();
+    /// while let Some(event) = events.next().await {
+    ///     println!("{event:?}");
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn events(&self) -> Events {
+        Events::new(Arc::clone(&self.inner))
+    }
+
+    /// Says to the peers that this node is about to stop, and waits until that is on its way, or for a second: for them it has left
+    /// then, and is not dead. To be called before the node that follows it is shut down.
+    ///
+    /// # Cancel safety
+    ///
+    /// Where the future is dropped, some peers may take this node for dead.
+    pub async fn leave(&self) {
+        let frame = Message::Leaving.encode();
+        let queues: Vec<_> = self.inner.peers().links.values().map(|(queue, _)| Arc::clone(queue)).collect();
+        queues.iter().for_each(|queue| queue.push(&frame));
+        let sent = async {
+            for queue in &queues {
+                queue.written().await;
+            }
+        };
+        drop(tokio::time::timeout(LEAVE_LIMIT, sent).await);
     }
 
     /// How far the clock of this node is ahead of the median of its peers', in milliseconds; `None` where no peer has said.
@@ -261,6 +308,7 @@ pub(crate) struct Inner {
     /// While it is followed.
     jobs: Mutex<Option<mpsc::Sender<Job>>>,
     peers: Mutex<Peers>,
+    pub(crate) members: Members,
     joined: watch::Sender<bool>,
     /// When a peer last gave something, by the steady clock.
     given_at: AtomicU64,
@@ -354,6 +402,11 @@ impl Inner {
 
     pub(crate) fn clock_offset(&self) -> Option<i64> {
         self.peer_clocks().offset(self.wall(), self.steady()).map(|(offset, _)| offset)
+    }
+
+    /// How far the clocks of peers are ahead of this node's, by what is known.
+    pub(crate) fn clock_offsets(&self) -> BTreeMap<NodeId, i64> {
+        self.peer_clocks().offsets(self.wall(), self.steady())
     }
 
     /// Notes what a peer's clock showed, which was asked for then.
@@ -609,6 +662,35 @@ impl Engine for Cluster {
     async fn last(&self) -> Result<Seen, EngineError> {
         let replica = self.inner.replica();
         Ok(Seen { epoch: replica.epoch(), revision: Revision::new(replica.revision()) })
+    }
+
+    fn figures(&self) -> EngineFigures {
+        let number = |name, help, value| EngineNumber { name, help, value };
+        let (known, joined) = self.inner.members.counts();
+        let offset = self.clock_offset();
+        let numbers = vec![
+            number("cluster_members", "Other nodes of the cluster that this node knows of.", known as u64),
+            number("cluster_members_joined", "Those of them that are connected.", joined as u64),
+            number(
+                "cluster_clock_offset_ms",
+                "How far the clock of this node is off from the median of its peers', in milliseconds.",
+                offset.unwrap_or(0).unsigned_abs(),
+            ),
+            number(
+                "cluster_brought_back",
+                "Records that may have brought back a deleted key, after a long absence.",
+                self.brought_back(),
+            ),
+        ];
+        let word = |name: &str, word: String| (name.to_owned(), word);
+        let mut words = vec![
+            word("cluster", self.inner.options.cluster.clone()),
+            word("node", self.id().map_or_else(String::new, |id| id.to_string())),
+            word("digest", format!("{:016x}", self.digest())),
+        ];
+        words.extend(offset.map(|offset| word("clock_offset_ms", offset.to_string())));
+        words.extend(self.members().iter().map(|member| word(&format!("member.{}", member.id), member.in_words())));
+        EngineFigures { numbers, words }
     }
 }
 

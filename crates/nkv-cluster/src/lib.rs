@@ -8,6 +8,7 @@ mod cluster;
 mod commit;
 mod link;
 mod meeting;
+mod members;
 mod membership;
 mod register;
 mod replica;
@@ -19,5 +20,6 @@ mod tree;
 mod wire;
 
 pub use cluster::{Cluster, Options};
+pub use members::{Events, Member, MemberEvent, MemberState};
 pub use membership::{Membership, MembershipError, StaticPeers};
 pub use stamp::NodeId;

@@ -127,38 +127,60 @@ impl Line {
 /// What waits to be pushed to one peer.
 #[derive(Debug, Default)]
 pub(crate) struct PushQueue {
-    frames: Mutex<(VecDeque<Bytes>, usize)>,
+    waiting: Mutex<Waiting>,
     more: Notify,
+    idle: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    frames: VecDeque<Bytes>,
+    len: usize,
+    /// All that there was is written.
+    is_idle: bool,
 }
 
 impl PushQueue {
-    fn lock(&self) -> MutexGuard<'_, (VecDeque<Bytes>, usize)> {
-        self.frames.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Leaves the frame out where there is no room for it.
     pub(crate) fn push(&self, frame: &Bytes) {
-        let mut queue = self.lock();
-        let (frames, len) = &mut *queue;
-        if *len + frame.len() > PUSH_LEN_MAX {
+        let mut waiting = self.lock();
+        if waiting.len + frame.len() > PUSH_LEN_MAX {
             return;
         }
-        *len += frame.len();
-        frames.push_back(frame.clone());
-        drop(queue);
+        waiting.len += frame.len();
+        waiting.frames.push_back(frame.clone());
+        waiting.is_idle = false;
+        drop(waiting);
         self.more.notify_one();
     }
 
+    /// Waits until all that there is is written.
+    pub(crate) async fn written(&self) {
+        loop {
+            let idle = self.idle.notified();
+            if self.lock().is_idle {
+                return;
+            }
+            idle.await;
+        }
+    }
+
+    /// The next one to be written, once the one before it is.
     async fn next(&self) -> Bytes {
         loop {
             {
-                let mut queue = self.lock();
-                let (frames, len) = &mut *queue;
-                if let Some(frame) = frames.pop_front() {
-                    *len -= frame.len();
+                let mut waiting = self.lock();
+                if let Some(frame) = waiting.frames.pop_front() {
+                    waiting.len -= frame.len();
                     return frame;
                 }
+                waiting.is_idle = true;
             }
+            self.idle.notify_waiters();
             self.more.notified().await;
         }
     }

@@ -69,6 +69,7 @@ impl<'a> Connected<'a> {
             return Err(format!("another node of the id {} lives and is connected to this one", hello.id));
         }
         entry.1 += 1;
+        inner.members.note_connected(hello.id);
         if let Some(address) = hello.address {
             note_address(&mut peers, hello.id, address);
         }
@@ -84,6 +85,7 @@ impl Drop for Connected<'_> {
         entry.1 = entry.1.saturating_sub(1);
         if entry.1 == 0 {
             peers.connected.remove(&self.hello.id);
+            self.inner.members.note_lost(self.hello.id, self.inner.steady());
             drop(peers);
             tracing::info!(peer = %self.hello.id, "no longer connected");
         }
@@ -224,6 +226,7 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
     loop {
         match line.receive_within(patience(inner)).await? {
             Message::Push(records) => inner.merge_later(records).await?,
+            Message::Leaving => inner.members.note_left(id),
             Message::WhoElse => line.send(Message::Known(known(inner)).encode()).await?,
             // One of two is enough.
             Message::Sync(_) if inner.peers().leading.contains(&id) && inner.id() < Some(id) => {
@@ -300,6 +303,7 @@ pub(crate) async fn find(inner: &Arc<Inner>) -> EngineError {
             asking = Some(Box::pin(named_addresses(inner)));
         }
         while tasks.try_join_next().is_some() {}
+        inner.members.look(inner.steady(), millis(inner.options.peer_timeout), millis(inner.options.gc_grace));
         links.retain(|_, link| !link.is_finished());
         let learned: Vec<SocketAddr> = inner.peers().addresses.values().copied().collect();
         for address in named.iter().flatten().copied().chain(learned) {

@@ -35,6 +35,8 @@ pub(crate) struct Session {
     is_whole: bool,
     /// All that was given to this node was stored, but for what is stamped ahead.
     has_state: bool,
+    /// Records that were given and taken.
+    differed: u64,
 }
 
 impl Session {
@@ -53,7 +55,7 @@ impl Session {
 
     fn new(inner: &Inner, peer: NodeId, frame_len_max: usize, own: State, theirs: State) -> Self {
         let both_had = inner.replica().long_ago(peer, theirs.place, theirs.contact, inner.now());
-        Session { peer, frame_len_max, own, theirs, both_had, is_whole: true, has_state: true }
+        Session { peer, frame_len_max, own, theirs, both_had, is_whole: true, has_state: true, differed: 0 }
     }
 
     /// What this node has; not where it gave up something since the session began: what it lacks proves no delete then.
@@ -73,6 +75,7 @@ impl Session {
 
     /// Takes in records that the peer gives.
     async fn take(&mut self, inner: &Inner, records: Vec<Record>) -> io::Result<u32> {
+        self.differed += records.len() as u64;
         let refused = inner.merge(records).await?;
         self.is_whole &= refused == Some(0);
         self.has_state &= refused.is_some();
@@ -88,6 +91,7 @@ impl Session {
         while !slots.is_empty() {
             let records = self.some(inner, &mut slots);
             if !records.is_empty() {
+                self.differed += records.len() as u64;
                 line.send(Message::Records(records).encode()).await?;
             }
         }
@@ -194,6 +198,7 @@ impl Session {
 
     /// Notes the contact, if all went well. An empty node has a state also where it did not take what is stamped ahead.
     async fn end(&self, inner: &Inner, at: u64) -> io::Result<()> {
+        inner.members.note_session(self.peer, self.differed);
         if self.is_whole {
             let contact = Contact { at, own: self.own.place, peer: self.theirs.place };
             inner.note_contact(self.peer, contact, self.theirs.has_joined).await?;

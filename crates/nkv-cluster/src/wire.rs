@@ -81,6 +81,8 @@ pub(crate) enum Message {
     Ready {
         wall: Millis,
     },
+    /// It is about to stop. No answer.
+    Leaving,
     /// New records, to be merged. No answer.
     Push(Vec<Record>),
     /// Begins a session.
@@ -183,6 +185,7 @@ impl Message {
             }
             Message::Given => 12,
             Message::Busy => 16,
+            Message::Leaving => 19,
             Message::WhoElse => 17,
             Message::Known(known) => {
                 to.list(known, |to, (id, address)| {
@@ -240,6 +243,7 @@ impl Message {
             11 => Message::Wants(from.list(9, |from| Some(Want { key_hash: from.u64()?, lacks: from.flag()? }))?),
             12 => Message::Given,
             16 => Message::Busy,
+            19 => Message::Leaving,
             17 => Message::WhoElse,
             18 => Message::Known(from.list(12, |from| Some((NodeId(from.u64()?), from.text()?.parse().ok()?)))?),
             13 => Message::Taken { refused: from.u32()? },

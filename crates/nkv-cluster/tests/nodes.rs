@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use nkv_cluster::{Cluster, Membership, MembershipError, Options, StaticPeers};
+use nkv_cluster::{Cluster, MemberEvent, MemberState, Membership, MembershipError, Options, StaticPeers};
 use nkv_node::nkv_core::{self, Action, Change, Epoch, MemoryPersist, Meta, PersistValue, Reason, StoredRef};
 use nkv_node::{ErrorKind, Event, GoneReason, Handle, Node, Op, PutOptions, Revision};
 use tokio::time::timeout;
@@ -399,4 +399,50 @@ async fn five_nodes_have_each_write_once_and_soon() {
     println!("TEST convergence_p99_us = {}", took[took.len() * 99 / 100]);
     eventually("digests are equal", async || clusters.iter().all(|cluster| cluster.digest() == first.digest())).await;
     stop(nodes).await;
+}
+
+#[tokio::test]
+async fn a_node_knows_who_joined_who_left_and_who_fell_silent() {
+    let of = |mut options: Options| {
+        options.peer_timeout = Duration::from_millis(500);
+        options
+    };
+    let first = bind(of(options()), &[]).await;
+    let mut events = first.events();
+    let mut next = async || timeout(PATIENCE, events.next()).await.unwrap().unwrap();
+    let (second, third) =
+        (bind(of(options()), &[first.address()]).await, bind(of(options()), &[first.address()]).await);
+    let node = start(&first).await;
+    let nkv = ready(&node).await;
+    let leaver = start(&second).await;
+    ready(&leaver).await;
+    let id = second.id().unwrap();
+    assert_eq!(next().await, MemberEvent::NodeJoined(id));
+    nkv.put("k", "1").await.unwrap();
+    eventually("a session ended", async || {
+        first.members().iter().any(|member| member.id == id && member.contact.is_some() && member.address.is_some())
+    })
+    .await;
+    assert_eq!(first.members().iter().map(|member| member.state).collect::<Vec<_>>(), [MemberState::Joined]);
+    timeout(PATIENCE, second.leave()).await.unwrap();
+    stop([leaver]).await;
+    assert_eq!(next().await, MemberEvent::NodeLeft(id));
+
+    // One that is cut says nothing.
+    let cut = start(&third).await;
+    ready(&cut).await;
+    let silent = third.id().unwrap();
+    assert_eq!(next().await, MemberEvent::NodeJoined(silent));
+    let figures = nkv.stats().await.unwrap();
+    assert_eq!((figures.numbers["cluster_members"], figures.numbers["cluster_members_joined"]), (2, 1));
+    assert!(figures.words[&format!("member.{id}")].starts_with("state=left|"), "{figures:?}");
+    stop([cut]).await;
+    assert_eq!(next().await, MemberEvent::NodeDead(silent));
+    // Who comes later is given what there is.
+    let mut late = first.events();
+    third.leave().await;
+    let again = start(&third).await;
+    let joined = timeout(PATIENCE, late.next()).await.unwrap();
+    assert_eq!((joined, next().await), (Some(MemberEvent::NodeJoined(silent)), MemberEvent::NodeJoined(silent)));
+    stop([again, node]).await;
 }

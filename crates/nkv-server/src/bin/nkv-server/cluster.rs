@@ -86,8 +86,9 @@ pub(crate) struct Joined {
 }
 
 impl Joined {
-    /// Others are not pointed to this node any more.
+    /// Others know that this node left, and are not pointed to it any more.
     pub(crate) async fn leave(self) {
+        self.cluster.leave().await;
         if let Some((discovery, own)) = self.known
             && let Err(error) = discovery.deregister(own).await
         {

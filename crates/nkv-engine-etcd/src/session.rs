@@ -17,7 +17,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
-use tonic::{Response, Status};
+use tonic::{Code, Response, Status};
 
 use crate::fault;
 use crate::login::Login;
@@ -145,10 +145,12 @@ impl Session {
     /// A prefix within another nkv's would be deleted by its wildcards.
     async fn check_outer(&self, names: &Names) -> Result<(), EngineError> {
         for (prefix, record) in names.outer() {
-            // What nkv's user may not read is not told apart from what is not there.
-            let read = self.range(RangeRequest { key: record.into(), ..RangeRequest::default() }).await;
-            if read.is_ok_and(|read| !read.kvs.is_empty()) {
-                return Err(nested(names.prefix(), prefix));
+            match self.range(RangeRequest { key: record.into(), ..RangeRequest::default() }).await {
+                Ok(read) if read.kvs.is_empty() => {}
+                Ok(_) => return Err(nested(names.prefix(), prefix)),
+                // What nkv's user may not read counts as absent.
+                Err(status) if status.code() == Code::PermissionDenied => {}
+                Err(status) => return Err(fault::of_request(&status)),
             }
         }
         Ok(())

@@ -56,6 +56,7 @@ async fn a_user_has_its_own_prefix() {
         &["user", "add", "nkv:secret"],
         &["role", "add", "app"],
         &["role", "grant-permission", "app", "readwrite", "app/", "--prefix"],
+        &["role", "grant-permission", "app", "readwrite", "outer/own/", "--prefix"],
         &["user", "grant-role", "nkv", "app"],
         &["auth", "enable"],
     ] {
@@ -70,6 +71,8 @@ async fn a_user_has_its_own_prefix() {
     std::fs::write(&file, "secret\n").unwrap();
     let message = refused(options("other")).await;
     assert!(message.contains("permission denied"), "{message}");
+    // Whether another nkv uses the prefix around it is not for this user to see.
+    EtcdEngine::new(options("outer/own")).check().await.unwrap();
     let (_node, nkv) = node(EtcdEngine::new(options("app"))).await;
     let mut stream = nkv.subscribe("*").await.unwrap();
     let root = |args: &[&str]| server.must(&[&["--user", "root:r"], args].concat());

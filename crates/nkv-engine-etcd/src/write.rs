@@ -44,7 +44,8 @@ impl Inner {
     /// Each for itself, in order. Plain ones that follow each other share a transaction.
     async fn in_order(&self, session: &Arc<Session>, epoch: Epoch, ops: &[Op]) -> Vec<Result<Outcome, EngineError>> {
         let (mut results, mut rest) = (Vec::with_capacity(ops.len()), ops);
-        let mut len_max = JOINED_MAX;
+        // Operations of a transaction that was refused: each goes by itself.
+        let mut alone = 0_usize;
         while !rest.is_empty() {
             if matches!(results.last(), Some(Err(EngineError::OutcomeUnknown(_)))) {
                 // What comes after it could be done before it.
@@ -52,12 +53,13 @@ impl Inner {
                 results.extend(rest.iter().map(|_| Err(error.clone())));
                 break;
             }
-            let (some, others) = rest.split_at_checked(joined(rest, len_max)).unwrap_or((rest, &[]));
+            let count = if alone > 0 { 1 } else { joined(rest) };
+            let (some, others) = rest.split_at_checked(count).unwrap_or((rest, &[]));
             match (self.step(session, epoch, some).await, some) {
                 (Ok(outcomes), _) => results.extend(outcomes.into_iter().map(Ok)),
                 // One of them is refused: which?
                 (Err(EngineError::Refused { .. }), [_, _, ..]) => {
-                    len_max = 1;
+                    alone = some.len();
                     continue;
                 }
                 // It takes more ranges than a transaction has, or keys come and go too often.
@@ -69,6 +71,7 @@ impl Inner {
                 }
                 (Err(error), some) => results.extend(some.iter().map(|_| Err(error.clone()))),
             }
+            alone = alone.saturating_sub(some.len());
             rest = others;
         }
         results
@@ -295,15 +298,15 @@ impl Inner {
 }
 
 /// How many operations from the first on are done in one transaction.
-fn joined(ops: &[Op], len_max: usize) -> usize {
+fn joined(ops: &[Op]) -> usize {
     let (mut keys, mut len) = (HashSet::new(), 0_usize);
     let mut joins = |op| {
         let Some(key) = one_key(op).filter(|_| !has_condition(op) && !has_ttl(op)) else { return false };
         len = if let Op::Put { value, .. } = op { value.len().saturating_add(len) } else { len };
         keys.insert(key) && len <= JOINED_LEN_MAX
     };
-    let first = ops.iter().take(len_max).position(|op| !joins(op));
-    first.unwrap_or(ops.len().min(len_max)).max(1)
+    let first = ops.iter().take(JOINED_MAX).position(|op| !joins(op));
+    first.unwrap_or(ops.len().min(JOINED_MAX)).max(1)
 }
 
 fn one_key(op: &Op) -> Option<&Key> {

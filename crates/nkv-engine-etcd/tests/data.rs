@@ -381,6 +381,22 @@ async fn writes_of_one_caller_take_effect_in_order() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn behind_a_transaction_that_is_refused_writes_share_transactions_again() {
+    let Some(server) = Server::start_with(&["--max-request-bytes", "65536"]).await else { return };
+    let engine = server.engine("app");
+    let (_node, _nkv) = node(engine.clone()).await;
+    let before = server.revision();
+    // Each fits, and 64 of them do not.
+    let large = (0..64).map(|n| put(&format!("large{n}"), &"x".repeat(2_000)));
+    let small = (0..640).map(|n| put(&format!("small{n}"), "x"));
+    let writes: Vec<Op> = large.chain(small).collect();
+    let results = engine.write(nkv_core::Epoch::new(7), writes, false).await.unwrap().results;
+    assert!(results.len() == 704 && results.iter().all(Result::is_ok), "{results:?}");
+    let count = server.revision() - before;
+    assert!((64..100).contains(&count), "{count} transactions");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_put_that_is_given_up_leaves_no_lease() {
     let Some(server) = Server::start().await else { return };
     let (_node, nkv) = node(server.engine("app")).await;

@@ -384,6 +384,7 @@ impl<'a> Following<'a> {
                 Name::Value(key) if is_put(kind) && kv.value.len() > self.etcd.options.value_len_max => {
                     foreign = foreign.saturating_add(1);
                     known.large.insert(key.clone());
+                    replaced.extend(known.end_value(&key, kv.lease));
                     changes.push(delete(key, kv.mod_revision, Reason::Deleted));
                 }
                 Name::Value(key) => {

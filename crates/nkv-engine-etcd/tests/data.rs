@@ -322,6 +322,13 @@ async fn foreign_values_that_are_too_long_are_absent() {
     assert_eq!(b.get_all(Pattern::All).await.unwrap().len(), 1);
     server.must(&["put", "app/k", "short"]);
     assert_eq!(next(&mut stream).await, "k=short");
+    // The lease of the value that it takes the place of ends as with any other.
+    a.put_with("leased", "1", PutOptions::default().with_ttl(Duration::from_secs(600))).await.unwrap();
+    assert_eq!(next(&mut stream).await, "leased=1");
+    assert_eq!(leases(&server), 1);
+    client.txn(raw_put("app/leased", vec![b'x'; 6_000_000])).await.unwrap();
+    assert_eq!(next(&mut stream).await, "leased Deleted");
+    eventually("the lease is revoked", async || leases(&server) == 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

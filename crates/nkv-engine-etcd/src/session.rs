@@ -83,8 +83,8 @@ impl Session {
     ) -> Result<Self, EngineError> {
         let members = members(options, login).await?;
         check_ids(&members, ids)?;
-        let mut last = EngineError::Unavailable("no member of etcd has a leader".into());
-        for member in members.into_iter().filter(|member| member.status.leader != 0) {
+        let mut last = EngineError::Unavailable("no member of etcd answers".into());
+        for member in members {
             let (server, opening) = (member.server.clone(), Session::of(member, options, names, login));
             match timeout(PROBE_LIMIT, opening).await {
                 Ok(Ok(session)) => return Ok(session),
@@ -297,9 +297,7 @@ async fn members(options: &Options, login: &Login) -> Result<Vec<Member>, Engine
             Some(Err(error)) => errors.push(error),
             Some(Ok(member)) => {
                 check_version(&member)?;
-                if member.status.leader != 0 && until.is_none() {
-                    until = Instant::now().checked_add(GRACE);
-                }
+                until = until.or_else(|| Instant::now().checked_add(GRACE));
                 members.push(member);
             }
         }

@@ -76,8 +76,8 @@ impl Writer<'_> {
             match op {
                 Op::Put { key, value, options } if options.if_revision.is_none() => {
                     let what = What::Put { value, expiry: options.expiry };
-                    let mut put = Box::pin(self.put(self.subject(&key), what));
-                    // Sent with the first poll, before the next one is made.
+                    // Sent with the first poll, before the next one is made: also where the runtime wants this task to pause.
+                    let mut put = Box::pin(tokio::task::unconstrained(self.put(self.subject(&key), what)));
                     match std::future::poll_fn(|cx| Poll::Ready(put.as_mut().poll(cx))).await {
                         Poll::Ready(done) => {
                             results.extend(under_way.by_ref().collect::<Vec<_>>().await);

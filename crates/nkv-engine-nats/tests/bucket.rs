@@ -191,8 +191,8 @@ async fn puts_of_one_call_take_effect_in_their_order() {
             options: nkv_core::PutOptions::default(),
         };
         let engine = &nkv;
-        let ops: Vec<_> = (0..100).map(|number| engine.admit(put(number)).unwrap()).collect();
-        let room = engine.room(1_000).await.unwrap();
+        let ops: Vec<_> = (0..1_000).map(|number| engine.admit(put(number)).unwrap()).collect();
+        let room = engine.room(100_000).await.unwrap();
         let results = engine.submit(ops, room).await.unwrap();
         let revisions: Vec<u64> = results
             .into_iter()
@@ -202,7 +202,7 @@ async fn puts_of_one_call_take_effect_in_their_order() {
             })
             .collect();
         assert!(revisions.is_sorted(), "{revisions:?}");
-        assert_eq!(other.get("a").await, Some(format!("{round}.99")));
+        assert_eq!(other.get("a").await, Some(format!("{round}.999")));
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use nkv_core::{Epoch, Expiry, Key, Op, Revision};
-use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, Seen};
+use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, RateLimitedLog, Seen};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
@@ -39,6 +39,7 @@ pub(crate) struct Inner {
     /// A client waits for a revision that the feed has not reached.
     pub(crate) wanted: Notify,
     pub(crate) warned_of_history: Arc<AtomicBool>,
+    pub(crate) log: RateLimitedLog,
 }
 
 /// What is known of the data.
@@ -77,6 +78,7 @@ impl EtcdEngine {
             known: Mutex::default(),
             wanted: Notify::new(),
             warned_of_history: Arc::default(),
+            log: RateLimitedLog::default(),
         }))
     }
 
@@ -109,6 +111,14 @@ impl Inner {
     pub(crate) fn publish(&self, session: Arc<Session>) -> Published<'_> {
         *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&session));
         Published { etcd: self, session }
+    }
+
+    /// Logs how many keys nkv cannot show, if there are any.
+    pub(crate) fn note_foreign(&self, count: u64) {
+        if count > 0 {
+            let prefix = self.names.prefix();
+            self.log.warn("foreign", format_args!("etcd: {count} keys below '{prefix}' that nkv cannot show"));
+        }
     }
 
     pub(crate) fn hides(&self, key: &Key) -> bool {

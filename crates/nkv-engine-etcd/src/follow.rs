@@ -44,7 +44,6 @@ const JOINED_LEN_MAX: usize = 4 << 20;
 /// From this revision on a history of which nothing was compacted is worth a warning.
 const HISTORY_MAX: i64 = 10_000;
 const HISTORY_PAUSE: Duration = Duration::from_secs(3_600);
-const FOREIGN_PAUSE: Duration = Duration::from_secs(60);
 
 /// Follows, for as long as it goes well.
 pub(crate) async fn follow(etcd: &Inner, seen: Option<Seen>, feed: &Feed) -> Result<Infallible, EngineError> {
@@ -100,10 +99,7 @@ async fn fetch(etcd: &Inner, session: &Session, seen: Option<Seen>, feed: &Feed)
         }
         Err(error) => return Err(error),
     }
-    if foreign > 0 {
-        let prefix = etcd.names.prefix();
-        tracing::warn!(target: "nkv::engine", foreign, "etcd: there are keys below '{prefix}' that nkv cannot show");
-    }
+    etcd.note_foreign(foreign);
     let last = (last.key.clone(), Some(last));
     etcd.known().at = Some(at_of(session, Seen { epoch: session.epoch, revision: revision(at) }, last));
     Ok(at)
@@ -172,8 +168,6 @@ struct Following<'a> {
     heard: Instant,
     heard_watch: Instant,
     jobs: JoinSet<Job>,
-    foreign: u64,
-    foreign_told: Option<Instant>,
 }
 
 impl<'a> Following<'a> {
@@ -197,8 +191,6 @@ impl<'a> Following<'a> {
             heard: now,
             heard_watch: now,
             jobs: JoinSet::new(),
-            foreign: 0,
-            foreign_told: None,
         }
     }
 
@@ -405,17 +397,8 @@ impl<'a> Following<'a> {
         }
         drop(known);
         revoke(&self.session, replaced);
-        self.note_foreign(foreign);
+        self.etcd.note_foreign(foreign);
         is_other
-    }
-
-    fn note_foreign(&mut self, count: u64) {
-        self.foreign = self.foreign.saturating_add(count);
-        if self.foreign > 0 && self.foreign_told.is_none_or(|at| at.elapsed() > FOREIGN_PAUSE) {
-            let (prefix, foreign) = (self.etcd.names.prefix(), self.foreign);
-            tracing::warn!(target: "nkv::engine", foreign, "etcd: keys were written below '{prefix}' that nkv cannot show");
-            (self.foreign, self.foreign_told) = (0, Some(Instant::now()));
-        }
     }
 
     /// Has the node take writes, if it has seen all that there was.

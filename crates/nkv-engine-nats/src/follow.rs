@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 use tracing::{info, warn};
 
-use crate::bucket::{self, Purge};
+use crate::bucket::{self, BATCH_OPS_MAX, Purge};
 use crate::census::Last;
 use crate::engine::{Anchor, Link, Shared, lock};
 use crate::subject::decode;
@@ -37,9 +37,11 @@ const PROBE: Duration = Duration::from_millis(400);
 const HEARTBEAT: Duration = Duration::from_millis(500);
 /// A consumer that is silent for longer is gone.
 const SILENCE: Duration = Duration::from_secs(2);
+/// How often a node that resumes looks whether it has all that there is by now, before it fetches the state.
+const RESUME_TRIES: usize = 8;
 /// A state is fetched anew because of vanished names this seldom.
 const FETCH_PAUSE: Duration = Duration::from_secs(2);
-/// About so many changes, or bytes of values, are given to the node at once.
+/// About this number of messages, or of bytes of values, is given to the node at once.
 const CHANGES_AT_ONCE: usize = 1_024;
 const LEN_AT_ONCE: usize = 4 << 20;
 /// So many markers are purged in one go, and after a failure that is tried again so much later.
@@ -174,8 +176,6 @@ async fn raise(wire: &Wire, created: u64, from: u64) -> Result<Epoch> {
 struct Consumer {
     messages: Subscriber,
     number: u64,
-    /// What was there for it when it was made.
-    pending: u64,
     /// The server's clock when it was made, in milliseconds.
     made_ms: u64,
     made: Instant,
@@ -217,6 +217,44 @@ struct Item {
     is_part: bool,
 }
 
+/// How many messages of a step have come whose last one has not.
+#[derive(Debug, Default)]
+struct Step(usize);
+
+impl Step {
+    fn note(&mut self, item: &Item) {
+        self.0 = if item.is_part { self.0.saturating_add(1) } else { 0 };
+    }
+
+    /// Whether its end is worth waiting for. No batch has more messages, whatever their headers say.
+    fn is_open(&self) -> bool {
+        (1..BATCH_OPS_MAX).contains(&self.0)
+    }
+}
+
+/// Messages that are given to the node at once. What was done in one step is given in one.
+#[derive(Default)]
+struct Portion {
+    items: Vec<Item>,
+    /// Bytes of the values in it.
+    len: usize,
+    step: Step,
+}
+
+impl Portion {
+    fn push(&mut self, item: Item) {
+        if let Some(Change { action: Action::Put { value, .. }, .. }) = &item.change {
+            self.len = self.len.saturating_add(value.len());
+        }
+        self.step.note(&item);
+        self.items.push(item);
+    }
+
+    fn is_full(&self) -> bool {
+        !self.step.is_open() && (self.items.len() >= CHANGES_AT_ONCE || self.len >= LEN_AT_ONCE)
+    }
+}
+
 impl Follower<'_> {
     /// Goes on behind what was seen, if the bucket shows that it is what it was, and that nothing vanished meanwhile: the last
     /// message that was seen is still there, and behind it come as many names as there are. Returns whether it did.
@@ -238,7 +276,7 @@ impl Follower<'_> {
         lock(&self.shared.place).last = None;
         let (mut items, mut until) = (Vec::new(), info.state.last_seq);
         let mut names = info.state.num_subjects;
-        for _ in 0..8 {
+        for _ in 0..RESUME_TRIES {
             self.gather(until, |item| items.push(item)).await?;
             if self.last <= until {
                 // Nothing has come that was not counted.
@@ -246,10 +284,14 @@ impl Follower<'_> {
                     return Ok(false);
                 }
                 self.last = self.last.max(until);
-                let mut items = items.into_iter().peekable();
-                while items.peek().is_some() {
-                    self.give(items.by_ref().take(CHANGES_AT_ONCE).collect()).await?;
+                let mut portion = Portion::default();
+                for item in items {
+                    portion.push(item);
+                    if portion.is_full() {
+                        self.give(std::mem::take(&mut portion).items).await?;
+                    }
                 }
+                self.give(portion.items).await?;
                 info!(revision = self.last, "the bucket is followed again from where it was left");
                 return Ok(true);
             }
@@ -323,17 +365,17 @@ impl Follower<'_> {
 
     /// Takes what comes until the stream's sequence is reached, or nothing more comes.
     async fn gather(&mut self, until: u64, mut take: impl FnMut(Item)) -> Result<()> {
-        let is_empty = self.consumer.as_ref().is_none_or(|consumer| consumer.pending == 0);
-        if self.last >= until || is_empty && until == 0 {
+        if self.last >= until {
             return Ok(());
         }
+        let mut step = Step::default();
         loop {
             match self.receive().await? {
                 Brought::Item(item) => {
                     self.last = item.sequence;
-                    let is_part = item.is_part;
+                    step.note(&item);
                     take(item);
-                    if self.last >= until && !is_part {
+                    if self.last >= until && !step.is_open() {
                         return Ok(());
                     }
                 }
@@ -432,30 +474,24 @@ impl Follower<'_> {
 
     /// Takes a message, and all that have come behind it.
     async fn take(&mut self, message: Message) -> Result<()> {
-        let (mut items, mut len, mut next) = (Vec::new(), 0_usize, Some(message));
-        let mut is_part = false;
+        let (mut portion, mut next) = (Portion::default(), Some(message));
         while let Some(message) = next.take() {
             match self.read(message).await? {
                 Brought::Item(item) => {
-                    is_part = item.is_part;
                     self.last = item.sequence;
-                    if let Some(Change { action: Action::Put { value, .. }, .. }) = &item.change {
-                        len = len.saturating_add(value.len());
-                    }
-                    items.push(item);
+                    portion.push(item);
                 }
                 // The end of the batch was overwritten, or was no message.
-                Brought::Idle => is_part = false,
+                Brought::Idle => portion.step = Step::default(),
                 Brought::Nothing => {}
             }
-            next = if is_part {
-                // What was done in one step is given in one.
+            next = if portion.step.is_open() {
                 let next = timeout(SILENCE, next_message(&mut self.consumer)).await;
                 Some(
                     next.map_err(|_| EngineError::Unavailable("a batch does not end".to_owned()))?
                         .ok_or_else(disconnected)?,
                 )
-            } else if items.len() >= CHANGES_AT_ONCE || len >= LEN_AT_ONCE {
+            } else if portion.is_full() {
                 None
             } else {
                 match next_message(&mut self.consumer).now_or_never() {
@@ -464,16 +500,16 @@ impl Follower<'_> {
                 }
             };
         }
-        if items.is_empty() { Ok(()) } else { self.give(items).await }
+        self.give(portion.items).await
     }
 
     /// Has the node apply messages.
     async fn give(&mut self, items: Vec<Item>) -> Result<()> {
+        let last = items.last().map(|item| (item.sequence, item.time_ns));
+        let Some((sequence, time_ns)) = last else { return Ok(()) };
         // Until the node has them, the census is ahead of it.
         lock(&self.shared.place).last = None;
-        let last = items.last().map(|item| (item.sequence, item.time_ns));
         let mut changes: Vec<Change> = items.into_iter().filter_map(|item| item.change).collect();
-        let Some((sequence, time_ns)) = last else { return Ok(()) };
         let revision = Revision::new(sequence);
         if changes.last().is_none_or(|change| change.revision < revision) {
             // The node's revision is to come as far as the stream, also where nothing changed for it.
@@ -514,8 +550,6 @@ impl Follower<'_> {
         struct Created {
             #[serde(with = "time::serde::rfc3339")]
             created: OffsetDateTime,
-            #[serde(default)]
-            num_pending: u64,
         }
         let wire = &self.link.wire;
         // The one before, if there is one, ends with its subscription.
@@ -554,8 +588,7 @@ impl Follower<'_> {
         let body = json!({ "stream_name": wire.stream, "config": config });
         let created: Created = wire.api(&format!("CONSUMER.CREATE.{}", wire.stream), &body).await?;
         let made_ms = u64::try_from(created.created.unix_timestamp_nanos() / 1_000_000).unwrap_or_default();
-        let (pending, made) = (created.num_pending, Instant::now());
-        self.consumer = Some(Consumer { messages, number: 0, pending, made_ms, made });
+        self.consumer = Some(Consumer { messages, number: 0, made_ms, made: Instant::now() });
         Ok(())
     }
 
@@ -628,7 +661,8 @@ impl Follower<'_> {
             // If an older value was shown, its key is gone.
             None => Action::Delete { reason: Reason::Deleted },
         };
-        let is_batch = header(headers, "Nats-Batch-Id").is_some();
+        // A bucket without batches takes the headers from any client, and they mean nothing.
+        let is_batch = self.link.settings.abilities.batches && header(headers, "Nats-Batch-Id").is_some();
         Ok(Item {
             sequence: place.sequence,
             time_ns: place.time_ns,
@@ -765,6 +799,28 @@ mod tests {
         for text in ["never", "1.5s", "s", "1d"] {
             assert_eq!(seconds(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn a_step_is_given_in_one_unless_it_does_not_end() {
+        let item = |is_part, len: usize| {
+            let put = Action::Put { value: vec![7; len].into(), expiry: None };
+            let change = Some(change(Key::new("a").unwrap(), Revision::new(1), put));
+            Item { sequence: 1, time_ns: 1, change, is_part }
+        };
+        let full = |is_part: fn(usize) -> bool, len| {
+            let mut portion = Portion::default();
+            (0..3_000).find(|number| {
+                portion.push(item(is_part(*number), len));
+                portion.is_full()
+            })
+        };
+        assert_eq!(full(|_| false, 1), Some(CHANGES_AT_ONCE - 1));
+        assert_eq!(full(|_| false, LEN_AT_ONCE / 10 + 1), Some(9));
+        // Steps of 700: the second one ends behind the limit.
+        assert_eq!(full(|number| number % 700 != 699, 1), Some(1_399));
+        assert_eq!(full(|number| number != 99, LEN_AT_ONCE / 10 + 1), Some(99));
+        assert_eq!(full(|_| true, 1), Some(CHANGES_AT_ONCE - 1), "it never ends");
     }
 
     #[test]

@@ -256,6 +256,24 @@ async fn a_batch_is_given_in_one_however_large_it_is() {
     assert_eq!(group.changes.len(), 100, "a batch came in parts");
 }
 
+/// A bucket without batches takes their headers and ignores them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_is_none_does_not_stall_the_feed() {
+    let Some(server) = Server::start_old().await else { return };
+    let (_node, nkv) = server.node().await;
+    let other = server.other().await;
+    let publishing = tokio::spawn(async move {
+        for number in 1_u64.. {
+            let sequence = number.to_string();
+            other.publish("a", &[("Nats-Batch-Id", "x"), ("Nats-Batch-Sequence", &sequence)], "1").await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    until("what comes is seen while more comes", async || nkv.exists("a").await.unwrap()).await;
+    publishing.abort();
+    assert!(nkv.health().await.is_ok());
+}
+
 #[tokio::test]
 async fn the_longest_value_fits_with_all_headers_and_a_longer_one_is_refused() {
     for settings in [json!({}), json!({ "max_msg_size": 5_000 })] {

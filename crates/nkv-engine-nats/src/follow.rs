@@ -509,27 +509,17 @@ impl Follower<'_> {
         let Some((sequence, time_ns)) = last else { return Ok(()) };
         // Until the node has them, the census is ahead of it.
         lock(&self.shared.place).last = None;
-        let mut changes: Vec<Change> = items.into_iter().filter_map(|item| item.change).collect();
-        let revision = Revision::new(sequence);
-        if changes.last().is_none_or(|change| change.revision < revision) {
-            // The node's revision is to come as far as the stream, also where nothing changed for it.
-            changes.push(self.mark(revision)?);
+        let changes: Vec<Change> = items.into_iter().filter_map(|item| item.change).collect();
+        let (revision, last_change) = (Revision::new(sequence), changes.last().map(|change| change.revision));
+        if !changes.is_empty() {
+            self.feed.apply(changes).await?;
         }
-        self.feed.apply(changes).await?;
+        if last_change.is_none_or(|at| at < revision) {
+            // The node's revision is to come as far as the stream, also where nothing changed for it.
+            self.feed.pass(revision).await?;
+        }
         self.note_last(sequence, time_ns);
         Ok(())
-    }
-
-    /// The delete of a key that does not exist.
-    fn mark(&self, revision: Revision) -> Result<Change> {
-        let place = lock(&self.shared.place);
-        let prefix = &self.link.wire.prefix;
-        let mut names = (0_u64..).map(|number| format!("nkv.revision.{number}"));
-        let key = names
-            .find(|name| place.census.last_of(&format!("{prefix}{name}")).is_none())
-            .and_then(|name| Key::new(&name).ok());
-        let key = key.ok_or_else(|| EngineError::Unavailable("there is no name that is not taken".to_owned()))?;
-        Ok(change(key, revision, Action::Delete { reason: Reason::Deleted }))
     }
 
     fn note_last(&self, sequence: u64, time_ns: i128) {

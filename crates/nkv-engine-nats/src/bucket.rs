@@ -3,10 +3,11 @@
 use futures_util::future::join_all;
 use nkv_node::{Abilities, EngineError};
 use serde_json::json;
+use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::options::Options;
-use crate::wire::{ApiError, Config, Info, Wire};
+use crate::wire::{ApiError, CONNECT_LIMIT, Config, Info, Wire};
 
 /// The longest headers of a write, in bytes, with those of a batch: they count in the limits of a message.
 pub(crate) const HEADERS_LEN_MAX: usize = 288;
@@ -63,7 +64,7 @@ pub(crate) async fn check_others(
     let refused = |message| Err(EngineError::Refused { status: 503, message });
     let others = options.servers().iter().filter(|server| **server != wire.server);
     let asked = others.map(async |server| {
-        let other = Wire::connect_to(options, server).await.ok()?;
+        let other = timeout(CONNECT_LIMIT, Wire::connect_to(options, server)).await.ok()?.ok()?;
         Some((other.server.clone(), other.info().await.ok()?.created()))
     });
     for other in join_all(asked).await {

@@ -26,7 +26,7 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(5);
 /// Each further server of a list is tried this much later: one that stands still delays the others by no more.
 const STAGGER: Duration = Duration::from_millis(250);
 /// All of them together have this long.
-const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// The commands that the client takes before they are sent. One that had to wait for room could be overtaken by a later one, so this
 /// is far above the writes that a node has in flight.
 const COMMANDS_MAX: usize = 1 << 20;

@@ -639,7 +639,10 @@ impl Follower<'_> {
             None => Last::Foreign,
         };
         if last == Last::Foreign && ![GENERATION, STEP].contains(&name) {
-            self.note_foreign(&message.subject);
+            let subject = &message.subject;
+            self.shared
+                .log
+                .warn("foreign", format_args!("NATS: nkv cannot hold '{subject}': it is absent for readers"));
         }
         let until_ms = place.time_ms().saturating_add(self.age_ms(header(headers, "Nats-TTL")));
         lock(&self.shared.place).census.note(&message.subject, last, until_ms);
@@ -672,14 +675,6 @@ impl Follower<'_> {
         let (writer, number) = writer?.split_once('-')?;
         let is_own = u64::from_str_radix(writer, 16) == Ok(self.shared.writer);
         is_own.then(|| lock(&self.shared.ends).take(number.parse().ok()?)).flatten()
-    }
-
-    fn note_foreign(&self, subject: &str) {
-        let count = self.shared.foreign.fetch_add(1, Relaxed).saturating_add(1);
-        // The first, the second, the fourth: however many there are, the log has few.
-        if count.is_power_of_two() {
-            warn!(subject, count, "the bucket has what nkv cannot hold: it is absent for readers");
-        }
     }
 }
 

@@ -345,12 +345,6 @@ pub(crate) enum NotDone {
     Failed(EngineError),
 }
 
-impl From<ApiError> for NotDone {
-    fn from(error: ApiError) -> Self {
-        NotDone::Failed(error.into())
-    }
-}
-
 impl Wire {
     /// Publishes a message, and returns what the stream says of it.
     pub(crate) async fn publish(

@@ -464,8 +464,12 @@ impl Follower<'_> {
         }
         let names = info.state.num_subjects;
         let census = &lock(&self.shared.place).census;
+        if info.state.last_seq != self.last || names == census.len() {
+            return Ok(true);
+        }
+        // This looks at all markers.
         let least = census.len_min(self.now_ms().saturating_add(CLOCK_DRIFT_MS));
-        if info.state.last_seq != self.last || (least..=census.len()).contains(&names) {
+        if (least..=census.len()).contains(&names) {
             return Ok(true);
         }
         info!(names, least, most = census.len(), "names vanished without a message: the state is fetched anew");

@@ -742,8 +742,10 @@ async fn purged(link: &Link, old: Vec<u64>) -> Result<Vec<u64>> {
             };
             let done: std::result::Result<Purged, ApiError> = wire.api(&format!("{verb}.{}", wire.stream), &body).await;
             // It may be gone by now.
-            if wire.at(sequence).await?.is_some() {
-                done?;
+            if let Err(error) = done
+                && wire.at(sequence).await?.is_some()
+            {
+                return Err(error.into());
             }
         }
         gone.push(sequence);

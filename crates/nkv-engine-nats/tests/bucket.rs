@@ -237,6 +237,7 @@ async fn a_batch_is_whole_or_not_at_all_and_what_it_cannot_do_is_refused() {
     assert_eq!(status(nkv.write(many).await), 413);
     let most = (0..1_000).map(|number| put(&format!("most.{number}"), None)).collect();
     nkv.write(most).await.unwrap();
+    assert_eq!(status(nkv.write(vec![put("x", None), delete("*")]).await), 413, "it would delete 1,002 keys");
     assert_eq!(nkv.list("*").await.unwrap().len(), 1_002);
 }
 

@@ -6,13 +6,16 @@ mod support;
 
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
+use nkv_core::Epoch;
 use nkv_engine_nats::{NatsEngine, Options};
 use nkv_node::{
-    Engine, EngineError, ErrorKind, Event, GoneReason, Handle, Key, Node, Op, Outcome, PutOptions, Result, Revision,
-    Subscription,
+    Abilities, Decided, Engine, EngineError, ErrorKind, Event, Feed, GoneReason, Handle, Key, Node, Op, Outcome,
+    PutOptions, Result, Revision, Seen, Subscription,
 };
 use serde_json::json;
 use support::{PATIENCE, Server, event, node, until, value};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 fn status<T: std::fmt::Debug>(result: Result<T>) -> u16 {
@@ -317,6 +320,31 @@ async fn a_full_bucket_is_507_and_loses_nothing() {
     }
 }
 
+/// Sends why it is not followed any more, each time.
+#[derive(Debug)]
+struct Observed(NatsEngine, mpsc::UnboundedSender<EngineError>);
+
+#[async_trait]
+impl Engine for Observed {
+    fn abilities(&self) -> Abilities {
+        self.0.abilities()
+    }
+
+    async fn write(&self, epoch: Epoch, ops: Vec<Op>, together: bool) -> std::result::Result<Decided, EngineError> {
+        self.0.write(epoch, ops, together).await
+    }
+
+    async fn follow(&self, seen: Option<Seen>, feed: Feed) -> EngineError {
+        let error = self.0.follow(seen, feed).await;
+        drop(self.1.send(error.clone()));
+        error
+    }
+
+    async fn last(&self) -> std::result::Result<Seen, EngineError> {
+        self.0.last().await
+    }
+}
+
 #[tokio::test]
 async fn settings_that_break_a_promise_are_refused_by_name() {
     for (settings, name) in [
@@ -331,8 +359,12 @@ async fn settings_that_break_a_promise_are_refused_by_name() {
             Err(EngineError::Refused { message, .. }) => assert!(message.contains(name), "{message}"),
             other => panic!("{name}: {other:?}"),
         }
-        let node = Node::builder().engine(server.engine()).start().await.unwrap();
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        let (sender, mut errors) = mpsc::unbounded_channel();
+        let node = Node::builder().engine(Observed(server.engine(), sender)).start().await.unwrap();
+        match timeout(PATIENCE, errors.recv()).await.expect("the engine is followed") {
+            Some(EngineError::Refused { message, .. }) => assert!(message.contains(name), "{message}"),
+            other => panic!("{name}: {other:?}"),
+        }
         assert!(node.handle().health().await.is_err(), "a bucket with {name} is followed");
     }
 }

@@ -34,6 +34,13 @@ pub(crate) enum Purge {
     Never,
 }
 
+/// What every bucket can do.
+pub(crate) fn abilities() -> Abilities {
+    let mut abilities = Abilities::default();
+    (abilities.conditions, abilities.wildcards) = (true, true);
+    abilities
+}
+
 /// Finds the bucket, or creates it, and checks its settings.
 pub(crate) async fn ensure(wire: &Wire, options: &Options) -> Result<(Info, Settings), EngineError> {
     let info = match wire.info().await {
@@ -142,8 +149,7 @@ pub(crate) fn settings(wire: &Wire, config: &Config) -> Result<Settings, String>
     let info = wire.client.server_info();
     let is_since = |minor| wire.client.is_server_compatible(2, minor, 0);
     check(config, &wire.prefix)?;
-    let mut abilities = Abilities::default();
-    (abilities.conditions, abilities.wildcards) = (true, true);
+    let mut abilities = abilities();
     // A server that is older takes the headers and ignores them. Without a marker the end of a value is not notified.
     abilities.ttl = is_since(11) && config.allow_msg_ttl && config.subject_delete_marker_ttl > 0;
     abilities.batches = is_since(12) && config.allow_atomic;

@@ -58,14 +58,7 @@ impl NatsEngine {
 impl Engine for NatsEngine {
     fn abilities(&self) -> Abilities {
         let known = *lock(&self.shared.settings);
-        known.map_or_else(
-            || {
-                let mut abilities = Abilities::default();
-                (abilities.conditions, abilities.wildcards) = (true, true);
-                abilities
-            },
-            |settings| settings.abilities,
-        )
+        known.map_or_else(bucket::abilities, |settings| settings.abilities)
     }
 
     fn value_len_max(&self) -> usize {

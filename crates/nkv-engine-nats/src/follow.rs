@@ -145,12 +145,13 @@ async fn went_back(wire: &Wire, info: &Info, seen: u64) -> Result<bool> {
 async fn generation(wire: &Wire) -> Result<(u64, u64)> {
     match wire.last_of(&format!("{}{GENERATION}", wire.prefix)).await? {
         None => Ok((0, 0)),
-        Some(kept) => {
-            let number = std::str::from_utf8(&kept.value).ok().and_then(|text| text.parse().ok());
-            // A marker, or what no node has written, is as good as none: the generation is only ever raised.
-            Ok((number.unwrap_or_default(), kept.sequence))
-        }
+        Some(kept) => Ok((number_in(&kept.value), kept.sequence)),
     }
+}
+
+/// The generation that a message has. A marker, or what no node has written, is as good as none: it is only ever raised.
+fn number_in(value: &[u8]) -> u64 {
+    std::str::from_utf8(value).ok().and_then(|text| text.parse().ok()).unwrap_or_default()
 }
 
 /// Raises the generation above `from`, unless another node has done so. Returns the epoch that it begins.
@@ -631,7 +632,7 @@ impl Follower<'_> {
     fn item(&self, message: Message, place: &Delivered) -> Result<Item> {
         let headers = message.headers.as_ref();
         let name = message.subject.strip_prefix(self.link.wire.prefix.as_str()).unwrap_or_default();
-        if name == GENERATION && epoch_at(self.link.created, &message.payload) != self.link.epoch {
+        if name == GENERATION && number_in(&message.payload) != generation_of(self.link.epoch) {
             return Err(EngineError::Unavailable("another node has begun an epoch".to_owned()));
         }
         let marker = marker(|name| header(headers, name));
@@ -680,11 +681,6 @@ impl Follower<'_> {
         let is_own = u64::from_str_radix(writer, 16) == Ok(self.shared.writer);
         is_own.then(|| lock(&self.shared.ends).take(number.parse().ok()?)).flatten()
     }
-}
-
-fn epoch_at(created: u64, generation: &[u8]) -> Epoch {
-    let number = std::str::from_utf8(generation).ok().and_then(|text| text.parse().ok());
-    epoch_of(created, number.unwrap_or_default())
 }
 
 fn change(key: Key, revision: Revision, action: Action) -> Change {

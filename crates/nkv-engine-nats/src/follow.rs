@@ -1,6 +1,6 @@
 //! Follows a bucket: one consumer of its stream brings the state and then each change.
 //!
-//! The numbers of the consumer's messages have no hole, or the follower begins again. Twice a second the leader of the stream
+//! The numbers of the consumer's messages have no hole, or the follower begins again. Every 0.4 s the leader of the stream
 //! is asked what the stream is and has: that is the sign of life, and it shows a stream that was created anew or went back,
 //! settings that changed, and names that vanished without a message.
 

@@ -234,7 +234,7 @@ impl<'a> Following<'a> {
                 }
                 Some(job) = self.jobs.join_next(), if !self.jobs.is_empty() => self.end(job.ok())?,
                 () = self.etcd.wanted.notified() => self.ask(watch, true),
-                () = sleep_until(silent_at) => return Err(unavailable("etcd gave no sign of life for 2 s")),
+                () = sleep_until(silent_at) => return Err(self.silent()),
                 _ = ticks.tick() => self.tick(watch),
             }
         }
@@ -421,9 +421,22 @@ impl<'a> Following<'a> {
 
     /// When it counts as away unless something is heard.
     fn silent_at(&self) -> Instant {
-        let patience = if self.published.is_some() { SILENCE } else { SILENCE_AT_START };
         let after = |at: Instant, patience| at.checked_add(patience).unwrap_or(at);
-        after(self.heard, SILENCE).min(after(self.heard_watch, patience))
+        after(self.heard, SILENCE).min(after(self.heard_watch, self.patience()))
+    }
+
+    /// For how long the watch may have nothing to say.
+    fn patience(&self) -> Duration {
+        if self.published.is_some() { SILENCE } else { SILENCE_AT_START }
+    }
+
+    fn silent(&self) -> EngineError {
+        let message = if self.heard.elapsed() >= SILENCE {
+            format!("etcd gave no sign of life for {SILENCE:?}")
+        } else {
+            format!("the watch of etcd had nothing to say for {:?}", self.patience())
+        };
+        EngineError::Unavailable(message)
     }
 
     fn tick(&mut self, watch: &Watch) {

@@ -44,12 +44,13 @@ const FETCH_PAUSE: Duration = Duration::from_secs(2);
 /// About this number of messages, or of bytes of values, is given to the node at once.
 const CHANGES_AT_ONCE: usize = 1_024;
 const LEN_AT_ONCE: usize = 4 << 20;
-/// So many markers are purged in one go, and after a failure that is tried again so much later.
+/// At most this number of markers is purged in one go.
 const PURGES_AT_ONCE: usize = 256;
+/// The pause after a purge that failed.
 const PURGE_RETRY: Duration = Duration::from_secs(60);
 /// By how much the clocks of servers and this one's idea of them may differ.
 const CLOCK_DRIFT_MS: u64 = 2_000;
-/// Where the generation of the data is kept. Nobody's key: it has a byte that no key has, spelled in a way that no key is.
+/// Where the generation of the data is kept. No client's key: it has a byte that no key has, spelled in a way that no key is.
 const GENERATION: &str = "=00nkv.generation";
 /// What is put there only takes a sequence.
 const STEP: &str = "=00nkv.step";
@@ -88,7 +89,7 @@ pub(crate) async fn follow(shared: &Shared, seen: Option<Seen>, feed: &Feed) -> 
     }
 }
 
-/// When it is dropped, the bucket is followed no more, for whatever reason: writes that are under way have no answer any more.
+/// When it is dropped, the bucket is followed no more: writes that are under way get no answer.
 struct Followed<'a> {
     shared: &'a Shared,
     link: &'a Link,

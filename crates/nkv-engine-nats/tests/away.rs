@@ -62,7 +62,7 @@ async fn while_a_server_stands_still_reads_go_on_and_writes_are_refused_and_neve
         nkv.put("a", "1").await.unwrap();
         server.signal(Signal::STOP);
         let stopped = Instant::now();
-        // Under way: nobody knows what becomes of it.
+        // Under way: its outcome is unknown.
         let under_way = async {
             loop {
                 // It takes its time to stand still.

@@ -396,8 +396,8 @@ async fn a_missing_bucket_is_created_once_or_refused() {
     for checked in futures_util::future::join_all(engines.iter().map(NatsEngine::check)).await {
         checked.unwrap();
     }
-    let nobody = Options::new(["127.0.0.1:1"], "test").unwrap();
-    let away = NatsEngine::new(nobody).check().await;
+    let unreachable = Options::new(["127.0.0.1:1"], "test").unwrap();
+    let away = NatsEngine::new(unreachable).check().await;
     assert!(matches!(away, Err(EngineError::Unavailable(_))), "{away:?}");
 }
 
@@ -431,7 +431,7 @@ async fn markers_of_deletes_are_purged_and_a_value_put_again_stays() {
         for number in 0..50 {
             assert_eq!(other.get(&format!("again.{number}")).await.as_deref(), Some("2"), "a value was purged");
         }
-        // Nobody was notified of what was no change, nor began anew over it.
+        // No subscriber was notified of what was no change, and no node began anew over it.
         let mut seen = Vec::new();
         while let Ok(Some(event)) = timeout(Duration::from_millis(1_200), events.next()).await {
             match event {

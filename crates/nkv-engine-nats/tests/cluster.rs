@@ -37,7 +37,7 @@ async fn the_death_of_a_leader_loses_nothing_that_was_acknowledged() {
     let writer = {
         let (a, b) = (a.clone(), b.clone());
         tokio::spawn(async move {
-            // The last value of each key that was acknowledged, and those after it of which nobody knows.
+            // The last value of each key that was acknowledged, and the last one after it whose outcome is unknown.
             let mut known = BTreeMap::<String, (u32, u32)>::new();
             let (mut refused, mut unknown, began) = (0, 0, Instant::now());
             for number in 1.. {

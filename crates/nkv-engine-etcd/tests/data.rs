@@ -407,9 +407,12 @@ async fn behind_a_transaction_that_is_refused_writes_share_transactions_again() 
 async fn a_put_that_is_given_up_leaves_no_lease() {
     let Some(server) = Server::start().await else { return };
     let (_node, nkv) = node(server.engine("app")).await;
+    let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let before = tasks();
     for n in 0..40 {
         let ttl = PutOptions::default().with_ttl(Duration::from_secs(600));
         drop(timeout(Duration::from_micros(100 * n), nkv.put_with("k", "1", ttl)).await);
     }
-    eventually("those under way are done", async || leases(&server) <= 1).await;
+    eventually("those under way are done", async || tasks() <= before).await;
+    eventually("one value has one lease", async || leases(&server) <= 1).await;
 }

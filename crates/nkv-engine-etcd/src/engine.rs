@@ -121,10 +121,6 @@ impl Inner {
         }
     }
 
-    pub(crate) fn hides(&self, key: &Key) -> bool {
-        self.known().large.contains(key)
-    }
-
     /// This node is about to put a value that ends then, by this lease.
     pub(crate) fn note_own(&self, lease: i64, expiry: Expiry) {
         let until = Instant::now().checked_add(Duration::from_millis(expiry.ttl_ms));

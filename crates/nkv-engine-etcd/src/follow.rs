@@ -17,7 +17,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use crate::engine::{At, Inner, Published};
+use crate::engine::{At, Inner, Known, Published};
 use crate::fault;
 use crate::fetch::{State, delete, number, own, put, revision};
 use crate::names::Name;
@@ -136,6 +136,18 @@ enum Job {
     Fence(Result<(), EngineError>),
     /// Whether anything was compacted was looked at.
     History,
+}
+
+/// What events come to.
+#[derive(Default)]
+struct Translated {
+    changes: Vec<Change>,
+    /// Leases of this node that no value has any more.
+    replaced: Vec<i64>,
+    /// How many keys nkv cannot show.
+    foreign: u64,
+    /// Another generation of nkv's data begins.
+    is_other: bool,
 }
 
 struct Watch {
@@ -314,10 +326,9 @@ impl<'a> Following<'a> {
             return Err(unavailable("etcd told of a change too late: the whole state is needed"));
         }
         let last = events.iter().rev().find_map(|event| event.kv.clone().map(|kv| (event.r#type, kv)));
-        let (mut changes, mut is_other) = (Vec::with_capacity(events.len()), false);
-        for of_one_revision in events.chunk_by(|a, b| at(a) == at(b)) {
-            is_other |= self.translate(of_one_revision, &mut changes);
-        }
+        let Translated { changes, replaced, foreign, is_other } = self.translate(&events);
+        revoke(&self.session, replaced);
+        self.etcd.note_foreign(foreign);
         let end = last.as_ref().map_or(self.at, |(_, kv)| kv.mod_revision).max(self.complete);
         if end > self.at {
             let last_change = changes.last().map_or(Revision::ZERO, |change: &Change| change.revision);
@@ -350,13 +361,22 @@ impl<'a> Following<'a> {
         }
     }
 
-    /// What the events of one revision change for the node. Whether another generation of nkv's data begins.
-    fn translate(&mut self, events: &[Event], changes: &mut Vec<Change>) -> bool {
+    /// What events change for the node.
+    fn translate(&self, events: &[Event]) -> Translated {
+        let mut translated = Translated { changes: Vec::with_capacity(events.len()), ..Translated::default() };
+        let mut known = self.etcd.known();
+        for of_one_revision in events.chunk_by(|a, b| at(a) == at(b)) {
+            self.translate_one(of_one_revision, &mut known, &mut translated);
+        }
+        translated
+    }
+
+    /// What the events of one revision change.
+    fn translate_one(&self, events: &[Event], known: &mut Known, translated: &mut Translated) {
+        let Translated { changes, replaced, foreign, .. } = translated;
         let events = || events.iter().filter_map(|event| event.kv.as_ref().map(|kv| (event.r#type, kv)));
         let is_put = |kind: i32| kind == i32::from(EventType::Put);
-        let (mut ended, mut replaced) = (HashSet::<Key>::new(), Vec::new());
-        let mut foreign = 0_u64;
-        let mut known = self.etcd.known();
+        let mut ended = HashSet::<Key>::new();
         let names: Vec<(i32, &KeyValue, Name)> =
             events().map(|(kind, kv)| (kind, kv, self.etcd.names.parse(&kv.key))).collect();
         for (kind, kv, name) in &names {
@@ -374,7 +394,7 @@ impl<'a> Following<'a> {
         for (kind, kv, name) in names {
             match name {
                 Name::Value(key) if is_put(kind) && kv.value.len() > self.etcd.options.value_len_max => {
-                    foreign = foreign.saturating_add(1);
+                    *foreign = foreign.saturating_add(1);
                     known.large.insert(key.clone());
                     replaced.extend(known.end_value(&key, kv.lease));
                     changes.push(delete(key, kv.mod_revision, Reason::Deleted));
@@ -383,7 +403,7 @@ impl<'a> Following<'a> {
                     known.large.remove(&key);
                     replaced.extend(known.end_value(&key, kv.lease));
                     if is_put(kind) {
-                        changes.push(put(key, kv, &known));
+                        changes.push(put(key, kv, known));
                     } else {
                         // A delete of everything takes the records with it.
                         let is_end = !is_other && ended.contains(&key);
@@ -391,14 +411,11 @@ impl<'a> Following<'a> {
                         changes.push(delete(key, kv.mod_revision, reason));
                     }
                 }
-                Name::Foreign => foreign = foreign.saturating_add(1),
+                Name::Foreign => *foreign = foreign.saturating_add(1),
                 Name::Lease(_) | Name::Generation | Name::Own => {}
             }
         }
-        drop(known);
-        revoke(&self.session, replaced);
-        self.etcd.note_foreign(foreign);
-        is_other
+        translated.is_other |= is_other;
     }
 
     /// Has the node take writes, if it has seen all that there was.

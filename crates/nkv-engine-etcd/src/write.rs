@@ -90,7 +90,7 @@ impl Inner {
             for (op, lease) in ops.iter().zip(&leases) {
                 match op {
                     Op::Delete { pattern: pattern @ (Pattern::Below(_) | Pattern::All), if_revision: None } => {
-                        let scan = self.scan(session, pattern).await?;
+                        let scan = self.scan(session, pattern, drop).await?;
                         guards.extend(self.guards(pattern, scan.revision));
                         parts.push(Part { requests: scan.ranges.into_iter().map(delete).collect(), of: Of::Delete });
                     }
@@ -210,10 +210,15 @@ impl Inner {
         }
     }
 
-    /// Where a pattern selects keys of nkv, and none else.
-    async fn scan(&self, session: &Session, pattern: &Pattern) -> Result<Scan, EngineError> {
+    /// Where a pattern selects keys of nkv, and none else. Each of them is visited.
+    async fn scan(
+        &self,
+        session: &Session,
+        pattern: &Pattern,
+        mut visit: impl FnMut(Key),
+    ) -> Result<Scan, EngineError> {
         let Range { from, to } = self.names.selected(pattern);
-        let mut scan = Scan { ranges: Vec::new(), keys: Vec::new(), revision: 0 };
+        let mut scan = Scan { ranges: Vec::new(), revision: 0 };
         let (mut start, mut at, mut has_keys) = (from.clone(), from, false);
         loop {
             let request = RangeRequest {
@@ -228,11 +233,12 @@ impl Inner {
             if scan.revision == 0 {
                 scan.revision = page.header.unwrap_or_default().revision;
             }
+            let known = self.known();
             for kv in &page.kvs {
                 match self.names.parse(&kv.key) {
-                    Name::Value(key) if !self.hides(&key) => {
+                    Name::Value(key) if !known.large.contains(&key) => {
                         has_keys = true;
-                        scan.keys.push(key);
+                        visit(key);
                     }
                     _ => {
                         if has_keys {
@@ -242,6 +248,7 @@ impl Inner {
                     }
                 }
             }
+            drop(known);
             match page.kvs.last() {
                 Some(last) if page.more => at = behind(&last.key),
                 _ => break,
@@ -273,7 +280,8 @@ impl Inner {
 
     /// A wildcard delete that one transaction does not take.
     async fn delete_key_by_key(&self, session: &Arc<Session>, pattern: &Pattern) -> Result<Outcome, EngineError> {
-        let Scan { keys, .. } = self.scan(session, pattern).await?;
+        let mut keys = Vec::new();
+        self.scan(session, pattern, |key| keys.push(key)).await?;
         let (mut count, mut last) = (0_u64, Revision::ZERO);
         for some in keys.chunks(OPS_MAX) {
             let part =
@@ -342,7 +350,6 @@ enum Fault {
 struct Scan {
     /// Around everything that nkv does not show.
     ranges: Vec<Range>,
-    keys: Vec<Key>,
     revision: i64,
 }
 

@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use nkv_core::{Epoch, Expiry, Key, Op, Revision};
+use nkv_core::{Epoch, Expiry, Key, Op};
 use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, RateLimitedLog, Seen};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
 use crate::fault;
+use crate::fetch::revision;
 use crate::login::Login;
 use crate::names::Names;
 use crate::options::Options;
@@ -226,7 +227,7 @@ impl Engine for EtcdEngine {
         let read =
             timeout(LAST_LIMIT, session.range(request)).await.map_err(|_| away("etcd did not answer in time"))?;
         let header = read.map_err(|status| fault::of_request(&status))?.header.unwrap_or_default();
-        let revision = Revision::new(u64::try_from(header.revision).unwrap_or_default());
+        let revision = revision(header.revision);
         if self.0.known().at.as_ref().is_none_or(|at| at.seen.revision < revision) {
             self.0.wanted.notify_one();
         }

@@ -374,9 +374,8 @@ impl Part {
     /// Only if the key has this revision.
     fn under(self, name: Bytes, if_revision: Option<Revision>) -> Part {
         let Some(expected) = if_revision else { return self };
-        let expected = i64::try_from(expected.get()).unwrap_or(i64::MAX);
         let request = TxnRequest {
-            compare: vec![mod_is(name.clone(), expected)],
+            compare: vec![mod_is(name.clone(), number(expected))],
             success: self.requests,
             failure: vec![look(name)],
         };

@@ -72,7 +72,7 @@ impl EtcdEngine {
     pub fn new(options: Options) -> Self {
         EtcdEngine(Arc::new(Inner {
             names: Names::new(options.prefix()),
-            login: Login::new(options.user.clone(), options.password_file.clone()),
+            login: Login::new(options.user.clone()),
             options,
             ids: Mutex::default(),
             session: Mutex::default(),

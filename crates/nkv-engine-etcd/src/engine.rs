@@ -153,7 +153,7 @@ impl Known {
     }
 
     /// The key has another value now, with this lease (0: none), or none. Returns the lease that it had if it is this node's to
-    /// revoke: each node revokes those that it has made, so that each is revoked once, whoever has changed the value.
+    /// revoke: each node revokes those that it has made, so that each is revoked once, also where another node changes the value.
     pub(crate) fn end_value(&mut self, key: &Key, lease: i64) -> Option<i64> {
         let before = self.leases.get(key).copied();
         before.filter(|before| *before != lease && self.own.remove(before).is_some())

@@ -1,4 +1,4 @@
-//! The feed: the state or what changed since, then each change as the watch tells it.
+//! The feed: the state or what changed since, then each change as the watch brings it.
 
 use std::collections::HashSet;
 use std::convert::Infallible;
@@ -38,7 +38,7 @@ const SILENCE_AT_START: Duration = Duration::from_secs(60);
 /// A node that is so long behind the revision of an etcd that says it without order asks for it in order.
 const BEHIND: Duration = Duration::from_secs(60);
 const FENCE_PAUSE: Duration = Duration::from_millis(100);
-/// So many answers, or bytes of values and a last answer, are applied as one batch at most.
+/// At most this number of answers, or of bytes of values and one more answer, are applied as one batch.
 const JOINED_MAX: usize = 256;
 const JOINED_LEN_MAX: usize = 4 << 20;
 /// From this revision on a history of which nothing was compacted is worth a warning.
@@ -172,8 +172,8 @@ struct Following<'a> {
     ready_len: usize,
     /// A revision up to which there is no other event than those in `ready`.
     complete: i64,
-    /// The highest revision that etcd has told, in whatever order.
-    told: i64,
+    /// The highest revision that etcd has reported, in any order.
+    reported: i64,
     behind_since: Option<Instant>,
     fenced: Option<Instant>,
     history_seen: Option<Instant>,
@@ -196,7 +196,7 @@ impl<'a> Following<'a> {
             ready: Vec::new(),
             ready_len: 0,
             complete: at,
-            told: at,
+            reported: at,
             behind_since: None,
             fenced: None,
             history_seen: None,
@@ -301,7 +301,7 @@ impl<'a> Following<'a> {
             }
             return Err(EngineError::Unavailable(format!("etcd has ended the watch: {}", answer.cancel_reason)));
         }
-        self.told = self.told.max(header.revision);
+        self.reported = self.reported.max(header.revision);
         if answer.created {
             return Ok(true);
         }
@@ -323,7 +323,7 @@ impl<'a> Following<'a> {
         self.ready_len = 0;
         if events.iter().any(|event| at(event) <= self.at) {
             self.etcd.known().at = None;
-            return Err(unavailable("etcd told of a change too late: the whole state is needed"));
+            return Err(unavailable("etcd reported a change too late: the whole state is needed"));
         }
         let last = events.iter().rev().find_map(|event| event.kv.clone().map(|kv| (event.r#type, kv)));
         let Translated { changes, replaced, foreign, is_other } = self.translate(&events);
@@ -340,7 +340,7 @@ impl<'a> Following<'a> {
             }
             self.note(end, last);
         }
-        if self.at >= self.told {
+        if self.at >= self.reported {
             self.behind_since = None;
         }
         if is_other {
@@ -424,7 +424,7 @@ impl<'a> Following<'a> {
             return Ok(());
         }
         if let Some(start) = self.resumed_at.take() {
-            // A delete at the very revision up to which etcd compacts is not told: what was missed must still be there.
+            // A delete at the very revision up to which etcd compacts is not delivered: what was missed must still be there.
             let still = self.session.read_at(self.etcd.names.generation().into(), start).await;
             if let Err(status) = still {
                 self.etcd.known().at = None;
@@ -457,17 +457,17 @@ impl<'a> Following<'a> {
     }
 
     fn tick(&mut self, watch: &Watch) {
-        if self.at < self.told {
+        if self.at < self.reported {
             self.behind_since.get_or_insert_with(Instant::now);
         }
         let is_long_behind = self.behind_since.is_some_and(|since| since.elapsed() > BEHIND);
         self.ask(watch, is_long_behind || self.at < self.target);
         let is_warned = &self.etcd.warned_of_history;
         let is_due = self.history_seen.is_none_or(|at| at.elapsed() > HISTORY_PAUSE);
-        if self.told > HISTORY_MAX && is_due && !is_warned.load(Relaxed) {
+        if self.reported > HISTORY_MAX && is_due && !is_warned.load(Relaxed) {
             self.history_seen = Some(Instant::now());
             let key = self.etcd.names.generation().into();
-            let warned = warn_of_history(Arc::clone(&self.session), key, self.told, Arc::clone(is_warned));
+            let warned = warn_of_history(Arc::clone(&self.session), key, self.reported, Arc::clone(is_warned));
             self.jobs.spawn(warned.map(|()| Job::History));
         }
         if self.published.is_none() && self.jobs.is_empty() {

@@ -1,4 +1,4 @@
-//! How an engine is told where etcd is.
+//! Options of the engine: where etcd is.
 
 use std::path::{Path, PathBuf};
 
@@ -6,7 +6,7 @@ use percent_encoding::percent_decode_str;
 use thiserror::Error;
 
 const PORT: &str = "2379";
-/// What etcd takes in a request unless it was told otherwise, less what is around the value.
+/// etcd's default limit of a request, less what is around the value.
 const VALUE_LEN_MAX: usize = 1_536 * 1_024 - 16 * 1_024;
 
 /// Where etcd is, and as whom nkv uses it.

@@ -431,9 +431,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_are_told_apart() {
-        let told = ["3.4.23", "3.4.25", "3.5.1", "3.5.8", "3.6.0-rc.1", "3.7.2", "4.0.0", "x"].map(tells_progress);
-        assert_eq!(told, [false, true, false, true, true, true, true, false]);
+    fn versions_are_distinguished() {
+        let known = ["3.4.23", "3.4.25", "3.5.1", "3.5.8", "3.6.0-rc.1", "3.7.2", "4.0.0", "x"].map(tells_progress);
+        assert_eq!(known, [false, true, false, true, true, true, true, false]);
     }
 
     #[test]
@@ -446,7 +446,7 @@ mod tests {
         assert_eq!(
             epoch(1, "a", b"x").to_string(),
             "4bfe3204a304a0fec1f64a28c4862f3b",
-            "nodes of two releases tell one epoch"
+            "nodes of two releases have one epoch"
         );
     }
 

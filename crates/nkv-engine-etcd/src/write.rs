@@ -21,10 +21,10 @@ use crate::rpc::{
 };
 use crate::session::{Session, revoke};
 
-/// So many plain writes of one caller go in one transaction, at most.
+/// At most this number of plain writes of one caller go in one transaction.
 const JOINED_MAX: usize = 64;
 const JOINED_LEN_MAX: usize = 256 << 10;
-/// etcd's own limit of operations in a transaction, unless it was told otherwise.
+/// etcd's default limit of operations in a transaction.
 const OPS_MAX: usize = 128;
 /// How often a wildcard delete in one step is tried, where keys are written meanwhile.
 const STEP_TRIES: usize = 3;
@@ -97,7 +97,7 @@ impl Inner {
                     op => parts.push(self.part(op, lease.as_ref().map_or(0, |lease| lease.id))),
                 }
             }
-            // From here on the transaction may be done, whoever gives up.
+            // From here on the transaction may be done, even if the caller gives up.
             leases.iter_mut().flatten().for_each(|lease| lease.is_put = true);
             match self.commit(session, parts, guards).await {
                 Ok(Some(outcomes)) => {
@@ -134,7 +134,7 @@ impl Inner {
                 let name = Bytes::from(self.names.value(key));
                 let mut requests = vec![put(name.clone(), value.clone(), lease)];
                 if lease != 0 {
-                    // It ends with the value, in one revision: so a value that ended is told from one that was deleted.
+                    // It ends with the value, in one revision: so a value that ended is distinguished from one that was deleted.
                     requests.push(put(self.names.lease(key).into(), Bytes::new(), lease));
                 }
                 Part { requests, of: Of::Put }.under(name, options.if_revision)

@@ -90,7 +90,7 @@ async fn a_node_starts_without_etcd_and_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_changed_meanwhile_is_told_once() {
+async fn what_changed_meanwhile_is_delivered_once() {
     let Some(mut server) = Server::start().await else { return };
     let proxy = Proxy::start(server.server()).await;
     let (_node, nkv) = node(proxy.engine("app")).await;
@@ -110,7 +110,7 @@ async fn what_changed_meanwhile_is_told_once() {
             server.restart().await;
         }
         if round == 2 {
-            // Of what was missed nothing is left to be told, and least of all the delete, which is the last.
+            // Of what was missed nothing is left to be delivered, and least of all the delete, which is the last.
             server.must(&["compact", &server.revision().to_string()]);
         }
         proxy.set(Passing::Both);
@@ -134,9 +134,9 @@ async fn what_changed_meanwhile_is_told_once() {
     assert_eq!(nkv.epoch(), epoch);
 }
 
-/// The bug of etcd#18089: a delete at the very revision to which is compacted is not told to a watch from there.
+/// The bug of etcd#18089: a delete at the very revision to which is compacted is not delivered to a watch from there.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_delete_at_the_next_revision_is_told_although_etcd_has_compacted_to_it() {
+async fn a_delete_at_the_next_revision_is_delivered_although_etcd_has_compacted_to_it() {
     let Some(server) = Server::start().await else { return };
     let proxy = Proxy::start(server.server()).await;
     let (_node, nkv) = node(proxy.engine("app")).await;

@@ -100,7 +100,7 @@ async fn a_user_has_its_own_prefix() {
     let options = |prefix: &str| server.options(prefix).with_user("nkv", &file);
     let message = refused(options("app")).await;
     assert!(!message.contains("wrong"), "{message}");
-    assert!(EtcdEngine::new(server.options("app")).check().await.is_err(), "nobody");
+    assert!(EtcdEngine::new(server.options("app")).check().await.is_err(), "without a user");
     std::fs::write(&file, "secret\n").unwrap();
     let message = refused(options("other")).await;
     assert!(message.contains("permission denied"), "{message}");

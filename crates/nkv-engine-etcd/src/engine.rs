@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use nkv_core::{Epoch, Expiry, Key, Op, Revision};
-use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, Seen};
+use nkv_core::{Epoch, Expiry, Key, Op};
+use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, RateLimitedLog, Seen};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
 use crate::fault;
+use crate::fetch::revision;
 use crate::login::Login;
 use crate::names::Names;
 use crate::options::Options;
@@ -39,6 +40,7 @@ pub(crate) struct Inner {
     /// A client waits for a revision that the feed has not reached.
     pub(crate) wanted: Notify,
     pub(crate) warned_of_history: Arc<AtomicBool>,
+    pub(crate) log: RateLimitedLog,
 }
 
 /// What is known of the data.
@@ -70,13 +72,14 @@ impl EtcdEngine {
     pub fn new(options: Options) -> Self {
         EtcdEngine(Arc::new(Inner {
             names: Names::new(options.prefix()),
-            login: Login::new(options.user.clone(), options.password_file.clone()),
+            login: Login::new(options.user.clone()),
             options,
             ids: Mutex::default(),
             session: Mutex::default(),
             known: Mutex::default(),
             wanted: Notify::new(),
             warned_of_history: Arc::default(),
+            log: RateLimitedLog::default(),
         }))
     }
 
@@ -111,8 +114,12 @@ impl Inner {
         Published { etcd: self, session }
     }
 
-    pub(crate) fn hides(&self, key: &Key) -> bool {
-        self.known().large.contains(key)
+    /// Logs how many keys nkv cannot show, if there are any.
+    pub(crate) fn note_foreign(&self, count: u64) {
+        if count > 0 {
+            let prefix = self.names.prefix();
+            self.log.warn("foreign", format_args!("etcd: {count} keys below '{prefix}' that nkv cannot show"));
+        }
     }
 
     /// This node is about to put a value that ends then, by this lease.
@@ -146,7 +153,7 @@ impl Known {
     }
 
     /// The key has another value now, with this lease (0: none), or none. Returns the lease that it had if it is this node's to
-    /// revoke: each node revokes those that it has made, so that each is revoked once, whoever has changed the value.
+    /// revoke: each node revokes those that it has made, so that each is revoked once, also where another node changes the value.
     pub(crate) fn end_value(&mut self, key: &Key, lease: i64) -> Option<i64> {
         let before = self.leases.get(key).copied();
         before.filter(|before| *before != lease && self.own.remove(before).is_some())
@@ -220,7 +227,7 @@ impl Engine for EtcdEngine {
         let read =
             timeout(LAST_LIMIT, session.range(request)).await.map_err(|_| away("etcd did not answer in time"))?;
         let header = read.map_err(|status| fault::of_request(&status))?.header.unwrap_or_default();
-        let revision = Revision::new(u64::try_from(header.revision).unwrap_or_default());
+        let revision = revision(header.revision);
         if self.0.known().at.as_ref().is_none_or(|at| at.seen.revision < revision) {
             self.0.wanted.notify_one();
         }

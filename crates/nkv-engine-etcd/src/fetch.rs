@@ -74,12 +74,9 @@ impl Inner {
             if state.revision == 0 {
                 state.revision = page.header.unwrap_or_default().revision;
             }
-            let (mut len, count) = (0_usize, page.kvs.len());
+            let count = page.kvs.len();
             let next = page.kvs.last().filter(|_| page.more).map(|last| Bytes::from(behind(&last.key)));
-            for kv in page.kvs {
-                len = len.saturating_add(kv.value.len()).saturating_add(kv.key.len());
-                self.take(kv, &mut state)?;
-            }
+            let len = self.take(page.kvs, &mut state)?;
             let Some(next) = next else { return Ok(Some(state)) };
             at = next;
             let fitting = PAGE_LEN.checked_div(len.checked_div(count).unwrap_or(1)).unwrap_or(usize::MAX);
@@ -88,27 +85,32 @@ impl Inner {
         }
     }
 
-    fn take(&self, kv: KeyValue, state: &mut State) -> Result<(), EngineError> {
-        if let Some(inner) = self.names.nested(&kv.key) {
-            return Err(nested(inner, self.names.prefix()));
-        }
-        match self.names.parse(&kv.key) {
-            Name::Value(key) if kv.value.len() > self.options.value_len_max => {
-                state.large.insert(key);
-                state.foreign = state.foreign.saturating_add(1);
+    /// Takes a page, and returns how many bytes it had.
+    fn take(&self, page: Vec<KeyValue>, state: &mut State) -> Result<usize, EngineError> {
+        let mut len = 0_usize;
+        let known = self.known();
+        for kv in &page {
+            len = len.saturating_add(kv.value.len()).saturating_add(kv.key.len());
+            if let Some(inner) = self.names.nested(&kv.key) {
+                return Err(nested(inner, self.names.prefix()));
             }
-            Name::Value(key) => {
-                let change = put(key, &kv, &self.known());
-                state.changes.push(change);
+            match self.names.parse(&kv.key) {
+                Name::Value(key) if kv.value.len() > self.options.value_len_max => {
+                    state.large.insert(key);
+                    state.foreign = state.foreign.saturating_add(1);
+                }
+                Name::Value(key) => state.changes.push(put(key, kv, &known)),
+                Name::Lease(key) => drop(state.leases.insert(key, kv.lease)),
+                Name::Generation | Name::Own => {}
+                Name::Foreign => state.foreign = state.foreign.saturating_add(1),
             }
-            Name::Lease(key) => drop(state.leases.insert(key, kv.lease)),
-            Name::Generation | Name::Own => {}
-            Name::Foreign => state.foreign = state.foreign.saturating_add(1),
         }
-        if kv.mod_revision > state.last.mod_revision {
-            state.last = own(kv);
+        drop(known);
+        let last = page.into_iter().max_by_key(|kv| kv.mod_revision);
+        if let Some(last) = last.filter(|last| last.mod_revision > state.last.mod_revision) {
+            state.last = own(last);
         }
-        Ok(())
+        Ok(len)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The feed: the state or what changed since, then each change as the watch tells it.
+//! The feed: the state or what changed since, then each change as the watch brings it.
 
 use std::collections::HashSet;
 use std::convert::Infallible;
@@ -17,7 +17,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use crate::engine::{At, Inner, Published};
+use crate::engine::{At, Inner, Known, Published};
 use crate::fault;
 use crate::fetch::{State, delete, number, own, put, revision};
 use crate::names::Name;
@@ -38,13 +38,12 @@ const SILENCE_AT_START: Duration = Duration::from_secs(60);
 /// A node that is so long behind the revision of an etcd that says it without order asks for it in order.
 const BEHIND: Duration = Duration::from_secs(60);
 const FENCE_PAUSE: Duration = Duration::from_millis(100);
-/// So many answers, or bytes of values and a last answer, are applied as one batch at most.
+/// At most this number of answers, or of bytes of values and one more answer, are applied as one batch.
 const JOINED_MAX: usize = 256;
 const JOINED_LEN_MAX: usize = 4 << 20;
 /// From this revision on a history of which nothing was compacted is worth a warning.
 const HISTORY_MAX: i64 = 10_000;
 const HISTORY_PAUSE: Duration = Duration::from_secs(3_600);
-const FOREIGN_PAUSE: Duration = Duration::from_secs(60);
 
 /// Follows, for as long as it goes well.
 pub(crate) async fn follow(etcd: &Inner, seen: Option<Seen>, feed: &Feed) -> Result<Infallible, EngineError> {
@@ -100,10 +99,7 @@ async fn fetch(etcd: &Inner, session: &Session, seen: Option<Seen>, feed: &Feed)
         }
         Err(error) => return Err(error),
     }
-    if foreign > 0 {
-        let prefix = etcd.names.prefix();
-        tracing::warn!(target: "nkv::engine", foreign, "etcd: there are keys below '{prefix}' that nkv cannot show");
-    }
+    etcd.note_foreign(foreign);
     let last = (last.key.clone(), Some(last));
     etcd.known().at = Some(at_of(session, Seen { epoch: session.epoch, revision: revision(at) }, last));
     Ok(at)
@@ -142,6 +138,18 @@ enum Job {
     History,
 }
 
+/// What events come to.
+#[derive(Default)]
+struct Translated {
+    changes: Vec<Change>,
+    /// Leases of this node that no value has any more.
+    replaced: Vec<i64>,
+    /// How many keys nkv cannot show.
+    foreign: u64,
+    /// Another generation of nkv's data begins.
+    is_other: bool,
+}
+
 struct Watch {
     requests: mpsc::Sender<WatchRequest>,
     answers: Streaming<WatchResponse>,
@@ -164,16 +172,14 @@ struct Following<'a> {
     ready_len: usize,
     /// A revision up to which there is no other event than those in `ready`.
     complete: i64,
-    /// The highest revision that etcd has told, in whatever order.
-    told: i64,
+    /// The highest revision that etcd has reported, in any order.
+    reported: i64,
     behind_since: Option<Instant>,
     fenced: Option<Instant>,
     history_seen: Option<Instant>,
     heard: Instant,
     heard_watch: Instant,
     jobs: JoinSet<Job>,
-    foreign: u64,
-    foreign_told: Option<Instant>,
 }
 
 impl<'a> Following<'a> {
@@ -190,15 +196,13 @@ impl<'a> Following<'a> {
             ready: Vec::new(),
             ready_len: 0,
             complete: at,
-            told: at,
+            reported: at,
             behind_since: None,
             fenced: None,
             history_seen: None,
             heard: now,
             heard_watch: now,
             jobs: JoinSet::new(),
-            foreign: 0,
-            foreign_told: None,
         }
     }
 
@@ -242,7 +246,7 @@ impl<'a> Following<'a> {
                 }
                 Some(job) = self.jobs.join_next(), if !self.jobs.is_empty() => self.end(job.ok())?,
                 () = self.etcd.wanted.notified() => self.ask(watch, true),
-                () = sleep_until(silent_at) => return Err(unavailable("etcd gave no sign of life for 2 s")),
+                () = sleep_until(silent_at) => return Err(self.silent()),
                 _ = ticks.tick() => self.tick(watch),
             }
         }
@@ -297,7 +301,7 @@ impl<'a> Following<'a> {
             }
             return Err(EngineError::Unavailable(format!("etcd has ended the watch: {}", answer.cancel_reason)));
         }
-        self.told = self.told.max(header.revision);
+        self.reported = self.reported.max(header.revision);
         if answer.created {
             return Ok(true);
         }
@@ -319,13 +323,12 @@ impl<'a> Following<'a> {
         self.ready_len = 0;
         if events.iter().any(|event| at(event) <= self.at) {
             self.etcd.known().at = None;
-            return Err(unavailable("etcd told of a change too late: the whole state is needed"));
+            return Err(unavailable("etcd reported a change too late: the whole state is needed"));
         }
         let last = events.iter().rev().find_map(|event| event.kv.clone().map(|kv| (event.r#type, kv)));
-        let (mut changes, mut is_other) = (Vec::with_capacity(events.len()), false);
-        for of_one_revision in events.chunk_by(|a, b| at(a) == at(b)) {
-            is_other |= self.translate(of_one_revision, &mut changes);
-        }
+        let Translated { changes, replaced, foreign, is_other } = self.translate(&events);
+        revoke(&self.session, replaced);
+        self.etcd.note_foreign(foreign);
         let end = last.as_ref().map_or(self.at, |(_, kv)| kv.mod_revision).max(self.complete);
         if end > self.at {
             let last_change = changes.last().map_or(Revision::ZERO, |change: &Change| change.revision);
@@ -337,7 +340,7 @@ impl<'a> Following<'a> {
             }
             self.note(end, last);
         }
-        if self.at >= self.told {
+        if self.at >= self.reported {
             self.behind_since = None;
         }
         if is_other {
@@ -358,13 +361,22 @@ impl<'a> Following<'a> {
         }
     }
 
-    /// What the events of one revision change for the node. Whether another generation of nkv's data begins.
-    fn translate(&mut self, events: &[Event], changes: &mut Vec<Change>) -> bool {
+    /// What events change for the node.
+    fn translate(&self, events: &[Event]) -> Translated {
+        let mut translated = Translated { changes: Vec::with_capacity(events.len()), ..Translated::default() };
+        let mut known = self.etcd.known();
+        for of_one_revision in events.chunk_by(|a, b| at(a) == at(b)) {
+            self.translate_one(of_one_revision, &mut known, &mut translated);
+        }
+        translated
+    }
+
+    /// What the events of one revision change.
+    fn translate_one(&self, events: &[Event], known: &mut Known, translated: &mut Translated) {
+        let Translated { changes, replaced, foreign, .. } = translated;
         let events = || events.iter().filter_map(|event| event.kv.as_ref().map(|kv| (event.r#type, kv)));
         let is_put = |kind: i32| kind == i32::from(EventType::Put);
-        let (mut ended, mut replaced) = (HashSet::<Key>::new(), Vec::new());
-        let mut foreign = 0_u64;
-        let mut known = self.etcd.known();
+        let mut ended = HashSet::<Key>::new();
         let names: Vec<(i32, &KeyValue, Name)> =
             events().map(|(kind, kv)| (kind, kv, self.etcd.names.parse(&kv.key))).collect();
         for (kind, kv, name) in &names {
@@ -382,15 +394,16 @@ impl<'a> Following<'a> {
         for (kind, kv, name) in names {
             match name {
                 Name::Value(key) if is_put(kind) && kv.value.len() > self.etcd.options.value_len_max => {
-                    foreign = foreign.saturating_add(1);
+                    *foreign = foreign.saturating_add(1);
                     known.large.insert(key.clone());
+                    replaced.extend(known.end_value(&key, kv.lease));
                     changes.push(delete(key, kv.mod_revision, Reason::Deleted));
                 }
                 Name::Value(key) => {
                     known.large.remove(&key);
                     replaced.extend(known.end_value(&key, kv.lease));
                     if is_put(kind) {
-                        changes.push(put(key, kv, &known));
+                        changes.push(put(key, kv, known));
                     } else {
                         // A delete of everything takes the records with it.
                         let is_end = !is_other && ended.contains(&key);
@@ -398,23 +411,11 @@ impl<'a> Following<'a> {
                         changes.push(delete(key, kv.mod_revision, reason));
                     }
                 }
-                Name::Foreign => foreign = foreign.saturating_add(1),
+                Name::Foreign => *foreign = foreign.saturating_add(1),
                 Name::Lease(_) | Name::Generation | Name::Own => {}
             }
         }
-        drop(known);
-        revoke(&self.session, replaced);
-        self.note_foreign(foreign);
-        is_other
-    }
-
-    fn note_foreign(&mut self, count: u64) {
-        self.foreign = self.foreign.saturating_add(count);
-        if self.foreign > 0 && self.foreign_told.is_none_or(|at| at.elapsed() > FOREIGN_PAUSE) {
-            let (prefix, foreign) = (self.etcd.names.prefix(), self.foreign);
-            tracing::warn!(target: "nkv::engine", foreign, "etcd: keys were written below '{prefix}' that nkv cannot show");
-            (self.foreign, self.foreign_told) = (0, Some(Instant::now()));
-        }
+        translated.is_other |= is_other;
     }
 
     /// Has the node take writes, if it has seen all that there was.
@@ -423,7 +424,7 @@ impl<'a> Following<'a> {
             return Ok(());
         }
         if let Some(start) = self.resumed_at.take() {
-            // A delete at the very revision up to which etcd compacts is not told: what was missed must still be there.
+            // A delete at the very revision up to which etcd compacts is not delivered: what was missed must still be there.
             let still = self.session.read_at(self.etcd.names.generation().into(), start).await;
             if let Err(status) = still {
                 self.etcd.known().at = None;
@@ -437,23 +438,36 @@ impl<'a> Following<'a> {
 
     /// When it counts as away unless something is heard.
     fn silent_at(&self) -> Instant {
-        let patience = if self.published.is_some() { SILENCE } else { SILENCE_AT_START };
         let after = |at: Instant, patience| at.checked_add(patience).unwrap_or(at);
-        after(self.heard, SILENCE).min(after(self.heard_watch, patience))
+        after(self.heard, SILENCE).min(after(self.heard_watch, self.patience()))
+    }
+
+    /// For how long the watch may have nothing to say.
+    fn patience(&self) -> Duration {
+        if self.published.is_some() { SILENCE } else { SILENCE_AT_START }
+    }
+
+    fn silent(&self) -> EngineError {
+        let message = if self.heard.elapsed() >= SILENCE {
+            format!("etcd gave no sign of life for {SILENCE:?}")
+        } else {
+            format!("the watch of etcd had nothing to say for {:?}", self.patience())
+        };
+        EngineError::Unavailable(message)
     }
 
     fn tick(&mut self, watch: &Watch) {
-        if self.at < self.told {
+        if self.at < self.reported {
             self.behind_since.get_or_insert_with(Instant::now);
         }
         let is_long_behind = self.behind_since.is_some_and(|since| since.elapsed() > BEHIND);
         self.ask(watch, is_long_behind || self.at < self.target);
         let is_warned = &self.etcd.warned_of_history;
         let is_due = self.history_seen.is_none_or(|at| at.elapsed() > HISTORY_PAUSE);
-        if self.told > HISTORY_MAX && is_due && !is_warned.load(Relaxed) {
+        if self.reported > HISTORY_MAX && is_due && !is_warned.load(Relaxed) {
             self.history_seen = Some(Instant::now());
             let key = self.etcd.names.generation().into();
-            let warned = warn_of_history(Arc::clone(&self.session), key, self.told, Arc::clone(is_warned));
+            let warned = warn_of_history(Arc::clone(&self.session), key, self.reported, Arc::clone(is_warned));
             self.jobs.spawn(warned.map(|()| Job::History));
         }
         if self.published.is_none() && self.jobs.is_empty() {

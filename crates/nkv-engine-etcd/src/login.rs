@@ -1,6 +1,6 @@
 //! What each request carries: the token of nkv's user, and that a member without a leader is to say so.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -24,15 +24,14 @@ type Token = MetadataValue<Ascii>;
 /// Clones share the token.
 #[derive(Clone, Debug)]
 pub(crate) struct Login {
-    user: Option<(String, Option<PathBuf>)>,
+    user: Option<(String, PathBuf)>,
     token: Arc<Mutex<Option<Token>>>,
     /// When the last one was refused, and by which words. Held during a login, so that many who want one share it.
     refused: Arc<tokio::sync::Mutex<Option<(Instant, EngineError)>>>,
 }
 
 impl Login {
-    pub(crate) fn new(user: Option<String>, password_file: Option<PathBuf>) -> Self {
-        let user = user.map(|user| (user, password_file));
+    pub(crate) fn new(user: Option<(String, PathBuf)>) -> Self {
         Login { user, token: Arc::default(), refused: Arc::default() }
     }
 
@@ -52,16 +51,15 @@ impl Login {
         {
             return Err(error.clone());
         }
-        let done = authenticate(channel, user, file.as_ref()).await;
+        let done = authenticate(channel, user, file).await;
         *refused = done.as_ref().err().map(|error| (Instant::now(), error.clone()));
         *self.token.lock().unwrap_or_else(PoisonError::into_inner) = Some(done?);
         Ok(())
     }
 }
 
-async fn authenticate(channel: &Channel, user: &str, file: Option<&PathBuf>) -> Result<Token, EngineError> {
+async fn authenticate(channel: &Channel, user: &str, file: &Path) -> Result<Token, EngineError> {
     let refused = |message: String| EngineError::Refused { status: 503, message };
-    let file = file.ok_or_else(|| refused(format!("there is no file with the password of '{user}'")))?;
     let read = tokio::fs::read_to_string(file).await;
     let text = read.map_err(|error| refused(format!("the password file {}: {error}", file.display())))?;
     let password = text.lines().next().unwrap_or_default().to_owned();

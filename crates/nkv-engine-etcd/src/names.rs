@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn nested_prefixes_are_told() {
+    fn nested_prefixes_are_found() {
         let names = Names::new("/a/b/c");
         let outer: Vec<&str> = names.outer().map(|(prefix, _)| prefix).collect();
         assert_eq!(outer, ["/a", "/a/b"]);

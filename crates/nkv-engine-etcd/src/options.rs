@@ -1,4 +1,4 @@
-//! How an engine is told where etcd is.
+//! Options of the engine: where etcd is.
 
 use std::path::{Path, PathBuf};
 
@@ -6,7 +6,7 @@ use percent_encoding::percent_decode_str;
 use thiserror::Error;
 
 const PORT: &str = "2379";
-/// What etcd takes in a request unless it was told otherwise, less what is around the value.
+/// etcd's default limit of a request, less what is around the value.
 const VALUE_LEN_MAX: usize = 1_536 * 1_024 - 16 * 1_024;
 
 /// Where etcd is, and as whom nkv uses it.
@@ -29,8 +29,7 @@ pub struct Options {
     pub(crate) is_tls: bool,
     pub(crate) ca_file: Option<PathBuf>,
     pub(crate) identity_files: Option<(PathBuf, PathBuf)>,
-    pub(crate) user: Option<String>,
-    pub(crate) password_file: Option<PathBuf>,
+    pub(crate) user: Option<(String, PathBuf)>,
     pub(crate) create: bool,
     pub(crate) value_len_max: usize,
 }
@@ -45,8 +44,8 @@ pub enum OptionsError {
     /// There is no prefix.
     #[error("an empty prefix would share all of etcd; name one behind the servers, such as etcd://HOST/nkv")]
     NoPrefix,
-    /// There is a password.
-    #[error("a password does not belong into a URL, where others see it: use --engine-password-file")]
+    /// There is a user, or a password.
+    #[error("a URL has no user and no password, which others could see: use --engine-user and --engine-password-file")]
     Password,
 }
 
@@ -55,9 +54,14 @@ impl Options {
     ///
     /// # Errors
     ///
-    /// [`OptionsError`] where there is no server or no prefix. Slashes at the end of the prefix are none of it.
+    /// [`OptionsError`] where there is no server or no prefix, or a user or password before a server. Slashes at the end of the
+    /// prefix are none of it.
     pub fn new(servers: impl IntoIterator<Item = String>, prefix: &str) -> Result<Self, OptionsError> {
         let servers: Vec<String> = servers.into_iter().map(|server| with_port(&server)).collect();
+        // Before anything of it is shown.
+        if servers.iter().any(|server| server.contains('@')) {
+            return Err(OptionsError::Password);
+        }
         let is_server = |server: &String| server.parse::<tonic::codegen::http::uri::Authority>().is_ok();
         if servers.is_empty() || !servers.iter().all(is_server) {
             return Err(OptionsError::Form(servers.join(",")));
@@ -73,19 +77,18 @@ impl Options {
             ca_file: None,
             identity_files: None,
             user: None,
-            password_file: None,
             create: true,
             value_len_max: VALUE_LEN_MAX,
         })
     }
 
-    /// From `etcd://[USER@]HOST[:PORT][,HOST[:PORT]...]/PREFIX`. The prefix is what stands behind the first slash, with `%XX` for
+    /// From `etcd://HOST[:PORT][,HOST[:PORT]...]/PREFIX`. The prefix is what stands behind the first slash, with `%XX` for
     /// what a URL does not take: `etcd://db1/app` has the keys `app/KEY`, `etcd://db1//app` the keys `/app/KEY`. With `etcds` the
     /// connection is TLS, checked by the certificates that the system trusts unless [`with_ca`](Self::with_ca) names others.
     ///
     /// # Errors
     ///
-    /// [`OptionsError`]: another form, no prefix, or a password.
+    /// [`OptionsError`]: another form, no prefix, or a user or password.
     pub fn from_url(url: &str) -> Result<Self, OptionsError> {
         let form = || OptionsError::Form(without_password(url));
         let (scheme, rest) = url.split_once("://").ok_or_else(form)?;
@@ -95,18 +98,12 @@ impl Options {
             _ => return Err(form()),
         };
         let (servers, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-        let (user, servers) = servers.rsplit_once('@').map_or((None, servers), |(user, servers)| (Some(user), servers));
-        if user.is_some_and(|user| user.contains(':')) {
-            return Err(OptionsError::Password);
-        }
         if prefix.contains(['?', '#']) {
             return Err(form());
         }
-        let decoded = |text: &str| percent_decode_str(text).decode_utf8().map(String::from).map_err(|_| form());
-        let mut options = Options::new(servers.split(',').map(String::from), &decoded(prefix)?)?;
-        options.is_tls = is_tls;
-        options.user = user.map(decoded).transpose()?;
-        Ok(options)
+        let prefix = percent_decode_str(prefix).decode_utf8().map_err(|_| form())?;
+        let options = Options::new(servers.split(',').map(String::from), &prefix)?;
+        Ok(Options { is_tls, ..options })
     }
 
     /// Uses TLS, and trusts the certificates of this PEM file alone.
@@ -125,13 +122,7 @@ impl Options {
     /// Uses etcd as this user, whose password is the first line of the file. It is read anew for each login.
     #[must_use]
     pub fn with_user(self, name: impl Into<String>, password_file: impl AsRef<Path>) -> Self {
-        Options { user: Some(name.into()), ..self }.with_password_file(password_file)
-    }
-
-    /// The file with the password of the user that the URL names.
-    #[must_use]
-    pub fn with_password_file(self, file: impl AsRef<Path>) -> Self {
-        Options { password_file: Some(file.as_ref().to_owned()), ..self }
+        Options { user: Some((name.into(), password_file.as_ref().to_owned())), ..self }
     }
 
     /// Whether a prefix that no nkv has used yet is taken, which is so by default, or refused.
@@ -189,12 +180,17 @@ mod tests {
         for url in ["", "a/p", "http://a/p", "etcd:///p", "etcd://a,,b/p", "etcd://a/p?x=1", "etcd://a b/p"] {
             assert!(matches!(of(url), Err(OptionsError::Form(_))), "{url}: {:?}", of(url));
         }
-        let refused = Options::from_url("etcd://me:secret@a/p").unwrap_err();
+        for url in ["etcd://me:secret@a/p", "etcd://me@a/p", "etcd://a,me:secret@b/p"] {
+            let refused = Options::from_url(url).unwrap_err();
+            assert_eq!(refused, OptionsError::Password, "{url}");
+            assert!(refused.to_string().contains("--engine-password-file"));
+        }
+        let refused = Options::new(["me:secret@a:1".to_owned()], "p").unwrap_err();
         assert_eq!(refused, OptionsError::Password);
-        assert!(refused.to_string().contains("--engine-password-file"));
         let refused = Options::from_url("etcdx://me:secret@a/p").unwrap_err();
         assert!(!refused.to_string().contains("secret"), "{refused}");
-        let named = Options::from_url("etcds://m%40e@a/p").unwrap();
-        assert_eq!((named.user.as_deref(), named.is_tls), (Some("m@e"), true));
+        assert_eq!(of("etcd://a/p@q"), Ok(("a:2379".into(), "p@q".into())));
+        let named = Options::from_url("etcds://a/p").unwrap().with_user("m@e", "password");
+        assert_eq!((named.user, named.is_tls), (Some(("m@e".into(), "password".into())), true));
     }
 }

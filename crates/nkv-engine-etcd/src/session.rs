@@ -17,7 +17,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
-use tonic::{Response, Status};
+use tonic::{Code, Response, Status};
 
 use crate::fault;
 use crate::login::Login;
@@ -83,8 +83,8 @@ impl Session {
     ) -> Result<Self, EngineError> {
         let members = members(options, login).await?;
         check_ids(&members, ids)?;
-        let mut last = EngineError::Unavailable("no member of etcd has a leader".into());
-        for member in members.into_iter().filter(|member| member.status.leader != 0) {
+        let mut last = EngineError::Unavailable("no member of etcd answers".into());
+        for member in members {
             let (server, opening) = (member.server.clone(), Session::of(member, options, names, login));
             match timeout(PROBE_LIMIT, opening).await {
                 Ok(Ok(session)) => return Ok(session),
@@ -145,10 +145,12 @@ impl Session {
     /// A prefix within another nkv's would be deleted by its wildcards.
     async fn check_outer(&self, names: &Names) -> Result<(), EngineError> {
         for (prefix, record) in names.outer() {
-            // What nkv's user may not read is not told apart from what is not there.
-            let read = self.range(RangeRequest { key: record.into(), ..RangeRequest::default() }).await;
-            if read.is_ok_and(|read| !read.kvs.is_empty()) {
-                return Err(nested(names.prefix(), prefix));
+            match self.range(RangeRequest { key: record.into(), ..RangeRequest::default() }).await {
+                Ok(read) if read.kvs.is_empty() => {}
+                Ok(_) => return Err(nested(names.prefix(), prefix)),
+                // What nkv's user may not read counts as absent.
+                Err(status) if status.code() == Code::PermissionDenied => {}
+                Err(status) => return Err(fault::of_request(&status)),
             }
         }
         Ok(())
@@ -295,9 +297,7 @@ async fn members(options: &Options, login: &Login) -> Result<Vec<Member>, Engine
             Some(Err(error)) => errors.push(error),
             Some(Ok(member)) => {
                 check_version(&member)?;
-                if member.status.leader != 0 && until.is_none() {
-                    until = Instant::now().checked_add(GRACE);
-                }
+                until = until.or_else(|| Instant::now().checked_add(GRACE));
                 members.push(member);
             }
         }
@@ -431,9 +431,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_are_told_apart() {
-        let told = ["3.4.23", "3.4.25", "3.5.1", "3.5.8", "3.6.0-rc.1", "3.7.2", "4.0.0", "x"].map(tells_progress);
-        assert_eq!(told, [false, true, false, true, true, true, true, false]);
+    fn versions_are_distinguished() {
+        let known = ["3.4.23", "3.4.25", "3.5.1", "3.5.8", "3.6.0-rc.1", "3.7.2", "4.0.0", "x"].map(tells_progress);
+        assert_eq!(known, [false, true, false, true, true, true, true, false]);
     }
 
     #[test]
@@ -446,7 +446,7 @@ mod tests {
         assert_eq!(
             epoch(1, "a", b"x").to_string(),
             "4bfe3204a304a0fec1f64a28c4862f3b",
-            "nodes of two releases tell one epoch"
+            "nodes of two releases have one epoch"
         );
     }
 

@@ -21,10 +21,10 @@ use crate::rpc::{
 };
 use crate::session::{Session, revoke};
 
-/// So many plain writes of one caller go in one transaction, at most.
+/// At most this number of plain writes of one caller go in one transaction.
 const JOINED_MAX: usize = 64;
 const JOINED_LEN_MAX: usize = 256 << 10;
-/// etcd's own limit of operations in a transaction, unless it was told otherwise.
+/// etcd's default limit of operations in a transaction.
 const OPS_MAX: usize = 128;
 /// How often a wildcard delete in one step is tried, where keys are written meanwhile.
 const STEP_TRIES: usize = 3;
@@ -44,7 +44,8 @@ impl Inner {
     /// Each for itself, in order. Plain ones that follow each other share a transaction.
     async fn in_order(&self, session: &Arc<Session>, epoch: Epoch, ops: &[Op]) -> Vec<Result<Outcome, EngineError>> {
         let (mut results, mut rest) = (Vec::with_capacity(ops.len()), ops);
-        let mut len_max = JOINED_MAX;
+        // Operations of a transaction that was refused: each goes by itself.
+        let mut alone = 0_usize;
         while !rest.is_empty() {
             if matches!(results.last(), Some(Err(EngineError::OutcomeUnknown(_)))) {
                 // What comes after it could be done before it.
@@ -52,12 +53,13 @@ impl Inner {
                 results.extend(rest.iter().map(|_| Err(error.clone())));
                 break;
             }
-            let (some, others) = rest.split_at_checked(joined(rest, len_max)).unwrap_or((rest, &[]));
+            let count = if alone > 0 { 1 } else { joined(rest) };
+            let (some, others) = rest.split_at_checked(count).unwrap_or((rest, &[]));
             match (self.step(session, epoch, some).await, some) {
                 (Ok(outcomes), _) => results.extend(outcomes.into_iter().map(Ok)),
                 // One of them is refused: which?
                 (Err(EngineError::Refused { .. }), [_, _, ..]) => {
-                    len_max = 1;
+                    alone = some.len();
                     continue;
                 }
                 // It takes more ranges than a transaction has, or keys come and go too often.
@@ -69,6 +71,7 @@ impl Inner {
                 }
                 (Err(error), some) => results.extend(some.iter().map(|_| Err(error.clone()))),
             }
+            alone = alone.saturating_sub(some.len());
             rest = others;
         }
         results
@@ -87,14 +90,14 @@ impl Inner {
             for (op, lease) in ops.iter().zip(&leases) {
                 match op {
                     Op::Delete { pattern: pattern @ (Pattern::Below(_) | Pattern::All), if_revision: None } => {
-                        let scan = self.scan(session, pattern).await?;
+                        let scan = self.scan(session, pattern, drop).await?;
                         guards.extend(self.guards(pattern, scan.revision));
                         parts.push(Part { requests: scan.ranges.into_iter().map(delete).collect(), of: Of::Delete });
                     }
                     op => parts.push(self.part(op, lease.as_ref().map_or(0, |lease| lease.id))),
                 }
             }
-            // From here on the transaction may be done, whoever gives up.
+            // From here on the transaction may be done, even if the caller gives up.
             leases.iter_mut().flatten().for_each(|lease| lease.is_put = true);
             match self.commit(session, parts, guards).await {
                 Ok(Some(outcomes)) => {
@@ -131,7 +134,7 @@ impl Inner {
                 let name = Bytes::from(self.names.value(key));
                 let mut requests = vec![put(name.clone(), value.clone(), lease)];
                 if lease != 0 {
-                    // It ends with the value, in one revision: so a value that ended is told from one that was deleted.
+                    // It ends with the value, in one revision: so a value that ended is distinguished from one that was deleted.
                     requests.push(put(self.names.lease(key).into(), Bytes::new(), lease));
                 }
                 Part { requests, of: Of::Put }.under(name, options.if_revision)
@@ -207,10 +210,15 @@ impl Inner {
         }
     }
 
-    /// Where a pattern selects keys of nkv, and none else.
-    async fn scan(&self, session: &Session, pattern: &Pattern) -> Result<Scan, EngineError> {
+    /// Where a pattern selects keys of nkv, and none else. Each of them is visited.
+    async fn scan(
+        &self,
+        session: &Session,
+        pattern: &Pattern,
+        mut visit: impl FnMut(Key),
+    ) -> Result<Scan, EngineError> {
         let Range { from, to } = self.names.selected(pattern);
-        let mut scan = Scan { ranges: Vec::new(), keys: Vec::new(), revision: 0 };
+        let mut scan = Scan { ranges: Vec::new(), revision: 0 };
         let (mut start, mut at, mut has_keys) = (from.clone(), from, false);
         loop {
             let request = RangeRequest {
@@ -225,11 +233,12 @@ impl Inner {
             if scan.revision == 0 {
                 scan.revision = page.header.unwrap_or_default().revision;
             }
+            let known = self.known();
             for kv in &page.kvs {
                 match self.names.parse(&kv.key) {
-                    Name::Value(key) if !self.hides(&key) => {
+                    Name::Value(key) if !known.large.contains(&key) => {
                         has_keys = true;
-                        scan.keys.push(key);
+                        visit(key);
                     }
                     _ => {
                         if has_keys {
@@ -239,6 +248,7 @@ impl Inner {
                     }
                 }
             }
+            drop(known);
             match page.kvs.last() {
                 Some(last) if page.more => at = behind(&last.key),
                 _ => break,
@@ -270,7 +280,8 @@ impl Inner {
 
     /// A wildcard delete that one transaction does not take.
     async fn delete_key_by_key(&self, session: &Arc<Session>, pattern: &Pattern) -> Result<Outcome, EngineError> {
-        let Scan { keys, .. } = self.scan(session, pattern).await?;
+        let mut keys = Vec::new();
+        self.scan(session, pattern, |key| keys.push(key)).await?;
         let (mut count, mut last) = (0_u64, Revision::ZERO);
         for some in keys.chunks(OPS_MAX) {
             let part =
@@ -295,15 +306,15 @@ impl Inner {
 }
 
 /// How many operations from the first on are done in one transaction.
-fn joined(ops: &[Op], len_max: usize) -> usize {
+fn joined(ops: &[Op]) -> usize {
     let (mut keys, mut len) = (HashSet::new(), 0_usize);
     let mut joins = |op| {
         let Some(key) = one_key(op).filter(|_| !has_condition(op) && !has_ttl(op)) else { return false };
         len = if let Op::Put { value, .. } = op { value.len().saturating_add(len) } else { len };
         keys.insert(key) && len <= JOINED_LEN_MAX
     };
-    let first = ops.iter().take(len_max).position(|op| !joins(op));
-    first.unwrap_or(ops.len().min(len_max)).max(1)
+    let first = ops.iter().take(JOINED_MAX).position(|op| !joins(op));
+    first.unwrap_or(ops.len().min(JOINED_MAX)).max(1)
 }
 
 fn one_key(op: &Op) -> Option<&Key> {
@@ -339,7 +350,6 @@ enum Fault {
 struct Scan {
     /// Around everything that nkv does not show.
     ranges: Vec<Range>,
-    keys: Vec<Key>,
     revision: i64,
 }
 
@@ -364,9 +374,8 @@ impl Part {
     /// Only if the key has this revision.
     fn under(self, name: Bytes, if_revision: Option<Revision>) -> Part {
         let Some(expected) = if_revision else { return self };
-        let expected = i64::try_from(expected.get()).unwrap_or(i64::MAX);
         let request = TxnRequest {
-            compare: vec![mod_is(name.clone(), expected)],
+            compare: vec![mod_is(name.clone(), number(expected))],
             success: self.requests,
             failure: vec![look(name)],
         };

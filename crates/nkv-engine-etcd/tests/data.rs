@@ -322,6 +322,13 @@ async fn foreign_values_that_are_too_long_are_absent() {
     assert_eq!(b.get_all(Pattern::All).await.unwrap().len(), 1);
     server.must(&["put", "app/k", "short"]);
     assert_eq!(next(&mut stream).await, "k=short");
+    // The lease of the value that it takes the place of ends as with any other.
+    a.put_with("leased", "1", PutOptions::default().with_ttl(Duration::from_secs(600))).await.unwrap();
+    assert_eq!(next(&mut stream).await, "leased=1");
+    assert_eq!(leases(&server), 1);
+    client.txn(raw_put("app/leased", vec![b'x'; 6_000_000])).await.unwrap();
+    assert_eq!(next(&mut stream).await, "leased Deleted");
+    eventually("the lease is revoked", async || leases(&server) == 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -381,12 +388,31 @@ async fn writes_of_one_caller_take_effect_in_order() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn behind_a_transaction_that_is_refused_writes_share_transactions_again() {
+    let Some(server) = Server::start_with(&["--max-request-bytes", "65536"]).await else { return };
+    let engine = server.engine("app");
+    let (_node, _nkv) = node(engine.clone()).await;
+    let before = server.revision();
+    // Each fits, and 64 of them do not.
+    let large = (0..64).map(|n| put(&format!("large{n}"), &"x".repeat(2_000)));
+    let small = (0..640).map(|n| put(&format!("small{n}"), "x"));
+    let writes: Vec<Op> = large.chain(small).collect();
+    let results = engine.write(nkv_core::Epoch::new(7), writes, false).await.unwrap().results;
+    assert!(results.len() == 704 && results.iter().all(Result::is_ok), "{results:?}");
+    let count = server.revision() - before;
+    assert!((64..100).contains(&count), "{count} transactions");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_put_that_is_given_up_leaves_no_lease() {
     let Some(server) = Server::start().await else { return };
     let (_node, nkv) = node(server.engine("app")).await;
+    let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let before = tasks();
     for n in 0..40 {
         let ttl = PutOptions::default().with_ttl(Duration::from_secs(600));
         drop(timeout(Duration::from_micros(100 * n), nkv.put_with("k", "1", ttl)).await);
     }
-    eventually("those under way are done", async || leases(&server) <= 1).await;
+    eventually("those under way are done", async || tasks() <= before).await;
+    eventually("one value has one lease", async || leases(&server) <= 1).await;
 }

@@ -55,7 +55,7 @@ async fn write(nkv: Handle, name: usize, stop: Arc<AtomicBool>) -> BTreeMap<Stri
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn whoever_fails_nothing_acknowledged_is_lost_and_nothing_refused_is_done() {
+async fn whichever_member_fails_nothing_acknowledged_is_lost_and_nothing_refused_is_done() {
     let Some(mut servers) = start().await else { return };
     let list: Vec<String> = servers.iter().map(Server::server).collect();
     let engine = || EtcdEngine::new(Options::new(list.clone(), "app").unwrap());

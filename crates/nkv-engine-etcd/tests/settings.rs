@@ -6,14 +6,43 @@ mod common;
 use std::path::Path;
 use std::time::Duration;
 
-use common::{Server, next, node};
+use async_trait::async_trait;
+use common::{PATIENCE, Server, next, node};
+use nkv_core::{Epoch, Op};
 use nkv_engine_etcd::{EtcdEngine, Options};
-use nkv_node::EngineError;
+use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, Seen};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 async fn refused(options: Options) -> String {
     match EtcdEngine::new(options).check().await {
         Err(error @ EngineError::Refused { .. }) => error.to_string(),
         other => panic!("{other:?}"),
+    }
+}
+
+/// Sends why it is not followed any more, each time.
+#[derive(Debug)]
+struct Observed(EtcdEngine, mpsc::UnboundedSender<EngineError>);
+
+#[async_trait]
+impl Engine for Observed {
+    fn abilities(&self) -> Abilities {
+        self.0.abilities()
+    }
+
+    async fn write(&self, epoch: Epoch, ops: Vec<Op>, together: bool) -> Result<Decided, EngineError> {
+        self.0.write(epoch, ops, together).await
+    }
+
+    async fn follow(&self, seen: Option<Seen>, feed: Feed) -> EngineError {
+        let error = self.0.follow(seen, feed).await;
+        drop(self.1.send(error.clone()));
+        error
+    }
+
+    async fn last(&self) -> Result<Seen, EngineError> {
+        self.0.last().await
     }
 }
 
@@ -29,8 +58,12 @@ async fn a_prefix_within_another_is_refused() {
     assert!(message.contains("'app/inner/deep'") && message.contains("'app'"), "{message}");
     // The other way round it is seen when the state is read.
     server.engine("x/y").check().await.unwrap();
-    let node = nkv_node::Node::builder().engine(server.engine("x")).start().await.unwrap();
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    let (sender, mut errors) = mpsc::unbounded_channel();
+    let node = nkv_node::Node::builder().engine(Observed(server.engine("x"), sender)).start().await.unwrap();
+    match timeout(PATIENCE, errors.recv()).await.expect("the engine is followed") {
+        Some(EngineError::Refused { message, .. }) => assert!(message.contains("'x/y'"), "{message}"),
+        other => panic!("{other:?}"),
+    }
     assert!(node.handle().get("k").await.is_err(), "a node has a state that a nested prefix is part of");
 }
 
@@ -56,6 +89,7 @@ async fn a_user_has_its_own_prefix() {
         &["user", "add", "nkv:secret"],
         &["role", "add", "app"],
         &["role", "grant-permission", "app", "readwrite", "app/", "--prefix"],
+        &["role", "grant-permission", "app", "readwrite", "outer/own/", "--prefix"],
         &["user", "grant-role", "nkv", "app"],
         &["auth", "enable"],
     ] {
@@ -66,10 +100,12 @@ async fn a_user_has_its_own_prefix() {
     let options = |prefix: &str| server.options(prefix).with_user("nkv", &file);
     let message = refused(options("app")).await;
     assert!(!message.contains("wrong"), "{message}");
-    assert!(EtcdEngine::new(server.options("app")).check().await.is_err(), "nobody");
+    assert!(EtcdEngine::new(server.options("app")).check().await.is_err(), "without a user");
     std::fs::write(&file, "secret\n").unwrap();
     let message = refused(options("other")).await;
     assert!(message.contains("permission denied"), "{message}");
+    // Whether another nkv uses the prefix around it is not for this user to see.
+    EtcdEngine::new(options("outer/own")).check().await.unwrap();
     let (_node, nkv) = node(EtcdEngine::new(options("app"))).await;
     let mut stream = nkv.subscribe("*").await.unwrap();
     let root = |args: &[&str]| server.must(&[&["--user", "root:r"], args].concat());

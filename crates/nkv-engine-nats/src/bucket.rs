@@ -3,10 +3,11 @@
 use futures_util::future::join_all;
 use nkv_node::{Abilities, EngineError};
 use serde_json::json;
+use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::options::Options;
-use crate::wire::{ApiError, Config, Info, Wire};
+use crate::wire::{ApiError, CONNECT_LIMIT, Config, Info, Wire};
 
 /// The longest headers of a write, in bytes, with those of a batch: they count in the limits of a message.
 pub(crate) const HEADERS_LEN_MAX: usize = 288;
@@ -31,6 +32,13 @@ pub(crate) enum Purge {
     /// By their subject, up to their sequence.
     BySubject,
     Never,
+}
+
+/// What every bucket can do.
+pub(crate) fn abilities() -> Abilities {
+    let mut abilities = Abilities::default();
+    (abilities.conditions, abilities.wildcards) = (true, true);
+    abilities
 }
 
 /// Finds the bucket, or creates it, and checks its settings.
@@ -63,7 +71,7 @@ pub(crate) async fn check_others(
     let refused = |message| Err(EngineError::Refused { status: 503, message });
     let others = options.servers().iter().filter(|server| **server != wire.server);
     let asked = others.map(async |server| {
-        let other = Wire::connect_to(options, server).await.ok()?;
+        let other = timeout(CONNECT_LIMIT, Wire::connect_to(options, server)).await.ok()?.ok()?;
         Some((other.server.clone(), other.info().await.ok()?.created()))
     });
     for other in join_all(asked).await {
@@ -141,8 +149,7 @@ pub(crate) fn settings(wire: &Wire, config: &Config) -> Result<Settings, String>
     let info = wire.client.server_info();
     let is_since = |minor| wire.client.is_server_compatible(2, minor, 0);
     check(config, &wire.prefix)?;
-    let mut abilities = Abilities::default();
-    (abilities.conditions, abilities.wildcards) = (true, true);
+    let mut abilities = abilities();
     // A server that is older takes the headers and ignores them. Without a marker the end of a value is not notified.
     abilities.ttl = is_since(11) && config.allow_msg_ttl && config.subject_delete_marker_ttl > 0;
     abilities.batches = is_since(12) && config.allow_atomic;

@@ -1,12 +1,12 @@
 //! The engine, and what its parts share.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use nkv_core::{Epoch, Expiry, Op, Revision};
-use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, Seen};
+use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, RateLimitedLog, Seen};
 use tokio::sync::watch;
 
 use crate::bucket::{self, Settings};
@@ -34,7 +34,7 @@ impl NatsEngine {
             place: Mutex::default(),
             ends: Mutex::default(),
             batches: AtomicU64::new(0),
-            foreign: AtomicU64::new(0),
+            log: RateLimitedLog::default(),
         };
         NatsEngine { shared }
     }
@@ -52,26 +52,13 @@ impl NatsEngine {
         *lock(&self.shared.settings) = Some(settings);
         Ok(())
     }
-
-    /// How many messages have come that nkv cannot hold: a name that is no key, or a value that is too long.
-    #[must_use]
-    pub fn foreign(&self) -> u64 {
-        self.shared.foreign.load(Relaxed)
-    }
 }
 
 #[async_trait]
 impl Engine for NatsEngine {
     fn abilities(&self) -> Abilities {
         let known = *lock(&self.shared.settings);
-        known.map_or_else(
-            || {
-                let mut abilities = Abilities::default();
-                (abilities.conditions, abilities.wildcards) = (true, true);
-                abilities
-            },
-            |settings| settings.abilities,
-        )
+        known.map_or_else(bucket::abilities, |settings| settings.abilities)
     }
 
     fn value_len_max(&self) -> usize {
@@ -112,7 +99,7 @@ pub(crate) struct Shared {
     pub(crate) place: Mutex<Place>,
     pub(crate) ends: Mutex<Ends>,
     pub(crate) batches: AtomicU64,
-    pub(crate) foreign: AtomicU64,
+    pub(crate) log: RateLimitedLog,
 }
 
 impl Shared {

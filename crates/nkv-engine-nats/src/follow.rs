@@ -1,6 +1,6 @@
 //! Follows a bucket: one consumer of its stream brings the state and then each change.
 //!
-//! The numbers of the consumer's messages have no hole, or the follower begins again. Twice a second the leader of the stream
+//! The numbers of the consumer's messages have no hole, or the follower begins again. Every 0.4 s the leader of the stream
 //! is asked what the stream is and has: that is the sign of life, and it shows a stream that was created anew or went back,
 //! settings that changed, and names that vanished without a message.
 
@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 use tracing::{info, warn};
 
-use crate::bucket::{self, Purge};
+use crate::bucket::{self, BATCH_OPS_MAX, Purge};
 use crate::census::Last;
 use crate::engine::{Anchor, Link, Shared, lock};
 use crate::subject::decode;
@@ -37,17 +37,20 @@ const PROBE: Duration = Duration::from_millis(400);
 const HEARTBEAT: Duration = Duration::from_millis(500);
 /// A consumer that is silent for longer is gone.
 const SILENCE: Duration = Duration::from_secs(2);
+/// How often a node that resumes looks whether it has all that there is by now, before it fetches the state.
+const RESUME_TRIES: usize = 8;
 /// A state is fetched anew because of vanished names this seldom.
 const FETCH_PAUSE: Duration = Duration::from_secs(2);
-/// About so many changes, or bytes of values, are given to the node at once.
+/// About this number of messages, or of bytes of values, is given to the node at once.
 const CHANGES_AT_ONCE: usize = 1_024;
 const LEN_AT_ONCE: usize = 4 << 20;
-/// So many markers are purged in one go, and after a failure that is tried again so much later.
+/// At most this number of markers is purged in one go.
 const PURGES_AT_ONCE: usize = 256;
+/// The pause after a purge that failed.
 const PURGE_RETRY: Duration = Duration::from_secs(60);
 /// By how much the clocks of servers and this one's idea of them may differ.
 const CLOCK_DRIFT_MS: u64 = 2_000;
-/// Where the generation of the data is kept. Nobody's key: it has a byte that no key has, spelled in a way that no key is.
+/// Where the generation of the data is kept. No client's key: it has a byte that no key has, spelled in a way that no key is.
 const GENERATION: &str = "=00nkv.generation";
 /// What is put there only takes a sequence.
 const STEP: &str = "=00nkv.step";
@@ -86,7 +89,7 @@ pub(crate) async fn follow(shared: &Shared, seen: Option<Seen>, feed: &Feed) -> 
     }
 }
 
-/// When it is dropped, the bucket is followed no more, for whatever reason: writes that are under way have no answer any more.
+/// When it is dropped, the bucket is followed no more: writes that are under way get no answer.
 struct Followed<'a> {
     shared: &'a Shared,
     link: &'a Link,
@@ -143,12 +146,13 @@ async fn went_back(wire: &Wire, info: &Info, seen: u64) -> Result<bool> {
 async fn generation(wire: &Wire) -> Result<(u64, u64)> {
     match wire.last_of(&format!("{}{GENERATION}", wire.prefix)).await? {
         None => Ok((0, 0)),
-        Some(kept) => {
-            let number = std::str::from_utf8(&kept.value).ok().and_then(|text| text.parse().ok());
-            // A marker, or what no node has written, is as good as none: the generation is only ever raised.
-            Ok((number.unwrap_or_default(), kept.sequence))
-        }
+        Some(kept) => Ok((number_in(&kept.value), kept.sequence)),
     }
+}
+
+/// The generation that a message has. A marker, or what no node has written, is as good as none: it is only ever raised.
+fn number_in(value: &[u8]) -> u64 {
+    std::str::from_utf8(value).ok().and_then(|text| text.parse().ok()).unwrap_or_default()
 }
 
 /// Raises the generation above `from`, unless another node has done so. Returns the epoch that it begins.
@@ -174,8 +178,6 @@ async fn raise(wire: &Wire, created: u64, from: u64) -> Result<Epoch> {
 struct Consumer {
     messages: Subscriber,
     number: u64,
-    /// What was there for it when it was made.
-    pending: u64,
     /// The server's clock when it was made, in milliseconds.
     made_ms: u64,
     made: Instant,
@@ -217,6 +219,44 @@ struct Item {
     is_part: bool,
 }
 
+/// How many messages of a step have come whose last one has not.
+#[derive(Debug, Default)]
+struct Step(usize);
+
+impl Step {
+    fn note(&mut self, item: &Item) {
+        self.0 = if item.is_part { self.0.saturating_add(1) } else { 0 };
+    }
+
+    /// Whether its end is worth waiting for. No batch has more messages, whatever their headers say.
+    fn is_open(&self) -> bool {
+        (1..BATCH_OPS_MAX).contains(&self.0)
+    }
+}
+
+/// Messages that are given to the node at once. What was done in one step is given in one.
+#[derive(Default)]
+struct Portion {
+    items: Vec<Item>,
+    /// Bytes of the values in it.
+    len: usize,
+    step: Step,
+}
+
+impl Portion {
+    fn push(&mut self, item: Item) {
+        if let Some(Change { action: Action::Put { value, .. }, .. }) = &item.change {
+            self.len = self.len.saturating_add(value.len());
+        }
+        self.step.note(&item);
+        self.items.push(item);
+    }
+
+    fn is_full(&self) -> bool {
+        !self.step.is_open() && (self.items.len() >= CHANGES_AT_ONCE || self.len >= LEN_AT_ONCE)
+    }
+}
+
 impl Follower<'_> {
     /// Goes on behind what was seen, if the bucket shows that it is what it was, and that nothing vanished meanwhile: the last
     /// message that was seen is still there, and behind it come as many names as there are. Returns whether it did.
@@ -238,7 +278,7 @@ impl Follower<'_> {
         lock(&self.shared.place).last = None;
         let (mut items, mut until) = (Vec::new(), info.state.last_seq);
         let mut names = info.state.num_subjects;
-        for _ in 0..8 {
+        for _ in 0..RESUME_TRIES {
             self.gather(until, |item| items.push(item)).await?;
             if self.last <= until {
                 // Nothing has come that was not counted.
@@ -246,10 +286,14 @@ impl Follower<'_> {
                     return Ok(false);
                 }
                 self.last = self.last.max(until);
-                let mut items = items.into_iter().peekable();
-                while items.peek().is_some() {
-                    self.give(items.by_ref().take(CHANGES_AT_ONCE).collect()).await?;
+                let mut portion = Portion::default();
+                for item in items {
+                    portion.push(item);
+                    if portion.is_full() {
+                        self.give(std::mem::take(&mut portion).items).await?;
+                    }
                 }
+                self.give(portion.items).await?;
                 info!(revision = self.last, "the bucket is followed again from where it was left");
                 return Ok(true);
             }
@@ -323,17 +367,17 @@ impl Follower<'_> {
 
     /// Takes what comes until the stream's sequence is reached, or nothing more comes.
     async fn gather(&mut self, until: u64, mut take: impl FnMut(Item)) -> Result<()> {
-        let is_empty = self.consumer.as_ref().is_none_or(|consumer| consumer.pending == 0);
-        if self.last >= until || is_empty && until == 0 {
+        if self.last >= until {
             return Ok(());
         }
+        let mut step = Step::default();
         loop {
             match self.receive().await? {
                 Brought::Item(item) => {
                     self.last = item.sequence;
-                    let is_part = item.is_part;
+                    step.note(&item);
                     take(item);
-                    if self.last >= until && !is_part {
+                    if self.last >= until && !step.is_open() {
                         return Ok(());
                     }
                 }
@@ -422,8 +466,12 @@ impl Follower<'_> {
         }
         let names = info.state.num_subjects;
         let census = &lock(&self.shared.place).census;
+        if info.state.last_seq != self.last || names == census.len() {
+            return Ok(true);
+        }
+        // This looks at all markers.
         let least = census.len_min(self.now_ms().saturating_add(CLOCK_DRIFT_MS));
-        if info.state.last_seq != self.last || (least..=census.len()).contains(&names) {
+        if (least..=census.len()).contains(&names) {
             return Ok(true);
         }
         info!(names, least, most = census.len(), "names vanished without a message: the state is fetched anew");
@@ -432,30 +480,24 @@ impl Follower<'_> {
 
     /// Takes a message, and all that have come behind it.
     async fn take(&mut self, message: Message) -> Result<()> {
-        let (mut items, mut len, mut next) = (Vec::new(), 0_usize, Some(message));
-        let mut is_part = false;
+        let (mut portion, mut next) = (Portion::default(), Some(message));
         while let Some(message) = next.take() {
             match self.read(message).await? {
                 Brought::Item(item) => {
-                    is_part = item.is_part;
                     self.last = item.sequence;
-                    if let Some(Change { action: Action::Put { value, .. }, .. }) = &item.change {
-                        len = len.saturating_add(value.len());
-                    }
-                    items.push(item);
+                    portion.push(item);
                 }
                 // The end of the batch was overwritten, or was no message.
-                Brought::Idle => is_part = false,
+                Brought::Idle => portion.step = Step::default(),
                 Brought::Nothing => {}
             }
-            next = if is_part {
-                // What was done in one step is given in one.
+            next = if portion.step.is_open() {
                 let next = timeout(SILENCE, next_message(&mut self.consumer)).await;
                 Some(
                     next.map_err(|_| EngineError::Unavailable("a batch does not end".to_owned()))?
                         .ok_or_else(disconnected)?,
                 )
-            } else if items.len() >= CHANGES_AT_ONCE || len >= LEN_AT_ONCE {
+            } else if portion.is_full() {
                 None
             } else {
                 match next_message(&mut self.consumer).now_or_never() {
@@ -464,36 +506,26 @@ impl Follower<'_> {
                 }
             };
         }
-        if items.is_empty() { Ok(()) } else { self.give(items).await }
+        self.give(portion.items).await
     }
 
     /// Has the node apply messages.
     async fn give(&mut self, items: Vec<Item>) -> Result<()> {
+        let last = items.last().map(|item| (item.sequence, item.time_ns));
+        let Some((sequence, time_ns)) = last else { return Ok(()) };
         // Until the node has them, the census is ahead of it.
         lock(&self.shared.place).last = None;
-        let last = items.last().map(|item| (item.sequence, item.time_ns));
-        let mut changes: Vec<Change> = items.into_iter().filter_map(|item| item.change).collect();
-        let Some((sequence, time_ns)) = last else { return Ok(()) };
-        let revision = Revision::new(sequence);
-        if changes.last().is_none_or(|change| change.revision < revision) {
-            // The node's revision is to come as far as the stream, also where nothing changed for it.
-            changes.push(self.mark(revision)?);
+        let changes: Vec<Change> = items.into_iter().filter_map(|item| item.change).collect();
+        let (revision, last_change) = (Revision::new(sequence), changes.last().map(|change| change.revision));
+        if !changes.is_empty() {
+            self.feed.apply(changes).await?;
         }
-        self.feed.apply(changes).await?;
+        if last_change.is_none_or(|at| at < revision) {
+            // The node's revision is to come as far as the stream, also where nothing changed for it.
+            self.feed.pass(revision).await?;
+        }
         self.note_last(sequence, time_ns);
         Ok(())
-    }
-
-    /// The delete of a key that does not exist.
-    fn mark(&self, revision: Revision) -> Result<Change> {
-        let place = lock(&self.shared.place);
-        let prefix = &self.link.wire.prefix;
-        let mut names = (0_u64..).map(|number| format!("nkv.revision.{number}"));
-        let key = names
-            .find(|name| place.census.last_of(&format!("{prefix}{name}")).is_none())
-            .and_then(|name| Key::new(&name).ok());
-        let key = key.ok_or_else(|| EngineError::Unavailable("there is no name that is not taken".to_owned()))?;
-        Ok(change(key, revision, Action::Delete { reason: Reason::Deleted }))
     }
 
     fn note_last(&self, sequence: u64, time_ns: i128) {
@@ -514,8 +546,6 @@ impl Follower<'_> {
         struct Created {
             #[serde(with = "time::serde::rfc3339")]
             created: OffsetDateTime,
-            #[serde(default)]
-            num_pending: u64,
         }
         let wire = &self.link.wire;
         // The one before, if there is one, ends with its subscription.
@@ -554,8 +584,7 @@ impl Follower<'_> {
         let body = json!({ "stream_name": wire.stream, "config": config });
         let created: Created = wire.api(&format!("CONSUMER.CREATE.{}", wire.stream), &body).await?;
         let made_ms = u64::try_from(created.created.unix_timestamp_nanos() / 1_000_000).unwrap_or_default();
-        let (pending, made) = (created.num_pending, Instant::now());
-        self.consumer = Some(Consumer { messages, number: 0, pending, made_ms, made });
+        self.consumer = Some(Consumer { messages, number: 0, made_ms, made: Instant::now() });
         Ok(())
     }
 
@@ -604,7 +633,7 @@ impl Follower<'_> {
     fn item(&self, message: Message, place: &Delivered) -> Result<Item> {
         let headers = message.headers.as_ref();
         let name = message.subject.strip_prefix(self.link.wire.prefix.as_str()).unwrap_or_default();
-        if name == GENERATION && epoch_at(self.link.created, &message.payload) != self.link.epoch {
+        if name == GENERATION && number_in(&message.payload) != generation_of(self.link.epoch) {
             return Err(EngineError::Unavailable("another node has begun an epoch".to_owned()));
         }
         let marker = marker(|name| header(headers, name));
@@ -616,7 +645,10 @@ impl Follower<'_> {
             None => Last::Foreign,
         };
         if last == Last::Foreign && ![GENERATION, STEP].contains(&name) {
-            self.note_foreign(&message.subject);
+            let subject = &message.subject;
+            self.shared
+                .log
+                .warn("foreign", format_args!("NATS: nkv cannot hold '{subject}': it is absent for readers"));
         }
         let until_ms = place.time_ms().saturating_add(self.age_ms(header(headers, "Nats-TTL")));
         lock(&self.shared.place).census.note(&message.subject, last, until_ms);
@@ -628,7 +660,8 @@ impl Follower<'_> {
             // If an older value was shown, its key is gone.
             None => Action::Delete { reason: Reason::Deleted },
         };
-        let is_batch = header(headers, "Nats-Batch-Id").is_some();
+        // A bucket without batches takes the headers from any client, and they mean nothing.
+        let is_batch = self.link.settings.abilities.batches && header(headers, "Nats-Batch-Id").is_some();
         Ok(Item {
             sequence: place.sequence,
             time_ns: place.time_ns,
@@ -649,19 +682,6 @@ impl Follower<'_> {
         let is_own = u64::from_str_radix(writer, 16) == Ok(self.shared.writer);
         is_own.then(|| lock(&self.shared.ends).take(number.parse().ok()?)).flatten()
     }
-
-    fn note_foreign(&self, subject: &str) {
-        let count = self.shared.foreign.fetch_add(1, Relaxed).saturating_add(1);
-        // The first, the second, the fourth: however many there are, the log has few.
-        if count.is_power_of_two() {
-            warn!(subject, count, "the bucket has what nkv cannot hold: it is absent for readers");
-        }
-    }
-}
-
-fn epoch_at(created: u64, generation: &[u8]) -> Epoch {
-    let number = std::str::from_utf8(generation).ok().and_then(|text| text.parse().ok());
-    epoch_of(created, number.unwrap_or_default())
 }
 
 fn change(key: Key, revision: Revision, action: Action) -> Change {
@@ -719,8 +739,10 @@ async fn purged(link: &Link, old: Vec<u64>) -> Result<Vec<u64>> {
             };
             let done: std::result::Result<Purged, ApiError> = wire.api(&format!("{verb}.{}", wire.stream), &body).await;
             // It may be gone by now.
-            if wire.at(sequence).await?.is_some() {
-                done?;
+            if let Err(error) = done
+                && wire.at(sequence).await?.is_some()
+            {
+                return Err(error.into());
             }
         }
         gone.push(sequence);
@@ -765,6 +787,28 @@ mod tests {
         for text in ["never", "1.5s", "s", "1d"] {
             assert_eq!(seconds(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn a_step_is_given_in_one_unless_it_does_not_end() {
+        let item = |is_part, len: usize| {
+            let put = Action::Put { value: vec![7; len].into(), expiry: None };
+            let change = Some(change(Key::new("a").unwrap(), Revision::new(1), put));
+            Item { sequence: 1, time_ns: 1, change, is_part }
+        };
+        let full = |is_part: fn(usize) -> bool, len| {
+            let mut portion = Portion::default();
+            (0..3_000).find(|number| {
+                portion.push(item(is_part(*number), len));
+                portion.is_full()
+            })
+        };
+        assert_eq!(full(|_| false, 1), Some(CHANGES_AT_ONCE - 1));
+        assert_eq!(full(|_| false, LEN_AT_ONCE / 10 + 1), Some(9));
+        // Steps of 700: the second one ends behind the limit.
+        assert_eq!(full(|number| number % 700 != 699, 1), Some(1_399));
+        assert_eq!(full(|number| number != 99, LEN_AT_ONCE / 10 + 1), Some(99));
+        assert_eq!(full(|_| true, 1), Some(CHANGES_AT_ONCE - 1), "it never ends");
     }
 
     #[test]

@@ -106,7 +106,7 @@ impl Options {
         Options { replicas, ..self }
     }
 
-    /// Uses TLS, and trusts the certificates in this file beside those of the system.
+    /// Uses TLS, and trusts the certificates of this file alone.
     #[must_use]
     pub fn with_ca(self, ca: impl Into<PathBuf>) -> Self {
         Options { is_tls: true, ca: Some(ca.into()), ..self }

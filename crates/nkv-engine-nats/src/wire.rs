@@ -26,7 +26,10 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(5);
 /// Each further server of a list is tried this much later: one that stands still delays the others by no more.
 const STAGGER: Duration = Duration::from_millis(250);
 /// All of them together have this long.
-const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+/// The commands that the client takes before they are sent. One that had to wait for room could be overtaken by a later one, so this
+/// is far above the writes that a node has in flight.
+const COMMANDS_MAX: usize = 1 << 20;
 /// No server listens here, and that is known at once.
 const NOWHERE: &str = "nats://127.0.0.1:0";
 
@@ -305,6 +308,7 @@ async fn connect_options(options: &Options) -> Result<ConnectOptions, EngineErro
         .max_reconnects(1)
         .ignore_discovered_servers()
         .require_tls(options.is_tls)
+        .client_capacity(COMMANDS_MAX)
         .connection_timeout(LIFE);
     if let Some(ca) = &options.ca {
         connect = connect.add_root_certificates(ca.clone());
@@ -339,12 +343,6 @@ pub(crate) enum NotDone {
     /// The last message of the subject is another one than expected; nothing was changed.
     Conflict,
     Failed(EngineError),
-}
-
-impl From<ApiError> for NotDone {
-    fn from(error: ApiError) -> Self {
-        NotDone::Failed(error.into())
-    }
 }
 
 impl Wire {

@@ -18,8 +18,8 @@ use crate::wire::{NotDone, PubAck};
 
 /// How often a write that others get in the way of is tried with what they left: each of them succeeded.
 const ATTEMPTS: usize = 64;
-/// Deletes of one wildcard that are under way at once.
-const DELETES_AT_ONCE: usize = 64;
+/// Reads, or deletes, of one wildcard that are under way at once.
+const KEYS_AT_ONCE: usize = 64;
 
 type Result<T> = std::result::Result<T, EngineError>;
 
@@ -76,8 +76,8 @@ impl Writer<'_> {
             match op {
                 Op::Put { key, value, options } if options.if_revision.is_none() => {
                     let what = What::Put { value, expiry: options.expiry };
-                    let mut put = Box::pin(self.put(self.subject(&key), what));
-                    // Sent with the first poll, before the next one is made.
+                    // Sent with the first poll, before the next one is made: also where the runtime wants this task to pause.
+                    let mut put = Box::pin(tokio::task::unconstrained(self.put(self.subject(&key), what)));
                     match std::future::poll_fn(|cx| Poll::Ready(put.as_mut().poll(cx))).await {
                         Poll::Ready(done) => {
                             results.extend(under_way.by_ref().collect::<Vec<_>>().await);
@@ -193,7 +193,7 @@ impl Writer<'_> {
             true => Ok(Outcome::NotFound),
             false => self.delete(subject, None).await.inspect_err(|_| has_failed.store(true, Relaxed)),
         };
-        let mut deletes = stream::iter(subjects.iter().map(delete)).buffer_unordered(DELETES_AT_ONCE);
+        let mut deletes = stream::iter(subjects.iter().map(delete)).buffer_unordered(KEYS_AT_ONCE);
         let (mut count, mut last, mut failed) = (0_u64, Revision::ZERO, None);
         while let Some(delete) = deletes.next().await {
             match delete {
@@ -279,8 +279,10 @@ impl Writer<'_> {
             }
             let mut count = 0_u64;
             let mut conflict = None;
-            for subject in subjects {
-                let present = self.present(&subject).await.map_err(failed)?;
+            let look = async |subject: String| (self.present(&subject).await, subject);
+            let mut looks = stream::iter(subjects.into_iter().map(look)).buffered(KEYS_AT_ONCE);
+            while let Some((present, subject)) = looks.next().await {
+                let present = present.map_err(failed)?;
                 match present {
                     Present::Absent(_) => {}
                     Present::Value(_) if if_revision.is_some_and(|expected| expected != present.revision()) => {
@@ -289,6 +291,8 @@ impl Writer<'_> {
                     Present::Value(sequence) => {
                         count = count.saturating_add(1);
                         messages.push((subject, What::Delete, Some(sequence)));
+                        // Without a look at all the others.
+                        check_count(&messages)?;
                     }
                 }
             }
@@ -302,10 +306,7 @@ impl Writer<'_> {
         if messages.iter().any(|(subject, ..)| !subjects.insert(subject.as_str())) {
             return Err(failed(refused(413, "a batch of NATS has each key once; nothing was changed")));
         }
-        if messages.len() > BATCH_OPS_MAX {
-            let message = format!("a batch of NATS has {BATCH_OPS_MAX} changes at most; nothing was changed");
-            return Err(failed(refused(413, message)));
-        }
+        check_count(&messages)?;
         let count = messages.len() as u64;
         let last = self.send_all(messages).await?;
         let revision = |place: Revision| Revision::new(last.saturating_sub(count.saturating_sub(place.get())));
@@ -440,6 +441,14 @@ struct Batch<'a> {
     id: &'a str,
     number: u64,
     is_last: bool,
+}
+
+fn check_count<T>(messages: &[T]) -> std::result::Result<(), NotDone> {
+    if messages.len() <= BATCH_OPS_MAX {
+        return Ok(());
+    }
+    let message = format!("a batch of NATS has {BATCH_OPS_MAX} changes at most; nothing was changed");
+    Err(NotDone::Failed(refused(413, message)))
 }
 
 fn refused(status: u16, message: impl Into<String>) -> EngineError {

@@ -62,13 +62,16 @@ async fn while_a_server_stands_still_reads_go_on_and_writes_are_refused_and_neve
         nkv.put("a", "1").await.unwrap();
         server.signal(Signal::STOP);
         let stopped = Instant::now();
-        // Under way: nobody knows what becomes of it.
-        let under_way = loop {
-            // It takes its time to stand still.
-            if let Err(error) = nkv.put("under.way", "1").await {
-                break error;
+        // Under way: its outcome is unknown.
+        let under_way = async {
+            loop {
+                // It takes its time to stand still.
+                if let Err(error) = nkv.put("under.way", "1").await {
+                    break error;
+                }
             }
         };
+        let under_way = timeout(PATIENCE, under_way).await.expect("the server stands still");
         assert_eq!(*under_way.kind(), ErrorKind::OutcomeUnknown);
         stale(&nkv).await;
         println!("TEST stale_after_ms = {}", stopped.elapsed().as_millis());
@@ -94,7 +97,7 @@ async fn what_was_not_sent_before_a_cut_is_never_sent() {
     let (_node, nkv) = node(proxy.engine()).await;
     nkv.put("a", "1").await.unwrap();
     proxy.set(Way::Cut);
-    tokio::time::sleep(Duration::from_millis(20)).await;
+    until("its connections have gone", async || proxy.connections() == 0).await;
     let put = |number: u32| {
         let nkv = nkv.clone();
         async move { nkv.put(format!("cut.{number}"), "1").await }

@@ -349,9 +349,6 @@ pub struct StatusResponse {
     pub header: ::core::option::Option<ResponseHeader>,
     #[prost(string, tag = "2")]
     pub version: ::prost::alloc::string::String,
-    /// 0 if the member knows of none.
-    #[prost(uint64, tag = "4")]
-    pub leader: u64,
     #[prost(uint64, tag = "5")]
     pub raft_index: u64,
 }

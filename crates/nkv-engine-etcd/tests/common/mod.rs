@@ -375,5 +375,5 @@ pub async fn next(stream: &mut Subscription) -> String {
 /// That nothing came by this stream since: `mark` is a key below it.
 pub async fn nothing_else(nkv: &Handle, stream: &mut Subscription, mark: &str) {
     nkv.put(mark, "mark").await.unwrap();
-    assert_eq!(next(stream).await, format!("{mark}=mark"), "something was told twice, or that had not happened");
+    assert_eq!(next(stream).await, format!("{mark}=mark"), "something was delivered twice, or that had not happened");
 }

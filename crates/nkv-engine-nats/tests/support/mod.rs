@@ -299,6 +299,11 @@ impl Proxy {
         self.way.send_replace(way);
     }
 
+    /// How many connections pass through it.
+    pub(crate) fn connections(&self) -> usize {
+        self.way.receiver_count()
+    }
+
     pub(crate) fn options(&self) -> Options {
         Options::new([format!("127.0.0.1:{}", self.port)], "test").unwrap()
     }

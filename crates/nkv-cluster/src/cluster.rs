@@ -42,7 +42,8 @@ pub struct Options {
     pub advertise: Option<SocketAddr>,
     /// How long deletes are remembered: 24 h. A node that is away for longer is levelled by what both had at their last contact.
     pub gc_grace: Duration,
-    /// How often nodes compare what they have: 1 s. It is the net below what is pushed at once.
+    /// How often nodes compare what they have: 1 s, with four peers or less; with more, so much longer. What was pushed and did not
+    /// arrive comes then.
     pub sync_interval: Duration,
     /// How far a clock may be off: 1 s.
     pub max_clock_offset: Duration,

@@ -38,7 +38,7 @@ const REFUSED_FOR: Duration = Duration::from_secs(10);
 pub struct Options {
     /// The cluster's name: nodes of another one are refused.
     pub cluster: String,
-    /// Where peers can reach this node: the bound address, unless that is of no host.
+    /// Where peers can reach this node: the bound address, unless it is unspecified (0.0.0.0).
     pub advertise: Option<SocketAddr>,
     /// How long deletes are remembered: 24 h. A node that is away for longer is levelled by what both had at their last contact.
     pub gc_grace: Duration,
@@ -292,7 +292,7 @@ pub(crate) struct Peers {
 /// What became of an attempt to connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tried {
-    /// No one listens there.
+    /// Nothing listens there.
     Refused,
     Failed,
     /// It is this node itself.

@@ -101,7 +101,7 @@ impl Reader {
         String::from_utf8(self.bytes()?.to_vec()).ok()
     }
 
-    /// A list whose items take so many bytes at least: no memory is taken for items that are not there.
+    /// A list whose items take at least `len_min` bytes each: no memory is taken for items that are not there.
     pub(crate) fn list<T>(&mut self, len_min: usize, mut read: impl FnMut(&mut Self) -> Option<T>) -> Option<Vec<T>> {
         let count = self.u32()? as usize;
         if count.saturating_mul(len_min) > self.0.len() {

@@ -13,7 +13,7 @@ use crate::stamp::{Hlc, Millis, NodeId};
 /// A wall clock that shows less was never set: 2020-01-01.
 pub(crate) const SET_FROM: Millis = 1_577_836_800_000;
 
-/// What a peer's clock showed is believed for so long.
+/// How long what a peer's clock showed is believed.
 const SAMPLE_LIFE: Millis = 60_000;
 
 /// A clock that moves by no more between two samples was not set.

@@ -43,11 +43,12 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 pub struct Options {
     /// The cluster's name: nodes of another one are refused.
     pub cluster: String,
-    /// Where peers can reach this node: the bound address, unless that is of no host.
+    /// Where peers can reach this node: the bound address, unless it is unspecified (0.0.0.0).
     pub advertise: Option<SocketAddr>,
     /// How long deletes are remembered: 24 h. A node that is away for longer is levelled by what both had at their last contact.
     pub gc_grace: Duration,
-    /// How often nodes compare what they have: 1 s. It is the net below what is pushed at once.
+    /// How often nodes compare what they have: 1 s, with four peers or less; with more, so much longer. What was pushed and did not
+    /// arrive comes then.
     pub sync_interval: Duration,
     /// How far a clock may be off: 1 s.
     pub max_clock_offset: Duration,
@@ -339,7 +340,7 @@ pub(crate) struct Peers {
 /// What became of an attempt to connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tried {
-    /// No one listens there.
+    /// Nothing listens there.
     Refused,
     Failed,
     /// It is this node itself.

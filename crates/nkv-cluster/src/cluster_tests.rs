@@ -22,7 +22,7 @@ use crate::wire::{Hello, Message, PREFIXES_MAX, State};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A clock that is off by so many milliseconds.
+/// A clock that is off by a number of milliseconds.
 #[derive(Debug)]
 struct Skewed(SystemClock, AtomicI64);
 

@@ -22,7 +22,7 @@ const GROUP_LEN: usize = 4 << 20;
 /// one batch.
 const TICK_KEYS: usize = 1_024;
 
-/// The clock is looked at so often while something is to end.
+/// How long the clock is not looked at, at most, while something is to end.
 const TICK_MAX: Duration = Duration::from_secs(1);
 
 /// What is to be committed.
@@ -384,7 +384,7 @@ fn plan_one(
     }
 }
 
-/// One that gave up is not told.
+/// A caller that gave up gets no answer.
 fn answer(job: Job, done: Done) {
     match (job, done) {
         (Job::Write { answer, .. }, Done::Written(written)) => drop(answer.send(written)),

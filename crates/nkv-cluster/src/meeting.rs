@@ -24,17 +24,17 @@ const ACCEPTED_MAX: usize = 512;
 /// Addresses that are tried, at most.
 const ADDRESSES_MAX: usize = 1_024;
 
-/// The pauses between attempts to connect double from this on, up to so many sync intervals.
+/// The first pause between attempts to connect. Each is twice the one before, and at most [`PAUSE_INTERVALS_MAX`] sync intervals.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_INTERVALS_MAX: u32 = 5;
 
-/// Where peers are is asked again after so many sync intervals or sessions.
+/// The sync intervals, or sessions, after which it is asked again where peers are.
 const ASK_INTERVALS: u64 = 10;
 
-/// Where peers are may take so many times the time-out of a peer to find out: names are looked up at several servers.
+/// How long it may take to find out where peers are, in times of the time-out of a peer: names are looked up at several servers.
 const LOOKUP_TIMEOUTS: u32 = 4;
 
-/// So many peers are synced with in each interval: with more, each waits longer.
+/// Peers that are synced with in each interval, at most: with more, each waits longer.
 const PEERS_AN_INTERVAL: usize = 4;
 
 /// Why a connection is not used.

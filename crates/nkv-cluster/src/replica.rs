@@ -38,7 +38,7 @@ const CONTACTS_MAX: usize = 1_024;
 /// How long things last.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Terms {
-    /// Tombstones are given to peers for so long.
+    /// How long tombstones are given to peers.
     pub(crate) gc_grace: Millis,
     /// What is stamped further ahead is not taken.
     pub(crate) offset_max: Millis,
@@ -344,7 +344,7 @@ impl Replica {
         let contacts = contacts.filter(|contact| contact.own.epoch == self.epoch);
         let taken = contacts.clone().map(|contact| contact.own.revision).max().unwrap_or(0);
         let taken_at = contacts.map(|contact| contact.at).max().unwrap_or(0);
-        // Of a tombstone that was forgotten nothing tells the revision any more.
+        // A forgotten tombstone leaves no revision behind.
         self.data_revision = self.data_revision.max(taken).min(self.revision);
         let own = self.identity.as_ref().map(|identity| identity.id);
         let is_untaken = |Held { register, revision }: &Held| {
@@ -890,7 +890,7 @@ impl Replica {
     }
 
     /// How far what is there is known to have been the peer's too, where tombstones may have been forgotten since: the older of the
-    /// contacts that both noted, if the data of both are whole since. `None` where tombstones tell all, or nothing does.
+    /// contacts that both noted, if the data of both are whole since. `None` where tombstones are complete, or nothing is known.
     pub(crate) fn long_ago(
         &self,
         peer: NodeId,
@@ -908,7 +908,7 @@ impl Replica {
             .then_some(older.own.revision.min(own.own.revision).min(noted.own.revision))
     }
 
-    /// Compares what is there with all that a peer has of the same hashes, up to so many keys. What both had up to the revision
+    /// Compares what is there with all that a peer has of the same hashes, at most `count` keys. What both had up to the revision
     /// `both_had`, and the peer has nothing of any more, was deleted there.
     pub(crate) fn compare(
         &self,

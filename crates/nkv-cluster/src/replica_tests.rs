@@ -313,7 +313,7 @@ fn an_inferred_delete_undoes_no_write_that_came_since() {
     let newer = a.put("k", "2");
     a.delete_gone(compared.gone.clone());
     assert_eq!(a.value("k").as_deref(), Some("2"));
-    // Nor elsewhere, whoever was first: it has the stamp of what it deletes.
+    // Nor elsewhere, whichever was first: it has the stamp of what it deletes.
     let (mut e, mut f) = (One::new(5), One::new(6));
     (e.now, f.now) = (a.now, a.now);
     e.merge(&Record { key: key("k"), register: Register::new(compared.gone[0].1, one_value()) });

@@ -15,7 +15,7 @@ use crate::stamp::NodeId;
 use crate::tree::{DEPTH, Half, Prefix};
 use crate::wire::{ENTRIES_MAX, Message, PREFIXES_MAX, RECORDS_LEN, State, invalid, parts};
 
-/// Below a prefix with at most so many keys the keys are listed, rather than digests of parts of them asked for.
+/// Below a prefix with at most `LIST_MAX` keys the keys are listed, rather than digests of parts of them asked for.
 const LIST_MAX: usize = 8;
 
 /// Keys that are compared in one go.

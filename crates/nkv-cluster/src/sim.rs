@@ -498,7 +498,7 @@ fn stop(sim: &mut turmoil::Sim<'_>, world: &Shared, number: usize, down: &mut BT
             }
             (machine.running, machine.store) = (None, None);
         }
-        // As by a power cut: no peer is told. What a process says while its tasks are dropped has no fixed order.
+        // As by a power cut: no peer is notified. What a process says while its tasks are dropped has no fixed order.
         for other in (0..lock(world).machines.len()).filter(|other| *other != number) {
             sim.partition(name(number), name(other));
         }
@@ -648,7 +648,7 @@ fn differences(world: &Shared, plan: Plan, now: Millis) -> Option<String> {
                 };
                 let (a, b) = (digests(of_first), digests(&registers));
                 if (a == b) != (*digest == cluster.digest()) {
-                    return Some(format!("the digest of node {number} does not tell what it has"));
+                    return Some(format!("the digest of node {number} does not match what it has"));
                 }
                 let is_old = |key: &Key| {
                     let gone_at = of_first.get(key).or(registers.get(key)).and_then(Register::gone_at);
@@ -700,7 +700,7 @@ fn check(world: &Shared, plan: Plan, now: Millis) {
     for (key, register) in &registers {
         let same = |other: &Register| !other.is_above(register) && !register.is_above(other);
         if !world.issued.get(key).is_some_and(|issued| issued.iter().any(same)) {
-            faults.push(format!("nobody wrote {register:?} of {key}"));
+            faults.push(format!("no node wrote {register:?} of {key}"));
         }
     }
     let ahead = ahead(&world, plan, now);

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use nkv_node::{Chain, EngineError};
+use nkv_node::{Chain, Engine, EngineError};
 use nkv_server::{Builder, Handle, ServerError};
 use tracing::{info, warn};
 
@@ -53,14 +53,24 @@ pub(crate) struct EngineArgs {
     pub(crate) kafka_log: Option<String>,
 }
 
+/// What goes on beside the node.
+pub(crate) type Beside = Box<dyn FnOnce(Handle) + Send>;
+
 /// The engine that was asked for.
-pub(crate) enum Chosen {
-    #[cfg(feature = "etcd")]
-    Etcd(nkv_engine_etcd::EtcdEngine),
-    #[cfg(feature = "nats")]
-    Nats(nkv_engine_nats::NatsEngine),
-    #[cfg(feature = "kafka")]
-    Kafka(nkv_engine_kafka::KafkaEngine, Option<nkv_engine_kafka::KafkaLog>),
+pub(crate) struct Chosen {
+    follow: Box<dyn FnOnce(Builder) -> Builder>,
+    beside: Option<Beside>,
+}
+
+impl Chosen {
+    fn new(engine: impl Engine) -> Self {
+        Chosen { follow: Box::new(move |builder| builder.node(|node| node.engine(engine))), beside: None }
+    }
+
+    /// Has the node follow it.
+    pub(crate) fn followed_by(self, builder: Builder) -> (Builder, Option<Beside>) {
+        ((self.follow)(builder), self.beside)
+    }
 }
 
 fn usage(what: impl Into<String>) -> ServerError {
@@ -124,7 +134,7 @@ impl EngineArgs {
         let options = as_flags_say!(self, nkv_engine_etcd::Options::from_url(url), value_len_max);
         let engine = nkv_engine_etcd::EtcdEngine::new(options);
         looked_at(engine.check().await)?;
-        Ok(Chosen::Etcd(engine))
+        Ok(Chosen::new(engine))
     }
 
     #[cfg(feature = "nats")]
@@ -135,7 +145,7 @@ impl EngineArgs {
         }
         let engine = nkv_engine_nats::NatsEngine::new(options);
         looked_at(engine.check().await)?;
-        Ok(Chosen::Nats(engine))
+        Ok(Chosen::new(engine))
     }
 
     #[cfg(feature = "kafka")]
@@ -164,7 +174,10 @@ impl EngineArgs {
         if let Some(log) = &log {
             looked_at(log.check().await.map_err(EngineError::from))?;
         }
-        Ok(Chosen::Kafka(engine, log))
+        let beside = |log: nkv_engine_kafka::KafkaLog| -> Beside {
+            Box::new(move |nkv| drop(tokio::spawn(async move { log.run(nkv).await })))
+        };
+        Ok(Chosen { beside: log.map(beside), ..Chosen::new(engine) })
     }
 }
 
@@ -175,26 +188,4 @@ fn looked_at(checked: Result<(), EngineError>) -> Result<(), ServerError> {
         Err(error) => warn!("{error}; clients get 503 until it is there"),
     }
     Ok(())
-}
-
-/// What goes on beside the node.
-pub(crate) type Beside = Box<dyn FnOnce(Handle) + Send>;
-
-impl Chosen {
-    /// Has the node follow it.
-    pub(crate) fn followed_by(self, builder: Builder) -> (Builder, Option<Beside>) {
-        match self {
-            #[cfg(feature = "etcd")]
-            Chosen::Etcd(engine) => (builder.node(|node| node.engine(engine)), None),
-            #[cfg(feature = "nats")]
-            Chosen::Nats(engine) => (builder.node(|node| node.engine(engine)), None),
-            #[cfg(feature = "kafka")]
-            Chosen::Kafka(engine, log) => {
-                let beside = log.map(|log| -> Beside {
-                    Box::new(move |nkv| drop(tokio::spawn(async move { log.run(nkv).await })))
-                });
-                (builder.node(|node| node.engine(engine)), beside)
-            }
-        }
-    }
 }

@@ -59,16 +59,16 @@ pub(crate) fn apply(security: &mut Security, mut settings: BTreeMap<String, Stri
             "ssl.endpoint.identification.algorithm is https: the name of the broker is checked",
         ));
     }
-    let mut file = |names: [&str; 2]| {
-        let found = names.into_iter().find_map(|name| take(name).map(|path| (name, path)));
+    let mut file = |names: &[&'static str]| {
+        let found = names.iter().find_map(|name| take(name).map(|path| (*name, path)));
         found.map(|(name, path)| read(name, Path::new(&path))).transpose()
     };
-    if let Some(pem) = file(["ssl.ca.location", "ssl.truststore.location"])? {
+    if let Some(pem) = file(&["ssl.ca.location", "ssl.truststore.location"])? {
         security.trusted = Some(pem);
     }
     // One file may have both the chain and the key.
-    let chain = file(["ssl.certificate.location", "ssl.keystore.location"])?;
-    let key = file(["ssl.key.location", ""])?;
+    let chain = file(&["ssl.certificate.location", "ssl.keystore.location"])?;
+    let key = file(&["ssl.key.location"])?;
     match (chain, key) {
         (Some(chain), key) => security.identity = Some((chain.clone(), key.unwrap_or(chain))),
         (None, Some(_)) => return Err(Error::refused("ssl.key.location without ssl.certificate.location")),
@@ -146,6 +146,7 @@ mod tests {
             ("ssl.endpoint.identification.algorithm=", "ssl.endpoint"),
             ("ssl.ca.location=/nowhere/ca.pem", "/nowhere/ca.pem"),
             ("ssl.key.location=/dev/null", "ssl.certificate.location"),
+            ("ssl.certificate.location=/dev/null\n=/dev/null", "the property ''"),
             ("nothing", "nothing"),
             ("acks=all\nacks=all", "twice"),
             ("acks=\\", "does not end"),

@@ -37,14 +37,13 @@ type Client struct {
 	hub      hub
 }
 
-// seen is what is known of the data: their epoch, and the highest revision that any message of it had. Before any message had
-// one it is zero.
+// seen is the epoch of the data and the highest revision that any message of it had; zero before the first.
 type seen struct {
 	epoch    string
 	revision uint64
 }
 
-// text is as the greeting has it.
+// text returns the form of the field `seen` of a Connect; empty if nothing was seen.
 func (s seen) text() string {
 	if s.epoch == "" {
 		return ""
@@ -52,7 +51,7 @@ func (s seen) text() string {
 	return s.epoch + "-" + strconv.FormatUint(s.revision, 10)
 }
 
-// note takes in what a message of an epoch says.
+// note records the revisions of a message.
 func (s *seen) note(epoch string, body *body) {
 	if body.Revision == nil && len(body.Revisions) == 0 {
 		return

@@ -92,7 +92,8 @@ func (l *local) begin(epoch string) {
 	}
 }
 
-// forgetRevisions is for data of which those from before say nothing: everything is reported again.
+// forgetRevisions sets every known revision to 0: those from before cannot be compared with what comes, so everything is
+// reported again.
 func (l *local) forgetRevisions() {
 	for key, known := range l.known {
 		known.revision = 0

@@ -34,7 +34,7 @@ class Connection {
   /** What waits for the answer to the question for a sign of life. */
   #probe;
 
-  /** The highest that a message had; undefined if none had one. */
+  /** The highest revision that a message had; undefined before the first. */
   revision;
 
   constructor(socket, lenMax) {

@@ -163,7 +163,7 @@ describe('the backlog', () => {
     assert.equal(queue.len, 0);
   });
 
-  test('who is synced knows some state of every key', () => {
+  test('who is synced knows some state of every key that is there', () => {
     const queue = new Queue();
     queue.change(update('a', 1), true);
     queue.change(update('b', 2), true);

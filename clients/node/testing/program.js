@@ -1,6 +1,6 @@
 'use strict';
 
-// A program that closes its client in the state that it it was started for, then says so, and is to end by itself.
+// A program that closes its client in the state that it was started for, then says so, and is to end by itself.
 
 const dgram = require('node:dgram');
 const dns = require('node:dns');

@@ -29,6 +29,7 @@ class Servers:
         self.seen: list[str | None] = []
         self.cut = threading.Semaphore(0)
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(20)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -43,6 +44,7 @@ class Servers:
     def _run(self) -> None:
         for count in range(1, 7):
             connection, _ = self._listener.accept()
+            connection.settimeout(20)
             with connection, connection.makefile("rwb") as stream:
                 self._serve(count, stream)
 

@@ -17,8 +17,8 @@ pub type CodecError = Box<dyn StdError + Send + Sync>;
 ///
 /// # Contract
 ///
-/// What [`encode`](Self::encode) makes of a value, [`decode`](Self::decode) makes an equal value of, in any program that has the
-/// codec. Bytes may come from anywhere: `decode` answers those that it cannot read with an error.
+/// What [`encode`](Self::encode) makes of a value, [`decode`](Self::decode) turns back into an equal one, in any program that has
+/// the codec. Bytes may come from anywhere: `decode` answers those that it cannot read with an error.
 ///
 /// # Examples
 ///
@@ -240,7 +240,7 @@ impl<S: Store, C: Codec> Typed<S, C> {
     ///
     /// [`TypedError::Store`].
     pub async fn exists(&self, key: impl AsKey) -> Result<bool, TypedError> {
-        let key = key.as_key().map_err(TypedError::Store)?;
+        let key = key.as_key()?;
         Ok(self.store.exists(&*key).await?)
     }
 
@@ -264,11 +264,9 @@ impl<S: Store, C: Codec> Typed<S, C> {
         value: impl Borrow<C::Value> + Send,
         options: PutOptions,
     ) -> Result<Revision, TypedError> {
-        let encoded = self.codec.encode(value.borrow());
-        let bytes = match encoded {
-            Ok(bytes) => bytes,
-            Err(cause) => return Err(TypedError::Encode { key: key.key_text()?.to_owned(), cause }),
-        };
+        let text = key.key_text()?;
+        let encode = |cause| TypedError::Encode { key: text.to_owned(), cause };
+        let bytes = self.codec.encode(value.borrow()).map_err(encode)?;
         drop(value);
         Ok(self.store.put_with(key, bytes, options).await?)
     }
@@ -279,7 +277,7 @@ impl<S: Store, C: Codec> Typed<S, C> {
     ///
     /// [`TypedError::Store`].
     pub async fn delete(&self, key: impl AsKey) -> Result<Deleted, TypedError> {
-        let key = key.as_key().map_err(TypedError::Store)?;
+        let key = key.as_key()?;
         Ok(self.store.delete(&*key).await?)
     }
 

@@ -271,7 +271,8 @@ struct Wire {
     /// The number of the revision up to which the last snapshot has all changes: what is sent for another subscription that
     /// covers the key may be older.
     has: u64,
-    epoch: Epoch,
+    /// Of which the revisions are; `None` where they say nothing of those to come.
+    epoch: Option<Epoch>,
     /// Whether a snapshot has begun on this connection: before that, changes are none of its business.
     live: bool,
     /// When it is to be asked for again, and how long was waited for that.
@@ -290,7 +291,7 @@ impl Wire {
         self.snapshot += 1;
         self.live = true;
         self.retry = None;
-        let is_new_epoch = std::mem::replace(&mut self.epoch, epoch) != epoch;
+        let is_new_epoch = self.epoch.replace(epoch) != Some(epoch);
         if is_new_epoch {
             // Revisions of another epoch say nothing: everything is sent again.
             self.keys.values_mut().for_each(|last| last.revision = 0);
@@ -354,6 +355,7 @@ impl Wire {
     fn end_snapshot(&mut self, revision: Revision) {
         self.has = revision.get();
         let Wire { keys, own, snapshot, len, locals, epoch, .. } = self;
+        let epoch = epoch.unwrap_or_default();
         for local in locals.iter_mut() {
             let Standing::Filling(partial) = &mut local.standing else { continue };
             let partial = std::mem::take(partial);
@@ -363,7 +365,7 @@ impl Wire {
             }
         }
         // Notifications of the client's own puts may have been lost with a connection.
-        let is_in = |own: &Revision| own.epoch() != Some(*epoch) || own.get() <= revision.get();
+        let is_in = |own: &Revision| own.epoch() != Some(epoch) || own.get() <= revision.get();
         for (key, _) in own.extract_if(|_, own| is_in(own)) {
             for local in locals.iter_mut().filter(|local| local.is_watch()) {
                 local.gone(&Gone::missed(&key, revision), 0, true);
@@ -376,7 +378,7 @@ impl Wire {
             }
         }
         let served = locals.iter_mut().filter(|local| !matches!(local.standing, Standing::Waiting(_)));
-        served.for_each(|local| local.end_snapshot(revision, *epoch));
+        served.for_each(|local| local.end_snapshot(revision, epoch));
     }
 
     fn detach(&mut self) {
@@ -445,7 +447,7 @@ impl Hub {
             own: HashMap::new(),
             snapshot: 0,
             has: 0,
-            epoch: self.epoch,
+            epoch: Some(self.epoch),
             live: false,
             retry: None,
             locals: Vec::new(),
@@ -477,17 +479,20 @@ impl Hub {
         self.attached.then_some(Send::Unsubscribe(text))
     }
 
-    /// A connection is there: everything is subscribed again. Where the data `begin_anew`, revisions say nothing, as in another
-    /// epoch.
-    pub(crate) fn attach(&mut self, epoch: Epoch, begin_anew: bool) -> Vec<Send> {
+    /// The data begin anew: revisions so far say nothing of those to come, as in another epoch.
+    pub(crate) fn begin_anew(&mut self) {
+        for wire in self.wires.values_mut() {
+            wire.epoch = None;
+            wire.own.values_mut().for_each(|own| *own = Revision::ZERO);
+            wire.locals.iter_mut().for_each(Local::begin_anew);
+        }
+    }
+
+    /// Subscribes everything again on a new connection.
+    pub(crate) fn attach(&mut self, epoch: Epoch) -> Vec<Send> {
         (self.attached, self.epoch) = (true, epoch);
         let mut sends = Vec::with_capacity(self.wires.len());
         for (text, wire) in &mut self.wires {
-            if begin_anew {
-                wire.epoch = Epoch::default();
-                wire.own.clear();
-                wire.locals.iter_mut().for_each(Local::begin_anew);
-            }
             wire.asked = 1;
             wire.exact_asked = wire.is_exact();
             sends.push(Send::Subscribe { pattern: text.clone(), wire: wire.id, exact: wire.exact_asked });
@@ -789,7 +794,7 @@ mod tests {
     #[test]
     fn a_change_that_comes_before_its_snapshot_on_a_new_connection_is_told_once() {
         let mut hub = Hub::default();
-        assert_eq!(hub.attach(Epoch::new(1), false), []);
+        assert_eq!(hub.attach(Epoch::new(1)), []);
         let (all, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
         let (one, send) = add(&mut hub, 2, "a");
@@ -800,7 +805,7 @@ mod tests {
         );
 
         hub.detach();
-        let mut sends = hub.attach(Epoch::new(2), false);
+        let mut sends = hub.attach(Epoch::new(2));
         sends.sort_by_key(|send| matches!(send, Send::Subscribe { pattern, .. } if pattern == "a"));
         fill(&mut hub, &sends[0], &[entry("a", 1)]);
         hub.update(&entry("a", 2), 0);
@@ -813,7 +818,7 @@ mod tests {
     #[test]
     fn an_end_is_expected_after_our_own_request_and_else_it_is_the_end() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let (first, send) = add(&mut hub, 1, "a");
         hub.ended("a", Reason::Replaced); // by the `Subscribe` that is under way
         fill(&mut hub, &send.unwrap(), &[]);
@@ -829,7 +834,7 @@ mod tests {
     #[test]
     fn a_snapshot_that_nobody_waits_for_any_more_is_read_past() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let (_, early) = add(&mut hub, 1, "a");
         hub.remove(&Pattern::new("a").unwrap(), 1);
         let (queue, late) = add(&mut hub, 2, "a");
@@ -843,7 +848,7 @@ mod tests {
     #[test]
     fn what_is_not_in_a_snapshot_that_was_not_asked_for_was_missed_and_what_is_known_comes_not_again() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let (queue, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("b", 2)]);
         assert_eq!(told(&queue), ["a@1", "b@2", "Synced"]);
@@ -865,7 +870,7 @@ mod tests {
     #[test]
     fn a_snapshot_that_was_not_asked_for_answers_no_subscribe() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let (first, send) = add(&mut hub, 1, "a");
         fill(&mut hub, &send.unwrap(), &[]);
         let (second, send) = add(&mut hub, 2, "a");
@@ -879,20 +884,52 @@ mod tests {
         );
     }
 
+    // As of another epoch: what an engine lost is gone, and lower revisions are news.
+    #[test]
+    fn where_the_data_begin_anew_lower_revisions_are_delivered_and_what_is_missing_is_missed() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::new(1));
+        let (queue, send) = add(&mut hub, 1, "*");
+        fill(&mut hub, &send.unwrap(), &[entry("a", 5), entry("b", 9)]);
+        told(&queue);
+        hub.detach();
+        hub.begin_anew();
+        let sends = hub.attach(Epoch::new(1));
+        fill(&mut hub, &sends[0], &[entry("a", 2)]);
+        assert_eq!(told(&queue), ["Connected", "a@2", "b missed", "Synced"]);
+    }
+
+    #[test]
+    fn where_the_data_begin_anew_a_key_known_by_an_own_put_alone_is_missed() {
+        let (mut hub, notes) = (Hub::default(), Notes::default());
+        hub.attach(Epoch::new(1));
+        let pattern = Pattern::Exact(Key::new("a").unwrap());
+        let send = hub.add(Local::new(1, pattern, Sink::Watch(Box::new(notes.clone())), 1_000));
+        fill(&mut hub, &send.unwrap(), &[]);
+        let put = Entry::new(Key::new("a").unwrap(), "1", Revision::in_epoch(Epoch::new(1), 7));
+        hub.own_write(&put.key, Some(&put), put.revision);
+        notes.take();
+        hub.detach();
+        hub.begin_anew();
+        let sends = hub.attach(Epoch::new(1));
+        fill(&mut hub, &sends[0], &[]);
+        assert_eq!(notes.take(), ["lost", "anew", "missed@0", "live"]);
+    }
+
     #[test]
     fn within_an_epoch_a_server_that_goes_back_is_not_followed() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let (queue, send) = add(&mut hub, 1, "a");
         fill(&mut hub, &send.unwrap(), &[entry("a", 5)]);
         told(&queue);
         hub.detach();
-        let sends = hub.attach(Epoch::new(1), false);
+        let sends = hub.attach(Epoch::new(1));
         fill(&mut hub, &sends[0], &[entry("a", 3)]);
         hub.update(&entry("a", 4), 0);
         assert_eq!(told(&queue), ["Connected", "Synced"]);
         hub.detach();
-        let sends = hub.attach(Epoch::new(2), false);
+        let sends = hub.attach(Epoch::new(2));
         fill(&mut hub, &sends[0], &[entry("a", 3)]);
         assert_eq!(told(&queue), ["Connected", "a@3", "Synced"]);
     }
@@ -900,7 +937,7 @@ mod tests {
     #[test]
     fn whoever_would_hold_too_much_is_ended_and_others_go_on() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let (all, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[]);
         let (one, send) = add(&mut hub, 2, "a");
@@ -928,7 +965,7 @@ mod tests {
     #[test]
     fn a_snapshot_within_another_or_an_end_without_a_beginning_is_an_error() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         assert!(hub.synced(Revision::ZERO).is_err());
         hub.hello("a".into(), 1, false).unwrap();
         assert!(hub.hello("b".into(), 2, false).is_err());
@@ -937,7 +974,7 @@ mod tests {
     #[test]
     fn a_snapshot_that_broke_off_is_told_on_and_nothing_twice() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let (first, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("b", 2)]);
         assert_eq!(told(&first), ["a@1", "b@2", "Synced"]);
@@ -947,7 +984,7 @@ mod tests {
         [entry("a", 1), entry("b", 2)].iter().for_each(|entry| hub.update(entry, 0));
         assert_eq!(told(&second), ["a@1", "b@2"]);
         hub.detach();
-        let sends = hub.attach(Epoch::new(1), false);
+        let sends = hub.attach(Epoch::new(1));
         fill(&mut hub, &sends[0], &[entry("b", 2), entry("d", 4)]);
         assert_eq!(told(&first), ["Connected", "d@4", "a missed", "Synced"]);
         assert_eq!(told(&second), ["Connected", "d@4", "a missed", "Synced"]);
@@ -956,7 +993,7 @@ mod tests {
     #[test]
     fn a_snapshot_costs_those_who_know_it_nothing() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let (first, send) = add(&mut hub, 1, "a");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
         told(&first);
@@ -984,7 +1021,7 @@ mod tests {
     #[test]
     fn several_patterns_are_synced_once_all_are_and_up_to_the_lowest_revision() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::default(), false);
+        hub.attach(Epoch::default());
         let (queue, sends) = add_parts(&mut hub, &["a", "b", "c"]);
         fill(&mut hub, &sends[0], &[entry("a", 7)]);
         fill(&mut hub, &sends[1], &[entry("b", 5)]);
@@ -1000,7 +1037,7 @@ mod tests {
 
         hub.detach();
         assert_eq!(told(&queue), ["Reconnecting"]);
-        let mut sends = hub.attach(Epoch::default(), false);
+        let mut sends = hub.attach(Epoch::default());
         sends.sort_by_key(|send| format!("{send:?}"));
         assert_eq!(told(&queue), ["Connected"]);
         fill(&mut hub, &sends[0], &[]);
@@ -1013,7 +1050,7 @@ mod tests {
     #[test]
     fn while_a_part_is_not_synced_nothing_is_left_out_of_the_others() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::default(), false);
+        hub.attach(Epoch::default());
         let (queue, sends) = add_parts(&mut hub, &["a", "b"]);
         fill(&mut hub, &sends[0], &[entry("a", 7)]);
         hub.gone(&Key::new("a").unwrap(), revision(9), GoneReason::Deleted, 0);
@@ -1024,7 +1061,7 @@ mod tests {
     #[test]
     fn with_one_of_several_patterns_the_subscription_ends() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::default(), false);
+        hub.attach(Epoch::default());
         let (queue, sends) = add_parts(&mut hub, &["a", "b"]);
         sends.iter().for_each(|send| fill(&mut hub, send, &[]));
         hub.ended("a", Reason::Replaced);
@@ -1037,7 +1074,7 @@ mod tests {
     #[test]
     fn several_patterns_share_one_limit() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::default(), false);
+        hub.attach(Epoch::default());
         let (queue, sends) = add_parts(&mut hub, &["a", "b"]);
         fill(&mut hub, &sends[0], &[]);
         fill(&mut hub, &sends[1], &[]);
@@ -1101,7 +1138,7 @@ mod tests {
     #[test]
     fn who_watches_knows_of_the_clients_own_write_with_its_answer() {
         let (mut hub, notes) = (Hub::default(), Notes::default());
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let pattern = Pattern::Exact(Key::new("a").unwrap());
         let send = hub.add(Local::new(1, pattern.clone(), Sink::Watch(Box::new(notes.clone())), 1_000));
         fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
@@ -1125,14 +1162,14 @@ mod tests {
     #[test]
     fn a_key_known_by_the_clients_own_put_alone_is_missed_too() {
         let (mut hub, notes) = (Hub::default(), Notes::default());
-        hub.attach(Epoch::default(), false);
+        hub.attach(Epoch::default());
         let key = Key::new("a").unwrap();
         let sink = Sink::Watch(Box::new(notes.clone()));
         let send = hub.add(Local::new(1, Pattern::Exact(key.clone()), sink, 1_000));
         fill(&mut hub, &send.unwrap(), &[]);
         hub.own_write(&key, Some(&entry("a", 2)), revision(2));
         hub.detach();
-        let sends = hub.attach(Epoch::default(), false);
+        let sends = hub.attach(Epoch::default());
         fill(&mut hub, &sends[0], &[entry("a.b", 3)]);
         assert_eq!(notes.take(), ["live", "is@2", "lost", "missed@3", "live"]);
         hub.own_write(&key, Some(&entry("a", 9)), revision(9));
@@ -1141,13 +1178,13 @@ mod tests {
         assert_eq!(notes.take(), ["is@9", "live"], "the snapshot is of a moment before it");
 
         hub.detach();
-        let sends = hub.attach(Epoch::new(2), false);
+        let sends = hub.attach(Epoch::new(2));
         let put = Revision::in_epoch(Epoch::new(2), 1);
         hub.own_write(&key, Some(&entry("a", 1)), put); // answered ahead of the snapshot, which does not have it
         fill(&mut hub, &sends[0], &[]);
         assert_eq!(notes.take(), ["lost", "is@1", "live"]);
         hub.detach();
-        let sends = hub.attach(Epoch::new(3), false);
+        let sends = hub.attach(Epoch::new(3));
         fill(&mut hub, &sends[0], &[]);
         assert_eq!(notes.take(), ["lost", "missed@0", "live"], "the store is another, and empty");
     }
@@ -1169,7 +1206,7 @@ mod tests {
     #[test]
     fn a_branch_is_never_older_than_the_clients_own_writes() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let (branch, send) = add_branch(&mut hub, 1, "a");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("a.x", 2)]);
         assert!(hub.is_watched("a.y") && !hub.is_watched("b"));
@@ -1200,18 +1237,18 @@ mod tests {
     #[test]
     fn a_branch_loses_what_it_missed_when_it_is_live_again() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let (branch, send) = add_branch(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("b", 2)]);
         hub.own_write(&Key::new("c").unwrap(), Some(&entry("c", 3)), revision(3));
         hub.detach();
         assert_eq!(state(&branch), "a@1 b@2 c@3");
-        let sends = hub.attach(Epoch::new(1), false);
+        let sends = hub.attach(Epoch::new(1));
         fill(&mut hub, &sends[0], &[entry("a", 1), entry("d", 4)]);
         assert_eq!(state(&branch), "a@1 d@4 live");
         hub.detach();
         // Nothing is in the store of another epoch.
-        let sends = hub.attach(Epoch::new(2), false);
+        let sends = hub.attach(Epoch::new(2));
         fill(&mut hub, &sends[0], &[]);
         assert_eq!((state(&branch).as_str(), branch.borrow().revision), ("live", Revision::ZERO));
     }
@@ -1219,7 +1256,7 @@ mod tests {
     #[test]
     fn a_branch_that_would_hold_too_much_is_ended_and_says_why() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let (branch, send) = add_branch(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
         // The same key again costs nothing, a key that has gone neither.
@@ -1245,7 +1282,7 @@ mod tests {
     #[test]
     fn the_snapshot_of_a_key_alone_is_not_that_of_its_branch() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let exact = add_watch(&mut hub, 1);
         let (queue, branch) = add(&mut hub, 2, "a");
         fill(&mut hub, &exact.unwrap(), &[entry("a", 1)]);
@@ -1258,7 +1295,7 @@ mod tests {
     #[test]
     fn when_only_those_of_the_key_alone_are_left_its_branch_is_given_up() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let (queue, send) = add(&mut hub, 1, "a");
         fill(&mut hub, &send.unwrap(), &[]);
         let send = add_watch(&mut hub, 2);
@@ -1273,7 +1310,7 @@ mod tests {
     #[test]
     fn a_snapshot_that_is_not_told_is_bounded_too() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let queue = Arc::<Queue>::default();
         let mut local = Local::new(1, Pattern::All, Sink::Queue(Arc::clone(&queue)), 2_000);
         local.has_snapshot = false;
@@ -1288,7 +1325,7 @@ mod tests {
     #[test]
     fn who_never_heard_of_a_key_does_not_hear_of_its_end() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let (_all, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a.k", 1)]);
         let (one, send) = add(&mut hub, 2, "a");
@@ -1300,7 +1337,7 @@ mod tests {
     #[test]
     fn a_refusal_ends_nobody_while_another_request_is_under_way() {
         let mut hub = Hub::default();
-        hub.attach(Epoch::new(1), false);
+        hub.attach(Epoch::new(1));
         let Some(Send::Subscribe { pattern, wire, .. }) = add_watch(&mut hub, 1) else { panic!("it is subscribed") };
         let (queue, branch) = add(&mut hub, 2, "a");
         hub.refused(&pattern, wire, 429, "not now");

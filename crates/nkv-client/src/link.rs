@@ -93,7 +93,7 @@ pub(crate) struct Link {
     pub(crate) epoch: Epoch,
     /// The longest value that the server takes.
     pub(crate) value_len_max: u64,
-    /// The server's data have not what was [seen](LinkOptions::seen).
+    /// The engine behind the server lacks some of what was [seen](LinkOptions::seen).
     pub(crate) begins_anew: bool,
     /// What the server offers beyond the first version of the protocol.
     pub(crate) features: Features,
@@ -123,7 +123,9 @@ impl Link {
         greeting.features = FEATURES;
         greeting.name = options.name.as_deref().map(Into::into);
         greeting.token = options.token.as_deref().map(Into::into);
-        greeting.seen = options.seen.map(|(epoch, revision)| format!("{epoch}-{revision}").into());
+        // A server without an epoch has nothing to compare with.
+        let seen = options.seen.filter(|(epoch, _)| *epoch != Epoch::default());
+        greeting.seen = seen.map(|(epoch, revision)| format!("{epoch}-{revision}").into());
         link.push(&greeting);
         let body = link.answer().await?;
         if body.status != status::OK {

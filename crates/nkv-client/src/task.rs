@@ -290,8 +290,6 @@ pub(crate) struct Pace {
 
 pub(crate) struct Task {
     pub(crate) link_options: LinkOptions,
-    /// The highest revision that any message had.
-    seen: Option<(Epoch, u64)>,
     pub(crate) pace: Pace,
     pub(crate) asks: mpsc::Receiver<Ask>,
     pub(crate) control: mpsc::UnboundedReceiver<Control>,
@@ -338,7 +336,6 @@ impl Task {
     ) -> Self {
         Task {
             link_options,
-            seen: None,
             pace,
             asks,
             control,
@@ -392,10 +389,12 @@ impl Task {
         self.shared.set_trouble(None);
         self.shared.value_len_max.store(link.value_len_max, Relaxed);
         tracing::debug!(addr = %self.link_options.addr, features = ?link.features, "connected");
-        if link.begins_anew || self.seen.is_some_and(|(epoch, _)| epoch != link.epoch) {
-            self.seen = None;
+        let seen = &mut self.link_options.seen;
+        *seen = seen.filter(|(epoch, _)| !link.begins_anew && *epoch == link.epoch);
+        if link.begins_anew {
+            self.hub.begin_anew();
         }
-        for send in self.hub.attach(link.epoch, link.begins_anew) {
+        for send in self.hub.attach(link.epoch) {
             self.send(link, send);
         }
         let connected = ConnectionState::Connected;
@@ -692,7 +691,7 @@ impl Task {
         Ok(())
     }
 
-    /// What is known to be there: the server after this one must have it too. A snapshot that is under way counts only from its end.
+    /// Notes the highest revision that a message of the epoch had: the next server must have it too.
     fn note_seen(&mut self, message: &Message, epoch: Epoch) {
         let revision = match message {
             Message::Answer(body) => body.revisions.iter().copied().chain(body.revision).max(),
@@ -702,8 +701,8 @@ impl Task {
             _ => None,
         };
         if let Some(revision) = revision {
-            let known = self.seen.filter(|(of, _)| *of == epoch).map_or(0, |(_, known)| known);
-            self.seen = Some((epoch, known.max(revision)));
+            let seen = &mut self.link_options.seen;
+            *seen = Some((epoch, seen.map_or(0, |(_, known)| known).max(revision)));
         }
     }
 
@@ -800,7 +799,7 @@ impl Task {
             if self.nudged.take().is_some() {
                 *failures = 0;
             }
-            let options = LinkOptions { seen: self.seen, ..self.link_options.clone() };
+            let options = self.link_options.clone();
             match self.meanwhile(Link::open(&options)).await? {
                 Ok(link) => return Some(link),
                 Err(error) => {
@@ -1009,7 +1008,7 @@ mod tests {
             rig.control.send(command).unwrap();
             drop(std::mem::replace(&mut rig.far, duplex(1).0));
             lost(&mut rig).await;
-            assert_eq!(rig.task.hub.attach(Epoch::default(), false), after);
+            assert_eq!(rig.task.hub.attach(Epoch::default()), after);
         }
     }
 

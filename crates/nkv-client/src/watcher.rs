@@ -235,6 +235,10 @@ impl<T: Send + Sync, F: Fn(&Entry) -> Result<T> + Send> Watcher for BranchWatche
         self.known.values_mut().for_each(|known| known.revision = Revision::ZERO);
         self.deleted.clear();
         self.deletes.clear();
+        self.sender.send_if_modified(|branch| {
+            branch.revision = Revision::ZERO;
+            false
+        });
     }
 
     fn set_live(&mut self, synced: Option<Revision>) {
@@ -304,6 +308,7 @@ mod tests {
         let known: Vec<_> =
             branch.borrow().entries.iter().map(|(key, entry)| (key.to_string(), entry.revision.get())).collect();
         assert_eq!(known, [("a".to_owned(), 3), ("c.d".to_owned(), 2)]);
+        assert_eq!(branch.borrow().revision.get(), 3);
         assert_eq!(value.borrow().value, Some(Revision::new(3)));
     }
 

@@ -31,12 +31,16 @@ pub(crate) trait Clock: fmt::Debug + Send + Sync + 'static {
 /// Those of this machine.
 #[derive(Debug)]
 pub(crate) struct SystemClock {
+    #[cfg(not(target_os = "linux"))]
     started: std::time::Instant,
 }
 
 impl SystemClock {
     pub(crate) fn new() -> Self {
-        SystemClock { started: std::time::Instant::now() }
+        SystemClock {
+            #[cfg(not(target_os = "linux"))]
+            started: std::time::Instant::now(),
+        }
     }
 }
 
@@ -48,7 +52,6 @@ impl Clock for SystemClock {
 
     #[cfg(target_os = "linux")]
     fn steady(&self) -> Millis {
-        let _ = self.started;
         let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
         let (seconds, nanos) = (u64::try_from(time.tv_sec).unwrap_or(0), u64::try_from(time.tv_nsec).unwrap_or(0));
         seconds.saturating_mul(1_000).saturating_add(nanos / 1_000_000)

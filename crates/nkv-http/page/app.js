@@ -81,7 +81,10 @@ async function poll(count) {
   try {
     const stats = await connection.request({ type: "Stats", ahead: true });
     if ((stats.status ?? 200) === 200) figures.take(stats, connection.info);
-    if (count % 2 === 0 && !document.hidden) figures.takeClients((await connection.request({ type: "Trace", ahead: true })).clients ?? []);
+    if (count % 2 === 0 && !document.hidden) {
+      const trace = await connection.request({ type: "Trace", ahead: true });
+      if ((trace.status ?? 200) === 200) figures.takeClients(trace.clients ?? []);
+    }
   } catch (error) {
     if (connection.open) console.error(error); // else the connection ended; the next one asks again
   }

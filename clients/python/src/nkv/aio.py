@@ -169,7 +169,8 @@ class _Core:
                 link = await asyncio.wait_for(self._connect(), self.options.connect_timeout)
                 error = await self._serve(link)
             except Exception as caught:  # no error that a peer or the system causes may end the task
-                error = caught if str(caught) else ConnectionError("no connection in time")
+                is_late = isinstance(caught, asyncio.TimeoutError) and not str(caught)
+                error = ConnectionError("no connection in time") if is_late else caught
             pause = self.session.connection_lost(error, self.loop.time())
             await asyncio.sleep(pause)
 

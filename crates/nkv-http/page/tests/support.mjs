@@ -6,7 +6,7 @@ import { once } from "node:events";
 import net from "node:net";
 import { chromium } from "playwright-core";
 
-export const WAIT_MS = 15_000;
+const WAIT_MS = 15_000;
 export const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 
 /** Waits until `check` returns something true, and returns it. */

@@ -7,6 +7,8 @@ use nkv_node::EngineError;
 use nkv_server::{Builder, Handle, ServerError};
 use tracing::{info, warn};
 
+use crate::with_causes;
+
 /// The engine, and how to reach it.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct EngineArgs {
@@ -67,13 +69,26 @@ fn usage(what: impl Into<String>) -> ServerError {
 }
 
 fn wrong(error: &dyn std::error::Error) -> ServerError {
-    let mut text = format!("--engine: {error}");
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text.push_str(&format!(": {inner}"));
-        cause = inner.source();
-    }
-    usage(text)
+    usage(format!("--engine: {}", with_causes(error)))
+}
+
+/// The options of an engine whose options have these methods, as the flags say.
+#[cfg(any(feature = "etcd", feature = "nats"))]
+macro_rules! as_flags_say {
+    ($flags:expr, $options:expr, $value_len_max:expr) => {{
+        let mut options = $options.map_err(|error| wrong(&error))?;
+        options = options.with_create($flags.engine_create).with_value_len_max($value_len_max);
+        if let Some(file) = &$flags.engine_ca {
+            options = options.with_ca(file);
+        }
+        if let (Some(cert), Some(key)) = (&$flags.engine_cert, &$flags.engine_key) {
+            options = options.with_identity(cert, key);
+        }
+        if let (Some(user), Some(file)) = (&$flags.engine_user, &$flags.engine_password_file) {
+            options = options.with_user(user, file);
+        }
+        options
+    }};
 }
 
 impl EngineArgs {
@@ -107,17 +122,7 @@ impl EngineArgs {
 
     #[cfg(feature = "etcd")]
     async fn etcd(&self, url: &str, value_len_max: usize) -> Result<Chosen, ServerError> {
-        let mut options = nkv_engine_etcd::Options::from_url(url).map_err(|error| wrong(&error))?;
-        options = options.with_create(self.engine_create).with_value_len_max(value_len_max);
-        if let Some(file) = &self.engine_ca {
-            options = options.with_ca(file);
-        }
-        if let (Some(cert), Some(key)) = (&self.engine_cert, &self.engine_key) {
-            options = options.with_identity(cert, key);
-        }
-        if let (Some(user), Some(file)) = (&self.engine_user, &self.engine_password_file) {
-            options = options.with_user(user, file);
-        }
+        let options = as_flags_say!(self, nkv_engine_etcd::Options::from_url(url), value_len_max);
         let engine = nkv_engine_etcd::EtcdEngine::new(options);
         looked_at(engine.check().await)?;
         Ok(Chosen::Etcd(engine))
@@ -125,17 +130,7 @@ impl EngineArgs {
 
     #[cfg(feature = "nats")]
     async fn nats(&self, url: &str, value_len_max: usize) -> Result<Chosen, ServerError> {
-        let mut options = nkv_engine_nats::Options::from_url(url).map_err(|error| wrong(&error))?;
-        options = options.with_create(self.engine_create).with_value_len_max(value_len_max);
-        if let Some(file) = &self.engine_ca {
-            options = options.with_ca(file);
-        }
-        if let (Some(cert), Some(key)) = (&self.engine_cert, &self.engine_key) {
-            options = options.with_identity(cert, key);
-        }
-        if let (Some(user), Some(file)) = (&self.engine_user, &self.engine_password_file) {
-            options = options.with_user(user, file);
-        }
+        let mut options = as_flags_say!(self, nkv_engine_nats::Options::from_url(url), value_len_max);
         if let Some(file) = &self.engine_creds {
             options = options.with_credentials(file);
         }

@@ -318,14 +318,19 @@ fn fail(error: &dyn Error, code: u8) -> ExitCode {
 
 /// One line of the log, whatever its level, from the outermost cause to the innermost.
 fn fail_with_hint(error: &dyn Error, hint: &str, code: u8) -> ExitCode {
+    error!(target: log::FATAL, "{}{hint}", with_causes(error));
+    ExitCode::from(code)
+}
+
+/// An error and what caused it, from the outermost to the innermost.
+fn with_causes(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
         line.push_str(&format!(": {inner}"));
         cause = inner.source();
     }
-    error!(target: log::FATAL, "{line}{hint}");
-    ExitCode::from(code)
+    line
 }
 
 fn code_of(error: &ServerError) -> u8 {

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use crate::error::Result;
-use crate::records::{BATCH_OVERHEAD, NewRecord};
+use crate::records::NewRecord;
 use crate::topic::Settings;
 use crate::writer::{Handed, Job, end, hand_over};
 
@@ -174,7 +174,7 @@ impl Session {
         let (mut parts, mut len) = (Vec::<Vec<Key>>::new(), 0);
         for key in keys {
             let own = record(&key, None).len_max();
-            match parts.last_mut().filter(|part| part.len() < PART_KEYS && len + own <= self.room()) {
+            match parts.last_mut().filter(|part| part.len() < PART_KEYS && len + own <= self.settings.room()) {
                 Some(part) => (len, _) = (len + own, part.push(key)),
                 None => {
                     len = own;
@@ -223,20 +223,15 @@ impl Session {
     }
 
     async fn hand_over(&self, records: Vec<NewRecord>) -> Result<Handed, EngineError> {
-        let len: usize = records.iter().map(NewRecord::len_max).sum();
-        if len > self.room() {
+        let (len, room) = (records.iter().map(NewRecord::len_max).sum::<usize>(), self.settings.room());
+        if len > room {
             let message = format!(
-                "Kafka takes {} bytes in one step (max.message.bytes), and this has {len}; nothing was changed",
-                self.room()
+                "Kafka takes {room} bytes in one step (max.message.bytes), and this has {len}; nothing was changed"
             );
             return Err(EngineError::Refused { status: 413, message });
         }
         let floor = *self.progress.borrow();
         hand_over(&self.jobs, records, floor).await
-    }
-
-    fn room(&self) -> usize {
-        self.settings.batch_len_max.saturating_sub(BATCH_OVERHEAD)
     }
 }
 

@@ -74,6 +74,11 @@ pub(crate) struct Settings {
 }
 
 impl Settings {
+    /// What the records of one batch may take.
+    pub(crate) fn room(&self) -> usize {
+        self.batch_len_max.saturating_sub(BATCH_OVERHEAD)
+    }
+
     /// Longest value that fits into a batch with any key.
     pub(crate) fn value_len_max(&self) -> usize {
         self.batch_len_max.saturating_sub(overhead())

@@ -24,6 +24,9 @@ use crate::wire::{Connection, check};
 /// Who is not heard of for this long is no member any more.
 const SESSION: Duration = Duration::from_secs(10);
 
+/// How often a member says that it lives.
+pub(crate) const BEAT: Duration = Duration::from_secs(1);
+
 /// For this long after it was heard of, a member may begin to write: what it began has ended before another has the log.
 const LEASE: Duration = Duration::from_secs(5);
 
@@ -138,6 +141,22 @@ impl Member {
         check(answer.error_code, "stay in the group")?;
         self.heard_at = asked_at;
         Ok(true)
+    }
+
+    /// Looks, before a write, that it is [sure](Self::is_sure), and says that it lives if that is due; `false` if it has to
+    /// [enter](Self::enter) again.
+    ///
+    /// # Errors
+    ///
+    /// Unavailable, if it is not sure.
+    pub(crate) async fn secure(&mut self) -> Result<bool> {
+        if now().saturating_sub(self.heard_at) >= BEAT && !self.beat().await? {
+            return Ok(false);
+        }
+        match self.is_sure() {
+            true => Ok(true),
+            false => Err(Error::unavailable("another may have the log by now")),
+        }
     }
 
     /// Whether nobody else can have the log until what is begun now has ended.

@@ -12,6 +12,7 @@ use kafka_protocol::records::Record;
 use nkv_core::{Action, Change, Epoch, Key, Meta, Op, Pattern, PersistErrorKind, Reason, Revision};
 use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, RateLimitedLog, Seen};
 use tokio::sync::{mpsc, watch};
+use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use uuid::Uuid;
 
@@ -109,13 +110,13 @@ struct Mark {
 impl Mark {
     fn of(record: &Record) -> Self {
         let key = record.key.as_deref().map(Bytes::copy_from_slice);
-        Mark { offset: record.offset, timestamp: record.timestamp, key, value: checksum(record) }
+        Mark { offset: record.offset, timestamp: record.timestamp, key, value: record.value.as_deref().map(summary) }
     }
 }
 
 /// The length and the checksum of a value.
-fn checksum(record: &Record) -> Option<(usize, u32)> {
-    record.value.as_ref().map(|value| (value.len(), crc32c::crc32c(value)))
+fn summary(value: &[u8]) -> (usize, u32) {
+    (value.len(), crc32c::crc32c(value))
 }
 
 /// The whole state that the log has.
@@ -272,7 +273,6 @@ impl Shared {
     ) -> Result<Level, EngineError> {
         let known = self.lock().level.clone().filter(|known| known.topic == topic.id);
         let mut is_other = false;
-        let mut shown = HashMap::new();
         if let (Some(level), Some(seen)) = (known, seen)
             && level.epoch == seen.epoch
             && level.revision <= seen.revision
@@ -285,12 +285,7 @@ impl Shared {
                 proof => is_other = proof == Proof::Other,
             }
         }
-        if seen.is_some() {
-            feed.walk(&Pattern::All, |record| {
-                let value = record.value.to_bytes();
-                shown.insert(record.revision, (record.key.to_key(), (value.len(), crc32c::crc32c(&value))));
-            });
-        }
+        let shown = if seen.is_some() { shown(feed).await? } else { Shown::new() };
         for _ in 0..ROUNDS {
             let whole = self.read(topic, reader, &shown).await?;
             let (epoch, revision) = (epoch(topic.id, whole.generation), before(whole.place.next));
@@ -332,7 +327,8 @@ impl Shared {
             }
             for record in fetched.batches.iter().flat_map(|batch| &batch.records) {
                 whole.is_other |= shown.get(&revision(record.offset)).is_some_and(|(key, value)| {
-                    record.key.as_deref() != Some(key.as_str().as_bytes()) || checksum(record) != Some(*value)
+                    record.key.as_deref() != Some(key.as_str().as_bytes())
+                        || record.value.as_deref().map(summary) != Some(*value)
                 });
                 match self.meaning(record) {
                     Meaning::Put(key, value) => drop(whole.records.insert(key, (record.offset, value))),
@@ -529,6 +525,18 @@ impl Engine for KafkaEngine {
         let session = self.0.session()?;
         Ok(Seen { epoch: session.epoch, revision: before(end(&session.jobs).await?) })
     }
+}
+
+/// What the node shows. Values are only shared while its lock is held, and worked through on a thread that serves no client.
+async fn shown(feed: &Feed) -> Result<Shown> {
+    let feed = feed.clone();
+    let shown = spawn_blocking(move || {
+        let mut all = Vec::new();
+        feed.walk(&Pattern::All, |record| all.push((record.revision, record.key.to_key(), record.value.to_bytes())));
+        let summed = |(revision, key, value): (Revision, Key, Bytes)| (revision, (key, summary(&value)));
+        all.into_iter().map(summed).collect()
+    });
+    shown.await.map_err(|error| Error::unavailable(format!("look at what the node shows: {error}")))
 }
 
 /// Whether the log is the one in which the node was level at a place.

@@ -129,7 +129,7 @@ async fn the_exchange_is_that_of_go_kv() {
     assert_eq!(answer.payload, [me, b"\x20\x03"].concat());
     assert!(timeout(Duration::from_millis(300), answers.next()).await.is_err(), "one answer to one request");
     for _ in 0..5 {
-        subject.next().await.unwrap();
+        timeout(PATIENCE, subject.next()).await.expect("a message").unwrap();
     }
 
     // It asks with a request whose reply is an inbox; a peer of Go-KV answers, twice, and with what else it sends.

@@ -4,9 +4,9 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use nkv_core::Key;
@@ -258,34 +258,36 @@ pub(crate) fn key(text: &str) -> Key {
 }
 
 /// The program beside nkv: Foreign.java.
-pub(crate) struct Foreign(Mutex<(Child, ChildStdin, BufReader<ChildStdout>)>);
+pub(crate) struct Foreign(Mutex<Program>);
+
+struct Program {
+    child: Child,
+    input: ChildStdin,
+    answers: mpsc::Receiver<String>,
+}
 
 impl Foreign {
     pub(crate) fn start(libs: &Path, address: &str) -> Self {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kafka/Foreign.java");
-        let mut child = java(libs)
-            .arg(source)
-            .arg(address)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let (input, mut output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        let mut line = String::new();
-        output.read_line(&mut line).unwrap();
-        assert_eq!(line, "ready\n");
-        Foreign(Mutex::new((child, input, output)))
+        let mut child =
+            java(libs).arg(source).arg(address).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let (answer, answers) = mpsc::channel();
+        std::thread::spawn(move || {
+            let lines = BufReader::new(output).lines().map_while(Result::ok);
+            lines.take_while(|line| answer.send(line.clone()).is_ok()).for_each(drop);
+        });
+        let ready = answers.recv_timeout(PATIENCE);
+        assert_eq!(ready.as_deref(), Ok("ready"));
+        Foreign(Mutex::new(Program { child, input, answers }))
     }
 
     /// Does a command, and gives what it printed.
     pub(crate) fn run(&self, words: &[&str]) -> String {
-        let mut locked = self.0.lock().unwrap();
-        let (_, input, output) = &mut *locked;
-        writeln!(input, "{}", words.join("\t")).unwrap();
-        let mut line = String::new();
-        output.read_line(&mut line).unwrap();
-        line.trim_end().to_owned()
+        let mut program = self.0.lock().unwrap();
+        writeln!(program.input, "{}", words.join("\t")).unwrap();
+        let answer = program.answers.recv_timeout(PATIENCE);
+        answer.unwrap_or_else(|error| panic!("{words:?}: {error}")).trim_end().to_owned()
     }
 
     /// The same, for what has to succeed.
@@ -298,7 +300,7 @@ impl Foreign {
 
 impl Drop for Foreign {
     fn drop(&mut self) {
-        let (child, ..) = &mut *self.0.lock().unwrap();
+        let Program { child, .. } = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
         drop(child.kill());
         drop(child.wait());
     }

@@ -1,7 +1,7 @@
 //! A broker, a program with Kafka's own client beside it, and a proxy that can cut.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 /// How long anything may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -247,7 +247,7 @@ pub(crate) async fn healthy(nkv: &Handle) {
 pub(crate) async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     let wait = async {
         while !is_so().await {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            sleep(Duration::from_millis(5)).await;
         }
     };
     assert!(timeout(PATIENCE, wait).await.is_ok(), "it does not come to that: {what}");
@@ -334,7 +334,16 @@ pub(crate) struct Proxy {
 impl Proxy {
     pub(crate) async fn start(broker: &Broker) -> Self {
         let way = watch::Sender::new(Way::Open);
-        let listener = TcpListener::bind(("127.0.0.1", broker.proxy)).await.unwrap();
+        let bound = async {
+            // The task of the proxy before may have it for a moment yet.
+            loop {
+                match TcpListener::bind(("127.0.0.1", broker.proxy)).await {
+                    Err(error) if error.kind() == ErrorKind::AddrInUse => sleep(Duration::from_millis(5)).await,
+                    bound => break bound.unwrap(),
+                }
+            }
+        };
+        let listener = timeout(PATIENCE, bound).await.expect("the port of the proxy is free");
         let (to, ways) = (broker.proxied, way.clone());
         let task = tokio::spawn(async move {
             while let Ok((inner, _)) = listener.accept().await {

@@ -373,6 +373,25 @@ impl Whole {
     }
 }
 
+/// Changes that are applied together.
+#[derive(Default)]
+struct Step {
+    changes: Vec<Change>,
+    /// Whether the last of the changes to a key puts it, as far as they are covered.
+    known: HashMap<Key, bool>,
+    covered: usize,
+}
+
+impl Step {
+    /// Whether the last of the changes to `key` puts it; `None` if there is none.
+    fn puts(&mut self, key: &Key) -> Option<bool> {
+        let new = self.changes.iter().skip(self.covered);
+        self.known.extend(new.map(|change| (change.key.clone(), matches!(change.action, Action::Put { .. }))));
+        self.covered = self.changes.len();
+        self.known.get(key).copied()
+    }
+}
+
 /// The time during which the engine is followed; writes are taken from when the node is level first.
 struct Followed<'a> {
     shared: &'a Shared,
@@ -411,14 +430,14 @@ impl Followed<'_> {
             if fetched.is_out_of_range || fetched.start != level.place.start {
                 return Ok("the log was cut");
             }
-            let mut step = Vec::new();
+            let mut step = Step::default();
             for batch in &fetched.batches {
                 for record in &batch.records {
                     if !self.take(record, &mut step) {
                         return Ok("a new epoch begins");
                     }
                 }
-                if step.len() >= STEP {
+                if step.changes.len() >= STEP {
                     self.apply(&mut step, level).await?;
                 }
             }
@@ -455,22 +474,18 @@ impl Followed<'_> {
     }
 
     /// Adds what a record changes; `false` if a new generation begins.
-    fn take(&self, record: &Record, step: &mut Vec<Change>) -> bool {
+    fn take(&self, record: &Record, step: &mut Step) -> bool {
         match self.shared.meaning(record) {
-            Meaning::Put(key, value) => step.push(put(key, value, record.offset)),
+            Meaning::Put(key, value) => step.changes.push(put(key, value, record.offset)),
             Meaning::Delete(key) => {
                 self.session.deletes.note(&key, record.offset, || {
-                    let before = step.iter().rev().find(|change| change.key == key);
-                    match before {
-                        Some(change) => matches!(change.action, Action::Put { .. }),
-                        None => {
-                            let mut is_shown = false;
-                            self.session.feed.walk(&Pattern::Exact(key.clone()), |_| is_shown = true);
-                            is_shown
-                        }
-                    }
+                    step.puts(&key).unwrap_or_else(|| {
+                        let mut is_shown = false;
+                        self.session.feed.walk(&Pattern::Exact(key.clone()), |_| is_shown = true);
+                        is_shown
+                    })
                 });
-                step.push(change(key, Action::Delete { reason: Reason::Deleted }, record.offset));
+                step.changes.push(change(key, Action::Delete { reason: Reason::Deleted }, record.offset));
             }
             Meaning::Generation => return false,
             Meaning::Nothing => {}
@@ -478,8 +493,8 @@ impl Followed<'_> {
         true
     }
 
-    async fn apply(&self, step: &mut Vec<Change>, level: &mut Level) -> Result<(), EngineError> {
-        let changes = std::mem::take(step);
+    async fn apply(&self, step: &mut Step, level: &mut Level) -> Result<(), EngineError> {
+        let Step { changes, .. } = std::mem::take(step);
         let Some(last) = changes.last().map(|change| change.revision) else { return Ok(()) };
         self.session.feed.apply(changes).await?;
         level.revision = level.revision.max(last);
@@ -590,4 +605,21 @@ fn open_transaction(offset: i64) -> String {
 
 fn too_slow() -> &'static str {
     "reading the log took longer than tombstones are kept (delete.retention.ms)"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_change_of_a_step_says_whether_a_key_is_put() {
+        let (mut step, key) = (Step::default(), |name: &str| Key::new(name).unwrap());
+        let gone = Action::Delete { reason: Reason::Deleted };
+        step.changes.push(put(key("a"), Bytes::new(), 0));
+        step.changes.push(change(key("b"), gone.clone(), 1));
+        assert_eq!((step.puts(&key("a")), step.puts(&key("b")), step.puts(&key("c"))), (Some(true), Some(false), None));
+        step.changes.push(change(key("a"), gone, 2));
+        step.changes.push(put(key("b"), Bytes::new(), 3));
+        assert_eq!((step.puts(&key("a")), step.puts(&key("b")), step.puts(&key("c"))), (Some(false), Some(true), None));
+    }
 }

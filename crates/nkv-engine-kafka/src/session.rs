@@ -1,6 +1,6 @@
 //! What writes need while the engine is followed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -71,7 +71,7 @@ impl Session {
             }
             Op::Delete { if_revision: Some(_), .. } => Err(cannot("conditions")),
             Op::Delete { pattern: Pattern::Key(key) | Pattern::Exact(key), .. } => {
-                let awaited = self.deletes.expect(vec![key.clone()]);
+                let awaited = self.expect(vec![key.clone()]);
                 Ok(Begun::Delete(self.hand_over(vec![record(&key, None)]).await?, awaited))
             }
             Op::Delete { pattern, .. } => Ok(Begun::Ended(self.delete_all(&pattern).await)),
@@ -120,7 +120,7 @@ impl Session {
         let expected: Vec<_> = expected
             .map(|(place, part)| match part {
                 None => (place, None),
-                Some((first, keys)) => (first, Some(self.deletes.expect(keys))),
+                Some((first, keys)) => (first, Some(self.expect(keys))),
             })
             .collect();
         let base = self.hand_over(records).await?.done().await?;
@@ -149,7 +149,7 @@ impl Session {
         let (mut count, mut last) = (0_u64, Revision::ZERO);
         for part in self.parts(keys) {
             let records = part.iter().map(|key| record(key, None)).collect();
-            let awaited = self.deletes.expect(part);
+            let awaited = self.expect(part);
             let deleted = async {
                 let first = self.hand_over(records).await?.done().await?;
                 let offsets: Vec<i64> = (first..).take(awaited.keys.len()).collect();
@@ -222,6 +222,15 @@ impl Session {
         }
     }
 
+    fn expect(&self, keys: Vec<Key>) -> Awaited<'_> {
+        self.deletes.expect(keys, self.floor())
+    }
+
+    /// Where what is written next is from on.
+    fn floor(&self) -> i64 {
+        *self.progress.borrow()
+    }
+
     async fn hand_over(&self, records: Vec<NewRecord>) -> Result<Handed, EngineError> {
         let (len, room) = (records.iter().map(NewRecord::len_max).sum::<usize>(), self.settings.room());
         if len > room {
@@ -230,8 +239,7 @@ impl Session {
             );
             return Err(EngineError::Refused { status: 413, message });
         }
-        let floor = *self.progress.borrow();
-        hand_over(&self.jobs, records, floor).await
+        hand_over(&self.jobs, records, self.floor()).await
     }
 }
 
@@ -254,7 +262,8 @@ pub(crate) struct Deletes(Mutex<HashMap<Key, Watched>>);
 
 #[derive(Debug, Default)]
 struct Watched {
-    waiting: usize,
+    /// Where the tombstones of those that wait may be from on, and how many wait there.
+    waiting: BTreeMap<i64, usize>,
     found: Vec<i64>,
 }
 
@@ -262,6 +271,7 @@ struct Watched {
 pub(crate) struct Awaited<'a> {
     deletes: &'a Deletes,
     keys: Vec<Key>,
+    floor: i64,
 }
 
 impl Deletes {
@@ -269,10 +279,13 @@ impl Deletes {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn expect(&self, keys: Vec<Key>) -> Awaited<'_> {
+    /// Notes from now on which tombstones of these keys find a value, of those from the offset `floor` on.
+    fn expect(&self, keys: Vec<Key>, floor: i64) -> Awaited<'_> {
         let mut watched = self.lock();
-        keys.iter().for_each(|key| watched.entry(key.clone()).or_default().waiting += 1);
-        Awaited { deletes: self, keys }
+        for key in &keys {
+            *watched.entry(key.clone()).or_default().waiting.entry(floor).or_default() += 1;
+        }
+        Awaited { deletes: self, keys, floor }
     }
 
     /// Notes that a tombstone of the log found a value, if anyone waits for it.
@@ -296,12 +309,41 @@ impl Drop for Awaited<'_> {
     fn drop(&mut self) {
         let mut watched = self.deletes.lock();
         for key in &self.keys {
-            if let Some(one) = watched.get_mut(key) {
-                one.waiting -= 1;
-                if one.waiting == 0 {
-                    watched.remove(key);
-                }
+            let Some(one) = watched.get_mut(key) else { continue };
+            if let Some(count) = one.waiting.get_mut(&self.floor).filter(|count| **count > 1) {
+                *count -= 1;
+                continue;
+            }
+            one.waiting.remove(&self.floor);
+            match one.waiting.first_key_value() {
+                Some((&floor, _)) => one.found.retain(|offset| *offset >= floor),
+                None => drop(watched.remove(key)),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_delete_waits_for_any_more_is_forgotten_while_others_wait() {
+        let (deletes, key) = (Deletes::default(), Key::new("a").unwrap());
+        let expect = |floor| deletes.expect(vec![key.clone()], floor);
+        let mut last = expect(0);
+        for offset in 0..100 {
+            let _twice = expect(offset);
+            deletes.note(&key, offset, || true);
+            let next = expect(offset + 1);
+            assert_eq!(last.found(&[offset]), [offset]);
+            last = next;
+        }
+        assert_eq!(deletes.lock()[&key].found, Vec::<i64>::new());
+        deletes.note(&key, 100, || true);
+        drop(expect(101));
+        assert_eq!(last.found(&[100]), [100], "one that ends takes what another waits for");
+        drop(last);
+        assert!(deletes.lock().is_empty());
     }
 }

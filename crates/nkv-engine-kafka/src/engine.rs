@@ -291,10 +291,9 @@ impl Shared {
             let (epoch, revision) = (epoch(topic.id, whole.generation), before(whole.place.next));
             let known = seen.filter(|seen| seen.epoch == epoch);
             if !known.is_some_and(|seen| is_other || whole.is_other || seen.revision > revision) {
-                match feed.replace(whole.changes(), revision, epoch).await {
-                    Ok(_) => {
-                        return Ok(Level { topic: topic.id, epoch, revision, place: whole.place, at: whole.began });
-                    }
+                let level = Level { topic: topic.id, epoch, revision, place: whole.place.clone(), at: whole.began };
+                match feed.replace(whole.into_changes(), revision, epoch).await {
+                    Ok(_) => return Ok(level),
                     Err(EngineError::Feed(error)) if error.kind() == PersistErrorKind::Rejected && known.is_some() => {}
                     Err(error) => return Err(error),
                 }
@@ -367,9 +366,8 @@ impl Place {
 }
 
 impl Whole {
-    fn changes(&self) -> Vec<Change> {
-        let change = |(key, (offset, value)): (&Key, &(i64, Bytes))| put(key.clone(), value.clone(), *offset);
-        self.records.iter().map(change).collect()
+    fn into_changes(self) -> Vec<Change> {
+        self.records.into_iter().map(|(key, (offset, value))| put(key, value, offset)).collect()
     }
 }
 

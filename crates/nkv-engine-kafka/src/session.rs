@@ -62,14 +62,9 @@ impl Session {
     }
 
     async fn begin(&self, op: Op) -> Result<Begun<'_>, EngineError> {
+        check(&op)?;
         match op {
-            Op::Put { key, value, options } => {
-                if options.if_revision.is_some() || options.expiry.is_some() {
-                    return Err(cannot("conditions and no values with a TTL"));
-                }
-                Ok(Begun::Put(self.hand_over(vec![record(&key, Some(value))]).await?))
-            }
-            Op::Delete { if_revision: Some(_), .. } => Err(cannot("conditions")),
+            Op::Put { key, value, .. } => Ok(Begun::Put(self.hand_over(vec![record(&key, Some(value))]).await?)),
             Op::Delete { pattern: Pattern::Key(key) | Pattern::Exact(key), .. } => {
                 let awaited = self.expect(vec![key.clone()]);
                 Ok(Begun::Delete(self.hand_over(vec![record(&key, None)]).await?, awaited))
@@ -83,62 +78,45 @@ impl Session {
             Begun::Ended(outcome) => outcome,
             Begun::Put(handed) => Ok(Outcome::Put { revision: revision(handed.done().await?) }),
             Begun::Delete(handed, awaited) => {
-                let offset = handed.done().await?;
-                self.deleted(awaited, &[offset]).await
+                let first = handed.done().await?;
+                self.deleted(awaited, first).await
             }
         }
     }
 
     /// Does operations in one step: one batch of records, which Kafka appends whole or not at all.
     pub(crate) async fn write_together(&self, ops: Vec<Op>) -> Result<Vec<Outcome>, EngineError> {
-        let (mut records, mut parts) = (Vec::new(), Vec::new());
+        ops.iter().try_for_each(check)?;
+        let (mut records, mut deletes) = (Vec::new(), Vec::new());
         for op in ops {
             match op {
-                Op::Put { key, value, options } => {
-                    if options.if_revision.is_some() || options.expiry.is_some() {
-                        return Err(cannot("conditions and no values with a TTL"));
-                    }
+                Op::Put { key, value, .. } => {
                     records.push(record(&key, Some(value)));
-                    parts.push(None);
+                    deletes.push(None);
                 }
-                Op::Delete { if_revision: Some(_), .. } => return Err(cannot("conditions")),
                 Op::Delete { pattern, .. } => {
                     let keys = match pattern {
                         Pattern::Key(key) | Pattern::Exact(key) => vec![key],
                         pattern => self.shown(&pattern, &records).await?,
                     };
-                    let first = records.len();
                     records.extend(keys.iter().map(|key| record(key, None)));
-                    parts.push(Some((first, keys)));
+                    deletes.push(Some(keys));
                 }
             }
         }
         if records.is_empty() {
-            return Ok(parts.iter().map(|_| Outcome::NotFound).collect());
+            return Ok(deletes.iter().map(|_| Outcome::NotFound).collect());
         }
-        let expected = parts.into_iter().enumerate();
-        let expected: Vec<_> = expected
-            .map(|(place, part)| match part {
-                None => (place, None),
-                Some((first, keys)) => (first, Some(self.expect(keys))),
-            })
-            .collect();
-        let base = self.hand_over(records).await?.done().await?;
-        let (mut outcomes, mut next) = (Vec::with_capacity(expected.len()), 0_i64);
-        for (_, awaited) in expected {
-            match awaited {
-                None => {
-                    outcomes.push(Outcome::Put { revision: revision(base.saturating_add(next)) });
-                    next = next.saturating_add(1);
-                }
-                Some(awaited) => {
-                    let count = i64::try_from(awaited.keys.len()).unwrap_or(i64::MAX);
-                    let offsets: Vec<i64> =
-                        (next..next.saturating_add(count)).map(|at| base.saturating_add(at)).collect();
-                    next = next.saturating_add(count);
-                    outcomes.push(self.deleted(awaited, &offsets).await?);
-                }
-            }
+        let awaited: Vec<_> = deletes.into_iter().map(|keys| keys.map(|keys| self.expect(keys))).collect();
+        let mut next = self.hand_over(records).await?.done().await?;
+        let mut outcomes = Vec::with_capacity(awaited.len());
+        for awaited in awaited {
+            let count = awaited.as_ref().map_or(1, |awaited| awaited.keys.len());
+            outcomes.push(match awaited {
+                None => Outcome::Put { revision: revision(next) },
+                Some(awaited) => self.deleted(awaited, next).await?,
+            });
+            next = next.saturating_add(i64::try_from(count).unwrap_or(i64::MAX));
         }
         Ok(outcomes)
     }
@@ -152,8 +130,7 @@ impl Session {
             let awaited = self.expect(part);
             let deleted = async {
                 let first = self.hand_over(records).await?.done().await?;
-                let offsets: Vec<i64> = (first..).take(awaited.keys.len()).collect();
-                self.deleted(awaited, &offsets).await
+                self.deleted(awaited, first).await
             };
             match deleted.await {
                 Ok(Outcome::Deleted { count: more, revision }) => {
@@ -198,14 +175,15 @@ impl Session {
         Ok(keys)
     }
 
-    /// What became of deletes: how many of them found something, in the order of the log.
-    async fn deleted(&self, awaited: Awaited<'_>, offsets: &[i64]) -> Result<Outcome, EngineError> {
+    /// What became of deletes whose tombstones are in the log from `first` on: how many of them found something.
+    async fn deleted(&self, awaited: Awaited<'_>, first: i64) -> Result<Outcome, EngineError> {
+        let offsets: Vec<i64> = (0..).zip(&awaited.keys).map(|(at, _)| first.saturating_add(at)).collect();
         let last = offsets.last().copied().unwrap_or_default();
         if self.seen(last.saturating_add(1)).await.is_err() {
             let message = "it is deleted, but the node has not seen yet whether there was anything";
             return Err(EngineError::OutcomeUnknown(message.into()));
         }
-        let found = awaited.found(offsets);
+        let found = awaited.found(&offsets);
         match found.last() {
             None => Ok(Outcome::NotFound),
             Some(last) => Ok(Outcome::Deleted { count: found.len() as u64, revision: revision(*last) }),
@@ -250,6 +228,17 @@ fn record(key: &Key, value: Option<Bytes>) -> NewRecord {
 /// The revision of the record at an offset: there is none at 0.
 pub(crate) fn revision(offset: i64) -> Revision {
     Revision::new(u64::try_from(offset).unwrap_or(0).saturating_add(1))
+}
+
+/// Refuses what a log cannot do.
+fn check(op: &Op) -> Result<(), EngineError> {
+    match op {
+        Op::Put { options, .. } if options.if_revision.is_some() || options.expiry.is_some() => {
+            Err(cannot("conditions and no values with a TTL"))
+        }
+        Op::Delete { if_revision: Some(_), .. } => Err(cannot("conditions")),
+        Op::Put { .. } | Op::Delete { .. } => Ok(()),
+    }
 }
 
 fn cannot(what: &str) -> EngineError {

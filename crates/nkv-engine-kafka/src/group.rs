@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::reader::now;
 use crate::topic::{Kind, find};
-use crate::wire::{Connection, check};
+use crate::wire::{Connection, address, check};
 
 /// Who is not heard of for this long is no member any more.
 const SESSION: Duration = Duration::from_secs(10);
@@ -64,11 +64,7 @@ impl Member {
         let coordinator = answer.coordinators.first();
         let coordinator = coordinator.ok_or_else(|| Error::unavailable("the group has no coordinator"))?;
         check(coordinator.error_code, "find the coordinator of the group")?;
-        let host = match coordinator.host.contains(':') {
-            true => format!("[{}]", &*coordinator.host),
-            false => coordinator.host.to_string(),
-        };
-        let address = format!("{host}:{}", coordinator.port);
+        let address = address(&coordinator.host, coordinator.port);
         let mut connection = Connection::open(&address, &options.security).await?;
         connection.be_patient(PATIENCE);
         let heard_at = now();

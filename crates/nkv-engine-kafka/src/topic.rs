@@ -19,7 +19,7 @@ use uuid::Uuid;
 use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::records::{BATCH_OVERHEAD, RECORD_OVERHEAD};
-use crate::wire::{AWAY, Connection, check};
+use crate::wire::{AWAY, Connection, address, check};
 
 /// How long the next broker waits for the one before it to answer.
 const TURN: Duration = Duration::from_millis(200);
@@ -181,10 +181,7 @@ fn leader(name: &str, metadata: &MetadataResponse, topic: &MetadataResponseTopic
         return Err(Error::refused("the brokers give topics no identity; Kafka 3.1 or later is needed"));
     }
     let leader = metadata.brokers.iter().find(|broker| broker.node_id == partition.leader_id);
-    Ok(leader.map(|broker| {
-        let host = if broker.host.contains(':') { format!("[{}]", &*broker.host) } else { broker.host.to_string() };
-        (format!("{host}:{}", broker.port), partition.leader_epoch)
-    }))
+    Ok(leader.map(|broker| (address(&broker.host, broker.port), partition.leader_epoch)))
 }
 
 async fn create(connection: &mut Connection, options: &Options, kind: Kind) -> Result<()> {

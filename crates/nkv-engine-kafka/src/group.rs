@@ -76,15 +76,12 @@ impl Member {
 
     /// Joins, again if it was a member before.
     pub(crate) async fn enter(&mut self, topic: &str) -> Result<()> {
-        let joined = loop {
-            let joined = self.ask_to_join(topic).await?;
-            self.id = joined.member_id.clone();
-            // A new member is asked to come again, with the name that it was given.
-            if ResponseError::try_from_code(joined.error_code) != Some(ResponseError::MemberIdRequired) {
-                check(joined.error_code, "join the group")?;
-                break joined;
-            }
-        };
+        let mut joined = self.ask_to_join(topic).await?;
+        // A new member is asked to come again, with the name that it was given.
+        if ResponseError::try_from_code(joined.error_code) == Some(ResponseError::MemberIdRequired) {
+            joined = self.ask_to_join(topic).await?;
+        }
+        check(joined.error_code, "join the group")?;
         self.generation = joined.generation_id;
         // Whoever leads the group has the log.
         let of = |member: &StrBytes| {
@@ -120,7 +117,9 @@ impl Member {
             .with_member_id(self.id.clone())
             .with_protocol_type(PROTOCOL_TYPE)
             .with_protocols(vec![protocol]);
-        self.connection.call(&request).await
+        let joined = self.connection.call(&request).await?;
+        self.id = joined.member_id.clone();
+        Ok(joined)
     }
 
     /// Says that it lives; `false` if it has to [enter](Self::enter) again.

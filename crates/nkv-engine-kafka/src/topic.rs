@@ -44,6 +44,10 @@ const SETTINGS: [(&str, &str); 5] = [
     ("delete.retention.ms", "86400000"),
 ];
 
+/// Which settings of a topic are read.
+const READ: [&str; 4] =
+    ["cleanup.policy", "delete.retention.ms", "max.message.bytes", "unclean.leader.election.enable"];
+
 /// What a topic is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -222,7 +226,8 @@ pub(crate) async fn settings(connection: &mut Connection, name: &str, kind: Kind
     let resource = DescribeConfigsResource::default()
         .with_resource_type(2)
         .with_resource_name(StrBytes::from_string(name.to_owned()));
-    let request = DescribeConfigsRequest::default().with_resources(vec![resource.with_configuration_keys(None)]);
+    let asked = READ.map(StrBytes::from_static_str).to_vec();
+    let request = DescribeConfigsRequest::default().with_resources(vec![resource.with_configuration_keys(Some(asked))]);
     let answer = connection.call(&request).await?;
     let result =
         answer.results.first().ok_or_else(|| Error::unavailable("the broker says nothing of the topic's settings"))?;

@@ -21,7 +21,7 @@ use crate::reader::now;
 use crate::topic::{Kind, find};
 use crate::wire::{Connection, address, check};
 
-/// Who is not heard of for this long is no member any more.
+/// A member that is not heard of for this long has left the group.
 const SESSION: Duration = Duration::from_secs(10);
 
 /// How often a member says that it lives.
@@ -39,7 +39,7 @@ const PATIENCE: Duration = Duration::from_secs(15);
 const PROTOCOL_TYPE: StrBytes = StrBytes::from_static_str("consumer");
 const PROTOCOL: StrBytes = StrBytes::from_static_str("nkv");
 
-/// The version of what consumers tell each other.
+/// The version of what consumers send each other.
 const VERSION: i16 = 0;
 
 /// A member of the group.
@@ -83,7 +83,7 @@ impl Member {
         }
         check(joined.error_code, "join the group")?;
         self.generation = joined.generation_id;
-        // Whoever leads the group has the log.
+        // The leader of the group has the log.
         let of = |member: &StrBytes| {
             let has_log = *member == joined.leader;
             Ok(SyncGroupRequestAssignment::default()
@@ -154,7 +154,7 @@ impl Member {
         }
     }
 
-    /// Whether nobody else can have the log until what is begun now has ended.
+    /// Whether no other member can have the log until what is begun now has ended.
     pub(crate) fn is_sure(&self) -> bool {
         self.has_log && now().saturating_sub(self.heard_at) < LEASE
     }

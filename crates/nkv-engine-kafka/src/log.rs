@@ -35,7 +35,7 @@ const STEP_LEN: usize = 256 << 10;
 /// What the position takes beside a set in one step, at most.
 const POSITION_LEN: usize = 4_096;
 
-/// The position is kept at least each time that so many records were read.
+/// The position is kept once this many records were read behind it, at the latest.
 const KEEPING: i64 = 10_000;
 
 /// A topic with the records of the first kv-store (`Client address=…`, and `KEY: VALUE`), beside the topic of the state.

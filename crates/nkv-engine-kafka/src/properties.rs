@@ -1,5 +1,5 @@
-//! Properties as Kafka's own clients have them: those that say how connections are made safe. What else a client may be told,
-//! nkv decides by itself, so all others are refused.
+//! Properties as Kafka's own clients have them: those that say how connections are made safe. nkv sets every other property
+//! itself, and refuses it here.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -86,8 +86,7 @@ pub(crate) fn apply(security: &mut Security, mut settings: BTreeMap<String, Stri
     match settings.keys().next() {
         None => Ok(()),
         Some(name) => {
-            let message =
-                format!("the property '{name}' is not one that nkv can be told: it has only those of security");
+            let message = format!("the property '{name}' is not one of security: nkv sets every other property itself");
             Err(Error::refused(message))
         }
     }

@@ -162,7 +162,7 @@ impl Session {
         parts
     }
 
-    /// The keys that a pattern selects of what was acknowledged to anyone up to now, and of what stands before.
+    /// The keys that a pattern selects of what was acknowledged to any client up to now, and of what stands before.
     async fn shown(&self, pattern: &Pattern, before: &[NewRecord]) -> Result<Vec<Key>, EngineError> {
         self.seen(end(&self.jobs).await?).await?;
         let mut keys = Vec::new();
@@ -245,7 +245,7 @@ fn cannot(what: &str) -> EngineError {
     EngineError::Refused { status: 501, message: format!("Kafka has no {what}") }
 }
 
-/// Which tombstones found a value, of the keys that someone here deletes.
+/// Which tombstones found a value, of the keys that any client deletes here.
 #[derive(Debug, Default)]
 pub(crate) struct Deletes(Mutex<HashMap<Key, Watched>>);
 
@@ -277,7 +277,7 @@ impl Deletes {
         Awaited { deletes: self, keys, floor }
     }
 
-    /// Notes that a tombstone of the log found a value, if anyone waits for it.
+    /// Notes that a tombstone of the log found a value, if any client waits for it.
     pub(crate) fn note(&self, key: &Key, offset: i64, found: impl FnOnce() -> bool) {
         if self.lock().contains_key(key) && found() {
             self.lock().entry(key.clone()).and_modify(|watched| watched.found.push(offset));

@@ -141,7 +141,7 @@ pub(crate) async fn clusters(options: &Options) -> BTreeSet<String> {
 }
 
 /// The first broker that answers, and what it says of the topic. The next is asked when one has had its turn, so that one that
-/// is silent keeps nobody waiting.
+/// is silent delays no caller.
 async fn reach(options: &Options) -> Result<(Connection, MetadataResponse)> {
     let in_turn = |server, turn: u32| async move {
         sleep(TURN.saturating_mul(turn)).await;

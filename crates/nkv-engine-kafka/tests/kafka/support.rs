@@ -72,7 +72,7 @@ pub(crate) struct Broker {
 struct Running {
     shell: Child,
     pid: Pid,
-    /// While it is open, the broker runs. What is not told to keep its directory by then removes it.
+    /// While it is open, the broker runs. At its end the directory is removed, unless `keep` was written before.
     life: ChildStdin,
 }
 
@@ -158,7 +158,7 @@ impl Broker {
         let life = shell.stdin.take().unwrap();
         let began = Instant::now();
         let address: SocketAddr = ([127, 0, 0, 1], self.port).into();
-        // A port that nobody listens on may be connected with itself.
+        // A port without a listener may be connected with itself.
         let listens = || StdStream::connect(address).is_ok_and(|stream| stream.local_addr().ok() != Some(address));
         while !listens() {
             assert!(began.elapsed() < PATIENCE, "the broker does not start: {}", self.log());
@@ -318,7 +318,7 @@ impl Drop for Foreign {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     Open,
-    /// Nothing goes on, and nobody is told.
+    /// Nothing passes, and connections stay open.
     Silent,
     /// What is written arrives, and no answer comes back.
     Deaf,

@@ -75,9 +75,9 @@ pub(crate) struct Inner {
     services: Services,
     /// Whether connections are to end.
     going_away: watch::Sender<bool>,
-    /// What reports the health of the node, and what tells the mesh.
+    /// What reports the health of the node, and what sends to the mesh.
     reporting: AbortHandle,
-    telling: AbortHandle,
+    sending: AbortHandle,
     pub(crate) mesh: Arc<Mesh>,
 }
 
@@ -97,7 +97,7 @@ impl fmt::Debug for Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.reporting.abort();
-        self.telling.abort();
+        self.sending.abort();
     }
 }
 
@@ -134,8 +134,8 @@ impl Door {
         let client = client.max_encoding_message_size(ENCODED_LEN_MAX);
         let services = [service(kv), service(client), service(health)].into_iter().chain(reflection()).collect();
         let mesh = Mesh::new(handle.clone(), options.own_address.clone(), options.peers.clone());
-        let telling = tokio::spawn(Arc::clone(&mesh).run()).abort_handle();
-        Door(Arc::new(Inner { handle, options, services, going_away, reporting, telling, mesh }))
+        let sending = tokio::spawn(Arc::clone(&mesh).run()).abort_handle();
+        Door(Arc::new(Inner { handle, options, services, going_away, reporting, sending, mesh }))
     }
 
     /// Accepts connections and serves them until the node stops; ends when they have ended. Dropping the future cuts them.

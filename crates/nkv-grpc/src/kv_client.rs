@@ -49,7 +49,7 @@ impl Client for KvClientService {
         let answer = line.answer(value.len());
         let written = match broadcast {
             true => line.handle.put(&key, Bytes::copy_from_slice(value.as_bytes())).await,
-            // A server tells what was put there: it is not told on.
+            // A server sends what was put there: it is not sent on.
             false => line.door.mesh.apply(&line.handle, &key, value.clone()).await,
         };
         written.map_err(|error| line.status(&error))?;

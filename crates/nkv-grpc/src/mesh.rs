@@ -1,20 +1,21 @@
-//! A mesh of servers of the replicated gRPC store: each tells every put on to all others, once, and takes over what others have
-//! when it joins.
+//! A mesh of servers of the replicated gRPC store: each sends every put to all others, once, and takes what they have when it
+//! joins.
 //!
-//! What is to be told is a subscription of each peer: one that is slow or away costs a caller nothing, and gets the newest value
+//! What is to be sent is a subscription of each peer: one that is slow or away costs a caller nothing, and gets the newest value
 //! of each key when it is there. There are no deletes and no order in this protocol, so two sets of one key at once on two
 //! servers may stay different.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nkv_node::{Cursor, Handle, Key, Revision, TailEvent, TailOptions};
+use nkv_node::{Chain, Cursor, Handle, Key, Revision, TailEvent, TailOptions};
 use tokio::net::lookup_host;
-use tokio::sync::Notify;
-use tokio::task::JoinSet;
+use tokio::sync::{Mutex as AsyncMutex, Notify};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::error::Elapsed;
 use tokio::time::{sleep, timeout};
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
@@ -37,8 +38,15 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 /// How long a peer may take to answer.
 const CALL_LIMIT: Duration = Duration::from_secs(10);
 
-/// So many of the latest revisions that came from peers are known as such. One that is forgotten is told on, which changes nothing.
+/// After how long without a packet TCP asks whether a peer is there.
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+
+/// Of how many of the latest revisions it is known that they are of peers. A value that a slow peer did not get by then is sent to
+/// it as if it were of this server.
 const FOREIGN_MAX: usize = 65_536;
+
+/// Values of a peer that are put at a time.
+const TAKEN_AT_ONCE: usize = 256;
 
 /// The longest address of a registration, in bytes.
 const ADDRESS_LEN_MAX: usize = 256;
@@ -46,10 +54,12 @@ const ADDRESS_LEN_MAX: usize = 256;
 /// The other servers of a mesh.
 pub(crate) struct Mesh {
     handle: Handle,
-    /// Where peers reach this server; without it this server joins nobody, and others may join it.
+    /// Where peers reach this server; without it this server registers nowhere, and others may join it.
     own: Option<String>,
     named: Vec<String>,
     state: Mutex<State>,
+    /// All that a peer has is held by one joining at a time.
+    joining: AsyncMutex<()>,
     /// A set of a peer is done.
     applied: Notify,
     registered: Notify,
@@ -58,12 +68,12 @@ pub(crate) struct Mesh {
 #[derive(Default)]
 struct State {
     peers: Vec<String>,
-    /// Those that no task tells yet.
+    /// Those that have no task yet.
     new: Vec<String>,
     /// Keys that sets of peers are about to change, and how many those are.
     under_way: HashMap<Key, usize>,
-    foreign: HashSet<u64>,
-    foreign_order: VecDeque<u64>,
+    /// Revisions that are of peers.
+    foreign: BTreeSet<u64>,
 }
 
 impl fmt::Debug for Mesh {
@@ -74,34 +84,36 @@ impl fmt::Debug for Mesh {
 
 impl Mesh {
     pub(crate) fn new(handle: Handle, own: Option<String>, named: Vec<String>) -> Arc<Self> {
-        let named: Vec<String> = named.into_iter().filter(|peer| own.as_ref() != Some(peer)).collect();
-        let state = State { peers: named.clone(), new: named.clone(), ..State::default() };
+        let mut named: Vec<String> = named.into_iter().filter(|peer| own.as_ref() != Some(peer)).collect();
+        named.sort_unstable();
+        named.dedup();
+        let state = Mutex::new(State { peers: named.clone(), new: named.clone(), ..State::default() });
         let (applied, registered) = (Notify::new(), Notify::new());
-        Arc::new(Mesh { handle, own, named, state: Mutex::new(state), applied, registered })
+        Arc::new(Mesh { handle, own, named, state, joining: AsyncMutex::default(), applied, registered })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells peers what is put here, until the node stops.
+    /// Sends peers what is put here, until the node stops.
     pub(crate) async fn run(self: Arc<Self>) {
-        let mut telling = JoinSet::new();
+        let mut sending = JoinSet::new();
         let mut stopping = std::pin::pin!(self.handle.stopping());
         loop {
             for address in std::mem::take(&mut self.state().new) {
-                telling.spawn(Arc::clone(&self).tell(address));
+                sending.spawn(Arc::clone(&self).serve(address));
             }
             tokio::select! {
                 biased;
                 () = &mut stopping => return,
-                Some(_) = telling.join_next() => {}
+                Some(_) = sending.join_next() => {}
                 () = self.registered.notified() => {}
             }
         }
     }
 
-    /// Puts what a peer has, by the handle of its connection: it is not told on.
+    /// Puts what a peer has, by the handle of its connection: it is not sent on.
     pub(crate) async fn apply(&self, handle: &Handle, key: &Key, value: String) -> nkv_node::Result<Revision> {
         {
             let mut state = self.state();
@@ -112,29 +124,30 @@ impl Mesh {
         let revision = handle.put(key, value).await?;
         let mut state = self.state();
         state.foreign.insert(revision.get());
-        state.foreign_order.push_back(revision.get());
-        if state.foreign_order.len() > FOREIGN_MAX
-            && let Some(oldest) = state.foreign_order.pop_front()
-        {
-            state.foreign.remove(&oldest);
+        if state.foreign.len() > FOREIGN_MAX {
+            state.foreign.pop_first();
         }
         drop(state);
         Ok(revision)
     }
 
-    /// Whether a peer put what is there at this revision.
-    async fn is_foreign(&self, key: &Key, revision: u64) -> bool {
+    /// The value of a key at a revision, if it is the newest, a text, and not of a peer. What replaced it comes later.
+    async fn own_text(&self, key: &Key, revision: u64) -> nkv_node::Result<Option<String>> {
         loop {
             let applied = self.applied.notified();
             let mut applied = std::pin::pin!(applied);
             applied.as_mut().enable();
+            let newest = self.handle.look_up(key.as_str(), |record| {
+                (record.revision.get() == revision).then(|| String::from_utf8(record.value.to_bytes().into()).ok())
+            })?;
+            let Some(text) = newest.flatten().flatten() else { return Ok(None) };
             {
                 let state = self.state();
                 if state.foreign.contains(&revision) {
-                    return true;
+                    return Ok(None);
                 }
                 if !state.under_way.contains_key(key) {
-                    return false;
+                    return Ok(Some(text));
                 }
             }
             applied.await;
@@ -174,20 +187,20 @@ impl Mesh {
         Ok(())
     }
 
-    /// Tells one peer, for as long as it is known.
-    async fn tell(self: Arc<Self>, address: String) {
-        let (mut told, mut failures, mut last_reached) = (None, 0_u32, Instant::now());
+    /// Sends one peer what is put here, for as long as it is known.
+    async fn serve(self: Arc<Self>, address: String) {
+        let (mut sent, mut failures, mut last_reached) = (None, 0_u32, Instant::now());
         loop {
-            let before = told;
-            let error = match self.told(&address, &mut told).await {
+            let mut is_reached = false;
+            let error = match self.send(&address, &mut sent, &mut is_reached).await {
                 Ok(()) => return,
                 Err(error) => error,
             };
-            if told != before {
+            if is_reached {
                 (failures, last_reached) = (0, Instant::now());
             }
             failures = failures.saturating_add(1);
-            self.handle.log().warn("peer", format_args!("the peer {address} is not told: {error}"));
+            self.handle.log().warn("peer", format_args!("the peer {address} is not in reach: {error}"));
             if last_reached.elapsed() > FORGOTTEN_AFTER && !self.named.contains(&address) {
                 self.state().peers.retain(|known| *known != address);
                 tracing::info!(peer = address, "a server is forgotten");
@@ -199,18 +212,23 @@ impl Mesh {
         }
     }
 
-    /// Joins a peer, and tells it what changes; up to where it knows is in `told`. Ends well when the node stops.
-    async fn told(&self, address: &str, told: &mut Option<Cursor>) -> Result<(), Failed> {
-        // A name is looked up each time.
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))?;
-        let channel = endpoint.connect_timeout(CONNECT_LIMIT).timeout(CALL_LIMIT).connect().await?;
+    /// Joins a peer, and sends it what changes; up to where it has all is in `sent`. Ends well when the node stops.
+    async fn send(
+        self: &Arc<Self>,
+        address: &str,
+        sent: &mut Option<Cursor>,
+        is_reached: &mut bool,
+    ) -> Result<(), Failed> {
+        // A name is looked up each time. No pings of HTTP/2: servers of the original close connections that send them.
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))?.tcp_keepalive(Some(KEEP_ALIVE));
+        let channel = endpoint.connect_timeout(CONNECT_LIMIT).connect().await?;
         let mut peer = ClientClient::new(channel).max_decoding_message_size(ANSWER_LEN_MAX);
         let mut options = TailOptions::default();
-        if let Some(known) = *told {
+        if let Some(known) = *sent {
             options = options.with_after(known);
         }
         let mut tail = self.handle.tail("*", options)?;
-        // What was written or deleted here since the peer was told last.
+        // What was written or deleted here since; at first all that is here.
         let (mut changed, mut synced) = (HashMap::new(), None);
         while synced.is_none() {
             match tail.next().await {
@@ -223,68 +241,80 @@ impl Mesh {
                 Some(_) => {}
             }
         }
-        let store = match &self.own {
-            Some(own) => peer.register_with_peer(Ip { ip: own.clone() }).await?,
-            None => peer.list(Void {}).await?,
-        };
-        self.take_over(store.into_inner().store, &changed).await;
+        {
+            let _one = self.joining.lock().await;
+            let asked = async {
+                match &self.own {
+                    Some(own) => peer.register_with_peer(Ip { ip: own.clone() }).await,
+                    None => peer.list(Void {}).await,
+                }
+            };
+            let store = timeout(CALL_LIMIT, asked).await??;
+            *is_reached = true;
+            self.take(store.into_inner().store, &mut changed).await;
+        }
         for (key, revision) in changed {
             if let Some(revision) = revision {
-                self.tell_one(&mut peer, &key, revision).await?;
+                self.send_one(&mut peer, &key, revision).await?;
             }
         }
-        *told = synced.or(*told);
+        *sent = synced.or(*sent);
         loop {
             match tail.next().await {
                 Some((TailEvent::Put { entry, .. }, cursor)) => {
-                    self.tell_one(&mut peer, &entry.key, entry.revision.get()).await?;
-                    *told = cursor.or(*told);
+                    self.send_one(&mut peer, &entry.key, entry.revision.get()).await?;
+                    *sent = cursor.or(*sent);
                 }
                 Some((TailEvent::Ended(_), _)) | None => return Ok(()),
                 // A delete has no form.
-                Some((_, cursor)) => *told = cursor.or(*told),
+                Some((_, cursor)) => *sent = cursor.or(*sent),
             }
         }
     }
 
-    /// Takes what a peer has, but for what was written or deleted here since it was told last.
-    async fn take_over(&self, store: std::collections::BTreeMap<String, String>, changed: &HashMap<Key, Option<u64>>) {
-        let mut taken = 0_u64;
+    /// Puts what a peer has, but for what was written or deleted here since. What is the same there is taken out of `changed`.
+    async fn take(self: &Arc<Self>, store: BTreeMap<String, String>, changed: &mut HashMap<Key, Option<u64>>) {
+        let (mut taken, mut under_way) = (0_u64, JoinSet::new());
+        let mut note = |put: Result<nkv_node::Result<Revision>, JoinError>| match put {
+            Ok(Ok(_)) => taken = taken.saturating_add(1),
+            Ok(Err(error)) => self.handle.log().warn("peer", format_args!("a value of a peer is not taken: {error}")),
+            Err(error) => self.handle.log().warn("peer", format_args!("a value of a peer is not taken: {error}")),
+        };
         for (key, value) in store {
             let Ok(key) = Key::new(&key) else { continue };
             let is_same = |text: &[u8]| text == value.as_bytes();
-            if changed.contains_key(&key)
-                || self.handle.look_up(key.as_str(), |record| is_same(&record.value)).ok().flatten() == Some(true)
-            {
+            if self.handle.look_up(key.as_str(), |record| is_same(&record.value)).ok().flatten() == Some(true) {
+                changed.remove(&key);
                 continue;
             }
-            match self.apply(&self.handle, &key, value).await {
-                Ok(_) => taken = taken.saturating_add(1),
-                Err(error) => self.handle.log().warn("peer", format_args!("a value of a peer is not taken: {error}")),
+            if changed.contains_key(&key) {
+                continue;
             }
+            if under_way.len() >= TAKEN_AT_ONCE
+                && let Some(put) = under_way.join_next().await
+            {
+                note(put);
+            }
+            let mesh = Arc::clone(self);
+            under_way.spawn(async move { mesh.apply(&mesh.handle, &key, value).await });
+        }
+        while let Some(put) = under_way.join_next().await {
+            note(put);
         }
         tracing::info!(taken, "joined a server");
     }
 
-    /// Tells the present value of a key, if it is not of a peer and a text.
-    async fn tell_one(&self, peer: &mut ClientClient<Channel>, key: &Key, revision: u64) -> Result<(), Failed> {
-        if self.is_foreign(key, revision).await {
-            return Ok(());
-        }
-        // The newest, if there is one by now that is not of a peer: what comes behind tells it again.
-        let value = self.handle.look_up(key.as_str(), |record| {
-            (record.revision.get() == revision)
-                .then(|| String::from_utf8(record.value.to_bytes().into()).ok())
-                .flatten()
-        })?;
-        if let Some(value) = value.flatten() {
-            peer.set(SetKey { key: key.as_str().to_owned(), value, broadcast: false }).await?;
+    /// Sends the value that a key has at a revision, if that is for peers.
+    async fn send_one(&self, peer: &mut ClientClient<Channel>, key: &Key, revision: u64) -> Result<(), Failed> {
+        if let Some(value) = self.own_text(key, revision).await? {
+            let set = SetKey { key: key.as_str().to_owned(), value, broadcast: false };
+            timeout(CALL_LIMIT, peer.set(set)).await??;
         }
         Ok(())
     }
 }
 
-/// Why a peer was not told.
+/// Why a peer was not reached.
 #[derive(Debug, thiserror::Error)]
 enum Failed {
     #[error("{0}")]
@@ -293,17 +323,13 @@ enum Failed {
     Status(#[from] Status),
     #[error("{0}")]
     Node(#[from] nkv_node::Error),
+    #[error("no answer in {CALL_LIMIT:?}")]
+    Late(#[from] Elapsed),
 }
 
 impl From<tonic::transport::Error> for Failed {
     fn from(error: tonic::transport::Error) -> Self {
-        let mut text = error.to_string();
-        let mut cause = std::error::Error::source(&error);
-        while let Some(inner) = cause {
-            text.push_str(&format!(": {inner}"));
-            cause = inner.source();
-        }
-        Failed::Transport(text)
+        Failed::Transport(Chain(&error).to_string())
     }
 }
 
@@ -338,5 +364,27 @@ fn random() -> [u8; 4] {
         Ok(()) => bytes,
         // All pauses are of one length then.
         Err(_) => [0; 4],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nkv_node::Node;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_value_that_was_replaced_waits_for_no_peer() {
+        let node = Node::builder().start().await.unwrap();
+        let mesh = Mesh::new(node.handle(), None, Vec::new());
+        let key: Key = "k".parse().unwrap();
+        let (first, second) =
+            (node.handle().put(&key, "1").await.unwrap(), node.handle().put(&key, "2").await.unwrap());
+        // A peer sets the key, one time after the other.
+        mesh.state().under_way.insert(key.clone(), 1);
+        let first = timeout(CALL_LIMIT, mesh.own_text(&key, first.get())).await;
+        assert_eq!(first.unwrap().unwrap(), None);
+        mesh.state().under_way.clear();
+        assert_eq!(mesh.own_text(&key, second.get()).await.unwrap().as_deref(), Some("2"));
     }
 }

@@ -36,7 +36,8 @@ pub struct Options {
     pub idle_limit: Option<Duration>,
     /// Servers of a mesh of the replicated gRPC store that this one joins, as HOST:PORT. None by default; others may join this one.
     pub peers: Vec<String>,
-    /// Where servers of that mesh reach this one, as HOST:PORT: without it none is joined, and `peers` are only told.
+    /// Where servers of that mesh reach this one, as HOST:PORT: without it this one registers nowhere, and sends to `peers`
+    /// alone what it is given.
     pub own_address: Option<String>,
 }
 

@@ -1,4 +1,4 @@
-//! A mesh with servers of the replicated gRPC store, as those are: they tell each put on once, repeat nothing, and know no deletes.
+//! A mesh with servers of the replicated gRPC store, as those are: they send each put on once, repeat nothing, and know no deletes.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod common;
@@ -26,8 +26,8 @@ struct Original(Arc<Mutex<Held>>);
 struct Held {
     store: BTreeMap<String, String>,
     peers: Vec<String>,
-    /// Sets that peers told it.
-    told: Vec<(String, String)>,
+    /// Sets that peers sent it.
+    sent: Vec<(String, String)>,
 }
 
 impl Original {
@@ -43,7 +43,7 @@ impl Original {
         self.held().store.get(key).is_some_and(|has| has == value)
     }
 
-    /// As a client's set there: told on to each peer once.
+    /// As a client's set there: sent on to each peer once.
     async fn set(&self, key: &str, value: &str) {
         let peers = self.held().peers.clone();
         self.held().store.insert(key.into(), value.into());
@@ -97,7 +97,7 @@ impl Client for Original {
             true => Original::set(self, &key, &value).await,
             false => {
                 let mut held = self.held();
-                held.told.push((key.clone(), value.clone()));
+                held.sent.push((key.clone(), value.clone()));
                 held.store.insert(key, value.clone());
             }
         }
@@ -152,16 +152,17 @@ async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
 }
 
 #[tokio::test]
-async fn a_server_that_joins_takes_over_what_there_is_loses_nothing_and_tells_each_put_once() {
+async fn a_server_that_joins_takes_what_there_is_loses_nothing_and_sends_each_put_once() {
     let (first, second) = (Original::default(), Original::default());
     let ((first_at, _serving), (second_at, _serving_too)) =
         (first.serve("127.0.0.1:0").await, second.serve("127.0.0.1:0").await);
-    for (key, value) in [("theirs", "1"), ("both", "theirs")] {
+    for (key, value) in [("theirs", "1"), ("both", "theirs"), ("same", "1")] {
         first.held().store.insert(key.into(), value.into());
     }
     let node = new().await;
     node.handle().put("ours", "2").await.unwrap();
     node.handle().put("both", "ours").await.unwrap();
+    node.handle().put("same", "1").await.unwrap();
     node.handle().put("bytes", vec![0xff]).await.unwrap();
     let server = joined(node, &[first_at, second_at]).await;
     until("it has theirs", async || value(&server, "theirs").await.as_deref() == Some("1")).await;
@@ -172,16 +173,17 @@ async fn a_server_that_joins_takes_over_what_there_is_loses_nothing_and_tells_ea
     // Through whatever door.
     server.handle().put("new", "3").await.unwrap();
     until("they have it", async || first.has("new", "3") && second.has("new", "3")).await;
-    // What one of them tells is applied, and not told on.
+    // What one of them sends is applied, and not sent on.
     first.set("from.first", "4").await;
     assert_eq!(value(&server, "from.first").await.as_deref(), Some("4"));
-    // A client's set is told to all.
+    // A client's set is sent to all.
     let mut client = connect(&server.address.to_string()).await.unwrap();
     client.set(SetKey { key: "client".into(), value: "5".into(), broadcast: true }).await.unwrap();
     until("they have it", async || first.has("client", "5") && second.has("client", "5")).await;
-    assert!(second.held().told.iter().all(|(key, _)| key != "from.first" && key != "theirs"));
-    let told: Vec<_> = first.held().told.iter().filter(|(key, _)| key == "new" || key == "client").cloned().collect();
-    assert_eq!(told.len(), 2, "{told:?}");
+    assert!(second.held().sent.iter().all(|(key, _)| key != "from.first" && key != "theirs"));
+    assert!(first.held().sent.iter().all(|(key, _)| key != "same"), "it has that");
+    let sent: Vec<_> = first.held().sent.iter().filter(|(key, _)| key == "new" || key == "client").cloned().collect();
+    assert_eq!(sent.len(), 2, "{sent:?}");
 }
 
 #[tokio::test]
@@ -202,7 +204,7 @@ async fn a_peer_that_is_dead_costs_no_caller_anything_and_is_brought_up_to_date(
     original.held().store.insert("theirs".into(), "4".into());
     original.held().store.insert("kept".into(), "theirs".into());
     let (_, _serving) = original.serve(&at.to_string()).await;
-    until("it is told", async || original.has("changed", "2") && original.has("while.away", "3")).await;
+    until("it is sent", async || original.has("changed", "2") && original.has("while.away", "3")).await;
     until("theirs are taken", async || {
         value(&server, "theirs").await.as_deref() == Some("4")
             && value(&server, "kept").await.as_deref() == Some("theirs")
@@ -212,7 +214,7 @@ async fn a_peer_that_is_dead_costs_no_caller_anything_and_is_brought_up_to_date(
 }
 
 #[tokio::test]
-async fn a_server_is_made_to_tell_no_stranger() {
+async fn a_server_is_made_to_dial_no_stranger() {
     let server = Server::start().await;
     server.handle().put("a", "1").await.unwrap();
     let mut client = connect(&server.address.to_string()).await.unwrap();
@@ -226,11 +228,13 @@ async fn a_server_is_made_to_tell_no_stranger() {
     let reply = client.register_with_peer(Ip { ip: at.to_string() }).await.unwrap().into_inner();
     assert_eq!(reply.store, BTreeMap::from([("a".to_owned(), "1".to_owned())]));
     server.handle().put("b", "2").await.unwrap();
-    until("it is told", async || original.has("b", "2")).await;
+    until("it is sent", async || original.has("b", "2")).await;
     // No more than 64.
     let mut refused = 0;
-    for port in 1..=70 {
-        refused += usize::from(client.register_with_peer(Ip { ip: format!("127.0.0.1:{port}") }).await.is_err());
+    let silent: Vec<_> = (0..70).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    for one in &silent {
+        let peer = Ip { ip: one.local_addr().unwrap().to_string() };
+        refused += usize::from(client.register_with_peer(peer).await.is_err());
     }
     assert_eq!(refused, 7);
 }

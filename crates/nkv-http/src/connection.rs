@@ -139,10 +139,15 @@ impl Conn {
     /// What answers its calls of gRPC, if this port does.
     pub(crate) fn calls(&self, door: &Inner) -> Option<&dyn Calls> {
         let make = door.calls.as_ref()?;
+        let mut is_new = false;
         let calls = self.calls.get_or_init(|| {
-            self.has_calls.notify_one();
+            is_new = true;
             (make.0)(&self.address)
         });
+        // Once it can be found.
+        if is_new {
+            self.has_calls.notify_one();
+        }
         Some(&**calls)
     }
 

@@ -88,8 +88,8 @@ fn ready<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answer, Problem> {
     only_get(request)?;
     let is_verbose = query(request, &["verbose"])?.flag("verbose", false)?;
     let stale = ctx.door.handle.stale_for();
-    // Readers of a node whose engine is away are served from the last state: taking it out of service would help nobody.
-    let healthy = if stale.is_some() { ctx.door.handle.check_readable() } else { ctx.door.handle.check_healthy() };
+    // Readers of a node whose engine is away are served from the last state, and have no better node to go to.
+    let healthy = ctx.door.handle.check_readable();
     let stale = stale.map(|stale| format!("stale for {} s: the engine is out of reach", stale.as_secs()));
     if !is_verbose {
         healthy.map_err(|error| Problem::new("unavailable", error.to_string()))?;

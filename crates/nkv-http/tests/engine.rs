@@ -51,7 +51,7 @@ async fn a_node_is_ready_once_it_has_a_state_and_says_when_it_is_stale() {
     assert_eq!(until(&door, "/readyz", |status, _| status == 200).await, "ok\n");
     engine.cut(true);
     let stale = until(&door, "/readyz", |status, text| status == 200 && text != "ok\n").await;
-    assert!(stale.starts_with("stale for 0 s"), "{stale}");
+    assert!(stale.starts_with("stale for "), "{stale}");
     assert!(body(&door, "/readyz?verbose").await.1.contains("[!]engine stale for"));
     assert_eq!(door.get("/v1/kv").await.status, 200, "reads go on");
     assert_eq!(door.send("PUT", "/v1/kv/a", &[], b"1").await.status, 503);

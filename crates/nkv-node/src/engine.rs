@@ -277,6 +277,7 @@ impl Truth {
 
     /// Whether the engine is in reach and can do an operation.
     pub(crate) fn check(&self, op: &Op) -> Result<()> {
+        self.check_in_reach()?;
         let of = |is_needed: bool, can: fn(&Abilities) -> bool, what| {
             (is_needed && !can(&self.engine.abilities())).then_some(what)
         };
@@ -289,7 +290,6 @@ impl Truth {
                 of(is_wildcard, |can| can.wildcards, "deletes by wildcard")
             }),
         };
-        self.check_in_reach()?;
         lacks.map_or(Ok(()), |what| Err(cannot(what)))
     }
 

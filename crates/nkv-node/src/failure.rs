@@ -41,8 +41,15 @@ impl Failure {
     }
 }
 
-/// An error and its causes, from the outermost to the innermost.
-pub(crate) struct Chain<'a>(pub(crate) &'a dyn Error);
+/// Displays an error and its causes in one line, from the outermost to the innermost.
+///
+/// ```
+/// let inner = std::io::Error::other("the disk is full");
+/// let outer = nkv_node::nkv_core::PersistError::new(nkv_node::nkv_core::PersistErrorKind::Io, "cannot write").with_source(inner);
+/// assert_eq!(nkv_node::Chain(&outer).to_string(), "cannot write: the disk is full");
+/// ```
+#[derive(Debug)]
+pub struct Chain<'a>(pub &'a dyn Error);
 
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nkv_core::{Action, Change, Epoch, Key, MemoryPersist, Meta, NoPersist, Op, PutOptions};
 use nkv_node::{
@@ -12,6 +12,9 @@ use nkv_testkit::engine::{ScriptedEngine, check};
 use tokio::time::timeout;
 
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long an answer waits for its node.
+const FEED_LIMIT: Duration = Duration::from_secs(1);
 
 async fn started(engine: &ScriptedEngine) -> (Node, Handle) {
     let node = Node::builder().engine(engine.clone()).start().await.unwrap();
@@ -82,11 +85,12 @@ async fn a_write_is_answered_once_its_node_has_seen_it() {
     let engine = ScriptedEngine::default();
     let (_node, nkv) = started(&engine).await;
     engine.hold(true);
-    let writer = nkv.clone();
+    let (writer, began) = (nkv.clone(), Instant::now());
     let put = tokio::spawn(async move { writer.put("a", "1").await });
     let other = started_without_waiting(&engine).await;
     tokio::time::sleep(Duration::from_millis(50)).await;
-    assert!(!put.is_finished(), "it was answered before its writer can see it");
+    // After a second it is answered all the same, which a busy machine may take.
+    assert!(!put.is_finished() || began.elapsed() >= FEED_LIMIT, "it was answered before its writer can see it");
     engine.hold(false);
     timeout(PATIENCE, put).await.unwrap().unwrap().unwrap();
     assert_eq!(nkv.get("a").await.unwrap().unwrap().value, "1");
@@ -308,7 +312,7 @@ async fn a_client_that_has_seen_more_elsewhere_waits_for_its_node_or_begins_anew
     engine.cut(true);
     assert_eq!(kind(nkv.catch_up(seen(3)).await), UNAVAILABLE);
     until(async || nkv.stale_for().is_some()).await;
-    assert!(nkv.health().await.unwrap_err().to_string().contains("stale for 0 s"));
+    assert!(nkv.health().await.unwrap_err().to_string().contains("stale for "));
     assert_eq!(nkv.check_readable(), Ok(()));
     engine.cut(false);
     healthy(&nkv).await;

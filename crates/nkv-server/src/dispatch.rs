@@ -178,8 +178,10 @@ impl Session {
         }
         let served = match served {
             Ok(Some(request)) if is_long(&request) && !is_admitted => return Err(self.turns()),
-            Ok(Some(request)) if request.seen.is_some() && !is_admitted && self.door.handle.follows_engine() => {
-                return Err(self.catch_up(&request));
+            Ok(Some(Request { kind: Kind::Connect, seen: Some(seen), .. }))
+                if !is_admitted && self.door.handle.follows_engine() =>
+            {
+                return Err(self.catch_up(&seen));
             }
             Ok(Some(_)) if self.door.handle.budget().is_over() && !is_admitted => return Err(self.relief()),
             Ok(Some(request)) => self.read(&request, outbox, out),
@@ -331,10 +333,10 @@ impl Session {
     }
 
     /// What a client that comes from another node waits for: this one is to have what it has seen.
-    fn catch_up(&mut self, request: &Request<'_>) -> Hold {
+    fn catch_up(&mut self, seen: &str) -> Hold {
         let (door, level) = (Arc::clone(&self.door), Arc::new(OnceLock::new()));
         self.level = Some(Arc::clone(&level));
-        let seen = request.seen.as_deref().and_then(|seen| seen.parse::<Cursor>().ok());
+        let seen = seen.parse::<Cursor>().ok();
         Hold::Turns(Box::pin(async move {
             let has_it = match seen {
                 Some(Cursor { epoch, revision, .. }) => door.handle.catch_up(Seen { epoch, revision }).await,

@@ -76,6 +76,9 @@ impl Default for Options {
 }
 
 impl Options {
+    /// The highest [`value_len_max`](Self::value_len_max) that counts: 8 MiB.
+    pub const VALUE_LEN_MAX: usize = 8 << 20;
+
     /// How often a connection whose requests are kept waiting gets a sign of life: while it gets none, and nothing else, for
     /// the stall limit, the server is not there.
     pub(crate) fn alive_interval(&self) -> Duration {
@@ -84,7 +87,7 @@ impl Options {
     }
 
     pub(crate) fn limits(&self) -> Limits {
-        Limits { value_len_max: self.value_len_max.min(8 << 20), ..Limits::default() }
+        Limits { value_len_max: self.value_len_max.min(Self::VALUE_LEN_MAX), ..Limits::default() }
     }
 
     /// Those of the node.

@@ -195,6 +195,10 @@ fn damaged_data_is_refused_with_its_place_until_it_is_repaired() {
     assert!(said.contains(name), "{name} is not named: {said}");
     let (code, said) = run(&["check", "--data-dir", data_arg]);
     assert_eq!(code, 65, "{said}");
+    if cfg!(feature = "engines") {
+        let (code, said) = run(&["import", data_arg, "--engine", "etcd://127.0.0.1:1/x"]);
+        assert!(code == 65 && said.contains("nkv-server check"), "{code} {said}");
+    }
     let (code, said) = run(&["check", "--repair", "--data-dir", data_arg]);
     assert_eq!(code, 0, "{said}");
 
@@ -399,10 +403,23 @@ fn an_engine_that_cannot_be_meant_is_refused() {
         (&["--engine", "etcd://127.0.0.1:1/x", "--data-dir", "/tmp"], "--data-dir"),
         (&["--engine", "etcd://127.0.0.1:1/x", "--branch", "a=memory"], "--branch"),
         (&["import", "/nowhere"], "import needs --engine URL"),
+        (
+            &["import", "/nowhere", "--engine", "kafka://127.0.0.1:1/x", "--kafka-log", "y"],
+            "--kafka-log is for a server",
+        ),
     ] {
         let (code, text) = run(flags);
         assert!(code == 2 && text.contains(said) && !text.contains("secret"), "{flags:?}: {code} {text}");
     }
+}
+
+#[cfg(feature = "engines")]
+#[test]
+fn a_directory_that_is_missing_is_not_made_to_import_it() {
+    let temp = tempfile::tempdir().unwrap();
+    let missing = temp.path().join("missing");
+    let (code, text) = run(&["import", missing.to_str().unwrap(), "--engine", "etcd://127.0.0.1:1/x"]);
+    assert!(code == 74 && text.contains("missing") && !missing.exists(), "{code} {text}");
 }
 
 #[cfg(feature = "cluster")]

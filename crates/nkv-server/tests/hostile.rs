@@ -538,3 +538,71 @@ fn subscriptions_to_deep_keys_have_a_limit_of_their_own() {
     assert!(taken > 8 && refused > 100);
     assert!(rss_kib < 10 << 10, "{rss_kib}");
 }
+
+/// The later wires of the first nkv: what comes takes bounded memory, and so does what is not read.
+#[test]
+fn the_later_wires_hold_no_more_than_the_limit_says_and_others_are_served() {
+    let victim = Victim::start(&["--max-queued", "16M"]);
+    let mut conn = victim.connect();
+    for number in 0..64 {
+        conn.put(&format!("big.{number}"), &"x".repeat(64 << 10));
+    }
+    drop(conn);
+    let frame = |len: u32, text: &str| [&len.to_le_bytes(), text.as_bytes()].concat();
+    let before = victim.process.gauge();
+    let (peak, puts, slowest) = victim.serves_during(|| {
+        // Lengths that lie, texts that are none, and requests that are not whole.
+        for bytes in [
+            frame(0, "GET 1 me a\n"),
+            frame((8 << 20) + 1, "GET 1 me a\n"),
+            frame(2, "GET 1 me a\n"),
+            frame(100, "GET 1 me a\n"),
+            frame(11, "GET 1 me \u{fffd}\n"),
+            [&frame(10, "PUT 1 me ")[..], b"\xff\xfe\n"].concat(),
+            frame(9, "SUB 1 me\n"),
+            frame(15, "SUB 1 me a..b \n"),
+            b"SUB 1 me a b c\n".to_vec(),
+            b"TRACE 1 me\n".to_vec(),
+            b"PUT 1 me \0 \0\n".to_vec(),
+            [&b"SUB "[..], &[b'x'; 100_000]].concat(),
+        ] {
+            let mut stream = victim.raw();
+            drop(stream.write_all(&bytes));
+            drop(stream.shutdown(std::net::Shutdown::Write));
+            let said = until_closed(&mut stream);
+            assert!(said.is_empty() || said.contains("FAILED") || said.contains("\"status\":400"), "{said:.200}");
+        }
+        let quickly = |request: &[u8]| {
+            let mut stream = victim.raw();
+            stream.set_write_timeout(Some(Duration::from_millis(20))).unwrap();
+            stream.write_all(request).unwrap();
+            stream
+        };
+        let mut peak = 0;
+        for _ in 0..2 {
+            // Values whose last byte does not come, answers and changes that are not read.
+            let mut halves: Vec<_> = (0..32).map(|_| quickly(&frame(8 << 20, "PUT 1 me half "))).collect();
+            for half in &mut halves {
+                write_all_it_takes(half, &[b'A'; 1 << 16], (8 << 20) - 1_000);
+            }
+            let unread: Vec<_> = (0..64).map(|_| quickly(b"GET 1 me big.*\n")).collect();
+            let deaf: Vec<_> = (0..64).map(|number| quickly(format!("SUB 1 me{number} big\n").as_bytes())).collect();
+            let mut conn = victim.connect();
+            for number in 0..64 {
+                conn.put(&format!("big.{number}"), &"y".repeat(64 << 10));
+                peak = peak.max(victim.process.gauge().rss_kib);
+            }
+            drop((halves, unread, deaf));
+        }
+        peak
+    });
+    println!(
+        "TEST later_wires rss_kib={} peak_kib=+{} puts={puts} slowest_ms={}",
+        before.rss_kib,
+        peak.saturating_sub(before.rss_kib),
+        slowest.as_millis()
+    );
+    assert!(peak < before.rss_kib + 4 * (16 << 10), "{before:?} {peak}");
+    assert_eq!(status(&victim.connect().ask(r#"{"type":"Get","key":"half"}"#)), 404, "half a value was put");
+    victim.is_as_before(before, 4 * (16 << 10));
+}

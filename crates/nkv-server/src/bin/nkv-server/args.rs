@@ -224,7 +224,7 @@ pub(crate) enum Command {
     },
     /// Begin a new epoch in a data directory that was put back to an earlier state, so that clients notice
     Restore,
-    /// Put what a data directory holds into an engine that is empty; the directory stays as it is
+    /// Put what a data directory holds into an engine that is empty; what the directory holds stays there
     #[cfg(feature = "engines")]
     Import {
         /// The data directory of a server that does not run
@@ -433,7 +433,7 @@ fn parse_size(text: &str) -> Result<usize, String> {
     size.ok_or_else(|| "expected a number of bytes, or one with k or M".into())
 }
 
-fn parse_flag(text: &str) -> Result<bool, String> {
+pub(crate) fn parse_flag(text: &str) -> Result<bool, String> {
     match text {
         "true" | "1" => Ok(true),
         "false" | "0" => Ok(false),
@@ -468,7 +468,7 @@ fn parse_group(text: &str) -> Result<u32, String> {
 
 fn parse_value_size(text: &str) -> Result<usize, String> {
     let size = parse_size(text)?;
-    if (1..=8 << 20).contains(&size) { Ok(size) } else { Err("expected a size from 1 to 8M".into()) }
+    if (1..=Options::VALUE_LEN_MAX).contains(&size) { Ok(size) } else { Err("expected a size from 1 to 8M".into()) }
 }
 
 pub(crate) fn parse_time(text: &str) -> Result<Duration, String> {

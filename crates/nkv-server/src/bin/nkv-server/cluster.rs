@@ -12,7 +12,7 @@ use nkv_discovery::{Discovery, Spec};
 use nkv_server::ServerError;
 use tracing::{info, warn};
 
-use crate::args::parse_time;
+use crate::args::{parse_flag, parse_time};
 
 /// The cluster, and how its nodes find each other.
 #[derive(Debug, clap::Args)]
@@ -51,7 +51,7 @@ pub(crate) struct ClusterArgs {
     max_clock_offset: Duration,
 
     /// Take conditional writes, whose conditions hold on this node alone
-    #[arg(long, env = "NKV_LOCAL_CONDITIONS", requires = "cluster")]
+    #[arg(long, env = "NKV_LOCAL_CONDITIONS", requires = "cluster", value_parser = parse_flag)]
     local_conditions: bool,
 }
 

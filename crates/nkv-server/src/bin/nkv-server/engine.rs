@@ -3,11 +3,9 @@
 
 use std::path::PathBuf;
 
-use nkv_node::EngineError;
+use nkv_node::{Chain, EngineError};
 use nkv_server::{Builder, Handle, ServerError};
 use tracing::{info, warn};
-
-use crate::with_causes;
 
 /// The engine, and how to reach it.
 #[derive(Clone, Debug, clap::Args)]
@@ -18,7 +16,8 @@ pub(crate) struct EngineArgs {
     pub(crate) engine: Option<String>,
 
     /// Make a bucket or topic that is missing
-    #[arg(long, value_name = "BOOL", env = "NKV_ENGINE_CREATE", default_value_t = true, action = clap::ArgAction::Set)]
+    #[arg(long, value_name = "BOOL", env = "NKV_ENGINE_CREATE", default_value_t = true, action = clap::ArgAction::Set,
+          value_parser = crate::args::parse_flag)]
     engine_create: bool,
 
     /// Certificates of the authorities that the engine's certificate may come from, as PEM; the engine is reached by TLS then
@@ -51,7 +50,7 @@ pub(crate) struct EngineArgs {
 
     /// The topic of the first kv-store's log, which is read, and written with each put, beside the topic of the state
     #[arg(long, value_name = "TOPIC", env = "NKV_KAFKA_LOG", requires = "engine")]
-    kafka_log: Option<String>,
+    pub(crate) kafka_log: Option<String>,
 }
 
 /// The engine that was asked for.
@@ -69,7 +68,7 @@ fn usage(what: impl Into<String>) -> ServerError {
 }
 
 fn wrong(error: &dyn std::error::Error) -> ServerError {
-    usage(format!("--engine: {}", with_causes(error)))
+    usage(format!("--engine: {}", Chain(error)))
 }
 
 /// The options of an engine whose options have these methods, as the flags say.

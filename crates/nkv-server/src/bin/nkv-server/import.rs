@@ -1,16 +1,35 @@
 //! `import DIR`: puts what a data directory holds into an engine that holds nothing else.
 
 use bytes::Bytes;
-use nkv_core::{Key, Pattern};
-use nkv_node::{Error, ErrorKind, Handle, PutOptions, Result};
+use nkv_core::{Change, Key, Loaded, Pattern, PersistError, PersistValue, StoredRef};
+use nkv_node::{Error, ErrorKind, Handle, PutOptions};
+use nkv_persist_fs::FsPersist;
 use tokio::task::JoinSet;
 
 /// Puts that are under way at a time.
 const UNDER_WAY: usize = 64;
 
+/// A data directory that is read alone: what ends meanwhile is not written there.
+#[derive(Debug)]
+pub(crate) struct Kept(pub(crate) FsPersist);
+
+impl PersistValue for Kept {
+    fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
+        self.0.load(visit)
+    }
+
+    fn persist(&mut self, _: &[Change]) -> Result<(), PersistError> {
+        Ok(())
+    }
+
+    fn keeps_meta(&self) -> bool {
+        self.0.keeps_meta()
+    }
+}
+
 /// Copies all of `from` to `to`, and returns how many keys that were. Nothing is written if `to` holds anything else, or cannot
 /// hold what there is. It may be done again after it broke off.
-pub(crate) async fn import(from: &Handle, to: &Handle) -> Result<u64> {
+pub(crate) async fn import(from: &Handle, to: &Handle) -> nkv_node::Result<u64> {
     let keys: Vec<Key> = from.list(Pattern::All).await?.into_iter().map(|(key, _)| key).collect();
     check(from, to, &keys).await?;
     let (mut count, mut under_way) = (0_u64, JoinSet::new());
@@ -32,7 +51,7 @@ pub(crate) async fn import(from: &Handle, to: &Handle) -> Result<u64> {
     Ok(count)
 }
 
-async fn check(from: &Handle, to: &Handle, keys: &[Key]) -> Result<()> {
+async fn check(from: &Handle, to: &Handle, keys: &[Key]) -> nkv_node::Result<()> {
     for (key, _) in to.list(Pattern::All).await? {
         if from.get(&key).await?.map(|entry| entry.value) != to.get(&key).await?.map(|entry| entry.value) {
             return Err(refused(
@@ -60,7 +79,7 @@ async fn check(from: &Handle, to: &Handle, keys: &[Key]) -> Result<()> {
 }
 
 /// The value of a key, and how long it lives yet.
-fn record(from: &Handle, key: &Key) -> Result<Option<(Bytes, PutOptions)>> {
+fn record(from: &Handle, key: &Key) -> nkv_node::Result<Option<(Bytes, PutOptions)>> {
     from.look_up(key.as_str(), |record| {
         let options = record.expiry.map_or_else(PutOptions::default, |expiry| {
             PutOptions::default().with_ttl(from.time_left(expiry).max(std::time::Duration::from_millis(1)))

@@ -32,6 +32,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use nkv_core::{Epoch, Key, NoPersist, PersistError, PersistErrorKind, PersistValue, RoutePersist};
+use nkv_node::Chain;
 use nkv_persist_fs::{FsOptions, FsPersist, check, repair, restore};
 #[cfg(feature = "engines")]
 use nkv_server::Options;
@@ -95,18 +96,21 @@ fn try_serve(args: &Args, log: &Log) -> Result<(), ServerError> {
 
 async fn run(args: &Args, mut stop: oneshot::Receiver<()>) -> Result<(), ServerError> {
     info!(version = %env!("CARGO_PKG_VERSION"), "nkv-server");
-    let (mut server, ends) = tokio::select! {
+    let (mut server, end) = tokio::select! {
         started = start(args) => started?,
         _ = &mut stop => return Ok(()), // nothing was accepted yet
     };
-    tokio::select! {
-        ended = server.failed() => return ended,
-        _ = stop => {}
+    let ended = tokio::select! {
+        ended = server.failed() => Some(ended),
+        _ = stop => None,
+    };
+    if let Some(end) = end
+        && tokio::time::timeout(END_LIMIT, end).await.is_err()
+    {
+        warn!("peers did not hear in time that this node ends");
     }
-    for end in ends {
-        if tokio::time::timeout(END_LIMIT, end).await.is_err() {
-            warn!("the end of this node was not told in time");
-        }
+    if let Some(ended) = ended {
+        return ended;
     }
     server.shutdown().await?;
     info!("stopped");
@@ -114,13 +118,13 @@ async fn run(args: &Args, mut stop: oneshot::Receiver<()>) -> Result<(), ServerE
 }
 
 /// What is to be done before the server stops.
-type Ends = Vec<Pin<Box<dyn Future<Output = ()>>>>;
+type End = Option<Pin<Box<dyn Future<Output = ()>>>>;
 
-/// How long each of that may take.
+/// How long that may take.
 const END_LIMIT: Duration = Duration::from_secs(2);
 
 /// Opens and loads the data, listens, and says what an operator looks for.
-async fn start(args: &Args) -> Result<(Server, Ends), ServerError> {
+async fn start(args: &Args) -> Result<(Server, End), ServerError> {
     let mut builder = Server::builder().options(args.options());
     for address in args.addresses() {
         builder = builder.listen(address);
@@ -150,20 +154,19 @@ async fn start(args: &Args) -> Result<(Server, Ends), ServerError> {
     };
     #[cfg(not(feature = "engines"))]
     let builder = with_persist(builder, args, Arc::clone(&opened))?;
-    #[cfg_attr(not(feature = "cluster"), expect(unused_mut, reason = "nothing is to be ended"))]
-    let mut ends = Ends::new();
+    #[cfg(not(feature = "cluster"))]
+    let end: End = None;
     #[cfg(feature = "cluster")]
-    let builder = match args.cluster.cluster.as_deref() {
+    let (builder, end): (_, End) = match args.cluster.cluster.as_deref() {
         Some(name) => {
             let clock_file =
                 if args.persist == Persist::Log { Some(args.data_dir()?.join("cluster-clock")) } else { None };
             let options = args.options();
             let joined = args.cluster.join(name, options.insecure, options.value_len_max, clock_file).await?;
             let cluster = joined.cluster.clone();
-            ends.push(Box::pin(joined.leave()));
-            builder.node(|node| node.engine(cluster))
+            (builder.node(|node| node.engine(cluster)), Some(Box::pin(joined.leave())))
         }
-        None => builder,
+        None => (builder, None),
     };
     let server = builder.bind().await?;
     #[cfg(feature = "engines")]
@@ -195,7 +198,7 @@ async fn start(args: &Args) -> Result<(Server, Ends), ServerError> {
         info!("serving gRPC at {address}");
         warn_if_open(address);
     }
-    Ok((server, ends))
+    Ok((server, end))
 }
 
 fn warn_if_open(address: &Address) {
@@ -278,33 +281,50 @@ const ENGINE_LIMIT: Duration = Duration::from_secs(30);
 
 #[cfg(feature = "engines")]
 fn import_data(dir: &std::path::Path, engine: &engine::EngineArgs) -> ExitCode {
-    let import = async {
-        let url = engine.engine.as_deref();
-        let url = url.ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "import needs --engine URL"));
-        let chosen = engine.choose(url.map_err(ServerError::System)?, Options::default().value_len_max).await?;
-        let (builder, _) = chosen.followed_by(Server::builder());
-        let to = builder.bind().await?;
-        let dir = dir.to_owned();
-        let from =
-            Server::builder().persist("sync", move || FsPersist::open(&dir, FsOptions::default())).bind().await?;
-        let (from, nkv) = (from.handle(), to.handle());
-        let reached = async {
-            while nkv.health().await.is_err() {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        };
-        let failed = |error: &dyn Error| ServerError::System(io::Error::other(error.to_string()));
-        tokio::time::timeout(ENGINE_LIMIT, reached).await.map_err(|error| failed(&error))?;
-        import::import(&from, &nkv).await.map_err(|error| failed(&error))
-    };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::System);
-    match runtime.and_then(|runtime| runtime.block_on(import)) {
+    match runtime.and_then(|runtime| runtime.block_on(try_import(dir, engine))) {
         Ok(keys) => {
-            info!(keys, "imported; the directory is as it was");
+            info!(keys, "imported; the directory holds them as before");
             ExitCode::SUCCESS
         }
         Err(error) => fail(&error, code_of(&error)),
     }
+}
+
+#[cfg(feature = "engines")]
+async fn try_import(dir: &std::path::Path, engine: &engine::EngineArgs) -> Result<u64, ServerError> {
+    let wrong = |what: &str| ServerError::System(io::Error::new(ErrorKind::InvalidInput, what));
+    let url = engine.engine.as_deref().ok_or_else(|| wrong("import needs --engine URL"))?;
+    if engine.kafka_log.is_some() {
+        return Err(wrong("--kafka-log is for a server: import writes the topic of the state alone"));
+    }
+    // Opening would make one that is missing, and would not say what a repair loses.
+    if let Some(damage) = check(dir)?.damage {
+        let context = format!("{}: {damage}; see `nkv-server check --data-dir {0}`", dir.display());
+        return Err(PersistError::new(PersistErrorKind::Damaged, context).into());
+    }
+    let mut options = Options::default();
+    options.value_len_max = Options::VALUE_LEN_MAX;
+    let (builder, _) =
+        engine.choose(url, Options::VALUE_LEN_MAX).await?.followed_by(Server::builder().options(options));
+    let to = builder.bind().await?;
+    let (kept, clock) = (dir.to_owned(), dir.join("clock"));
+    let from = Server::builder().options(options).clock_file(clock);
+    let from =
+        from.persist("sync", move || FsPersist::open(&kept, FsOptions::default()).map(import::Kept)).bind().await?;
+    let (from, nkv) = (from.handle(), to.handle());
+    let failed = |error: &dyn Error| ServerError::System(io::Error::other(Chain(error).to_string()));
+    let reached = async {
+        while nkv.health().await.is_err() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    if tokio::time::timeout(ENGINE_LIMIT, reached).await.is_err() {
+        let state = nkv.health().await.err().map_or_else(String::new, |error| format!(": {error}"));
+        let what = format!("the engine is not in reach after {ENGINE_LIMIT:?}{state}");
+        return Err(ServerError::System(io::Error::new(ErrorKind::TimedOut, what)));
+    }
+    import::import(&from, &nkv).await.map_err(|error| failed(&error))
 }
 
 /// Writes to stderr, if that takes it.
@@ -318,19 +338,8 @@ fn fail(error: &dyn Error, code: u8) -> ExitCode {
 
 /// One line of the log, whatever its level, from the outermost cause to the innermost.
 fn fail_with_hint(error: &dyn Error, hint: &str, code: u8) -> ExitCode {
-    error!(target: log::FATAL, "{}{hint}", with_causes(error));
+    error!(target: log::FATAL, "{}{hint}", Chain(error));
     ExitCode::from(code)
-}
-
-/// An error and what caused it, from the outermost to the innermost.
-fn with_causes(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        line.push_str(&format!(": {inner}"));
-        cause = inner.source();
-    }
-    line
 }
 
 fn code_of(error: &ServerError) -> u8 {

@@ -168,7 +168,7 @@ const START: Work = Work::Start { keys: 100_000 };
 
 /// Every line of the table, by goal.
 pub(crate) fn lines() -> Vec<Line> {
-    [requests(), subscriptions(), growth_goals(), footprints(), tails(), unpinned(), http()].concat()
+    [requests(), subscriptions(), growth_goals(), footprints(), tails(), unpinned(), http(), grpc()].concat()
 }
 
 fn requests() -> Vec<Line> {
@@ -277,6 +277,20 @@ fn http() -> Vec<Line> {
         lines.push(rivals(14, "rss_begin_mb", PACED, peer, &[NkvMemory], Bound::None));
     }
     lines
+}
+
+/// The gRPC door beside a server that only answers, and beside etcd. It needs a build with `--features full`.
+fn grpc() -> Vec<Line> {
+    use Bound::AtLeast;
+    use Peer::*;
+    vec![
+        rivals(15, "per_s", get(50, 1), NkvGrpc, &[GrpcEcho], AtLeast(0.85)),
+        rivals(15, "per_s", put(50, 1), NkvGrpc, &[GrpcEcho], AtLeast(0.85)),
+        rivals(15, "per_s", put(50, 1), NkvGrpcSync, &[Etcd], AtLeast(3.0)),
+        rivals(15, "p50_us", PACED, NkvGrpc, &[Etcd], Bound::None),
+        rivals(15, "p99_us", PACED, NkvGrpc, &[Etcd], Bound::None),
+        rivals(15, "rss_begin_mb", PACED, NkvGrpc, &[Etcd], Bound::None),
+    ]
 }
 
 /// The goal whose servers and load have all processors.

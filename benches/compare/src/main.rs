@@ -4,6 +4,7 @@ mod drivers;
 mod fanout;
 mod footprint;
 mod goals;
+mod grpc_echo;
 mod hist;
 mod load;
 mod peers;
@@ -81,6 +82,7 @@ fn run(arguments: &[String]) -> Result<()> {
         // What runs as one of the servers.
         ["echo-server", addr] => reference::echo(addr.parse()?),
         ["http-echo-server", addr] => reference::http_echo(addr.parse()?),
+        ["grpc-echo-server", addr] => grpc_echo::serve(addr.parse()?),
         _ => Err(HELP.into()),
     }
 }

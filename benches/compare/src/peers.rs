@@ -36,10 +36,13 @@ pub(crate) enum Peer {
     NkvHttpSync,
     NkvWs,
     HttpEcho,
+    NkvGrpc,
+    NkvGrpcSync,
+    GrpcEcho,
 }
 
 impl Peer {
-    pub(crate) const ALL: [Peer; 13] = [
+    pub(crate) const ALL: [Peer; 16] = [
         Peer::NkvSync,
         Peer::NkvOs,
         Peer::NkvMemory,
@@ -53,6 +56,9 @@ impl Peer {
         Peer::NkvHttpSync,
         Peer::NkvWs,
         Peer::HttpEcho,
+        Peer::NkvGrpc,
+        Peer::NkvGrpcSync,
+        Peer::GrpcEcho,
     ];
 
     /// Stands in the raw figures: stable.
@@ -71,6 +77,9 @@ impl Peer {
             Peer::NkvHttpSync => "nkv HTTP sync",
             Peer::NkvWs => "nkv WebSocket",
             Peer::HttpEcho => "HTTP echo",
+            Peer::NkvGrpc => "nkv gRPC memory",
+            Peer::NkvGrpcSync => "nkv gRPC sync",
+            Peer::GrpcEcho => "gRPC echo",
         }
     }
 
@@ -81,12 +90,14 @@ impl Peer {
     /// What an answer to a put says.
     fn durability(self) -> &'static str {
         match self {
-            Peer::NkvSync | Peer::NkvHttpSync | Peer::RedisAlways | Peer::Etcd => "on the disk (fdatasync)",
+            Peer::NkvSync | Peer::NkvHttpSync | Peer::NkvGrpcSync | Peer::RedisAlways | Peer::Etcd => {
+                "on the disk (fdatasync)"
+            }
             Peer::NkvOs => "given to the system; on the disk when the system likes",
             Peer::RedisEverysec => "given to the system; on the disk within a second or two",
             Peer::Nats => "given to the system; on the disk within two minutes (the default)",
             Peer::NkvMemory | Peer::RedisNone | Peer::Echo => "nothing is stored",
-            Peer::NkvHttp | Peer::NkvWs | Peer::HttpEcho => "nothing is stored",
+            Peer::NkvHttp | Peer::NkvWs | Peer::HttpEcho | Peer::NkvGrpc | Peer::GrpcEcho => "nothing is stored",
         }
     }
 
@@ -99,15 +110,16 @@ impl Peer {
             Peer::Echo => Protocol::Echo,
             Peer::NkvHttp | Peer::NkvHttpSync | Peer::HttpEcho => Protocol::Http,
             Peer::NkvWs => Protocol::Ws,
+            Peer::NkvGrpc | Peer::NkvGrpcSync | Peer::GrpcEcho => Protocol::Grpc,
         }
     }
 
     fn program(self, nkv: &Path) -> Option<PathBuf> {
-        if self == Peer::HttpEcho {
+        if matches!(self, Peer::HttpEcho | Peer::GrpcEcho) {
             return std::env::current_exe().ok();
         }
         match self.protocol() {
-            Protocol::Nkv | Protocol::Http | Protocol::Ws => Some(nkv.to_owned()),
+            Protocol::Nkv | Protocol::Http | Protocol::Ws | Protocol::Grpc => Some(nkv.to_owned()),
             Protocol::Redis => installed("redis-server"),
             Protocol::Nats => installed("nats-server"),
             Protocol::Etcd => installed("etcd"),
@@ -140,6 +152,11 @@ impl Peer {
                 "127.0.0.1:{port2} --http {addr} --data-dir {dir} --log-level warn --durability sync".to_owned()
             }
             Peer::HttpEcho => "http-echo-server {addr}".to_owned(),
+            Peer::NkvGrpc => "127.0.0.1:{port2} --grpc {addr} --log-level warn --persist memory".to_owned(),
+            Peer::NkvGrpcSync => {
+                "127.0.0.1:{port2} --grpc {addr} --data-dir {dir} --log-level warn --durability sync".to_owned()
+            }
+            Peer::GrpcEcho => "grpc-echo-server {addr}".to_owned(),
         }
     }
 
@@ -149,6 +166,7 @@ impl Peer {
         let version = match self {
             Peer::Echo => "compare echo-server, one tokio thread".to_owned(),
             Peer::HttpEcho => "compare http-echo-server: axum, one tokio thread".to_owned(),
+            Peer::GrpcEcho => "compare grpc-echo-server: tonic, one tokio thread".to_owned(),
             _ => {
                 let output = Command::new(&program).arg("--version").output().ok()?.stdout;
                 String::from_utf8_lossy(&output).lines().next().unwrap_or_default().to_owned()
@@ -253,7 +271,7 @@ mod tests {
     #[test]
     fn the_readme_tells_how_each_server_is_started() {
         let readme = include_str!("../README.md");
-        for peer in Peer::ALL.into_iter().filter(|peer| !matches!(peer, Peer::Echo | Peer::HttpEcho)) {
+        for peer in Peer::ALL.into_iter().filter(|peer| !matches!(peer, Peer::Echo | Peer::HttpEcho | Peer::GrpcEcho)) {
             let line = format!("\n{:<15} {}\n", peer.name(), peer.arguments());
             assert!(readme.contains(&line), "{line}");
         }

@@ -90,7 +90,7 @@ fn every_example_is_what_the_program_writes() {
 #[test]
 fn each_command_and_event_is_described() {
     let commands =
-        ["get", "put", "delete", "list", "tree", "exists", "health", "version", "stats", "trace", "subscribe"];
+        ["get", "put", "delete", "list", "tree", "exists", "health", "version", "stats", "cluster", "trace", "subscribe"];
     let events =
         ["update", "deleted", "expired", "missed", "synced", "reconnecting", "connected", "ended", "unsubscribe"];
     for op in commands.into_iter().chain(events) {

@@ -2,6 +2,9 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
+/// The length of a frame and its kind.
+const FRAME_HEAD: usize = 5;
+
 /// Puts bytes together.
 #[derive(Debug, Default)]
 pub(crate) struct Writer(BytesMut);
@@ -35,8 +38,19 @@ impl Writer {
         items.iter().for_each(|item| write(self, item));
     }
 
-    pub(crate) fn raw(&mut self, bytes: &[u8]) {
-        self.0.put_slice(bytes);
+    /// For the content of a frame: the length and the kind come before it at the end.
+    pub(crate) fn framed() -> Self {
+        Writer(BytesMut::from([0; FRAME_HEAD].as_slice()))
+    }
+
+    /// The frame of what was written to a [framed](Self::framed) one.
+    pub(crate) fn into_frame(mut self, kind: u8) -> Bytes {
+        let len = self.0.len().saturating_sub(FRAME_HEAD).saturating_add(1);
+        let [a, b, c, d] = u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes();
+        if let Some(head) = self.0.first_chunk_mut() {
+            *head = [a, b, c, d, kind];
+        }
+        self.into_bytes()
     }
 
     pub(crate) fn into_bytes(self) -> Bytes {

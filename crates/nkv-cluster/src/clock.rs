@@ -98,6 +98,7 @@ struct Sample {
 impl PeerClocks {
     /// Notes what a peer's clock showed, between two readings of the steady clock. One that was never set says nothing.
     pub(crate) fn note(&mut self, peer: NodeId, wall: Millis, asked: Millis, answered: Millis) {
+        self.samples.retain(|other, sample| *other == peer || answered.saturating_sub(sample.at) <= SAMPLE_LIFE);
         if wall < SET_FROM {
             self.samples.remove(&peer);
             return;
@@ -105,7 +106,7 @@ impl PeerClocks {
         let error = signed(answered.saturating_sub(asked)) / 2;
         let base = signed(wall).saturating_sub(signed(asked).saturating_add(error));
         let is_same = |before: &&Sample| {
-            before.base.saturating_sub(base).abs() <= before.error.saturating_add(error).saturating_add(SAME)
+            before.base.saturating_sub(base).saturating_abs() <= before.error.saturating_add(error).saturating_add(SAME)
         };
         let since = self.samples.get(&peer).filter(is_same).map_or(answered, |before| before.since);
         self.samples.insert(peer, Sample { base, error, asked, at: answered, since });
@@ -118,7 +119,7 @@ impl PeerClocks {
         offsets.sort_unstable();
         let count = offsets.len();
         let middle = [count.checked_sub(1)? / 2, count / 2];
-        let median = middle.iter().filter_map(|at| offsets.get(*at)).min_by_key(|offset| offset.abs());
+        let median = middle.iter().filter_map(|at| offsets.get(*at)).min_by_key(|offset| offset.saturating_abs());
         median.map(|median| (*median, count))
     }
 
@@ -128,7 +129,7 @@ impl PeerClocks {
         let fresh = self.samples.values().filter(move |sample| steady.saturating_sub(sample.at) <= SAMPLE_LIFE);
         fresh.map(move |sample| {
             let offset = own.saturating_sub(sample.base);
-            (sample, offset.signum() * offset.abs().saturating_sub(sample.error).max(0))
+            (sample, offset.signum() * offset.saturating_abs().saturating_sub(sample.error).max(0))
         })
     }
 
@@ -261,6 +262,26 @@ mod tests {
         assert_eq!(clocks(&[0]).offset(TODAY + 5_000, 600), Some((4_900, 1)));
         assert_eq!(offset(&[-signed(TODAY)]), None);
         assert_eq!(clocks(&[0]).offset(TODAY, 500 + SAMPLE_LIFE + 1), None, "too long ago");
+    }
+
+    #[test]
+    fn a_clock_that_shows_nonsense_ends_nothing() {
+        let mut clocks = PeerClocks::default();
+        for _ in 0..2 {
+            clocks.note(NodeId(1), u64::MAX, 0, 0);
+            assert!(clocks.offset(0, 5_000).is_some_and(|(offset, _)| offset < 0));
+            assert!(clocks.now(0, 5_000, 1_000).wall > 0);
+            clocks.note(NodeId(1), u64::MAX, u64::MAX, u64::MAX);
+        }
+    }
+
+    #[test]
+    fn what_peers_said_too_long_ago_is_dropped() {
+        let mut clocks = clocks(&[0, 0, 0]);
+        clocks.note(NodeId(7), TODAY, 500 + SAMPLE_LIFE, 500 + SAMPLE_LIFE);
+        assert_eq!(clocks.samples.len(), 4);
+        clocks.note(NodeId(7), TODAY, 501 + SAMPLE_LIFE, 501 + SAMPLE_LIFE);
+        assert_eq!(clocks.samples.len(), 1);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The engine: one task that commits, one that accepts, one that finds peers, and one for each connection.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -11,7 +12,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use nkv_core::{Change, Epoch, Key, Op, Revision, StoredRef};
-use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, Seen};
+use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, RateLimitedLog, Seen};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -24,7 +25,6 @@ use crate::register::Record;
 use crate::replica::{Contact, Place, Replica, Terms};
 use crate::session::push_frames;
 use crate::stamp::{Millis, NodeId, Stamp};
-use crate::wire::frame_len_max;
 
 /// Jobs that wait to be committed. A peer's waits in its connection then.
 const JOBS_MAX: usize = 64;
@@ -145,6 +145,7 @@ impl Cluster {
             given_at: AtomicU64::new(0),
             refused: Mutex::default(),
             figures: Figures::default(),
+            log: RateLimitedLog::default(),
             bound,
             options,
             parts,
@@ -266,6 +267,8 @@ pub(crate) struct Inner {
     /// Why it takes no writes, and until when by the steady clock.
     refused: Mutex<Option<(String, Millis)>>,
     pub(crate) figures: Figures,
+    /// For what a peer can provoke.
+    pub(crate) log: RateLimitedLog,
 }
 
 /// Who is connected.
@@ -392,7 +395,7 @@ impl Inner {
 
     /// This node is a second one of its id.
     pub(crate) fn note_refused(&self, reason: String) {
-        tracing::error!("this node takes no writes: {reason}");
+        self.log.error("second", format_args!("this node takes no writes: {reason}"));
         let until = self.steady().saturating_add(millis(REFUSED_FOR));
         *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some((reason, until));
     }
@@ -459,8 +462,8 @@ impl Inner {
     pub(crate) async fn mend(&self) -> io::Result<bool> {
         let now = self.now();
         let must_mend = self.replica().must_mend(now);
-        if must_mend {
-            self.ask(|answer| Job::Mend { answer }).await?;
+        if must_mend && !self.ask(|answer| Job::Mend { answer }).await? {
+            return Err(io::Error::other("what was stamped with a clock that was off cannot be stored anew"));
         }
         Ok(must_mend)
     }
@@ -483,15 +486,18 @@ impl Inner {
         }
     }
 
-    /// Counts and logs what is given to a peer that has nothing of it, after an absence so long that it may have been deleted
-    /// there meanwhile, and forgotten.
-    pub(crate) fn note_given(&self, record: &Record, contact_at: Millis, now: Now) {
+    /// Whether a record is given to a peer that has nothing of it after an absence so long that it may have been deleted there
+    /// meanwhile, and forgotten.
+    pub(crate) fn may_bring_back(&self, record: &Record, contact_at: Millis, now: Now) -> bool {
         let grace = millis(self.options.gc_grace);
         let age = now.wall.saturating_sub(record.register.stamp.time.millis());
-        if now.wall.saturating_sub(contact_at) > grace && age > grace && record.register.is_live() {
-            self.figures.brought_back.fetch_add(1, Relaxed);
-            tracing::warn!(key = %record.key, "given to a peer after a long absence: it may bring back a deleted key");
-        }
+        now.wall.saturating_sub(contact_at) > grace && age > grace && record.register.is_live()
+    }
+
+    /// Counts and logs that it was.
+    pub(crate) fn note_brought_back(&self, key: &Key) {
+        self.figures.brought_back.fetch_add(1, Relaxed);
+        tracing::warn!(%key, "given to a peer after a long absence: it may bring back a deleted key");
     }
 
     // Running.
@@ -549,14 +555,14 @@ impl Inner {
                 let reach = async {
                     self.joined().await;
                     sink.reached();
-                    std::future::pending().await
+                    std::future::pending::<Infallible>().await
                 };
                 tokio::select! {
                     biased;
                     error = committer.run(sink) => error,
                     error = meeting::accept(self) => error,
                     error = meeting::find(self) => error,
-                    () = reach => EngineError::Unavailable("it ended".into()),
+                    never = reach => match never {},
                 }
             }
         };
@@ -604,11 +610,6 @@ impl Engine for Cluster {
         let replica = self.inner.replica();
         Ok(Seen { epoch: replica.epoch(), revision: Revision::new(replica.revision()) })
     }
-}
-
-/// What peers take at most.
-pub(crate) fn frames_of(options: &Options) -> usize {
-    frame_len_max(options.value_len_max)
 }
 
 #[cfg(test)]

@@ -5,17 +5,20 @@ use std::sync::atomic::{AtomicBool, AtomicI64};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use nkv_core::{Loaded, MemoryPersist, PersistError, PersistErrorKind, PersistValue};
-use nkv_node::{ErrorKind, Node, Pattern};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use nkv_core::{Action, Loaded, MemoryPersist, PersistError, PersistErrorKind, PersistValue};
+use nkv_node::{ErrorKind, Node, Pattern, PutOptions};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::*;
 use crate::clock::SystemClock;
-use crate::link::Stream;
-use crate::membership::StaticPeers;
+use crate::link::{Line, Stream};
+use crate::membership::{MembershipError, StaticPeers};
 use crate::register::{Content, Register};
 use crate::stamp::Hlc;
+use crate::tree::{Half, Prefix};
+use crate::wire::{Hello, Message, PREFIXES_MAX, State};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -55,19 +58,38 @@ struct One {
     bytes: Arc<AtomicU64>,
 }
 
-/// Storage that is full, for as long as that is said.
+/// Storage that is full, for as long as that is said, and that never takes that the value of [`STUCK`] is gone.
 #[derive(Debug)]
-struct Full(MemoryPersist, Arc<AtomicBool>);
+struct Full {
+    disk: MemoryPersist,
+    is_full: Arc<AtomicBool>,
+    /// How often it did not take that.
+    stuck: Arc<AtomicU64>,
+    /// Changes in one batch, at most so far.
+    batch_max: Arc<AtomicU64>,
+}
+
+const STUCK: &str = "stuck";
+
+impl Full {
+    fn new(disk: MemoryPersist) -> Self {
+        Full { disk, is_full: Arc::default(), stuck: Arc::default(), batch_max: Arc::default() }
+    }
+}
 
 impl PersistValue for Full {
     fn load(&mut self, visit: &mut dyn FnMut(StoredRef<'_>)) -> Result<Loaded, PersistError> {
-        self.0.load(visit)
+        self.disk.load(visit)
     }
 
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError> {
-        match self.1.load(Relaxed) {
+        let is_stuck = |change: &Change| change.key.as_str() == STUCK && matches!(change.action, Action::Delete { .. });
+        let is_stuck = batch.iter().any(is_stuck);
+        self.batch_max.fetch_max(batch.len() as u64, Relaxed);
+        self.stuck.fetch_add(u64::from(is_stuck), Relaxed);
+        match is_stuck || self.is_full.load(Relaxed) {
             true => Err(PersistError::new(PersistErrorKind::NoSpace, "the disk is full")),
-            false => self.0.persist(batch),
+            false => self.disk.persist(batch),
         }
     }
 
@@ -76,7 +98,7 @@ impl PersistValue for Full {
     }
 
     fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
-        self.0.begin_epoch(epoch)
+        self.disk.begin_epoch(epoch)
     }
 }
 
@@ -124,6 +146,11 @@ impl AsyncWrite for Counted {
     }
 }
 
+/// Each test has a cluster of its own, named after its thread.
+fn options() -> Options {
+    Options::new(std::thread::current().name().unwrap_or("test"))
+}
+
 async fn start(skew: i64, bound: Arc<Memory>, peers: &[SocketAddr]) -> One {
     start_with(skew, bound, peers, None, 100).await
 }
@@ -140,7 +167,7 @@ async fn start_with(skew: i64, bound: Arc<Memory>, peers: &[SocketAddr], disk: O
         network: Arc::new(Counting(Tcp(listener), Arc::clone(&bytes))),
         membership: Arc::new(StaticPeers(peers.to_vec())),
     };
-    let mut options = Options::new("test");
+    let mut options = options();
     options.sync_interval = Duration::from_millis(interval_ms);
     options.advertise = Some(address);
     let cluster = Cluster::with(options, parts, address).unwrap();
@@ -202,6 +229,20 @@ async fn a_node_whose_clock_is_ahead_refuses_writes_and_stamps_anew_what_it_wrot
 }
 
 #[tokio::test]
+async fn a_node_that_cannot_store_new_stamps_says_so() {
+    let disk = Full::new(MemoryPersist::new(Epoch::new(7)));
+    let is_full = Arc::clone(&disk.is_full);
+    let one = start_with(3_600_000, Arc::default(), &[], Some(disk), 100).await;
+    one.node.handle().put("k", "1").await.unwrap();
+    one.clock.1.store(0, Relaxed);
+    is_full.store(true, Relaxed);
+    let error = one.cluster.inner().mend().await.unwrap_err();
+    assert!(error.to_string().contains("cannot be stored"), "{error}");
+    is_full.store(false, Relaxed);
+    assert!(one.cluster.inner().mend().await.unwrap());
+}
+
+#[tokio::test]
 async fn a_restart_with_a_clock_set_back_gives_no_old_stamps() {
     let bound = Arc::new(Memory::default());
     let before = start(0, Arc::clone(&bound), &[]).await;
@@ -235,8 +276,8 @@ async fn a_clock_that_was_never_set_harms_no_one() {
 #[tokio::test]
 async fn a_node_whose_disk_was_full_is_level_once_there_is_room() {
     let one = start(0, Arc::default(), &[]).await;
-    let is_full = Arc::new(AtomicBool::new(false));
-    let disk = Full(MemoryPersist::new(Epoch::new(7)), Arc::clone(&is_full));
+    let disk = Full::new(MemoryPersist::new(Epoch::new(7)));
+    let is_full = Arc::clone(&disk.is_full);
     let other = start_with(0, Arc::default(), &[one.cluster.address()], Some(disk), 100).await;
     let (a, b) = (one.node.handle(), other.node.handle());
     a.put("before", "1").await.unwrap();
@@ -256,6 +297,202 @@ async fn a_node_whose_disk_was_full_is_level_once_there_is_room() {
     eventually("its writes reach the other", async || a.exists("mine").await.unwrap()).await;
 }
 
+fn with_ttl(millis: u64) -> PutOptions {
+    PutOptions::default().with_ttl(Duration::from_millis(millis))
+}
+
+#[tokio::test]
+async fn a_value_ends_also_while_jobs_keep_coming() {
+    let one = start(0, Arc::default(), &[]).await;
+    let nkv = one.node.handle();
+    nkv.put_with("k", "1", with_ttl(200)).await.unwrap();
+    let inner = Arc::clone(one.cluster.inner());
+    // More at any time than are taken at once.
+    let busy = tokio::spawn(async move {
+        for number in 0.. {
+            let stamp = Stamp { time: Hlc::at(inner.wall()), node: NodeId(number) };
+            let register = Register::new(stamp, Content::Put { value: "v".into(), ttl: None });
+            inner.merge_later(vec![Record { key: "busy".parse().unwrap(), register }]).await.unwrap();
+        }
+    });
+    eventually("it ends", async || !nkv.exists("k").await.unwrap()).await;
+    busy.abort();
+}
+
+#[tokio::test]
+async fn an_end_that_cannot_be_stored_holds_up_no_write() {
+    const PUTS: u64 = 20;
+    let disk = Full::new(MemoryPersist::new(Epoch::new(7)));
+    let stuck = Arc::clone(&disk.stuck);
+    let one = start_with(0, Arc::default(), &[], Some(disk), 100).await;
+    let nkv = one.node.handle();
+    nkv.put_with(STUCK, "1", with_ttl(1)).await.unwrap();
+    eventually("its end is tried", async || stuck.load(Relaxed) > 0).await;
+    for number in 0..PUTS {
+        nkv.put("k", number.to_string()).await.unwrap();
+    }
+    // It is tried again after a while, not after each write.
+    let tried = stuck.load(Relaxed);
+    assert!(tried < PUTS / 2, "{tried} times for {PUTS} writes");
+    eventually("it is tried again", async || stuck.load(Relaxed) > tried).await;
+}
+
+#[tokio::test]
+async fn a_delete_of_many_keys_is_stored_in_parts_and_what_became_of_it_is_said() {
+    const KEYS: usize = 2_500;
+    let disk = Full::new(MemoryPersist::new(Epoch::new(7)));
+    let (is_full, batch_max) = (Arc::clone(&disk.is_full), Arc::clone(&disk.batch_max));
+    let one = start_with(0, Arc::default(), &[], Some(disk), 100).await;
+    let nkv = one.node.handle();
+    let put_all = async || {
+        for number in 0..KEYS {
+            nkv.put(format!("a.{number}"), "1").await.unwrap();
+        }
+    };
+    put_all().await;
+    assert_eq!(nkv.delete("a.*").await.unwrap().count, KEYS as u64);
+    assert!(nkv.list("a.*").await.unwrap().is_empty());
+    let batch_max = batch_max.load(Relaxed);
+    assert!(batch_max < KEYS as u64 / 2, "{batch_max} keys at once");
+    assert!(nkv.delete("a.*").await.unwrap().count == 0);
+
+    // The last part cannot be stored, then none.
+    put_all().await;
+    nkv.put(STUCK, "1").await.unwrap();
+    let failed = nkv.delete("*").await.unwrap_err();
+    assert_eq!(failed.kind(), &ErrorKind::OutcomeUnknown, "{failed}");
+    let left = nkv.list("*").await.unwrap().len();
+    assert!((1..KEYS).contains(&left), "{left} are left");
+    is_full.store(true, Relaxed);
+    let failed = nkv.delete("*").await.unwrap_err();
+    assert_eq!(failed.kind(), &ErrorKind::Refused { status: 503 }, "{failed}");
+    assert_eq!(nkv.list("*").await.unwrap().len(), left);
+}
+
+/// A node in memory, of a membership and options of the test's own.
+async fn start_in(options: Options, membership: impl Membership) -> (Cluster, Node) {
+    let cluster = Cluster::bind("127.0.0.1:0".parse().unwrap(), options, membership).await.unwrap();
+    let node = Node::builder().engine(cluster.clone()).start().await.unwrap();
+    (cluster, node)
+}
+
+#[tokio::test]
+async fn a_living_peer_that_has_a_second_address_keeps_both() {
+    let one = start(0, Arc::default(), &[]).await;
+    let address = one.cluster.address();
+    let forwarder = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let second_address = forwarder.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut from, _)) = forwarder.accept().await {
+            let mut to = TcpStream::connect(address).await.unwrap();
+            tokio::spawn(async move { copy_bidirectional(&mut from, &mut to).await });
+        }
+    });
+    let mut options = options();
+    (options.sync_interval, options.gc_grace) = (Duration::from_millis(20), Duration::from_millis(100));
+    let (other, _node) = start_in(options, StaticPeers(vec![second_address])).await;
+    let is_known = || other.inner().peers().addresses.values().any(|there| *there == address);
+    eventually("it learns the first", async || is_known()).await;
+    for _ in 0..30 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(is_known(), "it forgot the first");
+    }
+}
+
+/// Answers some of the times that it is asked, and never the others.
+#[derive(Debug)]
+struct Hanging {
+    peers: Vec<SocketAddr>,
+    answers: u64,
+    asked: AtomicU64,
+}
+
+#[async_trait]
+impl Membership for Hanging {
+    async fn addresses(&self) -> Result<Vec<SocketAddr>, MembershipError> {
+        match self.asked.fetch_add(1, Relaxed) == self.answers {
+            true => Ok(self.peers.clone()),
+            false => std::future::pending().await,
+        }
+    }
+}
+
+#[tokio::test]
+async fn where_peers_are_is_asked_again_if_there_is_no_answer() {
+    let one = start(0, Arc::default(), &[]).await;
+    one.node.handle().put("k", "1").await.unwrap();
+    let mut options = options();
+    options.peer_timeout = Duration::from_millis(200);
+    let membership = Hanging { peers: vec![one.cluster.address()], answers: 1, asked: AtomicU64::new(0) };
+    let (_, node) = start_in(options, membership).await;
+    eventually("it joins", async || node.handle().exists("k").await.unwrap_or(false)).await;
+}
+
+#[tokio::test]
+async fn peers_are_met_while_it_is_asked_where_they_are() {
+    let mut options = options();
+    (options.sync_interval, options.peer_timeout) = (Duration::from_millis(20), PATIENCE);
+    let membership = Arc::new(Hanging { peers: Vec::new(), answers: 0, asked: AtomicU64::new(0) });
+    let (first, _node) = start_in(options, Arc::clone(&membership)).await;
+    eventually("it is asked again", async || membership.asked.load(Relaxed) > 1).await;
+    let other = start(0, Arc::default(), &[first.address()]).await;
+    let id = other.cluster.id().unwrap();
+    eventually("it connects to the other too", async || first.inner().peers().links.contains_key(&id)).await;
+}
+
+/// A connection of a peer that says what a test has it say.
+async fn greet(one: &One) -> Line {
+    let stream = TcpStream::connect(one.cluster.address()).await.unwrap();
+    let (mut line, writer) = Line::new(Box::new(stream), Box::leak(Box::default()), PATIENCE);
+    tokio::spawn(writer);
+    let hello = Hello {
+        cluster: one.cluster.inner().options.cluster.clone(),
+        id: NodeId(77),
+        run: 1,
+        uptime: 0,
+        wall: one.clock.wall(),
+        address: None,
+        has_joined: true,
+        value_len_max: 1 << 20,
+    };
+    assert!(matches!(line.ask(&Message::Hello(hello)).await.unwrap(), Message::Hello(_)));
+    line.allow(1 << 20);
+    line.send(Message::Ready { wall: one.clock.wall() }.encode()).await.unwrap();
+    line
+}
+
+async fn begin_session(one: &One, line: &mut Line) {
+    let state = State { wall: one.clock.wall(), place: Place::default(), root: 0, contact: None, has_joined: true };
+    assert!(matches!(line.ask(&Message::Sync(state)).await.unwrap(), Message::SyncAnswer(_)));
+}
+
+#[tokio::test]
+async fn a_peer_that_begins_a_session_anew_leads_that_one() {
+    let one = start(0, Arc::default(), &[]).await;
+    let mut line = greet(&one).await;
+    for _ in 0..2 {
+        begin_session(&one, &mut line).await;
+        assert!(one.cluster.inner().peers().led_by.contains(&NodeId(77)));
+    }
+    line.ask(&Message::End { at: 0, is_whole: false }).await.unwrap();
+    eventually("it ends", async || one.cluster.inner().peers().led_by.is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_peer_that_asks_for_too_much_at_once_is_refused() {
+    let one = start(0, Arc::default(), &[]).await;
+    let prefixes = |count| vec![Prefix::ROOT.child(3); count];
+    let digests = |count| Message::Digests(Half::Low, prefixes(count));
+    let list = |count| Message::List(prefixes(count).into_iter().map(|prefix| (prefix, Vec::new())).collect());
+    for what in [&digests as &dyn Fn(usize) -> Message, &list] {
+        let mut line = greet(&one).await;
+        begin_session(&one, &mut line).await;
+        assert!(matches!(line.ask(&what(PREFIXES_MAX)).await.unwrap(), Message::Children(_) | Message::Wants(_)));
+        let answer = line.ask(&what(PREFIXES_MAX + 1)).await;
+        assert!(answer.is_err(), "{answer:?}");
+    }
+}
+
 /// 100,000 keys of 100 bytes, 1,000 of which change while a node is away.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_was_away_is_level_for_few_bytes() {
@@ -273,7 +510,7 @@ async fn a_node_that_was_away_is_level_for_few_bytes() {
         assert_eq!(one.cluster.inner().merge(part.to_vec()).await.unwrap(), Some(0));
     }
     let disk = MemoryPersist::new(Epoch::new(7));
-    let full = || Full(disk.clone(), Arc::default());
+    let full = || Full::new(disk.clone());
     let peers = [one.cluster.address()];
     let began = Instant::now();
     let other = start_with(0, Arc::default(), &peers, Some(full()), 1_000).await;
@@ -285,7 +522,9 @@ async fn a_node_that_was_away_is_level_for_few_bytes() {
     tokio::time::sleep(Duration::from_millis(1_500)).await;
     let idle = other.bytes.load(Relaxed);
     tokio::time::sleep(Duration::from_secs(4)).await;
-    println!("TEST idle_bytes_per_s_and_peer = {}", (other.bytes.load(Relaxed) - idle) / 4);
+    let idle = other.bytes.load(Relaxed) - idle;
+    println!("TEST idle_bytes_per_s_and_peer = {}", idle / 4);
+    assert!(idle <= 1 << 16, "{idle} bytes where nothing differs");
     other.node.shutdown().await.unwrap();
     drop(other.cluster);
 

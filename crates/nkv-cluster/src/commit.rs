@@ -3,21 +3,23 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use nkv_core::{Epoch, Key, Op, Outcome, PersistErrorKind};
-use nkv_node::{Decided, EngineError};
+use nkv_core::{Epoch, Key, Op, Outcome, Pattern, PersistErrorKind, Revision};
+use nkv_node::{Decided, EngineError, RateLimitedLog};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
+use crate::clock::Now;
 use crate::cluster::{Inner, Sink, millis};
 use crate::register::Record;
 use crate::replica::{Contact, Identity, Merged, Plan, Replica};
-use crate::stamp::{Hlc, NodeId, Stamp};
+use crate::stamp::{Hlc, Millis, NodeId, Stamp};
 
 /// Jobs, and bytes of values, that share a batch of storage, about.
 const GROUP_JOBS: usize = 64;
 const GROUP_LEN: usize = 4 << 20;
 
-/// Values that end, tombstones that are forgotten, or values that are stamped for the first time, in one batch.
+/// Keys that a pattern deletes, values that end, tombstones that are forgotten, or values that are stamped for the first time, in
+/// one batch.
 const TICK_KEYS: usize = 1_024;
 
 /// The clock is looked at so often while something is to end.
@@ -46,9 +48,9 @@ pub(crate) enum Job {
         peer: NodeId,
         contact: Contact,
     },
-    /// After a clock was found to have been off.
+    /// After a clock was found to have been off. Answered with whether it was stored.
     Mend {
-        answer: oneshot::Sender<()>,
+        answer: oneshot::Sender<bool>,
     },
     /// The time has come for something.
     Tick,
@@ -77,7 +79,13 @@ fn op_len(op: &Op) -> usize {
 #[derive(Debug)]
 enum Done {
     Written(Result<Decided, EngineError>),
-    Merged { refused: u32 },
+    Merged {
+        refused: u32,
+    },
+    /// What was deleted.
+    Gone(Vec<Key>),
+    /// How many values were stamped anew.
+    Mended(usize),
     Other,
 }
 
@@ -96,11 +104,13 @@ pub(crate) struct Committer {
     queue: mpsc::Receiver<Job>,
     /// Readings of the clock are not above it.
     bound: Hlc,
+    /// No tick comes before this, by the steady clock: one was not stored.
+    tick_from: Millis,
 }
 
 impl Committer {
     pub(crate) fn new(inner: Arc<Inner>, queue: mpsc::Receiver<Job>, bound: Hlc) -> Self {
-        Committer { inner, queue, bound }
+        Committer { inner, queue, bound, tick_from: 0 }
     }
 
     /// Gives the node an id if it has none, and stamps to what was there before it was in a cluster.
@@ -139,7 +149,11 @@ impl Committer {
                 len += job.len();
                 jobs.push(job);
             }
-            if let Err(error) = self.commit(sink, jobs).await {
+            // What ends does so also while jobs keep coming.
+            if self.is_due() && !jobs.iter().any(|job| matches!(job, Job::Tick)) {
+                jobs.push(Job::Tick);
+            }
+            if let Err(error) = self.commit_in_order(sink, jobs).await {
                 return error;
             }
         }
@@ -148,25 +162,94 @@ impl Committer {
     /// The next job; or a tick, when something ends.
     async fn next(&mut self) -> Option<Job> {
         loop {
-            let may_purge = self.inner.may_purge();
-            let Some(due) = self.inner.replica().next_due(may_purge) else {
-                // What may be forgotten then is looked for again.
-                match timeout(TICK_MAX, self.queue.recv()).await {
-                    Ok(job) => return job,
-                    Err(_) => continue,
-                }
-            };
-            let pause = Duration::from_millis(due.saturating_sub(self.inner.now().wall)).min(TICK_MAX);
-            if let Ok(job) = timeout(pause, self.queue.recv()).await {
-                return job;
-            }
-            if due <= self.inner.now().wall {
-                return Some(Job::Tick);
+            // What may be forgotten then is looked for again.
+            let pause = self.until_tick().map_or(TICK_MAX, |pause| Duration::from_millis(pause).min(TICK_MAX));
+            match timeout(pause, self.queue.recv()).await {
+                Ok(job) => return job,
+                Err(_) if self.is_due() => return Some(Job::Tick),
+                Err(_) => {}
             }
         }
     }
 
+    /// How long it is until a tick has something to do, if it is known.
+    fn until_tick(&self) -> Option<Millis> {
+        let may_purge = self.inner.may_purge();
+        let due = self.inner.replica().next_due(may_purge)?;
+        let now = self.inner.now();
+        Some(due.saturating_sub(now.wall).max(self.tick_from.saturating_sub(now.steady)))
+    }
+
+    fn is_due(&self) -> bool {
+        self.until_tick() == Some(0)
+    }
+
+    /// Commits jobs in their order; one that may change any number of keys is not part of a group.
+    async fn commit_in_order(&mut self, sink: &dyn Sink, jobs: Vec<Job>) -> Result<(), EngineError> {
+        let mut group = Vec::new();
+        for job in jobs {
+            match job {
+                Job::Write { ops, together: false, answer, epoch } if ops.iter().any(selects_many) => {
+                    self.commit(sink, std::mem::take(&mut group)).await?;
+                    let written = self.write_apart(sink, epoch, &ops).await;
+                    let failed = written.as_ref().err().cloned();
+                    drop(answer.send(written.map_err(|error| EngineError::OutcomeUnknown(error.to_string()))));
+                    failed.map_or(Ok(()), Err)?;
+                }
+                job => group.push(job),
+            }
+        }
+        self.commit(sink, group).await
+    }
+
+    /// Does operations one by one; an error is one that the node cannot go on with.
+    async fn write_apart(&mut self, sink: &dyn Sink, epoch: Epoch, ops: &[Op]) -> Result<Decided, EngineError> {
+        let mut results = Vec::with_capacity(ops.len());
+        for op in ops {
+            let done = match op {
+                Op::Delete { pattern, .. } if selects_many(op) => self.delete_in_parts(sink, pattern).await,
+                op => self.write_one(sink, epoch, op).await,
+            };
+            match done {
+                Ok(outcome) => results.push(Ok(outcome)),
+                Err(Failed::Now(error)) => results.push(Err(error)),
+                Err(Failed::ForGood(error)) => return Err(error),
+            }
+        }
+        Ok(Decided { epoch: self.inner.replica().epoch(), results })
+    }
+
+    async fn write_one(&mut self, sink: &dyn Sink, epoch: Epoch, op: &Op) -> Result<Outcome, Failed> {
+        self.inner.check_writes().map_err(Failed::Now)?;
+        let plan = |replica: &mut Replica, plan: &mut Plan, now| replica.write_alone(plan, epoch, op, now);
+        self.store_planned(sink, plan).await?.map_err(Failed::Now)
+    }
+
+    /// Deletes what a pattern selects. Neither the lock nor a batch of storage is for all of it.
+    async fn delete_in_parts(&mut self, sink: &dyn Sink, pattern: &Pattern) -> Result<Outcome, Failed> {
+        self.inner.check_writes().map_err(Failed::Now)?;
+        let slots = self.inner.replica().all_live(pattern);
+        let (mut count, mut outcome) = (0, Outcome::NotFound);
+        for part in slots.chunks(TICK_KEYS) {
+            let plan = |replica: &mut Replica, plan: &mut Plan, now| replica.delete(plan, part, now);
+            let revision = match self.store_planned(sink, plan).await {
+                Ok(revision) => Revision::new(revision),
+                Err(Failed::Now(error)) if count > 0 => {
+                    let message = format!("{count} of {} keys are deleted, the others not: {error}", slots.len());
+                    return Err(Failed::Now(EngineError::OutcomeUnknown(message)));
+                }
+                Err(failed) => return Err(failed),
+            };
+            count += part.len() as u64;
+            outcome = Outcome::Deleted { count, revision };
+        }
+        Ok(outcome)
+    }
+
     async fn commit(&mut self, sink: &dyn Sink, jobs: Vec<Job>) -> Result<(), EngineError> {
+        if jobs.is_empty() {
+            return Ok(());
+        }
         match self.store(sink, &jobs).await {
             Ok(done) => {
                 jobs.into_iter().zip(done).for_each(|(job, done)| answer(job, done));
@@ -180,33 +263,42 @@ impl Committer {
                 Ok(())
             }
             Err(Failed::Now(error)) => {
-                let was_tick = jobs.iter().any(|job| matches!(job, Job::Tick));
-                jobs.into_iter().for_each(|job| fail(job, &error));
-                if was_tick {
+                if jobs.iter().any(|job| matches!(job, Job::Tick)) {
                     // It would come again at once.
-                    tokio::time::sleep(TICK_MAX).await;
+                    self.tick_from = self.inner.steady().saturating_add(millis(TICK_MAX));
                 }
+                jobs.into_iter().for_each(|job| fail(&self.inner.log, job, &error));
                 Ok(())
             }
             Err(Failed::ForGood(error)) => {
                 let unknown = EngineError::OutcomeUnknown(error.to_string());
-                jobs.into_iter().for_each(|job| fail(job, &unknown));
+                jobs.into_iter().for_each(|job| fail(&self.inner.log, job, &unknown));
                 Err(error)
             }
         }
     }
 
     async fn store(&mut self, sink: &dyn Sink, jobs: &[Job]) -> Result<Vec<Done>, Failed> {
-        let now = self.inner.now();
         let checked = self.inner.check_writes();
         let may_purge = self.inner.may_purge();
+        let plan = |replica: &mut Replica, plan: &mut Plan, now| {
+            let plan_one = |job| plan_one(replica, plan, job, now, checked.as_ref(), may_purge);
+            jobs.iter().map(plan_one).collect()
+        };
+        self.store_planned(sink, plan).await
+    }
+
+    /// Stores what is planned, and then has the replica be like that.
+    async fn store_planned<T>(
+        &mut self,
+        sink: &dyn Sink,
+        work: impl FnOnce(&mut Replica, &mut Plan, Now) -> T,
+    ) -> Result<T, Failed> {
+        let now = self.inner.now();
         let (mut plan, done) = {
             let mut replica = self.inner.replica();
             let mut plan = replica.plan();
-            let done: Vec<Done> = jobs
-                .iter()
-                .map(|job| plan_one(&mut replica, &mut plan, job, now, checked.as_ref(), may_purge))
-                .collect();
+            let done = work(&mut replica, &mut plan, now);
             (plan, done)
         };
         self.keep_bound().await?;
@@ -238,11 +330,16 @@ impl Committer {
     }
 }
 
+/// Whether it may change any number of keys.
+fn selects_many(op: &Op) -> bool {
+    matches!(op, Op::Delete { pattern: Pattern::Below(_) | Pattern::All, if_revision: None })
+}
+
 fn plan_one(
     replica: &mut Replica,
     plan: &mut Plan,
     job: &Job,
-    now: crate::clock::Now,
+    now: Now,
     checked: Result<&(), &EngineError>,
     may_purge: bool,
 ) -> Done {
@@ -260,12 +357,8 @@ fn plan_one(
             Done::Merged { refused: u32::try_from(refused).unwrap_or(u32::MAX) }
         }
         Job::Gone { gone, .. } => {
-            for (key, stamp) in gone {
-                if replica.infer_delete(plan, key, *stamp, now) {
-                    tracing::info!(%key, "deleted, as a peer deleted it during a long absence");
-                }
-            }
-            Done::Other
+            let deleted = gone.iter().filter(|(key, stamp)| replica.infer_delete(plan, key, *stamp, now));
+            Done::Gone(deleted.map(|(key, _)| key.clone()).collect())
         }
         Job::Contact { peer, contact } => {
             replica.note_contact(plan, *peer, *contact);
@@ -274,10 +367,7 @@ fn plan_one(
         Job::Mend { .. } => {
             let count = replica.restamp(plan, now);
             replica.give_up_ended_early(plan, now);
-            if count > 0 {
-                tracing::warn!(count, "the clock was off: what was written with it is stamped anew");
-            }
-            Done::Other
+            Done::Mended(count)
         }
         Job::Tick => {
             replica.expire(plan, now, may_purge, TICK_KEYS);
@@ -299,26 +389,34 @@ fn answer(job: Job, done: Done) {
     match (job, done) {
         (Job::Write { answer, .. }, Done::Written(written)) => drop(answer.send(written)),
         (Job::Merge { answer: Some(answer), .. }, Done::Merged { refused }) => _ = answer.send(Some(refused)),
-        (Job::Gone { answer, .. }, _) => _ = answer.send(true),
-        (Job::Mend { answer }, _) => _ = answer.send(()),
+        (Job::Gone { answer, .. }, Done::Gone(deleted)) => {
+            for key in deleted {
+                tracing::info!(%key, "deleted, as a peer deleted it during a long absence");
+            }
+            _ = answer.send(true);
+        }
+        (Job::Mend { answer }, Done::Mended(count)) => {
+            if count > 0 {
+                tracing::warn!(count, "the clock was off: what was written with it is stamped anew");
+            }
+            _ = answer.send(true);
+        }
         _ => {}
     }
 }
 
-fn fail(job: Job, error: &EngineError) {
+fn fail(log: &RateLimitedLog, job: Job, error: &EngineError) {
     match job {
         Job::Write { answer, .. } => drop(answer.send(Err(error.clone()))),
         Job::Merge { answer, .. } => {
-            tracing::warn!(%error, "records of a peer were not stored");
+            log.warn("merge", format_args!("records of a peer were not stored: {error}"));
             if let Some(answer) = answer {
                 _ = answer.send(None);
             }
         }
-        Job::Gone { answer, .. } => _ = answer.send(false),
-        // The caller finds out by what is missing.
-        Job::Mend { answer } => drop(answer),
+        Job::Gone { answer, .. } | Job::Mend { answer } => _ = answer.send(false),
         Job::Contact { .. } | Job::Tick | Job::Name(_) | Job::StampOld => {
-            tracing::warn!(%error, "not stored");
+            log.warn("other", format_args!("not stored: {error}"));
         }
     }
 }

@@ -136,18 +136,17 @@ impl PushQueue {
         self.frames.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says whether there was room.
-    pub(crate) fn push(&self, frame: &Bytes) -> bool {
+    /// Leaves the frame out where there is no room for it.
+    pub(crate) fn push(&self, frame: &Bytes) {
         let mut queue = self.lock();
         let (frames, len) = &mut *queue;
         if *len + frame.len() > PUSH_LEN_MAX {
-            return false;
+            return;
         }
         *len += frame.len();
         frames.push_back(frame.clone());
         drop(queue);
         self.more.notify_one();
-        true
     }
 
     async fn next(&self) -> Bytes {

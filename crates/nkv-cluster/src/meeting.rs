@@ -11,8 +11,9 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::cluster::{Inner, Tried, frames_of, millis};
+use crate::cluster::{Inner, Peers, Tried, millis};
 use crate::link::{Line, PushQueue, Stream};
+use crate::membership::MembershipError;
 use crate::session::Session;
 use crate::stamp::NodeId;
 use crate::wire::{Hello, Message, frame_len_max, invalid};
@@ -29,6 +30,9 @@ const PAUSE_INTERVALS_MAX: u32 = 5;
 
 /// Where peers are is asked again after so many sync intervals or sessions.
 const ASK_INTERVALS: u64 = 10;
+
+/// Where peers are may take so many times the time-out of a peer to find out: names are looked up at several servers.
+const LOOKUP_TIMEOUTS: u32 = 4;
 
 /// So many peers are synced with in each interval: with more, each waits longer.
 const PEERS_AN_INTERVAL: usize = 4;
@@ -66,7 +70,7 @@ impl<'a> Connected<'a> {
         }
         entry.1 += 1;
         if let Some(address) = hello.address {
-            peers.addresses.insert(hello.id, address);
+            note_address(&mut peers, hello.id, address);
         }
         drop(peers);
         Ok(Connected { inner, hello })
@@ -80,6 +84,7 @@ impl Drop for Connected<'_> {
         entry.1 = entry.1.saturating_sub(1);
         if entry.1 == 0 {
             peers.connected.remove(&self.hello.id);
+            drop(peers);
             tracing::info!(peer = %self.hello.id, "no longer connected");
         }
     }
@@ -165,7 +170,7 @@ pub(crate) async fn accept(inner: &Arc<Inner>) -> EngineError {
                 });
             }
             Err(error) => {
-                tracing::warn!(%error, "a connection of a peer was not accepted");
+                inner.log.warn("accept", format_args!("a connection of a peer was not accepted: {error}"));
                 sleep(PAUSE_MIN).await;
             }
         }
@@ -189,7 +194,7 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
         _ => return Err(invalid("a connection begins with a hello")),
     };
     let refuse = async |line: &mut Line, is_duplicate, reason: String| {
-        tracing::warn!(peer = %theirs.id, "a peer is refused: {reason}");
+        inner.log.warn("refused", format_args!("the peer {} is refused: {reason}", theirs.id));
         line.send(Message::Refused { is_duplicate, reason: reason.clone() }.encode()).await?;
         // Until it has been read.
         sleep(PAUSE_MIN).await;
@@ -208,13 +213,13 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
         Ok(connected) => connected,
         Err(reason) => return refuse(&mut line, true, reason).await,
     };
-    let (id, value_len_max) = (connected.hello.id, connected.hello.value_len_max);
+    let (id, of_peer) = (connected.hello.id, connected.hello.frame_len_max());
     match line.ask(&Message::Hello(hello(inner))).await? {
         Message::Ready { wall } => inner.note_clock(id, wall, asked),
         _ => return Err(invalid("a hello is answered with a ready")),
     }
     inner.mend().await?;
-    line.allow(frames_of(&inner.options));
+    line.allow(frame_len_max(inner.options.value_len_max));
     let mut led: Option<Led<'_>> = None;
     loop {
         match line.receive_within(patience(inner)).await? {
@@ -225,7 +230,9 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
                 line.send(Message::Busy.encode()).await?;
             }
             Message::Sync(theirs) => {
-                let (begun, answer) = Session::answer(inner, id, value_len_max, theirs);
+                let (begun, answer) = Session::answer(inner, id, of_peer, theirs);
+                // One that was not ended says on its end that none is led.
+                drop(led.take());
                 inner.peers().led_by.insert(id);
                 led = Some(Led { inner, id, session: begun });
                 line.send(answer.encode()).await?;
@@ -249,12 +256,22 @@ fn known(inner: &Inner) -> Vec<(NodeId, SocketAddr)> {
     connected.take(ADDRESSES_MAX).collect()
 }
 
+/// Notes where a node says that it can be reached: no other one is there any more.
+fn note_address(peers: &mut Peers, id: NodeId, address: SocketAddr) {
+    peers.addresses.retain(|other, there| *other == id || *there != address);
+    if peers.addresses.len() < ADDRESSES_MAX || peers.addresses.contains_key(&id) {
+        peers.addresses.insert(id, address);
+    }
+}
+
 /// Takes in what a peer knows; what a node said of itself counts more.
 fn learn(inner: &Inner, known: Vec<(NodeId, SocketAddr)>) {
     let own = inner.id();
     let mut peers = inner.peers();
+    let mut there: BTreeSet<SocketAddr> = peers.addresses.values().copied().collect();
     for (id, address) in known {
-        if Some(id) != own && peers.addresses.len() < ADDRESSES_MAX && !peers.connected.contains_key(&id) {
+        let is_new = Some(id) != own && !peers.connected.contains_key(&id);
+        if is_new && peers.addresses.len() < ADDRESSES_MAX && there.insert(address) {
             peers.addresses.insert(id, address);
         }
     }
@@ -277,44 +294,62 @@ pub(crate) async fn find(inner: &Arc<Inner>) -> EngineError {
     let mut tasks = JoinSet::new();
     let mut named = None;
     let mut asked_at = inner.steady();
+    let (mut asking, mut ask_from) = (None, 0);
     loop {
-        let answer = inner.parts.membership.addresses().await;
-        match answer {
-            Ok(addresses) => {
-                if named.is_none() {
-                    asked_at = inner.steady();
-                }
-                named = Some(addresses.into_iter().collect::<BTreeSet<_>>());
-            }
-            Err(error) => tracing::warn!(%error, "it is not known where peers are"),
+        if asking.is_none() && inner.steady() >= ask_from {
+            asking = Some(Box::pin(named_addresses(inner)));
         }
-        // Who has met its peers learns of others from them too.
-        let intervals = if named.is_some() && inner.has_joined() { ASK_INTERVALS } else { 1 };
-        let until = inner.steady().saturating_add(millis(inner.options.sync_interval).saturating_mul(intervals));
-        loop {
-            while tasks.try_join_next().is_some() {}
-            links.retain(|_, link| !link.is_finished());
-            let learned: Vec<SocketAddr> = inner.peers().addresses.values().copied().collect();
-            for address in named.iter().flatten().copied().chain(learned) {
-                if links.len() < ADDRESSES_MAX && !links.contains_key(&address) {
-                    let inner = Arc::clone(inner);
-                    links.insert(address, tasks.spawn(async move { keep_link(&inner, address).await }));
+        while tasks.try_join_next().is_some() {}
+        links.retain(|_, link| !link.is_finished());
+        let learned: Vec<SocketAddr> = inner.peers().addresses.values().copied().collect();
+        for address in named.iter().flatten().copied().chain(learned) {
+            if links.len() < ADDRESSES_MAX && !links.contains_key(&address) {
+                let inner = Arc::clone(inner);
+                links.insert(address, tasks.spawn(async move { keep_link(&inner, address).await }));
+            }
+        }
+        if let Some(named) = &named
+            && !inner.has_joined()
+            && begins_alone(inner, named, asked_at)
+        {
+            tracing::warn!("no peer gives its state: this node begins alone");
+            inner.join();
+        }
+        let answer = async {
+            match &mut asking {
+                Some(asking) => asking.await,
+                None => std::future::pending().await,
+            }
+        };
+        let pause = if inner.has_joined() { inner.options.sync_interval } else { Duration::from_millis(50) };
+        tokio::select! {
+            biased;
+            answer = answer => {
+                asking = None;
+                match answer {
+                    Ok(addresses) => {
+                        if named.is_none() {
+                            asked_at = inner.steady();
+                        }
+                        named = Some(addresses.into_iter().collect::<BTreeSet<_>>());
+                    }
+                    Err(error) => tracing::warn!(%error, "it is not known where peers are"),
                 }
+                // Who has met its peers learns of others from them too.
+                let intervals = if named.is_some() && inner.has_joined() { ASK_INTERVALS } else { 1 };
+                let pause = millis(inner.options.sync_interval).saturating_mul(intervals);
+                ask_from = inner.steady().saturating_add(pause);
             }
-            if let Some(named) = &named
-                && !inner.has_joined()
-                && begins_alone(inner, named, asked_at)
-            {
-                tracing::warn!("no peer gives its state: this node begins alone");
-                inner.join();
-            }
-            if inner.steady() >= until {
-                break;
-            }
-            let pause = if inner.has_joined() { inner.options.sync_interval } else { Duration::from_millis(50) };
-            sleep(pause).await;
+            () = sleep(pause) => {}
         }
     }
+}
+
+/// Where peers are, as the membership says; an error if it does not say so in time.
+async fn named_addresses(inner: &Inner) -> Result<Vec<SocketAddr>, MembershipError> {
+    let limit = inner.options.peer_timeout.saturating_mul(LOOKUP_TIMEOUTS);
+    let answer = timeout(limit, inner.parts.membership.addresses()).await;
+    answer.unwrap_or_else(|_| Err(MembershipError::new(format!("no answer within {limit:?}"))))
 }
 
 /// Whether an empty node need not wait for a peer any longer.
@@ -354,9 +389,9 @@ async fn keep_link(inner: &Inner, address: SocketAddr) {
         match link(inner, address).await {
             NotMet::Myself => {
                 note(Tried::Myself);
-                pause = pause_max;
+                (last_met, pause) = (inner.steady(), pause_max);
             }
-            NotMet::Known => pause = pause_max,
+            NotMet::Known => (last_met, pause) = (inner.steady(), pause_max),
             NotMet::Failed(error) => {
                 let is_met = matches!(inner.peers().tried.get(&address), Some(Tried::Met { .. }));
                 note(match error.kind() {
@@ -418,7 +453,7 @@ async fn try_lead(
     let theirs = match line.receive().await? {
         Message::Hello(theirs) => theirs,
         Message::Refused { is_duplicate, reason } => {
-            tracing::warn!(%address, "a peer refuses this node: {reason}");
+            inner.log.warn("refuses", format_args!("the peer at {address} refuses this node: {reason}"));
             if is_duplicate {
                 inner.note_refused(reason.clone());
             }
@@ -430,23 +465,22 @@ async fn try_lead(
         return Err(NotMet::Myself);
     }
     if let Err((_, reason)) = check(inner, &theirs) {
-        tracing::warn!(%address, "{reason}");
+        inner.log.warn("refused", format_args!("the peer at {address} is not one: {reason}"));
         return Err(invalid(reason).into());
     }
     inner.note_clock(theirs.id, theirs.wall, asked);
-    let (id, value_len_max) = (theirs.id, theirs.value_len_max);
+    let (id, of_peer) = (theirs.id, theirs.frame_len_max());
     let has_joined = theirs.has_joined;
     let _connected = Connected::new(inner, theirs).map_err(invalid)?;
     line.send(Message::Ready { wall: inner.wall() }.encode()).await?;
     inner.mend().await?;
-    line.allow(frames_of(&inner.options));
-    let taken = frame_len_max(usize::try_from(value_len_max).unwrap_or(usize::MAX));
+    line.allow(frame_len_max(inner.options.value_len_max));
     {
         let mut peers = inner.peers();
         if peers.links.contains_key(&id) {
             return Err(NotMet::Known);
         }
-        peers.links.insert(id, (Arc::clone(pushes), taken));
+        peers.links.insert(id, (Arc::clone(pushes), of_peer));
         peers.tried.insert(address, Tried::Met { id, has_joined });
     }
     let _linked = Linked { inner, id };
@@ -466,9 +500,34 @@ async fn try_lead(
             is_led || !peers.leading.insert(id)
         };
         if !is_led {
-            Session::lead(inner, line, id, value_len_max).await?;
+            Session::lead(inner, line, id, of_peer).await?;
             inner.peers().leading.remove(&id);
         }
         sleep(interval(inner)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_one_a_node_and_one_node_an_address_up_to_the_limit() {
+        let at = |number: usize| SocketAddr::from(([10, 0, (number >> 8) as u8, number as u8], 1));
+        let mut peers = Peers::default();
+        for number in 0..ADDRESSES_MAX + 3 {
+            note_address(&mut peers, NodeId(number as u64), at(number));
+        }
+        assert_eq!(peers.addresses.len(), ADDRESSES_MAX);
+        // A node in memory has another id after each restart.
+        for id in 5_000..5_010 {
+            note_address(&mut peers, NodeId(id), at(7));
+        }
+        assert_eq!(peers.addresses.len(), ADDRESSES_MAX);
+        let there = peers.addresses.iter().filter(|(_, address)| **address == at(7));
+        assert_eq!(there.map(|(id, _)| *id).collect::<Vec<_>>(), [NodeId(5_009)]);
+        // One that is known may move.
+        note_address(&mut peers, NodeId(8), at(9_000));
+        assert_eq!(peers.addresses.get(&NodeId(8)), Some(&at(9_000)));
     }
 }

@@ -11,7 +11,8 @@ use thiserror::Error;
 #[async_trait]
 pub trait Membership: fmt::Debug + Send + Sync + 'static {
     /// The addresses of nodes, with or without this one's own: those that are known now. None is an answer: it is the first node
-    /// of its cluster. It has its own attempts and time-outs.
+    /// of its cluster. It has its own attempts and
+    /// time-outs; what takes longer than four times [`Options::peer_timeout`](crate::Options::peer_timeout) counts as an error.
     ///
     /// # Errors
     ///

@@ -193,7 +193,9 @@ impl Record {
     }
 
     pub(crate) fn read(from: &mut Reader) -> Option<Record> {
-        let register = Register::read(from, Reader::bytes)?;
+        // It is kept: a part of its frame would keep all of that.
+        let value = |from: &mut Reader| Some(Bytes::copy_from_slice(&from.bytes()?));
+        let register = Register::read(from, value)?;
         let key = from.bytes()?;
         let key = Key::new(std::str::from_utf8(&key).ok()?).ok()?;
         Some(Record { key, register })
@@ -265,6 +267,17 @@ mod tests {
                 prop_assert_eq!(Record::read(&mut Reader::new(bytes.slice(..len))), None, "{} bytes of it", len);
             }
         }
+    }
+
+    #[test]
+    fn a_record_keeps_nothing_of_its_frame() {
+        let stamp = Stamp { time: Hlc(1), node: NodeId(1) };
+        let register = Register::new(stamp, Content::Put { value: vec![b'v'; 5_000].into(), ttl: None });
+        let mut writer = Writer::default();
+        Record { key: Key::new("a.b").unwrap(), register }.write(&mut writer);
+        let frame = writer.into_bytes();
+        let record = Record::read(&mut Reader::new(frame.clone()));
+        assert!(record.is_some() && frame.is_unique(), "a value keeps its frame");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! A change takes two steps. It is planned, against what is there and what was planned before; the plan is stored; then it is
 //! committed. One task does all of them, so nothing comes in between.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 use nkv_core::{Action, Change, Epoch, Key, KeyRef, Meta, Op, Outcome, Pattern, Reason, Revision, StoredRef};
@@ -22,8 +22,18 @@ const IDENTITY: &str = "cluster.node";
 /// Under which reserved keys the contacts are.
 const CONTACT: &str = "cluster.contact.";
 
+/// Values that are shorter are copied when they are written, so that they keep nothing of the request that they came with. The
+/// store does the same.
+const VALUE_LEN_LONG: usize = 4_096;
+
+/// Keys that the patterns of a batch delete, at most: a batch is planned and stored whole.
+const BATCH_DELETES_MAX: usize = 16_384;
+
 /// A contact at which nothing was new is written down again after this part of `gc_grace`.
 const CONTACT_PART: Millis = 64;
+
+/// Peers whose contacts are kept, at most: of more, those of the oldest are forgotten. What a node lacks proves nothing to them.
+const CONTACTS_MAX: usize = 1_024;
 
 /// How long things last.
 #[derive(Clone, Copy, Debug)]
@@ -140,7 +150,7 @@ pub(crate) struct Replica {
     /// What was written here and that no session has given to a peer since.
     untaken: BTreeMap<Key, Untaken>,
     /// What storage had without a stamp, from before the node was in a cluster.
-    unstamped: Vec<(Key, Bytes, Option<Millis>)>,
+    unstamped: VecDeque<(Key, Bytes, Option<Millis>)>,
     /// What storage has and cannot be understood.
     broken: Option<String>,
     /// What was stamped anew, for tests that know what was answered.
@@ -194,6 +204,12 @@ impl Plan {
         self.data_revision = revision;
         self.untaken.remove(&slot.1);
         self.staged.insert(slot, register.map(|register| Held { register, revision }));
+    }
+
+    fn forget_contact(&mut self, peer: NodeId) {
+        let revision = self.next_revision();
+        self.changes.extend(contact_key(peer).map(|key| note(key, revision, Meta::NONE)));
+        self.contacts.push((peer, None));
     }
 
     /// Stages what this node decided: for the peers too.
@@ -263,7 +279,7 @@ impl Replica {
             clock: HybridClock::default(),
             contacts: BTreeMap::new(),
             untaken: BTreeMap::new(),
-            unstamped: Vec::new(),
+            unstamped: VecDeque::new(),
             broken: None,
             #[cfg(test)]
             restamped: Vec::new(),
@@ -289,7 +305,7 @@ impl Replica {
         let register = match (meta, value) {
             (None, Some(value)) => {
                 let ttl = stored.record().and_then(|record| record.expiry).map(|expiry| expiry.ttl_ms);
-                self.unstamped.push((key, value, ttl));
+                self.unstamped.push_back((key, value, ttl));
                 return;
             }
             (None, None) => return,
@@ -435,12 +451,29 @@ impl Replica {
         together: bool,
         now: Now,
     ) -> Vec<Result<Outcome, EngineError>> {
+        if together && self.deletes_too_many(plan, ops) {
+            let message =
+                format!("the patterns of a batch delete at most {BATCH_DELETES_MAX} keys; nothing was changed");
+            let refused = EngineError::Refused { status: 413, message };
+            return ops.iter().map(|_| Err(refused.clone())).collect();
+        }
         let mut shared = None;
         let mut revision = |plan: &mut Plan| match together {
             true => *shared.get_or_insert_with(|| plan.next_revision()),
             false => plan.next_revision(),
         };
         ops.iter().map(|op| self.write_one(plan, epoch, op, now, &mut revision)).collect()
+    }
+
+    /// Plans one operation of this node.
+    pub(crate) fn write_alone(
+        &mut self,
+        plan: &mut Plan,
+        epoch: Epoch,
+        op: &Op,
+        now: Now,
+    ) -> Result<Outcome, EngineError> {
+        self.write_one(plan, epoch, op, now, &mut Plan::next_revision)
     }
 
     fn write_one(
@@ -471,26 +504,56 @@ impl Replica {
             Op::Put { key, value, options } => {
                 let ttl = options.expiry.map(|expiry| expiry.ttl_ms);
                 let slot = (key_hash(key), key.clone());
-                let register = Register::new(self.stamp(plan, &slot, now), Content::Put { value: value.clone(), ttl });
+                let value = if value.len() < VALUE_LEN_LONG { Bytes::copy_from_slice(value) } else { value.clone() };
+                let register = Register::new(self.stamp(plan, &slot, now), Content::Put { value, ttl });
                 let revision = next(plan);
                 self.write_register(plan, slot, revision, register, now);
                 Ok(Outcome::Put { revision: Revision::new(revision) })
             }
             Op::Delete { pattern, .. } => {
                 let slots = self.live(plan, pattern);
-                let (count, mut revision) = (slots.len() as u64, 0);
-                for slot in slots {
-                    let stamp = self.stamp(plan, &slot, now);
-                    let deleted = Register::new(stamp, Content::Deleted { at: stamp.time.millis() });
-                    revision = next(plan);
-                    self.write_register(plan, slot, revision, deleted, now);
-                }
-                match count {
+                let revision = self.delete_each(plan, &slots, now, next);
+                match slots.len() as u64 {
                     0 => Ok(Outcome::NotFound),
                     count => Ok(Outcome::Deleted { count, revision: Revision::new(revision) }),
                 }
             }
         }
+    }
+
+    /// Plans to delete keys that have values; says the last revision.
+    pub(crate) fn delete(&mut self, plan: &mut Plan, slots: &[Slot], now: Now) -> u64 {
+        self.delete_each(plan, slots, now, &mut Plan::next_revision)
+    }
+
+    fn delete_each(
+        &mut self,
+        plan: &mut Plan,
+        slots: &[Slot],
+        now: Now,
+        next: &mut impl FnMut(&mut Plan) -> u64,
+    ) -> u64 {
+        let mut revision = 0;
+        for slot in slots {
+            let stamp = self.stamp(plan, slot, now);
+            let deleted = Register::new(stamp, Content::Deleted { at: stamp.time.millis() });
+            revision = next(plan);
+            self.write_register(plan, slot.clone(), revision, deleted, now);
+        }
+        revision
+    }
+
+    fn deletes_too_many(&self, plan: &Plan, ops: &[Op]) -> bool {
+        let patterns = ops.iter().filter_map(|op| match op {
+            Op::Delete { pattern, if_revision: None } => Some(pattern),
+            _ => None,
+        });
+        patterns.map(|pattern| self.live(plan, pattern).len()).sum::<usize>() > BATCH_DELETES_MAX
+    }
+
+    /// The values that a pattern selects.
+    pub(crate) fn all_live(&self, pattern: &Pattern) -> Vec<Slot> {
+        self.live(&self.plan(), pattern)
     }
 
     /// The values that a pattern selects, as planned.
@@ -595,11 +658,7 @@ impl Replica {
             let revision = plan.next_revision();
             plan.stage(slot, revision, None);
         }
-        for peer in self.contacts.keys() {
-            let revision = plan.next_revision();
-            plan.changes.extend(contact_key(*peer).map(|key| note(key, revision, Meta::NONE)));
-            plan.contacts.push((*peer, None));
-        }
+        self.contacts.keys().for_each(|peer| plan.forget_contact(*peer));
     }
 
     /// What has ended although its time has not come.
@@ -689,11 +748,33 @@ impl Replica {
             plan.contacts.push((peer, Some((contact, kept_at))));
             return;
         };
+        if kept.is_none() {
+            self.make_room_for_contact(plan);
+        }
         let mut meta = Writer::default();
         contact.write(&mut meta);
         let revision = plan.next_revision();
         plan.changes.push(note(key, revision, Meta::new(&meta.into_bytes())));
         plan.contacts.push((peer, Some((contact, contact.at))));
+    }
+
+    /// Plans to forget the oldest contacts, as far as there would be too many with one more.
+    fn make_room_for_contact(&self, plan: &mut Plan) {
+        if self.contacts.len() + plan.contacts.len() < CONTACTS_MAX {
+            return;
+        }
+        let mut contacts: BTreeMap<NodeId, Millis> =
+            self.contacts.iter().map(|(peer, (contact, _))| (*peer, contact.at)).collect();
+        for (peer, planned) in &plan.contacts {
+            match planned {
+                Some((contact, _)) => contacts.insert(*peer, contact.at),
+                None => contacts.remove(peer),
+            };
+        }
+        let count = (contacts.len() + 1).saturating_sub(CONTACTS_MAX);
+        let mut oldest: Vec<(Millis, NodeId)> = contacts.into_iter().map(|(peer, at)| (at, peer)).collect();
+        oldest.sort_unstable();
+        oldest.into_iter().take(count).for_each(|(_, peer)| plan.forget_contact(peer));
     }
 
     /// Does what is planned, after it was stored.

@@ -171,7 +171,6 @@ fn assert_level(a: &One, b: &One) {
 #[test]
 fn a_write_after_one_that_was_seen_wins_whatever_the_own_clock_shows() {
     let (mut a, mut b) = two();
-    b.now = at(TODAY);
     let theirs = a.put("k", "a");
     assert_eq!(b.merge(&theirs), Merged::Applied);
     // The clock of the other falls behind.
@@ -183,6 +182,37 @@ fn a_write_after_one_that_was_seen_wins_whatever_the_own_clock_shows() {
     b.delete("k");
     let deleted = b.record("k");
     assert_eq!((a.merge(&deleted), a.value("k")), (Merged::Applied, None));
+}
+
+#[test]
+fn a_short_value_keeps_nothing_of_the_request_that_it_came_with() {
+    let mut a = One::new(1);
+    let request = Bytes::from(vec![b'v'; 10_000]);
+    for (len, is_unique) in [(VALUE_LEN_LONG - 1, true), (VALUE_LEN_LONG, false)] {
+        let value = request.slice(1..=len);
+        a.write(Op::Put { key: key("k"), value, options: PutOptions::default() });
+        assert_eq!(request.is_unique(), is_unique, "{len} bytes");
+    }
+}
+
+#[test]
+fn the_patterns_of_a_batch_delete_a_certain_number_of_keys_at_most() {
+    let mut a = One::new(1);
+    let epoch = a.replica.epoch();
+    let put = |number| Op::Put { key: key(&format!("k.{number}")), value: "1".into(), options: PutOptions::default() };
+    let write =
+        |a: &mut One, ops: &[Op], together| a.plan(|replica, plan, now| replica.write(plan, epoch, ops, together, now));
+    write(&mut a, &(0..=BATCH_DELETES_MAX).map(put).collect::<Vec<_>>(), false);
+    let delete = Op::Delete { pattern: Pattern::Below(key("k")), if_revision: None };
+    let before = a.replica.revision();
+    let results = write(&mut a, &[put(0), delete.clone()], true);
+    let is_refused = |result: &Result<_, _>| matches!(result, Err(EngineError::Refused { status: 413, .. }));
+    assert!(results.len() == 2 && results.iter().all(is_refused), "{results:?}");
+    assert_eq!(a.replica.revision(), before, "a part of it was done");
+    a.delete("k.0");
+    let results = write(&mut a, &[delete], true);
+    let is_whole = matches!(results[..], [Ok(Outcome::Deleted { count, .. })] if count == BATCH_DELETES_MAX as u64);
+    assert!(is_whole, "{results:?}");
 }
 
 #[test]
@@ -331,10 +361,7 @@ fn lacking_a_key_proves_nothing_where_the_data_are_not_whole_since_the_contact()
             "never met" => {}
             _ => {
                 let b_id = b.id;
-                a.plan(|replica, plan, _| {
-                    plan.contacts.push((b_id, None));
-                    _ = replica;
-                });
+                a.plan(|_, plan, _| plan.contacts.push((b_id, None)));
                 fresh.replica.epoch = b.replica.epoch;
             }
         }
@@ -607,6 +634,34 @@ fn what_a_restart_restores_is_what_was_there() {
     a.restart();
     assert_eq!(a.replica.contact(b.id), Some(contact));
     assert!(contact.own.leads_to(a.replica.place()));
+}
+
+#[test]
+fn of_more_contacts_than_are_kept_the_oldest_is_forgotten_also_on_disk() {
+    let mut a = One::new(1);
+    let own = a.replica.place();
+    let noted = |at: Millis| Contact { at: TODAY + at, own, peer: own };
+    // Peers are numbered from the one that was met last. Half of them are noted in one batch.
+    let half = CONTACTS_MAX as u64 / 2;
+    for at in 0..half {
+        a.plan(|replica, plan, _| replica.note_contact(plan, NodeId(2_000 - at), noted(at)));
+    }
+    a.plan(|replica, plan, _| {
+        (half..2 * half).for_each(|at| replica.note_contact(plan, NodeId(2_000 - at), noted(at)));
+    });
+    assert_eq!(a.replica.contacts.len(), CONTACTS_MAX);
+    a.plan(|replica, plan, _| {
+        (2 * half..2 * half + 2).for_each(|at| replica.note_contact(plan, NodeId(2_000 - at), noted(at)));
+        // One that is known already takes no room.
+        replica.note_contact(plan, NodeId(1_500), noted(5_000));
+    });
+    for _ in 0..2 {
+        assert_eq!(a.replica.contacts.len(), CONTACTS_MAX);
+        assert_eq!((a.replica.contact(NodeId(2_000)), a.replica.contact(NodeId(1_999))), (None, None));
+        assert_eq!(a.replica.contact(NodeId(1_998)), Some(noted(2)));
+        assert_eq!(a.replica.contact(NodeId(1_500)), Some(noted(5_000)));
+        a.restart();
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::register::Record;
 use crate::replica::{Compared, Contact, Entry, Replica, Slot, Want};
 use crate::stamp::NodeId;
 use crate::tree::{DEPTH, Half, Prefix};
-use crate::wire::{ENTRIES_MAX, Message, PREFIXES_MAX, State, frame_len_max, invalid, parts};
+use crate::wire::{ENTRIES_MAX, Message, PREFIXES_MAX, RECORDS_LEN, State, invalid, parts};
 
 /// Below a prefix with at most so many keys the keys are listed, rather than digests of parts of them asked for.
 const LIST_MAX: usize = 8;
@@ -51,9 +51,8 @@ impl Session {
         }
     }
 
-    fn new(inner: &Inner, peer: NodeId, value_len_max: u64, own: State, theirs: State) -> Self {
+    fn new(inner: &Inner, peer: NodeId, frame_len_max: usize, own: State, theirs: State) -> Self {
         let both_had = inner.replica().long_ago(peer, theirs.place, theirs.contact, inner.now());
-        let frame_len_max = frame_len_max(usize::try_from(value_len_max).unwrap_or(usize::MAX));
         Session { peer, frame_len_max, own, theirs, both_had, is_whole: true, has_state: true }
     }
 
@@ -67,9 +66,9 @@ impl Session {
     }
 
     /// The answer to one who begins a session.
-    pub(crate) fn answer(inner: &Inner, peer: NodeId, value_len_max: u64, theirs: State) -> (Self, Message) {
+    pub(crate) fn answer(inner: &Inner, peer: NodeId, frame_len_max: usize, theirs: State) -> (Self, Message) {
         let own = Self::state(inner, peer);
-        (Session::new(inner, peer, value_len_max, own, theirs), Message::SyncAnswer(own))
+        (Session::new(inner, peer, frame_len_max, own, theirs), Message::SyncAnswer(own))
     }
 
     /// Takes in records that the peer gives.
@@ -88,33 +87,43 @@ impl Session {
         let mut slots = VecDeque::from(compared.give);
         while !slots.is_empty() {
             let records = self.some(inner, &mut slots);
-            for part in parts(records) {
-                line.send(Message::Records(part).encode()).await?;
+            if !records.is_empty() {
+                line.send(Message::Records(records).encode()).await?;
             }
         }
         Ok(())
     }
 
-    /// The records of the next of these keys, about a frame of them.
+    /// The records of the next of these keys, a frame of them.
     fn some(&mut self, inner: &Inner, slots: &mut VecDeque<(Slot, bool)>) -> Vec<Record> {
         let now = inner.now();
         let contact_at = self.own.contact.into_iter().chain(self.theirs.contact).map(|contact| contact.at).min();
-        let replica = inner.replica();
         let (mut records, mut len) = (Vec::new(), 0);
-        while len < crate::wire::RECORDS_LEN
-            && let Some((slot, is_lacking)) = slots.pop_front()
-        {
+        let (mut too_long, mut brought_back) = (Vec::new(), Vec::new());
+        let replica = inner.replica();
+        while let Some((slot, is_lacking)) = slots.pop_front() {
             let Some(record) = replica.record(&slot, now) else { continue };
+            if !records.is_empty() && len + record.len() > RECORDS_LEN {
+                slots.push_front((slot, is_lacking));
+                break;
+            }
             if record.len() > self.frame_len_max.saturating_sub(64) {
                 self.is_whole = false;
-                tracing::warn!(peer = %self.peer, "the value of {:?} is longer than the peer takes", slot.1);
+                too_long.push(slot.1);
                 continue;
             }
-            if let Some(contact_at) = contact_at.filter(|_| is_lacking) {
-                inner.note_given(&record, contact_at, now);
+            if contact_at.is_some_and(|contact_at| is_lacking && inner.may_bring_back(&record, contact_at, now)) {
+                brought_back.push(slot.1);
             }
             len += record.len();
             records.push(record);
+        }
+        // Logging may block: not with the lock.
+        drop(replica);
+        brought_back.iter().for_each(|key| inner.note_brought_back(key));
+        for key in too_long {
+            let peer = self.peer;
+            inner.log.warn("long", format_args!("the value of {key:?} is longer than the peer {peer} takes"));
         }
         records
     }
@@ -141,7 +150,9 @@ impl Session {
     /// Answers what the one that leads says next; `true` once the session has ended.
     pub(crate) async fn serve(&mut self, inner: &Inner, line: &mut Line, message: Message) -> io::Result<bool> {
         match message {
-            Message::Digests(half, prefixes) if prefixes.len() <= PREFIXES_MAX => {
+            Message::Digests(_, prefixes) if prefixes.len() > PREFIXES_MAX => return Err(too_many(prefixes.len())),
+            Message::List(lists) if lists.len() > PREFIXES_MAX => return Err(too_many(lists.len())),
+            Message::Digests(half, prefixes) => {
                 let children = {
                     let replica = inner.replica();
                     prefixes.iter().map(|prefix| replica.children(*prefix, half)).collect()
@@ -182,32 +193,32 @@ impl Session {
     }
 
     /// Notes the contact, if all went well. An empty node has a state also where it did not take what is stamped ahead.
-    async fn end(&self, inner: &Inner, at: u64) -> io::Result<bool> {
+    async fn end(&self, inner: &Inner, at: u64) -> io::Result<()> {
         if self.is_whole {
             let contact = Contact { at, own: self.own.place, peer: self.theirs.place };
             inner.note_contact(self.peer, contact, self.theirs.has_joined).await?;
         } else if self.has_state && self.theirs.has_joined {
             inner.join();
         }
-        Ok(self.is_whole)
+        Ok(())
     }
 
-    /// Leads a session from its beginning to its end; says whether it ended whole.
-    pub(crate) async fn lead(inner: &Inner, line: &mut Line, peer: NodeId, value_len_max: u64) -> io::Result<bool> {
+    /// Leads a session from its beginning to its end.
+    pub(crate) async fn lead(inner: &Inner, line: &mut Line, peer: NodeId, frame_len_max: usize) -> io::Result<()> {
         let own = Self::state(inner, peer);
         let asked = inner.steady();
         let theirs = match line.ask(&Message::Sync(own)).await? {
             Message::SyncAnswer(theirs) => theirs,
-            Message::Busy => return Ok(false),
+            Message::Busy => return Ok(()),
             other => return Err(unexpected(&other)),
         };
         inner.note_clock(peer, theirs.wall, asked);
         if inner.mend().await? {
             // What was said of this node's data is not so any more.
             line.ask(&Message::End { at: 0, is_whole: false }).await?;
-            return Ok(false);
+            return Ok(());
         }
-        let mut session = Session::new(inner, peer, value_len_max, own, theirs);
+        let mut session = Session::new(inner, peer, frame_len_max, own, theirs);
         if own.root != theirs.root {
             session.level(inner, line).await?;
         }
@@ -321,6 +332,10 @@ fn unexpected(message: &Message) -> io::Error {
         _ => "this",
     };
     invalid(format!("the peer was not to say {kind} here"))
+}
+
+fn too_many(prefixes: usize) -> io::Error {
+    invalid(format!("the peer asks for {prefixes} prefixes at once, and {PREFIXES_MAX} is the limit"))
 }
 
 /// A frame for peers.

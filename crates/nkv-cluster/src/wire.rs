@@ -120,7 +120,7 @@ pub(crate) enum Message {
 impl Message {
     /// The frame.
     pub(crate) fn encode(&self) -> Bytes {
-        let mut to = Writer::default();
+        let mut to = Writer::framed();
         let kind = match self {
             Message::Hello(hello) => {
                 hello.write(&mut to);
@@ -205,12 +205,7 @@ impl Message {
                 15
             }
         };
-        let content = to.into_bytes();
-        let mut frame = Writer::default();
-        frame.u32(u32::try_from(content.len().saturating_add(1)).unwrap_or(u32::MAX));
-        frame.u8(kind);
-        frame.raw(&content);
-        frame.into_bytes()
+        to.into_frame(kind)
     }
 
     /// What a frame says, without its length; `None` for anything that is not understood to its end.
@@ -261,6 +256,11 @@ fn records(from: &mut Reader) -> Option<Vec<Record>> {
 }
 
 impl Hello {
+    /// The longest frame that the node takes.
+    pub(crate) fn frame_len_max(&self) -> usize {
+        frame_len_max(usize::try_from(self.value_len_max).unwrap_or(usize::MAX))
+    }
+
     fn write(&self, to: &mut Writer) {
         to.u32(MAGIC);
         to.u32(VERSION);

@@ -1,6 +1,7 @@
 //! Nodes of one process that talk over TCP.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -14,8 +15,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 const LOCAL: &str = "127.0.0.1:0";
 
+/// Each test has a cluster of its own, named after its thread: nodes of two that meet by a port that one gave back refuse each other.
 fn options() -> Options {
-    let mut options = Options::new("test");
+    let mut options = Options::new(std::thread::current().name().unwrap_or("test"));
     options.sync_interval = Duration::from_millis(200);
     options
 }
@@ -219,21 +221,27 @@ async fn another_cluster_and_a_second_living_node_of_an_id_are_refused_by_name()
     let original_nkv = ready(&original_node).await;
     original_nkv.put("c", "1").await.unwrap();
     is_at(&nkv, "c", Some("1")).await;
-    let copy = bind(options(), &[first.address()]).await;
-    // Copying takes the disk over: the original is to have nothing to store any more.
-    tokio::time::sleep(Duration::from_millis(800)).await;
+    // Copying takes the disk over: the original begins again after it.
+    let id = original.id().unwrap();
+    stop([original_node]).await;
+    drop(original);
     let copied = copy_of(&disk);
+    eventually("the original is gone", async || !first.peers().contains(&id)).await;
+    let original = bind(options(), &[first.address()]).await;
+    let original_node = start_with(&original, &disk).await;
+    eventually("the original is back", async || first.peers().contains(&id)).await;
+    let copy = bind(options(), &[first.address()]).await;
     let copy_node = start_with(&copy, &copied).await;
     let copy_nkv = ready(&copy_node).await;
     eventually("the copy is refused", async || match copy_nkv.put("d", "1").await {
         Ok(_) => false,
         Err(error) => {
-            assert!(error.to_string().contains(&original.id().unwrap().to_string()), "{error}");
+            assert!(error.to_string().contains(&id.to_string()), "{error}");
             true
         }
     })
     .await;
-    assert_eq!(copy.id(), original.id());
+    assert_eq!((copy.id(), original.id()), (Some(id), Some(id)));
     nkv.put("e", "1").await.unwrap();
     is_at(&nkv, "c", Some("1")).await;
     stop([node, copy_node]).await;
@@ -286,10 +294,12 @@ async fn an_empty_node_has_no_state_until_it_has_joined_and_an_error_is_no_empty
 
 #[tokio::test]
 async fn a_node_begins_alone_where_all_refuse_and_later_joins_without_loss() {
-    let free = bind(options(), &[]).await.address();
+    // Bound, so that no one else is given the port; no one listens there.
+    let free = tokio::net::TcpSocket::new_v4().unwrap();
+    free.bind(LOCAL.parse().unwrap()).unwrap();
     let mut patient = options();
     patient.join_timeout = PATIENCE;
-    let first = bind(patient.clone(), &[free]).await;
+    let first = bind(patient.clone(), &[free.local_addr().unwrap()]).await;
     let node = start(&first).await;
     let nkv = ready(&node).await;
     nkv.put("a", "1").await.unwrap();
@@ -357,11 +367,12 @@ async fn five_nodes_have_each_write_once_and_soon() {
     for nkv in &handles[1..] {
         let mut events = nkv.subscribe("k").await.unwrap();
         receiving.push(tokio::spawn(async move {
-            let mut took = Vec::new();
+            let (mut took, mut keys) = (Vec::new(), BTreeSet::new());
             while took.len() < PUTS {
                 match timeout(PATIENCE, events.next()).await.unwrap() {
                     Some(Event::Update { entry, .. }) => {
                         let sent: u64 = std::str::from_utf8(&entry.value).unwrap().parse().unwrap();
+                        assert!(keys.insert(entry.key.clone()), "{} comes twice", entry.key);
                         took.push((base.elapsed().as_micros() as u64).saturating_sub(sent));
                     }
                     Some(Event::Synced { .. }) => {}

@@ -202,7 +202,7 @@ impl Kv for KvService {
         let words = line.handle.words().map_err(|error| line.status(&error))?;
         Ok(Response::new(StatsResponse {
             numbers: numbers.into_iter().map(|(name, number)| (name.to_owned(), number)).collect(),
-            words: words.into_iter().map(|(name, word)| (name.to_owned(), word)).collect(),
+            words: words.into_iter().map(|(name, word)| (name.into_owned(), word)).collect(),
         }))
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use http::{HeaderValue, Request, StatusCode};
 use nkv_core::{Histogram, HistogramReading};
-use nkv_node::{Figures, Stats};
+use nkv_node::{EngineNumber, Figures, Stats};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text};
 use prometheus_client::metrics::MetricType;
@@ -95,8 +95,8 @@ fn ready<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answer, Problem> {
         healthy.map_err(|error| Problem::new("unavailable", error.to_string()))?;
         return Ok(plain(stale.unwrap_or_else(|| "ok".into()) + "\n"));
     }
-    let durability = ctx.door.handle.words().map(|words| words.map(|(_, word)| word)).unwrap_or_default();
-    let [_, durability] = durability;
+    let words = ctx.door.handle.words().unwrap_or_default();
+    let durability = words.iter().find(|(name, _)| name == "durability").map_or("", |(_, word)| word);
     let mut answer = match &healthy {
         Ok(()) => {
             let engine = stale.map(|stale| format!("[!]engine {stale}\n")).unwrap_or_default();
@@ -122,9 +122,10 @@ async fn metrics<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answer, Proble
     only_get(request)?;
     let stats = ctx.door.handle.stats().await?;
     let figures = ctx.door.handle.figures()?.unwrap_or_default();
+    let engine = ctx.door.handle.engine_figures()?.numbers;
     let counted = ctx.door.counted.read();
     let mut registry = Registry::with_prefix("nkv");
-    registry.register_collector(Box::new(Scrape { stats, figures, counted, process: Process::read() }));
+    registry.register_collector(Box::new(Scrape { stats, figures, engine, counted, process: Process::read() }));
     let mut out = String::new();
     text::encode(&mut out, &registry).map_err(|error| Problem::new("internal", error.to_string()))?;
     let mut answer = Answer::new(Body::counted(out.into(), ctx.conn));
@@ -176,6 +177,7 @@ impl Process {
 struct Scrape {
     stats: Stats,
     figures: Figures,
+    engine: Vec<EngineNumber>,
     counted: CountedReading,
     process: Process,
 }
@@ -183,7 +185,7 @@ struct Scrape {
 impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut out = Out(&mut encoder);
-        let Scrape { stats, figures, counted, process } = self;
+        let Scrape { stats, figures, engine, counted, process } = self;
         out.info("build", "The version that runs.", &[("version", env!("CARGO_PKG_VERSION"))])?;
         out.info(
             "durability",
@@ -235,6 +237,7 @@ impl Collector for Scrape {
             out.counter("storage_compactions", "Parts of storage that were compacted.", storage.compactions)?;
             out.counter("storage_compacted_bytes", "Bytes that compaction has written.", storage.compacted_bytes)?;
         }
+        engine.iter().try_for_each(|number| out.gauge(number.name, number.help, None, number.value))?;
         let answers: Vec<_> = counted.answers.iter().map(|(status, count)| (status.to_string(), *count)).collect();
         let answers: Vec<_> = answers.iter().map(|(status, count)| ([("code", status.as_str())], *count)).collect();
         out.counters("http_responses", "Answers of the HTTP door, by status.", &answers)?;

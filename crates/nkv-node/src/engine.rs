@@ -69,6 +69,31 @@ pub trait Engine: fmt::Debug + Send + Sync + 'static {
     ///
     /// [`EngineError::Unavailable`], where it does not say so at once.
     async fn last(&self) -> Result<Seen, EngineError>;
+
+    /// Its own figures, which stand among those of the node. None by default. To be answered at once.
+    fn figures(&self) -> EngineFigures {
+        EngineFigures::default()
+    }
+}
+
+/// What an engine says of itself, as [`Handle::numbers`](crate::Handle::numbers) and [`Handle::words`](crate::Handle::words) show it.
+#[derive(Clone, Debug, Default)]
+pub struct EngineFigures {
+    /// Numbers, which are metrics too.
+    pub numbers: Vec<EngineNumber>,
+    /// Words by name, such as `member.NAME`.
+    pub words: Vec<(String, String)>,
+}
+
+/// A number of an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineNumber {
+    /// Its name, in lower case and with `_` between words.
+    pub name: &'static str,
+    /// What it is, as a sentence.
+    pub help: &'static str,
+    /// The number by now. It may rise and fall.
+    pub value: u64,
 }
 
 /// What an engine made of operations.

@@ -1,5 +1,6 @@
 //! The way in: every operation of the store, for programs in its process and for doors.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use tokio::sync::watch;
 
 use crate::budget::{Budget, Holder};
 use crate::deletes::RecentDeletes;
-use crate::engine::{Abilities, Seen};
+use crate::engine::{Abilities, EngineFigures, Seen};
 use crate::failure::Chain;
 use crate::figures::{Counters, Ended, Figures, Operation};
 use crate::job::Room;
@@ -777,9 +778,8 @@ impl Handle {
     ///
     /// Those of [`get`](Self::get).
     pub async fn stats(&self) -> Result<Stats> {
-        let (numbers, words) = (self.numbers()?.into_iter(), self.words()?);
-        let numbers = numbers.map(|(name, number)| (name.to_owned(), number)).collect();
-        Ok(Stats::new(numbers, words.into_iter().map(|(name, word)| (name.to_owned(), word)).collect()))
+        let numbers = self.numbers()?.into_iter().map(|(name, number)| (name.to_owned(), number)).collect();
+        Ok(Stats::new(numbers, self.words()?.into_iter().map(|(name, word)| (name.into_owned(), word)).collect()))
     }
 
     /// The figures of [`stats`](Self::stats) by name, as doors show them.
@@ -787,10 +787,10 @@ impl Handle {
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub fn numbers(&self) -> Result<[(&'static str, u64); 13]> {
+    pub fn numbers(&self) -> Result<Vec<(&'static str, u64)>> {
         self.check(Right::Admin, &Pattern::All)?;
         let stats = self.shared.store.stats();
-        Ok([
+        let mut numbers = vec![
             ("keys", stats.keys),
             ("value_bytes", stats.value_bytes),
             ("subscriptions", stats.subscriptions),
@@ -804,17 +804,36 @@ impl Handle {
             ("failed_batches", stats.failed_batches),
             ("notified", stats.notified),
             ("conflated", stats.conflated),
-        ])
+        ];
+        numbers.extend(self.engine_figures()?.numbers.iter().map(|number| (number.name, number.value)));
+        Ok(numbers)
     }
 
-    /// The words among the figures of [`stats`](Self::stats).
+    /// What the node's engine says of itself: nothing where there is none.
     ///
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub fn words(&self) -> Result<[(&'static str, String); 2]> {
+    pub fn engine_figures(&self) -> Result<EngineFigures> {
         self.check(Right::Admin, &Pattern::All)?;
-        Ok([("epoch", self.epoch().to_string()), ("durability", self.shared.durability.clone())])
+        Ok(self.shared.truth().map(|truth| truth.engine.figures()).unwrap_or_default())
+    }
+
+    /// The words among the figures of [`stats`](Self::stats). `engine` says whether the node follows its engine, if it has one.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get).
+    pub fn words(&self) -> Result<Vec<(Cow<'static, str>, String)>> {
+        self.check(Right::Admin, &Pattern::All)?;
+        let mut words =
+            vec![("epoch".into(), self.epoch().to_string()), ("durability".into(), self.shared.durability.clone())];
+        if self.follows_engine() {
+            let stale = self.stale_for().map(|stale| format!("stale for {} s", stale.as_secs()));
+            words.push(("engine".into(), stale.unwrap_or_else(|| "in reach".to_owned())));
+        }
+        words.extend(self.engine_figures()?.words.into_iter().map(|(name, word)| (name.into(), word)));
+        Ok(words)
     }
 
     /// Whether the node serves requests, reads of the present and writes.

@@ -601,7 +601,7 @@ impl Session {
         let refused = |error| refusal(id, &error);
         let (words, numbers) =
             (self.door.handle.words().map_err(refused)?, self.door.handle.numbers().map_err(refused)?);
-        let words: Vec<(&str, &str)> = words.iter().map(|(name, word)| (*name, word.as_str())).collect();
+        let words: Vec<(&str, &str)> = words.iter().map(|(name, word)| (name.as_ref(), word.as_str())).collect();
         Answer::to(id, out).stats(&words, &numbers);
         Ok(())
     }

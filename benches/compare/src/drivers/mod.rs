@@ -1,7 +1,7 @@
 //! The wire protocols, one small driver each, which writes requests into a buffer and reads answers from one.
 
 mod echo;
-mod etcd;
+mod grpc;
 mod http;
 mod nats;
 mod nkv;
@@ -34,6 +34,8 @@ pub(crate) enum Protocol {
     Redis,
     Nats,
     Etcd,
+    /// nkv's gRPC door, and the reference of gRPC.
+    Grpc,
     Nkv,
     /// nkv's HTTP door, and the reference of HTTP.
     Http,
@@ -49,7 +51,8 @@ impl Protocol {
             Protocol::Echo => Box::new(echo::Echo::new(values)),
             Protocol::Redis => Box::new(resp::Resp::new(values)),
             Protocol::Nats => Box::new(nats::Nats::new(number, values)),
-            Protocol::Etcd => Box::new(etcd::Etcd::new(values)),
+            Protocol::Etcd => Box::new(grpc::Grpc::new(&grpc::ETCD, values)),
+            Protocol::Grpc => Box::new(grpc::Grpc::new(&grpc::NKV, values)),
             Protocol::Nkv => Box::new(nkv::Nkv::new(number, values)),
             Protocol::Http => Box::new(http::Http::new(values)),
             Protocol::Ws => Box::new(ws::Ws::new(number, values)),

@@ -169,6 +169,8 @@ pub(crate) enum Command {
     Version,
     /// Shows the server's figures
     Stats,
+    /// Shows the cluster that the server is a node of, and how it is with the other nodes
+    Cluster,
     /// Ends the interactive mode
     #[command(visible_alias = "exit")]
     Quit,
@@ -217,6 +219,7 @@ impl Command {
             Command::Health => "health",
             Command::Version => "version",
             Command::Stats => "stats",
+            Command::Cluster => "cluster",
             Command::Quit => "quit",
         }
     }
@@ -233,7 +236,12 @@ impl Command {
             | Command::Tree { key }
             | Command::Exists { key } => Some(key),
             Command::Trace { key } => key.as_deref(),
-            Command::PutPairs { .. } | Command::Health | Command::Version | Command::Stats | Command::Quit => None,
+            Command::PutPairs { .. }
+            | Command::Health
+            | Command::Version
+            | Command::Stats
+            | Command::Cluster
+            | Command::Quit => None,
         }
     }
 }

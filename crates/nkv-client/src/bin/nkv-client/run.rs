@@ -60,6 +60,7 @@ pub(crate) async fn run(client: &Client, command: &Command, out: Output) -> Resu
         }
         Command::Version => version(client, out).await,
         Command::Stats => stats(client, out).await,
+        Command::Cluster => cluster(client, out).await,
         // These are done elsewhere.
         Command::Subscribe { .. } | Command::Unsubscribe { .. } | Command::Quit => Ok(Exit::Ok),
     }
@@ -298,6 +299,40 @@ async fn stats(client: &Client, out: Output) -> Result<Exit, Failure> {
     let numbers = stats.numbers.iter().map(|(name, number)| format!("{name} {number}"));
     for line in words.chain(numbers) {
         out.line(out.readable(line.as_bytes()).as_bytes())?;
+    }
+    Ok(Exit::Ok)
+}
+
+/// The node first, then a line for each other node that it knows.
+async fn cluster(client: &Client, out: Output) -> Result<Exit, Failure> {
+    let words = client.stats().await?.words;
+    if !words.contains_key("cluster") {
+        return Err(Failure::Usage("the server is no node of a cluster: it was started without --cluster".into()));
+    }
+    let own: String = ["cluster", "node", "engine", "clock_offset_ms", "digest"]
+        .iter()
+        .filter_map(|name| words.get(*name).map(|word| format!("{name}={word}|")))
+        .collect();
+    let members = words.iter().filter_map(|(name, word)| Some((name.strip_prefix("member.")?, word)));
+    let members = members.map(|(id, word)| format!("member={id}|{word}"));
+    for line in [own].into_iter().chain(members) {
+        let fields = line.split('|').filter_map(|field| field.split_once('='));
+        if !out.json {
+            let words: Vec<_> = fields.map(|(name, word)| format!("{name} {word}")).collect();
+            out.line(out.readable(words.join(" ").as_bytes()).as_bytes())?;
+            continue;
+        }
+        let mut object = json!({"op": "cluster"});
+        for (name, word) in fields {
+            object[name] = match (word, word.parse::<i64>()) {
+                // An id may look like a number.
+                _ if matches!(name, "cluster" | "node" | "member" | "digest") => word.into(),
+                ("true" | "false", _) => (word == "true").into(),
+                (_, Ok(number)) => number.into(),
+                _ => word.into(),
+            };
+        }
+        out.object(&object)?;
     }
     Ok(Exit::Ok)
 }

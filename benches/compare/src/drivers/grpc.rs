@@ -1,12 +1,59 @@
-//! etcd: gRPC over HTTP/2 by hand, one stream a request. Headers of answers are skipped, not decoded.
+//! gRPC over HTTP/2 by hand, one stream a request: etcd, nkv's gRPC door and the reference. Headers of answers are skipped, not
+//! decoded.
 
 use std::collections::{HashMap, VecDeque};
 
 use super::*;
 
-const PUT: &str = "/etcdserverpb.KV/Put";
-const RANGE: &str = "/etcdserverpb.KV/Range";
-const WATCH: &str = "/etcdserverpb.Watch/Watch";
+/// What one service has of its own. Requests to get and to put a key are encoded alike by both.
+#[derive(Debug)]
+pub(super) struct Service {
+    get: &'static str,
+    put: &'static str,
+    watch: &'static str,
+    /// Asks for the changes of a key.
+    create: fn(&str) -> Vec<u8>,
+    /// Reads a message of a watch.
+    read: fn(&[u8], &mut Vec<Event>),
+}
+
+pub(super) static ETCD: Service = Service {
+    get: "/etcdserverpb.KV/Range",
+    put: "/etcdserverpb.KV/Put",
+    watch: "/etcdserverpb.Watch/Watch",
+    create: |key| {
+        let (mut create, mut message) = (Vec::new(), Vec::new());
+        text(1, key.as_bytes(), &mut create);
+        text(1, &create, &mut message);
+        message
+    },
+    read: |message, events| {
+        // WatchResponse.events.kv.value; one without events says that the watch was created.
+        let before = events.len();
+        fields(message, 11, &mut |event| {
+            fields(event, 2, &mut |entry| fields(entry, 5, &mut |value| events.push(update(value))));
+        });
+        if events.len() == before {
+            events.push(Event::Ready);
+        }
+    },
+};
+
+pub(super) static NKV: Service = Service {
+    get: "/nkv.v1.Kv/Get",
+    put: "/nkv.v1.Kv/Put",
+    watch: "/nkv.v1.Kv/Watch",
+    create: |key| {
+        let mut message = Vec::new();
+        text(1, key.as_bytes(), &mut message);
+        message
+    },
+    read: |message, events| {
+        // WatchResponse.put.value, and WatchResponse.synced.
+        fields(message, 2, &mut |put| fields(put, 2, &mut |value| events.push(update(value))));
+        fields(message, 4, &mut |_| events.push(Event::Ready));
+    },
+};
 
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
@@ -17,7 +64,8 @@ const GO_AWAY: u8 = 7;
 const WINDOW: u8 = 8;
 
 #[derive(Debug)]
-pub(super) struct Etcd {
+pub(super) struct Grpc {
+    service: &'static Service,
     values: Arc<Values>,
     next: u32,
     /// Streams that are open: the slot, and how much data was seen.
@@ -35,9 +83,10 @@ pub(super) struct Etcd {
     ready: bool,
 }
 
-impl Etcd {
-    pub(super) fn new(values: Arc<Values>) -> Self {
-        Etcd {
+impl Grpc {
+    pub(super) fn new(service: &'static Service, values: Arc<Values>) -> Self {
+        Grpc {
+            service,
             values,
             next: 1,
             open: HashMap::new(),
@@ -103,14 +152,7 @@ impl Etcd {
         while let Some((head, body)) = rest.split_first_chunk::<5>() {
             let len = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
             let Some(message) = body.get(..len) else { break };
-            // WatchResponse.events.kv.value; one without events says that the watch was created.
-            let before = events.len();
-            fields(message, 11, &mut |event| {
-                fields(event, 2, &mut |entry| fields(entry, 5, &mut |value| events.push(update(value))));
-            });
-            if events.len() == before {
-                events.push(Event::Ready);
-            }
+            (self.service.read)(message, events);
             rest = &body[len..];
         }
         self.watch_data = rest.to_vec();
@@ -188,7 +230,7 @@ fn headers(path: &str) -> Vec<u8> {
     headers
 }
 
-impl Driver for Etcd {
+impl Driver for Grpc {
     fn hello(&mut self, out: &mut Vec<u8>) -> bool {
         out.extend_from_slice(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
         // Room for 16 MiB on each stream, and for a GiB in all.
@@ -203,7 +245,7 @@ impl Driver for Etcd {
         message.push(0x12);
         varint(self.values.len as u64, &mut message);
         self.values.write(at, seq, &mut message);
-        let stream = self.call(PUT, &message, true, out);
+        let stream = self.call(self.service.put, &message, true, out);
         // The answer to a put is small; count it as if it had the length that a get's must have.
         self.open.insert(stream, (slot, self.values.len));
     }
@@ -211,15 +253,15 @@ impl Driver for Etcd {
     fn get(&mut self, slot: u32, key: &str, out: &mut Vec<u8>) {
         let mut message = Vec::new();
         text(1, key.as_bytes(), &mut message);
-        let stream = self.call(RANGE, &message, true, out);
+        let stream = self.call(self.service.get, &message, true, out);
         self.open.insert(stream, (slot, 0));
     }
 
     fn subscribe(&mut self, key: &str, out: &mut Vec<u8>) {
-        let (mut create, mut message) = (Vec::new(), Vec::new());
-        text(1, key.as_bytes(), &mut create);
-        text(1, &create, &mut message);
-        self.watch = self.call(WATCH, &message, false, out);
+        let message = (self.service.create)(key);
+        // A stream of requests to etcd, and one request to nkv.
+        let ends = std::ptr::eq(self.service, &NKV);
+        self.watch = self.call(self.service.watch, &message, ends, out);
     }
 
     fn parse(&mut self, buf: &[u8], out: &mut Vec<u8>, events: &mut Vec<Event>) -> usize {
@@ -244,7 +286,7 @@ impl Driver for Etcd {
                 }
                 SETTINGS if !first_flag => self.on_settings(body, out, events),
                 PING if !first_flag => frame(PING, 1, 0, body, out),
-                GO_AWAY => eprintln!("etcd: {}", String::from_utf8_lossy(body)),
+                GO_AWAY => eprintln!("{}: {}", self.service.get, String::from_utf8_lossy(body)),
                 WINDOW if stream == 0 => {
                     self.window += body.first_chunk::<4>().map_or(0, |room| u32::from_be_bytes(*room).into());
                     self.send_held(out);

@@ -6,7 +6,8 @@ set -euo pipefail
 server="${1:?usage: $0 NKV_SERVER NKV_CLIENT}" client="${2:?usage: $0 NKV_SERVER NKV_CLIENT}"
 dir="$(mktemp -d)"
 pids=()
-trap 'kill "${pids[@]}" 2>/dev/null || true; wait; rm -rf "$dir"' EXIT
+# A node that stands still ends once it goes on.
+trap 'kill "${pids[@]}" 2>/dev/null || true; kill -CONT "${pids[@]}" 2>/dev/null || true; wait; rm -rf "$dir"' EXIT
 
 list=static:127.0.0.1:7401,127.0.0.1:7402,127.0.0.1:7403
 start() {
@@ -20,24 +21,35 @@ ask() { # NODE COMMAND...
   shift
   "$client" "$at" --wait 20s "$@"
 }
+eventually() { # COMMAND...: until it succeeds, or for 30 s
+  local end=$((SECONDS + 30))
+  until "$@"; do
+    ((SECONDS < end)) || return 1
+    sleep 0.1
+  done
+}
+fail() { # WHY
+  echo "$1"
+  cat "$dir"/log*
+  exit 1
+}
+answers() { # what a node has to answer, NODE COMMAND...
+  local wanted="$1"
+  shift
+  [[ "$(ask "$@" 2>&1 || true)" == "$wanted" ]]
+}
 until_all() { # what all nodes have to answer, COMMAND...
   local wanted="$1" n
   shift
   for n in 1 2 3; do
-    for _ in $(seq 100); do
-      [[ "$(ask "$n" "$@" 2>&1 || true)" != "$wanted" ]] || continue 2
-      sleep 0.1
-    done
-    echo "node $n: $(ask "$n" "$@" 2>&1 || true), and not: $wanted"
-    cat "$dir"/log*
-    exit 1
+    eventually answers "$wanted" "$n" "$@" || fail "node $n: $(ask "$n" "$@" 2>&1 || true), and not: $wanted"
   done
 }
 
 node=()
 for n in 1 2 3; do start "$n"; done
 # A node takes writes once it has a state: that of another, or none because it is alone.
-until ask 1 put lamp.hall on 2>/dev/null; do sleep 0.1; done
+eventually ask 1 put lamp.hall on 2>/dev/null || fail "node 1 takes no write"
 until_all on get lamp.hall
 for n in 1 2 3; do
   "$client" "127.0.0.1:740$((n + 3))" subscribe lamp >"$dir/seen$n" &
@@ -60,11 +72,6 @@ start 2
 until_all "lamp.attic = on
 lamp.cellar = on" get 'lamp.*'
 for n in 1 3; do
-  for _ in $(seq 100); do
-    ! grep -q 'lamp.attic = on' "$dir/seen$n" || continue 2
-    sleep 0.1
-  done
-  echo "the subscriber of node $n has not seen it"
-  exit 1
+  eventually grep -q 'lamp.attic = on' "$dir/seen$n" || fail "the subscriber of node $n has not seen it"
 done
 echo "all three agree"

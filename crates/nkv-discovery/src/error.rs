@@ -16,7 +16,7 @@ pub struct DiscoveryError {
 pub enum DiscoveryErrorKind {
     /// The source cannot be reached, fails, or does not answer in time.
     Unreachable,
-    /// The source refuses: who asks is not known there, or may not. Somebody has to act.
+    /// The source refuses: it does not know this node, or does not let it ask. An operator has to act.
     Refused,
     /// Nothing of the answer can be used.
     Unusable,

@@ -108,10 +108,16 @@ pub(crate) async fn resolve(hosts: &[HostPort], limit: Duration) -> Found {
     let look_up = |host: HostPort| async move {
         let left = limit.saturating_sub(start.elapsed());
         let mut found = Found::new();
+        let late = || format!("{host} has no address: no answer within {limit:?}");
+        // A name takes a thread as soon as it is asked for, even if nothing waits for the answer.
+        if left.is_zero() && host.host.parse::<IpAddr>().is_err() {
+            found.add_unusable(late());
+            return found;
+        }
         match timeout(left, lookup_host((host.host.as_str(), host.port))).await {
             Ok(Ok(addresses)) => found.extend(addresses),
             Ok(Err(error)) => found.add_unusable(format!("{host} has no address: {error}")),
-            Err(_) => found.add_unusable(format!("{host} has no address: no answer within {limit:?}")),
+            Err(_) => found.add_unusable(late()),
         }
         found
     };
@@ -125,7 +131,31 @@ pub(crate) async fn resolve(hosts: &[HostPort], limit: Duration) -> Found {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
     use super::*;
+
+    #[test]
+    fn behind_the_limit_no_name_is_looked_up_and_addresses_are_found_all_the_same() {
+        let threads = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&threads);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .on_thread_start(move || _ = counted.fetch_add(1, Relaxed))
+            .build()
+            .unwrap();
+        let look_up = |limit| {
+            let hosts = ["localhost:7", "127.0.0.1:7", "localhost:8", "[::1]:7"].map(|text| text.parse().unwrap());
+            runtime.block_on(resolve(&hosts, limit))
+        };
+        let found = look_up(Duration::ZERO);
+        assert_eq!(found.addresses(), ["127.0.0.1:7", "[::1]:7"].map(|text| text.parse().unwrap()));
+        assert_eq!(found.unusable()[0], "localhost:7 has no address: no answer within 0ns");
+        assert_eq!((found.unusable().len(), threads.load(Relaxed)), (2, 0), "no thread asks");
+        look_up(Duration::from_secs(60));
+        assert!(threads.load(Relaxed) > 0, "threads ask for names");
+    }
 
     #[test]
     fn a_host_has_a_port_and_comes_back_as_it_was() {

@@ -1,4 +1,4 @@
-//! NATS: each node answers whoever asks on a subject. The messages are those of Go-KV.
+//! NATS: each node answers requests on a subject. The messages are those of Go-KV.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -230,7 +230,7 @@ impl Nats {
             let message = match PeerMessage::read(&answer.payload) {
                 Ok(message) if message.kind() == Kind::Response => message,
                 Ok(message) => {
-                    found.add_unusable(format!("an answer that is none, of type {}", message.kind));
+                    found.add_unusable(format!("not an answer, but of type {}", message.kind));
                     continue;
                 }
                 Err(error) => {
@@ -253,7 +253,7 @@ impl Nats {
     }
 }
 
-/// Answers requests for as long as there is a connection. Whoever registers or leaves is known by gossip soon enough.
+/// Answers requests for as long as there is a connection. A node that registers or leaves is known by gossip soon enough.
 async fn answer(client: Client, mut requests: Subscriber, own: SocketAddr) {
     let response = PeerMessage::new(own, Kind::Response).to_bytes();
     while let Some(NatsMessage { reply, payload, .. }) = requests.next().await {

@@ -52,7 +52,18 @@ impl Server {
     }
 
     async fn node(&self, own: &str) -> (Nats, SocketAddr) {
-        let (nats, own) = (Nats::new(self.spec()).unwrap(), own.parse().unwrap());
+        Server::node_of(self.spec(), own).await
+    }
+
+    /// One that waits longer for answers: they come from the test, which may be slow.
+    async fn patient_node(&self, own: &str) -> (Nats, SocketAddr) {
+        let mut spec = self.spec();
+        spec.timeout = Duration::from_secs(3);
+        Server::node_of(spec, own).await
+    }
+
+    async fn node_of(spec: NatsSpec, own: &str) -> (Nats, SocketAddr) {
+        let (nats, own) = (Nats::new(spec).unwrap(), own.parse().unwrap());
         timeout(PATIENCE, nats.register(own)).await.expect("an end").unwrap();
         (nats, own)
     }
@@ -115,7 +126,7 @@ async fn the_exchange_is_that_of_go_kv() {
     let client = server.client().await;
     let mut subject = client.subscribe(SUBJECT).await.unwrap();
     client.flush().await.unwrap();
-    let (nats, own) = server.node("10.0.0.1:3322").await;
+    let (nats, own) = server.patient_node("10.0.0.1:3322").await;
     let me = b"\x0a\x0810.0.0.1\x10\xfa\x19\x1a\x0d10.0.0.1:3322".as_slice();
 
     // Asked, it answers to the inbox. What has no inbox, or is no request, is answered by none.
@@ -129,7 +140,7 @@ async fn the_exchange_is_that_of_go_kv() {
     assert_eq!(answer.payload, [me, b"\x20\x03"].concat());
     assert!(timeout(Duration::from_millis(300), answers.next()).await.is_err(), "one answer to one request");
     for _ in 0..5 {
-        subject.next().await.unwrap();
+        timeout(PATIENCE, subject.next()).await.expect("a message").unwrap();
     }
 
     // It asks with a request whose reply is an inbox; a peer of Go-KV answers, twice, and with what else it sends.
@@ -163,7 +174,7 @@ async fn the_exchange_is_that_of_go_kv() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rubbish_alone_and_too_many_answers_are_neither_none_nor_without_bound() {
     let Some(server) = Server::start(&[]).await else { return };
-    let (client, (nats, own)) = (server.client().await, server.node("127.0.0.1:7001").await);
+    let (client, (nats, own)) = (server.client().await, server.patient_node("127.0.0.1:7001").await);
     let mut subject = client.subscribe(SUBJECT).await.unwrap();
     client.flush().await.unwrap();
     for many in [false, true] {

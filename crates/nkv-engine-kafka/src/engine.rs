@@ -12,6 +12,7 @@ use kafka_protocol::records::Record;
 use nkv_core::{Action, Change, Epoch, Key, Meta, Op, Pattern, PersistErrorKind, Reason, Revision};
 use nkv_node::{Abilities, Decided, Engine, EngineError, Feed, RateLimitedLog, Seen};
 use tokio::sync::{mpsc, watch};
+use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use uuid::Uuid;
 
@@ -109,13 +110,13 @@ struct Mark {
 impl Mark {
     fn of(record: &Record) -> Self {
         let key = record.key.as_deref().map(Bytes::copy_from_slice);
-        Mark { offset: record.offset, timestamp: record.timestamp, key, value: checksum(record) }
+        Mark { offset: record.offset, timestamp: record.timestamp, key, value: record.value.as_deref().map(summary) }
     }
 }
 
 /// The length and the checksum of a value.
-fn checksum(record: &Record) -> Option<(usize, u32)> {
-    record.value.as_ref().map(|value| (value.len(), crc32c::crc32c(value)))
+fn summary(value: &[u8]) -> (usize, u32) {
+    (value.len(), crc32c::crc32c(value))
 }
 
 /// The whole state that the log has.
@@ -272,7 +273,6 @@ impl Shared {
     ) -> Result<Level, EngineError> {
         let known = self.lock().level.clone().filter(|known| known.topic == topic.id);
         let mut is_other = false;
-        let mut shown = HashMap::new();
         if let (Some(level), Some(seen)) = (known, seen)
             && level.epoch == seen.epoch
             && level.revision <= seen.revision
@@ -285,21 +285,15 @@ impl Shared {
                 proof => is_other = proof == Proof::Other,
             }
         }
-        if seen.is_some() {
-            feed.walk(&Pattern::All, |record| {
-                let value = record.value.to_bytes();
-                shown.insert(record.revision, (record.key.to_key(), (value.len(), crc32c::crc32c(&value))));
-            });
-        }
+        let shown = if seen.is_some() { shown(feed).await? } else { Shown::new() };
         for _ in 0..ROUNDS {
             let whole = self.read(topic, reader, &shown).await?;
             let (epoch, revision) = (epoch(topic.id, whole.generation), before(whole.place.next));
             let known = seen.filter(|seen| seen.epoch == epoch);
             if !known.is_some_and(|seen| is_other || whole.is_other || seen.revision > revision) {
-                match feed.replace(whole.changes(), revision, epoch).await {
-                    Ok(_) => {
-                        return Ok(Level { topic: topic.id, epoch, revision, place: whole.place, at: whole.began });
-                    }
+                let level = Level { topic: topic.id, epoch, revision, place: whole.place.clone(), at: whole.began };
+                match feed.replace(whole.into_changes(), revision, epoch).await {
+                    Ok(_) => return Ok(level),
                     Err(EngineError::Feed(error)) if error.kind() == PersistErrorKind::Rejected && known.is_some() => {}
                     Err(error) => return Err(error),
                 }
@@ -332,7 +326,8 @@ impl Shared {
             }
             for record in fetched.batches.iter().flat_map(|batch| &batch.records) {
                 whole.is_other |= shown.get(&revision(record.offset)).is_some_and(|(key, value)| {
-                    record.key.as_deref() != Some(key.as_str().as_bytes()) || checksum(record) != Some(*value)
+                    record.key.as_deref() != Some(key.as_str().as_bytes())
+                        || record.value.as_deref().map(summary) != Some(*value)
                 });
                 match self.meaning(record) {
                     Meaning::Put(key, value) => drop(whole.records.insert(key, (record.offset, value))),
@@ -371,9 +366,27 @@ impl Place {
 }
 
 impl Whole {
-    fn changes(&self) -> Vec<Change> {
-        let change = |(key, (offset, value)): (&Key, &(i64, Bytes))| put(key.clone(), value.clone(), *offset);
-        self.records.iter().map(change).collect()
+    fn into_changes(self) -> Vec<Change> {
+        self.records.into_iter().map(|(key, (offset, value))| put(key, value, offset)).collect()
+    }
+}
+
+/// Changes that are applied together.
+#[derive(Default)]
+struct Step {
+    changes: Vec<Change>,
+    /// Whether the last of the changes to a key puts it, as far as they are covered.
+    known: HashMap<Key, bool>,
+    covered: usize,
+}
+
+impl Step {
+    /// Whether the last of the changes to `key` puts it; `None` if there is none.
+    fn puts(&mut self, key: &Key) -> Option<bool> {
+        let new = self.changes.iter().skip(self.covered);
+        self.known.extend(new.map(|change| (change.key.clone(), matches!(change.action, Action::Put { .. }))));
+        self.covered = self.changes.len();
+        self.known.get(key).copied()
     }
 }
 
@@ -415,14 +428,14 @@ impl Followed<'_> {
             if fetched.is_out_of_range || fetched.start != level.place.start {
                 return Ok("the log was cut");
             }
-            let mut step = Vec::new();
+            let mut step = Step::default();
             for batch in &fetched.batches {
                 for record in &batch.records {
                     if !self.take(record, &mut step) {
                         return Ok("a new epoch begins");
                     }
                 }
-                if step.len() >= STEP {
+                if step.changes.len() >= STEP {
                     self.apply(&mut step, level).await?;
                 }
             }
@@ -459,22 +472,18 @@ impl Followed<'_> {
     }
 
     /// Adds what a record changes; `false` if a new generation begins.
-    fn take(&self, record: &Record, step: &mut Vec<Change>) -> bool {
+    fn take(&self, record: &Record, step: &mut Step) -> bool {
         match self.shared.meaning(record) {
-            Meaning::Put(key, value) => step.push(put(key, value, record.offset)),
+            Meaning::Put(key, value) => step.changes.push(put(key, value, record.offset)),
             Meaning::Delete(key) => {
                 self.session.deletes.note(&key, record.offset, || {
-                    let before = step.iter().rev().find(|change| change.key == key);
-                    match before {
-                        Some(change) => matches!(change.action, Action::Put { .. }),
-                        None => {
-                            let mut is_shown = false;
-                            self.session.feed.walk(&Pattern::Exact(key.clone()), |_| is_shown = true);
-                            is_shown
-                        }
-                    }
+                    step.puts(&key).unwrap_or_else(|| {
+                        let mut is_shown = false;
+                        self.session.feed.walk(&Pattern::Exact(key.clone()), |_| is_shown = true);
+                        is_shown
+                    })
                 });
-                step.push(change(key, Action::Delete { reason: Reason::Deleted }, record.offset));
+                step.changes.push(change(key, Action::Delete { reason: Reason::Deleted }, record.offset));
             }
             Meaning::Generation => return false,
             Meaning::Nothing => {}
@@ -482,8 +491,8 @@ impl Followed<'_> {
         true
     }
 
-    async fn apply(&self, step: &mut Vec<Change>, level: &mut Level) -> Result<(), EngineError> {
-        let changes = std::mem::take(step);
+    async fn apply(&self, step: &mut Step, level: &mut Level) -> Result<(), EngineError> {
+        let Step { changes, .. } = std::mem::take(step);
         let Some(last) = changes.last().map(|change| change.revision) else { return Ok(()) };
         self.session.feed.apply(changes).await?;
         level.revision = level.revision.max(last);
@@ -529,6 +538,18 @@ impl Engine for KafkaEngine {
         let session = self.0.session()?;
         Ok(Seen { epoch: session.epoch, revision: before(end(&session.jobs).await?) })
     }
+}
+
+/// What the node shows. Values are only shared while its lock is held, and worked through on a thread that serves no client.
+async fn shown(feed: &Feed) -> Result<Shown> {
+    let feed = feed.clone();
+    let shown = spawn_blocking(move || {
+        let mut all = Vec::new();
+        feed.walk(&Pattern::All, |record| all.push((record.revision, record.key.to_key(), record.value.to_bytes())));
+        let summed = |(revision, key, value): (Revision, Key, Bytes)| (revision, (key, summary(&value)));
+        all.into_iter().map(summed).collect()
+    });
+    shown.await.map_err(|error| Error::unavailable(format!("look at what the node shows: {error}")))
 }
 
 /// Whether the log is the one in which the node was level at a place.
@@ -582,4 +603,21 @@ fn open_transaction(offset: i64) -> String {
 
 fn too_slow() -> &'static str {
     "reading the log took longer than tombstones are kept (delete.retention.ms)"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_change_of_a_step_says_whether_a_key_is_put() {
+        let (mut step, key) = (Step::default(), |name: &str| Key::new(name).unwrap());
+        let gone = Action::Delete { reason: Reason::Deleted };
+        step.changes.push(put(key("a"), Bytes::new(), 0));
+        step.changes.push(change(key("b"), gone.clone(), 1));
+        assert_eq!((step.puts(&key("a")), step.puts(&key("b")), step.puts(&key("c"))), (Some(true), Some(false), None));
+        step.changes.push(change(key("a"), gone, 2));
+        step.changes.push(put(key("b"), Bytes::new(), 3));
+        assert_eq!((step.puts(&key("a")), step.puts(&key("b")), step.puts(&key("c"))), (Some(false), Some(true), None));
+    }
 }

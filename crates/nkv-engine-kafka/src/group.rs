@@ -19,10 +19,13 @@ use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::reader::now;
 use crate::topic::{Kind, find};
-use crate::wire::{Connection, check};
+use crate::wire::{Connection, address, check};
 
-/// Who is not heard of for this long is no member any more.
+/// A member that is not heard of for this long has left the group.
 const SESSION: Duration = Duration::from_secs(10);
+
+/// How often a member says that it lives.
+pub(crate) const BEAT: Duration = Duration::from_secs(1);
 
 /// For this long after it was heard of, a member may begin to write: what it began has ended before another has the log.
 const LEASE: Duration = Duration::from_secs(5);
@@ -36,7 +39,7 @@ const PATIENCE: Duration = Duration::from_secs(15);
 const PROTOCOL_TYPE: StrBytes = StrBytes::from_static_str("consumer");
 const PROTOCOL: StrBytes = StrBytes::from_static_str("nkv");
 
-/// The version of what consumers tell each other.
+/// The version of what consumers send each other.
 const VERSION: i16 = 0;
 
 /// A member of the group.
@@ -61,11 +64,7 @@ impl Member {
         let coordinator = answer.coordinators.first();
         let coordinator = coordinator.ok_or_else(|| Error::unavailable("the group has no coordinator"))?;
         check(coordinator.error_code, "find the coordinator of the group")?;
-        let host = match coordinator.host.contains(':') {
-            true => format!("[{}]", &*coordinator.host),
-            false => coordinator.host.to_string(),
-        };
-        let address = format!("{host}:{}", coordinator.port);
+        let address = address(&coordinator.host, coordinator.port);
         let mut connection = Connection::open(&address, &options.security).await?;
         connection.be_patient(PATIENCE);
         let heard_at = now();
@@ -77,17 +76,14 @@ impl Member {
 
     /// Joins, again if it was a member before.
     pub(crate) async fn enter(&mut self, topic: &str) -> Result<()> {
-        let joined = loop {
-            let joined = self.ask_to_join(topic).await?;
-            self.id = joined.member_id.clone();
-            // A new member is asked to come again, with the name that it was given.
-            if ResponseError::try_from_code(joined.error_code) != Some(ResponseError::MemberIdRequired) {
-                check(joined.error_code, "join the group")?;
-                break joined;
-            }
-        };
+        let mut joined = self.ask_to_join(topic).await?;
+        // A new member is asked to come again, with the name that it was given.
+        if ResponseError::try_from_code(joined.error_code) == Some(ResponseError::MemberIdRequired) {
+            joined = self.ask_to_join(topic).await?;
+        }
+        check(joined.error_code, "join the group")?;
         self.generation = joined.generation_id;
-        // Whoever leads the group has the log.
+        // The leader of the group has the log.
         let of = |member: &StrBytes| {
             let has_log = *member == joined.leader;
             Ok(SyncGroupRequestAssignment::default()
@@ -121,7 +117,9 @@ impl Member {
             .with_member_id(self.id.clone())
             .with_protocol_type(PROTOCOL_TYPE)
             .with_protocols(vec![protocol]);
-        self.connection.call(&request).await
+        let joined = self.connection.call(&request).await?;
+        self.id = joined.member_id.clone();
+        Ok(joined)
     }
 
     /// Says that it lives; `false` if it has to [enter](Self::enter) again.
@@ -140,7 +138,23 @@ impl Member {
         Ok(true)
     }
 
-    /// Whether nobody else can have the log until what is begun now has ended.
+    /// Looks, before a write, that it is [sure](Self::is_sure), and says that it lives if that is due; `false` if it has to
+    /// [enter](Self::enter) again.
+    ///
+    /// # Errors
+    ///
+    /// Unavailable, if it is not sure.
+    pub(crate) async fn secure(&mut self) -> Result<bool> {
+        if now().saturating_sub(self.heard_at) >= BEAT && !self.beat().await? {
+            return Ok(false);
+        }
+        match self.is_sure() {
+            true => Ok(true),
+            false => Err(Error::unavailable("another may have the log by now")),
+        }
+    }
+
+    /// Whether no other member can have the log until what is begun now has ended.
     pub(crate) fn is_sure(&self) -> bool {
         self.has_log && now().saturating_sub(self.heard_at) < LEASE
     }

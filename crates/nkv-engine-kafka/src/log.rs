@@ -9,23 +9,21 @@ use kafka_protocol::records::Record;
 use nkv_core::{Action, Change, Key, Op, Outcome, PutOptions};
 use nkv_node::{ChangesError, Handle, RateLimitedLog, Revision};
 use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
-use crate::group::Member;
+use crate::group::{BEAT, Member};
 use crate::options::Options;
 use crate::reader::Reader;
-use crate::records::{BATCH_OVERHEAD, HEADER, NewRecord};
+use crate::records::{HEADER, NewRecord};
 use crate::topic::{Kind, Topic, find};
 use crate::wire::Connection;
 use crate::writer::Writer;
 
 /// What stands between key and value.
 const BETWEEN: &[u8] = b": ";
-
-/// How often a member says that it lives.
-const BEAT: Duration = Duration::from_secs(1);
 
 /// How long it waits before it tries again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -37,7 +35,7 @@ const STEP_LEN: usize = 256 << 10;
 /// What the position takes beside a set in one step, at most.
 const POSITION_LEN: usize = 4_096;
 
-/// The position is kept at least each time that so many records were read.
+/// The position is kept once this many records were read behind it, at the latest.
 const KEEPING: i64 = 10_000;
 
 /// A topic with the records of the first kv-store (`Client address=…`, and `KEY: VALUE`), beside the topic of the state.
@@ -239,7 +237,9 @@ impl KafkaLog {
             Ok(changes) => changes,
             Err(ChangesError::Gap(_)) => {
                 let changes = nkv.changes(None).map_err(|error| Error::unavailable(error.to_string()))?;
-                self.write_latest(nkv, member, &mut writer, &topic, &mut position).await?;
+                if !self.write_latest(nkv, member, &mut writer, &topic, &mut position).await? {
+                    return Ok(());
+                }
                 changes
             }
             Err(error) => return Err(Error::unavailable(error.to_string())),
@@ -278,7 +278,9 @@ impl KafkaLog {
                         let gap = |_| Error::unavailable("more was put than is written to the log");
                         let Some(group) = group.map_err(gap)? else { return Ok(()) };
                         let records = self.records(&group.changes, nkv.epoch(), &mut passed_until);
-                        self.write(member, &mut writer, &topic, &records).await?;
+                        if !self.write(member, &mut writer, &topic, records.into_iter().map(Ok)).await? {
+                            return Ok(());
+                        }
                         let last = group.changes.last().map_or(0, |change| change.revision.get());
                         position.note(Some(Revision::in_epoch(nkv.epoch(), last)));
                     }
@@ -390,60 +392,75 @@ impl KafkaLog {
         NewRecord { key: self.client.clone(), value: Some(text.freeze()), header }
     }
 
-    /// Writes records in their order, in batches.
-    async fn write(&self, member: &Member, writer: &mut Writer, topic: &Topic, records: &[NewRecord]) -> Result<()> {
-        if !records.is_empty() && !member.is_sure() {
-            return Err(Error::unavailable("another may have the log by now"));
-        }
-        let room = topic.settings.batch_len_max.saturating_sub(BATCH_OVERHEAD);
-        let (mut batch, mut len) = (Vec::new(), 0);
-        for record in records {
-            let own = record.len_max();
-            if own > room {
-                let what = "a value that was put is not written: it is longer than max.message.bytes";
-                self.log.warn("kafka-log is too short", format_args!("{}: {what}", self.options.topic));
-                continue;
+    /// Writes records in their order, in batches, for as long as no other node can have the log; `false` if the group has to be
+    /// entered again. Each record is made when it is its turn.
+    async fn write(
+        &self,
+        member: &mut Member,
+        writer: &mut Writer,
+        topic: &Topic,
+        mut records: impl Iterator<Item = Result<NewRecord>> + Send,
+    ) -> Result<bool> {
+        let (room, mut held) = (topic.settings.room(), None);
+        loop {
+            let (mut batch, mut len) = (Vec::new(), 0);
+            while let Some(record) = held.take().map(Ok).or_else(|| records.next()).transpose()? {
+                let own = record.len_max();
+                if own > room {
+                    let what = "a value that was put is not written: it is longer than max.message.bytes";
+                    self.log.warn("kafka-log is too short", format_args!("{}: {what}", self.options.topic));
+                } else if len + own > room {
+                    held = Some(record);
+                    break;
+                } else {
+                    len += own;
+                    batch.push(record);
+                }
             }
-            if len + own > room {
-                writer
-                    .write(&std::mem::take(&mut batch))
-                    .await
-                    .map_err(|error| Error::unavailable(error.to_string()))?;
-                len = 0;
+            if batch.is_empty() {
+                return Ok(true);
             }
-            len += own;
-            batch.push(record.clone());
-        }
-        if !batch.is_empty() {
+            // Many batches take longer than the group waits for a word.
+            if !member.secure().await? {
+                return Ok(false);
+            }
             writer.write(&batch).await.map_err(|error| Error::unavailable(error.to_string()))?;
         }
-        Ok(())
     }
 
     /// Writes the latest of what was put since, where the changes are not there any more; but for what came from the log with
-    /// the position.
+    /// the position. `false` as of [`write`](Self::write).
     async fn write_latest(
         &self,
         nkv: &Handle,
-        member: &Member,
+        member: &mut Member,
         writer: &mut Writer,
         topic: &Topic,
         position: &mut Position,
-    ) -> Result<()> {
-        let now = nkv.revision();
-        let mut entries = nkv.get_all("*").await.map_err(refused)?;
-        let at = entries.iter().find(|entry| entry.key == self.position).map_or(0, |entry| entry.revision.get());
+    ) -> Result<bool> {
+        let (now, written) = (nkv.revision(), position.written.get());
+        let mut listed = nkv.list("*").await.map_err(refused)?;
+        let at = listed.iter().find(|(key, _)| *key == self.position).map_or(0, |(_, revision)| revision.get());
         let of_log = at..=at.saturating_add(position.sets);
-        entries.retain(|entry| {
-            let revision = entry.revision.get();
-            revision > position.written.get() && !of_log.contains(&revision)
+        let sorted = spawn_blocking(move || {
+            listed.retain(|(_, revision)| revision.get() > written && !of_log.contains(&revision.get()));
+            listed.sort_unstable_by_key(|(_, revision)| revision.get());
+            listed
         });
-        entries.sort_unstable_by_key(|entry| entry.revision.get());
-        let records: Vec<_> =
-            entries.iter().map(|entry| self.record(&entry.key, &entry.value, entry.revision)).collect();
-        self.write(member, writer, topic, &records).await?;
+        let sorted = sorted.await.map_err(|error| Error::unavailable(error.to_string()))?;
+        let latest = |(key, revision): (Key, Revision)| {
+            match nkv.look_up(key.as_str(), |record| (record.revision.get(), record.value.to_bytes())) {
+                Ok(Some((now, value))) if now == revision.get() => Some(Ok(self.record(&key, &value, revision))),
+                // It was put again or deleted since it was listed: that is among the changes.
+                Ok(_) => None,
+                Err(error) => Some(Err(refused(error))),
+            }
+        };
+        if !self.write(member, writer, topic, sorted.into_iter().filter_map(latest)).await? {
+            return Ok(false);
+        }
         position.note(Some(now));
-        Ok(())
+        Ok(true)
     }
 }
 

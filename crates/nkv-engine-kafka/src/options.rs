@@ -148,8 +148,8 @@ impl Options {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Refused`](crate::ErrorKind::Refused) names the first property that is not one of these: all else that a
-    /// client can be told, nkv decides by itself. Also for files that cannot be used.
+    /// [`ErrorKind::Refused`](crate::ErrorKind::Refused) names the first property that is not one of these: nkv sets
+    /// every other property itself. Also for files that cannot be used.
     pub fn with_properties(mut self, text: &str) -> Result<Self> {
         apply(&mut self.security, parse(text)?)?;
         self.security.check()?;

@@ -1,5 +1,5 @@
-//! Properties as Kafka's own clients have them: those that say how connections are made safe. What else a client may be told,
-//! nkv decides by itself, so all others are refused.
+//! Properties as Kafka's own clients have them: those that say how connections are made safe. nkv sets every other property
+//! itself, and refuses it here.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -59,16 +59,16 @@ pub(crate) fn apply(security: &mut Security, mut settings: BTreeMap<String, Stri
             "ssl.endpoint.identification.algorithm is https: the name of the broker is checked",
         ));
     }
-    let mut file = |names: [&str; 2]| {
-        let found = names.into_iter().find_map(|name| take(name).map(|path| (name, path)));
+    let mut file = |names: &[&'static str]| {
+        let found = names.iter().find_map(|name| take(name).map(|path| (*name, path)));
         found.map(|(name, path)| read(name, Path::new(&path))).transpose()
     };
-    if let Some(pem) = file(["ssl.ca.location", "ssl.truststore.location"])? {
+    if let Some(pem) = file(&["ssl.ca.location", "ssl.truststore.location"])? {
         security.trusted = Some(pem);
     }
     // One file may have both the chain and the key.
-    let chain = file(["ssl.certificate.location", "ssl.keystore.location"])?;
-    let key = file(["ssl.key.location", ""])?;
+    let chain = file(&["ssl.certificate.location", "ssl.keystore.location"])?;
+    let key = file(&["ssl.key.location"])?;
     match (chain, key) {
         (Some(chain), key) => security.identity = Some((chain.clone(), key.unwrap_or(chain))),
         (None, Some(_)) => return Err(Error::refused("ssl.key.location without ssl.certificate.location")),
@@ -86,8 +86,7 @@ pub(crate) fn apply(security: &mut Security, mut settings: BTreeMap<String, Stri
     match settings.keys().next() {
         None => Ok(()),
         Some(name) => {
-            let message =
-                format!("the property '{name}' is not one that nkv can be told: it has only those of security");
+            let message = format!("the property '{name}' is not one of security: nkv sets every other property itself");
             Err(Error::refused(message))
         }
     }
@@ -146,6 +145,7 @@ mod tests {
             ("ssl.endpoint.identification.algorithm=", "ssl.endpoint"),
             ("ssl.ca.location=/nowhere/ca.pem", "/nowhere/ca.pem"),
             ("ssl.key.location=/dev/null", "ssl.certificate.location"),
+            ("ssl.certificate.location=/dev/null\n=/dev/null", "the property ''"),
             ("nothing", "nothing"),
             ("acks=all\nacks=all", "twice"),
             ("acks=\\", "does not end"),

@@ -7,7 +7,7 @@ use kafka_protocol::messages::fetch_request::{FetchPartition, FetchTopic};
 use kafka_protocol::messages::list_offsets_request::{ListOffsetsPartition, ListOffsetsTopic};
 use kafka_protocol::messages::{FetchRequest, ListOffsetsRequest, ListOffsetsResponse, TopicName};
 use kafka_protocol::protocol::StrBytes;
-use rustix::time::{ClockId, clock_gettime};
+use nkv_node::{SinceBoot, Time};
 
 use crate::error::{Error, Result};
 use crate::options::Options;
@@ -141,8 +141,7 @@ pub(crate) fn offset(answer: &ListOffsetsResponse) -> Result<i64> {
     Ok(partition.offset)
 }
 
-/// A time that goes on while the machine sleeps.
+/// A time that goes on while the machine is suspended.
 pub(crate) fn now() -> Duration {
-    let now = clock_gettime(ClockId::Boottime);
-    Duration::new(now.tv_sec.try_into().unwrap_or(0), now.tv_nsec.try_into().unwrap_or(0))
+    SinceBoot.elapsed()
 }

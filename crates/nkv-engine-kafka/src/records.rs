@@ -1,5 +1,6 @@
 //! The records of the log: out of what a broker sends, and into what it is sent.
 
+use std::cell::Cell;
 use std::collections::{BTreeSet, VecDeque};
 
 use bytes::{Bytes, BytesMut};
@@ -22,6 +23,12 @@ const HEAD_LEN: usize = 61;
 
 /// Fewest bytes that a record takes.
 const RECORD_LEN_MIN: usize = 7;
+
+/// Most records of a batch: each takes room of its own, beside its bytes.
+const COUNT_MAX: usize = 1_000_000;
+
+/// Behind so many bytes of records, unpacked, an answer ends: what follows is fetched again.
+const UNPACKED_LEN: usize = 32 << 20;
 
 /// What a record takes beside its key, its value and its headers, at most; and what a batch takes beside its records.
 pub(crate) const RECORD_OVERHEAD: usize = 32;
@@ -68,10 +75,10 @@ impl Aborted {
 }
 
 /// The batches that `bytes` has whole, from the offset `from` on: a broker begins with the batch that has it. The last one may be cut
-/// off, which is no error.
+/// off, which is no error. Once [`UNPACKED_LEN`] is reached, the rest is as if it was cut off.
 pub(crate) fn batches(mut bytes: Bytes, aborted: &[AbortedTransaction], from: i64) -> Result<Vec<Batch>> {
-    let (mut batches, mut aborted) = (Vec::new(), Aborted::new(aborted));
-    while let Some((next, len)) = head(&bytes)? {
+    let (mut batches, mut aborted, total) = (Vec::new(), Aborted::new(aborted), Cell::new(0_usize));
+    while let Some((next, len)) = head(&bytes)?.filter(|_| total.get() < UNPACKED_LEN) {
         let mut batch = bytes.split_to(len);
         let count = usize::try_from(number(&batch, COUNT_AT)).unwrap_or(usize::MAX);
         let unpacked = |bytes: &mut Bytes, compression: Compression| {
@@ -80,6 +87,10 @@ pub(crate) fn batches(mut bytes: Bytes, aborted: &[AbortedTransaction], from: i6
             if count > bytes.len() / RECORD_LEN_MIN {
                 return Err(std::io::Error::other("a batch has fewer records than it says").into());
             }
+            if count > COUNT_MAX {
+                return Err(std::io::Error::other(format!("a batch has {count} records; {COUNT_MAX} are read")).into());
+            }
+            total.set(total.get().saturating_add(bytes.len()));
             Ok(bytes)
         };
         let decoded = RecordBatchDecoder::decode_with_custom_compression(&mut batch, Some(unpacked));
@@ -222,6 +233,31 @@ mod tests {
                 prop_assert!(read.is_empty() || at < 16 || to == batch[at]);
             }
         }
+    }
+
+    #[test]
+    fn of_an_answer_that_unpacks_to_too_much_the_rest_is_fetched_later() {
+        let value = "x".repeat(UNPACKED_LEN / 4);
+        let batch = encode(&[new("a", Some(&value))], 1).unwrap();
+        let log: Vec<u8> = (0..9).flat_map(|offset| stored(&batch, offset, 0)).collect();
+        let offsets = |from: usize| -> Vec<i64> {
+            let read = batches(Bytes::copy_from_slice(&log[from * batch.len()..]), &[], from as i64).unwrap();
+            read.iter().map(|batch| batch.next - 1).collect()
+        };
+        assert_eq!((offsets(0), offsets(4), offsets(8)), (vec![0, 1, 2, 3], vec![4, 5, 6, 7], vec![8]));
+    }
+
+    #[test]
+    fn a_batch_of_more_records_than_are_read_is_an_error() {
+        let batch = encode(&[new("a", Some(&"x".repeat(8 * COUNT_MAX)))], 1).unwrap();
+        let error = |count: usize| {
+            let mut bytes = batch.to_vec();
+            bytes[COUNT_AT..HEAD_LEN].copy_from_slice(&u32::try_from(count).unwrap().to_be_bytes());
+            let bytes = stored(&bytes.into(), 0, 0);
+            batches(bytes, &[], 0).unwrap_err().to_string()
+        };
+        let (most, more) = (error(COUNT_MAX), error(COUNT_MAX + 1));
+        assert!(more.contains("has 1000001 records") && !most.contains("records;"), "{more}, {most}");
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::fmt;
 use std::path::Path;
+#[cfg(feature = "tls")]
+use std::sync::{Arc, OnceLock};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -13,13 +15,15 @@ use kafka_protocol::protocol::StrBytes;
 use sha2::{Digest, Sha256, Sha512};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+#[cfg(feature = "tls")]
+use tokio_rustls::rustls::ClientConfig;
 
 use crate::error::{Error, Result};
 use crate::wire::{Connection, check};
 
 /// Fewest and most rounds of hashing that a broker may ask for.
 const ROUNDS_MIN: u32 = 4_096;
-const ROUNDS_MAX: u32 = 10_000_000;
+const ROUNDS_MAX: u32 = 100_000;
 
 /// What the bytes of a connection go through.
 pub(crate) type Stream = Box<dyn Duplex>;
@@ -38,6 +42,9 @@ pub(crate) struct Security {
     pub(crate) trusted: Option<Vec<u8>>,
     /// A chain and a key in PEM.
     pub(crate) identity: Option<(Vec<u8>, Vec<u8>)>,
+    /// What the certificates come to, worked out once for all connections; [`check`](Self::check) begins anew.
+    #[cfg(feature = "tls")]
+    tls: Arc<OnceLock<Arc<ClientConfig>>>,
 }
 
 /// How a user proves to be one.
@@ -87,7 +94,7 @@ impl Security {
         let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
         let name =
             ServerName::try_from(host).map_err(|error| Error::refused(format!("the name of the broker: {error}")))?;
-        let connector = TlsConnector::from(std::sync::Arc::new(self.tls()?));
+        let connector = TlsConnector::from(self.tls()?);
         match connector.connect(name, stream).await {
             Ok(stream) => Ok(Box::new(stream)),
             // A certificate that is not good is not better later.
@@ -99,10 +106,19 @@ impl Security {
     }
 
     #[cfg(feature = "tls")]
-    pub(crate) fn tls(&self) -> Result<tokio_rustls::rustls::ClientConfig> {
+    fn tls(&self) -> Result<Arc<ClientConfig>> {
+        if let Some(known) = self.tls.get() {
+            return Ok(Arc::clone(known));
+        }
+        let config = Arc::new(self.client_config()?);
+        Ok(Arc::clone(self.tls.get_or_init(|| config)))
+    }
+
+    #[cfg(feature = "tls")]
+    fn client_config(&self) -> Result<ClientConfig> {
         use tokio_rustls::rustls::pki_types::pem::PemObject;
         use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
-        use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto};
+        use tokio_rustls::rustls::{RootCertStore, crypto};
 
         let bad = |what: &str, error: &dyn fmt::Display| Error::refused(format!("{what}: {error}"));
         let certificates = |pem: &[u8], what: &str| -> Result<Vec<CertificateDer<'static>>> {
@@ -120,13 +136,16 @@ impl Security {
                 }
             }
             None => {
-                let (good, _) = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+                let found = rustls_native_certs::load_native_certs();
+                let (good, _) = roots.add_parsable_certificates(found.certs);
                 if good == 0 {
-                    return Err(Error::refused("this system trusts no certificates; name those of Kafka"));
+                    let why = found.errors.first().map_or_else(String::new, |error| format!(" ({error})"));
+                    let message = format!("this system trusts no certificates{why}; name those of Kafka");
+                    return Err(Error::refused(message));
                 }
             }
         }
-        let builder = ClientConfig::builder_with_provider(std::sync::Arc::new(crypto::ring::default_provider()))
+        let builder = ClientConfig::builder_with_provider(Arc::new(crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()
             .map_err(|error| bad("TLS", &error))?
             .with_root_certificates(roots);
@@ -145,11 +164,14 @@ impl Security {
         Err(without_tls())
     }
 
-    /// Whether what was said can be used at all.
-    pub(crate) fn check(&self) -> Result<()> {
+    /// Whether what was said can be used at all: to be asked whenever certificates were set.
+    pub(crate) fn check(&mut self) -> Result<()> {
         #[cfg(feature = "tls")]
-        if self.is_encrypted {
-            self.tls()?;
+        {
+            self.tls = Arc::default();
+            if self.is_encrypted {
+                self.tls()?;
+            }
         }
         #[cfg(not(feature = "tls"))]
         if self.is_encrypted {
@@ -219,8 +241,14 @@ async fn exchange(connection: &mut Connection, bytes: Vec<u8>) -> Result<Bytes> 
 }
 
 /// One of the hashes that SCRAM is made of.
-trait Scram {
-    fn hmac(key: &[u8], parts: &[&[u8]]) -> Vec<u8>;
+trait Scram: 'static {
+    /// The HMAC with this key of what it is given.
+    fn keyed(key: &[u8]) -> impl Fn(&[&[u8]]) -> Vec<u8>;
+
+    fn hmac(key: &[u8], parts: &[&[u8]]) -> Vec<u8> {
+        Self::keyed(key)(parts)
+    }
+
     fn hash(bytes: &[u8]) -> Vec<u8>;
 }
 
@@ -230,11 +258,14 @@ struct Sha512Scram;
 macro_rules! scram_with {
     ($name:ident, $hash:ident) => {
         impl Scram for $name {
-            fn hmac(key: &[u8], parts: &[&[u8]]) -> Vec<u8> {
-                // A key of any length is one.
-                let Ok(mut mac) = Hmac::<$hash>::new_from_slice(key) else { return Vec::new() };
-                parts.iter().for_each(|part| mac.update(part));
-                mac.finalize().into_bytes().to_vec()
+            fn keyed(key: &[u8]) -> impl Fn(&[&[u8]]) -> Vec<u8> {
+                let keyed = Hmac::<$hash>::new_from_slice(key);
+                move |parts| {
+                    // A key of any length is one.
+                    let Ok(mut mac) = keyed.clone() else { return Vec::new() };
+                    parts.iter().for_each(|part| mac.update(part));
+                    mac.finalize().into_bytes().to_vec()
+                }
             }
 
             fn hash(bytes: &[u8]) -> Vec<u8> {
@@ -253,7 +284,10 @@ async fn scram<S: Scram>(connection: &mut Connection, user: &str, password: &str
     getrandom::fill(&mut random).map_err(|error| Error::unavailable(format!("randomness: {error}")))?;
     let dialogue = Dialogue::begin(user, &BASE64.encode(random));
     let challenge = exchange(connection, dialogue.first().into_bytes()).await?;
-    let (last, expected) = dialogue.answer::<S>(password, &text(&challenge)?)?;
+    let (password, challenge) = (password.to_owned(), text(&challenge)?);
+    // As many rounds as the broker says, which has proven nothing yet: not on a thread that serves clients.
+    let answer = tokio::task::spawn_blocking(move || dialogue.answer::<S>(&password, &challenge)).await;
+    let (last, expected) = answer.map_err(|error| Error::unavailable(format!("authenticate: {error}")))??;
     let verdict = exchange(connection, last.into_bytes()).await?;
     match text(&verdict)?.split(',').find_map(|part| part.strip_prefix("v=")) {
         Some(theirs) if theirs == expected => Ok(()),
@@ -311,10 +345,11 @@ impl Dialogue {
 
 /// The password, hashed again and again: what RFC 5802 calls Hi.
 fn salted<S: Scram>(password: &[u8], salt: &[u8], rounds: u32) -> Vec<u8> {
-    let mut last = S::hmac(password, &[salt, &1_u32.to_be_bytes()]);
+    let hmac = S::keyed(password);
+    let mut last = hmac(&[salt, &1_u32.to_be_bytes()]);
     let mut all = last.clone();
     for _ in 1..rounds {
-        last = S::hmac(password, &[&last]);
+        last = hmac(&[&last]);
         all.iter_mut().zip(&last).for_each(|(all, last)| *all ^= last);
     }
     all
@@ -346,11 +381,28 @@ mod tests {
             "r=other,s=AAAA,i=4096",
             "r=mine1,s=AAAA,i=4095",
             "r=mine1,s=!,i=4096",
+            "r=mine1,s=AAAA,i=100001",
             "r=mine1,s=AAAA,i=99999999",
             "r=mine1,s=AAAA",
         ] {
             assert!(dialogue.answer::<Sha512Scram>("p", bad).is_err(), "{bad}");
         }
-        assert!(dialogue.answer::<Sha512Scram>("p", "r=mine1,s=AAAA,i=4096").is_ok());
+        for good in ["r=mine1,s=AAAA,i=4096", "r=mine1,s=AAAA,i=100000"] {
+            assert!(dialogue.answer::<Sha512Scram>("p", good).is_ok(), "{good}");
+        }
+    }
+
+    #[cfg(feature = "tls")]
+    #[test]
+    fn certificates_are_worked_out_once_until_others_are_named() {
+        let one = rcgen::generate_simple_self_signed(vec!["localhost".into()]).unwrap();
+        let (chain, key) = (one.cert.pem().into_bytes(), one.signing_key.serialize_pem().into_bytes());
+        let mut security = Security { is_encrypted: true, trusted: Some(chain.clone()), ..Security::default() };
+        security.check().unwrap();
+        let first = security.tls().unwrap();
+        assert!(Arc::ptr_eq(&first, &security.clone().tls().unwrap()), "they are worked out again");
+        security.identity = Some((chain, key));
+        security.check().unwrap();
+        assert!(!Arc::ptr_eq(&first, &security.tls().unwrap()), "the new ones are not used");
     }
 }

@@ -1,6 +1,6 @@
 //! What writes need while the engine is followed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use crate::error::Result;
-use crate::records::{BATCH_OVERHEAD, NewRecord};
+use crate::records::NewRecord;
 use crate::topic::Settings;
 use crate::writer::{Handed, Job, end, hand_over};
 
@@ -62,16 +62,11 @@ impl Session {
     }
 
     async fn begin(&self, op: Op) -> Result<Begun<'_>, EngineError> {
+        check(&op)?;
         match op {
-            Op::Put { key, value, options } => {
-                if options.if_revision.is_some() || options.expiry.is_some() {
-                    return Err(cannot("conditions and no values with a TTL"));
-                }
-                Ok(Begun::Put(self.hand_over(vec![record(&key, Some(value))]).await?))
-            }
-            Op::Delete { if_revision: Some(_), .. } => Err(cannot("conditions")),
+            Op::Put { key, value, .. } => Ok(Begun::Put(self.hand_over(vec![record(&key, Some(value))]).await?)),
             Op::Delete { pattern: Pattern::Key(key) | Pattern::Exact(key), .. } => {
-                let awaited = self.deletes.expect(vec![key.clone()]);
+                let awaited = self.expect(vec![key.clone()]);
                 Ok(Begun::Delete(self.hand_over(vec![record(&key, None)]).await?, awaited))
             }
             Op::Delete { pattern, .. } => Ok(Begun::Ended(self.delete_all(&pattern).await)),
@@ -83,62 +78,45 @@ impl Session {
             Begun::Ended(outcome) => outcome,
             Begun::Put(handed) => Ok(Outcome::Put { revision: revision(handed.done().await?) }),
             Begun::Delete(handed, awaited) => {
-                let offset = handed.done().await?;
-                self.deleted(awaited, &[offset]).await
+                let first = handed.done().await?;
+                self.deleted(awaited, first).await
             }
         }
     }
 
     /// Does operations in one step: one batch of records, which Kafka appends whole or not at all.
     pub(crate) async fn write_together(&self, ops: Vec<Op>) -> Result<Vec<Outcome>, EngineError> {
-        let (mut records, mut parts) = (Vec::new(), Vec::new());
+        ops.iter().try_for_each(check)?;
+        let (mut records, mut deletes) = (Vec::new(), Vec::new());
         for op in ops {
             match op {
-                Op::Put { key, value, options } => {
-                    if options.if_revision.is_some() || options.expiry.is_some() {
-                        return Err(cannot("conditions and no values with a TTL"));
-                    }
+                Op::Put { key, value, .. } => {
                     records.push(record(&key, Some(value)));
-                    parts.push(None);
+                    deletes.push(None);
                 }
-                Op::Delete { if_revision: Some(_), .. } => return Err(cannot("conditions")),
                 Op::Delete { pattern, .. } => {
                     let keys = match pattern {
                         Pattern::Key(key) | Pattern::Exact(key) => vec![key],
                         pattern => self.shown(&pattern, &records).await?,
                     };
-                    let first = records.len();
                     records.extend(keys.iter().map(|key| record(key, None)));
-                    parts.push(Some((first, keys)));
+                    deletes.push(Some(keys));
                 }
             }
         }
         if records.is_empty() {
-            return Ok(parts.iter().map(|_| Outcome::NotFound).collect());
+            return Ok(deletes.iter().map(|_| Outcome::NotFound).collect());
         }
-        let expected = parts.into_iter().enumerate();
-        let expected: Vec<_> = expected
-            .map(|(place, part)| match part {
-                None => (place, None),
-                Some((first, keys)) => (first, Some(self.deletes.expect(keys))),
-            })
-            .collect();
-        let base = self.hand_over(records).await?.done().await?;
-        let (mut outcomes, mut next) = (Vec::with_capacity(expected.len()), 0_i64);
-        for (_, awaited) in expected {
-            match awaited {
-                None => {
-                    outcomes.push(Outcome::Put { revision: revision(base.saturating_add(next)) });
-                    next = next.saturating_add(1);
-                }
-                Some(awaited) => {
-                    let count = i64::try_from(awaited.keys.len()).unwrap_or(i64::MAX);
-                    let offsets: Vec<i64> =
-                        (next..next.saturating_add(count)).map(|at| base.saturating_add(at)).collect();
-                    next = next.saturating_add(count);
-                    outcomes.push(self.deleted(awaited, &offsets).await?);
-                }
-            }
+        let awaited: Vec<_> = deletes.into_iter().map(|keys| keys.map(|keys| self.expect(keys))).collect();
+        let mut next = self.hand_over(records).await?.done().await?;
+        let mut outcomes = Vec::with_capacity(awaited.len());
+        for awaited in awaited {
+            let count = awaited.as_ref().map_or(1, |awaited| awaited.keys.len());
+            outcomes.push(match awaited {
+                None => Outcome::Put { revision: revision(next) },
+                Some(awaited) => self.deleted(awaited, next).await?,
+            });
+            next = next.saturating_add(i64::try_from(count).unwrap_or(i64::MAX));
         }
         Ok(outcomes)
     }
@@ -149,11 +127,10 @@ impl Session {
         let (mut count, mut last) = (0_u64, Revision::ZERO);
         for part in self.parts(keys) {
             let records = part.iter().map(|key| record(key, None)).collect();
-            let awaited = self.deletes.expect(part);
+            let awaited = self.expect(part);
             let deleted = async {
                 let first = self.hand_over(records).await?.done().await?;
-                let offsets: Vec<i64> = (first..).take(awaited.keys.len()).collect();
-                self.deleted(awaited, &offsets).await
+                self.deleted(awaited, first).await
             };
             match deleted.await {
                 Ok(Outcome::Deleted { count: more, revision }) => {
@@ -174,7 +151,7 @@ impl Session {
         let (mut parts, mut len) = (Vec::<Vec<Key>>::new(), 0);
         for key in keys {
             let own = record(&key, None).len_max();
-            match parts.last_mut().filter(|part| part.len() < PART_KEYS && len + own <= self.room()) {
+            match parts.last_mut().filter(|part| part.len() < PART_KEYS && len + own <= self.settings.room()) {
                 Some(part) => (len, _) = (len + own, part.push(key)),
                 None => {
                     len = own;
@@ -185,7 +162,7 @@ impl Session {
         parts
     }
 
-    /// The keys that a pattern selects of what was acknowledged to anyone up to now, and of what stands before.
+    /// The keys that a pattern selects of what was acknowledged to any client up to now, and of what stands before.
     async fn shown(&self, pattern: &Pattern, before: &[NewRecord]) -> Result<Vec<Key>, EngineError> {
         self.seen(end(&self.jobs).await?).await?;
         let mut keys = Vec::new();
@@ -198,14 +175,15 @@ impl Session {
         Ok(keys)
     }
 
-    /// What became of deletes: how many of them found something, in the order of the log.
-    async fn deleted(&self, awaited: Awaited<'_>, offsets: &[i64]) -> Result<Outcome, EngineError> {
+    /// What became of deletes whose tombstones are in the log from `first` on: how many of them found something.
+    async fn deleted(&self, awaited: Awaited<'_>, first: i64) -> Result<Outcome, EngineError> {
+        let offsets: Vec<i64> = (0..).zip(&awaited.keys).map(|(at, _)| first.saturating_add(at)).collect();
         let last = offsets.last().copied().unwrap_or_default();
         if self.seen(last.saturating_add(1)).await.is_err() {
             let message = "it is deleted, but the node has not seen yet whether there was anything";
             return Err(EngineError::OutcomeUnknown(message.into()));
         }
-        let found = awaited.found(offsets);
+        let found = awaited.found(&offsets);
         match found.last() {
             None => Ok(Outcome::NotFound),
             Some(last) => Ok(Outcome::Deleted { count: found.len() as u64, revision: revision(*last) }),
@@ -222,21 +200,24 @@ impl Session {
         }
     }
 
+    fn expect(&self, keys: Vec<Key>) -> Awaited<'_> {
+        self.deletes.expect(keys, self.floor())
+    }
+
+    /// Where what is written next is from on.
+    fn floor(&self) -> i64 {
+        *self.progress.borrow()
+    }
+
     async fn hand_over(&self, records: Vec<NewRecord>) -> Result<Handed, EngineError> {
-        let len: usize = records.iter().map(NewRecord::len_max).sum();
-        if len > self.room() {
+        let (len, room) = (records.iter().map(NewRecord::len_max).sum::<usize>(), self.settings.room());
+        if len > room {
             let message = format!(
-                "Kafka takes {} bytes in one step (max.message.bytes), and this has {len}; nothing was changed",
-                self.room()
+                "Kafka takes {room} bytes in one step (max.message.bytes), and this has {len}; nothing was changed"
             );
             return Err(EngineError::Refused { status: 413, message });
         }
-        let floor = *self.progress.borrow();
-        hand_over(&self.jobs, records, floor).await
-    }
-
-    fn room(&self) -> usize {
-        self.settings.batch_len_max.saturating_sub(BATCH_OVERHEAD)
+        hand_over(&self.jobs, records, self.floor()).await
     }
 }
 
@@ -249,17 +230,29 @@ pub(crate) fn revision(offset: i64) -> Revision {
     Revision::new(u64::try_from(offset).unwrap_or(0).saturating_add(1))
 }
 
+/// Refuses what a log cannot do.
+fn check(op: &Op) -> Result<(), EngineError> {
+    match op {
+        Op::Put { options, .. } if options.if_revision.is_some() || options.expiry.is_some() => {
+            Err(cannot("conditions and no values with a TTL"))
+        }
+        Op::Delete { if_revision: Some(_), .. } => Err(cannot("conditions")),
+        Op::Put { .. } | Op::Delete { .. } => Ok(()),
+    }
+}
+
 fn cannot(what: &str) -> EngineError {
     EngineError::Refused { status: 501, message: format!("Kafka has no {what}") }
 }
 
-/// Which tombstones found a value, of the keys that someone here deletes.
+/// Which tombstones found a value, of the keys that any client deletes here.
 #[derive(Debug, Default)]
 pub(crate) struct Deletes(Mutex<HashMap<Key, Watched>>);
 
 #[derive(Debug, Default)]
 struct Watched {
-    waiting: usize,
+    /// Where the tombstones of those that wait may be from on, and how many wait there.
+    waiting: BTreeMap<i64, usize>,
     found: Vec<i64>,
 }
 
@@ -267,6 +260,7 @@ struct Watched {
 pub(crate) struct Awaited<'a> {
     deletes: &'a Deletes,
     keys: Vec<Key>,
+    floor: i64,
 }
 
 impl Deletes {
@@ -274,13 +268,16 @@ impl Deletes {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn expect(&self, keys: Vec<Key>) -> Awaited<'_> {
+    /// Notes from now on which tombstones of these keys find a value, of those from the offset `floor` on.
+    fn expect(&self, keys: Vec<Key>, floor: i64) -> Awaited<'_> {
         let mut watched = self.lock();
-        keys.iter().for_each(|key| watched.entry(key.clone()).or_default().waiting += 1);
-        Awaited { deletes: self, keys }
+        for key in &keys {
+            *watched.entry(key.clone()).or_default().waiting.entry(floor).or_default() += 1;
+        }
+        Awaited { deletes: self, keys, floor }
     }
 
-    /// Notes that a tombstone of the log found a value, if anyone waits for it.
+    /// Notes that a tombstone of the log found a value, if any client waits for it.
     pub(crate) fn note(&self, key: &Key, offset: i64, found: impl FnOnce() -> bool) {
         if self.lock().contains_key(key) && found() {
             self.lock().entry(key.clone()).and_modify(|watched| watched.found.push(offset));
@@ -301,12 +298,41 @@ impl Drop for Awaited<'_> {
     fn drop(&mut self) {
         let mut watched = self.deletes.lock();
         for key in &self.keys {
-            if let Some(one) = watched.get_mut(key) {
-                one.waiting -= 1;
-                if one.waiting == 0 {
-                    watched.remove(key);
-                }
+            let Some(one) = watched.get_mut(key) else { continue };
+            if let Some(count) = one.waiting.get_mut(&self.floor).filter(|count| **count > 1) {
+                *count -= 1;
+                continue;
+            }
+            one.waiting.remove(&self.floor);
+            match one.waiting.first_key_value() {
+                Some((&floor, _)) => one.found.retain(|offset| *offset >= floor),
+                None => drop(watched.remove(key)),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_delete_waits_for_any_more_is_forgotten_while_others_wait() {
+        let (deletes, key) = (Deletes::default(), Key::new("a").unwrap());
+        let expect = |floor| deletes.expect(vec![key.clone()], floor);
+        let mut last = expect(0);
+        for offset in 0..100 {
+            let _twice = expect(offset);
+            deletes.note(&key, offset, || true);
+            let next = expect(offset + 1);
+            assert_eq!(last.found(&[offset]), [offset]);
+            last = next;
+        }
+        assert_eq!(deletes.lock()[&key].found, Vec::<i64>::new());
+        deletes.note(&key, 100, || true);
+        drop(expect(101));
+        assert_eq!(last.found(&[100]), [100], "one that ends takes what another waits for");
+        drop(last);
+        assert!(deletes.lock().is_empty());
     }
 }

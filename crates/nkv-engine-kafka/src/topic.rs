@@ -19,7 +19,7 @@ use uuid::Uuid;
 use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::records::{BATCH_OVERHEAD, RECORD_OVERHEAD};
-use crate::wire::{AWAY, Connection, check};
+use crate::wire::{AWAY, Connection, address, check};
 
 /// How long the next broker waits for the one before it to answer.
 const TURN: Duration = Duration::from_millis(200);
@@ -43,6 +43,10 @@ const SETTINGS: [(&str, &str); 5] = [
     // How long a node may be away and go on where it was.
     ("delete.retention.ms", "86400000"),
 ];
+
+/// Which settings of a topic are read.
+const READ: [&str; 4] =
+    ["cleanup.policy", "delete.retention.ms", "max.message.bytes", "unclean.leader.election.enable"];
 
 /// What a topic is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +78,11 @@ pub(crate) struct Settings {
 }
 
 impl Settings {
+    /// What the records of one batch may take.
+    pub(crate) fn room(&self) -> usize {
+        self.batch_len_max.saturating_sub(BATCH_OVERHEAD)
+    }
+
     /// Longest value that fits into a batch with any key.
     pub(crate) fn value_len_max(&self) -> usize {
         self.batch_len_max.saturating_sub(overhead())
@@ -132,7 +141,7 @@ pub(crate) async fn clusters(options: &Options) -> BTreeSet<String> {
 }
 
 /// The first broker that answers, and what it says of the topic. The next is asked when one has had its turn, so that one that
-/// is silent keeps nobody waiting.
+/// is silent delays no caller.
 async fn reach(options: &Options) -> Result<(Connection, MetadataResponse)> {
     let in_turn = |server, turn: u32| async move {
         sleep(TURN.saturating_mul(turn)).await;
@@ -176,10 +185,7 @@ fn leader(name: &str, metadata: &MetadataResponse, topic: &MetadataResponseTopic
         return Err(Error::refused("the brokers give topics no identity; Kafka 3.1 or later is needed"));
     }
     let leader = metadata.brokers.iter().find(|broker| broker.node_id == partition.leader_id);
-    Ok(leader.map(|broker| {
-        let host = if broker.host.contains(':') { format!("[{}]", &*broker.host) } else { broker.host.to_string() };
-        (format!("{host}:{}", broker.port), partition.leader_epoch)
-    }))
+    Ok(leader.map(|broker| (address(&broker.host, broker.port), partition.leader_epoch)))
 }
 
 async fn create(connection: &mut Connection, options: &Options, kind: Kind) -> Result<()> {
@@ -220,7 +226,8 @@ pub(crate) async fn settings(connection: &mut Connection, name: &str, kind: Kind
     let resource = DescribeConfigsResource::default()
         .with_resource_type(2)
         .with_resource_name(StrBytes::from_string(name.to_owned()));
-    let request = DescribeConfigsRequest::default().with_resources(vec![resource.with_configuration_keys(None)]);
+    let asked = READ.map(StrBytes::from_static_str).to_vec();
+    let request = DescribeConfigsRequest::default().with_resources(vec![resource.with_configuration_keys(Some(asked))]);
     let answer = connection.call(&request).await?;
     let result =
         answer.results.first().ok_or_else(|| Error::unavailable("the broker says nothing of the topic's settings"))?;

@@ -197,6 +197,11 @@ impl fmt::Debug for Connection {
     }
 }
 
+/// An address of a broker, as it says it of itself.
+pub(crate) fn address(host: &str, port: i32) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
 fn silent(address: &str) -> Error {
     Error::unavailable(format!("{address}: no sign of life"))
 }

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use kafka_protocol::ResponseError;
 use kafka_protocol::messages::produce_request::{PartitionProduceData, TopicProduceData};
 use kafka_protocol::messages::produce_response::PartitionProduceResponse;
-use kafka_protocol::messages::{ListOffsetsRequest, ProduceRequest, TopicName};
+use kafka_protocol::messages::{ListOffsetsRequest, ProduceRequest, ProduceResponse, TopicName};
 use kafka_protocol::protocol::{Request, StrBytes};
 use nkv_node::EngineError;
 use tokio::sync::{mpsc, oneshot};
@@ -145,9 +145,7 @@ impl Writer {
     pub(crate) async fn write(&mut self, records: &[NewRecord]) -> Result<i64, EngineError> {
         let request = self.request(encode(records, timestamp())?)?;
         let answer = self.connection.call(&request).await?;
-        let partition =
-            answer.responses.into_iter().next().and_then(|topic| topic.partition_responses.into_iter().next());
-        decided(partition)
+        decided(partition(answer))
     }
 
     /// Does what comes, until the connection fails.
@@ -231,8 +229,7 @@ impl Writer {
             Flight::Write(answers) => {
                 let version = self.connection.version(ProduceRequest::KEY)?;
                 let said = self.connection.answer::<ProduceRequest>(frame, id, version)?;
-                let partition =
-                    said.responses.into_iter().next().and_then(|topic| topic.partition_responses.into_iter().next());
+                let partition = partition(said);
                 let code = partition.as_ref().map_or(0, |partition| partition.error_code);
                 let decided = decided(partition);
                 let mut offset = 0;
@@ -285,6 +282,11 @@ fn is_elsewhere(error: &ResponseError) -> bool {
             | UnknownTopicId
             | UnknownTopicOrPartition
     )
+}
+
+/// What an answer says of the only partition.
+fn partition(answer: ProduceResponse) -> Option<PartitionProduceResponse> {
+    answer.responses.into_iter().next().and_then(|topic| topic.partition_responses.into_iter().next())
 }
 
 /// What the broker says of a batch: the offset of its first record.

@@ -36,9 +36,9 @@ pub trait Time: fmt::Debug + Send + Sync + 'static {
     fn elapsed(&self) -> Duration;
 }
 
-/// That of the machine.
-#[derive(Debug)]
-pub(crate) struct SinceBoot;
+/// The time since the machine was booted, in whole milliseconds. On Linux it goes on while the machine is suspended.
+#[derive(Clone, Copy, Debug)]
+pub struct SinceBoot;
 
 impl Time for SinceBoot {
     fn elapsed(&self) -> Duration {

@@ -3,8 +3,9 @@
 #![allow(dead_code, reason = "each test uses some of it")]
 #![allow(clippy::unwrap_used, reason = "a helper of a test fails like a test")]
 
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -17,8 +18,10 @@ pub(crate) fn own() -> SocketAddr {
 
 /// A program: by a variable, in `target/servers`, or on the path. Without it a test is skipped, and in CI fails.
 pub(crate) fn program(variable: &str, name: &str) -> Option<PathBuf> {
-    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/servers").join(name);
-    let mut places: Vec<PathBuf> = std::env::var_os(variable).map(PathBuf::from).into_iter().chain([target]).collect();
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target"), PathBuf::from);
+    let mut places: Vec<PathBuf> = std::env::var_os(variable).map(PathBuf::from).into_iter().collect();
+    places.extend(["servers", "servers/nats"].map(|dir| target.join(dir).join(name)));
     let path = std::env::var_os("PATH").unwrap_or_default();
     places.extend(std::env::split_paths(&path).map(|dir| dir.join(name)));
     places.extend(["/usr/sbin", "/usr/local/sbin"].map(|dir| Path::new(dir).join(name)));
@@ -32,10 +35,13 @@ pub(crate) fn program(variable: &str, name: &str) -> Option<PathBuf> {
 
 /// A port that is free for TCP and UDP at this moment.
 pub(crate) fn free_port() -> u16 {
+    // Below those that the system gives to others meanwhile, and each once in this process.
+    static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
-        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = tcp.local_addr().unwrap().port();
-        if UdpSocket::bind(("127.0.0.1", port)).is_ok() {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = 10_000 + ((std::process::id() * 100 + number) % 20_000) as u16;
+        let address = (Ipv4Addr::LOCALHOST, port);
+        if TcpListener::bind(address).is_ok() && UdpSocket::bind(address).is_ok() {
             return port;
         }
     }

@@ -16,33 +16,33 @@ async fn stale(nkv: &Handle) {
     until("the node is stale", async || nkv.health().await.is_err()).await;
 }
 
-/// What comes until a key is told to have a value.
+/// The events up to the one in which a key has a value.
 async fn events_until(events: &mut Subscription, key: &str, last: &str) -> Vec<String> {
-    let mut told = Vec::new();
+    let mut delivered = Vec::new();
     let wait = async {
         loop {
             match events.next().await.unwrap() {
                 Event::Update { entry, .. } => {
-                    told.push(format!("{}={}", entry.key, str::from_utf8(&entry.value).unwrap()));
+                    delivered.push(format!("{}={}", entry.key, str::from_utf8(&entry.value).unwrap()));
                     if entry.key.as_str() == key && entry.value == last {
                         return;
                     }
                 }
                 Event::Gone { key, reason, .. } => {
                     assert_eq!(reason, GoneReason::Deleted);
-                    told.push(format!("-{key}"));
+                    delivered.push(format!("-{key}"));
                 }
-                Event::Synced { .. } => told.push("synced".into()),
+                Event::Synced { .. } => delivered.push("synced".into()),
                 other => panic!("{other:?}"),
             }
         }
     };
-    assert!(timeout(PATIENCE, wait).await.is_ok(), "{key}={last} does not come: {told:?}");
-    told
+    assert!(timeout(PATIENCE, wait).await.is_ok(), "{key}={last} does not come: {delivered:?}");
+    delivered
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn behind_a_cut_a_node_is_stale_and_sends_nothing_later_and_is_told_what_it_missed() {
+async fn behind_a_cut_a_node_is_stale_and_sends_nothing_later_and_delivers_what_it_missed() {
     let Some(shared) = shared() else { return };
     let _alone = shared.proxy.lock().await;
     let topic = shared.topic();
@@ -57,7 +57,8 @@ async fn behind_a_cut_a_node_is_stale_and_sends_nothing_later_and_is_told_what_i
         let (epoch, mut events) = (nkv.epoch(), nkv.subscribe("*").await.unwrap());
         events_until(&mut events, &format!("kept.{number}"), "before").await;
         proxy.way.send_replace(way);
-        // Under way when the engine is lost: nobody knows. Behind a silent way it was not done, with answers lost it was.
+        // Under way when the engine is lost: its outcome is unknown. Behind a silent way it was not done; with answers lost it
+        // was.
         let under_way = nkv.put(format!("under.way.{number}"), "x").await.unwrap_err();
         assert_eq!(*under_way.kind(), ErrorKind::OutcomeUnknown, "{under_way}");
         stale(&nkv).await;
@@ -68,8 +69,9 @@ async fn behind_a_cut_a_node_is_stale_and_sends_nothing_later_and_is_told_what_i
         other.put(format!("changed.{number}"), "after").await.unwrap();
         other.put(format!("last.{number}"), "after").await.unwrap();
         proxy.way.send_replace(Way::Open);
-        let told = events_until(&mut events, &format!("last.{number}"), "after").await;
-        let told: Vec<&str> = told.iter().map(String::as_str).filter(|told| !told.starts_with("under.way")).collect();
+        let delivered = events_until(&mut events, &format!("last.{number}"), "after").await;
+        let delivered: Vec<&str> =
+            delivered.iter().map(String::as_str).filter(|delivered| !delivered.starts_with("under.way")).collect();
         let expected = [
             "synced".to_owned(),
             format!("changed.{number}=before"),
@@ -78,8 +80,9 @@ async fn behind_a_cut_a_node_is_stale_and_sends_nothing_later_and_is_told_what_i
             format!("changed.{number}=after"),
             format!("last.{number}=after"),
         ];
-        let missed: Vec<&str> = told.iter().copied().skip_while(|told| !told.starts_with("-gone")).collect();
-        assert_eq!(missed, expected[3..].iter().map(String::as_str).collect::<Vec<_>>(), "{told:?}");
+        let missed: Vec<&str> =
+            delivered.iter().copied().skip_while(|delivered| !delivered.starts_with("-gone")).collect();
+        assert_eq!(missed, expected[3..].iter().map(String::as_str).collect::<Vec<_>>(), "{delivered:?}");
         healthy(&nkv).await;
         assert_eq!((nkv.epoch(), other.exists(format!("refused.{number}")).await), (epoch, Ok(false)));
         let is_done = other.exists(format!("under.way.{number}")).await.unwrap();

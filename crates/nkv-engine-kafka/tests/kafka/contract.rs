@@ -136,7 +136,7 @@ async fn of_deletes_at_once_one_says_that_it_deleted_something() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wildcard_deletes_what_was_acknowledged_to_anyone_and_says_how_much() {
+async fn a_wildcard_deletes_what_was_acknowledged_to_any_client_and_says_how_much() {
     let Some(shared) = shared() else { return };
     let (topic, foreign) = (shared.topic(), &shared.foreign);
     let (_first, a) = shared.node(&topic).await;

@@ -74,3 +74,28 @@ async fn puts_are_written_to_the_log_once_and_sets_of_others_are_done_once_and_n
     }
     assert_eq!(count(shared, &log, "=d: 5#nkv") + count(shared, &log, "=f: 7#nkv"), 0);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_put_while_no_node_had_the_log_is_written_in_order_in_as_many_batches_as_it_takes() {
+    let Some(shared) = shared() else { return };
+    let (topic, log) = (shared.topic(), shared.topic());
+    shared.foreign.done(&["create", &log, "1"]);
+    let (first, a) = shared.node(&topic).await;
+    let _bridge = start(shared, &topic, &log, &a);
+    let position = format!("kafka-log.{log}");
+    until("a node has the log", async || a.exists(&*position).await.unwrap()).await;
+    first.shutdown().await.unwrap();
+    let (_second, b) = shared.node(&topic).await;
+    // A batch of this log has two of them.
+    for name in ["put.e", "put.d", "put.c", "put.b", "put.a"] {
+        b.put(name, "x".repeat(400_000)).await.unwrap();
+    }
+    b.put("put.c", "newer").await.unwrap();
+    // A node that has the state alone, and not the changes.
+    let (_third, c) = shared.node(&topic).await;
+    let _bridge = start(shared, &topic, &log, &c);
+    until("the last one is in the log", async || count(shared, &log, "=put.c: newer#nkv") == 1).await;
+    let read = shared.foreign.done(&["read", &log]);
+    let written: Vec<&str> = read.split("=put.").skip(1).map(|rest| &rest[..1]).collect();
+    assert_eq!(written, ["e", "d", "b", "a", "c"]);
+}

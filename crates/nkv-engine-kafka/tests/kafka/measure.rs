@@ -69,8 +69,10 @@ async fn measure_starts() {
     let (topic, uncompacted) = (shared.topic(), shared.topic());
     shared.engine(&topic).check().await.unwrap();
     shared.foreign.done(&["create", &uncompacted, "1", "cleanup.policy=compact", "min.compaction.lag.ms=3600000"]);
-    for (topic, rounds) in [(&topic, "1"), (&topic, "49"), (&uncompacted, "1"), (&uncompacted, "49")] {
-        shared.foreign.done(&["fill", topic, "100000", rounds, "100"]);
+    for (topic, rounds) in [(&topic, 1), (&topic, 49), (&uncompacted, 1), (&uncompacted, 49)] {
+        for _ in 0..rounds {
+            shared.foreign.done(&["fill", topic, "100000", "1", "100"]);
+        }
         for _ in 0..ROUNDS {
             let began = Instant::now();
             let (node, nkv) = ready(shared.engine(topic)).await;

@@ -92,7 +92,7 @@ async fn a_node_starts_without_a_broker_and_waits_for_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn servers_that_are_silent_or_refuse_keep_nobody_waiting() {
+async fn servers_that_are_silent_or_refuse_delay_no_caller() {
     let Some(shared) = shared() else { return };
     let topic = shared.topic();
     // One that accepts and says nothing, one that refuses, one that no packet comes back from.

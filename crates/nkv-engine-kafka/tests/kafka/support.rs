@@ -1,12 +1,12 @@
 //! A broker, a program with Kafka's own client beside it, and a proxy that can cut.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use nkv_core::Key;
@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 /// How long anything may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -44,7 +44,15 @@ fn java(libs: &Path) -> Command {
 }
 
 fn free_port() -> u16 {
-    StdListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).unwrap().port()
+    // Below those that the system gives to others meanwhile, and each once in this process.
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = 10_000 + ((std::process::id() * 100 + number) % 20_000) as u16;
+        if StdListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// A broker in a process of its own, which ends with this one whatever happens.
@@ -64,7 +72,7 @@ pub(crate) struct Broker {
 struct Running {
     shell: Child,
     pid: Pid,
-    /// While it is open, the broker runs. What is not told to keep its directory by then removes it.
+    /// While it is open, the broker runs. At its end the directory is removed, unless `keep` was written before.
     life: ChildStdin,
 }
 
@@ -150,7 +158,7 @@ impl Broker {
         let life = shell.stdin.take().unwrap();
         let began = Instant::now();
         let address: SocketAddr = ([127, 0, 0, 1], self.port).into();
-        // A port that nobody listens on may be connected with itself.
+        // A port without a listener may be connected with itself.
         let listens = || StdStream::connect(address).is_ok_and(|stream| stream.local_addr().ok() != Some(address));
         while !listens() {
             assert!(began.elapsed() < PATIENCE, "the broker does not start: {}", self.log());
@@ -239,7 +247,7 @@ pub(crate) async fn healthy(nkv: &Handle) {
 pub(crate) async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     let wait = async {
         while !is_so().await {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            sleep(Duration::from_millis(5)).await;
         }
     };
     assert!(timeout(PATIENCE, wait).await.is_ok(), "it does not come to that: {what}");
@@ -258,34 +266,36 @@ pub(crate) fn key(text: &str) -> Key {
 }
 
 /// The program beside nkv: Foreign.java.
-pub(crate) struct Foreign(Mutex<(Child, ChildStdin, BufReader<ChildStdout>)>);
+pub(crate) struct Foreign(Mutex<Program>);
+
+struct Program {
+    child: Child,
+    input: ChildStdin,
+    answers: mpsc::Receiver<String>,
+}
 
 impl Foreign {
     pub(crate) fn start(libs: &Path, address: &str) -> Self {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kafka/Foreign.java");
-        let mut child = java(libs)
-            .arg(source)
-            .arg(address)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let (input, mut output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        let mut line = String::new();
-        output.read_line(&mut line).unwrap();
-        assert_eq!(line, "ready\n");
-        Foreign(Mutex::new((child, input, output)))
+        let mut child =
+            java(libs).arg(source).arg(address).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let (answer, answers) = mpsc::channel();
+        std::thread::spawn(move || {
+            let lines = BufReader::new(output).lines().map_while(Result::ok);
+            lines.take_while(|line| answer.send(line.clone()).is_ok()).for_each(drop);
+        });
+        let ready = answers.recv_timeout(PATIENCE);
+        assert_eq!(ready.as_deref(), Ok("ready"));
+        Foreign(Mutex::new(Program { child, input, answers }))
     }
 
     /// Does a command, and gives what it printed.
     pub(crate) fn run(&self, words: &[&str]) -> String {
-        let mut locked = self.0.lock().unwrap();
-        let (_, input, output) = &mut *locked;
-        writeln!(input, "{}", words.join("\t")).unwrap();
-        let mut line = String::new();
-        output.read_line(&mut line).unwrap();
-        line.trim_end().to_owned()
+        let mut program = self.0.lock().unwrap();
+        writeln!(program.input, "{}", words.join("\t")).unwrap();
+        let answer = program.answers.recv_timeout(PATIENCE);
+        answer.unwrap_or_else(|error| panic!("{words:?}: {error}")).trim_end().to_owned()
     }
 
     /// The same, for what has to succeed.
@@ -298,7 +308,7 @@ impl Foreign {
 
 impl Drop for Foreign {
     fn drop(&mut self) {
-        let (child, ..) = &mut *self.0.lock().unwrap();
+        let Program { child, .. } = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
         drop(child.kill());
         drop(child.wait());
     }
@@ -308,7 +318,7 @@ impl Drop for Foreign {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     Open,
-    /// Nothing goes on, and nobody is told.
+    /// Nothing passes, and connections stay open.
     Silent,
     /// What is written arrives, and no answer comes back.
     Deaf,
@@ -324,7 +334,16 @@ pub(crate) struct Proxy {
 impl Proxy {
     pub(crate) async fn start(broker: &Broker) -> Self {
         let way = watch::Sender::new(Way::Open);
-        let listener = TcpListener::bind(("127.0.0.1", broker.proxy)).await.unwrap();
+        let bound = async {
+            // The task of the proxy before may have it for a moment yet.
+            loop {
+                match TcpListener::bind(("127.0.0.1", broker.proxy)).await {
+                    Err(error) if error.kind() == ErrorKind::AddrInUse => sleep(Duration::from_millis(5)).await,
+                    bound => break bound.unwrap(),
+                }
+            }
+        };
+        let listener = timeout(PATIENCE, bound).await.expect("the port of the proxy is free");
         let (to, ways) = (broker.proxied, way.clone());
         let task = tokio::spawn(async move {
             while let Ok((inner, _)) = listener.accept().await {

@@ -72,6 +72,9 @@ impl Membership for Found {
         for what in found.unusable() {
             warn!("{}: {what}", self.discovery.name());
         }
+        if found.left_out() > 0 {
+            warn!("{}: {} addresses or remarks more than are kept", self.discovery.name(), found.left_out());
+        }
         if found.addresses().is_empty() && !found.unusable().is_empty() {
             return Err(MembershipError::new("nothing of what was found can be used"));
         }

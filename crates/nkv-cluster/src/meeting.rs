@@ -297,13 +297,25 @@ pub(crate) async fn find(inner: &Arc<Inner>) -> EngineError {
     let mut tasks = JoinSet::new();
     let mut named = None;
     let mut asked_at = inner.steady();
-    let (mut asking, mut ask_from) = (None, 0);
+    let (mut asking, mut ask_from, mut is_alone) = (None, 0, false);
     loop {
         if asking.is_none() && inner.steady() >= ask_from {
             asking = Some(Box::pin(named_addresses(inner)));
         }
         while tasks.try_join_next().is_some() {}
         inner.members.look(inner.steady(), millis(inner.options.peer_timeout), millis(inner.options.gc_grace));
+        let (known, joined) = inner.members.counts();
+        match (known > 0 && joined == 0, &mut is_alone) {
+            (true, was @ false) => {
+                *was = true;
+                tracing::warn!("no other node is in reach: this one goes on alone");
+            }
+            (false, was @ true) => {
+                *was = false;
+                tracing::info!("other nodes are in reach again");
+            }
+            _ => {}
+        }
         links.retain(|_, link| !link.is_finished());
         let learned: Vec<SocketAddr> = inner.peers().addresses.values().copied().collect();
         for address in named.iter().flatten().copied().chain(learned) {

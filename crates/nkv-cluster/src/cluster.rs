@@ -113,7 +113,7 @@ impl Cluster {
         let bound = listener.local_addr()?;
         options.advertise = options.advertise.or((!bound.ip().is_unspecified()).then_some(bound));
         let parts = Parts {
-            clock: Arc::new(SystemClock::new()),
+            clock: Arc::new(SystemClock),
             random: Arc::new(SystemRandom),
             bound: match options.clock_file.clone() {
                 Some(path) => Arc::new(BoundFile(path)),

@@ -158,7 +158,7 @@ async fn start(skew: i64, bound: Arc<Memory>, peers: &[SocketAddr]) -> One {
 async fn start_with(skew: i64, bound: Arc<Memory>, peers: &[SocketAddr], disk: Option<Full>, interval_ms: u64) -> One {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let clock = Arc::new(Skewed(SystemClock::new(), AtomicI64::new(skew)));
+    let clock = Arc::new(Skewed(SystemClock, AtomicI64::new(skew)));
     let bytes = Arc::new(AtomicU64::new(0));
     let parts = Parts {
         clock: Arc::clone(&clock) as Arc<dyn Clock>,
@@ -258,7 +258,7 @@ async fn a_restart_with_a_clock_set_back_gives_no_old_stamps() {
 
 #[tokio::test]
 async fn a_clock_that_was_never_set_harms_no_one() {
-    let unset = -signed(SystemClock::new().wall()) + 5_000;
+    let unset = -signed(SystemClock.wall()) + 5_000;
     let one = start(0, Arc::default(), &[]).await;
     one.node.handle().put("k", "1").await.unwrap();
     let other = start(unset, Arc::default(), &[one.cluster.address()]).await;

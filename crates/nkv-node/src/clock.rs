@@ -186,8 +186,18 @@ fn parse(text: &str) -> Option<Reading> {
     Some(Reading { store: number(store, "store_ms ")?, wall: number(wall, "wall_ms ")? })
 }
 
-/// Puts a new file in the place of the old one, durably: there is always one of the two.
 fn write(path: &Path, Reading { store, wall }: Reading) -> io::Result<()> {
+    replace_file(path, format!("store_ms {store}\nwall_ms {wall}\n").as_bytes())
+}
+
+/// Puts a new file in the place of the old one, durably: there is always one of the two. It is the user's alone; in a directory that
+/// the group may write to it is the group's too. Blocks. What is written first has the name of the file with the extension `new`:
+/// one caller at a time.
+///
+/// # Errors
+///
+/// Those of the file system. The old file is there still, or the new one is and may not outlast a power cut.
+pub fn replace_file(path: &Path, content: &[u8]) -> io::Result<()> {
     let new = path.with_extension("new");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -195,7 +205,7 @@ fn write(path: &Path, Reading { store, wall }: Reading) -> io::Result<()> {
         // Another user of the group may be the next to run a server here.
         file.set_permissions(Permissions::from_mode(0o660))?;
     }
-    file.write_all(format!("store_ms {store}\nwall_ms {wall}\n").as_bytes())?;
+    file.write_all(content)?;
     file.sync_data()?;
     std::fs::rename(&new, path)?;
     File::open(dir)?.sync_all()

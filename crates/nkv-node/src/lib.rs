@@ -38,7 +38,7 @@ pub use nkv_core;
 
 pub use blocking::BlockingHandle;
 pub use budget::{Budget, Held, Holder, Leave, Said};
-pub use clock::{SinceBoot, Time};
+pub use clock::{SinceBoot, Time, replace_file};
 pub use connection_limit::{ConnectionLimit, Full, Place};
 pub use engine::{Abilities, Decided, Engine, EngineError, EngineFigures, EngineNumber, Feed, Seen};
 pub use failure::Chain;

@@ -97,6 +97,59 @@ func TestAPatternThatIsNotSyncedKeepsTheOthersFromIt(t *testing.T) {
 	}
 }
 
+// The engine behind the second server has lost the newest changes. A put has it drop a backlog.
+func TestSeveralPatternsBeginAnew(t *testing.T) {
+	f := newFake(t, func(p *peer) {
+		a, err := p.read()
+		if err != nil {
+			return
+		}
+		p.welcome(a, "e1", map[bool]string{true: `,"begins_anew":true`}[p.n == 2])
+		for {
+			if a, err = p.read(); err != nil {
+				return
+			}
+			if a.Type != "Subscribe" {
+				for _, key := range []string{"a", "b"} {
+					p.send(`{"Reset":{"key":%q}}`, key)
+					p.synced(key, 9)
+				}
+				kind(p, a)
+				continue
+			}
+			p.send(`"Hello"`)
+			p.update(a.Key+".x", 9/p.n, 0, fmt.Sprint(p.n))
+			if p.n == 1 {
+				p.update(a.Key+".y", 8, 0, "1")
+			}
+			p.synced(a.Key, 9)
+		}
+	})
+	client := dial(t, f.address)
+	s := must[*nkv.Subscription](t)(client.Subscribe(soon(t), "a", nkv.Also("b")))
+	state := map[string]string{}
+	becomes := func(want string) {
+		t.Helper()
+		for fmt.Sprint(state) != want {
+			event, err := s.Next(soon(t))
+			if err != nil {
+				t.Fatal(state, err)
+			}
+			switch event := event.(type) {
+			case nkv.Update:
+				state[event.Key] = string(event.Value)
+			case nkv.Gone:
+				delete(state, event.Key)
+			}
+		}
+	}
+	becomes("map[a.x:1 a.y:1 b.x:1 b.y:1]")
+	f.cut()
+	becomes("map[a.x:2 b.x:2]")
+	must[nkv.Revision](t)(client.Put(soon(t), "k", nil))
+	becomes("map[]")
+}
+
 func TestWithOneOfSeveralPatternsTheSubscriptionEnds(t *testing.T) {
 	var heard asked
 	f := newFake(t, each(func(p *peer, a ask) bool {

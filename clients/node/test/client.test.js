@@ -624,6 +624,31 @@ describe('several patterns', () => {
     assert.equal(server.of('Subscribe').length, 6);
   });
 
+  const anew = {
+    onRequest: (peer, request) => {
+      const first = [['.x', '1', 8], ['.y', '1', 9]];
+      const entries = peer.isAnew ? [['.x', '2', 2]] : first;
+      const of = (key) => ({ entries: entries.map(([name, value, revision]) => [key + name, value, revision]), revision: peer.isAnew ? 3 : 9 });
+      snapshot(of)(peer, request);
+    },
+    onConnect: (peer, request) => {
+      peer.isAnew = request.seen !== undefined;
+      peer.greet(request, EPOCH, peer.isAnew ? { begins_anew: true } : {});
+    },
+  };
+  withFake('begin anew', anew, {}, async (client, server) => {
+    const subscription = client.subscribe(['a', 'b']);
+    assert.equal((await synced(subscription)).length, 5);
+    server.peers[0].socket.destroy();
+    const news = (await synced(subscription)).filter((text) => !/connect/.test(text)).sort();
+    assert.deepEqual(news, ['gone a.y missed', 'gone b.y missed', 'synced 3', 'update a.x', 'update b.x']);
+    for (const key of ['a', 'b']) {
+      server.peers[1].send({ Reset: { key } });
+      server.peers[1].synced(key, 4);
+    }
+    assert.deepEqual([(await subscription.take()).key, (await subscription.take()).key], ['a.x', 'b.x']);
+  });
+
   const replacing = (peer, request) => {
     snapshot(() => ({ entries: [], revision: 1 }))(peer, request);
     if (request.type === 'Subscribe' && request.key === 'c') {

@@ -527,6 +527,20 @@ class Subscriptions(unittest.TestCase):
         wire.say(*(part for key in keys for part in (HELLO, synced(key, 3))))
         self.assertEqual(sorted(events(queue)), [("a", "missed"), ("b", "missed"), ("synced", 3)])
 
+    def test_several_patterns_begin_anew(self) -> None:
+        wire = Wire()
+        _, queue = wire.several("a", "b")
+        wire.sent()
+        wire.say(*(part for key in "ab" for part in (HELLO, update(key, b"1", 8), update(key + ".y", b"1", 9), synced(key, 9))))
+        events(queue)
+        wire.reconnect(begins_anew=True)
+        for key in (request["key"] for request in wire.sent()):
+            wire.say(HELLO, update(key, b"2", 2), synced(key, 3))
+        self.assertEqual(sorted(events(queue)), [("a", b"2", 0), ("a.y", "missed"), ("b", b"2", 0), ("b.y", "missed"), ("synced", 3)])
+        for key in "ab":
+            wire.say(message("Reset", key=key), synced(key, 4))
+        self.assertEqual(events(queue), [("a", "missed"), ("b", "missed"), ("synced", 4)])
+
     def test_with_one_of_several_patterns_the_subscription_ends(self) -> None:
         wire = Wire()
         _, queue = wire.several("a", "b", "c")

@@ -504,3 +504,16 @@ func TestAddresses(t *testing.T) {
 		isErr(t, err, nkv.ErrInvalidOption)
 	}
 }
+
+// The number of keys has the name that the keys of other answers have. So it was taken for a broken message, and the
+// connection was lost with every call.
+func TestFiguresAreReadAsAServerSendsThem(t *testing.T) {
+	f := newFake(t, each(func(p *peer, a ask) bool {
+		p.send(`{"Stats":{"id":%d,"status":200,"message":"No Error","keys":2,"value_bytes":3,"revision":4,"epoch":"e1","durability":"os"}}`, a.ID)
+		return true
+	}))
+	got := must[nkv.Stats](t)(dial(t, f.address).Stats(soon(t)))
+	if want := (nkv.Stats{Keys: 2, ValueBytes: 3, Revision: 4, Epoch: "e1", Durability: "os"}); got != want || f.count() != 1 {
+		t.Fatal(got)
+	}
+}

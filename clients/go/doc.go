@@ -41,5 +41,5 @@
 //
 // A write is never sent twice. If it was sent and no answer came, the error is [ErrOutcomeUnknown]. Every other error of
 // a write, except [ErrRefused] with status 500, means that nothing was changed; a write that failed so is not sent later.
-// Reads are repeated automatically on the next connection.
+// [Client.Update] changes a value that others change too. Reads are repeated automatically on the next connection.
 package nkv

@@ -44,6 +44,9 @@ var (
 	ErrTooMuch = errors.New("nkv: subscription holds too much")
 )
 
+// ErrKeep is what the function given to [Client.Update] returns to leave the key as it is.
+var ErrKeep = errors.New("nkv: keep the value")
+
 // Error is the error of every call. [errors.Is] finds its kind and its cause; [errors.As] finds the fields.
 type Error struct {
 	// Kind is one of the errors that this package declares, such as [ErrConflict].

@@ -23,7 +23,8 @@ type sink interface {
 	gone(key string, revision Revision, reason Reason, skipped uint64)
 	// synced says that all up to a revision was said.
 	synced(revision Revision, isFirst bool)
-	lost()
+	// lost says that the connection is lost. isReady: its reader has it already.
+	lost(isReady bool)
 	// beginAnew says that revisions from before say nothing any more.
 	beginAnew()
 	connected(epoch string)
@@ -45,8 +46,15 @@ type knownKey struct {
 	isDead   bool   // the client has deleted it itself, and notifications from before that may come yet
 }
 
-// local is one subscription of the program.
+// group is the local subscriptions of one subscription of the program, one for each pattern. They end together.
+type group struct {
+	locals   []*local
+	knownLen int // bytes of the keys that they know, about
+}
+
+// local is one pattern of a subscription of the program.
 type local struct {
+	group      *group
 	pattern    string
 	exact      bool
 	noSnapshot bool
@@ -59,15 +67,16 @@ type local struct {
 	isSynced   bool // on this connection
 	wasSynced  bool // ever
 	known      map[string]knownKey
-	knownLen   int
 	snapshot   uint64
 	epoch      string
 	isTooLarge bool
 }
 
 func newLocal(pattern string, exact bool, lenMax int, sink sink) *local {
-	ready := make(chan error, 1)
-	return &local{pattern: pattern, exact: exact, lenMax: lenMax, sink: sink, ready: ready, known: map[string]knownKey{}}
+	l := &local{pattern: pattern, exact: exact, lenMax: lenMax, sink: sink}
+	l.ready, l.known, l.group = make(chan error, 1), map[string]knownKey{}, &group{}
+	l.group.locals = []*local{l}
+	return l
 }
 
 // isSilent says whether what comes now is part of a state that it did not ask for.
@@ -119,13 +128,13 @@ func (l *local) update(entry Entry, skipped uint64) {
 	}
 	l.known[entry.Key] = known
 	if !isKnown {
-		l.knownLen += len(entry.Key) + keyCost
+		l.group.knownLen += len(entry.Key) + keyCost
 	}
 	if !isNews || l.isSilent() {
 		return
 	}
 	kept := l.sink.update(entry, skipped, !isKnown || wasDead)
-	if kept+l.knownLen > l.lenMax {
+	if kept+l.group.knownLen > l.lenMax {
 		l.isTooLarge = true
 	}
 }
@@ -143,7 +152,7 @@ func (l *local) gone(key string, revision Revision, reason Reason, skipped uint6
 
 func (l *local) forget(key string) {
 	delete(l.known, key)
-	l.knownLen -= len(key) + keyCost
+	l.group.knownLen -= len(key) + keyCost
 }
 
 // end ends a snapshot: what it did not have is gone.
@@ -165,7 +174,7 @@ func (l *local) end(revision Revision) {
 
 func (l *local) detach() {
 	l.standing, l.isSynced = waiting, false
-	l.sink.lost()
+	l.sink.lost(l.ready == nil)
 }
 
 // wire is a subscription as the server knows it. All local subscriptions of one pattern share it, because the server tells
@@ -482,8 +491,15 @@ func (h *hub) endWire(w *wire, err error) {
 	}
 }
 
+// endOne ends a local subscription that was cut from its wire, and the others of its group with it.
 func (h *hub) endOne(l *local, err error) {
-	l.isReady(err)
+	if len(l.group.locals) > 1 {
+		err = within("subscribe", l.pattern, err) // which of them it was
+	}
+	for _, one := range l.group.locals {
+		h.remove(one)
+		one.isReady(err)
+	}
 	l.sink.end(err)
 }
 

@@ -2,6 +2,7 @@ package nkv
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -86,6 +87,20 @@ func covers(pattern string, exact bool, key string) bool {
 		return strings.HasPrefix(key, pattern[:len(pattern)-1])
 	}
 	return key == pattern || (len(key) > len(pattern) && key[len(pattern)] == '.' && strings.HasPrefix(key, pattern))
+}
+
+// disjoint returns the patterns that no other includes, in their order, so that no key is covered twice.
+func disjoint(patterns []string, exact bool) []string {
+	var kept []string
+	for _, pattern := range patterns {
+		// What a pattern covers of another's text, it covers of all that the other does.
+		includes := func(other string) bool { return covers(other, exact, pattern) }
+		if !slices.ContainsFunc(kept, includes) {
+			kept = slices.DeleteFunc(kept, func(other string) bool { return covers(pattern, exact, other) })
+			kept = append(kept, pattern)
+		}
+	}
+	return kept
 }
 
 // selects says whether a read of the pattern finds the key.

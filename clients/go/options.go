@@ -168,11 +168,18 @@ type PageOptions struct {
 type SubscribeOption func(*subscribeOptions)
 
 type subscribeOptions struct {
+	also       []string
 	exact      bool
 	noSnapshot bool
 }
 
-// Exact subscribes to a key alone, without what is below it.
+// Also subscribes to these patterns too, as one stream: a change that several cover comes once, and [Synced] comes once all
+// have had their present state. With the end of one, such as by [ErrReplaced], the subscription ends.
+func Also(patterns ...string) SubscribeOption {
+	return func(o *subscribeOptions) { o.also = append(o.also, patterns...) }
+}
+
+// Exact subscribes to a key alone, or to several, without what is below them.
 func Exact() SubscribeOption { return func(o *subscribeOptions) { o.exact = true } }
 
 // WithoutSnapshot leaves out the present state: only what changes after the call has returned is delivered.

@@ -94,6 +94,13 @@ type model struct {
 	states   map[Revision]map[string]Entry // the store as it was at the ends of snapshots
 }
 
+// alone is the sink of the one pattern that feeds a queue.
+func alone(queue *queue) *queueSink {
+	sink := &queueSink{queue: queue, feed: &feed{}}
+	sink.feed.sinks = []*queueSink{sink}
+	return sink
+}
+
 func newModel(seed uint64) *model {
 	client, err := newClient("localhost", nil)
 	if err != nil {
@@ -103,7 +110,7 @@ func newModel(seed uint64) *model {
 		reader: map[string]Entry{}, told: map[string]string{},
 		states: map[Revision]map[string]Entry{}}
 	client.mu.Lock()
-	client.hub.add(newLocal("s", false, 1<<30, &queueSink{m.queue}))
+	client.hub.add(newLocal("s", false, 1<<30, alone(m.queue)))
 	client.mu.Unlock()
 	return m
 }
@@ -261,7 +268,7 @@ func TestKeysThatABranchMissedGoInOneStepWithItsBecomingLive(t *testing.T) {
 		p.update(entry(key, "1", 1), 0, true)
 	}
 	p.synced(revisionIn("e", 1), true)
-	p.lost()
+	p.lost(true)
 	p.gone("a", revisionIn("e", 5), Missed, 0)
 	p.gone("b", revisionIn("e", 5), Missed, 0)
 	if p.isLive || len(p.entries) != 3 {
@@ -350,7 +357,7 @@ func FuzzDecoder(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text []byte) {
 		client, _ := newClient("localhost", nil)
 		client.link = &link{epoch: "e", pending: map[uint64]*call{}}
-		client.hub.add(newLocal("*", false, 1000, &queueSink{newQueue()}))
+		client.hub.add(newLocal("*", false, 1000, alone(newQueue())))
 		client.hub.add(newLocal("a", true, 1000, newPresent()))
 		in := newDecoder(bytes.NewReader(text), 1<<16)
 		for {

@@ -47,10 +47,18 @@ type step struct {
 	Name       string          `json:"name"`
 	Key        json.RawMessage `json:"key"`
 	Pattern    json.RawMessage `json:"pattern"`
+	Patterns   []string        `json:"patterns"`
 	After      json.RawMessage `json:"after"`
 	Value      json.RawMessage `json:"value"`
 	Absent     bool            `json:"absent"`
-	Is         bool            `json:"is"`
+	Is         json.RawMessage `json:"is"`
+	Above0     []string        `json:"above_0"`
+	Append     string          `json:"append"`
+	Keep       bool            `json:"keep"`
+	Meanwhile  []step          `json:"meanwhile"`
+	Always     bool            `json:"always"`
+	Calls      *int            `json:"calls"`
+	Clients    []string        `json:"clients"`
 	Revision   string          `json:"revision"`
 	Save       string          `json:"save"`
 	IfRevision json.RawMessage `json:"if_revision"`
@@ -418,10 +426,16 @@ func (r *runner) do(ctx context.Context, client *nkv.Client, s step) error {
 		return r.delete(ctx, client, string(key), s)
 	case "exists":
 		is, err := client.Exists(ctx, string(key))
-		if err == nil && is != s.Is {
-			return differs(is, s.Is)
+		if err == nil && strconv.FormatBool(is) != string(s.Is) {
+			return differs(is, string(s.Is))
 		}
 		return err
+	case "update":
+		return r.update(ctx, client, string(key), s)
+	case "update_many":
+		return r.updateMany(ctx, string(key), s)
+	case "stats":
+		return r.stats(ctx, client, s)
 	case "list":
 		return r.list(ctx, client, string(pattern), s)
 	case "get_all":
@@ -585,6 +599,96 @@ func (r *runner) delete(ctx context.Context, client *nkv.Client, key string, s s
 	return err
 }
 
+func (r *runner) update(ctx context.Context, client *nkv.Client, key string, s step) error {
+	calls := 0
+	revision, err := client.Update(ctx, key, func(old *nkv.Entry) ([]byte, error) {
+		calls++
+		if calls == 1 || s.Always {
+			for _, step := range s.Meanwhile {
+				if err := r.run(context.Background(), step); err != nil {
+					return nil, err
+				}
+			}
+		}
+		if s.Keep {
+			return nil, nkv.ErrKeep
+		}
+		var value []byte
+		if old != nil {
+			value = old.Value
+		}
+		return append(value, s.Append...), nil
+	})
+	if s.Calls != nil && calls != *s.Calls {
+		return fmt.Errorf("%d calls, want %d: %w", calls, *s.Calls, err)
+	}
+	if err != nil {
+		return err
+	}
+	r.keep(s.Save, revision)
+	if s.Revision != "" && revision != r.revision(s.Revision) {
+		return differs(revision, r.revision(s.Revision))
+	}
+	if revision.IsZero() != s.Absent {
+		return differs(revision, s.Absent)
+	}
+	return nil
+}
+
+func (r *runner) updateMany(ctx context.Context, key string, s step) error {
+	ended := make(chan error, len(s.Clients)*s.Count)
+	for _, name := range s.Clients {
+		client, err := r.client(name)
+		if err != nil {
+			return err
+		}
+		for range s.Count {
+			go func() {
+				_, err := client.Update(ctx, key, func(old *nkv.Entry) ([]byte, error) {
+					if old == nil {
+						return []byte("1"), nil
+					}
+					number, err := strconv.Atoi(string(old.Value))
+					return []byte(strconv.Itoa(number + 1)), err
+				})
+				ended <- err
+			}()
+		}
+	}
+	for range cap(ended) {
+		if err := <-ended; err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *runner) stats(ctx context.Context, client *nkv.Client, s step) error {
+	stats, err := client.Stats(ctx)
+	if err != nil {
+		return err
+	}
+	text, err := json.Marshal(stats)
+	if err != nil {
+		return err
+	}
+	var got, want map[string]any
+	if err := errors.Join(json.Unmarshal(text, &got), json.Unmarshal(s.Is, &want)); err != nil {
+		return err
+	}
+	for name, value := range want {
+		if got[name] != value {
+			return differs(fmt.Sprint(name, " ", got[name]), value)
+		}
+	}
+	for _, name := range s.Above0 {
+		if number, _ := got[name].(float64); number <= 0 {
+			return differs(fmt.Sprint(name, " ", got[name]), "above 0")
+		}
+	}
+	return nil
+}
+
 func (r *runner) list(ctx context.Context, client *nkv.Client, pattern string, s step) error {
 	after, err := value(s.After)
 	if err != nil {
@@ -731,6 +835,10 @@ func (r *runner) subscribe(ctx context.Context, client *nkv.Client, pattern stri
 	}
 	if s.Snapshot != nil && !*s.Snapshot {
 		options = append(options, nkv.WithoutSnapshot())
+	}
+	if len(s.Patterns) > 0 {
+		pattern = s.Patterns[0]
+		options = append(options, nkv.Also(s.Patterns[1:]...))
 	}
 	sub, err := client.Subscribe(ctx, pattern, options...)
 	if err == nil {

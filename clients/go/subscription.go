@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// Subscription is a stream of what happens to the keys that a pattern covers.
+// Subscription is a stream of what happens to the keys that a pattern covers, or several do.
 //
 // First comes an [Update] for each present key, then [Synced], then changes as they happen. When the connection is lost,
 // [Reconnecting] comes; once it is there again, [Connected], then what was missed as if it had just happened, then
@@ -39,7 +39,9 @@ type following struct {
 func (f *following) end(err error) {
 	f.close.Do(func() {
 		f.client.mu.Lock()
-		f.client.hub.remove(f.local)
+		for _, l := range f.local.group.locals {
+			f.client.hub.remove(l)
+		}
 		f.client.mu.Unlock()
 		f.toEnd(err)
 		close(f.ended)
@@ -53,7 +55,7 @@ func (f *following) Close() error {
 	return nil
 }
 
-// follow adds a local subscription, and waits until it is ready. The context counts for its whole life.
+// follow adds a local subscription with its group, and waits until all are ready. The context counts for their whole life.
 func (c *Client) follow(ctx context.Context, op string, l *local, f *following) error {
 	*f = following{client: c, local: l, ctx: ctx, ended: make(chan struct{}), toEnd: l.sink.end}
 	if q, ok := l.sink.(*queueSink); ok {
@@ -66,21 +68,29 @@ func (c *Client) follow(ctx context.Context, op string, l *local, f *following) 
 		defer timer.Stop()
 		expired = timer.C
 	}
-	ready := l.ready
 	c.mu.Lock()
 	if c.isClosed {
 		c.mu.Unlock()
 		return within(op, l.pattern, closedError())
 	}
-	c.hub.add(l)
+	var all []chan error
+	for _, one := range l.group.locals {
+		all = append(all, one.ready)
+		c.hub.add(one)
+	}
 	c.mu.Unlock()
 	var err error
-	select {
-	case err = <-ready:
-	case <-ctx.Done():
-		err = c.gaveUp(ctx, false, limit)
-	case <-expired:
-		err = c.gaveUp(ctx, false, limit)
+	for _, ready := range all {
+		select {
+		case err = <-ready:
+		case <-ctx.Done():
+			err = c.gaveUp(ctx, false, limit)
+		case <-expired:
+			err = c.gaveUp(ctx, false, limit)
+		}
+		if err != nil {
+			break
+		}
 	}
 	if err == nil && ctx.Err() != nil {
 		err = c.gaveUp(ctx, false, limit)
@@ -93,22 +103,58 @@ func (c *Client) follow(ctx context.Context, op string, l *local, f *following) 
 	return nil
 }
 
-// queueSink is the client's side of a queue.
-type queueSink struct{ *queue }
+// queueSink is the client's side of a queue: one pattern of those that feed it.
+type queueSink struct {
+	*queue
+	feed *feed
+	has  *Revision // what it was synced with on this connection
+}
 
+// feed is what the patterns that feed a queue have in common. The lock of the client guards it.
+type feed struct {
+	sinks  []*queueSink
+	isLost bool
+}
+
+// synced says that all are synced once the last of them is, up to the lowest of their revisions.
 func (s *queueSink) synced(revision Revision, isFirst bool) {
-	if isFirst {
-		s.postSynced(revision)
+	if !isFirst {
+		return
+	}
+	s.has = &revision
+	lowest := revision
+	for _, one := range s.feed.sinks {
+		if one.has == nil {
+			return
+		}
+		if one.has.number < lowest.number {
+			lowest = *one.has
+		}
+	}
+	s.postSynced(lowest)
+}
+
+func (s *queueSink) beginAnew() {}
+
+func (s *queueSink) lost(isReady bool) {
+	s.has = nil
+	if isReady && !s.feed.isLost {
+		s.feed.isLost = true
+		s.connection(Reconnecting{})
 	}
 }
 
-func (s *queueSink) beginAnew()             {}
-func (s *queueSink) lost()                  { s.connection(Reconnecting{}) }
-func (s *queueSink) connected(epoch string) { s.connection(Connected{Epoch: epoch}) }
-func (s *queueSink) end(err error)          { s.queue.end(err, errors.Is(err, ErrClosed)) }
+func (s *queueSink) connected(epoch string) {
+	if s.feed.isLost {
+		s.feed.isLost = false
+		s.connection(Connected{Epoch: epoch})
+	}
+}
+
+func (s *queueSink) end(err error) { s.queue.end(err, errors.Is(err, ErrClosed)) }
 
 // Subscribe subscribes to a key and all below it, to all below it ("a.*"), or to everything ("*"), and waits until the
-// server has accepted it. The present state comes first.
+// server has accepted it. The present state comes first. [Also] adds other patterns.
 //
 // The context counts for the whole life of the subscription: it ends when the context does, or by
 // [Subscription.Close].
@@ -122,20 +168,38 @@ func (c *Client) Subscribe(ctx context.Context, pattern string, opts ...Subscrib
 	if o.exact {
 		check = checkKey
 	}
-	if err := check(pattern); err != nil {
-		return nil, within(op, pattern, err)
+	patterns := append([]string{pattern}, o.also...)
+	for _, pattern := range patterns {
+		if err := check(pattern); err != nil {
+			return nil, within(op, pattern, err)
+		}
 	}
 	s := &Subscription{queue: newQueue()}
-	l := newLocal(pattern, o.exact, c.options.subscriptionLenMax, &queueSink{s.queue})
-	l.noSnapshot, l.atSynced = o.noSnapshot, o.noSnapshot
-	if err := c.follow(ctx, op, l, &s.following); err != nil {
+	all, feed := &group{}, &feed{}
+	for _, pattern := range disjoint(patterns, o.exact) {
+		sink := &queueSink{queue: s.queue, feed: feed}
+		feed.sinks = append(feed.sinks, sink)
+		l := newLocal(pattern, o.exact, c.options.subscriptionLenMax, sink)
+		l.noSnapshot, l.atSynced, l.group = o.noSnapshot, o.noSnapshot, all
+		all.locals = append(all.locals, l)
+	}
+	if err := c.follow(ctx, op, all.locals[0], &s.following); err != nil {
 		return nil, err
 	}
 	return s, nil
 }
 
-// Pattern returns what it covers.
+// Pattern returns what it covers; of several patterns, the first.
 func (s *Subscription) Pattern() string { return s.local.pattern }
+
+// Patterns returns what it covers: the patterns that were asked for, without those that another one includes.
+func (s *Subscription) Patterns() []string {
+	var patterns []string
+	for _, l := range s.local.group.locals {
+		patterns = append(patterns, l.pattern)
+	}
+	return patterns
+}
 
 // Next waits for the next event. A wait that the context ends loses no event. Once the subscription has ended, the error is
 // that of [Subscription.Err].

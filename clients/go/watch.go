@@ -86,7 +86,7 @@ func (p *present) synced(revision Revision, _ bool) {
 	p.wake()
 }
 
-func (p *present) lost() {
+func (p *present) lost(bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.isLive = false

@@ -92,12 +92,17 @@ func appendString(buf []byte, text string) []byte {
 	return append(buf, '"')
 }
 
+// head is what any answer may have.
+type head struct {
+	ID       json.RawMessage `json:"id"`
+	Status   int             `json:"status"`
+	Message  string          `json:"message"`
+	Revision *uint64         `json:"revision"`
+}
+
 // body is what is within a message of the server.
 type body struct {
-	ID          json.RawMessage   `json:"id"`
-	Status      int               `json:"status"`
-	Message     string            `json:"message"`
-	Revision    *uint64           `json:"revision"`
+	head
 	Count       uint64            `json:"count"`
 	Keys        []string          `json:"keys"`
 	Revisions   []uint64          `json:"revisions"`
@@ -173,11 +178,15 @@ func (d *decoder) next() (message, error) {
 		return message{}, d.passOver(inner)
 	}
 	body := &body{}
-	if err := json.Unmarshal(inner, body); err != nil {
-		return message{}, protocolError("the server sent a bad %q: %v", kind, err)
-	}
 	if kind == "Stats" {
+		// Its number of keys has the name that keys have elsewhere, and is read with the rest of the figures.
+		err = json.Unmarshal(inner, &body.head)
 		body.whole = bytes.Clone(inner)
+	} else {
+		err = json.Unmarshal(inner, body)
+	}
+	if err != nil {
+		return message{}, protocolError("the server sent a bad %q: %v", kind, err)
 	}
 	if err := d.values(kind, body); err != nil {
 		return message{}, err

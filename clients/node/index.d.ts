@@ -82,10 +82,38 @@ export interface PageOptions extends Limits {
   after?: string;
 }
 
+/** The figures of a server. Those from `puts` on are counted since its start. */
+export interface Stats {
+  /** That of the data. */
+  readonly epoch: string;
+  /** What an answer to a write promises: `sync`, `interval:50ms`, `os` or `memory`. */
+  readonly durability: string;
+  readonly keys: number;
+  /** What all values take. */
+  readonly valueBytes: number;
+  readonly subscriptions: number;
+  readonly connections: number;
+  /** The last revision that was given. */
+  readonly revision: number;
+  readonly uptimeMs: number;
+  readonly puts: number;
+  /** Keys that were deleted. */
+  readonly deletes: number;
+  /** Keys whose time to live ended. */
+  readonly expired: number;
+  /** Writes to storage. */
+  readonly batches: number;
+  readonly failedBatches: number;
+  /** Notifications. */
+  readonly notified: number;
+  /** Changes that were passed over in favour of newer ones. */
+  readonly conflated: number;
+}
+
 export interface SubscribeOptions {
   /** Whether it starts with the present state. True if not given. */
   snapshot?: boolean;
-  /** Whether it is to the key alone, without what is below it. */
+  /** Whether it is to the key alone, or to each of several, without what is below it. */
   exact?: boolean;
   /** Ends the subscription: its iterator throws the signal's reason. */
   signal?: AbortSignal;
@@ -173,7 +201,10 @@ export type Event = UpdateEvent | GoneEvent | SyncedEvent | ReconnectingEvent | 
 /** The events of a subscription. `break` out of `for await` unsubscribes. Unread, it holds one event for each key at most. */
 export class Subscription implements AsyncIterableIterator<Event> {
   private constructor();
+  /** What it covers; of several patterns, the first. */
   readonly pattern: string;
+  /** What it covers: the patterns that were asked for, without those that another one includes. */
+  readonly patterns: readonly string[];
   /** How many events wait to be read. */
   readonly waiting: number;
   /** Waits until the server has accepted the subscription: from then on, no change is missed. */
@@ -248,6 +279,19 @@ export class Client {
   put(key: string, value: ValueLike, options?: PutOptions): Promise<Revision>;
   /** The entry of a key; undefined if it is absent. */
   get(key: string, options?: Limits): Promise<Entry | undefined>;
+  /**
+   * Changes a value that others may change too: reads the key, and writes what `change` makes of the entry if the key is still as it
+   * was read. If not, all of that is done again, after a random pause of at most 128 ms. `change` gets undefined if the key is absent,
+   * and returns undefined to write nothing. The value has no TTL. Returns the revision of what the key holds then; undefined if absent.
+   *
+   * The limits count for all of it. It rejects with a `ConflictError` if others were faster until the time was over, and with what
+   * `change` throws. After `OUTCOME_UNKNOWN` it is not tried again.
+   */
+  update(
+    key: string,
+    change: (old: Entry | undefined) => ValueLike | undefined | Promise<ValueLike | undefined>,
+    options?: Limits,
+  ): Promise<Revision | undefined>;
   /** All entries that a pattern selects, in key order, in as many pages as it takes. */
   getAll(pattern: string, options?: AllOptions): Promise<Entry[]>;
   getPage(pattern: string, options?: PageOptions): Promise<Page<Entry>>;
@@ -258,8 +302,15 @@ export class Client {
   delete(pattern: string, options?: DeleteOptions): Promise<Deleted>;
   /** Whether a pattern selects any key. */
   exists(pattern: string, options?: Limits): Promise<boolean>;
-  /** The changes of what a pattern covers: of `a`, this key and all below it; of `a.*`, all below it; of `*`, everything. */
-  subscribe(pattern: string, options?: SubscribeOptions): Subscription;
+  /** The figures of the server. */
+  stats(options?: Limits): Promise<Stats>;
+  /**
+   * The changes of what a pattern covers: of `a`, this key and all below it; of `a.*`, all below it; of `*`, everything.
+   *
+   * Several patterns are one stream: a change that several cover comes once, and `synced` comes once all have had their present
+   * state. If one of them ends, the subscription does.
+   */
+  subscribe(pattern: string | readonly string[], options?: SubscribeOptions): Subscription;
   /** The value of a key, always current. Returns when it is known; the limits are for that. */
   watch(key: string, options?: Limits): Promise<Watch>;
   /** All that a pattern covers, always current. Returns when it is known; the limits are for that. */

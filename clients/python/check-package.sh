@@ -34,6 +34,9 @@ def plain(client: nkv.Client) -> bytes | None:
             reason: nkv.GoneReason = event.reason
         else:
             revision = event.revision
+    patterns: tuple[str, ...] = client.subscribe(["a", "b.*"], exact=False).patterns
+    changed: nkv.Revision | None = client.update("a", lambda old: None if old is None else old.value + b"x")
+    stats: nkv.Stats = client.stats()
     branch: nkv.BranchWatch = client.watch_branch("a")
     texts: dict[str, str] = {key: value.decode() for key, value in branch.items()}
     with client.watch("a") as watch:
@@ -47,12 +50,20 @@ async def other(client: nkv.aio.Client) -> int:
     async for event in events:
         reveal: nkv.Update | nkv.Gone | nkv.Synced = event
     entries: AsyncIterator[nkv.Entry] = client.get_all("*")
+
+    async def change(old: nkv.Entry | None) -> str | None:
+        return old.text if old else None
+
+    changed: nkv.Revision | None = await client.update("a", change)
+    await client.update("a", lambda old: b"x")
+    size += (await client.stats()).keys
     return size + await client.delete("a")
 
 
 async def wrong(client: nkv.aio.Client) -> None:
     await client.put("a", 1)  # type: ignore[arg-type]
     await client.put("a", b"", if_revision="1")  # type: ignore[arg-type]
+    await client.update("a", lambda old: 1)  # type: ignore[arg-type,return-value]
 
 
 if __name__ == "__main__":

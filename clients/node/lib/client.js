@@ -9,7 +9,7 @@ const { dial } = require('./dial.js');
 const { Entry, Revision } = require('./entry.js');
 const errors = require('./errors.js');
 const { Hub } = require('./hub.js');
-const { checkKey, checkPattern, isWildcard } = require('./key.js');
+const { checkKey, checkPattern, disjoint, isWildcard } = require('./key.js');
 const { valuesOf } = require('./reader.js');
 const { Subscription } = require('./subscription.js');
 const { Branch, Watch } = require('./watch.js');
@@ -19,6 +19,9 @@ const { CannotConnectError, ClosedError, OutcomeUnknownError, ProtocolError, Ref
 /** A connection that lived for so long counts as good: the pauses between attempts begin anew. */
 const LASTED_MS = 2_000;
 const BACKOFF_LONGEST_MS = 86_400_000;
+/** The pause after a conflict is a random part of a span that doubles with each, up to the second of these. */
+const CONFLICT_MIN_MS = 1;
+const CONFLICT_MAX_MS = 128;
 /** How many entries `getAll` asks for at once, and how many keys `list`. */
 const GET_PAGE = 1_000;
 const LIST_PAGE = 10_000;
@@ -124,6 +127,44 @@ class Client {
     return this.#read({ type: 'Get', key }, given, (...answer) => entriesOf(answer).items[0]);
   }
 
+  /**
+   * Writes what `change` makes of the present entry if the key is still as it was read, and else begins again, after a random
+   * pause. `change` returns undefined to write nothing. Returns the revision of what the key holds then.
+   */
+  async update(key, change, options) {
+    const given = args.checkOptions(options, LIMITS, 'update');
+    checkKey(key);
+    if (typeof change !== 'function') {
+      throw new TypeError('what changes the value is a function');
+    }
+    const timeout = args.checkTime(given.timeout, 'timeout', this.#options.requestTimeout);
+    const until = performance.now() + timeout;
+    const limits = () => {
+      const left = until - performance.now();
+      if (left <= 0) {
+        throw this.#explained(new TimeoutError(`not done within ${timeout} ms`));
+      }
+      return { ...given, timeout: left };
+    };
+    for (let span = CONFLICT_MIN_MS; ; span = Math.min(2 * span, CONFLICT_MAX_MS)) {
+      const old = await this.get(key, limits());
+      const value = await change(old);
+      if (value === undefined) {
+        return old?.revision;
+      }
+      try {
+        return await this.put(key, value, { ifRevision: old?.revision ?? 0, ...limits() });
+      } catch (error) {
+        const isConflict = error instanceof errors.ConflictError || error instanceof errors.OtherEpochError;
+        const pause = Math.random() * span;
+        if (!isConflict || performance.now() + pause >= until) {
+          throw error;
+        }
+        await sleep(pause, given.signal);
+      }
+    }
+  }
+
   /** All entries that a pattern selects, in key order, in as many pages as it takes. */
   async getAll(pattern, options) {
     const { pageSize, ...given } = args.checkOptions(options, ['pageSize', ...LIMITS], 'getAll');
@@ -180,19 +221,31 @@ class Client {
     return this.#read({ type: 'Exists', key: pattern }, given, (kind, body) => body.status === 200);
   }
 
-  /** The changes of what a pattern covers: an async iterator of events. */
+  /** The server's figures. */
+  async stats(options) {
+    const given = args.checkOptions(options, LIMITS, 'stats');
+    return this.#read({ type: 'Stats' }, given, (kind, body) => statsOf(kind, body));
+  }
+
+  /** The changes of what a pattern covers, or several do: an async iterator of events. */
   subscribe(pattern, options) {
     const given = args.checkOptions(options, ['snapshot', 'exact', 'signal'], 'subscribe');
-    checkPattern(pattern);
+    const patterns = Array.isArray(pattern) ? pattern : [pattern];
+    patterns.forEach(checkPattern);
+    if (patterns.length === 0) {
+      throw new errors.InvalidKeyError('invalid key: no pattern is given');
+    }
     const snapshot = args.checkFlag(given.snapshot, 'snapshot', true);
     const exact = args.checkFlag(given.exact, 'exact', false);
     const signal = args.checkSignal(given.signal);
-    if (exact && isWildcard(pattern)) {
+    if (exact && patterns.some(isWildcard)) {
       throw new TypeError("'exact' goes with one key, not with a wildcard");
     }
     signal?.throwIfAborted();
     const timeout = this.#options.requestTimeout;
-    return new Subscription(pattern, { timeout, signal }, this.#beginner({ pattern, exact, snapshot }));
+    const group = { knownLen: 0 };
+    const begin = (one, sink) => this.#beginner({ pattern: one, exact, snapshot, group })(sink);
+    return new Subscription(disjoint(patterns, exact), { timeout, signal }, begin);
   }
 
   /** The value of a key, always current. Returns when it is known. */
@@ -229,13 +282,13 @@ class Client {
   }
 
   /** What a subscription or watch calls to begin; it returns what ends it. */
-  #beginner({ pattern, exact, snapshot = true }) {
+  #beginner({ pattern, exact, snapshot = true, group }) {
     if (this.#state === 'closed') {
       throw new ClosedError();
     }
     return (sink) => {
       const lenMax = this.#options.subscriptionLenMax;
-      const local = this.#hub.subscribe({ pattern, exact, snapshot, lenMax, sink });
+      const local = this.#hub.subscribe({ pattern, exact, snapshot, lenMax, sink, group });
       return () => this.#hub.unsubscribe(local);
     };
   }
@@ -622,6 +675,48 @@ function revisionOf(number, epoch) {
 
 function countOf(count) {
   return Number.isSafeInteger(count) ? count : 0;
+}
+
+const FIGURES = {
+  keys: 'keys',
+  valueBytes: 'value_bytes',
+  subscriptions: 'subscriptions',
+  connections: 'connections',
+  revision: 'revision',
+  uptimeMs: 'uptime_ms',
+  puts: 'puts',
+  deletes: 'deletes',
+  expired: 'expired',
+  batches: 'batches',
+  failedBatches: 'failed_batches',
+  notified: 'notified',
+  conflated: 'conflated',
+};
+
+/** Figures that a server does not have are 0. */
+function statsOf(kind, body) {
+  const { epoch = '', durability = '' } = body;
+  const numbers = Object.entries(FIGURES).map(([name, field]) => [name, body[field] ?? 0]);
+  const isWhole = typeof epoch === 'string' && typeof durability === 'string' && numbers.every(([, value]) => value >= 0);
+  if (kind !== 'Stats' || !isWhole || numbers.some(([, value]) => typeof value !== 'number')) {
+    throw new ProtocolError("the answer of the server is not one to 'Stats'");
+  }
+  return { epoch, durability, ...Object.fromEntries(numbers) };
+}
+
+/** Waits; the signal's reason is thrown if it fires. */
+async function sleep(ms, signal) {
+  let stop = () => {};
+  let stopSignal = () => {};
+  try {
+    await new Promise((resolve, reject) => {
+      stop = args.after(ms, resolve);
+      stopSignal = args.onAbort(signal, reject);
+    });
+  } finally {
+    stop();
+    stopSignal();
+  }
 }
 
 function refusal(body) {

@@ -14,9 +14,12 @@ const { valueOf } = require('./reader.js');
 const RETRY_MIN_MS = 100;
 const RETRY_MAX_MS = 10_000;
 
-/** A subscription of the program. Its sink receives what happens, and copies the values that it keeps. */
+/**
+ * A pattern of a subscription of the program. Its sink receives what happens, and copies the values that it keeps. `group` is
+ * `{ knownLen }`: what the keys take that the subscription knows, those of its other patterns too.
+ */
 class Local {
-  constructor({ pattern, exact, snapshot, lenMax, sink }) {
+  constructor({ pattern, exact, snapshot, lenMax, sink, group = { knownLen: 0 } }) {
     this.pattern = pattern;
     this.exact = exact || isWildcard(pattern);
     this.snapshot = snapshot;
@@ -24,7 +27,7 @@ class Local {
     this.sink = sink;
     /** The revisions, as numbers, of the keys that exist as far as it was sent. */
     this.known = new Map();
-    this.knownLen = 0;
+    this.group = group;
     this.epoch = undefined;
     /** Of these, those that the snapshot under way has not had yet. */
     this.unseen = undefined;
@@ -61,7 +64,7 @@ class Local {
       return;
     }
     if (known === undefined) {
-      this.knownLen += key.length + EVENT_LEN;
+      this.group.knownLen += key.length + EVENT_LEN;
     }
     this.known.set(key, entry.revision.number);
     if (!this.isSilent) {
@@ -75,7 +78,7 @@ class Local {
       return;
     }
     this.known.delete(key);
-    this.knownLen -= key.length + EVENT_LEN;
+    this.group.knownLen -= key.length + EVENT_LEN;
     if (!this.isSilent) {
       this.sink.gone(key, revision, reason, skipped);
     }
@@ -96,9 +99,7 @@ class Local {
     this.#accept();
     if (!this.isSynced) {
       this.isSynced = true;
-      if (!wasSilent) {
-        this.sink.synced(revision);
-      }
+      this.sink.synced(revision, wasSilent);
     }
   }
 
@@ -119,7 +120,7 @@ class Local {
   }
 
   get isTooLarge() {
-    return this.knownLen + this.sink.len > this.lenMax;
+    return this.group.knownLen + this.sink.len > this.lenMax;
   }
 
   #accept() {

@@ -80,6 +80,19 @@ function covers(pattern, key, exact) {
   return key === pattern || (!exact && key.startsWith(pattern) && key[pattern.length] === '.');
 }
 
+/** The patterns that no other includes, in their order, so that no key is covered twice. */
+function disjoint(patterns, exact) {
+  let kept = [];
+  for (const pattern of patterns) {
+    // What a pattern covers of another's text, it covers of all that the other does.
+    if (!kept.some((other) => covers(other, pattern, exact))) {
+      kept = kept.filter((other) => !covers(pattern, other, exact));
+      kept.push(pattern);
+    }
+  }
+  return kept;
+}
+
 /** Each pattern whose subscription covers the key. */
 function patternsOf(key) {
   const patterns = ['*', key];
@@ -89,4 +102,4 @@ function patternsOf(key) {
   return patterns;
 }
 
-module.exports = { checkKey, checkPattern, covers, isWildcard, loneSurrogate, patternsOf };
+module.exports = { checkKey, checkPattern, covers, disjoint, isWildcard, loneSurrogate, patternsOf };

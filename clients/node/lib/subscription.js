@@ -31,30 +31,38 @@ function limits(options, where, fallback) {
   return { timeout: checkTime(timeout, 'timeout', fallback), signal };
 }
 
-/** The events of a subscription: an async iterator. Its end, by `break` or `close()`, unsubscribes. */
+/** The events of a subscription, to one pattern or several: an async iterator. Its end, by `break` or `close()`, unsubscribes. */
 class Subscription {
   #queue = new Queue();
   #waiters = new Set();
   #readyWaiters = new Set();
-  #isAccepted = false;
+  /** Of each pattern, whether the server has accepted it, and the revision that it was synced with on this connection. */
+  #parts;
+  #isLost = false;
   #isEnded = false;
   #error;
   #timeout;
   #leave;
   #stopSignal = () => {};
 
-  /** `begin` takes what the hub calls, and returns what unsubscribes. */
-  constructor(pattern, { timeout, signal }, begin) {
-    this.pattern = pattern;
+  /** `begin` takes a pattern and what the hub calls for it, and returns what unsubscribes. */
+  constructor(patterns, { timeout, signal }, begin) {
+    this.patterns = Object.freeze([...patterns]);
     this.#timeout = timeout;
-    const leave = begin(this.#sink());
+    this.#parts = patterns.map(() => ({ isAccepted: false, synced: undefined }));
+    const leaves = patterns.map((pattern, index) => begin(pattern, this.#sink(this.#parts[index])));
     this.#leave = () => {
       this.#stopSignal();
-      leave();
+      leaves.forEach((leave) => leave());
     };
     if (!this.#isEnded) {
       this.#stopSignal = onAbort(signal, (reason) => this.#finish(reason));
     }
+  }
+
+  /** What it covers; of several patterns, the first. */
+  get pattern() {
+    return this.patterns[0];
   }
 
   /** How many events wait to be read. */
@@ -65,7 +73,7 @@ class Subscription {
   /** Waits until the server has accepted the subscription: from then on, no change is missed. */
   async ready(options) {
     const { timeout, signal } = limits(options, 'ready', this.#timeout);
-    if (this.#isAccepted) {
+    if (this.#parts.every(({ isAccepted }) => isAccepted)) {
       return;
     }
     if (this.#isEnded) {
@@ -110,7 +118,7 @@ class Subscription {
     return this;
   }
 
-  #sink() {
+  #sink(part) {
     const subscription = this;
     return {
       isWatch: false,
@@ -125,23 +133,40 @@ class Subscription {
       gone: (key, revision, reason, skipped) => {
         this.#post(() => this.#queue.change({ type: 'gone', key, revision, reason, skipped }, false));
       },
-      synced: (revision) => this.#post(() => this.#queue.synced({ type: 'synced', revision })),
+      synced: (revision, isSilent) => {
+        part.synced = revision;
+        if (!isSilent && this.#parts.every(({ synced }) => synced !== undefined)) {
+          this.#synced();
+        }
+      },
       lost: (isAccepted) => {
-        if (isAccepted) {
+        part.synced = undefined;
+        if (isAccepted && !this.#isLost) {
+          this.#isLost = true;
           this.#post(() => this.#queue.connection({ type: 'reconnecting' }));
         }
       },
       connected: (epoch, isAccepted) => {
-        if (isAccepted) {
+        if (isAccepted && this.#isLost) {
+          this.#isLost = false;
           this.#post(() => this.#queue.connection({ type: 'connected', epoch }));
         }
       },
       accepted: () => {
-        this.#isAccepted = true;
-        settleAll(this.#readyWaiters, ({ resolve }) => resolve());
+        part.isAccepted = true;
+        if (this.#parts.every(({ isAccepted }) => isAccepted)) {
+          settleAll(this.#readyWaiters, ({ resolve }) => resolve());
+        }
       },
       end: (error) => this.#finish(error),
     };
+  }
+
+  /** All patterns are synced, up to the lowest of their revisions. */
+  #synced() {
+    const revisions = this.#parts.map(({ synced }) => synced);
+    const revision = revisions.reduce((lowest, other) => (other.number < lowest.number ? other : lowest));
+    this.#post(() => this.#queue.synced({ type: 'synced', revision }));
   }
 
   #post(add) {

@@ -584,3 +584,107 @@ describe('subscriptions', () => {
     assert.deepEqual(await take(all[200], 3), ['connected', 'synced', 'update s.200 x']);
   });
 });
+
+describe('several patterns', () => {
+  const snapshot = (entriesOf) => (peer, request) => {
+    const { id, type, key } = request;
+    if (type !== 'Subscribe') {
+      peer.answer(id, { revision: 1 });
+      return;
+    }
+    peer.send('Hello');
+    const { entries, revision } = entriesOf(key);
+    entries.forEach(([name, value, at]) => peer.update(name, value, at));
+    peer.synced(key, revision);
+  };
+  /** The events up to the next `synced`, those of the connection too. */
+  const synced = async (subscription) => {
+    for (const texts = []; ; ) {
+      const event = await subscription.take({ timeout: 10_000 });
+      assert.ok(event !== undefined, `it ended after ${texts}`);
+      texts.push([event.type, event.key, event.type === 'synced' ? event.revision.number : event.reason].filter(Boolean).join(' '));
+      if (event.type === 'synced') {
+        return texts;
+      }
+    }
+  };
+
+  const at = { a: 7, 'b.*': 5, c: 8 };
+  const each = (key) => ({ entries: [[`${key[0]}.x`, '1', at[key]]], revision: at[key] });
+  withFake('are synced once all are, up to the lowest revision', { onRequest: snapshot(each) }, {}, async (client, server) => {
+    const subscription = client.subscribe(['a.x', 'b.*', 'a', 'b.y', 'c', 'a']);
+    assert.deepEqual([subscription.pattern, subscription.patterns], ['b.*', ['b.*', 'a', 'c']]);
+    assert.deepEqual(await synced(subscription), ['update b.x', 'update a.x', 'update c.x', 'synced 5']);
+    server.peers[0].socket.destroy();
+    const lost = await subscription.take({ timeout: 10_000 });
+    assert.deepEqual([lost.type, ...(await synced(subscription))], ['reconnecting', 'connected', 'synced 5']);
+    assert.throws(() => client.subscribe([]), failsWith('INVALID_KEY'));
+    assert.throws(() => client.subscribe(['a', 'b..c']), failsWith('INVALID_KEY'));
+    assert.throws(() => client.subscribe(['a', 'b.*'], { exact: true }), TypeError);
+    assert.equal(server.of('Subscribe').length, 6);
+  });
+
+  const anew = {
+    onRequest: (peer, request) => {
+      const first = [['.x', '1', 8], ['.y', '1', 9]];
+      const entries = peer.isAnew ? [['.x', '2', 2]] : first;
+      const of = (key) => ({ entries: entries.map(([name, value, revision]) => [key + name, value, revision]), revision: peer.isAnew ? 3 : 9 });
+      snapshot(of)(peer, request);
+    },
+    onConnect: (peer, request) => {
+      peer.isAnew = request.seen !== undefined;
+      peer.greet(request, EPOCH, peer.isAnew ? { begins_anew: true } : {});
+    },
+  };
+  withFake('begin anew', anew, {}, async (client, server) => {
+    const subscription = client.subscribe(['a', 'b']);
+    assert.equal((await synced(subscription)).length, 5);
+    server.peers[0].socket.destroy();
+    const news = (await synced(subscription)).filter((text) => !/connect/.test(text)).sort();
+    assert.deepEqual(news, ['gone a.y missed', 'gone b.y missed', 'synced 3', 'update a.x', 'update b.x']);
+    for (const key of ['a', 'b']) {
+      server.peers[1].send({ Reset: { key } });
+      server.peers[1].synced(key, 4);
+    }
+    assert.deepEqual([(await subscription.take()).key, (await subscription.take()).key], ['a.x', 'b.x']);
+  });
+
+  const replacing = (peer, request) => {
+    snapshot(() => ({ entries: [], revision: 1 }))(peer, request);
+    if (request.type === 'Subscribe' && request.key === 'c') {
+      peer.send({ Close: { key: 'a', reason: 'replaced' } });
+    }
+  };
+  withFake('end with the first of them that ends', { onRequest: replacing }, {}, async (client, server) => {
+    const subscription = client.subscribe(['a', 'b', 'c']);
+    await assert.rejects(
+      async () => {
+        for await (const _ of subscription);
+      },
+      (error) => error.code === 'ENDED' && error.reason === 'replaced',
+    );
+    await eventually(() => server.of('Unsubscribe').length === 2);
+    assert.deepEqual(server.of('Unsubscribe').map(({ key }) => key), ['b', 'c']);
+  });
+
+  const refusing = (peer, request) => {
+    if (request.type === 'Subscribe' && request.key === 'b') {
+      peer.answer(request.id, { status: 429, message: 'too many' });
+    } else {
+      snapshot(() => ({ entries: [], revision: 1 }))(peer, request);
+    }
+  };
+  withFake('are refused with the first of them that is', { onRequest: refusing }, {}, async (client, server) => {
+    const subscription = client.subscribe(['a', 'b', 'c']);
+    await assert.rejects(subscription.ready(), failsWith('REFUSED'));
+    await eventually(() => server.of('Unsubscribe').length === 2);
+    assert.deepEqual(server.of('Unsubscribe').map(({ key }) => key), ['a', 'c']);
+  });
+
+  const six = (key) => ({ entries: Array.from({ length: 6 }, (_, n) => [`${key}.${n}`, '', n + 1]), revision: 9 });
+  withFake('share one limit', { onRequest: snapshot(six) }, { subscriptionLenMax: 3_000 }, async (client) => {
+    // Six keys of some 200 bytes each, known and waiting, are not too much. Eighteen are, also when all were read.
+    assert.equal((await synced(client.subscribe('a'))).length, 7);
+    await assert.rejects(synced(client.subscribe(['b', 'c', 'd'])), (error) => error.reason === 'too-much');
+  });
+});

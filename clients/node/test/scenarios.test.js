@@ -159,6 +159,43 @@ class Run {
     }
   }
 
+  async update(step, limits) {
+    let calls = 0;
+    let revision;
+    const change = async (old) => {
+      calls += 1;
+      for (const inner of calls === 1 || step.always ? (step.meanwhile ?? []) : []) {
+        await this.step(inner);
+      }
+      return step.keep ? undefined : Buffer.concat([old?.value ?? Buffer.alloc(0), Buffer.from(step.append)]);
+    };
+    try {
+      revision = await this.client(step.on).update(step.key, change, limits);
+    } finally {
+      assert.equal(calls, step.calls ?? calls, 'calls of the change');
+    }
+    assert.equal(revision === undefined, step.absent ?? false);
+    if (step.revision !== undefined) {
+      assert.ok(revision.equals(this.revision(step.revision)), step.key);
+    }
+    this.save(step, revision);
+  }
+
+  async update_many({ key, clients, count }) {
+    const add = (name) => this.client(name).update(key, (old) => String(Number(old?.text() ?? 0) + 1));
+    await Promise.all(clients.flatMap((name) => Array.from({ length: count }, () => add(name))));
+  }
+
+  async stats({ on, is, above_0: above = [] }, limits) {
+    const stats = await this.client(on).stats(limits);
+    const of = (name) => stats[name.replace(/_(.)/g, (_, letter) => letter.toUpperCase())];
+    for (const [name, value] of Object.entries(is)) {
+      assert.equal(of(name), value, name);
+    }
+    above.forEach((name) => assert.ok(of(name) > 0, name));
+    assert.match(stats.epoch, /^[0-9a-f]{32}$/);
+  }
+
   async exists(step, limits) {
     assert.equal(await this.client(step.on).exists(step.key, limits), step.is, step.key);
   }
@@ -214,7 +251,7 @@ class Run {
 
   async subscribe(step, limits) {
     const options = { snapshot: step.snapshot ?? true, exact: step.exact ?? false };
-    const subscription = this.client(step.on).subscribe(textOf(step.pattern), options);
+    const subscription = this.client(step.on).subscribe(step.patterns ?? textOf(step.pattern), options);
     this.subscriptions.set(step.name, subscription);
     await subscription.ready(limits);
   }
@@ -260,7 +297,7 @@ class Run {
     }
     assertEvents(got, expect, ordered);
     for (const end = performance.now() + (quiet ?? 0); performance.now() < end; ) {
-      const event = await this.event(name, { timeout: Math.max(0, end - performance.now()) }, false);
+      const event = await this.event(name, { timeout: Math.max(0, end - performance.now()) }, withSynced);
       assert.ok(event === null || event === undefined, `${name}: unexpected: ${JSON.stringify(event && shown(event))}`);
     }
   }

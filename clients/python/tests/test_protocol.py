@@ -76,6 +76,12 @@ class Wire:
                 data = data[lines[-1]["len"] + 1:]
         return lines
 
+    def several(self, *patterns: str, snapshot: bool = True) -> tuple[list[Local], EventQueue]:
+        group, queue = Local.several(patterns, False, snapshot)
+        for local in group:
+            self.session.subscribe(local)
+        return group, queue
+
     def subscribe(self, pattern: str, *, exact: bool = False, snapshot: bool = True) -> tuple[Local, EventQueue]:
         queue = EventQueue()
         local = Local(pattern, exact, snapshot, queue, wait_synced=False)
@@ -490,6 +496,76 @@ class Subscriptions(unittest.TestCase):
         wire.now += wire.session.next_tick(wire.now)
         wire.session.tick(wire.now)
         self.assertEqual(wire.sent()[0]["key"], "b")
+
+    def test_several_patterns_are_synced_once_all_are_and_up_to_the_lowest_revision(self) -> None:
+        wire = Wire()
+        group, queue = wire.several("a.x", "b.*", "a", "b.y", "c", "a")
+        self.assertEqual([local.pattern for local in group], ["b.*", "a", "c"])
+        self.assertEqual([request["key"] for request in wire.sent()], ["b.*", "a", "c"])
+        wire.say(HELLO, update("b.x", b"1", 5), synced("b.*", 5), HELLO, update("a", b"1", 7), synced("a", 7), HELLO)
+        self.assertEqual(events(queue), [("b.x", b"1", 0), ("a", b"1", 0)])
+        wire.say(synced("c", 8))
+        self.assertEqual(events(queue), [("synced", 5)])
+        wire.reconnect()
+        for key in (request["key"] for request in wire.sent()):
+            # The last part may lack anything.
+            self.assertEqual([event for event in events(queue) if event[0] == "synced"], [])
+            wire.say(HELLO, update(key[0] + ".x", b"2", 9), synced(key, 9))
+        self.assertEqual(events(queue)[-1], ("synced", 9))
+
+    def test_several_patterns_without_a_snapshot_are_synced_after_a_loss(self) -> None:
+        wire = Wire()
+        group, queue = wire.several("a", "b", snapshot=False)
+        wire.sent()
+        wire.say(HELLO, update("a", b"1", 1), synced("a", 1))
+        self.assertFalse(all(local.ready.done for local in group))
+        wire.say(HELLO, update("b", b"1", 2), synced("b", 2))
+        self.assertTrue(all(local.ready.done for local in group))
+        self.assertEqual(events(queue), [])
+        wire.reconnect()
+        keys = [request["key"] for request in wire.sent()]
+        wire.say(*(part for key in keys for part in (HELLO, synced(key, 3))))
+        self.assertEqual(sorted(events(queue)), [("a", "missed"), ("b", "missed"), ("synced", 3)])
+
+    def test_several_patterns_begin_anew(self) -> None:
+        wire = Wire()
+        _, queue = wire.several("a", "b")
+        wire.sent()
+        wire.say(*(part for key in "ab" for part in (HELLO, update(key, b"1", 8), update(key + ".y", b"1", 9), synced(key, 9))))
+        events(queue)
+        wire.reconnect(begins_anew=True)
+        for key in (request["key"] for request in wire.sent()):
+            wire.say(HELLO, update(key, b"2", 2), synced(key, 3))
+        self.assertEqual(sorted(events(queue)), [("a", b"2", 0), ("a.y", "missed"), ("b", b"2", 0), ("b.y", "missed"), ("synced", 3)])
+        for key in "ab":
+            wire.say(message("Reset", key=key), synced(key, 4))
+        self.assertEqual(events(queue), [("a", "missed"), ("b", "missed"), ("synced", 4)])
+
+    def test_with_one_of_several_patterns_the_subscription_ends(self) -> None:
+        wire = Wire()
+        _, queue = wire.several("a", "b", "c")
+        wire.sent()
+        wire.say(*(part for key in "abc" for part in (HELLO, synced(key, 1))), message("Close", key="a", reason="replaced"))
+        self.assertIsInstance(queue.error, nkv.Closed)
+        self.assertEqual([(request["type"], request["key"]) for request in wire.sent()],
+                         [("Unsubscribe", "b"), ("Unsubscribe", "c")])
+
+    def test_with_one_of_several_patterns_the_subscription_is_refused(self) -> None:
+        wire = Wire()
+        group, queue = wire.several("a", "b", "c")
+        asked = wire.sent()
+        wire.say(HELLO, synced("a", 1), message("Base", id=asked[1]["id"], status=429, message="too many"))
+        self.assertEqual([type(local.ready.error) for local in group], [type(None), nkv.Refused, nkv.Refused])
+        self.assertIsInstance(queue.error, nkv.Refused)
+        self.assertEqual([(request["type"], request["key"]) for request in wire.sent()],
+                         [("Unsubscribe", "a"), ("Unsubscribe", "c")])
+
+    def test_several_patterns_are_checked(self) -> None:
+        for wrong in ([], ["a", "b..c"], [1], b"a"):
+            with self.assertRaises(nkv.InvalidKey):
+                Local.several(wrong, False, True)  # type: ignore[arg-type]
+        with self.assertRaises(nkv.InvalidKey):
+            Local.several(["a", "b.*"], True, True)
 
     def test_a_watch_keeps_its_state_while_the_connection_is_lost(self) -> None:
         wire = Wire()

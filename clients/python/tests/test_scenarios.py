@@ -46,6 +46,9 @@ class Aio:
     async def many(self, client: Any, calls: list[tuple[Any, ...]]) -> list[Any]:
         return await asyncio.gather(*(getattr(client, name)(*args) for name, *args in calls), return_exceptions=True)
 
+    async def update(self, client: Any, name: str, change: Any, **options: Any) -> Any:
+        return await client.update(name, change, **options)
+
     async def cancel(self, step: Any, seconds: float) -> None:
         task = asyncio.ensure_future(step(None))
         await asyncio.sleep(seconds)
@@ -84,6 +87,14 @@ class Plain:
             getattr(pipeline, name)(*args)
         results: list[Any] = await self.run(pipeline.run)
         return results
+
+    async def update(self, client: Any, name: str, change: Any, **options: Any) -> Any:
+        loop = asyncio.get_running_loop()
+
+        def blocking(old: nkv.Entry | None) -> Any:
+            return asyncio.run_coroutine_threadsafe(change(old), loop).result()
+
+        return await self.run(client.update, name, blocking, **options)
 
     async def cancel(self, step: Any, seconds: float) -> None:
         await step(seconds)
@@ -196,6 +207,38 @@ class Case:
         count = await self.driver.call(self.client(step), "delete", key(step["key"]), **options)
         assert count == step.get("count", count), count
 
+    async def op_update(self, step: dict[str, Any], timeout: float | None) -> None:
+        calls = 0
+
+        async def change(old: nkv.Entry | None) -> bytes | None:
+            nonlocal calls
+            calls += 1
+            if calls == 1 or step.get("always"):
+                await self.run(step.get("meanwhile", []))
+            return None if step.get("keep") else (old.value if old else b"") + step["append"].encode()
+
+        options = self.call_options(step, timeout)
+        try:
+            revision = await self.driver.update(self.client(step), key(step["key"]), change, **options)
+        finally:
+            assert calls == step.get("calls", calls), calls
+        assert (revision is None) is step.get("absent", False), revision
+        assert "revision" not in step or revision == self.revision(step["revision"]), revision
+        self.revisions[step.get("save", "_")] = revision
+
+    async def op_update_many(self, step: dict[str, Any], timeout: float | None) -> None:
+        async def add(old: nkv.Entry | None) -> str:
+            return str(int(old.text if old else 0) + 1)
+
+        clients = [self.client({"on": name}) for name in step["clients"]] * step["count"]
+        await asyncio.gather(*(self.driver.update(client, key(step["key"]), add) for client in clients))
+
+    async def op_stats(self, step: dict[str, Any], timeout: float | None) -> None:
+        stats = await self.driver.call(self.client(step), "stats")
+        for name, value in step["is"].items():
+            assert getattr(stats, name) == value, (name, stats)
+        assert all(getattr(stats, name) > 0 for name in step.get("above_0", ())) and len(stats.epoch) == 32, stats
+
     async def op_exists(self, step: dict[str, Any], timeout: float | None) -> None:
         assert await self.driver.call(self.client(step), "exists", key(step["key"])) is step["is"]
 
@@ -234,7 +277,7 @@ class Case:
 
     async def op_subscribe(self, step: dict[str, Any], timeout: float | None) -> None:
         self.open[step["name"]] = await self.driver.call(
-            self.client(step), "subscribe", key(step["pattern"]), snapshot=step.get("snapshot", True),
+            self.client(step), "subscribe", step["patterns"] if "patterns" in step else key(step["pattern"]), snapshot=step.get("snapshot", True),
             exact=step.get("exact", False))
 
     async def op_unsubscribe(self, step: dict[str, Any], timeout: float | None) -> None:
@@ -257,16 +300,16 @@ class Case:
             raise AssertionError(f"only {got}") from None
         same = got == expect if step.get("ordered") else collections.Counter(got) == collections.Counter(expect)
         assert same, got
-        await self.quiet(step)
+        await self.quiet(step, with_synced)
 
-    async def quiet(self, step: dict[str, Any]) -> None:
+    async def quiet(self, step: dict[str, Any], with_synced: bool) -> None:
         until = time.monotonic() + step.get("quiet_ms", 0) / 1000
         while (left := until - time.monotonic()) > 0:
             try:
                 event = await self.driver.next(self.open[step["name"]], left)
             except (nkv.Timeout, asyncio.TimeoutError):
                 return
-            assert isinstance(event, nkv.Synced), f"one more: {event}"
+            assert isinstance(event, nkv.Synced) and not with_synced, f"one more: {event}"
 
     async def op_state(self, step: dict[str, Any], timeout: float | None) -> None:
         entries = {name: data(value) for name, value in step["entries"].items()}

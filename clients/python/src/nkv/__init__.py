@@ -17,12 +17,12 @@ from ._errors import (
     Timeout,
 )
 from ._plain import BranchWatch, Client, Pipeline, Subscription, Watch
-from ._types import Entry, Event, Gone, GoneReason, Listed, Page, Revision, Synced, Update
+from ._types import Entry, Event, Gone, GoneReason, Listed, Page, Revision, Stats, Synced, Update
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BranchWatch", "CannotConnect", "Client", "Closed", "Conflict", "Entry", "Event", "Gone", "GoneReason", "InvalidAddress",
     "InvalidKey", "Listed", "NkvError", "OtherEpoch", "OutcomeUnknown", "Page", "Pipeline", "ProtocolError", "Refused",
-    "Revision", "Subscription", "Synced", "Timeout", "Update", "Watch", "__version__",
+    "Revision", "Stats", "Subscription", "Synced", "Timeout", "Update", "Watch", "__version__",
 ]

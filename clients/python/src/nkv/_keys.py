@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from ._errors import InvalidKey
 
@@ -50,6 +51,20 @@ def covers(pattern: str, exact: bool, key: str) -> bool:
     if pattern.endswith(".*"):
         return key.startswith(pattern[:-1])
     return key == pattern or (not exact and key.startswith(pattern) and key[len(pattern)] == ".")
+
+
+def disjoint(patterns: str | Iterable[str], exact: bool) -> list[str]:
+    """Returns those of the patterns, or the one, that no other includes, so that no key is covered twice. Raises `InvalidKey`."""
+    kept: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        pattern = check_key(pattern) if exact else check_pattern(pattern)
+        # What a pattern covers of another's text, it covers of all that the other does.
+        if not any(covers(other, exact, pattern) for other in kept):
+            kept = [other for other in kept if not covers(pattern, exact, other)]
+            kept.append(pattern)
+    if not kept:
+        raise InvalidKey("invalid pattern: there is none")
+    return kept
 
 
 def covering(key: str) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import select
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
@@ -19,7 +20,7 @@ from ._errors import FORKED, Closed, Conflict, NkvError, Refused, Timeout
 from ._queue import EventQueue, State
 from ._requests import Batch, Condition, Paging, Request, Value
 from ._session import Local, Options, Session
-from ._types import Address, Entry, Event, Page, Revision
+from ._types import Address, Entry, Event, Page, Revision, Stats
 
 T = TypeVar("T")
 _READ = 256 * 1024
@@ -74,29 +75,32 @@ class _Core:
                         self.session.give_up(request)
 
     def open(self, local: Local, timeout: float | None) -> None:
-        """Adds a subscription and waits until it is accepted."""
+        """Adds a subscription, with all of its patterns, and waits until it is accepted."""
         self.check_process()
-        done = threading.Event()
-        local.ready.notify = done.set
+        until = time.monotonic() + (self.options.timeout if timeout is None else timeout)
+        done = [threading.Event() for _ in local.group]
         with self.lock:
-            self.session.subscribe(local)
+            for one, event in zip(local.group, done):
+                one.ready.notify = event.set
+                self.session.subscribe(one)
         is_open = False
         try:
-            if not done.wait(self.options.timeout if timeout is None else timeout):
-                with self.lock:
-                    if not local.ready.done:
-                        raise self.session.not_sent()
-            local.ready.outcome()
+            for one, event in zip(local.group, done):
+                if not event.wait(max(0.0, until - time.monotonic())):
+                    with self.lock:
+                        if not one.ready.done:
+                            raise self.session.not_sent()
+                one.ready.outcome()
             is_open = True
         finally:
             if not is_open:
-                with self.lock:
-                    self.session.unsubscribe(local)
+                self.drop(local)
 
     def drop(self, local: Local) -> None:
         if os.getpid() == self.process:
             with self.lock:
-                self.session.unsubscribe(local)
+                for one in local.group:
+                    self.session.unsubscribe(one)
 
     def close(self) -> None:
         if os.getpid() != self.process:
@@ -336,34 +340,52 @@ class Client:
             paging.answered(entries, more)
             yield from entries
 
-    def update(self, key: str, change: Callable[[Entry | None], Value], *, timeout: float | None = None) -> Revision:
-        """Puts what `change` makes of the present entry. If another client was faster, `change` is called again.
+    def update(self, key: str, change: Callable[[Entry | None], Value | None], *,
+               timeout: float | None = None) -> Revision | None:
+        """Changes a value that others may change too: reads the key, and puts what `change` makes of the entry if the key is still as it
+        was read. If not, all of that is done again, after a random pause of at most 128 ms. `change` returns `None` to write nothing.
+        Returns the revision of what the key holds then; `None` if it is absent.
 
-        After an `OutcomeUnknown` it is not called again.
+        `timeout` is that of all of it. Raises `Conflict` if others were faster until it was over, and what `change` raises. After an
+        `OutcomeUnknown` it is not tried again. What is put has no end of its own.
         """
         until = time.monotonic() + (self._core.options.timeout if timeout is None else timeout)
-        while True:
+        for conflicts in itertools.count():
             entry = self.get(key, timeout=until - time.monotonic())
             value = change(entry)
+            if value is None:
+                break
+            left = until - time.monotonic()
+            if left <= 0:
+                raise Timeout("the change took all of the time")
             try:
-                return self.put(key, value, if_revision=entry.revision if entry else 0, timeout=until - time.monotonic())
+                return self.put(key, value, if_revision=entry.revision if entry else 0, timeout=left)
             except Conflict:
-                if time.monotonic() >= until:
+                pause = requests.conflict_pause(conflicts)
+                if time.monotonic() + pause >= until:
                     raise
+            time.sleep(pause)
+        return entry.revision if entry else None
+
+    def stats(self, *, timeout: float | None = None) -> Stats:
+        """Returns the figures of the server."""
+        return self._core.call(requests.stats(), timeout)
 
     def pipeline(self) -> Pipeline:
         """Returns an empty batch of requests, which are sent at once."""
         return Pipeline(self._core)
 
-    def subscribe(self, pattern: str, *, snapshot: bool = True, exact: bool = False,
+    def subscribe(self, pattern: str | Iterable[str], *, snapshot: bool = True, exact: bool = False,
                   timeout: float | None = None) -> Subscription:
         """Returns an iterator of what happens to the keys that the pattern covers: `a` is `a` and all below it.
 
         With `snapshot`, the present entries come first, then `Synced`. With `exact`, the key alone counts, not what is below it.
         It lasts until it is closed, over lost connections too; what was missed is delivered then.
+
+        Several patterns are one iterator: a change that several cover comes once, and `Synced` comes once all have had their present
+        entries. If one of them ends, the subscription does.
         """
-        queue = EventQueue()
-        local = Local(pattern, exact, snapshot, queue, wait_synced=False)
+        (local, *_), queue = Local.several(pattern, exact, snapshot)
         subscription = Subscription(self._core, local, queue)
         self._core.open(local, timeout)
         return subscription
@@ -422,7 +444,13 @@ class _Watching(Generic[S]):
 
     @property
     def pattern(self) -> str:
+        """What it covers; of several patterns, the first."""
         return self._local.pattern
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """What it covers: the patterns that were asked for, without those that another one includes."""
+        return tuple(local.pattern for local in self._local.group)
 
     def close(self) -> None:
         """Ends it."""

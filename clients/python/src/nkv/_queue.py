@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, Union
 
 from ._types import Entry, Event, Gone, GoneReason, Revision, Synced, Update
@@ -18,8 +18,8 @@ class Sink(Protocol):
     def hold(self, key: str) -> None: ...
     def update(self, key: str, value: bytes, revision: Revision, skipped: int) -> None: ...
     def gone(self, key: str, revision: Revision, reason: GoneReason, skipped: int) -> None: ...
-    def synced(self, revision: Revision) -> None: ...
-    def live(self, is_live: bool) -> None: ...
+    def synced(self, pattern: str, revision: Revision, is_silent: bool) -> None: ...
+    def lost(self, pattern: str) -> None: ...
     def end(self, error: Exception | None) -> None: ...
 
 
@@ -28,15 +28,18 @@ def _nothing() -> None:
 
 
 class EventQueue:
-    """Events for one reader. At most one of each key waits: a newer one takes its place and counts what it replaces.
+    """Events of some patterns for one reader. At most one of each key waits: a newer one takes its place and counts what it replaces.
 
     So the queue is never longer than there are keys, present or known to the reader, and one `Synced`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patterns: Iterable[str] = ()) -> None:
         self.notify: Callable[[], None] = _nothing
         self.error: Exception | None = None
         self.ended = False
+        # The patterns whose snapshot is to come, and the revisions of those that had theirs.
+        self._unsynced = set(patterns)
+        self._floors: dict[str, int] = {}
         # In the order in which they are read. The key of `Synced` is `None`.
         self._events: dict[Union[str, None], Event] = {}
         # The keys that the reader takes for present.
@@ -59,14 +62,19 @@ class EventQueue:
             # It came and went while the reader was away.
             self._events.pop(key, None)
 
-    def synced(self, revision: Revision) -> None:
-        self._events.pop(None, None)
-        self._put(None, Synced(revision))
-
-    def live(self, is_live: bool) -> None:
-        if not is_live:
-            # What it announced is no longer so; another follows once it is.
+    def synced(self, pattern: str, revision: Revision, is_silent: bool) -> None:
+        self._unsynced.discard(pattern)
+        self._floors[pattern] = revision.number
+        if not self._unsynced and not is_silent:
+            # All are synced, up to the lowest of their revisions.
             self._events.pop(None, None)
+            self._put(None, Synced(Revision(min(self._floors.values()), revision.epoch)))
+
+    def lost(self, pattern: str) -> None:
+        # What was announced is no longer so; another follows once it is.
+        self._events.pop(None, None)
+        self._unsynced.add(pattern)
+        self._floors.pop(pattern, None)
 
     def end(self, error: Exception | None) -> None:
         if not self.ended:
@@ -117,10 +125,13 @@ class State:
         if self.entries.pop(key, None) is not None:
             self._changed()
 
-    def synced(self, revision: Revision) -> None:
-        self.live(True)
+    def synced(self, pattern: str, revision: Revision, is_silent: bool) -> None:
+        self._live(True)
 
-    def live(self, is_live: bool) -> None:
+    def lost(self, pattern: str) -> None:
+        self._live(False)
+
+    def _live(self, is_live: bool) -> None:
         if self.is_live != is_live:
             self.is_live = is_live
             self._changed()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, Union
 
 from ._errors import ProtocolError
 from ._keys import check_key, check_pattern
-from ._types import Entry, Listed, Page, Revision
+from ._types import Entry, Listed, Page, Revision, Stats
 from ._wire import Message
 
 T = TypeVar("T")
@@ -197,6 +199,23 @@ def _limit(limit: int) -> int:
 
 def exists(pattern: str) -> Request[bool]:
     return Request({"type": "Exists", "key": check_pattern(pattern)}, lambda message, epoch: True, absent=False)
+
+
+def stats() -> Request[Stats]:
+    def parse(message: Message, epoch: str) -> Stats:
+        body = message.body
+        if message.kind != "Stats":
+            raise ProtocolError("an answer to another request")
+        names = [field.name for field in dataclasses.fields(Stats)][2:]
+        # What a server does not count is 0.
+        return Stats(text(body, "epoch"), text(body, "durability"), *(number(body, name) if name in body else 0 for name in names))
+
+    return Request({"type": "Stats"}, parse)
+
+
+def conflict_pause(conflicts: int) -> float:
+    """Returns a random part of a span that doubles with each conflict, so that those who met once do not meet again."""
+    return random.uniform(0, min(0.001 * 2.0 ** min(conflicts, 7), 0.128))
 
 
 def health() -> Request[None]:

@@ -15,14 +15,14 @@ from __future__ import annotations
 import random
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from . import _requests as requests
 from ._errors import CannotConnect, Closed, Conflict, OtherEpoch, OutcomeUnknown, ProtocolError, Refused, Timeout
-from ._keys import check_key, check_pattern, covering, covers
-from ._queue import Sink
+from ._keys import check_key, check_pattern, covering, covers, disjoint
+from ._queue import EventQueue, Sink
 from ._requests import Pending, Request, number, text, value_bytes
 from ._types import GoneReason, Revision
 from ._wire import Decoder, Message, encode
@@ -56,10 +56,12 @@ class Options:
 
 
 class Local:
-    """A subscription of the program."""
+    """A pattern of a subscription of the program."""
 
     def __init__(self, pattern: str, exact: bool, snapshot: bool, sink: Sink, *, wait_synced: bool) -> None:
         self.pattern = check_key(pattern) if exact else check_pattern(pattern)
+        #: Those of the other patterns of its subscription, and itself. They end together.
+        self.group = [self]
         self.exact = exact
         self.snapshot = snapshot
         self.sink = sink
@@ -91,13 +93,22 @@ class Local:
             self.gone(key, revision, "missed", 0)
         if self.filling:
             self.filling = False
-            if self.snapshot or self.ready.done:
-                self.sink.synced(revision)
+            self.sink.synced(self.pattern, revision, not (self.snapshot or self.ready.done))
             self.ready.resolve(None)
 
     def interrupted(self) -> None:
         self.waiting, self.filling = True, False
-        self.sink.live(False)
+        self.sink.lost(self.pattern)
+
+    @classmethod
+    def several(cls, patterns: str | Iterable[str], exact: bool, snapshot: bool) -> tuple[list[Local], EventQueue]:
+        """Returns what subscribes to the patterns, and the one queue that they feed."""
+        kept = disjoint(patterns, exact)
+        queue = EventQueue(kept)
+        group = [cls(pattern, exact, snapshot, queue, wait_synced=False) for pattern in kept]
+        for local in group:
+            local.group = group
+        return group, queue
 
     def end(self, error: Exception | None) -> None:
         self.ready.fail(error or Closed("the subscription has ended"))
@@ -426,7 +437,7 @@ class Session:
                 for local in wire.locals:
                     if not local.waiting:
                         local.filling = True
-                        local.sink.live(False)
+                        local.sink.lost(local.pattern)
                 self._begin_snapshot(wire)
             else:
                 self._begin_snapshot(_Wire(text(body, "key")))
@@ -551,7 +562,15 @@ class Session:
                 return
         if wire := self._wires.pop(pattern, None):
             for local in wire.locals:
-                local.end(Closed("another client ended the subscription"))
+                self._end(local, Closed("another client ended the subscription"))
+
+    def _end(self, local: Local, error: Exception) -> None:
+        """Ends a subscription that was taken from its wire, with its other patterns."""
+        local.end(error)
+        for other in local.group:
+            if other is not local:
+                other.ready.fail(error)
+                self.unsubscribe(other)
 
     def _subscribe_refused(self, request: _Subscribe, error: Refused, now: float) -> None:
         wire = request.wire
@@ -561,7 +580,7 @@ class Session:
         for local in list(wire.locals):
             if not local.ready.done or error.status not in CURABLE:
                 wire.locals.remove(local)
-                local.end(error)
+                self._end(local, error)
         if wire.locals:
             self._retries.append((now + RETRY, wire))
         elif self._wires.get(wire.pattern) is wire:

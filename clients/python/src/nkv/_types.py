@@ -83,6 +83,37 @@ class Page:
     more: bool
 
 
+@dataclass(frozen=True)
+class Stats:
+    """The figures of a server. Those from `puts` on are counted since its start."""
+
+    #: That of the data.
+    epoch: str
+    #: What an answer to a write promises: `sync`, `interval:50ms`, `os` or `memory`.
+    durability: str
+    keys: int
+    #: What all values take.
+    value_bytes: int
+    subscriptions: int
+    connections: int
+    #: The last revision that was given.
+    revision: int
+    #: For how many milliseconds the server has run.
+    uptime_ms: int
+    puts: int
+    #: Keys that were deleted.
+    deletes: int
+    #: Keys whose time to live ended.
+    expired: int
+    #: Writes to storage.
+    batches: int
+    failed_batches: int
+    #: Notifications.
+    notified: int
+    #: Changes that were passed over in favour of newer ones.
+    conflated: int
+
+
 GoneReason = Literal["deleted", "expired", "missed"]
 
 

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from . import _requests as requests
-from ._errors import FORKED, Closed, Conflict, NkvError, Refused
+from ._errors import FORKED, Closed, Conflict, NkvError, Refused, Timeout
 from ._plain import outcome
 from ._queue import EventQueue, State
 from ._requests import Batch, Condition, Paging, Pending, Request, Value
 from ._session import Local, Options, Session
-from ._types import Address, Entry, Event, Page, Revision
+from ._types import Address, Entry, Event, Page, Revision, Stats
 
 __all__ = ["BranchWatch", "Client", "Pipeline", "Subscription", "Watch"]
 
@@ -131,17 +132,25 @@ class _Core:
         return request.outcome()
 
     async def open(self, local: Local, timeout: float | None) -> None:
+        """Adds a subscription, with all of its patterns, and waits until it is accepted."""
         self.check()
-        self.session.subscribe(local)
+        until = self.loop.time() + (self.options.timeout if timeout is None else timeout)
+        for one in local.group:
+            self.session.subscribe(one)
         is_open = False
         try:
-            if not await self.wait(local.ready, self.options.timeout if timeout is None else timeout):
-                raise self.session.not_sent()
-            local.ready.outcome()
+            for one in local.group:
+                if not await self.wait(one.ready, until - self.loop.time()):
+                    raise self.session.not_sent()
+                one.ready.outcome()
             is_open = True
         finally:
             if not is_open:
-                self.session.unsubscribe(local)
+                self.drop(local)
+
+    def drop(self, local: Local) -> None:
+        for one in local.group:
+            self.session.unsubscribe(one)
 
     async def close(self) -> None:
         if os.getpid() != self.process:
@@ -324,35 +333,55 @@ class Client:
             for entry in entries:
                 yield entry
 
-    async def update(self, key: str, change: Callable[[Entry | None], Value], *, timeout: float | None = None) -> Revision:
-        """Puts what `change` makes of the present entry. If another client was faster, `change` is called again.
+    async def update(self, key: str, change: Callable[[Entry | None], Value | None | Awaitable[Value | None]], *,
+                     timeout: float | None = None) -> Revision | None:
+        """Changes a value that others may change too: reads the key, and puts what `change` makes of the entry if the key is still as it
+        was read. If not, all of that is done again, after a random pause of at most 128 ms. `change` returns `None` to write nothing,
+        and may be a coroutine function.
+        Returns the revision of what the key holds then; `None` if it is absent.
 
-        After an `OutcomeUnknown` it is not called again.
+        `timeout` is that of all of it. Raises `Conflict` if others were faster until it was over, and what `change` raises. After an
+        `OutcomeUnknown` it is not tried again. What is put has no end of its own.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + (self._options.timeout if timeout is None else timeout)
-        while True:
+        for conflicts in itertools.count():
             entry = await self.get(key, timeout=until - loop.time())
-            value = change(entry)
+            made = change(entry)
+            value = await made if isinstance(made, Awaitable) else made
+            if value is None:
+                break
+            left = until - loop.time()
+            if left <= 0:
+                raise Timeout("the change took all of the time")
             try:
-                return await self.put(key, value, if_revision=entry.revision if entry else 0, timeout=until - loop.time())
+                return await self.put(key, value, if_revision=entry.revision if entry else 0, timeout=left)
             except Conflict:
-                if loop.time() >= until:
+                pause = requests.conflict_pause(conflicts)
+                if loop.time() + pause >= until:
                     raise
+            await asyncio.sleep(pause)
+        return entry.revision if entry else None
+
+    async def stats(self, *, timeout: float | None = None) -> Stats:
+        """Returns the figures of the server."""
+        return await self._core.call(requests.stats(), timeout)
 
     def pipeline(self) -> Pipeline:
         """Returns an empty batch of requests, which are sent at once."""
         return Pipeline(self._core)
 
-    async def subscribe(self, pattern: str, *, snapshot: bool = True, exact: bool = False,
+    async def subscribe(self, pattern: str | Iterable[str], *, snapshot: bool = True, exact: bool = False,
                         timeout: float | None = None) -> Subscription:
         """Returns an iterator of what happens to the keys that the pattern covers: `a` is `a` and all below it.
 
         With `snapshot`, the present entries come first, then `Synced`. With `exact`, the key alone counts, not what is below it.
         It lasts until it is closed, over lost connections too; what was missed is delivered then.
+
+        Several patterns are one iterator: a change that several cover comes once, and `Synced` comes once all have had their present
+        entries. If one of them ends, the subscription does.
         """
-        queue = EventQueue()
-        local = Local(pattern, exact, snapshot, queue, wait_synced=False)
+        (local, *_), queue = Local.several(pattern, exact, snapshot)
         subscription = Subscription(self._core, local, queue)
         await self._core.open(local, timeout)
         return subscription
@@ -402,12 +431,18 @@ class _Watching(Generic[S]):
 
     @property
     def pattern(self) -> str:
+        """What it covers; of several patterns, the first."""
         return self._local.pattern
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """What it covers: the patterns that were asked for, without those that another one includes."""
+        return tuple(local.pattern for local in self._local.group)
 
     async def close(self) -> None:
         """Ends it."""
         if os.getpid() == self._core.process:
-            self._core.session.unsubscribe(self._local)
+            self._core.drop(self._local)
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
                         trace: TracebackType | None) -> None:

@@ -59,7 +59,7 @@ pub fn mailbox<T>() -> (Mailbox<T>, Inbox<T>) {
     mailbox_with_slack(0)
 }
 
-/// Makes a mailbox in which changes of so many bytes (see [`ITEM_LEN`]) may wait without being conflated.
+/// Makes a mailbox in which changes of up to `slack` bytes (see [`ITEM_LEN`]) may wait without being conflated.
 #[must_use]
 pub fn mailbox_with_slack<T>(slack: usize) -> (Mailbox<T>, Inbox<T>) {
     let (state, arrived) = (Mutex::new(State::new(slack)), Condvar::new());
@@ -239,7 +239,7 @@ struct State<T> {
 /// Below this many, vacant places are not worth tidying and capacity is not worth giving back.
 const TIDY_MIN: usize = 64;
 
-/// A reader that keeps up needs about as much room again and again: so much of it is kept, and given back when it is not
+/// The room that is kept, as a reader that keeps up needs about as much again and again. It is given back when it is not
 /// used any more.
 const KEEP_MAX: usize = 1_024;
 
@@ -588,7 +588,7 @@ impl<T> Mailbox<T> {
     ///
     /// # Errors
     ///
-    /// The item, if nobody will take it.
+    /// The item, if the mailbox is closed.
     pub fn post(&self, item: T) -> Result<(), T> {
         self.shared.post(|state| {
             if state.closed {
@@ -610,7 +610,7 @@ impl<T> Mailbox<T> {
         self.shared.lock().closed
     }
 
-    /// Wakes the reader although nothing has come: somebody has something to tell it by other means.
+    /// Wakes the reader although nothing has come: the caller has something for it by other means.
     pub fn wake(&self) {
         let called = self.shared.post(|state| state.called.take());
         if let Some(waker) = called {
@@ -744,8 +744,8 @@ impl<T> Inbox<T> {
         drop(old);
     }
 
-    /// Whether the mailbox is empty, and will wake whoever polled it last when it is no more: no need to poll it again
-    /// with the same waker. Takes no lock.
+    /// Whether the mailbox is empty, and will wake the task that polled it last when it no longer is: no need to poll it
+    /// again with the same waker. Takes no lock.
     #[must_use]
     pub fn is_waited_for(&self) -> bool {
         self.shared.is_waited_for.load(Acquire)

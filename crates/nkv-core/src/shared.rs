@@ -182,7 +182,7 @@ impl<N: Notifier> Shared<N> {
             self.subscribers.give_turns();
             subscribers = self.subscribers.lock();
         }
-        subscribers.told = applied;
+        subscribers.notified_up_to = applied;
         drop(subscribers);
         self.counters.notified.fetch_add(tally.notified, Relaxed);
         self.counters.conflated.fetch_add(tally.conflated, Relaxed);
@@ -271,7 +271,7 @@ impl<N: Notifier> Shared<N> {
         if has_snapshot {
             began = began.with_snapshot();
         } else {
-            progress.go_live(subscribers.told, applied);
+            progress.go_live(subscribers.notified_up_to, applied);
         }
         if subscription.notifier().notify(&Event::new(EventKind::Began(began))) == Delivery::Closed {
             progress.end();
@@ -414,7 +414,7 @@ impl<N: Notifier> ReadSnapshot for Reader<N> {
         }
         let up_to = last.filter(|_| covered.next().is_some()).map(KeyRef::to_key);
         let is_last = up_to.is_none();
-        self.progress.has_read(up_to, subscribers.told, applied);
+        self.progress.has_read(up_to, subscribers.notified_up_to, applied);
         drop(covered);
         drop(keyspace);
         drop(subscribers);

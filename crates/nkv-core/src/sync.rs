@@ -17,7 +17,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::SeqCst;
 
-/// A mutex whose owner, if it works for long, can let those who wait for it go first.
+/// A mutex whose owner, if it works for long, can let waiting threads go first.
 #[derive(Debug)]
 pub(crate) struct TurnMutex<T> {
     /// How often the lock was asked for, and had.

@@ -46,7 +46,7 @@ pub(crate) struct Shared {
     pub(crate) log: RateLimitedLog,
     pub(crate) wake_ups: Arc<WakeUps>,
     pub(crate) queue: Arc<Queue>,
-    /// Told when the time of the next expiry may have changed.
+    /// Notified when the time of the next expiry may have changed.
     pub(crate) expiry_changed: Arc<Notify>,
     /// That of the node.
     pub(crate) runtime: tokio::runtime::Handle,

@@ -106,7 +106,7 @@ export class Connection {
 
   /**
    * Reads the present state in pages, while changes come already. A snapshot of the subscription would do the same with
-   * one frame for each key, which takes a browser ten times as long. Revisions tell which of two values is the newer.
+   * one frame for each key, which takes a browser ten times as long. Revisions show which of two values is the newer.
    */
   async load(ended) {
     const { pattern } = this;

@@ -207,7 +207,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// A door, to those who accept its connections.
+/// A door, as the tasks see it that accept its connections.
 pub(crate) trait Serve: Send + Sync + 'static {
     /// The store behind it.
     fn handle(&self) -> &Handle;

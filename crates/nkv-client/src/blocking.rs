@@ -115,7 +115,7 @@ blocking! {
     fn exists(pattern: impl AsPattern) -> bool;
     /// The subscribers that would be notified of a change of a key.
     fn trace(key: impl AsKey) -> Vec<Subscriber>;
-    /// Who is connected to the server.
+    /// Lists all clients that are connected to the server.
     fn clients() -> Vec<ConnectedClient>;
     /// Whether the server works: an error if not.
     fn health() -> ();

@@ -74,7 +74,7 @@ impl Outbox {
     /// Says what is next while there is a pace, and puts a message into the buffer if one is at hand.
     #[cold]
     #[inline(never)]
-    pub(super) fn next_line(&mut self, cx: &mut Context<'_>, told: &Waker) -> Next {
+    pub(super) fn next_line(&mut self, cx: &mut Context<'_>, change_waker: &Waker) -> Next {
         let Some(pace) = &mut self.pace else { return Next::GoOn };
         if let Some(next) = std::mem::take(&mut pace.has_written).then(|| Instant::now().checked_add(PAUSE)).flatten() {
             pace.pause.as_mut().reset(next);
@@ -84,7 +84,7 @@ impl Outbox {
             return Next::GoOn;
         }
         if !pace.ends && pace.pause.as_mut().poll(cx).is_pending() {
-            self.inbox.poll_called(&mut Context::from_waker(told));
+            self.inbox.poll_called(&mut Context::from_waker(change_waker));
             return Next::Wait;
         }
         if pace.rest.is_empty() {

@@ -261,7 +261,7 @@ impl Client {
         Ok(BranchWatch { watch: self.runtime.block_on(self.client.watch_branch_as(pattern))?, client: self.clone() })
     }
 
-    /// Waits for what takes at most so long.
+    /// Waits for `work`, for at most `patience`.
     fn wait<T>(&self, patience: Duration, work: impl Future<Output = T>) -> Result<T> {
         self.client.check()?;
         let waited = self.runtime.block_on(async { tokio::time::timeout(patience, work).await });

@@ -20,7 +20,7 @@ use crate::error::WireError as _;
 use crate::queue::{KEY_COST, Known, Queue};
 use crate::watcher::Watcher;
 
-/// A refusal that time may cure is followed by another try after so long, and then after twice that.
+/// A refusal that time may cure is followed by another try after this time, and then after twice that.
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(10);
 /// The number of keys that a server deletes in one step.

@@ -38,7 +38,7 @@ const TURN_LEN: usize = 128 << 10;
 /// What the task and the callers both know.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    /// Why the connection is not there, for those whose patience ends meanwhile.
+    /// Why the connection is not there, for callers whose patience ends meanwhile.
     trouble: Mutex<Option<String>>,
     /// The longest value that the server takes, as far as is known.
     value_len_max: AtomicU64,

@@ -290,7 +290,7 @@ impl Event {
         memo
     }
 
-    /// Forgets what was derived: an event that only waits holds its own bytes and no others. Those who have it keep it.
+    /// Forgets what was derived: an event that only waits holds its own bytes and no others. Its holders keep it.
     pub fn forget_memos(&self) {
         let memos = std::mem::take(&mut *self.memos.lock().unwrap_or_else(PoisonError::into_inner));
         drop(memos);

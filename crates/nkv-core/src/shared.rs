@@ -29,7 +29,7 @@ pub(crate) const NEVER: Timestamp = Timestamp::MAX;
 pub(crate) const PART_KEYS_MAX: usize = 1_024;
 const PART_LEN_MAX: usize = 64 << 10;
 
-/// The number of notifications after which those who wait for the lock of the subscribers go first.
+/// The number of notifications after which threads that wait for the lock of the subscribers go first.
 const TURN_NOTIFICATIONS: u64 = 1_024;
 
 #[derive(Debug)]
@@ -173,8 +173,8 @@ impl<N: Notifier> Shared<N> {
         changes
     }
 
-    /// After some changes those who wait to subscribe, to unsubscribe, or to read part of a snapshot go first: they see
-    /// which changes the others have been notified of.
+    /// After some changes the threads that wait to subscribe, to unsubscribe, or to read part of a snapshot go first: they
+    /// see which changes the others have been notified of.
     fn notify_all<'a>(&'a self, mut subscribers: MutexGuard<'a, Subscribers<N>>, mut changes: Numbered, applied: u64) {
         let mut tally = Tally { notified: 0, conflated: 0, gone: Vec::new() };
         while subscribers.len() > 0 && self.notify_some(&mut subscribers, &mut changes, &mut tally) {

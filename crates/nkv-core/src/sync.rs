@@ -44,8 +44,8 @@ impl<T> TurnMutex<T> {
         self.had.load(SeqCst) != self.asked.load(SeqCst)
     }
 
-    /// Waits for as many turns of others as others wait now, to be called without the lock. Some may be of those who come
-    /// meanwhile: to wait for all of them might never end.
+    /// Waits for as many turns of others as others wait now, to be called without the lock. Some may be of threads that
+    /// come meanwhile: to wait for all of them might never end.
     pub(crate) fn give_turns(&self) {
         let (had, asked) = (self.had.load(SeqCst), self.asked.load(SeqCst));
         let waiting = asked.wrapping_sub(had);

@@ -870,8 +870,8 @@ impl Handle {
         self.check_open()
     }
 
-    /// For how long the node has had no sign of life of its engine: so long its state may be behind. `None` where it follows
-    /// its engine, or has none.
+    /// For how long the node has had no sign of life of its engine: its state may lag by this time. `None` where it
+    /// follows its engine, or has none.
     #[must_use]
     pub fn stale_for(&self) -> Option<Duration> {
         self.shared.truth()?.status().away_since.map(|since| since.elapsed())

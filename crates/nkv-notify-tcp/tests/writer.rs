@@ -354,7 +354,7 @@ fn notify(notifier: &TcpNotifier, event: &Arc<Event>) {
     assert_ne!(notifier.notify(event), Delivery::Closed);
 }
 
-/// Polls for so long.
+/// Polls for this time.
 async fn poll_for(time: Duration, outbox: &mut Outbox, writes: &mut Writes) {
     let end = poll_fn(|cx| outbox.poll(cx, cx.waker(), writes));
     assert!(timeout(time, end).await.is_err(), "it has ended");

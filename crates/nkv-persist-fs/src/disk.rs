@@ -16,7 +16,7 @@ const LOCK: &str = "LOCK";
 const RESERVE: &str = "reserve";
 /// What the lock file holds once there is a segment: from then on, a directory without one has lost it.
 const LOCK_TEXT: &[u8] = b"nkv data directory, format ";
-/// What was dropped in this process may take so long to let go of its directory.
+/// The time that storage dropped in this process may take to let go of its directory.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
 /// No lock file is longer.

@@ -39,7 +39,7 @@ const TEXT_LEN_MAX: usize = 8 << 20;
 /// The length before the text of a frame: four bytes, the lowest first.
 const HEAD_LEN: usize = 4;
 
-/// A subscription's line may lack its end: after so long without another byte it is taken for whole.
+/// A subscription's line may lack its end: after this time without another byte it is taken for whole.
 const SILENCE: Duration = Duration::from_millis(100);
 
 /// How long what is under way may take once the node stops.
@@ -396,7 +396,7 @@ impl Wire {
     }
 }
 
-/// What a peer does not let go on for so long has failed.
+/// Fails where the peer does not let `work` end within `limit`.
 async fn within<T>(limit: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     timeout(limit, work).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }

@@ -42,7 +42,7 @@ struct Parts {
     /// How many are synced, and the lowest revision of these.
     synced: usize,
     revision: Option<Revision>,
-    /// How many bytes they take besides what waits here.
+    /// How many bytes they take besides the backlog here.
     len: usize,
     /// Whether the newest event of the connection is its loss.
     is_lost: bool,

@@ -74,7 +74,7 @@ pub const ITEM_LEN: usize = 64;
 /// How many deletes may wait beside the changes of keys that there are.
 pub const DELETES_MAX: usize = 4_096;
 
-/// What becomes of a subscriber for which too much waits.
+/// What becomes of a subscriber whose backlog is too long.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Overflow {
     /// All changes that wait are dropped; each subscription [begins anew](crate::BeginCause::Reset).
@@ -133,14 +133,14 @@ fn change_len(change: &Change) -> usize {
     ITEM_LEN + change.key.as_str().len() + change.action.value_len()
 }
 
-/// What waits in a mailbox, for people to look at.
+/// The backlog of a mailbox, for people to look at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Backlog {
     /// Items not yet taken.
     pub queued: usize,
     /// Changes passed over or dropped since the mailbox was made.
     pub skipped: u64,
-    /// What the mailbox takes for what waits, in bytes, without the events themselves.
+    /// What the mailbox takes for the backlog, in bytes, without the events themselves.
     pub own_bytes: usize,
     /// What the changes that wait take, in bytes; others may share them.
     pub event_bytes: usize,
@@ -618,7 +618,7 @@ impl<T> Mailbox<T> {
         }
     }
 
-    /// What becomes of the subscriber if too much waits for it. [`Overflow::Reset`] at first.
+    /// Chooses what becomes of the subscriber if its backlog is too long. [`Overflow::Reset`] at first.
     pub fn set_overflow(&self, overflow: Overflow) {
         self.shared.lock().overflow = overflow;
     }
@@ -635,7 +635,7 @@ impl<T> Mailbox<T> {
         self.shared.lock().has_overflowed
     }
 
-    /// What waits to be taken.
+    /// The backlog: what waits to be taken.
     #[must_use]
     pub fn backlog(&self) -> Backlog {
         self.shared.backlog()
@@ -665,7 +665,7 @@ impl<T: Send + 'static> Notifier for Mailbox<T> {
 }
 
 impl<T> Inbox<T> {
-    /// Posts an item of the owner's own from the reader's side, behind what waits.
+    /// Posts an item of the owner's own from the reader's side, behind the backlog.
     pub fn post(&self, item: T) {
         let mut state = self.shared.lock();
         state.post_own(item);
@@ -820,7 +820,7 @@ impl<T> Inbox<T> {
 }
 
 impl<T> Observer<T> {
-    /// What waits to be taken.
+    /// The backlog: what waits to be taken.
     #[must_use]
     pub fn backlog(&self) -> Backlog {
         self.shared.backlog()
@@ -832,7 +832,7 @@ impl<T> Observer<T> {
         self.shared.post(|state| state.keeps_ends = keeps);
     }
 
-    /// Gives up what waits, as if there were too much of it: see [`Overflow`].
+    /// Gives up the backlog, as if it were too long: see [`Overflow`].
     pub fn give_up(&self) {
         self.shared.post(State::overflow);
     }

@@ -45,7 +45,7 @@ pub trait Notifier: fmt::Debug + Send + Sync + 'static {
         self.notify(event)
     }
 
-    /// What waits for the subscriber, for people to look at; nothing, if that is not known.
+    /// The backlog of the subscriber, for people to look at; empty, if it is not known.
     fn backlog(&self) -> Backlog {
         Backlog::default()
     }

@@ -64,7 +64,7 @@ pub struct Options {
     pub idle_limit: Duration,
     /// How long the body of a request may take to come, and as long again for each MiB of the longest. 30 s by default.
     pub request_limit: Duration,
-    /// For how long a peer may take nothing of what is there for it. 30 s by default.
+    /// For how long a peer may take nothing of its backlog. 30 s by default.
     pub stall_limit: Duration,
     /// How many of the most recent deletes are remembered, for watches that are resumed. 65,536 by default.
     pub deletes_max: usize,

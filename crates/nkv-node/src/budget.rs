@@ -85,7 +85,7 @@ pub trait Holder: fmt::Debug + Send + Sync + 'static {
     }
 }
 
-/// What waits for a subscription of this process.
+/// The backlog of a subscription of this process.
 #[derive(Debug)]
 pub(crate) struct InProcess(pub(crate) Observer);
 
@@ -142,11 +142,11 @@ pub struct Budget {
     all_gone: Notify,
     /// Callers that wait for room, in the order in which they came; and when a connection was last closed for them.
     queue: Turns<Option<Instant>>,
-    /// For those that make a long answer while much waits: one at a time.
+    /// For those that make a long answer while the backlog is long: one at a time.
     leave: Arc<Semaphore>,
 }
 
-/// That a long answer may be made although much waits, for as long as it is kept.
+/// That a long answer may be made although the backlog is long, for as long as it is kept.
 #[derive(Debug)]
 pub struct Leave {
     _permit: OwnedSemaphorePermit,
@@ -221,7 +221,7 @@ pub(crate) struct Share {
 pub struct Held {
     /// That is its own alone, such as answers.
     pub own: usize,
-    /// That the mailbox takes for what waits.
+    /// That the mailbox takes for the backlog.
     pub queue: usize,
     /// Of changes that wait; others may share them.
     pub changes: usize,

@@ -393,8 +393,8 @@ impl Handle {
 
     // Subscribing.
 
-    /// Delivers the present state of all that a pattern covers, or several, then every change; of what waits too long, the
-    /// latest state of each key. Dropping the subscription ends it.
+    /// Delivers the present state of all that a pattern covers, or several, then every change; of a backlog that is too
+    /// long, the latest state of each key. Dropping the subscription ends it.
     ///
     /// # Errors
     ///

@@ -161,7 +161,7 @@ pub enum TailEvent {
 
 /// A subscription that can be resumed. Made by [`Handle::tail`](crate::Handle::tail).
 ///
-/// It keeps nothing for the keys that it gave: what waits for its reader is bounded as for any subscriber.
+/// It keeps nothing for the keys that it gave: the backlog of its reader is bounded as for any subscriber.
 #[derive(Debug)]
 pub struct Tail {
     shared: Arc<Shared>,
@@ -357,7 +357,7 @@ impl Tail {
             .then(|| self.cursor(revision))
     }
 
-    /// Looks at what waits, for a door's [`Holder`](crate::Holder).
+    /// Looks at the backlog, for a door's [`Holder`](crate::Holder).
     #[must_use]
     pub fn observer(&self) -> Arc<Observer> {
         Arc::clone(&self.observer)

@@ -121,7 +121,7 @@ impl TcpNotifier {
         }
     }
 
-    /// Drops the changes that wait, as where too much waits.
+    /// Drops the changes that wait, as where the backlog is too long.
     pub fn give_up(&self) {
         self.mailbox.observer().give_up();
     }
@@ -173,7 +173,7 @@ impl TcpNotifier {
         }
     }
 
-    /// What waits to be written, by the piece.
+    /// The backlog: what waits to be written, by the piece.
     pub fn backlog(&self) -> Backlog {
         self.mailbox.backlog()
     }

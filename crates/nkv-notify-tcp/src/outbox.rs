@@ -312,7 +312,7 @@ impl Outbox {
         Poll::Ready(Ok(()))
     }
 
-    /// The peer takes no more: notes what waits for it, and since when.
+    /// The peer takes no more: notes its backlog, and since when.
     fn poll_stall(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let fresh = std::mem::take(&mut self.fresh);
         self.shared.wait_for(fresh);

@@ -1,4 +1,4 @@
-//! One connection: reads what is there, has every whole request in it served, in order, writes the answers and the
+//! One connection: reads the available bytes, has every whole request in it served, in order, writes the answers and the
 //! notifications, and reads on. It is one task, polled by hand: nothing is handed from one task to another on the way.
 //!
 //! What is read goes through a buffer that all connections of a thread share; only a part of a request that has not come
@@ -433,7 +433,7 @@ impl Connection {
         }
     }
 
-    /// Reads what is there, once, and serves it.
+    /// Reads the available bytes, once, and serves them.
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<End>>> {
         let mut input = INPUT.take();
         input.resize(READ_LEN, 0);

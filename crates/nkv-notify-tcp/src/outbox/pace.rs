@@ -1,5 +1,5 @@
 //! The pace of the oldest clients, which take each read of their socket for one message and lose what shares a read with
-//! it: one message for each write, and a pause before the next. What waits meanwhile waits in the mailbox, where a newer
+//! it: one message for each write, and a pause before the next. The backlog stays in the mailbox meanwhile, where a newer
 //! change of a key takes the place of an older one.
 
 use std::pin::Pin;
@@ -44,7 +44,7 @@ pub(super) enum Next {
 }
 
 impl Outbox {
-    /// Writes each message on its own from now on, at least 2 ms after the one before, and conflates what waits meanwhile.
+    /// Writes each message on its own from now on, at least 2 ms after the one before, and conflates the backlog meanwhile.
     /// A change's line leaves out `revision` and `skipped` where that makes it fit into 1,024 bytes.
     ///
     /// A paced outbox does not shut its writer down when it has ended: how the connection ends is left to the caller.

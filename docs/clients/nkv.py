@@ -121,7 +121,7 @@ if __name__ == "__main__":
     nkv.unsubscribe("nkv-py")
 
     # All of it was kept, in order: a snapshot, what changed since, and the end.
-    told = [(kind, body.get("key"), body.get("reason"), value) for kind, body, value in events]
-    assert told[:1] == [("Update", "nkv-py.a", None, b"one\n\xff")] and ("Synced", "nkv-py", None, b"") in told
-    assert ("Close", "nkv-py.a", "deleted", b"") in told and told[-1] == ("Close", "nkv-py", "unsubscribed", b"")
+    received = [(kind, body.get("key"), body.get("reason"), value) for kind, body, value in events]
+    assert received[:1] == [("Update", "nkv-py.a", None, b"one\n\xff")] and ("Synced", "nkv-py", None, b"") in received
+    assert ("Close", "nkv-py.a", "deleted", b"") in received and received[-1] == ("Close", "nkv-py", "unsubscribed", b"")
     print("ok")

@@ -115,7 +115,7 @@ blocking! {
     fn exists(pattern: impl AsPattern) -> bool;
     /// The subscribers that would be notified of a change of a key.
     fn trace(key: impl AsKey) -> Vec<Subscriber>;
-    /// Who is connected to the server.
+    /// Lists all clients that are connected to the server.
     fn clients() -> Vec<ConnectedClient>;
     /// Whether the server works: an error if not.
     fn health() -> ();
@@ -261,7 +261,7 @@ impl Client {
         Ok(BranchWatch { watch: self.runtime.block_on(self.client.watch_branch_as(pattern))?, client: self.clone() })
     }
 
-    /// Waits for what takes at most so long.
+    /// Waits for `work`, for at most `patience`.
     fn wait<T>(&self, patience: Duration, work: impl Future<Output = T>) -> Result<T> {
         self.client.check()?;
         let waited = self.runtime.block_on(async { tokio::time::timeout(patience, work).await });

@@ -514,11 +514,11 @@ impl Client {
         Ok(self.ask(request).await?.0.subscribers)
     }
 
-    /// Who is connected to the server: all clients, with their names, addresses and what waits for them.
+    /// Lists all clients that are connected to the server, with their names, addresses and backlogs.
     ///
     /// # Errors
     ///
-    /// Those of [`get`](Self::get), and [`ErrorKind::Refused`] with status 400 from a server that cannot tell.
+    /// Those of [`get`](Self::get), and [`ErrorKind::Refused`] with status 400 from a server that does not know.
     pub async fn clients(&self) -> Result<Vec<ConnectedClient>> {
         Ok(self.ask(Request::new(Kind::Trace, "")).await?.0.clients)
     }

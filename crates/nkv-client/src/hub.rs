@@ -1,8 +1,9 @@
-//! Who within this client is notified of what: the local subscriptions, what each was sent, and their names on the wire.
+//! Which subscriber within this client is notified of what: the local subscriptions, what each was sent, and their names
+//! on the wire.
 //!
 //! Local subscriptions of one pattern share one wire subscription, because a server knows a subscription by client and
 //! pattern. What the server sent for it is known once; a local subscription that comes later gets a snapshot of its own,
-//! and from its end on what all get. A server tells a change once per connection; it is handed here to every wire
+//! and from its end on what all get. A server sends a change once per connection; it is handed here to every wire
 //! subscription that covers it. The messages from `Hello` to `Synced` belong to one wire subscription alone.
 
 use std::collections::HashMap;
@@ -19,7 +20,7 @@ use crate::error::WireError as _;
 use crate::queue::{KEY_COST, Known, Queue};
 use crate::watcher::Watcher;
 
-/// A refusal that time may cure is followed by another try after so long, and then after twice that.
+/// A refusal that time may cure is followed by another try after this time, and then after twice that.
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(10);
 /// The number of keys that a server deletes in one step.
@@ -40,7 +41,7 @@ pub(crate) struct Local {
     /// Whether it is sent the present state first.
     pub(crate) has_snapshot: bool,
     pub(crate) sink: Sink,
-    /// Told once the server has accepted the subscription; of a watch, once the value is known.
+    /// Notified once the server has accepted the subscription; of a watch, once the value is known.
     pub(crate) ready: Option<oneshot::Sender<Result<()>>>,
     /// How many bytes may be kept for it: the keys that it was notified of, and its backlog or branch.
     pub(crate) len_max: usize,
@@ -533,7 +534,7 @@ impl Hub {
         Ok(())
     }
 
-    /// A `Subscribe` was refused. Callers that asked just now get the error. Those who have it go on: the server has kept it, if it
+    /// A `Subscribe` was refused. Callers that asked just now get the error. Subscribers that have it go on: the server has kept it, if it
     /// had it; if not, because the connection is new, it is asked for again where time may cure the refusal.
     pub(crate) fn refused(&mut self, text: &str, id: u64, status: u16, message: &str) {
         let reason = EndReason::Refused { status, message: message.to_owned() };
@@ -604,12 +605,12 @@ impl Hub {
 
     /// The wire subscriptions that cover a key, of which none has a change of this revision yet: of the key itself, of each
     /// that it is below, and of everything.
-    fn each_covering(&mut self, key: &Key, revision: Revision, mut tell: impl FnMut(&mut Wire) -> Vec<Local>) {
+    fn each_covering(&mut self, key: &Key, revision: Revision, mut notify: impl FnMut(&mut Wire) -> Vec<Local>) {
         self.each_text(key, |hub, text| {
             let Some(wire) = hub.wires.get_mut(text).filter(|wire| wire.live && wire.has < revision.get()) else {
                 return;
             };
-            let over = tell(wire);
+            let over = notify(wire);
             hub.end_too_much(text, over);
         });
     }
@@ -703,7 +704,7 @@ impl Hub {
     }
 
     /// `Close` of a subscription. Those that our own `Subscribe`s and `Unsubscribe`s replaced or ended are expected:
-    /// the server tells their end before it answers.
+    /// the server sends their end before it answers.
     pub(crate) fn ended(&mut self, text: &str, reason: Reason) {
         if self.wires.get(text).is_some_and(|wire| wire.asked == 0) {
             let replaced = reason == Reason::Replaced;
@@ -768,8 +769,8 @@ mod tests {
         Entry::new(Key::new(key).unwrap(), value, revision(number))
     }
 
-    /// Revisions and ends, as told.
-    fn told(queue: &Queue) -> Vec<String> {
+    /// Revisions and ends, as received.
+    fn received(queue: &Queue) -> Vec<String> {
         let mut cx = Context::from_waker(Waker::noop());
         let mut words = Vec::new();
         while let Poll::Ready(Some(event)) = queue.poll_take(&mut cx) {
@@ -792,7 +793,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_that_comes_before_its_snapshot_on_a_new_connection_is_told_once() {
+    fn a_change_that_comes_before_its_snapshot_on_a_new_connection_is_notified_once() {
         let mut hub = Hub::default();
         assert_eq!(hub.attach(Epoch::new(1)), []);
         let (all, send) = add(&mut hub, 1, "*");
@@ -800,7 +801,7 @@ mod tests {
         let (one, send) = add(&mut hub, 2, "a");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
         assert_eq!(
-            (told(&all), told(&one)),
+            (received(&all), received(&one)),
             (vec!["a@1".into(), "Synced".into()], vec!["a@1".into(), "Synced".into()])
         );
 
@@ -809,10 +810,10 @@ mod tests {
         sends.sort_by_key(|send| matches!(send, Send::Subscribe { pattern, .. } if pattern == "a"));
         fill(&mut hub, &sends[0], &[entry("a", 1)]);
         hub.update(&entry("a", 2), 0);
-        assert_eq!(told(&one), ["Connected"], "its own snapshot has not begun");
+        assert_eq!(received(&one), ["Connected"], "its own snapshot has not begun");
         fill(&mut hub, &sends[1], &[entry("a", 2)]);
-        assert_eq!(told(&one), ["a@2", "Synced"]);
-        assert_eq!(told(&all), ["Connected", "a@2", "Synced"]);
+        assert_eq!(received(&one), ["a@2", "Synced"]);
+        assert_eq!(received(&all), ["Connected", "a@2", "Synced"]);
     }
 
     #[test]
@@ -826,13 +827,13 @@ mod tests {
         let (second, send) = add(&mut hub, 2, "a");
         hub.ended("a", Reason::Unsubscribed); // of the first
         fill(&mut hub, &send.unwrap(), &[]);
-        assert_eq!((told(&first), told(&second)), (vec!["Synced".into()], vec!["Synced".into()]));
+        assert_eq!((received(&first), received(&second)), (vec!["Synced".into()], vec!["Synced".into()]));
         hub.ended("a", Reason::Unsubscribed);
-        assert_eq!(told(&second), ["Ended(Unsubscribed)"]);
+        assert_eq!(received(&second), ["Ended(Unsubscribed)"]);
     }
 
     #[test]
-    fn a_snapshot_that_nobody_waits_for_any_more_is_read_past() {
+    fn a_snapshot_that_no_subscriber_waits_for_any_more_is_read_past() {
         let mut hub = Hub::default();
         hub.attach(Epoch::new(1));
         let (_, early) = add(&mut hub, 1, "a");
@@ -840,9 +841,9 @@ mod tests {
         let (queue, late) = add(&mut hub, 2, "a");
         fill(&mut hub, &early.unwrap(), &[entry("a", 1)]);
         hub.ended("a", Reason::Unsubscribed);
-        assert_eq!(told(&queue), Vec::<String>::new());
+        assert_eq!(received(&queue), Vec::<String>::new());
         fill(&mut hub, &late.unwrap(), &[entry("a", 1)]);
-        assert_eq!(told(&queue), ["a@1", "Synced"]);
+        assert_eq!(received(&queue), ["a@1", "Synced"]);
     }
 
     #[test]
@@ -851,20 +852,20 @@ mod tests {
         hub.attach(Epoch::new(1));
         let (queue, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("b", 2)]);
-        assert_eq!(told(&queue), ["a@1", "b@2", "Synced"]);
+        assert_eq!(received(&queue), ["a@1", "b@2", "Synced"]);
         hub.reset("*".into()).unwrap();
         [entry("a", 1), entry("c", 12)].iter().for_each(|entry| hub.update(entry, 0));
-        assert_eq!(told(&queue), ["c@12"]);
+        assert_eq!(received(&queue), ["c@12"]);
         hub.synced(revision(10)).unwrap();
-        assert_eq!(told(&queue), ["b missed"]);
+        assert_eq!(received(&queue), ["b missed"]);
         hub.update(&entry("c", 13), 0);
-        assert_eq!(told(&queue), ["c@13"]);
+        assert_eq!(received(&queue), ["c@13"]);
         // One that has just been unsubscribed is read past.
         hub.remove(&Pattern::All, 1);
         hub.reset("*".into()).unwrap();
         hub.update(&entry("f", 14), 0);
         hub.synced(revision(14)).unwrap();
-        assert_eq!(told(&queue), Vec::<String>::new());
+        assert_eq!(received(&queue), Vec::<String>::new());
     }
 
     #[test]
@@ -879,7 +880,7 @@ mod tests {
         hub.ended("a", Reason::Replaced); // by the `Subscribe` that is under way
         fill(&mut hub, &send.unwrap(), &[entry("a", 10)]);
         assert_eq!(
-            (told(&first), told(&second)),
+            (received(&first), received(&second)),
             (vec!["Synced".into(), "a@10".into()], vec!["Synced".into(), "a@10".into()])
         );
     }
@@ -891,12 +892,12 @@ mod tests {
         hub.attach(Epoch::new(1));
         let (queue, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 5), entry("b", 9)]);
-        told(&queue);
+        received(&queue);
         hub.detach();
         hub.begin_anew();
         let sends = hub.attach(Epoch::new(1));
         fill(&mut hub, &sends[0], &[entry("a", 2)]);
-        assert_eq!(told(&queue), ["Connected", "a@2", "b missed", "Synced"]);
+        assert_eq!(received(&queue), ["Connected", "a@2", "b missed", "Synced"]);
     }
 
     #[test]
@@ -922,20 +923,20 @@ mod tests {
         hub.attach(Epoch::new(1));
         let (queue, send) = add(&mut hub, 1, "a");
         fill(&mut hub, &send.unwrap(), &[entry("a", 5)]);
-        told(&queue);
+        received(&queue);
         hub.detach();
         let sends = hub.attach(Epoch::new(1));
         fill(&mut hub, &sends[0], &[entry("a", 3)]);
         hub.update(&entry("a", 4), 0);
-        assert_eq!(told(&queue), ["Connected", "Synced"]);
+        assert_eq!(received(&queue), ["Connected", "Synced"]);
         hub.detach();
         let sends = hub.attach(Epoch::new(2));
         fill(&mut hub, &sends[0], &[entry("a", 3)]);
-        assert_eq!(told(&queue), ["Connected", "a@3", "Synced"]);
+        assert_eq!(received(&queue), ["Connected", "a@3", "Synced"]);
     }
 
     #[test]
-    fn whoever_would_hold_too_much_is_ended_and_others_go_on() {
+    fn a_subscription_that_would_hold_too_much_is_ended_and_others_go_on() {
         let mut hub = Hub::default();
         hub.attach(Epoch::new(1));
         let (all, send) = add(&mut hub, 1, "*");
@@ -946,18 +947,18 @@ mod tests {
         for n in 1..100 {
             hub.update(&entry("a", 2 * n), 0);
             hub.gone(&Key::new("a").unwrap(), revision(2 * n + 1), GoneReason::Deleted, 0);
-            told(&all);
+            received(&all);
         }
         hub.update(&entry("b", 200), 0);
         hub.update(&entry("c", 201), 0);
-        assert_eq!(told(&all), ["b@200", "c@201"]);
+        assert_eq!(received(&all), ["b@200", "c@201"]);
         for n in 0..10 {
             hub.update(&entry(&format!("k{n}"), 300 + n), 0);
         }
-        assert_eq!(told(&all).last().unwrap(), "Ended(TooMuch");
-        assert_eq!(told(&one), ["Synced"], "it came and went unread");
+        assert_eq!(received(&all).last().unwrap(), "Ended(TooMuch");
+        assert_eq!(received(&one), ["Synced"], "it came and went unread");
         hub.update(&entry("a", 400), 0);
-        assert_eq!(told(&one), ["a@400"]);
+        assert_eq!(received(&one), ["a@400"]);
         assert_eq!(hub.take_sends(), [Send::Unsubscribe("*".into())]);
         assert_eq!(hub.remove(&Pattern::new("*").unwrap(), 1), None);
     }
@@ -972,31 +973,31 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_that_broke_off_is_told_on_and_nothing_twice() {
+    fn a_snapshot_that_broke_off_is_continued_and_nothing_comes_twice() {
         let mut hub = Hub::default();
         hub.attach(Epoch::new(1));
         let (first, send) = add(&mut hub, 1, "*");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1), entry("b", 2)]);
-        assert_eq!(told(&first), ["a@1", "b@2", "Synced"]);
+        assert_eq!(received(&first), ["a@1", "b@2", "Synced"]);
         let (second, send) = add(&mut hub, 2, "*");
         let Some(Send::Subscribe { pattern, wire, .. }) = send else { panic!("{send:?}") };
         hub.hello(pattern, wire, false).unwrap();
         [entry("a", 1), entry("b", 2)].iter().for_each(|entry| hub.update(entry, 0));
-        assert_eq!(told(&second), ["a@1", "b@2"]);
+        assert_eq!(received(&second), ["a@1", "b@2"]);
         hub.detach();
         let sends = hub.attach(Epoch::new(1));
         fill(&mut hub, &sends[0], &[entry("b", 2), entry("d", 4)]);
-        assert_eq!(told(&first), ["Connected", "d@4", "a missed", "Synced"]);
-        assert_eq!(told(&second), ["Connected", "d@4", "a missed", "Synced"]);
+        assert_eq!(received(&first), ["Connected", "d@4", "a missed", "Synced"]);
+        assert_eq!(received(&second), ["Connected", "d@4", "a missed", "Synced"]);
     }
 
     #[test]
-    fn a_snapshot_costs_those_who_know_it_nothing() {
+    fn a_snapshot_costs_subscriptions_that_know_it_nothing() {
         let mut hub = Hub::default();
         hub.attach(Epoch::new(1));
         let (first, send) = add(&mut hub, 1, "a");
         fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
-        told(&first);
+        received(&first);
         let wakes = (0..100).map(|id| {
             let (_, send) = add(&mut hub, 2 + id, "a");
             fill(&mut hub, &send.unwrap(), &[entry("a", 1)]);
@@ -1036,15 +1037,15 @@ mod tests {
         assert_eq!((synced, events.count()), (Some(Event::synced(revision(5), Epoch::default())), 0));
 
         hub.detach();
-        assert_eq!(told(&queue), ["Reconnecting"]);
+        assert_eq!(received(&queue), ["Reconnecting"]);
         let mut sends = hub.attach(Epoch::default());
         sends.sort_by_key(|send| format!("{send:?}"));
-        assert_eq!(told(&queue), ["Connected"]);
+        assert_eq!(received(&queue), ["Connected"]);
         fill(&mut hub, &sends[0], &[]);
         fill(&mut hub, &sends[1], &[entry("b", 5)]);
-        assert_eq!(told(&queue), Vec::<String>::new(), "the last part may lack anything");
+        assert_eq!(received(&queue), Vec::<String>::new(), "the last part may lack anything");
         fill(&mut hub, &sends[2], &[entry("c", 10)]);
-        assert_eq!(told(&queue), ["c@10", "Synced"]);
+        assert_eq!(received(&queue), ["c@10", "Synced"]);
     }
 
     #[test]
@@ -1055,7 +1056,7 @@ mod tests {
         fill(&mut hub, &sends[0], &[entry("a", 7)]);
         hub.gone(&Key::new("a").unwrap(), revision(9), GoneReason::Deleted, 0);
         fill(&mut hub, &sends[1], &[]);
-        assert_eq!(told(&queue), ["a deleted", "Synced"]);
+        assert_eq!(received(&queue), ["a deleted", "Synced"]);
     }
 
     #[test]
@@ -1066,7 +1067,7 @@ mod tests {
         sends.iter().for_each(|send| fill(&mut hub, send, &[]));
         hub.ended("a", Reason::Replaced);
         hub.update(&entry("b", 3), 0);
-        assert_eq!(told(&queue), ["Synced", "Ended(Replaced)"]);
+        assert_eq!(received(&queue), ["Synced", "Ended(Replaced)"]);
         assert_eq!(hub.remove(&Pattern::new("a").unwrap(), 1), None);
         assert_eq!(hub.remove(&Pattern::new("b").unwrap(), 2), Some(Send::Unsubscribe("b".into())));
     }
@@ -1078,15 +1079,15 @@ mod tests {
         let (queue, sends) = add_parts(&mut hub, &["a", "b"]);
         fill(&mut hub, &sends[0], &[]);
         fill(&mut hub, &sends[1], &[]);
-        told(&queue);
+        received(&queue);
         for n in 0..3 {
             hub.update(&entry(&format!("a.{n}"), 10 * n + 1), 0);
             hub.update(&entry(&format!("b.{n}"), 10 * n + 2), 0);
-            assert_eq!(told(&queue).len(), 2);
+            assert_eq!(received(&queue).len(), 2);
         }
         hub.update(&entry("b.x", 100), 0);
         hub.update(&entry("a.x", 101), 0);
-        assert_eq!(told(&queue).last().unwrap(), "Ended(TooMuch", "8 keys of 203 bytes, of which 2 wait");
+        assert_eq!(received(&queue).last().unwrap(), "Ended(TooMuch", "8 keys of 203 bytes, of which 2 wait");
     }
 
     /// Notes what it is given.
@@ -1136,7 +1137,7 @@ mod tests {
 
     // A notification may be passed over in favour of one that comes behind the answer.
     #[test]
-    fn who_watches_knows_of_the_clients_own_write_with_its_answer() {
+    fn a_watch_knows_of_the_clients_own_write_with_its_answer() {
         let (mut hub, notes) = (Hub::default(), Notes::default());
         hub.attach(Epoch::new(1));
         let pattern = Pattern::Exact(Key::new("a").unwrap());
@@ -1288,10 +1289,10 @@ mod tests {
         fill(&mut hub, &exact.unwrap(), &[entry("a", 1)]);
         hub.ended("a", Reason::Replaced);
         fill(&mut hub, &branch.unwrap(), &[entry("a", 1), entry("a.b", 2)]);
-        assert_eq!(told(&queue), ["a@1", "a.b@2", "Synced"]);
+        assert_eq!(received(&queue), ["a@1", "a.b@2", "Synced"]);
     }
 
-    // The server went on telling of the whole branch, and the client remembered it without a bound.
+    // The server went on sending the whole branch, and the client remembered it without a bound.
     #[test]
     fn when_only_those_of_the_key_alone_are_left_its_branch_is_given_up() {
         let mut hub = Hub::default();
@@ -1302,13 +1303,13 @@ mod tests {
         hub.ended("a", Reason::Replaced);
         fill(&mut hub, &send.unwrap(), &[]);
         (0..1_000).for_each(|n| hub.update(&entry(&format!("a.k{n}"), n + 10), 0));
-        assert!(told(&queue).last().unwrap().starts_with("Ended(TooMuch"));
+        assert!(received(&queue).last().unwrap().starts_with("Ended(TooMuch"));
         assert_eq!(hub.take_sends(), [Send::Subscribe { pattern: "a".into(), wire: 1, exact: true }]);
         assert!(hub.wires["a"].len <= 3_000, "{} bytes for a watch of one key", hub.wires["a"].len);
     }
 
     #[test]
-    fn a_snapshot_that_is_not_told_is_bounded_too() {
+    fn a_snapshot_that_is_not_delivered_is_bounded_too() {
         let mut hub = Hub::default();
         hub.attach(Epoch::new(1));
         let queue = Arc::<Queue>::default();
@@ -1318,12 +1319,12 @@ mod tests {
         hub.hello(pattern, wire, exact).unwrap();
         (0..100).for_each(|n| hub.update(&entry(&format!("k{n}"), n + 1), 0));
         assert_eq!(hub.take_sends(), [Send::Unsubscribe("*".into())]);
-        assert_eq!(told(&queue), ["Ended(TooMuch"]);
+        assert_eq!(received(&queue), ["Ended(TooMuch"]);
     }
 
     // The end of a key went to a subscription that had never heard of it, because another one of the connection had.
     #[test]
-    fn who_never_heard_of_a_key_does_not_hear_of_its_end() {
+    fn a_subscriber_that_never_heard_of_a_key_does_not_hear_of_its_end() {
         let mut hub = Hub::default();
         hub.attach(Epoch::new(1));
         let (_all, send) = add(&mut hub, 1, "*");
@@ -1331,17 +1332,17 @@ mod tests {
         let (one, send) = add(&mut hub, 2, "a");
         fill(&mut hub, &send.unwrap(), &[]);
         hub.gone(&Key::new("a.k").unwrap(), revision(8), GoneReason::Deleted, 0);
-        assert_eq!(told(&one), ["Synced"]);
+        assert_eq!(received(&one), ["Synced"]);
     }
 
     #[test]
-    fn a_refusal_ends_nobody_while_another_request_is_under_way() {
+    fn a_refusal_ends_no_subscription_while_another_request_is_under_way() {
         let mut hub = Hub::default();
         hub.attach(Epoch::new(1));
         let Some(Send::Subscribe { pattern, wire, .. }) = add_watch(&mut hub, 1) else { panic!("it is subscribed") };
         let (queue, branch) = add(&mut hub, 2, "a");
         hub.refused(&pattern, wire, 429, "not now");
         fill(&mut hub, &branch.unwrap(), &[entry("a", 1)]);
-        assert_eq!(told(&queue), ["a@1", "Synced"]);
+        assert_eq!(received(&queue), ["a@1", "Synced"]);
     }
 }

@@ -33,9 +33,9 @@ const READ_LEN: usize = 64 << 10;
 const KEEP_LEN_MAX: usize = 1 << 20;
 /// While this number of bytes waits to be sent, no more requests are encoded.
 const OUT_LEN_MAX: usize = 64 << 10;
-/// Longest answer to the greeting: until then it is not known who answers.
+/// Longest answer to the greeting: until then it is not known what answers.
 const GREETING_LEN_MAX: usize = 64 << 10;
-/// So long one address of a name has before the next is tried beside it (RFC 8305).
+/// The time that one address of a name has before the next is tried beside it (RFC 8305).
 const ADDRESS_PAUSE: Duration = Duration::from_millis(250);
 
 /// How long a server may take to answer that a WebSocket ends.

@@ -42,7 +42,7 @@ struct Parts {
     /// How many are synced, and the lowest revision of these.
     synced: usize,
     revision: Option<Revision>,
-    /// How many bytes they take besides what waits here.
+    /// How many bytes they take besides the backlog here.
     len: usize,
     /// Whether the newest event of the connection is its loss.
     is_lost: bool,
@@ -179,8 +179,8 @@ impl Queue {
         self.post_change(event, Known::default())
     }
 
-    /// As [`post`](Self::post), for a change of a key. While a snapshot is under way nothing is left out: who is synced is to
-    /// know each key as it was then, or later.
+    /// As [`post`](Self::post), for a change of a key. While a snapshot is under way nothing is left out: a synced
+    /// reader is to know each key as it was then, or later.
     pub(crate) fn post_change(&self, mut event: Event, known: Known) -> usize {
         let mut state = self.lock();
         if state.closed {
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_is_synced_knows_some_state_of_every_key() {
+    fn a_synced_reader_knows_some_state_of_every_key() {
         let queue = Queue::default();
         let synced = Event::synced(Revision::new(2), Epoch::default());
         for event in [update("a", 1), update("b", 2), synced.clone(), update("a", 3), update("c", 4), update("c", 5)] {
@@ -398,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn epochs_that_nobody_reads_of_cost_no_memory() {
+    fn epochs_that_are_not_read_cost_no_memory() {
         let queue = Queue::default();
         for epoch in 0..1_000 {
             queue.post(Event::Reconnecting);
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_comes_and_goes_unread_takes_no_place_and_one_that_was_read_is_told_gone() {
+    fn a_key_that_comes_and_goes_unread_takes_no_place_and_of_one_that_was_read_the_end_is_notified() {
         let (queue, known) = (Queue::default(), Known { is_new: false, is_synced: true });
         let new = Known { is_new: true, ..known };
         let gone = |key: &str| {

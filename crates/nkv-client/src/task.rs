@@ -38,7 +38,7 @@ const TURN_LEN: usize = 128 << 10;
 /// What the task and the callers both know.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    /// Why the connection is not there, for those whose patience ends meanwhile.
+    /// Why the connection is not there, for callers whose patience ends meanwhile.
     trouble: Mutex<Option<String>>,
     /// The longest value that the server takes, as far as is known.
     value_len_max: AtomicU64,
@@ -65,7 +65,7 @@ impl Shared {
 /// An answer, and the epoch of the server's data within which its revisions count.
 pub(crate) type Answer = (Box<Body>, Epoch);
 
-/// A request and who waits for its answer.
+/// A request and the caller that waits for its answer.
 #[derive(Debug)]
 pub(crate) struct Ask {
     pub(crate) slot: Arc<Slot>,
@@ -470,7 +470,7 @@ impl Task {
             let mut any = false;
             while link.has_room() && self.pending.has_room() {
                 if self.again.is_empty() {
-                    // Closed means that no handle is left, which the other channel tells too.
+                    // Closed means that no handle is left, which the other channel shows too.
                     _ = self.asks.poll_recv_many(cx, &mut self.batch, BATCH);
                     self.again.extend(self.batch.drain(..));
                 }
@@ -1233,7 +1233,7 @@ mod tests {
         tokio::select! {
             biased;
             () = turns => {}
-            () = lost(&mut rig) => panic!("nobody else had a turn"),
+            () = lost(&mut rig) => panic!("no other task had a turn"),
         }
     }
 

@@ -115,7 +115,7 @@ impl WebSocket {
         let Some(code) = self.goodbye.take() else { return };
         let mut cx = Context::from_waker(Waker::noop());
         let close = Message::Close(Some(CloseFrame { code, reason: Utf8Bytes::default() }));
-        // A connection that is lost cannot be told.
+        // To a connection that is lost nothing can be sent.
         if Pin::new(&mut self.socket).start_send(close).is_ok() {
             _ = Pin::new(&mut self.socket).poll_flush(&mut cx);
         }
@@ -595,7 +595,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_left_is_told_so() {
+    async fn the_far_end_of_a_connection_that_is_left_is_sent_a_close_frame() {
         let (socket, far) = opened(1 << 16).await;
         let mut far = server(far).await;
         drop(socket);

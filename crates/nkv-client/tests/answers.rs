@@ -80,8 +80,8 @@ async fn a_value_over_the_servers_limit_is_refused_without_it() {
     put.unwrap();
 }
 
-// A request counted as sent once it was encoded: one that the socket had not taken was done after its caller was told that
-// it never would be, or was said to be unknown.
+// A request counted as sent once it was encoded: one that the socket had not taken was done after its caller had the
+// answer that it never would be, or was said to be unknown.
 #[tokio::test]
 async fn what_the_socket_has_not_taken_is_taken_back() {
     let server = Scripted::new().await;
@@ -115,7 +115,7 @@ async fn what_the_socket_has_not_taken_is_taken_back() {
 
 // The request in front was dropped unanswered.
 #[tokio::test]
-async fn a_hello_that_nobody_asked_for_takes_no_answer_away() {
+async fn a_hello_that_was_not_asked_for_takes_no_answer_away() {
     let server = Scripted::new().await;
     let (client, mut peer) = tokio::join!(eager(&server.addr).connect(), server.accept());
     let client = client.unwrap();
@@ -185,8 +185,8 @@ async fn a_refusal_that_time_can_cure_is_tried_again_after_a_reconnect() {
     }
     peer.request().await.unwrap();
     peer.snapshot("a", &[("a", "2", 2)], 2).await;
-    let told = shorts(&until_synced(&mut subscription).await);
-    assert!(told.ends_with(&["Connected".into(), "a=2".into()]), "{told:?}");
+    let received = shorts(&until_synced(&mut subscription).await);
+    assert!(received.ends_with(&["Connected".into(), "a=2".into()]), "{received:?}");
 }
 
 // It was subscribed again with each connection, snapshot and all, for as long as the program held it.
@@ -263,9 +263,9 @@ async fn a_watch_is_never_older_than_the_clients_own_write() {
     }
 }
 
-// 400 of one pattern took 34 s, each told the snapshots of all that came after it.
+// 400 of one pattern took 34 s: each received the snapshots of all that came after it.
 #[tokio::test]
-async fn many_subscriptions_of_one_pattern_cost_what_they_are_told() {
+async fn many_subscriptions_of_one_pattern_cost_what_they_receive() {
     let (_server, addr) = server().await;
     let client = Client::connect(&addr).await.unwrap();
     for n in 0..500 {
@@ -331,8 +331,8 @@ async fn a_client_may_begin_before_its_server() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     let _second = nkv_server::Server::builder().listen(listen).bind().await.unwrap();
     assert_eq!(within(early).await.unwrap().unwrap().unwrap().value, "1");
-    let nobody = Scripted::new().await.addr;
-    let error = Client::builder(&nobody).wait_for_server(Duration::from_millis(50)).connect().await.unwrap_err();
+    let unused = Scripted::new().await.addr;
+    let error = Client::builder(&unused).wait_for_server(Duration::from_millis(50)).connect().await.unwrap_err();
     assert_eq!(error.kind(), &ErrorKind::CannotConnect);
 }
 
@@ -402,7 +402,7 @@ async fn a_watch_knows_that_its_key_is_not_in_an_empty_store() {
 
 // The snapshot of the key alone, which came first, counted as that of the branch.
 #[tokio::test]
-async fn a_branch_that_is_subscribed_beside_a_watch_of_its_key_is_told_before_synced() {
+async fn a_branch_that_is_subscribed_beside_a_watch_of_its_key_is_delivered_before_synced() {
     let (_server, addr) = server().await;
     let client = Client::connect(&addr).await.unwrap();
     client.put("a", "1").await.unwrap();
@@ -415,9 +415,9 @@ async fn a_branch_that_is_subscribed_beside_a_watch_of_its_key_is_told_before_sy
     assert_eq!(watch.borrow().value.as_ref().unwrap().value, "3");
 }
 
-// What was put while the snapshot came that is not told was not told either: 20 of 20 changes.
+// The snapshot was not delivered, and neither was what was put while it came: 20 of 20 changes were missing.
 #[tokio::test]
-async fn without_the_present_state_all_that_comes_after_it_began_is_told() {
+async fn without_the_present_state_all_that_comes_after_it_began_is_notified() {
     let (_server, addr) = server().await;
     let writer = Client::connect(&addr).await.unwrap();
     let puts: Vec<_> = (0..8_000)
@@ -434,13 +434,13 @@ async fn without_the_present_state_all_that_comes_after_it_began_is_told() {
         let silent = SubscribeOptions::default().with_snapshot(false);
         let mut subscription = within(client.subscribe_with("*", silent)).await.unwrap();
         writer.put("z", n.to_string()).await.unwrap();
-        let told = loop {
+        let update = loop {
             let event = next(&mut subscription).await;
             if matches!(event, Event::Update { .. }) {
                 break event;
             }
         };
-        assert_eq!(short(&told), format!("z={n}"));
+        assert_eq!(short(&update), format!("z={n}"));
     }
 }
 
@@ -463,17 +463,17 @@ fn a_wildcard_delete_is_seen_by_who_watches_with_its_answer() {
 // What waited for another subscription comes behind the snapshot that has it already: a key that had gone came back with an
 // old value, or went twice.
 #[tokio::test]
-async fn a_change_that_a_snapshot_has_is_not_told_after_it() {
-    /// What is told before a change of this key.
-    async fn told_before(subscription: &mut Subscription, key: &str) -> Vec<String> {
-        let mut told = Vec::new();
+async fn a_change_that_a_snapshot_has_is_not_notified_after_it() {
+    /// What is received before a change of this key.
+    async fn received_before(subscription: &mut Subscription, key: &str) -> Vec<String> {
+        let mut received = Vec::new();
         loop {
             let word = short(&next(subscription).await);
             if word.starts_with(key) {
-                told.retain(|word: &String| word.starts_with('a'));
-                return told;
+                received.retain(|word: &String| word.starts_with('a'));
+                return received;
             }
-            told.push(word);
+            received.push(word);
         }
     }
     let close = |revision| {
@@ -487,15 +487,15 @@ async fn a_change_that_a_snapshot_has_is_not_told_after_it() {
     assert_eq!(shorts(&until_synced(&mut one).await), [""; 0]);
     peer.update("a", "3", 3).await;
     peer.update("a.m", "6", 6).await;
-    assert_eq!(told_before(&mut one, "a.m").await, [""; 0]);
+    assert_eq!(received_before(&mut one, "a.m").await, [""; 0]);
     peer.send(&close(4)).await;
     peer.update("a.n", "7", 7).await;
-    assert_eq!(told_before(&mut one, "a.n").await, [""; 0]);
+    assert_eq!(received_before(&mut one, "a.n").await, [""; 0]);
     peer.update("a", "8", 8).await;
     peer.update("a.o", "9", 9).await;
-    assert_eq!(told_before(&mut one, "a.o").await, ["a=8"]);
+    assert_eq!(received_before(&mut one, "a.o").await, ["a=8"]);
 
-    // After a reconnect, what was missed is not told once more as a delete.
+    // After a reconnect, what was missed is not notified once more as a delete.
     drop(peer);
     let mut peer = server.accept().await;
     for _ in 0..2 {
@@ -507,10 +507,10 @@ async fn a_change_that_a_snapshot_has_is_not_told_after_it() {
         }
     }
     peer.update("a.p", "12", 12).await;
-    assert_eq!(told_before(&mut one, "a.p").await, ["a missed"]);
+    assert_eq!(received_before(&mut one, "a.p").await, ["a missed"]);
     peer.send(&close(10)).await;
     peer.update("a.q", "13", 13).await;
-    assert_eq!(told_before(&mut one, "a.q").await, [""; 0]);
+    assert_eq!(received_before(&mut one, "a.q").await, [""; 0]);
 }
 
 #[tokio::test]

@@ -256,13 +256,13 @@ fn lists_pages_and_trees() {
 }
 
 #[test]
-fn a_subscription_is_told_line_by_line_and_may_end_by_itself() {
+fn a_subscription_is_printed_line_by_line_and_may_end_by_itself() {
     let nkv = nkv();
     nkv.stdout(&["put", "a.x", "1"]);
     assert_eq!(nkv.stdout(&["subscribe", "a", "--once"]), "a.x = 1\n");
     let mut child = command(&[&nkv.addr, "sub", "a", "--count", "3", "--json"]).spawn().unwrap();
-    let mut told = BufReader::new(child.stdout.take().unwrap()).lines();
-    let mut next = || serde_json::from_str::<Value>(&told.next().unwrap().unwrap()).unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut next = || serde_json::from_str::<Value>(&lines.next().unwrap().unwrap()).unwrap();
     assert_eq!(next()["op"], "update");
     assert_eq!(next()["op"], "synced");
     nkv.stdout(&["put", "a.y", "2", "--ttl", "500ms"]);

@@ -58,7 +58,7 @@ async fn what_cannot_be_a_key_is_refused_before_anything_is_sent() {
 }
 
 #[tokio::test]
-async fn a_conditional_write_tells_the_present_revision_of_a_conflict() {
+async fn a_conditional_write_reports_the_present_revision_of_a_conflict() {
     let (_server, addr) = server().await;
     let client = Client::connect(&addr).await.unwrap();
     let if_absent = PutOptions::default().with_if_revision(Revision::ZERO);
@@ -112,7 +112,7 @@ async fn many_keys_are_listed_in_pages() {
 }
 
 #[tokio::test]
-async fn a_subscription_tells_the_present_then_synced_then_changes() {
+async fn a_subscription_delivers_the_present_then_synced_then_changes() {
     let (_server, addr) = server().await;
     let client = Client::connect(&addr).await.unwrap();
     client.put("lamp.hall", "on").await.unwrap();
@@ -132,28 +132,28 @@ async fn a_subscription_tells_the_present_then_synced_then_changes() {
 }
 
 #[tokio::test]
-async fn subscriptions_that_overlap_or_are_the_same_are_each_told_once() {
+async fn subscriptions_that_overlap_or_are_the_same_are_each_notified_once() {
     let (_server, addr) = server().await;
     let client = Client::connect(&addr).await.unwrap();
     client.put("a.b", "1").await.unwrap();
-    let mut told = Vec::new();
+    let mut subscriptions = Vec::new();
     for pattern in ["a", "a.*", "*", "a", "a.b", "a"] {
         let mut subscription = client.subscribe(pattern).await.unwrap();
         assert_eq!(shorts(&until_synced(&mut subscription).await), ["a.b=1"], "{pattern}");
-        told.push(subscription);
+        subscriptions.push(subscription);
     }
     assert_eq!(client.stats().await.unwrap().numbers["subscriptions"], 4);
     for value in ["2", "3"] {
         client.put("a.b", value).await.unwrap();
-        for subscription in &mut told {
+        for subscription in &mut subscriptions {
             assert_eq!(short(&next(subscription).await), format!("a.b={value}"));
         }
     }
-    told.truncate(1); // its pattern goes on, for it alone
+    subscriptions.truncate(1); // its pattern goes on, for it alone
     client.put("a.b", "4").await.unwrap();
-    assert_eq!(short(&next(&mut told[0]).await), "a.b=4");
+    assert_eq!(short(&next(&mut subscriptions[0]).await), "a.b=4");
     assert_eq!(client.stats().await.unwrap().numbers["subscriptions"], 1);
-    told.clear();
+    subscriptions.clear();
     client.health().await.unwrap();
     let mut again = client.subscribe("a").await.unwrap();
     assert_eq!(shorts(&until_synced(&mut again).await), ["a.b=4"]);
@@ -471,7 +471,11 @@ fn a_program_without_a_runtime_has_the_same_client() {
     client.close();
     assert!(branch.wait_for(Duration::from_secs(10), |branch| branch.ended.is_some()).is_ok());
     assert_eq!(subscription.by_ref().last(), Some(Event::Ended(EndReason::Closed)));
-    assert_eq!(subscription.next_timeout(Duration::from_secs(10)), Ok(None), "the end is told from a time-out");
+    assert_eq!(
+        subscription.next_timeout(Duration::from_secs(10)),
+        Ok(None),
+        "the end is distinguished from a time-out"
+    );
     assert_eq!(client.health().unwrap_err().kind(), &ErrorKind::Closed);
     // Dropped within a runtime, it must not panic.
     runtime.block_on(async { drop(client) });

@@ -120,7 +120,7 @@ async fn a_value_may_live_for_a_time() {
     .await;
 }
 
-/// A number as so many strokes, and at most a hundred.
+/// A number as this number of strokes, and at most a hundred.
 #[derive(Debug)]
 struct Tally;
 

@@ -18,8 +18,8 @@ use tokio::net::TcpListener;
 #[derive(Default)]
 struct Known {
     values: HashMap<String, String>,
-    /// The highest revision ever told of a key: nothing at or below it may follow.
-    told: HashMap<String, u64>,
+    /// The highest revision ever received of a key: nothing at or below it may follow.
+    received: HashMap<String, u64>,
     epoch: Option<Epoch>,
     events: usize,
 }
@@ -30,12 +30,12 @@ impl Known {
         match event {
             Event::Update { entry, .. } => {
                 let revision = entry.revision.get();
-                let before = self.told.insert(entry.key.to_string(), revision);
+                let before = self.received.insert(entry.key.to_string(), revision);
                 assert!(before < Some(revision), "{}: {revision} after {before:?}", entry.key);
                 self.values.insert(entry.key.to_string(), String::from_utf8_lossy(&entry.value).into_owned());
             }
             Event::Gone { key, revision, .. } => {
-                let before = self.told.insert(key.to_string(), revision.get());
+                let before = self.received.insert(key.to_string(), revision.get());
                 assert!(before < Some(revision.get()), "{key}: gone at {revision} after {before:?}");
                 self.values.remove(key.as_str());
             }
@@ -107,11 +107,13 @@ async fn whatever_is_cut_where_every_subscription_converges() {
         assert!(last_cut.elapsed() < Duration::from_secs(6), "subscriptions are left over");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    assert!(writer.trace("a.k1").await.unwrap().iter().all(|told| told.client_uuid == client.client_uuid()));
+    assert!(
+        writer.trace("a.k1").await.unwrap().iter().all(|subscriber| subscriber.client_uuid == client.client_uuid())
+    );
 }
 
 #[tokio::test]
-async fn what_was_missed_is_told_as_if_it_had_just_happened() {
+async fn what_was_missed_is_notified_as_if_it_had_just_happened() {
     let (_server, addr) = server().await;
     let proxy = Proxy::to(&addr, Dice::new()).await;
     let client = eager(&proxy.addr).connect().await.unwrap();
@@ -123,7 +125,7 @@ async fn what_was_missed_is_told_as_if_it_had_just_happened() {
     let mut watched = client.watch("b").await.unwrap();
     assert_eq!(shorts(&until_synced(&mut subscription).await), ["a=1", "b=1", "c=1"]);
 
-    proxy.lead_to("127.0.0.1:1"); // where nobody listens
+    proxy.lead_to("127.0.0.1:1"); // where there is no listener
     proxy.cut_now();
     assert_eq!(next(&mut subscription).await, Event::Reconnecting);
     assert_eq!(*client.state().borrow(), ConnectionState::Reconnecting);
@@ -133,16 +135,16 @@ async fn what_was_missed_is_told_as_if_it_had_just_happened() {
     proxy.lead_to(&addr);
 
     assert_eq!(short(&next(&mut subscription).await), "Connected");
-    let mut told = shorts(&until_synced(&mut subscription).await);
-    told.sort();
-    assert_eq!(told, ["a=2", "b missed", "d=1"], "and nothing of c, which did not change");
+    let mut received = shorts(&until_synced(&mut subscription).await);
+    received.sort();
+    assert_eq!(received, ["a=2", "b missed", "d=1"], "and nothing of c, which did not change");
     within(watched.wait_for(|seen| seen.value.is_none())).await.unwrap();
     writer.put("b", "3").await.unwrap();
     assert_eq!(short(&next(&mut subscription).await), "b=3");
 }
 
 #[tokio::test]
-async fn a_server_that_lost_its_data_has_everything_told_again() {
+async fn a_server_that_lost_its_data_has_everything_notified_again() {
     let (first, addr) = server().await;
     let proxy = Proxy::to(&addr, Dice::new()).await;
     let client = eager(&proxy.addr).connect().await.unwrap();
@@ -160,9 +162,9 @@ async fn a_server_that_lost_its_data_has_everything_told_again() {
     proxy.lead_to(&addr);
     proxy.cut_now();
     let events = until_synced(&mut subscription).await;
-    let mut told: Vec<_> = shorts(&events).into_iter().filter(|word| !word.starts_with(['R', 'C'])).collect();
-    told.sort();
-    assert_eq!(told, ["a=0", "b missed", "c=same"], "lower revisions count: it is another epoch");
+    let mut received: Vec<_> = shorts(&events).into_iter().filter(|word| !word.starts_with(['R', 'C'])).collect();
+    received.sort();
+    assert_eq!(received, ["a=0", "b missed", "c=same"], "lower revisions count: it is another epoch");
 }
 
 #[tokio::test]
@@ -208,8 +210,8 @@ async fn a_subscription_made_while_the_connection_is_away_waits_for_it() {
 #[derive(Default)]
 struct Wary {
     values: HashMap<String, String>,
-    /// Of the epoch: the highest revision told of a key.
-    told: HashMap<String, u64>,
+    /// Of the epoch: the highest revision received of a key.
+    received: HashMap<String, u64>,
     epoch: Option<Epoch>,
     missed: usize,
 }
@@ -229,7 +231,7 @@ impl Wary {
             Event::Synced { epoch, .. } => return assert_eq!(self.epoch.get_or_insert(*epoch), epoch),
             Event::Connected { epoch, .. } => {
                 if self.epoch.replace(*epoch) != Some(*epoch) {
-                    self.told.clear();
+                    self.received.clear();
                 }
                 return;
             }
@@ -238,9 +240,9 @@ impl Wary {
         };
         // What a server without any data lacks was gone by revision 0, which is of every epoch.
         if let Some(epoch) = revision.epoch() {
-            assert_eq!(*self.epoch.get_or_insert(epoch), epoch, "{key}: of an epoch that was not told");
+            assert_eq!(*self.epoch.get_or_insert(epoch), epoch, "{key}: of an epoch that was not reported");
         }
-        let before = self.told.insert(key.to_string(), revision.get());
+        let before = self.received.insert(key.to_string(), revision.get());
         assert!(before < Some(revision.get()), "{key}: {revision} after {before:?}");
     }
 }
@@ -416,7 +418,8 @@ async fn live_through(mut dice: Dice) -> Life {
     })
     .await;
     let traced = writer.trace("a.k1").await.unwrap();
-    let mut patterns: Vec<_> = traced.iter().map(|told| (told.client_uuid.as_str(), told.pattern.as_str())).collect();
+    let mut patterns: Vec<_> =
+        traced.iter().map(|traced| (traced.client_uuid.as_str(), traced.pattern.as_str())).collect();
     patterns.sort_unstable();
     let name = client.client_uuid();
     assert_eq!(patterns, [(name, "*"), (name, "a"), (name, "a.*")]);
@@ -436,7 +439,7 @@ async fn eventually(since: Instant, what: &str, is_so: impl AsyncFn() -> bool) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_that_lost_a_server_together_come_back_one_after_another() {
     const CLIENTS: usize = 300;
-    // Nothing connects from this address, so nobody can take the port meanwhile.
+    // Nothing connects from this address, so no client can take the port meanwhile.
     let listen = |addr: &str| Server::builder().listen(addr.parse().unwrap()).bind();
     let server = listen("127.0.0.2:0").await.unwrap();
     let addr = server.addresses()[0].to_string();

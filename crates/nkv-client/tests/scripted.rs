@@ -10,7 +10,7 @@ use nkv_client::{Client, ConnectionState, EndReason, ErrorKind, Event};
 use nkv_protocol::Kind;
 
 #[tokio::test]
-async fn where_nobody_listens_connecting_fails_at_once() {
+async fn without_a_listener_connecting_fails_at_once() {
     let addr = Scripted::new().await.addr;
     let started = Instant::now();
     let error = Client::connect(&addr).await.unwrap_err();
@@ -175,7 +175,7 @@ async fn a_server_cannot_make_the_client_hold_more_than_the_limit() {
     assert!(sent < 50_000_000);
 }
 
-// Keys without end were all kept, and so were their values while nobody read.
+// Keys without end were all kept, and so were their values while they were not read.
 #[tokio::test]
 async fn a_server_cannot_make_a_subscription_hold_more_than_its_limit() {
     let server = Scripted::new().await;
@@ -237,7 +237,7 @@ async fn a_snapshot_belongs_to_its_subscription_alone_and_a_change_to_all_that_c
         peer.snapshot("a", &[("a", "1", 1)], 3).await;
         peer.update("a", "4", 4).await;
     });
-    // Newer already, and still told before `Synced`.
+    // Newer already, and still notified before `Synced`.
     assert_eq!(shorts(&until_synced(&mut one.unwrap()).await), ["a=4"]);
     assert_eq!(short(&next(&mut all).await), "b=3");
     assert_eq!(short(&next(&mut all).await), "a=4");
@@ -269,8 +269,8 @@ async fn a_connection_lost_within_a_snapshot_loses_nothing_and_reports_nothing_m
         events.push(next(&mut subscription).await);
     }
     let of_keys = |word: &String| word.contains(['=', ' ']);
-    let told: Vec<_> = shorts(&events).into_iter().filter(of_keys).collect();
-    assert_eq!(told, ["b=5", "c missed"]);
+    let received: Vec<_> = shorts(&events).into_iter().filter(of_keys).collect();
+    assert_eq!(received, ["b=5", "c missed"]);
 }
 
 #[tokio::test]
@@ -330,7 +330,7 @@ async fn when_client_and_subscriptions_are_dropped_the_connection_closes() {
     assert_eq!(peer.request().await, None);
 }
 
-// It could be 80 MiB, before anybody knew who was there.
+// It could be 80 MiB, before it was known what answered.
 #[tokio::test]
 async fn a_greeting_may_not_be_long() {
     let server = Scripted::new().await;

@@ -128,7 +128,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         if let Some(key) = gone.first().filter(|_| revision == writer.revision) {
             return Err(contradiction(key, revision));
         }
-        // With the first of all: whoever goes on from any revision behind that has none of these keys.
+        // With the first of all: a reader that goes on from any revision behind that has none of these keys.
         let first = different.first().map_or(revision, |change| change.revision);
         let mut changes: Vec<Change> = gone.into_iter().map(|key| delete(key, first)).collect();
         changes.extend(different);

@@ -389,7 +389,7 @@ impl State {
     }
 }
 
-/// A reader that keeps up needs a little room again and again: so many places are kept.
+/// The number of places that are kept: a reader that keeps up needs a little room again and again.
 const KEEP_MAX: usize = 64;
 
 /// Roughly what a change takes, with a value that the store may hold too.

@@ -236,7 +236,7 @@ impl Event {
         Arc::new(Event { kind, sequence, ends_revision, memos: Mutex::new(Vec::new()), counter: None })
     }
 
-    /// An event that tells of a change, and whose bytes are counted for as long as it lives.
+    /// An event for a change, whose bytes are counted for as long as it lives.
     pub(crate) fn counted(change: Change, sequence: u64, ends_revision: bool, counter: &Arc<AtomicUsize>) -> Arc<Self> {
         let (kind, counter) = (EventKind::Change(change), Some(Arc::clone(counter)));
         let event = Event { kind, sequence, ends_revision, memos: Mutex::new(Vec::new()), counter };
@@ -290,7 +290,7 @@ impl Event {
         memo
     }
 
-    /// Forgets what was derived: an event that only waits holds its own bytes and no others. Those who have it keep it.
+    /// Forgets what was derived: an event that only waits holds its own bytes and no others. Its holders keep it.
     pub fn forget_memos(&self) {
         let memos = std::mem::take(&mut *self.memos.lock().unwrap_or_else(PoisonError::into_inner));
         drop(memos);

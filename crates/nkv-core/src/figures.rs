@@ -1,4 +1,4 @@
-//! Figures of storage and of times, for those who watch a store from outside.
+//! Figures of storage and of times, for monitoring from outside.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

@@ -157,7 +157,7 @@ impl fmt::Debug for Key {
     }
 }
 
-/// A key, borrowed from where it is stored: a text that was checked, so that nobody checks it again.
+/// A key, borrowed from where it is stored: a text that was checked once and needs no other check.
 ///
 /// # Examples
 ///
@@ -317,7 +317,7 @@ impl Pattern {
         }
     }
 
-    /// Whether a subscription to this pattern is told of a change of `key`.
+    /// Whether a subscription to this pattern is notified of a change of `key`.
     #[must_use]
     pub fn covers(&self, key: &Key) -> bool {
         self.covers_text(key.as_str())

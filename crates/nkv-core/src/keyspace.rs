@@ -157,7 +157,7 @@ impl Keyspace {
         self.expiries.first().map(|(at, _)| *at)
     }
 
-    /// Takes a record from storage. Nobody finds it before [`end_loading`](Self::end_loading).
+    /// Takes a record from storage. No reader finds it before [`end_loading`](Self::end_loading).
     pub(crate) fn load(&mut self, record: RecordRef<'_>) {
         let long = self.pack(record);
         let slot = self.slots.add(&self.packed, long);
@@ -481,7 +481,7 @@ mod tests {
         Delete {
             number: u64,
         },
-        /// With so many older records of each key, before or behind the newest.
+        /// With this many older records of each key, before or behind the newest.
         Reload {
             older: u64,
             newest_first: bool,

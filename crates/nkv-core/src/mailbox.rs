@@ -59,7 +59,7 @@ pub fn mailbox<T>() -> (Mailbox<T>, Inbox<T>) {
     mailbox_with_slack(0)
 }
 
-/// Makes a mailbox in which changes of so many bytes (see [`ITEM_LEN`]) may wait without being conflated.
+/// Makes a mailbox in which changes of up to `slack` bytes (see [`ITEM_LEN`]) may wait without being conflated.
 #[must_use]
 pub fn mailbox_with_slack<T>(slack: usize) -> (Mailbox<T>, Inbox<T>) {
     let (state, arrived) = (Mutex::new(State::new(slack)), Condvar::new());
@@ -74,7 +74,7 @@ pub const ITEM_LEN: usize = 64;
 /// How many deletes may wait beside the changes of keys that there are.
 pub const DELETES_MAX: usize = 4_096;
 
-/// What becomes of a subscriber for which too much waits.
+/// What becomes of a subscriber whose backlog is too long.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Overflow {
     /// All changes that wait are dropped; each subscription [begins anew](crate::BeginCause::Reset).
@@ -133,14 +133,14 @@ fn change_len(change: &Change) -> usize {
     ITEM_LEN + change.key.as_str().len() + change.action.value_len()
 }
 
-/// What waits in a mailbox, for people to look at.
+/// The backlog of a mailbox, for people to look at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Backlog {
     /// Items not yet taken.
     pub queued: usize,
     /// Changes passed over or dropped since the mailbox was made.
     pub skipped: u64,
-    /// What the mailbox takes for what waits, in bytes, without the events themselves.
+    /// What the mailbox takes for the backlog, in bytes, without the events themselves.
     pub own_bytes: usize,
     /// What the changes that wait take, in bytes; others may share them.
     pub event_bytes: usize,
@@ -239,7 +239,7 @@ struct State<T> {
 /// Below this many, vacant places are not worth tidying and capacity is not worth giving back.
 const TIDY_MIN: usize = 64;
 
-/// A reader that keeps up needs about as much room again and again: so much of it is kept, and given back when it is not
+/// The room that is kept, as a reader that keeps up needs about as much again and again. It is given back when it is not
 /// used any more.
 const KEEP_MAX: usize = 1_024;
 
@@ -588,7 +588,7 @@ impl<T> Mailbox<T> {
     ///
     /// # Errors
     ///
-    /// The item, if nobody will take it.
+    /// The item, if the mailbox is closed.
     pub fn post(&self, item: T) -> Result<(), T> {
         self.shared.post(|state| {
             if state.closed {
@@ -610,7 +610,7 @@ impl<T> Mailbox<T> {
         self.shared.lock().closed
     }
 
-    /// Wakes the reader although nothing has come: somebody has something to tell it by other means.
+    /// Wakes the reader although nothing has come: the caller has something for it by other means.
     pub fn wake(&self) {
         let called = self.shared.post(|state| state.called.take());
         if let Some(waker) = called {
@@ -618,7 +618,7 @@ impl<T> Mailbox<T> {
         }
     }
 
-    /// What becomes of the subscriber if too much waits for it. [`Overflow::Reset`] at first.
+    /// Chooses what becomes of the subscriber if its backlog is too long. [`Overflow::Reset`] at first.
     pub fn set_overflow(&self, overflow: Overflow) {
         self.shared.lock().overflow = overflow;
     }
@@ -635,7 +635,7 @@ impl<T> Mailbox<T> {
         self.shared.lock().has_overflowed
     }
 
-    /// What waits to be taken.
+    /// The backlog: what waits to be taken.
     #[must_use]
     pub fn backlog(&self) -> Backlog {
         self.shared.backlog()
@@ -665,7 +665,7 @@ impl<T: Send + 'static> Notifier for Mailbox<T> {
 }
 
 impl<T> Inbox<T> {
-    /// Posts an item of the owner's own from the reader's side, behind what waits.
+    /// Posts an item of the owner's own from the reader's side, behind the backlog.
     pub fn post(&self, item: T) {
         let mut state = self.shared.lock();
         state.post_own(item);
@@ -744,8 +744,8 @@ impl<T> Inbox<T> {
         drop(old);
     }
 
-    /// Whether the mailbox is empty, and will wake whoever polled it last when it is no more: no need to poll it again
-    /// with the same waker. Takes no lock.
+    /// Whether the mailbox is empty, and will wake the task that polled it last when it no longer is: no need to poll it
+    /// again with the same waker. Takes no lock.
     #[must_use]
     pub fn is_waited_for(&self) -> bool {
         self.shared.is_waited_for.load(Acquire)
@@ -820,7 +820,7 @@ impl<T> Inbox<T> {
 }
 
 impl<T> Observer<T> {
-    /// What waits to be taken.
+    /// The backlog: what waits to be taken.
     #[must_use]
     pub fn backlog(&self) -> Backlog {
         self.shared.backlog()
@@ -832,7 +832,7 @@ impl<T> Observer<T> {
         self.shared.post(|state| state.keeps_ends = keeps);
     }
 
-    /// Gives up what waits, as if there were too much of it: see [`Overflow`].
+    /// Gives up the backlog, as if it were too long: see [`Overflow`].
     pub fn give_up(&self) {
         self.shared.post(State::overflow);
     }

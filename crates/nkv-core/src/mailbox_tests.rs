@@ -15,7 +15,7 @@ use crate::revision::Epoch;
 /// More than anything here takes; only a hang waits for it.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(miri) { 100 } else { 10 });
 
-/// So many changes are a great many; Miri takes a thousand times as long for each.
+/// A great number of changes; Miri takes a thousand times as long for each.
 const MANY: u64 = if cfg!(miri) { 100 } else { 20_000 };
 
 /// What came out, as short as it can be written.
@@ -155,7 +155,7 @@ fn skipped_counts_from_the_last_change_taken() {
 }
 
 #[test]
-fn a_change_that_two_subscriptions_cover_is_told_once_and_not_counted_as_skipped() {
+fn a_change_that_two_subscriptions_cover_is_received_once_and_not_counted_as_skipped() {
     let (post, inbox) = mailbox();
     let (first, second) = (put("a", 1), put("a", 2));
     let deliveries = post_all(&post, [&first, &first, &second, &second].map(Arc::clone));
@@ -381,12 +381,12 @@ fn a_reader_that_polls_only_when_woken_sees_the_last_state_of_every_key() {
     }
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let mut cx = Context::from_waker(&waker);
-    let (mut last, mut told, deadline) = (0, 0, Instant::now() + PATIENCE);
+    let (mut last, mut accounted, deadline) = (0, 0, Instant::now() + PATIENCE);
     loop {
         match inbox.poll_take(&mut cx).map(|item: Option<Item<u32>>| item.map(out)) {
             Poll::Ready(Some(Out::Change(_, revision, skipped))) => {
                 assert!(revision > last, "{revision} after {last}");
-                (last, told) = (revision, told + 1 + skipped);
+                (last, accounted) = (revision, accounted + 1 + skipped);
             }
             Poll::Ready(Some(other)) => panic!("{other:?} was never posted"),
             Poll::Ready(None) => break,
@@ -395,24 +395,24 @@ fn a_reader_that_polls_only_when_woken_sees_the_last_state_of_every_key() {
         assert!(Instant::now() < deadline, "a wake-up was lost");
     }
     writer.join().unwrap();
-    assert_eq!((last, told), (MANY, MANY), "the last revision, and changes told or skipped");
+    assert_eq!((last, accounted), (MANY, MANY), "the last revision, and changes received or skipped");
 }
 
 #[test]
 fn a_blocked_reader_gets_what_another_thread_posts_and_then_the_end() {
     let (post, inbox) = mailbox();
-    let (tell, told) = std::sync::mpsc::channel();
+    let (tx, rx) = std::sync::mpsc::channel();
     let reader = thread::spawn(move || {
         while let Some(item) = inbox.take_blocking().map(out) {
-            tell.send(item).unwrap();
+            tx.send(item).unwrap();
         }
     });
     for own in 0..if cfg!(miri) { 10 } else { 100 } {
         post.post(own).unwrap();
-        assert_eq!(told.recv_timeout(PATIENCE), Ok(Out::Own(own)), "each before the next is posted");
+        assert_eq!(rx.recv_timeout(PATIENCE), Ok(Out::Own(own)), "each before the next is posted");
     }
     drop(post);
-    assert!(told.recv_timeout(PATIENCE).is_err(), "the reader has ended");
+    assert!(rx.recv_timeout(PATIENCE).is_err(), "the reader has ended");
     reader.join().unwrap();
 }
 
@@ -494,7 +494,7 @@ fn the_room_that_a_backlog_took_is_given_back_once_it_is_read() {
 const CHANGE_LEN: usize = ITEM_LEN + 2;
 
 #[test]
-fn what_fits_into_the_slack_is_told_as_it_came_and_what_is_on_top_of_it_is_conflated() {
+fn what_fits_into_the_slack_is_received_as_it_came_and_what_is_on_top_of_it_is_conflated() {
     let (post, inbox) = mailbox_with_slack(2 * CHANGE_LEN);
     for last in [4, 8] {
         let deliveries = post_all(&post, (last - 3..=last).map(|revision| put("a", revision)));
@@ -516,7 +516,7 @@ fn whatever_comes_behind_a_change_that_may_be_conflated_may_be_too() {
 }
 
 #[test]
-fn many_are_taken_at_once_up_to_so_many_bytes_a_part_of_a_snapshot_or_the_end() {
+fn many_are_taken_at_once_up_to_a_number_of_bytes_a_part_of_a_snapshot_or_the_end() {
     let (post, inbox) = mailbox();
     let waker = Arc::new(CountingWaker::default());
     let task = Waker::from(Arc::clone(&waker));

@@ -13,9 +13,9 @@ use crate::mailbox::Backlog;
 /// - *At once*: `notify` returns without waiting for the subscriber. Callers hold locks; a notifier must not call
 ///   back into the store.
 /// - *In order*: events are given in the order of their [sequence numbers](Event::sequence), in which revisions never fall,
-///   and must be told in that order. Several keys may have one revision: that tells no two events apart. What cannot be
-///   told yet may be conflated: a newer change of a key may take the place of an older change of the *same* key,
-///   never of another.
+///   and must be delivered in that order. Several keys may have one revision: it does not identify an event. What cannot
+///   be delivered yet may be conflated: a newer change of a key may take the place of an older change of the *same*
+///   key, never of another.
 /// - *Latest, always*: when events stop, a live subscriber has received the last change of each key, or a snapshot that
 ///   contains it.
 /// - *Whole*: a [`Began`](crate::EventKind::Began) and an [`Ended`](crate::EventKind::Ended) are delivered, never conflated
@@ -39,13 +39,13 @@ pub trait Notifier: fmt::Debug + Send + Sync + 'static {
     fn notify(&self, event: &Arc<Event>) -> Delivery;
 
     /// Takes an event from a mailbox in front of this notifier, where `skipped` changes of its key, since the last one, were
-    /// passed over in its favour: see [`Item::Event`](crate::mailbox::Item::Event). One that counts them tells its subscriber.
+    /// conflated into it: see [`Item::Event`](crate::mailbox::Item::Event). A notifier that counts them reports the count.
     fn notify_conflated(&self, event: &Arc<Event>, skipped: u64) -> Delivery {
         let _ = skipped;
         self.notify(event)
     }
 
-    /// What waits for the subscriber, for people to look at; nothing, if that is not known.
+    /// The backlog of the subscriber, for people to look at; empty, if it is not known.
     fn backlog(&self) -> Backlog {
         Backlog::default()
     }

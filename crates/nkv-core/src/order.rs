@@ -1,6 +1,6 @@
 //! The order of the keys: the numbers of their slots, sorted, in chunks.
 //!
-//! Four bytes a key and some slack, where a tree of keys would take fifty. It knows nothing of keys: whoever asks says
+//! Four bytes a key and some slack, where a tree of keys would take fifty. It knows nothing of keys: the caller says
 //! of a slot whether it stands before the place that is meant. Finding that place takes a binary search among the chunks
 //! and one within a chunk; putting a slot there moves at most one chunk's worth of numbers.
 

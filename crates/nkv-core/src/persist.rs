@@ -22,7 +22,7 @@ use crate::revision::{Epoch, Revision};
 /// - *Durable*: what was given before `persist` returned `Ok` survives, to the degree the backend promises.
 /// - *Revisions*: the highest revision ever stored survives too, even when its key was deleted.
 /// - *Keys*: what [`load`](Self::load) visits has a [`KeyRef`](crate::KeyRef), made by one of its constructors: of records
-///   one that [`Key::check`] accepts, of tombstones one that [`Key::check_stored`] accepts. Nobody checks it again.
+///   one that [`Key::check`] accepts, of tombstones one that [`Key::check_stored`] accepts. They are not checked again.
 /// - *Epoch*: it stays the same over restarts, and changes whenever something acknowledged may have been lost, or when
 ///   [`begin_epoch`](Self::begin_epoch) says so.
 /// - *Meta*: a backend that [keeps meta](Self::keeps_meta) gives back with each record the [meta](Change::meta) of the
@@ -40,7 +40,7 @@ use crate::revision::{Epoch, Revision};
 ///   owns it. In that case a batch is stored only if the stored revision and the stored owner, a random number that each
 ///   [`load`](Self::load) writes, are still this instance's: else nothing is stored, and the error is
 ///   [`PersistErrorKind::Poisoned`]. So two servers on one database do not diverge, and after a connection that was lost
-///   during a commit the two numbers tell whether it happened ([`RowPersist`](crate::rows::RowPersist) does so).
+///   during a commit the two numbers show whether it happened ([`RowPersist`](crate::rows::RowPersist) does so).
 /// - *Alone*: methods may block; the caller owns a thread for them and never calls two at once.
 ///
 /// `nkv_testkit::persist` checks each line; a backend is finished when it passes.
@@ -66,7 +66,7 @@ pub trait PersistValue: fmt::Debug + Send + 'static {
     /// # Errors
     ///
     /// After any kind but [`PersistErrorKind::Poisoned`] the batch was not stored, and another may follow.
-    /// After `Poisoned` nobody knows: it may or may not be there after a restart, and no other batch follows.
+    /// After `Poisoned` that is not known: it may or may not be there after a restart, and no other batch follows.
     fn persist(&mut self, batch: &[Change]) -> Result<(), PersistError>;
 
     /// Makes room for a batch before any part of it is stored, or refuses it: for callers that give one batch to several
@@ -261,7 +261,7 @@ pub enum PersistErrorKind {
     Rejected,
     /// Reading or writing failed. Nothing was stored; trying again may help.
     Io,
-    /// Nobody knows what the storage holds now. The store takes no more writes until it is opened again.
+    /// It is not known what the storage holds now. The store takes no more writes until it is opened again.
     Poisoned,
     /// The stored data is damaged. Nothing was changed.
     Damaged,

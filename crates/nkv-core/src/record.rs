@@ -102,7 +102,7 @@ pub struct RecordRef<'a> {
 /// A value, lent for a moment.
 #[derive(Clone, Copy, Debug)]
 pub enum ValueRef<'a> {
-    /// In the memory of whoever lends it, as every short one: whoever keeps it copies it.
+    /// In the memory of its lender, as every short one: a caller that keeps it copies it.
     Lent(&'a [u8]),
     /// By itself: a clone shares it.
     Shared(&'a Bytes),
@@ -117,8 +117,8 @@ impl RecordRef<'_> {
     }
 }
 
-/// From this length on a value lies by itself, as it came, and is shared with whoever reads it. A shorter one is copied:
-/// that costs less than counting who shares it, and it does not keep in memory what else it came with.
+/// From this length on a value lies by itself, as it came, and is shared with its readers. A shorter one is copied: that
+/// costs less than counting its readers, and it does not keep in memory what else it came with.
 pub(crate) const VALUE_LEN_LONG: usize = 4_096;
 
 impl<'a> ValueRef<'a> {
@@ -204,7 +204,7 @@ impl Action {
 /// Why a key is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
-    /// Somebody deleted it.
+    /// A client deleted it.
     Deleted,
     /// Its TTL ended.
     Expired,

@@ -65,7 +65,7 @@ impl Records {
         (0..self.len()).filter_map(|at| self.get(at))
     }
 
-    /// How many bytes they take, the long values with those whom they are shared with.
+    /// How many bytes they take, with the long values, which others may share.
     #[must_use]
     pub fn size(&self) -> usize {
         self.packed.len() + self.ends.len() * size_of::<usize>() + self.long.iter().map(Bytes::len).sum::<usize>()

@@ -65,7 +65,7 @@ pub enum Committed {
     Yes,
     /// The head was another; nothing was changed.
     Stale,
-    /// The connection was lost: it may be done or not, and [`Rows::head`] will tell.
+    /// The connection was lost: it may be done or not, and [`Rows::head`] will show which.
     Unknown,
 }
 

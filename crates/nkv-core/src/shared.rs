@@ -29,7 +29,7 @@ pub(crate) const NEVER: Timestamp = Timestamp::MAX;
 pub(crate) const PART_KEYS_MAX: usize = 1_024;
 const PART_LEN_MAX: usize = 64 << 10;
 
-/// The number of notifications after which those who wait for the lock of the subscribers go first.
+/// The number of notifications after which threads that wait for the lock of the subscribers go first.
 const TURN_NOTIFICATIONS: u64 = 1_024;
 
 #[derive(Debug)]
@@ -173,8 +173,8 @@ impl<N: Notifier> Shared<N> {
         changes
     }
 
-    /// After some changes those who wait to subscribe, to unsubscribe, or to read part of a snapshot go first: they see
-    /// which changes the others have been notified of.
+    /// After some changes the threads that wait to subscribe, to unsubscribe, or to read part of a snapshot go first: they
+    /// see which changes the others have been notified of.
     fn notify_all<'a>(&'a self, mut subscribers: MutexGuard<'a, Subscribers<N>>, mut changes: Numbered, applied: u64) {
         let mut tally = Tally { notified: 0, conflated: 0, gone: Vec::new() };
         while subscribers.len() > 0 && self.notify_some(&mut subscribers, &mut changes, &mut tally) {
@@ -182,7 +182,7 @@ impl<N: Notifier> Shared<N> {
             self.subscribers.give_turns();
             subscribers = self.subscribers.lock();
         }
-        subscribers.told = applied;
+        subscribers.notified_up_to = applied;
         drop(subscribers);
         self.counters.notified.fetch_add(tally.notified, Relaxed);
         self.counters.conflated.fetch_add(tally.conflated, Relaxed);
@@ -271,7 +271,7 @@ impl<N: Notifier> Shared<N> {
         if has_snapshot {
             began = began.with_snapshot();
         } else {
-            progress.go_live(subscribers.told, applied);
+            progress.go_live(subscribers.notified_up_to, applied);
         }
         if subscription.notifier().notify(&Event::new(EventKind::Began(began))) == Delivery::Closed {
             progress.end();
@@ -414,7 +414,7 @@ impl<N: Notifier> ReadSnapshot for Reader<N> {
         }
         let up_to = last.filter(|_| covered.next().is_some()).map(KeyRef::to_key);
         let is_last = up_to.is_none();
-        self.progress.has_read(up_to, subscribers.told, applied);
+        self.progress.has_read(up_to, subscribers.notified_up_to, applied);
         drop(covered);
         drop(keyspace);
         drop(subscribers);

@@ -19,7 +19,7 @@ use crate::record::{RecordRef, ValueRef};
 /// With what an allocator adds to it, a whole number of the system's pages.
 const PAGE_LEN_MAX: usize = (256 << 10) - 16;
 
-/// So many bits of a slot's number say which cell of the page it is, the others which page.
+/// The number of bits of a slot's number that say which cell of the page it is; the others say which page.
 const CELL_BITS: u32 = 12;
 const CELLS_MAX: usize = 1 << CELL_BITS;
 const PAGES_MAX: usize = 1 << (u32::BITS - CELL_BITS);
@@ -131,7 +131,7 @@ impl Slots {
         slot.unwrap_or_else(|| broken(NO_RECORD))
     }
 
-    /// Removes a record. The one that [`last_like`](Self::last_like) told has this slot from then on.
+    /// Removes a record. The one that [`last_like`](Self::last_like) returned has this slot from then on.
     pub(crate) fn remove(&mut self, slot: u32) {
         let last = self.last_like(slot);
         let ((number, at), (last_number, _)) = (place_of(slot), place_of(last));
@@ -241,7 +241,7 @@ mod tests {
         record(number, value_len, false)
     }
 
-    /// A record with a long value has as many bytes here: nobody reads them.
+    /// A record with a long value has as many bytes here: they are not read.
     fn record(number: usize, value_len: usize, is_long: bool) -> Vec<u8> {
         let (key, value, revision) = (number.to_string(), vec![number as u8; value_len], Revision::new(1));
         let mut packed = Vec::new();

@@ -27,10 +27,10 @@ use crate::sync::{Mutex, MutexGuard};
 use crate::wake::Later;
 use crate::write::{Op, Outcome, PutOptions, Write, WriteError};
 
-/// A notify key-value store: values that survive, and subscribers that are told the latest of them.
+/// A notify key-value store: values that survive, and subscribers that are notified of the latest.
 ///
 /// `P` keeps the values, `N` reaches one subscriber. All methods take `&self` and may be called from any thread.
-/// Nothing is visible to readers, told to subscribers or acknowledged before `P` has stored it.
+/// No change is visible to readers, notified to subscribers or acknowledged before `P` has stored it.
 ///
 /// # Examples
 ///
@@ -184,7 +184,7 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
     }
 
     /// Lends a key's record to `look`; `None` if there is none, as for a text that is no key. Nothing is allocated or
-    /// copied here: this is the way to read for whoever writes what it finds somewhere else.
+    /// copied here: this is the way to read for a caller that writes the record somewhere else.
     ///
     /// No write becomes visible while `look` looks, so it is to be quick, and must not call back into the store.
     pub fn look_up<R>(&self, key: &str, look: impl FnOnce(RecordRef<'_>) -> R) -> Option<R> {

@@ -1,4 +1,4 @@
-//! Who is told of a change: a tree of segments, walked from the root along the key.
+//! The subscribers to notify of a change: a tree of segments, walked from the root along the key.
 //!
 //! The walk ends where no subscription lies further down, so a put in a store without subscribers looks at one map.
 
@@ -12,7 +12,7 @@ use crate::key::{Key, Pattern};
 use crate::revision::Revision;
 use crate::sync::{AtomicBool, Mutex, MutexGuard};
 
-/// Who subscribes: named by the client, so that one that comes back takes its own place again.
+/// The name of a subscriber, chosen by the client, so that one that comes back takes its own place again.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SubscriberId(Arc<str>);
 
@@ -123,10 +123,10 @@ enum Phase {
 
 impl Progress {
     /// Has every change from now on notified: after `present`, if others have not been notified of all up to there.
-    pub(crate) fn go_live(&self, told: u64, present: u64) {
+    pub(crate) fn go_live(&self, notified_up_to: u64, present: u64) {
         let mut state = self.lock();
         state.phase = Phase::Live;
-        state.see(None, told, present);
+        state.see(None, notified_up_to, present);
         self.takes_all.store(state.seen.is_empty(), Relaxed);
     }
 
@@ -177,18 +177,18 @@ impl Progress {
     }
 
     /// Notes that the snapshot was read up to a key, or to its end, behind the change `present`.
-    pub(crate) fn has_read(&self, up_to: Option<Key>, told: u64, present: u64) {
+    pub(crate) fn has_read(&self, up_to: Option<Key>, notified_up_to: u64, present: u64) {
         let mut state = self.lock();
-        if told < present
+        if notified_up_to < present
             && let Phase::Reading(before) = &state.phase
         {
             // What was read before this part was read as of an earlier moment.
             let before = Some(before.clone());
             if state.seen.last().is_none_or(|(up_to, _)| *up_to != before) {
-                state.seen.push((before, told));
+                state.seen.push((before, notified_up_to));
             }
         }
-        state.see(up_to.clone(), told, present);
+        state.see(up_to.clone(), notified_up_to, present);
         state.phase = match up_to {
             Some(up_to) => Phase::Reading(up_to),
             None => match state.more.checked_sub(1) {
@@ -250,8 +250,8 @@ impl Progress {
 impl State {
     /// What was read behind the change `present` contains changes that others are still being notified of: they are no news
     /// here.
-    fn see(&mut self, up_to: Option<Key>, told: u64, present: u64) {
-        if told < present {
+    fn see(&mut self, up_to: Option<Key>, notified_up_to: u64, present: u64) {
+        if notified_up_to < present {
             self.seen.push((up_to, present));
         }
     }
@@ -262,7 +262,7 @@ pub(crate) struct Subscribers<N> {
     root: Node<N>,
     len: usize,
     /// All are notified of every change up to this one.
-    pub(crate) told: u64,
+    pub(crate) notified_up_to: u64,
 }
 
 type Entries<N> = Vec<Arc<Subscription<N>>>;
@@ -319,7 +319,7 @@ impl<N> Node<N> {
 
 impl<N> Subscribers<N> {
     pub(crate) fn new() -> Self {
-        Subscribers { root: Node::new(), len: 0, told: 0 }
+        Subscribers { root: Node::new(), len: 0, notified_up_to: 0 }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -376,18 +376,18 @@ impl<N> Subscribers<N> {
         all
     }
 
-    /// Calls `tell` for each subscription that covers `key`.
-    pub(crate) fn for_each<'a>(&'a self, key: &Key, mut tell: impl FnMut(&'a Arc<Subscription<N>>)) {
+    /// Calls `visit` for each subscription that covers `key`.
+    pub(crate) fn for_each<'a>(&'a self, key: &Key, mut visit: impl FnMut(&'a Arc<Subscription<N>>)) {
         let mut node = &self.root;
         for segment in key.segments() {
             // Whatever the segment is, `key` lies below the node that it starts from, and in the branch above that.
-            node.branch.iter().chain(&node.below).for_each(&mut tell);
+            node.branch.iter().chain(&node.below).for_each(&mut visit);
             match node.children.get(segment) {
                 Some(child) => node = child,
                 None => return,
             }
         }
-        node.branch.iter().chain(&node.exact).for_each(tell);
+        node.branch.iter().chain(&node.exact).for_each(visit);
     }
 }
 

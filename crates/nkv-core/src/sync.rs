@@ -17,7 +17,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::SeqCst;
 
-/// A mutex whose owner, if it works for long, can let those who wait for it go first.
+/// A mutex whose owner, if it works for long, can let waiting threads go first.
 #[derive(Debug)]
 pub(crate) struct TurnMutex<T> {
     /// How often the lock was asked for, and had.
@@ -44,8 +44,8 @@ impl<T> TurnMutex<T> {
         self.had.load(SeqCst) != self.asked.load(SeqCst)
     }
 
-    /// Waits for as many turns of others as others wait now, to be called without the lock. Some may be of those who come
-    /// meanwhile: to wait for all of them might never end.
+    /// Waits for as many turns of others as others wait now, to be called without the lock. Some may be of threads that
+    /// come meanwhile: to wait for all of them might never end.
     pub(crate) fn give_turns(&self) {
         let (had, asked) = (self.had.load(SeqCst), self.asked.load(SeqCst));
         let waiting = asked.wrapping_sub(had);

@@ -1,6 +1,6 @@
 //! The slots of keys by the hash of the key, in parts.
 //!
-//! A hash table that grows reads all its keys, and whoever reads or writes waits until it is done. So there are many, and
+//! A hash table that grows reads all its keys, and readers and writers wait until it is done. So there are many, and
 //! when the keys are too many for them, one is split into two, by one more bit of the hash; when they are few, the last one
 //! joins that which it was split from. (This is linear hashing.) The slot of a key, its hash: the table knows neither.
 

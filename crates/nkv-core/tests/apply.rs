@@ -73,11 +73,11 @@ fn take(inbox: &Inbox) -> Option<Arc<Event>> {
 
 /// Changes as `key@revision`, with `-` before a delete, `!` before one that takes the place of nothing, and `.` behind the
 /// last of a revision; other events by name.
-fn told(inbox: &Inbox) -> Vec<String> {
-    std::iter::from_fn(|| take(inbox)).map(|event| tell(&event)).collect()
+fn received(inbox: &Inbox) -> Vec<String> {
+    std::iter::from_fn(|| take(inbox)).map(|event| text_of(&event)).collect()
 }
 
-fn tell(event: &Event) -> String {
+fn text_of(event: &Event) -> String {
     match event.kind() {
         EventKind::Change(change) => {
             let end = if event.ends_revision() { "." } else { "" };
@@ -119,7 +119,7 @@ fn stored(disk: &Disk) -> (Vec<String>, Loaded) {
 }
 
 #[test]
-fn changes_keep_their_revisions_and_are_one_batch_and_told_in_order() {
+fn changes_keep_their_revisions_and_are_one_batch_and_notified_in_order() {
     let (store, script, _) = store();
     store.put(&key("a"), "old", PutOptions::default()).unwrap();
     let inbox = subscribe(&store, &["*"]);
@@ -128,20 +128,20 @@ fn changes_keep_their_revisions_and_are_one_batch_and_told_in_order() {
     assert_eq!((script.batches().len(), store.stats().revision), (2, r(9)));
     let replaced: Vec<u64> = script.batches()[1].iter().map(|change| change.replaces.get()).collect();
     assert_eq!(replaced, [1, 0, 5, 0, 0], "whatever the caller says, storage learns what was there");
-    assert_eq!(told(&inbox), ["a@5", "!c@9", "!b@9."], "the newest of each key, in order");
+    assert_eq!(received(&inbox), ["a@5", "!c@9", "!b@9."], "the newest of each key, in order");
     assert_eq!(records(&store), ["a@5", "b@9", "c@9"]);
     assert_eq!(store.put(&key("d"), "x", PutOptions::default()).unwrap(), r(10), "local writes go on above");
 }
 
-// The mailbox took "not above the newest revision" for "told already".
+// The mailbox took "not above the newest revision" for "notified already".
 #[test]
-fn changes_of_one_revision_are_told_once_each_to_a_reader_of_several_subscriptions() {
+fn changes_of_one_revision_are_notified_once_each_to_a_reader_of_several_subscriptions() {
     let (store, ..) = store();
     let inbox = subscribe(&store, &["*", "a.*", "a"]);
     store.apply(vec![put("a.x", 3), put("a", 3), put("b", 3)]).unwrap();
-    assert_eq!(told(&inbox), ["!a.x@3", "!a@3", "!b@3."]);
+    assert_eq!(received(&inbox), ["!a.x@3", "!a@3", "!b@3."]);
     store.apply(vec![put("a", 4), delete("b", 4)]).unwrap();
-    assert_eq!(told(&inbox), ["a@4", "-b@4."]);
+    assert_eq!(received(&inbox), ["a@4", "-b@4."]);
 }
 
 #[test]
@@ -157,11 +157,11 @@ fn what_was_applied_before_is_passed_over() {
     ] {
         assert_eq!(store.apply(again).unwrap(), expected);
     }
-    assert_eq!((told(&inbox).join(" "), script.calls()), ("!a@3 !b@3. !c@4.".to_owned(), 2));
+    assert_eq!((received(&inbox).join(" "), script.calls()), ("!a@3 !b@3. !c@4.".to_owned(), 2));
 }
 
 #[test]
-fn a_revision_at_which_nothing_changed_is_kept_and_nobody_is_notified() {
+fn a_revision_at_which_nothing_changed_is_kept_and_no_subscriber_is_notified() {
     let (store, script, disk) = store();
     let inbox = subscribe(&store, &["*"]);
     store.apply(vec![put("a", 3)]).unwrap();
@@ -172,7 +172,7 @@ fn a_revision_at_which_nothing_changed_is_kept_and_nobody_is_notified() {
     }
     assert_eq!((script.calls(), store.stats().revision), (2, r(7)), "what it is at already is passed over");
     assert_eq!(store.apply(vec![put("b", 6), put("b", 8)]).unwrap(), Applied { stored: 1, passed_over: 1 });
-    assert_eq!((told(&inbox).join(" "), records(&store)), ("!a@3. !b@8.".into(), vec!["a@3".into(), "b@8".into()]));
+    assert_eq!((received(&inbox).join(" "), records(&store)), ("!a@3. !b@8.".into(), vec!["a@3".into(), "b@8".into()]));
     assert_eq!(store.pass(r(u64::MAX)).unwrap_err().kind(), PersistErrorKind::Rejected);
 }
 
@@ -198,7 +198,7 @@ fn a_failed_batch_changes_nothing_and_can_be_applied_again() {
     script.fail_next(PersistErrorKind::NoSpace);
     let batch = || vec![put("a", 3), put("b", 3)];
     assert_eq!(store.apply(batch()).unwrap_err().kind(), PersistErrorKind::NoSpace);
-    assert_eq!((records(&store).len(), told(&inbox).len(), store.stats().revision), (0, 0, r(0)));
+    assert_eq!((records(&store).len(), received(&inbox).len(), store.stats().revision), (0, 0, r(0)));
     assert_eq!(store.apply(batch()).unwrap().stored, 2);
     script.fail_next(PersistErrorKind::Poisoned);
     assert_eq!(store.apply(vec![put("c", 4)]).unwrap_err().kind(), PersistErrorKind::Poisoned);
@@ -212,7 +212,7 @@ fn a_delete_with_meta_leaves_a_tombstone_that_no_reader_sees() {
     let inbox = subscribe(&store, &["*"]);
     store.apply(vec![with_meta(put("a", 1), "A"), put("b", 2), with_meta(put("c", 2), "C")]).unwrap();
     store.apply(vec![with_meta(delete("a", 3), "gone"), with_meta(delete("never", 3), "N")]).unwrap();
-    assert_eq!(told(&inbox), ["!b@2", "!c@2."], "a came and went, and of what never was there is nothing to tell");
+    assert_eq!(received(&inbox), ["!b@2", "!c@2."], "a came and went, and what never was there notifies no subscriber");
     assert_eq!(stored(&disk).0, ["-a@3+gone", "-never@3+N", "b@2", "c@2+C"]);
     assert_eq!((records(&store).join(" "), store.stats().keys, store.stats().deletes), ("b@2 c@2".to_owned(), 2, 1));
     assert!(store.get(&key("a")).is_none() && !store.exists(&Pattern::new("never").unwrap()));
@@ -222,8 +222,8 @@ fn a_delete_with_meta_leaves_a_tombstone_that_no_reader_sees() {
     assert_eq!(stored(&disk).0, ["-never@5+again", "a@4", "b@2"]);
     store.apply(vec![delete("never", 7)]).unwrap();
     assert_eq!(stored(&disk).0, ["a@4", "b@2"]);
-    assert_eq!(told(&inbox), ["!a@4.", "-c@6."]);
-    assert_eq!(store.stats().revision, r(7), "a change that nobody sees counts too");
+    assert_eq!(received(&inbox), ["!a@4.", "-c@6."]);
+    assert_eq!(store.stats().revision, r(7), "a change that no reader sees counts too");
 }
 
 #[test]
@@ -231,7 +231,7 @@ fn reserved_records_are_for_their_owner_alone() {
     let (store, _, disk) = store();
     let inbox = subscribe(&store, &["*"]);
     store.apply(vec![reserved("seen", 1, "5"), put("a", 1), reserved("seen", 2, "6")]).unwrap();
-    assert_eq!((told(&inbox), records(&store)), (vec!["!a@1.".to_owned()], vec!["a@1".to_owned()]));
+    assert_eq!((received(&inbox), records(&store)), (vec!["!a@1.".to_owned()], vec!["a@1".to_owned()]));
     assert_eq!(stored(&disk).0, ["-..seen@2+6", "a@1"]);
     // A write cannot give it a value, and one beside it is done.
     let put = |key| Op::Put { key, value: "x".into(), options: PutOptions::default() };
@@ -249,7 +249,7 @@ fn reserved_records_are_for_their_owner_alone() {
 }
 
 #[test]
-fn who_opens_a_store_is_lent_all_with_its_meta() {
+fn the_opener_of_a_store_is_lent_all_with_its_meta() {
     let (store, _, disk) = store();
     store.apply(vec![with_meta(put("a", 1), "A"), reserved("seen", 1, "5"), with_meta(delete("b", 1), "B")]).unwrap();
     drop(store);
@@ -299,20 +299,20 @@ fn storage_that_keeps_no_meta_is_given_none() {
 }
 
 #[test]
-fn of_a_state_what_differs_is_done_and_told_in_order() {
+fn of_a_state_what_differs_is_done_and_notified_in_order() {
     let (store, script, disk) = store();
     store.apply(vec![put("same", 1), put("older", 2), put("gone", 3), put("back", 3)]).unwrap();
     let inbox = subscribe(&store, &["*"]);
     let state = vec![put("new", 7), put("older", 5), put("same", 1), put("back", 6), with_meta(delete("lost", 6), "L")];
     assert_eq!(store.replace(state.clone(), r(9), HERE).unwrap(), 5);
-    assert_eq!(told(&inbox), ["-gone@5", "older@5.", "back@6.", "!new@7."]);
+    assert_eq!(received(&inbox), ["-gone@5", "older@5.", "back@6.", "!new@7."]);
     assert_eq!(records(&store), ["back@6", "new@7", "older@5", "same@1"]);
     let calls = script.calls();
     assert_eq!(store.replace(state.clone(), r(9), HERE).unwrap(), 0);
-    assert_eq!((told(&inbox).len(), script.calls()), (0, calls), "the same once more is nothing new");
+    assert_eq!((received(&inbox).len(), script.calls()), (0, calls), "the same once more is nothing new");
     // At a later revision, with nothing changed since, storage learns that revision.
     assert_eq!(store.replace(state, r(12), HERE).unwrap(), 0);
-    assert_eq!((told(&inbox).len(), store.stats().revision, stored(&disk).1.revision), (0, r(12), r(12)));
+    assert_eq!((received(&inbox).len(), store.stats().revision, stored(&disk).1.revision), (0, r(12), r(12)));
     assert_eq!(stored(&disk).0, ["-lost@6+L", "back@6", "new@7", "older@5", "same@1"]);
 }
 
@@ -406,7 +406,7 @@ fn another_epoch_is_there_at_once_and_each_subscription_begins_anew() {
         (store.epoch(), store.stats().revision, records(&store).join(" ")),
         (NEXT, r(5), "a@1 x.y@2".to_owned())
     );
-    let mut all = told(&inbox);
+    let mut all = received(&inbox);
     all.sort();
     let expected = ["a@1 at 5 of 2.", "reset 5 of 2", "reset 5 of 2", "x.y@2 at 5 of 2."].map(str::to_owned).to_vec();
     assert_eq!(all, expected, "nothing of the epoch before, and the new state");
@@ -416,9 +416,9 @@ fn another_epoch_is_there_at_once_and_each_subscription_begins_anew() {
     );
     // A lower revision than those of the epoch before is news.
     store.apply(vec![put("a", 6), put("x.y", 6)]).unwrap();
-    assert_eq!(told(&inbox), ["a@6", "x.y@6."]);
+    assert_eq!(received(&inbox), ["a@6", "x.y@6."]);
     assert_eq!(store.put(&key("x.z"), "x", PutOptions::default()).unwrap(), r(7));
-    assert_eq!((told(&inbox), script.batches().len()), (vec!["!x.z@7.".to_owned()], 5));
+    assert_eq!((received(&inbox), script.batches().len()), (vec!["!x.z@7.".to_owned()], 5));
 }
 
 #[test]
@@ -434,11 +434,11 @@ fn a_reader_that_cannot_begin_anew_is_closed_when_an_epoch_begins() {
     store.apply(vec![put("a", 2)]).unwrap();
     store.replace(vec![put("a", 1)], r(1), NEXT).unwrap();
     for (inbox, subscription) in [inbox, of_one].iter().zip(subscriptions) {
-        assert_eq!(told(inbox), ["began 1 of 1"], "nothing of an epoch that it does not hear the end of");
+        assert_eq!(received(inbox), ["began 1 of 1"], "nothing of an epoch that it does not hear the end of");
         assert!(inbox.take_blocking().is_none() && subscription.has_ended());
         assert!(!subscription.notifier().has_overflowed());
     }
-    assert_eq!((told(&other).len(), store.subscriptions()), (2, 1));
+    assert_eq!((received(&other).len(), store.subscriptions()), (2, 1));
 }
 
 #[test]
@@ -447,22 +447,22 @@ fn a_snapshot_that_is_being_read_when_an_epoch_begins_ends_where_it_is() {
     store.apply(many(1..2_001)).unwrap();
     let (post, inbox) = mailbox();
     store.subscribe(Pattern::All, "me".into(), post, true);
-    let began = told_some(&inbox, 2);
+    let began = received_some(&inbox, 2);
     assert!(began[0] == "began 2000 of 1" && began[1].ends_with("at 2000 of 1"), "{began:?}");
     store.replace(vec![put("a", 1)], r(2), NEXT).unwrap();
     store.apply(vec![put("b", 3)]).unwrap();
-    assert_eq!(told(&inbox), ["reset 2 of 2", "a@1 b@3 at 3 of 2."]);
+    assert_eq!(received(&inbox), ["reset 2 of 2", "a@1 b@3 at 3 of 2."]);
     store.apply(vec![put("b", 4)]).unwrap();
-    assert_eq!(told(&inbox), ["b@4."]);
+    assert_eq!(received(&inbox), ["b@4."]);
 }
 
-fn told_some(inbox: &Inbox, count: usize) -> Vec<String> {
-    std::iter::from_fn(|| take(inbox)).take(count).map(|event| tell(&event)).collect()
+fn received_some(inbox: &Inbox, count: usize) -> Vec<String> {
+    std::iter::from_fn(|| take(inbox)).take(count).map(|event| text_of(&event)).collect()
 }
 
 // With each epoch another beginning waits. What comes after one of their snapshots is in those behind it.
 #[test]
-fn epochs_that_begin_before_a_reader_comes_tell_it_nothing_twice() {
+fn epochs_that_begin_before_a_reader_comes_notify_it_of_nothing_twice() {
     let (store, ..) = store();
     store.apply(vec![put("a", 5)]).unwrap();
     let (post, inbox) = mailbox();
@@ -472,16 +472,16 @@ fn epochs_that_begin_before_a_reader_comes_tell_it_nothing_twice() {
     }
     let mut all = Vec::new();
     while let Some(event) = take(&inbox) {
-        all.push(tell(&event));
+        all.push(text_of(&event));
         if all.len() < 8 {
             store.apply(vec![put("b", 1 + all.len() as u64)]).unwrap();
         }
     }
     // A beginning and its snapshot for each epoch, and no change that one of the snapshots has.
-    let kinds: Vec<&str> = all.iter().map(|told| told.split(' ').next().unwrap()).collect();
+    let kinds: Vec<&str> = all.iter().map(|text| text.split(' ').next().unwrap()).collect();
     assert_eq!(kinds, ["began", "a@1", "reset", "a@1", "reset", "a@1", "reset", "a@1"], "{all:?}");
     store.apply(vec![put("b", 9)]).unwrap();
-    assert_eq!(told(&inbox), ["b@9."]);
+    assert_eq!(received(&inbox), ["b@9."]);
 }
 
 #[test]
@@ -493,7 +493,7 @@ fn an_epoch_whose_first_state_is_not_stored_whole_is_begun_again() {
     script.fail_call(script.calls() + 2, PersistErrorKind::NoSpace);
     assert_eq!(store.replace(state(), r(3_000), NEXT).unwrap_err().kind(), PersistErrorKind::NoSpace);
     // Readers have what they had; writes would go to another epoch's storage.
-    assert_eq!((records(&store).join(" "), store.epoch(), told(&inbox).len()), ("a@30".to_owned(), HERE, 0));
+    assert_eq!((records(&store).join(" "), store.epoch(), received(&inbox).len()), ("a@30".to_owned(), HERE, 0));
     assert_eq!(store.apply(vec![put("a", 31)]).unwrap_err().kind(), PersistErrorKind::Io);
     assert!(store.put(&key("b"), "x", PutOptions::default()).is_err());
     // After a crash now, all is there up to the revision that storage names.
@@ -514,7 +514,7 @@ fn an_epoch_that_failed_half_way_can_be_tried_again_or_the_one_before_taken_up()
         store.replace(many(1..3_001), r(3_000), NEXT).unwrap_err();
         store.replace(vec![put("a", 30)], r(31), epoch).unwrap();
         let expected = [format!("reset 31 of {}", epoch.get()), format!("a@30 at 31 of {}.", epoch.get())];
-        assert_eq!((told(&inbox), store.epoch()), (expected.to_vec(), epoch));
+        assert_eq!((received(&inbox), store.epoch()), (expected.to_vec(), epoch));
         assert_eq!(store.put(&key("b"), "x", PutOptions::default()).unwrap(), r(32));
     }
 }

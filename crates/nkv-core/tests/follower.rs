@@ -250,7 +250,7 @@ impl Run {
         self.source.replace(state, Revision::new(keep as u64 + 1), epoch).unwrap();
     }
 
-    /// All that the source has, of one moment: nobody writes meanwhile.
+    /// All that the source has, of one moment: nothing is written meanwhile.
     fn state(&self) -> Vec<Change> {
         let put = |Record { key, value, revision, expiry }| {
             let action = Action::Put { value, expiry };
@@ -408,7 +408,7 @@ impl Client {
                     let (_, fresh) = self.fresh.take().unwrap();
                     for (key, revision) in &fresh {
                         let last = self.last.entry(key.clone()).or_default();
-                        assert!(*last <= *revision, "a snapshot has {key} at {revision}, and {last} was told");
+                        assert!(*last <= *revision, "a snapshot has {key} at {revision}, and {last} was received");
                         *last = *revision;
                     }
                     (self.known, self.has_state) = (fresh, true);
@@ -419,8 +419,8 @@ impl Client {
             EventKind::Change(change) if self.has_two() && change.revision <= self.snapshot => {}
             EventKind::Change(change) => {
                 let last = self.last.insert(change.key.to_string(), change.revision).unwrap_or_default();
-                assert!(last < change.revision, "{} at {} was told after {last}", change.key, change.revision);
-                assert!(self.newest <= change.revision, "{} was told after {}", change.revision, self.newest);
+                assert!(last < change.revision, "{} at {} was received after {last}", change.key, change.revision);
+                assert!(self.newest <= change.revision, "{} was received after {}", change.revision, self.newest);
                 self.newest = change.revision;
                 match change.action {
                     Action::Put { .. } => _ = self.known.insert(change.key.to_string(), change.revision),
@@ -460,7 +460,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases()) })]
 
     #[test]
-    fn a_follower_becomes_the_same_and_tells_nothing_twice_and_nothing_old(
+    fn a_follower_becomes_the_same_and_notifies_of_nothing_twice_and_of_nothing_old(
         steps in prop::collection::vec(step(), 1..60)
     ) {
         let mut run = Run::new();

@@ -31,7 +31,7 @@ fn put(key: &str, revision: u64) -> Arc<Event> {
     }))
 }
 
-/// What a reader believes, and how many changes it was told of or told that it missed.
+/// What a reader believes, and how many changes it received or was said to have missed.
 #[derive(Debug, Default)]
 struct View {
     newest: BTreeMap<String, u64>,
@@ -47,7 +47,7 @@ impl View {
             Item::Event { event, skipped } => {
                 let EventKind::Change(change) = event.kind() else { panic!("only changes are posted") };
                 let revision = change.revision.get();
-                assert!(revision > self.last, "{revision} was told after {}", self.last);
+                assert!(revision > self.last, "{revision} was received after {}", self.last);
                 self.last = revision;
                 self.accounted += 1 + skipped;
                 self.newest.insert(change.key.to_string(), revision);
@@ -105,41 +105,41 @@ fn two_posters(post: Mailbox<u32>, keys: [&'static str; 2]) -> Vec<thread::JoinH
     keys.map(spawn).into()
 }
 
-fn all_is_told(keys: [&'static str; 2], read: fn(&Inbox<u32>) -> View) {
+fn all_is_received(keys: [&'static str; 2], read: fn(&Inbox<u32>) -> View) {
     loom::model(move || {
         let (post, inbox) = mailbox();
         let posters = two_posters(post, keys);
         let view = read(&inbox);
         posters.into_iter().for_each(|poster| poster.join().unwrap());
-        assert_eq!((view.last, view.accounted), (2, 2), "the last change is told, and none is unaccounted for");
+        assert_eq!((view.last, view.accounted), (2, 2), "the last change is received, and none is unaccounted for");
         let keys = if keys[0] == keys[1] { 1 } else { 2 };
-        assert_eq!(view.newest.len(), keys, "each key is told");
+        assert_eq!(view.newest.len(), keys, "each key is received");
     });
 }
 
 #[test]
-fn a_polling_reader_is_told_the_latest_of_one_key() {
-    all_is_told(["a", "a"], read_polling);
+fn a_polling_reader_receives_the_latest_of_one_key() {
+    all_is_received(["a", "a"], read_polling);
 }
 
 #[test]
-fn a_polling_reader_is_told_the_latest_of_two_keys() {
-    all_is_told(["a", "b"], read_polling);
+fn a_polling_reader_receives_the_latest_of_two_keys() {
+    all_is_received(["a", "b"], read_polling);
 }
 
 #[test]
-fn a_reader_of_many_at_a_time_is_told_the_latest_of_two_keys() {
-    all_is_told(["a", "b"], read_many);
+fn a_reader_of_many_at_a_time_receives_the_latest_of_two_keys() {
+    all_is_received(["a", "b"], read_many);
 }
 
 #[test]
-fn a_blocking_reader_is_told_the_latest_of_one_key() {
-    all_is_told(["a", "a"], read_blocking);
+fn a_blocking_reader_receives_the_latest_of_one_key() {
+    all_is_received(["a", "a"], read_blocking);
 }
 
 #[test]
-fn a_blocking_reader_is_told_the_latest_of_two_keys() {
-    all_is_told(["a", "b"], read_blocking);
+fn a_blocking_reader_receives_the_latest_of_two_keys() {
+    all_is_received(["a", "b"], read_blocking);
 }
 
 /// The mailbox stays open: only the posts themselves can wake the reader.
@@ -210,7 +210,7 @@ fn a_blocking_reader_ends_when_a_poster_closes_and_misses_nothing() {
 }
 
 #[test]
-fn a_reader_that_leaves_while_two_post_is_noticed_by_whoever_comes_later() {
+fn a_reader_that_leaves_while_two_post_is_noticed_by_later_posters() {
     loom::model(|| {
         let (post, inbox) = mailbox::<u32>();
         let _ = post.notify(&put("a", 1));
@@ -243,22 +243,24 @@ fn what_two_derive_from_an_event_is_made_once() {
     });
 }
 
-/// What a subscriber was told of the one key there is, oldest first: revisions, those of the snapshot included.
+/// What a subscriber received of the one key there is, oldest first: revisions, those of the snapshot included.
 fn revisions(inbox: &Inbox<u32>) -> Vec<u64> {
-    let mut told = Vec::new();
+    let mut revisions = Vec::new();
     while let Some(Item::Event { event, .. }) = inbox.try_take() {
         match event.kind() {
-            EventKind::Snapshot(snapshot) => told.extend(snapshot.records.iter().map(|record| record.revision.get())),
-            EventKind::Change(change) => told.push(change.revision.get()),
+            EventKind::Snapshot(snapshot) => {
+                revisions.extend(snapshot.records.iter().map(|record| record.revision.get()))
+            }
+            EventKind::Change(change) => revisions.push(change.revision.get()),
             EventKind::Began(_) => {}
             other => panic!("{other:?} was not expected"),
         }
     }
-    told
+    revisions
 }
 
 #[test]
-fn whoever_subscribes_while_somebody_writes_is_told_once_and_readers_see_what_was_acknowledged() {
+fn a_subscriber_that_begins_during_a_write_is_notified_once_and_readers_see_what_was_acknowledged() {
     loom::model(|| {
         let store: Arc<NotifyKeyValue<_, Mailbox<u32>>> = Arc::new(NotifyKeyValue::open(NoPersist::default()).unwrap());
         let writer = {
@@ -277,7 +279,7 @@ fn whoever_subscribes_while_somebody_writes_is_told_once_and_readers_see_what_wa
 }
 
 #[test]
-fn whoever_subscribes_without_a_snapshot_is_told_of_what_comes_after_its_beginning() {
+fn a_subscriber_without_a_snapshot_is_notified_of_what_comes_after_its_beginning() {
     loom::model(|| {
         let store: Arc<NotifyKeyValue<_, Mailbox<u32>>> = Arc::new(NotifyKeyValue::open(NoPersist::default()).unwrap());
         let writer = {

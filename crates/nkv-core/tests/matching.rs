@@ -42,8 +42,8 @@ fn matches(pattern: &str, key: &str) -> (bool, bool) {
     }
 }
 
-/// What a mailbox was told: of a snapshot each key, of a change its key.
-fn told(inbox: &Inbox<()>) -> Vec<String> {
+/// What a mailbox received: of a snapshot each key, of a change its key.
+fn received(inbox: &Inbox<()>) -> Vec<String> {
     let mut keys = Vec::new();
     while let Some(Item::Event { event, .. }) = inbox.try_take() {
         match event.kind() {
@@ -73,7 +73,7 @@ fn check(mut keys: Vec<String>, patterns: &[String], after: &str, limit: usize, 
 
         let (post, inbox) = mailbox();
         store.subscribe(pattern.clone(), at.to_string().as_str().into(), post, true);
-        assert_eq!(told(&inbox), covered, "the snapshot of {text}");
+        assert_eq!(received(&inbox), covered, "the snapshot of {text}");
         inboxes.push(inbox);
 
         let all: Vec<_> = store.get_all(&pattern).into_iter().map(|record| record.key.to_string()).collect();
@@ -89,13 +89,13 @@ fn check(mut keys: Vec<String>, patterns: &[String], after: &str, limit: usize, 
     // Some end, so that the trie is pruned.
     for (at, text) in patterns.iter().enumerate().take(ended) {
         assert!(store.unsubscribe(&parse(text), &at.to_string().as_str().into()));
-        told(&inboxes[at]);
+        received(&inboxes[at]);
     }
     for key in keys.iter().chain([&after.to_owned()]) {
         put(key);
         for (at, text) in patterns.iter().enumerate() {
             let expected = at >= ended && matches(text, key).1;
-            assert_eq!(told(&inboxes[at]).contains(key), expected, "{text} is told of {key}");
+            assert_eq!(received(&inboxes[at]).contains(key), expected, "{text} is notified of {key}");
         }
     }
 

@@ -133,7 +133,7 @@ struct Entry {
 type State = Result<(Bytes, Option<Expiry>), Reason>;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Told {
+enum Notice {
     Change { path: Path, revision: u64, state: State, skipped: u64 },
     Began { of: Pattern, has_snapshot: bool },
     Ended { of: Pattern, reason: EndReason },
@@ -142,7 +142,7 @@ enum Told {
 /// What is to be read: for a change, whether the reader knows nothing of its key; for a beginning, of which subscription.
 #[derive(Clone, Debug)]
 struct Due {
-    told: Told,
+    notice: Notice,
     is_new: bool,
     subscription: u64,
 }
@@ -170,36 +170,36 @@ impl Connection {
         Connection { post, inbox: Some(inbox), expected: vec![], reading: None, read: 0 }
     }
 
-    fn expect(&mut self, told: Told) {
-        self.expected.push(Due { told, is_new: false, subscription: 0 });
+    fn expect(&mut self, notice: Notice) {
+        self.expected.push(Due { notice, is_new: false, subscription: 0 });
     }
 
     fn begin(&mut self, of: Pattern, has_snapshot: bool, subscription: u64) {
         if has_snapshot {
             for due in &mut self.expected {
                 let covered = |path: &Path| of.covers(&key(path));
-                due.is_new &= !matches!(&due.told, Told::Change { path, .. } if covered(path));
+                due.is_new &= !matches!(&due.notice, Notice::Change { path, .. } if covered(path));
             }
         }
-        self.expected.push(Due { told: Told::Began { of, has_snapshot }, is_new: false, subscription });
+        self.expected.push(Due { notice: Notice::Began { of, has_snapshot }, is_new: false, subscription });
     }
 
     /// Conflation, as one would explain it. `replaced`: the key was there before.
     fn change(&mut self, path: &Path, revision: u64, state: &State, replaced: bool) {
-        let waits = |due: &Due| matches!(due.told, Told::Began { has_snapshot: true, .. });
+        let waits = |due: &Due| matches!(due.notice, Notice::Began { has_snapshot: true, .. });
         let is_snapshot_to_come = self.reading.is_some() || self.expected.iter().any(waits);
-        let same = |due: &Due| matches!(&due.told, Told::Change { path: other, .. } if other == path);
+        let same = |due: &Due| matches!(&due.notice, Notice::Change { path: other, .. } if other == path);
         let old = self.expected.iter().position(same).map(|at| self.expected.remove(at));
         let (skipped, is_new) = match old {
-            Some(Due { told: Told::Change { skipped, .. }, is_new, .. }) if is_new && state.is_err() => {
+            Some(Due { notice: Notice::Change { skipped, .. }, is_new, .. }) if is_new && state.is_err() => {
                 let _ = skipped;
                 return; // it came and went
             }
-            Some(Due { told: Told::Change { skipped, .. }, is_new, .. }) => (skipped + 1, is_new),
+            Some(Due { notice: Notice::Change { skipped, .. }, is_new, .. }) => (skipped + 1, is_new),
             _ => (0, !replaced && !is_snapshot_to_come),
         };
-        let told = Told::Change { path: path.clone(), revision, state: state.clone(), skipped };
-        self.expected.push(Due { told, is_new, subscription: 0 });
+        let notice = Notice::Change { path: path.clone(), revision, state: state.clone(), skipped };
+        self.expected.push(Due { notice, is_new, subscription: 0 });
     }
 
     /// Reads on, and says which subscriptions have read their snapshots, given what a snapshot has now.
@@ -218,15 +218,15 @@ impl Connection {
             }
             assert!(!self.expected.is_empty(), "{item:?} came, and nothing was to come");
             let due = self.expected.remove(0);
-            let told = told(&item);
-            assert_eq!(told, due.told);
-            match told {
-                Told::Change { revision, .. } => {
+            let notice = notice_of(&item);
+            assert_eq!(notice, due.notice);
+            match notice {
+                Notice::Change { revision, .. } => {
                     assert!(revision > self.read, "revisions increase");
                     self.read = revision;
                 }
-                Told::Began { of, has_snapshot: true } => self.reading = Some((of, due.subscription)),
-                Told::Began { .. } | Told::Ended { .. } => {}
+                Notice::Began { of, has_snapshot: true } => self.reading = Some((of, due.subscription)),
+                Notice::Began { .. } | Notice::Ended { .. } => {}
             }
         }
         synced
@@ -250,10 +250,10 @@ fn read_snapshot(inbox: &Inbox, first: &Item, of: &Pattern, (expected, at): (Vec
     assert_eq!(records, expected);
 }
 
-fn told(item: &Item) -> Told {
-    let Item::Event { event, skipped } = item else { panic!("nobody posts items of their own") };
+fn notice_of(item: &Item) -> Notice {
+    let Item::Event { event, skipped } = item else { panic!("no items of an owner are posted") };
     match event.kind() {
-        EventKind::Change(change) => Told::Change {
+        EventKind::Change(change) => Notice::Change {
             path: change.key.segments().map(|segment| if segment == "a" { "a" } else { "b" }).collect(),
             revision: change.revision.get(),
             state: match &change.action {
@@ -262,8 +262,8 @@ fn told(item: &Item) -> Told {
             },
             skipped: *skipped,
         },
-        EventKind::Began(began) => Told::Began { of: began.pattern.clone(), has_snapshot: began.has_snapshot },
-        EventKind::Ended { pattern, reason } => Told::Ended { of: pattern.clone(), reason: *reason },
+        EventKind::Began(began) => Notice::Began { of: began.pattern.clone(), has_snapshot: began.has_snapshot },
+        EventKind::Ended { pattern, reason } => Notice::Ended { of: pattern.clone(), reason: *reason },
         other => panic!("{other:?}"),
     }
 }
@@ -424,7 +424,7 @@ impl World {
         }
     }
 
-    /// Storage was told of each change what it replaces, which is what was there just before it.
+    /// Storage received of each change what it replaces, which is what was there just before it.
     fn compare_what_is_replaced(&self, changes: &[(Path, u64, State)]) {
         let stored = self.script.batches().pop().unwrap();
         assert_eq!(stored.len(), changes.len());
@@ -468,7 +468,7 @@ impl World {
         let replaced = self.memory.entries.contains_key(path);
         store_changes(&mut self.memory, std::slice::from_ref(change));
         let covering: Vec<_> = self.subscriptions.keys().filter(|(_, to)| to.covers(path)).cloned().collect();
-        let mut told = BTreeSet::new();
+        let mut notified = BTreeSet::new();
         for subscription in covering {
             let Subscribed { connection, is_live, .. } = self.subscriptions[&subscription];
             if !is_live {
@@ -476,7 +476,7 @@ impl World {
             }
             if self.connections[connection].inbox.is_none() {
                 self.subscriptions.remove(&subscription); // the store learns of it, and forgets it
-            } else if told.insert(connection) {
+            } else if notified.insert(connection) {
                 self.connections[connection].change(path, *revision, state, replaced);
             }
         }
@@ -487,7 +487,7 @@ impl World {
         self.store.subscribe(to.pattern(), id(who), self.connections[over].post.clone(), snapshot);
         let of = to.pattern();
         if let Some(old) = self.subscriptions.remove(&(who, to.clone())) {
-            self.connections[old.connection].expect(Told::Ended { of: of.clone(), reason: EndReason::Replaced });
+            self.connections[old.connection].expect(Notice::Ended { of: of.clone(), reason: EndReason::Replaced });
         }
         if self.connections[over].inbox.is_some() {
             self.numbers += 1;
@@ -514,7 +514,7 @@ impl World {
         let known = self.subscriptions.remove(&(who, from));
         assert_eq!(self.store.unsubscribe(&of, &id(who)), known.is_some());
         if let Some(known) = known {
-            self.connections[known.connection].expect(Told::Ended { of, reason: EndReason::Unsubscribed });
+            self.connections[known.connection].expect(Notice::Ended { of, reason: EndReason::Unsubscribed });
         }
     }
 
@@ -560,18 +560,18 @@ impl World {
             assert_eq!(self.store.get(&key(path)).as_ref(), all.first());
             let value = self.store.look_up(&path.join("."), |record| (record.value.to_vec(), record.revision));
             assert_eq!(value, all.first().map(|record| (record.value.to_vec(), record.revision)));
-            let mut told: Vec<_> = self
+            let mut named: Vec<_> = self
                 .store
                 .subscribers_of(&key(path))
                 .iter()
                 .map(|s| (s.id().to_string(), s.pattern().to_string()))
                 .collect();
-            told.sort();
+            named.sort();
             let covering = self.subscriptions.keys().filter(|(_, to)| to.covers(path));
             let mut expected: Vec<_> =
                 covering.map(|(who, to)| (id(*who).to_string(), to.pattern().to_string())).collect();
             expected.sort();
-            assert_eq!(told, expected);
+            assert_eq!(named, expected);
         }
     }
 

@@ -188,7 +188,7 @@ fn after_a_lost_connection_the_head_says_whether_the_batch_is_stored() {
 }
 
 #[test]
-fn where_the_head_cannot_be_read_nobody_knows() {
+fn where_the_head_cannot_be_read_the_outcome_is_unknown() {
     let table = Table::default();
     let mut persist = table.open(1);
     persist.load(&mut |_| {}).unwrap();

@@ -103,7 +103,7 @@ fn brief_record(record: &Record) -> String {
     format!("{}={} @{}", record.key, String::from_utf8_lossy(&record.value), record.revision)
 }
 
-fn told(notifier: &ScriptedNotifier) -> Vec<String> {
+fn received(notifier: &ScriptedNotifier) -> Vec<String> {
     notifier.take().iter().filter_map(brief).collect()
 }
 
@@ -128,7 +128,7 @@ mod order_of_a_write {
     use super::*;
 
     #[test]
-    fn until_it_is_stored_a_change_is_neither_visible_nor_told_nor_acknowledged() {
+    fn until_it_is_stored_a_change_is_neither_visible_nor_notified_nor_acknowledged() {
         let (store, script, _) = scripted();
         put(&store, "a", "old").unwrap();
         let notifier = subscribe(&store, "a", "me");
@@ -141,15 +141,15 @@ mod order_of_a_write {
                 revision
             });
             assert!(script.wait_until_blocked(PATIENCE));
-            // Storage hangs; who only reads does not.
+            // Storage hangs; reads do not.
             assert_eq!(store.get(&key("a")).unwrap().value, "old");
             assert_eq!(state(&store).1, r(1));
             assert_eq!(store.list(&Pattern::All, None, 9).entries, [(key("a"), r(1))]);
             let late = subscribe(&store, "*", "late");
-            assert_eq!((told(&notifier), acknowledged.load(SeqCst)), (vec![], false));
+            assert_eq!((received(&notifier), acknowledged.load(SeqCst)), (vec![], false));
             script.release();
             assert_eq!(writer.join().unwrap(), r(2));
-            assert_eq!((told(&notifier), told(&late)), (vec!["a=new @2".into()], vec!["a=new @2".into()]));
+            assert_eq!((received(&notifier), received(&late)), (vec!["a=new @2".into()], vec!["a=new @2".into()]));
         });
         assert_eq!(store.get(&key("a")).unwrap().value, "new");
     }
@@ -220,11 +220,11 @@ mod failing_storage {
             assert_eq!(failed(delete(&store, "*").map(|deleted| deleted.1)), kind);
             assert_eq!(store.expire(t(100)).unwrap_err().kind(), kind);
             let left = (before.0.into_iter().filter(|record| record.expiry.is_none()).collect(), before.1);
-            assert_eq!((state(&store), told(&notifier), store.next_expiry()), (left, vec![], Some(t(10))));
+            assert_eq!((state(&store), received(&notifier), store.next_expiry()), (left, vec![], Some(t(10))));
             assert_eq!(store.stats().failed_batches, 5);
             script.work();
             assert_eq!(put(&store, "a", "3").unwrap(), r(3), "no revision was used up");
-            assert_eq!(told(&notifier), ["a=3 @3"]);
+            assert_eq!(received(&notifier), ["a=3 @3"]);
             let again: Store = NotifyKeyValue::open_at(disk, t(100)).unwrap();
             assert_eq!(state(&again), state(&store));
         }
@@ -244,7 +244,7 @@ mod failing_storage {
             poisoned(store.write(&[op_delete("a")]).unwrap_err());
             poisoned(store.expire(t(9)).unwrap_err());
             assert_eq!(script.calls(), 2);
-            assert_eq!((state(&store), told(&notifier)), (before, vec![]));
+            assert_eq!((state(&store), received(&notifier)), (before, vec![]));
             let again: Store = NotifyKeyValue::open(disk).unwrap();
             let survived = if crash == Crash::AfterStoring { "a=2 @2" } else { "a=1 @1" };
             assert_eq!(again.get_all(&Pattern::All).iter().map(brief_record).collect::<Vec<_>>(), [survived]);
@@ -317,7 +317,7 @@ mod batches {
         assert_eq!(outcomes(&store, &ops), [deleted(1, 4), put_at(5), deleted(2, 7), Outcome::NotFound]);
         assert_eq!(keys(&store, "*"), ["b"]);
         let expected = ["a.gone deleted @4", "a.new=x @5", "a.new deleted @6", "a.old deleted @7"];
-        assert_eq!(told(&notifier), expected);
+        assert_eq!(received(&notifier), expected);
     }
 
     #[test]
@@ -380,7 +380,7 @@ mod conditions {
         let store = store_of(&["a", "a-b", "a.b", "a.b.c", "ab", "b"]);
         let notifier = subscribe(&store, "*", "me");
         assert_eq!(delete(&store, "a.*").unwrap(), (2, r(8)));
-        assert_eq!(told(&notifier), ["a.b deleted @7", "a.b.c deleted @8"]);
+        assert_eq!(received(&notifier), ["a.b deleted @7", "a.b.c deleted @8"]);
         assert!(matches!(delete(&store, "a.*"), Err(WriteError::NotFound)));
         assert_eq!(delete(&store, "*").unwrap(), (4, r(12)));
         assert!(matches!(delete(&store, "*"), Err(WriteError::NotFound)));
@@ -399,7 +399,7 @@ mod subscriptions {
     use super::*;
 
     #[test]
-    fn a_subscription_is_told_of_its_branch_what_is_below_it_or_everything() {
+    fn a_subscription_is_notified_of_its_branch_what_is_below_it_or_everything() {
         let store = store();
         let subscribers = ["a", "a.b", "a.*", "a.b.*", "*", "b"].map(|to| (to, subscribe(&store, to, "me")));
         for (at, expected) in [
@@ -411,8 +411,9 @@ mod subscriptions {
             ("b", &["*", "b"]),
         ] {
             put(&store, at, "x").unwrap();
-            let told: Vec<&str> = subscribers.iter().filter(|(_, s)| told(s).len() == 1).map(|(to, _)| *to).collect();
-            assert_eq!(told, expected, "of a put of {at}");
+            let notified: Vec<&str> =
+                subscribers.iter().filter(|(_, s)| received(s).len() == 1).map(|(to, _)| *to).collect();
+            assert_eq!(notified, expected, "of a put of {at}");
             let mut named: Vec<String> =
                 store.subscribers_of(&key(at)).iter().map(|s| s.pattern().to_string()).collect();
             named.sort();
@@ -423,23 +424,23 @@ mod subscriptions {
     }
 
     #[test]
-    fn a_delete_tells_the_keys_own_subscribers_and_those_above_and_ends_no_subscription() {
+    fn a_delete_notifies_the_keys_own_subscribers_and_those_above_and_ends_no_subscription() {
         let store = store_of(&["a.b"]);
         let [own, above, beside] = ["a.b", "a", "a.c"].map(|to| subscribe(&store, to, "me"));
         delete(&store, "a.b").unwrap();
-        assert_eq!((told(&own), told(&above)), (vec!["a.b deleted @2".into()], vec!["a.b deleted @2".into()]));
+        assert_eq!((received(&own), received(&above)), (vec!["a.b deleted @2".into()], vec!["a.b deleted @2".into()]));
         put(&store, "a.b", "again").unwrap();
-        assert_eq!((told(&own), told(&above)), (vec!["a.b=again @3".into()], vec!["a.b=again @3".into()]));
-        assert_eq!(told(&beside), Vec::<String>::new());
+        assert_eq!((received(&own), received(&above)), (vec!["a.b=again @3".into()], vec!["a.b=again @3".into()]));
+        assert_eq!(received(&beside), Vec::<String>::new());
     }
 
     #[test]
-    fn a_delete_of_nothing_and_a_conflict_tell_nobody() {
+    fn a_delete_of_nothing_and_a_conflict_notify_no_subscriber() {
         let store = store_of(&["a"]);
         let notifier = subscribe(&store, "*", "me");
         let _ = delete(&store, "b").unwrap_err();
         let _ = store.put(&key("a"), "x", if_revision(7)).unwrap_err();
-        assert_eq!((told(&notifier), state(&store).1), (vec![], r(1)));
+        assert_eq!((received(&notifier), state(&store).1), (vec![], r(1)));
     }
 
     #[test]
@@ -448,11 +449,14 @@ mod subscriptions {
         let (old, other) = (subscribe(&store, "a", "me"), subscribe(&store, "a", "someone else"));
         let below = subscribe(&store, "a.*", "me");
         let new = subscribe(&store, "a", "me");
-        assert_eq!(told(&old), ["a replaced"]);
+        assert_eq!(received(&old), ["a replaced"]);
         put(&store, "a.b", "x").unwrap();
         let expected = vec!["a.b=x @1".to_owned()];
-        assert_eq!((told(&new), told(&other), told(&below)), (expected.clone(), expected.clone(), expected));
-        assert_eq!(told(&old), Vec::<String>::new());
+        assert_eq!(
+            (received(&new), received(&other), received(&below)),
+            (expected.clone(), expected.clone(), expected)
+        );
+        assert_eq!(received(&old), Vec::<String>::new());
         assert_eq!(store.stats().subscriptions, 3);
     }
 
@@ -467,7 +471,7 @@ mod subscriptions {
             put(&store, "a", "x").unwrap();
             put(&store, "a.b", "x").unwrap();
         }
-        let heard: Vec<Vec<String>> = notifiers.iter().map(told).collect();
+        let heard: Vec<Vec<String>> = notifiers.iter().map(received).collect();
         assert_eq!(heard[0], ["a=x @1", "a replaced"]);
         assert_eq!(heard[1], ["a=x @3", "a replaced"]);
         assert_eq!(heard[2], ["a=x @5", "a.b=x @6", "a replaced"]);
@@ -480,18 +484,18 @@ mod subscriptions {
     }
 
     #[test]
-    fn whoever_is_unsubscribed_is_told_so_and_nothing_else_after() {
+    fn the_end_of_a_subscription_is_the_last_that_its_subscriber_receives() {
         let store = store();
         let (mine, other) = (subscribe(&store, "a", "me"), subscribe(&store, "a", "other"));
         assert!(!store.unsubscribe(&pattern("a.*"), &"me".into()), "another pattern");
-        assert!(!store.unsubscribe(&pattern("a"), &"nobody".into()));
+        assert!(!store.unsubscribe(&pattern("a"), &"unknown".into()));
         let known = |text: &str, id: &str| store.subscription(&pattern(text), &id.into()).is_some();
-        assert!(known("a", "me") && !known("a.*", "me") && !known("a", "nobody") && !known("a.b", "me"));
+        assert!(known("a", "me") && !known("a.*", "me") && !known("a", "unknown") && !known("a.b", "me"));
         assert!(store.unsubscribe(&pattern("a"), &"me".into()));
         assert!(!store.unsubscribe(&pattern("a"), &"me".into()), "a second time");
         assert!(!known("a", "me"));
         put(&store, "a", "x").unwrap();
-        assert_eq!((told(&mine), told(&other)), (vec!["a unsubscribed".into()], vec!["a=x @1".into()]));
+        assert_eq!((received(&mine), received(&other)), (vec!["a unsubscribed".into()], vec!["a=x @1".into()]));
     }
 
     #[test]
@@ -502,15 +506,19 @@ mod subscriptions {
         let second = store.subscribe(pattern("a"), "me".into(), new.clone(), false);
         store.forget(&[first]);
         put(&store, "a", "x").unwrap();
-        assert_eq!(told(&new), ["a=x @1"]);
+        assert_eq!(received(&new), ["a=x @1"]);
         store.forget(&[Arc::clone(&second), second]);
         put(&store, "a", "y").unwrap();
-        assert_eq!(told(&new), Vec::<String>::new(), "nobody is told of being forgotten, nor of what follows");
+        assert_eq!(
+            received(&new),
+            Vec::<String>::new(),
+            "a forgotten subscriber is not notified of that, nor of what follows"
+        );
         assert_eq!(store.stats().subscriptions, 0);
     }
 
     #[test]
-    fn a_notifier_that_says_closed_is_forgotten_and_the_others_are_told() {
+    fn a_notifier_that_says_closed_is_forgotten_and_the_others_are_notified() {
         let store = store();
         let notifiers = ["1", "2", "3"].map(|id| subscribe(&store, "a", id));
         notifiers[0].close();
@@ -518,7 +526,7 @@ mod subscriptions {
         assert_eq!(store.subscribers_of(&key("a")).len(), 2);
         put(&store, "a", "y").unwrap();
         assert_eq!(notifiers[0].calls(), 2, "that it began, and one change");
-        assert_eq!((told(&notifiers[1]).len(), told(&notifiers[2]).len()), (2, 2));
+        assert_eq!((received(&notifiers[1]).len(), received(&notifiers[2]).len()), (2, 2));
     }
 
     #[test]
@@ -541,7 +549,7 @@ mod subscriptions {
         ] {
             let notifier = ScriptedNotifier::new();
             store.subscribe(pattern(to), "me".into(), notifier.clone(), true);
-            assert_eq!(told(&notifier), [expected]);
+            assert_eq!(received(&notifier), [expected]);
         }
         let notifier = ScriptedNotifier::new();
         store.subscribe(Pattern::All, "me".into(), notifier.clone(), true);
@@ -571,7 +579,7 @@ mod subscriptions {
                 let at = snapshot_revision(&inbox);
                 assert!(at >= before, "the snapshot lacks a change that was acknowledged before: {at} < {before}");
                 if let Some((inbox, from)) = previous.replace((inbox, at)) {
-                    assert!(told_up_to(&inbox, from) <= at, "where one ends, the one that replaces it goes on");
+                    assert!(received_up_to(&inbox, from) <= at, "where one ends, the one that replaces it goes on");
                 }
             }
         });
@@ -586,11 +594,11 @@ mod subscriptions {
     }
 
     /// Follows the changes of the one key from `at` on until the subscription was replaced.
-    fn told_up_to(inbox: &Inbox, mut at: u64) -> u64 {
+    fn received_up_to(inbox: &Inbox, mut at: u64) -> u64 {
         loop {
-            let Some(Item::Event { event, skipped }) = inbox.try_take() else { panic!("the end was not told") };
+            let Some(Item::Event { event, skipped }) = inbox.try_take() else { panic!("the end was not received") };
             let EventKind::Change(change) = event.kind() else { return at };
-            // All changes are of this key, so what was not told was skipped, and counted.
+            // All changes are of this key, so what was not received was skipped, and counted.
             assert_eq!(change.revision.get(), at + 1 + skipped, "a gap, or a step back, after {at}");
             at = change.revision.get();
         }
@@ -609,17 +617,17 @@ mod expiry {
     use super::*;
 
     #[test]
-    fn a_key_expires_at_its_time_not_before_and_its_subscribers_are_told() {
+    fn a_key_expires_at_its_time_not_before_and_its_subscribers_are_notified() {
         let store = store();
         let notifier = subscribe(&store, "*", "me");
         put_until(&store, "late", 0, 20);
         put_until(&store, "soon", 0, 10);
         put(&store, "never", "x").unwrap();
-        let _ = told(&notifier);
+        let _ = received(&notifier);
         assert_eq!(store.next_expiry(), Some(t(10)));
         assert_eq!(store.expire(t(9)).unwrap(), 0);
         assert_eq!(store.expire(t(10)).unwrap(), 1);
-        assert_eq!(told(&notifier), ["soon expired @4"]);
+        assert_eq!(received(&notifier), ["soon expired @4"]);
         assert_eq!((store.get(&key("soon")), store.next_expiry()), (None, Some(t(20))));
         assert_eq!(store.expire(t(1_000)).unwrap(), 1);
         assert_eq!((keys(&store, "*"), store.next_expiry()), (vec!["never".into()], None));

@@ -333,14 +333,14 @@ impl Notifier for Either {
 }
 
 #[test]
-fn whoever_subscribes_while_many_are_notified_waits_for_some_and_is_told_each_change_once() {
+fn a_subscriber_that_begins_while_many_are_notified_waits_for_some_and_receives_each_change_once() {
     subscribe_while_many_are_notified(|store, count| {
         _ = store.write(&(0..count).map(put).collect::<Vec<_>>()).unwrap()
     });
 }
 
 #[test]
-fn many_changes_of_one_revision_are_told_once_too_to_whoever_subscribes_meanwhile() {
+fn many_changes_of_one_revision_are_received_once_too_by_a_subscriber_that_begins_meanwhile() {
     let action = Action::Put { value: "x".into(), expiry: None };
     let change = |number| Change {
         key: key(number),
@@ -565,7 +565,7 @@ impl Looks {
         if let Some(store) = &*self.0.lock().unwrap() {
             // Each takes a lock that the store holds while it notifies.
             let _ = (store.stats(), store.subscribers_of(&key(1)), store.get(&key(1)));
-            store.unsubscribe(&Pattern::All, &"nobody".into());
+            store.unsubscribe(&Pattern::All, &"unknown".into());
             self.1.store(true, SeqCst);
         }
     }

@@ -48,7 +48,7 @@ const DRAIN_LIMIT: Duration = Duration::from_millis(3_500);
 const DRAIN_LIMIT_OF_STREAMS: Duration = Duration::from_secs(1);
 const DRAIN_TICK: Duration = Duration::from_millis(50);
 
-/// The calls of one connection as a service, for those who serve HTTP/2 themselves: see
+/// The calls of one connection as a service, for programs that serve HTTP/2 themselves: see
 /// [`Door::connection`](crate::Door::connection). Clones are the same connection.
 #[derive(Clone)]
 pub struct Connection {
@@ -270,7 +270,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn content_types_of_grpc_are_told_from_those_that_begin_like_it() {
+    fn content_types_of_grpc_are_distinguished_from_those_that_begin_like_it() {
         let is = |text: &str| {
             let mut headers = HeaderMap::new();
             headers.insert(header::CONTENT_TYPE, text.parse().unwrap());

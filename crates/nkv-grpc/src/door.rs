@@ -27,7 +27,7 @@ use crate::socket::read_preface;
 use crate::v1::kv_server::KvServer;
 use crate::{FILE_DESCRIPTOR_SET, kv, v1};
 
-/// After a failed accept (no file descriptors, most often), so long passes before the next.
+/// The time between a failed accept (no file descriptors, most often) and the next.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// How often it is looked whether the engine of a node is in reach.

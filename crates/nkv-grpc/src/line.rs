@@ -243,7 +243,7 @@ impl Sending {
         self.watches.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts what waits in the mailbox of a watch, until this is dropped.
+    /// Counts the backlog in the mailbox of a watch, until this is dropped.
     pub(crate) fn observe(self: &Arc<Self>, observer: Arc<Observer>) -> Observed {
         let mut watches = self.watches();
         let id = watches.next_id;

@@ -27,7 +27,7 @@ use crate::node_kv::ANSWER_LEN_MAX;
 /// Peers at most: those that were named, and those that registered.
 const PEERS_MAX: usize = 64;
 
-/// A peer that was not named is forgotten when it could not be reached for so long.
+/// A peer that was not named is forgotten when it could not be reached for this long.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
 
 const PAUSE_MIN: Duration = Duration::from_millis(100);

@@ -27,7 +27,7 @@ pub(crate) struct Watch {
     /// Wakes this task with all others that a batch notifies.
     waker: SharedWaker,
     handle: Handle,
-    /// After the tail: what ends the watch comes before what counts what waits.
+    /// After the tail: what ends the watch comes before what counts its backlog.
     _observed: Observed,
 }
 

@@ -44,7 +44,7 @@ fn message(message: &impl Message) -> Bytes {
     announced(message.encoded_len(), &message.encode_to_vec())
 }
 
-/// A message that announces a length, and so much of it.
+/// A message that announces a length, and `bytes` of it.
 fn announced(len: usize, bytes: &[u8]) -> Bytes {
     [&[0][..], &(len as u32).to_be_bytes(), bytes].concat().into()
 }
@@ -290,7 +290,7 @@ async fn a_reset_in_the_middle_of_a_batch_loses_nothing_and_leaves_nothing_taken
 }
 
 #[tokio::test]
-async fn streams_that_are_reset_as_fast_as_they_come_keep_nobody_from_being_served() {
+async fn streams_that_are_reset_as_fast_as_they_come_keep_no_other_client_from_being_served() {
     let server = Server::start().await;
     let (sender, connection) = raw(&server).await;
     let mut others = server.client().await;

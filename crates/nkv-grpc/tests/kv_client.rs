@@ -25,7 +25,7 @@ async fn the_messages_are_those_of_the_original() {
     let channel = server.channel().await;
     // An absent key is no error: all fields have their defaults, and none is sent.
     assert_eq!(get(&channel, b"\x0a\x01k").await.unwrap(), b"");
-    // As a client sets (`broadcast` true), and as a peer tells (false, which is not sent).
+    // As a client sets (`broadcast` true), and as a peer replicates (false, which is not sent).
     assert_eq!(set(&channel, b"\x0a\x01k\x12\x02v1\x18\x01").await.unwrap(), b"\x0a\x02v1");
     assert_eq!(set(&channel, b"\x0a\x02k2\x12\x02v2").await.unwrap(), b"\x0a\x02v2");
     assert_eq!(get(&channel, b"\x0a\x01k").await.unwrap(), b"\x0a\x02v1\x10\x01");

@@ -10,7 +10,7 @@ use nkv_grpc::v1::GetRequest;
 use tonic::Code;
 
 #[tokio::test]
-async fn a_stalled_watch_does_not_keep_the_node_from_stopping_and_others_are_told() {
+async fn a_stalled_watch_does_not_keep_the_node_from_stopping_and_others_are_notified() {
     let server = Server::start().await;
     let (mut slow, mut client, nkv) = (server.slow_client().await, server.client().await, server.handle());
     let mut stalled = slow.watch(watch(&["k"])).await.unwrap().into_inner();

@@ -134,7 +134,7 @@ async fn after_too_long_a_lag_the_stream_says_reset_and_gives_the_whole_state() 
     nkv.put("b.stays", "1").await.unwrap();
     let mut watched = client.watch(watch(&["a", "b"])).await.unwrap().into_inner();
     up_to_synced(&mut watched).await;
-    // So much that the stream stands still.
+    // More than the stream takes before it stands still.
     for n in 0..100 {
         nkv.put(format!("b.{n}"), vec![b'x'; 20_000]).await.unwrap();
     }
@@ -180,7 +180,7 @@ async fn where_an_epoch_begins_the_stream_says_reset_and_gives_the_whole_state()
     let epoch = Epoch::new(77).to_string();
     let Event::Reset(reset) = next(&mut watched).await else { panic!("no reset") };
     assert_eq!(reset.epoch, epoch);
-    // Twice, where the patterns are told one after the other.
+    // Twice, where the patterns are notified one after the other.
     loop {
         match next(&mut watched).await {
             Event::Reset(reset) => assert_eq!(reset.epoch, epoch),

@@ -60,9 +60,9 @@ const editor = new Editor(connection, part, (key) => {
 });
 const value = new ValuePane(connection, store, editor, part);
 
-function changed(key, tell, revision) {
+function changed(key, show, revision) {
   tree.draw();
-  tell();
+  show();
   editor.notice(key, revision);
 }
 

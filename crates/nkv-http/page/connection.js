@@ -4,8 +4,8 @@
 
 import { encode } from "./format.js";
 
-const SILENT_MS = 10_000; // an answer is due for so long: no longer synced
-const DEAD_MS = 20_000; // for so long: dial again
+const SILENT_MS = 10_000; // without a due answer for this long: no longer synced
+const DEAD_MS = 20_000; // for this long: dial again
 const DEAD_MS_MAX = 160_000; // a large value on a slow line arrives as one frame, and shows nothing until it is whole
 const PAGE_KEYS = 2000;
 const PAGE_BYTES = 256 * 1024;
@@ -106,7 +106,7 @@ export class Connection {
 
   /**
    * Reads the present state in pages, while changes come already. A snapshot of the subscription would do the same with
-   * one frame for each key, which takes a browser ten times as long. Revisions tell which of two values is the newer.
+   * one frame for each key, which takes a browser ten times as long. Revisions show which of two values is the newer.
    */
   async load(ended) {
     const { pattern } = this;

@@ -75,7 +75,7 @@ export class Editor {
     this.say(message);
   }
 
-  /** Tells the editor of a change while it is open. */
+  /** Notifies the editor of a change while it is open. */
   notice(key, revision) {
     if (this.dialog.open && key === this.part("editor-key").value && revision !== this.draft.base && !this.saving) {
       this.say(revision ? `The key is at revision ${number(revision)} now. Save shows you its value first.` : "The key is gone now.");

@@ -274,7 +274,7 @@ impl Unsent {
         Unsent { load, len }
     }
 
-    /// It is so much now.
+    /// Sets the number of bytes to what it is now.
     pub(crate) fn set(&mut self, len: usize) {
         if len != self.len {
             self.load.take_unsent(self.len);

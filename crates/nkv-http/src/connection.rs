@@ -22,7 +22,7 @@ use crate::body::{Long, STREAM_PIECE_LEN, Unsent};
 use crate::door::{Calls, Inner};
 use crate::route::answer;
 use crate::timed::{TimeLimits, Timed, Times};
-use crate::ws::{Frames, tell_records};
+use crate::ws::{Frames, send_records};
 
 /// How often a connection looks for streams that stand still.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -37,7 +37,7 @@ const HEAD_LEN_MAX: usize = 32 << 10;
 /// Streams of an HTTP/2 connection at a time: as many as there may be watches on one, and some for requests beside them.
 const STREAMS_MAX: u32 = 1_100;
 
-/// A connection, for those who serve its requests.
+/// A connection, as the tasks see it that serve its requests.
 #[derive(Debug)]
 pub(crate) struct Conn {
     peer: Peer,
@@ -194,7 +194,7 @@ impl Load {
         Arc::new(Load { unsent, waiting, watches, bodies, look_anew, is_http2, ended })
     }
 
-    /// So much waits to be taken by the peer.
+    /// Counts `len` bytes that wait to be taken by the peer.
     pub(crate) fn hold(self: &Arc<Self>, len: usize) -> Unsent {
         Unsent::new(Arc::clone(self), len)
     }
@@ -331,9 +331,9 @@ where
         }
         (Some(Upgrade::Records(upgrade, changes)), _) => {
             let Ok(stream) = upgrade.await else { return };
-            let told = tell_records(stream, &door.handle, limits.request_limit, *changes);
+            let sent = send_records(stream, &door.handle, limits.request_limit, *changes);
             tokio::select! {
-                () = told => {}
+                () = sent => {}
                 () = evicted(&conn) => door.log_eviction(&conn),
             }
         }
@@ -370,7 +370,7 @@ where
 {
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().half_close(true).keep_alive(true).max_buf_size(HEAD_LEN_MAX).timer(TokioTimer::new());
-    // Limits of time are those of the stream: they tell an idle connection from a slow head.
+    // Limits of time are those of the stream: they distinguish an idle connection from a slow head.
     builder.http1().header_read_timeout(None);
     let http2 = &mut builder.http2();
     http2.max_concurrent_streams(STREAMS_MAX).max_header_list_size(STREAM_HEAD_LEN_MAX).timer(TokioTimer::new());

@@ -64,7 +64,7 @@ pub struct Options {
     pub idle_limit: Duration,
     /// How long the body of a request may take to come, and as long again for each MiB of the longest. 30 s by default.
     pub request_limit: Duration,
-    /// For how long a peer may take nothing of what is there for it. 30 s by default.
+    /// For how long a peer may take nothing of its backlog. 30 s by default.
     pub stall_limit: Duration,
     /// How many of the most recent deletes are remembered, for watches that are resumed. 65,536 by default.
     pub deletes_max: usize,
@@ -196,8 +196,8 @@ impl Door {
         let counted = Arc::clone(&options.counted.0);
         Ok(Door(Arc::new(Inner { handle, options, guard, messages: None, calls: None, counted })))
     }
-    /// Serves WebSockets at `/v1/ws` too: `serve` is given a stream whose bytes are those of the JSON-lines protocol, and who the
-    /// peer is, as `nkv_server::Door::serve` takes them.
+    /// Serves WebSockets at `/v1/ws` too: `serve` is given a stream whose bytes are those of the JSON-lines protocol, and the
+    /// name of the peer, as `nkv_server::Door::serve` takes them.
     #[must_use]
     pub fn with_messages<F>(self, serve: impl Fn(Box<dyn Stream>, Box<str>) -> F + Send + Sync + 'static) -> Self
     where
@@ -208,7 +208,7 @@ impl Door {
     }
 
     /// Has gRPC answered on the same port: requests of HTTP/2 whose content type is one of gRPC are given to what `make` makes for
-    /// their connection. Who may call is checked before, as for every request.
+    /// their connection. Rights are checked before, as for every request.
     #[must_use]
     pub fn with_calls(self, make: impl Fn(&str) -> Box<dyn Calls> + Send + Sync + 'static) -> Self {
         self.with(|inner| inner.calls = Some(MakesCalls(Arc::new(make))))

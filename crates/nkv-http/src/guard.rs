@@ -1,4 +1,4 @@
-//! No foreign web page may reach the store: who a request says it is for (`Host`), and where it says it comes from (`Origin`,
+//! No foreign web page may reach the store: which host a request is for (`Host`), and where it says it comes from (`Origin`,
 //! `Sec-Fetch-Site`), before anything else is looked at.
 //!
 //! A browser sends a page's requests wherever the page wants. What the page cannot forge is `Origin`, `Sec-Fetch-*`, and the name in

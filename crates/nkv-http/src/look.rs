@@ -1,4 +1,4 @@
-//! Looking at the node: who watches a key, figures, and what this door is.
+//! Looking at the node: the watchers of a key, figures, and what this door is.
 
 use http::Request;
 use nkv_node::Traced;

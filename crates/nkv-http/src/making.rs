@@ -5,7 +5,7 @@ use nkv_node::Leave;
 use crate::body::Unsent;
 use crate::route::Ctx;
 
-/// What may be made of an answer before its turn: with it everybody waits who asks for much.
+/// What may be made of an answer before its turn: with it every large request waits.
 pub(crate) const FIRST_LEN: usize = 16 << 10;
 
 /// An answer that is being made.

@@ -162,7 +162,7 @@ pub(crate) fn record(event: &TailEvent) -> Option<String> {
     let TailEvent::Put { entry, .. } = event else { return None };
     let value = std::str::from_utf8(&entry.value).ok()?;
     let mut out = format!("{{\"Topic\":\"command-log\",\"Partition\":0,\"Offset\":{},", entry.revision).into_bytes();
-    // Who set it is not known of a change that may stand for several.
+    // The setter is not known of a change that may stand for several.
     out.extend_from_slice(b"\"Key\":\"Client address=unknown\",\"Value\":");
     write_go(&mut out, &format!("{}: {value}", entry.key));
     out.extend_from_slice(b"}\n");

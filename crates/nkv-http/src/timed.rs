@@ -20,7 +20,7 @@ pub(crate) struct TimeLimits {
     pub(crate) stall: Duration,
 }
 
-/// What a connection's requests tell its stream.
+/// What a connection's requests report to its stream.
 #[derive(Debug, Default)]
 pub(crate) struct Times {
     /// Requests whose head has come.

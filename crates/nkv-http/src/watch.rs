@@ -1,4 +1,4 @@
-//! Watching: server-sent events that can be resumed, and a long poll for those who have only single requests.
+//! Watching: server-sent events that can be resumed, and a long poll for clients that have only single requests.
 
 use std::io::Write as _;
 use std::pin::Pin;
@@ -22,7 +22,7 @@ use crate::route::{Ctx, json, only_get, query, takes_gzip};
 /// How long a long poll waits when nothing is said, and at most: what stands before many a server gives up after 60 s.
 const WAIT: Duration = Duration::from_secs(30);
 const WAIT_MAX: Duration = Duration::from_secs(60);
-/// So much earlier it is answered.
+/// The time before its end at which it is answered.
 const WAIT_MARGIN: Duration = Duration::from_secs(2);
 
 /// An answer to a long poll has no more bytes than this.

@@ -624,12 +624,12 @@ impl Drop for Frames {
     }
 }
 
-/// Tells a subscriber of `/subscribe` each change, until either side ends it.
-pub(crate) async fn tell_records(stream: Upgraded, handle: &Handle, request_limit: Duration, mut changes: Tail) {
+/// Sends a subscriber of `/subscribe` each change, until either side ends it.
+pub(crate) async fn send_records(stream: Upgraded, handle: &Handle, request_limit: Duration, mut changes: Tail) {
     let mut socket = Socket::new(stream, handle, request_limit).await;
     let mut record: Option<String> = None;
     let mut waker = SharedWaker::default();
-    let told = poll_fn(|cx| {
+    let sent = poll_fn(|cx| {
         let waker = handle.waker(&mut waker, cx.waker());
         loop {
             // What it sends says nothing but that it is there.
@@ -660,7 +660,7 @@ pub(crate) async fn tell_records(stream: Upgraded, handle: &Handle, request_limi
         }
     });
     tokio::select! {
-        () = told => {}
+        () = sent => {}
         () = handle.stopping() => {}
     }
     socket.end();

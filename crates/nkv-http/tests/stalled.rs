@@ -60,7 +60,7 @@ async fn streams_of_http2_that_are_never_read_end_and_their_connection_lives() {
 
 /// Room is for what comes, not for what is announced.
 #[tokio::test]
-async fn who_announces_and_sends_nothing_keeps_nobody_waiting() {
+async fn a_client_that_announces_and_sends_nothing_keeps_no_other_waiting() {
     let mut limits = Limits::default();
     limits.queued_max = 16 << 20;
     let door = TestDoor::with(Options::default(), limits).await;
@@ -80,7 +80,7 @@ async fn who_announces_and_sends_nothing_keeps_nobody_waiting() {
 
 /// What is made for many is counted while it is made.
 #[tokio::test]
-async fn many_long_answers_that_nobody_reads_are_bounded_together() {
+async fn many_long_answers_that_are_not_read_are_bounded_together() {
     let mut limits = Limits::default();
     limits.queued_max = 32 << 20;
     let door = TestDoor::with(stall_soon(), limits).await;
@@ -101,12 +101,12 @@ async fn many_long_answers_that_nobody_reads_are_bounded_together() {
         sleep(Duration::from_millis(20)).await;
     }
     assert!(most > 5 << 20, "some wait: {most}");
-    assert!(most < 64 << 20, "{} MiB for answers that nobody reads", most >> 20);
+    assert!(most < 64 << 20, "{} MiB for unread answers", most >> 20);
     drop(unread);
     door.nothing_is_held().await;
 }
 
-/// Those who read at once do not keep each other waiting.
+/// Clients that read at once do not keep each other waiting.
 #[tokio::test]
 async fn many_who_read_at_once_are_served_soon() {
     let mut limits = Limits::default();
@@ -131,7 +131,7 @@ async fn many_who_read_at_once_are_served_soon() {
 }
 
 #[tokio::test]
-async fn what_becomes_too_long_by_escaping_is_refused_and_holds_nobody_up() {
+async fn what_becomes_too_long_by_escaping_is_refused_and_delays_no_other_client() {
     let mut limits = Limits::default();
     limits.value_len_max = 8 << 20;
     let door = TestDoor::with(Options::default(), limits).await;
@@ -147,7 +147,7 @@ async fn what_becomes_too_long_by_escaping_is_refused_and_holds_nobody_up() {
 
 /// HTTP/2 lets a peer take a request back at once and ask again, past any limit of streams that are open.
 #[tokio::test]
-async fn requests_that_are_taken_back_as_fast_as_they_come_keep_nobody_from_being_served() {
+async fn requests_that_are_taken_back_as_fast_as_they_come_keep_no_other_client_from_being_served() {
     let door = TestDoor::start().await;
     door.put("k", &"x".repeat(100_000)).await;
     let (client, connection) = h2::client::handshake(door.connect().await).await.unwrap();

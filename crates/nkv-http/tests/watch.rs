@@ -281,7 +281,7 @@ async fn a_long_poll_waits_as_long_as_asked_and_its_cursor_moves_on() {
 
 /// Of many changes a reader that stands still is given the last, and no other waits for it.
 #[tokio::test]
-async fn a_reader_that_stands_still_costs_nobody_anything() {
+async fn a_reader_that_stands_still_costs_other_clients_nothing() {
     let door = TestDoor::start().await;
     let mut stalled = Events::open(&door, "/v1/watch?pattern=k", &[]).await;
     stalled.until_synced().await;
@@ -294,14 +294,14 @@ async fn a_reader_that_stands_still_costs_nobody_anything() {
     assert_eq!(live.next().await.data["key"], "end");
     let backlog: u64 = door.nkv.peers().unwrap().iter().map(|peer| peer.backlog.queued as u64).sum();
     assert!(backlog <= 10, "{backlog}");
-    let (mut last, mut told) = (BTreeMap::new(), 0);
+    let (mut last, mut accounted) = (BTreeMap::new(), 0);
     while last.len() < 10 || last.values().any(|value| *value < 29_990) {
         let event = stalled.next().await;
         let value: u64 = event.data["value"].as_str().unwrap().trim_start_matches('0').parse().unwrap_or(0);
         last.insert(event.data["key"].as_str().unwrap().to_owned(), value);
-        told += 1 + event.data["skipped"].as_u64().unwrap();
+        accounted += 1 + event.data["skipped"].as_u64().unwrap();
     }
-    assert_eq!(told, 30_000, "each change was told or skipped");
+    assert_eq!(accounted, 30_000, "each change was received or skipped");
 }
 
 #[tokio::test]

@@ -203,7 +203,7 @@ async fn a_client_that_leaves_takes_its_subscriptions_with_it() {
 }
 
 #[tokio::test]
-async fn what_is_no_handshake_is_told_so() {
+async fn what_is_no_handshake_is_refused_as_such() {
     let door = TestDoor::start().await;
     let plain = door.get("/v1/ws").await;
     assert_eq!(

@@ -20,10 +20,10 @@ use crate::clock::millis;
 /// Turns that others are given when there is too much, before more is made. It may be one alone that holds it, rightly.
 const RELIEF_TURNS: usize = 8;
 
-/// How often those who wait for room look again.
+/// How often callers that wait for room look again.
 const ROOM_PAUSE: Duration = Duration::from_millis(10);
 
-/// The time that those who were let through have to read on before the next is closed for those who wait.
+/// The time that peers which were let through have to read on before the next is closed for the callers that wait.
 const EVICTION_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a door holds for a peer, in the budget of its node. The door implements it for its side of a connection and
@@ -85,7 +85,7 @@ pub trait Holder: fmt::Debug + Send + Sync + 'static {
     }
 }
 
-/// What waits for a subscription of this process.
+/// The backlog of a subscription of this process.
 #[derive(Debug)]
 pub(crate) struct InProcess(pub(crate) Observer);
 
@@ -140,13 +140,13 @@ pub struct Budget {
     is_stopping: AtomicBool,
     /// The last of them has ended.
     all_gone: Notify,
-    /// Those who wait for room, in the order in which they came; and when a connection was last closed for them.
+    /// Callers that wait for room, in the order in which they came; and when a connection was last closed for them.
     queue: Turns<Option<Instant>>,
-    /// For those that make a long answer while much waits: one at a time.
+    /// For those that make a long answer while the backlog is long: one at a time.
     leave: Arc<Semaphore>,
 }
 
-/// That a long answer may be made although much waits, for as long as it is kept.
+/// That a long answer may be made although the backlog is long, for as long as it is kept.
 #[derive(Debug)]
 pub struct Leave {
     _permit: OwnedSemaphorePermit,
@@ -160,7 +160,7 @@ struct Holders {
     peers: u64,
 }
 
-/// What one holder has in the budget, and who it is.
+/// What one holder has in the budget, and which it is.
 pub(crate) struct Account {
     id: u64,
     pub(crate) opened: Instant,
@@ -176,7 +176,7 @@ pub(crate) struct Account {
     pub(crate) source: Box<dyn Holder>,
     /// It holds what it holds because the server keeps it waiting.
     is_kept_waiting: AtomicBool,
-    /// It was told to give up what it holds, and will.
+    /// It was asked to give up what it holds, and will.
     is_leaving: AtomicBool,
     /// What it held when that was decided.
     evicted_with: AtomicUsize,
@@ -221,7 +221,7 @@ pub(crate) struct Share {
 pub struct Held {
     /// That is its own alone, such as answers.
     pub own: usize,
-    /// That the mailbox takes for what waits.
+    /// That the mailbox takes for the backlog.
     pub queue: usize,
     /// Of changes that wait; others may share them.
     pub changes: usize,
@@ -300,8 +300,8 @@ impl Account {
 }
 
 impl Holders {
-    /// What those hold together that stay, but for the changes that wait, and who they are with what each holds. An
-    /// encoding that several write counts once.
+    /// What all that stay hold together, but for the changes that wait; and each of them with what it holds. An encoding
+    /// that several write counts once.
     fn total_and_staying(&self) -> (usize, Vec<(Held, &Account)>) {
         let mut encodings = HashSet::new();
         let (mut total, mut staying) = (0_usize, Vec::new());
@@ -335,7 +335,7 @@ impl Budget {
         Arc::clone(&self.waiting)
     }
 
-    /// So many bytes of values may be written before what waits for subscribers is to be looked at.
+    /// The number of bytes of values that may be written before the backlogs of subscribers are to be looked at.
     pub(crate) fn check_every(&self) -> usize {
         self.limit / 64
     }
@@ -452,7 +452,7 @@ impl Budget {
         }
     }
 
-    /// To be called when somebody may have come to hold much more.
+    /// To be called when a peer may have come to hold much more.
     pub fn check_if_over(&self) {
         if self.is_over() {
             self.check();
@@ -464,8 +464,8 @@ impl Budget {
         self.queued() > self.limit
     }
 
-    /// Waits until there is room for an answer or a snapshot of any size. Whoever came first goes
-    /// first, and whoever holds most for longest does not keep it waiting for longer than `patience`.
+    /// Waits until there is room for an answer or a snapshot of any size. Callers get it in the
+    /// order in which they came, and the largest holder does not keep one waiting for longer than `patience`.
     ///
     /// # Cancel safety
     ///
@@ -487,7 +487,7 @@ impl Budget {
         }
     }
 
-    /// Whether so much waits that answers which take many turns are made one after another. Those that were
+    /// Whether the backlog is so long that answers which take many turns are made one after another. Those that were
     /// [let in](Self::room) together would come to hold too much together.
     pub fn is_crowded(&self) -> bool {
         self.queued() > self.limit / 4
@@ -508,7 +508,8 @@ impl Budget {
         leave
     }
 
-    /// Closes the connection that holds most for longest, if they hold so much. Changes that wait take no room of answers.
+    /// Closes the connection that holds most for longest, if all hold more than half of the limit. Changes that wait take
+    /// no room of answers.
     fn evict_for_room(&self) -> bool {
         let holders = self.lock();
         let (total, staying) = holders.total_and_staying();
@@ -571,7 +572,7 @@ impl Share {
         self.account.is_leaving.load(Relaxed)
     }
 
-    /// What this connection held when it was told so: for the log, as it may have given it up since.
+    /// What this connection held when its eviction was decided: for the log, as it may have given it up since.
     pub(crate) fn evicted_with(&self) -> usize {
         self.account.evicted_with.load(Relaxed)
     }
@@ -650,7 +651,7 @@ mod tests {
     }
 
     #[test]
-    fn past_the_limit_the_one_for_which_most_changes_wait_gives_them_up_and_nobody_else() {
+    fn past_the_limit_only_the_one_with_the_largest_backlog_gives_its_changes_up() {
         let store = NotifyKeyValue::open(NoPersist::default()).unwrap();
         let put = |branch: &str, n: usize| {
             store.put(&Key::new(&format!("{branch}.{n}")).unwrap(), vec![0; 4_000], PutOptions::default()).unwrap();
@@ -686,15 +687,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn changes_that_wait_as_they_came_for_a_peer_that_takes_nothing_are_held_until_it_is_told_to_leave() {
+    async fn changes_that_wait_as_they_came_for_a_peer_that_takes_nothing_are_held_until_it_is_asked_to_close() {
         let (notifier, mut outbox) = TcpNotifier::new(NotifierOptions { slack: 20_000, ..NotifierOptions::default() });
         let (mut ours, _theirs) = tokio::io::duplex(1);
         let woken = Arc::new(Woken::default());
-        let told = Waker::from(Arc::clone(&woken));
+        let change_waker = Waker::from(Arc::clone(&woken));
         let mut answer = Chunks::default();
         answer.tail().extend(b"an answer");
         outbox.send(answer);
-        poll_fn(|cx| Poll::Ready(outbox.poll(cx, &told, &mut ours).is_pending())).await;
+        poll_fn(|cx| Poll::Ready(outbox.poll(cx, &change_waker, &mut ours).is_pending())).await;
         tokio::time::sleep(Duration::from_millis(5)).await;
         let share = Budget::new(1, Arc::default()).share(None, Box::new(Connection(notifier.clone())));
         for revision in 1..=2 {
@@ -770,7 +771,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn whoever_waits_for_room_has_nobody_closed_for_changes_that_wait() {
+    async fn a_caller_that_waits_for_room_closes_no_connection_for_its_backlog_of_changes() {
         let budget = Budget::new(1 << 20, Arc::default());
         let (subscriber, _outbox) = TcpNotifier::new(NotifierOptions::default());
         let (reader, _other) = TcpNotifier::new(NotifierOptions::default());

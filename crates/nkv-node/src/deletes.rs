@@ -86,7 +86,7 @@ impl RecentDeletes {
         self.filled(shared).reaches(epoch, since)
     }
 
-    /// Gives the next deletes after `at`, in order, to `take`, at most `limit`, for one who needs all after `since`.
+    /// Gives the next deletes after `at`, in order, to `take`, at most `limit`, for a reader that needs all after `since`.
     pub(crate) fn next(
         &self,
         shared: &Shared,

@@ -12,7 +12,7 @@ use crate::shared::{Shared, stopped};
 /// do not.
 const CLOCK_TICK: Duration = Duration::from_secs(1);
 
-/// After a failed expiry, so long passes before the next try.
+/// The time between a failed expiry and the next try.
 const EXPIRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// While storage has not done an expiry, the time goes on so often for other values whose TTL ends.

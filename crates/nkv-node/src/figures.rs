@@ -1,4 +1,4 @@
-//! What is counted for those who watch a node from outside, once a door asks for that.
+//! What is counted for monitoring from outside, once a door asks for that.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 

@@ -393,8 +393,8 @@ impl Handle {
 
     // Subscribing.
 
-    /// Delivers the present state of all that a pattern covers, or several, then every change; of what waits too long, the
-    /// latest state of each key. Dropping the subscription ends it.
+    /// Delivers the present state of all that a pattern covers, or several, then every change; of a backlog that is too
+    /// long, the latest state of each key. Dropping the subscription ends it.
     ///
     /// # Errors
     ///
@@ -870,8 +870,8 @@ impl Handle {
         self.check_open()
     }
 
-    /// For how long the node has had no sign of life of its engine: so long its state may be behind. `None` where it follows
-    /// its engine, or has none.
+    /// For how long the node has had no sign of life of its engine: its state may lag by this time. `None` where it
+    /// follows its engine, or has none.
     #[must_use]
     pub fn stale_for(&self) -> Option<Duration> {
         self.shared.truth()?.status().away_since.map(|since| since.elapsed())

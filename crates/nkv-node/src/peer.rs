@@ -1,4 +1,4 @@
-//! The peers of doors: who each is, what it holds, and whether it is to leave.
+//! The peers of doors: what each is called, what it holds, and whether it is to close.
 
 use std::sync::Arc;
 use std::sync::PoisonError;
@@ -31,7 +31,7 @@ use crate::budget::{Account, Said, Share};
 /// let nkv = node.handle();
 /// let peer = nkv.peer("192.0.2.1:5000", Box::new(Line)); // see `Holder` for how one is made
 /// peer.says(|said| said.name = Some("thermostat".into()));
-/// peer.hold(120, false); // so much of a request has arrived
+/// peer.hold(120, false); // 120 bytes of a request have arrived
 /// assert_eq!(peer.held(), 120);
 /// assert_eq!(nkv.peers()?[0].said.name.as_deref(), Some("thermostat"));
 /// # Ok(()) }

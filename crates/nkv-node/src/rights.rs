@@ -1,4 +1,4 @@
-//! Who may do what: one check for all doors.
+//! What each principal may do: one check for all doors.
 
 use std::fmt;
 

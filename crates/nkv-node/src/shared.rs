@@ -46,7 +46,7 @@ pub(crate) struct Shared {
     pub(crate) log: RateLimitedLog,
     pub(crate) wake_ups: Arc<WakeUps>,
     pub(crate) queue: Arc<Queue>,
-    /// Told when the time of the next expiry may have changed.
+    /// Notified when the time of the next expiry may have changed.
     pub(crate) expiry_changed: Arc<Notify>,
     /// That of the node.
     pub(crate) runtime: tokio::runtime::Handle,
@@ -77,7 +77,7 @@ const WRITE_ROOM: usize = 64 << 20;
 const ARRIVAL_ROOM_MAX: usize = 64 << 20;
 const ARRIVAL_ROOM_PART: usize = 4;
 
-/// One that waits so long to send a long request has the slowest of those that send theirs closed, if that has taken longer.
+/// A peer that waits this long to send a long request has the slowest of the senders closed, if that has taken longer.
 const ARRIVAL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The bytes that a job counts as at least, so that 1,024 of them wait at most.

@@ -236,7 +236,7 @@ pub struct Subscription {
     ready: VecDeque<Event>,
     delivered: Delivered,
     has_ended: bool,
-    /// In this order: what ends it comes before what counts what waits.
+    /// In this order: what ends it comes before what counts its backlog.
     _attached: Attached,
     _share: Share,
 }

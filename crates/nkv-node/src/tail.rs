@@ -141,7 +141,7 @@ pub enum TailEvent {
         key: Key,
         /// The revision of its end.
         revision: Revision,
-        /// Why. [`GoneReason::Missed`]: it was deleted while its reader was away, who may not have known it.
+        /// Why. [`GoneReason::Missed`]: it was deleted while its reader was away, which may not have known it.
         reason: GoneReason,
         /// As in [`TailEvent::Put`].
         skipped: u64,
@@ -153,7 +153,7 @@ pub enum TailEvent {
         revision: Revision,
     },
     /// What is known so far says nothing any more: the whole present state follows, and a key that is not in it is gone. Its
-    /// cursor is that of one who knows nothing.
+    /// cursor is that of a reader that knows nothing.
     Reset,
     /// Nothing follows.
     Ended(EndReason),
@@ -161,7 +161,7 @@ pub enum TailEvent {
 
 /// A subscription that can be resumed. Made by [`Handle::tail`](crate::Handle::tail).
 ///
-/// It keeps nothing for the keys that it gave: what waits for its reader is bounded as for any subscriber.
+/// It keeps nothing for the keys that it gave: the backlog of its reader is bounded as for any subscriber.
 #[derive(Debug)]
 pub struct Tail {
     shared: Arc<Shared>,
@@ -213,7 +213,7 @@ impl Tail {
                 && after.revision <= shared.store.stats().revision
                 && shared.deletes.get().is_some_and(|deletes| deletes.reaches(shared, after.epoch, after.revision))
         };
-        // What is to be told from now on is what comes after the present revision: several subscriptions do not begin at once.
+        // What is to be notified from now on comes after the present revision: several subscriptions do not begin at once.
         let stats = shared.store.stats();
         let now = Cursor { epoch: stats.epoch, revision: stats.revision, selection: None };
         let after = options.after.or((!options.snapshot && patterns.len() > 1).then_some(now).filter(is_known));
@@ -357,7 +357,7 @@ impl Tail {
             .then(|| self.cursor(revision))
     }
 
-    /// Looks at what waits, for a door's [`Holder`](crate::Holder).
+    /// Looks at the backlog, for a door's [`Holder`](crate::Holder).
     #[must_use]
     pub fn observer(&self) -> Arc<Observer> {
         Arc::clone(&self.observer)
@@ -440,7 +440,7 @@ impl Tail {
         }
     }
 
-    /// A key that was deleted and is absent is gone for the reader, who may have known it. One that is there again was in a
+    /// A key that was deleted and is absent is gone for the reader, which may have known it. One that is there again was in a
     /// snapshot, or its put follows, or its [end](Observer::keep_ends).
     fn look_for_missed(&mut self, since: Number, at: Number) {
         let Some(deletes) = self.shared.deletes.get() else { return self.begin_anew() };

@@ -1,9 +1,9 @@
-//! One wake-up of the runtime for many tasks: who stores and tells a batch wakes hundreds of connections, and a system
-//! call for each would cost more than the batch.
+//! One wake-up of the runtime for many tasks: a thread that stores and notifies a batch wakes hundreds of connections,
+//! and a system call for each would cost more than the batch.
 //!
 //! A task that is to be woken this way lends its waker to a [`Sleeper`]. Waking that only notes it; the pump, a task of the
-//! runtime, then wakes all who were noted from within the runtime, which is cheap. Whoever wakes many does so
-//! [`gathered`](WakeUps::gathered), so that the pump is woken once at the end.
+//! runtime, then wakes all noted tasks from within the runtime, which is cheap. A thread that wakes many does
+//! so [`gathered`](WakeUps::gathered): the pump is woken once at the end.
 
 use std::cell::Cell;
 use std::sync::atomic::AtomicBool;
@@ -64,8 +64,8 @@ impl WakeUps {
         self.requested.notify_one();
     }
 
-    /// Wakes whoever is noted and calls `each_time`, for ever. The last to be noted is the first to be woken: that is
-    /// whoever waits for an answer, and then those who are only told.
+    /// Wakes the noted tasks and calls `each_time`, for ever. The last to be noted is the first to be woken: those are the
+    /// tasks that wait for an answer. Subscribers, which are only notified, come after them.
     pub(crate) async fn pump(&self, each_time: impl Fn()) {
         let mut woken = Vec::new();
         loop {

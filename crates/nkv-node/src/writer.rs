@@ -19,11 +19,11 @@ use crate::rate_log::RateLimitedLog;
 use crate::subscriber::Store;
 use crate::wakeups::WakeUps;
 
-/// What waits for subscribers is looked at each time so many more events were given to them, or as much was written
-/// as [`Budget::check_every`] says.
+/// The number of events given to subscribers after which their backlogs are looked at. They are looked at too when as
+/// much was written as [`Budget::check_every`] says.
 const CHECK_EVERY: u64 = 4_096;
 
-/// The jobs that wait to be done. How many that may be is up to those who let them in.
+/// The jobs that wait to be done. Their number is limited by the callers that let them in.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
     waiting: Mutex<Waiting>,
@@ -35,7 +35,7 @@ pub(crate) struct Queue {
 #[derive(Debug, Default)]
 struct Waiting {
     jobs: Vec<Job>,
-    /// The writer sleeps until somebody wakes it.
+    /// The writer sleeps until it is woken.
     is_asleep: bool,
     /// Some job is not to wait for the turn of the runtime to end.
     is_urgent: bool,
@@ -111,7 +111,7 @@ pub(crate) struct Writer {
     pub(crate) store: Arc<Store>,
     pub(crate) queue: Arc<Queue>,
     pub(crate) wake_ups: Arc<WakeUps>,
-    /// Told when the time of the next expiry may have changed.
+    /// Notified when the time of the next expiry may have changed.
     pub(crate) expiry_changed: Arc<Notify>,
     /// Learns when storage is poisoned.
     pub(crate) failure: Failure,
@@ -131,7 +131,7 @@ impl Drop for CloseOnDrop {
     }
 }
 
-/// Whoever waits for a writer that is gone, for whatever reason, waits in vain.
+/// A caller of a writer that is gone, for whatever reason, waits in vain.
 struct Gone(Arc<Queue>);
 
 impl Drop for Gone {
@@ -162,7 +162,7 @@ impl Writer {
             self.queue.take(&self.wake_ups, &mut jobs);
             if jobs.is_empty() {
                 let closed = self.store.close();
-                // Also where the runtime is gone: who waits for events sees that there will be none.
+                // Also where the runtime is gone: a caller that waits for events sees that there will be none.
                 self.store.forget_all();
                 return closed;
             }
@@ -192,7 +192,7 @@ impl Writer {
         if catch_unwind(AssertUnwindSafe(|| self.store.commit(jobs))).is_err() {
             self.store.commit(jobs);
         }
-        // First, so that who has an answer finds it counted.
+        // First, so that a caller that has an answer finds it counted.
         if let (Some(counters), Some(start)) = (self.counters.get(), start) {
             let done = jobs.iter().filter(|job| job.write.is_done());
             let done = done.inspect(|job| {
@@ -242,7 +242,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nobody_waits_for_a_writer_that_is_gone() {
+    fn no_caller_waits_for_a_writer_that_is_gone() {
         let queue = Arc::new(Queue::default());
         let (job, mut done) = Job::for_tests(vec![]);
         queue.push(job, true).unwrap();

@@ -199,7 +199,7 @@ async fn an_engine_that_needs_meta_is_not_given_storage_that_keeps_none() {
     builder.start().await.unwrap().shutdown().await.unwrap();
 }
 
-// It hung: nothing told the write that its node follows no more.
+// It hung: the write did not learn that its node follows no more.
 #[tokio::test]
 async fn a_node_stops_although_a_write_waits_for_its_feed() {
     let engine = ScriptedEngine::default();
@@ -352,7 +352,7 @@ impl Engine for Fed {
 }
 
 #[tokio::test]
-async fn a_value_whose_end_the_node_knows_is_hidden_then_and_told_when_the_engine_says_so() {
+async fn a_value_whose_end_the_node_knows_is_hidden_then_and_notified_when_the_engine_says_so() {
     let (changes, fed) = tokio::sync::mpsc::channel(1);
     let node = Node::builder().engine(Fed(tokio::sync::Mutex::new(fed))).start().await.unwrap();
     let nkv = node.handle();
@@ -371,8 +371,11 @@ async fn a_value_whose_end_the_node_knows_is_hidden_then_and_told_when_the_engin
     assert!(matches!(timeout(PATIENCE, events.next()).await.unwrap(), Some(Event::Update { .. })));
     until(async || nkv.revision().get() == 9).await;
     until(async || nkv.get("a").await.unwrap().is_none()).await;
-    assert!(timeout(Duration::from_millis(50), events.next()).await.is_err(), "it is told before the engine says so");
+    assert!(
+        timeout(Duration::from_millis(50), events.next()).await.is_err(),
+        "it is notified before the engine says so"
+    );
     changes.send(vec![change(10, Action::Delete { reason: nkv_core::Reason::Expired })]).await.unwrap();
-    let told = timeout(PATIENCE, events.next()).await.unwrap();
-    assert!(matches!(told, Some(Event::Gone { reason: GoneReason::Expired, .. })), "{told:?}");
+    let event = timeout(PATIENCE, events.next()).await.unwrap();
+    assert!(matches!(event, Some(Event::Gone { reason: GoneReason::Expired, .. })), "{event:?}");
 }

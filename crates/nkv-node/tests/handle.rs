@@ -264,15 +264,15 @@ async fn the_node_conflates_in_front_of_a_notifier_that_asks_for_it() {
     for _ in 0..100 {
         timeout(Duration::from_secs(5), nkv.put(&key("a"), "x")).await.unwrap().unwrap();
     }
-    let told = tokio::task::spawn_blocking(move || {
-        let mut told = (0, 0);
-        while told.0 < 100 {
+    let accounted = tokio::task::spawn_blocking(move || {
+        let mut accounted = (0, 0);
+        while accounted.0 < 100 {
             let (revision, skipped) = receiver.recv_timeout(Duration::from_secs(5)).unwrap();
-            told = (revision, told.1 + skipped + 1);
+            accounted = (revision, accounted.1 + skipped + 1);
         }
-        told
+        accounted
     });
-    assert_eq!(told.await.unwrap(), (100, 100));
+    assert_eq!(accounted.await.unwrap(), (100, 100));
     assert!(!attached.has_ended());
 }
 
@@ -304,7 +304,7 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-// The writer thread waited for a task of the node's runtime to wake it, and so did whoever wrote from elsewhere.
+// The writer thread waited for a task of the node's runtime to wake it, and so did callers of other runtimes.
 #[test]
 fn a_handle_writes_while_the_nodes_runtime_stands_still() {
     let nodes = runtime();
@@ -315,7 +315,7 @@ fn a_handle_writes_while_the_nodes_runtime_stands_still() {
             for number in 1..=3 {
                 let a = key("a");
                 let put = nkv.put(&a, "x");
-                let revision = timeout(Duration::from_secs(5), put).await.expect("nobody wakes the writer").unwrap();
+                let revision = timeout(Duration::from_secs(5), put).await.expect("the writer is not woken").unwrap();
                 assert_eq!(revision.get(), number);
             }
         });
@@ -385,7 +385,7 @@ async fn a_watch_and_a_branch_follow_the_store_and_say_when_they_end() {
             tokio::task::yield_now().await;
         }
     };
-    timeout(wait, forgotten).await.expect("a branch that nobody has is followed");
+    timeout(wait, forgotten).await.expect("a branch without a holder is followed");
     node.shutdown().await.unwrap();
     drop(timeout(wait, hall.wait_for(|hall| hall.ended.is_some() && !hall.is_live)).await.unwrap());
 }
@@ -462,14 +462,14 @@ async fn without_a_snapshot_every_change_after_the_subscription_is_delivered() {
 }
 
 #[tokio::test]
-async fn a_reserved_key_is_nobodys_to_write() {
+async fn a_reserved_key_can_be_written_by_no_client() {
     let (_node, nkv) = started().await;
     let reserved = Key::reserved("engine").unwrap();
     assert_eq!(kind(nkv.put(&reserved, "x").await), ErrorKind::InvalidKey);
     assert_eq!(kind(nkv.delete(&reserved).await), ErrorKind::InvalidKey);
 }
 
-/// Goes on when it is told to.
+/// Goes on when the test says so.
 #[derive(Clone, Debug, Default)]
 struct ByHand(std::sync::Arc<std::sync::atomic::AtomicU64>);
 

@@ -149,7 +149,7 @@ mod tests {
         for form in [ValueForm::Bytes, ValueForm::Text, ValueForm::Bytes, ValueForm::Text] {
             let mut out = Chunks::default();
             event(&change, 0, form, &mut out);
-            // What is long is not copied, so its address tells which encoding it is.
+            // What is long is not copied, so its address shows which encoding it is.
             let chunks = out.take();
             addresses.push(chunks[0].as_ptr());
             kept.push(chunks);

@@ -20,11 +20,11 @@ use crate::outbox::{Outbox, WriterEnd};
 pub struct NotifierOptions {
     /// A peer that takes no byte for this long is cut. 30 s by default.
     pub stall_limit: Duration,
-    /// So many bytes of answers and snapshots may wait before [`TcpNotifier::room`] makes the reading side wait.
-    /// 256 KiB by default.
+    /// The number of bytes of answers and snapshots that may wait before [`TcpNotifier::room`] makes the reading side
+    /// wait. 256 KiB by default.
     pub waiting_max: usize,
-    /// So many bytes of changes may wait as they came, each of them to be told (see [`mailbox_with_slack`]): a peer that
-    /// keeps up is told every change. None by default: of what waits, only the newest change of each key is told.
+    /// The number of bytes of changes that may wait without being conflated (see [`mailbox_with_slack`]): a peer that
+    /// keeps up is sent every change. None by default: of the backlog, only the newest change of each key is sent.
     pub slack: usize,
     /// Bytes of answers that wait in all notifiers that share it, kept up by them: what a server bounds all its
     /// connections together by. Each has one of its own by default.
@@ -42,7 +42,7 @@ impl Default for NotifierOptions {
     }
 }
 
-/// Tells one connection of events, in order with the answers to its requests.
+/// Notifies one connection of events, in order with the answers to its requests.
 ///
 /// Clones stand for the same connection. The beginning of a subscription is its `Hello`, which answers the request; with
 /// a snapshot, its `Update`s and `Synced` follow in one go. They are read from the store as the peer takes them.
@@ -70,7 +70,7 @@ pub(crate) struct Shared {
 }
 
 impl TcpNotifier {
-    /// A notifier, and the outbox that somebody has to poll with the connection's socket. The outbox ends when every clone
+    /// A notifier, and the outbox that is to be polled with the connection's socket. The outbox ends when every clone
     /// of the notifier is dropped or it is closed, and all is written; or when the peer is gone or stalls.
     #[must_use]
     pub fn new(options: NotifierOptions) -> (Self, Outbox) {
@@ -121,7 +121,7 @@ impl TcpNotifier {
         }
     }
 
-    /// Drops the changes that wait, as where too much waits.
+    /// Drops the changes that wait, as where the backlog is too long.
     pub fn give_up(&self) {
         self.mailbox.observer().give_up();
     }
@@ -131,12 +131,12 @@ impl TcpNotifier {
         self.mailbox.has_overflowed()
     }
 
-    /// Chooses the form of values in what is told from now on.
+    /// Chooses the form of values in notifications from now on.
     pub fn set_form(&self, form: ValueForm) {
         self.shared.form.store(form as u8, Relaxed);
     }
 
-    /// The form of values in what is told.
+    /// The form of values in notifications.
     pub fn form(&self) -> ValueForm {
         self.shared.form()
     }
@@ -158,8 +158,8 @@ impl TcpNotifier {
         self.shared.waiting.load(Relaxed)
     }
 
-    /// What the peer does not take of changes at the moment, in bytes, and what tells whether two connections share them: the
-    /// encoding of a change is made once, and kept for as long as anybody still writes it.
+    /// What the peer does not take of changes at the moment, in bytes, and what shows whether two connections share them: the
+    /// encoding of a change is made once, and kept for as long as a connection still writes it.
     pub fn gathered(&self) -> (usize, usize) {
         let (encoding, len, _) = &self.shared.gathered;
         (encoding.load(Relaxed), len.load(Relaxed))
@@ -173,12 +173,12 @@ impl TcpNotifier {
         }
     }
 
-    /// What waits to be written, by the piece.
+    /// The backlog: what waits to be written, by the piece.
     pub fn backlog(&self) -> Backlog {
         self.mailbox.backlog()
     }
 
-    /// Wakes whoever polls the outbox, although there is nothing more to write.
+    /// Wakes the task that polls the outbox, although there is nothing more to write.
     pub fn wake(&self) {
         self.mailbox.wake();
     }
@@ -205,7 +205,7 @@ impl Shared {
         self.options.waiting_total.fetch_add(len, Relaxed);
     }
 
-    /// So many bytes are being written; the encoding at this address is most of them.
+    /// Notes that `len` bytes are being written; the encoding at this address is most of them.
     pub(crate) fn gather(&self, encoding: usize, len: usize) {
         self.gathered.0.store(encoding, Relaxed);
         self.gathered.1.store(len, Relaxed);
@@ -215,7 +215,7 @@ impl Shared {
         }
     }
 
-    /// All that was gathered is written, so many bytes of what waited among it.
+    /// Notes that all in flight is written, `len` bytes of the backlog among it.
     pub(crate) fn flushed(&self, len: usize) {
         if self.gathered.2.load(Relaxed) > 0 {
             self.gathered.1.store(0, Relaxed);
@@ -228,7 +228,7 @@ impl Shared {
         }
     }
 
-    /// Nothing more is written: whoever waits for room must see that there will be none.
+    /// Nothing more is written: a caller that waits for room must see that there will be none.
     pub(crate) fn end(&self) {
         self.ended.store(true, SeqCst);
         self.room.notify_one();

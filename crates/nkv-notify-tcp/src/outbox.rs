@@ -28,10 +28,10 @@ mod pace;
 /// that a large delete deletes, a request waits for a turn of each of them.
 const TURN_LEN: usize = 16 << 10;
 
-/// So many pieces go into one vectored write.
+/// The number of pieces that go into one vectored write.
 const SLICES_MAX: usize = 64;
 
-/// So many buffers, of so many bytes at most, are kept for the next outbox of the thread.
+/// The number of buffers that are kept for the next outbox of the thread, and of bytes of each.
 const SPARE_MAX: usize = 4;
 const SPARE_LEN_MAX: usize = 256 << 10;
 
@@ -71,7 +71,7 @@ pub struct Outbox {
     /// Of them, what the writer was asked to send.
     flushed: u64,
     /// What the mailbox wakes.
-    told: Option<Waker>,
+    change_waker: Option<Waker>,
     /// Messages go out one at a time.
     pace: Option<Box<Pace>>,
 }
@@ -99,7 +99,8 @@ fn give_back(chunks: Chunks) {
 
 impl Outbox {
     pub(crate) fn new(inbox: Inbox<Box<Chunks>>, shared: Arc<Shared>) -> Self {
-        let (out, ahead, gathered, fresh, counted, stall, has_moved, written, flushed, told) = Default::default();
+        let (out, ahead, gathered, fresh, counted, stall, has_moved, written, flushed, change_waker) =
+            Default::default();
         Outbox {
             inbox,
             shared,
@@ -112,12 +113,12 @@ impl Outbox {
             has_moved,
             written,
             flushed,
-            told,
+            change_waker,
             pace: None,
         }
     }
 
-    /// Sends answers, after all that was sent or told before.
+    /// Sends answers, after all answers and notifications before.
     pub fn send(&mut self, mut answers: Chunks) {
         let len = answers.len();
         let is_next = self.out.is_empty() && self.pace.is_none();
@@ -148,7 +149,7 @@ impl Outbox {
         give_back(answers);
     }
 
-    /// Whether so much waits to be taken that no more is to be made for now. [`poll`](Self::poll) goes on with it.
+    /// Whether the backlog is so long that no more is to be made for now. [`poll`](Self::poll) goes on with it.
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.shared.is_full()
@@ -168,10 +169,10 @@ impl Outbox {
 
     /// Writes what there is. Ready when the connection's sending side has ended: all that was to be sent is written, and
     /// the notifier closed; or the peer is gone or stalls. Until then it has `cx` woken when the peer takes more, and
-    /// `told` when there is more to write; `told` may be another way to the same task.
+    /// `change_waker` when there is more to write, which may be another way to the same task.
     ///
     /// Once ready, it is not to be polled again.
-    pub fn poll<W>(&mut self, cx: &mut Context<'_>, told: &Waker, writer: &mut W) -> Poll<WriterEnd>
+    pub fn poll<W>(&mut self, cx: &mut Context<'_>, change_waker: &Waker, writer: &mut W) -> Poll<WriterEnd>
     where
         W: AsyncWrite + Unpin,
     {
@@ -182,14 +183,14 @@ impl Outbox {
                 return Poll::Pending;
             }
             // What the peer does not take yet is nothing to be added to: in the mailbox it can still be conflated.
-            let is_closed = self.gathered.1 == 0 && self.gather(cx, told);
+            let is_closed = self.gathered.1 == 0 && self.gather(cx, change_waker);
             turn_len = turn_len.saturating_add(self.out.len());
             if !self.out.is_empty() {
                 match self.poll_write(cx, writer) {
                     Poll::Ready(Ok(())) => {}
                     Poll::Ready(Err(end)) => return Poll::Ready(end),
                     Poll::Pending => {
-                        self.inbox.poll_called(&mut Context::from_waker(told));
+                        self.inbox.poll_called(&mut Context::from_waker(change_waker));
                         return Poll::Pending;
                     }
                 }
@@ -218,16 +219,16 @@ impl Outbox {
     }
 
     /// Takes out of the mailbox what the next write may take; says whether the mailbox is closed and empty.
-    fn gather(&mut self, cx: &mut Context<'_>, told: &Waker) -> bool {
+    fn gather(&mut self, cx: &mut Context<'_>, change_waker: &Waker) -> bool {
         let mut len = TURN_LEN;
         if self.pace.is_some() {
-            match self.next_line(cx, told) {
+            match self.next_line(cx, change_waker) {
                 Next::Wait => return false,
                 Next::Item => len = 1,
                 Next::GoOn => {}
             }
         }
-        let is_closed = self.take(len, told);
+        let is_closed = self.take(len, change_waker);
         if len == 1 {
             self.keep_rest();
         }
@@ -236,16 +237,16 @@ impl Outbox {
 
     /// Takes `len` bytes out of the mailbox, or one item more, to come behind what is gathered already and what goes ahead.
     #[inline(always)]
-    fn take(&mut self, len: usize, told: &Waker) -> bool {
+    fn take(&mut self, len: usize, change_waker: &Waker) -> bool {
         if let Some(mut ahead) = self.ahead.take() {
             self.counted = self.counted.saturating_add(ahead.len());
             self.out.append(&mut ahead);
         }
-        let is_known = self.told.as_ref().is_some_and(|known| known.will_wake(told));
+        let is_known = self.change_waker.as_ref().is_some_and(|known| known.will_wake(change_waker));
         if is_known && self.inbox.is_waited_for() {
             return false;
         }
-        let mut cx = Context::from_waker(told);
+        let mut cx = Context::from_waker(change_waker);
         // A byte takes up to four as a number.
         let take_len = if self.shared.form() == ValueForm::Bytes { len.div_ceil(4) } else { len };
         let before = self.out.len();
@@ -263,7 +264,7 @@ impl Outbox {
                 return true;
             }
             if !is_known {
-                self.told = Some(told.clone());
+                self.change_waker = Some(change_waker.clone());
             }
             if self.inbox.is_waited_for() {
                 return false;
@@ -311,7 +312,7 @@ impl Outbox {
         Poll::Ready(Ok(()))
     }
 
-    /// The peer takes no more: notes what waits for it, and since when.
+    /// The peer takes no more: notes its backlog, and since when.
     fn poll_stall(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let fresh = std::mem::take(&mut self.fresh);
         self.shared.wait_for(fresh);

@@ -102,7 +102,7 @@ fn query(local: SocketAddr, peer: SocketAddr) -> Vec<u8> {
     query.extend(LEN.to_ne_bytes());
     query.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
     query.extend(NLM_F_REQUEST.to_ne_bytes());
-    query.extend([0; 8]); // its number, and who asks
+    query.extend([0; 8]); // its number, and the id of the asking process
     query.extend([family, IPPROTO_TCP, 0, 0]);
     query.extend(u32::MAX.to_ne_bytes()); // in whatever state
     query.extend(local.port().to_be_bytes());

@@ -43,20 +43,20 @@ impl Reader for PeerReader {
     fn read(&mut self, patience: Duration) -> Option<Told> {
         let mut peer = self.0.take()?;
         let handle = peer.runtime.handle().clone();
-        let told = handle.block_on(async {
+        let received = handle.block_on(async {
             loop {
-                match told(timeout(patience, peer.message()).await.ok()??) {
-                    Some(told) => return Some(told),
+                match received(timeout(patience, peer.message()).await.ok()??) {
+                    Some(received) => return Some(received),
                     None => continue, // the answer to the subscribe
                 }
             }
         });
         self.0 = Some(peer);
-        told
+        received
     }
 }
 
-fn told(message: Message) -> Option<Told> {
+fn received(message: Message) -> Option<Told> {
     let key = |key: &str| Key::new(key).unwrap();
     let pattern = |pattern: &str| Pattern::new(pattern).unwrap();
     Some(match message {

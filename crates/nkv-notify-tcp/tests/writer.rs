@@ -70,8 +70,8 @@ async fn a_connection_ends_when_the_data_begins_another_epoch() {
     store.subscribe(nkv_core::Pattern::All, "me".into(), notifier.clone(), false);
     store.replace(Vec::new(), Revision::new(5), Epoch::new(9)).unwrap();
     assert!(matches!(timeout(Duration::from_secs(60), writer).await.unwrap().unwrap(), WriterEnd::Finished));
-    let told = all(theirs).await;
-    assert_eq!((told.as_str(), notifier.has_overflowed(), store.subscriptions()), ("\"Hello\"\n", false, 0));
+    let sent = all(theirs).await;
+    assert_eq!((sent.as_str(), notifier.has_overflowed(), store.subscriptions()), ("\"Hello\"\n", false, 0));
 }
 
 #[tokio::test]
@@ -175,7 +175,7 @@ async fn a_peer_that_takes_nothing_is_cut_after_the_stall_limit() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn whoever_answers_too_much_waits_for_room() {
+async fn a_caller_that_answers_too_much_waits_for_room() {
     let (ours, mut theirs) = duplex(10);
     let options = NotifierOptions { waiting_max: 100, ..NotifierOptions::default() };
     let (notifier, _writer) = TcpNotifier::spawn(ours, options);
@@ -198,8 +198,8 @@ impl Wake for CountingWaker {
 }
 
 /// Polls by hand an outbox whose peer is too slow for what it is sent.
-fn is_held_up(outbox: &mut Outbox, told: &Waker, ours: &mut DuplexStream) -> bool {
-    match outbox.poll(&mut Context::from_waker(Waker::noop()), told, ours) {
+fn is_held_up(outbox: &mut Outbox, change_waker: &Waker, ours: &mut DuplexStream) -> bool {
+    match outbox.poll(&mut Context::from_waker(Waker::noop()), change_waker, ours) {
         Poll::Pending => true,
         Poll::Ready(end) => panic!("{end:?}"),
     }
@@ -283,10 +283,10 @@ async fn what_comes_while_the_peer_takes_nothing_is_conflated_and_a_call_is_hear
     let (mut ours, _theirs) = duplex(10);
     let (notifier, mut outbox) = TcpNotifier::new(NotifierOptions::default());
     let woken = Arc::new(CountingWaker::default());
-    let told = Waker::from(Arc::clone(&woken));
+    let change_waker = Waker::from(Arc::clone(&woken));
     outbox.send(text("more than ten bytes"));
     for (revision, delivery) in (1..).zip([Delivery::Queued, Delivery::Conflated, Delivery::Conflated]) {
-        assert!(is_held_up(&mut outbox, &told, &mut ours));
+        assert!(is_held_up(&mut outbox, &change_waker, &mut ours));
         assert_eq!(notifier.notify(&put("a", "x", revision)), delivery);
     }
     let before = woken.0.load(SeqCst);
@@ -350,11 +350,11 @@ fn paced(slack: usize) -> (TcpNotifier, Outbox) {
     (notifier, outbox)
 }
 
-fn tell(notifier: &TcpNotifier, event: &Arc<Event>) {
+fn notify(notifier: &TcpNotifier, event: &Arc<Event>) {
     assert_ne!(notifier.notify(event), Delivery::Closed);
 }
 
-/// Polls for so long.
+/// Polls for this time.
 async fn poll_for(time: Duration, outbox: &mut Outbox, writes: &mut Writes) {
     let end = poll_fn(|cx| outbox.poll(cx, cx.waker(), writes));
     assert!(timeout(time, end).await.is_err(), "it has ended");
@@ -372,7 +372,7 @@ async fn a_paced_outbox_writes_one_message_at_a_time_and_what_waits_is_conflated
     for round in 0..20 {
         for key in ["a", "b", "c"] {
             revision += 1;
-            tell(&notifier, &put(key, format!("{round}"), revision));
+            notify(&notifier, &put(key, format!("{round}"), revision));
         }
     }
     assert_eq!(notifier.backlog().queued, 4, "an item of two answers, and a change of each key");
@@ -385,18 +385,18 @@ async fn a_paced_outbox_writes_one_message_at_a_time_and_what_waits_is_conflated
     // What waits while others are written is conflated too: none of it was taken before its time.
     for key in ["a", "b", "c", "d"] {
         revision += 1;
-        tell(&notifier, &put(key, "1", revision));
+        notify(&notifier, &put(key, "1", revision));
     }
     poll_for(PAUSE / 2, &mut outbox, &mut writes).await;
     for key in ["d", "c", "b"] {
         revision += 1;
-        tell(&notifier, &put(key, "2", revision));
+        notify(&notifier, &put(key, "2", revision));
     }
     poll_for(Duration::from_secs(1), &mut outbox, &mut writes).await;
     let keys: Vec<_> = writes.lines(PAUSE).iter().map(|line| line[18..19].to_owned() + &line[31..32]).collect();
     assert_eq!(keys, ["a9", "d0", "c0", "b0"], "the second digit of the value in numbers");
 
-    tell(&notifier, &put("a", "last", revision + 1));
+    notify(&notifier, &put("a", "last", revision + 1));
     notifier.close();
     let end = poll_fn(|cx| outbox.poll(cx, cx.waker(), &mut writes));
     assert!(matches!(end.await, WriterEnd::Finished), "how the connection ends is left to its owner");
@@ -423,7 +423,7 @@ async fn a_paced_line_leaves_its_revision_out_only_to_fit_into_a_read() {
         (1_025, false, 5),
         (9_000, false, 6),
     ] {
-        tell(&notifier, &put("k", value(len), revision));
+        notify(&notifier, &put("k", value(len), revision));
         poll_for(Duration::from_secs(1), &mut outbox, &mut writes).await;
         let line = writes.lines(PAUSE).pop().unwrap();
         assert_eq!(line.len(), if is_short { len } else { len + fields }, "{line:.60}");
@@ -441,7 +441,7 @@ async fn a_pace_ends_after_what_was_in_hand() {
     outbox.end_pace();
     assert!(!outbox.is_paced());
     for revision in 1..=3 {
-        tell(&notifier, &put("a", "x", revision));
+        notify(&notifier, &put("a", "x", revision));
     }
     outbox.send(text("answer 3\n"));
     poll_for(PAUSE / 2, &mut outbox, &mut writes).await;
@@ -463,8 +463,8 @@ async fn a_paced_snapshot_comes_message_by_message_too() {
     let records = records.into_iter().collect();
     let part = Snapshot { pattern: Pattern::All, records, revision, epoch, is_last: true };
     let began = Began::new(Pattern::All, revision, epoch, SnapshotReader::of([part])).with_snapshot();
-    tell(&notifier, &Event::new(EventKind::Began(began)));
-    tell(&notifier, &put("a", "y", 8));
+    notify(&notifier, &Event::new(EventKind::Began(began)));
+    notify(&notifier, &put("a", "y", 8));
     poll_for(Duration::from_secs(1), &mut outbox, &mut writes).await;
     let starts: Vec<_> = writes.lines(PAUSE).iter().map(|line| line[..6].to_owned()).collect();
     assert_eq!(starts, ["\"Hello", "{\"Upda", "{\"Upda", "{\"Upda", "{\"Sync", "{\"Upda"]);

@@ -7,7 +7,7 @@ use nkv_core::{Action, Change, META_LEN_MAX, PersistError, PersistErrorKind, Rev
 use crate::format::{FrameBuf, Id};
 use crate::index::Index;
 
-/// So much is kept for the records of a batch; the room that a longer one took is given back.
+/// The room that is kept for the records of a batch; what a longer one took is given back.
 const KEPT: usize = 1 << 12;
 
 /// Room for one batch after another.

@@ -103,7 +103,7 @@ impl Compactor {
         let is_dirty = is_active(&first) && first.is_dirty();
         drop(first);
         if is_dirty {
-            // Whoever appends would wait for it when the next segment begins.
+            // Writers would wait for it when the next segment begins.
             sync_unlocked(log)?;
         }
         let mut log = lock(log);
@@ -111,7 +111,7 @@ impl Compactor {
         let number = log.head();
         let is_empty = log.index().usage(number)?.live == 0;
         if !is_empty {
-            // Somebody may have made room; if not, the next line says so.
+            // Room may have been made meanwhile; if not, the next line says so.
             drop(log.regain_reserve_in_time());
             log.check_room_to_copy(number)?;
         }
@@ -171,7 +171,7 @@ impl Compactor {
         Ok(())
     }
 
-    /// Appends what is needed even now, when nobody else can append.
+    /// Appends what is needed even now, when no writer can append.
     fn copy_chunk(
         &mut self,
         log: &mut Log,
@@ -252,7 +252,7 @@ mod tests {
     /// The revision of each key that is there, or of its tombstone, and whether it has a value.
     type Newest = HashMap<String, (Revision, bool)>;
 
-    /// Stores a value of so many bytes, or deletes the key.
+    /// Stores a value of `value_len` bytes, or deletes the key.
     fn store(log: &mut Log, newest: &mut Newest, key: &str, value_len: Option<usize>) {
         store_at(log, newest, key, value_len, log.revision().next(), Meta::NONE);
     }
@@ -375,7 +375,7 @@ mod tests {
             }
             let copied = lock(&log).counters().copied_bytes;
             if disk.is_in_doubt() {
-                // The name went, and nobody knows whether durably.
+                // The name went, and it is not known whether durably.
                 assert!(lock(&log).check_usable().is_err() && !lock(&log).wants_compaction());
                 poisoned += 1;
             } else if lock(&log).leftover().is_some() {

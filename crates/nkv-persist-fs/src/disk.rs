@@ -16,7 +16,7 @@ const LOCK: &str = "LOCK";
 const RESERVE: &str = "reserve";
 /// What the lock file holds once there is a segment: from then on, a directory without one has lost it.
 const LOCK_TEXT: &[u8] = b"nkv data directory, format ";
-/// What was dropped in this process may take so long to let go of its directory.
+/// The time that storage dropped in this process may take to let go of its directory.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
 /// No lock file is longer.
@@ -81,7 +81,7 @@ impl Disk {
         result.map_err(|e| from_io("sync", &self.dir.to_string_lossy(), e))
     }
 
-    /// Whether nobody knows which names are durable.
+    /// Whether it is not known which names are durable.
     pub(crate) fn is_in_doubt(&self) -> bool {
         *lock(&self.in_doubt)
     }
@@ -133,7 +133,7 @@ impl Disk {
         self.sync_dir()
     }
 
-    /// Copies what stands between `offset` and `end` into a file beside it, durably. The copy also tells the next opening,
+    /// Copies what stands between `offset` and `end` into a file beside it, durably. The copy also shows the next opening,
     /// should this one not live to say so, that something was cut there.
     pub(crate) fn keep_aside(&self, name: &str, offset: u64, end: u64) -> Result<String, PersistError> {
         let from = self.open(name, Open::Read)?;
@@ -147,7 +147,7 @@ impl Disk {
             let is_ours = are_same(&*from, offset, &*to, size.min(len)).map_err(|e| from_io("read", &broken, e))?;
             if is_ours {
                 // One that is as long may not be on the disk, although the system shows it. A longer copy is of an earlier
-                // cut at the same place, which nobody made before the copy was durable.
+                // cut at the same place, which was not made before the copy was durable.
                 if size <= len {
                     let copied = to.set_len(0).and_then(|()| copy(&*from, &*to, offset, end, 0));
                     copied.map_err(|e| from_io("copy a torn tail to", &broken, e))?;
@@ -162,7 +162,7 @@ impl Disk {
         Ok(broken)
     }
 
-    /// Like [`keep_aside`](Self::keep_aside), where there is no room: only tells the next opening.
+    /// Like [`keep_aside`](Self::keep_aside), where there is no room: only shows the next opening that there was a cut.
     pub(crate) fn keep_nothing(&self, name: &str, offset: u64) -> Result<String, PersistError> {
         let broken = broken_name(name, offset);
         let file = self.open(&broken, Open::Create)?;

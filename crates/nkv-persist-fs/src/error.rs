@@ -22,7 +22,7 @@ pub(crate) fn damaged(name: &str, offset: u64, reason: &str) -> PersistError {
     PersistError::new(PersistErrorKind::Damaged, format!("{name} is damaged at offset {offset}: {reason}"))
 }
 
-/// Nobody knows what the storage holds.
+/// It is not known what the storage holds.
 pub(crate) fn poisoned(context: &str) -> PersistError {
     PersistError::new(PersistErrorKind::Poisoned, context)
 }

@@ -283,7 +283,7 @@ impl FrameBuf {
         fields: &[u8],
     ) -> u32 {
         let number = replaces.get().to_le_bytes();
-        // Most records take nobody's place, and need no room to say so.
+        // Most records replace none, and need no room to say so.
         let (flag, number) = if replaces == Revision::ZERO { (0, &[][..]) } else { (REPLACES, &number[..]) };
         let parts = [number, key.as_bytes(), value, fields];
         let len = parts.iter().fold(RECORD_HEADER_LEN, |sum, part| sum.saturating_add(part.len()));

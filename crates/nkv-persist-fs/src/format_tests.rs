@@ -57,7 +57,7 @@ fn a_segment_header_reads_back_and_every_flipped_bit_is_seen() {
 }
 
 #[test]
-fn a_header_of_another_version_is_told_from_a_damaged_one() {
+fn a_header_of_another_version_is_distinguished_from_a_damaged_one() {
     let epoch = Epoch::new(1);
     let header =
         SegmentHeader { version: VERSION, number: 1, head: 1, base: 0, revision: Revision::ZERO, epoch, salt: SALT };

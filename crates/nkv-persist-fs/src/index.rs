@@ -1,7 +1,7 @@
 //! Where the value of each key stands, and how much of each segment is still needed.
 //!
 //! The one idea: a record is known by its revision, which no other has. Each change names the revision that it replaces,
-//! also in the log, so nobody needs keys to know what counts: 16 bytes for each value. The few for which that does not hold
+//! also in the log, so keys are not needed to know what counts: 16 bytes for each value. The few for which that does not hold
 //! are known by their keys: tombstones, which no change names, and all but the first of several changes of one revision.
 
 use std::collections::{HashMap, VecDeque};
@@ -11,7 +11,7 @@ use nkv_core::{PersistError, PersistErrorKind, Revision};
 
 use crate::format::{Id, SEGMENT_HEADER_LEN, SegmentHeader};
 
-/// How far apart the ends of a log may be: the index does not tell more positions from each other.
+/// How far apart the ends of a log may be: the index does not distinguish more positions.
 pub(crate) const SPAN_MAX: u64 = 1 << POSITION_BITS;
 const POSITION_BITS: u32 = 46;
 const LEN_BITS: u32 = u64::BITS - POSITION_BITS;
@@ -25,10 +25,10 @@ pub(crate) struct Place {
     pub(crate) len: u32,
 }
 
-/// An index with one value for so many bytes of a segment, or fewer, is looked through in a fraction of the time that the
-/// segment takes to be read.
+/// An index with one value for this number of bytes of a segment, or fewer, is looked through in a fraction of the time
+/// that the segment takes to be read.
 const FRAMES_SHARE: u64 = 256;
-/// Nobody can use the log while the index is looked through: with more values that would take more than a millisecond.
+/// The log cannot be used while the index is looked through: with more values that would take more than a millisecond.
 const FRAMES_MAX: u64 = 64 << 10;
 
 /// What is known of a segment.
@@ -83,14 +83,14 @@ pub(crate) struct Index {
     segments: VecDeque<Usage>,
     live_bytes: u64,
     total_bytes: u64,
-    /// So many values are expected in all: room for them is not given back.
+    /// The number of values that are expected in all: room for them is not given back.
     expected: usize,
     /// What it has found to be impossible, if it has: then none of its sums can be trusted.
     broken: Option<&'static str>,
 }
 
 impl Index {
-    /// Makes room for so many more values at once, if there is that much memory. What was read so far may mislead, so it is
+    /// Makes room for `more` values at once, if there is that much memory. What was read so far may mislead, so it is
     /// room for a few times as many as there are at most.
     pub(crate) fn expect(&mut self, more: usize) {
         let more = more.min(self.places.len().saturating_mul(4));
@@ -321,12 +321,12 @@ fn broken(why: &str) -> PersistError {
     PersistError::new(PersistErrorKind::Poisoned, context)
 }
 
-/// Nobody chooses revisions so that they collide: the store counts. Sixteen that follow each other stay together, as in
-/// the log: whoever reads one after the other finds most of their slots in the cache.
+/// Revisions are not chosen so that they collide: the store counts. Sixteen that follow each other stay together, as in
+/// the log: a reader of one after the other finds most of their slots in the cache.
 fn hash(revision: Revision) -> u64 {
     let revision = revision.get();
     let slot = spread(revision >> 4) << 4 | revision & 0xf;
-    // A table takes the slot from the low bits, and from the highest what tells its neighbours apart.
+    // A table takes the slot from the low bits, and from the highest what distinguishes its neighbours.
     slot & (u64::MAX >> 7) | spread(revision) & !(u64::MAX >> 7)
 }
 

@@ -1,7 +1,7 @@
 //! The end of the log that is written: appends, syncs, new segments, and what happens when one of them fails.
 //!
-//! Two rules carry everything. An append that fails is cut back, durably, before anybody hears of it. A sync that
-//! fails is never tried again: nobody knows what is on the disk, so the log is poisoned.
+//! Two rules carry everything. An append that fails is cut back, durably, before any caller hears of it. A sync that
+//! fails is never tried again: it is not known what is on the disk, so the log is poisoned.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -30,7 +30,7 @@ const REFILL_REST: Duration = Duration::from_secs(1);
 /// A reserve smaller than this is none.
 const RESERVE_MIN: u64 = 64 << 10;
 
-/// So many zeros are written behind a frame at most: the put waits for them.
+/// The highest number of zeros that are written behind a frame: the put waits for them.
 const ZEROS_MAX: u64 = 256 << 10;
 
 /// What has been done since the log was opened.
@@ -42,7 +42,7 @@ pub(crate) struct Counters {
     pub(crate) copied_bytes: u64,
 }
 
-/// The log and all that is known of it. Whoever has it locked may append.
+/// The log and all that is known of it. A thread that has it locked may append.
 ///
 /// It is made by [`restore`](Self::restore), from what was read, and changed by [`commit`](Self::commit), a batch at a time;
 /// compaction moves what stands in it, and drops what is behind the head.
@@ -64,7 +64,7 @@ pub(crate) struct Log {
     /// No compaction before this time, as the last one failed.
     compact_after: Option<Instant>,
     stopping: bool,
-    /// Whether the thread waits to be told that there is something to do.
+    /// Whether the thread waits to be notified that there is something to do.
     is_waited_for: bool,
     /// Segments that are not needed, and whose names may be there still.
     leftovers: BTreeSet<u64>,
@@ -111,8 +111,8 @@ impl Restored {
     }
 }
 
-/// A file whose syncs never overlap, and all fail after one has failed: the kernel tells one of them that it could not
-/// write, and says that all is well to the others.
+/// A file whose syncs never overlap, and all fail after one has failed: the kernel reports to one of them that it could
+/// not write, and success to the others.
 #[derive(Debug)]
 struct LogFile {
     file: Arc<dyn VfsFile>,
@@ -212,7 +212,7 @@ impl Log {
         Ok(log)
     }
 
-    /// Appends a batch that was [planned](Self::plan) and encoded, and notes what it changes, while nobody else has the log: a copy
+    /// Appends a batch that was [planned](Self::plan) and encoded, and notes what it changes, while no other thread has the log: a copy
     /// of what a batch deletes must not come to stand behind the delete. Gives the sync that the batch waits for, if it does.
     pub(crate) fn commit(
         &mut self,
@@ -249,7 +249,7 @@ impl Log {
         batch.plan(changes, self.revision, &self.index)
     }
 
-    /// Notes that a batch is stored, as far as its durability asks; says whether somebody has to sync it in time.
+    /// Notes that a batch is stored, as far as its durability asks; says whether it has to be synced in time.
     pub(crate) fn count_batch(&mut self) -> bool {
         self.counters.batches = self.counters.batches.saturating_add(1);
         let begins = self.options.durability != Durability::Sync && self.dirty_since.is_none();
@@ -259,7 +259,7 @@ impl Log {
         begins
     }
 
-    /// Gives up if the index has contradicted itself: what is stored from now on could not be told from what is gone.
+    /// Gives up if the index has contradicted itself: live records could not be distinguished from those that are gone.
     fn check_index(&mut self) -> Result<(), PersistError> {
         self.index.check().map_err(|error| self.poison(error))
     }
@@ -581,7 +581,7 @@ impl Log {
         }
     }
 
-    /// Takes away what a failed append left, so durably that it cannot come back after the caller was told.
+    /// Takes away what a failed append left, so durably that it cannot come back after the caller has the error.
     fn cut_back(&mut self) -> Result<(), PersistError> {
         let cut = self.trim().map_err(|e| from_io("cut back", &self.file.path, e));
         cut.map_err(|e| self.poison(e))?;
@@ -1066,8 +1066,8 @@ mod tests {
         }
     }
 
-    // The compaction and a put synced the same file at the same time. The kernel told the failure to one of them, and
-    // the other acknowledged what was not on the disk.
+    // The compaction and a put synced the same file at the same time. The kernel reported the failure to one of them,
+    // and the other acknowledged what was not on the disk.
     #[test]
     fn a_sync_that_begins_during_one_that_fails_does_not_succeed() {
         let inner = SimFs::new().open("f".as_ref(), Open::Create).unwrap();
@@ -1080,7 +1080,7 @@ mod tests {
                 assert!(Instant::now() < deadline);
                 std::thread::yield_now();
             }
-            assert!(file.sync().is_err(), "nobody knows what the disk holds");
+            assert!(file.sync().is_err(), "it is not known what the disk holds");
             assert!(first.join().unwrap().is_err());
         });
         assert!(file.sync().is_err());

@@ -113,20 +113,20 @@ impl FsOptions {
     /// Largest size of a segment.
     pub const SEGMENT_BYTES_MAX: u64 = 1 << 30;
 
-    /// When an acknowledged write is on the disk; [`Durability::Sync`] unless told.
+    /// When an acknowledged write is on the disk; [`Durability::Sync`] by default.
     #[must_use]
     pub fn with_durability(self, durability: Durability) -> Self {
         FsOptions { durability, ..self }
     }
 
     /// Where the log is cut into files, and how much space compaction may leave unused besides the live data;
-    /// 4 MiB unless told, brought between [`Self::SEGMENT_BYTES_MIN`] and [`Self::SEGMENT_BYTES_MAX`].
+    /// 4 MiB by default, brought between [`Self::SEGMENT_BYTES_MIN`] and [`Self::SEGMENT_BYTES_MAX`].
     #[must_use]
     pub fn with_segment_bytes(self, bytes: u64) -> Self {
         FsOptions { segment_bytes: bytes.clamp(Self::SEGMENT_BYTES_MIN, Self::SEGMENT_BYTES_MAX), ..self }
     }
 
-    /// Space that is kept aside so that deletes work on a full disk; 6 MiB unless told, zero for none. It grows with the log
+    /// Space that is kept aside so that deletes work on a full disk; 6 MiB by default, zero for none. It grows with the log
     /// by some 0.3 %. With less than one and a half segments, deletes on a full disk may come to an end before they have
     /// made room.
     #[must_use]
@@ -134,14 +134,14 @@ impl FsOptions {
         FsOptions { reserve_bytes: bytes, ..self }
     }
 
-    /// Whether a thread syncs and compacts; yes unless told. Without it somebody must call
+    /// Whether a thread syncs and compacts; yes by default. Without it the owner must call
     /// [`FsPersist::maintain`](crate::FsPersist::maintain).
     #[must_use]
     pub fn with_background(self, background: bool) -> Self {
         FsOptions { background, ..self }
     }
 
-    /// Whether the group of the directory may write to it; no unless told. Files in such a directory are made with mode
+    /// Whether the group of the directory may write to it; no by default. Files in such a directory are made with mode
     /// 0660, so that another user of the group can go on with them. For [`FsPersist::open`](crate::FsPersist::open) alone.
     #[must_use]
     pub fn with_group_access(self, group_access: bool) -> Self {

@@ -50,7 +50,7 @@ impl SegmentReader {
         let mut bytes = vec![0; SEGMENT_HEADER_LEN.min(size) as usize];
         read_exact(&*file, &mut bytes, 0).map_err(|e| from_io("read", &path, e))?;
         if let Some(version) = SegmentHeader::other_version(&bytes) {
-            // Not damage: who cannot read it is not to repair it either.
+            // Not damage: a program that cannot read it is not to repair it either.
             return Err(other_version(&path, version));
         }
         Ok(match SegmentHeader::decode(&bytes) {

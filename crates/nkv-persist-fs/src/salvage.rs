@@ -1,6 +1,6 @@
 //! Collects what a damaged directory still says, and writes it as a new log.
 //!
-//! The one idea: behind damage, revisions do not tell what counts, as a record may replace one that is lost. Keys do: of
+//! The one idea: behind damage, revisions do not show what counts, as a record may replace one that is lost. Keys do: of
 //! each key the record with the highest revision counts, and is copied if it is a put or a tombstone. All that was to replace it stood
 //! where nothing can be read.
 

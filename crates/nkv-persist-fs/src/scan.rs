@@ -79,7 +79,7 @@ pub(crate) struct Scan {
     pub(crate) stray: Option<u64>,
     /// What was acknowledged last may be gone without a trace.
     pub(crate) relaxed: bool,
-    /// The tail was cut before, and nobody has said so in the log.
+    /// The tail was cut before, and the log does not say so yet.
     pub(crate) cut_before: bool,
     pub(crate) damage: Option<Damage>,
     /// All of the log before this position is durable, as some frame says.

@@ -18,7 +18,7 @@ pub(crate) enum Need {
     None,
     /// The background thread should compact.
     Soon,
-    /// Who appends must wait, or the bound breaks: two times the live data and one segment.
+    /// Writers must wait, or the bound breaks: two times the live data and one segment.
     Now,
 }
 

@@ -47,7 +47,7 @@ struct Shared {
     work: Condvar,
 }
 
-/// Watches a [`FsPersist`] that somebody else owns.
+/// Watches a [`FsPersist`] that another thread owns.
 #[derive(Clone, Debug)]
 pub struct FsMonitor {
     shared: Arc<Shared>,
@@ -371,7 +371,7 @@ fn visit_segment(
 }
 
 impl Shared {
-    /// Compacts one step, in proportion to the `extra` bytes that somebody wants to append.
+    /// Compacts one step, in proportion to the `extra` bytes that are to be appended.
     fn compact(&self, extra: u64) -> Result<(), PersistError> {
         let mut compactor = lock(&self.compactor);
         let chunk = lock(&self.log).options().chunk_bytes();
@@ -408,7 +408,7 @@ impl Shared {
         log
     }
 
-    /// Tells the thread, if it waits, that there is something to do. To tell it without need is a system call, too.
+    /// Wakes the thread, if it waits, as there is something to do. A needless wake-up is a system call, too.
     fn wake(&self, log: &mut Log) {
         if log.take_waiting() {
             self.work.notify_one();
@@ -452,7 +452,7 @@ impl Shared {
     }
 }
 
-/// Poisons the log when the thread that syncs it is no more: nobody would keep the interval.
+/// Poisons the log when the thread that syncs it is no more: no other thread would keep the interval.
 struct PoisonOnPanic<'a>(&'a Shared);
 
 impl Drop for PoisonOnPanic<'_> {

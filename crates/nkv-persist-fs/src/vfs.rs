@@ -13,7 +13,7 @@ use rustix::fs::OFlags;
 
 /// A file system.
 pub trait Vfs: fmt::Debug + Send + Sync + 'static {
-    /// Makes sure that `dir` exists durably, and that only those who may can write to it.
+    /// Makes sure that `dir` exists durably, and that only permitted users can write to it.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
     /// The names of what is in `dir`.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
@@ -50,7 +50,7 @@ pub trait VfsFile: fmt::Debug + Send + Sync {
     fn set_len(&self, len: u64) -> io::Result<()>;
     /// Returns when its bytes and its length are durable; its name may not be. Fails if it has no name any more.
     fn sync_data(&self) -> io::Result<()>;
-    /// Takes the lock on it until it is dropped; false if somebody else has it.
+    /// Takes the lock on it until it is dropped; false if another process has it.
     fn try_lock(&self) -> io::Result<bool>;
     /// Gives up the lock on it.
     fn unlock(&self) {}
@@ -188,7 +188,7 @@ fn make_dir(dir: &Path) -> io::Result<()> {
     let Some(parent) = dir.parent() else { return Ok(()) };
     let above = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
     if dir.exists() {
-        // Who may not read the directory above has not made this one.
+        // A process that may not read the directory above has not made this one.
         return match sync_dir(above) {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
             result => result,
@@ -202,8 +202,8 @@ fn make_dir(dir: &Path) -> io::Result<()> {
     sync_dir(above)
 }
 
-/// How many names a file has. Who asks for its times as well makes the kernel keep them finer from then on, and the next
-/// sync has to write them too: half as long again.
+/// How many names a file has. A program that asks for its times as well makes the kernel keep them finer from then on,
+/// and the next sync has to write them too: half as long again.
 #[cfg(target_os = "linux")]
 fn link_count(file: &File) -> io::Result<u64> {
     use rustix::fs::{AtFlags, StatxFlags, statx};
@@ -246,9 +246,9 @@ impl VfsFile for File {
 
     fn sync_data(&self) -> io::Result<()> {
         File::sync_data(self)?;
-        // Nobody will find what is in a file that somebody has removed.
+        // What is in a file that was removed will not be found.
         match link_count(self)? {
-            0 => Err(io::Error::new(io::ErrorKind::NotFound, "somebody has removed the file")),
+            0 => Err(io::Error::new(io::ErrorKind::NotFound, "the file was removed")),
             _ => Ok(()),
         }
     }

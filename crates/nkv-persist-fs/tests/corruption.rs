@@ -174,7 +174,7 @@ fn after_a_clean_end_damage_in_the_last_batch_is_refused_too() {
         let fs = subject.with(&name, |bytes| bytes[at] ^= 0x10);
         let expected = if at < len - 40 { Outcome::Refused } else { Outcome::Same };
         let outcome = subject.outcome(&fs, &format!("byte {at}"));
-        // A bit of the padding, or of what a reader ignores, may harm nobody.
+        // A bit of the padding, or of what a reader ignores, may do no harm.
         assert!(outcome == expected || outcome == Outcome::Same, "byte {at}: {outcome:?}");
         assert!(at >= len - 40 || outcome == Outcome::Refused, "byte {at} of a batch: {outcome:?}");
     }
@@ -710,7 +710,7 @@ fn a_segment_of_another_past_is_refused() {
 
 // A file with a number that no segment has was taken for the newest segment, and a repair could not make one behind it.
 #[test]
-fn a_name_with_a_number_that_cannot_be_is_somebody_elses() {
+fn a_name_with_a_number_that_cannot_be_is_a_foreign_file() {
     let subject = subject(5, 20);
     for number in [0, u64::MAX / 2 + 1, u64::MAX] {
         let fs = subject.fs.fork();

@@ -1,4 +1,4 @@
-//! The directory on a real file system: who may use it, who may read it, and what a stop leaves.
+//! The directory on a real file system: which processes may use it, which users may read it, and what a stop leaves.
 #![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 mod common;
@@ -59,9 +59,9 @@ fn a_directory_that_this_process_lets_go_of_is_waited_for() {
     }
 }
 
-// A server's storage was closed, and somebody still held a handle to it: a new one waited for the directory, in vain.
+// A server's storage was closed, and a caller still held a handle to it: a new one waited for the directory, in vain.
 #[test]
-fn a_closed_directory_can_be_opened_again_although_somebody_holds_what_was_closed() {
+fn a_closed_directory_can_be_opened_again_although_a_caller_holds_what_was_closed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("data");
     let mut first = open_dir(&path, Durability::Sync);
@@ -201,7 +201,7 @@ fn a_clean_stop_keeps_the_epoch_and_a_sudden_one_in_a_relaxed_mode_does_not() {
         let killed = dir.path().join("killed");
         fs::create_dir(&killed).unwrap();
         fs::set_permissions(&killed, fs::Permissions::from_mode(0o700)).unwrap();
-        // Without the file that tells a copy.
+        // Without the file that marks a copy.
         for (name, _) in listing(&path).into_iter().filter(|(name, _)| name != "LOCK") {
             fs::copy(path.join(&name), killed.join(&name)).unwrap();
         }
@@ -273,7 +273,7 @@ fn only_the_newest_torn_tails_are_kept() {
 }
 
 #[test]
-fn check_tells_what_there_is_and_changes_nothing() {
+fn check_reports_what_there_is_and_changes_nothing() {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("data");
     let mut persist = open_dir(&path, Durability::Sync);
@@ -294,7 +294,7 @@ fn a_read_only_file_system_is_refused_by_name_and_can_be_checked() {
     let mut persist = open(&sim, &options()).unwrap();
     persist.persist(&[put("a", 1, "1")]).unwrap();
     sim.set_read_only(true);
-    // Nobody can take back what an append may have left: it says so.
+    // What an append may have left cannot be taken back: it says so.
     let error = persist.persist(&[put("a", 2, "2")]).unwrap_err();
     assert_eq!(error.kind(), PersistErrorKind::Poisoned);
     assert!(error.to_string().contains(DIR), "{error}");
@@ -347,7 +347,7 @@ fn a_directory_that_is_mounted_read_only_is_refused_by_name() {
     assert_eq!(load(&mut open_dir(&path, Durability::Sync)).unwrap().0["a"].revision, 1);
 }
 
-// A segment without a name takes writes and syncs as ever: puts were acknowledged that nobody would ever find.
+// A segment without a name takes writes and syncs as ever: puts were acknowledged that no reader would ever find.
 #[test]
 fn when_the_directory_is_removed_nothing_is_acknowledged_any_more() {
     for durability in [Durability::Sync, Durability::Interval(Duration::from_millis(1))] {

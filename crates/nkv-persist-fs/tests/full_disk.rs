@@ -82,7 +82,7 @@ fn deletes_on_a_full_disk_work_and_make_room_for_puts_without_a_restart() {
 }
 
 #[test]
-fn puts_work_again_when_somebody_else_frees_space_and_a_full_disk_can_be_opened() {
+fn puts_work_again_when_another_program_frees_space_and_a_full_disk_can_be_opened() {
     let fs = SimFs::new();
     fs.set_capacity(Some(CAPACITY));
     let mut persist = open(&fs, &options()).unwrap();
@@ -164,7 +164,7 @@ fn scattered_deletes_on_a_full_disk_do_not_come_to_an_end() {
             }
         }
         drop(persist.maintain());
-        // Somebody else takes a little, so that the reserve does not come back before much is gone.
+        // Another program takes a little, so that the reserve does not come back before much is gone.
         fs.set_capacity(Some((1 << 20) - (4 << 10)));
         for offset in 0..7 {
             let keys: Vec<String> = (offset..revision).step_by(7).map(|n| format!("k.{n}")).collect();

@@ -14,7 +14,7 @@ use nkv_core::{Change, FailureHandler, PersistErrorKind, PersistValue};
 use nkv_persist_fs::sim::{Fault, SimFs};
 use nkv_persist_fs::{Durability, FsOptions, FsPersist, Open, Vfs, VfsFile};
 
-/// What the process believes: the state that it was told is stored, and the one that may be.
+/// What the process believes: the state whose storing was acknowledged, and the one that may be stored.
 struct Belief {
     sure: Model,
     maybe: Option<Model>,
@@ -65,7 +65,7 @@ fn run_with(
     belief
 }
 
-/// A fault that has passed hinders nobody, unless it has poisoned the log.
+/// A fault that has passed hinders no caller, unless it has poisoned the log.
 fn go_on(persist: &mut Storage, belief: &mut Belief) {
     for revision in 5_000..5_010 {
         let batch = [put("last", revision, vec![1; 900])];

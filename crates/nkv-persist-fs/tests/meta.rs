@@ -166,7 +166,7 @@ fn many_keys_of_one_revision_are_replaced_and_deleted_one_by_one() {
     }
 }
 
-/// What the store would be told of a state: its puts.
+/// What the store would receive of a state: its puts.
 fn state_of(model: &Model) -> Vec<Change> {
     let put = |(key, kept): (&String, &Kept)| {
         let action = Action::Put { value: kept.value.clone()?.into(), expiry: kept.expiry };

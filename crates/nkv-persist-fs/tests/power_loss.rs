@@ -13,9 +13,9 @@ use nkv_core::{Change, Epoch, PersistValue};
 use nkv_persist_fs::sim::SimFs;
 use nkv_persist_fs::{Durability, FsOptions, restore_with};
 
-/// What a process had been told when the power went.
+/// What a process knew when the power went.
 #[derive(Clone, Copy, Debug, Default)]
-struct Told {
+struct Known {
     acked: usize,
     issued: usize,
     epoch: Option<Epoch>,
@@ -23,55 +23,55 @@ struct Told {
 }
 
 /// Writes the history until something fails.
-fn run(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>]) -> Told {
+fn run(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>]) -> Known {
     run_with(fs, options, history, false)
 }
 
 /// The same; batches may be prepared, and now and then another is that does not follow.
-fn run_with(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>], prepares: bool) -> Told {
-    let mut told = Told::default();
-    let Ok(mut persist) = open(fs, options) else { return told };
-    let Ok((_, loaded)) = load(&mut persist) else { return told };
-    told.epoch = Some(loaded.epoch);
+fn run_with(fs: &SimFs, options: &FsOptions, history: &[Vec<Change>], prepares: bool) -> Known {
+    let mut known = Known::default();
+    let Ok(mut persist) = open(fs, options) else { return known };
+    let Ok((_, loaded)) = load(&mut persist) else { return known };
+    known.epoch = Some(loaded.epoch);
     for batch in history {
         if prepares {
             let other = [put("never.stored", batch[0].revision.get(), vec![7; 1_300])];
             let both = [&other[..], batch];
-            if both[told.acked % 2..].iter().any(|batch| persist.prepare(batch).is_err()) {
-                return told;
+            if both[known.acked % 2..].iter().any(|batch| persist.prepare(batch).is_err()) {
+                return known;
             }
         }
-        told.issued += 1;
+        known.issued += 1;
         if persist.persist(batch).is_err() {
-            return told;
+            return known;
         }
-        told.acked += 1;
-        if told.acked.is_multiple_of(2) && persist.maintain().is_err() {
-            return told;
+        known.acked += 1;
+        if known.acked.is_multiple_of(2) && persist.maintain().is_err() {
+            return known;
         }
     }
-    told.closed = persist.close().is_ok();
-    told
+    known.closed = persist.close().is_ok();
+    known
 }
 
 /// Recovers the image and compares it with the models; gives how many batches survived.
-fn check(image: &SimFs, options: &FsOptions, history: &[Vec<Change>], told: Told, what: &str) -> usize {
+fn check(image: &SimFs, options: &FsOptions, history: &[Vec<Change>], known: Known, what: &str) -> usize {
     let models = models(history);
     let mut persist = open(image, options).unwrap_or_else(|e| panic!("{what}: {e}"));
     let (state, loaded) = load(&mut persist).unwrap_or_else(|e| panic!("{what}: {e}"));
     let is_sync = options_are_sync(options);
-    let oldest = if is_sync || told.closed { told.acked } else { 0 };
+    let oldest = if is_sync || known.closed { known.acked } else { 0 };
     // The newest that fits: a batch may change nothing.
     let fits = |p: &usize| models[*p].0 == state && models[*p].1 == loaded.revision.get();
-    let survived = (oldest..=told.issued).rev().find(fits);
+    let survived = (oldest..=known.issued).rev().find(fits);
     let Some(survived) = survived else {
-        panic!("{what}: acked {} issued {}: {state:?} at {}", told.acked, told.issued, loaded.revision)
+        panic!("{what}: acked {} issued {}: {state:?} at {}", known.acked, known.issued, loaded.revision)
     };
-    if let Some(epoch) = told.epoch.filter(|_| survived < told.acked) {
-        assert_ne!(loaded.epoch, epoch, "{what}: {survived} of {} and the same epoch", told.acked);
+    if let Some(epoch) = known.epoch.filter(|_| survived < known.acked) {
+        assert_ne!(loaded.epoch, epoch, "{what}: {survived} of {} and the same epoch", known.acked);
     }
-    if told.closed {
-        assert_eq!(Some(loaded.epoch), told.epoch, "{what}: a clean end keeps the epoch");
+    if known.closed {
+        assert_eq!(Some(loaded.epoch), known.epoch, "{what}: a clean end keeps the epoch");
     }
     write_on(image, options, persist, state, what);
     survived
@@ -101,20 +101,20 @@ fn explore_with(options: &FsOptions, history: &[Vec<Change>], images_max: usize,
     for cut in 0.. {
         let fs = SimFs::new();
         fs.cut_power_at(cut);
-        let told = run_with(&fs, options, history, prepares);
+        let known = run_with(&fs, options, history, prepares);
         let mut choices = Choices::new(images_max, seed() ^ cut);
         let mut seen = HashSet::new();
         loop {
             let image = fs.crash(&mut |n| choices.choose(n));
             if seen.insert(image.digest()) {
-                check(&image, options, history, told, &format!("cut {cut}, image {}", choices.count));
+                check(&image, options, history, known, &format!("cut {cut}, image {}", choices.count));
             }
             if !choices.advance() {
                 break;
             }
         }
         images += seen.len();
-        if told.closed {
+        if known.closed {
             return images;
         }
     }
@@ -143,7 +143,7 @@ fn in_sync_mode_every_acknowledged_batch_survives_any_power_cut() {
         let fs = SimFs::new();
         run(&fs, &options(), &history);
         compacted += usize::from(segments(&fs)[0] != "0000000000000001.log");
-        // All if there are 256 or fewer, else so many in order and as many at random.
+        // All if there are 256 or fewer, else 256 in order and 256 at random.
         images += explore(&options(), &history, 512);
     }
     assert!(compacted > 0 || seed() != 1, "no workload compacts");
@@ -186,29 +186,29 @@ fn room_that_was_made_and_not_used_does_no_harm_when_the_next_segment_begins() {
         let fs = SimFs::new();
         fs.cut_power_at(cut);
         let history = [vec![put("a", 1, vec![1; 1_000])], vec![put("b", 2, vec![2; 3_300])]];
-        let mut told = Told::default();
+        let mut known = Known::default();
         if let Ok(mut persist) = open(&fs, &options()) {
-            told.epoch = load(&mut persist).ok().map(|(_, loaded)| loaded.epoch);
+            known.epoch = load(&mut persist).ok().map(|(_, loaded)| loaded.epoch);
             for batch in &history {
                 drop(persist.prepare(&[put("never.stored", 9, vec![7; 1_500])]));
-                told.issued += 1;
-                told.acked += usize::from(persist.persist(batch).is_ok());
-                if told.acked < told.issued {
+                known.issued += 1;
+                known.acked += usize::from(persist.persist(batch).is_ok());
+                if known.acked < known.issued {
                     break;
                 }
             }
-            told.closed = told.acked == history.len() && persist.close().is_ok();
+            known.closed = known.acked == history.len() && persist.close().is_ok();
         }
         let mut choices = Choices::new(200 * scale(), seed() ^ cut);
         loop {
             let image = fs.crash(&mut |n| choices.choose(n));
-            check(&image, &options(), &history, told, &format!("cut {cut}, image {}", choices.count));
+            check(&image, &options(), &history, known, &format!("cut {cut}, image {}", choices.count));
             images += 1;
             if !choices.advance() {
                 break;
             }
         }
-        if told.closed {
+        if known.closed {
             break;
         }
     }
@@ -233,7 +233,7 @@ impl Past {
         let found = (self.acked..=self.issued.len()).rev().find(fits);
         let found = found.unwrap_or_else(|| panic!("{what}: {state:?} at {}", loaded.revision));
         self.issued.truncate(found);
-        // What was read may have been shown to somebody.
+        // What was read may have been shown to a client.
         self.acked = found;
         for _ in 0..2 {
             self.issued.push(vec![put("k.9", loaded.revision.get() + 1 + self.issued.len() as u64, vec![9; 2_500])]);
@@ -247,9 +247,9 @@ impl Past {
 
     /// Cuts the power at each call of another life, and of another after that.
     fn again(&self, image: &SimFs, depth: usize, rng: &mut Rng, what: &str) -> usize {
-        let told = Told { acked: self.acked, issued: self.issued.len(), ..Told::default() };
+        let known = Known { acked: self.acked, issued: self.issued.len(), ..Known::default() };
         if depth == 0 {
-            check(image, &options(), &self.issued, told, what);
+            check(image, &options(), &self.issued, known, what);
             return 1;
         }
         let mut images = 0;
@@ -277,10 +277,10 @@ fn a_second_and_a_third_power_cut_in_recovery_or_compaction_lose_nothing_more() 
     for cut in 0.. {
         let fs = SimFs::new();
         fs.cut_power_at(cut);
-        let told = run(&fs, &options(), &history);
-        let past = Past { issued: history[..told.issued].to_vec(), acked: told.acked };
+        let known = run(&fs, &options(), &history);
+        let past = Past { issued: history[..known.issued].to_vec(), acked: known.acked };
         images += past.again(&fs.crash(&mut |n| rng.below(n)), 2, &mut rng, &format!("seed {}, cut {cut}", seed()));
-        if told.closed {
+        if known.closed {
             break;
         }
     }
@@ -321,7 +321,7 @@ fn a_second_and_a_third_power_cut_during_recovery_lose_nothing_more() {
         for cut in 0.. {
             let fs = SimFs::new();
             fs.cut_power_at(cut);
-            let mut told = run(&fs, &options, &history);
+            let mut known = run(&fs, &options, &history);
             for _ in 0..10 * scale() {
                 let mut image = fs.crash(&mut |n| rng.below(n));
                 for _ in 0..2 {
@@ -329,12 +329,12 @@ fn a_second_and_a_third_power_cut_during_recovery_lose_nothing_more() {
                     drop(open(&image, &options));
                     image = image.crash(&mut |n| rng.below(n));
                 }
-                let closed = std::mem::replace(&mut told.closed, false);
-                check(&image, &options, &history, told, &format!("{durability}, cut {cut}"));
-                told.closed = closed;
+                let closed = std::mem::replace(&mut known.closed, false);
+                check(&image, &options, &history, known, &format!("{durability}, cut {cut}"));
+                known.closed = closed;
                 images += 1;
             }
-            if told.closed {
+            if known.closed {
                 break;
             }
         }
@@ -354,7 +354,7 @@ fn a_kill_and_then_a_power_cut_lose_nothing_that_was_acknowledged_after_the_kill
         for cut in 0.. {
             let fs = SimFs::new();
             fs.cut_power_at(cut);
-            let told = run(&fs, &options().with_durability(first), &history);
+            let known = run(&fs, &options().with_durability(first), &history);
             let killed = fs.fork();
             // To fill a reserve is to sync the directory: half of them have none.
             let options = options().with_durability(second).with_reserve_bytes(1024 * (cut % 2));
@@ -371,7 +371,7 @@ fn a_kill_and_then_a_power_cut_lose_nothing_that_was_acknowledged_after_the_kill
                 assert_eq!(load(&mut persist).unwrap().0, state, "{what}");
                 images += 1;
             }
-            if told.closed {
+            if known.closed {
                 break;
             }
         }

@@ -93,7 +93,7 @@ impl<'a> From<(&'a str, &'a Bytes, u64)> for GetEntry<'a> {
     }
 }
 
-/// Who would be told of a change.
+/// A subscriber that would be notified of a change.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct SubscriberFields<'a> {

@@ -8,7 +8,7 @@ use bytes::{Buf, BufMut, Bytes};
 /// A value of at least this length is shared with the store; a shorter one is copied.
 pub(crate) const SHARE_LEN_MIN: usize = 4_096;
 
-/// So much room for short pieces is kept when all of them are gone: what one turn of a busy connection writes.
+/// The room for short pieces that is kept when all of them are gone: what one turn of a busy connection writes.
 const KEEP_LEN: usize = 128 << 10;
 
 /// The least that is worth moving short pieces for.
@@ -24,7 +24,7 @@ const CLOSE_UP_LEN: usize = 16 << 10;
 /// out.push(&vec![b'x'; 10_000].into());
 /// assert_eq!(out.slices().map(<[u8]>::len).collect::<Vec<_>>(), [8, 10_000]);
 ///
-/// out.advance(5); // so much was written
+/// out.advance(5); // 5 bytes were written
 /// assert_eq!((out.slices().next(), out.len()), (Some(&b"o\"\n"[..]), 10_003));
 /// ```
 #[derive(Debug, Default)]

@@ -63,11 +63,11 @@ pub struct Decoder {
 
 #[derive(Clone, Debug)]
 enum State {
-    /// Within a line; so many of its bytes hold no newline.
+    /// Within a line, of which `scanned` bytes hold no newline.
     Line { scanned: usize },
-    /// A line with a payload is there, so many bytes in all, newlines included.
+    /// A line with a payload is there, `whole_len` bytes in all, newlines included.
     Payload { line_len: usize, whole_len: usize },
-    /// So many bytes of a refused payload are still to be read past.
+    /// `left` bytes of a refused payload are still to be read past.
     Skip { left: u64 },
 }
 

@@ -117,7 +117,7 @@ pub(crate) fn plain_len(bytes: &[u8]) -> usize {
     bytes.len().saturating_sub(rest.len()).saturating_add(plain)
 }
 
-/// Of a long text, so many bytes are looked at at once.
+/// The number of bytes of a long text that are looked at at once.
 const BLOCK_LEN: usize = 32;
 
 /// What is left behind the blocks that need no escape: each is looked through to its end, as vector instructions can.

@@ -18,8 +18,8 @@ use crate::features::NameList;
 use crate::json::{NoText, Scalar, Text, Value, read_scalar, unexpected_text};
 use crate::lists::{Numbers, Texts, Values, objects};
 
-/// Longest message a client takes, in bytes: the largest `Get` with values in their longest form is left to whoever
-/// asks for it in pages.
+/// Longest message a client takes, in bytes: the largest `Get` with values in their longest form is to be
+/// asked for in pages.
 const MESSAGE_LEN_MAX: u64 = 512 << 20;
 
 /// A message from a server.
@@ -120,7 +120,7 @@ pub struct Body {
     pub values: Values,
     /// Whether there are others.
     pub more: bool,
-    /// Who would be told.
+    /// The subscribers that would be notified.
     pub subscribers: Vec<Subscriber>,
     /// The connected clients, in the answer to a `Trace` without a key.
     pub clients: Vec<ConnectedClient>,
@@ -338,7 +338,7 @@ enum Figure {
 /// The input of a call starts where the last call's consumed bytes ended.
 #[derive(Debug, Default)]
 pub struct MessageDecoder {
-    /// So many bytes of the line hold no newline.
+    /// The number of bytes of the line that were searched and hold no newline.
     scanned: usize,
     /// The length of the payload behind the line in hand, once that line is there.
     payload_len: Option<usize>,

@@ -7,7 +7,7 @@ use crate::answer::GetEntry;
 use crate::chunks::{Chunks, SHARE_LEN_MIN};
 use crate::json::{self, Object};
 
-/// A change of a key, encoded as it is told to a subscriber who skipped none; for others the number is replaced.
+/// A change of a key, encoded as it is sent to a subscriber that skipped none; for others the number is replaced.
 #[derive(Clone, Debug)]
 pub struct ChangeNotice {
     /// The line, and a short payload behind it.
@@ -52,7 +52,7 @@ impl ChangeNotice {
         self.text.len().saturating_add(self.payload.as_ref().map_or(0, Bytes::len))
     }
 
-    /// Writes it for a subscriber who missed `skipped` changes of the key.
+    /// Writes it for a subscriber that missed `skipped` changes of the key.
     pub fn write(&self, skipped: u64, out: &mut Chunks) {
         if skipped == 0 {
             out.push(&self.text);
@@ -72,7 +72,7 @@ fn with_room(key: &str, value_len: usize) -> Vec<u8> {
     Vec::with_capacity(key.len().saturating_add(value_len.min(SHARE_LEN_MIN)).saturating_add(96))
 }
 
-/// An `Update` for one subscriber alone, who skipped no change: a record of its snapshot.
+/// An `Update` for one subscriber alone, which skipped no change: a record of its snapshot.
 pub fn update(entry: GetEntry<'_>, form: ValueForm, out: &mut Chunks) {
     update_line(out.tail(), (entry.key, entry.value, entry.revision), form);
     if form == ValueForm::Payload {

@@ -59,9 +59,9 @@ kinds! {
     Get,
     /// Removes keys.
     Delete,
-    /// Asks to be told of changes.
+    /// Asks to be notified of changes.
     Subscribe,
-    /// Asks not to be told any more.
+    /// Asks not to be notified any more.
     Unsubscribe,
     /// Reads keys.
     List,

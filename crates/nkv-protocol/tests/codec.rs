@@ -436,7 +436,7 @@ proptest! {
 }
 
 #[test]
-fn what_was_skipped_is_told_with_short_and_with_long_values() {
+fn what_was_skipped_is_reported_with_short_and_with_long_values() {
     for len in [0, 1, 4_095, 4_096, 5_000] {
         for form in [ValueForm::Bytes, ValueForm::Text, ValueForm::Payload] {
             let value = Bytes::from(vec![b'0'; len]);

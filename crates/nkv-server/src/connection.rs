@@ -1,5 +1,5 @@
-//! One connection: reads what is there, has every whole request in it served, in order, writes the answers and what is
-//! told, and reads on. It is one task, polled by hand: nothing is handed from one task to another on the way.
+//! One connection: reads the available bytes, has every whole request in it served, in order, writes the answers and the
+//! notifications, and reads on. It is one task, polled by hand: nothing is handed from one task to another on the way.
 //!
 //! What is read goes through a buffer that all connections of a thread share; only a part of a request that has not come
 //! whole is kept in one of the connection's own.
@@ -27,22 +27,23 @@ use crate::options::Options;
 use crate::socket::Socket;
 use crate::text_wire::{self, Framing, Speaks};
 
-/// So much is asked of the system at a time.
+/// The number of bytes that are asked of the system at a time.
 const READ_LEN: usize = 64 << 10;
 
-/// So much when there is no room for values.
+/// The same when there is no room for values.
 const SHORT_READ_LEN: usize = 4 << 10;
 
-/// Whoever sends so much at a time gives others their turn. A buffer that had so much is not kept for what is left in it.
+/// A peer that sends this much at a time gives others their turn. A buffer that had this much is not kept for what is
+/// left in it.
 const TURN_LEN: usize = 16 << 10;
 
-/// So many bytes of changes may wait for a peer that keeps up, each to be told, before they are conflated.
+/// The number of bytes of changes that may wait for a peer that keeps up, each to be sent, before they are conflated.
 const SLACK: usize = 64 << 10;
 
-/// Answers are written once there are so many bytes of them.
+/// Answers are written once there are this many bytes of them.
 const SEND_LEN: usize = 64 << 10;
 
-/// So long a deadline that has passed is not held against the peer.
+/// The time for which a deadline that has passed is not held against the peer.
 const GRACE: Duration = Duration::from_millis(500);
 
 /// How long a refused peer has to take the answer that says so.
@@ -172,7 +173,7 @@ struct Connection {
     door: Arc<Inner>,
     /// Wakes this task with all others that are notified of the same batch: see
     /// [`Handle::waker`](nkv_node::Handle::waker).
-    told: SharedWaker,
+    change_waker: SharedWaker,
     /// Bytes that were served since this connection last gave others their turn.
     turn_len: usize,
 }
@@ -203,7 +204,7 @@ impl Connection {
             timer: None,
             sign: None,
             door,
-            told: SharedWaker::default(),
+            change_waker: SharedWaker::default(),
             turn_len: 0,
         }
     }
@@ -227,8 +228,8 @@ impl Connection {
 
     /// Writes what is left; `None` if it is to give that up.
     fn poll_rest(&mut self, cx: &mut Context<'_>, was_evicted: bool) -> Poll<Option<WriterEnd>> {
-        let told = cx.waker().clone();
-        let end = self.outbox.poll(cx, &told, &mut self.socket).map(Some);
+        let change_waker = cx.waker().clone();
+        let end = self.outbox.poll(cx, &change_waker, &mut self.socket).map(Some);
         if end.is_pending() && self.session.peer.is_evicted() && !was_evicted {
             return Poll::Ready(None);
         }
@@ -242,18 +243,18 @@ impl Connection {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<End>> {
-        let mut shared = std::mem::take(&mut self.told);
+        let mut shared = std::mem::take(&mut self.change_waker);
         let waker = self.door.handle.waker(&mut shared, cx.waker());
-        let mut end = self.poll_told(cx, waker);
+        let mut end = self.poll_with(cx, waker);
         while end.is_pending() && self.session.wants_signs() && self.poll_sign(cx).is_ready() {
-            end = self.poll_told(cx, waker);
+            end = self.poll_with(cx, waker);
         }
-        self.told = shared;
+        self.change_waker = shared;
         end
     }
 
     /// Gives a sign of life when one is due: requests are kept waiting, and nothing was written for a while. The timer is not
-    /// set anew for each request: what was written tells whether one came and went meanwhile.
+    /// set anew for each request: what was written shows whether one came and went meanwhile.
     fn poll_sign(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if self.hold.is_none() && !self.session.has_writes() {
             self.sign = self.sign.take().filter(|(timer, _)| !timer.is_elapsed());
@@ -273,15 +274,15 @@ impl Connection {
         Poll::Pending
     }
 
-    fn poll_told(&mut self, cx: &mut Context<'_>, told: &Waker) -> Poll<io::Result<End>> {
+    fn poll_with(&mut self, cx: &mut Context<'_>, change_waker: &Waker) -> Poll<io::Result<End>> {
         loop {
-            if let Poll::Ready(end) = self.outbox.poll(cx, told, &mut self.socket) {
+            if let Poll::Ready(end) = self.outbox.poll(cx, change_waker, &mut self.socket) {
                 return Poll::Ready(Ok(End::Writer(end)));
             }
             if self.session.peer.is_evicted() {
                 return Poll::Ready(Ok(self.evict()));
             }
-            if self.poll_writes(told) {
+            if self.poll_writes(change_waker) {
                 continue;
             }
             if self.hold.is_some() {
@@ -335,8 +336,8 @@ impl Connection {
     }
 
     /// Whether writes that were under way are done, and were answered.
-    fn poll_writes(&mut self, told: &Waker) -> bool {
-        let Poll::Ready(out) = self.session.poll_writes(&mut Context::from_waker(told)) else { return false };
+    fn poll_writes(&mut self, change_waker: &Waker) -> bool {
+        let Poll::Ready(out) = self.session.poll_writes(&mut Context::from_waker(change_waker)) else { return false };
         self.outbox.send(out);
         if matches!(self.hold, Some(Hold::Writes)) {
             self.hold = None;
@@ -432,7 +433,7 @@ impl Connection {
         }
     }
 
-    /// Reads what is there, once, and serves it.
+    /// Reads the available bytes, once, and serves them.
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<End>>> {
         let mut input = INPUT.take();
         input.resize(READ_LEN, 0);
@@ -448,7 +449,7 @@ impl Connection {
 
     fn take_input(&mut self, input: &[u8]) -> Option<End> {
         if input.is_empty() {
-            // A last line without a newline is a line all the same: whoever typed it meant it.
+            // A last line without a newline is a line all the same: its sender meant it.
             self.is_at_end = true;
             self.buffer.extend_from_slice(b"\n");
             self.has_request = true;
@@ -627,7 +628,7 @@ impl Connection {
         } else {
             format!("no request came for {:?}", self.door.options.idle_limit.unwrap_or_default())
         };
-        self.tell(status::TIMEOUT, &message);
+        self.refuse(status::TIMEOUT, &message);
         End::Overdue
     }
 
@@ -651,17 +652,17 @@ impl Connection {
 
     /// The client is to connect again: revisions that it knows are of an epoch that has ended.
     fn begin_anew(&mut self) -> End {
-        self.tell(status::UNAVAILABLE, "the data are of another epoch now: connect again");
+        self.refuse(status::UNAVAILABLE, "the data are of another epoch now: connect again");
         End::Refused
     }
 
     fn evict(&mut self) -> End {
         let message = "connections hold too much, and this one the most: send requests whole, read answers sooner";
-        self.tell(status::UNAVAILABLE, message);
+        self.refuse(status::UNAVAILABLE, message);
         End::Evicted
     }
 
-    fn tell(&mut self, status: u16, message: &str) {
+    fn refuse(&mut self, status: u16, message: &str) {
         let mut out = spare();
         Answer::to(Default::default(), &mut out).base(status, message, &BaseFields::default());
         self.outbox.send(out);

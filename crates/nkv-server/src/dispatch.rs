@@ -42,7 +42,7 @@ const NOTHING: &[GetEntry<'_>] = &[];
 /// What a row of `Trace` takes beside its texts, at most.
 const ROW_LEN: usize = 256;
 
-/// So many bytes for the ids of writes are kept from one batch to the next.
+/// The number of bytes for the ids of writes that are kept from one batch to the next.
 const IDS_LEN_KEPT: usize = 512;
 
 /// The number of writes, and of bytes of their keys and ids, that are gathered at most while others of the connection are
@@ -50,7 +50,7 @@ const IDS_LEN_KEPT: usize = 512;
 const GATHERED_MAX: usize = 1_024;
 const GATHERED_LEN_MAX: usize = 64 << 10;
 
-/// What a connection is about: who it is, what it subscribed to, what is under way.
+/// What a connection is about: its names, what it subscribed to, what is under way.
 pub(crate) struct Session {
     door: Arc<Inner>,
     notifier: TcpNotifier,
@@ -347,7 +347,7 @@ impl Session {
         }))
     }
 
-    /// Some turns for those who were told to give up what they hold.
+    /// Some turns for connections that were asked to give up what they hold.
     pub(crate) fn relief(&self) -> Hold {
         let door = Arc::clone(&self.door);
         Hold::Turns(Box::pin(async move { door.handle.budget().relief().await }))
@@ -358,7 +358,7 @@ impl Session {
         self.notifier.has_overflowed()
     }
 
-    /// Whether anything may be told without being asked for.
+    /// Whether notifications may follow.
     pub(crate) fn is_subscribed(&self) -> bool {
         self.subscriptions.values().any(|subscription| !subscription.has_ended())
     }

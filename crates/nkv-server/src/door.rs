@@ -11,7 +11,7 @@ use crate::inner::Inner;
 use crate::options::Options;
 use crate::socket::Socket;
 
-/// The JSON-lines door of a node, for those who accept connections themselves: of TLS, of a WebSocket, of a test.
+/// The JSON-lines door of a node, for programs that accept connections themselves: of TLS, of a WebSocket, of a test.
 /// Clones are the same door; its limits hold for all connections together.
 ///
 /// # Examples

@@ -20,7 +20,7 @@ use crate::error::ServerError;
 use crate::options::Options;
 use crate::socket::Socket;
 
-/// After a failed accept (no file descriptors, most often), so long passes before the next.
+/// The time between a failed accept (no file descriptors, most often) and the next.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]
@@ -207,7 +207,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// A door, to those who accept its connections.
+/// A door, as the tasks see it that accept its connections.
 pub(crate) trait Serve: Send + Sync + 'static {
     /// The store behind it.
     fn handle(&self) -> &Handle;

@@ -47,9 +47,9 @@ pub struct Options {
     pub stall_limit: Duration,
     /// A connection without subscriptions that asks nothing for this long is closed. Never by default.
     pub idle_limit: Option<Duration>,
-    /// Whether an address other than loopback may be listened at: nothing here asks who is there. No by default.
+    /// Whether an address other than loopback may be listened at: clients are not authenticated here. No by default.
     pub insecure: bool,
-    /// The mode of a Unix socket; who may write to it may connect. 0600 by default: its owner alone.
+    /// The mode of a Unix socket; a user that may write to it may connect. 0600 by default: its owner alone.
     pub socket_mode: u32,
     /// The group of a Unix socket. That of the process, or of the directory, by default.
     pub socket_group: Option<u32>,

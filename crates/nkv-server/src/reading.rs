@@ -33,7 +33,7 @@ pub(crate) struct Reading {
     /// Whether there is more behind that.
     more: bool,
     entries: Entries,
-    /// That it may go on although much waits.
+    /// That it may go on although the backlog is long.
     leave: Option<Leave>,
     /// Its answer may come before those of earlier requests.
     pub(crate) is_ahead: bool,

@@ -394,7 +394,7 @@ impl Server {
         self.failed().await
     }
 
-    /// As [`wait`](Self::wait), for callers who want to stop the server themselves afterwards.
+    /// As [`wait`](Self::wait), for callers that want to stop the server themselves afterwards.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! An accepted connection: of TCP, of a Unix socket, or anybody's stream.
+//! An accepted connection: of TCP, of a Unix socket, or a stream of the caller's.
 
 use std::fmt;
 use std::io;
@@ -22,7 +22,7 @@ pub(crate) enum Socket {
     Other(Box<dyn Stream>),
 }
 
-/// Anybody's stream.
+/// A stream of the caller's.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}

@@ -1,5 +1,5 @@
 //! The later wires of the first nkv: a line of text, or the same in a frame. Each connection has one request, and a
-//! subscription keeps its own. Which of them it is, the first bytes tell.
+//! subscription keeps its own. The first bytes show which of them it is.
 //!
 //! A request is `WORD ID CLIENT KEY[ BASE64]`. On TCP, and for the clients in Go, lines are answered in their old form, `ID OK`;
 //! else, and in frames, in the newer one, `base ID OK`.
@@ -39,13 +39,13 @@ const TEXT_LEN_MAX: usize = 8 << 20;
 /// The length before the text of a frame: four bytes, the lowest first.
 const HEAD_LEN: usize = 4;
 
-/// A subscription's line may lack its end: after so long without another byte it is taken for whole.
+/// A subscription's line may lack its end: after this time without another byte it is taken for whole.
 const SILENCE: Duration = Duration::from_millis(100);
 
 /// How long what is under way may take once the node stops.
 const STOP_LIMIT: Duration = Duration::from_millis(500);
 
-/// So much of a text tells its word: that, and a space.
+/// The number of bytes that show the word of a text: the word, and a space.
 const WORD_LEN: usize = 4;
 
 /// Past this a request needs room to arrive, and an answer its turn.
@@ -216,7 +216,7 @@ pub(crate) async fn serve(socket: Socket, input: BytesMut, framing: Framing, doo
 struct Wire {
     socket: Socket,
     input: BytesMut,
-    /// So much of it has no end of a line.
+    /// The number of its bytes that were searched and have no end of a line.
     searched: usize,
     framing: Framing,
     is_old_form: bool,
@@ -338,7 +338,7 @@ impl Wire {
         within(self.stall_limit, self.socket.shutdown()).await
     }
 
-    /// Tells what changes for as long as both sides want that.
+    /// Sends changes for as long as both sides want that.
     async fn subscribe(&mut self, handle: &Handle, peer: &Peer, client: &str, key: &str) -> io::Result<()> {
         let options = AttachOptions::default().with_client_uuid(client).with_peer(peer);
         let Ok(pattern) = Pattern::new(key) else { return Ok(()) };
@@ -396,7 +396,7 @@ impl Wire {
     }
 }
 
-/// What a peer does not let go on for so long has failed.
+/// Fails where the peer does not let `work` end within `limit`.
 async fn within<T>(limit: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     timeout(limit, work).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
@@ -460,7 +460,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_bytes_tell_whose_they_are() {
+    fn the_first_bytes_show_which_wire_it_is() {
         use Speaks::{Other, This, Unknown};
         let (line, frame) = (This(Framing::Line), This(Framing::Frame));
         for (input, expected) in [

@@ -1,4 +1,4 @@
-//! Signs of life: a client can tell a server that keeps it waiting from one that is not there.
+//! Signs of life: a client can distinguish a server that keeps it waiting from one that is not there.
 
 #![allow(clippy::unwrap_used)]
 

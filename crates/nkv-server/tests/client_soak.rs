@@ -42,7 +42,7 @@ fn whatever_becomes_of_server_and_connection_the_client_says_what_is_true() {
     let seconds: u64 = std::env::var("NKV_SOAK_SECONDS").map_or(5, |seconds| seconds.parse().unwrap());
     let mut dice = Dice::of(seed);
     let dir = tempfile::tempdir().unwrap();
-    // Nothing connects from this address, so nobody can take the port while the server is away.
+    // Nothing connects from this address, so no client can take the port while the server is away.
     let mut server = start(dir.path(), "127.0.0.2:0");
     let addr = server.addr.clone();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -189,7 +189,7 @@ impl Faults<'_> {
                 proxy.cut_after(0);
             }
             _ => {
-                proxy.lead_to("127.0.0.1:1"); // where nobody listens
+                proxy.lead_to("127.0.0.1:1"); // where there is no listener
                 proxy.cut_now();
                 pause(dice, 500);
                 proxy.lead_to(self.addr);
@@ -210,7 +210,7 @@ impl Faults<'_> {
 /// that with what was acknowledged.
 fn converge(runtime: &Runtime, world: &World, (addr, other): (&str, &Client), views: &[Arc<Mutex<View>>]) -> Duration {
     world.proxy.cut_after(0);
-    world.proxy.lead_to("127.0.0.1:1"); // where nobody listens
+    world.proxy.lead_to("127.0.0.1:1"); // where there is no listener
     world.proxy.cut_now();
     for number in (0..TASKS + OTHERS).step_by(2) {
         let deleted = runtime.block_on(other.delete(&format!("t{number}.*"))).unwrap();

@@ -1,4 +1,4 @@
-//! The list of clients: who is connected, by which name, from where, and with what.
+//! The list of clients: which are connected, by which name, from where, and with what.
 
 #![allow(clippy::unwrap_used)]
 
@@ -27,7 +27,7 @@ fn names(clients: &[Value]) -> Vec<Option<&str>> {
     clients.iter().map(|client| client["name"].as_str()).collect()
 }
 
-// Nobody could tell which of many clients a subscription was of: programs made up a `client_uuid` for people to read.
+// It was not visible which of many clients a subscription was of: programs made up a `client_uuid` for people to read.
 #[test]
 fn clients_are_listed_with_their_names_and_addresses_until_they_go() {
     let server = TestServer::start();
@@ -86,7 +86,7 @@ fn a_trace_shows_names_to_those_who_asked_for_them_alone() {
     assert_eq!((subscriber["name"].as_str(), subscriber["client_uuid"].as_str()), (Some("lamp é"), Some("c1")));
     assert_eq!(subscriber["peer"], named.stream().local_addr().unwrap().to_string());
 
-    // One who did not name the feature has no name.
+    // One that did not name the feature has no name.
     plain.ask(r#"{"type":"Connect","name":"ignored"}"#);
     assert_eq!(names(&clients(&mut named)), [Some("lamp é"), None]);
 }

@@ -25,7 +25,7 @@ fn put(value: &str) -> String {
 }
 
 #[test]
-fn clients_of_two_servers_see_one_keyspace_and_are_told_when_its_engine_is_out_of_reach() {
+fn clients_of_two_servers_see_one_keyspace_and_are_notified_when_its_engine_is_out_of_reach() {
     let engine = ScriptedEngine::default();
     engine.cut(true);
     let servers = [engine.clone(), engine.clone()]
@@ -90,7 +90,7 @@ fn balancer(chosen: Arc<Mutex<String>>) -> String {
     address.to_string()
 }
 
-/// A node that lags answers a client that comes from another one once it has what that has seen, and says so where nobody has.
+/// A node that lags answers a client that comes from another one once it has what that has seen, and says so where no node has.
 #[test]
 fn a_client_that_moves_to_a_server_that_lags_sees_nothing_older_and_no_false_delete() {
     let engine = ScriptedEngine::default();

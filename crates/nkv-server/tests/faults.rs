@@ -196,7 +196,7 @@ fn a_last_flush_that_fails_is_what_the_exit_code_says() {
 }
 
 #[test]
-fn while_a_flush_takes_its_time_reads_are_served_and_what_is_durable_is_told() {
+fn while_a_flush_takes_its_time_reads_are_served_and_what_is_durable_is_notified() {
     let dir = tempfile::tempdir().unwrap();
     let server = Process::start(dir.path(), &[]);
     server.connect().put("old", "x");
@@ -222,13 +222,13 @@ fn while_a_flush_takes_its_time_reads_are_served_and_what_is_durable_is_told() {
     });
     assert!(gets >= 100, "{gets} gets were answered while a put waited for its flush");
 
-    // Two puts in two batches: the first is told while the second waits.
+    // Two puts in two batches: the first is notified while the second waits.
     let mut rounds = 0;
     loop {
         rounds += 1;
         let before = batches(&mut reader);
-        let (told, order) = mpsc::channel();
-        let answered = told.clone();
+        let (notified, order) = mpsc::channel();
+        let answered = notified.clone();
         writer.send(r#"{"type":"Put","key":"first","value":"x"}"#);
         reader.ask(r#"{"type":"Health"}"#);
         let mut other = server.connect();
@@ -237,11 +237,11 @@ fn while_a_flush_takes_its_time_reads_are_served_and_what_is_durable_is_told() {
             answered.send("second answered").unwrap();
         });
         assert!(subscriber.line().contains("Update"));
-        told.send("first told").unwrap();
+        notified.send("first notified").unwrap();
         assert_eq!(status(&writer.line()), 200);
         second.join().unwrap();
         if batches(&mut reader) == before + 2 {
-            assert_eq!(order.try_iter().collect::<Vec<_>>(), ["first told", "second answered"]);
+            assert_eq!(order.try_iter().collect::<Vec<_>>(), ["first notified", "second answered"]);
             break;
         }
         assert!(rounds < 5, "both puts were in one batch each time");
@@ -367,7 +367,7 @@ fn on_a_disk_that_turns_read_only_it_stops_and_acknowledges_nothing_more() {
     let turned = Instant::now();
     let acknowledged = load.join();
     let after = acknowledged.iter().filter(|put| put.sent > turned).count();
-    // What was refused cannot be cut off either: nobody knows what the disk holds.
+    // What was refused cannot be cut off either: it is not known what the disk holds.
     assert_eq!(server.wait().code(), Some(74));
 
     // And to start on such a disk is refused, in one line.

@@ -43,8 +43,8 @@ fn a_server_answers_as_the_transcripts_say() {
             if line.as_bytes()[name.len()] == b'>' {
                 connection.send(text);
             } else {
-                let told = normalised(&connection.line());
-                assert_eq!(told, text, "{}:{}", path.display(), at + 1);
+                let received = normalised(&connection.line());
+                assert_eq!(received, text, "{}:{}", path.display(), at + 1);
                 lines += 1;
             }
         }

@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use history::{Facts, History, Outcome, Restart, Told};
+use history::{Facts, History, Notice, Outcome, Restart};
 use nkv_core::mailbox::{Inbox, Item, mailbox};
 use nkv_core::{EventKind, Key, Pattern};
 use nkv_node::{AttachOptions, Attached};
@@ -34,10 +34,10 @@ use support::process::{Process, command};
 use support::{PATIENCE, TestServer, eventually};
 use tokio::runtime::Runtime;
 
-/// Who of the clients sends so many requests at a time.
+/// How many requests each client sends at a time.
 const DEPTHS: [u64; 8] = [1, 1, 1, 1, 2, 3, 4, 6];
 const PATTERNS: [&str; 5] = ["a.h0", "b.h1", "a.*", "b.*", "*"];
-/// How long those who subscribe through a proxy stay connected, at most.
+/// How long subscribers behind a proxy stay connected, at most.
 const CUT_WITHIN: Duration = Duration::from_millis(500);
 
 /// `NKV_SEED` chooses what is asked and when connections are cut; in which order threads and system calls come to run
@@ -71,10 +71,10 @@ fn clients_and_subscribers_of_a_server_that_is_killed_agree_on_one_history() {
         validators.into_iter().flat_map(|(name, wrong)| wrong.into_iter().map(move |w| format!("{name}: {w}"))),
     );
 
-    let told = history.watches.iter().flat_map(|watch| &watch.told);
+    let notices = history.watches.iter().flat_map(|watch| &watch.notices);
     let (mut events, mut conflated) = (0, 0);
-    for (_, told) in told {
-        if let Told::Update { skipped, .. } | Told::Gone { skipped, .. } = told {
+    for (_, notice) in notices {
+        if let Notice::Update { skipped, .. } | Notice::Gone { skipped, .. } = notice {
             (events, conflated) = (events + 1, conflated + skipped);
         }
     }
@@ -99,15 +99,17 @@ fn clients_and_subscribers_of_a_server_that_is_killed_agree_on_one_history() {
     assert!(violations.is_empty(), "{violations:#?}");
     assert_eq!(search.given_up, 0, "too many possibilities");
     assert!(history.ops.iter().filter(|op| op.revision().is_some()).count() > 500, "hardly anything happened");
-    let synced =
-        history.watches.iter().all(|watch| watch.told.iter().any(|(_, told)| matches!(told, Told::Synced { .. })));
-    assert!(synced && events > 1_000, "hardly anything was told");
+    let synced = history
+        .watches
+        .iter()
+        .all(|watch| watch.notices.iter().any(|(_, notice)| matches!(notice, Notice::Synced { .. })));
+    assert!(synced && events > 1_000, "hardly anything was notified");
 }
 
 /// Makes a history, and says how long each subscriber took to know what the store held in the end.
 fn record(dir: &Path, seed: u64, seconds: u64) -> (History, Vec<Duration>) {
     let mut dice = Dice::of(seed);
-    // Nothing connects from this address, so nobody can take the port while the server is away.
+    // Nothing connects from this address, so no client can take the port while the server is away.
     let mut server = start(dir, "127.0.0.2:0");
     let world = World::new(&server.addr);
     let mut history = History { epoch: epoch(&server), ..History::default() };
@@ -192,7 +194,7 @@ fn subscribe(runtime: &Runtime, world: &Arc<World>, proxy: &str, dice: &mut Dice
 fn restart(server: &mut Process, dir: &Path, world: &World, refuse: bool) -> Restart {
     let killed = world.now();
     if refuse {
-        // Whatever was told or answered before it was stored is never stored now.
+        // What was notified or answered before it was stored is never stored now.
         world.refused.store(false, SeqCst);
         let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
         let pid = rustix::process::Pid::from_child(&server.child);
@@ -224,7 +226,7 @@ fn stored(server: &Process) -> BTreeMap<String, (u64, u64)> {
     entries.map(entry).collect()
 }
 
-/// Waits until all know what they are to know; whoever never does is left to the validator. Sorted.
+/// Waits until all know what they are to know; one that never does is left to the validator. Sorted.
 fn converge(logs: &[Arc<Mutex<Log>>], ended: Instant, knows: impl Fn(&Log) -> bool) -> Vec<Duration> {
     let mut took = vec![None; logs.len()];
     while took.contains(&None) && ended.elapsed() < PATIENCE {
@@ -265,7 +267,7 @@ fn a_subscription_begins_with_what_was_acknowledged_before_it_and_misses_nothing
         Item::Own(never) => match never {},
     };
     let (mut stale, mut gaps, mut last) = (0, 0, 0);
-    let mut race = |told_enough: &dyn Fn(u64, u64) -> bool| {
+    let mut race = |is_enough: &dyn Fn(u64, u64) -> bool| {
         let before = last.max(newest.load(SeqCst));
         let (_attached, inbox) = subscribe();
         let (began, _) = next(&inbox);
@@ -275,7 +277,7 @@ fn a_subscription_begins_with_what_was_acknowledged_before_it_and_misses_nothing
         let revision = snapshot.revision.get();
         stale += u64::from(revision < before || snapshot.records.get(0).unwrap().revision.get() != revision);
         last = revision;
-        while !told_enough(revision, last) {
+        while !is_enough(revision, last) {
             let (event, skipped) = next(&inbox);
             let EventKind::Change(change) = event.kind() else { panic!("{event:?}") };
             gaps += u64::from(change.revision.get() != last + 1 + skipped);
@@ -288,15 +290,15 @@ fn a_subscription_begins_with_what_was_acknowledged_before_it_and_misses_nothing
                 newest.store(put(&raced), SeqCst);
             }
         });
-        // However this ends, the writer must, or the failure is never told.
+        // However this ends, the writer must, or the failure is never reported.
         let _stop = StopOnDrop(&stop);
         // A change at least, to see whether one is missing between it and the snapshot.
-        (0..ROUNDS).for_each(|_| race(&|revision, told| told > revision));
+        (0..ROUNDS).for_each(|_| race(&|revision, last| last > revision));
         // And the last of all.
-        race(&|_, told| {
+        race(&|_, last| {
             stop.store(true, SeqCst);
             eventually("the writer ends", || writer.is_finished());
-            told == newest.load(SeqCst)
+            last == newest.load(SeqCst)
         });
     });
     println!("TEST subscribe_race rounds={ROUNDS} puts={last} stale={stale} gaps={gaps}");

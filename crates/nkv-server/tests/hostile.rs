@@ -68,7 +68,7 @@ impl Victim {
         })
     }
 
-    /// Nothing of whoever was there is left.
+    /// Nothing of the clients that were there is left.
     fn is_as_before(&self, before: support::process::Gauge, rss_slack_kib: usize) {
         let mut conn = self.connect();
         eventually("connections, subscriptions and descriptors are given back", || {
@@ -152,11 +152,11 @@ fn half_lines(victim: &Victim) -> usize {
 }
 
 #[test]
-fn whoever_sends_too_slowly_is_closed_and_told_why() {
+fn a_client_that_sends_too_slowly_is_closed_and_the_answer_says_why() {
     let limits = ["--first-byte-limit", "400ms", "--request-limit", "600ms"];
     let victim = Victim::start(&limits);
     let before = victim.process.gauge();
-    let (told, puts, slowest) = victim.serves_during(|| {
+    let (refused, puts, slowest) = victim.serves_during(|| {
         // A subscriber asks nothing for longer than any of this takes.
         let mut subscriber = victim.connect();
         assert_eq!(subscriber.ask(r#"{"type":"Subscribe","key":"silent"}"#), "\"Hello\"");
@@ -164,7 +164,7 @@ fn whoever_sends_too_slowly_is_closed_and_told_why() {
         let mut silent: Vec<_> = (0..300).map(|_| victim.raw()).collect();
         let mut dripping: Vec<_> = (0..100).map(|_| victim.raw()).collect();
         let start = Instant::now();
-        // One byte at a time; so many bytes that they would take minutes.
+        // One byte at a time, of more bytes than can be sent in minutes.
         for byte in br#"{"type":"Get","key":"a"#.iter().chain(std::iter::repeat(&b'x')) {
             dripping.retain_mut(|stream| stream.write_all(&[*byte]).is_ok());
             if dripping.is_empty() {
@@ -173,16 +173,16 @@ fn whoever_sends_too_slowly_is_closed_and_told_why() {
             assert!(start.elapsed() < PATIENCE, "{} still drip", dripping.len());
             thread::sleep(Duration::from_millis(20)); // the attack, not a wait for something
         }
-        let told = silent.iter_mut().map(until_closed).filter(|said| said.contains("408")).count();
+        let refused = silent.iter_mut().map(until_closed).filter(|said| said.contains("408")).count();
         let mut blank = victim.raw();
         let start = Instant::now();
         while blank.write(&[b'\n'; 1_000]).is_ok() {
             assert!(start.elapsed() < PATIENCE, "blank lines are no request, however many they are");
         }
         assert!(subscriber.ask(r#"{"type":"Health"}"#).contains("200"), "a subscriber is not idle");
-        told
+        refused
     });
-    assert_eq!(told, 300, "silent connections were closed without a word");
+    assert_eq!(refused, 300, "silent connections were closed without a word");
     println!("TEST slowloris silent=300 dripping=100 puts={puts} slowest_ms={}", slowest.as_millis());
     victim.is_as_before(before, 6 << 10);
 }
@@ -201,9 +201,9 @@ fn a_large_value_may_take_its_time_and_an_idle_connection_may_not() {
     assert!(start.elapsed() > Duration::from_millis(800));
     assert_eq!(status(&slow.send("").line()), 200);
     // From here on it asks nothing.
-    let told = slow.line();
-    assert_eq!(status(&told), 408, "{told}");
-    assert!(told.contains("500ms"), "the limit is not named: {told}");
+    let answer = slow.line();
+    assert_eq!(status(&answer), 408, "{answer}");
+    assert!(answer.contains("500ms"), "the limit is not named: {answer}");
     assert_eq!(slow.line(), "(closed)");
 }
 
@@ -376,7 +376,7 @@ fn a_hundred_thousand_subscriptions_come_and_go_and_leave_nothing() {
 }
 
 #[test]
-fn storms_of_wildcards_keep_nobody_from_being_served() {
+fn storms_of_wildcards_keep_no_client_from_being_served() {
     let victim = Victim::start(&["--max-subscriptions-total", "5000"]);
     let mut writer = victim.connect();
     for n in 0..2_000 {
@@ -402,7 +402,7 @@ fn storms_of_wildcards_keep_nobody_from_being_served() {
             }
             stormers.push(conn);
         }
-        // All of them ask for everything, over and over, and read what they are told.
+        // All of them ask for everything, over and over, and read what they are sent.
         thread::scope(|scope| {
             for conn in &mut stormers {
                 scope.spawn(move || {
@@ -421,11 +421,11 @@ fn storms_of_wildcards_keep_nobody_from_being_served() {
         slowest.as_millis(),
         peak.rss_kib.saturating_sub(before.rss_kib)
     );
-    assert!(refused > 0, "the limit of all subscriptions was not told");
+    assert!(refused > 0, "the limit of all subscriptions was not reported");
 }
 
 #[test]
-fn answers_that_nobody_reads_are_bounded_and_small_ones_go_on() {
+fn unread_answers_are_bounded_and_small_ones_go_on() {
     let victim = Victim::start(&["--max-queued", "1M", "--stall-limit", "20s"]);
     let mut writer = victim.connect();
     let value = "v".repeat(32 << 10);
@@ -435,7 +435,7 @@ fn answers_that_nobody_reads_are_bounded_and_small_ones_go_on() {
     drop(writer);
     let before = victim.process.gauge();
     let (peak, puts, slowest) = victim.serves_during(|| {
-        // Each answer takes 1 MiB in the form of byte arrays; those that nobody reads would be 60 MiB.
+        // Each answer takes 1 MiB in the form of byte arrays; those that are not read would be 60 MiB.
         let greedy: Vec<TcpStream> = (0..40)
             .map(|n| {
                 let mut stream = victim.raw();
@@ -455,7 +455,7 @@ fn answers_that_nobody_reads_are_bounded_and_small_ones_go_on() {
             peak = peak.max(victim.process.gauge().rss_kib);
             thread::yield_now();
         }
-        // Who reads gets what was asked for, although the others do not.
+        // A client that reads gets what it asked for, although the others do not.
         let mut reader = victim.connect();
         reader.hello("reader", "payload").send(r#"{"type":"Get","key":"big.3"}"#);
         assert!(reader.line().contains("\"len\":32768"));
@@ -473,7 +473,7 @@ fn answers_that_nobody_reads_are_bounded_and_small_ones_go_on() {
 }
 
 #[test]
-fn answers_that_nobody_reads_are_bounded_although_nobody_else_asks() {
+fn unread_answers_are_bounded_although_no_other_client_asks() {
     let victim = Victim::start(&["--max-queued", "2M", "--stall-limit", "20s"]);
     let value = "v".repeat(100_000);
     assert_eq!(status(&victim.connect().ask(&format!(r#"{{"type":"Put","key":"big","value":"{value}"}}"#))), 200);
@@ -499,7 +499,7 @@ fn answers_that_nobody_reads_are_bounded_although_nobody_else_asks() {
 }
 
 #[test]
-fn a_process_that_stood_still_closes_nobody_whose_request_waits() {
+fn a_process_that_stood_still_closes_no_connection_whose_request_waits() {
     let victim = Victim::start(&["--request-limit", "500ms"]);
     let mut conn = victim.connect();
     let value = "x".repeat(900_000);

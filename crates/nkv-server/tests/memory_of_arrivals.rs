@@ -38,7 +38,7 @@ fn values_that_wait_for_storage_and_those_on_their_way_are_bounded_and_no_sender
     server.connect().send(r#"{"type":"Put","key":"first","value":"x"}"#);
     assert!(script.wait_until_blocked(PATIENCE));
 
-    // Shared by all who send it: only the server's memory is to be counted.
+    // Shared by all senders: only the server's memory is to be counted.
     let value = Arc::new(vec![b'x'; VALUE_LEN]);
     let streams: Vec<TcpStream> = (0..WRITERS).map(|_| TcpStream::connect(&server.addr).unwrap()).collect();
     let before = ALLOCATED.current_usage();

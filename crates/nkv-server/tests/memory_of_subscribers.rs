@@ -96,7 +96,7 @@ fn held_by_one_that_does_not_read(queued_max: usize, forms: &[&str]) -> (usize, 
     // No connection is closed, whatever is given up; on many threads a reader may be the last to be served, and what is encoded for
     // it is there until then.
     for form in forms {
-        eventually("those who read have read all", || self::queued(&server, form) == 0);
+        eventually("the readers have read all", || self::queued(&server, form) == 0);
     }
     let with = live().saturating_sub(before);
     let queued = queued(&server, "stuck");
@@ -115,7 +115,7 @@ fn what_waits_takes_what_is_counted_and_is_given_up_past_the_limit() {
 
     let (beside, queued) = held_by_one_that_does_not_read(256 * MIB, &["bytes", "payload", "text"]);
     println!("TEST memory_of_subscribers beside_kib={} queued={queued}", beside >> 10);
-    assert!(beside <= counted + counted / 10, "{beside} bytes beside those who read, {alone} alone");
+    assert!(beside <= counted + counted / 10, "{beside} bytes beside readers, {alone} alone");
 
     let (given_up, queued) = held_by_one_that_does_not_read(4 * MIB, &["bytes", "payload", "text"]);
     println!("TEST memory_of_subscribers given_up_kib={} queued={queued}", given_up >> 10);

@@ -150,7 +150,7 @@ fn put(conn: &mut Conn, key: &str, value: &[u8]) {
 
 /// How many changes a subscriber gets of 100 puts of one key that are stored together, if it begins like this: with
 /// each line answered before the next is sent, or all of them at once.
-fn told_of_a_hundred(lines: &[&str], in_turn: bool) -> usize {
+fn received_of_a_hundred(lines: &[&str], in_turn: bool) -> usize {
     let server = TestServer::start();
     let mut subscriber = server.connect();
     if in_turn {
@@ -162,12 +162,12 @@ fn told_of_a_hundred(lines: &[&str], in_turn: bool) -> usize {
     let puts: Vec<_> =
         (0..100).map(|n| format!("{{\"type\":\"Put\",\"key\":\"load\",\"value\":\"{n:02}\"}}")).collect();
     server.connect().ask(&puts.join("\n"));
-    let mut told = 0;
+    let mut received = 0;
     loop {
         let line = subscriber.line();
-        told += usize::from(line.contains("Update"));
+        received += usize::from(line.contains("Update"));
         if line.contains("[57,57]") {
-            return told;
+            return received;
         }
     }
 }
@@ -175,7 +175,7 @@ fn told_of_a_hundred(lines: &[&str], in_turn: bool) -> usize {
 #[test]
 fn others_are_written_to_as_before() {
     let subscribe = SUBSCRIBE.trim();
-    assert!(told_of_a_hundred(&[subscribe], true) < 100, "what waits for one of the oldest is conflated");
+    assert!(received_of_a_hundred(&[subscribe], true) < 100, "what waits for one of the oldest is conflated");
     let snapshot = subscribe.replace("\"id\"", "\"snapshot\":true,\"id\"");
     let beginnings: [&[&str]; 5] = [
         &["{\"type\":\"Connect\"}", subscribe],
@@ -186,7 +186,7 @@ fn others_are_written_to_as_before() {
     ];
     for lines in beginnings {
         for in_turn in [false, true] {
-            assert_eq!(told_of_a_hundred(lines, in_turn), 100, "{lines:?}");
+            assert_eq!(received_of_a_hundred(lines, in_turn), 100, "{lines:?}");
         }
     }
 }

@@ -79,7 +79,7 @@ fn what_was_sent_before_the_end_of_the_stream_is_answered() {
     let server = TestServer::start();
     let mut conn = server.connect();
     conn.send(r#"{"type":"Put","id":"1","key":"a","value":"1"}"#);
-    // The last line has no newline; whoever typed it meant it.
+    // The last line has no newline; its sender meant it.
     std::io::Write::write_all(&mut conn.stream(), br#"{"type":"Exists","id":"2","key":"a"}"#).unwrap();
     conn.finish();
     assert_eq!(status(&conn.line()), 200);
@@ -145,7 +145,7 @@ fn a_request_that_waits_for_the_writes_before_it_is_read_again_with_its_payload(
 }
 
 #[test]
-fn hostile_input_harms_nobody() {
+fn hostile_input_harms_no_client() {
     let server = TestServer::start();
     let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
     for round in 0..40 {

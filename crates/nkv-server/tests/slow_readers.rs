@@ -1,4 +1,4 @@
-//! Slow readers beside fast ones, against the real binary: nobody waits for them, what is kept for them is bounded by
+//! Slow readers beside fast ones, against the real binary: no client waits for them, what is kept for them is bounded by
 //! the keys that they cover, and they have the last state when they read on.
 
 #![cfg(feature = "cli")]
@@ -19,7 +19,7 @@ use support::{Conn, PATIENCE, eventually, status};
 const KEYS: usize = 10_000;
 const VALUE_LEN: usize = 200;
 
-/// The revision of each key as a subscriber was told it last, and of all keys the newest.
+/// The revision of each key as a subscriber received it last, and of all keys the newest.
 #[derive(Default)]
 struct Known {
     revisions: BTreeMap<String, u64>,
@@ -58,7 +58,7 @@ fn subscriber(process: &Process, pattern: &str) -> TcpStream {
     stream
 }
 
-/// Reads on until the end of all writing is told.
+/// Reads on until the end of all writing is received.
 fn catch_up(stream: impl Read, known: &mut Known) {
     let mut lines = BufReader::with_capacity(64 << 10, stream).lines();
     while !known.revisions.contains_key("slow.end") {
@@ -80,7 +80,7 @@ fn write_a_lot(conn: &mut Conn) -> Duration {
 }
 
 #[test]
-fn slow_readers_hold_up_nobody_and_have_the_last_state_when_they_read_on() {
+fn slow_readers_delay_no_other_client_and_have_the_last_state_when_they_read_on() {
     let dir = tempfile::tempdir().unwrap();
     let process = Process::start(&dir.path().join("data"), &["--durability", "os", "--stall-limit", "10m"]);
     let mut writer = process.connect();
@@ -160,7 +160,7 @@ fn slow_readers_hold_up_nobody_and_have_the_last_state_when_they_read_on() {
         slowest.as_millis(),
         undisturbed.as_millis()
     );
-    // What was told to a slow one is what it covers and what fitted its buffers, not all that happened.
+    // What a slow one received is what it covers and what fitted its buffers, not all that happened.
     assert!(events.iter().all(|events| (*events as usize) < 2 * KEYS), "{events:?}");
     // A place in a queue and one in a map for each key that waits, and each value twice: stored, and encoded once.
     assert!(
@@ -170,7 +170,7 @@ fn slow_readers_hold_up_nobody_and_have_the_last_state_when_they_read_on() {
 }
 
 #[test]
-fn whoever_stalls_past_the_limit_is_cut_and_the_log_says_why() {
+fn a_client_that_stalls_past_the_limit_is_cut_and_the_log_says_why() {
     let dir = tempfile::tempdir().unwrap();
     let process = Process::start(&dir.path().join("data"), &["--durability", "os", "--stall-limit", "500ms"]);
     let stalled = subscriber(&process, "*");
@@ -199,7 +199,7 @@ fn whoever_stalls_past_the_limit_is_cut_and_the_log_says_why() {
 }
 
 #[test]
-fn whoever_reads_drop_by_drop_is_closed_for_those_who_wait_and_nobody_else_is() {
+fn only_a_client_that_reads_drop_by_drop_is_closed_for_those_that_wait() {
     let dir = tempfile::tempdir().unwrap();
     let limits = ["--durability", "os", "--stall-limit", "1s", "--max-queued", "2M"];
     let process = Process::start(&dir.path().join("data"), &limits);
@@ -270,7 +270,7 @@ fn versions_that_stalled_readers_are_stuck_in_are_bounded() {
 }
 
 #[test]
-fn large_snapshots_wait_for_each_other_so_that_nobody_who_reads_is_closed() {
+fn large_snapshots_wait_for_each_other_so_that_no_client_that_reads_is_closed() {
     let dir = tempfile::tempdir().unwrap();
     let process = Process::start(&dir.path().join("data"), &["--durability", "os", "--max-queued", "4M"]);
     let mut writer = process.connect();
@@ -283,7 +283,7 @@ fn large_snapshots_wait_for_each_other_so_that_nobody_who_reads_is_closed() {
     for reader in &mut readers {
         reader.hello("", "text").send(r#"{"type":"Subscribe","key":"*","snapshot":true}"#);
     }
-    // Nobody reads before the server had time to come to each of them, and to make too much.
+    // No client reads before the server had time to come to each of them, and to make too much.
     (0..200).for_each(|_| assert_eq!(status(&writer.ask(r#"{"type":"Health"}"#)), 200));
     thread::scope(|scope| {
         for reader in &mut readers {

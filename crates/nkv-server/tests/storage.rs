@@ -90,7 +90,7 @@ fn a_full_route_refuses_its_own_writes_and_nothing_else() {
 }
 
 #[test]
-fn when_nobody_knows_what_is_stored_the_server_ends_and_a_restart_tells() {
+fn when_it_is_not_known_what_is_stored_the_server_ends_and_a_restart_shows_it() {
     let disk = MemoryPersist::new(Epoch::new(1));
     let (persist, script) = ScriptedPersist::new(disk.clone());
     let mut server = TestServer::with(|builder| builder.persist("scripted", || Ok(persist)));
@@ -216,7 +216,7 @@ fn a_server_that_stops_waits_for_no_idle_connection() {
 }
 
 #[test]
-fn a_ttl_goes_on_over_a_restart_and_its_end_is_told() {
+fn a_ttl_goes_on_over_a_restart_and_its_end_is_notified() {
     let disk = MemoryPersist::new(Epoch::new(1));
     let start = || {
         let disk = disk.clone();
@@ -327,7 +327,7 @@ fn storage_that_panics_ends_the_server_with_an_error() {
 
 // A write of a handle that was handed over while the writer was at another waited for ever for a writer that was gone.
 #[test]
-fn nobody_waits_for_storage_that_panicked() {
+fn no_client_waits_for_storage_that_panicked() {
     let (persist, script) = ScriptedPersist::new(Panics);
     let mut server = TestServer::with(|builder| builder.persist("panics", || Ok(persist)));
     script.block();

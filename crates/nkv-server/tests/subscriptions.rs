@@ -1,4 +1,4 @@
-//! Subscriptions over sockets: nothing lost, nothing old, nobody held up.
+//! Subscriptions over sockets: nothing lost, nothing old, no client held up.
 
 #![allow(clippy::unwrap_used)]
 
@@ -14,10 +14,10 @@ use nkv_server::Options;
 use nkv_testkit::script::ScriptedPersist;
 use support::{Conn, PATIENCE, TestServer, eventually, status};
 
-/// Reads notifications until `revision` was told; what is known then, and the revisions in the order told.
+/// Reads notifications until `revision` was received; what is known then, and the revisions in the order received.
 fn follow(conn: &mut Conn, revision: u64) -> (BTreeMap<String, String>, Vec<u64>) {
-    let (mut known, mut told) = (BTreeMap::new(), Vec::new());
-    while told.last().is_none_or(|last| *last < revision) {
+    let (mut known, mut revisions) = (BTreeMap::new(), Vec::new());
+    while revisions.last().is_none_or(|last| *last < revision) {
         let message = conn.json();
         let (kind, fields) = message.as_object().unwrap().iter().next().unwrap();
         let key = fields["key"].as_str().unwrap().to_owned();
@@ -26,13 +26,13 @@ fn follow(conn: &mut Conn, revision: u64) -> (BTreeMap<String, String>, Vec<u64>
             "Close" => known.remove(&key),
             other => panic!("{other}: {fields}"),
         };
-        told.push(fields["revision"].as_u64().unwrap());
+        revisions.push(fields["revision"].as_u64().unwrap());
     }
-    (known, told)
+    (known, revisions)
 }
 
 #[test]
-fn nothing_is_told_or_shown_or_answered_before_it_is_stored() {
+fn nothing_is_notified_or_shown_or_answered_before_it_is_stored() {
     let (persist, script) = ScriptedPersist::new(NoPersist::default());
     let server = TestServer::with(|builder| builder.persist("scripted", || Ok(persist)));
     let (mut watcher, mut reader, mut writer) = (server.connect(), server.connect(), server.connect());
@@ -99,7 +99,7 @@ fn snapshot_and_changes_meet_without_gap_or_repetition() {
 }
 
 #[test]
-fn a_subscriber_that_stands_still_holds_up_nobody_and_has_the_latest_when_it_reads_on() {
+fn a_subscriber_that_stands_still_delays_no_other_and_has_the_latest_when_it_reads_on() {
     let server = TestServer::start();
     let mut stalled = server.connect();
     stalled.hello("stalled", "text");
@@ -116,11 +116,11 @@ fn a_subscriber_that_stands_still_holds_up_nobody_and_has_the_latest_when_it_rea
     let expected: BTreeMap<_, _> =
         (1_990..2_000).map(|n| (format!("big.{}", n % 10), format!("{n} {filler}"))).collect();
     for conn in [&mut healthy, &mut stalled] {
-        let (known, told) = follow(conn, last);
+        let (known, revisions) = follow(conn, last);
         assert_eq!(known, expected);
-        assert!(told.is_sorted_by(|a, b| a < b), "revisions went back");
+        assert!(revisions.is_sorted_by(|a, b| a < b), "revisions went back");
     }
-    // The stalled one was told of what fits its buffers, and of the last state of each key.
+    // The stalled one received what fits its buffers, and of the last state of each key.
     let stats = writer.ask(r#"{"type":"Stats"}"#);
     let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
     assert!(stats["Stats"]["conflated"].as_u64().unwrap() > 500, "{stats}");
@@ -157,8 +157,8 @@ fn writers_on_many_keys_and_subscribers_agree_in_the_end() {
     // A last change that every pattern covers.
     let last = server.connect().put("w.3.x", "end");
     for (pattern, conn) in patterns.iter().zip(&mut subscribers) {
-        let (known, told) = follow(conn, last);
-        assert!(told.is_sorted_by(|a, b| a < b), "{pattern}: revisions went back");
+        let (known, revisions) = follow(conn, last);
+        assert!(revisions.is_sorted_by(|a, b| a < b), "{pattern}: revisions went back");
         let covered = nkv_core::Pattern::new(pattern).unwrap();
         let mut expected = BTreeMap::new();
         for writer in 0..8 {
@@ -187,8 +187,8 @@ fn a_client_that_comes_back_takes_its_subscription_over() {
         let stats: serde_json::Value = serde_json::from_str(&other.ask(r#"{"type":"Stats"}"#)).unwrap();
         stats["Stats"]["connections"] == 2
     });
-    other.put("a", "told");
-    assert!(second.line().contains("told"));
+    other.put("a", "received");
+    assert!(second.line().contains("received"));
 }
 
 #[test]
@@ -240,7 +240,7 @@ fn subscriptions_end_with_their_connection() {
 }
 
 #[test]
-fn limits_of_connections_and_subscriptions_are_told() {
+fn limits_of_connections_and_subscriptions_are_reported() {
     let mut options = Options::default();
     options.connections_max = 3;
     options.subscriptions_max = 2;
@@ -289,7 +289,7 @@ fn the_largest_holder_of_incomplete_messages_is_closed_when_all_hold_too_much() 
 }
 
 #[test]
-fn a_subscription_that_is_made_again_is_answered_before_it_is_told_of_anything() {
+fn a_subscription_that_is_made_again_is_answered_before_it_is_notified_of_anything() {
     let server = TestServer::start();
     let mut conn = server.connect();
     conn.hello("c", "text");
@@ -301,7 +301,7 @@ fn a_subscription_that_is_made_again_is_answered_before_it_is_told_of_anything()
     rest.sort();
     assert!(rest[0].starts_with("{\"Base\"") && rest[1].starts_with("{\"Update\""), "{rest:?}");
 
-    // One that somebody else has ended meanwhile is made anew.
+    // One that another client has ended meanwhile is made anew.
     let mut other = server.connect();
     assert_eq!(status(&other.ask(r#"{"type":"Unsubscribe","key":"a","client_uuid":"c"}"#)), 200);
     assert!(conn.line().contains("unsubscribed"));

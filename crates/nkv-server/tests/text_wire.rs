@@ -137,7 +137,7 @@ async fn frames_carry_the_same() {
 }
 
 #[tokio::test]
-async fn a_subscription_is_told_the_present_values_and_each_change() {
+async fn a_subscription_is_sent_the_present_values_and_each_change() {
     let ports = start().await;
     let nkv = ports.server.handle();
     nkv.put("lamp.hall", "on").await.unwrap();

@@ -59,7 +59,7 @@ impl<T> Default for Branch<T> {
     }
 }
 
-/// For those who keep one up to date.
+/// For code that keeps one up to date.
 impl<T> Branch<T> {
     /// A key has this value now.
     pub fn set(&mut self, entry: &Entry, read: impl FnOnce(&Entry) -> Result<T>) {

@@ -23,7 +23,7 @@ pub struct Current<S> {
 }
 
 impl<S> Current<S> {
-    /// Makes one, for those who keep a state up to date. `end` is dropped with the last clone.
+    /// Makes one, for code that keeps a state up to date. `end` is dropped with the last clone.
     pub fn new(receiver: watch::Receiver<S>, end: impl Any + Send + Sync) -> Self {
         Current { receiver, _end: Arc::new(end) }
     }

@@ -23,7 +23,7 @@ pub struct Error {
     message: String,
 }
 
-/// What a caller can tell apart.
+/// The kinds of errors that a caller can distinguish.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {

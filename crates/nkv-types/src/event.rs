@@ -50,7 +50,7 @@ pub enum Event {
     Ended(EndReason),
 }
 
-/// Constructors, for those who deliver events.
+/// Constructors, for code that delivers events.
 impl Event {
     /// An [`Event::Update`].
     #[must_use]

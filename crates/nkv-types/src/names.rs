@@ -30,7 +30,7 @@ pub trait AsKey: Send + Sync {
     /// [`ErrorKind::InvalidKey`](crate::ErrorKind::InvalidKey).
     fn as_key(&self) -> Result<Cow<'_, Key>>;
 
-    /// The text of the key, for those who send it: checked, with nothing made.
+    /// The text of the key, for code that sends it: checked, with nothing made.
     ///
     /// # Errors
     ///
@@ -88,7 +88,7 @@ pub trait AsPattern: Send + Sync {
     /// [`ErrorKind::InvalidKey`](crate::ErrorKind::InvalidKey).
     fn as_pattern(&self) -> Result<Cow<'_, Pattern>>;
 
-    /// The text of the pattern, for those who send it. That of [`Pattern::Exact`] is its key.
+    /// The text of the pattern, for code that sends it. That of [`Pattern::Exact`] is its key.
     ///
     /// # Errors
     ///

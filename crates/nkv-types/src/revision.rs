@@ -34,7 +34,7 @@ impl Revision {
         Revision { number, epoch: None }
     }
 
-    /// The revision of this number in `epoch`, for those who know the epoch of the data: a client's connection, a node. Of
+    /// The revision of this number in `epoch`, for code that knows the epoch of the data: a client's connection, a node. Of
     /// number 0 it is [`Revision::ZERO`].
     #[must_use]
     pub fn in_epoch(epoch: Epoch, number: u64) -> Self {

@@ -184,7 +184,7 @@ fn is_conflict(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Conflict { .. } | ErrorKind::OtherEpoch)
 }
 
-/// A random part of a span that doubles with each conflict, so that those who met once do not meet again.
+/// A random part of a span that doubles with each conflict, so that callers that collided once do not collide again.
 fn pause(conflicts: u32) -> Duration {
     let span = PAUSE_MIN.saturating_mul(1 << conflicts.saturating_sub(1).min(16)).min(PAUSE_MAX);
     let part = RandomState::new().hash_one(conflicts) >> 32;
@@ -198,7 +198,7 @@ mod tests {
 
     use super::*;
 
-    /// One key, of which somebody else writes between read and write, a number of times.
+    /// One key, which another client writes between read and write, a number of times.
     #[derive(Debug, Default)]
     struct Contended {
         entry: Mutex<Option<Entry>>,

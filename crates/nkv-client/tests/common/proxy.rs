@@ -33,7 +33,7 @@ impl Dice {
         (self.0 >> 11) % limit
     }
 
-    /// Other dice, for somebody who throws at the same time.
+    /// Other dice, for a task that throws at the same time.
     pub(crate) fn split(&mut self) -> Self {
         Dice::of(self.below(u64::MAX))
     }
@@ -45,13 +45,13 @@ pub(crate) fn seed() -> u64 {
     seed.unwrap_or_else(|| getrandom::u64().unwrap() >> 32)
 }
 
-/// Between a client and a server, to be told when to cut.
+/// Stands between a client and a server, and cuts connections when a test says so.
 pub(crate) struct Proxy {
     pub(crate) addr: String,
     target: Arc<Mutex<String>>,
-    /// Connections are cut after so many bytes at most; 0 for never.
+    /// The number of bytes after which connections are cut at the latest; 0 for never.
     cut_after: Arc<AtomicU64>,
-    /// Connections are cut after so many milliseconds at most, a few bytes later; 0 for never.
+    /// The milliseconds after which connections are cut at the latest, or a few bytes later; 0 for never.
     cut_within: Arc<AtomicU64>,
     generation: watch::Sender<u64>,
     pub(crate) accepted: Arc<AtomicU64>,
@@ -132,7 +132,7 @@ impl Proxy {
     }
 }
 
-/// Passes on so many bytes, of both directions together, and from some time on only so many more.
+/// Passes on at most `limit` bytes, of both directions together, and from the time `end` on at most `rest` more.
 async fn forward(near: &mut TcpStream, mut far: TcpStream, mut limit: u64, (mut end, mut rest): (Instant, u64)) {
     let (mut out, mut back) = ([0; 1_024], [0; 1_024]);
     while limit > 0 {

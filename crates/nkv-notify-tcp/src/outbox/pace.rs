@@ -1,5 +1,5 @@
 //! The pace of the oldest clients, which take each read of their socket for one message and lose what shares a read with
-//! it: one message for each write, and a pause before the next. What waits meanwhile waits in the mailbox, where a newer
+//! it: one message for each write, and a pause before the next. The backlog stays in the mailbox meanwhile, where a newer
 //! change of a key takes the place of an older one.
 
 use std::pin::Pin;
@@ -44,7 +44,7 @@ pub(super) enum Next {
 }
 
 impl Outbox {
-    /// Writes each message on its own from now on, at least 2 ms after the one before, and conflates what waits meanwhile.
+    /// Writes each message on its own from now on, at least 2 ms after the one before, and conflates the backlog meanwhile.
     /// A change's line leaves out `revision` and `skipped` where that makes it fit into 1,024 bytes.
     ///
     /// A paced outbox does not shut its writer down when it has ended: how the connection ends is left to the caller.
@@ -74,7 +74,7 @@ impl Outbox {
     /// Says what is next while there is a pace, and puts a message into the buffer if one is at hand.
     #[cold]
     #[inline(never)]
-    pub(super) fn next_line(&mut self, cx: &mut Context<'_>, told: &Waker) -> Next {
+    pub(super) fn next_line(&mut self, cx: &mut Context<'_>, change_waker: &Waker) -> Next {
         let Some(pace) = &mut self.pace else { return Next::GoOn };
         if let Some(next) = std::mem::take(&mut pace.has_written).then(|| Instant::now().checked_add(PAUSE)).flatten() {
             pace.pause.as_mut().reset(next);
@@ -84,7 +84,7 @@ impl Outbox {
             return Next::GoOn;
         }
         if !pace.ends && pace.pause.as_mut().poll(cx).is_pending() {
-            self.inbox.poll_called(&mut Context::from_waker(told));
+            self.inbox.poll_called(&mut Context::from_waker(change_waker));
             return Next::Wait;
         }
         if pace.rest.is_empty() {

@@ -26,7 +26,7 @@ pub(crate) fn requests(data: &[u8]) {
     }
 }
 
-/// A field that nobody knows is ignored, but it keeps a line from being of the usual shape: both ways of reading a request
+/// An unknown field is ignored, but it keeps a line from being of the usual shape: both ways of reading a request
 /// must make the same of it.
 fn the_same_with_an_unknown_field(limits: Limits, line: &[u8]) {
     let [b'{', fields @ ..] = line.trim_ascii() else { return };
@@ -39,7 +39,7 @@ fn the_same_with_an_unknown_field(limits: Limits, line: &[u8]) {
         let input = [start, fields, &[b'\n'; 70]].concat();
         match Decoder::new(limits).decode(&input).item {
             Some(Ok(request)) => format!("{request:?}"),
-            // What is wrong is told by its place in the line.
+            // What is wrong is reported by its place in the line.
             Some(Err(refusal)) => format!("{:?} {} {}", refusal.id, refusal.status, refusal.close),
             None => "incomplete".into(),
         }

@@ -1,4 +1,4 @@
-//! What was written, as those who wrote it know: the truth that everything a client says is compared with.
+//! What was written, as its writers know: the truth that everything a client says is compared with.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard};

@@ -1,4 +1,4 @@
-//! Who uses the client: tasks that write and read and know what must be true, and readers of subscriptions.
+//! The users of the client: tasks that write and read and know what must be true, and readers of subscriptions.
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -18,7 +18,7 @@ pub const TASKS: usize = 100;
 pub const OTHERS: usize = 4;
 /// Keys that one task alone writes.
 const OWN: usize = 3;
-/// Keys that all write, and nobody deletes.
+/// Keys that all write, and none deletes.
 const SHARED: u64 = 8;
 /// What each call of the client is given, and what a slow machine is given besides.
 pub const LIMIT: Duration = Duration::from_secs(10);
@@ -285,7 +285,7 @@ impl Task {
             Err(error) if error.kind == ErrorKind::OutcomeUnknown => {
                 own.left_open(life.max(world.lives.load(SeqCst)));
             }
-            // Nothing was changed: the next read tells.
+            // Nothing was changed: the next read shows it.
             Err(_) => {}
         }
     }
@@ -433,7 +433,7 @@ impl View {
                 self.rises(world, who, key, *revision, reason.as_str());
                 self.known.remove(key.as_str());
                 if key.as_str().starts_with("shared") || *reason == GoneReason::Expired {
-                    world.wrong(format!("{who}: {key} is gone ({}), and nobody deletes it", reason.as_str()));
+                    world.wrong(format!("{who}: {key} is gone ({}), and no task deletes it", reason.as_str()));
                 }
             }
             Event::Synced { epoch, .. } => {

@@ -1,4 +1,4 @@
-//! What happened, as plain data on one clock: what clients asked and were answered, what subscribers were told, and
+//! What happened, as plain data on one clock: what clients asked and were answered, what subscribers received, and
 //! when the server died. The checkers read this and nothing else.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -47,9 +47,9 @@ pub enum Outcome {
     Refused,
 }
 
-/// What a subscriber was told, or saw of its connection.
+/// What a subscriber received, or saw of its connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Told {
+pub enum Notice {
     /// A connection was there, and nothing had been sent on it.
     Connected,
     /// The snapshot begins.
@@ -80,7 +80,7 @@ pub struct Watch {
     pub pattern: String,
     /// A subscription of the client library, which connects again by itself; otherwise each connection as it is.
     pub library: bool,
-    pub told: Vec<(Time, Told)>,
+    pub notices: Vec<(Time, Notice)>,
 }
 
 /// A death of the server, and what the next life began with.
@@ -130,7 +130,7 @@ pub type Change<'a> = (&'a str, Option<Value>);
 #[derive(Debug, Default)]
 pub struct Facts<'a> {
     pub puts: HashMap<Value, &'a Op>,
-    /// By revision: the writes that were answered, and the puts that somebody read.
+    /// By revision: the writes that were answered, and the puts that some client read.
     pub changes: BTreeMap<u64, Change<'a>>,
     /// The writes that were answered, by revision.
     pub written: HashMap<u64, &'a Op>,
@@ -185,7 +185,7 @@ impl<'a> Facts<'a> {
         (facts, wrong)
     }
 
-    /// Notes a change that somebody saw; says what is wrong if another is known at that revision.
+    /// Notes a change that some client saw; says what is wrong if another is known at that revision.
     pub fn learn(&mut self, revision: u64, key: &'a str, value: Option<Value>) -> Option<String> {
         let known = self.changes.entry(revision).or_insert((key, value));
         if *known != (key, value) {
@@ -198,7 +198,7 @@ impl<'a> Facts<'a> {
 
     /// Whether this may have been seen at this time; what is wrong if not.
     pub fn is_real(&self, key: &str, revision: u64, value: Value, seen: Time) -> Option<String> {
-        let Some(put) = self.puts.get(&value) else { return Some(format!("nobody put {value}")) };
+        let Some(put) = self.puts.get(&value) else { return Some(format!("{value} was never put")) };
         let right = match put.outcome {
             Outcome::Unknown => true,
             Outcome::Written(written) => written == revision,
@@ -218,7 +218,7 @@ impl<'a> Facts<'a> {
         self.unknown_deletes.get(key).is_some_and(|asked| asked.iter().any(|asked| *asked < by && fits(*asked)))
     }
 
-    /// The highest revision that had been proved to somebody by then.
+    /// The highest revision that had been proved to some client by then.
     pub fn proved(&self, by: Time) -> u64 {
         let before = self.proved.partition_point(|(time, _)| *time < by);
         before.checked_sub(1).map_or(0, |last| self.proved[last].1)

@@ -13,7 +13,7 @@ pub fn by_revision(ops: &[Op]) -> Vec<String> {
     let (facts, mut wrong) = Facts::gather(ops);
     let floors = real_time(ops, &facts, &mut wrong);
     for op in ops {
-        // A put without an answer that somebody read.
+        // A put without an answer that some client read.
         if let Outcome::Found(revision, value) = op.outcome
             && let Some(put) = facts.puts.get(&value)
             && put.is_unknown()
@@ -128,14 +128,14 @@ pub struct Search {
 /// what the next one begins with, so nothing is lost between them.
 pub fn by_search(ops: &[Op]) -> Search {
     let mut by_key = HashMap::<&str, Vec<&Op>>::new();
-    let tells = |op: &&Op| op.outcome != Outcome::Refused && !(op.ask == Ask::Get && op.is_unknown());
-    for op in ops.iter().filter(tells) {
+    let is_evidence = |op: &&Op| op.outcome != Outcome::Refused && !(op.ask == Ask::Get && op.is_unknown());
+    for op in ops.iter().filter(is_evidence) {
         by_key.entry(&op.key).or_default().push(op);
     }
     let mut found = Search::default();
     for ops in by_key.into_values() {
         found.windows += ops.len().div_ceil(WINDOW);
-        // Puts without an answer that nobody read matter seldom, and cost much.
+        // Puts without an answer that no client read matter seldom, and cost much.
         let observed: HashSet<Value> = ops.iter().filter_map(|op| observed(op)).collect();
         let (likely, rest): (Vec<&Op>, Vec<&Op>) =
             ops.into_iter().partition(|op| !op.is_unknown() || op.put().is_none_or(|value| observed.contains(&value)));
@@ -359,7 +359,7 @@ mod tests {
         &["1-2 put 7 @1", "3-4 delete @2", "5-6 delete absent", "7-8 put 8 if none @3", "9-10 get =8 @3"],
         &["1-2 put 7 @1", "3-6 put 8 if 1=7 @2", "4-7 put 9 if 1=7 !2", "8-9 get =8 @2"],
         &["1-2 put 7 @1", "3-4 put 8 refused", "3-4 delete refused", "5-6 get =7 @1", "7-8 put 9 @2"],
-        // Only a put that nobody read explains it.
+        // Only a put that no client read explains it.
         &["1-? put 8", "2-3 delete @2", "4-5 get absent"],
         &["1-? put 8", "2-3 put 9 if none !1", "4-? delete", "5-6 put 7 if none @3"],
         &["1-? delete", "2-? delete", "3-4 put 7 @1", "5-6 get absent", "7-8 put 8 @3", "9-10 get absent"],
@@ -377,7 +377,7 @@ mod tests {
     #[test]
     fn histories_of_no_order_fail_both_checks() {
         let bad: &[&[&str]] = &[
-            // Stale, lost, back again, from the future, of nobody.
+            // Stale, lost, back again, from the future, never put.
             &["1-2 put 7 @1", "3-4 put 8 @2", "5-6 get =7 @1"],
             &["1-2 put 7 @1", "3-4 get absent"],
             &["1-2 put 7 @1", "3-9 put 8 @2", "4-5 get =8 @2", "6-7 get =7 @1"],

@@ -1,4 +1,4 @@
-//! Who makes a history: clients and subscribers on raw connections, and subscriptions of the client library.
+//! The makers of a history: clients and subscribers on raw connections, and subscriptions of the client library.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -13,14 +13,14 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{sleep, timeout};
 
-use crate::history::{Ask, Op, Outcome, State, Time, Told, Value, Watch};
+use crate::history::{Ask, Notice, Op, Outcome, State, Time, Value, Watch};
 use crate::proxy::Dice;
 use crate::support::PATIENCE;
 use crate::watch;
 
 const HOT: [&str; 4] = ["a.h0", "a.h1", "b.h0", "b.h1"];
 const COLD: [&str; 10] = ["a", "a.c0", "a.c1", "a.c2", "a.h0.below", "b.c0", "b.c1", "b.c2", "b.h1.below.it", "alone"];
-/// Before somebody who could not connect tries again.
+/// The pause before a client that could not connect tries again.
 const PAUSE: Duration = Duration::from_millis(3);
 
 /// What all share.
@@ -35,7 +35,7 @@ pub struct World {
     pub refused: AtomicBool,
     values: AtomicU64,
     sessions: AtomicU64,
-    /// What somebody saw last of each key, for conditions.
+    /// What some client saw last of each key, for conditions.
     latest: Mutex<HashMap<&'static str, State>>,
 }
 
@@ -164,7 +164,7 @@ fn outcome(id: usize, answer: &Json) -> Outcome {
     }
 }
 
-/// A client that keeps asking, up to so many requests at a time, and connects again until it is told to stop.
+/// A client that keeps asking, up to `depth` requests at a time, and connects again until it is to stop.
 pub async fn ask(world: Arc<World>, name: String, depth: u64, mut dice: Dice) -> Vec<Op> {
     let mut ops = Vec::new();
     while !world.stop.load(SeqCst) {
@@ -201,7 +201,7 @@ pub async fn ask(world: Arc<World>, name: String, depth: u64, mut dice: Dice) ->
     ops
 }
 
-/// What a subscriber was told, and so knows.
+/// What a subscriber received, and so knows.
 pub struct Log {
     pub watch: Watch,
     pub known: BTreeMap<String, (u64, Value)>,
@@ -212,7 +212,7 @@ pub struct Log {
 
 impl Log {
     pub fn new(name: String, pattern: &str, library: bool) -> Arc<Mutex<Self>> {
-        let watch = Watch { name, pattern: pattern.into(), library, told: Vec::new() };
+        let watch = Watch { name, pattern: pattern.into(), library, notices: Vec::new() };
         Arc::new(Mutex::new(Log { watch, known: BTreeMap::new(), connected: 0, synced: false }))
     }
 }
@@ -227,17 +227,17 @@ pub struct Subscriber {
 }
 
 impl Subscriber {
-    fn told(&self, told: Told) {
+    fn note(&self, notice: Notice) {
         let mut log = self.log.lock().unwrap();
-        watch::learn(&mut log.known, &told);
+        watch::learn(&mut log.known, &notice);
         let now = self.world.now();
-        match told {
-            Told::Connected => (log.connected, log.synced) = (now, false),
-            Told::Hello | Told::Lost => log.synced = false,
-            Told::Synced { .. } => log.synced = true,
+        match notice {
+            Notice::Connected => (log.connected, log.synced) = (now, false),
+            Notice::Hello | Notice::Lost => log.synced = false,
+            Notice::Synced { .. } => log.synced = true,
             _ => {}
         }
-        log.watch.told.push((now, told));
+        log.watch.notices.push((now, notice));
     }
 
     async fn pause(&mut self) {
@@ -257,15 +257,15 @@ impl Subscriber {
                 sleep(PAUSE).await;
                 continue;
             };
-            self.told(Told::Connected);
+            self.note(Notice::Connected);
             let request = format!("{{\"type\":\"Subscribe\",\"key\":\"{pattern}\",\"snapshot\":true}}\n");
             if wire.send(&request).await.is_ok() {
                 while let Ok(message) = wire.message().await {
-                    self.told(notification(&message));
+                    self.note(notification(&message));
                     self.pause().await;
                 }
             }
-            self.told(Told::Lost);
+            self.note(Notice::Lost);
         }
     }
 
@@ -279,8 +279,8 @@ impl Subscriber {
             }
         };
         while let Some(event) = subscription.next().await {
-            let told = match event {
-                Event::Update { entry, skipped, .. } => Told::Update {
+            let notice = match event {
+                Event::Update { entry, skipped, .. } => Notice::Update {
                     key: entry.key.to_string(),
                     revision: entry.revision.get(),
                     value: value_of(std::str::from_utf8(&entry.value).unwrap()),
@@ -288,37 +288,37 @@ impl Subscriber {
                 },
                 Event::Gone { key, revision, reason, skipped, .. } => {
                     let missed = reason == GoneReason::Missed;
-                    Told::Gone { key: key.to_string(), revision: revision.get(), missed, skipped }
+                    Notice::Gone { key: key.to_string(), revision: revision.get(), missed, skipped }
                 }
                 Event::Synced { revision, epoch, .. } => {
-                    Told::Synced { revision: revision.get(), epoch: epoch.to_string() }
+                    Notice::Synced { revision: revision.get(), epoch: epoch.to_string() }
                 }
-                Event::Connected { .. } => Told::Connected,
-                Event::Reconnecting => Told::Lost,
+                Event::Connected { .. } => Notice::Connected,
+                Event::Reconnecting => Notice::Lost,
                 other => panic!("{pattern}: {other:?}"),
             };
-            self.told(told);
+            self.note(notice);
             self.pause().await;
         }
     }
 }
 
-fn notification(message: &Json) -> Told {
+fn notification(message: &Json) -> Notice {
     if message == "Hello" {
-        return Told::Hello;
+        return Notice::Hello;
     }
     let (kind, fields) = message.as_object().unwrap().iter().next().unwrap();
     let number = |name: &str| fields[name].as_u64().unwrap_or_else(|| panic!("no {name}: {message}"));
     let key = || fields["key"].as_str().unwrap().to_owned();
     match kind.as_str() {
-        "Update" => Told::Update {
+        "Update" => Notice::Update {
             key: key(),
             revision: number("revision"),
             value: value_of(fields["value"].as_str().unwrap()),
             skipped: number("skipped"),
         },
-        "Close" => Told::Gone { key: key(), revision: number("revision"), missed: false, skipped: number("skipped") },
-        "Synced" => Told::Synced { revision: number("revision"), epoch: fields["epoch"].as_str().unwrap().into() },
+        "Close" => Notice::Gone { key: key(), revision: number("revision"), missed: false, skipped: number("skipped") },
+        "Synced" => Notice::Synced { revision: number("revision"), epoch: fields["epoch"].as_str().unwrap().into() },
         _ => panic!("not a notification: {message}"),
     }
 }

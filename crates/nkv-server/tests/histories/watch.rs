@@ -1,9 +1,9 @@
-//! Is what subscribers were told true, in order, and complete? One function for each question; each returns what is
+//! Is what subscribers received true, in order, and complete? One function for each question; each returns what is
 //! wrong. The questions are those that the etcd project asks of its watches.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use crate::history::{Facts, History, Time, Told, Watch};
+use crate::history::{Facts, History, Notice, Time, Watch};
 
 /// Whether a subscription to a pattern covers a key. Not the server's code, on purpose.
 pub fn covers(pattern: &str, key: &str) -> bool {
@@ -16,23 +16,23 @@ pub fn covers(pattern: &str, key: &str) -> bool {
 }
 
 /// The key and revision of a change.
-fn change(told: &Told) -> Option<(&str, u64)> {
-    match told {
-        Told::Update { key, revision, .. } | Told::Gone { key, revision, .. } => Some((key, *revision)),
+fn change(notice: &Notice) -> Option<(&str, u64)> {
+    match notice {
+        Notice::Update { key, revision, .. } | Notice::Gone { key, revision, .. } => Some((key, *revision)),
         _ => None,
     }
 }
 
-/// What is wrong, with the name of who was told.
-fn wrong(watch: &Watch, why: impl std::fmt::Display, told: &Told) -> String {
-    format!("{} ({}): {why}: {told:?}", watch.name, watch.pattern)
+/// What is wrong, with the name of the subscriber.
+fn wrong(watch: &Watch, why: impl std::fmt::Display, notice: &Notice) -> String {
+    format!("{} ({}): {why}: {notice:?}", watch.name, watch.pattern)
 }
 
 /// Filter: only of keys that the pattern covers.
 pub fn filter(watch: &Watch) -> Vec<String> {
     let others =
-        watch.told.iter().filter(|(_, told)| change(told).is_some_and(|(key, _)| !covers(&watch.pattern, key)));
-    others.map(|(_, told)| wrong(watch, "not covered", told)).collect()
+        watch.notices.iter().filter(|(_, notice)| change(notice).is_some_and(|(key, _)| !covers(&watch.pattern, key)));
+    others.map(|(_, notice)| wrong(watch, "not covered", notice)).collect()
 }
 
 /// Ordered: the revisions of a key rise within an epoch. On one connection the revisions of all keys do, but within a
@@ -41,25 +41,25 @@ pub fn ordered(watch: &Watch) -> Vec<String> {
     let mut found = Vec::new();
     let mut keys = HashMap::<&str, u64>::new();
     let (mut snapshot, mut last, mut highest) = (None::<Vec<&str>>, 0, 0);
-    for (_, told) in &watch.told {
-        if *told == Told::Connected && !watch.library {
+    for (_, notice) in &watch.notices {
+        if *notice == Notice::Connected && !watch.library {
             keys.clear();
             (snapshot, last, highest) = (None, 0, 0);
         }
-        if *told == Told::Hello && !watch.library {
+        if *notice == Notice::Hello && !watch.library {
             snapshot = Some(Vec::new());
         }
-        if let Told::Synced { revision, .. } = told
+        if let Notice::Synced { revision, .. } = notice
             && !watch.library
         {
             if snapshot.take().is_none() || *revision < highest {
-                found.push(wrong(watch, format!("nothing was begun, or {highest} was told before"), told));
+                found.push(wrong(watch, format!("nothing was begun, or {highest} was received before"), notice));
             }
             last = *revision;
         }
-        let Some((key, revision)) = change(told) else { continue };
+        let Some((key, revision)) = change(notice) else { continue };
         if keys.insert(key, revision).is_some_and(|before| before >= revision) {
-            found.push(wrong(watch, "its key was further already", told));
+            found.push(wrong(watch, "its key was further already", notice));
         }
         if watch.library {
             continue;
@@ -68,68 +68,68 @@ pub fn ordered(watch: &Watch) -> Vec<String> {
         match &mut snapshot {
             Some(before) => {
                 let segments: Vec<&str> = key.split('.').collect();
-                if *before >= segments || matches!(told, Told::Gone { .. }) {
-                    found.push(wrong(watch, "out of order within a snapshot", told));
+                if *before >= segments || matches!(notice, Notice::Gone { .. }) {
+                    found.push(wrong(watch, "out of order within a snapshot", notice));
                 }
                 *before = segments;
             }
-            None if revision <= last => found.push(wrong(watch, format!("after {last}"), told)),
+            None if revision <= last => found.push(wrong(watch, format!("after {last}"), notice)),
             None => last = revision,
         }
     }
     found
 }
 
-/// Unique: no change is told twice; to a subscription of the library in an epoch, to others on a connection.
+/// Unique: no change is received twice; to a subscription of the library in an epoch, to others on a connection.
 pub fn unique(watch: &Watch) -> Vec<String> {
     let (mut found, mut seen) = (Vec::new(), HashSet::new());
-    for (_, told) in &watch.told {
-        if *told == Told::Connected && !watch.library {
+    for (_, notice) in &watch.notices {
+        if *notice == Notice::Connected && !watch.library {
             seen.clear();
         }
-        if change(told).is_some_and(|change| !seen.insert(change)) {
-            found.push(wrong(watch, "told twice", told));
+        if change(notice).is_some_and(|change| !seen.insert(change)) {
+            found.push(wrong(watch, "received twice", notice));
         }
     }
     found
 }
 
-/// Real: everything told was done, or may have been, before it was told; and no revision is two things.
+/// Real: every notice was of what was done, or may have been, before it was received; and no revision is two things.
 pub fn real<'a>(history: &'a History, facts: &mut Facts<'a>) -> Vec<String> {
     let mut found = Vec::new();
     for watch in &history.watches {
-        for (time, told) in &watch.told {
-            let why = match told {
-                Told::Update { key, revision, value, .. } => {
+        for (time, notice) in &watch.notices {
+            let why = match notice {
+                Notice::Update { key, revision, value, .. } => {
                     facts.is_real(key, *revision, *value, *time).or_else(|| facts.learn(*revision, key, Some(*value)))
                 }
-                Told::Gone { key, revision, missed: false, .. } => {
+                Notice::Gone { key, revision, missed: false, .. } => {
                     let known = facts.changes.get(revision) == Some(&(key.as_str(), None));
                     if known || facts.may_be_deleted(key, *time, *revision..=*revision) {
                         facts.learn(*revision, key, None)
                     } else {
-                        Some("nobody deleted it".into())
+                        Some("it was never deleted".into())
                     }
                 }
                 _ => None,
             };
-            found.extend(why.map(|why| wrong(watch, why, told)));
+            found.extend(why.map(|why| wrong(watch, why, notice)));
         }
     }
     for watch in &history.watches {
-        for (time, told) in &watch.told {
-            if let Told::Gone { key, revision, missed: true, .. } = told
+        for (time, notice) in &watch.notices {
+            if let Notice::Gone { key, revision, missed: true, .. } = notice
                 && let Some((at, Some(_))) = facts.last(key, *revision)
                 && !facts.may_be_deleted(key, *time, at..=*revision)
             {
-                found.push(wrong(watch, format!("it was there since {at}"), told));
+                found.push(wrong(watch, format!("it was there since {at}"), notice));
             }
         }
     }
     found
 }
 
-/// Durable: what was told, read or acknowledged in a life of the server is recovered in the next, in the same epoch.
+/// Durable: what was notified, read or acknowledged in a life of the server is recovered in the next, in the same epoch.
 pub fn durable(history: &History) -> Vec<String> {
     let (mut found, mut before) = (Vec::new(), 0);
     for restart in &history.restarts {
@@ -150,17 +150,17 @@ pub fn durable(history: &History) -> Vec<String> {
     for watch in &history.watches {
         // What comes over a connection is of the life that greeted it, however late it is read.
         let mut greeted_in = usize::MAX;
-        for (time, told) in &watch.told {
-            match told {
-                Told::Hello => greeted_in = history.restarts.partition_point(|restart| restart.killed <= *time),
-                Told::Connected | Told::Lost => greeted_in = usize::MAX,
+        for (time, notice) in &watch.notices {
+            match notice {
+                Notice::Hello => greeted_in = history.restarts.partition_point(|restart| restart.killed <= *time),
+                Notice::Connected | Notice::Lost => greeted_in = usize::MAX,
                 _ => {}
             }
-            let revision = match told {
-                Told::Synced { revision, .. } => Some(*revision),
-                _ => change(told).map(|(_, revision)| revision),
+            let revision = match notice {
+                Notice::Synced { revision, .. } => Some(*revision),
+                _ => change(notice).map(|(_, revision)| revision),
             };
-            found.extend(lost(by_time(*time).min(greeted_in), revision).map(|why| wrong(watch, why, told)));
+            found.extend(lost(by_time(*time).min(greeted_in), revision).map(|why| wrong(watch, why, notice)));
         }
     }
     found
@@ -172,34 +172,34 @@ pub fn synced(watch: &Watch, history: &History, facts: &Facts<'_>) -> Vec<String
     // Of each key, the revision of what is known, deletes included.
     let mut known = HashMap::<&str, (u64, bool)>::new();
     let (mut connected, mut filling) = (0, false);
-    for (time, told) in &watch.told {
-        match told {
-            Told::Connected => {
+    for (time, notice) in &watch.notices {
+        match notice {
+            Notice::Connected => {
                 if filling && !watch.library {
-                    found.push(wrong(watch, "a snapshot did not end, and neither did its connection", told));
+                    found.push(wrong(watch, "a snapshot did not end, and neither did its connection", notice));
                 }
                 (connected, filling) = (*time, false);
             }
-            Told::Hello => {
+            Notice::Hello => {
                 filling = true;
                 known.clear();
             }
-            Told::Lost => filling = false,
-            Told::Update { key, revision, .. } => _ = known.insert(key, (*revision, true)),
-            Told::Gone { key, revision, .. } => _ = known.insert(key, (*revision, false)),
-            Told::Synced { revision, epoch } => {
+            Notice::Lost => filling = false,
+            Notice::Update { key, revision, .. } => _ = known.insert(key, (*revision, true)),
+            Notice::Gone { key, revision, .. } => _ = known.insert(key, (*revision, false)),
+            Notice::Synced { revision, epoch } => {
                 filling = false;
                 if *epoch != history.epoch {
-                    found.push(wrong(watch, "another epoch", told));
+                    found.push(wrong(watch, "another epoch", notice));
                 }
                 let proved = facts.proved(connected);
                 if proved > *revision && !watch.library {
-                    found.push(wrong(watch, format!("{proved} was proved before it was asked for"), told));
+                    found.push(wrong(watch, format!("{proved} was proved before it was asked for"), notice));
                 }
                 for key in facts.by_key.keys().filter(|key| covers(&watch.pattern, key)) {
                     let (known, last) = (known.get(key).copied(), facts.last(key, *revision));
                     let ok = match (known, last) {
-                        // What is gone is not told again, though it may have come and gone meanwhile.
+                        // What is gone is not notified again, though it may have come and gone meanwhile.
                         (Some((_, false)), Some((_, None))) if watch.library => true,
                         (Some((at, false)), Some((last, Some(_)))) if watch.library && at < last => {
                             facts.may_be_deleted(key, *time, last..=*revision)
@@ -211,7 +211,7 @@ pub fn synced(watch: &Watch, history: &History, facts: &Facts<'_>) -> Vec<String
                         (None, _) => true,
                     };
                     if !ok {
-                        found.push(wrong(watch, format!("{key} is known as {known:?} and was {last:?}"), told));
+                        found.push(wrong(watch, format!("{key} is known as {known:?} and was {last:?}"), notice));
                     }
                 }
             }
@@ -220,20 +220,20 @@ pub fn synced(watch: &Watch, history: &History, facts: &Facts<'_>) -> Vec<String
     found
 }
 
-/// What a subscriber knows, if it forgets all when it is sent a new snapshot, or told what it missed.
+/// What a subscriber knows, if it forgets all when it is sent a new snapshot, or notified of what it missed.
 pub fn knows(watch: &Watch) -> BTreeMap<String, (u64, u64)> {
     let mut known = BTreeMap::new();
-    for (_, told) in &watch.told {
-        learn(&mut known, told);
+    for (_, notice) in &watch.notices {
+        learn(&mut known, notice);
     }
     known
 }
 
-pub fn learn(known: &mut BTreeMap<String, (u64, u64)>, told: &Told) {
-    match told {
-        Told::Hello => known.clear(),
-        Told::Update { key, revision, value, .. } => _ = known.insert(key.clone(), (*revision, *value)),
-        Told::Gone { key, .. } => _ = known.remove(key),
+pub fn learn(known: &mut BTreeMap<String, (u64, u64)>, notice: &Notice) {
+    match notice {
+        Notice::Hello => known.clear(),
+        Notice::Update { key, revision, value, .. } => _ = known.insert(key.clone(), (*revision, *value)),
+        Notice::Gone { key, .. } => _ = known.remove(key),
         _ => {}
     }
 }
@@ -260,25 +260,25 @@ mod tests {
     use super::*;
     use crate::history::{Ask, Op, Outcome, Restart};
 
-    fn update(key: &str, revision: u64, value: u64) -> Told {
-        Told::Update { key: key.into(), revision, value, skipped: 0 }
+    fn update(key: &str, revision: u64, value: u64) -> Notice {
+        Notice::Update { key: key.into(), revision, value, skipped: 0 }
     }
 
-    fn gone(key: &str, revision: u64, missed: bool) -> Told {
-        Told::Gone { key: key.into(), revision, missed, skipped: 0 }
+    fn gone(key: &str, revision: u64, missed: bool) -> Notice {
+        Notice::Gone { key: key.into(), revision, missed, skipped: 0 }
     }
 
-    fn end(revision: u64) -> Told {
-        Told::Synced { revision, epoch: "e".into() }
+    fn end(revision: u64) -> Notice {
+        Notice::Synced { revision, epoch: "e".into() }
     }
 
-    fn watch(library: bool, told: &[(Time, Told)]) -> Watch {
-        Watch { name: "w".into(), pattern: "a.*".into(), library, told: told.to_vec() }
+    fn watch(library: bool, notices: &[(Time, Notice)]) -> Watch {
+        Watch { name: "w".into(), pattern: "a.*".into(), library, notices: notices.to_vec() }
     }
 
     /// `a.x` = 7 at 1, `a.y` = 8 at 2, `b` = 9 at 3, `a.x` deleted at 4, `a.x` = 10 at 5 without an answer; killed at
     /// 100 and there again at 110.
-    fn history(library: bool, told: &[(Time, Told)]) -> History {
+    fn history(library: bool, notices: &[(Time, Notice)]) -> History {
         let op = |time: Time, key: &str, ask, outcome| {
             let returned = if outcome == Outcome::Unknown { Time::MAX } else { time + 5 };
             Op { session: time, key: key.into(), ask, expect: None, invoked: time, returned, outcome }
@@ -292,7 +292,7 @@ mod tests {
         ];
         let restarts = vec![Restart { killed: 100, at: 110, recovered: 5, epoch: "e".into() }];
         let store = [("a.x", (5, 10)), ("a.y", (2, 8)), ("b", (3, 9))].map(|(key, entry)| (key.into(), entry)).into();
-        History { epoch: "e".into(), ops, watches: vec![watch(library, told)], restarts, store }
+        History { epoch: "e".into(), ops, watches: vec![watch(library, notices)], restarts, store }
     }
 
     /// How many wrongs each validator finds: filter, ordered, unique, real, durable, synced, converged.
@@ -306,32 +306,32 @@ mod tests {
         [filter(watch).len(), ordered(watch).len(), unique(watch).len(), real, durable, synced, converged]
     }
 
-    fn good() -> Vec<(Time, Told)> {
+    fn good() -> Vec<(Time, Notice)> {
         vec![
-            (22, Told::Connected),
-            (23, Told::Hello),
+            (22, Notice::Connected),
+            (23, Notice::Hello),
             (24, update("a.x", 1, 7)),
             (26, update("a.y", 2, 8)),
             (27, end(2)),
             (44, gone("a.x", 4, false)),
             (55, update("a.x", 5, 10)),
-            (101, Told::Lost),
-            (120, Told::Connected),
-            (121, Told::Hello),
+            (101, Notice::Lost),
+            (120, Notice::Connected),
+            (121, Notice::Hello),
             (122, update("a.x", 5, 10)),
             (123, update("a.y", 2, 8)),
             (124, end(5)),
         ]
     }
 
-    /// The library tells nothing twice.
-    fn good_library() -> Vec<(Time, Told)> {
+    /// The library notifies of nothing twice.
+    fn good_library() -> Vec<(Time, Notice)> {
         vec![
             (24, update("a.x", 1, 7)),
             (26, update("a.y", 2, 8)),
             (27, end(2)),
-            (32, Told::Lost),
-            (45, Told::Connected),
+            (32, Notice::Lost),
+            (45, Notice::Connected),
             (46, gone("a.x", 4, true)),
             (47, end(4)),
             (55, update("a.x", 5, 10)),
@@ -345,15 +345,15 @@ mod tests {
     }
 
     /// What a mistake does to the good one.
-    fn judge_with(library: bool, mistake: impl FnOnce(&mut Vec<(Time, Told)>)) -> [usize; 7] {
-        let mut told = if library { good_library() } else { good() };
-        mistake(&mut told);
-        judge(&history(library, &told))
+    fn judge_with(library: bool, mistake: impl FnOnce(&mut Vec<(Time, Notice)>)) -> [usize; 7] {
+        let mut notices = if library { good_library() } else { good() };
+        mistake(&mut notices);
+        judge(&history(library, &notices))
     }
 
     #[test]
     fn each_validator_finds_its_own() {
-        let [filter, ..] = judge_with(false, |told| told.insert(5, (43, update("b", 3, 9))));
+        let [filter, ..] = judge_with(false, |notices| notices.insert(5, (43, update("b", 3, 9))));
         assert_eq!(filter, 1);
         for pattern in ["a.x", "a", "a.x.y"] {
             assert_eq!(covers(pattern, "a.x"), pattern != "a.x.y", "{pattern}");
@@ -361,35 +361,35 @@ mod tests {
         assert!(!covers("a.x", "a.xy") && !covers("a.*", "a") && covers("*", "a"));
 
         // A live change after a newer one, a snapshot out of order, one with something newer than its end.
-        assert_eq!(judge_with(false, |told| told.insert(6, (50, update("a.y", 2, 8))))[1], 2);
-        assert_eq!(judge_with(false, |told| told.swap(2, 3))[1], 1);
-        assert_eq!(judge_with(false, |told| told[4].1 = end(1))[1], 1);
+        assert_eq!(judge_with(false, |notices| notices.insert(6, (50, update("a.y", 2, 8))))[1], 2);
+        assert_eq!(judge_with(false, |notices| notices.swap(2, 3))[1], 1);
+        assert_eq!(judge_with(false, |notices| notices[4].1 = end(1))[1], 1);
         // The library goes back after a reconnect.
-        assert_eq!(judge_with(true, |told| told.insert(8, (56, update("a.x", 1, 7))))[1], 1);
+        assert_eq!(judge_with(true, |notices| notices.insert(8, (56, update("a.x", 1, 7))))[1], 1);
 
-        assert_eq!(judge_with(false, |told| told.insert(7, (56, update("a.x", 5, 10))))[2], 1);
-        assert_eq!(judge_with(true, |told| told.insert(6, (47, update("a.y", 2, 8))))[2], 1);
+        assert_eq!(judge_with(false, |notices| notices.insert(7, (56, update("a.x", 5, 10))))[2], 1);
+        assert_eq!(judge_with(true, |notices| notices.insert(6, (47, update("a.y", 2, 8))))[2], 1);
 
-        // A value of nobody, of another revision, before its put; a delete of nobody; missed, and there.
-        assert_eq!(judge_with(false, |told| told[6].1 = update("a.x", 5, 11))[3], 1);
-        assert_eq!(judge_with(false, |told| told[3].1 = update("a.y", 1, 8))[3], 1);
-        assert_eq!(judge_with(false, |told| told[6].0 = 49)[3], 1);
-        assert_eq!(judge_with(false, |told| told.insert(6, (54, gone("a.y", 6, false))))[3], 1);
-        assert_eq!(judge_with(true, |told| told[5].1 = gone("a.y", 4, true))[3], 1);
+        // A value without a put, of another revision, before its put; a delete without a request; missed, and there.
+        assert_eq!(judge_with(false, |notices| notices[6].1 = update("a.x", 5, 11))[3], 1);
+        assert_eq!(judge_with(false, |notices| notices[3].1 = update("a.y", 1, 8))[3], 1);
+        assert_eq!(judge_with(false, |notices| notices[6].0 = 49)[3], 1);
+        assert_eq!(judge_with(false, |notices| notices.insert(6, (54, gone("a.y", 6, false))))[3], 1);
+        assert_eq!(judge_with(true, |notices| notices[5].1 = gone("a.y", 4, true))[3], 1);
     }
 
     #[test]
-    fn what_was_told_and_is_lost_is_not_durable() {
-        for (library, told) in [(false, good()), (true, good_library())] {
-            let mut history = history(library, &told);
+    fn what_was_notified_and_is_lost_is_not_durable() {
+        for (library, notices) in [(false, good()), (true, good_library())] {
+            let mut history = history(library, &notices);
             history.restarts[0].recovered = 4;
             assert!(judge(&history)[4] >= 1, "{library}");
         }
         // Read late, from a connection of the life before.
         let mut late = history(false, &good());
         late.restarts[0].recovered = 4;
-        late.watches[0].told[6].0 = 111;
-        late.watches[0].told[7].0 = 112;
+        late.watches[0].notices[6].0 = 111;
+        late.watches[0].notices[7].0 = 112;
         assert_eq!(judge(&late)[4], 1);
         let mut read = history(false, &[]);
         read.restarts[0].recovered = 3;
@@ -402,20 +402,20 @@ mod tests {
     #[test]
     fn a_snapshot_that_is_no_state_is_not_synced() {
         // A key that is missing, one that is stale, one that was deleted, one snapshot without an end.
-        assert_eq!(judge_with(false, |told| drop(told.remove(3)))[5], 1);
-        assert_eq!(judge_with(false, |told| told[10].1 = update("a.x", 1, 7))[5], 1);
-        assert_eq!(judge_with(false, |told| told[4].1 = end(4))[5], 1);
-        assert_eq!(judge_with(false, |told| drop(told.drain(4..8)))[5], 1);
+        assert_eq!(judge_with(false, |notices| drop(notices.remove(3)))[5], 1);
+        assert_eq!(judge_with(false, |notices| notices[10].1 = update("a.x", 1, 7))[5], 1);
+        assert_eq!(judge_with(false, |notices| notices[4].1 = end(4))[5], 1);
+        assert_eq!(judge_with(false, |notices| drop(notices.drain(4..8)))[5], 1);
         // Older than what was acknowledged before it was asked for.
-        assert_eq!(judge_with(false, |told| told[0].0 = 46)[5], 1);
-        assert_eq!(judge_with(true, |told| drop(told.remove(5)))[5], 1, "a delete that was not reported");
-        assert_eq!(judge_with(true, |told| told[6].1 = Told::Synced { revision: 4, epoch: "f".into() })[5], 1);
+        assert_eq!(judge_with(false, |notices| notices[0].0 = 46)[5], 1);
+        assert_eq!(judge_with(true, |notices| drop(notices.remove(5)))[5], 1, "a delete that was not reported");
+        assert_eq!(judge_with(true, |notices| notices[6].1 = Notice::Synced { revision: 4, epoch: "f".into() })[5], 1);
     }
 
     #[test]
-    fn whoever_knows_less_or_more_than_the_store_has_not_converged() {
-        assert_eq!(judge_with(true, |told| drop(told.pop()))[6], 1);
-        assert_eq!(judge_with(false, |told| drop(told.remove(11)))[6], 1);
-        assert_eq!(judge_with(true, |told| told.push((60, gone("a.y", 6, false))))[6], 1);
+    fn a_subscriber_that_knows_less_or_more_than_the_store_has_not_converged() {
+        assert_eq!(judge_with(true, |notices| drop(notices.pop()))[6], 1);
+        assert_eq!(judge_with(false, |notices| drop(notices.remove(11)))[6], 1);
+        assert_eq!(judge_with(true, |notices| notices.push((60, gone("a.y", 6, false))))[6], 1);
     }
 }

@@ -36,7 +36,7 @@ impl Strace {
         while !said.contains("attached") {
             assert!(stderr.read_line(&mut said).unwrap() > 0, "strace did not attach: {said}");
         }
-        // It goes on to say things, and must not be held up by nobody reading them.
+        // It goes on to say things, and must not wait for a reader.
         thread::spawn(move || stderr.lines().map_while(Result::ok).for_each(drop));
         Some(Strace(child))
     }

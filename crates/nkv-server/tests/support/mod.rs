@@ -132,7 +132,7 @@ impl Conn {
         serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:.200}"))
     }
 
-    /// So many raw bytes.
+    /// Reads `len` raw bytes.
     pub fn bytes(&mut self, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.reader.read_exact(&mut bytes).unwrap();

@@ -111,7 +111,7 @@ pub(crate) enum Command {
         #[arg(long, value_name = "N")]
         if_revision: Option<u64>,
     },
-    /// Tells the changes of a key and all below it, the present values first
+    /// Prints the changes of a key and all below it, the present values first
     #[command(visible_aliases = ["sub", "watch"])]
     Subscribe {
         /// A key, KEY.* or *
@@ -119,13 +119,13 @@ pub(crate) enum Command {
         /// Ends after the first value or change
         #[arg(long, conflicts_with = "count")]
         once: bool,
-        /// Ends after so many values and changes
+        /// Ends after this number of values and changes
         #[arg(long, value_name = "N")]
         count: Option<u64>,
-        /// Tells changes alone, not the present values
+        /// Prints changes alone, not the present values
         #[arg(long)]
         no_snapshot: bool,
-        /// Tells of the key alone, not of what is below it
+        /// Subscribes to the key alone, not to what is below it
         #[arg(long)]
         exact: bool,
     },
@@ -178,7 +178,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct PageArgs {
-    /// At most so many keys
+    /// The highest number of keys
     #[arg(long, value_name = "N")]
     pub(crate) limit: Option<u64>,
     /// Only keys after this one
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_told_from_a_command_and_stands_only_in_front() {
+    fn an_address_is_distinguished_from_a_command_and_stands_only_in_front() {
         for (words, addr) in [
             (&["db1:4222", "get", "a"][..], Some("db1:4222")),
             (&["db1", "get", "a"], Some("db1")),
@@ -451,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_told_in_one_line() {
+    fn what_is_wrong_is_reported_in_one_line() {
         let error = LineParser::new().parse(b"put a").unwrap_err();
         assert_eq!(in_short(&error), "the following required arguments were not provided: <VALUE>");
         assert_eq!(in_short(&LineParser::new().parse(b"put 'a").unwrap_err()), "a quotation mark has no partner");

@@ -39,7 +39,7 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// Tells it, and says how to end.
+    /// Reports it, and returns how to end.
     pub(crate) fn report(&self, out: Output, command: Option<&Command>) -> Exit {
         let (exit, what) = self.in_words(out, command);
         match what {

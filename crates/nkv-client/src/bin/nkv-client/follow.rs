@@ -43,15 +43,15 @@ impl Follow {
     }
 }
 
-/// Tells what a subscription tells, until it ends or has told enough.
+/// Writes the events of a subscription, until it ends or has delivered the number asked for.
 pub(crate) async fn run(client: &Client, follow: &Follow, out: Output) -> Result<Exit, Failure> {
-    let telling = async {
+    let printing = async {
         let Follow { pattern, count, .. } = follow;
         let mut subscription = follow.begin(client).await?;
-        let mut told = 0;
-        while count.is_none_or(|count| told < count) {
+        let mut delivered = 0;
+        while count.is_none_or(|count| delivered < count) {
             let Some(event) = subscription.next().await else { break };
-            told += u64::from(matches!(event, Event::Update { .. } | Event::Gone { .. }));
+            delivered += u64::from(matches!(event, Event::Update { .. } | Event::Gone { .. }));
             match out.event(pattern, &event) {
                 Line::Result(line) => out.line(&line)?,
                 Line::Note(note) | Line::Error(note) => out.note(&note)?,
@@ -64,7 +64,7 @@ pub(crate) async fn run(client: &Client, follow: &Follow, out: Output) -> Result
     };
     tokio::select! {
         biased;
-        told = follow.in_time(telling) => told,
+        exit = follow.in_time(printing) => exit,
         // With the next change it would be noticed too, but that may be long in coming.
         () = reader_has_gone() => Err(Failure::BrokenPipe),
     }

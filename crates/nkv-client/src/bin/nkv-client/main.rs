@@ -139,7 +139,7 @@ async fn connect(addr: Option<String>, args: &Args) -> Result<Client, Failure> {
     }
 }
 
-/// Whether somebody is there: a server that hangs is not one that is absent.
+/// Whether a server is there: one that hangs is not one that is absent.
 async fn takes_connections(addr: &str) -> bool {
     let connected = async {
         match addr.parse::<Address>() {
@@ -181,7 +181,7 @@ pub(crate) async fn end_when_interrupted() {
 /// Work that Ctrl-C ends.
 pub(crate) async fn interruptible<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     tokio::select! {
-        // Listening begins when this is first polled: before the work, which may have told somebody that it goes on.
+        // Listening begins when this is first polled: before the work, which may have reported that it goes on.
         biased;
         interrupted = tokio::signal::ctrl_c() => match interrupted {
             Ok(()) => Err(Failure::Interrupted),

@@ -85,7 +85,7 @@ impl Output {
         }
     }
 
-    /// What a subscription tells, as a line. With no place for it, it is a note.
+    /// An event of a subscription, as a line. With no place for it, it is a note.
     pub(crate) fn event(self, pattern: &str, event: &Event) -> Line {
         if self.json {
             return Line::Result(event_json(pattern, event).to_string().into_bytes());
@@ -135,7 +135,7 @@ fn to_stdout(bytes: &[u8]) -> io::Result<()> {
     stdio::write_all(io::stdout().lock(), bytes)
 }
 
-/// Writes to stderr; when that is not possible, there is nobody left to tell.
+/// Writes to stderr; when that is not possible, no reader is left.
 pub(crate) fn complain(what: &str) {
     let what = if io::stderr().is_terminal() { shown(what.as_bytes(), Form::Terminal) } else { what.to_owned() };
     drop(stdio::write_all(io::stderr().lock(), (what + "\n").as_bytes()));

@@ -1,7 +1,7 @@
 //! The interactive mode of a terminal, with completion and a history.
 //!
-//! It ends with 0, whatever became of the commands. Subscriptions go on while the next command is typed. What they tell
-//! is written above the prompt.
+//! It ends with 0, whatever became of the commands. Subscriptions go on while the next command is typed. Their events
+//! are written above the prompt.
 
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;

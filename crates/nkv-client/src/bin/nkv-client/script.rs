@@ -153,7 +153,7 @@ impl Script<'_> {
                     continue;
                 }
                 part = parts.recv() => part,
-                // Only subscriptions wait for something that they can tell; writes are done without a reader too.
+                // Only subscriptions wait for something that they can print; writes are done without a reader too.
                 () = &mut reader, if self.session.is_subscribed() => return Err(Failure::BrokenPipe),
             };
             match part {
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_told_apart_and_one_that_is_too_long_is_counted() {
+    fn lines_are_distinguished_and_one_that_is_too_long_is_counted() {
         assert_eq!(lines(b"a\nb\r\n\nc"), ["a\n", "b\r\n", "\n", "c"]);
         assert_eq!(lines(b"1234567\n12345678\nx\n"), ["1234567\n", "too long", "x\n"]);
         assert_eq!(lines(b"a\n123456789 123456789"), ["a\n", "too long"]);

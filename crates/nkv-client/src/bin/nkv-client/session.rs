@@ -122,11 +122,11 @@ impl<'a> Session<'a> {
 
     /// Whether a subscription is under way.
     pub(crate) fn is_subscribed(&self) -> bool {
-        self.subscriptions.values().any(|(_, telling)| !telling.is_finished())
+        self.subscriptions.values().any(|(_, printing)| !printing.is_finished())
     }
 
     async fn subscribe(&mut self, client: &Client, follow: Follow, out: Output) -> Result<Exit, Failure> {
-        self.subscriptions.retain(|_, (_, telling)| !telling.is_finished());
+        self.subscriptions.retain(|_, (_, printing)| !printing.is_finished());
         let pattern = follow.pattern.clone();
         if self.subscriptions.contains_key(&pattern) {
             return Err(Failure::Usage(format!("'{pattern}' is subscribed already")));
@@ -135,8 +135,8 @@ impl<'a> Session<'a> {
         answer(out, "subscribe", &pattern)?;
         let (stop, stopped) = oneshot::channel();
         let (lines, failures) = (self.lines.clone(), self.failures.clone());
-        let telling = tokio::spawn(async move {
-            let Err(failure) = follow.in_time(tell(subscription, &follow, out, &lines, stopped)).await else { return };
+        let printing = tokio::spawn(async move {
+            let Err(failure) = follow.in_time(print(subscription, &follow, out, &lines, stopped)).await else { return };
             let (exit, what) = failure.in_words(out, None);
             failures.add(out.place, exit);
             if let Some(what) = what {
@@ -144,12 +144,12 @@ impl<'a> Session<'a> {
                 _ = lines.send(Line::Error(what)).await;
             }
         });
-        self.subscriptions.insert(pattern, (stop, telling));
+        self.subscriptions.insert(pattern, (stop, printing));
         Ok(Exit::Ok)
     }
 
     fn unsubscribe(&mut self, pattern: &str, out: Output) -> Result<Exit, Failure> {
-        self.subscriptions.retain(|_, (_, telling)| !telling.is_finished());
+        self.subscriptions.retain(|_, (_, printing)| !printing.is_finished());
         match self.subscriptions.remove(pattern) {
             Some(_) => answer(out, "unsubscribe", pattern)?,
             None => return Err(Failure::NotFound),
@@ -157,14 +157,14 @@ impl<'a> Session<'a> {
         Ok(Exit::Ok)
     }
 
-    /// Lets subscriptions tell what has already come, such as the changes that this session itself made.
+    /// Lets subscriptions print what has already come, such as the changes that this session itself made.
     pub(crate) async fn end(self, writer: JoinHandle<()>) {
         let Session { lines, subscriptions, .. } = self;
         let last_words = async {
-            for (stop, telling) in subscriptions.into_values() {
+            for (stop, printing) in subscriptions.into_values() {
                 drop(stop);
                 // A task that broke has nothing more to say.
-                drop(telling.await);
+                drop(printing.await);
             }
             drop(lines);
             drop(writer.await);
@@ -178,16 +178,16 @@ fn answer(out: Output, op: &str, pattern: &str) -> io::Result<()> {
     if out.json { out.object(&json!({"op": op, "key": pattern})) } else { out.note("OK") }
 }
 
-/// Writes what a subscription tells until it has told enough, or is stopped and has nothing more to say.
-async fn tell(
+/// Writes the events of a subscription until it has delivered the number asked for, or is stopped and none is left.
+async fn print(
     mut subscription: Subscription,
     follow: &Follow,
     out: Output,
     lines: &mpsc::Sender<Line>,
     mut stopped: oneshot::Receiver<()>,
 ) -> Result<(), Failure> {
-    let mut told = 0;
-    while follow.count.is_none_or(|count| told < count) {
+    let mut delivered = 0;
+    while follow.count.is_none_or(|count| delivered < count) {
         let event = tokio::select! {
             biased;
             event = subscription.next() => event,
@@ -199,7 +199,7 @@ async fn tell(
             Line::Note(note) => Some(Line::Note(at(out.place, &note))),
             line => Some(line),
         };
-        told += u64::from(matches!(event, Event::Update { .. } | Event::Gone { .. }));
+        delivered += u64::from(matches!(event, Event::Update { .. } | Event::Gone { .. }));
         if let Some(line) = line
             && lines.send(line).await.is_err()
         {

@@ -137,15 +137,15 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", env = "NKV_MAX_QUEUED", default_value = "256M", value_parser = parse_size)]
     max_queued: usize,
 
-    /// A connection that begins no request for so long is closed: with ms, s, m, h
+    /// A connection that begins no request for this long is closed: with ms, s, m, h
     #[arg(long, value_name = "TIME", env = "NKV_FIRST_BYTE_LIMIT", default_value = "30s", value_parser = parse_time)]
     first_byte_limit: Duration,
 
-    /// A request that is not whole after so long, and as long again for each MiB, ends its connection
+    /// A request that is not whole after this time, and as long again for each MiB, ends its connection
     #[arg(long, value_name = "TIME", env = "NKV_REQUEST_LIMIT", default_value = "30s", value_parser = parse_time)]
     request_limit: Duration,
 
-    /// A peer that takes no byte for so long is cut
+    /// A peer that takes no byte for this long is cut
     #[arg(long, value_name = "TIME", env = "NKV_STALL_LIMIT", default_value = "30s", value_parser = parse_time)]
     stall_limit: Duration,
 

@@ -26,7 +26,7 @@ pub(crate) const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 /// Lines that may wait.
 const LINES_MAX: usize = 1_024;
 
-/// After so long a stderr that would make us wait is asked again.
+/// The time after which a stderr that would make us wait is asked again.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
 /// Clones share the lines.
@@ -70,7 +70,7 @@ impl Log {
         Ok(log)
     }
 
-    /// Waits until all lines are written, for so long at most.
+    /// Waits until all lines are written, for at most `limit`.
     pub(crate) fn flush(&self, limit: Duration) {
         let is_busy = |state: &mut State| state.is_writing || !state.lines.is_empty();
         drop(self.0.changed.wait_timeout_while(self.lock(), limit, is_busy));

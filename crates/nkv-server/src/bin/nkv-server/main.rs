@@ -1,6 +1,6 @@
 //! `nkv-server [ADDR]`: the server as a program.
 //!
-//! Everything it says goes to stderr; its exit code tells what kind of thing went wrong.
+//! Everything it says goes to stderr; its exit code shows what kind of thing went wrong.
 
 #![cfg_attr(
     not(test),
@@ -85,7 +85,7 @@ fn serve(args: &Args, log: &Log) -> ExitCode {
 }
 
 fn try_serve(args: &Args, log: &Log) -> Result<(), ServerError> {
-    // Before anything is opened: a signal must find somebody who listens.
+    // Before anything is opened: a signal must find a listener.
     let stop = signals::listen(log.clone()).map_err(ServerError::System)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::System)?;
     let served = runtime.block_on(run(args, stop));

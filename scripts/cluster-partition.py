@@ -18,9 +18,10 @@ keys belong to all writers. Each node has a subscriber to everything. Meanwhile,
     kill, stop, rolling          one node or two are killed with SIGKILL, one stands still, or each in turn is stopped with SIGTERM;
                                  then they are started again
 
-Then the network is healed and all nodes run. Within AGREE_LIMIT_S all have the same digest, and the same keys and values: no
-acknowledged write is lost, nothing deleted is back, nothing is there that was not written. Each subscriber has that too, and each
-read of a node showed what it had acknowledged. Last, without faults, figures are measured; none of them is a condition.
+Then the network is healed and all nodes run. Each takes writes within WRITE_LIMIT_S. Within AGREE_LIMIT_S all have the same digest,
+and the same keys and values: no acknowledged write is lost, nothing deleted is back, nothing is there that was not written. Each
+subscriber has that too, each read of a node showed what it had acknowledged, and none was taken for a second one of its id. Last,
+without faults, figures are measured; none of them is a condition.
 
 On a fault the exit status is 1, and logs and data are kept. All that was started ends with the script, also after Ctrl-C.
 """
@@ -47,9 +48,9 @@ import time
 WRITERS_A_NODE = 2
 BRANCHES, KEYS_A_BRANCH, SHARED_KEYS = 4, 8, 10
 PAUSE_S = 0.02
-TTL_MS = (200, 3000)
+TTL_MS, FAST_TTL_MS = (200, 3000), (200, 1200)
 # How long each may take at most, on a machine that is busy with other things.
-START_LIMIT_S, STOP_LIMIT_S, ANSWER_LIMIT_S, AGREE_LIMIT_S, READ_LIMIT_S = 60, 60, 90, 60, 30
+START_LIMIT_S, STOP_LIMIT_S, ANSWER_LIMIT_S, AGREE_LIMIT_S, READ_LIMIT_S, WRITE_LIMIT_S = 60, 60, 90, 60, 30, 5
 # What ended by its TTL is gone everywhere after this.
 TTL_SLACK_S = 2.0
 NETWORK, PROCESSES = ("alone", "split", "ring", "oneway"), ("kill", "stop", "rolling")
@@ -216,11 +217,7 @@ class Node:
         return json.loads(body)
 
     def digest(self):
-        stats = self.stats()
-        if "digest" not in stats: # XXX
-            import hashlib
-            return hashlib.sha256(json.dumps(sorted(self.entries().items())).encode()).hexdigest()
-        return stats["digest"]
+        return self.stats()["digest"]
 
     def entries(self):
         status, body = self.ask("/v1/kv?format=ndjson")
@@ -306,6 +303,7 @@ class Writer(threading.Thread):
         self.favourite = number % len(test.nodes) + 1
         self.branches = [[Key(f"{self.name_}.b{branch}.k{key}") for key in range(KEYS_A_BRANCH)] for branch in range(BRANCHES)]
         self.lines, self.count, self.counts = {}, 0, collections.Counter()
+        self.refusals = collections.Counter()
         self.shared = collections.defaultdict(set)
 
     def run(self):
@@ -317,7 +315,7 @@ class Writer(threading.Thread):
                     self.counts["gone"] += 1
                 time.sleep(self.rng.uniform(0, 2 * PAUSE_S))
         except Exception as error:  # also what is a fault of this script
-            self.test.note(f"{self.name_}: {error!r}" if not isinstance(error, Broken) else f"{self.name_}: {error}")
+            self.test.note(f"{self.name_}: {error if isinstance(error, Broken) else repr(error)}")
 
     def line(self, node):
         if node not in self.lines:
@@ -337,7 +335,7 @@ class Writer(threading.Thread):
         """The keys that a node shows; nothing if it does not say."""
         answer = self.ask(node, {"type": "Get", "key": pattern})
         if answer["status"] not in (200, 404):
-            self.counts["refused"] += 1
+            self.note_refused(answer)
             return None
         return dict(zip(answer.get("keys", []), answer.get("data", [])))
 
@@ -375,7 +373,7 @@ class Writer(threading.Thread):
         is_done = answer["status"] in (200, 404)
         for key in keys:
             key.note(node, later(state), is_done)
-        self.counts["acknowledged" if is_done else "refused"] += 1
+        self.note_answer(answer)
         if answer["status"] == 404 and any(
                 certain and was.value is not None and was.until is None for certain, was in zip(is_certain, before)):
             raise Broken(f"node {node} does not know {request['key']!r} any more, which it showed: {before}")
@@ -388,7 +386,7 @@ class Writer(threading.Thread):
             self.counts["deletes"] += 1
         else:
             value = self.value()
-            ttl_ms = self.rng.randint(*TTL_MS) if kind == "ttl" else None
+            ttl_ms = self.rng.randint(*(FAST_TTL_MS if self.test.options.fast else TTL_MS)) if kind == "ttl" else None
             request = {"type": "Put", "key": key.name, "value": value, **({"ttl_ms": ttl_ms} if ttl_ms else {})}
             self.write(node, [key], State(value, ttl_ms and ttl_ms / 1000), request)
         if kind != "ttl" and not key.maybe and self.rng.random() < 0.3:
@@ -414,7 +412,19 @@ class Writer(threading.Thread):
             value = self.value()
             self.shared[key].add(value)
             request = {"type": "Put", "key": key, "value": value}
-        self.counts["acknowledged" if self.ask(node, request)["status"] in (200, 404) else "refused"] += 1
+        self.note_answer(self.ask(node, request))
+
+    def note_answer(self, answer):
+        if answer["status"] in (200, 404):
+            self.counts["acknowledged"] += 1
+        else:
+            self.note_refused(answer)
+
+    def note_refused(self, answer):
+        if " living nodes " in answer["message"] or " lives " in answer["message"]:
+            raise Broken(f"a node is taken for a second one of its id: {answer['message']}")
+        self.counts["refused"] += 1
+        self.refusals[f"{answer['status']} {re.sub('[0-9a-f]{16}', 'ID', answer['message'])}"] += 1
 
 
 def later(state):
@@ -582,6 +592,8 @@ class Test:
             self.join(thread, "a subscriber")
         self.raise_faults()
         counts = sum((writer.counts for writer in writers), collections.Counter())
+        for words, count in sum((writer.refusals for writer in writers), collections.Counter()).most_common(8):
+            print(f"refused {count} times: {words}", flush=True)
         figures = {"seed": self.options.seed, "seconds": self.options.seconds, "nodes": len(self.nodes),
                    "writes": counts["acknowledged"], "deletes": counts["deletes"], "branches": counts["branches"],
                    "elsewhere": counts["elsewhere"], "own_reads": counts["own_reads"], "unknown": counts["unknown"],
@@ -604,7 +616,7 @@ class Test:
                 if panic := next((line for line in log if "panicked" in line), None):
                     self.note(f"node {node.number}: {panic.strip()}")
         if self.faults:
-            raise Broken("; ".join(self.faults))
+            raise Broken("; ".join(self.faults[:5]))
 
     def pause(self, seconds):
         end = time.monotonic() + seconds
@@ -667,6 +679,12 @@ class Test:
             f"; {key}: " + ", ".join(f"{number}: {text(entries.get(key))}" for number, entries in lists.items()) for key in differ[:5])
 
     def check_agreement(self, writers, subscribers):
+        written = collections.defaultdict(set)
+        for number, node in self.nodes.items():
+            value = f"the end of {number}"
+            written["shared.end"].add(value)
+            put = {"type": "Put", "key": "shared.end", "value": value}
+            until(WRITE_LIMIT_S, lambda node=node, put=put: Line(node).ask(put)["status"] == 200, f"node {number} takes no write")
         agreed_ms = self.wait_until_level()
         keys = [key for writer in writers for branch in writer.branches for key in branch]
         ends = [state.until for key in keys for state in [key.acknowledged, *key.maybe] if state.until]
@@ -680,7 +698,6 @@ class Test:
                  f"possible {[text(value) for value in key.may_be()]}" for key in keys if entries.get(key.name) not in key.may_be()]
         if wrong:
             raise Broken(f"{len(wrong)} keys are not as they were left: {'; '.join(wrong[:10])}")
-        written = collections.defaultdict(set)
         for writer in writers:
             for key, values in writer.shared.items():
                 written[key] |= values
@@ -695,7 +712,7 @@ class Test:
 
     def measure(self):
         few = self.options.fast
-        keys, seconds, idle_s = (2_000, 3, 3) if few else (100_000, 10, 20)
+        keys, seconds, idle_s = (2_000, 2, 2) if few else (100_000, 10, 20)
         self.start_nodes("figures")
         first = self.nodes[1]
         for begin in range(0, keys, 5_000):
@@ -859,7 +876,7 @@ def main():
     parser.add_argument("--seconds", type=float, help="of faults (60)")
     parser.add_argument("--nodes", type=int, default=5)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--fast", action="store_true", help="for every change: 8 s, all quicker, and figures with few keys")
+    parser.add_argument("--fast", action="store_true", help="for every change: 7 s, all quicker, and figures with few keys")
     parser.add_argument("--durability", default="sync")
     options = parser.parse_args()
     if options.check:
@@ -870,7 +887,7 @@ def main():
     if not 3 <= options.nodes <= 100:
         parser.error("--nodes is 3 to 100")
     options.server = os.path.abspath(options.server)
-    options.seconds = options.seconds or (8 if options.fast else 60)
+    options.seconds = options.seconds or (7 if options.fast else 60)
     if why := obstacle():
         print(f"SKIPPED: no partitions of a real cluster: {why}", flush=True)
         sys.exit("NKV_FAULTS is set, and none may be skipped" if os.environ.get("NKV_FAULTS") == "1" else 0)

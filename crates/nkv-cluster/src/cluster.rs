@@ -330,6 +330,8 @@ pub(crate) struct Peers {
     pub(crate) leading: BTreeSet<NodeId>,
     /// Who leads a session with this node.
     pub(crate) led_by: BTreeSet<NodeId>,
+    /// With whom this node levels what differs, and since when.
+    pub(crate) levelling: Option<(NodeId, Millis)>,
     /// Where those that said so can be reached, also when they are gone.
     pub(crate) addresses: BTreeMap<NodeId, SocketAddr>,
     /// What became of the addresses that were tried.

@@ -441,13 +441,13 @@ async fn peers_are_met_while_it_is_asked_where_they_are() {
 }
 
 /// A connection of a peer that says what a test has it say; what is answered to its hello.
-async fn say_hello(one: &One, run: u64) -> (Line, Message) {
+async fn say_hello(one: &One, id: u64, run: u64) -> (Line, Message) {
     let stream = TcpStream::connect(one.cluster.address()).await.unwrap();
     let (mut line, writer) = Line::new(Box::new(stream), Box::leak(Box::default()), PATIENCE);
     tokio::spawn(writer);
     let hello = Hello {
         cluster: one.cluster.inner().options.cluster.clone(),
-        id: NodeId(77),
+        id: NodeId(id),
         run,
         uptime: 0,
         wall: one.clock.wall(),
@@ -460,7 +460,11 @@ async fn say_hello(one: &One, run: u64) -> (Line, Message) {
 }
 
 async fn greet(one: &One) -> Line {
-    let (mut line, answer) = say_hello(one, 1).await;
+    greet_as(one, 77).await
+}
+
+async fn greet_as(one: &One, id: u64) -> Line {
+    let (mut line, answer) = say_hello(one, id, 1).await;
     assert!(matches!(answer, Message::Hello(_)));
     line.allow(1 << 20);
     line.send(Message::Ready { wall: one.clock.wall() }.encode()).await.unwrap();
@@ -479,7 +483,7 @@ async fn a_node_that_was_restarted_while_it_was_cut_off_is_no_second_living_one(
     let one = start(0, Arc::default(), &[]).await;
     let mut old = greet(&one).await;
     let interval = one.cluster.inner().options.sync_interval;
-    let refused = async || match say_hello(&one, 2).await.1 {
+    let refused = async || match say_hello(&one, 77, 2).await.1 {
         Message::Refused { is_duplicate, .. } => Some(is_duplicate),
         _ => None,
     };
@@ -507,6 +511,34 @@ async fn a_peer_that_begins_a_session_anew_leads_that_one() {
     }
     line.ask(&Message::End { at: 0, is_whole: false }).await.unwrap();
     eventually("it ends", async || one.cluster.inner().peers().led_by.is_empty()).await;
+}
+
+/// A node that had been away was given the same by each of its four peers, and twice: by the session that it led, and by theirs.
+#[tokio::test]
+async fn what_differs_is_levelled_with_one_peer_after_another() {
+    let one = start(0, Arc::default(), &[]).await;
+    one.node.handle().put("k", "1").await.unwrap();
+    let (mut first, mut second, mut empty) = (greet(&one).await, greet_as(&one, 78).await, greet_as(&one, 79).await);
+    let root = one.cluster.digest();
+    let sync = async |line: &mut Line, root, has_joined| {
+        let state = State { wall: one.clock.wall(), place: Place::default(), root, contact: None, has_joined };
+        match line.ask(&Message::Sync(state)).await.unwrap() {
+            Message::SyncAnswer(_) => true,
+            Message::Busy => false,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(sync(&mut first, 0, true).await);
+    assert!(!sync(&mut second, 0, true).await);
+    // Neither one that is level waits for that, nor one that has nothing.
+    assert!(sync(&mut second, root, true).await);
+    assert!(sync(&mut empty, 0, false).await);
+    // The next one's turn is when it ends, however it does.
+    first.ask(&Message::End { at: 0, is_whole: false }).await.unwrap();
+    assert!(sync(&mut second, 0, true).await);
+    assert!(!sync(&mut first, 0, true).await);
+    drop(second);
+    eventually("the lost one holds up no other", async || sync(&mut first, 0, true).await).await;
 }
 
 #[tokio::test]

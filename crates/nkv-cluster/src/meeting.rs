@@ -14,7 +14,7 @@ use tokio::time::{sleep, timeout};
 use crate::cluster::{Inner, Peers, Run, Tried, millis};
 use crate::link::{Line, PushQueue, Stream};
 use crate::membership::MembershipError;
-use crate::session::Session;
+use crate::session::{Levelling, Session};
 use crate::stamp::NodeId;
 use crate::wire::{Hello, Message, frame_len_max, invalid};
 
@@ -133,6 +133,7 @@ struct Led<'a> {
     inner: &'a Inner,
     id: NodeId,
     session: Session,
+    _levelling: Levelling<'a>,
 }
 
 impl Drop for Led<'_> {
@@ -255,11 +256,15 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
                 line.send(Message::Busy.encode()).await?;
             }
             Message::Sync(theirs) => {
-                let (begun, answer) = Session::answer(inner, id, of_peer, theirs);
                 // One that was not ended says on its end that none is led.
                 drop(led.take());
+                let (session, answer) = Session::answer(inner, id, of_peer, theirs);
+                let Some(levelling) = Levelling::begin(inner, &session) else {
+                    line.send(Message::Busy.encode()).await?;
+                    continue;
+                };
                 inner.peers().led_by.insert(id);
-                led = Some(Led { inner, id, session: begun });
+                led = Some(Led { inner, id, session, _levelling: levelling });
                 line.send(answer.encode()).await?;
             }
             message => match &mut led {
@@ -439,10 +444,15 @@ async fn keep_link(inner: &Inner, address: SocketAddr) {
             return;
         }
         // Spread, so that many do not come at once.
-        let part = (inner.random() >> 32) as u32;
-        sleep(pause.mul_f64(0.5 + f64::from(part) / f64::from(u32::MAX) / 2.0)).await;
+        sleep(spread(inner, pause)).await;
         pause = pause.saturating_mul(2).min(pause_max);
     }
+}
+
+/// A pause that is up to a half shorter.
+fn spread(inner: &Inner, pause: Duration) -> Duration {
+    let part = (inner.random() >> 32) as u32;
+    pause.mul_f64(0.5 + f64::from(part) / f64::from(u32::MAX) / 2.0)
 }
 
 /// Opens a connection and uses it.
@@ -525,12 +535,17 @@ async fn try_lead(
             let is_led = peers.led_by.contains(&id);
             is_led || !peers.leading.insert(id)
         };
+        let mut pause = interval(inner);
         if !is_led {
-            Session::lead(inner, line, id, of_peer).await?;
+            let is_done = Session::lead(inner, line, id, of_peer).await?;
             connected.note_heard();
             inner.peers().leading.remove(&id);
+            if !is_done {
+                // Spread, so that those that were in each other's way are not again.
+                pause = spread(inner, pause);
+            }
         }
-        sleep(interval(inner)).await;
+        sleep(pause).await;
     }
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Partitions, kills and stops the nodes of a real cluster under load, and checks that they agree afterwards and lost nothing.
 
-    cluster-partition.py SERVER [--seconds 60] [--nodes 5] [--seed N] [--fast] [--durability sync]
+    cluster-partition.py SERVER [--seconds 60] [--nodes 5] [--seed N] [--fast] [--durability WHEN]
     cluster-partition.py --check    only whether network namespaces can be made here
 
 Each node is a process of its own in a network namespace of its own, all on one bridge, with its data on disk. SERVER needs the
@@ -675,8 +675,9 @@ class Test:
         lists = {number: node.entries() for number, node in self.nodes.items()}
         keys = sorted({key for entries in lists.values() for key in entries})
         differ = [key for key in keys if len({entries.get(key) for entries in lists.values()}) > 1]
-        return f"{len(differ)} keys differ" + "".join(
-            f"; {key}: " + ", ".join(f"{number}: {text(entries.get(key))}" for number, entries in lists.items()) for key in differ[:5])
+        shown = [f"{key}: " + ", ".join(f"{number}: {text(entries.get(key))}" for number, entries in lists.items())
+                 for key in differ[:5]]
+        return "; ".join([f"{len(differ)} keys differ", *shown])
 
     def check_agreement(self, writers, subscribers):
         written = collections.defaultdict(set)

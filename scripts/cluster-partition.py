@@ -770,7 +770,7 @@ class Test:
         return delays, sent, answered[200]
 
     def away(self, keys):
-        """How long after its first contact a node is level that was away during 1,000 changes, in milliseconds, and with how many
+        """How long after its data are loaded a node is level that was away during 1,000 changes, in milliseconds, and with how many
         bytes; then what keys, values and stamps take."""
         node, first = self.nodes[len(self.nodes)], self.nodes[1]
         node.terminate()
@@ -787,9 +787,10 @@ class Test:
         level, length = time.time(), sum(self.net.sent(node.number)) - before
         with open(node.log, encoding="utf-8") as log:
             log.seek(offset)
-            contact = next(line for line in log if re.search(r"INFO connected\b", line)).split()[0]
-        contact = datetime.datetime.fromisoformat(contact.replace("Z", "+00:00")).timestamp()
-        return round((level - contact) * 1000), length, sum(len(key) + 100 + STAMP_LEN for key in changed)
+            loaded = next(line for line in log if "data directory opened" in line).split()[0]
+        # It has no contact before.
+        loaded = datetime.datetime.fromisoformat(loaded.replace("Z", "+00:00")).timestamp()
+        return round((level - loaded) * 1000), length, sum(len(key) + 100 + STAMP_LEN for key in changed)
 
 
 def has_digest(node, digest):

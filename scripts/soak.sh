@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-steps=(model codec loom power kill faults histories client hostile fuzz miri mutants cut mixed)
+steps=(model codec loom power kill faults histories client hostile fuzz miri mutants cut partitions mixed)
 
 # What two cores do in a second, in release mode: half of what was measured, as machines differ.
 MODEL_CASES_PER_S=1000
@@ -102,6 +102,10 @@ run() {
     cut)
       build_server
       NKV_FAULTS=1 scripts/power-cut.py "$server" --cycles "${NKV_CUT_CYCLES:-$(count "$CUT_CYCLES_PER_S")}"
+      ;;
+    partitions)
+      cargo build --release --locked -p nkv-server --bin nkv-server --features cluster
+      NKV_FAULTS=1 scripts/cluster-partition.py "$server" --seconds "$share"
       ;;
     mixed)
       build_server

@@ -323,18 +323,30 @@ pub(crate) struct Inner {
 /// Who is connected.
 #[derive(Debug, Default)]
 pub(crate) struct Peers {
-    /// In which run, and by how many connections.
-    pub(crate) connected: BTreeMap<NodeId, (u64, usize)>,
+    pub(crate) connected: BTreeMap<NodeId, Run>,
     /// What is to be pushed to those that this node has opened a connection to, and the longest frame that they take.
     pub(crate) links: BTreeMap<NodeId, (Arc<PushQueue>, usize)>,
     /// With whom this node leads a session.
     pub(crate) leading: BTreeSet<NodeId>,
     /// Who leads a session with this node.
     pub(crate) led_by: BTreeSet<NodeId>,
+    /// With whom this node levels what differs, and since when.
+    pub(crate) levelling: Option<(NodeId, Millis)>,
     /// Where those that said so can be reached, also when they are gone.
     pub(crate) addresses: BTreeMap<NodeId, SocketAddr>,
     /// What became of the addresses that were tried.
     pub(crate) tried: BTreeMap<SocketAddr, Tried>,
+}
+
+/// A run of a peer that is connected.
+#[derive(Debug)]
+pub(crate) struct Run {
+    pub(crate) number: u64,
+    pub(crate) connections: usize,
+    /// When something was last heard of it, by the steady clock.
+    pub(crate) heard_at: Millis,
+    /// Another run of the same id that wants to connect, and since when.
+    pub(crate) rival: Option<(u64, Millis)>,
 }
 
 /// What became of an attempt to connect.

@@ -440,22 +440,32 @@ async fn peers_are_met_while_it_is_asked_where_they_are() {
     eventually("it connects to the other too", async || first.inner().peers().links.contains_key(&id)).await;
 }
 
-/// A connection of a peer that says what a test has it say.
-async fn greet(one: &One) -> Line {
+/// A connection of a peer that says what a test has it say; what is answered to its hello.
+async fn say_hello(one: &One, id: u64, run: u64) -> (Line, Message) {
     let stream = TcpStream::connect(one.cluster.address()).await.unwrap();
     let (mut line, writer) = Line::new(Box::new(stream), Box::leak(Box::default()), PATIENCE);
     tokio::spawn(writer);
     let hello = Hello {
         cluster: one.cluster.inner().options.cluster.clone(),
-        id: NodeId(77),
-        run: 1,
+        id: NodeId(id),
+        run,
         uptime: 0,
         wall: one.clock.wall(),
         address: None,
         has_joined: true,
         value_len_max: 1 << 20,
     };
-    assert!(matches!(line.ask(&Message::Hello(hello)).await.unwrap(), Message::Hello(_)));
+    let answer = line.ask(&Message::Hello(hello)).await.unwrap();
+    (line, answer)
+}
+
+async fn greet(one: &One) -> Line {
+    greet_as(one, 77).await
+}
+
+async fn greet_as(one: &One, id: u64) -> Line {
+    let (mut line, answer) = say_hello(one, id, 1).await;
+    assert!(matches!(answer, Message::Hello(_)));
     line.allow(1 << 20);
     line.send(Message::Ready { wall: one.clock.wall() }.encode()).await.unwrap();
     line
@@ -464,6 +474,31 @@ async fn greet(one: &One) -> Line {
 async fn begin_session(one: &One, line: &mut Line) {
     let state = State { wall: one.clock.wall(), place: Place::default(), root: 0, contact: None, has_joined: true };
     assert!(matches!(line.ask(&Message::Sync(state)).await.unwrap(), Message::SyncAnswer(_)));
+}
+
+/// A node that was cut off and killed was taken for a second living one when it came again, and took no writes for 10 s and more:
+/// the end of its connection had been lost.
+#[tokio::test]
+async fn a_node_that_was_restarted_while_it_was_cut_off_is_no_second_living_one() {
+    let one = start(0, Arc::default(), &[]).await;
+    let mut old = greet(&one).await;
+    let interval = one.cluster.inner().options.sync_interval;
+    let refused = async || match say_hello(&one, 77, 2).await.1 {
+        Message::Refused { is_duplicate, .. } => Some(is_duplicate),
+        _ => None,
+    };
+    for _ in 0..3 {
+        assert_eq!(refused().await, Some(false));
+        tokio::time::sleep(interval).await;
+    }
+    // Once it is heard of, it lives.
+    eventually("two live", async || {
+        assert!(matches!(old.ask(&Message::WhoElse).await.unwrap(), Message::Known(_)));
+        refused().await == Some(true)
+    })
+    .await;
+    drop(old);
+    eventually("the old one has ended", async || refused().await.is_none()).await;
 }
 
 #[tokio::test]
@@ -476,6 +511,34 @@ async fn a_peer_that_begins_a_session_anew_leads_that_one() {
     }
     line.ask(&Message::End { at: 0, is_whole: false }).await.unwrap();
     eventually("it ends", async || one.cluster.inner().peers().led_by.is_empty()).await;
+}
+
+/// A node that had been away was given the same by each of its four peers, and twice: by the session that it led, and by theirs.
+#[tokio::test]
+async fn what_differs_is_levelled_with_one_peer_after_another() {
+    let one = start(0, Arc::default(), &[]).await;
+    one.node.handle().put("k", "1").await.unwrap();
+    let (mut first, mut second, mut empty) = (greet(&one).await, greet_as(&one, 78).await, greet_as(&one, 79).await);
+    let root = one.cluster.digest();
+    let sync = async |line: &mut Line, root, has_joined| {
+        let state = State { wall: one.clock.wall(), place: Place::default(), root, contact: None, has_joined };
+        match line.ask(&Message::Sync(state)).await.unwrap() {
+            Message::SyncAnswer(_) => true,
+            Message::Busy => false,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(sync(&mut first, 0, true).await);
+    assert!(!sync(&mut second, 0, true).await);
+    // Neither one that is level waits for that, nor one that has nothing.
+    assert!(sync(&mut second, root, true).await);
+    assert!(sync(&mut empty, 0, false).await);
+    // The next one's turn is when it ends, however it does.
+    first.ask(&Message::End { at: 0, is_whole: false }).await.unwrap();
+    assert!(sync(&mut second, 0, true).await);
+    assert!(!sync(&mut first, 0, true).await);
+    drop(second);
+    eventually("the lost one holds up no other", async || sync(&mut first, 0, true).await).await;
 }
 
 #[tokio::test]

@@ -11,10 +11,10 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::cluster::{Inner, Peers, Tried, millis};
+use crate::cluster::{Inner, Peers, Run, Tried, millis};
 use crate::link::{Line, PushQueue, Stream};
 use crate::membership::MembershipError;
-use crate::session::Session;
+use crate::session::{Levelling, Session};
 use crate::stamp::NodeId;
 use crate::wire::{Hello, Message, frame_len_max, invalid};
 
@@ -60,15 +60,28 @@ struct Connected<'a> {
 }
 
 impl<'a> Connected<'a> {
-    /// Unless another run of the node is connected: then two nodes have one id, or it has just been restarted, and its old
-    /// connections end at once.
-    fn new(inner: &'a Inner, hello: Hello) -> Result<Self, String> {
+    /// Unless another run of the node is connected. If that is heard of, two living nodes have one id. If not, it was restarted, and
+    /// a connection that was cut off has not ended yet. Says which, and what is wrong.
+    fn new(inner: &'a Inner, hello: Hello) -> Result<Self, (bool, String)> {
+        let now = inner.steady();
         let mut peers = inner.peers();
-        let entry = peers.connected.entry(hello.id).or_insert((hello.run, 0));
-        if entry.0 != hello.run {
-            return Err(format!("another node of the id {} lives and is connected to this one", hello.id));
+        let begun = || Run { number: hello.run, connections: 0, heard_at: now, rival: None };
+        let run = peers.connected.entry(hello.id).or_insert_with(begun);
+        if run.number != hello.run {
+            let since = match run.rival {
+                Some((rival, since)) if rival == hello.run => since,
+                _ => now,
+            };
+            run.rival = Some((hello.run, since));
+            // What it sent before it ended may be read a little later.
+            let lives = run.heard_at > since.saturating_add(millis(inner.options.sync_interval));
+            let reason = match lives {
+                true => format!("another node of the id {} lives and is connected to this one", hello.id),
+                false => format!("a connection of the last run of {} has not ended yet", hello.id),
+            };
+            return Err((lives, reason));
         }
-        entry.1 += 1;
+        run.connections += 1;
         inner.members.note_connected(hello.id);
         if let Some(address) = hello.address {
             note_address(&mut peers, hello.id, address);
@@ -76,14 +89,21 @@ impl<'a> Connected<'a> {
         drop(peers);
         Ok(Connected { inner, hello })
     }
+
+    fn note_heard(&self) {
+        let now = self.inner.steady();
+        if let Some(run) = self.inner.peers().connected.get_mut(&self.hello.id) {
+            run.heard_at = now;
+        }
+    }
 }
 
 impl Drop for Connected<'_> {
     fn drop(&mut self) {
         let mut peers = self.inner.peers();
-        let Some(entry) = peers.connected.get_mut(&self.hello.id) else { return };
-        entry.1 = entry.1.saturating_sub(1);
-        if entry.1 == 0 {
+        let Some(run) = peers.connected.get_mut(&self.hello.id) else { return };
+        run.connections = run.connections.saturating_sub(1);
+        if run.connections == 0 {
             peers.connected.remove(&self.hello.id);
             self.inner.members.note_lost(self.hello.id, self.inner.steady());
             drop(peers);
@@ -113,6 +133,7 @@ struct Led<'a> {
     inner: &'a Inner,
     id: NodeId,
     session: Session,
+    _levelling: Levelling<'a>,
 }
 
 impl Drop for Led<'_> {
@@ -213,7 +234,7 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
     }
     let connected = match Connected::new(inner, theirs.clone()) {
         Ok(connected) => connected,
-        Err(reason) => return refuse(&mut line, true, reason).await,
+        Err((is_duplicate, reason)) => return refuse(&mut line, is_duplicate, reason).await,
     };
     let (id, of_peer) = (connected.hello.id, connected.hello.frame_len_max());
     match line.ask(&Message::Hello(hello(inner))).await? {
@@ -224,7 +245,9 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
     line.allow(frame_len_max(inner.options.value_len_max));
     let mut led: Option<Led<'_>> = None;
     loop {
-        match line.receive_within(patience(inner)).await? {
+        let message = line.receive_within(patience(inner)).await?;
+        connected.note_heard();
+        match message {
             Message::Push(records) => inner.merge_later(records).await?,
             Message::Leaving => inner.members.note_left(id),
             Message::WhoElse => line.send(Message::Known(known(inner)).encode()).await?,
@@ -233,11 +256,15 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
                 line.send(Message::Busy.encode()).await?;
             }
             Message::Sync(theirs) => {
-                let (begun, answer) = Session::answer(inner, id, of_peer, theirs);
                 // One that was not ended says on its end that none is led.
                 drop(led.take());
+                let (session, answer) = Session::answer(inner, id, of_peer, theirs);
+                let Some(levelling) = Levelling::begin(inner, &session) else {
+                    line.send(Message::Busy.encode()).await?;
+                    continue;
+                };
                 inner.peers().led_by.insert(id);
-                led = Some(Led { inner, id, session: begun });
+                led = Some(Led { inner, id, session, _levelling: levelling });
                 line.send(answer.encode()).await?;
             }
             message => match &mut led {
@@ -429,10 +456,15 @@ async fn keep_link(inner: &Inner, address: SocketAddr) {
             return;
         }
         // Spread, so that many do not come at once.
-        let part = (inner.random() >> 32) as u32;
-        sleep(pause.mul_f64(0.5 + f64::from(part) / f64::from(u32::MAX) / 2.0)).await;
+        sleep(spread(inner, pause)).await;
         pause = pause.saturating_mul(2).min(pause_max);
     }
+}
+
+/// A pause that is up to a half shorter.
+fn spread(inner: &Inner, pause: Duration) -> Duration {
+    let part = (inner.random() >> 32) as u32;
+    pause.mul_f64(0.5 + f64::from(part) / f64::from(u32::MAX) / 2.0)
 }
 
 /// Opens a connection and uses it.
@@ -487,7 +519,7 @@ async fn try_lead(
     inner.note_clock(theirs.id, theirs.wall, asked);
     let (id, of_peer) = (theirs.id, theirs.frame_len_max());
     let has_joined = theirs.has_joined;
-    let _connected = Connected::new(inner, theirs).map_err(invalid)?;
+    let connected = Connected::new(inner, theirs).map_err(|(_, reason)| invalid(reason))?;
     line.send(Message::Ready { wall: inner.wall() }.encode()).await?;
     inner.mend().await?;
     line.allow(frame_len_max(inner.options.value_len_max));
@@ -515,11 +547,17 @@ async fn try_lead(
             let is_led = peers.led_by.contains(&id);
             is_led || !peers.leading.insert(id)
         };
+        let mut pause = interval(inner);
         if !is_led {
-            Session::lead(inner, line, id, of_peer).await?;
+            let is_done = Session::lead(inner, line, id, of_peer).await?;
+            connected.note_heard();
             inner.peers().leading.remove(&id);
+            if !is_done {
+                // Spread, so that those that were in each other's way are not again.
+                pause = spread(inner, pause);
+            }
         }
-        sleep(interval(inner)).await;
+        sleep(pause).await;
     }
 }
 

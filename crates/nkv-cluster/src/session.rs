@@ -7,11 +7,11 @@ use std::sync::MutexGuard;
 
 use bytes::Bytes;
 
-use crate::cluster::Inner;
+use crate::cluster::{Inner, millis};
 use crate::link::Line;
 use crate::register::Record;
 use crate::replica::{Compared, Contact, Entry, Replica, Slot, Want};
-use crate::stamp::NodeId;
+use crate::stamp::{Millis, NodeId};
 use crate::tree::{DEPTH, Half, Prefix};
 use crate::wire::{ENTRIES_MAX, Message, PREFIXES_MAX, RECORDS_LEN, State, invalid, parts};
 
@@ -37,6 +37,40 @@ pub(crate) struct Session {
     has_state: bool,
     /// Records that were given and taken.
     differed: u64,
+}
+
+/// The right to level what differs, while it lasts.
+#[derive(Debug)]
+pub(crate) struct Levelling<'a> {
+    inner: &'a Inner,
+    held: Option<(NodeId, Millis)>,
+}
+
+impl<'a> Levelling<'a> {
+    /// Unless this node levels with another peer, which would give or get the same. One that takes long does not hold up others, and
+    /// an empty node is given what there is at any time.
+    pub(crate) fn begin(inner: &'a Inner, session: &Session) -> Option<Self> {
+        if session.own.root == session.theirs.root || !session.theirs.has_joined {
+            return Some(Levelling { inner, held: None });
+        }
+        let now = inner.steady();
+        let mut peers = inner.peers();
+        let is_late = |since| now.saturating_sub(since) > millis(inner.options.peer_timeout);
+        if peers.levelling.is_some_and(|(_, since)| !is_late(since)) {
+            return None;
+        }
+        peers.levelling = Some((session.peer, now));
+        Some(Levelling { inner, held: peers.levelling })
+    }
+}
+
+impl Drop for Levelling<'_> {
+    fn drop(&mut self) {
+        let mut peers = self.inner.peers();
+        if self.held.is_some() && peers.levelling == self.held {
+            peers.levelling = None;
+        }
+    }
 }
 
 impl Session {
@@ -208,22 +242,26 @@ impl Session {
         Ok(())
     }
 
-    /// Leads a session from its beginning to its end.
-    pub(crate) async fn lead(inner: &Inner, line: &mut Line, peer: NodeId, frame_len_max: usize) -> io::Result<()> {
+    /// Leads a session from its beginning to its end; says whether there was one.
+    pub(crate) async fn lead(inner: &Inner, line: &mut Line, peer: NodeId, frame_len_max: usize) -> io::Result<bool> {
         let own = Self::state(inner, peer);
         let asked = inner.steady();
         let theirs = match line.ask(&Message::Sync(own)).await? {
             Message::SyncAnswer(theirs) => theirs,
-            Message::Busy => return Ok(()),
+            Message::Busy => return Ok(false),
             other => return Err(unexpected(&other)),
         };
         inner.note_clock(peer, theirs.wall, asked);
         if inner.mend().await? {
             // What was said of this node's data is not so any more.
             line.ask(&Message::End { at: 0, is_whole: false }).await?;
-            return Ok(());
+            return Ok(true);
         }
         let mut session = Session::new(inner, peer, frame_len_max, own, theirs);
+        let Some(_levelling) = Levelling::begin(inner, &session) else {
+            line.ask(&Message::End { at: 0, is_whole: false }).await?;
+            return Ok(false);
+        };
         if own.root != theirs.root {
             session.level(inner, line).await?;
         }
@@ -235,7 +273,8 @@ impl Session {
             }
             other => return Err(unexpected(&other)),
         }
-        session.end(inner, at).await
+        session.end(inner, at).await?;
+        Ok(true)
     }
 
     /// Goes down to what differs, and levels it.

@@ -18,12 +18,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::clock::{Bound, BoundFile, Clock, NoBound, Now, PeerClocks, SystemClock, signed};
 use crate::commit::{Committer, Job};
+use crate::keys::Keys;
 use crate::link::{Network, PushQueue, Tcp};
 use crate::meeting;
 use crate::members::{self, Events, Member, Members};
 use crate::membership::Membership;
 use crate::register::Record;
 use crate::replica::{Contact, Place, Replica, Terms};
+use crate::secure::{Secret, SecureTcp};
 use crate::session::push_frames;
 use crate::stamp::{Millis, NodeId, Stamp};
 use crate::wire::Message;
@@ -60,6 +62,9 @@ pub struct Options {
     pub local_conditions: bool,
     /// The longest value, in bytes: 1 MiB.
     pub value_len_max: usize,
+    /// What all nodes share, to authenticate each other and encrypt what they say. Without it, which is the default, all that reach
+    /// the port may be peers, and the port belongs into a trusted network. Nodes with and without keys refuse each other.
+    pub keys: Option<Keys>,
     /// Where the upper bound of the clock is kept, for a node whose data outlive it: beside them.
     pub clock_file: Option<PathBuf>,
 }
@@ -78,6 +83,7 @@ impl Options {
             peer_timeout: Duration::from_secs(5),
             local_conditions: false,
             value_len_max: 1 << 20,
+            keys: None,
             clock_file: None,
         }
     }
@@ -87,6 +93,7 @@ impl Options {
 #[derive(Clone, Debug)]
 pub struct Cluster {
     inner: Arc<Inner>,
+    secret: Option<Secret>,
 }
 
 impl Cluster {
@@ -112,6 +119,12 @@ impl Cluster {
         let listener = TcpListener::bind(address).await?;
         let bound = listener.local_addr()?;
         options.advertise = options.advertise.or((!bound.ip().is_unspecified()).then_some(bound));
+        let secret = options.keys.clone().map(|keys| Secret::new(&options.cluster, keys));
+        let network: Arc<dyn Network> = match &secret {
+            // A connection has to be made and to be secured within the time-out of a peer.
+            Some(secret) => Arc::new(SecureTcp::new(Tcp(listener), secret.clone(), options.peer_timeout / 2)),
+            None => Arc::new(Tcp(listener)),
+        };
         let parts = Parts {
             clock: Arc::new(SystemClock),
             random: Arc::new(SystemRandom),
@@ -119,10 +132,10 @@ impl Cluster {
                 Some(path) => Arc::new(BoundFile(path)),
                 None => Arc::new(NoBound),
             },
-            network: Arc::new(Tcp(listener)),
+            network,
             membership: Arc::new(membership),
         };
-        Self::with(options, parts, bound)
+        Ok(Cluster { secret, ..Self::with(options, parts, bound)? })
     }
 
     pub(crate) fn with(options: Options, parts: Parts, bound: SocketAddr) -> io::Result<Cluster> {
@@ -157,7 +170,21 @@ impl Cluster {
             options,
             parts,
         };
-        Ok(Cluster { inner: Arc::new(inner) })
+        Ok(Cluster { inner: Arc::new(inner), secret: None })
+    }
+
+    /// Puts other keys in the place of those of [`Options::keys`], while the node runs. Connections that were made by a key which is
+    /// among them go on; others end, and are made anew by the first key.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) on a node that was started without keys: it talks in plain text.
+    pub fn set_keys(&self, keys: Keys) -> io::Result<()> {
+        let Some(secret) = &self.secret else {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "this node was started without keys"));
+        };
+        secret.set(keys);
+        Ok(())
     }
 
     /// Where it listens.

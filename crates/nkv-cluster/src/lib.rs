@@ -6,12 +6,14 @@ mod bytes;
 mod clock;
 mod cluster;
 mod commit;
+mod keys;
 mod link;
 mod meeting;
 mod members;
 mod membership;
 mod register;
 mod replica;
+mod secure;
 mod session;
 #[cfg(test)]
 mod sim;
@@ -20,6 +22,7 @@ mod tree;
 mod wire;
 
 pub use cluster::{Cluster, Options};
+pub use keys::{Keys, KeysError};
 pub use members::{Events, Member, MemberEvent, MemberState};
 pub use membership::{Membership, MembershipError, StaticPeers};
 pub use stamp::NodeId;

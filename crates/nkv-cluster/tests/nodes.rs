@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use nkv_cluster::{Cluster, MemberEvent, MemberState, Membership, MembershipError, Options, StaticPeers};
+use nkv_cluster::{Cluster, Keys, MemberEvent, MemberState, Membership, MembershipError, Options, StaticPeers};
 use nkv_node::nkv_core::{self, Action, Change, Epoch, MemoryPersist, Meta, PersistValue, Reason, StoredRef};
 use nkv_node::{ErrorKind, Event, GoneReason, Handle, Node, Op, PutOptions, Revision};
 use tokio::time::timeout;
@@ -445,4 +445,80 @@ async fn a_node_knows_who_joined_who_left_and_who_fell_silent() {
     let joined = timeout(PATIENCE, late.next()).await.unwrap();
     assert_eq!((joined, next().await), (Some(MemberEvent::NodeJoined(silent)), MemberEvent::NodeJoined(silent)));
     stop([again, node]).await;
+}
+
+fn with_keys(keys: &[u8]) -> Options {
+    let mut options = options();
+    options.keys = Some(keys_of(keys));
+    options
+}
+
+fn keys_of(keys: &[u8]) -> Keys {
+    Keys::new(&keys.iter().map(|byte| [*byte; 16]).collect::<Vec<_>>()).unwrap()
+}
+
+#[tokio::test]
+async fn nodes_that_share_a_key_converge_and_others_stay_out() {
+    let first = bind(with_keys(&[1]), &[]).await;
+    let second = bind(with_keys(&[1]), &[first.address()]).await;
+    let nodes = [start(&first).await, start(&second).await];
+    let [a, b] = [ready(&nodes[0]).await, ready(&nodes[1]).await];
+    // Longer than a record.
+    let long = "x".repeat(100_000);
+    a.put("long", long.as_str()).await.unwrap();
+    is_at(&b, "long", Some(&long)).await;
+    b.put("k", "1").await.unwrap();
+    is_at(&a, "k", Some("1")).await;
+    // One with another key and one without any begin alone, and neither takes or gives anything.
+    for mut outside in [with_keys(&[2]), options()] {
+        outside.join_timeout = Duration::from_millis(200);
+        let cluster = bind(outside, &[first.address(), second.address()]).await;
+        let node = start(&cluster).await;
+        let nkv = ready(&node).await;
+        nkv.put("outside", "1").await.unwrap();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!((value(&nkv, "k").await, value(&a, "outside").await), (None, None));
+        assert!(cluster.peers().is_empty() && cluster.members().is_empty());
+        assert_eq!((first.peers().len(), first.members().len()), (1, 1));
+        stop([node]).await;
+    }
+    let plain = bind(options(), &[]).await;
+    assert!(plain.set_keys(keys_of(&[1])).is_err());
+    stop(nodes).await;
+}
+
+#[tokio::test]
+async fn keys_are_rotated_while_all_nodes_run() {
+    let first = bind(with_keys(&[1]), &[]).await;
+    let second = bind(with_keys(&[1]), &[first.address()]).await;
+    let nodes = [start(&first).await, start(&second).await];
+    let [a, b] = [ready(&nodes[0]).await, ready(&nodes[1]).await];
+    let mut events = first.events();
+    let is_first = MemberEvent::NodeJoined(second.id().unwrap());
+    assert_eq!(timeout(PATIENCE, events.next()).await.unwrap(), Some(is_first));
+    let mut number = 0;
+    for keys in [&[1, 2][..], &[2, 1], &[2]] {
+        for cluster in [&first, &second] {
+            cluster.set_keys(keys_of(keys)).unwrap();
+            number += 1;
+            let text = number.to_string();
+            a.put("a", text.as_str()).await.unwrap();
+            b.put("b", text.as_str()).await.unwrap();
+            is_at(&b, "a", Some(&text)).await;
+            is_at(&a, "b", Some(&text)).await;
+        }
+    }
+    // Nobody left meanwhile, as far as others noticed.
+    assert!(timeout(Duration::from_millis(100), events.next()).await.is_err());
+    // One that has the old key alone stays out now.
+    let mut outside = with_keys(&[1]);
+    outside.join_timeout = Duration::from_millis(200);
+    let cluster = bind(outside, &[first.address()]).await;
+    let node = start(&cluster).await;
+    assert_eq!(value(&ready(&node).await, "a").await, None);
+    // And one that has the new one joins.
+    let third = bind(with_keys(&[2]), &[first.address()]).await;
+    let late = start(&third).await;
+    is_at(&ready(&late).await, "a", Some(&number.to_string())).await;
+    stop(nodes.into_iter().chain([node, late])).await;
 }

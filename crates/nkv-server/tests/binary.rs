@@ -477,6 +477,117 @@ fn servers_of_a_cluster_agree() {
     }
 }
 
+/// A file of keys: base64 of 16 times the same byte, one a line.
+#[cfg(feature = "cluster")]
+fn write_keys(path: &std::path::Path, keys: &[&str]) {
+    use std::os::unix::fs::PermissionsExt;
+
+    std::fs::write(path, keys.iter().map(|key| format!("# a key\n\n{key}\n")).collect::<String>()).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
+}
+
+#[cfg(feature = "cluster")]
+const KEYS: [&str; 2] = ["AQEBAQEBAQEBAQEBAQEBAQ==", "AgICAgICAgICAgICAgICAg=="];
+
+#[cfg(feature = "cluster")]
+#[test]
+fn a_file_of_keys_that_cannot_be_meant_is_refused_by_its_line() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("keys");
+    let path = file.to_str().unwrap();
+    let flags = ["--persist", "memory", "--cluster", "home", "--gossip", "192.0.2.1:7000", "--cluster-key-file", path];
+    let refused = |code: i32, said: &str| {
+        let (ended, text) = run(&flags);
+        assert!(ended == code && text.contains(said) && text.contains(path), "{ended}, not {code} {said}: {text}");
+        assert!(!text.contains("AQEB"), "a key is in the log: {text}");
+    };
+    refused(74, "No such file");
+    write_keys(&file, &[]);
+    refused(2, "no key");
+    write_keys(&file, &[KEYS[0], "AQEBAQ!"]);
+    refused(2, "line 6: it is not base64");
+    write_keys(&file, &[KEYS[0], "AQEBAQ=="]);
+    refused(2, "line 6: a key has 16, 24 or 32 bytes, and this one has 4");
+    write_keys(&file, &[KEYS[0]; 17]);
+    refused(2, "more than 16 keys");
+    write_keys(&file, &KEYS);
+    for mode in [0o644, 0o620, 0o601] {
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+        refused(2, "others have rights");
+    }
+    // One that is in order opens the port to other hosts: what is wrong then is that the address is no one of this host.
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
+    let (code, text) = run(&flags);
+    assert!(code == 74 && text.contains("192.0.2.1:7000") && !text.contains("--insecure"), "{code} {text}");
+    let (code, text) = run(&["--cluster-key-file", path]);
+    assert!(code == 2 && text.contains("--cluster"), "{code} {text}");
+}
+
+/// Of three nodes that name each other, the one with another key stays out, until SIGHUP has the first one take that too.
+#[cfg(all(feature = "cluster", feature = "http"))]
+#[test]
+fn keys_are_read_again_and_a_node_with_another_one_stays_out() {
+    let dirs = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let ports = [(); 3].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+    let list = format!("static:{}", ports.map(|port| port.to_string()).join(","));
+    let file = |at: usize| dirs[at].path().join("keys");
+    let start = |at: usize, with_keys: bool| {
+        let (gossip, file) = (ports[at].to_string(), file(at));
+        let mut flags = vec!["--cluster", "home", "--gossip", &gossip, "--discover", &list, "--join-timeout", "300ms"];
+        if with_keys {
+            flags.extend(["--cluster-key-file", file.to_str().unwrap()]);
+        }
+        Process::start(&dirs[at].path().join("data"), &flags)
+    };
+    let has = |server: &Process, key: &str| {
+        status(&server.connect().ask(&format!(r#"{{"type":"Get","key":"{key}"}}"#))) == 200
+    };
+    let is_ready = |server: &Process| status(&server.connect().ask(r#"{"type":"Health"}"#)) == 200;
+    write_keys(&file(0), &[KEYS[0]]);
+    write_keys(&file(1), &[KEYS[1]]);
+    let mut first = start(0, true);
+    eventually("it begins", || is_ready(&first));
+    first.connect().put("first", "x");
+
+    let mut other = start(1, true);
+    let said = first.wait_for_log("is refused: it has none of the keys, or another cluster's name");
+    assert!(said.contains("the peer at 127.0.0.1:") && said.contains("need a key in common"), "{said}");
+    other.wait_for_log(&format!("no session with the peer at {}", ports[0]));
+    eventually("it begins alone", || is_ready(&other));
+    other.connect().put("other", "x");
+    let mut plain = start(2, false);
+    first.wait_for_log("is refused: it speaks in plain text");
+    eventually("it begins alone", || is_ready(&plain));
+    assert!(!has(&first, "other") && !has(&other, "first") && !has(&plain, "first"));
+    plain.signal("-HUP");
+    plain.wait_for_log("SIGHUP: nothing to do");
+
+    // A file that is in the making takes nothing away.
+    std::fs::write(file(0), "half a li").unwrap();
+    first.signal("-HUP");
+    let said = first.wait_for_log("SIGHUP: the keys of the cluster stay as they were");
+    assert!(said.contains("line 1"), "{said}");
+    write_keys(&file(0), &KEYS);
+    first.signal("-HUP");
+    first.wait_for_log("SIGHUP: the keys of the cluster were read again, and are 2");
+    eventually("they meet", || has(&first, "other") && has(&other, "first"));
+    for (at, keys) in [(1, &[KEYS[1], KEYS[0]][..]), (0, &[KEYS[1]]), (1, &[KEYS[1]])] {
+        write_keys(&file(at), keys);
+        let server = [&first, &other][at];
+        server.signal("-HUP");
+        server.wait_for_log(&format!("were read again, and are {}", keys.len()));
+    }
+    first.connect().put("rotated", "x");
+    eventually("they are still one cluster", || has(&other, "rotated"));
+    assert!(!has(&plain, "rotated"));
+    for server in [&mut first, &mut other, &mut plain] {
+        server.signal("-TERM");
+        assert_eq!(server.wait().code(), Some(0));
+    }
+}
+
 #[cfg(feature = "grpc")]
 #[test]
 fn a_mesh_that_cannot_be_meant_is_refused() {

@@ -1,16 +1,19 @@
 //! `--cluster NAME`: this server is a node of a cluster, whose nodes find each other and agree in the end.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use nkv_cluster::{Cluster, Membership, MembershipError, Options, StaticPeers};
+use nkv_cluster::{Cluster, Keys, KeysError, Membership, MembershipError, Options, StaticPeers};
 use nkv_discovery::{Discovery, Spec};
 use nkv_server::ServerError;
-use tracing::{info, warn};
+use tokio::sync::watch;
+use tracing::{error, info, warn};
 
 use crate::args::{parse_flag, parse_time};
 
@@ -28,6 +31,11 @@ pub(crate) struct ClusterArgs {
     /// The address of --gossip as other nodes see it, if that is another
     #[arg(long, value_name = "ADDR", env = "NKV_ADVERTISE", requires = "cluster")]
     advertise: Option<SocketAddr>,
+
+    /// The keys that all nodes share, to authenticate each other and encrypt what they say: base64 of 16, 24 or 32 random bytes, one
+    /// a line, the first for what this node opens. Read again on SIGHUP. Such a port may be open to other hosts
+    #[arg(long, value_name = "FILE", env = "NKV_CLUSTER_KEY_FILE", requires = "cluster")]
+    cluster_key_file: Option<PathBuf>,
 
     /// How nodes are found: static:HOST:PORT,…, dns:NAME[:PORT], srv:NAME, nats://HOST:PORT/SUBJECT or
     /// kubernetes:NAMESPACE/LABEL=VALUE/PORT-NAME [default: this node is the first]
@@ -105,16 +113,19 @@ fn wrong(what: impl Into<String>) -> ServerError {
 }
 
 impl ClusterArgs {
-    /// Listens for other nodes, and makes this one known to them. `clock_file` is beside the data, if they are kept.
+    /// Listens for other nodes, and makes this one known to them. `clock_file` is beside the data, if they are kept. Keys are read
+    /// again with each change of `reread`.
     pub(crate) async fn join(
         &self,
         name: &str,
         is_insecure: bool,
         value_len_max: usize,
         clock_file: Option<PathBuf>,
+        reread: watch::Receiver<()>,
     ) -> Result<Joined, ServerError> {
         let gossip = self.gossip.ok_or_else(|| wrong("--cluster needs --gossip ADDR"))?;
-        if !is_insecure && !gossip.ip().to_canonical().is_loopback() {
+        let keys = self.cluster_key_file.as_deref().map(read_keys).transpose().map_err(ServerError::System)?;
+        if keys.is_none() && !is_insecure && !gossip.ip().to_canonical().is_loopback() {
             return Err(ServerError::Insecure { address: gossip.to_string() });
         }
         let mut options = Options::new(name);
@@ -126,9 +137,11 @@ impl ClusterArgs {
         options.local_conditions = self.local_conditions;
         options.value_len_max = value_len_max;
         options.clock_file = clock_file;
+        options.keys = keys;
         let bind = |source| ServerError::Bind { address: gossip.to_string(), source };
         let Some(spec) = &self.discover else {
             let cluster = Cluster::bind(gossip, options, StaticPeers::default()).await.map_err(bind)?;
+            self.keep_keys(&cluster, reread);
             info!("the cluster '{name}' reaches this node at {}", cluster.address());
             return Ok(Joined { cluster, known: None });
         };
@@ -145,7 +158,57 @@ impl ClusterArgs {
         }
         let found = Found { discovery: Arc::clone(&discovery), own };
         let cluster = Cluster::bind(gossip, options, found).await.map_err(bind)?;
+        self.keep_keys(&cluster, reread);
         info!("the cluster '{name}' reaches this node at {own}, and finds others by {}", discovery.name());
         Ok(Joined { cluster, known: Some((discovery, own)) })
     }
+
+    /// Reads the keys again when that is asked for, for as long as the program runs.
+    fn keep_keys(&self, cluster: &Cluster, mut reread: watch::Receiver<()>) {
+        let Some(path) = self.cluster_key_file.clone() else { return };
+        let cluster = cluster.clone();
+        tokio::spawn(async move {
+            while reread.changed().await.is_ok() {
+                let path = path.clone();
+                let keys = tokio::task::spawn_blocking(move || read_keys(&path))
+                    .await
+                    .unwrap_or_else(|error| Err(error.into()));
+                match keys.and_then(|keys| Ok((keys.count(), cluster.set_keys(keys)?))) {
+                    Ok((count, ())) => info!("SIGHUP: the keys of the cluster were read again, and are {count}"),
+                    Err(error) => error!("SIGHUP: the keys of the cluster stay as they were: {error}"),
+                }
+            }
+        });
+    }
+}
+
+/// A file of keys is shorter than this.
+const KEY_FILE_LEN_MAX: u64 = 64 << 10;
+
+/// Rights that a file of keys may not give: others may do nothing with it, and its group may read it alone. So it is with the key of a
+/// server of PostgreSQL, and so a secret of Kubernetes can be had, which is owned by root, and read by the group of the pod.
+const OPEN_MODE: u32 = 0o027;
+
+fn read_keys(path: &Path) -> io::Result<Keys> {
+    let of_file = |kind, what: &dyn std::fmt::Display| io::Error::new(kind, format!("{}: {what}", path.display()));
+    let failed = |error: io::Error| of_file(error.kind(), &error);
+    let wrong = |what: &dyn std::fmt::Display| of_file(io::ErrorKind::InvalidInput, what);
+    // Opening something else might wait.
+    if !std::fs::metadata(path).map_err(failed)?.is_file() {
+        return Err(wrong(&"it is not a file"));
+    }
+    let file = File::open(path).map_err(failed)?;
+    let mode = file.metadata().map_err(failed)?.permissions().mode();
+    if mode & OPEN_MODE != 0 {
+        return Err(wrong(&format_args!(
+            "others have rights to this file of keys (its mode is {:03o}): chmod 600, or 640 for its group",
+            mode & 0o777
+        )));
+    }
+    let mut text = String::new();
+    file.take(KEY_FILE_LEN_MAX).read_to_string(&mut text).map_err(failed)?;
+    if text.len() as u64 >= KEY_FILE_LEN_MAX {
+        return Err(wrong(&format_args!("a file of keys is shorter than {KEY_FILE_LEN_MAX} bytes")));
+    }
+    text.parse().map_err(|error: KeysError| wrong(&error))
 }

@@ -37,11 +37,12 @@ use nkv_persist_fs::{FsOptions, FsPersist, check, repair, restore};
 #[cfg(feature = "engines")]
 use nkv_server::Options;
 use nkv_server::{Address, Builder, Server, ServerError};
-use tokio::sync::oneshot;
+use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use crate::args::{Args, Command, Persist};
 use crate::log::{FLUSH_LIMIT, Log};
+use crate::signals::Asked;
 
 /// The command line makes no sense, or asks for what must be asked for otherwise.
 const USAGE: u8 = 2;
@@ -86,18 +87,19 @@ fn serve(args: &Args, log: &Log) -> ExitCode {
 
 fn try_serve(args: &Args, log: &Log) -> Result<(), ServerError> {
     // Before anything is opened: a signal must find a listener.
-    let stop = signals::listen(log.clone()).map_err(ServerError::System)?;
+    let asked = signals::listen(log.clone()).map_err(ServerError::System)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::System)?;
-    let served = runtime.block_on(run(args, stop));
+    let served = runtime.block_on(run(args, asked));
     // Storage that is still being read, because a signal came first, is not waited for.
     runtime.shutdown_background();
     served
 }
 
-async fn run(args: &Args, mut stop: oneshot::Receiver<()>) -> Result<(), ServerError> {
+async fn run(args: &Args, asked: Asked) -> Result<(), ServerError> {
+    let Asked { mut stop, reread } = asked;
     info!(version = %env!("CARGO_PKG_VERSION"), "nkv-server");
     let (mut server, end) = tokio::select! {
-        started = start(args) => started?,
+        started = start(args, reread) => started?,
         _ = &mut stop => return Ok(()), // nothing was accepted yet
     };
     let ended = tokio::select! {
@@ -123,8 +125,9 @@ type End = Option<Pin<Box<dyn Future<Output = ()>>>>;
 /// How long that may take.
 const END_LIMIT: Duration = Duration::from_secs(2);
 
-/// Opens and loads the data, listens, and says what an operator looks for.
-async fn start(args: &Args) -> Result<(Server, End), ServerError> {
+/// Opens and loads the data, listens, and says what an operator looks for. With `reread`, files are to be read again.
+#[cfg_attr(not(feature = "cluster"), expect(unused_variables, reason = "no other part has a file that is read again"))]
+async fn start(args: &Args, reread: watch::Receiver<()>) -> Result<(Server, End), ServerError> {
     let mut builder = Server::builder().options(args.options());
     for address in args.addresses() {
         builder = builder.listen(address);
@@ -162,7 +165,7 @@ async fn start(args: &Args) -> Result<(Server, End), ServerError> {
             let clock_file =
                 if args.persist == Persist::Log { Some(args.data_dir()?.join("cluster-clock")) } else { None };
             let options = args.options();
-            let joined = args.cluster.join(name, options.insecure, options.value_len_max, clock_file).await?;
+            let joined = args.cluster.join(name, options.insecure, options.value_len_max, clock_file, reread).await?;
             let cluster = joined.cluster.clone();
             (builder.node(|node| node.engine(cluster)), Some(Box::pin(joined.leave())))
         }

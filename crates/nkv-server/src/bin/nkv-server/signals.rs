@@ -1,4 +1,4 @@
-//! Signals: SIGTERM and SIGINT end the server, and SIGHUP, SIGUSR1 and SIGUSR2 end nothing; nor does SIGXFSZ.
+//! Signals: SIGTERM and SIGINT end the server, SIGHUP has files read again, and SIGUSR1 and SIGUSR2 do nothing; nor does SIGXFSZ.
 //!
 //! They are listened to on a thread of their own: a second one takes effect whatever the rest of the program does.
 
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
 use crate::log::{FLUSH_LIMIT, Log};
@@ -20,14 +20,23 @@ const REPEAT_LIMIT: Duration = Duration::from_secs(1);
 /// How a program ends by a second signal, before all was done.
 const INTERRUPTED: i32 = 130;
 
-/// Listens from now on. What is returned completes with the signal that asks the server to end.
-pub(crate) fn listen(log: Log) -> io::Result<oneshot::Receiver<()>> {
+/// What signals ask for.
+pub(crate) struct Asked {
+    /// Completes with the signal that asks the server to end.
+    pub(crate) stop: oneshot::Receiver<()>,
+    /// Changes with each SIGHUP.
+    pub(crate) reread: watch::Receiver<()>,
+}
+
+/// Listens from now on.
+pub(crate) fn listen(log: Log) -> io::Result<Asked> {
     let runtime = Builder::new_current_thread().enable_io().build()?;
-    let signals = runtime.block_on(async { Signals::new() })?;
+    let (asks, reread) = watch::channel(());
+    let signals = runtime.block_on(async { Signals::new(asks) })?;
     let (stop, stopped) = oneshot::channel();
     let thread = thread::Builder::new().name("nkv-signals".into());
     thread.spawn(move || runtime.block_on(signals.serve(stop, &log)))?;
-    Ok(stopped)
+    Ok(Asked { stop: stopped, reread })
 }
 
 struct Signals {
@@ -36,17 +45,22 @@ struct Signals {
 }
 
 impl Signals {
-    /// On the current runtime.
-    fn new() -> io::Result<Self> {
+    /// On the current runtime. `reread` is notified of each SIGHUP.
+    fn new(reread: watch::Sender<()>) -> io::Result<Self> {
+        let mut reread = Some(reread);
         for (name, kind) in [
             ("SIGHUP", SignalKind::hangup()),
             ("SIGUSR1", SignalKind::user_defined1()),
             ("SIGUSR2", SignalKind::user_defined2()),
         ] {
             let mut signals = signal(kind)?;
+            let asks = reread.take();
             tokio::spawn(async move {
                 while signals.recv().await.is_some() {
-                    info!("{name}: nothing to do");
+                    // Unless there is no file that could be read again.
+                    if asks.as_ref().is_none_or(|asks| asks.send(()).is_err()) {
+                        info!("{name}: nothing to do");
+                    }
                 }
             });
         }

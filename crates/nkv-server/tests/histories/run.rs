@@ -212,7 +212,7 @@ pub struct Log {
 
 impl Log {
     pub fn new(name: String, pattern: &str, library: bool) -> Arc<Mutex<Self>> {
-        let watch = Watch { name, pattern: pattern.into(), library, told: Vec::new() };
+        let watch = Watch { name, pattern: pattern.into(), library, behind_engine: false, told: Vec::new() };
         Arc::new(Mutex::new(Log { watch, known: BTreeMap::new(), connected: 0, synced: false }))
     }
 }

@@ -81,8 +81,11 @@ run() {
       NKV_FAULTS=1 cargo test -p nkv-server --release --locked --test faults --test process_faults -- --nocapture
       ;;
     histories)
-      NKV_HISTORY_SECONDS="${NKV_HISTORY_SECONDS:-$share}" cargo test -p nkv-server --release --locked \
+      # Half of it for the server, and half for etcd and the two servers of NATS.
+      NKV_HISTORY_SECONDS="${NKV_HISTORY_SECONDS:-$((share / 2))}" cargo test -p nkv-server --release --locked \
         --test histories -- --nocapture
+      NKV_HISTORY_SECONDS="${NKV_HISTORY_SECONDS:-$((share / 6 + 1))}" cargo test -p nkv-engine-etcd -p nkv-engine-nats \
+        --release --locked --test histories -- --nocapture --test-threads 1
       ;;
     client)
       NKV_SOAK_SECONDS="${NKV_SOAK_SECONDS:-$share}" cargo test -p nkv-server --release --locked \

@@ -39,6 +39,8 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 const SILENCE: Duration = Duration::from_secs(2);
 /// How often a node that resumes looks whether it has all that there is by now, before it fetches the state.
 const RESUME_TRIES: usize = 8;
+/// How often it is waited for names that were overwritten before they were sent.
+const FETCH_TRIES: usize = 100;
 /// A state is fetched anew because of vanished names this seldom.
 const FETCH_PAUSE: Duration = Duration::from_secs(2);
 /// About this number of messages, or of bytes of values, is given to the node at once.
@@ -335,22 +337,30 @@ impl Follower<'_> {
         }
         self.consume(From::State).await?;
         let (mut state, mut last_time) = (HashMap::<Key, Change>::new(), 0);
-        let until = info.state.last_seq;
-        self.gather(until, |item| {
-            last_time = item.time_ns;
-            match item.change {
-                Some(change) if matches!(change.action, Action::Put { .. }) => {
-                    state.insert(change.key.clone(), change);
+        let (mut until, mut counted) = (info.state.last_seq, info.state.num_subjects);
+        for tries in 1.. {
+            self.gather(until, |item| {
+                last_time = item.time_ns;
+                match item.change {
+                    Some(change) if matches!(change.action, Action::Put { .. }) => {
+                        state.insert(change.key.clone(), change);
+                    }
+                    Some(change) => drop(state.remove(&change.key)),
+                    None => {}
                 }
-                Some(change) => drop(state.remove(&change.key)),
-                None => {}
+            })
+            .await?;
+            let names = lock(&self.shared.place).census.len();
+            if names >= counted {
+                break;
             }
-        })
-        .await?;
-        let (names, counted) = (lock(&self.shared.place).census.len(), info.state.num_subjects);
-        if names < counted {
-            let message = format!("the state is not whole: {names} of {counted} names have come");
-            return Err(EngineError::Unavailable(message));
+            if self.last <= until || tries == FETCH_TRIES {
+                let message = format!("the state is not whole: {names} of {counted} names have come");
+                return Err(EngineError::Unavailable(message));
+            }
+            // What was overwritten before it was sent is among what was written since.
+            let info = self.link.wire.info().await?;
+            (until, counted) = (info.state.last_seq, info.state.num_subjects);
         }
         let came = self.last;
         self.last = came.max(until);

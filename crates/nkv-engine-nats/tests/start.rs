@@ -1,4 +1,4 @@
-//! Many keys at the start.
+//! Many keys at the start, or busy ones.
 
 #![allow(clippy::unwrap_used)]
 
@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use serde_json::json;
-use support::{Other, Server, healthy};
+use support::{Other, Server, healthy, until};
 
 const SOME: usize = 10_000;
 
@@ -45,5 +45,34 @@ async fn many_keys_are_all_there_at_the_start() {
         assert_eq!(deleted.count, SOME as u64);
         let (_later, later) = server.node().await;
         assert_eq!(later.list("*").await.unwrap().len(), keys);
+    }
+}
+
+/// Each key is overwritten again and again while the state is fetched: what is sent of it comes behind all that was counted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_starts_while_all_keys_are_written_without_end() {
+    for server in [Server::start().await, Server::start_old().await] {
+        let Some(server) = server else { continue };
+        server.other().await.create(json!({})).await;
+        let mut writers = Vec::new();
+        for writer in 0..4 {
+            let other = server.other().await;
+            writers.push(tokio::spawn(async move {
+                loop {
+                    for number in 0..100 {
+                        let subject = format!("$KV.test.key.{}", (number * 7 + writer) % 20);
+                        other.client.publish(subject, "x".into()).await.unwrap();
+                    }
+                    other.put(&format!("key.{writer}"), "x").await;
+                }
+            }));
+        }
+        until("all keys are there", async || server.other().await.state().await["num_subjects"] == 20).await;
+        for _ in 0..5 {
+            let (node, nkv) = server.node().await;
+            assert_eq!(nkv.list("*").await.unwrap().len(), 20);
+            node.shutdown().await.unwrap();
+        }
+        writers.iter().for_each(tokio::task::JoinHandle::abort);
     }
 }

@@ -4,17 +4,11 @@
 #![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub, missing_docs)]
 
-#[path = "histories/history.rs"]
-mod history;
-#[path = "histories/linear.rs"]
-mod linear;
 #[path = "../../nkv-client/tests/common/proxy.rs"]
 mod proxy;
 #[path = "histories/run.rs"]
 mod run;
 mod support;
-#[path = "histories/watch.rs"]
-mod watch;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -28,6 +22,7 @@ use history::{Facts, History, Notice, Outcome, Restart};
 use nkv_core::mailbox::{Inbox, Item, mailbox};
 use nkv_core::{EventKind, Key, Pattern};
 use nkv_node::{AttachOptions, Attached};
+use nkv_testkit::histories::{history, linear, watch};
 use proxy::{Dice, Proxy};
 use run::{Log, Subscriber, World};
 use support::process::{Process, command};

@@ -3,6 +3,8 @@
 #[cfg(feature = "engine")]
 pub mod engine;
 pub mod fencing;
+#[cfg(feature = "engine")]
+pub mod histories;
 pub mod notifier;
 pub mod persist;
 pub mod script;

@@ -1,4 +1,4 @@
-//! The makers of a history: clients and subscribers on raw connections, and subscriptions of the client library.
+//! Who makes a history: clients and subscribers on raw connections, and subscriptions of the client library.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -20,7 +20,7 @@ use crate::watch;
 
 const HOT: [&str; 4] = ["a.h0", "a.h1", "b.h0", "b.h1"];
 const COLD: [&str; 10] = ["a", "a.c0", "a.c1", "a.c2", "a.h0.below", "b.c0", "b.c1", "b.c2", "b.h1.below.it", "alone"];
-/// The pause before a client that could not connect tries again.
+/// Before somebody who could not connect tries again.
 const PAUSE: Duration = Duration::from_millis(3);
 
 /// What all share.
@@ -164,7 +164,7 @@ fn outcome(id: usize, answer: &Json) -> Outcome {
     }
 }
 
-/// A client that keeps asking, up to `depth` requests at a time, and connects again until it is to stop.
+/// A client that keeps asking, up to so many requests at a time, and connects again until it is told to stop.
 pub async fn ask(world: Arc<World>, name: String, depth: u64, mut dice: Dice) -> Vec<Op> {
     let mut ops = Vec::new();
     while !world.stop.load(SeqCst) {
@@ -201,7 +201,7 @@ pub async fn ask(world: Arc<World>, name: String, depth: u64, mut dice: Dice) ->
     ops
 }
 
-/// What a subscriber received, and so knows.
+/// What a subscriber was sent, and so knows.
 pub struct Log {
     pub watch: Watch,
     pub known: BTreeMap<String, (u64, Value)>,
@@ -212,7 +212,7 @@ pub struct Log {
 
 impl Log {
     pub fn new(name: String, pattern: &str, library: bool) -> Arc<Mutex<Self>> {
-        let watch = Watch { name, pattern: pattern.into(), library, notices: Vec::new() };
+        let watch = Watch { name, pattern: pattern.into(), library, behind_engine: false, notices: Vec::new() };
         Arc::new(Mutex::new(Log { watch, known: BTreeMap::new(), connected: 0, synced: false }))
     }
 }
@@ -227,7 +227,7 @@ pub struct Subscriber {
 }
 
 impl Subscriber {
-    fn note(&self, notice: Notice) {
+    fn notice(&self, notice: Notice) {
         let mut log = self.log.lock().unwrap();
         watch::learn(&mut log.known, &notice);
         let now = self.world.now();
@@ -257,15 +257,15 @@ impl Subscriber {
                 sleep(PAUSE).await;
                 continue;
             };
-            self.note(Notice::Connected);
+            self.notice(Notice::Connected);
             let request = format!("{{\"type\":\"Subscribe\",\"key\":\"{pattern}\",\"snapshot\":true}}\n");
             if wire.send(&request).await.is_ok() {
                 while let Ok(message) = wire.message().await {
-                    self.note(notification(&message));
+                    self.notice(notification(&message));
                     self.pause().await;
                 }
             }
-            self.note(Notice::Lost);
+            self.notice(Notice::Lost);
         }
     }
 
@@ -297,7 +297,7 @@ impl Subscriber {
                 Event::Reconnecting => Notice::Lost,
                 other => panic!("{pattern}: {other:?}"),
             };
-            self.note(notice);
+            self.notice(notice);
             self.pause().await;
         }
     }

@@ -1,4 +1,4 @@
-//! What happened, as plain data on one clock: what clients asked and were answered, what subscribers received, and
+//! What happened, as plain data on one clock: what clients asked and were answered, what subscribers were sent, and
 //! when the server died. The checkers read this and nothing else.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -9,77 +9,108 @@ pub type Time = u64;
 /// A value stands for the put that wrote it: no two puts write the same.
 pub type Value = u64;
 
+/// What a client asked, and the answer.
 #[derive(Clone, Debug)]
 pub struct Op {
     /// Operations of one connection take effect in the order in which they were sent, also when they are pipelined.
     pub session: u64,
+    /// Of which key.
     pub key: String,
+    /// What for.
     pub ask: Ask,
     /// The state that a conditional write asks for.
     pub expect: Option<State>,
+    /// When it was asked.
     pub invoked: Time,
-    /// `Time::MAX` if no answer came.
+    /// When it was answered; `Time::MAX` if no answer came.
     pub returned: Time,
+    /// The answer.
     pub outcome: Outcome,
 }
 
 /// A key's revision and value, if it is there.
 pub type State = Option<(u64, Value)>;
 
+/// What a client asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ask {
+    /// The value.
     Get,
+    /// To write it.
     Put(Value),
+    /// To remove the key.
     Delete,
 }
 
+/// What a client was answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// No answer came: it may take effect at any time after its invocation, or never.
     Unknown,
+    /// Done, at this revision.
     Written(u64),
+    /// The revision and the value.
     Found(u64, Value),
     /// There was no such key.
     Absent,
     /// The condition did not hold: the key's present revision, 0 if it is absent.
     Conflict(u64),
-    /// The disk took nothing: it was not done, and will not be.
+    /// It was not done, and will not be: the disk takes nothing, or the engine is away.
     Refused,
 }
 
-/// What a subscriber received, or saw of its connection.
+/// What a subscriber was sent, or saw of its connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
     /// A connection was there, and nothing had been sent on it.
     Connected,
     /// The snapshot begins.
     Hello,
+    /// A key has a value.
     Update {
+        /// The key.
         key: String,
+        /// Of the change.
         revision: u64,
+        /// The value.
         value: Value,
+        /// How many changes of the key were passed over.
         skipped: u64,
     },
+    /// A key is gone.
     Gone {
+        /// The key.
         key: String,
+        /// By which it is gone.
         revision: u64,
         /// Known from a snapshot that did not have the key.
         missed: bool,
+        /// How many changes of the key were passed over.
         skipped: u64,
     },
+    /// The snapshot ends.
     Synced {
+        /// That of the state.
         revision: u64,
+        /// Of the data.
         epoch: String,
     },
+    /// The connection ended.
     Lost,
 }
 
+/// A subscriber.
 #[derive(Clone, Debug)]
 pub struct Watch {
+    /// Who it is.
     pub name: String,
+    /// What it subscribed to.
     pub pattern: String,
     /// A subscription of the client library, which connects again by itself; otherwise each connection as it is.
     pub library: bool,
+    /// Its server follows an engine, and may be behind others.
+    pub behind_engine: bool,
+    /// What it was sent, and when.
     pub notices: Vec<(Time, Notice)>,
 }
 
@@ -90,25 +121,34 @@ pub struct Restart {
     pub killed: Time,
     /// After the death, and before the next life.
     pub at: Time,
+    /// The revision of the next life.
     pub recovered: u64,
+    /// The epoch of the next life.
     pub epoch: String,
 }
 
+/// All that happened.
 #[derive(Clone, Debug, Default)]
 pub struct History {
+    /// That of all data.
     pub epoch: String,
+    /// What clients asked and were answered.
     pub ops: Vec<Op>,
+    /// What subscribers were sent.
     pub watches: Vec<Watch>,
+    /// The deaths of the server.
     pub restarts: Vec<Restart>,
     /// What the store held in the end.
     pub store: BTreeMap<String, (u64, Value)>,
 }
 
 impl Op {
+    /// Whether no answer came.
     pub fn is_unknown(&self) -> bool {
         self.outcome == Outcome::Unknown
     }
 
+    /// The value that it puts.
     pub fn put(&self) -> Option<Value> {
         if let Ask::Put(value) = self.ask { Some(value) } else { None }
     }
@@ -129,11 +169,13 @@ pub type Change<'a> = (&'a str, Option<Value>);
 /// What the answers to operations say of the store.
 #[derive(Debug, Default)]
 pub struct Facts<'a> {
+    /// By value.
     pub puts: HashMap<Value, &'a Op>,
     /// By revision: the writes that were answered, and the puts that some client read.
     pub changes: BTreeMap<u64, Change<'a>>,
     /// The writes that were answered, by revision.
     pub written: HashMap<u64, &'a Op>,
+    /// The known changes of each key; no value for a delete.
     pub by_key: HashMap<&'a str, BTreeMap<u64, Option<Value>>>,
     /// For each key, when deletes were asked for that were never answered.
     unknown_deletes: HashMap<&'a str, Vec<Time>>,
@@ -198,7 +240,7 @@ impl<'a> Facts<'a> {
 
     /// Whether this may have been seen at this time; what is wrong if not.
     pub fn is_real(&self, key: &str, revision: u64, value: Value, seen: Time) -> Option<String> {
-        let Some(put) = self.puts.get(&value) else { return Some(format!("{value} was never put")) };
+        let Some(put) = self.puts.get(&value) else { return Some(format!("no client put {value}")) };
         let right = match put.outcome {
             Outcome::Unknown => true,
             Outcome::Written(written) => written == revision,
@@ -216,6 +258,14 @@ impl<'a> Facts<'a> {
             unheard_of || (from <= *revisions.end() && self.gaps.range(from..=*revisions.end()).next().is_some())
         };
         self.unknown_deletes.get(key).is_some_and(|asked| asked.iter().any(|asked| *asked < by && fits(*asked)))
+    }
+
+    /// Whether a key that was there at a revision may be gone at this time.
+    pub fn may_be_gone(&self, key: &str, seen: u64, time: Time) -> bool {
+        let Some(changes) = self.by_key.get(key) else { return true };
+        let mut deletes = changes.range(seen..).filter(|(_, value)| value.is_none());
+        deletes.any(|(revision, _)| self.written.get(revision).is_none_or(|delete| delete.invoked < time))
+            || self.may_be_deleted(key, time, seen..=u64::MAX)
     }
 
     /// The highest revision that had been proved to some client by then.

@@ -1,9 +1,9 @@
-//! Is what subscribers received true, in order, and complete? One function for each question; each returns what is
+//! Is what subscribers were sent true, in order, and complete? One function for each question; each returns what is
 //! wrong. The questions are those that the etcd project asks of its watches.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use crate::history::{Facts, History, Notice, Time, Watch};
+use super::history::{Facts, History, Notice, Time, Watch};
 
 /// Whether a subscription to a pattern covers a key. Not the server's code, on purpose.
 pub fn covers(pattern: &str, key: &str) -> bool {
@@ -23,7 +23,7 @@ fn change(notice: &Notice) -> Option<(&str, u64)> {
     }
 }
 
-/// What is wrong, with the name of the subscriber.
+/// What is wrong, with the name of its subscriber.
 fn wrong(watch: &Watch, why: impl std::fmt::Display, notice: &Notice) -> String {
     format!("{} ({}): {why}: {notice:?}", watch.name, watch.pattern)
 }
@@ -53,7 +53,7 @@ pub fn ordered(watch: &Watch) -> Vec<String> {
             && !watch.library
         {
             if snapshot.take().is_none() || *revision < highest {
-                found.push(wrong(watch, format!("nothing was begun, or {highest} was received before"), notice));
+                found.push(wrong(watch, format!("nothing was begun, or {highest} was sent before"), notice));
             }
             last = *revision;
         }
@@ -73,14 +73,17 @@ pub fn ordered(watch: &Watch) -> Vec<String> {
                 }
                 *before = segments;
             }
-            None if revision <= last => found.push(wrong(watch, format!("after {last}"), notice)),
+            // What an engine decided in one step has one revision.
+            None if revision < last || (revision == last && !watch.behind_engine) => {
+                found.push(wrong(watch, format!("after {last}"), notice));
+            }
             None => last = revision,
         }
     }
     found
 }
 
-/// Unique: no change is received twice; to a subscription of the library in an epoch, to others on a connection.
+/// Unique: no change is sent twice; to a subscription of the library in an epoch, to others on a connection.
 pub fn unique(watch: &Watch) -> Vec<String> {
     let (mut found, mut seen) = (Vec::new(), HashSet::new());
     for (_, notice) in &watch.notices {
@@ -88,27 +91,34 @@ pub fn unique(watch: &Watch) -> Vec<String> {
             seen.clear();
         }
         if change(notice).is_some_and(|change| !seen.insert(change)) {
-            found.push(wrong(watch, "received twice", notice));
+            found.push(wrong(watch, "notified twice", notice));
         }
     }
     found
 }
 
-/// Real: every notice was of what was done, or may have been, before it was received; and no revision is two things.
+/// Real: everything that was sent was done, or may have been, before that; and no revision is two things.
 pub fn real<'a>(history: &'a History, facts: &mut Facts<'a>) -> Vec<String> {
     let mut found = Vec::new();
     for watch in &history.watches {
+        let mut known = HashMap::<&str, u64>::new();
         for (time, notice) in &watch.notices {
+            let before = change(notice).and_then(|(key, revision)| known.insert(key, revision));
             let why = match notice {
                 Notice::Update { key, revision, value, .. } => {
                     facts.is_real(key, *revision, *value, *time).or_else(|| facts.learn(*revision, key, Some(*value)))
+                }
+                // Where a node has the whole state anew, a delete has the revision of the first other difference.
+                Notice::Gone { key, .. } if watch.behind_engine => {
+                    let is_right = facts.may_be_gone(key, before.unwrap_or(0), *time);
+                    (!is_right).then(|| "no client deleted it since".into())
                 }
                 Notice::Gone { key, revision, missed: false, .. } => {
                     let known = facts.changes.get(revision) == Some(&(key.as_str(), None));
                     if known || facts.may_be_deleted(key, *time, *revision..=*revision) {
                         facts.learn(*revision, key, None)
                     } else {
-                        Some("it was never deleted".into())
+                        Some("no client deleted it".into())
                     }
                 }
                 _ => None,
@@ -116,7 +126,7 @@ pub fn real<'a>(history: &'a History, facts: &mut Facts<'a>) -> Vec<String> {
             found.extend(why.map(|why| wrong(watch, why, notice)));
         }
     }
-    for watch in &history.watches {
+    for watch in history.watches.iter().filter(|watch| !watch.behind_engine) {
         for (time, notice) in &watch.notices {
             if let Notice::Gone { key, revision, missed: true, .. } = notice
                 && let Some((at, Some(_))) = facts.last(key, *revision)
@@ -129,7 +139,7 @@ pub fn real<'a>(history: &'a History, facts: &mut Facts<'a>) -> Vec<String> {
     found
 }
 
-/// Durable: what was notified, read or acknowledged in a life of the server is recovered in the next, in the same epoch.
+/// Durable: what was sent, read or acknowledged in a life of the server is recovered in the next, in the same epoch.
 pub fn durable(history: &History) -> Vec<String> {
     let (mut found, mut before) = (Vec::new(), 0);
     for restart in &history.restarts {
@@ -193,13 +203,13 @@ pub fn synced(watch: &Watch, history: &History, facts: &Facts<'_>) -> Vec<String
                     found.push(wrong(watch, "another epoch", notice));
                 }
                 let proved = facts.proved(connected);
-                if proved > *revision && !watch.library {
+                if proved > *revision && !watch.library && !watch.behind_engine {
                     found.push(wrong(watch, format!("{proved} was proved before it was asked for"), notice));
                 }
                 for key in facts.by_key.keys().filter(|key| covers(&watch.pattern, key)) {
                     let (known, last) = (known.get(key).copied(), facts.last(key, *revision));
                     let ok = match (known, last) {
-                        // What is gone is not notified again, though it may have come and gone meanwhile.
+                        // What is gone is not sent again, though it may have come and gone meanwhile.
                         (Some((_, false)), Some((_, None))) if watch.library => true,
                         (Some((at, false)), Some((last, Some(_)))) if watch.library && at < last => {
                             facts.may_be_deleted(key, *time, last..=*revision)
@@ -220,7 +230,7 @@ pub fn synced(watch: &Watch, history: &History, facts: &Facts<'_>) -> Vec<String
     found
 }
 
-/// What a subscriber knows, if it forgets all when it is sent a new snapshot, or notified of what it missed.
+/// What a subscriber knows, if it forgets all when it is sent a new snapshot, or what it missed.
 pub fn knows(watch: &Watch) -> BTreeMap<String, (u64, u64)> {
     let mut known = BTreeMap::new();
     for (_, notice) in &watch.notices {
@@ -229,6 +239,7 @@ pub fn knows(watch: &Watch) -> BTreeMap<String, (u64, u64)> {
     known
 }
 
+/// Has what is known follow what was sent.
 pub fn learn(known: &mut BTreeMap<String, (u64, u64)>, notice: &Notice) {
     match notice {
         Notice::Hello => known.clear(),
@@ -258,7 +269,7 @@ pub fn converged(history: &History) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::history::{Ask, Op, Outcome, Restart};
+    use crate::histories::history::{Ask, Op, Outcome, Restart};
 
     fn update(key: &str, revision: u64, value: u64) -> Notice {
         Notice::Update { key: key.into(), revision, value, skipped: 0 }
@@ -272,13 +283,13 @@ mod tests {
         Notice::Synced { revision, epoch: "e".into() }
     }
 
-    fn watch(library: bool, notices: &[(Time, Notice)]) -> Watch {
-        Watch { name: "w".into(), pattern: "a.*".into(), library, notices: notices.to_vec() }
+    fn watch(library: bool, notice: &[(Time, Notice)]) -> Watch {
+        Watch { name: "w".into(), pattern: "a.*".into(), library, behind_engine: false, notice: notice.to_vec() }
     }
 
     /// `a.x` = 7 at 1, `a.y` = 8 at 2, `b` = 9 at 3, `a.x` deleted at 4, `a.x` = 10 at 5 without an answer; killed at
     /// 100 and there again at 110.
-    fn history(library: bool, notices: &[(Time, Notice)]) -> History {
+    fn history(library: bool, notice: &[(Time, Notice)]) -> History {
         let op = |time: Time, key: &str, ask, outcome| {
             let returned = if outcome == Outcome::Unknown { Time::MAX } else { time + 5 };
             Op { session: time, key: key.into(), ask, expect: None, invoked: time, returned, outcome }
@@ -292,7 +303,7 @@ mod tests {
         ];
         let restarts = vec![Restart { killed: 100, at: 110, recovered: 5, epoch: "e".into() }];
         let store = [("a.x", (5, 10)), ("a.y", (2, 8)), ("b", (3, 9))].map(|(key, entry)| (key.into(), entry)).into();
-        History { epoch: "e".into(), ops, watches: vec![watch(library, notices)], restarts, store }
+        History { epoch: "e".into(), ops, watches: vec![watch(library, notice)], restarts, store }
     }
 
     /// How many wrongs each validator finds: filter, ordered, unique, real, durable, synced, converged.
@@ -324,7 +335,7 @@ mod tests {
         ]
     }
 
-    /// The library notifies of nothing twice.
+    /// The library tells nothing twice.
     fn good_library() -> Vec<(Time, Notice)> {
         vec![
             (24, update("a.x", 1, 7)),
@@ -346,14 +357,14 @@ mod tests {
 
     /// What a mistake does to the good one.
     fn judge_with(library: bool, mistake: impl FnOnce(&mut Vec<(Time, Notice)>)) -> [usize; 7] {
-        let mut notices = if library { good_library() } else { good() };
-        mistake(&mut notices);
-        judge(&history(library, &notices))
+        let mut notice = if library { good_library() } else { good() };
+        mistake(&mut notice);
+        judge(&history(library, &notice))
     }
 
     #[test]
     fn each_validator_finds_its_own() {
-        let [filter, ..] = judge_with(false, |notices| notices.insert(5, (43, update("b", 3, 9))));
+        let [filter, ..] = judge_with(false, |notice| notice.insert(5, (43, update("b", 3, 9))));
         assert_eq!(filter, 1);
         for pattern in ["a.x", "a", "a.x.y"] {
             assert_eq!(covers(pattern, "a.x"), pattern != "a.x.y", "{pattern}");
@@ -361,27 +372,49 @@ mod tests {
         assert!(!covers("a.x", "a.xy") && !covers("a.*", "a") && covers("*", "a"));
 
         // A live change after a newer one, a snapshot out of order, one with something newer than its end.
-        assert_eq!(judge_with(false, |notices| notices.insert(6, (50, update("a.y", 2, 8))))[1], 2);
-        assert_eq!(judge_with(false, |notices| notices.swap(2, 3))[1], 1);
-        assert_eq!(judge_with(false, |notices| notices[4].1 = end(1))[1], 1);
+        assert_eq!(judge_with(false, |notice| notice.insert(6, (50, update("a.y", 2, 8))))[1], 2);
+        assert_eq!(judge_with(false, |notice| notice.swap(2, 3))[1], 1);
+        assert_eq!(judge_with(false, |notice| notice[4].1 = end(1))[1], 1);
         // The library goes back after a reconnect.
-        assert_eq!(judge_with(true, |notices| notices.insert(8, (56, update("a.x", 1, 7))))[1], 1);
+        assert_eq!(judge_with(true, |notice| notice.insert(8, (56, update("a.x", 1, 7))))[1], 1);
 
-        assert_eq!(judge_with(false, |notices| notices.insert(7, (56, update("a.x", 5, 10))))[2], 1);
-        assert_eq!(judge_with(true, |notices| notices.insert(6, (47, update("a.y", 2, 8))))[2], 1);
+        assert_eq!(judge_with(false, |notice| notice.insert(7, (56, update("a.x", 5, 10))))[2], 1);
+        assert_eq!(judge_with(true, |notice| notice.insert(6, (47, update("a.y", 2, 8))))[2], 1);
 
-        // A value without a put, of another revision, before its put; a delete without a request; missed, and there.
-        assert_eq!(judge_with(false, |notices| notices[6].1 = update("a.x", 5, 11))[3], 1);
-        assert_eq!(judge_with(false, |notices| notices[3].1 = update("a.y", 1, 8))[3], 1);
-        assert_eq!(judge_with(false, |notices| notices[6].0 = 49)[3], 1);
-        assert_eq!(judge_with(false, |notices| notices.insert(6, (54, gone("a.y", 6, false))))[3], 1);
-        assert_eq!(judge_with(true, |notices| notices[5].1 = gone("a.y", 4, true))[3], 1);
+        // A value of nobody, of another revision, before its put; a delete of nobody; missed, and there.
+        assert_eq!(judge_with(false, |notice| notice[6].1 = update("a.x", 5, 11))[3], 1);
+        assert_eq!(judge_with(false, |notice| notice[3].1 = update("a.y", 1, 8))[3], 1);
+        assert_eq!(judge_with(false, |notice| notice[6].0 = 49)[3], 1);
+        assert_eq!(judge_with(false, |notice| notice.insert(6, (54, gone("a.y", 6, false))))[3], 1);
+        assert_eq!(judge_with(true, |notice| notice[5].1 = gone("a.y", 4, true))[3], 1);
+    }
+
+    /// What differs in a state that a node has anew may have one revision, that of a delete may be too low, and a node may be
+    /// behind; but nothing is deleted that nobody deleted.
+    #[test]
+    fn behind_an_engine_only_a_delete_that_was_is_told() {
+        fn judge_behind(mistake: impl FnOnce(&mut Vec<(Time, Notice)>)) -> [usize; 7] {
+            let mut notice = good();
+            mistake(&mut notice);
+            let mut history = history(false, &notice);
+            history.watches[0].behind_engine = true;
+            judge(&history)
+        }
+        assert_eq!(judge_behind(|_| {}), [0; 7]);
+        assert_eq!(judge_behind(|notice| notice[5].1 = gone("a.x", 3, false)), [0; 7]);
+        assert_eq!(judge_behind(|notice| notice[0].0 = 46), [0; 7]);
+        // Of a key that nobody deleted; before the delete; and of what was put behind it.
+        assert_eq!(judge_behind(|notice| notice[5].1 = gone("a.y", 4, false))[3], 1);
+        assert_eq!(judge_behind(|notice| notice[5].0 = 39)[3], 1);
+        assert_eq!(judge_behind(|notice| notice.insert(7, (60, gone("a.x", 6, false))))[3], 1);
+        // Back to an older one.
+        assert_eq!(judge_behind(|notice| notice.insert(7, (60, update("a.y", 2, 8))))[1], 2);
     }
 
     #[test]
-    fn what_was_notified_and_is_lost_is_not_durable() {
-        for (library, notices) in [(false, good()), (true, good_library())] {
-            let mut history = history(library, &notices);
+    fn what_was_told_and_is_lost_is_not_durable() {
+        for (library, notice) in [(false, good()), (true, good_library())] {
+            let mut history = history(library, &notice);
             history.restarts[0].recovered = 4;
             assert!(judge(&history)[4] >= 1, "{library}");
         }
@@ -402,20 +435,20 @@ mod tests {
     #[test]
     fn a_snapshot_that_is_no_state_is_not_synced() {
         // A key that is missing, one that is stale, one that was deleted, one snapshot without an end.
-        assert_eq!(judge_with(false, |notices| drop(notices.remove(3)))[5], 1);
-        assert_eq!(judge_with(false, |notices| notices[10].1 = update("a.x", 1, 7))[5], 1);
-        assert_eq!(judge_with(false, |notices| notices[4].1 = end(4))[5], 1);
-        assert_eq!(judge_with(false, |notices| drop(notices.drain(4..8)))[5], 1);
+        assert_eq!(judge_with(false, |notice| drop(notice.remove(3)))[5], 1);
+        assert_eq!(judge_with(false, |notice| notice[10].1 = update("a.x", 1, 7))[5], 1);
+        assert_eq!(judge_with(false, |notice| notice[4].1 = end(4))[5], 1);
+        assert_eq!(judge_with(false, |notice| drop(notice.drain(4..8)))[5], 1);
         // Older than what was acknowledged before it was asked for.
-        assert_eq!(judge_with(false, |notices| notices[0].0 = 46)[5], 1);
-        assert_eq!(judge_with(true, |notices| drop(notices.remove(5)))[5], 1, "a delete that was not reported");
-        assert_eq!(judge_with(true, |notices| notices[6].1 = Notice::Synced { revision: 4, epoch: "f".into() })[5], 1);
+        assert_eq!(judge_with(false, |notice| notice[0].0 = 46)[5], 1);
+        assert_eq!(judge_with(true, |notice| drop(notice.remove(5)))[5], 1, "a delete that was not reported");
+        assert_eq!(judge_with(true, |notice| notice[6].1 = Notice::Synced { revision: 4, epoch: "f".into() })[5], 1);
     }
 
     #[test]
-    fn a_subscriber_that_knows_less_or_more_than_the_store_has_not_converged() {
-        assert_eq!(judge_with(true, |notices| drop(notices.pop()))[6], 1);
-        assert_eq!(judge_with(false, |notices| drop(notices.remove(11)))[6], 1);
-        assert_eq!(judge_with(true, |notices| notices.push((60, gone("a.y", 6, false))))[6], 1);
+    fn whoever_knows_less_or_more_than_the_store_has_not_converged() {
+        assert_eq!(judge_with(true, |notice| drop(notice.pop()))[6], 1);
+        assert_eq!(judge_with(false, |notice| drop(notice.remove(11)))[6], 1);
+        assert_eq!(judge_with(true, |notice| notice.push((60, gone("a.y", 6, false))))[6], 1);
     }
 }

@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::history::{Ask, Facts, Op, Outcome, Time, Value};
+use super::history::{Ask, Facts, Op, Outcome, Time, Value};
 
 /// Checks the order of all operations by their revisions. O(n log n).
 pub fn by_revision(ops: &[Op]) -> Vec<String> {
@@ -69,12 +69,9 @@ fn real_time(ops: &[Op], facts: &Facts<'_>, wrong: &mut Vec<String>) -> HashMap<
 
 /// Whether a key that was seen at this revision may have been absent when the operation returned.
 fn may_be_absent(op: &Op, seen: u64, facts: &Facts<'_>) -> bool {
-    let Some(changes) = facts.by_key.get(op.key.as_str()) else { return true };
-    if changes.get(&seen).is_none_or(Option::is_none) || facts.may_be_deleted(&op.key, op.returned, seen..=u64::MAX) {
-        return true;
-    }
-    let mut deletes = changes.range(seen..).filter(|(_, value)| value.is_none());
-    deletes.any(|(revision, _)| facts.written.get(revision).is_none_or(|delete| delete.invoked < op.returned))
+    let is_there =
+        facts.by_key.get(op.key.as_str()).and_then(|changes| changes.get(&seen)).is_some_and(Option::is_some);
+    !is_there || facts.may_be_gone(&op.key, seen, op.returned)
 }
 
 /// Nothing known stands between a conditional write and what it asked for.
@@ -116,11 +113,14 @@ pub const WINDOW: usize = 200;
 /// A step that leaves more possibilities than this is given up.
 const POSSIBILITIES_MAX: usize = 100_000;
 
+/// What a search found.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Search {
+    /// How many windows were searched.
     pub windows: usize,
     /// Keys that were given up, because there were too many possibilities.
     pub given_up: usize,
+    /// What no order explains.
     pub wrong: Vec<String>,
 }
 

@@ -284,7 +284,7 @@ mod tests {
     }
 
     fn watch(library: bool, notice: &[(Time, Notice)]) -> Watch {
-        Watch { name: "w".into(), pattern: "a.*".into(), library, behind_engine: false, notice: notice.to_vec() }
+        Watch { name: "w".into(), pattern: "a.*".into(), library, behind_engine: false, notices: notice.to_vec() }
     }
 
     /// `a.x` = 7 at 1, `a.y` = 8 at 2, `b` = 9 at 3, `a.x` deleted at 4, `a.x` = 10 at 5 without an answer; killed at

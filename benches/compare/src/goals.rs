@@ -267,14 +267,14 @@ fn http() -> Vec<Line> {
     use Bound::{AtLeast, AtMost};
     use Peer::*;
     let mut lines = vec![
-        rivals(14, "per_s", get(50, 1), NkvHttp, &[HttpEcho], AtLeast(0.8)),
-        rivals(14, "per_s", put(50, 1), NkvHttp, &[HttpEcho], AtLeast(0.8)),
-        rivals(14, "per_s", put(50, 1), NkvHttpSync, &[NkvSync], Bound::None),
+        rivals(16, "per_s", get(50, 1), NkvHttp, &[HttpEcho], AtLeast(0.8)),
+        rivals(16, "per_s", put(50, 1), NkvHttp, &[HttpEcho], AtLeast(0.8)),
+        rivals(16, "per_s", put(50, 1), NkvHttpSync, &[NkvSync], Bound::None),
     ];
     for peer in [NkvHttp, NkvWs] {
-        lines.push(rivals(14, "p50_us", PACED, peer, &[NkvMemory], AtMost(1.3)));
-        lines.push(rivals(14, "p99_us", PACED, peer, &[NkvMemory], Bound::None));
-        lines.push(rivals(14, "rss_begin_mb", PACED, peer, &[NkvMemory], Bound::None));
+        lines.push(rivals(16, "p50_us", PACED, peer, &[NkvMemory], AtMost(1.3)));
+        lines.push(rivals(16, "p99_us", PACED, peer, &[NkvMemory], Bound::None));
+        lines.push(rivals(16, "rss_begin_mb", PACED, peer, &[NkvMemory], Bound::None));
     }
     lines
 }

@@ -156,6 +156,12 @@ async fn what_a_server_refuses_has_its_status_and_its_figures_their_names() {
     assert_eq!((&error["code"], &error["op"], &error["key"]), (&json!(7), &json!("put"), &json!("big")));
     assert_eq!((output.status.code(), &error["status"]), (Some(7), &json!(413)));
 
+    // One server is no cluster.
+    let output = run(&["cluster"]);
+    let [error] = &lines(&String::from_utf8(output.stderr).unwrap())[..] else { panic!("one line was expected") };
+    let what = error["error"].as_str().unwrap();
+    assert!(what.contains("--cluster") && error["op"] == "cluster" && output.status.code() == Some(2), "{error}");
+
     let output = run(&["stats"]);
     let [stats] = &lines(&String::from_utf8(output.stdout).unwrap())[..] else { panic!("one line was expected") };
     assert_eq!((&stats["op"], &stats["durability"]), (&json!("stats"), &json!("memory")));

@@ -471,6 +471,9 @@ fn servers_of_a_cluster_agree() {
     servers[0].connect().put("new", "x");
     servers[1] = start(1);
     eventually("it is level", || is_ready(&servers[1]) && has(&servers[1], "new") && !has(&servers[1], "k.0"));
+    let stats = || servers[0].connect().ask(r#"{"type":"Stats"}"#);
+    assert!(stats().contains(r#""cluster":"home""#));
+    eventually("it knows both others", || stats().matches("state=joined").count() == 2);
     for mut server in servers {
         server.signal("-TERM");
         assert_eq!(server.wait().code(), Some(0));

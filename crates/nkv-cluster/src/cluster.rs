@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use nkv_core::{Change, Epoch, Key, Op, Revision, StoredRef};
-use nkv_node::{Abilities, Decided, Engine, EngineError, EngineFigures, EngineNumber, Feed, RateLimitedLog, Seen};
+use nkv_node::{Abilities, Decided, Engine, EngineError, EngineNumber, Feed, RateLimitedLog, Seen};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -704,33 +704,36 @@ impl Engine for Cluster {
         Ok(Seen { epoch: replica.epoch(), revision: Revision::new(replica.revision()) })
     }
 
-    fn figures(&self) -> EngineFigures {
+    fn numbers(&self) -> Vec<EngineNumber> {
         let number = |name, help, value| EngineNumber { name, help, value };
         let (known, joined) = self.inner.members.counts();
-        let offset = self.clock_offset();
-        let numbers = vec![
+        let offset = self.clock_offset().unwrap_or(0);
+        vec![
             number("cluster_members", "Other nodes of the cluster that this node knows of.", known as u64),
             number("cluster_members_joined", "Those of them that are connected.", joined as u64),
             number(
                 "cluster_clock_offset_ms",
                 "How far the clock of this node is off from the median of its peers', in milliseconds.",
-                offset.unwrap_or(0).unsigned_abs(),
+                offset.unsigned_abs(),
             ),
             number(
                 "cluster_brought_back",
                 "Records that may have brought back a deleted key, after a long absence.",
                 self.brought_back(),
             ),
-        ];
+        ]
+    }
+
+    fn words(&self) -> Vec<(String, String)> {
         let word = |name: &str, word: String| (name.to_owned(), word);
         let mut words = vec![
             word("cluster", self.inner.options.cluster.clone()),
             word("node", self.id().map_or_else(String::new, |id| id.to_string())),
             word("digest", format!("{:016x}", self.digest())),
         ];
-        words.extend(offset.map(|offset| word("clock_offset_ms", offset.to_string())));
+        words.extend(self.clock_offset().map(|offset| word("clock_offset_ms", offset.to_string())));
         words.extend(self.members().iter().map(|member| word(&format!("member.{}", member.id), member.in_words())));
-        EngineFigures { numbers, words }
+        words
     }
 }
 

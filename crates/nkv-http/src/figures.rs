@@ -122,7 +122,7 @@ async fn metrics<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answer, Proble
     only_get(request)?;
     let stats = ctx.door.handle.stats().await?;
     let figures = ctx.door.handle.figures()?.unwrap_or_default();
-    let engine = ctx.door.handle.engine_figures()?.numbers;
+    let engine = ctx.door.handle.engine_numbers()?;
     let counted = ctx.door.counted.read();
     let mut registry = Registry::with_prefix("nkv");
     registry.register_collector(Box::new(Scrape { stats, figures, engine, counted, process: Process::read() }));

@@ -70,19 +70,17 @@ pub trait Engine: fmt::Debug + Send + Sync + 'static {
     /// [`EngineError::Unavailable`], where it does not say so at once.
     async fn last(&self) -> Result<Seen, EngineError>;
 
-    /// Its own figures, which stand among those of the node. None by default. To be answered at once.
-    fn figures(&self) -> EngineFigures {
-        EngineFigures::default()
+    /// Its own numbers, which stand among those of [`Handle::numbers`](crate::Handle::numbers) and are metrics too. None by default.
+    /// To be answered at once.
+    fn numbers(&self) -> Vec<EngineNumber> {
+        Vec::new()
     }
-}
 
-/// What an engine says of itself, as [`Handle::numbers`](crate::Handle::numbers) and [`Handle::words`](crate::Handle::words) show it.
-#[derive(Clone, Debug, Default)]
-pub struct EngineFigures {
-    /// Numbers, which are metrics too.
-    pub numbers: Vec<EngineNumber>,
-    /// Words by name, such as `member.NAME`.
-    pub words: Vec<(String, String)>,
+    /// Its own words by name, such as `member.NAME`, which stand among those of [`Handle::words`](crate::Handle::words). None by
+    /// default. To be answered at once.
+    fn words(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
 }
 
 /// A number of an engine.

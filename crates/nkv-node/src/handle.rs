@@ -23,7 +23,7 @@ use tokio::sync::watch;
 
 use crate::budget::{Budget, Holder};
 use crate::deletes::RecentDeletes;
-use crate::engine::{Abilities, EngineFigures, Seen};
+use crate::engine::{Abilities, EngineNumber, Seen};
 use crate::failure::Chain;
 use crate::figures::{Counters, Ended, Figures, Operation};
 use crate::job::Room;
@@ -805,18 +805,18 @@ impl Handle {
             ("notified", stats.notified),
             ("conflated", stats.conflated),
         ];
-        numbers.extend(self.engine_figures()?.numbers.iter().map(|number| (number.name, number.value)));
+        numbers.extend(self.engine_numbers()?.iter().map(|number| (number.name, number.value)));
         Ok(numbers)
     }
 
-    /// What the node's engine says of itself: nothing where there is none.
+    /// The numbers of the node's engine among these; none where there is no engine.
     ///
     /// # Errors
     ///
     /// Those of [`get`](Self::get).
-    pub fn engine_figures(&self) -> Result<EngineFigures> {
+    pub fn engine_numbers(&self) -> Result<Vec<EngineNumber>> {
         self.check(Right::Admin, &Pattern::All)?;
-        Ok(self.shared.truth().map(|truth| truth.engine.figures()).unwrap_or_default())
+        Ok(self.shared.truth().map(|truth| truth.engine.numbers()).unwrap_or_default())
     }
 
     /// The words among the figures of [`stats`](Self::stats). `engine` says whether the node follows its engine, if it has one.
@@ -828,11 +828,11 @@ impl Handle {
         self.check(Right::Admin, &Pattern::All)?;
         let mut words =
             vec![("epoch".into(), self.epoch().to_string()), ("durability".into(), self.shared.durability.clone())];
-        if self.follows_engine() {
+        if let Some(truth) = self.shared.truth() {
             let stale = self.stale_for().map(|stale| format!("stale for {} s", stale.as_secs()));
             words.push(("engine".into(), stale.unwrap_or_else(|| "in reach".to_owned())));
+            words.extend(truth.engine.words().into_iter().map(|(name, word)| (name.into(), word)));
         }
-        words.extend(self.engine_figures()?.words.into_iter().map(|(name, word)| (name.into(), word)));
         Ok(words)
     }
 

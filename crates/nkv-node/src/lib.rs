@@ -40,7 +40,7 @@ pub use blocking::BlockingHandle;
 pub use budget::{Budget, Held, Holder, Leave, Said};
 pub use clock::{SinceBoot, Time, replace_file};
 pub use connection_limit::{ConnectionLimit, Full, Place};
-pub use engine::{Abilities, Decided, Engine, EngineError, EngineFigures, EngineNumber, Feed, Seen};
+pub use engine::{Abilities, Decided, Engine, EngineError, EngineNumber, Feed, Seen};
 pub use failure::Chain;
 pub use figures::{Ended, Figures, Operation};
 pub use handle::{Admitted, ChangesError, Handle};

@@ -309,21 +309,22 @@ async fn cluster(client: &Client, out: Output) -> Result<Exit, Failure> {
     if !words.contains_key("cluster") {
         return Err(Failure::Usage("the server is no node of a cluster: it was started without --cluster".into()));
     }
-    let own: String = ["cluster", "node", "engine", "clock_offset_ms", "digest"]
-        .iter()
-        .filter_map(|name| words.get(*name).map(|word| format!("{name}={word}|")))
-        .collect();
+    let own = ["cluster", "node", "engine", "clock_offset_ms", "digest"].into_iter();
+    let own = own.filter_map(|name| Some((name, words.get(name)?.as_str()))).collect();
     let members = words.iter().filter_map(|(name, word)| Some((name.strip_prefix("member.")?, word)));
-    let members = members.map(|(id, word)| format!("member={id}|{word}"));
-    for line in [own].into_iter().chain(members) {
-        let fields = line.split('|').filter_map(|field| field.split_once('='));
+    let members = members.map(|(id, word)| {
+        let fields = word.split('|').filter_map(|field| field.split_once('='));
+        std::iter::once(("member", id)).chain(fields).collect()
+    });
+    let lines: Vec<Vec<(&str, &str)>> = std::iter::once(own).chain(members).collect();
+    for line in lines {
         if !out.json {
-            let words: Vec<_> = fields.map(|(name, word)| format!("{name} {word}")).collect();
+            let words: Vec<_> = line.iter().map(|(name, word)| format!("{name} {word}")).collect();
             out.line(out.readable(words.join(" ").as_bytes()).as_bytes())?;
             continue;
         }
         let mut object = json!({"op": "cluster"});
-        for (name, word) in fields {
+        for (name, word) in line {
             object[name] = match (word, word.parse::<i64>()) {
                 // An id may look like a number.
                 _ if matches!(name, "cluster" | "node" | "member" | "digest") => word.into(),

@@ -207,7 +207,8 @@ impl Mesh {
                 return;
             }
             let span = PAUSE_MIN.saturating_mul(1 << failures.min(16)).min(PAUSE_MAX);
-            let part = f64::from(u32::from_ne_bytes(random())) / f64::from(u32::MAX);
+            // Without random numbers all pauses are of one length.
+            let part = f64::from(getrandom::u32().unwrap_or_default()) / f64::from(u32::MAX);
             sleep(span.mul_f64(0.5 + part / 2.0)).await;
         }
     }
@@ -356,15 +357,6 @@ impl Drop for Done<'_> {
 /// The host of `IP:PORT`.
 fn ip_of(address: &str) -> Option<IpAddr> {
     address.parse().ok().map(|address: std::net::SocketAddr| address.ip().to_canonical())
-}
-
-fn random() -> [u8; 4] {
-    let mut bytes = [0; 4];
-    match getrandom::fill(&mut bytes) {
-        Ok(()) => bytes,
-        // All pauses are of one length then.
-        Err(_) => [0; 4],
-    }
 }
 
 #[cfg(test)]

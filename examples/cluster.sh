@@ -3,6 +3,7 @@
 #
 # The server needs the feature `cluster`. It ends by itself, with 0 if all agree at the end.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 server="${1:?usage: $0 NKV_SERVER NKV_CLIENT}" client="${2:?usage: $0 NKV_SERVER NKV_CLIENT}"
 dir="$(mktemp -d)"
 pids=()
@@ -20,18 +21,6 @@ ask() { # NODE COMMAND...
   local at="127.0.0.1:740$(($1 + 3))"
   shift
   "$client" "$at" --wait 20s "$@"
-}
-eventually() { # COMMAND...: until it succeeds, or for 30 s
-  local end=$((SECONDS + 30))
-  until "$@"; do
-    ((SECONDS < end)) || return 1
-    sleep 0.1
-  done
-}
-fail() { # WHY
-  echo "$1"
-  cat "$dir"/log*
-  exit 1
 }
 answers() { # what a node has to answer, NODE COMMAND...
   local wanted="$1"

@@ -3,22 +3,11 @@
 #
 # The server needs the feature `nats`; scripts/servers-nats.sh DIR gets a NATS server. It ends by itself, with 0 if both saw all.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage="usage: $0 NKV_SERVER NKV_CLIENT NATS_SERVER"
 server="${1:?$usage}" client="${2:?$usage}" nats="${3:?$usage}"
 dir="$(mktemp -d)"
 pids=()
-eventually() { # COMMAND...: until it succeeds, or for 30 s
-  local end=$((SECONDS + 30))
-  until "$@"; do
-    ((SECONDS < end)) || return 1
-    sleep 0.1
-  done
-}
-fail() { # WHY
-  echo "$1"
-  cat "$dir"/*log* "$dir"/seen* 2>/dev/null || true
-  exit 1
-}
 saw() { # SERVER EVENT...
   local n="$1" event
   shift

@@ -74,14 +74,11 @@ impl World {
     }
 
     fn note(&self, key: &'static str, op: &Op) {
-        let state = match (op.ask, op.outcome) {
-            (Ask::Put(value), Outcome::Written(revision)) => Some((revision, value)),
-            (_, Outcome::Found(revision, value)) => Some((revision, value)),
-            (Ask::Delete, Outcome::Written(_)) | (_, Outcome::Absent) => None,
-            (_, Outcome::Refused) => return self.refused.store(true, SeqCst),
-            _ => return,
-        };
-        self.latest.lock().unwrap().insert(key, state);
+        if op.outcome == Outcome::Refused {
+            self.refused.store(true, SeqCst);
+        } else if let Some(state) = op.leaves() {
+            self.latest.lock().unwrap().insert(key, state);
+        }
     }
 }
 

@@ -153,6 +153,16 @@ impl Op {
         if let Ask::Put(value) = self.ask { Some(value) } else { None }
     }
 
+    /// What its answer says that the key holds: nothing, or a value at a revision. `None` if it does not say.
+    pub fn leaves(&self) -> Option<Option<(u64, Value)>> {
+        match (self.ask, self.outcome) {
+            (Ask::Put(value), Outcome::Written(revision)) => Some(Some((revision, value))),
+            (_, Outcome::Found(revision, value)) => Some(Some((revision, value))),
+            (Ask::Delete, Outcome::Written(_)) | (_, Outcome::Absent) => Some(None),
+            _ => None,
+        }
+    }
+
     /// The revision that its answer proves to have been reached.
     pub fn revision(&self) -> Option<u64> {
         match self.outcome {

@@ -27,19 +27,24 @@ pub fn by_revision(ops: &[Op]) -> Vec<String> {
     wrong
 }
 
-/// What returned before another began comes before it. Returns the revision that was proved when each put began.
-fn real_time(ops: &[Op], facts: &Facts<'_>, wrong: &mut Vec<String>) -> HashMap<Value, u64> {
-    let mut moments: Vec<(Time, bool, usize)> = Vec::new();
-    for (n, op) in ops.iter().enumerate() {
+/// When operations began and returned, in order: whether it is a return, and which one.
+fn moments<'a>(ops: impl Iterator<Item = &'a Op>) -> Vec<(Time, bool, usize)> {
+    let mut moments = Vec::new();
+    for (n, op) in ops.enumerate() {
         moments.push((op.invoked, false, n));
         if !op.is_unknown() {
             moments.push((op.returned, true, n));
         }
     }
     moments.sort_unstable();
+    moments
+}
+
+/// What returned before another began comes before it. Returns the revision that was proved when each put began.
+fn real_time(ops: &[Op], facts: &Facts<'_>, wrong: &mut Vec<String>) -> HashMap<Value, u64> {
     let (mut floor, mut key_floors) = (0, HashMap::<&str, u64>::new());
     let (mut began, mut floors) = (vec![(0, 0); ops.len()], HashMap::new());
-    for (_, is_return, n) in moments {
+    for (_, is_return, n) in moments(ops.iter()) {
         let op = &ops[n];
         let key_floor = key_floors.entry(&op.key).or_default();
         if !is_return {
@@ -171,17 +176,9 @@ enum Verdict {
 type Possibility = (Option<Value>, Vec<usize>);
 
 fn search(ops: &[&Op]) -> Verdict {
-    let mut moments: Vec<(Time, bool, usize)> = Vec::new();
-    for (n, op) in ops.iter().enumerate() {
-        moments.push((op.invoked, false, n));
-        if !op.is_unknown() {
-            moments.push((op.returned, true, n));
-        }
-    }
-    moments.sort_unstable();
     let mut open = Vec::<usize>::new();
     let mut possible: HashSet<Possibility> = HashSet::from([(None, Vec::new())]);
-    for (_, is_return, n) in moments {
+    for (_, is_return, n) in moments(ops.iter().copied()) {
         if !is_return {
             open.push(n);
             continue;

@@ -163,13 +163,9 @@ impl World {
     }
 
     fn note(&self, key: &'static str, op: &Op) {
-        let state = match (op.ask, op.outcome) {
-            (Ask::Put(value), Outcome::Written(revision)) => Some((revision, value)),
-            (_, Outcome::Found(revision, value)) => Some((revision, value)),
-            (Ask::Delete, Outcome::Written(_)) | (_, Outcome::Absent) => None,
-            _ => return,
-        };
-        lock(&self.latest).insert(key, state);
+        if let Some(state) = op.leaves() {
+            lock(&self.latest).insert(key, state);
+        }
     }
 }
 

@@ -381,7 +381,7 @@ mod tests {
         assert_eq!(judge_with(false, |notice| notice.insert(7, (56, update("a.x", 5, 10))))[2], 1);
         assert_eq!(judge_with(true, |notice| notice.insert(6, (47, update("a.y", 2, 8))))[2], 1);
 
-        // A value of nobody, of another revision, before its put; a delete of nobody; missed, and there.
+        // A value that no client put, of another revision, before its put; a delete of no client; missed, and there.
         assert_eq!(judge_with(false, |notice| notice[6].1 = update("a.x", 5, 11))[3], 1);
         assert_eq!(judge_with(false, |notice| notice[3].1 = update("a.y", 1, 8))[3], 1);
         assert_eq!(judge_with(false, |notice| notice[6].0 = 49)[3], 1);
@@ -390,7 +390,7 @@ mod tests {
     }
 
     /// What differs in a state that a node has anew may have one revision, that of a delete may be too low, and a node may be
-    /// behind; but nothing is deleted that nobody deleted.
+    /// behind; but nothing is deleted that no client deleted.
     #[test]
     fn behind_an_engine_only_a_delete_that_was_is_told() {
         fn judge_behind(mistake: impl FnOnce(&mut Vec<(Time, Notice)>)) -> [usize; 7] {
@@ -403,7 +403,7 @@ mod tests {
         assert_eq!(judge_behind(|_| {}), [0; 7]);
         assert_eq!(judge_behind(|notice| notice[5].1 = gone("a.x", 3, false)), [0; 7]);
         assert_eq!(judge_behind(|notice| notice[0].0 = 46), [0; 7]);
-        // Of a key that nobody deleted; before the delete; and of what was put behind it.
+        // Of a key that no client deleted; before the delete; and of what was put behind it.
         assert_eq!(judge_behind(|notice| notice[5].1 = gone("a.y", 4, false))[3], 1);
         assert_eq!(judge_behind(|notice| notice[5].0 = 39)[3], 1);
         assert_eq!(judge_behind(|notice| notice.insert(7, (60, gone("a.x", 6, false))))[3], 1);

@@ -111,7 +111,7 @@ impl Secret {
         say(&mut noise, &mut stream).await?;
         let noise = noise.into_transport_mode().map_err(failed)?;
         let mut secure = Secure::new(stream, noise, key, self);
-        // Whoever has a recording alone fails here.
+        // A peer that has a recording alone fails here.
         std::future::poll_fn(|cx| secure.poll_record(cx)).await?;
         if !secure.content.is_empty() {
             return Err(refused("it does not end the handshake"));

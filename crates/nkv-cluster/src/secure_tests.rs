@@ -79,7 +79,7 @@ async fn record(from: &mut Secure, raw: &mut DuplexStream, content: &[u8]) -> Ve
     read(raw, HEAD + content.len() + TAG).await
 }
 
-/// What a peer that says these bytes is told, and why it is refused.
+/// What is answered to a peer that says these bytes, and why it is refused.
 async fn answer_to(secret: &Secret, said: &[u8]) -> (Vec<u8>, io::Error) {
     let (mut peer, own) = duplex(1 << 20);
     peer.write_all(said).await.unwrap();

@@ -27,7 +27,7 @@ const RECORD_LEN_MIN: usize = 7;
 /// Most records of a batch: each takes room of its own, beside its bytes.
 const COUNT_MAX: usize = 1_000_000;
 
-/// Behind so many bytes of records, unpacked, an answer ends: what follows is fetched again.
+/// The bytes of records, unpacked, behind which an answer ends: what follows is fetched again.
 const UNPACKED_LEN: usize = 32 << 20;
 
 /// What a record takes beside its key, its value and its headers, at most; and what a batch takes beside its records.

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use crate::args::{parse_flag, parse_time};
+use crate::usage;
 
 /// The cluster, and how its nodes find each other.
 #[derive(Debug, clap::Args)]
@@ -108,10 +109,6 @@ impl Joined {
     }
 }
 
-fn wrong(what: impl Into<String>) -> ServerError {
-    ServerError::System(io::Error::new(io::ErrorKind::InvalidInput, what.into()))
-}
-
 impl ClusterArgs {
     /// Listens for other nodes, and makes this one known to them. `clock_file` is beside the data, if they are kept. Keys are read
     /// again with each change of `reread`.
@@ -123,7 +120,7 @@ impl ClusterArgs {
         clock_file: Option<PathBuf>,
         reread: watch::Receiver<()>,
     ) -> Result<Joined, ServerError> {
-        let gossip = self.gossip.ok_or_else(|| wrong("--cluster needs --gossip ADDR"))?;
+        let gossip = self.gossip.ok_or_else(|| usage("--cluster needs --gossip ADDR"))?;
         let keys = self.cluster_key_file.as_deref().map(read_keys).transpose().map_err(ServerError::System)?;
         if keys.is_none() && !is_insecure && !gossip.ip().to_canonical().is_loopback() {
             return Err(ServerError::Insecure { address: gossip.to_string() });
@@ -147,11 +144,11 @@ impl ClusterArgs {
         };
         let own = self.advertise.unwrap_or(gossip);
         if own.port() == 0 || own.ip().is_unspecified() {
-            return Err(wrong(
+            return Err(usage(
                 "others find this node by its address: give --gossip or --advertise with an IP and a port",
             ));
         }
-        let discovery = spec.provider().map_err(|error| wrong(format!("--discover: {error}")))?;
+        let discovery = spec.provider().map_err(|error| usage(format!("--discover: {error}")))?;
         let discovery: Arc<dyn Discovery> = discovery.into();
         if let Err(error) = discovery.register(own).await {
             warn!("{}: {error}", discovery.name());

@@ -7,6 +7,8 @@ use nkv_node::{Chain, Engine, EngineError};
 use nkv_server::{Builder, Handle, ServerError};
 use tracing::{info, warn};
 
+use crate::usage;
+
 /// The engine, and how to reach it.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct EngineArgs {
@@ -71,10 +73,6 @@ impl Chosen {
     pub(crate) fn followed_by(self, builder: Builder) -> (Builder, Option<Beside>) {
         ((self.follow)(builder), self.beside)
     }
-}
-
-fn usage(what: impl Into<String>) -> ServerError {
-    ServerError::System(std::io::Error::new(std::io::ErrorKind::InvalidInput, what.into()))
 }
 
 fn wrong(error: &dyn std::error::Error) -> ServerError {

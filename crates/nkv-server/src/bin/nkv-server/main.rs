@@ -143,9 +143,8 @@ async fn start(args: &Args, reread: watch::Receiver<()>) -> Result<(Server, End)
     }
     #[cfg(feature = "grpc")]
     {
-        let wrong = |what| ServerError::System(io::Error::new(ErrorKind::InvalidInput, what));
         let mut options = nkv_server::nkv_grpc::Options::default();
-        (options.peers, options.own_address) = args.mesh().map_err(wrong)?;
+        (options.peers, options.own_address) = args.mesh().map_err(usage)?;
         builder = builder.grpc_options(options);
         builder = args.grpc.iter().cloned().fold(builder, Builder::grpc);
     }
@@ -296,10 +295,9 @@ fn import_data(dir: &std::path::Path, engine: &engine::EngineArgs) -> ExitCode {
 
 #[cfg(feature = "engines")]
 async fn try_import(dir: &std::path::Path, engine: &engine::EngineArgs) -> Result<u64, ServerError> {
-    let wrong = |what: &str| ServerError::System(io::Error::new(ErrorKind::InvalidInput, what));
-    let url = engine.engine.as_deref().ok_or_else(|| wrong("import needs --engine URL"))?;
+    let url = engine.engine.as_deref().ok_or_else(|| usage("import needs --engine URL"))?;
     if engine.kafka_log.is_some() {
-        return Err(wrong("--kafka-log is for a server: import writes the topic of the state alone"));
+        return Err(usage("--kafka-log is for a server: import writes the topic of the state alone"));
     }
     // Opening would make one that is missing, and would not say what a repair loses.
     if let Some(damage) = check(dir)?.damage {
@@ -343,6 +341,12 @@ fn fail(error: &dyn Error, code: u8) -> ExitCode {
 fn fail_with_hint(error: &dyn Error, hint: &str, code: u8) -> ExitCode {
     error!(target: log::FATAL, "{}{hint}", Chain(error));
     ExitCode::from(code)
+}
+
+/// Flags that do not go together, or a value that none can have.
+#[cfg(any(feature = "grpc", feature = "engines", feature = "cluster"))]
+fn usage(what: impl Into<String>) -> ServerError {
+    ServerError::System(io::Error::new(ErrorKind::InvalidInput, what.into()))
 }
 
 fn code_of(error: &ServerError) -> u8 {

@@ -47,14 +47,12 @@ struct Signals {
 impl Signals {
     /// On the current runtime. `reread` is notified of each SIGHUP.
     fn new(reread: watch::Sender<()>) -> io::Result<Self> {
-        let mut reread = Some(reread);
-        for (name, kind) in [
-            ("SIGHUP", SignalKind::hangup()),
-            ("SIGUSR1", SignalKind::user_defined1()),
-            ("SIGUSR2", SignalKind::user_defined2()),
+        for (name, kind, asks) in [
+            ("SIGHUP", SignalKind::hangup(), Some(reread)),
+            ("SIGUSR1", SignalKind::user_defined1(), None),
+            ("SIGUSR2", SignalKind::user_defined2(), None),
         ] {
             let mut signals = signal(kind)?;
-            let asks = reread.take();
             tokio::spawn(async move {
                 while signals.recv().await.is_some() {
                     // Unless there is no file that could be read again.

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use nkv_core::{Change, Epoch, Key, Op, Revision, StoredRef};
 use nkv_node::{Abilities, Decided, Engine, EngineError, EngineNumber, Feed, RateLimitedLog, Seen};
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::clock::{Bound, BoundFile, Clock, NoBound, Now, PeerClocks, SystemClock, signed};
 use crate::commit::{Committer, Job};
@@ -38,6 +38,7 @@ const REFUSED_FOR: Duration = Duration::from_secs(10);
 
 /// How long a node that stops waits until its peers know that.
 const LEAVE_LIMIT: Duration = Duration::from_secs(1);
+const LEAVE_PAUSE: Duration = Duration::from_millis(10);
 
 /// What a node of a cluster is to be. Times have the defaults that they say.
 #[derive(Clone, Debug)]
@@ -161,6 +162,7 @@ impl Cluster {
             jobs: Mutex::default(),
             peers: Mutex::default(),
             members: Members::default(),
+            hurry: Notify::new(),
             joined: watch::Sender::new(false),
             given_at: AtomicU64::new(0),
             refused: Mutex::default(),
@@ -235,15 +237,28 @@ impl Cluster {
     ///
     /// Where the future is dropped, some peers may take this node for dead.
     pub async fn leave(&self) {
+        let inner = &self.inner;
+        // It is said over connections that this node has opened; one that waits for its next attempt does not wait any longer.
+        inner.hurry.notify_waiters();
+        let is_linked = || {
+            let peers = inner.peers();
+            peers.connected.keys().all(|id| peers.links.contains_key(id))
+        };
+        let linked = async {
+            while !is_linked() {
+                tokio::time::sleep(LEAVE_PAUSE).await;
+            }
+        };
+        drop(tokio::time::timeout(LEAVE_LIMIT / 2, linked).await);
         let frame = Message::Leaving.encode();
-        let queues: Vec<_> = self.inner.peers().links.values().map(|(queue, _)| Arc::clone(queue)).collect();
+        let queues: Vec<_> = inner.peers().links.values().map(|(queue, _)| Arc::clone(queue)).collect();
         queues.iter().for_each(|queue| queue.push(&frame));
         let sent = async {
             for queue in &queues {
                 queue.written().await;
             }
         };
-        drop(tokio::time::timeout(LEAVE_LIMIT, sent).await);
+        drop(tokio::time::timeout(LEAVE_LIMIT / 2, sent).await);
     }
 
     /// How far the clock of this node is ahead of the median of its peers', in milliseconds; `None` where no peer has said.
@@ -337,6 +352,8 @@ pub(crate) struct Inner {
     jobs: Mutex<Option<mpsc::Sender<Job>>>,
     peers: Mutex<Peers>,
     pub(crate) members: Members,
+    /// Attempts to connect are to be made now.
+    pub(crate) hurry: Notify,
     joined: watch::Sender<bool>,
     /// When a peer last gave something, by the steady clock.
     given_at: AtomicU64,

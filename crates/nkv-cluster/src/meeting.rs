@@ -456,7 +456,7 @@ async fn keep_link(inner: &Inner, address: SocketAddr) {
             return;
         }
         // Spread, so that many do not come at once.
-        sleep(spread(inner, pause)).await;
+        drop(timeout(spread(inner, pause), inner.hurry.notified()).await);
         pause = pause.saturating_mul(2).min(pause_max);
     }
 }

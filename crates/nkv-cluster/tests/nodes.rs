@@ -522,3 +522,27 @@ async fn keys_are_rotated_while_all_nodes_run() {
     is_at(&ready(&late).await, "a", Some(&number.to_string())).await;
     stop(nodes.into_iter().chain([node, late])).await;
 }
+
+#[tokio::test]
+async fn a_node_that_waits_to_connect_to_a_peer_says_to_it_too_that_it_leaves() {
+    let free = tokio::net::TcpSocket::new_v4().unwrap();
+    free.bind(LOCAL.parse().unwrap()).unwrap();
+    let there = free.local_addr().unwrap();
+    let mut slow = options();
+    slow.sync_interval = Duration::from_secs(30);
+    let leaver = bind(slow.clone(), &[there]).await;
+    let leaving = start(&leaver).await;
+    ready(&leaving).await;
+    // The pauses between its attempts have become long.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    drop(free);
+    let first = Cluster::bind(there, slow, StaticPeers(vec![leaver.address()])).await.unwrap();
+    let node = start(&first).await;
+    let mut events = first.events();
+    let mut next = async || timeout(PATIENCE, events.next()).await.unwrap().unwrap();
+    let id = leaver.id().unwrap();
+    assert_eq!(next().await, MemberEvent::NodeJoined(id));
+    leaver.leave().await;
+    assert_eq!(next().await, MemberEvent::NodeLeft(id));
+    stop([leaving, node]).await;
+}

@@ -88,6 +88,12 @@ pub trait PersistValue: fmt::Debug + Send + 'static {
         false
     }
 
+    /// Whether [`persist`](Self::persist) may wait, for a disk or another process. What does not wait, and does no more than
+    /// remember a batch, may be called on a thread that has other things to do. Asked once, before anything else.
+    fn waits(&self) -> bool {
+        true
+    }
+
     /// Forgets everything, tombstones too, and begins `epoch` at revision zero: durably, and all or nothing. For data whose
     /// source has begun anew; its batches follow.
     ///
@@ -338,6 +344,10 @@ impl<P: PersistValue + ?Sized> PersistValue for Box<P> {
         (**self).keeps_meta()
     }
 
+    fn waits(&self) -> bool {
+        (**self).waits()
+    }
+
     fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
         (**self).begin_epoch(epoch)
     }
@@ -372,6 +382,11 @@ impl<P: PersistValue + ?Sized> PersistValue for Arc<Mutex<P>> {
 
     fn keeps_meta(&self) -> bool {
         self.lock().unwrap_or_else(PoisonError::into_inner).keeps_meta()
+    }
+
+    /// As the other holder may have it for as long as it likes.
+    fn waits(&self) -> bool {
+        true
     }
 
     fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
@@ -423,6 +438,10 @@ impl PersistValue for NoPersist {
     /// It loses what it is given like everything else.
     fn keeps_meta(&self) -> bool {
         true
+    }
+
+    fn waits(&self) -> bool {
+        false
     }
 
     fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {

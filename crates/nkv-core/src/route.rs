@@ -210,6 +210,11 @@ impl PersistValue for RoutePersist {
         self.backends.iter().all(|backend| backend.keeps_meta())
     }
 
+    /// If one of its backends does.
+    fn waits(&self) -> bool {
+        self.backends.iter().any(|backend| backend.waits())
+    }
+
     /// Has each backend begin an epoch of its own; together they are `epoch`. A crash in between leaves another one, which
     /// is neither that nor the one before. [`PersistErrorKind::Poisoned`] when a backend refuses after another has begun.
     fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {

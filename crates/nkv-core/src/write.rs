@@ -205,6 +205,13 @@ impl Write {
         self.rest().iter().any(|op| matches!(op, Op::Put { options, .. } if options.expiry.is_some()))
     }
 
+    /// How many keys it changes at most; `None` where it has a wildcard, or is an expiry.
+    #[must_use]
+    pub fn keys_max(&self) -> Option<usize> {
+        let is_wide = |op: &Op| matches!(op, Op::Delete { pattern, .. } if pattern.one_key().is_none());
+        (!self.is_expiry && !self.ops.iter().any(is_wide)).then_some(self.ops.len())
+    }
+
     /// Its operations, done or not.
     #[must_use]
     pub fn into_ops(self) -> Vec<Op> {

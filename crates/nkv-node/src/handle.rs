@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use nkv_core::{
     Changes, Epoch, Expiry, Failed, Gap, Key, Notifier, Op, Outcome, Pattern, PersistErrorKind, Record, RecordRef,
-    SubscriberId, ValueRef, Write,
+    SubscriberId, ValueRef, Write, WriteResult,
 };
 use nkv_types::{
     AsKey, AsPattern, AsPatterns, Branch, BranchWatch, Current, Deleted, Edit, Entry, Error, ErrorKind, Event,
@@ -369,8 +369,13 @@ impl Handle {
 
     async fn run(&self, ops: Vec<Op>, together: bool) -> Result<(Epoch, Vec<Result<Outcome>>)> {
         self.check_open()?;
-        let (epoch, mut ended) = (self.epoch(), self.shared.ended.subscribe());
-        let write = if together { Write::together(ops) } else { Write::apart(ops) };
+        let epoch = self.epoch();
+        let of_store = |results: Vec<WriteResult>| results.into_iter().map(|result| result.map_err(failed)).collect();
+        let mut write = if together { Write::together(ops) } else { Write::apart(ops) };
+        if self.shared.truth().is_none() && self.shared.writer.write_now(&mut write) {
+            return Ok((epoch, of_store(write.into_results())));
+        }
+        let mut ended = self.shared.ended.subscribe();
         let done = async {
             match self.shared.truth() {
                 Some(truth) => {
@@ -379,7 +384,7 @@ impl Handle {
                 }
                 None => {
                     let results = self.shared.write_in_turn(write, self.gathers).await.map_err(unknown)?;
-                    Ok((epoch, results.into_iter().map(|result| result.map_err(failed)).collect()))
+                    Ok((epoch, of_store(results)))
                 }
             }
         };

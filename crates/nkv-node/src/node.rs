@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use nkv_core::{Epoch, NoPersist, NotifyKeyValue, PersistError, PersistErrorKind, PersistValue, Timestamp};
@@ -229,7 +229,7 @@ impl Builder {
                 return Err(PersistError::new(PersistErrorKind::Rejected, context));
             }
             persist.on_failure(handler);
-            let figures = persist.figures();
+            let (figures, waits) = (persist.figures(), persist.waits());
             // Only now: until storage is open, the file may be another server's.
             let clock = Clock::start(clock_file, time);
             let store = match &restored {
@@ -242,16 +242,16 @@ impl Builder {
             if store.next_expiry().is_some() {
                 clock.keep();
             }
-            Ok::<_, PersistError>((store, clock, figures))
+            Ok::<_, PersistError>((store, clock, figures, waits))
         });
-        let (store, clock, storage) = open.await.map_err(|error| NodeError::System(error.into()))??;
+        let (store, clock, storage, storage_waits) = open.await.map_err(|error| NodeError::System(error.into()))??;
         let store = Arc::new(store);
 
         let (wake_ups, queue) = (Arc::new(WakeUps::default()), Arc::new(Queue::default()));
         let expiry_changed = Arc::new(Notify::new());
         let counters = Arc::<OnceLock<_>>::default();
         let budget = Budget::new(limits.queued_max, Arc::clone(store.event_bytes()));
-        let writer = Writer {
+        let writer = Arc::new(Writer {
             store: Arc::clone(&store),
             queue: Arc::clone(&queue),
             wake_ups: Arc::clone(&wake_ups),
@@ -261,8 +261,10 @@ impl Builder {
             budget: Arc::clone(&budget),
             clock: clock.clone(),
             counters: Arc::clone(&counters),
-        };
-        let writer = writer.spawn().map_err(NodeError::System)?;
+            storage_waits,
+            since_check: Mutex::default(),
+        });
+        let written = writer.spawn().map_err(NodeError::System)?;
         let pump = tokio::spawn({
             // Also if the runtime is dropped before the node has stopped, the writer must not sleep for ever.
             let (wake_ups, queue) = (Arc::clone(&wake_ups), CloseOnDrop(Arc::clone(&queue)));
@@ -290,6 +292,7 @@ impl Builder {
             budget,
             wake_ups,
             queue,
+            writer,
             expiry_changed,
             name: random()? as u64,
             counters,
@@ -298,7 +301,7 @@ impl Builder {
         let shared = Arc::new(Shared::new(parts));
         let expiry = tokio::spawn(expiry::expire(Arc::clone(&shared)));
         let follow = follow.map(|follow| follow(Arc::clone(&shared)));
-        let tasks = Tasks { expiry, follow, pump, writer };
+        let tasks = Tasks { expiry, follow, pump, writer: written };
         let running = tokio::spawn(run(Arc::clone(&shared), tasks));
         Ok(Node { handle: Handle::new(shared), running })
     }

@@ -28,7 +28,7 @@ use crate::rate_log::RateLimitedLog;
 use crate::rights::Rights;
 use crate::subscriber::{Store, Subscriber};
 use crate::wakeups::{SharedWaker, WakeUps};
-use crate::writer::Queue;
+use crate::writer::{Queue, Writer};
 
 pub(crate) struct Shared {
     pub(crate) store: Arc<Store>,
@@ -46,6 +46,7 @@ pub(crate) struct Shared {
     pub(crate) log: RateLimitedLog,
     pub(crate) wake_ups: Arc<WakeUps>,
     pub(crate) queue: Arc<Queue>,
+    pub(crate) writer: Arc<Writer>,
     /// Notified when the time of the next expiry may have changed.
     pub(crate) expiry_changed: Arc<Notify>,
     /// That of the node.
@@ -120,6 +121,7 @@ pub(crate) struct Parts {
     pub(crate) budget: Arc<Budget>,
     pub(crate) wake_ups: Arc<WakeUps>,
     pub(crate) queue: Arc<Queue>,
+    pub(crate) writer: Arc<Writer>,
     pub(crate) expiry_changed: Arc<Notify>,
     /// What no other node has in the names of its subscribers.
     pub(crate) name: u64,
@@ -140,6 +142,7 @@ impl Shared {
             budget,
             wake_ups,
             queue,
+            writer,
             expiry_changed,
             name,
             counters,
@@ -161,6 +164,7 @@ impl Shared {
             log: RateLimitedLog::default(),
             wake_ups,
             queue,
+            writer,
             expiry_changed,
             runtime: tokio::runtime::Handle::current(),
             stop: watch::Sender::new(false),
@@ -434,7 +438,6 @@ mod tests {
 
     use super::*;
     use crate::failure::Failure;
-    use crate::writer::Writer;
 
     #[tokio::test]
     async fn what_comes_while_the_writer_is_busy_is_done_when_it_is_not() {
@@ -448,7 +451,7 @@ mod tests {
         // It could not be more busy than before it begins.
         let (failure, log, budget) = (Failure::new(), RateLimitedLog::default(), Budget::new(1, Arc::default()));
         let (queue, wake_ups) = (&queue, &wake_ups);
-        let writer = Writer {
+        let writer = Arc::new(Writer {
             store,
             queue: Arc::clone(queue),
             wake_ups: Arc::clone(wake_ups),
@@ -458,7 +461,9 @@ mod tests {
             budget,
             clock: Clock::start(None, Arc::new(crate::clock::SinceBoot)),
             counters: Arc::default(),
-        };
+            storage_waits: true,
+            since_check: Mutex::default(),
+        });
         let writer = writer.spawn().unwrap();
         tokio::select! {
             () = wake_ups.pump(|| queue.wake()) => {}

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use nkv_core::{PersistError, PersistErrorKind};
+use nkv_core::{PersistError, PersistErrorKind, Write, WriteResult};
 use tokio::sync::{Notify, oneshot};
 
 use crate::budget::Budget;
@@ -22,6 +22,9 @@ use crate::wakeups::WakeUps;
 /// The number of events given to subscribers after which their backlogs are looked at. They are looked at too when as
 /// much was written as [`Budget::check_every`] says.
 const CHECK_EVERY: u64 = 4_096;
+
+/// So many keys are written at most on the thread of a caller.
+const KEYS_AT_ONCE: usize = 16;
 
 /// The jobs that wait to be done. Their number is limited by the callers that let them in.
 #[derive(Debug, Default)]
@@ -81,6 +84,12 @@ impl Queue {
         self.is_closed.load(Acquire)
     }
 
+    /// Whether there is nothing to do.
+    fn is_idle(&self) -> bool {
+        let waiting = self.lock();
+        waiting.is_asleep && waiting.jobs.is_empty() && !waiting.is_closed
+    }
+
     /// Adds all jobs that wait to those under way. If there are none it sleeps until it is woken for some; there are none
     /// once the queue is closed. If some wait already, the pump wakes it when those that were just answered have had their
     /// turn.
@@ -119,6 +128,18 @@ pub(crate) struct Writer {
     pub(crate) budget: Arc<Budget>,
     pub(crate) clock: Clock,
     pub(crate) counters: Arc<OnceLock<Counters>>,
+    /// Whether [storage waits](nkv_core::PersistValue::waits).
+    pub(crate) storage_waits: bool,
+    pub(crate) since_check: Mutex<SinceCheck>,
+}
+
+/// What was done since the backlogs of subscribers were looked at.
+#[derive(Debug, Default)]
+pub(crate) struct SinceCheck {
+    /// The number of events by then.
+    notified: u64,
+    /// Bytes of values that were written since.
+    written: usize,
 }
 
 /// Closes the queue when it is dropped.
@@ -145,18 +166,17 @@ impl Drop for Gone {
 impl Writer {
     /// Starts the thread. It closes storage when the queue is closed and empty, sends what came of that, and ends. It is not
     /// joined: storage may never return.
-    pub(crate) fn spawn(self) -> std::io::Result<oneshot::Receiver<Result<(), PersistError>>> {
+    pub(crate) fn spawn(self: &Arc<Self>) -> std::io::Result<oneshot::Receiver<Result<(), PersistError>>> {
         let (ended, end) = oneshot::channel();
-        let thread = thread::Builder::new().name("nkv-writer".into());
+        let (writer, thread) = (Arc::clone(self), thread::Builder::new().name("nkv-writer".into()));
         // The server may have given up waiting for it.
-        thread.spawn(move || drop(ended.send(self.run())))?;
+        thread.spawn(move || drop(ended.send(writer.run())))?;
         Ok(end)
     }
 
-    fn run(self) -> Result<(), PersistError> {
+    fn run(&self) -> Result<(), PersistError> {
         let _gone = Gone(Arc::clone(&self.queue));
         let mut jobs: Vec<Job> = Vec::new();
-        let (mut checked_at, mut written) = (0, 0_usize);
         loop {
             let under_way = jobs.len();
             self.queue.take(&self.wake_ups, &mut jobs);
@@ -167,63 +187,89 @@ impl Writer {
                 return closed;
             }
             let more = jobs.get(under_way..).unwrap_or_default();
-            written = more.iter().map(|job| job.write.value_len()).fold(written, usize::saturating_add);
+            let written = more.iter().map(|job| job.write.value_len()).fold(0, usize::saturating_add);
             if more.iter().any(|job| job.write.has_ttl()) && self.clock.is_unkept() && self.clock.is_due() {
                 // Before the first value with a TTL is stored: from then on it is known how far the clock had come.
                 self.clock.keep();
             }
-            let expiry = self.store.next_expiry();
-            self.wake_ups.gathered(|| self.commit(&mut jobs));
-            if self.store.next_expiry() != expiry {
-                self.expiry_changed.notify_one();
-            }
-            let notified = self.store.notified();
-            if notified.saturating_sub(checked_at) >= CHECK_EVERY || written >= self.budget.check_every() {
-                (checked_at, written) = (notified, 0);
-                self.budget.check();
-            }
+            self.look_after(written, || self.wake_ups.gathered(|| self.do_jobs(&mut jobs)));
+        }
+    }
+
+    /// Does a write on the thread of its caller, if that takes no longer than to hand it over: where storage does not wait,
+    /// nothing waits to be done before it, and it is short. Says whether it is done; else it is to be handed over.
+    pub(crate) fn write_now(&self, write: &mut Write) -> bool {
+        let is_short = write.keys_max().is_some_and(|keys| keys <= KEYS_AT_ONCE);
+        if self.storage_waits || !is_short || write.has_ttl() && self.clock.is_unkept() || !self.queue.is_idle() {
+            return false;
+        }
+        let began = self.counters.get().map(|_| Instant::now());
+        let written = write.value_len();
+        self.look_after(written, || self.wake_ups.gathered(|| self.commit(std::slice::from_mut(write))));
+        if write.is_done() {
+            self.count(write, began);
+            self.report(worst(None, write.outcomes().map(|(_, result)| result)));
+        }
+        write.is_done()
+    }
+
+    /// Does something that writes values of `written` bytes, and then what it makes necessary.
+    fn look_after(&self, written: usize, work: impl FnOnce()) {
+        let expiry = self.store.next_expiry();
+        work();
+        if self.store.next_expiry() != expiry {
+            self.expiry_changed.notify_one();
+        }
+        let notified = self.store.notified();
+        let mut since = self.since_check.lock().unwrap_or_else(PoisonError::into_inner);
+        since.written = since.written.saturating_add(written);
+        if notified.saturating_sub(since.notified) >= CHECK_EVERY || since.written >= self.budget.check_every() {
+            *since = SinceCheck { notified, written: 0 };
+            drop(since);
+            self.budget.check();
+        }
+    }
+
+    /// Does as much as one batch takes.
+    fn commit(&self, writes: &mut [impl AsMut<Write>]) {
+        let start = self.counters.get().map(|_| Instant::now());
+        // It is not known what storage that panicked has done, and the store takes no more writes after it.
+        if catch_unwind(AssertUnwindSafe(|| self.store.commit(writes))).is_err() {
+            self.store.commit(writes);
+        }
+        if let (Some(counters), Some(start)) = (self.counters.get(), start) {
+            counters.commit_times.observe_time(start.elapsed());
+            let done = writes.iter_mut().map(AsMut::as_mut).filter(|write| write.is_done());
+            counters.batch_sizes.observe(done.map(|write| write.outcomes().count() as u64).sum());
+        }
+    }
+
+    /// Counts a write that is done.
+    fn count(&self, write: &Write, began: Option<Instant>) {
+        if let Some(counters) = self.counters.get() {
+            began.into_iter().for_each(|began| counters.write_times.observe_time(began.elapsed()));
+            write.outcomes().for_each(|(op, result)| counters.count_write(op, result));
         }
     }
 
     /// Does as much as one batch takes, and answers the jobs that are done then.
-    fn commit(&self, jobs: &mut Vec<Job>) {
-        let start = self.counters.get().map(|_| Instant::now());
-        // It is not known what storage that panicked has done, and the store takes no more writes after it.
-        if catch_unwind(AssertUnwindSafe(|| self.store.commit(jobs))).is_err() {
-            self.store.commit(jobs);
-        }
-        // First, so that a caller that has an answer finds it counted.
-        if let (Some(counters), Some(start)) = (self.counters.get(), start) {
-            let done = jobs.iter().filter(|job| job.write.is_done());
-            let done = done.inspect(|job| {
-                job.began.into_iter().for_each(|began| counters.write_times.observe_time(began.elapsed()))
-            });
-            let size = done
-                .flat_map(|job| job.write.outcomes())
-                .inspect(|(op, result)| counters.count_write(op, result))
-                .count();
-            counters.commit_times.observe_time(start.elapsed());
-            counters.batch_sizes.observe(size as u64);
-        }
+    fn do_jobs(&self, jobs: &mut Vec<Job>) {
+        self.commit(jobs);
         let mut failed: Option<PersistError> = None;
-        for Job { write, results, .. } in jobs.extract_if(.., |job| job.write.is_done()) {
+        for Job { write, results, began, .. } in jobs.extract_if(.., |job| job.write.is_done()) {
+            // First, so that a caller that has an answer finds it counted.
+            self.count(&write, began);
             let done = write.into_results();
-            for error in done.iter().filter_map(|result| result.as_ref().err()).map(|failed| &failed.error) {
-                // What ends the server counts before what does not.
-                if failed.as_ref().is_none_or(|known| known.kind() != PersistErrorKind::Poisoned) {
-                    failed = Some(error.clone());
-                }
-            }
+            failed = worst(failed, done.iter());
             // The peer may have gone away meanwhile, its connection cut; the write stands all the same.
             drop(results.send(done));
         }
-        if let Some(error) = failed {
-            self.failed(error);
-        }
+        self.report(failed);
     }
 
     /// A full disk refuses every put: one line a second says so.
-    fn failed(&self, error: PersistError) {
+    fn report(&self, error: Option<PersistError>) {
+        let Some(error) = error else { return };
         let kind = match error.kind() {
             PersistErrorKind::NoSpace => "no space",
             PersistErrorKind::Rejected => "rejected",
@@ -235,6 +281,15 @@ impl Writer {
             self.failure.report(Arc::new(error));
         }
     }
+}
+
+/// What ends the server counts before what does not.
+fn worst<'a>(known: Option<PersistError>, results: impl Iterator<Item = &'a WriteResult>) -> Option<PersistError> {
+    let failed = results.filter_map(|result| result.as_ref().err()).map(|failed| &failed.error);
+    failed.fold(known, |known, error| match known {
+        Some(known) if known.kind() == PersistErrorKind::Poisoned => Some(known),
+        _ => Some(error.clone()),
+    })
 }
 
 #[cfg(test)]

@@ -2,9 +2,13 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::pin::pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Waker};
+use std::thread::{self, ThreadId};
 use std::time::Duration;
 
-use nkv_core::{Op, Outcome};
+use nkv_core::{Change, Epoch, Loaded, Op, Outcome, PersistError, PersistValue, RoutePersist, StoredRef};
 use nkv_node::{
     AttachOptions, ErrorKind, Event, GoneReason, Handle, Key, Limits, Node, Pattern, PutOptions, Result, Revision,
     Right, Rights, SubscribeOptions,
@@ -496,4 +500,78 @@ async fn hours_pass_at_once_on_a_clock_of_the_programs_own() {
     };
     timeout(Duration::from_secs(20), gone).await.expect("it does not end");
     assert!(nkv.exists("long").await.unwrap());
+}
+
+/// Remembers on which threads it was called. It forgets what it is given.
+#[derive(Debug)]
+struct Called {
+    threads: Arc<Mutex<Vec<ThreadId>>>,
+    waits: bool,
+}
+
+impl PersistValue for Called {
+    fn load(&mut self, _visit: &mut dyn FnMut(StoredRef<'_>)) -> std::result::Result<Loaded, PersistError> {
+        Ok(Loaded { epoch: Epoch::new(1), revision: nkv_core::Revision::ZERO })
+    }
+
+    fn persist(&mut self, _batch: &[Change]) -> std::result::Result<(), PersistError> {
+        self.threads.lock().unwrap().push(thread::current().id());
+        Ok(())
+    }
+
+    fn waits(&self) -> bool {
+        self.waits
+    }
+}
+
+#[tokio::test]
+async fn storage_that_may_wait_is_called_on_a_thread_of_its_own_and_other_storage_at_once() {
+    let branch = Key::new("kept").unwrap();
+    // Storage, and whether it may wait.
+    let cases = |threads: &Arc<Mutex<_>>| -> [(Box<dyn PersistValue>, bool); 4] {
+        let called = |waits| Called { threads: Arc::clone(threads), waits };
+        let route = |waits| RoutePersist::new(called(waits)).route(branch.clone(), called(false));
+        [
+            (Box::new(called(true)), true),
+            (Box::new(called(false)), false),
+            (Box::new(route(true)), true),
+            (Box::new(route(false)), false),
+        ]
+    };
+    let threads = Arc::default();
+    for (storage, waits) in cases(&threads) {
+        threads.lock().unwrap().clear();
+        let node = Node::builder().persist("a test", move || Ok(storage)).start().await.unwrap();
+        let nkv = node.handle();
+        // The writer may not have begun to wait for something to do.
+        let is_done_at_once = || pin!(nkv.put("lamp", "on")).poll(&mut Context::from_waker(Waker::noop())).is_ready();
+        while !is_done_at_once() && !waits {
+            tokio::task::yield_now().await;
+        }
+        nkv.put("lamp", "off").await.unwrap();
+        let is_here = |threads: &Vec<ThreadId>| threads.last() == Some(&thread::current().id());
+        assert_eq!(is_here(&threads.lock().unwrap()), !waits, "{waits}");
+        // What takes long is done elsewhere in any case.
+        nkv.delete(&Pattern::All).await.unwrap();
+        assert!(!is_here(&threads.lock().unwrap()));
+        node.shutdown().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_is_written_at_once_comes_after_what_was_submitted_before() {
+    let (_node, nkv) = started().await;
+    for round in 0..1_000_u32 {
+        let value = format!("submitted {round}").into();
+        let op = Op::Put { key: key("a"), value, options: nkv_core::PutOptions::default() };
+        let submitted = nkv.submit(vec![nkv.admit(op).unwrap()], nkv.try_room(1).unwrap());
+        let revision = nkv.put("a", "put").await.unwrap();
+        let mut results = submitted.await.unwrap();
+        let Some(Ok(Outcome::Put { revision: before })) = results.next() else { panic!("{results:?}") };
+        assert!(before.get() < revision.get());
+        assert_eq!(nkv.get("a").await.unwrap().unwrap().value, "put");
+        if round % 2 == 0 {
+            tokio::task::yield_now().await;
+        }
+    }
 }

@@ -137,6 +137,11 @@ impl<P: PersistValue> PersistValue for ScriptedPersist<P> {
         self.inner.keeps_meta()
     }
 
+    /// A script may have it wait.
+    fn waits(&self) -> bool {
+        true
+    }
+
     fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
         self.inner.begin_epoch(epoch)
     }

@@ -175,6 +175,10 @@ impl PersistValue for Storage {
         self.persist.keeps_meta()
     }
 
+    fn waits(&self) -> bool {
+        self.persist.waits()
+    }
+
     fn begin_epoch(&mut self, epoch: Epoch) -> Result<(), PersistError> {
         self.persist.begin_epoch(epoch)?;
         self.present = Some(HashMap::new());

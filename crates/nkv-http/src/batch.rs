@@ -96,8 +96,7 @@ pub(crate) async fn batch(ctx: Ctx<'_>, request: Request<Incoming>) -> Result<An
     query(&request, &[])?;
     without_conditions(request.headers())?;
     let handle = &ctx.door.handle;
-    let (parts, body) = request.into_parts();
-    let received = receive(handle, ctx.conn, &parts.headers, body, handle.limits().request_len_max).await?;
+    let received = receive(handle, ctx.conn, request, handle.limits().request_len_max).await?;
     let Items(items) = serde_json::from_slice(&received.bytes).map_err(|error| {
         Problem::bad(format!("the body is not an array of {{\"put\":…}} and {{\"delete\":…}}: {error}"))
     })?;

@@ -2,6 +2,7 @@
 //! and of requests, for which there is room before they are read.
 
 use std::fmt;
+use std::future::poll_fn;
 use std::io::Write as _;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -13,15 +14,15 @@ use bytes::{Bytes, BytesMut};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use http::header::{CONTENT_ENCODING, CONTENT_RANGE, TRANSFER_ENCODING};
-use http::{HeaderMap, Response};
+use http::{HeaderMap, Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use http_body_util::BodyExt;
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
 use nkv_node::Handle;
 
 use crate::connection::{Busy, Conn, Load};
 use crate::problem::Problem;
+use crate::timed::poll_until;
 
 /// What is given to a connection at a time.
 pub(crate) const CHUNK_LEN: usize = 64 << 10;
@@ -300,7 +301,7 @@ impl Drop for Unsent {
 #[derive(Debug)]
 pub(crate) struct Received {
     pub(crate) bytes: Bytes,
-    _held: Reading,
+    pub(crate) held: Reading,
 }
 
 /// Bytes of a request that has not been served.
@@ -330,15 +331,27 @@ impl Drop for Reading {
 /// Past this, a body waits until there is room for it to arrive.
 const LONG_LEN: usize = 64 << 10;
 
-/// Reads a body of at most `len_max` bytes.
-pub(crate) async fn receive(
+/// Reads the body of a request, of at most `len_max` bytes.
+pub(crate) fn receive<'a>(
+    handle: &'a Handle,
+    conn: &'a Arc<Conn>,
+    request: Request<Incoming>,
+    len_max: usize,
+) -> impl Future<Output = Result<Received, Problem>> + Send + use<'a> {
+    let form = check_form(request.headers());
+    let body = request.into_body();
+    async move {
+        form?;
+        receive_body(handle, conn, body, len_max).await
+    }
+}
+
+async fn receive_body(
     handle: &Handle,
     conn: &Arc<Conn>,
-    headers: &HeaderMap,
     mut body: Incoming,
     len_max: usize,
 ) -> Result<Received, Problem> {
-    check_form(headers)?;
     let too_large =
         |len: u64| Problem::new("too-large", format!("the body has {len} bytes or more, and {len_max} is the limit"));
     let hint = body.size_hint();
@@ -346,7 +359,7 @@ pub(crate) async fn receive(
         return Err(too_large(hint.lower()));
     }
     let known = hint.exact().and_then(|len| usize::try_from(len).ok());
-    let mut held = Reading::new(conn);
+    let (mut held, mut timer) = (Reading::new(conn), conn.take_body_timer());
     let mut arrival = None;
     let mut bytes = BytesMut::new();
     let limit = conn.limits().request_limit;
@@ -358,11 +371,11 @@ pub(crate) async fn receive(
             arrival = Some(conn.waiting(handle.arrival(known.unwrap_or(len_max))).await);
             bytes.reserve(known.unwrap_or(0).saturating_sub(bytes.len()));
         }
-        let frame = match deadline {
-            Some(at) => tokio::time::timeout_at(at, body.frame()).await,
-            None => Ok(body.frame().await),
-        };
-        let frame = frame.map_err(|_| Problem::new("too-slow", "the body did not arrive in time"))?;
+        let frame = poll_fn(|cx| match (Pin::new(&mut body).poll_frame(cx), deadline) {
+            (Poll::Pending, Some(at)) => poll_until(&mut timer, at, cx).map(Err),
+            (frame, _) => frame.map(Ok),
+        });
+        let frame = frame.await.map_err(|()| Problem::new("too-slow", "the body did not arrive in time"))?;
         let Some(frame) = frame else { break };
         let frame = frame.map_err(|error| Problem::bad(format!("the body did not arrive whole: {error}")))?;
         if let Ok(data) = frame.into_data() {
@@ -378,9 +391,10 @@ pub(crate) async fn receive(
         }
     }
     drop(arrival);
+    conn.leave_body_timer(timer);
     // What is kept is to be no longer than it is.
     let bytes = if bytes.capacity() > bytes.len() { Bytes::copy_from_slice(&bytes) } else { bytes.freeze() };
-    Ok(Received { bytes, _held: held })
+    Ok(Received { bytes, held })
 }
 
 /// A part of a value, or a coded form of it, is not to be stored as the whole.

@@ -21,7 +21,7 @@ use tokio::time::MissedTickBehavior;
 use crate::body::{Long, STREAM_PIECE_LEN, Unsent};
 use crate::door::{Calls, Inner};
 use crate::route::answer;
-use crate::timed::{TimeLimits, Timed, Times};
+use crate::timed::{TimeLimits, Timed, Timer, Times};
 use crate::ws::{Frames, send_records};
 
 /// How often a connection looks for streams that stand still.
@@ -46,6 +46,8 @@ pub(crate) struct Conn {
     arriving: Mutex<Arriving>,
     times: Arc<Times>,
     limits: TimeLimits,
+    /// That of the last body that came.
+    body_timer: Mutex<Timer>,
     /// What answers its calls of gRPC, once there is one.
     calls: OnceLock<Box<dyn Calls>>,
     has_calls: Notify,
@@ -159,6 +161,15 @@ impl Conn {
             }
             self.has_calls.notified().await;
         }
+    }
+
+    /// A timer for a body: the one that the last body has left here.
+    pub(crate) fn take_body_timer(&self) -> Timer {
+        lock(&self.body_timer).take()
+    }
+
+    pub(crate) fn leave_body_timer(&self, timer: Timer) {
+        *lock(&self.body_timer) = timer;
     }
 
     pub(crate) fn upgrade_to(&self, upgrade: Upgrade) {
@@ -310,6 +321,7 @@ where
         arriving: Mutex::default(),
         times: Arc::clone(&times),
         limits,
+        body_timer: Mutex::default(),
         calls: OnceLock::new(),
         has_calls: Notify::new(),
         upgrade: Mutex::default(),
@@ -386,6 +398,7 @@ where
     });
     let mut serving = std::pin::pin!(builder.serve_connection_with_upgrades(stream, service));
     let mut calls_evicted = std::pin::pin!(conn.calls_evicted());
+    let mut look_anew = std::pin::pin!(conn.load.look_anew.notified());
     let mut look = tokio::time::interval(LOOK_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut is_stopping = false;
@@ -397,7 +410,7 @@ where
                 }
                 return;
             }
-            () = conn.load.look_anew.notified() => {}
+            () = &mut look_anew => look_anew.set(conn.load.look_anew.notified()),
             () = &mut calls_evicted => return,
             // By HTTP/1 the stream itself sees a peer that takes nothing.
             _ = look.tick(), if conn.load.is_http2() && conn.load.has_bodies() => {

@@ -170,13 +170,13 @@ async fn list(ctx: Ctx<'_>, form: Form) -> Result<Answer, Failure> {
     Ok(answer)
 }
 
-async fn read(ctx: Ctx<'_>, form: Form, request: Request<Incoming>) -> Result<Received, Failure> {
-    let (mut parts, body) = request.into_parts();
-    if parts.headers.get("connect-protocol-version").is_some_and(|version| version != "1") {
+async fn read(ctx: Ctx<'_>, form: Form, mut request: Request<Incoming>) -> Result<Received, Failure> {
+    let headers = request.headers_mut();
+    if headers.get("connect-protocol-version").is_some_and(|version| version != "1") {
         return Err(Failure::new("invalid_argument", "connect-protocol-version is 1"));
     }
-    if parts.headers.get(CONTENT_ENCODING).is_some_and(|coding| coding == "identity") {
-        parts.headers.remove(CONTENT_ENCODING);
+    if headers.get(CONTENT_ENCODING).is_some_and(|coding| coding == "identity") {
+        headers.remove(CONTENT_ENCODING);
     }
     let handle = &ctx.door.handle;
     let value_len_max = handle.limits().value_len_max;
@@ -185,7 +185,7 @@ async fn read(ctx: Ctx<'_>, form: Form, request: Request<Incoming>) -> Result<Re
         // Base64 takes a third more.
         Form::Json => value_len_max.saturating_add(value_len_max.div_ceil(3)),
     };
-    Ok(receive(handle, ctx.conn, &parts.headers, body, len_max.saturating_add(FORM_LEN)).await?)
+    Ok(receive(handle, ctx.conn, request, len_max.saturating_add(FORM_LEN)).await?)
 }
 
 /// How long the caller waits.

@@ -7,15 +7,18 @@ use hyper::body::Incoming;
 use nkv_core::{Epoch, Key, Pattern};
 use nkv_node::{ErrorKind, PutOptions, Result as NodeResult, Revision};
 
-use crate::body::{Answer, Body, full, receive};
+use crate::body::{Answer, Body, Received, full, receive};
 use crate::entry::{millis, write_entry, write_number};
 use crate::problem::Problem;
 use crate::query::decode_path;
-use crate::route::{Ctx, done, query};
+use crate::route::{Ctx, HEADERS, REVISION, TTL_MS, done, query};
 use crate::tag::{Conditions, Unmet, tag};
 
 /// A value is never a page or a script of this origin.
 const SANDBOX: HeaderValue = HeaderValue::from_static("default-src 'none'; sandbox");
+
+/// What an entry without its key takes, about.
+const ENTRY_LEN: usize = 64;
 
 /// How often a write with a condition that is not about one revision is tried again, where others write the key meanwhile.
 const TRIES: usize = 64;
@@ -57,13 +60,14 @@ async fn get(ctx: Ctx<'_>, key: &Key, request: &Request<Incoming>) -> Result<Ans
         Err(unmet) => return Err(unmet_problem(unmet, Some(present))),
     };
     let headers = answer.headers_mut();
+    headers.reserve(HEADERS);
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
     headers.insert(CONTENT_SECURITY_POLICY, SANDBOX);
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     headers.insert(ETAG, tag(epoch, revision.get()));
-    headers.insert("nkv-revision", revision.get().into());
+    headers.insert(REVISION, revision.get().into());
     if let Some(expiry) = expiry {
-        headers.insert("nkv-ttl-ms", millis(handle.time_left(expiry)).into());
+        headers.insert(TTL_MS, millis(handle.time_left(expiry)).into());
     }
     Ok(answer)
 }
@@ -75,19 +79,23 @@ async fn put(ctx: Ctx<'_>, key: &Key, request: Request<Incoming>) -> Result<Answ
     }
     let conditions = Conditions::read(request.headers(), true)?;
     let handle = &ctx.door.handle;
-    let (parts, body) = request.into_parts();
-    let received = receive(handle, ctx.conn, &parts.headers, body, handle.limits().value_len_max).await?;
-    let value = received.bytes.clone();
+    let received = receive(handle, ctx.conn, request, handle.limits().value_len_max).await?;
+    let Received { bytes: value, held } = received;
     let mut options = PutOptions::default();
     options.ttl = ttl;
-    let revision = conditional(ctx, key, &conditions, |if_revision| {
-        let (mut options, value): (_, Bytes) = (options, value.clone());
-        options.if_revision = if_revision;
-        async move { handle.put_with(key, value, options).await }
-    })
-    .await?;
-    drop(received);
-    let mut out = b"{".to_vec();
+    let revision = if conditions.are_empty() {
+        handle.put_with(key, value, options).await?
+    } else {
+        let put = conditional(ctx, key, &conditions, |if_revision| {
+            let (mut options, value): (_, Bytes) = (options, value.clone());
+            options.if_revision = if_revision;
+            async move { handle.put_with(key, value, options).await }
+        });
+        Box::pin(put).await?
+    };
+    drop(held);
+    let mut out = Vec::with_capacity(ENTRY_LEN.saturating_add(key.as_str().len()));
+    out.push(b'{');
     write_entry(&mut out, key.as_str(), None, revision.get(), ttl);
     out.extend_from_slice(b"}\n");
     Ok(done(out, revision.epoch().map(|epoch| tag(epoch, revision.get())), Some(revision.get())))

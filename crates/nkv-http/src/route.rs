@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, VARY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
+use http::header::{
+    CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, VARY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+};
 use http::{HeaderName, HeaderValue, Method, Request, StatusCode, Version};
 use hyper::body::Incoming;
 
@@ -14,6 +16,13 @@ use crate::guard::{Passed, allow, allow_preflight};
 use crate::problem::Problem;
 use crate::query::Query;
 use crate::{batch, figures, go_kv, kv, list, look, page, seed, watch, ws};
+
+pub(crate) const REVISION: HeaderName = HeaderName::from_static("nkv-revision");
+pub(crate) const TTL_MS: HeaderName = HeaderName::from_static("nkv-ttl-ms");
+const RESOURCE_POLICY: HeaderName = HeaderName::from_static("cross-origin-resource-policy");
+
+/// The headers of an answer: room for all of them is made at once.
+pub(crate) const HEADERS: usize = 12;
 
 /// What the handlers of a request are given.
 #[derive(Clone, Copy)]
@@ -53,7 +62,7 @@ pub(crate) async fn answer(door: &Arc<Inner>, conn: &Arc<Conn>, request: Request
         headers.append(VARY, HeaderValue::from_static("Origin"));
     }
     let resource_policy = if origin.is_some() { "cross-origin" } else { "same-origin" };
-    headers.insert("cross-origin-resource-policy", HeaderValue::from_static(resource_policy));
+    headers.insert(RESOURCE_POLICY, HeaderValue::from_static(resource_policy));
     if let Some(origin) = origin {
         allow(headers, origin);
     }
@@ -96,6 +105,7 @@ async fn served(ctx: Ctx<'_>, request: Request<Incoming>) -> Answer {
     answer
 }
 
+/// What answers a path. The futures of those that are not called all the time are boxed: a request takes no more room than they need.
 async fn route(ctx: Ctx<'_>, path: &str, request: Request<Incoming>) -> Result<Answer, Problem> {
     if let Some(figures) = figures::route(ctx, path, &request).await {
         return figures;
@@ -110,22 +120,22 @@ async fn route(ctx: Ctx<'_>, path: &str, request: Request<Incoming>) -> Result<A
         return look::trace(ctx, key, &request);
     }
     if let Some(method) = path.strip_prefix(go_kv::SERVICE) {
-        return go_kv::call(ctx, method, request).await;
+        return Box::pin(go_kv::call(ctx, method, request)).await;
     }
     match path {
         "/v1/kv" => match *request.method() {
-            Method::GET | Method::HEAD => list::list(ctx, request).await,
-            Method::DELETE => kv::delete_all(ctx, &request).await,
+            Method::GET | Method::HEAD => Box::pin(list::list(ctx, request)).await,
+            Method::DELETE => Box::pin(kv::delete_all(ctx, &request)).await,
             _ => Err(Problem::method("GET, HEAD, DELETE")),
         },
-        "/v1/batch" => batch::batch(ctx, request).await,
-        "/v1/watch" => watch::watch(ctx, request).await,
+        "/v1/batch" => Box::pin(batch::batch(ctx, request)).await,
+        "/v1/watch" => Box::pin(watch::watch(ctx, request)).await,
         "/v1/ws" => ws::upgrade(ctx, request),
-        "/v1/stats" => look::stats(ctx, &request).await,
+        "/v1/stats" => Box::pin(look::stats(ctx, &request)).await,
         "/v1/openapi.json" => look::openapi(ctx, &request),
-        "/get" => seed::get(ctx, request).await,
-        "/getall" => seed::get_all(ctx).await,
-        "/set" => seed::set(ctx, request).await,
+        "/get" => Box::pin(seed::get(ctx, request)).await,
+        "/getall" => Box::pin(seed::get_all(ctx)).await,
+        "/set" => Box::pin(seed::set(ctx, request)).await,
         "/subscribe" => seed::subscribe(ctx, request),
         _ => page::file(ctx, path, &request).unwrap_or_else(|| Err(no_such_path())),
     }
@@ -179,9 +189,10 @@ pub(crate) fn json(ctx: Ctx<'_>, gzip: bool, bytes: Vec<u8>) -> Answer {
 pub(crate) fn done(bytes: Vec<u8>, tag: Option<HeaderValue>, revision: Option<u64>) -> Answer {
     let mut answer = Answer::new(full(bytes));
     let headers = answer.headers_mut();
-    headers.insert("content-type", HeaderValue::from_static("application/json"));
-    headers.insert("cache-control", HeaderValue::from_static("no-store"));
+    headers.reserve(HEADERS);
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.extend(tag.map(|tag| (ETAG, tag)));
-    headers.extend(revision.map(|revision| (http::HeaderName::from_static("nkv-revision"), revision.into())));
+    headers.extend(revision.map(|revision| (REVISION, revision.into())));
     answer
 }

@@ -171,10 +171,9 @@ pub(crate) fn record(event: &TailEvent) -> Option<String> {
 
 /// The pair of a request, or what it is answered instead.
 async fn read(ctx: Ctx<'_>, request: Request<Incoming>) -> Result<Result<(Received, Pair), Answer>, Problem> {
-    let (parts, body) = request.into_parts();
     let handle = &ctx.door.handle;
     let len_max = handle.limits().value_len_max.saturating_mul(6).saturating_add(FORM_LEN);
-    let received = receive(handle, ctx.conn, &parts.headers, body, len_max).await?;
+    let received = receive(handle, ctx.conn, request, len_max).await?;
     Ok(match pair(&received.bytes) {
         Ok(pair) => Ok((received, pair)),
         Err(message) => Err(text(StatusCode::BAD_REQUEST, &message)),

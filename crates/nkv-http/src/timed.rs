@@ -46,8 +46,8 @@ pub(crate) struct Timed<S> {
     /// The first bytes: HTTP/2 begins with `PRI`.
     first: [u8; 3],
     first_len: usize,
-    reading: Option<Pin<Box<Sleep>>>,
-    writing: Option<Pin<Box<Sleep>>>,
+    reading: Timer,
+    writing: Timer,
 }
 
 impl<S> Timed<S> {
@@ -110,19 +110,31 @@ impl<S> Timed<S> {
             self.writing = None;
             return result;
         }
-        let until = || Instant::now().checked_add(self.limits.stall);
         if self.writing.is_none() {
-            self.writing = until().map(|at| Box::pin(sleep_until(at)));
+            self.writing = Instant::now().checked_add(self.limits.stall).map(|at| Box::pin(sleep_until(at)));
         }
-        poll_limit(&mut self.writing, cx)
+        let limit = self.writing.as_mut().map(|timer| timer.as_mut().poll(cx));
+        limit.map_or(Poll::Pending, |passed| passed.map(|()| Err(io::ErrorKind::TimedOut.into())))
     }
 }
 
-fn poll_limit<T>(limit: &mut Option<Pin<Box<Sleep>>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
-    match limit.as_mut().map(|limit| limit.as_mut().poll(cx)) {
-        Some(Poll::Ready(())) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
-        _ => Poll::Pending,
+/// A timer that is used again and again.
+pub(crate) type Timer = Option<Pin<Box<Sleep>>>;
+
+/// Waits until a time. The timer may be set to an earlier one, and is set anew when that has come: a time that moves on with
+/// each request costs none of them anything.
+pub(crate) fn poll_until(timer: &mut Timer, at: Instant, cx: &mut Context<'_>) -> Poll<()> {
+    let timer = timer.get_or_insert_with(|| Box::pin(sleep_until(at)));
+    if timer.deadline() > at {
+        timer.as_mut().reset(at);
     }
+    while timer.as_mut().poll(cx).is_ready() {
+        if timer.deadline() >= at {
+            return Poll::Ready(());
+        }
+        timer.as_mut().reset(at);
+    }
+    Poll::Pending
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Timed<S> {
@@ -137,15 +149,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for Timed<S> {
             }
             return result;
         }
-        let Some(at) = this.deadline() else {
-            this.reading = None;
-            return Poll::Pending;
-        };
-        let limit = this.reading.get_or_insert_with(|| Box::pin(sleep_until(at)));
-        if limit.deadline() != at {
-            limit.as_mut().reset(at);
+        match this.deadline() {
+            None => Poll::Pending,
+            Some(at) => poll_until(&mut this.reading, at, cx).map(|()| Err(io::ErrorKind::TimedOut.into())),
         }
-        poll_limit(&mut this.reading, cx)
     }
 }
 

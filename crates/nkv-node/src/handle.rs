@@ -369,13 +369,20 @@ impl Handle {
 
     async fn run(&self, ops: Vec<Op>, together: bool) -> Result<(Epoch, Vec<Result<Outcome>>)> {
         self.check_open()?;
-        let epoch = self.epoch();
-        let of_store = |results: Vec<WriteResult>| results.into_iter().map(|result| result.map_err(failed)).collect();
         let mut write = if together { Write::together(ops) } else { Write::apart(ops) };
         if self.shared.truth().is_none() && self.shared.writer.write_now(&mut write) {
-            return Ok((epoch, of_store(write.into_results())));
+            if self.gathers {
+                // A peer with many requests is woken once for the answers to all that have come.
+                tokio::task::yield_now().await;
+            }
+            return Ok((self.epoch(), of_store(write.into_results())));
         }
-        let mut ended = self.shared.ended.subscribe();
+        // Its future is large, and not needed where storage does not wait.
+        Box::pin(self.hand_over(write, together)).await
+    }
+
+    async fn hand_over(&self, write: Write, together: bool) -> Result<(Epoch, Vec<Result<Outcome>>)> {
+        let (epoch, mut ended) = (self.epoch(), self.shared.ended.subscribe());
         let done = async {
             match self.shared.truth() {
                 Some(truth) => {
@@ -1295,6 +1302,10 @@ fn listed(epoch: Epoch, record: RecordRef<'_>) -> (Key, Revision) {
 
 fn key_of(record: RecordRef<'_>) -> Key {
     RecordRef { value: ValueRef::Lent(&[]), ..record }.to_record().key
+}
+
+fn of_store(results: Vec<WriteResult>) -> Vec<Result<Outcome>> {
+    results.into_iter().map(|result| result.map_err(failed)).collect()
 }
 
 fn failed(Failed { error, deleted }: Failed) -> Error {

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nkv_core::{PersistError, PersistErrorKind, Write, WriteResult};
 use tokio::sync::{Notify, oneshot};
@@ -203,11 +203,10 @@ impl Writer {
         if self.storage_waits || !is_short || write.has_ttl() && self.clock.is_unkept() || !self.queue.is_idle() {
             return false;
         }
-        let began = self.counters.get().map(|_| Instant::now());
-        let written = write.value_len();
-        self.look_after(written, || self.wake_ups.gathered(|| self.commit(std::slice::from_mut(write))));
+        let (written, mut took) = (write.value_len(), None);
+        self.look_after(written, || took = self.wake_ups.gathered(|| self.commit(std::slice::from_mut(write))));
         if write.is_done() {
-            self.count(write, began);
+            self.count(write, took);
             self.report(worst(None, write.outcomes().map(|(_, result)| result)));
         }
         write.is_done()
@@ -230,24 +229,24 @@ impl Writer {
         }
     }
 
-    /// Does as much as one batch takes.
-    fn commit(&self, writes: &mut [impl AsMut<Write>]) {
+    /// Does as much as one batch takes. Says how long it took, if that is counted.
+    fn commit(&self, writes: &mut [impl AsMut<Write>]) -> Option<Duration> {
         let start = self.counters.get().map(|_| Instant::now());
         // It is not known what storage that panicked has done, and the store takes no more writes after it.
         if catch_unwind(AssertUnwindSafe(|| self.store.commit(writes))).is_err() {
             self.store.commit(writes);
         }
-        if let (Some(counters), Some(start)) = (self.counters.get(), start) {
-            counters.commit_times.observe_time(start.elapsed());
-            let done = writes.iter_mut().map(AsMut::as_mut).filter(|write| write.is_done());
-            counters.batch_sizes.observe(done.map(|write| write.outcomes().count() as u64).sum());
-        }
+        let (counters, took) = (self.counters.get()?, start?.elapsed());
+        counters.commit_times.observe_time(took);
+        let done = writes.iter_mut().map(AsMut::as_mut).filter(|write| write.is_done());
+        counters.batch_sizes.observe(done.map(|write| write.outcomes().count() as u64).sum());
+        Some(took)
     }
 
     /// Counts a write that is done.
-    fn count(&self, write: &Write, began: Option<Instant>) {
+    fn count(&self, write: &Write, took: Option<Duration>) {
         if let Some(counters) = self.counters.get() {
-            began.into_iter().for_each(|began| counters.write_times.observe_time(began.elapsed()));
+            took.into_iter().for_each(|took| counters.write_times.observe_time(took));
             write.outcomes().for_each(|(op, result)| counters.count_write(op, result));
         }
     }
@@ -258,7 +257,7 @@ impl Writer {
         let mut failed: Option<PersistError> = None;
         for Job { write, results, began, .. } in jobs.extract_if(.., |job| job.write.is_done()) {
             // First, so that a caller that has an answer finds it counted.
-            self.count(&write, began);
+            self.count(&write, began.map(|began| began.elapsed()));
             let done = write.into_results();
             failed = worst(failed, done.iter());
             // The peer may have gone away meanwhile, its connection cut; the write stands all the same.

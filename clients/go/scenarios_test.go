@@ -483,7 +483,7 @@ func (r *runner) control(ctx context.Context, client *nkv.Client, s step) error 
 		go func() { ended <- r.run(ctx, *s.Step) }()
 		time.Sleep(ms(s.AfterMS))
 		cancel()
-		return within(ended, 200*time.Millisecond)
+		return within(ended, 2*time.Second)
 	case "begin":
 		ended := make(chan error, 1)
 		put(&r.begun, s.Name, ended)
@@ -499,7 +499,7 @@ func (r *runner) control(ctx context.Context, client *nkv.Client, s step) error 
 	case "close":
 		ended := make(chan error, 1)
 		go func() { ended <- client.Close() }()
-		return within(ended, limit(s.WithinMS, 500*time.Millisecond))
+		return within(ended, limit(s.WithinMS, 2*time.Second))
 	case "within":
 		began := time.Now()
 		for _, step := range s.Steps {

@@ -191,13 +191,13 @@ class Ends(WithServer):
             began = time.monotonic()
             done = self.program(text)
             self.assertEqual((done.returncode, done.stderr), (0, ""), text)
-            self.assertLess(time.monotonic() - began, 5)
+            self.assertLess(time.monotonic() - began, 15)
 
     def test_close_while_a_name_is_being_resolved(self) -> None:
         slow = ("import socket, sys, time, threading, asyncio, nkv, nkv.aio\n"
                 "socket.getaddrinfo = lambda *a, **k: time.sleep(30)\n"
                 "def left(since):\n"
-                "    assert time.monotonic() - since < 0.5\n")
+                "    assert time.monotonic() - since < 5\n")
         for text in ("c = nkv.Client('a.name'); time.sleep(0.1); since = time.monotonic(); c.close(); left(since)",
                      "async def main():\n"
                      "    c = nkv.aio.Client('a.name')\n"
@@ -212,7 +212,7 @@ class Ends(WithServer):
             began = time.monotonic()
             done = self.program(slow + text)
             self.assertEqual((done.returncode, done.stderr), (0, ""), text)
-            self.assertLess(time.monotonic() - began, 5)
+            self.assertLess(time.monotonic() - began, 15)
 
     def test_an_interrupt_ends_a_call_and_not_the_client(self) -> None:
         # A process that a shell starts in the background ignores it.
@@ -294,7 +294,7 @@ class Aio(WithServer):
                     await client.get("c.1")
                     slowest = max(slowest, time.monotonic() - began)
                 await writer
-                self.assertLess(slowest, 1.5)
+                self.assertLess(slowest, 4.5)
 
         async def client_writes() -> None:
             async with nkv.aio.Client(self.stage.addresses["direct"], timeout=60) as client:

@@ -386,7 +386,7 @@ class Case:
         began = time.monotonic()
         inner = step["step"]
         await self.driver.cancel(lambda limit: self.step(inner, limit), seconds)
-        assert time.monotonic() - began < seconds + 0.2
+        assert time.monotonic() - began < seconds + 2
 
     async def op_begin(self, step: dict[str, Any], timeout: float | None) -> None:
         self.client(step["step"])
@@ -415,7 +415,7 @@ class Case:
     async def op_close(self, step: dict[str, Any], timeout: float | None) -> None:
         began = time.monotonic()
         await self.driver.call(self.client(step), "close")
-        assert time.monotonic() - began < step.get("within_ms", 500) / 1000
+        assert time.monotonic() - began < step.get("within_ms", 2000) / 1000
 
     async def op_within(self, step: dict[str, Any], timeout: float | None) -> None:
         began = time.monotonic()

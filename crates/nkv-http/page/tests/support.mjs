@@ -6,7 +6,11 @@ import { once } from "node:events";
 import net from "node:net";
 import { chromium } from "playwright-core";
 
-const WAIT_MS = 15_000;
+// Nothing here measures speed: a machine that has much else to do passes too.
+const WAIT_MS = 60_000;
+// Below the ports that the system gives to outgoing connections: what stops and starts again finds its port free.
+const PORT_MIN = 12_000;
+const PORT_MAX = 32_000;
 export const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 
 /** Waits until `check` returns something true, and returns it. */
@@ -21,11 +25,18 @@ export async function until(what, check, limitMs = WAIT_MS) {
 }
 
 async function freePort() {
-  const server = net.createServer().listen(0, "127.0.0.1");
-  await once(server, "listening");
-  const { port } = server.address();
-  server.close();
-  return port;
+  for (;;) {
+    const port = PORT_MIN + Math.floor(Math.random() * (PORT_MAX - PORT_MIN));
+    const server = net.createServer().listen(port, "127.0.0.1");
+    try {
+      await once(server, "listening");
+    } catch {
+      continue; // another program has it
+    }
+    server.close();
+    await once(server, "close");
+    return port;
+  }
 }
 
 export class Server {
@@ -132,7 +143,7 @@ export async function open(browser, url, { socket, ...options } = {}) {
     if (message.type() === "error" && !network) page.faults.push(message.text());
   });
   await page.goto(url);
-  await state(page, "synced", 60_000);
+  await state(page, "synced");
   return page;
 }
 
@@ -143,7 +154,7 @@ export const row = (page, name) => page.locator(".row:not([hidden])", { has: pag
 
 /** Clicks the row of a name. Rows are filled anew at any time, so a click may have to be tried again. */
 export const pick = (page, name) => until(`a click on ${name}`, async () => {
-  await row(page, name).click({ timeout: 1000 }).catch(() => {});
+  await row(page, name).click({ timeout: 5000 }).catch(() => {});
   return (await page.locator(".row[aria-selected=true]:not([hidden]) .name").allInnerTexts())[0] === name;
 });
 

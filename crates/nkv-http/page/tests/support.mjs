@@ -6,7 +6,7 @@ import { once } from "node:events";
 import net from "node:net";
 import { chromium } from "playwright-core";
 
-const WAIT_MS = 15_000;
+const WAIT_MS = 60_000; // a machine may be busy
 export const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 
 /** Waits until `check` returns something true, and returns it. */
@@ -51,7 +51,7 @@ export class Server {
     const { child } = this;
     if (child.exitCode !== null || child.signalCode) return;
     child.kill("SIGTERM");
-    const killer = setTimeout(() => child.kill("SIGKILL"), 6000);
+    const killer = setTimeout(() => child.kill("SIGKILL"), WAIT_MS);
     await once(child, "exit");
     clearTimeout(killer);
   }
@@ -132,7 +132,7 @@ export async function open(browser, url, { socket, ...options } = {}) {
     if (message.type() === "error" && !network) page.faults.push(message.text());
   });
   await page.goto(url);
-  await state(page, "synced", 60_000);
+  await state(page, "synced");
   return page;
 }
 

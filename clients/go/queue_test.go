@@ -7,6 +7,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -282,16 +283,19 @@ func TestKeysThatABranchMissedGoInOneStepWithItsBecomingLive(t *testing.T) {
 
 func TestAWaitThatIsGivenUpLosesNoEvent(t *testing.T) {
 	q := newQueue()
+	var posted sync.WaitGroup
 	for i := uint64(1); i <= 50; i++ {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Millisecond)
+		posted.Add(1)
 		go func() {
+			defer posted.Done()
 			time.Sleep(2 * time.Millisecond)
 			q.update(entry(fmt.Sprint(i), "", i), 0, true)
 		}()
 		_, _ = q.next(ctx)
 		cancel()
 	}
-	time.Sleep(20 * time.Millisecond)
+	posted.Wait()
 	q.update(entry("last", "", 51), 0, true)
 	events := drain(t, q)
 	if last := events[len(events)-1].(Update); last.Key != "last" {

@@ -25,8 +25,12 @@ import (
 
 // The cases that all client libraries must pass, from ../scenarios, against the real server.
 
-// patience is the limit of a wait that names none.
-const patience = 10 * time.Second
+const (
+	// patience is the limit of a wait that names none, and of a request.
+	patience = 60 * time.Second
+	// atOnce is the limit of what is to return at once.
+	atOnce = 10 * time.Second
+)
 
 type scenario struct {
 	Name    string                `json:"name"`
@@ -51,6 +55,7 @@ type step struct {
 	After      json.RawMessage `json:"after"`
 	Value      json.RawMessage `json:"value"`
 	Absent     bool            `json:"absent"`
+	Becomes    bool            `json:"becomes"`
 	Is         json.RawMessage `json:"is"`
 	Above0     []string        `json:"above_0"`
 	Append     string          `json:"append"`
@@ -244,7 +249,7 @@ func (r *runner) client(name string) (*nkv.Client, error) {
 	if !ok {
 		spec.Via = "proxy"
 	}
-	timeout := 5 * time.Second
+	timeout := patience
 	if spec.TimeoutMS > 0 {
 		timeout = ms(spec.TimeoutMS)
 	}
@@ -421,7 +426,13 @@ func (r *runner) do(ctx context.Context, client *nkv.Client, s step) error {
 	case "put":
 		return r.put(ctx, client, string(key), s)
 	case "get":
-		return r.get(ctx, client, string(key), s)
+		began := time.Now()
+		err := r.get(ctx, client, string(key), s)
+		for s.Becomes && errors.As(err, &different{}) && time.Since(began) < patience {
+			time.Sleep(20 * time.Millisecond)
+			err = r.get(ctx, client, string(key), s)
+		}
+		return err
 	case "delete":
 		return r.delete(ctx, client, string(key), s)
 	case "exists":
@@ -462,6 +473,8 @@ func (r *runner) do(ctx context.Context, client *nkv.Client, s step) error {
 		return r.events(s)
 	case "state":
 		return r.state(s)
+	case "lost":
+		return r.lost(ctx, s)
 	case "ended":
 		return r.ended(s)
 	case "conflated":
@@ -483,7 +496,7 @@ func (r *runner) control(ctx context.Context, client *nkv.Client, s step) error 
 		go func() { ended <- r.run(ctx, *s.Step) }()
 		time.Sleep(ms(s.AfterMS))
 		cancel()
-		return within(ended, 2*time.Second)
+		return within(ended, atOnce)
 	case "begin":
 		ended := make(chan error, 1)
 		put(&r.begun, s.Name, ended)
@@ -499,7 +512,7 @@ func (r *runner) control(ctx context.Context, client *nkv.Client, s step) error 
 	case "close":
 		ended := make(chan error, 1)
 		go func() { ended <- client.Close() }()
-		return within(ended, limit(s.WithinMS, 2*time.Second))
+		return within(ended, limit(s.WithinMS, atOnce))
 	case "within":
 		began := time.Now()
 		for _, step := range s.Steps {
@@ -956,8 +969,20 @@ func (r *runner) state(s step) error {
 	}
 }
 
+// lost waits until the watch says that the connection is lost.
+func (r *runner) lost(ctx context.Context, s step) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for watch := r.watches[s.Name]; watch.Live(); time.Sleep(10 * time.Millisecond) {
+		if ctx.Err() != nil {
+			return fmt.Errorf("%s is live: %w", s.Name, ctx.Err())
+		}
+	}
+	return nil
+}
+
 func (r *runner) ended(s step) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	for {
 		_, err := r.subs[s.Name].Next(ctx)
@@ -1020,7 +1045,8 @@ func (r *runner) pollCancel(s step) error {
 		putting <- nil
 	}()
 	got := []string{}
-	for range s.Times {
+	began := time.Now()
+	for times := 0; times < s.Times || (len(got) < len(s.Expect) && time.Since(began) < patience); times++ {
 		ctx, cancel := context.WithTimeout(context.Background(), ms(s.EachMS))
 		text, err := r.nextOf(ctx, s.Name, false)
 		cancel()

@@ -24,6 +24,15 @@ import time
 CHUNK = 16384
 
 
+def hold_port() -> socket.socket:
+    """Keeps a port from all other programs, whose connections may have any that is free, while nothing listens at it. A
+    listener that sets SO_REUSEADDR may use it, as the server and asyncio do."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
+
+
 class Server:
     """The server under test, with a directory of its own."""
 
@@ -31,9 +40,8 @@ class Server:
         self.program = program
         self.directory = tempfile.mkdtemp(prefix="nkv-case-")
         self.unix = os.path.join(self.directory, "nkv.sock")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.held = hold_port()
+        self.port = self.held.getsockname()[1]
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -81,6 +89,7 @@ class Server:
 
     def remove(self) -> None:
         self.stop(kill=True)
+        self.held.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def ask(self, request: dict[str, object]) -> dict[str, object]:
@@ -99,20 +108,21 @@ class Proxy:
 
     def __init__(self, server_port: int) -> None:
         self.server_port = server_port
-        self.port = 0
+        self.held = hold_port()
+        self.port = self.held.getsockname()[1]
         self.listener: asyncio.base_events.Server | None = None
         self.writers: set[asyncio.StreamWriter] = set()
         self.flowing = asyncio.Event()
         self.flowing.set()
         self.refusing = False
         self.accepted = 0
+        self.holds_back = False
         self.buffers = 0
         self.left: dict[str, int | None] = {"down": None, "up": None}
 
     async def listen(self) -> None:
         if self.listener is None:
             self.listener = await asyncio.start_server(self.serve, "127.0.0.1", self.port, limit=CHUNK)
-            self.port = self.listener.sockets[0].getsockname()[1]
 
     async def unlisten(self) -> None:
         if self.listener is not None:
@@ -158,6 +168,8 @@ class Proxy:
 
     async def copy(self, way: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(CHUNK):
+            if way == "up" and not self.flowing.is_set():
+                self.holds_back = True
             await self.flowing.wait()
             left = self.left[way]
             if left is not None:
@@ -186,6 +198,9 @@ async def obey(words: list[str], server: Server, proxy: Proxy) -> str:
         proxy.flowing.clear()
     elif command == "thaw":
         proxy.flowing.set()
+        proxy.holds_back = False
+    elif command == "held":
+        return "yes" if proxy.holds_back else "no"
     elif command == "cut-after-bytes":
         proxy.left["down"] = int(arguments[0])
     elif command == "cut-after-bytes-up":
@@ -245,6 +260,7 @@ async def run(server: Server) -> None:
             print(f"error {error}".splitlines()[0], flush=True)
     proxy.flowing.set()
     await proxy.unlisten()
+    proxy.held.close()
 
 
 def main() -> None:

@@ -287,10 +287,10 @@ describe('the connection', () => {
   });
 
   const slow = (peer, { id }) => {
-    const alive = setInterval(() => peer.send('Alive'), 20);
-    setTimeout(() => (clearInterval(alive), peer.answer(id, { revision: 1 })), 1_000);
+    const alive = setInterval(() => peer.send('Alive'), 100);
+    setTimeout(() => (clearInterval(alive), peer.answer(id, { revision: 1 })), 3_000);
   };
-  withFake('one that says that it works does not', { onRequest: slow }, { heartbeat: 100 }, async (client, server) => {
+  withFake('one that says that it works does not', { onRequest: slow }, { heartbeat: 1_000 }, async (client, server) => {
     await client.put('a', '1');
     assert.equal(server.peers.length, 1);
   });
@@ -328,7 +328,7 @@ describe('subscriptions', () => {
   const take = async (subscription, count) => {
     const events = [];
     while (events.length < count) {
-      const { type, key, value, reason, skipped } = await subscription.take({ timeout: 10_000 });
+      const { type, key, value, reason, skipped } = await subscription.take({ timeout: 30_000 });
       events.push([type, key, value?.toString() ?? reason, skipped || undefined].filter((part) => part !== undefined).join(' '));
     }
     return events;
@@ -600,7 +600,7 @@ describe('several patterns', () => {
   /** The events up to the next `synced`, those of the connection too. */
   const synced = async (subscription) => {
     for (const texts = []; ; ) {
-      const event = await subscription.take({ timeout: 10_000 });
+      const event = await subscription.take({ timeout: 30_000 });
       assert.ok(event !== undefined, `it ended after ${texts}`);
       texts.push([event.type, event.key, event.type === 'synced' ? event.revision.number : event.reason].filter(Boolean).join(' '));
       if (event.type === 'synced') {
@@ -616,7 +616,7 @@ describe('several patterns', () => {
     assert.deepEqual([subscription.pattern, subscription.patterns], ['b.*', ['b.*', 'a', 'c']]);
     assert.deepEqual(await synced(subscription), ['update b.x', 'update a.x', 'update c.x', 'synced 5']);
     server.peers[0].socket.destroy();
-    const lost = await subscription.take({ timeout: 10_000 });
+    const lost = await subscription.take({ timeout: 30_000 });
     assert.deepEqual([lost.type, ...(await synced(subscription))], ['reconnecting', 'connected', 'synced 5']);
     assert.throws(() => client.subscribe([]), failsWith('INVALID_KEY'));
     assert.throws(() => client.subscribe(['a', 'b..c']), failsWith('INVALID_KEY'));

@@ -18,7 +18,7 @@ const root = path.join(__dirname, '..');
 
 async function run(command, args, cwd) {
   try {
-    const { stdout } = await promisify(execFile)(command, args, { cwd, shell: process.platform === 'win32', timeout: 240_000 });
+    const { stdout } = await promisify(execFile)(command, args, { cwd, shell: process.platform === 'win32', timeout: 500_000 });
     return stdout;
   } catch (error) {
     throw new Error(`${command} ${args.join(' ')}: ${error.message}\n${error.stdout}\n${error.stderr}`);
@@ -29,7 +29,7 @@ async function run(command, args, cwd) {
 async function project(tarball, ...others) {
   const dir = fs.mkdtempSync(path.join(os.tmpdir(), 'nkv-client-'));
   fs.writeFileSync(path.join(dir, 'package.json'), '{"private":true}');
-  const offline = others.length === 0 ? ['--offline'] : ['--fetch-retries=1', '--fetch-timeout=60000'];
+  const offline = others.length === 0 ? ['--offline'] : ['--fetch-retries=5', '--fetch-timeout=60000'];
   await run('npm', ['install', '--no-audit', '--no-fund', '--ignore-scripts', ...offline, tarball, ...others], dir);
   return dir;
 }
@@ -93,7 +93,7 @@ describe('the package', () => {
   });
 
   for (const typescript of TYPESCRIPT) {
-    test(`has types for ${typescript} in each module mode`, { timeout: 300_000 }, async (t) => {
+    test(`has types for ${typescript} in each module mode`, { timeout: 600_000 }, async (t) => {
       let dir;
       try {
         dir = await project(packed.tarball, typescript, NODE_TYPES);

@@ -42,8 +42,8 @@ describe('a program ends by itself after close()', { concurrency: 2 }, () => {
     test(state, { timeout: 90_000 }, async () => {
       const { code, out, err, endedMs } = await run('program.js', state);
       assert.deepEqual([code, err], [0, ''], out);
-      // 500 ms are promised; a busy machine may be late.
-      assert.ok(endedMs < 2_000, `${endedMs} ms`);
+      // 500 ms are promised; a busy machine may be late. What would keep it lasts longer.
+      assert.ok(endedMs < 20_000, `${endedMs} ms`);
       if (state.startsWith('with calls')) {
         assert.match(out, /CLOSED OUTCOME_UNKNOWN CLOSED CLOSED CLOSED ended/);
       }

@@ -11,7 +11,10 @@ const { setTimeout: sleep } = require('node:timers/promises');
 const nkv = require('../index.js');
 const { missing, scenarios, startStage } = require('../testing/stage.js');
 
-const WAIT_MS = 10_000;
+/** The limit of a wait that names none, and of a request. */
+const WAIT_MS = 60_000;
+/** The limit of what is to return at once. */
+const SOON_MS = 10_000;
 const skip = missing();
 const cases = JSON.parse(fs.readFileSync(path.join(scenarios, 'cases.json'), 'utf8'));
 
@@ -67,7 +70,7 @@ class Run {
 
   client(name = 'a') {
     if (!this.clients.has(name)) {
-      const { via, timeout_ms: requestTimeout } = this.given[name];
+      const { via, timeout_ms: requestTimeout = WAIT_MS } = this.given[name];
       this.clients.set(name, new nkv.Client(this.stage.addresses[via], { requestTimeout }));
     }
     return this.clients.get(name);
@@ -137,6 +140,11 @@ class Run {
   }
 
   async get(step, limits) {
+    const until = performance.now() + WAIT_MS;
+    const isSo = (entry) => (step.absent ? entry === undefined : entry?.value.equals(valueOf(step.value)));
+    while (step.becomes && !isSo(await this.client(step.on).get(step.key, limits)) && performance.now() < until) {
+      await sleep(20);
+    }
     const entry = await this.client(step.on).get(step.key, limits);
     if (step.absent) {
       assert.equal(entry, undefined, `${step.key} is there`);
@@ -318,7 +326,7 @@ class Run {
 
   async ended({ name }) {
     const subscription = this.subscriptions.get(name);
-    while ((await subscription.take({ timeout: 5_000 })) !== undefined);
+    while ((await subscription.take({ timeout: WAIT_MS })) !== undefined);
   }
 
   async conflated({ name, keys, changes, at_most: most, prefix, count }) {
@@ -400,6 +408,11 @@ class Run {
     assert.ok(isMap(new Map([...branch].map(([key, entry]) => [key, entry.value])), entries), `${[...branch.keys()]}`);
   }
 
+  async lost({ name }) {
+    const watch = this.watches.get(name);
+    await becomes(watch, () => !watch.live, () => `${name} is live`);
+  }
+
   async unwatch({ name }) {
     this.watches.get(name).close();
   }
@@ -411,7 +424,7 @@ class Run {
     const begun = performance.now();
     abort.abort();
     await done;
-    assert.ok(performance.now() - begun < 2_000, 'it did not return soon');
+    assert.ok(performance.now() - begun < SOON_MS, 'it did not return soon');
   }
 
   async begin({ name, step }) {
@@ -441,7 +454,7 @@ class Run {
   }
 
   async close({ on, within_ms: ms }) {
-    await within(this.client(on).close(), ms ?? 2_000, 'close');
+    await within(this.client(on).close(), ms ?? SOON_MS, 'close');
   }
 
   async within({ ms, steps }) {

@@ -97,7 +97,7 @@ test(`random writes and cuts, seed ${seed}`, { skip: missing(), timeout: 180_000
       const expected = new Map(covered.map((entry) => [entry.key, entry.text()]));
       const isSame = (map, text) =>
         map.size === expected.size && [...map].every(([key, value]) => text(value) === expected.get(key));
-      const until = performance.now() + 20_000;
+      const until = performance.now() + 60_000;
       while (!isSame(followed[index].state, (text) => text) || !isSame(branches[index], (entry) => entry.text())) {
         assert.ok(performance.now() < until, `${pattern}: ${[...followed[index].state.keys()]}, ${[...branches[index].keys()]} instead of ${[...expected.keys()]}`);
         await sleep(20);

@@ -89,7 +89,7 @@ async function fakeServer({ onRequest = () => {}, onConnect = (peer, request) =>
 }
 
 /** Waits until something is so. */
-async function eventually(isSo, ms = 10_000) {
+async function eventually(isSo, ms = 50_000) {
   for (const until = performance.now() + ms; !isSo(); ) {
     if (performance.now() > until) {
       throw new Error(`it did not become so within ${ms} ms: ${isSo}`);

@@ -8,12 +8,15 @@ const dns = require('node:dns');
 const nkv = require('../index.js');
 const { eventually, fakeServer } = require('./fake-server.js');
 
+// What would keep the program lasts longer than its end is waited for.
+const long = { connectTimeout: 300_000, requestTimeout: 300_000, backoffMin: 300_000, backoffMax: 300_000 };
+
 const states = {
   async 'at once'() {
-    return [new nkv.Client('127.0.0.1:1')];
+    return [new nkv.Client('127.0.0.1:1', long)];
   },
   async 'in a pause between attempts'() {
-    const client = new nkv.Client('127.0.0.1:1', { backoffMin: 60_000, backoffMax: 60_000 });
+    const client = new nkv.Client('127.0.0.1:1', long);
     await eventually(() => client.state === 'connecting');
     await new Promise((resolve) => setTimeout(resolve, 200));
     return [client];
@@ -29,30 +32,30 @@ const states = {
     };
     let isAsked = false;
     silent.on('message', () => (isAsked = true));
-    const client = new nkv.Client('nkv.example:4222');
+    const client = new nkv.Client('nkv.example:4222', long);
     await eventually(() => isAsked);
     return [client];
   },
   async 'in a lookup of its own that never returns'() {
-    return [new nkv.Client('nkv.example:4222', { lookup: () => {} })];
+    return [new nkv.Client('nkv.example:4222', { ...long, lookup: () => {} })];
   },
   async 'in connect'() {
     // An address that never answers, and a socket that does not connect.
     const lookup = (host, options, callback) => callback(null, [{ address: '192.0.2.1', family: 4 }]);
-    const clients = [new nkv.Client('192.0.2.1:4222'), new nkv.Client('nkv.example:4222', { lookup })];
+    const clients = [new nkv.Client('192.0.2.1:4222', long), new nkv.Client('nkv.example:4222', { ...long, lookup })];
     await new Promise((resolve) => setTimeout(resolve, 50));
     await clients[0].close();
     return [clients[1]];
   },
   async 'before Connect is answered'() {
     const server = await fakeServer({ onConnect: () => {} });
-    const client = new nkv.Client(server.addr);
+    const client = new nkv.Client(server.addr, long);
     await eventually(() => server.of('Connect').length === 1);
     return [client, server];
   },
   async 'with calls, subscriptions and watches under way'() {
     const server = await fakeServer({});
-    const client = await nkv.connect(server.addr);
+    const client = await nkv.connect(server.addr, long);
     const subscription = client.subscribe('a');
     const waits = [client.get('a'), client.put('a', '1'), client.watch('a'), client.watchBranch('a'), subscription.ready()];
     waits.push(subscription.next());

@@ -66,7 +66,7 @@ class Servers:
         for key, value, revision in NEW if count < 5 else OLD:
             say({"Update": {"key": key, "value": value, "revision": revision, "skipped": 0}})
         say({"Synced": {"key": "a", "revision": 9 if count < 5 else 3, "epoch": EPOCH}})
-        assert self.cut.acquire(timeout=20)
+        assert self.cut.acquire(timeout=60)
 
 
 class Moves(unittest.TestCase):

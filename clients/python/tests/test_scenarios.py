@@ -17,7 +17,10 @@ from tests.stage import SCENARIOS, Stage
 import nkv
 import nkv.aio
 
-EVENTS_S = 10.0
+#: The limit of a wait that names none, and of a request.
+WAIT_S = 60.0
+#: The limit of what is to return at once.
+SOON_S = 10.0
 ERRORS: dict[str, type[BaseException]] = {
     "other_epoch": nkv.OtherEpoch, "conflict": nkv.Conflict, "refused": nkv.Refused, "outcome_unknown": nkv.OutcomeUnknown,
     "timeout": nkv.Timeout, "cannot_connect": nkv.CannotConnect, "closed": nkv.Closed, "invalid_key": nkv.InvalidKey,
@@ -155,7 +158,7 @@ class Case:
         if name not in self.clients:
             options = self.options[name]
             self.clients[name] = self.driver.Client(self.stage.addresses[options["via"]],
-                                                    timeout=options.get("timeout_ms", 5000) / 1000)
+                                                    timeout=options.get("timeout_ms", WAIT_S * 1000) / 1000)
         return self.clients[name]
 
     async def step(self, step: dict[str, Any], timeout: float | None = None) -> None:
@@ -194,7 +197,13 @@ class Case:
         self.revisions[step.get("save", "_")] = revision
 
     async def op_get(self, step: dict[str, Any], timeout: float | None) -> None:
-        entry = await self.driver.call(self.client(step), "get", key(step["key"]), **self.call_options(step, timeout))
+        limit = time.monotonic() + WAIT_S
+        while True:
+            entry = await self.driver.call(self.client(step), "get", key(step["key"]), **self.call_options(step, timeout))
+            is_so = entry is None if step.get("absent") else entry is not None and entry.value == data(step["value"])
+            if is_so or not step.get("becomes") or time.monotonic() > limit:
+                break
+            await asyncio.sleep(0.02)
         if step.get("absent"):
             assert entry is None, entry
             return
@@ -288,7 +297,7 @@ class Case:
     async def op_events(self, step: dict[str, Any], timeout: float | None) -> None:
         expect = [wanted(event) for event in step["expect"]]
         with_synced = ("synced",) in expect
-        until = time.monotonic() + EVENTS_S
+        until = time.monotonic() + WAIT_S
         got: list[tuple[Any, ...]] = []
         try:
             while len(got) < len(expect):
@@ -315,14 +324,14 @@ class Case:
         entries = {name: data(value) for name, value in step["entries"].items()}
         state: dict[str, bytes] = {}
         while state != entries:
-            event = await self.driver.next(self.open[step["name"]], EVENTS_S)
+            event = await self.driver.next(self.open[step["name"]], WAIT_S)
             if isinstance(event, nkv.Update):
                 state[event.key] = event.value
             elif isinstance(event, nkv.Gone):
                 del state[event.key]
 
     async def op_ended(self, step: dict[str, Any], timeout: float | None) -> None:
-        while await self.driver.next(self.open[step["name"]], 5) is not None:
+        while await self.driver.next(self.open[step["name"]], WAIT_S) is not None:
             pass
 
     async def op_conflated(self, step: dict[str, Any], timeout: float | None) -> None:
@@ -331,7 +340,7 @@ class Case:
         state: dict[str, bytes] = {}
         read = changes = 0
         while state != last:
-            event = await self.driver.next(self.open[step["name"]], EVENTS_S)
+            event = await self.driver.next(self.open[step["name"]], WAIT_S)
             read += 1
             if isinstance(event, nkv.Update):
                 state[event.key] = event.value
@@ -347,7 +356,10 @@ class Case:
 
         puts = asyncio.ensure_future(put())
         got = []
-        for _ in range(step["times"]):
+        limit = time.monotonic() + WAIT_S
+        times = 0
+        while times < step["times"] or (len(got) < len(step["expect"]) and time.monotonic() < limit):
+            times += 1
             try:
                 got.append(as_list(await self.driver.next(self.open[step["name"]], step["each_ms"] / 1000)))
             except (nkv.Timeout, asyncio.TimeoutError):
@@ -375,8 +387,12 @@ class Case:
         entries = {name: data(value) for name, value in step["entries"].items()}
         assert dict(self.open[step["name"]]) == entries, dict(self.open[step["name"]])
 
+    async def op_lost(self, step: dict[str, Any], timeout: float | None) -> None:
+        watch = self.open[step["name"]]
+        await self.until(lambda: not watch.is_live, lambda: "live")
+
     async def until(self, is_so: Any, present: Any) -> None:
-        limit = time.monotonic() + EVENTS_S
+        limit = time.monotonic() + WAIT_S
         while not is_so():
             assert time.monotonic() < limit, f"still {present()}"
             await asyncio.sleep(0.01)
@@ -386,7 +402,7 @@ class Case:
         began = time.monotonic()
         inner = step["step"]
         await self.driver.cancel(lambda limit: self.step(inner, limit), seconds)
-        assert time.monotonic() - began < seconds + 2
+        assert time.monotonic() - began < seconds + SOON_S
 
     async def op_begin(self, step: dict[str, Any], timeout: float | None) -> None:
         self.client(step["step"])
@@ -394,10 +410,10 @@ class Case:
         await asyncio.sleep(0)
 
     async def op_join(self, step: dict[str, Any], timeout: float | None) -> None:
-        await asyncio.wait_for(self.tasks[step["name"]], step.get("within_ms", 10000) / 1000)
+        await asyncio.wait_for(self.tasks[step["name"]], step.get("within_ms", WAIT_S * 1000) / 1000)
 
     async def op_stage(self, step: dict[str, Any], timeout: float | None) -> None:
-        limit = time.monotonic() + EVENTS_S
+        limit = time.monotonic() + WAIT_S
         while True:
             answer = await asyncio.to_thread(self.stage.ask, step["command"])
             if answer == step.get("reply", answer):
@@ -415,7 +431,7 @@ class Case:
     async def op_close(self, step: dict[str, Any], timeout: float | None) -> None:
         began = time.monotonic()
         await self.driver.call(self.client(step), "close")
-        assert time.monotonic() - began < step.get("within_ms", 2000) / 1000
+        assert time.monotonic() - began < step.get("within_ms", SOON_S * 1000) / 1000
 
     async def op_within(self, step: dict[str, Any], timeout: float | None) -> None:
         began = time.monotonic()

@@ -216,6 +216,34 @@ impl Local {
         }
     }
 
+    /// Whether it has a backlog that may be given up for another snapshot: one under way is finished first.
+    fn may_restart(&self) -> bool {
+        self.synced && matches!(self.standing, Standing::Joined)
+    }
+
+    /// Its queue, if more waits there than may.
+    fn over(&self) -> Option<Arc<Queue>> {
+        match &self.sink {
+            Sink::Queue(queue) if self.may_restart() && queue.is_over() => Some(Arc::clone(queue)),
+            _ => None,
+        }
+    }
+
+    /// Its backlog was `dropped`: it waits for a snapshot of which its reader is notified of what it does not know. That is
+    /// something of the keys dropped that are `true`, and all of others.
+    fn restart(&mut self, keys: &HashMap<Key, LastSent>, dropped: &HashMap<Key, bool>) {
+        let Local { pattern, sink, .. } = self;
+        let read = keys.iter().filter(|(key, _)| !dropped.contains_key(*key)).map(|(key, last)| (key, last.revision));
+        let known = dropped.iter().filter(|(_, is_known)| **is_known).map(|(key, _)| (key, 0));
+        let known = read.chain(known).filter(|(key, _)| pattern.covers(key));
+        self.standing = Standing::Waiting(known.map(|(key, revision)| (key.clone(), revision)).collect());
+        if let Sink::Queue(queue) = sink {
+            queue.unsync();
+        }
+        // Without a snapshot it would miss what was dropped.
+        (self.synced, self.has_snapshot) = (false, true);
+    }
+
     fn begin_anew(&mut self) {
         if let Sink::Watch(watch) = &mut self.sink {
             watch.begin_anew();
@@ -299,6 +327,26 @@ impl Wire {
         }
         let served = self.locals.iter_mut().filter(|local| local.is_exact() || !exact);
         served.for_each(|local| local.begin_snapshot(is_new_epoch));
+    }
+
+    /// Asks for a snapshot, unless one is on its way that `fits`.
+    fn ask(&mut self, text: &str, fits: bool) -> Option<Send> {
+        if self.asked > 0 && fits {
+            return None;
+        }
+        self.asked += 1;
+        self.exact_asked = self.is_exact();
+        Some(Send::Subscribe { pattern: text.to_owned(), wire: self.id, exact: self.exact_asked })
+    }
+
+    /// The backlog of a queue that it feeds was `dropped`: asks for another snapshot.
+    fn restart(&mut self, text: &str, queue: &Arc<Queue>, dropped: &HashMap<Key, bool>) -> Option<Send> {
+        let is_fed = |local: &&mut Local| matches!(&local.sink, Sink::Queue(fed) if Arc::ptr_eq(fed, queue));
+        let mut restarted = self.locals.iter_mut().filter(is_fed).filter(|local| local.may_restart());
+        let local = restarted.next()?;
+        local.restart(&self.keys, dropped);
+        let fits = local.is_exact() || !self.exact_asked;
+        self.ask(text, fits)
     }
 
     /// Asks for the key alone if its branch is not wanted any more.
@@ -458,12 +506,10 @@ impl Hub {
         wire.locals.push(local);
         // A snapshot that has not begun is for the new one too. One that has is not: it takes another, of which those
         // that know it all already are sent nothing.
-        if !self.attached || (wire.asked > 0 && fits) {
+        if !self.attached {
             return None;
         }
-        wire.asked += 1;
-        wire.exact_asked = wire.is_exact();
-        Some(Send::Subscribe { pattern: text, wire: wire.id, exact: wire.exact_asked })
+        wire.ask(&text, fits)
     }
 
     /// Removes a local subscription.
@@ -600,7 +646,28 @@ impl Hub {
     /// `Close` of a key.
     pub(crate) fn gone(&mut self, key: &Key, revision: Revision, reason: GoneReason, skipped: u64) {
         let gone = Gone { key, revision, reason, skipped };
-        self.each_covering(key, revision, |wire| wire.gone(&gone));
+        let mut over = Vec::new();
+        self.each_covering(key, revision, |wire| {
+            let too_much = wire.gone(&gone);
+            over.extend(wire.locals.iter().filter_map(Local::over));
+            too_much
+        });
+        self.restart(over);
+    }
+
+    /// Too many deletes wait in these queues: what waits is given up for a snapshot, as a server does with `Reset`.
+    fn restart(&mut self, over: Vec<Arc<Queue>>) {
+        for queue in over {
+            let locals = self.wires.values().flat_map(|wire| &wire.locals).filter(|local| local.may_restart());
+            let fed = locals.filter(|local| matches!(&local.sink, Sink::Queue(fed) if Arc::ptr_eq(fed, &queue)));
+            let patterns: Vec<&Pattern> = fed.map(|local| &local.pattern).collect();
+            if patterns.is_empty() {
+                continue;
+            }
+            let dropped = queue.drop_backlog(|key| patterns.iter().any(|pattern| pattern.covers(key)));
+            let sends = self.wires.iter_mut().filter_map(|(text, wire)| wire.restart(text, &queue, &dropped));
+            self.sends.extend(sends);
+        }
     }
 
     /// The wire subscriptions that cover a key, of which none has a change of this revision yet: of the key itself, of each
@@ -726,6 +793,8 @@ impl Hub {
         let (text, id) = self.filling.take().ok_or_else(|| Error::protocol("a snapshot ends that did not begin"))?;
         if let Some(wire) = wire(&mut self.wires, &text, id).filter(|wire| wire.live) {
             wire.end_snapshot(revision);
+            let over = wire.locals.iter().filter_map(Local::over).collect();
+            self.restart(over);
         }
         Ok(())
     }
@@ -750,6 +819,8 @@ impl Drop for Hub {
 #[cfg(test)]
 mod tests {
     use std::task::{Context, Poll, Waker};
+
+    use nkv_core::mailbox::DELETES_MAX;
 
     use super::*;
     use crate::watcher::BranchWatcher;
@@ -961,6 +1032,108 @@ mod tests {
         assert_eq!(received(&one), ["a@400"]);
         assert_eq!(hub.take_sends(), [Send::Unsubscribe("*".into())]);
         assert_eq!(hub.remove(&Pattern::new("*").unwrap(), 1), None);
+    }
+
+    /// A subscription whose reader has taken `read`, and does not read the keys that there are since a reconnect.
+    fn add_slow(hub: &mut Hub, has_snapshot: bool, read: &[Entry], unread: &[Entry]) -> Arc<Queue> {
+        let queue = Arc::<Queue>::default();
+        let mut local = Local::new(1, Pattern::All, Sink::Queue(Arc::clone(&queue)), usize::MAX);
+        local.has_snapshot = has_snapshot;
+        hub.attach(Epoch::default());
+        let send = hub.add(local).unwrap();
+        fill(hub, &send, if has_snapshot { read } else { &[] });
+        received(&queue);
+        if !has_snapshot {
+            read.iter().for_each(|entry| hub.update(entry, 0));
+            received(&queue);
+        }
+        hub.detach();
+        let sends = hub.attach(Epoch::default());
+        fill(hub, &sends[0], &[read, unread].concat());
+        queue
+    }
+
+    fn keys(count: usize, revision: u64) -> Vec<Entry> {
+        (0..count).map(|n| entry(&format!("k{n}"), revision)).collect()
+    }
+
+    fn delete(hub: &mut Hub, entries: &[Entry], number: u64) {
+        entries.iter().for_each(|entry| hub.gone(&entry.key, revision(number), GoneReason::Deleted, 0));
+    }
+
+    // What waited was bounded by the keys that there had been, and with each reconnect by more.
+    #[test]
+    fn past_its_bound_a_backlog_is_dropped_and_the_present_state_is_asked_for() {
+        for has_snapshot in [true, false] {
+            let mut hub = Hub::default();
+            let (read, unread) = ([entry("read", 1), entry("stays", 2)], keys(DELETES_MAX + 10, 5));
+            let queue = add_slow(&mut hub, has_snapshot, &read, &unread);
+            hub.update(&entry("read", 6), 0);
+            delete(&mut hub, &unread[..DELETES_MAX], 7);
+            assert_eq!((hub.take_sends().len(), queue.len()), (0, DELETES_MAX + 13));
+            delete(&mut hub, &unread[DELETES_MAX..], 7);
+            let sends = hub.take_sends();
+            assert_eq!((sends.len(), queue.len()), (1, 1), "only that the connection is there again");
+            hub.ended("*", Reason::Replaced);
+            hub.gone(&Key::new("read").unwrap(), revision(8), GoneReason::Deleted, 0);
+            hub.update(&entry("new", 9), 0);
+            assert_eq!(queue.len(), 1);
+            fill(&mut hub, &sends[0], &[entry("stays", 2), entry("new", 9)]);
+            assert_eq!(received(&queue), ["Connected", "new@9", "read missed", "Synced"], "{has_snapshot}");
+            hub.gone(&Key::new("stays").unwrap(), revision(10), GoneReason::Deleted, 0);
+            assert_eq!((received(&queue), hub.take_sends()), (vec!["stays deleted".to_owned()], vec![]));
+        }
+    }
+
+    #[test]
+    fn keys_that_others_take_the_place_of_while_a_reader_is_away_and_does_not_read_take_no_memory() {
+        let mut hub = Hub::default();
+        let queue = add_slow(&mut hub, true, &[], &keys(100, 5));
+        for round in 0..50 {
+            hub.detach();
+            let sends = hub.attach(Epoch::default());
+            let entries: Vec<_> = (0..100).map(|n| entry(&format!("r{round}.{n}"), 10 + round)).collect();
+            fill(&mut hub, &sends[0], &entries);
+            assert!(queue.len() <= 103, "{} wait after {round} rounds", queue.len());
+        }
+        let received = received(&queue);
+        assert!(received[..received.len() - 1].iter().all(|event| event.starts_with("r49") || event == "Connected"));
+        assert_eq!(received.last().unwrap(), "Synced");
+    }
+
+    // Its reader has them; it would have to be given each by name all the same.
+    #[test]
+    fn the_ends_of_keys_that_the_reader_has_are_each_notified() {
+        let mut hub = Hub::default();
+        let read = keys(DELETES_MAX + 10, 5);
+        let queue = add_slow(&mut hub, true, &read, &[]);
+        received(&queue);
+        delete(&mut hub, &read, 7);
+        assert_eq!((hub.take_sends(), received(&queue).len()), (vec![], read.len()));
+    }
+
+    #[test]
+    fn a_backlog_of_several_patterns_is_dropped_as_one_and_synced_once_all_are() {
+        let mut hub = Hub::default();
+        hub.attach(Epoch::default());
+        let queue = Arc::new(Queue::of_parts(2));
+        let mut add = |pattern: &str, id| {
+            let mut local = Local::new(id, Pattern::new(pattern).unwrap(), Sink::Queue(Arc::clone(&queue)), usize::MAX);
+            local.charged = Some(0);
+            hub.add(local).unwrap()
+        };
+        let sends = [add("a", 1), add("b", 2)];
+        let entries: Vec<_> = (0..=DELETES_MAX).map(|n| entry(&format!("a.k{n}"), 5)).collect();
+        fill(&mut hub, &sends[0], &entries);
+        fill(&mut hub, &sends[1], &[entry("b", 4)]);
+        delete(&mut hub, &entries, 7);
+        let mut sends = hub.take_sends();
+        assert_eq!((sends.len(), queue.len()), (2, 0));
+        sends.sort_by_key(|send| format!("{send:?}"));
+        fill(&mut hub, &sends[0], &[]);
+        assert_eq!(received(&queue), Vec::<String>::new());
+        fill(&mut hub, &sends[1], &[entry("b", 4)]);
+        assert_eq!(received(&queue), ["b@4", "Synced"]);
     }
 
     #[test]

@@ -1,15 +1,19 @@
-//! The queue of one subscription: one place for each key that there is, or that its reader knows of.
+//! The queue of one subscription: one place for each key that there is, or that its reader knows, and
+//! for [`DELETES_MAX`] more.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
+use nkv_core::mailbox::DELETES_MAX;
 use nkv_core::{Epoch, Key};
 use nkv_types::{Event, Revision};
 
 /// Events between the connection's task and one reader. A newer event of a key replaces a pending one and moves to the
 /// end, but not past [`Event::Synced`]: after that the reader knows some state of every key. A key that comes and goes
-/// unread takes no place.
+/// unread takes no place, except where `Synced` stands between, or is still to come: it says that the reader knew the key.
+/// With more than [`DELETES_MAX`] ends of keys that the reader does not know, the backlog is over its bound, and is
+/// [dropped](Self::drop_backlog).
 ///
 /// When the connection is lost, a pending `Synced` is dropped, since another will come. So whatever is posted on a new
 /// connection stands behind its [`Event::Connected`], which names the epoch, and a `Connected` stays where it is for as
@@ -28,6 +32,8 @@ struct State {
     connections: Vec<u64>,
     /// Of all events.
     len: usize,
+    /// How many ends of keys wait that the reader does not know.
+    ends_of_new: usize,
     next: u64,
     closed: bool,
     waker: Option<Waker>,
@@ -59,6 +65,13 @@ struct Waiting {
     event: Event,
     /// Its reader does not know of the key yet.
     is_new: bool,
+}
+
+impl Waiting {
+    /// The end of a key that the reader does not know.
+    fn is_end_of_new(&self) -> bool {
+        self.is_new && matches!(self.event, Event::Gone { .. })
+    }
 }
 
 /// What the reader knows when a change of a key is posted.
@@ -96,6 +109,41 @@ impl Slot {
 }
 
 impl State {
+    fn insert(&mut self, slot: Slot, place: u64, waiting: Waiting) {
+        self.len = self.len.saturating_add(len_of(&waiting.event));
+        self.ends_of_new += usize::from(waiting.is_end_of_new());
+        self.slots.insert(slot, place);
+        self.events.insert(place, waiting);
+    }
+
+    /// Takes the event out of its place; its slot may be that of a newer one.
+    fn take(&mut self, place: u64) -> Option<Waiting> {
+        let waiting = self.events.remove(&place)?;
+        self.len = self.len.saturating_sub(len_of(&waiting.event));
+        self.ends_of_new = self.ends_of_new.saturating_sub(usize::from(waiting.is_end_of_new()));
+        Some(waiting)
+    }
+
+    /// Leaves out what a reader that is synced up to `revision` need not hear: the ends, by then, of keys that it never knew.
+    fn leave_out_ends_of_new(&mut self, revision: Revision, epoch: Epoch) {
+        if self.ends_of_new == 0 {
+            return;
+        }
+        let is_over = |waiting: &Waiting| match &waiting.event {
+            Event::Gone { revision: end, .. } => {
+                end.epoch().is_some_and(|of| of != epoch) || end.get() <= revision.get()
+            }
+            _ => false,
+        };
+        let over = self.events.iter().filter(|(_, waiting)| waiting.is_end_of_new() && is_over(waiting));
+        let places: Vec<u64> = over.map(|(place, _)| *place).collect();
+        for place in places {
+            if let Some(waiting) = self.take(place) {
+                self.slots.remove(&Slot::of(&waiting.event));
+            }
+        }
+    }
+
     /// Whether an event of the connection stands behind this place.
     fn has_connection_since(&self, place: u64) -> bool {
         self.slots.get(&Slot::Connection).is_some_and(|newest| *newest > place)
@@ -187,6 +235,9 @@ impl Queue {
             return state.len;
         }
         state.closed = matches!(event, Event::Ended(_));
+        if let Event::Synced { revision, epoch, .. } = event {
+            state.leave_out_ends_of_new(revision, epoch);
+        }
         let slot = Slot::of(&event);
         if event == Event::Reconnecting
             && let Some(synced) = state.slots.remove(&Slot::Synced)
@@ -201,9 +252,8 @@ impl Queue {
         // What has come since is of that connection: it stands behind its event, and `Synced` behind both.
         let is_of_before = is_before_synced && old.is_some_and(|old| state.has_connection_since(old));
         let mut is_new = known.is_new;
-        if let Some(old) = old.and_then(|old| state.events.remove(&old)) {
+        if let Some(old) = old.and_then(|old| state.take(old)) {
             pass_over(&old.event, &mut event);
-            state.len = state.len.saturating_sub(len_of(&old.event));
             is_new = old.is_new;
             let is_synced = known.is_synced && state.parts.are_synced();
             if is_new && is_synced && !is_before_synced && matches!(event, Event::Gone { .. }) {
@@ -219,10 +269,8 @@ impl Queue {
             state.slots.insert(Slot::Synced, behind);
             state.next += 1;
         }
-        state.len += len_of(&event);
+        state.insert(slot, place, Waiting { event, is_new });
         let len = state.len;
-        state.slots.insert(slot, place);
-        state.events.insert(place, Waiting { event, is_new });
         let waker = state.waker.take();
         drop(state);
         if let Some(waker) = waker {
@@ -234,12 +282,12 @@ impl Queue {
     /// Takes the next event, or has `cx` woken when there is one; `None` after the end.
     pub(crate) fn poll_take(&self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
         let mut state = self.lock();
-        if let Some((place, Waiting { event, .. })) = state.events.pop_first() {
+        let first = state.events.first_key_value().map(|(place, _)| *place);
+        if let Some((place, Waiting { event, .. })) = first.and_then(|place| Some((place, state.take(place)?))) {
             let slot = Slot::of(&event);
             if state.slots.get(&slot) == Some(&place) {
                 state.slots.remove(&slot);
             }
-            state.len = state.len.saturating_sub(len_of(&event));
             if state.events.is_empty() {
                 state.slots = HashMap::new();
             }
@@ -250,6 +298,31 @@ impl Queue {
         }
         state.waker = Some(cx.waker().clone());
         Poll::Pending
+    }
+
+    /// Whether more ends of keys wait that the reader does not know than may.
+    pub(crate) fn is_over(&self) -> bool {
+        self.lock().ends_of_new > DELETES_MAX
+    }
+
+    /// Drops all changes that wait of what `is_covered`, and a pending `Synced`: a snapshot is to follow. Returns the keys of
+    /// those changes, and whether the reader knows something of the key.
+    pub(crate) fn drop_backlog(&self, is_covered: impl Fn(&Key) -> bool) -> HashMap<Key, bool> {
+        let mut state = self.lock();
+        let is_dropped = |slot: &Slot| match slot {
+            Slot::Key(key) => is_covered(key),
+            Slot::Synced => true,
+            Slot::Connection | Slot::Ended => false,
+        };
+        let dropped: Vec<_> = state.slots.extract_if(|slot, _| is_dropped(slot)).collect();
+        let mut keys = HashMap::new();
+        for (slot, place) in dropped {
+            if let (Slot::Key(key), Some(waiting)) = (slot, state.take(place)) {
+                keys.insert(key, !waiting.is_new);
+            }
+        }
+        state.slots.shrink_to_fit();
+        keys
     }
 
     /// How many events wait.
@@ -452,6 +525,34 @@ mod tests {
         queue.post_change(gone(), Known { is_new: false, is_synced: false });
         queue.post(synced);
         let [Event::Gone { .. }, Event::Synced { .. }] = &drain(&queue)[..] else { panic!("two events were expected") };
+    }
+
+    #[test]
+    fn the_end_of_a_key_that_the_reader_does_not_know_is_left_out_with_the_state_that_lacks_it() {
+        let (epoch, unsynced) = (Epoch::default(), Known::default());
+        let synced = |revision| Event::synced(Revision::new(revision), epoch);
+        let gone = |key: &str, revision| {
+            let (key, revision) = (Key::new(key).unwrap(), Revision::in_epoch(epoch, revision));
+            Event::gone(key, revision, GoneReason::Missed, 0)
+        };
+        let queue = Queue::default();
+        queue.post_change(update("read", 1), Known { is_new: true, ..unsynced });
+        drain(&queue);
+        for key in ["unread", "late"] {
+            queue.post_change(update(key, 2), Known { is_new: true, ..unsynced });
+        }
+        queue.post(synced(2));
+        queue.post(Event::Reconnecting);
+        queue.post(Event::connected(epoch));
+        for (key, revision) in [("read", 9), ("unread", 9), ("late", 10)] {
+            queue.post_change(gone(key, revision), unsynced);
+        }
+        queue.post(synced(9));
+        let [Event::Connected { .. }, read, late, Event::Synced { .. }] = &drain(&queue)[..] else {
+            panic!("four events were expected")
+        };
+        let Event::Gone { key, skipped: 1, .. } = late else { panic!("{late:?}") };
+        assert_eq!((read, key.as_str(), queue.lock().ends_of_new), (&gone("read", 9), "late", 0));
     }
 
     #[test]

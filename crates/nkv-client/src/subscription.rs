@@ -21,8 +21,9 @@ use crate::watcher::EndOnDrop;
 ///
 /// For one key, revisions only grow within an epoch, and nothing comes twice. What is of a new epoch comes behind the
 /// [`Event::Connected`] that names it. A reader that falls behind gets the
-/// newest state of each key and how many changes were skipped: memory is bounded by the number of keys covered.
-/// Events of the connection and of being synced are conflated in the same way.
+/// newest state of each key and how many changes were skipped. What waits for it is bounded by the keys covered now, the keys
+/// that it was given and that have gone, and 4,096 more: past that, the backlog is dropped, and it gets what has changed in the
+/// present state, as after a lost connection, then another [`Event::Synced`]. Events of the connection and of being synced are conflated in the same way.
 ///
 /// Of several patterns, those that another one includes are left out. `Synced` comes once all have had their snapshot; if one of
 /// them ends, the subscription does.

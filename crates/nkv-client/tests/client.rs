@@ -3,14 +3,18 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use common::{next, server, short, shorts, until_synced, within};
+use futures_util::future::join_all;
 use nkv_client::{
     Client, ConnectionState, Deleted, Edit, EndReason, ErrorKind, Event, GoneReason, Key, PageOptions, Pattern,
     PutOptions, Revision, SubscribeOptions, blocking,
 };
+use nkv_core::mailbox::DELETES_MAX;
 use serde::{Deserialize, Serialize};
+use tokio_stream::Stream;
 
 #[tokio::test]
 async fn every_request_is_answered() {
@@ -184,6 +188,38 @@ async fn a_slow_reader_gets_the_latest_state_of_each_key() {
         let last = events.iter().rfind(|event| short(event).starts_with(&format!("k{}=", n % 5)));
         assert_eq!(last.map(short), Some(format!("k{}={n}", n % 5)));
     }
+}
+
+#[tokio::test]
+async fn a_reader_that_takes_nothing_while_all_keys_go_is_given_the_present_state() {
+    let (_server, addr) = server().await;
+    let client = Client::builder(&addr).request_timeout(Duration::from_secs(60)).connect().await.unwrap();
+    let keys = 2 * DELETES_MAX;
+    let put = async |n| client.put(&format!("k.{n}"), "1").await.unwrap();
+    join_all((0..keys).map(put)).await;
+    let mut slow = client.subscribe("*").await.unwrap();
+    let mut reader = client.subscribe("*").await.unwrap();
+    until_synced(&mut reader).await; // the snapshot of the first has ended before
+    assert_eq!(slow.size_hint().0, keys + 1);
+    client.delete("k.*").await.unwrap();
+    client.put("end", "2").await.unwrap();
+    while !matches!(next(&mut reader).await, Event::Update { entry, .. } if entry.key.as_str() == "end") {}
+    let mut after = client.subscribe("end").await.unwrap();
+    until_synced(&mut after).await; // behind what was asked for again
+    let waiting = slow.size_hint().0;
+    assert!(waiting <= DELETES_MAX + 2, "{waiting} wait");
+    let mut known = BTreeSet::new();
+    while !(known.len() == 1 && known.contains("end")) {
+        match next(&mut slow).await {
+            Event::Update { entry, .. } => _ = known.insert(entry.key.to_string()),
+            Event::Gone { key, .. } => _ = known.remove(key.as_str()),
+            _ => {}
+        }
+    }
+    client.put("k.1", "3").await.unwrap();
+    let news = async |slow: &mut _| short(&next(slow).await);
+    let first = news(&mut slow).await;
+    assert_eq!(if first == "synced" { news(&mut slow).await } else { first }, "k.1=3");
 }
 
 #[tokio::test]

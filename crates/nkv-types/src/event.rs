@@ -29,7 +29,8 @@ pub enum Event {
         /// How many changes of the key, since the last one delivered, were passed over in favour of this one.
         skipped: u64,
     },
-    /// Everything up to this revision has been delivered: first after the present state, again after each reconnect.
+    /// Everything up to this revision has been delivered: first after the present state, again after each reconnect, and where
+    /// too much waited.
     #[non_exhaustive]
     Synced {
         /// The revision.

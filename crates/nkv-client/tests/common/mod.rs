@@ -19,7 +19,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 pub(crate) async fn within<T>(work: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(20), work).await.expect("it took too long")
+    tokio::time::timeout(Duration::from_secs(60), work).await.expect("it took too long")
 }
 
 /// A server and its address: behind a bridge of WebSockets in `ws_suites.rs`, and with `NKV_TEST_WS=1`.

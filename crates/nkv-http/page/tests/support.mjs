@@ -62,7 +62,7 @@ export class Server {
     const { child } = this;
     if (child.exitCode !== null || child.signalCode) return;
     child.kill("SIGTERM");
-    const killer = setTimeout(() => child.kill("SIGKILL"), 6000);
+    const killer = setTimeout(() => child.kill("SIGKILL"), WAIT_MS);
     await once(child, "exit");
     clearTimeout(killer);
   }

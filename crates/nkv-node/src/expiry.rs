@@ -43,7 +43,7 @@ async fn hide_in_time(shared: &Shared) {
         let due = async {
             // One that was due before is hidden, and may wait for its engine as long as it likes.
             match shared.store.next_expiry_after(now) {
-                Some(at) => tokio::time::sleep(shared.clock.until(at).min(CLOCK_TICK)).await,
+                Some(at) => tokio::time::sleep(CLOCK_TICK.min(shared.clock.until(at))).await,
                 None => std::future::pending().await,
             }
         };

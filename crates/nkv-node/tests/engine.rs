@@ -353,7 +353,8 @@ impl Engine for Fed {
     }
 
     async fn write(&self, _: Epoch, _: Vec<Op>, _: bool) -> std::result::Result<Decided, EngineError> {
-        Err(EngineError::Unavailable("it only feeds".into()))
+        let revision = FED.revision.next();
+        Ok(Decided { epoch: FED.epoch, results: vec![Ok(nkv_core::Outcome::Put { revision })] })
     }
 
     async fn follow(&self, _: Option<Seen>, feed: Feed) -> EngineError {
@@ -370,6 +371,22 @@ impl Engine for Fed {
     async fn last(&self) -> std::result::Result<Seen, EngineError> {
         Ok(FED)
     }
+}
+
+#[tokio::test]
+async fn a_node_is_not_stale_any_more_once_it_is_fed_what_it_has_answered() {
+    let (changes, fed) = tokio::sync::mpsc::channel(1);
+    let node = Node::builder().engine(Fed(tokio::sync::Mutex::new(fed))).start().await.unwrap();
+    let nkv = node.handle();
+    healthy(&nkv).await;
+    assert_eq!(timeout(PATIENCE, nkv.put("a", "1")).await.unwrap().unwrap().get(), 2);
+    assert!(nkv.health().await.unwrap_err().to_string().contains("feeds too late"));
+    let action = Action::Put { value: "1".into(), expiry: None };
+    let revision = nkv_core::Revision::new(2);
+    let (key, replaces, meta) = (Key::new("a").unwrap(), nkv_core::Revision::ZERO, nkv_core::Meta::NONE);
+    changes.send(vec![Change { key, revision, replaces, action, meta }]).await.unwrap();
+    healthy(&nkv).await;
+    assert_eq!(nkv.get("a").await.unwrap().unwrap().value, "1");
 }
 
 /// Counts how often it is looked at.

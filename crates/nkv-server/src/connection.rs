@@ -266,9 +266,10 @@ impl Connection {
         let mut shared = std::mem::take(&mut self.change_waker);
         let waker = self.door.handle.waker(&mut shared, cx.waker());
         let mut end = self.poll_with(cx, waker);
-        while end.is_pending()
-            && (self.session.wants_signs() && self.poll_sign(cx).is_ready() || self.poll_stale(cx).is_ready())
-        {
+        while end.is_pending() && self.session.wants_signs() && self.poll_sign(cx).is_ready() {
+            end = self.poll_with(cx, waker);
+        }
+        while end.is_pending() && self.poll_stale(cx).is_ready() {
             end = self.poll_with(cx, waker);
         }
         self.change_waker = shared;

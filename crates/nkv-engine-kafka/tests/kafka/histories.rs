@@ -67,5 +67,5 @@ async fn clients_of_three_nodes_agree_on_one_history() {
     for number in 0..NODES {
         proxies.push(Proxy::start(&broker, number).await);
     }
-    record(Kafka { broker, proxies }, seed(16), length(9)).await.judge("kafka");
+    record(Kafka { broker, proxies }, seed(16), length(6)).await.judge("kafka");
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"strconv"
@@ -128,6 +129,17 @@ func (c *Client) Connected() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.link != nil && c.link.err == nil
+}
+
+// StaleSince reports whether the server says that it does not see its engine, and since when: reads and watches are of an old
+// state then, and writes may be refused. It is false without a connection.
+func (c *Client) StaleSince() (since time.Time, isStale bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.link == nil || c.link.err != nil {
+		return time.Time{}, false
+	}
+	return c.link.stale, !c.link.stale.IsZero()
 }
 
 // Close closes the connection. Calls that wait end with [ErrClosed], or a write that was sent with
@@ -467,6 +479,12 @@ func (c *Client) receive(l *link, message message) error {
 			known = newWire(body.Key) // its subscription has just ended
 		}
 		return c.hub.begin(known, known.exact)
+	case "Stale":
+		l.stale = time.Time{}
+		if body.SinceMS != nil {
+			since := min(*body.SinceMS, uint64(math.MaxInt64/time.Millisecond))
+			l.stale = time.Now().Add(-time.Duration(since) * time.Millisecond)
+		}
 	case "Base", "Get", "List", "Trace", "Version", "Stats":
 		return c.answer(l, message)
 	}

@@ -382,6 +382,38 @@ func TestASilentServerCountsAsLostAndOneThatIsAliveDoesNot(t *testing.T) {
 	must[nkv.Revision](t)(client.Put(context.Background(), "k", nil))
 }
 
+func TestTheClientKnowsSinceWhenItsServerIsStale(t *testing.T) {
+	f := newFake(t, each(func(p *peer, a ask) bool {
+		switch a.Key {
+		case "stale":
+			p.send(`{"Stale":{"since_ms":60000}}`)
+		case "seen":
+			p.send(`{"Stale":{}}`)
+		}
+		return kind(p, a)
+	}))
+	client := dial(t, f.address)
+	put := func(key string) (time.Duration, bool) {
+		must[nkv.Revision](t)(client.Put(context.Background(), key, nil))
+		since, isStale := client.StaleSince()
+		return time.Since(since), isStale
+	}
+	if _, isStale := put("k"); isStale {
+		t.Fatal("it was not said")
+	}
+	if since, isStale := put("stale"); !isStale || since < time.Minute || since > 2*time.Minute {
+		t.Fatal("it is not known:", since, isStale)
+	}
+	if _, isStale := put("seen"); isStale {
+		t.Fatal("it is over")
+	}
+	put("stale")
+	_ = client.Close()
+	if _, isStale := client.StaleSince(); isStale {
+		t.Fatal("there is no connection")
+	}
+}
+
 func TestTheClientReadsWhileItsWriteIsBlocked(t *testing.T) {
 	release := make(chan struct{})
 	var once sync.Once

@@ -49,7 +49,8 @@ type link struct {
 	written  uint64     // bytes that the socket has taken
 	encoded  uint64     // bytes that were given to the writer
 	beat     *time.Timer
-	lastRev  uint64 // the highest revision of a notification, outside snapshots
+	lastRev  uint64    // the highest revision of a notification, outside snapshots
+	stale    time.Time // since when the server does not see its engine
 }
 
 // signed is a connection that notes when bytes come.
@@ -129,7 +130,7 @@ func dialAbandonable(ctx context.Context, network, address string, o *options) (
 }
 
 // features are what this client understands beyond the first version of the protocol.
-var features = []string{"reset", "exact", "names", "alive"}
+var features = []string{"reset", "exact", "names", "alive", "stale"}
 
 func (l *link) greet(seen string, o *options) error {
 	r := newRequest("Connect", 0)

@@ -115,6 +115,7 @@ type body struct {
 	MaxValue    *uint64           `json:"max_value"`
 	Features    []string          `json:"features"`
 	PatienceMS  *uint64           `json:"patience_ms"`
+	SinceMS     *uint64           `json:"since_ms"`
 	Server      string            `json:"server"`
 	Version     string            `json:"version"`
 	Protocol    uint64            `json:"protocol"`
@@ -139,7 +140,7 @@ type message struct {
 // kinds are the messages with a body that the protocol names.
 var kinds = map[string]bool{
 	"Base": true, "Get": true, "List": true, "Trace": true, "Version": true, "Stats": true,
-	"Update": true, "Close": true, "Synced": true, "Reset": true,
+	"Update": true, "Close": true, "Synced": true, "Reset": true, "Stale": true,
 }
 
 // decoder reads messages, none of which takes more than lenMax bytes, nor its payload.

@@ -275,6 +275,11 @@ export class Client {
   readonly address: string;
   readonly clientUuid: string;
   readonly state: ClientState;
+  /**
+   * For how many milliseconds the server has not seen its engine, by its own word: reads and watches are of an old state then, and writes
+   * may be refused. Undefined if it does, or without a connection.
+   */
+  readonly staleFor: number | undefined;
   /** Stores a value, and returns its revision. */
   put(key: string, value: ValueLike, options?: PutOptions): Promise<Revision>;
   /** The entry of a key; undefined if it is absent. */

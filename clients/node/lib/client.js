@@ -106,6 +106,12 @@ class Client {
     return this.#state;
   }
 
+  /** For how many milliseconds the server has not seen its engine; undefined if it does, or without a connection. */
+  get staleFor() {
+    const since = this.#connection?.staleSince;
+    return since === undefined ? undefined : performance.now() - since;
+  }
+
   async put(key, value, options) {
     const given = args.checkOptions(options, ['ifRevision', 'ttl', ...LIMITS], 'put');
     checkKey(key);

@@ -11,7 +11,7 @@ const SOCKET_LEN_MAX = 256 * 1024;
 const GREETING_LEN_MAX = 64 * 1024;
 /** What a server that states no limit takes at most. */
 const VALUE_LEN_MAX = 64 * 1024 * 1024;
-const FEATURES = ['reset', 'exact', 'names', 'alive'];
+const FEATURES = ['reset', 'exact', 'names', 'alive', 'stale'];
 
 class Connection {
   #socket;
@@ -36,6 +36,8 @@ class Connection {
 
   /** The highest revision that a message had; undefined before the first. */
   revision;
+  /** Since when the server does not see its engine, in milliseconds of `performance.now()`; undefined if it does. */
+  staleSince;
 
   constructor(socket, lenMax) {
     this.#socket = socket;
@@ -173,6 +175,8 @@ class Connection {
       subscribe.onHello();
     } else if (body.status !== undefined && body.id !== undefined) {
       this.#answer(kind, body, payload);
+    } else if (kind === 'Stale') {
+      this.staleSince = Number.isSafeInteger(body.since_ms) ? performance.now() - body.since_ms : undefined;
     } else {
       this.#onNotification(kind, body, payload);
     }

@@ -295,6 +295,21 @@ describe('the connection', () => {
     assert.equal(server.peers.length, 1);
   });
 
+  const says = (peer, { id, key }) => {
+    peer.send({ Stale: key === 'stale' ? { since_ms: 60_000 } : {} });
+    peer.answer(id, { revision: 1 });
+  };
+  withFake('a server that is stale says since when', { onRequest: says }, {}, async (client) => {
+    assert.equal(client.staleFor, undefined);
+    await client.put('stale', '1');
+    assert.ok(client.staleFor >= 60_000 && client.staleFor < 120_000, String(client.staleFor));
+    await client.put('seen', '1');
+    assert.equal(client.staleFor, undefined);
+    await client.put('stale', '1');
+    await client.close();
+    assert.equal(client.staleFor, undefined);
+  });
+
   withFake('a time-out says why there is no connection', { onPeer: ({ socket }) => socket.destroy() }, {}, async (client) => {
     await assert.rejects(client.get('a', { timeout: 200 }), (error) => failsWith('TIMEOUT')(error) && /cannot connect|lost/.test(error.message));
   });

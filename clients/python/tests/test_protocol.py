@@ -267,6 +267,17 @@ class Requests(unittest.TestCase):
         with self.assertRaises(ConnectionError):
             wire.session.tick(wire.now)
 
+    def test_the_client_knows_since_when_its_server_is_stale(self) -> None:
+        wire = Wire()
+        self.assertIsNone(wire.session.stale_since)
+        wire.say(message("Stale", since_ms=1500))
+        self.assertEqual(wire.session.stale_since, wire.now - 1.5)
+        wire.say(b'{"Stale":{}}\n')
+        self.assertIsNone(wire.session.stale_since)
+        wire.say(message("Stale", since_ms=0))
+        wire.reconnect()
+        self.assertIsNone(wire.session.stale_since)
+
     def test_pauses_grow_until_a_connection_lasted(self) -> None:
         wire = Wire()
         pauses = []

@@ -23,8 +23,12 @@ use crate::error::WireError as _;
 use crate::ws::{Target, WebSocket};
 
 /// What this client understands beyond the first version of the protocol.
-const FEATURES: Features =
-    Features::RESET.with(Features::AHEAD).with(Features::EXACT).with(Features::NAMES).with(Features::ALIVE);
+const FEATURES: Features = Features::RESET
+    .with(Features::AHEAD)
+    .with(Features::EXACT)
+    .with(Features::NAMES)
+    .with(Features::ALIVE)
+    .with(Features::STALE);
 /// How many bytes the kernel may hold that were not read.
 const RECEIVE_LEN: u32 = 256 << 10;
 /// How many bytes one read asks for at least.

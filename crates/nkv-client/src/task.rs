@@ -685,6 +685,9 @@ impl Task {
             Message::Close { key, reason, .. } => self.hub.ended(&key, reason),
             Message::Reset { key, .. } => self.hub.reset(key)?,
             Message::Synced { revision, .. } => self.hub.synced(Revision::in_epoch(epoch, revision))?,
+            Message::Stale { since_ms, .. } => {
+                self.state.send_replace(since_ms.map_or(ConnectionState::Connected, stale));
+            }
             // A sign of life has done its work by coming. What a later version of the protocol says is passed over.
             _ => {}
         }
@@ -854,6 +857,12 @@ impl Pace {
         let part = getrandom::u32().unwrap_or(u32::MAX);
         span.mul_f64(f64::from(part) / f64::from(u32::MAX))
     }
+}
+
+fn stale(since_ms: u64) -> ConnectionState {
+    let now = std::time::Instant::now();
+    let since = now.checked_sub(Duration::from_millis(since_ms)).unwrap_or(now);
+    ConnectionState::Stale { since }
 }
 
 fn peer_key(text: &str) -> Result<Key> {

@@ -23,6 +23,46 @@ fn a_value_stands_alone_on_stdout_and_all_else_on_stderr() {
 }
 
 #[test]
+fn a_read_of_a_server_that_is_stale_says_so_and_since_when() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            for line in BufReader::new(stream.try_clone().unwrap()).lines() {
+                let request: Value = serde_json::from_str(&line.unwrap()).unwrap();
+                let id = &request["id"];
+                let answer = match request["type"].as_str().unwrap() {
+                    "Connect" => {
+                        assert!(request["features"].to_string().contains("\"stale\""), "{request}");
+                        let base = json!({"id": id, "status": 200, "message": "No Error", "features": ["stale"]});
+                        json!({ "Base": base }).to_string() + "\n{\"Stale\":{\"since_ms\":90000}}\n"
+                    }
+                    _ => {
+                        let fields = json!({"id": id, "status": 200, "message": "No Error", "keys": ["a"],
+                            "revisions": [1], "lens": [2], "len": 2});
+                        json!({ "Get": fields }).to_string() + "\non\n"
+                    }
+                };
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
+        }
+    });
+    let run = |words: &[&str]| {
+        let output = finish(command(words).env("NKV_ADDR", &addr).spawn().unwrap());
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    let (code, stdout, stderr) = run(&["get", "a"]);
+    assert_eq!((code, stdout.as_str()), (Some(0), "on"));
+    assert!(stderr.starts_with("stale for 9") && stderr.lines().count() == 1, "{stderr}");
+    let (_, _, stderr) = run(&["get", "a", "--json"]);
+    let note = &lines(&stderr)[0];
+    assert!(note["note"] == "stale" && note["since_ms"].as_u64().unwrap() >= 90_000, "{note}");
+    assert_eq!(run(&["get", "a", "-q"]), (Some(0), "on".into(), String::new()));
+}
+
+#[test]
 fn what_other_stores_say_is_understood() {
     let nkv = nkv();
     let ok = |stdout: &str| (0, stdout.to_owned(), String::new());

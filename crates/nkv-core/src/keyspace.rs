@@ -157,6 +157,11 @@ impl Keyspace {
         self.expiries.first().map(|(at, _)| *at)
     }
 
+    /// The first end of a TTL that comes after `now`.
+    pub(crate) fn next_expiry_after(&self, now: Timestamp) -> Option<Timestamp> {
+        self.expiries.range((Bound::Excluded((now, u32::MAX)), Bound::Unbounded)).next().map(|(at, _)| *at)
+    }
+
     /// Takes a record from storage. No reader finds it before [`end_loading`](Self::end_loading).
     pub(crate) fn load(&mut self, record: RecordRef<'_>) {
         let long = self.pack(record);
@@ -415,6 +420,8 @@ mod tests {
         }
         assert_eq!(keyspace.slots.long_len(), 2);
         assert_eq!((keyspace.next_expiry(), keyspace.due(t(4)).count()), (Some(t(1)), 4));
+        let after = [0, 1, 3, 4].map(|now| keyspace.next_expiry_after(t(now)));
+        assert_eq!(after, [Some(t(1)), Some(t(2)), Some(t(4)), None]);
     }
 
     #[test]

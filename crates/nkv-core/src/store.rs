@@ -355,6 +355,13 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         Some(self.shared.next_expiry()).filter(|at| *at != NEVER)
     }
 
+    /// When the next key's TTL ends of those that end after `now`: for a caller that has [advanced](Self::advance) the time to
+    /// `now` and leaves the removal to others.
+    pub fn next_expiry_after(&self, now: Timestamp) -> Option<Timestamp> {
+        let first = self.next_expiry()?;
+        if first > now { Some(first) } else { self.shared.read().next_expiry_after(now).filter(|at| *at != NEVER) }
+    }
+
     /// Does `ops` as one batch: checks the conditions in order, each operation seeing the ones before it, has storage keep
     /// what results together, makes it visible at once, notifies the subscribers, and says for each operation what became
     /// of it. Threads that write at the same time share what storage does for it.

@@ -3,12 +3,15 @@
 
 mod common;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use common::{PATIENCE, Passing, Proxy, Server, eventually, next, node, nothing_else, raw_put, restore, value};
+use common::{
+    PATIENCE, Passing, Proxy, Server, eventually, next, node, nothing_else, raw_put, raw_puts, restore, value,
+};
 use nkv_core::Pattern;
 use nkv_engine_etcd::{EtcdEngine, Options};
-use nkv_node::{Engine, ErrorKind, Handle, Node, Result};
+use nkv_node::{Engine, ErrorKind, Event, Handle, Node, Result};
 use tokio::time::{Instant, sleep, timeout};
 
 fn kind<T: std::fmt::Debug>(result: Result<T>) -> ErrorKind {
@@ -115,7 +118,7 @@ async fn what_changed_meanwhile_is_delivered_once() {
         }
         proxy.set(Passing::Both);
         is_back(&nkv).await;
-        let (mut seen, mut states) = (Vec::new(), std::collections::BTreeMap::new());
+        let (mut seen, mut states) = (Vec::new(), BTreeMap::new());
         nkv.put("mark", round.to_string()).await.unwrap();
         loop {
             let event = next(&mut stream).await;
@@ -152,6 +155,127 @@ async fn a_delete_at_the_next_revision_is_delivered_although_etcd_has_compacted_
     assert_eq!(next(&mut stream).await, "k Deleted");
     is_back(&nkv).await;
     nothing_else(&nkv, &mut stream, "mark").await;
+    // The same where a lease ends, whose event has no value.
+    nkv.put_with("leased", "1", nkv_node::PutOptions::default().with_ttl(Duration::from_secs(2))).await.unwrap();
+    assert_eq!(next(&mut stream).await, "leased=1");
+    let put = server.revision();
+    proxy.set(Passing::None);
+    is_away(&nkv).await;
+    eventually("the lease ends", async || server.revision() > put).await;
+    server.must(&["compact", &server.revision().to_string()]);
+    proxy.set(Passing::Both);
+    let ended = next(&mut stream).await;
+    assert!(ended.starts_with("leased ") && ended != "leased Missed", "{ended}");
+    is_back(&nkv).await;
+    nothing_else(&nkv, &mut stream, "mark").await;
+}
+
+/// What was missed is more than one message has, and the connection ends within it again and again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_missed_comes_whole_and_in_order_although_it_is_cut_in_the_middle() {
+    const KEYS: usize = 8;
+    let Some(server) = Server::start().await else { return };
+    let proxy = Proxy::start(server.server()).await;
+    let (_node, nkv) = node(proxy.engine("app")).await;
+    let mut stream = nkv.subscribe("*").await.unwrap();
+    nkv.put("k0", "before").await.unwrap();
+    assert_eq!(next(&mut stream).await, "k0=before");
+    let epoch = nkv.epoch();
+    proxy.set(Passing::None);
+    is_away(&nkv).await;
+    let mut client = server.client().await;
+    // 9 MB in revisions of several keys each, more than a message of 4 MiB may have.
+    for turn in 0..12_u8 {
+        let value = |n: usize| [vec![turn; 100_000 - n], vec![b'x'; n]].concat();
+        client.txn(raw_puts((0..KEYS).map(|n| (format!("app/k{n}"), value(n))))).await.unwrap();
+    }
+    for limit in [300_000, 1_000_000, 3_000_000] {
+        proxy.set(Passing::First(limit));
+        sleep(Duration::from_millis(1_500)).await;
+        // All of one revision, or nothing of it; and it is level with the last alone.
+        let is_level = nkv.health().await.is_ok();
+        let shown = nkv.get_all(Pattern::All).await.unwrap();
+        let turns: BTreeSet<u8> = shown.iter().map(|entry| entry.value[0]).collect();
+        assert!(turns.len() == 1 && [1, KEYS].contains(&shown.len()), "{turns:?} of {} keys", shown.len());
+        assert!(!is_level || turns == BTreeSet::from([11]), "it is level at {turns:?}");
+    }
+    proxy.set(Passing::Both);
+    is_back(&nkv).await;
+    let last = nkv.get_all(Pattern::All).await.unwrap();
+    assert!(last.len() == KEYS && last.iter().all(|entry| entry.value[0] == 11), "{} keys", last.len());
+    nkv.put("mark", "1").await.unwrap();
+    let mut seen = BTreeMap::<String, u64>::new();
+    loop {
+        match timeout(PATIENCE, stream.next()).await.unwrap().unwrap() {
+            Event::Update { entry, .. } if entry.key.as_str() == "mark" => break,
+            Event::Update { entry, .. } => {
+                let before = seen.insert(entry.key.to_string(), entry.revision.get());
+                assert!(before.is_none_or(|before| before < entry.revision.get()), "{} twice", entry.key);
+            }
+            Event::Synced { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!((seen.len(), nkv.epoch()), (KEYS, epoch));
+}
+
+/// A quiet prefix in a busy etcd whose connection hangs: no full read is needed to go on, and no ping of ours ends a connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_hung_is_gone_on_from_without_the_whole_state() {
+    const SENT: &str = "etcd_network_client_grpc_sent_bytes_total";
+    let Some(server) = Server::start().await else { return };
+    let proxy = Proxy::start(server.server()).await;
+    let mut client = server.client().await;
+    for n in 0..40 {
+        client.txn(raw_put(&format!("app/large.{n}"), vec![b'x'; 100_000])).await.unwrap();
+    }
+    let (_node, nkv) = node(proxy.engine("app")).await;
+    // Quiet, for longer than three pings take.
+    let mut stale = nkv.stale().unwrap();
+    stale.mark_unchanged();
+    assert!(timeout(Duration::from_secs(7), stale.changed()).await.is_err(), "a quiet connection was given up");
+    let sent = server.metric(SENT).await;
+    for round in 0..2 {
+        proxy.set(Passing::OneWay);
+        is_away(&nkv).await;
+        for n in 0..20 {
+            server.txn(&(0..50).map(|k| format!("put other/{round}.{n}.{k} x\n")).collect::<String>());
+        }
+        proxy.set(Passing::Both);
+        is_back(&nkv).await;
+        assert!(nkv.revision().get() >= server.revision(), "it does not know how far etcd is");
+    }
+    let sent = server.metric(SENT).await - sent;
+    assert!(sent < 2_000_000, "{sent} bytes: the whole state was read anew");
+    assert_eq!(nkv.list(Pattern::All).await.unwrap().len(), 40);
+}
+
+/// A server of the list that was away when the node began, and is of another etcd.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_of_another_etcd_that_comes_later_is_given_no_write() {
+    let Some(mut one) = Server::start().await else { return };
+    let Some(mut other) = Server::start_with(&["--initial-cluster-token", "other"]).await else { return };
+    other.kill();
+    let engine = EtcdEngine::new(Options::new([one.server(), other.server()], "app").unwrap());
+    let (_node, nkv) = node(engine).await;
+    nkv.put("k", "1").await.unwrap();
+    let epoch = nkv.epoch();
+    other.run();
+    other.ready().await;
+    one.kill();
+    is_away(&nkv).await;
+    let until = Instant::now() + Duration::from_secs(3);
+    while Instant::now() < until {
+        assert!(nkv.put("k", "2").await.is_err(), "another etcd has taken it");
+        sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(other.must(&["get", "", "--from-key"]), "", "something was written to another etcd");
+    assert_eq!((value(&nkv, "k").await.as_deref(), nkv.epoch()), (Some("1"), epoch));
+    other.kill();
+    one.run();
+    is_back(&nkv).await;
+    nkv.put("k", "3").await.unwrap();
+    assert_eq!(nkv.epoch(), epoch);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -267,6 +391,23 @@ async fn whatever_the_servers_of_a_list_do_a_good_one_is_found() {
         }
     }
     stopped.signal("CONT");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn however_many_subscribe_a_node_is_one_watch() {
+    let Some(server) = Server::start().await else { return };
+    let ((_a, a), (_b, b)) = (node(server.engine("app")).await, node(server.engine("app")).await);
+    let mut streams = Vec::new();
+    for n in 0..1_000 {
+        let nkv = if n % 2 == 0 { &a } else { &b };
+        streams.push(nkv.subscribe(format!("k.{}", n % 10).as_str()).await.unwrap());
+    }
+    a.put("k.3", "1").await.unwrap();
+    for stream in streams.iter_mut().skip(3).step_by(10) {
+        assert_eq!(next(stream).await, "k.3=1");
+    }
+    assert_eq!(server.metric("etcd_debugging_mvcc_watcher_total").await, 2);
+    assert_eq!(server.metric("etcd_debugging_mvcc_watch_stream_total").await, 2);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -21,20 +21,6 @@ enum Said {
     Unknown,
 }
 
-async fn start() -> Option<Vec<Server>> {
-    let mut servers: Vec<Server> = (0..3).map(|_| Server::new(&[])).collect::<Option<_>>()?;
-    let names: Vec<String> =
-        servers.iter().enumerate().map(|(n, server)| format!("m{n}={}", server.peer_url())).collect();
-    for (n, server) in servers.iter_mut().enumerate() {
-        server.add_args(&["--name", &format!("m{n}"), "--initial-cluster", &names.join(",")]);
-        server.run();
-    }
-    for server in &servers {
-        server.ready().await;
-    }
-    Some(servers)
-}
-
 /// Each write has a key of its own, so that nothing hides what became of it.
 async fn write(nkv: Handle, name: usize, stop: Arc<AtomicBool>) -> BTreeMap<String, Said> {
     let mut said = BTreeMap::new();
@@ -56,7 +42,7 @@ async fn write(nkv: Handle, name: usize, stop: Arc<AtomicBool>) -> BTreeMap<Stri
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whichever_member_fails_nothing_acknowledged_is_lost_and_nothing_refused_is_done() {
-    let Some(mut servers) = start().await else { return };
+    let Some(mut servers) = Server::start_three(None).await else { return };
     let list: Vec<String> = servers.iter().map(Server::server).collect();
     let engine = || EtcdEngine::new(Options::new(list.clone(), "app").unwrap());
     let ((_a, a), (_b, b)) = (node(engine()).await, node(engine()).await);

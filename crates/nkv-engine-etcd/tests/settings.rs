@@ -122,6 +122,31 @@ async fn a_user_has_its_own_prefix() {
     assert_eq!(next(&mut stream).await, "k Deleted");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrong_password_is_tried_once_a_second_at_most() {
+    const TRIES: &str =
+        r#"grpc_server_started_total{grpc_method="Authenticate",grpc_service="etcdserverpb.Auth",grpc_type="unary"}"#;
+    const SECONDS: u64 = 4;
+    let Some(server) = Server::start().await else { return };
+    for args in [&["user", "add", "root:r"][..], &["user", "grant-role", "root", "root"], &["auth", "enable"]] {
+        server.must(args);
+    }
+    let file = server.dir.path().join("password");
+    std::fs::write(&file, "wrong\n").unwrap();
+    let before = server.metric(TRIES).await;
+    let engine = EtcdEngine::new(server.options("app").with_user("root", &file));
+    let node = nkv_node::Node::builder().engine(engine).start().await.unwrap();
+    let nkv = node.handle();
+    let until = tokio::time::Instant::now() + Duration::from_secs(SECONDS);
+    while tokio::time::Instant::now() < until {
+        // Whoever asks does not make it try.
+        assert!(nkv.put("k", "1").await.is_err());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let tries = server.metric(TRIES).await - before;
+    assert!((1..=SECONDS + 1).contains(&tries), "{tries} in {SECONDS} s");
+}
+
 /// An authority with a server and a client, as PEM files.
 fn certificates(dir: &Path) {
     use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};

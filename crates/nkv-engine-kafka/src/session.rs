@@ -1,6 +1,7 @@
 //! What writes need while the engine is followed.
 
 use std::collections::{BTreeMap, HashMap};
+use std::iter::Peekable;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use bytes::Bytes;
 use nkv_core::{Epoch, Key, Op, Outcome, Pattern, Revision};
 use nkv_node::{EngineError, Feed};
 use tokio::sync::{mpsc, watch};
+use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use crate::error::Result;
@@ -123,9 +125,10 @@ impl Session {
 
     /// Deletes what the node shows, in batches: another may write in between.
     async fn delete_all(&self, pattern: &Pattern) -> Result<Outcome, EngineError> {
-        let keys = self.shown(pattern, &[]).await?;
+        let mut keys = self.shown(pattern, &[]).await?.into_iter().peekable();
         let (mut count, mut last) = (0_u64, Revision::ZERO);
-        for part in self.parts(keys) {
+        while keys.peek().is_some() {
+            let part = self.part(&mut keys);
             let records = part.iter().map(|key| record(key, None)).collect();
             let awaited = self.expect(part);
             let deleted = async {
@@ -146,33 +149,33 @@ impl Session {
         if count == 0 { Ok(Outcome::NotFound) } else { Ok(Outcome::Deleted { count, revision: last }) }
     }
 
-    /// Parts of keys whose tombstones fit into one batch each.
-    fn parts(&self, keys: Vec<Key>) -> Vec<Vec<Key>> {
-        let (mut parts, mut len) = (Vec::<Vec<Key>>::new(), 0);
-        for key in keys {
-            let own = record(&key, None).len_max();
-            match parts.last_mut().filter(|part| part.len() < PART_KEYS && len + own <= self.settings.room()) {
-                Some(part) => (len, _) = (len + own, part.push(key)),
-                None => {
-                    len = own;
-                    parts.push(vec![key]);
-                }
-            }
+    /// The next of the keys whose tombstones fit into one batch: one at least.
+    fn part(&self, keys: &mut Peekable<impl Iterator<Item = Key>>) -> Vec<Key> {
+        let (mut part, mut len) = (Vec::new(), 0_usize);
+        while let Some(key) = keys.next_if(|key| {
+            len = len.saturating_add(record(key, None).len_max());
+            part.is_empty() || part.len() < PART_KEYS && len <= self.settings.room()
+        }) {
+            part.push(key);
         }
-        parts
+        part
     }
 
     /// The keys that a pattern selects of what was acknowledged to any client up to now, and of what stands before.
     async fn shown(&self, pattern: &Pattern, before: &[NewRecord]) -> Result<Vec<Key>, EngineError> {
         self.seen(end(&self.jobs).await?).await?;
-        let mut keys = Vec::new();
-        self.feed.walk(pattern, |record| keys.push(record.key.to_key()));
         let put = before.iter().filter(|record| record.value.is_some());
         let put = put.filter_map(|record| str::from_utf8(&record.key).ok().and_then(|text| Key::new(text).ok()));
-        keys.extend(put.filter(|key| pattern.selects(key)));
-        keys.sort_unstable();
-        keys.dedup();
-        Ok(keys)
+        let mut keys: Vec<Key> = put.filter(|key| pattern.selects(key)).collect();
+        let (feed, pattern) = (self.feed.clone(), pattern.clone());
+        // There may be a great many.
+        let shown = spawn_blocking(move || {
+            feed.walk(&pattern, |record| keys.push(record.key.to_key()));
+            keys.sort_unstable();
+            keys.dedup();
+            keys
+        });
+        shown.await.map_err(|error| EngineError::Unavailable(format!("look at what the node shows: {error}")))
     }
 
     /// What became of deletes whose tombstones are in the log from `first` on: how many of them found something.

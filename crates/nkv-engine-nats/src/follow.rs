@@ -205,8 +205,8 @@ struct Follower<'a> {
 /// What a consumer brings.
 enum Brought {
     Item(Item),
-    /// There is nothing more for now.
-    Idle,
+    /// There is nothing more for now: where the consumer runs, the stream goes up to this sequence, if it says so.
+    Idle(Option<u64>),
     /// Something about the flow of messages.
     Nothing,
 }
@@ -380,7 +380,7 @@ impl Follower<'_> {
         if self.last >= until {
             return Ok(());
         }
-        let mut step = Step::default();
+        let (mut step, began) = (Step::default(), Instant::now());
         loop {
             match self.receive().await? {
                 Brought::Item(item) => {
@@ -391,7 +391,13 @@ impl Follower<'_> {
                         return Ok(());
                     }
                 }
-                Brought::Idle => return Ok(()),
+                // What is missing was removed; or this server of several is behind the leader, and it is yet to come.
+                Brought::Idle(end) if end.is_none_or(|end| end >= until) => return Ok(()),
+                Brought::Idle(_) if began.elapsed() >= SILENCE => {
+                    let message = format!("the consumer is behind the leader of the bucket for {SILENCE:?}");
+                    return Err(EngineError::Unavailable(message));
+                }
+                Brought::Idle(_) => {}
                 Brought::Nothing => {}
             }
         }
@@ -498,7 +504,7 @@ impl Follower<'_> {
                     portion.push(item);
                 }
                 // The end of the batch was overwritten, or was no message.
-                Brought::Idle => portion.step = Step::default(),
+                Brought::Idle(_) => portion.step = Step::default(),
                 Brought::Nothing => {}
             }
             next = if portion.step.is_open() {
@@ -621,8 +627,9 @@ impl Follower<'_> {
                 sent.map_err(|error| EngineError::Unavailable(error.to_string()))?;
                 return Ok(Brought::Nothing);
             }
-            return match header(headers, "Nats-Last-Consumer").and_then(|number| number.parse::<u64>().ok()) {
-                Some(number) if number == consumer.number => Ok(Brought::Idle),
+            let number = |name| header(headers, name).and_then(|number| number.parse::<u64>().ok());
+            return match number("Nats-Last-Consumer") {
+                Some(last) if last == consumer.number => Ok(Brought::Idle(number("Nats-Last-Stream"))),
                 _ => Err(lost()),
             };
         }

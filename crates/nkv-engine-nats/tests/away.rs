@@ -317,6 +317,23 @@ async fn a_bucket_that_goes_back_is_a_new_epoch_for_all_nodes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn however_many_subscribe_a_node_is_one_consumer() {
+    let Some(server) = Server::start().await else { return };
+    let other = server.other().await;
+    let ((_a, a), (_b, b)) = (server.node().await, server.node().await);
+    let mut streams = Vec::new();
+    for number in 0..1_000 {
+        let nkv = if number % 2 == 0 { &a } else { &b };
+        streams.push(nkv.subscribe(format!("k.{}", number % 10).as_str()).await.unwrap());
+    }
+    a.put("k.3", "1").await.unwrap();
+    for stream in streams.iter_mut().skip(3).step_by(10) {
+        assert!(matches!(event(stream).await, Event::Update { entry, .. } if entry.value == "1"));
+    }
+    until("two consumers", async || consumers(&other).await.len() == 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn many_cuts_leave_one_consumer_and_one_connection() {
     let Some(server) = Server::start().await else { return };
     let other = server.other().await;

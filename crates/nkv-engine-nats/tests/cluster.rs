@@ -10,21 +10,11 @@ use std::time::{Duration, Instant};
 use nkv_engine_nats::{NatsEngine, Options};
 use nkv_node::{ErrorKind, Node};
 use serde_json::json;
-use support::{PATIENCE, Server, free_port, healthy, until};
+use support::{PATIENCE, Server, healthy, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_death_of_a_leader_loses_nothing_that_was_acknowledged() {
-    let routes = [free_port(), free_port(), free_port()];
-    let urls: Vec<String> = routes.iter().map(|port| format!("nats://127.0.0.1:{port}")).collect();
-    let mut servers = Vec::new();
-    for (number, port) in routes.into_iter().enumerate() {
-        let config = format!(
-            "server_name: n{number}\ncluster {{ name: c, listen: \"127.0.0.1:{port}\", routes: [{}] }}",
-            urls.join(", ")
-        );
-        let Some(server) = Server::start_with(false, &config).await else { return };
-        servers.push(server);
-    }
+    let Some(mut servers) = Server::start_three(None).await else { return };
     let options = Options::new(servers.iter().map(Server::url), "test").unwrap().with_replicas(3);
     let mut nodes = Vec::new();
     for _ in 0..2 {

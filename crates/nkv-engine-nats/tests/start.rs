@@ -76,3 +76,26 @@ async fn a_node_starts_while_all_keys_are_written_without_end() {
         writers.iter().for_each(tokio::task::JoinHandle::abort);
     }
 }
+
+/// A consumer that has nothing more says up to where there was nothing: else a node could not tell removed messages from those that
+/// are yet to come, from a server that is behind its leader.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_is_level_although_the_last_messages_were_removed() {
+    for (server, settings) in [
+        (Server::start().await, json!({})),
+        (Server::start().await, json!({ "max_msgs_per_subject": 5 })),
+        (Server::start_old().await, json!({})),
+        (Server::start_old().await, json!({ "max_msgs_per_subject": 5 })),
+    ] {
+        let Some(server) = server else { continue };
+        let other = server.other().await;
+        other.create(settings).await;
+        for key in ["a", "b", "c", "c"] {
+            other.put(key, "x").await;
+        }
+        other.api("STREAM.PURGE.BUCKET", json!({ "filter": "$KV.test.c" })).await;
+        let last = other.state().await["last_seq"].as_u64().unwrap();
+        let (_node, nkv) = server.node().await;
+        assert_eq!((nkv.list("*").await.unwrap().len(), nkv.revision().get()), (2, last));
+    }
+}

@@ -87,10 +87,9 @@ pub(crate) async fn route<B>(ctx: Ctx<'_>, path: &str, request: &Request<B>) -> 
 fn ready<B>(ctx: Ctx<'_>, request: &Request<B>) -> Result<Answer, Problem> {
     only_get(request)?;
     let is_verbose = query(request, &["verbose"])?.flag("verbose", false)?;
-    let stale = ctx.door.handle.stale_for();
+    let stale = ctx.door.handle.stale_text();
     // Readers of a node whose engine is away are served from the last state, and have no better node to go to.
     let healthy = ctx.door.handle.check_readable();
-    let stale = stale.map(|stale| format!("stale for {} s: the engine is out of reach", stale.as_secs()));
     if !is_verbose {
         healthy.map_err(|error| Problem::new("unavailable", error.to_string()))?;
         return Ok(plain(stale.unwrap_or_else(|| "ok".into()) + "\n"));

@@ -265,6 +265,8 @@ impl Feed {
 pub(crate) struct Truth {
     pub(crate) engine: Arc<dyn Engine>,
     status: watch::Sender<Status>,
+    /// [Since when](Status::stale_since) reads may be old: it changes rarely, so every connection may wait for that.
+    stale: watch::Sender<Option<Instant>>,
 }
 
 /// How a node is with its engine.
@@ -274,20 +276,39 @@ pub(crate) struct Status {
     pub(crate) has_state: bool,
     /// Since when it is not followed; `None` while it is.
     pub(crate) away_since: Option<Instant>,
+    /// A write was answered that the node has not seen in time.
+    pub(crate) lag: Option<Lag>,
     pub(crate) seen: Seen,
+}
+
+/// How far a node is behind what it has answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Lag {
+    since: Instant,
+    wanted: Seen,
 }
 
 impl Status {
     pub(crate) fn is_in_reach(&self) -> bool {
         self.away_since.is_none()
     }
+
+    /// Since when reads may be of an old state.
+    pub(crate) fn stale_since(&self) -> Option<Instant> {
+        self.away_since.or(self.lag.map(|lag| lag.since))
+    }
+
+    fn has(&self, wanted: Seen) -> bool {
+        self.seen.epoch == wanted.epoch && self.seen.revision >= wanted.revision
+    }
 }
 
 impl Truth {
     pub(crate) fn new(engine: Arc<dyn Engine>, seen: Seen) -> Self {
         let has_state = seen.revision > Revision::ZERO;
-        let status = watch::Sender::new(Status { has_state, away_since: Some(Instant::now()), seen });
-        Truth { engine, status }
+        let away_since = Some(Instant::now());
+        let status = watch::Sender::new(Status { has_state, away_since, lag: None, seen });
+        Truth { engine, status, stale: watch::Sender::new(away_since) }
     }
 
     pub(crate) fn status(&self) -> Status {
@@ -295,7 +316,16 @@ impl Truth {
     }
 
     pub(crate) fn note(&self, change: impl FnOnce(&mut Status)) {
-        self.status.send_modify(change);
+        self.status.send_modify(|status| {
+            change(status);
+            status.lag = status.lag.filter(|lag| !status.has(lag.wanted));
+            let since = status.stale_since();
+            self.stale.send_if_modified(|stale| std::mem::replace(stale, since) != since);
+        });
+    }
+
+    pub(crate) fn stale(&self) -> watch::Receiver<Option<Instant>> {
+        self.stale.subscribe()
     }
 
     /// Whether the engine is in reach and can do an operation.
@@ -329,7 +359,7 @@ impl Truth {
 
     /// Waits until the node has seen as much as a client that comes from another one; `false` where the engine has not.
     pub(crate) async fn catch_up(&self, wanted: Seen) -> Result<bool> {
-        let has_it = |status: &Status| status.seen.epoch == wanted.epoch && status.seen.revision >= wanted.revision;
+        let has_it = |status: &Status| status.has(wanted);
         if has_it(&self.status()) {
             return Ok(true);
         }
@@ -369,14 +399,26 @@ impl Truth {
     }
 
     /// Waits until the node, which was in the epoch `before`, has seen this much, or will not: the engine is out of reach, or
-    /// began yet another epoch, or feeds nothing for too long. What was decided is answered all the same.
+    /// began yet another epoch, or feeds nothing for too long. What was decided is answered all the same; in the last case the
+    /// node is stale until it has seen it.
     async fn caught_up(&self, before: Epoch, wanted: Seen) {
         let is_it = |status: &Status| {
             let seen = status.seen;
             let is_elsewhere = seen.epoch != before && seen.epoch != wanted.epoch;
-            !status.is_in_reach() || is_elsewhere || seen.epoch == wanted.epoch && seen.revision >= wanted.revision
+            !status.is_in_reach() || is_elsewhere || status.has(wanted)
         };
-        drop(timeout(FEED_LIMIT, self.status.subscribe().wait_for(is_it)).await);
+        let since = Instant::now();
+        if timeout(FEED_LIMIT, self.status.subscribe().wait_for(is_it)).await.is_err() {
+            self.note(|status| {
+                if !is_it(status) {
+                    let since = status.lag.map_or(since, |lag| lag.since);
+                    let known =
+                        status.lag.filter(|lag| lag.wanted.epoch == wanted.epoch).map(|lag| lag.wanted.revision);
+                    let revision = known.unwrap_or_default().max(wanted.revision);
+                    status.lag = Some(Lag { since, wanted: Seen { revision, ..wanted } });
+                }
+            });
+        }
     }
 }
 

@@ -38,10 +38,12 @@ pub(crate) async fn expire(shared: Arc<Shared>) {
 /// hidden from its readers from then on.
 async fn hide_in_time(shared: &Shared) {
     loop {
+        let now = shared.clock.now();
+        shared.store.advance(now);
         let due = async {
-            match shared.store.next_expiry() {
-                // One that is due may be there for a while.
-                Some(at) => tokio::time::sleep(shared.clock.until(at).clamp(EXPIRY_TICK, CLOCK_TICK)).await,
+            // One that was due before is hidden, and may wait for its engine as long as it likes.
+            match shared.store.next_expiry_after(now) {
+                Some(at) => tokio::time::sleep(CLOCK_TICK.min(shared.clock.until(at))).await,
                 None => std::future::pending().await,
             }
         };
@@ -50,7 +52,6 @@ async fn hide_in_time(shared: &Shared) {
             () = shared.expiry_changed.notified() => {}
             () = due => {}
         }
-        shared.store.advance(shared.clock.now());
     }
 }
 

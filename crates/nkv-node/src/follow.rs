@@ -60,7 +60,9 @@ impl Follower for Shared {
         if *newest != feed {
             return;
         }
-        let reached = |truth: &Truth| truth.note(|status| (status.has_state, status.away_since) = (true, None));
+        let reached = |truth: &Truth| {
+            truth.note(|status| (status.has_state, status.away_since, status.lag) = (true, None, None));
+        };
         self.truth().into_iter().for_each(reached);
     }
 }

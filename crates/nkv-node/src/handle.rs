@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use nkv_core::{
@@ -852,8 +852,8 @@ impl Handle {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Closed`] when it has stopped; [`ErrorKind::Refused`] with 503 while its engine is out of reach: reads are
-    /// of the last state then.
+    /// [`ErrorKind::Closed`] when it has stopped; [`ErrorKind::Refused`] with 503 while it is [stale](Self::stale_for): reads
+    /// are of the last state then.
     pub async fn health(&self) -> Result<()> {
         self.check_healthy()
     }
@@ -865,12 +865,8 @@ impl Handle {
     /// Those of [`health`](Self::health).
     pub fn check_healthy(&self) -> Result<()> {
         self.check_open()?;
-        let Some(stale) = self.stale_for() else { return Ok(()) };
-        let message = format!(
-            "stale for {} s: the engine is out of reach, reads are of the last state, writes are refused",
-            stale.as_secs()
-        );
-        Err(Error::new(ErrorKind::Refused { status: 503 }, message))
+        let Some(stale) = self.stale_text() else { return Ok(()) };
+        Err(Error::new(ErrorKind::Refused { status: 503 }, format!("{stale}, reads are of the last state")))
     }
 
     /// Whether there is a state to be read: also where it may be [stale](Self::stale_for).
@@ -882,11 +878,29 @@ impl Handle {
         self.check_open()
     }
 
-    /// For how long the node has had no sign of life of its engine: its state may lag by this time. `None` where it
-    /// follows its engine, or has none.
+    /// For how long the node has had no sign of life of its engine, or has not seen what it has answered a write with: its
+    /// state may lag by this time. `None` where it follows its engine, or has none.
     #[must_use]
     pub fn stale_for(&self) -> Option<Duration> {
-        self.shared.truth()?.status().away_since.map(|since| since.elapsed())
+        self.shared.truth()?.status().stale_since().map(|since| since.elapsed())
+    }
+
+    /// For how long and why the node is [stale](Self::stale_for), in words.
+    #[must_use]
+    pub fn stale_text(&self) -> Option<String> {
+        let status = self.shared.truth()?.status();
+        let seconds = status.stale_since()?.elapsed().as_secs();
+        let why = match status.away_since {
+            Some(_) => "the engine is out of reach, writes are refused",
+            None => "the engine feeds too late what it has taken",
+        };
+        Some(format!("stale for {seconds} s: {why}"))
+    }
+
+    /// Since when the node is [stale](Self::stale_for), as it changes; `None` where it has no engine.
+    #[must_use]
+    pub fn stale(&self) -> Option<watch::Receiver<Option<Instant>>> {
+        Some(self.shared.truth()?.stale())
     }
 
     /// For a client that has been at another node of the same engine, and has seen this much there: waits until this node has

@@ -97,6 +97,27 @@ async fn a_write_is_answered_once_its_node_has_seen_it() {
     drop(other);
 }
 
+#[tokio::test]
+async fn a_node_that_has_answered_what_it_has_not_seen_says_that_it_is_stale_until_it_has() {
+    let engine = ScriptedEngine::default();
+    let (_node, nkv) = started(&engine).await;
+    let mut stale = nkv.stale().unwrap();
+    engine.hold(true);
+    for value in ["1", "2"] {
+        timeout(PATIENCE, nkv.put("a", value)).await.unwrap().unwrap();
+        assert_eq!(nkv.get("a").await.unwrap(), None, "the node was to see nothing");
+        assert!(nkv.stale_for().is_some_and(|stale| stale >= FEED_LIMIT), "{:?}", nkv.stale_for());
+    }
+    assert!(stale.borrow_and_update().is_some());
+    assert_eq!(kind(nkv.health().await), UNAVAILABLE);
+    // The engine is in reach, and decides conditions as before.
+    let absent = nkv_node::PutOptions::default().with_if_revision(Revision::ZERO);
+    assert!(matches!(kind(nkv.put_with("a", "3", absent).await), ErrorKind::Conflict { .. }));
+    engine.hold(false);
+    assert_eq!(timeout(PATIENCE, stale.wait_for(Option::is_none)).await.map(|seen| seen.is_ok()), Ok(true));
+    assert_eq!((nkv.get("a").await.unwrap().unwrap().value, nkv.health().await), ("2".into(), Ok(())));
+}
+
 async fn started_without_waiting(engine: &ScriptedEngine) -> Node {
     Node::builder().engine(engine.clone()).start().await.unwrap()
 }
@@ -332,7 +353,8 @@ impl Engine for Fed {
     }
 
     async fn write(&self, _: Epoch, _: Vec<Op>, _: bool) -> std::result::Result<Decided, EngineError> {
-        Err(EngineError::Unavailable("it only feeds".into()))
+        let revision = FED.revision.next();
+        Ok(Decided { epoch: FED.epoch, results: vec![Ok(nkv_core::Outcome::Put { revision })] })
     }
 
     async fn follow(&self, _: Option<Seen>, feed: Feed) -> EngineError {
@@ -349,6 +371,59 @@ impl Engine for Fed {
     async fn last(&self) -> std::result::Result<Seen, EngineError> {
         Ok(FED)
     }
+}
+
+#[tokio::test]
+async fn a_node_is_not_stale_any_more_once_it_is_fed_what_it_has_answered() {
+    let (changes, fed) = tokio::sync::mpsc::channel(1);
+    let node = Node::builder().engine(Fed(tokio::sync::Mutex::new(fed))).start().await.unwrap();
+    let nkv = node.handle();
+    healthy(&nkv).await;
+    assert_eq!(timeout(PATIENCE, nkv.put("a", "1")).await.unwrap().unwrap().get(), 2);
+    assert!(nkv.health().await.unwrap_err().to_string().contains("feeds too late"));
+    let action = Action::Put { value: "1".into(), expiry: None };
+    let revision = nkv_core::Revision::new(2);
+    let (key, replaces, meta) = (Key::new("a").unwrap(), nkv_core::Revision::ZERO, nkv_core::Meta::NONE);
+    changes.send(vec![Change { key, revision, replaces, action, meta }]).await.unwrap();
+    healthy(&nkv).await;
+    assert_eq!(nkv.get("a").await.unwrap().unwrap().value, "1");
+}
+
+/// Counts how often it is looked at.
+#[derive(Debug)]
+struct Counted(std::sync::Arc<std::sync::atomic::AtomicU64>);
+
+impl nkv_node::Time for Counted {
+    fn elapsed(&self) -> Duration {
+        self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        nkv_node::SinceBoot.elapsed()
+    }
+}
+
+#[tokio::test]
+async fn a_value_that_is_due_waits_for_its_engine_without_work_and_others_are_hidden_in_time() {
+    let (changes, fed) = tokio::sync::mpsc::channel(1);
+    let looks = std::sync::Arc::<std::sync::atomic::AtomicU64>::default();
+    let engine = Fed(tokio::sync::Mutex::new(fed));
+    let node = Node::builder().time(Counted(looks.clone())).engine(engine).start().await.unwrap();
+    let nkv = node.handle();
+    healthy(&nkv).await;
+    let put = |revision: u64, key: &str, ms: u64| Change {
+        key: Key::new(key).unwrap(),
+        revision: nkv_core::Revision::new(revision),
+        replaces: nkv_core::Revision::ZERO,
+        action: Action::Put { value: "1".into(), expiry: Some(nkv.expiry(Duration::from_millis(ms))) },
+        meta: nkv_core::Meta::NONE,
+    };
+    changes.send(vec![put(2, "due", 20), put(3, "later", 300), put(4, "last", 3_600_000)]).await.unwrap();
+    until(async || nkv.revision().get() == 9).await;
+    until(async || !nkv.exists("due").await.unwrap()).await;
+    let before = looks.load(std::sync::atomic::Ordering::Relaxed);
+    until(async || !nkv.exists("later").await.unwrap()).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let count = looks.load(std::sync::atomic::Ordering::Relaxed) - before;
+    assert!(count < 20, "the clock was looked at {count} times");
+    assert!(nkv.exists("last").await.unwrap());
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use crate::json::Text;
 pub(crate) const LIST_LEN_MAX: usize = 4_096;
 
 /// All names. The place of a name is its bit in [`Features`] and never changes.
-const NAMES: [&str; 5] = ["reset", "ahead", "exact", "names", "alive"];
+const NAMES: [&str; 6] = ["reset", "ahead", "exact", "names", "alive", "stale"];
 
 /// A set of features: what a client understands, or what a server offers.
 ///
@@ -39,6 +39,8 @@ impl Features {
     pub const NAMES: Features = Features(1 << 3);
     /// Signs of life while the server keeps requests waiting, and for how long it may.
     pub const ALIVE: Features = Features(1 << 4);
+    /// A server says when its data may be old, because it does not see its engine.
+    pub const STALE: Features = Features(1 << 5);
 
     /// Returns whether every feature of `others` is in this set.
     #[must_use]
@@ -131,7 +133,8 @@ mod tests {
             seen = seen | feature;
         }
         assert_eq!(Features::named("other"), Features::NONE);
-        let all = [Features::RESET, Features::AHEAD, Features::EXACT, Features::NAMES, Features::ALIVE];
+        let all =
+            [Features::RESET, Features::AHEAD, Features::EXACT, Features::NAMES, Features::ALIVE, Features::STALE];
         assert_eq!(NAMES.map(Features::named), all);
     }
 }

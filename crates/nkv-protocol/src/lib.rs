@@ -28,7 +28,7 @@ pub use decoder::{Decoded, Decoder, Limits, Refusal};
 pub use features::Features;
 pub use lists::{Texts, Values, ValuesIter};
 pub use message::{Body, ConnectedClient, Message, MessageDecoder, MessageError, Reason, Stats, Subscriber};
-pub use notification::{ChangeNotice, alive, hello, leave_out_revision, reset, synced, unsubscribed, update};
+pub use notification::{ChangeNotice, alive, hello, leave_out_revision, reset, stale, synced, unsubscribed, update};
 pub use request::{Id, Kind, Request};
 
 /// The version of the protocol that this crate speaks.

@@ -72,6 +72,12 @@ pub enum Message {
     },
     /// The server keeps a request waiting; sent only to clients that named [`Features::ALIVE`].
     Alive,
+    /// What the server answers may be old, or is not any more; sent only to clients that named [`Features::STALE`].
+    #[non_exhaustive]
+    Stale {
+        /// For how many milliseconds it has not seen its engine; none if it sees it again.
+        since_ms: Option<u64>,
+    },
     /// A message of a later version of the protocol, or a `Close` with a reason that this one does not know: to be
     /// passed over.
     Unknown,
@@ -259,6 +265,7 @@ enum Wire<'a> {
     Close(NoText<WireClose<'a>>),
     Reset(NoText<WireReset>),
     Synced(NoText<WireSynced>),
+    Stale(NoText<WireStale>),
 }
 
 #[derive(Deserialize)]
@@ -312,6 +319,11 @@ struct WireClose<'a> {
 #[derive(Deserialize)]
 struct WireReset {
     key: String,
+}
+
+#[derive(Deserialize)]
+struct WireStale {
+    since_ms: Option<Scalar<u64>>,
 }
 
 #[derive(Deserialize)]
@@ -450,8 +462,8 @@ fn plain_len(line: &[u8]) -> Option<Option<u64>> {
 }
 
 /// The words that messages without a payload begin with.
-const WITHOUT_PAYLOAD: [&str; 10] =
-    ["Base", "Close", "Hello", "Alive", "Synced", "Reset", "List", "Trace", "Version", "Stats"];
+const WITHOUT_PAYLOAD: [&str; 11] =
+    ["Base", "Close", "Hello", "Alive", "Synced", "Reset", "Stale", "List", "Trace", "Version", "Stats"];
 
 /// Whether a line is plainly one of the messages that never have a payload, as most are.
 fn is_without_payload(line: &[u8]) -> bool {
@@ -526,6 +538,7 @@ fn parse(line: &[u8], payload: Option<&[u8]>) -> Result<Message, MessageError> {
         Wire::Synced(NoText(WireSynced { key, revision: Scalar(revision), epoch })) => {
             Message::Synced { key, revision, epoch }
         }
+        Wire::Stale(NoText(WireStale { since_ms })) => Message::Stale { since_ms: plain(since_ms) },
     })
 }
 

@@ -149,6 +149,19 @@ pub fn alive(out: &mut Chunks) {
     out.tail().put_slice(b"\"Alive\"\n");
 }
 
+/// The server's data may be old since so many milliseconds, or are not any more: for clients with
+/// [`Features::STALE`](crate::Features::STALE).
+pub fn stale(since_ms: Option<u64>, out: &mut Chunks) {
+    let mut outer = Object::start(out.tail());
+    let mut object = Object::start(outer.name("Stale"));
+    if let Some(since_ms) = since_ms {
+        object.number("since_ms", since_ms);
+    }
+    object.end();
+    outer.end();
+    out.tail().put_u8(b'\n');
+}
+
 /// A fresh snapshot of the subscription to `pattern` begins: a key that is not in it is gone.
 pub fn reset(pattern: &str, out: &mut Chunks) {
     let mut outer = Object::start(out.tail());

@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 use nkv_protocol::{
     Answer, BaseFields, ChangeNotice, Chunks, ClientFields, ConnectedClient, Decoder, Entries, Features, GetEntry,
     Kind, Limits, Message, MessageDecoder, MessageError, Reason, Request, ServerFields, SubscriberFields, ValueForm,
-    alive, status,
+    alive, stale, status,
 };
 use proptest::prelude::*;
 
@@ -525,6 +525,11 @@ fn clients_read_what_features_add_to_answers() {
     let mut out = Chunks::default();
     alive(&mut out);
     assert_eq!(message(&out.take().concat()), Message::Alive);
+    for since_ms in [None, Some(0), Some(u64::MAX)] {
+        stale(since_ms, &mut out);
+        let read = message(&out.take().concat());
+        assert!(matches!(read, Message::Stale { since_ms: read, .. } if read == since_ms), "{read:?}");
+    }
 
     let mut server = ServerFields::new("1", "e", 9);
     server.patience_ms = Some(40_000);

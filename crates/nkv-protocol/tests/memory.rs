@@ -147,10 +147,11 @@ fn a_message_takes_four_times_its_length_at_most() {
     println!("TEST message_memory hundredths_of_its_length_max={} len={LEN} by={}", worst.0, worst.1);
 }
 
-const KINDS: [&str; 12] =
-    ["Hello", "Alive", "Base", "Get", "List", "Trace", "Version", "Stats", "Update", "Close", "Reset", "Synced"];
+const KINDS: [&str; 13] = [
+    "Hello", "Alive", "Base", "Get", "List", "Trace", "Version", "Stats", "Update", "Close", "Reset", "Synced", "Stale",
+];
 
-const FIELDS: [&str; 26] = [
+const FIELDS: [&str; 27] = [
     "id",
     "status",
     "message",
@@ -170,6 +171,7 @@ const FIELDS: [&str; 26] = [
     "max_value",
     "features",
     "patience_ms",
+    "since_ms",
     "key",
     "value",
     "skipped",

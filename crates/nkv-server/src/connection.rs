@@ -17,13 +17,14 @@ use nkv_node::{Place, Room, SharedWaker};
 use nkv_notify_tcp::{NotifierOptions, Outbox, TcpNotifier, WriterEnd, spare};
 use nkv_protocol::{Answer, BaseFields, Chunks, Decoder, Kind, Request, alive, status};
 use tokio::io::{AsyncRead, ReadBuf};
+use tokio::sync::watch;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tracing::debug;
 
 use crate::dispatch::{Hold, Session};
 use crate::inner::Inner;
 use crate::oldest;
-use crate::options::Options;
+use crate::options::{Options, millis};
 use crate::socket::Socket;
 use crate::text_wire::{self, Framing, Speaks};
 
@@ -144,6 +145,21 @@ struct Since {
     grace: Option<Instant>,
 }
 
+/// What a peer was told last of how stale the node is.
+struct Stale {
+    seen: watch::Receiver<Option<std::time::Instant>>,
+    since: Option<std::time::Instant>,
+}
+
+/// Waits until something else is to be told.
+async fn changed(mut told: Stale) -> Stale {
+    match told.seen.wait_for(|since| *since != told.since).await.map(|since| *since) {
+        Ok(since) => Stale { since, ..told },
+        // The node has ended, and this connection with it.
+        Err(_) => std::future::pending().await,
+    }
+}
+
 struct Connection {
     socket: Socket,
     outbox: Outbox,
@@ -170,6 +186,8 @@ struct Connection {
     timer: Option<Pin<Box<Sleep>>>,
     /// When the next sign of life may be due, and how many bytes had been written when that was set.
     sign: Option<(Pin<Box<Sleep>>, u64)>,
+    /// Waits until the peer is to be told how stale the node is.
+    stale: Option<Pin<Box<dyn Future<Output = Stale> + Send>>>,
     door: Arc<Inner>,
     /// Wakes this task with all others that are notified of the same batch: see
     /// [`Handle::waker`](nkv_node::Handle::waker).
@@ -203,6 +221,7 @@ impl Connection {
             since: Since { opened: Instant::now(), served: None, begun: None, unserved_len: 0, grace: None },
             timer: None,
             sign: None,
+            stale: None,
             door,
             change_waker: SharedWaker::default(),
             turn_len: 0,
@@ -212,6 +231,7 @@ impl Connection {
     /// Reads no more: lets go of what was read and not served, and of the subscriptions, before the answers are waited for.
     fn let_go(&mut self) {
         (self.buffer, self.hold, self.timer, self.sign, self.arrival) = (BytesMut::new(), None, None, None, None);
+        self.stale = None;
         self.session.end();
         self.session.peer.hold(0, true);
         self.session.close();
@@ -249,6 +269,9 @@ impl Connection {
         while end.is_pending() && self.session.wants_signs() && self.poll_sign(cx).is_ready() {
             end = self.poll_with(cx, waker);
         }
+        while end.is_pending() && self.poll_stale(cx).is_ready() {
+            end = self.poll_with(cx, waker);
+        }
         self.change_waker = shared;
         end
     }
@@ -272,6 +295,27 @@ impl Connection {
             }
         }
         Poll::Pending
+    }
+
+    /// Says that the node is stale, or is so no more. A peer that does not read is told once it does.
+    fn poll_stale(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.session.wants_stale() {
+            self.stale = None;
+            return Poll::Pending;
+        }
+        if !self.outbox.is_empty() {
+            return Poll::Pending;
+        }
+        if self.stale.is_none() {
+            self.stale = self.door.handle.stale().map(|seen| Box::pin(changed(Stale { seen, since: None })) as _);
+        }
+        let Some(waiting) = &mut self.stale else { return Poll::Pending };
+        let stale = ready!(waiting.as_mut().poll(cx));
+        let mut out = spare();
+        nkv_protocol::stale(stale.since.map(|since| millis(since.elapsed())), &mut out);
+        self.outbox.send(out);
+        self.stale = Some(Box::pin(changed(stale)));
+        Poll::Ready(())
     }
 
     fn poll_with(&mut self, cx: &mut Context<'_>, change_waker: &Waker) -> Poll<io::Result<End>> {

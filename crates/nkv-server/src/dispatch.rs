@@ -216,6 +216,11 @@ impl Session {
         self.notifier.features().contains(Features::ALIVE)
     }
 
+    /// Whether the client is to be told when the node is stale, and no more.
+    pub(crate) fn wants_stale(&self) -> bool {
+        self.notifier.features().contains(Features::STALE) && self.door.handle.follows_engine()
+    }
+
     /// Takes room for the value of another write, or says what it has to wait for.
     fn admit(&mut self, len: usize) -> Result<(), Hold> {
         if self.written.is_some() && self.write_ids.is_full() {
@@ -590,7 +595,10 @@ impl Session {
         self.epoch = self.door.handle.follows_engine().then_some(epoch);
         let epoch = epoch.to_string();
         let mut server = ServerFields::new(VERSION, &epoch, limits.value_len_max as u64);
-        server.features = FEATURES;
+        server.features = match self.door.handle.follows_engine() {
+            true => FEATURES.with(Features::STALE),
+            false => FEATURES,
+        };
         server.patience_ms = self.wants_signs().then(|| millis(self.door.options.stall_limit));
         server.begins_anew = has_it == Some(false);
         Answer::to(request.id, out).ok(&BaseFields::server(server));

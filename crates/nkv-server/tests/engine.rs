@@ -54,6 +54,50 @@ fn clients_of_two_servers_see_one_keyspace_and_are_notified_when_its_engine_is_o
 }
 
 #[test]
+fn clients_are_told_that_their_server_is_stale_and_since_when() {
+    let engine = ScriptedEngine::default();
+    let server = TestServer::with(|builder| builder.node(|node| node.engine(engine.clone())));
+    eventually("it follows", || ask(&server, HEALTH) == 200);
+    let client = Client::connect(&server.addr).unwrap();
+    client.put("a", "1").unwrap();
+    assert_eq!(client.state(), ConnectionState::Connected);
+    let mut plain = server.connect();
+    let named = r#"{"type":"Connect","features":["stale"]}"#;
+    assert!(server.connect().ask(named).contains("\"stale\""), "it is not offered");
+    assert_eq!(status(&plain.ask(r#"{"type":"Connect"}"#)), 200);
+
+    engine.cut(true);
+    let since = || match client.state() {
+        ConnectionState::Stale { since, .. } => Some(since),
+        _ => None,
+    };
+    eventually("the client knows", || since().is_some());
+    let known = since().unwrap();
+    assert_eq!(client.get("a").unwrap().unwrap().value, "1");
+    // One that comes later learns since when.
+    std::thread::sleep(Duration::from_millis(60));
+    let mut late = server.connect();
+    assert_eq!(status(&late.ask(named)), 200);
+    let told = late.line();
+    let since_ms = told.strip_prefix(r#"{"Stale":{"since_ms":"#).and_then(|rest| rest.strip_suffix("}}"));
+    assert!(since_ms.unwrap_or_else(|| panic!("{told}")).parse::<u64>().unwrap() >= 50, "{told}");
+
+    engine.cut(false);
+    assert_eq!(late.line(), r#"{"Stale":{}}"#);
+    eventually("the client knows that it is over", || client.state() == ConnectionState::Connected);
+    assert_eq!((since(), known.elapsed() < support::PATIENCE), (None, true));
+    // One that did not ask was told nothing: what comes next is an answer.
+    assert_eq!(status(&plain.ask(HEALTH)), 200);
+    // A write that the server has answered and not seen makes it stale too.
+    engine.hold(true);
+    client.put("a", "2").unwrap();
+    eventually("the client knows again", || since().is_some());
+    engine.hold(false);
+    eventually("and that it is over", || since().is_none());
+    assert_eq!(client.get("a").unwrap().unwrap().value, "2");
+}
+
+#[test]
 fn a_client_that_knows_another_epoch_is_to_connect_again() {
     let engine = ScriptedEngine::default();
     let server = TestServer::with(|builder| builder.node(|node| node.engine(engine.clone())));

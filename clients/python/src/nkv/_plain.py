@@ -293,6 +293,13 @@ class Client:
         """Whether there is a connection now."""
         return self._core.session.is_connected
 
+    @property
+    def stale_for(self) -> float | None:
+        """For how many seconds the server has not seen its engine, by its own word: reads and watches are of an old state then,
+        and writes may be refused. None if it does, or without a connection."""
+        since = self._core.session.stale_since
+        return None if since is None else time.monotonic() - since
+
     def ping(self, *, timeout: float | None = None) -> None:
         """Waits for the connection and for an answer. Raises `CannotConnect` or `Timeout`."""
         self._core.call(requests.health(), timeout)

@@ -30,7 +30,7 @@ from ._wire import Decoder, Message, encode
 #: Bytes that are handed to the socket at once.
 CHUNK = 64 * 1024
 ANSWERS = frozenset(("Base", "Get", "List", "Trace", "Version", "Stats"))
-FEATURES = ["reset", "exact", "names", "alive"]
+FEATURES = ["reset", "exact", "names", "alive", "stale"]
 #: A refused subscription that was accepted before is tried again after this number of seconds, if time may help.
 RETRY = 1.0
 CURABLE = frozenset((429, 500, 503, 507))
@@ -167,6 +167,8 @@ class Session:
         self._features: frozenset[str] = frozenset()
         self._value_max: int | None = None
         self._patience = 0.0
+        #: Since when the server does not see its engine, by its own word.
+        self.stale_since: float | None = None
         self._life_at = now
         self._failures = 0
         self._status_of_peer: Exception | None = None
@@ -242,7 +244,7 @@ class Session:
             return
         self.closed = True
         self._established = False
-        self._connected_at = None
+        self._connected_at = self.stale_since = None
         for request in self._outbox:
             request.fail(Closed("the client was closed; the request was not sent"))
         for request in self._inflight:
@@ -291,6 +293,7 @@ class Session:
     def _forget_connection(self) -> None:
         was_established = self._established
         self._established, self._connected_at, self._snapshot = False, None, None
+        self.stale_since = None
         self._retries.clear()
         again: list[Request[Any]] = []
         for request in self._inflight:
@@ -429,6 +432,8 @@ class Session:
                 self._gone(message, reason)
             elif reason == "unsubscribed" or reason == "replaced":
                 self._ended(text(body, "key"))
+        elif kind == "Stale":
+            self.stale_since = now - number(body, "since_ms") / 1000 if "since_ms" in body else None
         elif kind == "Synced":
             self._synced(text(body, "key"), number(body, "revision"))
         elif kind == "Reset":

@@ -12,6 +12,7 @@ import itertools
 import os
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -284,6 +285,13 @@ class Client:
     def is_connected(self) -> bool:
         """Whether there is a connection now."""
         return self._opened is not None and self._opened.session.is_connected
+
+    @property
+    def stale_for(self) -> float | None:
+        """For how many seconds the server has not seen its engine, by its own word: reads and watches are of an old state then,
+        and writes may be refused. None if it does, or without a connection."""
+        since = self._opened.session.stale_since if self._opened is not None else None
+        return None if since is None else time.monotonic() - since
 
     async def ping(self, *, timeout: float | None = None) -> None:
         """Waits for the connection and for an answer. Raises `CannotConnect` or `Timeout`."""

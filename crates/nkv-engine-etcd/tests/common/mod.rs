@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use nkv_engine_etcd::{EtcdEngine, Options};
 use nkv_node::{Event, Handle, Node, Subscription};
+use nkv_testkit::histories::net::Net;
 use rpc::kv_client::KvClient;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -67,6 +68,9 @@ pub struct Server {
     pub dir: TempDir,
     pub port: u16,
     pub peer_port: u16,
+    host: String,
+    /// The network namespace that it runs in, if that is not the one of the test.
+    namespace: Option<String>,
     child: Option<Child>,
 }
 
@@ -90,8 +94,30 @@ impl Server {
             dir: tempfile::tempdir().unwrap(),
             port: free_port(),
             peer_port: free_port(),
+            host: "127.0.0.1".to_owned(),
+            namespace: None,
             child: None,
         })
+    }
+
+    /// Three members of one etcd; with a network, each in its own part of it.
+    pub async fn start_three(net: Option<&Net>) -> Option<Vec<Server>> {
+        let mut members: Vec<Server> = (0..3).map(|_| Server::new(&[])).collect::<Option<_>>()?;
+        for (n, member) in members.iter_mut().enumerate() {
+            if let Some(net) = net {
+                (member.host, member.namespace) = (net.address(n), Some(net.namespace(n)));
+            }
+        }
+        let names: Vec<String> =
+            members.iter().enumerate().map(|(n, member)| format!("m{n}={}", member.peer_url())).collect();
+        for (n, member) in members.iter_mut().enumerate() {
+            member.add_args(&["--name", &format!("m{n}"), "--initial-cluster", &names.join(",")]);
+            member.run();
+        }
+        for member in &members {
+            member.ready().await;
+        }
+        Some(members)
     }
 
     pub fn add_args(&mut self, args: &[&str]) {
@@ -103,16 +129,23 @@ impl Server {
     }
 
     pub fn server(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
+        format!("{}:{}", self.host, self.port)
     }
 
     pub fn peer_url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.peer_port)
+        format!("http://{}:{}", self.host, self.peer_port)
     }
 
     pub fn run(&mut self) {
         let (own, peer) = (format!("http://{}", self.server()), self.peer_url());
-        let mut command = Command::new(&self.program);
+        let mut command = match &self.namespace {
+            None => Command::new(&self.program),
+            Some(name) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", name]).arg(&self.program);
+                command
+            }
+        };
         command.arg("--data-dir").arg(self.data_dir()).args(["--log-level", "error"]);
         if !self.args.iter().any(|arg| arg == "--name") {
             command.args(["--initial-cluster", &format!("default={peer}")]);
@@ -187,9 +220,14 @@ impl Server {
 
     /// etcd's revision.
     pub fn revision(&self) -> u64 {
-        let text = self.must(&["get", "-w", "json", "x"]);
+        self.revision_now().expect("etcd answers")
+    }
+
+    /// The same, if etcd answers.
+    pub fn revision_now(&self) -> Option<u64> {
+        let text = self.ctl(&["get", "-w", "json", "x"]).ok()?;
         let (_, rest) = text.split_once("\"revision\":").unwrap();
-        rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
+        Some(rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap())
     }
 
     /// A figure of etcd.
@@ -262,9 +300,16 @@ pub async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
 
 /// A put, as etcd has it.
 pub fn raw_put(key: &str, value: Vec<u8>) -> rpc::TxnRequest {
-    let put = rpc::PutRequest { key: key.to_owned().into(), value: value.into(), lease: 0 };
-    let op = rpc::RequestOp { request: Some(rpc::request_op::Request::RequestPut(put)) };
-    rpc::TxnRequest { success: vec![op], ..Default::default() }
+    raw_puts([(key.to_owned(), value)])
+}
+
+/// Puts in one transaction.
+pub fn raw_puts(puts: impl IntoIterator<Item = (String, Vec<u8>)>) -> rpc::TxnRequest {
+    let op = |(key, value): (String, Vec<u8>)| {
+        let put = rpc::PutRequest { key: key.into(), value: value.into(), lease: 0 };
+        rpc::RequestOp { request: Some(rpc::request_op::Request::RequestPut(put)) }
+    };
+    rpc::TxnRequest { success: puts.into_iter().map(op).collect(), ..Default::default() }
 }
 
 /// A node of this engine, once it has a state.
@@ -288,6 +333,8 @@ pub enum Passing {
     Both,
     /// Nothing from the server.
     OneWay,
+    /// This many bytes of the server on each connection, which then ends.
+    First(usize),
     /// Connections end, and none is taken.
     None,
 }
@@ -348,13 +395,19 @@ impl Drop for Proxy {
 }
 
 async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut held: Option<watch::Receiver<Passing>>) {
-    let mut buffer = vec![0; 64 << 10];
+    let (mut buffer, mut passed) = (vec![0; 64 << 10], 0);
     loop {
-        let Ok(len) = from.read(&mut buffer).await else { return };
+        let Ok(mut len) = from.read(&mut buffer).await else { return };
+        let mut is_last = len == 0;
         if let Some(held) = &mut held {
-            drop(held.wait_for(|passing| *passing != Passing::OneWay).await);
+            let passing = held.wait_for(|passing| *passing != Passing::OneWay).await.map(|passing| *passing);
+            if let Ok(Passing::First(limit)) = passing {
+                len = len.min(limit.saturating_sub(passed));
+                is_last |= passed + len >= limit;
+            }
         }
-        if len == 0 || to.write_all(&buffer[..len]).await.is_err() {
+        passed += len;
+        if to.write_all(&buffer[..len]).await.is_err() || is_last {
             return;
         }
     }

@@ -1,7 +1,7 @@
 //! The broker or the way to it is away for a while, or what comes back is another log.
 
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nkv_core::{Epoch, MemoryPersist};
 use nkv_engine_kafka::{KafkaEngine, Options};
@@ -46,7 +46,7 @@ async fn behind_a_cut_a_node_is_stale_and_sends_nothing_later_and_delivers_what_
     let Some(shared) = shared() else { return };
     let _alone = shared.proxy.lock().await;
     let topic = shared.topic();
-    let proxy = Proxy::start(&shared.broker).await;
+    let proxy = Proxy::start(&shared.broker, 0).await;
     let (_other, other) = shared.node(&topic).await;
     let (_node, nkv) = ready(KafkaEngine::new(proxy.options(&topic))).await;
     for (way, number) in [(Way::Silent, "1"), (Way::Deaf, "2")] {
@@ -107,7 +107,7 @@ async fn a_delete_whose_tombstone_is_gone_is_not_missed_by_a_node_that_was_away_
         "min.compaction.lag.ms=0",
     ];
     foreign.done(&settings);
-    let proxy = Proxy::start(&shared.broker).await;
+    let proxy = Proxy::start(&shared.broker, 0).await;
     let (_other, other) = shared.node(&topic).await;
     let (_node, nkv) = ready(KafkaEngine::new(proxy.options(&topic))).await;
     let epoch = nkv.epoch();
@@ -139,11 +139,39 @@ async fn a_delete_whose_tombstone_is_gone_is_not_missed_by_a_node_that_was_away_
     assert_eq!((nkv.epoch(), value(&nkv, "kept").await.as_deref()), (epoch, Some("1")));
 }
 
+/// What is left of deletes may go while a log is read for the first time, and the node would show a value that is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_first_read_that_takes_longer_than_tombstones_are_kept_is_repeated() {
+    let Some(shared) = shared() else { return };
+    let (topic, foreign) = (shared.topic(), &shared.foreign);
+    foreign.done(&["create", &topic, "1", "cleanup.policy=compact", "delete.retention.ms=4000"]);
+    let (_other, other) = shared.node(&topic).await;
+    for number in 0..25 {
+        other.put(format!("large.{number}"), "x".repeat(60_000)).await.unwrap();
+    }
+    other.put("gone", "1").await.unwrap();
+    // No other test has this one.
+    let proxy = Proxy::start(&shared.broker, 1).await;
+    proxy.way.send_replace(Way::Slow);
+    let node = Node::builder().engine(KafkaEngine::new(proxy.options(&topic))).start().await.unwrap();
+    let nkv = node.handle();
+    other.delete("gone").await.unwrap();
+    // 1.5 MB take some 5 s: more than half of the 4 s.
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(9) {
+        assert!(nkv.get("gone").await.is_err(), "it has a state, which took too long to be read");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    proxy.way.send_replace(Way::Open);
+    healthy(&nkv).await;
+    assert_eq!((nkv.list("*").await.unwrap().len(), value(&nkv, "gone").await), (25, None));
+}
+
 /// Held by the test that has a broker of its own.
-static OWN_BROKER: Mutex<()> = Mutex::const_new(());
+pub(crate) static OWN_BROKER: Mutex<()> = Mutex::const_new(());
 
 /// The identity of its cluster.
-const OWN: &str = "BAAAAAAAAAAAAAAAAAAAAA";
+pub(crate) const OWN: &str = "BAAAAAAAAAAAAAAAAAAAAA";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_stands_still_or_dies_is_away_and_nothing_is_sent_later() {

@@ -4,6 +4,7 @@
 
 mod away;
 mod contract;
+mod histories;
 mod log;
 mod measure;
 #[cfg(feature = "tls")]

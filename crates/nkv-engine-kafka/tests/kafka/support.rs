@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use nkv_core::Key;
@@ -55,14 +55,16 @@ fn free_port() -> u16 {
     }
 }
 
+/// How many proxies a broker can have at a time.
+pub(crate) const PROXIES: usize = 3;
+
 /// A broker in a process of its own, which ends with this one whatever happens.
 pub(crate) struct Broker {
     libs: PathBuf,
     dir: TempDir,
     pub(crate) port: u16,
-    /// Of the listener that names the proxy as its address.
-    proxied: u16,
-    proxy: u16,
+    /// Of the listeners that name a proxy as their address, and of these.
+    proxied: [(u16, u16); PROXIES],
     /// Of the listener with TLS, that wants a certificate and a user.
     #[cfg_attr(not(feature = "tls"), expect(dead_code))]
     pub(crate) secure: u16,
@@ -80,8 +82,14 @@ impl Broker {
     /// The broker of the cluster with this identity, of 22 characters.
     pub(crate) fn start(libs: &Path, cluster: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let (port, proxied, proxy, controller) = (free_port(), free_port(), free_port(), free_port());
-        let secure = free_port();
+        let (port, controller, secure) = (free_port(), free_port(), free_port());
+        let proxied = [(); PROXIES].map(|()| (free_port(), free_port()));
+        let of_proxies = |line: &dyn Fn(usize, (u16, u16)) -> String| -> String {
+            proxied.iter().enumerate().map(|(number, ports)| line(number, *ports)).collect()
+        };
+        let listen = of_proxies(&|number, (listener, _)| format!("PROXIED{number}://127.0.0.1:{listener},"));
+        let advertise = of_proxies(&|number, (_, proxy)| format!("PROXIED{number}://127.0.0.1:{proxy},"));
+        let plain = of_proxies(&|number, _| format!("PROXIED{number}:PLAINTEXT,"));
         let path = dir.path().display();
         let certify = |name: &str| {
             let one = rcgen::generate_simple_self_signed(vec!["localhost".into(), "127.0.0.1".into()]).unwrap();
@@ -94,11 +102,10 @@ impl Broker {
         let module = "org.apache.kafka.common.security";
         let properties = format!(
             "process.roles=broker,controller\nnode.id=1\ncontroller.quorum.voters=1@127.0.0.1:{controller}\n\
-             listeners=PLAIN://127.0.0.1:{port},PROXIED://127.0.0.1:{proxied},SECURE://127.0.0.1:{secure},\
+             listeners=PLAIN://127.0.0.1:{port},{listen}SECURE://127.0.0.1:{secure},\
              CONTROLLER://127.0.0.1:{controller}\n\
-             advertised.listeners=PLAIN://127.0.0.1:{port},PROXIED://127.0.0.1:{proxy},\
-             SECURE://127.0.0.1:{secure}\n\
-             listener.security.protocol.map=PLAIN:PLAINTEXT,PROXIED:PLAINTEXT,SECURE:SASL_SSL,\
+             advertised.listeners=PLAIN://127.0.0.1:{port},{advertise}SECURE://127.0.0.1:{secure}\n\
+             listener.security.protocol.map=PLAIN:PLAINTEXT,{plain}SECURE:SASL_SSL,\
              CONTROLLER:PLAINTEXT\n\
              ssl.keystore.type=PEM\nssl.keystore.location={path}/broker.both\nssl.client.auth=required\n\
              ssl.truststore.type=PEM\nssl.truststore.location={path}/client.pem\n\
@@ -116,7 +123,7 @@ impl Broker {
              log.cleaner.dedupe.buffer.size=4194304\nlog.segment.delete.delay.ms=500\n"
         );
         fs::write(dir.path().join("server.properties"), properties).unwrap();
-        let mut broker = Broker { libs: libs.to_owned(), dir, port, proxied, proxy, secure, running: None };
+        let mut broker = Broker { libs: libs.to_owned(), dir, port, proxied, secure, running: None };
         let format = java(libs)
             .args(["kafka.tools.StorageTool", "format", "-t", cluster, "-c"])
             .arg(broker.path("server.properties"))
@@ -322,6 +329,10 @@ pub(crate) enum Way {
     Silent,
     /// What is written arrives, and no answer comes back.
     Deaf,
+    /// Connections end, and none is taken.
+    Cut,
+    /// What the broker sends comes slowly: some 300 kB a second.
+    Slow,
 }
 
 /// Stands between a node and the shared broker.
@@ -332,35 +343,47 @@ pub(crate) struct Proxy {
 }
 
 impl Proxy {
-    pub(crate) async fn start(broker: &Broker) -> Self {
+    /// The one of this number.
+    pub(crate) async fn start(broker: &Broker, number: usize) -> Self {
+        let (to, port) = broker.proxied[number];
         let way = watch::Sender::new(Way::Open);
         let bound = async {
             // The task of the proxy before may have it for a moment yet.
             loop {
-                match TcpListener::bind(("127.0.0.1", broker.proxy)).await {
+                match TcpListener::bind(("127.0.0.1", port)).await {
                     Err(error) if error.kind() == ErrorKind::AddrInUse => sleep(Duration::from_millis(5)).await,
                     bound => break bound.unwrap(),
                 }
             }
         };
         let listener = timeout(PATIENCE, bound).await.expect("the port of the proxy is free");
-        let (to, ways) = (broker.proxied, way.clone());
+        let ways = way.clone();
         let task = tokio::spawn(async move {
             while let Ok((inner, _)) = listener.accept().await {
                 let ways = ways.clone();
+                if *ways.borrow() == Way::Cut {
+                    continue;
+                }
                 tokio::spawn(async move {
-                    let outer = TcpStream::connect(("127.0.0.1", to)).await.unwrap();
+                    // Where no broker listens, there is no connection.
+                    let Ok(outer) = TcpStream::connect(("127.0.0.1", to)).await else { return };
                     let (from_inner, to_inner) = inner.into_split();
                     let (from_outer, to_outer) = outer.into_split();
-                    let ways = Arc::new(ways);
-                    tokio::join!(
-                        pass(from_inner, to_outer, &ways, |way| way != Way::Silent),
-                        pass(from_outer, to_inner, &ways, |way| way == Way::Open),
-                    );
+                    let mut cut = ways.subscribe();
+                    let both = async {
+                        tokio::join!(
+                            pass(from_inner, to_outer, &ways, |way| way != Way::Silent),
+                            pass(from_outer, to_inner, &ways, |way| matches!(way, Way::Open | Way::Slow)),
+                        )
+                    };
+                    tokio::select! {
+                        _ = both => {}
+                        _ = cut.wait_for(|way| *way == Way::Cut) => {}
+                    }
                 });
             }
         });
-        Proxy { way, port: broker.proxy, task }
+        Proxy { way, port, task }
     }
 
     pub(crate) fn options(&self, topic: &str) -> Options {
@@ -388,8 +411,14 @@ async fn pass(
             drop(way.wait_for(|way| passes(*way)).await);
             return;
         }
-        if to.write_all(&buffer[..len]).await.is_err() {
-            return;
+        // Short enough that the connection is not taken for dead.
+        for part in buffer[..len].chunks(if *way.borrow() == Way::Slow { 15_000 } else { len }) {
+            if *way.borrow() == Way::Slow {
+                sleep(Duration::from_millis(50)).await;
+            }
+            if to.write_all(part).await.is_err() {
+                return;
+            }
         }
     }
 }

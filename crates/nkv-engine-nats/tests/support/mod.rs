@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use nkv_engine_nats::{NatsEngine, Options};
 use nkv_node::{Event, Handle, Node, Subscription};
+use nkv_testkit::histories::net::Net;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -55,6 +56,9 @@ pub(crate) struct Server {
     pub(crate) port: u16,
     pub(crate) dir: TempDir,
     config: String,
+    host: String,
+    /// The network namespace that it runs in, if that is not the one of the test.
+    namespace: Option<String>,
     child: Option<Child>,
 }
 
@@ -69,6 +73,31 @@ impl Server {
     }
 
     pub(crate) async fn start_with(is_old: bool, config: &str) -> Option<Self> {
+        let mut server = Self::new(is_old, config)?;
+        server.run().await;
+        Some(server)
+    }
+
+    /// Three members of one cluster; with a network, each in its own part of it.
+    pub(crate) async fn start_three(net: Option<&Net>) -> Option<Vec<Self>> {
+        let address = |number| net.map_or_else(|| "127.0.0.1".to_owned(), |net| net.address(number));
+        let routes: Vec<String> = (0..3).map(|number| format!("{}:{}", address(number), free_port())).collect();
+        let urls: Vec<String> = routes.iter().map(|route| format!("nats://{route}")).collect();
+        let mut members = Vec::new();
+        for (number, route) in routes.iter().enumerate() {
+            let config = format!(
+                "server_name: n{number}\ncluster {{ name: c, listen: \"{route}\", routes: [{}] }}",
+                urls.join(", ")
+            );
+            let mut member = Self::new(false, &config)?;
+            (member.host, member.namespace) = (address(number), net.map(|net| net.namespace(number)));
+            member.run().await;
+            members.push(member);
+        }
+        Some(members)
+    }
+
+    fn new(is_old: bool, config: &str) -> Option<Self> {
         if env::var_os("NKV_TEST_LOG").is_some() {
             drop(tracing_subscriber::fmt().try_init());
         }
@@ -77,16 +106,15 @@ impl Server {
             Some(base) => TempDir::new_in(base).unwrap(),
             None => TempDir::new().unwrap(),
         };
-        let mut server = Server { program, port: free_port(), dir, config: config.to_owned(), child: None };
-        server.run().await;
-        Some(server)
+        let (host, config) = ("127.0.0.1".to_owned(), config.to_owned());
+        Some(Server { program, port: free_port(), dir, config, host, namespace: None, child: None })
     }
 
     /// Starts it, again.
     pub(crate) async fn run(&mut self) {
         self.spawn();
         let wait = async {
-            while tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).await.is_err() {
+            while tokio::net::TcpStream::connect((&*self.host, self.port)).await.is_err() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
@@ -101,8 +129,16 @@ impl Server {
         let file = self.dir.path().join("server.conf");
         std::fs::write(&file, config).unwrap();
         let log = std::fs::File::options().create(true).append(true).open(self.dir.path().join("log")).unwrap();
-        let child = Command::new(&self.program)
-            .args(["-a", "127.0.0.1", "-p", &self.port.to_string(), "-c"])
+        let mut command = match &self.namespace {
+            None => Command::new(&self.program),
+            Some(name) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", name]).arg(&self.program);
+                command
+            }
+        };
+        let child = command
+            .args(["-a", &self.host, "-p", &self.port.to_string(), "-c"])
             .arg(&file)
             .stdout(Stdio::null())
             .stderr(log)
@@ -130,7 +166,11 @@ impl Server {
     }
 
     pub(crate) fn url(&self) -> String {
-        format!("nats://127.0.0.1:{}", self.port)
+        format!("nats://{}", self.address())
+    }
+
+    pub(crate) fn address(&self) -> String {
+        format!("{}:{}", self.host, self.port)
     }
 
     pub(crate) fn options(&self) -> Options {
@@ -278,6 +318,10 @@ pub(crate) enum Way {
 
 impl Proxy {
     pub(crate) async fn start(to: u16) -> Self {
+        Self::to(format!("127.0.0.1:{to}")).await
+    }
+
+    pub(crate) async fn to(server: String) -> Self {
         let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let way = tokio::sync::watch::Sender::new(Way::Open);
@@ -288,7 +332,7 @@ impl Proxy {
                 if *of_task.borrow() == Way::Cut {
                     continue;
                 }
-                let Ok(server) = tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, to)).await else { continue };
+                let Ok(server) = tokio::net::TcpStream::connect(&*server).await else { continue };
                 tokio::spawn(pass(client, server, of_task.subscribe()));
             }
         });

@@ -43,6 +43,18 @@ impl Follow {
     }
 }
 
+/// Says each time that the server answers from an old state from now on.
+async fn show_stale(client: &Client, out: Output) {
+    let mut state = client.state();
+    loop {
+        out.stale(*state.borrow_and_update());
+        if state.changed().await.is_err() {
+            // The end is shown as that of the subscription.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
 /// Writes the events of a subscription, until it ends or has delivered the number asked for.
 pub(crate) async fn run(client: &Client, follow: &Follow, out: Output) -> Result<Exit, Failure> {
     let printing = async {
@@ -65,6 +77,7 @@ pub(crate) async fn run(client: &Client, follow: &Follow, out: Output) -> Result
     tokio::select! {
         biased;
         exit = follow.in_time(printing) => exit,
+        () = show_stale(client, out) => Ok(Exit::Ok),
         // With the next change it would be noticed too, but that may be long in coming.
         () = reader_has_gone() => Err(Failure::BrokenPipe),
     }

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
 
-use nkv_client::{EndReason, Entry, Event};
+use nkv_client::{ConnectionState, EndReason, Entry, Event};
 use serde_json::{Value, json};
 
 use crate::stdio;
@@ -75,6 +75,25 @@ impl Output {
                 complain(&object.to_string());
             }
             false => complain(&at(self.place, &format!("there are more: --after {after}"))),
+        }
+    }
+
+    /// That the server answers from an old state, if it does: see [`ConnectionState::Stale`].
+    pub(crate) fn stale(self, state: ConnectionState) {
+        let ConnectionState::Stale { since, .. } = state else { return };
+        let since = since.elapsed();
+        match self.json {
+            _ if self.quiet => {}
+            true => {
+                let since_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+                let mut object = json!({"note": "stale", "since_ms": since_ms});
+                self.add_line(&mut object);
+                complain(&object.to_string());
+            }
+            false => complain(&at(
+                self.place,
+                &format!("stale for {} s: the server does not see its engine", since.as_secs()),
+            )),
         }
     }
 

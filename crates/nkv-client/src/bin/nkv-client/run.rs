@@ -19,6 +19,14 @@ pub(crate) const VALUE_LEN_MAX: u64 = 64 << 20;
 
 /// Runs a command that is the same in all modes, after [`check`].
 pub(crate) async fn run(client: &Client, command: &Command, out: Output) -> Result<Exit, Failure> {
+    let exit = run_one(client, command, out).await;
+    if matches!(command, Command::Get { .. } | Command::List { .. } | Command::Tree { .. } | Command::Exists { .. }) {
+        out.stale(*client.state().borrow());
+    }
+    exit
+}
+
+async fn run_one(client: &Client, command: &Command, out: Output) -> Result<Exit, Failure> {
     match command {
         Command::Get { key, more, page } if more.is_empty() => get(client, key, page, out).await,
         Command::Get { key, more, .. } => get_many(client, key, more, out).await,

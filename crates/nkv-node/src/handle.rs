@@ -374,6 +374,9 @@ impl Handle {
             if self.gathers {
                 // A peer with many requests is woken once for the answers to all that have come.
                 tokio::task::yield_now().await;
+            } else {
+                // One that writes all the time leaves other tasks their turns.
+                tokio::task::coop::consume_budget().await;
             }
             return Ok((self.epoch(), of_store(write.into_results())));
         }

@@ -575,3 +575,21 @@ async fn what_is_written_at_once_comes_after_what_was_submitted_before() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_task_that_writes_all_the_time_leaves_others_their_turns() {
+    let (_node, nkv) = started().await;
+    nkv.put("a", "first").await.unwrap();
+    let writing = tokio::spawn(async move {
+        for _ in 0..10_000 {
+            nkv.put("a", "next").await.unwrap();
+        }
+    });
+    let mut turns = 0;
+    while !writing.is_finished() {
+        tokio::task::yield_now().await;
+        turns += 1;
+    }
+    writing.await.unwrap();
+    assert!(turns > 10, "{turns} turns beside 10,000 writes");
+}

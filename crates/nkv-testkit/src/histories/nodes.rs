@@ -142,7 +142,33 @@ struct World {
     latest: Mutex<HashMap<&'static str, State>>,
     /// Whether the engine has conditions.
     has_conditions: AtomicBool,
+    counts: Mutex<Counts>,
     wrong: Mutex<Vec<String>>,
+}
+
+/// What was answered.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    written: usize,
+    read: usize,
+    /// Conditions that held, and those that did not.
+    met: usize,
+    not_met: usize,
+}
+
+impl Counts {
+    fn add(&mut self, op: &Op) {
+        let is_written = matches!(op.outcome, Outcome::Written(_));
+        self.written += usize::from(is_written);
+        self.read += usize::from(matches!(op.outcome, Outcome::Found(..)));
+        self.met += usize::from(op.expect.is_some() && is_written);
+        self.not_met += usize::from(op.expect.is_some() && matches!(op.outcome, Outcome::Conflict(_)));
+    }
+
+    /// Whether there is something to judge.
+    fn are_enough(&self, has_conditions: bool) -> bool {
+        self.written > 200 && self.read > 200 && (!has_conditions || self.met > 20 && self.not_met > 20)
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -245,6 +271,7 @@ async fn ask(world: Arc<World>, session: u64, mut at: usize, mut dice: Dice) -> 
             op.returned = world.now();
         }
         world.note(key, &op);
+        lock(&world.counts).add(&op);
         if let Some(revision) = op.revision()
             && seen.is_none_or(|seen| seen.revision.get() < revision)
         {
@@ -336,6 +363,7 @@ pub async fn record(mut site: impl Site, seed: u64, length: Duration) -> Recorde
         nodes: (0..NODES).map(|_| Sender::new(None)).collect(),
         latest: Mutex::default(),
         has_conditions: AtomicBool::new(false),
+        counts: Mutex::default(),
         wrong: Mutex::default(),
     });
     let mut nodes = Nodes { running: Vec::new(), world: Arc::clone(&world), lives: 0 };
@@ -355,8 +383,12 @@ pub async fn record(mut site: impl Site, seed: u64, length: Duration) -> Recorde
         .map(|n| tokio::spawn(ask(Arc::clone(&world), n as u64, n % NODES, dice.split())))
         .collect();
     let disturbances = disturb(&mut site, &mut nodes, &mut dice, length).await;
-    // What is done once all is well.
+    // What is done once all is well; on a busy machine that is most of it.
     sleep(Duration::from_millis(500)).await;
+    let until = Instant::now() + PATIENCE;
+    while !lock(&world.counts).are_enough(world.has_conditions.load(SeqCst)) && Instant::now() < until {
+        sleep(Duration::from_millis(50)).await;
+    }
     world.stop.store(true, SeqCst);
     let mut asked = Vec::new();
     for client in clients {
@@ -533,13 +565,9 @@ impl Recorded {
     pub fn judge(self, name: &str) {
         let wrong = self.wrong(name);
         assert!(wrong.is_empty(), "{} are wrong, the first: {:#?}", wrong.len(), &wrong[..wrong.len().min(20)]);
-        let is = |ask: fn(&Op) -> bool| self.history.ops.iter().filter(|op| ask(op)).count();
-        let (written, read) =
-            (is(|op| matches!(op.outcome, Outcome::Written(_))), is(|op| matches!(op.outcome, Outcome::Found(..))));
-        let met = is(|op| op.expect.is_some() && matches!(op.outcome, Outcome::Written(_)));
-        let not_met = is(|op| op.expect.is_some() && matches!(op.outcome, Outcome::Conflict(_)));
-        let has_met = !self.has_conditions || met > 20 && not_met > 20;
-        assert!(written > 200 && read > 200 && has_met, "hardly anything happened");
+        let mut counts = Counts::default();
+        self.history.ops.iter().for_each(|op| counts.add(op));
+        assert!(counts.are_enough(self.has_conditions), "hardly anything happened: {counts:?}");
     }
 
     fn wrong(&self, name: &str) -> Vec<String> {

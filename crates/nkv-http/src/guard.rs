@@ -9,12 +9,14 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use http::header::{HOST, ORIGIN};
 use http::uri::Authority;
-use http::{HeaderMap, HeaderValue, Method, Request, Version};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Version};
 
 use crate::problem::Problem;
 
 /// The port where none is named.
 const HTTP_PORT: u16 = 80;
+
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// Whose requests are served.
 #[derive(Clone, Debug, Default)]
@@ -87,13 +89,16 @@ impl Guard {
 
     /// Browsers leave `Origin` out of reads that a page cannot see, and of links.
     fn without_origin<B>(&self, request: &Request<B>) -> Result<Passed, Problem> {
+        let site = request.headers().get(SEC_FETCH_SITE);
+        if site.is_none_or(|site| site != "cross-site" && site != "same-site") {
+            return Ok(Passed::Ours);
+        }
         let is = |name: &str, value: &str| request.headers().get(name).is_some_and(|given| given == value);
-        let is_foreign = is("sec-fetch-site", "cross-site") || is("sec-fetch-site", "same-site");
         let is_link = is("sec-fetch-mode", "navigate")
             && is("sec-fetch-dest", "document")
             && matches!(*request.method(), Method::GET | Method::HEAD)
             && request.uri().path() == "/";
-        if is_foreign && !is_link { Err(foreign_origin()) } else { Ok(Passed::Ours) }
+        if is_link { Ok(Passed::Ours) } else { Err(foreign_origin()) }
     }
 
     /// An address cannot be forged by a name that points somewhere else.

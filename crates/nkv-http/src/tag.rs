@@ -2,7 +2,7 @@
 //! epoch. What cannot be understood is an error, and never a request without its condition.
 
 use bytes::Bytes;
-use http::header::{IF_MATCH, IF_NONE_MATCH};
+use http::header::{IF_MATCH, IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use nkv_node::{Epoch, Revision};
 
@@ -10,7 +10,7 @@ use crate::entry::write_number;
 use crate::problem::Problem;
 
 /// Conditions that a date would decide: an entry has none, and a condition is not to be passed over.
-const BY_DATE: [&str; 2] = ["if-unmodified-since", "if-range"];
+const BY_DATE: [HeaderName; 2] = [IF_UNMODIFIED_SINCE, IF_RANGE];
 
 /// The epoch, the longest revision, and what is around them.
 const TAG_LEN_MAX: usize = 32 + 20 + 3;
@@ -60,7 +60,7 @@ pub(crate) enum Unmet {
 impl Conditions {
     /// `is_write`: for a request that changes something, a condition by date is refused.
     pub(crate) fn read(headers: &HeaderMap, is_write: bool) -> Result<Self, Problem> {
-        if let Some(name) = BY_DATE.iter().find(|name| is_write && headers.contains_key(**name)) {
+        if let Some(name) = BY_DATE.iter().find(|name| is_write && headers.contains_key(*name)) {
             return Err(Problem::bad(format!("there is no condition '{name}' here: see If-Match")));
         }
         Ok(Conditions { if_match: tags(headers, &IF_MATCH)?, if_none_match: tags(headers, &IF_NONE_MATCH)? })

@@ -2,8 +2,10 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::future::poll_fn;
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -373,7 +375,7 @@ impl Handle {
         if self.shared.truth().is_none() && self.shared.writer.write_now(&mut write) {
             if self.gathers {
                 // A peer with many requests is woken once for the answers to all that have come.
-                tokio::task::yield_now().await;
+                turn().await;
             } else {
                 // One that writes all the time leaves other tasks their turns.
                 tokio::task::coop::consume_budget().await;
@@ -1319,6 +1321,19 @@ fn listed(epoch: Epoch, record: RecordRef<'_>) -> (Key, Revision) {
 
 fn key_of(record: RecordRef<'_>) -> Key {
     RecordRef { value: ValueRef::Lent(&[]), ..record }.to_record().key
+}
+
+/// Lets the tasks that are ready have their turn. That of Tokio asks the system for more that are, each time.
+async fn turn() {
+    let mut is_over = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut is_over, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 fn of_store(results: Vec<WriteResult>) -> Vec<Result<Outcome>> {

@@ -270,6 +270,8 @@ fn http() -> Vec<Line> {
         rivals(16, "per_s", get(50, 1), NkvHttp, &[HttpEcho], AtLeast(0.8)),
         rivals(16, "per_s", put(50, 1), NkvHttp, &[HttpEcho], AtLeast(0.8)),
         rivals(16, "per_s", put(50, 1), NkvHttpSync, &[NkvSync], Bound::None),
+        rivals(16, "per_s", get(50, 1), NkvHttpSync, &[EtcdGateway], Bound::None),
+        rivals(16, "per_s", put(50, 1), NkvHttpSync, &[EtcdGateway], Bound::None),
     ];
     for peer in [NkvHttp, NkvWs] {
         lines.push(rivals(16, "p50_us", PACED, peer, &[NkvMemory], AtMost(1.3)));

@@ -31,6 +31,7 @@ pub(crate) enum Peer {
     RedisNone,
     Nats,
     Etcd,
+    EtcdGateway,
     Echo,
     NkvHttp,
     NkvHttpSync,
@@ -42,7 +43,7 @@ pub(crate) enum Peer {
 }
 
 impl Peer {
-    pub(crate) const ALL: [Peer; 16] = [
+    pub(crate) const ALL: [Peer; 17] = [
         Peer::NkvSync,
         Peer::NkvOs,
         Peer::NkvMemory,
@@ -51,6 +52,7 @@ impl Peer {
         Peer::RedisNone,
         Peer::Nats,
         Peer::Etcd,
+        Peer::EtcdGateway,
         Peer::Echo,
         Peer::NkvHttp,
         Peer::NkvHttpSync,
@@ -72,6 +74,7 @@ impl Peer {
             Peer::RedisNone => "Redis no AOF",
             Peer::Nats => "NATS KV",
             Peer::Etcd => "etcd",
+            Peer::EtcdGateway => "etcd JSON",
             Peer::Echo => "echo",
             Peer::NkvHttp => "nkv HTTP memory",
             Peer::NkvHttpSync => "nkv HTTP sync",
@@ -90,9 +93,8 @@ impl Peer {
     /// What an answer to a put says.
     fn durability(self) -> &'static str {
         match self {
-            Peer::NkvSync | Peer::NkvHttpSync | Peer::NkvGrpcSync | Peer::RedisAlways | Peer::Etcd => {
-                "on the disk (fdatasync)"
-            }
+            Peer::NkvSync | Peer::NkvHttpSync | Peer::NkvGrpcSync => "on the disk (fdatasync)",
+            Peer::RedisAlways | Peer::Etcd | Peer::EtcdGateway => "on the disk (fdatasync)",
             Peer::NkvOs => "given to the system; on the disk when the system likes",
             Peer::RedisEverysec => "given to the system; on the disk within a second or two",
             Peer::Nats => "given to the system; on the disk within two minutes (the default)",
@@ -107,6 +109,7 @@ impl Peer {
             Peer::RedisAlways | Peer::RedisEverysec | Peer::RedisNone => Protocol::Redis,
             Peer::Nats => Protocol::Nats,
             Peer::Etcd => Protocol::Etcd,
+            Peer::EtcdGateway => Protocol::Gateway,
             Peer::Echo => Protocol::Echo,
             Peer::NkvHttp | Peer::NkvHttpSync | Peer::HttpEcho => Protocol::Http,
             Peer::NkvWs => Protocol::Ws,
@@ -122,7 +125,7 @@ impl Peer {
             Protocol::Nkv | Protocol::Http | Protocol::Ws | Protocol::Grpc => Some(nkv.to_owned()),
             Protocol::Redis => installed("redis-server"),
             Protocol::Nats => installed("nats-server"),
-            Protocol::Etcd => installed("etcd"),
+            Protocol::Etcd | Protocol::Gateway => installed("etcd"),
             Protocol::Echo => std::env::current_exe().ok(),
         }
     }
@@ -139,7 +142,7 @@ impl Peer {
             Peer::RedisEverysec => format!("{REDIS} yes --appendfsync everysec"),
             Peer::RedisNone => format!("{REDIS} no"),
             Peer::Nats => "-a 127.0.0.1 -p {port} -js -sd {dir}".to_owned(),
-            Peer::Etcd => "--name default --data-dir {dir} --logger zap --log-level error \
+            Peer::Etcd | Peer::EtcdGateway => "--name default --data-dir {dir} --logger zap --log-level error \
                 --listen-client-urls http://{addr} --advertise-client-urls http://{addr} \
                 --listen-peer-urls http://127.0.0.1:{port2} --initial-advertise-peer-urls http://127.0.0.1:{port2} \
                 --initial-cluster default=http://127.0.0.1:{port2} --quota-backend-bytes 8000000000"

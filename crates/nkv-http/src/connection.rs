@@ -328,7 +328,8 @@ where
     });
     let stream = TokioIo::new(Timed::new(stream, times, limits));
     let open = Open::new(&door);
-    http(&door, &conn, stream).await;
+    // In memory of its own: a connection that becomes a WebSocket gives it back.
+    Box::pin(http(&door, &conn, stream)).await;
     let upgrade = lock(&conn.upgrade).take();
     // No request is on its way, and the connection is not idle.
     let _busy = Busy::begin(&conn.times);

@@ -10,7 +10,7 @@ use crate::batch::Items;
 use crate::guard::{Guard, Passed};
 use crate::query::{Query, decode_path};
 use crate::tag::Conditions;
-use crate::ws::Splitter;
+use crate::ws::Framer;
 
 /// One request: lines of what is in its head, then a body.
 pub fn request(data: &[u8]) {
@@ -83,10 +83,14 @@ fn body(bytes: &[u8]) {
     if let Ok(items) = serde_json::from_slice::<Items>(bytes) {
         drop(items);
     }
-    let whole = Splitter::default().next(bytes);
-    let mut parts = Splitter::default();
-    let at_last = (0..=bytes.len()).find_map(|len| parts.next(bytes.get(..len)?));
-    assert_eq!(whole, at_last, "{}", bytes.escape_ascii());
+    let frames = |piece_len: usize| {
+        let (mut framer, mut frames) = (Framer::default(), Vec::new());
+        bytes
+            .chunks(piece_len)
+            .for_each(|piece| framer.frame(piece, |kind, bytes| frames.push((kind, bytes.to_vec()))));
+        frames
+    };
+    assert_eq!(frames(bytes.len().max(1)), frames(1), "{}", bytes.escape_ascii());
 }
 
 #[cfg(test)]

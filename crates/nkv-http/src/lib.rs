@@ -33,6 +33,7 @@ mod seed;
 mod tag;
 mod timed;
 mod watch;
+mod woken;
 mod ws;
 
 pub use body::CallsBody;

@@ -1,5 +1,6 @@
 //! Watching: server-sent events that can be resumed, and a long poll for clients that have only single requests.
 
+use std::cell::RefCell;
 use std::io::Write as _;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -10,7 +11,7 @@ use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::{HeaderValue, Request};
 use nkv_core::Pattern;
 use nkv_node::{Cursor, EndReason, Handle, Seen, SharedWaker, Tail, TailEvent, TailOptions};
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 
 use crate::body::{Answer, Body, BoxError, Source, Unsent, full};
 use crate::entry::{write_entry, write_number, write_text};
@@ -18,6 +19,7 @@ use crate::making::Making;
 use crate::problem::Problem;
 use crate::query::{Query, number};
 use crate::route::{Ctx, json, only_get, query, takes_gzip};
+use crate::woken::Woken;
 
 /// How long a long poll waits when nothing is said, and at most: what stands before many a server gives up after 60 s.
 const WAIT: Duration = Duration::from_secs(30);
@@ -30,6 +32,12 @@ const POLL_LEN_MAX: usize = 64 << 20;
 
 /// What is gathered before it is given to the connection.
 const PIECE_LEN: usize = 16 << 10;
+
+/// What a thread keeps of the texts of events, in bytes: a change goes to hundreds, one behind the other.
+const RECENT_LEN_MAX: usize = 32 << 10;
+
+/// The longest value of an event whose text is kept.
+const RECENT_VALUE_LEN_MAX: usize = 8 << 10;
 
 /// How many events are taken in one turn.
 const TURN_EVENTS: usize = 256;
@@ -92,7 +100,7 @@ fn wait(query: &Query) -> Result<Option<Duration>, Problem> {
     match query.get("wait") {
         None => Ok(None),
         Some("") => Ok(Some(WAIT)),
-        Some(_) => query.duration("wait").map(|wait| wait.map(|wait| wait.min(WAIT_MAX))),
+        Some(_) => query.duration("wait").map(|wait| wait.map(|wait| wait.min(WAIT_MAX.saturating_sub(WAIT_MARGIN)))),
     }
 }
 
@@ -133,10 +141,14 @@ fn stream(ctx: Ctx<'_>, patterns: Vec<Pattern>, options: TailOptions<'_>) -> Res
         handle: ctx.door.handle.clone(),
         waker: SharedWaker::default(),
         out,
+        whole: None,
         heartbeat: Box::pin(sleep(every)),
+        sent: Instant::now(),
         every,
         stopping,
         has_ended: false,
+        changed: Woken::default(),
+        limits: Woken::default(),
         unsent: ctx.conn.load.hold(0),
     };
     Ok(event_stream(Body::long(Box::new(source), None, ctx.conn)))
@@ -158,10 +170,19 @@ struct Events {
     /// Wakes this task with all others that a batch notifies.
     waker: SharedWaker,
     out: Vec<u8>,
+    /// The text of the only event of a piece, which is that of other readers too.
+    whole: Option<Bytes>,
+    /// Wakes this task when a heartbeat may be due.
     heartbeat: Pin<Box<Sleep>>,
+    /// When the last piece was given.
+    sent: Instant,
     every: Duration,
     stopping: Pin<Box<dyn Future<Output = ()> + Send>>,
     has_ended: bool,
+    /// There may be changes.
+    changed: Woken,
+    /// A heartbeat may be due, or the server ends.
+    limits: Woken,
     /// The piece that the peer has not taken.
     unsent: Unsent,
 }
@@ -169,67 +190,173 @@ struct Events {
 impl Source for Events {
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BoxError>>> {
         self.unsent.set(0);
-        let mut shared = std::mem::take(&mut self.waker);
-        let waker = self.handle.waker(&mut shared, cx.waker());
+        // Also without anything new this is called several times for a change.
+        if self.changed.take(cx.waker()) {
+            self.take_changes();
+        }
+        let is_quiet = self.whole.is_none() && self.out.is_empty() && !self.has_ended;
+        if is_quiet && self.limits.take(cx.waker()) {
+            let limits = std::mem::take(&mut self.limits);
+            self.look_at_limits(&mut Context::from_waker(limits.waker()));
+            if !self.out.is_empty() {
+                limits.note();
+            }
+            self.limits = limits;
+        }
+        let Some(piece) = self.whole.take().or_else(|| piece(&mut self.out)) else {
+            return if self.has_ended { Poll::Ready(None) } else { Poll::Pending };
+        };
+        self.sent = Instant::now();
+        self.unsent.set(piece.len());
+        Poll::Ready(Some(Ok(piece)))
+    }
+}
+
+fn piece(out: &mut Vec<u8>) -> Option<Bytes> {
+    (!out.is_empty()).then(|| std::mem::take(out).into())
+}
+
+impl Events {
+    /// Takes the changes of one turn.
+    fn take_changes(&mut self) {
+        let (changed, mut shared) = (std::mem::take(&mut self.changed), std::mem::take(&mut self.waker));
+        let mut cx = Context::from_waker(self.handle.waker(&mut shared, changed.waker()));
+        let mut is_all = false;
         for _ in 0..TURN_EVENTS {
             if self.has_ended || self.out.len() >= PIECE_LEN {
                 break;
             }
-            match self.tail.poll_next(&mut Context::from_waker(waker)) {
+            match self.tail.poll_next(&mut cx) {
                 Poll::Ready(Some((event, cursor))) => self.say(&event, cursor),
                 Poll::Ready(None) => self.has_ended = true,
-                Poll::Pending => break,
+                Poll::Pending => {
+                    is_all = true;
+                    break;
+                }
             }
         }
-        self.waker = shared;
-        if self.out.is_empty() && !self.has_ended && self.stopping.as_mut().poll(cx).is_ready() {
+        if !is_all {
+            changed.note();
+        }
+        (self.changed, self.waker) = (changed, shared);
+    }
+
+    /// Says that the server ends, or that it is there.
+    fn look_at_limits(&mut self, cx: &mut Context<'_>) {
+        if self.stopping.as_mut().poll(cx).is_ready() {
             self.out.extend_from_slice(RETRY.as_bytes());
             self.has_ended = true;
-        }
-        if self.out.is_empty() && !self.has_ended && self.heartbeat.as_mut().poll(cx).is_ready() {
+        } else if self.poll_heartbeat(cx).is_ready() {
             self.out.extend_from_slice(b": \n");
             if let Some(position) = self.tail.position() {
                 self.out.extend_from_slice(format!("id: {position}\n").as_bytes());
             }
             self.out.push(b'\n');
         }
-        if self.out.is_empty() {
-            return if self.has_ended { Poll::Ready(None) } else { Poll::Pending };
-        }
-        if let Some(at) = tokio::time::Instant::now().checked_add(self.every) {
+    }
+
+    /// Until nothing was sent for as long as there may be silence. The timer is not set anew for each piece.
+    fn poll_heartbeat(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.heartbeat.as_mut().poll(cx).is_ready() {
+            let now = Instant::now();
+            let is_due = now.saturating_duration_since(self.sent) >= self.every;
+            let since = if is_due { now } else { self.sent };
+            // One that can never be due waits no more.
+            let Some(at) = since.checked_add(self.every) else { return Poll::Pending };
             self.heartbeat.as_mut().reset(at);
-            // It is to wake this task, also if nothing else does.
-            if self.heartbeat.as_mut().poll(cx).is_ready() {
-                cx.waker().wake_by_ref();
+            if is_due {
+                return Poll::Ready(());
             }
         }
-        self.unsent.set(self.out.len());
-        Poll::Ready(Some(Ok(std::mem::take(&mut self.out).into())))
+        Poll::Pending
     }
-}
 
-impl Events {
     fn say(&mut self, event: &TailEvent, cursor: Option<Cursor>) {
-        let name = match event {
-            TailEvent::Put { .. } => "put",
-            TailEvent::Delete { .. } => "delete",
-            TailEvent::Synced { .. } => "synced",
-            TailEvent::Reset => "reset",
+        if let Some(whole) = self.whole.take() {
+            self.out.extend_from_slice(&whole);
+        }
+        match event {
             TailEvent::Ended(reason) => {
                 self.has_ended = true;
                 self.out.extend_from_slice(ended(reason).as_bytes());
-                return;
             }
-            _ => return,
-        };
-        // A vector takes all that is written to it.
-        drop(match cursor {
-            Some(cursor) => write!(self.out, "event: {name}\nid: {cursor}\n"),
-            None => writeln!(self.out, "event: {name}"),
-        });
-        self.out.extend_from_slice(b"data: {");
-        write_event(&mut self.out, event);
-        self.out.extend_from_slice(b"}\n\n");
+            _ if cursor.is_some() && is_for_all(event) => {
+                RECENT.with_borrow_mut(|recent| match recent.text(event, cursor) {
+                    text if self.out.is_empty() => self.whole = Some(text),
+                    text => self.out.extend_from_slice(&text),
+                });
+            }
+            _ => write_text_of(&mut self.out, event, cursor),
+        }
+    }
+}
+
+/// Whether other readers are likely to be given an event with the same text: what a TTL has left is another time for each.
+fn is_for_all(event: &TailEvent) -> bool {
+    match event {
+        TailEvent::Put { entry, ttl, .. } => ttl.is_none() && entry.value.len() <= RECENT_VALUE_LEN_MAX,
+        _ => matches!(event, TailEvent::Delete { .. }),
+    }
+}
+
+/// The text of an event.
+fn write_text_of(out: &mut Vec<u8>, event: &TailEvent, cursor: Option<Cursor>) {
+    let name = match event {
+        TailEvent::Put { .. } => "put",
+        TailEvent::Delete { .. } => "delete",
+        TailEvent::Synced { .. } => "synced",
+        TailEvent::Reset => "reset",
+        _ => return,
+    };
+    // A vector takes all that is written to it.
+    drop(match cursor {
+        Some(cursor) => write!(out, "event: {name}\nid: {cursor}\n"),
+        None => writeln!(out, "event: {name}"),
+    });
+    out.extend_from_slice(b"data: {");
+    write_event(out, event);
+    out.extend_from_slice(b"}\n\n");
+}
+
+thread_local! {
+    static RECENT: RefCell<Recent> = RefCell::default();
+}
+
+/// The texts of the events that were written last, for other readers of the same.
+#[derive(Default)]
+struct Recent {
+    said: Vec<Said>,
+    len: usize,
+    /// Where the next event is looked for: readers are written the same events, one behind the other.
+    next: usize,
+}
+
+struct Said {
+    event: TailEvent,
+    cursor: Option<Cursor>,
+    text: Bytes,
+}
+
+impl Recent {
+    fn text(&mut self, event: &TailEvent, cursor: Option<Cursor>) -> Bytes {
+        // The cursor first: it tells most of them apart.
+        let is_it = |said: &Said| said.cursor == cursor && said.event == *event;
+        let is_next = self.said.get(self.next).is_some_and(is_it);
+        let place = if is_next { Some(self.next) } else { self.said.iter().rposition(is_it) };
+        if let Some((place, said)) = place.and_then(|place| Some((place, self.said.get(place)?))) {
+            self.next = place.saturating_add(1);
+            return said.text.clone();
+        }
+        if self.len >= RECENT_LEN_MAX {
+            *self = Recent::default();
+        }
+        let mut text = Vec::new();
+        write_text_of(&mut text, event, cursor);
+        let text = Bytes::from(text);
+        self.len = self.len.saturating_add(text.len());
+        self.said.push(Said { event: event.clone(), cursor, text: text.clone() });
+        self.next = self.said.len();
+        text
     }
 }
 
@@ -331,7 +458,6 @@ async fn poll(
         tokio::task::consume_budget().await;
     }
     if !gathered.has_something() && options.after.is_some() {
-        let wait = wait.min(WAIT_MAX.saturating_sub(WAIT_MARGIN));
         let first = tokio::select! {
             first = tail.next() => first,
             () = sleep(wait) => None,
@@ -365,4 +491,51 @@ async fn poll(
 
 async fn poll_once(tail: &mut Tail) -> Poll<Option<(TailEvent, Option<Cursor>)>> {
     std::future::poll_fn(|cx| Poll::Ready(tail.poll_next(cx))).await
+}
+
+#[cfg(test)]
+mod tests {
+    use nkv_node::Node;
+
+    use super::*;
+
+    #[test]
+    fn a_long_poll_is_answered_before_a_proxy_gives_up_and_never_later_than_asked() {
+        let wait = |text| wait(&Query::read(Some(text), &["wait"]).unwrap()).unwrap();
+        for (text, expected) in [("wait=60s", 58_000), ("wait=10m", 58_000), ("wait=", 30_000), ("wait=400ms", 400)] {
+            assert_eq!(wait(text), Some(Duration::from_millis(expected)), "{text}");
+        }
+        assert_eq!(wait(""), None);
+    }
+
+    #[tokio::test]
+    async fn the_text_of_an_event_is_shared_by_those_that_are_given_the_same() {
+        let node = Node::builder().start().await.unwrap();
+        let nkv = node.handle();
+        let tail = || nkv.tail(vec![Pattern::new("*").unwrap()], TailOptions::default().with_snapshot(false)).unwrap();
+        let (mut one, mut other, mut late) = (tail(), tail(), tail());
+        let mut recent = Recent::default();
+        for reader in [&mut one, &mut other, &mut late] {
+            assert!(matches!(reader.next().await, Some((TailEvent::Synced { .. }, _))));
+        }
+        for value in ["1", "2"] {
+            nkv.put("a", value).await.unwrap();
+            nkv.put("b", value).await.unwrap();
+            let mut texts = Vec::new();
+            for reader in [&mut one, &mut other] {
+                for _ in 0..2 {
+                    let (event, cursor) = reader.next().await.unwrap();
+                    texts.push(recent.text(&event, cursor));
+                }
+            }
+            let [a, b, of_a, of_b] = &texts[..] else { panic!("{texts:?}") };
+            assert_eq!((a.as_ptr(), b.as_ptr()), (of_a.as_ptr(), of_b.as_ptr()));
+            assert!(a.ends_with(b"\"skipped\":0}\n\n") && a != b, "{texts:?}");
+        }
+        // The same change, and one that was skipped before it.
+        let (event, cursor) = late.next().await.unwrap();
+        let text = recent.text(&event, cursor);
+        assert!(text.ends_with(b"\"skipped\":1}\n\n"), "{text:?}");
+        node.shutdown().await.unwrap();
+    }
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf as _, Bytes, BytesMut};
 use futures_core::Stream as _;
 use futures_sink::Sink as _;
 use futures_util::task::AtomicWaker;
@@ -17,7 +17,7 @@ use http::{HeaderName, HeaderValue, Method, Request, StatusCode, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use memchr::{memchr, memmem};
+use memchr::{memchr, memchr2, memmem};
 use nkv_core::mailbox::Backlog;
 use nkv_node::{Handle, Held, Holder, Peer, Room, SharedWaker, Stopping, Tail};
 use nkv_protocol::{Decoder, Limits};
@@ -34,15 +34,23 @@ use crate::connection::Upgrade;
 use crate::problem::Problem;
 use crate::route::{Ctx, query};
 use crate::seed;
+use crate::woken::Woken;
 
-/// What is read of a socket at a time, and gathered of small frames before it is written.
+/// What is read of a socket at a time.
 const BUFFER_LEN: usize = 4 << 10;
+
+/// What the library keeps for each connection, to read into. It reads what was read already.
+const LIBRARY_BUFFER_LEN: usize = 512;
 
 /// Past this, an unfinished frame needs room to arrive.
 const LONG_LEN: u64 = 64 << 10;
 
-/// What waits to be made a frame before no more is taken.
-const GATHER_MAX: usize = 64 << 10;
+/// Frames that wait to be sent, in bytes, before no more are made; and what is made of frames in one turn.
+const OUT_MAX: usize = 64 << 10;
+
+/// The first byte of a frame that is a whole message.
+const TEXT: u8 = 0x81;
+const BINARY: u8 = 0x82;
 
 /// How often the peer is pinged, and after what silence it is given up.
 const PING_EVERY: Duration = Duration::from_secs(15);
@@ -142,6 +150,9 @@ struct Seen {
     stream: TokioIo<Upgraded>,
     moved: Arc<Moved>,
     handle: Handle,
+    /// Frames that are made here, and go out before what the library writes. It has to have written all that it began before one is
+    /// added.
+    out: BytesMut,
     is_blocked: bool,
     /// What was read and not given on.
     buffer: BytesMut,
@@ -238,6 +249,10 @@ impl AsyncRead for Seen {
         if this.left == 0 && !ready!(this.poll_frame(cx))? {
             return Poll::Ready(Ok(()));
         }
+        if this.buffer.is_empty() && this.left > 0 {
+            // The rest of a long frame.
+            ready!(this.poll_fill(cx))?;
+        }
         // Of frames that are here whole, all but those that need room are given on together.
         loop {
             let left = usize::try_from(this.left).unwrap_or(usize::MAX);
@@ -249,30 +264,70 @@ impl AsyncRead for Seen {
                 break;
             }
         }
-        if buf.filled().is_empty() {
-            // The rest of a long frame.
-            let left = usize::try_from(this.left).unwrap_or(usize::MAX);
-            let space = buf.initialize_unfilled_to(left.min(buf.remaining()));
-            let mut part = ReadBuf::new(space);
-            ready!(Pin::new(&mut this.stream).poll_read(cx, &mut part))?;
-            let len = part.filled().len();
-            buf.advance(len);
-            this.left = this.left.saturating_sub(len as u64);
-            this.came(len);
+        if this.buffer.is_empty() {
+            // One from which nothing comes holds nothing.
+            this.buffer = BytesMut::new();
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+impl Seen {
+    fn write_some(&mut self, cx: &mut Context<'_>, bytes: Option<&[u8]>) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes.unwrap_or(&self.out));
+        // What the system's buffer takes at once says nothing of the peer.
+        if std::mem::replace(&mut self.is_blocked, written.is_pending()) && written.is_ready() {
+            self.moved.last.store(self.moved.now(), Relaxed);
+        }
+        written
+    }
+
+    /// Writes the frames that wait.
+    fn poll_out(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.out.is_empty() {
+            let written = ready!(self.write_some(cx, None))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.out.advance(written);
+        }
+        // A connection that sends nothing holds nothing.
+        self.out = BytesMut::new();
+        Poll::Ready(Ok(()))
+    }
+
+    /// Adds a frame.
+    fn frame(&mut self, kind: u8, bytes: &[u8]) {
+        let len = bytes.len();
+        let mut head = [kind, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let [_, short, long @ ..] = &mut head;
+        let head_len = match (u8::try_from(len), u16::try_from(len)) {
+            (Ok(len @ ..126), _) => {
+                *short = len;
+                2
+            }
+            (_, Ok(len)) => {
+                *short = 126;
+                long.iter_mut().zip(len.to_be_bytes()).for_each(|(place, byte)| *place = byte);
+                4
+            }
+            _ => {
+                *short = 127;
+                long.iter_mut().zip((len as u64).to_be_bytes()).for_each(|(place, byte)| *place = byte);
+                10
+            }
+        };
+        self.out.reserve(len.saturating_add(head_len));
+        self.out.extend_from_slice(head.get(..head_len).unwrap_or_default());
+        self.out.extend_from_slice(bytes);
     }
 }
 
 impl AsyncWrite for Seen {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let written = Pin::new(&mut this.stream).poll_write(cx, bytes);
-        // What the system's buffer takes at once says nothing of the peer.
-        if std::mem::replace(&mut this.is_blocked, written.is_pending()) && written.is_ready() {
-            this.moved.last.store(this.moved.now(), Relaxed);
-        }
-        written
+        ready!(this.poll_out(cx))?;
+        this.write_some(cx, Some(bytes))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -294,6 +349,8 @@ struct Socket {
     /// Since when a frame is coming.
     coming_since: Option<Instant>,
     request_limit: Duration,
+    /// The library may have something to write.
+    is_unflushed: bool,
     has_closed: bool,
 }
 
@@ -307,6 +364,7 @@ impl Socket {
             stream: TokioIo::new(stream),
             moved: Arc::clone(&moved),
             handle: handle.clone(),
+            out: BytesMut::new(),
             is_blocked: false,
             buffer: BytesMut::new(),
             left: 0,
@@ -317,8 +375,7 @@ impl Socket {
             waiting: None,
         };
         let config = WebSocketConfig::default()
-            .read_buffer_size(BUFFER_LEN)
-            .write_buffer_size(BUFFER_LEN)
+            .read_buffer_size(LIBRARY_BUFFER_LEN)
             .max_message_size(Some(len_max))
             .max_frame_size(Some(len_max));
         let socket = WebSocketStream::from_raw_socket(seen, Role::Server, Some(config)).await;
@@ -331,6 +388,7 @@ impl Socket {
             coming_since: None,
             // A long message may take longer than a short one, and no message for ever.
             request_limit: request_limit.saturating_mul(2),
+            is_unflushed: true,
             has_closed: false,
         }
     }
@@ -343,6 +401,7 @@ impl Socket {
                 self.poll_look(cx)?;
                 return Poll::Pending;
             };
+            self.is_unflushed = true;
             match next {
                 Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => {
                     self.moved.unfinished.store(0, Relaxed);
@@ -352,11 +411,11 @@ impl Socket {
                 Some(Ok(Message::Close(_))) | None => {
                     self.has_closed = true;
                     // The library has the answer ready.
-                    _ = Pin::new(&mut self.socket).poll_flush(cx);
+                    _ = self.poll_flush(cx);
                     return Poll::Ready(Ok(None));
                 }
                 // The library has the pong ready.
-                Some(Ok(_)) => _ = Pin::new(&mut self.socket).poll_flush(cx),
+                Some(Ok(_)) => _ = self.poll_flush(cx),
                 Some(Err(error)) => {
                     let code = match error {
                         Error::Capacity(_) => CloseCode::Size,
@@ -389,22 +448,38 @@ impl Socket {
             }
             let is_due = self.pinged.elapsed() >= PING_EVERY;
             // Where something waits to be sent, a ping would only wait behind it.
-            if is_due && Pin::new(&mut self.socket).poll_ready(cx).map_err(io::Error::other)?.is_ready() {
+            if is_due && self.poll_flush(cx)?.is_ready() {
                 self.pinged = Instant::now();
                 Pin::new(&mut self.socket).start_send(Message::Ping(Bytes::new())).map_err(io::Error::other)?;
-                _ = Pin::new(&mut self.socket).poll_flush(cx).map_err(io::Error::other)?;
+                self.is_unflushed = true;
+                _ = self.poll_flush(cx)?;
             }
         }
         Ok(())
     }
 
-    fn poll_send(&mut self, cx: &mut Context<'_>, make: impl FnOnce() -> Message) -> Poll<io::Result<()>> {
-        ready!(Pin::new(&mut self.socket).poll_ready(cx)).map_err(io::Error::other)?;
-        Poll::Ready(Pin::new(&mut self.socket).start_send(make()).map_err(io::Error::other))
+    /// Where the frames of messages are made, once there is room for more.
+    ///
+    /// They are not given to the library, whose every message is an allocation, a check, and two copies: a change goes to hundreds.
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<&mut Seen>> {
+        // What the library has begun to write has its end before another frame.
+        if self.is_unflushed || self.socket.get_ref().out.len() >= OUT_MAX {
+            ready!(self.poll_flush(cx))?;
+        }
+        if self.has_closed {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        Poll::Ready(Ok(self.socket.get_mut()))
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(cx).map_err(io::Error::other)
+        if self.is_unflushed {
+            ready!(Pin::new(&mut self.socket).poll_flush(cx)).map_err(io::Error::other)?;
+            self.is_unflushed = false;
+        }
+        let seen = self.socket.get_mut();
+        ready!(seen.poll_out(cx))?;
+        Pin::new(seen).poll_flush(cx)
     }
 
     /// Says that the connection ends, as far as that can be said without waiting.
@@ -413,7 +488,8 @@ impl Socket {
             let mut cx = Context::from_waker(Waker::noop());
             let frame = CloseFrame { code, reason: Utf8Bytes::from_static(reason) };
             if Pin::new(&mut self.socket).start_send(Message::Close(Some(frame))).is_ok() {
-                _ = Pin::new(&mut self.socket).poll_flush(&mut cx);
+                self.is_unflushed = true;
+                _ = self.poll_flush(&mut cx);
             }
         }
     }
@@ -433,17 +509,18 @@ pub(crate) struct Frames {
     /// What of a frame has not been read.
     rest: Bytes,
     lacks_newline: bool,
-    /// What is not a whole message yet.
-    gathered: BytesMut,
-    splitter: Splitter,
+    /// What of the server's messages is not in a frame yet.
+    framer: Framer,
+    /// There may be something to read, or a limit of time: a task that was woken to write does not ask the library.
+    readable: Woken,
 }
 
 impl Frames {
     pub(crate) async fn new(stream: Upgraded, handle: &Handle, request_limit: Duration) -> Self {
         let limits = Limits { value_len_max: handle.limits().value_len_max, ..Limits::default() };
         let socket = Socket::new(stream, handle, request_limit).await;
-        let (rest, lacks_newline, gathered, splitter) = Default::default();
-        Frames { socket, limits, rest, lacks_newline, gathered, splitter }
+        let (rest, lacks_newline, framer, readable) = Default::default();
+        Frames { socket, limits, rest, lacks_newline, framer, readable }
     }
 
     fn take(&mut self, message: Message) -> io::Result<()> {
@@ -495,31 +572,6 @@ impl Frames {
         self.socket.close(CloseCode::Policy, why);
         io::Error::new(io::ErrorKind::InvalidData, why)
     }
-
-    /// Makes frames of the messages that are whole.
-    fn poll_frames(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while let Some((line_len, len)) = self.splitter.next(&self.gathered) {
-            let gathered = &mut self.gathered;
-            ready!(self.socket.poll_send(cx, || {
-                let whole = gathered.split_to(len);
-                if line_len == len {
-                    // A line of the server is UTF-8.
-                    let line = whole.freeze();
-                    return match Utf8Bytes::try_from(line.slice(..len.saturating_sub(1))) {
-                        Ok(line) => Message::Text(line),
-                        Err(_) => Message::binary(line),
-                    };
-                }
-                Message::binary(whole.freeze())
-            }))?;
-            self.splitter = Splitter::default();
-        }
-        if self.gathered.is_empty() {
-            // What one long message took is not kept.
-            self.gathered = BytesMut::new();
-        }
-        Poll::Ready(Ok(()))
-    }
 }
 
 /// Whether a request may have a `len`, also one whose name is escaped.
@@ -527,9 +579,48 @@ fn may_announce(line: &[u8]) -> bool {
     memmem::find(line, b"\"len\"").is_some() || memmem::find(line, b"\\u").is_some()
 }
 
+/// Makes frames of the server's messages, which come in any pieces.
+#[derive(Debug, Default)]
+pub(crate) struct Framer {
+    /// What is not a whole message yet.
+    gathered: Vec<u8>,
+    splitter: Splitter,
+}
+
+impl Framer {
+    /// Calls `give` with kind and bytes of each frame that is whole with these bytes. A line without a payload is a text frame, without
+    /// its end; a line and its payload are a binary frame as they are.
+    pub(crate) fn frame(&mut self, bytes: &[u8], mut give: impl FnMut(u8, &[u8])) {
+        // What one long message took is not kept.
+        let mut gathered = std::mem::take(&mut self.gathered);
+        let mut rest = bytes;
+        if !gathered.is_empty() {
+            gathered.extend_from_slice(bytes);
+            rest = &gathered;
+        }
+        while let Some((line_len, len)) = self.splitter.next(rest) {
+            let (message, behind) = rest.split_at(len);
+            let text = message.strip_suffix(b"\n").unwrap_or(message);
+            // A line of the server is UTF-8.
+            let is_text = line_len == len && std::str::from_utf8(text).is_ok();
+            if is_text {
+                give(TEXT, text)
+            } else {
+                give(BINARY, message)
+            }
+            (self.splitter, rest) = (Splitter::default(), behind);
+        }
+        self.gathered = match rest.len() {
+            0 => Vec::new(),
+            len if len == gathered.len() => gathered,
+            _ => rest.to_vec(),
+        };
+    }
+}
+
 /// Finds where the messages of the server end.
 #[derive(Debug, Default)]
-pub(crate) struct Splitter {
+struct Splitter {
     scanned: usize,
     /// Of the line, and of the whole message.
     known: Option<(usize, usize)>,
@@ -537,7 +628,7 @@ pub(crate) struct Splitter {
 
 impl Splitter {
     /// How long the first message's line is, and the message, if it is whole.
-    pub(crate) fn next(&mut self, bytes: &[u8]) -> Option<(usize, usize)> {
+    fn next(&mut self, bytes: &[u8]) -> Option<(usize, usize)> {
         let (line_len, len) = match self.known {
             Some(known) => known,
             None => {
@@ -559,21 +650,51 @@ impl Splitter {
 /// How long the payload is that a line of the server announces: `len` in its inner object.
 fn payload_len(line: &[u8]) -> Option<usize> {
     const NAME: &[u8] = b"\"len\":";
+    // Most have none, and in a text each quote is behind a backslash.
     memmem::find(line, NAME)?;
-    let message: serde_json::Value = serde_json::from_slice(line).ok()?;
-    let inner = message.as_object()?.values().next()?;
-    inner.get("len")?.as_u64().and_then(|len| usize::try_from(len).ok())
+    let (mut depth, mut rest) = (0_u32, line);
+    while let Some((first, behind)) = rest.split_first() {
+        rest = match first {
+            b'"' if depth == 2 && rest.starts_with(NAME) => {
+                let digits = rest.get(NAME.len()..)?;
+                let count = digits.iter().take_while(|byte| byte.is_ascii_digit()).count();
+                return std::str::from_utf8(digits.get(..count)?).ok()?.parse().ok();
+            }
+            b'"' => behind_text(behind)?,
+            b'{' | b'[' => {
+                depth = depth.saturating_add(1);
+                behind
+            }
+            b'}' | b']' => {
+                depth = depth.saturating_sub(1);
+                behind
+            }
+            _ => behind,
+        };
+    }
+    None
 }
 
-impl AsyncRead for Frames {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
+/// What comes behind a text whose first quote is gone.
+fn behind_text(mut text: &[u8]) -> Option<&[u8]> {
+    loop {
+        let at = memchr2(b'"', b'\\', text)?;
+        let is_end = text.get(at) == Some(&b'"');
+        text = text.get(at.saturating_add(if is_end { 1 } else { 2 })..)?;
+        if is_end {
+            return Some(text);
+        }
+    }
+}
+
+impl Frames {
+    fn poll_some(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
-            let given = this.rest.split_to(this.rest.len().min(buf.remaining()));
+            let given = self.rest.split_to(self.rest.len().min(buf.remaining()));
             buf.put_slice(&given);
-            if this.rest.is_empty() {
-                this.rest = Bytes::new();
-                if buf.remaining() > 0 && std::mem::take(&mut this.lacks_newline) {
+            if self.rest.is_empty() {
+                self.rest = Bytes::new();
+                if buf.remaining() > 0 && std::mem::take(&mut self.lacks_newline) {
                     buf.put_slice(b"\n");
                     return Poll::Ready(Ok(()));
                 }
@@ -581,38 +702,45 @@ impl AsyncRead for Frames {
             if !given.is_empty() || buf.remaining() == 0 {
                 return Poll::Ready(Ok(()));
             }
-            match ready!(this.socket.poll_message(cx))? {
-                Some(message) => this.take(message)?,
+            match ready!(self.socket.poll_message(cx))? {
+                Some(message) => self.take(message)?,
                 None => return Poll::Ready(Ok(())),
             }
         }
     }
 }
 
+impl AsyncRead for Frames {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if !this.readable.take(cx.waker()) {
+            return Poll::Pending;
+        }
+        let readable = std::mem::take(&mut this.readable);
+        let read = this.poll_some(&mut Context::from_waker(readable.waker()), buf);
+        if read.is_ready() {
+            readable.note();
+        }
+        this.readable = readable;
+        read
+    }
+}
+
 impl AsyncWrite for Frames {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let is_full = this.gathered.len() >= GATHER_MAX && this.splitter.next(&this.gathered).is_some();
-        if is_full {
-            ready!(this.poll_frames(cx))?;
-        }
-        this.gathered.extend_from_slice(bytes);
-        // What cannot be sent now is at the next call.
-        if let Poll::Ready(Err(error)) = this.poll_frames(cx) {
-            return Poll::Ready(Err(error));
-        }
+        let seen = ready!(this.socket.poll_ready(cx))?;
+        let bytes = bytes.get(..bytes.len().min(OUT_MAX)).unwrap_or_default();
+        this.framer.frame(bytes, |kind, bytes| seen.frame(kind, bytes));
         Poll::Ready(Ok(bytes.len()))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        ready!(this.poll_frames(cx))?;
-        this.socket.poll_flush(cx)
+        self.get_mut().socket.poll_flush(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        _ = ready!(this.poll_frames(cx));
         this.socket.end();
         this.socket.poll_flush(cx)
     }
@@ -650,9 +778,12 @@ pub(crate) async fn send_records(stream: Upgraded, handle: &Handle, request_limi
                     }
                 }
             }
-            if record.is_some() {
-                match socket.poll_send(cx, || Message::text(record.take().unwrap_or_default())) {
-                    Poll::Ready(Ok(())) => {}
+            if let Some(text) = &record {
+                match socket.poll_ready(cx) {
+                    Poll::Ready(Ok(seen)) => {
+                        seen.frame(TEXT, text.as_bytes());
+                        record = None;
+                    }
                     Poll::Ready(Err(_)) => return Poll::Ready(()),
                     Poll::Pending => return Poll::Pending,
                 }
@@ -670,18 +801,26 @@ pub(crate) async fn send_records(stream: Upgraded, handle: &Handle, request_limi
 mod tests {
     use super::*;
 
+    /// The frames that are made of bytes that come in these pieces.
+    fn frames(pieces: &[&[u8]]) -> Vec<(u8, Vec<u8>)> {
+        let (mut framer, mut frames) = (Framer::default(), Vec::new());
+        pieces.iter().for_each(|piece| framer.frame(piece, |kind, bytes| frames.push((kind, bytes.to_vec()))));
+        frames
+    }
+
     #[test]
-    fn a_message_of_the_server_ends_with_its_line_or_its_payload() {
-        let split = |bytes: &[u8]| Splitter::default().next(bytes);
-        assert_eq!(split(b"{\"Base\":{}}\nnext"), Some((12, 12)));
-        assert_eq!(split(b"{\"Base\":{}}"), None);
-        assert_eq!(split(b"{\"Get\":{\"len\":3}}\na\nb\nnext"), Some((18, 22)));
-        assert_eq!(split(b"{\"Get\":{\"len\":3}}\na\nb"), None);
-        // In a value it is no field.
-        let quoted = b"{\"Get\":{\"value\":\"\\\"len\\\":3\"}}\n";
-        assert_eq!(split(quoted), Some((quoted.len(), quoted.len())));
-        let mut splitter = Splitter::default();
-        assert_eq!(splitter.next(b"{\"Hel"), None);
-        assert_eq!(splitter.next(b"{\"Hello\":1}\n"), Some((12, 12)));
+    fn a_message_of_the_server_is_one_frame_however_it_comes() {
+        let quoted = br#"{"Get":{"value":"\"len\":3","x\"len":4,"of":{"len":5}}}"#;
+        let payload = b"{\"Get\":{\"key\":\"a\\\\\",\"len\":3}}\na\nb\n";
+        let bytes = [&b"{\"Base\":{}}\n"[..], payload, quoted, b"\n"].concat();
+        let whole = [(TEXT, b"{\"Base\":{}}".to_vec()), (BINARY, payload.to_vec()), (TEXT, quoted.to_vec())];
+        assert_eq!(frames(&[&bytes]), whole);
+        for cut in 1..bytes.len() {
+            assert_eq!(frames(&[&bytes[..cut], &bytes[cut..]]), whole, "{cut}");
+        }
+        let single: Vec<_> = bytes.chunks(1).collect();
+        assert_eq!(frames(&single), whole);
+        assert_eq!(frames(&[b"{\"Base\":{}}"]), []);
+        assert_eq!(frames(&[b"\xff\n"]), [(BINARY, b"\xff\n".to_vec())]);
     }
 }

@@ -10,7 +10,7 @@ use nkv_node::Limits;
 use serde_json::{Value, json};
 use support::{PATIENCE, Reply, TestDoor};
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{sleep, timeout};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::frame::Frame;
@@ -134,6 +134,46 @@ async fn fragments_are_one_message_and_pings_come_between() {
     assert_eq!(pong, Message::Pong("between".into()));
     assert_eq!(text(&mut socket).await["Base"]["id"], 7);
     assert!(timeout(Duration::from_millis(100), socket.next()).await.is_err(), "answered once");
+}
+
+/// What answers a ping waits for the end of the frame that is on its way.
+#[tokio::test]
+async fn pings_of_a_client_that_reads_late_cut_no_frame_in_two() {
+    const COUNT: u8 = 100;
+    let door = TestDoor::start().await;
+    door.nkv.put("long", "v".repeat(40_000)).await.unwrap();
+    let link = TcpSocket::new_v4().unwrap();
+    link.set_recv_buffer_size(4_096).unwrap();
+    let link = link.connect(door.address).await.unwrap();
+    let mut socket = client_async(format!("ws://{}/v1/ws", door.address), link).await.unwrap().0;
+    ask(&mut socket, json!({"type": "Connect", "values": "payload"})).await;
+    let (mut sink, mut stream) = socket.split();
+    let send = async {
+        for n in 0..COUNT {
+            sink.send(Message::text(json!({"type": "Get", "key": "long"}).to_string())).await.unwrap();
+            sink.send(Message::Ping(vec![n; 100].into())).await.unwrap();
+        }
+    };
+    let read = async {
+        sleep(Duration::from_millis(300)).await;
+        let (mut answers, mut pongs) = (0, 0);
+        while answers < COUNT {
+            match timeout(PATIENCE, stream.next()).await.expect("it goes on").expect("no end").expect("a frame") {
+                Message::Binary(bytes) => {
+                    let payload = bytes.splitn(2, |byte| *byte == b'\n').nth(1).unwrap();
+                    assert!(payload.len() == 40_001 && payload[..40_000].iter().all(|byte| *byte == b'v'));
+                    answers += 1;
+                }
+                Message::Pong(bytes) => {
+                    assert!(bytes.len() == 100 && bytes.iter().all(|byte| *byte == bytes[0]), "{bytes:?}");
+                    pongs += 1;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(pongs > 0);
+    };
+    tokio::join!(send, read);
 }
 
 /// What is announced takes no memory, and what has come is counted.

@@ -275,7 +275,8 @@ impl Tail {
             tail.read.fill(Read::All);
             for _ in patterns {
                 let item = tail.inbox.try_take();
-                tail.take(item);
+                let change = tail.take(item);
+                tail.ready.extend(change);
             }
         }
         Ok(tail)
@@ -331,7 +332,11 @@ impl Tail {
                 Phase::Ended => return Poll::Ready(None),
                 Phase::Missed { since, at } => self.look_for_missed(since, at),
                 Phase::Snapshots { .. } | Phase::Live => match self.inbox.poll_take(cx) {
-                    Poll::Ready(item) => self.take(item),
+                    Poll::Ready(item) => {
+                        if let Some(change) = self.take(item) {
+                            return Poll::Ready(Some(change));
+                        }
+                    }
                     Poll::Pending => return Poll::Pending,
                 },
             }
@@ -350,7 +355,8 @@ impl Tail {
             return None;
         }
         if let Some(item) = self.inbox.try_take() {
-            self.take(Some(item));
+            let change = self.take(Some(item));
+            self.ready.extend(change);
             return None;
         }
         (epoch == self.epoch && self.shared.store.epoch() == epoch && revision >= self.base)
@@ -363,11 +369,15 @@ impl Tail {
         Arc::clone(&self.observer)
     }
 
-    fn take(&mut self, item: Option<Item>) {
+    /// Takes what comes next: a change is returned, to be given at once; anything else is made ready.
+    fn take(&mut self, item: Option<Item>) -> Option<(TailEvent, Option<Cursor>)> {
         let (event, skipped) = match item {
             Some(Item::Event { event, skipped }) => (event, skipped),
             Some(Item::Own(never)) => match never {},
-            None => return self.end(EndReason::Closed),
+            None => {
+                self.end(EndReason::Closed);
+                return None;
+            }
         };
         match event.kind() {
             EventKind::Began(began) if began.cause == BeginCause::Reset => {
@@ -388,12 +398,13 @@ impl Tail {
             EventKind::Change(change) => {
                 let is_point = self.phase == Phase::Live && event.ends_revision();
                 let cursor = is_point.then(|| self.cursor(change.revision));
-                self.ready.push_back((self.changed(change, skipped), cursor));
+                return Some((self.changed(change, skipped), cursor));
             }
             EventKind::Ended { reason: nkv_core::EndReason::Unsubscribed, .. } => self.end(EndReason::Unsubscribed),
             EventKind::Ended { .. } => self.end(EndReason::Replaced),
             _ => {}
         }
+        None
     }
 
     /// Too much waited, or the data began another epoch. All subscriptions begin anew, also those that need not: the reader

@@ -63,20 +63,22 @@ impl Driver for Http {
         if self.is_stream {
             return self.events(buf, events);
         }
-        let mut at = 0;
-        while let Some(len) = memmem::find(&buf[at..], b"\r\n\r\n") {
-            let head = &buf[at..at + len + 4];
-            let length = memmem::find(head, b"ontent-length: ").or_else(|| memmem::find(head, b"ontent-Length: "));
-            let digits = length.map(|at| &head[at + 15..]);
-            let digits = digits.and_then(|rest| Some(&rest[..rest.iter().position(|byte| !byte.is_ascii_digit())?]));
-            let body = digits.and_then(number).unwrap_or(0) as usize;
-            if buf.len() < at + head.len() + body {
-                break;
-            }
-            let good = head.starts_with(b"HTTP/1.1 200");
-            events.push(Event::Reply { slot: None, good });
-            at += head.len() + body;
-        }
-        at
+        answers(buf, |is_ok, _| events.push(Event::Reply { slot: None, good: is_ok }))
     }
+}
+
+/// Calls `each` for every whole answer, with whether it is one of status 200 and its body; returns their length.
+pub(super) fn answers(buf: &[u8], mut each: impl FnMut(bool, &[u8])) -> usize {
+    let mut at = 0;
+    while let Some(len) = memmem::find(&buf[at..], b"\r\n\r\n") {
+        let head = &buf[at..at + len + 4];
+        let length = memmem::find(head, b"ontent-length: ").or_else(|| memmem::find(head, b"ontent-Length: "));
+        let digits = length.map(|at| &head[at + 15..]);
+        let digits = digits.and_then(|rest| Some(&rest[..rest.iter().position(|byte| !byte.is_ascii_digit())?]));
+        let body = at + head.len()..at + head.len() + digits.and_then(number).unwrap_or(0) as usize;
+        let Some(text) = buf.get(body.clone()) else { break };
+        each(head.starts_with(b"HTTP/1.1 200"), text);
+        at = body.end;
+    }
+    at
 }

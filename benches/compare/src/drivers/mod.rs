@@ -1,6 +1,7 @@
 //! The wire protocols, one small driver each, which writes requests into a buffer and reads answers from one.
 
 mod echo;
+mod gateway;
 mod grpc;
 mod http;
 mod nats;
@@ -34,6 +35,8 @@ pub(crate) enum Protocol {
     Redis,
     Nats,
     Etcd,
+    /// The JSON gateway of etcd.
+    Gateway,
     /// nkv's gRPC door, and the reference of gRPC.
     Grpc,
     Nkv,
@@ -52,6 +55,7 @@ impl Protocol {
             Protocol::Redis => Box::new(resp::Resp::new(values)),
             Protocol::Nats => Box::new(nats::Nats::new(number, values)),
             Protocol::Etcd => Box::new(grpc::Grpc::new(&grpc::ETCD, values)),
+            Protocol::Gateway => Box::new(gateway::Gateway::new(values)),
             Protocol::Grpc => Box::new(grpc::Grpc::new(&grpc::NKV, values)),
             Protocol::Nkv => Box::new(nkv::Nkv::new(number, values)),
             Protocol::Http => Box::new(http::Http::new(values)),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use nkv_http::{Door, Options};
 use nkv_node::{Handle, Limits, Node};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -36,7 +36,11 @@ impl TestDoor {
             let lines = lines.clone();
             async move { lines.serve(stream, peer).await }
         });
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let listener = TcpSocket::new_v4().expect("a socket");
+        // As the server's: what the system holds for a peer is no more than this.
+        listener.set_send_buffer_size(128 << 10).expect("a socket");
+        listener.bind("127.0.0.1:0".parse().expect("an address")).expect("a port");
+        let listener = listener.listen(1_024).expect("a port");
         let address = listener.local_addr().expect("an address");
         let handle = nkv.clone();
         tokio::spawn(async move {

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use custom_notifier::{Line, LineNotifier};
 use nkv_core::{EndReason, Key, Pattern, Reason, Revision};
-use nkv_testkit::notifier::{Reader, Told};
+use nkv_testkit::notifier::{Reader, Received};
 
 nkv_testkit::notifier_conformance!(|| {
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -26,37 +26,37 @@ struct LineReader {
 }
 
 impl Reader for LineReader {
-    fn read(&mut self, patience: Duration) -> Option<Told> {
+    fn read(&mut self, patience: Duration) -> Option<Received> {
         self.lines.get_ref().set_read_timeout(Some(patience)).unwrap();
         match self.lines.read_until(b'\n', &mut self.part) {
             Ok(0) => None,
-            Ok(_) => Some(told(serde_json::from_slice(&std::mem::take(&mut self.part)).unwrap())),
+            Ok(_) => Some(received(serde_json::from_slice(&std::mem::take(&mut self.part)).unwrap())),
             Err(error) if error.kind() == ErrorKind::WouldBlock => None,
             Err(error) => panic!("reading failed: {error}"),
         }
     }
 }
 
-fn told(line: Line) -> Told {
+fn received(line: Line) -> Received {
     match line {
         Line::Put { key, value, revision, skipped } => {
             let (key, revision) = (Key::new(&key).unwrap(), Revision::new(revision));
-            Told::Put { key, value: value.into(), revision, skipped: Some(skipped) }
+            Received::Put { key, value: value.into(), revision, skipped: Some(skipped) }
         }
         Line::Delete { key, reason, revision, skipped } => {
             let reason = [Reason::Deleted, Reason::Expired].into_iter().find(|known| known.as_str() == reason).unwrap();
             let (key, revision) = (Key::new(&key).unwrap(), Revision::new(revision));
-            Told::Delete { key, reason, revision, skipped: Some(skipped) }
+            Received::Delete { key, reason, revision, skipped: Some(skipped) }
         }
-        Line::Reset { pattern } => Told::Reset { pattern: Pattern::new(&pattern).unwrap() },
+        Line::Reset { pattern } => Received::Reset { pattern: Pattern::new(&pattern).unwrap() },
         Line::Synced { pattern, revision, epoch } => {
             let (pattern, revision) = (Pattern::new(&pattern).unwrap(), Revision::new(revision));
-            Told::Synced { pattern, revision, epoch: epoch.parse().unwrap() }
+            Received::Synced { pattern, revision, epoch: epoch.parse().unwrap() }
         }
         Line::Ended { pattern, reason } => {
             let known = [EndReason::Unsubscribed, EndReason::Replaced];
             let reason = known.into_iter().find(|known| known.as_str() == reason).unwrap();
-            Told::Ended { pattern: Pattern::new(&pattern).unwrap(), reason }
+            Received::Ended { pattern: Pattern::new(&pattern).unwrap(), reason }
         }
     }
 }

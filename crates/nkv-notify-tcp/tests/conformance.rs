@@ -7,7 +7,7 @@ use std::time::Duration;
 use nkv_core::{EndReason, Key, Notifier, Pattern, Reason, Revision};
 use nkv_notify_tcp::{NotifierOptions, TcpNotifier, limit_send_buffer};
 use nkv_protocol::{Message, MessageDecoder, Reason as WireReason};
-use nkv_testkit::notifier::{Reader, Told};
+use nkv_testkit::notifier::{Reader, Received};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
@@ -40,7 +40,7 @@ impl Peer {
 struct PeerReader(Option<Peer>);
 
 impl Reader for PeerReader {
-    fn read(&mut self, patience: Duration) -> Option<Told> {
+    fn read(&mut self, patience: Duration) -> Option<Received> {
         let mut peer = self.0.take()?;
         let handle = peer.runtime.handle().clone();
         let received = handle.block_on(async {
@@ -56,27 +56,29 @@ impl Reader for PeerReader {
     }
 }
 
-fn received(message: Message) -> Option<Told> {
+fn received(message: Message) -> Option<Received> {
     let key = |key: &str| Key::new(key).unwrap();
     let pattern = |pattern: &str| Pattern::new(pattern).unwrap();
     Some(match message {
         Message::Update { key: k, value, revision, skipped, .. } => {
-            Told::Put { key: key(&k), value, revision: Revision::new(revision), skipped: Some(skipped) }
+            Received::Put { key: key(&k), value, revision: Revision::new(revision), skipped: Some(skipped) }
         }
         Message::Close { key: k, reason, revision, skipped, .. } => {
             let (revision, skipped) = (Revision::new(revision), Some(skipped));
             match reason {
-                WireReason::Deleted => Told::Delete { key: key(&k), reason: Reason::Deleted, revision, skipped },
-                WireReason::Expired => Told::Delete { key: key(&k), reason: Reason::Expired, revision, skipped },
-                WireReason::Unsubscribed => Told::Ended { pattern: pattern(&k), reason: EndReason::Unsubscribed },
-                WireReason::Replaced => Told::Ended { pattern: pattern(&k), reason: EndReason::Replaced },
+                WireReason::Deleted => Received::Delete { key: key(&k), reason: Reason::Deleted, revision, skipped },
+                WireReason::Expired => Received::Delete { key: key(&k), reason: Reason::Expired, revision, skipped },
+                WireReason::Unsubscribed => Received::Ended { pattern: pattern(&k), reason: EndReason::Unsubscribed },
+                WireReason::Replaced => Received::Ended { pattern: pattern(&k), reason: EndReason::Replaced },
                 other => panic!("{other:?}"),
             }
         }
-        Message::Reset { key, .. } => Told::Reset { pattern: pattern(&key) },
-        Message::Synced { key, revision, epoch, .. } => {
-            Told::Synced { pattern: pattern(&key), revision: Revision::new(revision), epoch: epoch.parse().unwrap() }
-        }
+        Message::Reset { key, .. } => Received::Reset { pattern: pattern(&key) },
+        Message::Synced { key, revision, epoch, .. } => Received::Synced {
+            pattern: pattern(&key),
+            revision: Revision::new(revision),
+            epoch: epoch.parse().unwrap(),
+        },
         Message::Hello | Message::Answer(_) => return None,
         other => panic!("{other:?}"),
     })

@@ -7,6 +7,8 @@ pub mod fencing;
 pub mod histories;
 pub mod notifier;
 pub mod persist;
+#[cfg(feature = "port")]
+pub mod port;
 pub mod script;
 
 /// What the conformance macros have in common: one test per line, or a table of the lines.

@@ -1,7 +1,7 @@
 //! The contract of [`Notifier`], line by line: one function for each, which panics when the line is broken.
 //!
 //! [`notifier_conformance!`](crate::notifier_conformance) makes a test of each. The suite plays the store; what
-//! reaches the subscriber comes back as [`Told`], whatever the notifier does in between.
+//! reaches the subscriber comes back as [`Received`], whatever the notifier does in between.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc;
@@ -25,7 +25,7 @@ pub trait NotifierHarness {
     /// The subscriber.
     type Reader: Reader;
 
-    /// A notifier and its subscriber, who has not been told anything yet.
+    /// A notifier and its subscriber, which has received nothing yet.
     fn open(&self) -> (Self::Notifier, Self::Reader);
 }
 
@@ -40,13 +40,13 @@ impl<N: Notifier, R: Reader, F: Fn() -> (N, R)> NotifierHarness for F {
 
 /// A subscriber. It takes nothing off its connection but in [`read`](Self::read); dropping it is its end.
 pub trait Reader {
-    /// The next thing told, waiting for at most `patience`; `None` if that has passed or nothing can follow.
-    fn read(&mut self, patience: Duration) -> Option<Told>;
+    /// The next thing received, waiting for at most `patience`; `None` if that has passed or nothing can follow.
+    fn read(&mut self, patience: Duration) -> Option<Received>;
 }
 
-/// One thing that a subscriber was told.
+/// One thing that a subscriber received.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Told {
+pub enum Received {
     /// A key has this value, by a change or within a snapshot.
     Put {
         /// The key.
@@ -55,7 +55,7 @@ pub enum Told {
         value: Bytes,
         /// The revision of that value.
         revision: Revision,
-        /// How many changes of the key were passed over; `None` if the notifier does not tell.
+        /// How many changes of the key were passed over; `None` if the notifier does not say.
         skipped: Option<u64>,
     },
     /// A key is gone.
@@ -66,7 +66,7 @@ pub enum Told {
         reason: Reason,
         /// The revision of the delete.
         revision: Revision,
-        /// How many changes of the key were passed over; `None` if the notifier does not tell.
+        /// How many changes of the key were passed over; `None` if the notifier does not say.
         skipped: Option<u64>,
     },
     /// Too much waited: the puts that follow, up to the next [`Synced`](Self::Synced), are a fresh snapshot of the
@@ -75,7 +75,7 @@ pub enum Told {
         /// The subscription's pattern.
         pattern: Pattern,
     },
-    /// The puts told just before this, one for each key present, are a snapshot, which is complete now.
+    /// The puts received just before this, one for each key present, are a snapshot, which is complete now.
     Synced {
         /// The subscription's pattern.
         pattern: Pattern,
@@ -93,40 +93,40 @@ pub enum Told {
     },
 }
 
-impl Told {
+impl Received {
     /// What an event says, for readers that are handed events whole: one thing, the puts of a snapshot's part and the
     /// snapshot's end, or nothing, as where a subscription begins that was asked for.
     #[must_use]
-    pub fn all(event: &Event, skipped: Option<u64>) -> Vec<Told> {
+    pub fn all(event: &Event, skipped: Option<u64>) -> Vec<Received> {
         match event.kind() {
             EventKind::Began(began) if began.cause == BeginCause::Reset => {
-                vec![Told::Reset { pattern: began.pattern.clone() }]
+                vec![Received::Reset { pattern: began.pattern.clone() }]
             }
             EventKind::Began(_) => vec![],
-            EventKind::Change(change) => vec![Told::change(change, skipped)],
-            EventKind::Snapshot(snapshot) => Told::snapshot(snapshot),
-            EventKind::Ended { pattern, reason } => vec![Told::Ended { pattern: pattern.clone(), reason: *reason }],
+            EventKind::Change(change) => vec![Received::change(change, skipped)],
+            EventKind::Snapshot(snapshot) => Received::snapshot(snapshot),
+            EventKind::Ended { pattern, reason } => vec![Received::Ended { pattern: pattern.clone(), reason: *reason }],
             other => panic!("nkv-testkit does not know this event yet: {other:?}"),
         }
     }
 
-    fn change(change: &Change, skipped: Option<u64>) -> Told {
+    fn change(change: &Change, skipped: Option<u64>) -> Received {
         let (key, revision) = (change.key.clone(), change.revision);
         match &change.action {
-            Action::Put { value, .. } => Told::Put { key, value: value.clone(), revision, skipped },
-            Action::Delete { reason } => Told::Delete { key, reason: *reason, revision, skipped },
+            Action::Put { value, .. } => Received::Put { key, value: value.clone(), revision, skipped },
+            Action::Delete { reason } => Received::Delete { key, reason: *reason, revision, skipped },
         }
     }
 
-    fn snapshot(snapshot: &Snapshot) -> Vec<Told> {
+    fn snapshot(snapshot: &Snapshot) -> Vec<Received> {
         let Snapshot { pattern, records, revision, epoch, is_last } = snapshot;
-        let puts = records.iter().map(RecordRef::to_record).map(|Record { key, value, revision, .. }| Told::Put {
+        let puts = records.iter().map(RecordRef::to_record).map(|Record { key, value, revision, .. }| Received::Put {
             key,
             value,
             revision,
             skipped: Some(0),
         });
-        let synced = is_last.then(|| Told::Synced { pattern: pattern.clone(), revision: *revision, epoch: *epoch });
+        let synced = is_last.then(|| Received::Synced { pattern: pattern.clone(), revision: *revision, epoch: *epoch });
         puts.chain(synced).collect()
     }
 
@@ -134,8 +134,8 @@ impl Told {
     #[must_use]
     pub fn key(&self) -> Option<&Key> {
         match self {
-            Told::Put { key, .. } | Told::Delete { key, .. } => Some(key),
-            Told::Reset { .. } | Told::Synced { .. } | Told::Ended { .. } => None,
+            Received::Put { key, .. } | Received::Delete { key, .. } => Some(key),
+            Received::Reset { .. } | Received::Synced { .. } | Received::Ended { .. } => None,
         }
     }
 
@@ -143,26 +143,26 @@ impl Told {
     #[must_use]
     pub fn revision(&self) -> Option<Revision> {
         match self {
-            Told::Put { revision, .. } | Told::Delete { revision, .. } | Told::Synced { revision, .. } => {
+            Received::Put { revision, .. } | Received::Delete { revision, .. } | Received::Synced { revision, .. } => {
                 Some(*revision)
             }
-            Told::Reset { .. } | Told::Ended { .. } => None,
+            Received::Reset { .. } | Received::Ended { .. } => None,
         }
     }
 
-    /// How many changes were passed over, if this is about a key and tells.
+    /// How many changes were passed over, if this is about a key and says so.
     #[must_use]
     pub fn skipped(&self) -> Option<u64> {
         match self {
-            Told::Put { skipped, .. } | Told::Delete { skipped, .. } => *skipped,
-            Told::Reset { .. } | Told::Synced { .. } | Told::Ended { .. } => None,
+            Received::Put { skipped, .. } | Received::Delete { skipped, .. } => *skipped,
+            Received::Reset { .. } | Received::Synced { .. } | Received::Ended { .. } => None,
         }
     }
 
     /// The same, with nothing said about what was passed over.
     #[must_use]
-    pub fn without_skipped(mut self) -> Told {
-        if let Told::Put { skipped, .. } | Told::Delete { skipped, .. } = &mut self {
+    pub fn without_skipped(mut self) -> Received {
+        if let Received::Put { skipped, .. } | Received::Delete { skipped, .. } = &mut self {
             *skipped = None;
         }
         self
@@ -173,7 +173,7 @@ impl Told {
 #[derive(Debug)]
 pub struct InboxReader<T> {
     inbox: Inbox<T>,
-    ready: VecDeque<Told>,
+    ready: VecDeque<Received>,
 }
 
 impl<T> InboxReader<T> {
@@ -185,10 +185,10 @@ impl<T> InboxReader<T> {
 }
 
 impl<T> Reader for InboxReader<T> {
-    fn read(&mut self, patience: Duration) -> Option<Told> {
+    fn read(&mut self, patience: Duration) -> Option<Received> {
         while self.ready.is_empty() {
             if let Item::Event { event, skipped } = self.inbox.take_timeout(patience)? {
-                self.ready.extend(Told::all(&event, Some(skipped)));
+                self.ready.extend(Received::all(&event, Some(skipped)));
             }
         }
         self.ready.pop_front()
@@ -216,23 +216,23 @@ impl<T> Reader for InboxReader<T> {
 macro_rules! notifier_conformance {
     (@ $what:ident $argument:tt) => {
         $crate::__conformance! { $what notifier $argument;
-            a_change_is_told_as_it_was_made
+            a_change_is_received_as_it_was_made
             nobody_is_waited_for_when_many_keys_change
             nobody_is_waited_for_when_one_key_changes_often
-            what_is_told_is_in_order_of_revision
-            changes_of_one_revision_are_all_told
+            what_is_received_is_in_order_of_revision
+            changes_of_one_revision_are_all_received
             a_change_never_takes_the_place_of_another_keys
-            the_latest_state_of_each_key_is_told_to_a_slow_subscriber
-            the_latest_state_of_each_key_is_told_to_a_busy_subscriber
+            the_latest_state_of_each_key_reaches_a_slow_subscriber
+            the_latest_state_of_each_key_reaches_a_busy_subscriber
             a_delete_is_a_state_like_any_other
             what_was_passed_over_is_counted
-            a_snapshot_is_told_whole
-            an_empty_snapshot_is_told
+            a_snapshot_is_received_whole
+            an_empty_snapshot_is_received
             a_snapshot_keeps_its_place
-            every_snapshot_is_told
-            the_end_is_told_and_keeps_its_place
+            every_snapshot_is_received
+            the_end_is_received_and_keeps_its_place
             values_and_keys_arrive_as_they_are
-            a_large_value_is_told_whole
+            a_large_value_is_received_whole
             after_the_subscriber_is_gone_notify_says_closed
         }
     };
@@ -253,14 +253,14 @@ pub fn lines<H: NotifierHarness>() -> Vec<Line<H>> {
 }
 
 /// A put and two kinds of delete, each read before the next, arrive complete and with nothing passed over.
-pub fn a_change_is_told_as_it_was_made<H: NotifierHarness>(harness: &H) {
+pub fn a_change_is_received_as_it_was_made<H: NotifierHarness>(harness: &H) {
     let (notifier, mut reader) = harness.open();
     let changes = [put("a.b", 1, "on"), put("a.b", 2, "off"), delete("a.b", 5), put("c", 6, "x"), expire("c", 9)];
     for change in changes {
-        assert_eq!(tell(&notifier, change.clone()), Delivery::Queued, "nothing was waiting that could be conflated");
-        let told = read(&mut reader, "a change");
-        assert!(told.skipped().is_none_or(|skipped| skipped == 0), "nothing was passed over before {told:?}");
-        assert_eq!(told.without_skipped(), Told::change(&change, None));
+        assert_eq!(notify(&notifier, change.clone()), Delivery::Queued, "nothing was waiting that could be conflated");
+        let received = read(&mut reader, "a change");
+        assert!(received.skipped().is_none_or(|skipped| skipped == 0), "nothing was passed over before {received:?}");
+        assert_eq!(received.without_skipped(), Received::change(&change, None));
     }
 }
 
@@ -283,34 +283,34 @@ pub fn nobody_is_waited_for_when_one_key_changes_often<H: NotifierHarness>(harne
     read_until(&mut reader, 20_000);
 }
 
-/// *In order*: several keys may have one revision, and are told of in the order in which they were given.
-pub fn changes_of_one_revision_are_all_told<H: NotifierHarness>(harness: &H) {
+/// *In order*: several keys may have one revision, and are received in the order in which they were given.
+pub fn changes_of_one_revision_are_all_received<H: NotifierHarness>(harness: &H) {
     let (notifier, mut reader) = harness.open();
     let changes = [put("b", 5, "1"), put("a", 5, "2"), delete("c", 5), put("b", 6, "3"), put("d", 6, "4")];
     for (sequence, change) in (1..).zip(&changes) {
         let ends_revision = matches!(sequence, 3 | 5);
         let event = Event::in_sequence(EventKind::Change(change.clone()), sequence, ends_revision);
         must_take(notifier.notify(&event));
-        let told = read(&mut reader, "a change of a revision that another has too");
-        assert_eq!(told.without_skipped(), Told::change(change, None));
+        let received = read(&mut reader, "a change of a revision that another has too");
+        assert_eq!(received.without_skipped(), Received::change(change, None));
     }
 }
 
 /// *In order*: whatever is passed over, revisions strictly increase.
-pub fn what_is_told_is_in_order_of_revision<H: NotifierHarness>(harness: &H) {
+pub fn what_is_received_is_in_order_of_revision<H: NotifierHarness>(harness: &H) {
     let (notifier, mut reader) = harness.open();
     let mut random = Random(5);
     let mut last = Revision::ZERO;
     for revision in 1..=3_000 {
-        must_take(tell(&notifier, random.change(revision)));
+        must_take(notify(&notifier, random.change(revision)));
         // Reads now and then, so that some changes are passed over and some are not.
         while random.below(4) == 0
-            && let Some(told) = reader.read(Duration::from_micros(1))
+            && let Some(received) = reader.read(Duration::from_micros(1))
         {
-            last = increased(&told, last);
+            last = increased(&received, last);
         }
     }
-    must_take(tell(&notifier, put("end", 3_001, "")));
+    must_take(notify(&notifier, put("end", 3_001, "")));
     while last < Revision::new(3_001) {
         last = increased(&read(&mut reader, "the last change"), last);
     }
@@ -324,7 +324,7 @@ pub fn a_change_never_takes_the_place_of_another_keys<H: NotifierHarness>(harnes
     let filler = (0..992).map(|n| format!("filler.n{n}"));
     let keys: Vec<String> = keys.map(String::from).into_iter().chain(filler).collect();
     for (revision, key) in (1..).zip(&keys) {
-        let delivery = tell(&notifier, put(key, revision, key));
+        let delivery = notify(&notifier, put(key, revision, key));
         assert_eq!(delivery, Delivery::Queued, "{key} had no earlier change that could be conflated");
     }
     for key in &keys {
@@ -333,47 +333,47 @@ pub fn a_change_never_takes_the_place_of_another_keys<H: NotifierHarness>(harnes
 }
 
 /// *Latest, always*: a subscriber who reads only after everything has happened ends with what is true.
-pub fn the_latest_state_of_each_key_is_told_to_a_slow_subscriber<H: NotifierHarness>(harness: &H) {
+pub fn the_latest_state_of_each_key_reaches_a_slow_subscriber<H: NotifierHarness>(harness: &H) {
     let (notifier, mut reader) = harness.open();
     let mut random = Random(3);
     let changes: Vec<Change> = (1..=5_000).map(|revision| random.change(revision)).collect();
     for change in &changes {
-        must_take(tell(&notifier, change.clone()));
+        must_take(notify(&notifier, change.clone()));
     }
-    let told = read_until(&mut reader, 5_000);
-    assert_eq!(view(told), view(changes.iter().map(|change| Told::change(change, None)).collect()));
+    let received = read_until(&mut reader, 5_000);
+    assert_eq!(view(received), view(changes.iter().map(|change| Received::change(change, None)).collect()));
 }
 
 /// *Latest, always*: and so does one who reads all the while.
-pub fn the_latest_state_of_each_key_is_told_to_a_busy_subscriber<H: NotifierHarness>(harness: &H) {
+pub fn the_latest_state_of_each_key_reaches_a_busy_subscriber<H: NotifierHarness>(harness: &H) {
     let (notifier, mut reader) = harness.open();
     let mut random = Random(9);
     let changes: Vec<Change> = (1..=20_000).map(|revision| random.change(revision)).collect();
     let given = changes.clone();
     let store = thread::spawn(move || {
-        given.into_iter().for_each(|change| must_take(tell(&notifier, change)));
+        given.into_iter().for_each(|change| must_take(notify(&notifier, change)));
         notifier
     });
-    let told = read_until(&mut reader, 20_000);
+    let received = read_until(&mut reader, 20_000);
     drop(store.join().expect("notify panicked"));
-    assert_eq!(view(told), view(changes.iter().map(|change| Told::change(change, None)).collect()));
+    assert_eq!(view(received), view(changes.iter().map(|change| Received::change(change, None)).collect()));
 }
 
-/// A delete may take a put's place and a put a delete's; either is told when it is the last.
+/// A delete may take a put's place and a put a delete's; either is received when it is the last.
 pub fn a_delete_is_a_state_like_any_other<H: NotifierHarness>(harness: &H) {
     let (notifier, mut reader) = harness.open();
     let changes =
         [put("a", 1, "x"), put("b", 2, "x"), delete("a", 3), delete("b", 4), put("b", 5, "y"), expire("c", 6)];
     for change in &changes {
-        must_take(tell(&notifier, change.clone()));
+        must_take(notify(&notifier, change.clone()));
     }
     let view = view(read_until(&mut reader, 6));
     let expected =
-        [&changes[2], &changes[4], &changes[5]].map(|change| (change.key.clone(), Told::change(change, None)));
+        [&changes[2], &changes[4], &changes[5]].map(|change| (change.key.clone(), Received::change(change, None)));
     assert_eq!(view, BTreeMap::from(expected));
 }
 
-/// What was told and what was passed over add up, for notifiers that tell the latter.
+/// What was received and what was passed over add up, for notifiers that say the latter.
 pub fn what_was_passed_over_is_counted<H: NotifierHarness>(harness: &H) {
     let (notifier, mut reader) = harness.open();
     let mut random = Random(17);
@@ -381,63 +381,67 @@ pub fn what_was_passed_over_is_counted<H: NotifierHarness>(harness: &H) {
     for revision in 1..=2_000 {
         let change = random.change(revision);
         *given.entry(change.key.clone()).or_default() += 1;
-        must_take(tell(&notifier, change));
+        must_take(notify(&notifier, change));
     }
     let mut accounted: BTreeMap<Key, u64> = BTreeMap::new();
-    for told in read_until_with_skipped(&mut reader, 2_000) {
-        let Some(skipped) = told.skipped() else { return };
-        let key = told.key().expect("only changes were given");
+    for received in read_until_with_skipped(&mut reader, 2_000) {
+        let Some(skipped) = received.skipped() else { return };
+        let key = received.key().expect("only changes were given");
         *accounted.entry(key.clone()).or_default() += 1 + skipped;
     }
-    assert_eq!(accounted, given, "changes told or passed over, by key");
+    assert_eq!(accounted, given, "changes received or passed over, by key");
 }
 
-/// *Whole*: every key of a snapshot is told, in key order and with nothing else among them.
-pub fn a_snapshot_is_told_whole<H: NotifierHarness>(harness: &H) {
+/// *Whole*: every key of a snapshot is received, in key order and with nothing else among them.
+pub fn a_snapshot_is_received_whole<H: NotifierHarness>(harness: &H) {
     let (notifier, mut reader) = harness.open();
     let keys: Vec<String> = (100..400).map(|n| format!("a.k{n}")).collect();
     let records = (1..).zip(&keys).map(|(revision, key)| record(key, revision, key)).collect();
     let snapshot = snapshot("a", records, 500);
     must_take(begin(&notifier, &snapshot));
-    must_take(tell(&notifier, put("a.k100", 501, "new")));
-    must_take(tell(&notifier, put("a.k101", 502, "new")));
-    must_take(tell(&notifier, put("a.k101", 503, "newer")));
-    let told = read_until(&mut reader, 503);
-    assert_eq!(told.get(..301), Some(&plain(Told::snapshot(&snapshot))[..]), "the snapshot");
-    assert_eq!(view(told[301..].to_vec()).len(), 2, "the two keys that changed after the snapshot are told again");
+    must_take(notify(&notifier, put("a.k100", 501, "new")));
+    must_take(notify(&notifier, put("a.k101", 502, "new")));
+    must_take(notify(&notifier, put("a.k101", 503, "newer")));
+    let received = read_until(&mut reader, 503);
+    assert_eq!(received.get(..301), Some(&plain(Received::snapshot(&snapshot))[..]), "the snapshot");
+    assert_eq!(
+        view(received[301..].to_vec()).len(),
+        2,
+        "the two keys that changed after the snapshot are received again"
+    );
 }
 
-/// *Whole*: that nothing is there is told too.
-pub fn an_empty_snapshot_is_told<H: NotifierHarness>(harness: &H) {
+/// *Whole*: that nothing is there is received too.
+pub fn an_empty_snapshot_is_received<H: NotifierHarness>(harness: &H) {
     for pattern in ["a", "a.*", "*"] {
         let (notifier, mut reader) = harness.open();
         let snapshot = snapshot(pattern, vec![], 0);
         must_take(begin(&notifier, &snapshot));
-        assert_eq!([read(&mut reader, "an empty snapshot")], Told::snapshot(&snapshot)[..]);
+        assert_eq!([read(&mut reader, "an empty snapshot")], Received::snapshot(&snapshot)[..]);
     }
 }
 
-/// *Whole*: changes given before a snapshot are told before it, or passed over; those given after it, after.
+/// *Whole*: changes given before a snapshot are received before it, or passed over; those given after it, after.
 pub fn a_snapshot_keeps_its_place<H: NotifierHarness>(harness: &H) {
     let (notifier, mut reader) = harness.open();
-    must_take(tell(&notifier, put("a", 1, "old")));
-    must_take(tell(&notifier, put("b", 2, "old")));
+    must_take(notify(&notifier, put("a", 1, "old")));
+    must_take(notify(&notifier, put("b", 2, "old")));
     let snapshot = snapshot("*", vec![record("a", 1, "old"), record("b", 2, "old")], 2);
     must_take(begin(&notifier, &snapshot));
-    must_take(tell(&notifier, put("a", 3, "new")));
-    must_take(tell(&notifier, put("c", 4, "new")));
-    let told = read_until(&mut reader, 4);
-    let (before, after) = around(&told, &snapshot);
+    must_take(notify(&notifier, put("a", 3, "new")));
+    must_take(notify(&notifier, put("c", 4, "new")));
+    let received = read_until(&mut reader, 4);
+    let (before, after) = around(&received, &snapshot);
     assert!(
-        before.iter().all(|told| told.revision() <= Some(Revision::new(2))),
-        "told before the snapshot: {before:?}"
+        before.iter().all(|received| received.revision() <= Some(Revision::new(2))),
+        "received before the snapshot: {before:?}"
     );
-    let expected = [put("a", 3, "new"), put("c", 4, "new")].map(|change| Told::change(&change, None));
-    assert_eq!(after, expected, "told after the snapshot");
+    let expected = [put("a", 3, "new"), put("c", 4, "new")].map(|change| Received::change(&change, None));
+    assert_eq!(after, expected, "received after the snapshot");
 }
 
 /// *Whole*: a second snapshot does not take the place of the first.
-pub fn every_snapshot_is_told<H: NotifierHarness>(harness: &H) {
+pub fn every_snapshot_is_received<H: NotifierHarness>(harness: &H) {
     let (notifier, mut reader) = harness.open();
     let snapshots = [
         snapshot("a", vec![record("a", 1, "1")], 4),
@@ -447,27 +451,27 @@ pub fn every_snapshot_is_told<H: NotifierHarness>(harness: &H) {
     for snapshot in &snapshots {
         must_take(begin(&notifier, snapshot));
     }
-    must_take(tell(&notifier, put("end", 5, "")));
-    let mut told = read_until(&mut reader, 5);
-    told.pop();
-    assert_eq!(told, plain(snapshots.iter().flat_map(Told::snapshot).collect()));
+    must_take(notify(&notifier, put("end", 5, "")));
+    let mut received = read_until(&mut reader, 5);
+    received.pop();
+    assert_eq!(received, plain(snapshots.iter().flat_map(Received::snapshot).collect()));
 }
 
-/// *Whole*: that a subscription has ended is told, between what was given before and what was given after.
-pub fn the_end_is_told_and_keeps_its_place<H: NotifierHarness>(harness: &H) {
+/// *Whole*: that a subscription has ended is received, between what was given before and what was given after.
+pub fn the_end_is_received_and_keeps_its_place<H: NotifierHarness>(harness: &H) {
     let (notifier, mut reader) = harness.open();
     let ended = |text, reason| EventKind::Ended { pattern: pattern(text), reason };
-    must_take(tell(&notifier, put("a", 1, "before")));
+    must_take(notify(&notifier, put("a", 1, "before")));
     must_take(notifier.notify(&Event::new(ended("a", EndReason::Unsubscribed))));
-    must_take(tell(&notifier, put("b", 2, "between")));
+    must_take(notify(&notifier, put("b", 2, "between")));
     must_take(notifier.notify(&Event::new(ended("b.*", EndReason::Replaced))));
-    must_take(tell(&notifier, put("c", 3, "after")));
+    must_take(notify(&notifier, put("c", 3, "after")));
     let expected = vec![
-        Told::change(&put("a", 1, "before"), None),
-        Told::Ended { pattern: pattern("a"), reason: EndReason::Unsubscribed },
-        Told::change(&put("b", 2, "between"), None),
-        Told::Ended { pattern: pattern("b.*"), reason: EndReason::Replaced },
-        Told::change(&put("c", 3, "after"), None),
+        Received::change(&put("a", 1, "before"), None),
+        Received::Ended { pattern: pattern("a"), reason: EndReason::Unsubscribed },
+        Received::change(&put("b", 2, "between"), None),
+        Received::Ended { pattern: pattern("b.*"), reason: EndReason::Replaced },
+        Received::change(&put("c", 3, "after"), None),
     ];
     assert_eq!(read_until(&mut reader, 3), expected);
 }
@@ -481,39 +485,39 @@ pub fn values_and_keys_arrive_as_they_are<H: NotifierHarness>(harness: &H) {
     let changes: Vec<Change> =
         (1..).zip(keys.into_iter().zip(values)).map(|(r, (key, v))| put_bytes(key, r, v)).collect();
     for change in &changes {
-        must_take(tell(&notifier, change.clone()));
+        must_take(notify(&notifier, change.clone()));
     }
-    let told = read_until(&mut reader, changes.len() as u64);
-    assert_eq!(told, changes.iter().map(|change| Told::change(change, None)).collect::<Vec<_>>());
+    let received = read_until(&mut reader, changes.len() as u64);
+    assert_eq!(received, changes.iter().map(|change| Received::change(change, None)).collect::<Vec<_>>());
 }
 
-/// A value of a mebibyte is told whole, and what follows it is not lost.
-pub fn a_large_value_is_told_whole<H: NotifierHarness>(harness: &H) {
+/// A value of a mebibyte is received whole, and what follows it is not lost.
+pub fn a_large_value_is_received_whole<H: NotifierHarness>(harness: &H) {
     let (notifier, mut reader) = harness.open();
     let mut random = Random(23);
     let large: Vec<u8> = (0..1 << 20).map(|_| random.next() as u8).collect();
-    must_take(tell(&notifier, put_bytes("large", 1, &large)));
-    must_take(tell(&notifier, put("small", 2, "x")));
-    let told = read_until(&mut reader, 2);
-    let Some(Told::Put { value, .. }) = told.first() else { panic!("the large value was not told first") };
+    must_take(notify(&notifier, put_bytes("large", 1, &large)));
+    must_take(notify(&notifier, put("small", 2, "x")));
+    let received = read_until(&mut reader, 2);
+    let Some(Received::Put { value, .. }) = received.first() else { panic!("the large value was not received first") };
     assert!(value.as_ref() == large, "the large value arrived changed ({} bytes)", value.len());
 }
 
 /// *Honest*: the store learns that nobody listens any more, soon, and for good.
 pub fn after_the_subscriber_is_gone_notify_says_closed<H: NotifierHarness>(harness: &H) {
     let (notifier, mut reader) = harness.open();
-    must_take(tell(&notifier, put("a", 1, "x")));
+    must_take(notify(&notifier, put("a", 1, "x")));
     read(&mut reader, "the first change");
-    must_take(tell(&notifier, put("a", 2, "x")));
+    must_take(notify(&notifier, put("a", 2, "x")));
     drop(reader);
     let deadline = Instant::now() + PATIENCE;
     let mut revisions = 3..;
     // A peer's end is seen by writing to it, and the news takes a moment: so this asks again.
-    while tell(&notifier, put("a", revisions.next().expect("endless"), "x")) != Delivery::Closed {
+    while notify(&notifier, put("a", revisions.next().expect("endless"), "x")) != Delivery::Closed {
         assert!(Instant::now() < deadline, "the subscriber is gone, yet notify does not say so");
         thread::sleep(Duration::from_millis(1));
     }
-    let later = tell(&notifier, put("b", revisions.next().expect("endless"), "x"));
+    let later = notify(&notifier, put("b", revisions.next().expect("endless"), "x"));
     assert_eq!(later, Delivery::Closed, "the subscriber came back from the dead");
 }
 
@@ -522,14 +526,14 @@ fn at_once<N: Notifier>(notifier: N, changes: Vec<Change>) -> N {
     let (done, waits) = mpsc::channel();
     let count = changes.len();
     thread::spawn(move || {
-        changes.into_iter().for_each(|change| must_take(tell(&notifier, change)));
+        changes.into_iter().for_each(|change| must_take(notify(&notifier, change)));
         let _ = done.send(notifier);
     });
     let taken = waits.recv_timeout(PATIENCE);
     taken.unwrap_or_else(|_| panic!("notify waits for the subscriber: {count} changes were not all taken"))
 }
 
-fn tell<N: Notifier>(notifier: &N, change: Change) -> Delivery {
+fn notify<N: Notifier>(notifier: &N, change: Change) -> Delivery {
     notifier.notify(&Event::new(EventKind::Change(change)))
 }
 
@@ -547,51 +551,52 @@ fn must_take(delivery: Delivery) {
     assert_ne!(delivery, Delivery::Closed, "notify says that a subscriber is gone who is there");
 }
 
-fn read<R: Reader>(reader: &mut R, what: &str) -> Told {
-    reader.read(PATIENCE).unwrap_or_else(|| panic!("{what} was never told"))
+fn read<R: Reader>(reader: &mut R, what: &str) -> Received {
+    reader.read(PATIENCE).unwrap_or_else(|| panic!("{what} was not received"))
 }
 
-/// Everything told up to the change of `revision`, without what was said about passed-over changes.
-fn read_until<R: Reader>(reader: &mut R, revision: u64) -> Vec<Told> {
+/// Everything received up to the change of `revision`, without what was said about passed-over changes.
+fn read_until<R: Reader>(reader: &mut R, revision: u64) -> Vec<Received> {
     plain(read_until_with_skipped(reader, revision))
 }
 
-fn read_until_with_skipped<R: Reader>(reader: &mut R, revision: u64) -> Vec<Told> {
-    let mut told = Vec::new();
+fn read_until_with_skipped<R: Reader>(reader: &mut R, revision: u64) -> Vec<Received> {
+    let mut received = Vec::new();
     loop {
         let next = read(reader, &format!("the last change, revision {revision},"));
         let at = if next.key().is_some() { next.revision() } else { None };
-        assert!(at <= Some(Revision::new(revision)), "a revision was told that was never given: {next:?}");
-        told.push(next);
+        assert!(at <= Some(Revision::new(revision)), "a revision was received that was never given: {next:?}");
+        received.push(next);
         if at == Some(Revision::new(revision)) {
-            return told;
+            return received;
         }
     }
 }
 
-fn increased(told: &Told, last: Revision) -> Revision {
-    let revision = told.revision().unwrap_or_else(|| panic!("only changes were given, but told was {told:?}"));
-    assert!(revision > last, "revision {revision} was told after {last}");
+fn increased(received: &Received, last: Revision) -> Revision {
+    let revision =
+        received.revision().unwrap_or_else(|| panic!("only changes were given, but {received:?} was received"));
+    assert!(revision > last, "revision {revision} was received after {last}");
     revision
 }
 
-/// What a subscriber believes who was told all this: the last thing about each key.
-fn view(told: Vec<Told>) -> BTreeMap<Key, Told> {
-    let keyed = told.into_iter().filter_map(|told| Some((told.key()?.clone(), told.without_skipped())));
+/// What a subscriber knows that received all this: the last thing about each key.
+fn view(received: Vec<Received>) -> BTreeMap<Key, Received> {
+    let keyed = received.into_iter().filter_map(|received| Some((received.key()?.clone(), received.without_skipped())));
     keyed.collect()
 }
 
-fn plain(told: Vec<Told>) -> Vec<Told> {
-    told.into_iter().map(Told::without_skipped).collect()
+fn plain(received: Vec<Received>) -> Vec<Received> {
+    received.into_iter().map(Received::without_skipped).collect()
 }
 
-/// Splits what was told at a snapshot, which must be there in one piece.
-fn around(told: &[Told], snapshot: &Snapshot) -> (Vec<Told>, Vec<Told>) {
-    let told = plain(told.to_vec());
-    let whole = plain(Told::snapshot(snapshot));
-    let at = told.windows(whole.len()).position(|window| window == whole);
-    let at = at.unwrap_or_else(|| panic!("the snapshot {whole:?} was not told in one piece: {told:?}"));
-    (told[..at].to_vec(), told[at + whole.len()..].to_vec())
+/// Splits what was received at a snapshot, which must be there in one piece.
+fn around(received: &[Received], snapshot: &Snapshot) -> (Vec<Received>, Vec<Received>) {
+    let received = plain(received.to_vec());
+    let whole = plain(Received::snapshot(snapshot));
+    let at = received.windows(whole.len()).position(|window| window == whole);
+    let at = at.unwrap_or_else(|| panic!("the snapshot {whole:?} was not received in one piece: {received:?}"));
+    (received[..at].to_vec(), received[at + whole.len()..].to_vec())
 }
 
 fn key(text: &str) -> Key {

@@ -3,9 +3,8 @@
 #![allow(dead_code, reason = "each test uses some of it")]
 #![allow(clippy::unwrap_used, reason = "a helper of a test fails like a test")]
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -33,16 +32,8 @@ pub(crate) fn program(variable: &str, name: &str) -> Option<PathBuf> {
     found
 }
 
-/// A port that is free for TCP and UDP at this moment.
+/// A port that is free for TCP, and at this moment for UDP.
 pub(crate) fn free_port() -> u16 {
-    // Below those that the system gives to others meanwhile, and each once in this process.
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    loop {
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let port = 10_000 + ((std::process::id() * 100 + number) % 20_000) as u16;
-        let address = (Ipv4Addr::LOCALHOST, port);
-        if TcpListener::bind(address).is_ok() && UdpSocket::bind(address).is_ok() {
-            return port;
-        }
-    }
+    let is_free = |port: &u16| UdpSocket::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
+    std::iter::repeat_with(nkv_testkit::port::free_port).find(is_free).expect("without an end")
 }

@@ -2,7 +2,6 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, reason = "a helper of tests")]
 
 use std::io::Write;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -10,6 +9,7 @@ use std::time::Duration;
 use nkv_engine_etcd::{EtcdEngine, Options};
 use nkv_node::{Event, Handle, Node, Subscription};
 use nkv_testkit::histories::net::Net;
+pub use nkv_testkit::port::free_port;
 use rpc::kv_client::KvClient;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -47,18 +47,6 @@ pub fn program() -> Option<PathBuf> {
 fn tool(name: &str) -> Option<PathBuf> {
     let beside = program()?.with_file_name(name);
     if beside.is_file() { Some(beside) } else { Some(PathBuf::from(name)) }
-}
-
-pub fn free_port() -> u16 {
-    // Below those that the system gives to others meanwhile, and each once in this process.
-    static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-    loop {
-        let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let port = 10_000 + ((std::process::id() * 100 + number) % 20_000) as u16;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
 }
 
 #[derive(Debug)]

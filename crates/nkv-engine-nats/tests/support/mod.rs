@@ -3,7 +3,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::env;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -11,6 +11,7 @@ use std::time::Duration;
 use nkv_engine_nats::{NatsEngine, Options};
 use nkv_node::{Event, Handle, Node, Subscription};
 use nkv_testkit::histories::net::Net;
+pub(crate) use nkv_testkit::port::free_port;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -35,18 +36,6 @@ pub(crate) fn program(is_old: bool) -> Option<PathBuf> {
         eprintln!("skipped: there is no {name}: scripts/servers-nats.sh target/servers/nats gets it");
     }
     found
-}
-
-pub(crate) fn free_port() -> u16 {
-    // Below those that the system gives to others meanwhile, and each once in this process.
-    static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-    loop {
-        let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let port = 10_000 + ((std::process::id() * 100 + number) % 20_000) as u16;
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
-            return port;
-        }
-    }
 }
 
 /// A server of NATS with JetStream.

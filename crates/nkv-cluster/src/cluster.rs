@@ -391,6 +391,15 @@ pub(crate) struct Run {
     pub(crate) heard_at: Millis,
     /// Another run of the same id that wants to connect, and since when.
     pub(crate) rival: Option<(u64, Millis)>,
+    pub(crate) level: Option<Level>,
+}
+
+/// The last session with a peer that ended whole.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Level {
+    /// When it ended, by the steady clock.
+    pub(crate) at: Millis,
+    pub(crate) was_led_here: bool,
 }
 
 /// What became of an attempt to connect.

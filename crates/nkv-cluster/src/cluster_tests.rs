@@ -12,10 +12,12 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::*;
+use crate::MemberState;
 use crate::clock::SystemClock;
 use crate::link::{Line, Stream};
 use crate::membership::{MembershipError, StaticPeers};
 use crate::register::{Content, Register};
+use crate::replica::Want;
 use crate::stamp::Hlc;
 use crate::tree::{Half, Prefix};
 use crate::wire::{Hello, Message, PREFIXES_MAX, State};
@@ -151,12 +153,33 @@ fn options() -> Options {
     Options::new(std::thread::current().name().unwrap_or("test"))
 }
 
-async fn start(skew: i64, bound: Arc<Memory>, peers: &[SocketAddr]) -> One {
+fn no_bound() -> Arc<dyn Bound> {
+    Arc::new(Memory::default())
+}
+
+async fn start(skew: i64, bound: Arc<dyn Bound>, peers: &[SocketAddr]) -> One {
     start_with(skew, bound, peers, None, 100).await
 }
 
-async fn start_with(skew: i64, bound: Arc<Memory>, peers: &[SocketAddr], disk: Option<Full>, interval_ms: u64) -> One {
+async fn start_with(
+    skew: i64,
+    bound: Arc<dyn Bound>,
+    peers: &[SocketAddr],
+    disk: Option<Full>,
+    interval_ms: u64,
+) -> One {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    start_at(listener, skew, bound, peers, disk, interval_ms).await
+}
+
+async fn start_at(
+    listener: TcpListener,
+    skew: i64,
+    bound: Arc<dyn Bound>,
+    peers: &[SocketAddr],
+    disk: Option<Full>,
+    interval_ms: u64,
+) -> One {
     let address = listener.local_addr().unwrap();
     let clock = Arc::new(Skewed(SystemClock, AtomicI64::new(skew)));
     let bytes = Arc::new(AtomicU64::new(0));
@@ -198,11 +221,11 @@ impl One {
 
 #[tokio::test]
 async fn a_node_whose_clock_is_ahead_refuses_writes_and_stamps_anew_what_it_wrote_alone() {
-    let ahead = start(3_600_000, Arc::default(), &[]).await;
+    let ahead = start(3_600_000, no_bound(), &[]).await;
     let nkv = ahead.node.handle();
     nkv.put("alone", "1").await.unwrap();
     let first = ahead.register("alone").unwrap().stamp.time;
-    let other = start(0, Arc::default(), &[ahead.cluster.address()]).await;
+    let other = start(0, no_bound(), &[ahead.cluster.address()]).await;
     eventually("the other has it", async || other.node.handle().exists("alone").await.unwrap()).await;
     let anew = other.register("alone").unwrap().stamp.time;
     let error = first.millis() - anew.millis();
@@ -232,7 +255,7 @@ async fn a_node_whose_clock_is_ahead_refuses_writes_and_stamps_anew_what_it_wrot
 async fn a_node_that_cannot_store_new_stamps_says_so() {
     let disk = Full::new(MemoryPersist::new(Epoch::new(7)));
     let is_full = Arc::clone(&disk.is_full);
-    let one = start_with(3_600_000, Arc::default(), &[], Some(disk), 100).await;
+    let one = start_with(3_600_000, no_bound(), &[], Some(disk), 100).await;
     one.node.handle().put("k", "1").await.unwrap();
     one.clock.1.store(0, Relaxed);
     is_full.store(true, Relaxed);
@@ -245,7 +268,7 @@ async fn a_node_that_cannot_store_new_stamps_says_so() {
 #[tokio::test]
 async fn a_restart_with_a_clock_set_back_gives_no_old_stamps() {
     let bound = Arc::new(Memory::default());
-    let before = start(0, Arc::clone(&bound), &[]).await;
+    let before = start(0, Arc::clone(&bound) as Arc<dyn Bound>, &[]).await;
     before.node.handle().put("k", "1").await.unwrap();
     let first = before.register("k").unwrap().stamp.time;
     assert!(Hlc(bound.0.load(Relaxed)) >= first, "the bound is kept ahead of use");
@@ -256,12 +279,87 @@ async fn a_restart_with_a_clock_set_back_gives_no_old_stamps() {
     assert!(after.register("k").unwrap().stamp.time > first);
 }
 
+/// Stores a bound only when it is let.
+#[derive(Debug)]
+struct Slow {
+    stored: AtomicU64,
+    asked: AtomicU64,
+    permits: tokio::sync::Semaphore,
+}
+
+#[async_trait]
+impl Bound for Arc<Slow> {
+    async fn load(&self) -> io::Result<Hlc> {
+        Ok(Hlc(self.stored.load(Relaxed)))
+    }
+
+    async fn store(&self, bound: Hlc) -> io::Result<()> {
+        self.asked.fetch_add(1, Relaxed);
+        self.permits.acquire().await.unwrap().forget();
+        self.stored.store(bound.0, Relaxed);
+        Ok(())
+    }
+}
+
+/// A clock that stands still until it is moved.
+#[derive(Debug)]
+struct Standing(AtomicU64);
+
+impl Clock for Standing {
+    fn wall(&self) -> Millis {
+        self.0.load(Relaxed)
+    }
+
+    fn steady(&self) -> Millis {
+        self.0.load(Relaxed)
+    }
+}
+
+#[tokio::test]
+async fn no_write_waits_for_the_bound_of_the_clock_while_there_is_room_below_it() {
+    let (stored, asked) = (AtomicU64::new(0), AtomicU64::new(0));
+    let slow = Arc::new(Slow { stored, asked, permits: tokio::sync::Semaphore::new(1) });
+    let clock = Arc::new(Standing(AtomicU64::new(SystemClock.wall())));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let parts = Parts {
+        clock: Arc::clone(&clock) as Arc<dyn Clock>,
+        random: Arc::new(SystemRandom),
+        bound: Arc::new(Arc::clone(&slow)),
+        network: Arc::new(Tcp(listener)),
+        membership: Arc::new(StaticPeers::default()),
+    };
+    let cluster = Cluster::with(options(), parts, address).unwrap();
+    let node = Node::builder().engine(cluster.clone()).start().await.unwrap();
+    let nkv = node.handle();
+    eventually("it has a state", async || nkv.health().await.is_ok()).await;
+    nkv.put("k", "1").await.unwrap();
+    let bound = Hlc(slow.stored.load(Relaxed));
+    assert_eq!(slow.asked.load(Relaxed), 1);
+    // A little below it.
+    clock.0.store(bound.millis() - 100, Relaxed);
+    timeout(PATIENCE, nkv.put("k", "2")).await.expect("it waits for the bound").unwrap();
+    eventually("the next one is stored", async || slow.asked.load(Relaxed) == 2).await;
+    // And above it.
+    clock.0.store(bound.millis() + 1, Relaxed);
+    let writing = tokio::spawn({
+        let nkv = node.handle();
+        async move { nkv.put("k", "3").await }
+    });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!writing.is_finished(), "the bound is kept ahead of use");
+    slow.permits.add_permits(10);
+    timeout(PATIENCE, writing).await.unwrap().unwrap().unwrap();
+    let last = cluster.inner().replica().last_time();
+    assert!(last > bound && Hlc(slow.stored.load(Relaxed)) >= last);
+}
+
 #[tokio::test]
 async fn a_clock_that_was_never_set_harms_no_one() {
     let unset = -signed(SystemClock.wall()) + 5_000;
-    let one = start(0, Arc::default(), &[]).await;
+    let one = start(0, no_bound(), &[]).await;
     one.node.handle().put("k", "1").await.unwrap();
-    let other = start(unset, Arc::default(), &[one.cluster.address()]).await;
+    let other = start(unset, no_bound(), &[one.cluster.address()]).await;
     other.node.handle().put("k", "2").await.unwrap();
     eventually("the later write wins", async || {
         let value = one.node.handle().get("k").await.unwrap().unwrap().value;
@@ -275,10 +373,10 @@ async fn a_clock_that_was_never_set_harms_no_one() {
 
 #[tokio::test]
 async fn a_node_whose_disk_was_full_is_level_once_there_is_room() {
-    let one = start(0, Arc::default(), &[]).await;
+    let one = start(0, no_bound(), &[]).await;
     let disk = Full::new(MemoryPersist::new(Epoch::new(7)));
     let is_full = Arc::clone(&disk.is_full);
-    let other = start_with(0, Arc::default(), &[one.cluster.address()], Some(disk), 100).await;
+    let other = start_with(0, no_bound(), &[one.cluster.address()], Some(disk), 100).await;
     let (a, b) = (one.node.handle(), other.node.handle());
     a.put("before", "1").await.unwrap();
     eventually("it comes", async || b.exists("before").await.unwrap()).await;
@@ -303,7 +401,7 @@ fn with_ttl(millis: u64) -> PutOptions {
 
 #[tokio::test]
 async fn a_value_ends_also_while_jobs_keep_coming() {
-    let one = start(0, Arc::default(), &[]).await;
+    let one = start(0, no_bound(), &[]).await;
     let nkv = one.node.handle();
     nkv.put_with("k", "1", with_ttl(200)).await.unwrap();
     let inner = Arc::clone(one.cluster.inner());
@@ -324,7 +422,7 @@ async fn an_end_that_cannot_be_stored_holds_up_no_write() {
     const PUTS: u64 = 20;
     let disk = Full::new(MemoryPersist::new(Epoch::new(7)));
     let stuck = Arc::clone(&disk.stuck);
-    let one = start_with(0, Arc::default(), &[], Some(disk), 100).await;
+    let one = start_with(0, no_bound(), &[], Some(disk), 100).await;
     let nkv = one.node.handle();
     nkv.put_with(STUCK, "1", with_ttl(1)).await.unwrap();
     eventually("its end is tried", async || stuck.load(Relaxed) > 0).await;
@@ -342,7 +440,7 @@ async fn a_delete_of_many_keys_is_stored_in_parts_and_what_became_of_it_is_said(
     const KEYS: usize = 2_500;
     let disk = Full::new(MemoryPersist::new(Epoch::new(7)));
     let (is_full, batch_max) = (Arc::clone(&disk.is_full), Arc::clone(&disk.batch_max));
-    let one = start_with(0, Arc::default(), &[], Some(disk), 100).await;
+    let one = start_with(0, no_bound(), &[], Some(disk), 100).await;
     let nkv = one.node.handle();
     let put_all = async || {
         for number in 0..KEYS {
@@ -378,7 +476,7 @@ async fn start_in(options: Options, membership: impl Membership) -> (Cluster, No
 
 #[tokio::test]
 async fn a_living_peer_that_has_a_second_address_keeps_both() {
-    let one = start(0, Arc::default(), &[]).await;
+    let one = start(0, no_bound(), &[]).await;
     let address = one.cluster.address();
     let forwarder = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let second_address = forwarder.local_addr().unwrap();
@@ -397,6 +495,92 @@ async fn a_living_peer_that_has_a_second_address_keeps_both() {
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(is_known(), "it forgot the first");
     }
+}
+
+/// Says where nodes are, and at first where some were that are gone.
+#[derive(Debug)]
+struct Stale(Mutex<Vec<SocketAddr>>);
+
+#[async_trait]
+impl Membership for Stale {
+    async fn addresses(&self) -> Result<Vec<SocketAddr>, MembershipError> {
+        Ok(self.0.lock().unwrap().clone())
+    }
+}
+
+#[tokio::test]
+async fn nodes_that_each_began_alone_become_one_cluster_and_nothing_is_taken_for_deleted() {
+    // Bound, so that no one else is given the port; no one listens there.
+    let gone = tokio::net::TcpSocket::new_v4().unwrap();
+    gone.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let membership = Arc::new(Stale(Mutex::new(vec![gone.local_addr().unwrap()])));
+    let mut all = Vec::new();
+    for number in 0..3 {
+        let mut options = options();
+        options.sync_interval = Duration::from_millis(20);
+        let (cluster, node) = start_in(options, Arc::clone(&membership)).await;
+        let nkv = node.handle();
+        eventually("it begins", async || nkv.health().await.is_ok()).await;
+        nkv.put(format!("own.{number}"), "1").await.unwrap();
+        nkv.put("shared", number.to_string()).await.unwrap();
+        all.push((cluster, node));
+    }
+    assert!(all.iter().all(|(cluster, _)| cluster.peers().is_empty()));
+    *membership.0.lock().unwrap() = all.iter().map(|(cluster, _)| cluster.address()).collect();
+    for (cluster, node) in &all {
+        let nkv = node.handle();
+        eventually("it has all", async || {
+            let shared = nkv.get("shared").await.unwrap().unwrap().value;
+            cluster.peers().len() == 2 && nkv.list("own.*").await.unwrap().len() == 3 && shared == "2"
+        })
+        .await;
+        assert_eq!(cluster.brought_back(), 0);
+    }
+}
+
+#[tokio::test]
+async fn two_nodes_that_swap_their_addresses_stay_the_same_two() {
+    let third = start(0, no_bound(), &[]).await;
+    let known = [third.cluster.address()];
+    let disks = [7, 8].map(|epoch| MemoryPersist::new(Epoch::new(epoch)));
+    let disk = |number: usize| Some(Full::new(disks[number].clone()));
+    let before =
+        [start_with(0, no_bound(), &known, disk(0), 100).await, start_with(0, no_bound(), &known, disk(1), 100).await];
+    let ids = before.each_ref().map(|one| one.cluster.id().unwrap());
+    let addresses = before.each_ref().map(|one| one.cluster.address());
+    for (number, one) in before.iter().enumerate() {
+        one.node.handle().put(format!("before.{number}"), "1").await.unwrap();
+    }
+    for one in before {
+        one.node.shutdown().await.unwrap();
+    }
+    let mut after = Vec::new();
+    for number in 0..2 {
+        let mut listener = None;
+        eventually("the address is free", async || {
+            listener = TcpListener::bind(addresses[1 - number]).await.ok();
+            listener.is_some()
+        })
+        .await;
+        after.push(start_at(listener.unwrap(), 0, no_bound(), &known, disk(number), 100).await);
+    }
+    for (number, one) in after.iter().enumerate() {
+        assert_eq!(one.cluster.id(), Some(ids[number]));
+        eventually("it takes writes", async || one.node.handle().put(format!("after.{number}"), "1").await.is_ok())
+            .await;
+    }
+    eventually("all meet, and have all", async || {
+        let members = third.cluster.members();
+        let is_there = |number: usize| {
+            members.iter().any(|member| {
+                let is_joined = member.state == MemberState::Joined;
+                member.id == ids[number] && member.address == Some(addresses[1 - number]) && is_joined
+            })
+        };
+        let keys = third.node.handle().stats().await.unwrap().keys;
+        members.len() == 2 && is_there(0) && is_there(1) && keys == 4
+    })
+    .await;
 }
 
 /// Answers some of the times that it is asked, and never the others.
@@ -419,7 +603,7 @@ impl Membership for Hanging {
 
 #[tokio::test]
 async fn where_peers_are_is_asked_again_if_there_is_no_answer() {
-    let one = start(0, Arc::default(), &[]).await;
+    let one = start(0, no_bound(), &[]).await;
     one.node.handle().put("k", "1").await.unwrap();
     let mut options = options();
     options.peer_timeout = Duration::from_millis(200);
@@ -435,7 +619,7 @@ async fn peers_are_met_while_it_is_asked_where_they_are() {
     let membership = Arc::new(Hanging { peers: Vec::new(), answers: 0, asked: AtomicU64::new(0) });
     let (first, _node) = start_in(options, Arc::clone(&membership)).await;
     eventually("it is asked again", async || membership.asked.load(Relaxed) > 1).await;
-    let other = start(0, Arc::default(), &[first.address()]).await;
+    let other = start(0, no_bound(), &[first.address()]).await;
     let id = other.cluster.id().unwrap();
     eventually("it connects to the other too", async || first.inner().peers().links.contains_key(&id)).await;
 }
@@ -480,7 +664,7 @@ async fn begin_session(one: &One, line: &mut Line) {
 /// the end of its connection had been lost.
 #[tokio::test]
 async fn a_node_that_was_restarted_while_it_was_cut_off_is_no_second_living_one() {
-    let one = start(0, Arc::default(), &[]).await;
+    let one = start(0, no_bound(), &[]).await;
     let mut old = greet(&one).await;
     let interval = one.cluster.inner().options.sync_interval;
     let refused = async || match say_hello(&one, 77, 2).await.1 {
@@ -503,7 +687,7 @@ async fn a_node_that_was_restarted_while_it_was_cut_off_is_no_second_living_one(
 
 #[tokio::test]
 async fn a_peer_that_begins_a_session_anew_leads_that_one() {
-    let one = start(0, Arc::default(), &[]).await;
+    let one = start(0, no_bound(), &[]).await;
     let mut line = greet(&one).await;
     for _ in 0..2 {
         begin_session(&one, &mut line).await;
@@ -516,7 +700,7 @@ async fn a_peer_that_begins_a_session_anew_leads_that_one() {
 /// A node that had been away was given the same by each of its four peers, and twice: by the session that it led, and by theirs.
 #[tokio::test]
 async fn what_differs_is_levelled_with_one_peer_after_another() {
-    let one = start(0, Arc::default(), &[]).await;
+    let one = start(0, no_bound(), &[]).await;
     one.node.handle().put("k", "1").await.unwrap();
     let (mut first, mut second, mut empty) = (greet(&one).await, greet_as(&one, 78).await, greet_as(&one, 79).await);
     let root = one.cluster.digest();
@@ -543,7 +727,7 @@ async fn what_differs_is_levelled_with_one_peer_after_another() {
 
 #[tokio::test]
 async fn a_peer_that_asks_for_too_much_at_once_is_refused() {
-    let one = start(0, Arc::default(), &[]).await;
+    let one = start(0, no_bound(), &[]).await;
     let prefixes = |count| vec![Prefix::ROOT.child(3); count];
     let digests = |count| Message::Digests(Half::Low, prefixes(count));
     let list = |count| Message::List(prefixes(count).into_iter().map(|prefix| (prefix, Vec::new())).collect());
@@ -556,12 +740,69 @@ async fn a_peer_that_asks_for_too_much_at_once_is_refused() {
     }
 }
 
+#[tokio::test]
+async fn a_peer_that_wants_more_than_was_listed_is_refused() {
+    for (count, is_given) in [(1, true), (2, false)] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let cluster = options().cluster;
+        let peer = tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (mut line, writer) = Line::new(Box::new(stream), Box::leak(Box::default()), PATIENCE);
+            tokio::spawn(writer);
+            let Message::Hello(theirs) = line.receive().await.unwrap() else { panic!() };
+            let hello = Hello { cluster, id: NodeId(77), run: 1, address: None, has_joined: true, ..theirs };
+            assert!(matches!(line.ask(&Message::Hello(hello)).await.unwrap(), Message::Ready { .. }));
+            line.allow(1 << 20);
+            while let Ok(message) = line.receive().await {
+                let answer = match message {
+                    Message::WhoElse => Message::Known(Vec::new()),
+                    Message::Sync(theirs) => {
+                        let root = theirs.root.min(1);
+                        Message::SyncAnswer(State { root, contact: None, has_joined: true, ..theirs })
+                    }
+                    Message::List(lists) => {
+                        let key_hash = lists[0].1[0].key_hash;
+                        Message::Wants(vec![Want { key_hash, lacks: false }; count])
+                    }
+                    Message::End { .. } => Message::Ended { is_whole: true },
+                    Message::Records(_) => return true,
+                    _ => continue,
+                };
+                line.send(answer.encode()).await.unwrap();
+            }
+            false
+        });
+        let one = start(0, no_bound(), &[address]).await;
+        one.node.handle().put("k", "1").await.unwrap();
+        assert_eq!(timeout(PATIENCE, peer).await.unwrap().unwrap(), is_given, "{count} keys");
+    }
+}
+
+#[tokio::test]
+async fn two_nodes_take_turns_and_one_that_does_not_is_not_waited_for() {
+    const INTERVAL: u64 = 60_000;
+    let one = start_with(0, no_bound(), &[], None, INTERVAL).await;
+    let _line = greet(&one).await;
+    let inner = one.cluster.inner();
+    let now = inner.steady();
+    let rest = |was_led_here, led_at| {
+        let level = Some(Level { at: now, was_led_here });
+        inner.peers().connected.get_mut(&NodeId(77)).unwrap().level = level;
+        millis(meeting::rest(inner, NodeId(77), led_at))
+    };
+    eventually("it is connected", async || inner.peers().connected.contains_key(&NodeId(77))).await;
+    assert!((INTERVAL / 2..=INTERVAL).contains(&rest(false, now)), "its turn is after an interval");
+    assert!((INTERVAL + 1..=INTERVAL * 3 / 2).contains(&rest(true, now)), "the other's turn is before");
+    assert_eq!(rest(true, now.saturating_sub(INTERVAL * 5 / 2)), 0, "its own connection has been silent");
+}
+
 /// 100,000 keys of 100 bytes, 1,000 of which change while a node is away.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_was_away_is_level_for_few_bytes() {
     const KEYS: u64 = 100_000;
     const CHANGES: u64 = 1_000;
-    let one = start_with(0, Arc::default(), &[], None, 1_000).await;
+    let one = start_with(0, no_bound(), &[], None, 1_000).await;
     let records: Vec<Record> = (0..KEYS)
         .map(|number| {
             let stamp = Stamp { time: Hlc::at(one.clock.wall() - 1_000), node: NodeId(number) };
@@ -576,7 +817,7 @@ async fn a_node_that_was_away_is_level_for_few_bytes() {
     let full = || Full::new(disk.clone());
     let peers = [one.cluster.address()];
     let began = Instant::now();
-    let other = start_with(0, Arc::default(), &peers, Some(full()), 1_000).await;
+    let other = start_with(0, no_bound(), &peers, Some(full()), 1_000).await;
     println!("TEST join_100000_keys_ms = {}", began.elapsed().as_millis());
     println!("TEST join_100000_keys_bytes = {}", other.bytes.load(Relaxed));
     // The first state that it has is whole.
@@ -595,11 +836,41 @@ async fn a_node_that_was_away_is_level_for_few_bytes() {
         one.node.handle().put(format!("key.{}", number * (KEYS / CHANGES)), vec![b'w'; 100]).await.unwrap();
     }
     let began = Instant::now();
-    let other = start_with(0, Arc::default(), &peers, Some(full()), 1_000).await;
+    let other = start_with(0, no_bound(), &peers, Some(full()), 1_000).await;
     eventually("it is level", async || one.cluster.digest() == other.cluster.digest()).await;
     println!("TEST away_1000_changes_ms = {}", began.elapsed().as_millis());
     let bytes = other.bytes.load(Relaxed);
     println!("TEST away_1000_changes_bytes = {bytes}");
     let data = CHANGES * ("key.99999".len() as u64 + 100 + 16);
     assert!(bytes <= 3 * data, "{bytes} bytes for {data} bytes of data");
+}
+
+/// For a network namespace in which nothing else is: `unshare -n sh -c 'ip link set lo up; …'`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "measures the loopback interface, and takes half a minute"]
+async fn five_idle_nodes_on_a_loopback_of_their_own() {
+    let mut nodes: Vec<One> = Vec::new();
+    for _ in 0..5 {
+        let peers: Vec<SocketAddr> = nodes.iter().map(|one| one.cluster.address()).collect();
+        nodes.push(start_with(0, no_bound(), &peers, None, 1_000).await);
+    }
+    for number in 0..1_000 {
+        nodes[0].node.handle().put(format!("k.{number}"), vec![b'x'; 100]).await.unwrap();
+    }
+    eventually("all are level", async || {
+        let digest = nodes[0].cluster.digest();
+        nodes.iter().all(|one| one.cluster.peers().len() == 4 && one.cluster.digest() == digest)
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let sent = || -> u64 {
+        // Of the namespace that the process is in: bytes sent are the tenth word.
+        let text = std::fs::read_to_string("/proc/self/net/dev").unwrap();
+        let line = text.lines().find(|line| line.trim_start().starts_with("lo:")).unwrap();
+        line.split_whitespace().nth(9).unwrap().parse().unwrap()
+    };
+    let (before, began) = (sent(), Instant::now());
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    let each_second = (sent() - before) as f64 / began.elapsed().as_secs_f64();
+    println!("TEST idle_loopback_bytes_per_s_and_node = {:.0}", each_second / 5.0);
 }

@@ -1,11 +1,13 @@
 //! The one task that changes what a node has: it plans what came, stores it, commits it, and only then says so to anyone.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nkv_core::{Epoch, Key, Op, Outcome, Pattern, PersistErrorKind, Revision};
 use nkv_node::{Decided, EngineError, RateLimitedLog};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::clock::Now;
@@ -104,13 +106,15 @@ pub(crate) struct Committer {
     queue: mpsc::Receiver<Job>,
     /// Readings of the clock are not above it.
     bound: Hlc,
+    /// The next one, while it is stored.
+    next_bound: JoinSet<io::Result<Hlc>>,
     /// No tick comes before this, by the steady clock: one was not stored.
     tick_from: Millis,
 }
 
 impl Committer {
     pub(crate) fn new(inner: Arc<Inner>, queue: mpsc::Receiver<Job>, bound: Hlc) -> Self {
-        Committer { inner, queue, bound, tick_from: 0 }
+        Committer { inner, queue, bound, next_bound: JoinSet::new(), tick_from: 0 }
     }
 
     /// Gives the node an id if it has none, and stamps to what was there before it was in a cluster.
@@ -315,18 +319,43 @@ impl Committer {
 
     /// The clock's upper bound is kept before anything that it gave is.
     async fn keep_bound(&mut self) -> Result<(), Failed> {
+        if let Some(Ok(Ok(bound))) = self.next_bound.try_join_next() {
+            self.bound = bound;
+        }
         let last = self.inner.replica().last_time();
         let ahead = millis(self.inner.options.max_clock_offset) / 2;
         // It is far below where the clock was off before.
         let is_far_below = last.millis().saturating_add(2 * ahead.max(1)) < self.bound.millis();
         if last <= self.bound && !is_far_below {
+            // While there is room below it, so that no write waits. What fails is done again, or said when there is none.
+            // Before the first reading of a run nothing is near: each restart would lead further ahead.
+            let is_near = last < self.bound && self.bound.millis().saturating_sub(last.millis()) < ahead / 2;
+            if is_near && self.next_bound.is_empty() {
+                self.move_bound(last, ahead);
+            }
             return Ok(());
         }
-        let bound = Hlc::at(last.millis().saturating_add(ahead));
-        let unavailable = |error| EngineError::Unavailable(format!("the bound of the clock cannot be kept: {error}"));
-        self.inner.parts.bound.store(bound).await.map_err(|error| Failed::Now(unavailable(error)))?;
-        self.bound = bound;
+        // One that is on its way is not to take the place of a later one.
+        if let Some(Ok(Ok(bound))) = self.next_bound.join_next().await {
+            self.bound = bound;
+            if last <= bound && !is_far_below {
+                return Ok(());
+            }
+        }
+        self.move_bound(last, ahead);
+        let unavailable =
+            |error: io::Error| EngineError::Unavailable(format!("the bound of the clock cannot be kept: {error}"));
+        if let Some(stored) = self.next_bound.join_next().await {
+            let stored = stored.map_err(io::Error::from).and_then(|stored| stored);
+            self.bound = stored.map_err(|error| Failed::Now(unavailable(error)))?;
+        }
         Ok(())
+    }
+
+    fn move_bound(&mut self, last: Hlc, ahead: Millis) {
+        let inner = Arc::clone(&self.inner);
+        let bound = Hlc::at(last.millis().saturating_add(ahead));
+        self.next_bound.spawn(async move { inner.parts.bound.store(bound).await.map(|()| bound) });
     }
 }
 

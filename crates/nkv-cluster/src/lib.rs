@@ -18,6 +18,8 @@ mod session;
 #[cfg(test)]
 mod sim;
 mod stamp;
+#[cfg(test)]
+mod traffic;
 mod tree;
 mod wire;
 

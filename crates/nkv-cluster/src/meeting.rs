@@ -11,11 +11,11 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::cluster::{Inner, Peers, Run, Tried, millis};
+use crate::cluster::{Inner, Level, Peers, Run, Tried, millis};
 use crate::link::{Line, PushQueue, Stream};
 use crate::membership::MembershipError;
 use crate::session::{Levelling, Session};
-use crate::stamp::NodeId;
+use crate::stamp::{Millis, NodeId};
 use crate::wire::{Hello, Message, frame_len_max, invalid};
 
 /// Connections that peers have opened, at most.
@@ -28,8 +28,11 @@ const ADDRESSES_MAX: usize = 1_024;
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_INTERVALS_MAX: u32 = 5;
 
-/// The sync intervals, or sessions, after which it is asked again where peers are.
+/// The sync intervals after which it is asked again where peers are.
 const ASK_INTERVALS: u64 = 10;
+
+/// Sessions that a node leads with a peer until it asks it again where others are: it leads one in two intervals.
+const ASK_SESSIONS: u64 = ASK_INTERVALS / 2;
 
 /// How long it may take to find out where peers are, in times of the time-out of a peer: names are looked up at several servers.
 const LOOKUP_TIMEOUTS: u32 = 4;
@@ -65,7 +68,7 @@ impl<'a> Connected<'a> {
     fn new(inner: &'a Inner, hello: Hello) -> Result<Self, (bool, String)> {
         let now = inner.steady();
         let mut peers = inner.peers();
-        let begun = || Run { number: hello.run, connections: 0, heard_at: now, rival: None };
+        let begun = || Run { number: hello.run, connections: 0, heard_at: now, rival: None, level: None };
         let run = peers.connected.entry(hello.id).or_insert_with(begun);
         if run.number != hello.run {
             let since = match run.rival {
@@ -307,15 +310,33 @@ fn learn(inner: &Inner, known: Vec<(NodeId, SocketAddr)>) {
     }
 }
 
-/// How long a peer that opened a connection may say nothing.
+/// How long a peer that opened a connection may say nothing. It may be connected to more peers than this node, and lead less often.
 fn patience(inner: &Inner) -> Duration {
-    interval(inner).saturating_mul(3).saturating_add(inner.options.peer_timeout)
+    let (known, _) = inner.members.counts();
+    interval_with(inner, known).saturating_mul(3).saturating_add(inner.options.peer_timeout)
 }
 
-/// How often this node leads a session with each of its peers.
+/// How often this node has a session with each of its peers.
 fn interval(inner: &Inner) -> Duration {
-    let peers = inner.peers().connected.len().div_ceil(PEERS_AN_INTERVAL).max(1);
-    inner.options.sync_interval.saturating_mul(u32::try_from(peers).unwrap_or(u32::MAX))
+    let connected = inner.peers().connected.len();
+    interval_with(inner, connected)
+}
+
+fn interval_with(inner: &Inner, peers: usize) -> Duration {
+    let intervals = peers.div_ceil(PEERS_AN_INTERVAL).max(1);
+    inner.options.sync_interval.saturating_mul(u32::try_from(intervals).unwrap_or(u32::MAX))
+}
+
+/// How long this node need not lead a session with a peer, as there was one that ended whole. The two take turns, since a session
+/// levels both. Half an interval later it is the turn of either: the other one may not reach this one. On each connection there is
+/// something now and then, as either end takes silence for death.
+pub(crate) fn rest(inner: &Inner, peer: NodeId, led_at: Millis) -> Duration {
+    let interval = millis(interval(inner));
+    let level = inner.peers().connected.get(&peer).and_then(|run| run.level);
+    let Some(Level { at, was_led_here }) = level else { return Duration::ZERO };
+    let pause = if was_led_here { interval.saturating_add(interval / 2) } else { interval };
+    let from = at.saturating_add(pause).min(led_at.saturating_add(interval.saturating_mul(5) / 2));
+    Duration::from_millis(from.saturating_sub(inner.steady()))
 }
 
 /// Finds out where peers are, keeps a connection to each, and has an empty node join.
@@ -533,31 +554,36 @@ async fn try_lead(
     }
     let _linked = Linked { inner, id };
     tracing::info!(peer = %id, %address, "connected");
-    let mut turn = 0_u64;
+    let (mut sessions, mut led_at) = (0_u64, inner.steady());
     loop {
-        if turn.is_multiple_of(ASK_INTERVALS) {
+        let rest = rest(inner, id, led_at);
+        if !rest.is_zero() {
+            sleep(rest).await;
+            continue;
+        }
+        if sessions.is_multiple_of(ASK_SESSIONS) {
             match line.ask(&Message::WhoElse).await? {
                 Message::Known(known) => learn(inner, known),
                 _ => return Err(invalid("the peer was to say whom it knows").into()),
             }
         }
-        turn = turn.wrapping_add(1);
+        sessions = sessions.wrapping_add(1);
         let is_led = {
             let mut peers = inner.peers();
             let is_led = peers.led_by.contains(&id);
             is_led || !peers.leading.insert(id)
         };
-        let mut pause = interval(inner);
+        let mut is_level = false;
         if !is_led {
-            let is_done = Session::lead(inner, line, id, of_peer).await?;
+            led_at = inner.steady();
+            is_level = Session::lead(inner, line, id, of_peer).await?;
             connected.note_heard();
             inner.peers().leading.remove(&id);
-            if !is_done {
-                // Spread, so that those that were in each other's way are not again.
-                pause = spread(inner, pause);
-            }
         }
-        sleep(pause).await;
+        if !is_level {
+            // Spread, so that those that were in each other's way are not again.
+            sleep(spread(inner, interval(inner))).await;
+        }
     }
 }
 

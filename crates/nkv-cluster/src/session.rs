@@ -7,7 +7,7 @@ use std::sync::MutexGuard;
 
 use bytes::Bytes;
 
-use crate::cluster::{Inner, millis};
+use crate::cluster::{Inner, Level, millis};
 use crate::link::Line;
 use crate::register::Record;
 use crate::replica::{Compared, Contact, Entry, Replica, Slot, Want};
@@ -222,7 +222,7 @@ impl Session {
                 line.send(Message::Ended { is_whole: self.is_whole }.encode()).await?;
                 self.is_whole &= is_whole;
                 self.has_state &= is_whole;
-                self.end(inner, at).await?;
+                self.end(inner, at, false).await?;
                 return Ok(true);
             }
             other => return Err(unexpected(&other)),
@@ -231,9 +231,12 @@ impl Session {
     }
 
     /// Notes the contact, if all went well. An empty node has a state also where it did not take what is stamped ahead.
-    async fn end(&self, inner: &Inner, at: u64) -> io::Result<()> {
+    async fn end(&self, inner: &Inner, at: u64, was_led_here: bool) -> io::Result<()> {
         inner.members.note_session(self.peer, self.differed);
         if self.is_whole {
+            if let Some(run) = inner.peers().connected.get_mut(&self.peer) {
+                run.level = Some(Level { at: inner.steady(), was_led_here });
+            }
             let contact = Contact { at, own: self.own.place, peer: self.theirs.place };
             inner.note_contact(self.peer, contact, self.theirs.has_joined).await?;
         } else if self.has_state && self.theirs.has_joined {
@@ -242,7 +245,7 @@ impl Session {
         Ok(())
     }
 
-    /// Leads a session from its beginning to its end; says whether there was one.
+    /// Leads a session; says whether it ended whole.
     pub(crate) async fn lead(inner: &Inner, line: &mut Line, peer: NodeId, frame_len_max: usize) -> io::Result<bool> {
         let own = Self::state(inner, peer);
         let asked = inner.steady();
@@ -255,7 +258,7 @@ impl Session {
         if inner.mend().await? {
             // What was said of this node's data is not so any more.
             line.ask(&Message::End { at: 0, is_whole: false }).await?;
-            return Ok(true);
+            return Ok(false);
         }
         let mut session = Session::new(inner, peer, frame_len_max, own, theirs);
         let Some(_levelling) = Levelling::begin(inner, &session) else {
@@ -273,8 +276,8 @@ impl Session {
             }
             other => return Err(unexpected(&other)),
         }
-        session.end(inner, at).await?;
-        Ok(true)
+        session.end(inner, at, true).await?;
+        Ok(session.is_whole)
     }
 
     /// Goes down to what differs, and levels it.
@@ -308,20 +311,22 @@ impl Session {
 
     /// Lists all keys below some prefixes, takes what the peer gives for it, and gives what it wants.
     async fn list(&mut self, inner: &Inner, line: &mut Line, prefixes: &mut Vec<Prefix>) -> io::Result<()> {
-        let (mut lists, mut count) = (Vec::new(), 0);
+        let (mut lists, mut listed) = (Vec::new(), 0);
         while lists.len() < PREFIXES_MAX
-            && count < ENTRIES_MAX
+            && listed < ENTRIES_MAX
             && let Some(prefix) = prefixes.pop()
         {
             // All of one moment: what is missing from it was not there.
             let entries = self.whole(inner)?.entries(prefix);
-            count += entries.len();
+            listed += entries.len();
             lists.push((prefix, entries));
         }
         let mut answer = line.ask(&Message::List(lists)).await?;
         let wants = loop {
             match answer {
                 Message::Records(records) => _ = self.take(inner, records).await?,
+                // What it wants is looked up at once, and waits to be given.
+                Message::Wants(wants) if wants.len() > listed => return Err(wants_too_much(wants.len(), listed)),
                 Message::Wants(wants) => break wants,
                 other => return Err(unexpected(&other)),
             }
@@ -380,6 +385,10 @@ fn unexpected(message: &Message) -> io::Error {
 
 fn too_many(prefixes: usize) -> io::Error {
     invalid(format!("the peer asks for {prefixes} prefixes at once, and {PREFIXES_MAX} is the limit"))
+}
+
+fn wants_too_much(wants: usize, listed: usize) -> io::Error {
+    invalid(format!("the peer wants {wants} keys, and {listed} were listed"))
 }
 
 /// A frame for peers.

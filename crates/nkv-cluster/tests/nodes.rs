@@ -123,6 +123,30 @@ async fn two_nodes_converge_and_each_reads_its_own_writes() {
 }
 
 #[tokio::test]
+async fn nodes_that_have_ipv6_alone_are_one_member_each() {
+    let bind = async |peers: &[SocketAddr]| {
+        let address = "[::1]:0".parse().unwrap();
+        Cluster::bind(address, options(), StaticPeers(peers.to_vec())).await
+    };
+    let Ok(first) = bind(&[]).await else {
+        println!("SKIPPED: there is no IPv6 here");
+        assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "there is no IPv6");
+        return;
+    };
+    let second = bind(&[first.address()]).await.unwrap();
+    let nodes = [start(&first).await, start(&second).await];
+    let [a, b] = [ready(&nodes[0]).await, ready(&nodes[1]).await];
+    a.put("k", "1").await.unwrap();
+    is_at(&b, "k", Some("1")).await;
+    eventually("each knows the other by its address", async || {
+        let address = |cluster: &Cluster| cluster.members().iter().map(|member| member.address).collect::<Vec<_>>();
+        address(&first) == [Some(second.address())] && address(&second) == [Some(first.address())]
+    })
+    .await;
+    stop(nodes).await;
+}
+
+#[tokio::test]
 async fn a_batch_is_whole_on_its_node_and_conditions_are_refused_unless_asked_for() {
     let (_, nodes, [a, b]) = two().await;
     let put = |name: &str| Op::Put { key: name.parse().unwrap(), value: "1".into(), options: Default::default() };

@@ -328,7 +328,7 @@ where
     });
     let stream = TokioIo::new(Timed::new(stream, times, limits));
     let open = Open::new(&door);
-    // In memory of its own: a connection that becomes a WebSocket gives it back.
+    // In memory of its own, as all that follows: a connection that becomes a WebSocket gives it back.
     Box::pin(http(&door, &conn, stream)).await;
     let upgrade = lock(&conn.upgrade).take();
     // No request is on its way, and the connection is not idle.
@@ -336,7 +336,7 @@ where
     match (upgrade, &door.messages) {
         (Some(Upgrade::Messages(upgrade)), Some(messages)) => {
             let Ok(stream) = upgrade.await else { return };
-            let frames = Frames::new(stream, &door.handle, limits.request_limit).await;
+            let frames = Box::pin(Frames::new(stream, &door.handle, limits.request_limit)).await;
             let address = conn.address.clone();
             // What the connection becomes is a peer of its own, and takes a place.
             drop((conn, place, open));
@@ -344,7 +344,7 @@ where
         }
         (Some(Upgrade::Records(upgrade, changes)), _) => {
             let Ok(stream) = upgrade.await else { return };
-            let sent = send_records(stream, &door.handle, limits.request_limit, *changes);
+            let sent = Box::pin(send_records(stream, &door.handle, limits.request_limit, *changes));
             tokio::select! {
                 () = sent => {}
                 () = evicted(&conn) => door.log_eviction(&conn),

@@ -66,7 +66,7 @@ async fn a_reader_that_has_seen_more_elsewhere_is_given_nothing_older() {
     engine.hold(true);
     put(&engine, "2").await;
     put(&engine, "3").await;
-    let after = |revision| format!("/v1/watch?pattern=a&wait=100ms&after={}-{revision}", Epoch::new(1));
+    let after = |revision| format!("/v1/watch?pattern=a&wait=5s&after={}-{revision}", Epoch::new(1));
     // It has seen revision 2 elsewhere, and this node is held back.
     let waiting = {
         let (nkv, address) = (door.nkv.clone(), door.address);

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Partitions, kills and stops the nodes of a real cluster under load, and checks that they agree afterwards and lost nothing.
 
-    cluster-partition.py SERVER [--seconds 60] [--nodes 5] [--seed N] [--fast] [--durability WHEN]
+    cluster-partition.py SERVER [--seconds 60] [--nodes 5] [--seed N] [--fast] [--durability WHEN] [--mesh]
     cluster-partition.py --check    only whether network namespaces can be made here
 
 Each node is a process of its own in a network namespace of its own, all on one bridge, with its data on disk. SERVER needs the
-feature `cluster`. Root and `ip` (iproute2) are needed; without, the test is passed over, unless NKV_FAULTS=1. The clients are
-outside, and reach each node over Unix sockets whatever the network does.
+feature `cluster`. With --mesh the nodes are servers of a mesh, each other's --peer, and find each other by that: SERVER needs `grpc`
+too, and no figures are measured. Root and `ip` (iproute2) are needed; without, the test is passed over, unless NKV_FAULTS=1. The
+clients are outside, and reach each node over Unix sockets whatever the network does.
 
 Two writers a node put, put with a TTL, delete keys, and delete branches. A key has one writer, which may change it at another node
 than before once that one shows the state that was acknowledged last: so each change is later than the one before, and what must be
@@ -140,18 +141,23 @@ class Net:
 
 
 class Node:
-    def __init__(self, binary, net, number, directory, durability):
-        self.binary, self.net, self.number, self.durability = binary, net, number, durability
+    def __init__(self, options, net, number, directory):
+        self.binary, self.durability, self.is_mesh = options.server, options.durability, options.mesh
+        self.net, self.number = net, number
         self.data, self.log = os.path.join(directory, f"n{number}"), os.path.join(directory, f"log{number}")
         self.lines, self.http = os.path.join(directory, f"l{number}"), os.path.join(directory, f"h{number}")
         self.child = None
 
     def start(self):
         self.look()
+        own = f"{self.net.address(self.number)}:7400"
         peers = ",".join(f"{self.net.address(node)}:7400" for node in self.net.nodes)
         words = [self.binary, f"unix:{self.lines}", "--http", f"unix:{self.http}", "--data-dir", self.data,
-                 "--durability", self.durability, "--cluster", "partition", "--insecure",
-                 "--gossip", f"{self.net.address(self.number)}:7400", "--discover", f"static:{peers}"]
+                 "--durability", self.durability, "--insecure"]
+        if self.is_mesh:
+            words += ["--grpc", own, "--peer", peers]
+        else:
+            words += ["--cluster", "partition", "--gossip", own, "--discover", f"static:{peers}"]
         with open(self.log, "a", encoding="utf-8") as log:
             self.child = subprocess.Popen(["ip", "netns", "exec", self.net.name(self.number), *words], stderr=log,
                                           stdin=subprocess.DEVNULL, env=dict(os.environ, NO_COLOR="1"), start_new_session=True)
@@ -555,7 +561,7 @@ class Test:
     def start_nodes(self, name):
         directory = os.path.join(self.directory, name)
         os.mkdir(directory)
-        self.nodes = {number: Node(self.options.server, self.net, number, directory, self.options.durability)
+        self.nodes = {number: Node(self.options, self.net, number, directory)
                       for number in self.net.nodes}
         for node in self.nodes.values():
             node.start()
@@ -600,7 +606,8 @@ class Test:
                    "refused": counts["refused"], "events": sum(subscriber.events for subscriber in subscribers),
                    "partitions": sum(self.counts[kind] for kind in NETWORK), "kills": self.counts["kill"],
                    "stops": self.counts["stop"], "restarts": self.counts["rolling"], "lost": 0, "back": 0, "agreed_ms": agreed_ms}
-        print("TEST cluster_partition " + " ".join(f"{name}={figure}" for name, figure in figures.items()), flush=True)
+        kind = "mesh" if self.options.mesh else "cluster"
+        print(f"TEST {kind}_partition " + " ".join(f"{name}={figure}" for name, figure in figures.items()), flush=True)
         if not all(figures[name] for name in ("writes", "deletes", "branches", "elsewhere", "own_reads", "partitions")):
             raise Broken("the test did not do what it is for: a figure is 0")
 
@@ -880,6 +887,7 @@ def main():
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--fast", action="store_true", help="for every change: 7 s, all quicker, and figures with few keys")
     parser.add_argument("--durability", default="sync")
+    parser.add_argument("--mesh", action="store_true", help="servers that are each other's --peer, and no figures")
     options = parser.parse_args()
     if options.check:
         why = obstacle()
@@ -898,7 +906,7 @@ def main():
     directory, is_kept = tempfile.mkdtemp(prefix="nkv-cluster-", dir=on_disk()), False
     try:
         with Net(options.nodes) as net:
-            for part in (Test.faults_and_checks, Test.measure):
+            for part in [Test.faults_and_checks] + [Test.measure] * (not options.mesh):
                 test = Test(options, net, directory)
                 try:
                     part(test)

@@ -107,8 +107,9 @@ run() {
       NKV_FAULTS=1 scripts/power-cut.py "$server" --cycles "${NKV_CUT_CYCLES:-$(count "$CUT_CYCLES_PER_S")}"
       ;;
     partitions)
-      cargo build --release --locked -p nkv-server --bin nkv-server --features cluster
-      NKV_FAULTS=1 scripts/cluster-partition.py "$server" --seconds "$share"
+      cargo build --release --locked -p nkv-server --bin nkv-server --features cluster,grpc
+      NKV_FAULTS=1 scripts/cluster-partition.py "$server" --seconds "$((share / 2 + 1))"
+      NKV_FAULTS=1 scripts/cluster-partition.py "$server" --seconds "$((share / 2 + 1))" --mesh
       ;;
     mixed)
       build_server

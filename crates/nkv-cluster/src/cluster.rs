@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use nkv_core::{Change, Epoch, Key, Op, Revision, StoredRef};
 use nkv_node::{Abilities, Decided, Engine, EngineError, EngineNumber, Feed, RateLimitedLog, Seen};
 use tokio::net::TcpListener;
@@ -23,7 +24,7 @@ use crate::link::{Network, PushQueue, Tcp};
 use crate::meeting;
 use crate::members::{self, Events, Member, Members};
 use crate::membership::Membership;
-use crate::register::Record;
+use crate::register::{Content, Record, Register};
 use crate::replica::{Contact, Place, Replica, Terms};
 use crate::secure::{Secret, SecureTcp};
 use crate::session::push_frames;
@@ -63,6 +64,9 @@ pub struct Options {
     pub local_conditions: bool,
     /// The longest value, in bytes: 1 MiB.
     pub value_len_max: usize,
+    /// Connects to addresses that the membership names, as long as it does, and to no others: what peers say of themselves and of
+    /// each other is not tried. Off by default.
+    pub named_only: bool,
     /// What all nodes share, to authenticate each other and encrypt what they say. Without it, which is the default, all that reach
     /// the port may be peers, and the port belongs into a trusted network. Nodes with and without keys refuse each other.
     pub keys: Option<Keys>,
@@ -83,6 +87,7 @@ impl Options {
             join_timeout: Duration::from_secs(5),
             peer_timeout: Duration::from_secs(5),
             local_conditions: false,
+            named_only: false,
             value_len_max: 1 << 20,
             keys: None,
             clock_file: None,
@@ -163,6 +168,7 @@ impl Cluster {
             peers: Mutex::default(),
             members: Members::default(),
             hurry: Notify::new(),
+            ask: Notify::new(),
             joined: watch::Sender::new(false),
             given_at: AtomicU64::new(0),
             refused: Mutex::default(),
@@ -261,6 +267,38 @@ impl Cluster {
         drop(tokio::time::timeout(LEAVE_LIMIT / 2, sent).await);
     }
 
+    /// Asks the membership now where peers are, and not only when it is time to.
+    pub fn ask_again(&self) {
+        self.inner.ask.notify_one();
+    }
+
+    /// Takes values that come from outside of the cluster, and are older than all that any node has or had of their keys: they stay
+    /// where no node has a value or knows of a delete. One that is too long is left out.
+    ///
+    /// # Errors
+    ///
+    /// If they were not stored, or no node follows this.
+    ///
+    /// # Cancel safety
+    ///
+    /// Where the future is dropped, they are stored or not.
+    pub async fn take_older(&self, values: impl IntoIterator<Item = (Key, Bytes)>) -> io::Result<()> {
+        let fits = |(_, value): &(Key, Bytes)| value.len() <= self.inner.options.value_len_max;
+        let record = |(key, value)| {
+            let content = Content::Put { value, ttl: None };
+            Record { key, register: Register::new(Stamp::default(), content) }
+        };
+        let records = values.into_iter().filter(fits).map(record).collect();
+        let stored = self.inner.ask(|answer| Job::Merge { records, answer: Some(answer) }).await?;
+        stored.map(drop).ok_or_else(|| io::Error::other("they were not stored"))
+    }
+
+    /// Whether what this node has of a key was written here, and not at another node.
+    #[must_use]
+    pub fn wrote(&self, key: &Key) -> bool {
+        self.id().is_some_and(|own| self.inner.replica().writer(key) == Some(own))
+    }
+
     /// How far the clock of this node is ahead of the median of its peers', in milliseconds; `None` where no peer has said.
     #[must_use]
     pub fn clock_offset(&self) -> Option<i64> {
@@ -354,6 +392,8 @@ pub(crate) struct Inner {
     pub(crate) members: Members,
     /// Attempts to connect are to be made now.
     pub(crate) hurry: Notify,
+    /// The membership is to be asked now.
+    pub(crate) ask: Notify,
     joined: watch::Sender<bool>,
     /// When a peer last gave something, by the steady clock.
     given_at: AtomicU64,

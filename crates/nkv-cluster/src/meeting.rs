@@ -40,6 +40,9 @@ const LOOKUP_TIMEOUTS: u32 = 4;
 /// Peers that are synced with in each interval, at most: with more, each waits longer.
 const PEERS_AN_INTERVAL: usize = 4;
 
+/// What is said to a node that the membership does not admit.
+const NOT_ADMITTED: &str = "it is none of those that may be peers";
+
 /// Why a connection is not used.
 #[derive(Debug)]
 enum NotMet {
@@ -229,6 +232,9 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
     if let Err((is_duplicate, reason)) = check(inner, &theirs) {
         return refuse(&mut line, is_duplicate, reason).await;
     }
+    if theirs.run != inner.run && !inner.parts.membership.admits(theirs.id).await {
+        return refuse(&mut line, false, NOT_ADMITTED.to_owned()).await;
+    }
     let asked = inner.steady();
     if theirs.run == inner.run {
         line.send(Message::Hello(hello(inner)).encode()).await?;
@@ -343,7 +349,7 @@ pub(crate) fn rest(inner: &Inner, peer: NodeId, led_at: Millis) -> Duration {
 pub(crate) async fn find(inner: &Arc<Inner>) -> EngineError {
     let mut links: BTreeMap<SocketAddr, tokio::task::AbortHandle> = BTreeMap::new();
     let mut tasks = JoinSet::new();
-    let mut named = None;
+    let mut named: Option<BTreeSet<SocketAddr>> = None;
     let mut asked_at = inner.steady();
     let (mut asking, mut ask_from, mut is_alone) = (None, 0, false);
     loop {
@@ -364,8 +370,17 @@ pub(crate) async fn find(inner: &Arc<Inner>) -> EngineError {
             }
             _ => {}
         }
-        links.retain(|_, link| !link.is_finished());
-        let learned: Vec<SocketAddr> = inner.peers().addresses.values().copied().collect();
+        let learned: Vec<SocketAddr> = match inner.options.named_only {
+            true => Vec::new(),
+            false => inner.peers().addresses.values().copied().collect(),
+        };
+        links.retain(|address, link| {
+            let is_named = named.as_ref().is_some_and(|named| named.contains(address));
+            if inner.options.named_only && !is_named {
+                link.abort();
+            }
+            !link.is_finished()
+        });
         for address in named.iter().flatten().copied().chain(learned) {
             if links.len() < ADDRESSES_MAX && !links.contains_key(&address) {
                 let inner = Arc::clone(inner);
@@ -395,7 +410,7 @@ pub(crate) async fn find(inner: &Arc<Inner>) -> EngineError {
                         if named.is_none() {
                             asked_at = inner.steady();
                         }
-                        named = Some(addresses.into_iter().collect::<BTreeSet<_>>());
+                        named = Some(addresses.into_iter().collect());
                     }
                     Err(error) => tracing::warn!(%error, "it is not known where peers are"),
                 }
@@ -404,6 +419,7 @@ pub(crate) async fn find(inner: &Arc<Inner>) -> EngineError {
                 let pause = millis(inner.options.sync_interval).saturating_mul(intervals);
                 ask_from = inner.steady().saturating_add(pause);
             }
+            () = inner.ask.notified() => (asking, ask_from) = (None, 0),
             () = sleep(pause) => {}
         }
     }
@@ -536,6 +552,10 @@ async fn try_lead(
     if let Err((_, reason)) = check(inner, &theirs) {
         inner.log.warn("refused", format_args!("the peer at {address} is not one: {reason}"));
         return Err(invalid(reason).into());
+    }
+    if !inner.parts.membership.admits(theirs.id).await {
+        inner.log.warn("refused", format_args!("the peer at {address} is not one: {NOT_ADMITTED}"));
+        return Err(invalid(NOT_ADMITTED).into());
     }
     inner.note_clock(theirs.id, theirs.wall, asked);
     let (id, of_peer) = (theirs.id, theirs.frame_len_max());

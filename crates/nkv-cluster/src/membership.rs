@@ -7,6 +7,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use thiserror::Error;
 
+use crate::stamp::NodeId;
+
 /// Says where the cluster's nodes may be reached. It is asked again and again, as long as the node runs.
 #[async_trait]
 pub trait Membership: fmt::Debug + Send + Sync + 'static {
@@ -22,12 +24,26 @@ pub trait Membership: fmt::Debug + Send + Sync + 'static {
     ///
     /// The future may be dropped at any time.
     async fn addresses(&self) -> Result<Vec<SocketAddr>, MembershipError>;
+
+    /// Whether a node may be a peer. Each may, by default: the cluster's name, and its keys, say who belongs to it.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future may be dropped at any time.
+    async fn admits(&self, node: NodeId) -> bool {
+        let _ = node;
+        true
+    }
 }
 
 #[async_trait]
 impl<M: Membership + ?Sized> Membership for Arc<M> {
     async fn addresses(&self) -> Result<Vec<SocketAddr>, MembershipError> {
         (**self).addresses().await
+    }
+
+    async fn admits(&self, node: NodeId) -> bool {
+        (**self).admits(node).await
     }
 }
 

@@ -841,6 +841,11 @@ impl Replica {
         self.revision
     }
 
+    /// Who wrote what there is of a key.
+    pub(crate) fn writer(&self, key: &Key) -> Option<NodeId> {
+        self.held.get(&(key_hash(key), key.clone())).map(|held| held.register.stamp.node)
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.held.is_empty() && self.unstamped.is_empty()
     }

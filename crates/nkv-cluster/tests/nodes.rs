@@ -3,9 +3,10 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use nkv_cluster::{Cluster, Keys, MemberEvent, MemberState, Membership, MembershipError, Options, StaticPeers};
+use nkv_cluster::{Cluster, Keys, MemberEvent, MemberState, Membership, MembershipError, NodeId, Options, StaticPeers};
 use nkv_node::nkv_core::{self, Action, Change, Epoch, MemoryPersist, Meta, PersistValue, Reason, StoredRef};
 use nkv_node::{ErrorKind, Event, GoneReason, Handle, Node, Op, PutOptions, Revision};
 use tokio::time::timeout;
@@ -569,4 +570,101 @@ async fn a_node_that_waits_to_connect_to_a_peer_says_to_it_too_that_it_leaves() 
     leaver.leave().await;
     assert_eq!(next().await, MemberEvent::NodeLeft(id));
     stop([leaving, node]).await;
+}
+
+/// Names and admits what it is told to.
+#[derive(Debug, Default)]
+struct Chosen {
+    addresses: Mutex<Vec<SocketAddr>>,
+    admitted: Mutex<Vec<NodeId>>,
+}
+
+#[async_trait::async_trait]
+impl Membership for Chosen {
+    async fn addresses(&self) -> Result<Vec<SocketAddr>, MembershipError> {
+        Ok(self.addresses.lock().unwrap().clone())
+    }
+
+    async fn admits(&self, node: NodeId) -> bool {
+        self.admitted.lock().unwrap().contains(&node)
+    }
+}
+
+async fn chosen(advertise: Option<SocketAddr>) -> (Arc<Chosen>, Cluster, Node) {
+    let (membership, mut options) = (Arc::<Chosen>::default(), options());
+    options.advertise = advertise;
+    // Where peers are is asked when the test says so, and not by itself.
+    (options.sync_interval, options.named_only) = (Duration::from_secs(60), true);
+    let cluster = Cluster::bind(LOCAL.parse().unwrap(), options, Arc::clone(&membership)).await.unwrap();
+    let node = start(&cluster).await;
+    ready(&node).await;
+    (membership, cluster, node)
+}
+
+fn name(of: &(Arc<Chosen>, Cluster, Node), peers: &[&(Arc<Chosen>, Cluster, Node)]) {
+    *of.0.addresses.lock().unwrap() = peers.iter().map(|peer| peer.1.address()).collect();
+    of.1.ask_again();
+}
+
+fn admit(of: &(Arc<Chosen>, Cluster, Node), peer: &(Arc<Chosen>, Cluster, Node)) {
+    of.0.admitted.lock().unwrap().extend(peer.1.id());
+}
+
+#[tokio::test]
+async fn where_a_membership_chooses_no_other_node_is_a_peer_and_no_other_address_is_tried() {
+    // The third says that it is where a stranger is. The second knows both, and says so; they do not know each other.
+    let stranger = std::net::TcpListener::bind(LOCAL).unwrap();
+    stranger.set_nonblocking(true).unwrap();
+    let (one, two, three) = (chosen(None).await, chosen(None).await, chosen(stranger.local_addr().ok()).await);
+    for (of, peer) in [(&one, &two), (&two, &one), (&two, &three), (&three, &two)] {
+        admit(of, peer);
+    }
+    name(&one, &[&two]);
+    name(&three, &[&two]);
+    let ids = |clusters: &[&Cluster]| clusters.iter().filter_map(|cluster| cluster.id()).collect::<BTreeSet<_>>();
+    let peers = |of: &Cluster| of.peers().into_iter().collect::<BTreeSet<_>>();
+    eventually("they meet", async || peers(&two.1) == ids(&[&one.1, &three.1])).await;
+    eventually("both ways", async || one.1.peers().len() == 1 && three.1.peers().len() == 1).await;
+    // One that is named, and not admitted on the other side; and one that is not admitted on its own.
+    name(&one, &[&two, &three]);
+    admit(&three, &one);
+    name(&three, &[&two, &one]);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!((peers(&one.1), peers(&three.1)), (ids(&[&two.1]), ids(&[&two.1])));
+    // One that is named no more is left.
+    name(&one, &[]);
+    eventually("they part", async || one.1.peers().is_empty()).await;
+    name(&two, &[&three]);
+    let (nkv, key) = (two.2.handle(), "k".parse().unwrap());
+    nkv.put("k", "1").await.unwrap();
+    is_at(&three.2.handle(), "k", Some("1")).await;
+    assert!(two.1.wrote(&key) && !three.1.wrote(&key));
+    assert_eq!(stranger.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "a stranger was dialled");
+    stop([one.2, two.2, three.2]).await;
+}
+
+#[tokio::test]
+async fn what_is_older_than_all_undoes_nothing_on_any_node() {
+    let ([one, other], nodes, [a, b]) = two().await;
+    b.put("there", "newer").await.unwrap();
+    b.put("gone", "newer").await.unwrap();
+    b.delete("gone").await.unwrap();
+    let values = ["there", "gone", "new"].map(|key| (key.parse().unwrap(), "older".into()));
+    // Where it is taken, nothing else may be known yet.
+    one.take_older(values).await.unwrap();
+    for nkv in [&a, &b] {
+        is_at(nkv, "new", Some("older")).await;
+    }
+    eventually("digests are equal", async || one.digest() == other.digest()).await;
+    for nkv in [&a, &b] {
+        assert_eq!((value(nkv, "there").await.as_deref(), value(nkv, "gone").await), (Some("newer"), None));
+    }
+    a.put("new", "newer").await.unwrap();
+    a.delete("there").await.unwrap();
+    one.take_older(["there", "new"].map(|key| (key.parse().unwrap(), "older".into()))).await.unwrap();
+    for nkv in [&a, &b] {
+        is_at(nkv, "new", Some("newer")).await;
+        is_at(nkv, "there", None).await;
+    }
+    stop(nodes).await;
 }

@@ -133,7 +133,7 @@ impl Door {
         let client = ClientServer::new(KvClientService).max_decoding_message_size(usize::MAX);
         let client = client.max_encoding_message_size(ENCODED_LEN_MAX);
         let services = [service(kv), service(client), service(health)].into_iter().chain(reflection()).collect();
-        let mesh = Mesh::new(handle.clone(), options.own_address.clone(), options.peers.clone());
+        let mesh = Mesh::new(handle.clone(), &options);
         let sending = tokio::spawn(Arc::clone(&mesh).run()).abort_handle();
         Door(Arc::new(Inner { handle, options, services, going_away, reporting, sending, mesh }))
     }

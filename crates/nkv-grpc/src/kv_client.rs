@@ -12,6 +12,7 @@ use tonic::{Request, Response, Status};
 use crate::kv::client_server::Client;
 use crate::kv::{GetKey, GetReply, Ip, SetKey, SetReply, StoreReply, Void};
 use crate::line::Line;
+use crate::mesh::SYNC;
 use crate::node_kv::{ANSWER_LEN_MAX, counted, line_of};
 
 /// How many keys are taken from the store at a time, and how many bytes: others have their turn in between.
@@ -61,8 +62,14 @@ impl Client for KvClientService {
     }
 
     async fn register_with_peer(&self, request: Request<Ip>) -> Result<Response<StoreReply>, Status> {
-        let (line, Ip { ip }) = (line_of(&request)?, request.into_inner());
-        line.door.mesh.register(&ip, line.address()).await?;
+        let (metadata, ip) = (request.metadata(), &request.get_ref().ip);
+        let line = line_of(&request)?;
+        // Servers of nkv have another way to give each other what they have.
+        if let Some(value) = line.door.mesh.register(ip, line.address(), metadata).await? {
+            let mut answer = Response::new(StoreReply::default());
+            answer.metadata_mut().insert(SYNC, value);
+            return Ok(answer);
+        }
         whole_store(&line).await
     }
 }

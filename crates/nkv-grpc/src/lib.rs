@@ -19,6 +19,7 @@ mod line;
 mod mesh;
 mod node_kv;
 mod options;
+mod peer;
 mod services;
 mod socket;
 mod status;
@@ -27,6 +28,7 @@ mod watch;
 
 pub use connection::{Connection, ConnectionFuture};
 pub use door::Door;
+pub use mesh::MeshSync;
 pub use options::Options;
 pub use status::{conflict_of, status};
 

@@ -3,26 +3,29 @@
 //!
 //! What is to be sent is a subscription of each peer: one that is slow or away costs a caller nothing, and gets the newest value
 //! of each key when it is there. There are no deletes and no order in this protocol, so two sets of one key at once on two
-//! servers may stay different.
+//! servers may stay different. Servers of nkv find out by their registrations that they are: those are kept alike by a
+//! [`MeshSync`], and send each other nothing by this protocol.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fmt;
-use std::net::IpAddr;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nkv_node::{Chain, Cursor, Handle, Key, Revision, TailEvent, TailOptions};
+use bytes::Bytes;
+use nkv_node::{Chain, Cursor, Handle, Key, Revision, Tail, TailEvent, TailOptions};
 use tokio::net::lookup_host;
 use tokio::sync::{Mutex as AsyncMutex, Notify};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::error::Elapsed;
-use tokio::time::{sleep, timeout};
-use tonic::Status;
-use tonic::transport::{Channel, Endpoint};
+use tokio::time::{Instant, sleep, timeout};
+use tonic::metadata::{AsciiMetadataValue, MetadataMap};
+use tonic::{Request, Response, Status};
 
-use crate::kv::client_client::ClientClient;
-use crate::kv::{Ip, SetKey, Void};
-use crate::node_kv::ANSWER_LEN_MAX;
+use crate::kv::{GetKey, Ip, SetKey, StoreReply, Void};
+use crate::options::Options;
+use crate::peer::Peer;
 
 /// Peers at most: those that were named, and those that registered.
 const PEERS_MAX: usize = 64;
@@ -33,13 +36,10 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 
-const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
 /// How long a peer may take to answer.
 const CALL_LIMIT: Duration = Duration::from_secs(10);
-
-/// After how long without a packet TCP asks whether a peer is there.
-const KEEP_ALIVE: Duration = Duration::from_secs(30);
 
 /// Of how many of the latest revisions it is known that they are of peers. A value that a slow peer did not get by then is sent to
 /// it as if it were of this server.
@@ -51,12 +51,66 @@ const TAKEN_AT_ONCE: usize = 256;
 /// The longest address of a registration, in bytes.
 const ADDRESS_LEN_MAX: usize = 256;
 
+/// What servers of nkv add to a registration and to its answer, in this version: the port and the number of a [`MeshSync`]. Other
+/// servers leave it unread.
+pub(crate) const SYNC: &str = "nkv-sync-1";
+
+/// How often it is looked whether this server has begun.
+const BEGIN_PAUSE: Duration = Duration::from_millis(10);
+
+/// How often a server of nkv registers again with another one, which may have been started anew.
+const REGISTER_AGAIN: Duration = Duration::from_secs(5);
+
+/// After how long a server of the original is sent what came from another server of nkv, if it has not got it by then: most often
+/// it has it from there, or has sent it itself.
+const LATER: Duration = Duration::from_secs(1);
+
+/// What may wait for that, for one peer. What is over it waits in the subscription.
+const LATER_MAX: usize = 4_096;
+
+/// Keys, and the revisions of those that have values.
+type Changed = HashMap<Key, Option<u64>>;
+
+/// What keeps the servers of nkv in a mesh alike, deletes and TTLs included, beside the protocol of the originals.
+#[tonic::async_trait]
+pub trait MeshSync: fmt::Debug + Send + Sync + 'static {
+    /// The port of this server where others of nkv reach it for that, and the number that it is known by; nothing, as long as it
+    /// has none.
+    fn own(&self) -> Option<(u16, u64)>;
+
+    /// A peer of the mesh is a server of nkv, and is reached there. The same is said again and again.
+    fn found(&self, peer: &str, at: SocketAddr, number: u64);
+
+    /// A peer of the mesh is none, or is forgotten.
+    fn lost(&self, peer: &str);
+
+    /// Whether what there is of a key was written here, and did not come from another server of nkv.
+    fn wrote(&self, key: &Key) -> bool;
+
+    /// Takes values of an original that this server has no values for: they are older than all that any server of nkv has, or knows
+    /// to be deleted.
+    ///
+    /// # Errors
+    ///
+    /// If they were not stored.
+    async fn take_older(&self, values: Vec<(Key, Bytes)>) -> io::Result<()>;
+}
+
+/// A change that is sent later, or was sent after one that is.
+struct Waiting {
+    since: Instant,
+    put: Option<(Key, u64)>,
+    /// Up to where the peer has all then.
+    cursor: Option<Cursor>,
+}
+
 /// The other servers of a mesh.
 pub(crate) struct Mesh {
     handle: Handle,
     /// Where peers reach this server; without it this server registers nowhere, and others may join it.
     own: Option<String>,
     named: Vec<String>,
+    sync: Option<Arc<dyn MeshSync>>,
     state: Mutex<State>,
     /// All that a peer has is held by one joining at a time.
     joining: AsyncMutex<()>,
@@ -83,13 +137,14 @@ impl fmt::Debug for Mesh {
 }
 
 impl Mesh {
-    pub(crate) fn new(handle: Handle, own: Option<String>, named: Vec<String>) -> Arc<Self> {
-        let mut named: Vec<String> = named.into_iter().filter(|peer| own.as_ref() != Some(peer)).collect();
+    pub(crate) fn new(handle: Handle, options: &Options) -> Arc<Self> {
+        let (own, sync) = (options.own_address.clone(), options.mesh_sync.clone());
+        let mut named: Vec<String> = options.peers.iter().filter(|peer| own.as_ref() != Some(peer)).cloned().collect();
         named.sort_unstable();
         named.dedup();
         let state = Mutex::new(State { peers: named.clone(), new: named.clone(), ..State::default() });
         let (applied, registered) = (Notify::new(), Notify::new());
-        Arc::new(Mesh { handle, own, named, state, joining: AsyncMutex::default(), applied, registered })
+        Arc::new(Mesh { handle, own, named, sync, state, joining: AsyncMutex::default(), applied, registered })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -100,6 +155,15 @@ impl Mesh {
     pub(crate) async fn run(self: Arc<Self>) {
         let mut sending = JoinSet::new();
         let mut stopping = std::pin::pin!(self.handle.stopping());
+        let has_begun =
+            || self.sync.as_ref().is_none_or(|sync| sync.own().is_some()) && self.handle.check_healthy().is_ok();
+        while !has_begun() {
+            tokio::select! {
+                biased;
+                () = &mut stopping => return,
+                () = sleep(BEGIN_PAUSE) => {}
+            }
+        }
         loop {
             for address in std::mem::take(&mut self.state().new) {
                 sending.spawn(Arc::clone(&self).serve(address));
@@ -154,37 +218,61 @@ impl Mesh {
         }
     }
 
-    /// Remembers a peer that registers: one that was named, or whose host is where its call comes from.
-    pub(crate) async fn register(&self, address: &str, caller: &str) -> Result<(), Status> {
+    /// Remembers a peer that registers: one that was named, or whose host is where its call comes from. Gives what is to be added
+    /// to the answer if both are servers of nkv.
+    pub(crate) async fn register(
+        &self,
+        address: &str,
+        caller: &str,
+        metadata: &MetadataMap,
+    ) -> Result<Option<AsciiMetadataValue>, Status> {
         let is_named = self.named.iter().any(|named| named == address);
         let (host, port) = address.rsplit_once(':').unwrap_or((address, ""));
         if address.len() > ADDRESS_LEN_MAX || host.is_empty() || !port.parse().is_ok_and(|port: u16| port > 0) {
             return Err(Status::invalid_argument("a server registers as HOST:PORT"));
         }
-        if !is_named {
-            let caller =
-                ip_of(caller).ok_or_else(|| Status::invalid_argument("it is not known where the call comes from"))?;
+        let sync = self.sync_of(metadata);
+        // Also of one that was named: it may be reached for that where its call comes from, and nowhere else.
+        let mut there = None;
+        if !is_named || sync.is_some() {
             let found = timeout(CONNECT_LIMIT, lookup_host(address)).await;
-            let is_there = found
-                .is_ok_and(|found| found.is_ok_and(|mut found| found.any(|found| found.ip().to_canonical() == caller)));
-            if !is_there {
-                let message = format!("'{address}' is not where the call comes from, and is no --peer of this server");
-                return Err(Status::invalid_argument(message));
+            let mut found = found.into_iter().flatten().flatten().map(|found| found.ip().to_canonical());
+            there = ip_of(caller).filter(|caller| found.any(|found| found == *caller));
+        }
+        if !is_named && there.is_none() {
+            let message = format!("'{address}' is not where the call comes from, and is no --peer of this server");
+            return Err(Status::invalid_argument(message));
+        }
+        {
+            let mut state = self.state();
+            if !state.peers.iter().any(|known| known == address) {
+                if state.peers.len() >= PEERS_MAX {
+                    return Err(Status::resource_exhausted(format!("this server has {PEERS_MAX} peers already")));
+                }
+                state.peers.push(address.to_owned());
+                state.new.push(address.to_owned());
+                tracing::info!(peer = address, "a server joins");
+                self.registered.notify_one();
             }
         }
-        let mut state = self.state();
-        if state.peers.iter().any(|known| known == address) {
-            return Ok(());
-        }
-        if state.peers.len() >= PEERS_MAX {
-            return Err(Status::resource_exhausted(format!("this server has {PEERS_MAX} peers already")));
-        }
-        state.peers.push(address.to_owned());
-        state.new.push(address.to_owned());
-        drop(state);
-        tracing::info!(peer = address, "a server joins");
-        self.registered.notify_one();
-        Ok(())
+        let (Some((sync, port, number)), Some(ip)) = (sync, there) else { return Ok(None) };
+        sync.found(address, SocketAddr::new(ip, port), number);
+        Ok(self.sync_value())
+    }
+
+    /// What this server adds to a registration, or to the answer.
+    fn sync_value(&self) -> Option<AsciiMetadataValue> {
+        let (port, number) = self.sync.as_ref()?.own()?;
+        format!("{port} {number:016x}").parse().ok()
+    }
+
+    /// What a server of nkv has added, if this one can do something with it.
+    fn sync_of(&self, metadata: &MetadataMap) -> Option<(&dyn MeshSync, u16, u64)> {
+        let sync = self.sync.as_deref()?;
+        sync.own()?;
+        let (port, number) = metadata.get(SYNC)?.to_str().ok()?.split_once(' ')?;
+        let port = port.parse().ok().filter(|port| *port > 0)?;
+        Some((sync, port, u64::from_str_radix(number, 16).ok()?))
     }
 
     /// Sends one peer what is put here, for as long as it is known.
@@ -203,6 +291,7 @@ impl Mesh {
             self.handle.log().warn("peer", format_args!("the peer {address} is not in reach: {error}"));
             if last_reached.elapsed() > FORGOTTEN_AFTER && !self.named.contains(&address) {
                 self.state().peers.retain(|known| *known != address);
+                self.sync.iter().for_each(|sync| sync.lost(&address));
                 tracing::info!(peer = address, "a server is forgotten");
                 return;
             }
@@ -220,62 +309,127 @@ impl Mesh {
         sent: &mut Option<Cursor>,
         is_reached: &mut bool,
     ) -> Result<(), Failed> {
-        // A name is looked up each time. No pings of HTTP/2: servers of the original close connections that send them.
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))?.tcp_keepalive(Some(KEEP_ALIVE));
-        let channel = endpoint.connect_timeout(CONNECT_LIMIT).connect().await?;
-        let mut peer = ClientClient::new(channel).max_decoding_message_size(ANSWER_LEN_MAX);
+        let mut peer = Peer::connect(address).await?;
+        let one = self.joining.lock().await;
+        let store = self.register_with(&mut peer).await?;
+        *is_reached = true;
+        if let Some((sync, ..)) = self.sync_of(store.metadata()) {
+            drop(one);
+            *sent = None;
+            return self.keep_found(sync, address, &mut peer, store).await;
+        }
+        self.sync.iter().for_each(|sync| sync.lost(address));
+        let Some((tail, synced, mut changed)) = self.changed_since(*sent).await? else { return Ok(()) };
+        self.take(store.into_inner().store, &mut changed).await;
+        drop(one);
+        for (key, revision) in changed {
+            if let Some(revision) = revision {
+                self.send_one(&mut peer, &key, revision, false).await?;
+            }
+        }
+        *sent = synced.or(*sent);
+        self.send_changes(&mut peer, tail, sent).await
+    }
+
+    /// What was written or deleted here since, or all that is here; up to where that is; and what follows. Nothing if the node stops.
+    async fn changed_since(&self, sent: Option<Cursor>) -> Result<Option<(Tail, Option<Cursor>, Changed)>, Failed> {
         let mut options = TailOptions::default();
-        if let Some(known) = *sent {
+        if let Some(known) = sent {
             options = options.with_after(known);
         }
         let mut tail = self.handle.tail("*", options)?;
-        // What was written or deleted here since; at first all that is here.
-        let (mut changed, mut synced) = (HashMap::new(), None);
-        while synced.is_none() {
+        let mut changed = HashMap::new();
+        loop {
             match tail.next().await {
                 Some((TailEvent::Put { entry, .. }, _)) => {
                     changed.insert(entry.key, Some(entry.revision.get()));
                 }
                 Some((TailEvent::Delete { key, .. }, _)) => drop(changed.insert(key, None)),
-                Some((TailEvent::Synced { .. }, cursor)) => synced = cursor,
-                Some((TailEvent::Ended(_), _)) | None => return Ok(()),
+                Some((TailEvent::Synced { .. }, cursor)) => return Ok(Some((tail, cursor, changed))),
+                Some((TailEvent::Ended(_), _)) | None => return Ok(None),
                 Some(_) => {}
-            }
-        }
-        {
-            let _one = self.joining.lock().await;
-            let asked = async {
-                match &self.own {
-                    Some(own) => peer.register_with_peer(Ip { ip: own.clone() }).await,
-                    None => peer.list(Void {}).await,
-                }
-            };
-            let store = timeout(CALL_LIMIT, asked).await??;
-            *is_reached = true;
-            self.take(store.into_inner().store, &mut changed).await;
-        }
-        for (key, revision) in changed {
-            if let Some(revision) = revision {
-                self.send_one(&mut peer, &key, revision).await?;
-            }
-        }
-        *sent = synced.or(*sent);
-        loop {
-            match tail.next().await {
-                Some((TailEvent::Put { entry, .. }, cursor)) => {
-                    self.send_one(&mut peer, &entry.key, entry.revision.get()).await?;
-                    *sent = cursor.or(*sent);
-                }
-                Some((TailEvent::Ended(_), _)) | None => return Ok(()),
-                // A delete has no form.
-                Some((_, cursor)) => *sent = cursor.or(*sent),
             }
         }
     }
 
+    /// Sends a peer what changes: what was written here at once, and what came from others of nkv later.
+    async fn send_changes(&self, peer: &mut Peer, mut tail: Tail, sent: &mut Option<Cursor>) -> Result<(), Failed> {
+        let mut later: VecDeque<Waiting> = VecDeque::new();
+        loop {
+            let pause = later.front().map(|first| LATER.saturating_sub(first.since.elapsed()));
+            let event = tokio::select! {
+                biased;
+                () = sleep(pause.unwrap_or_default()), if pause.is_some() => None,
+                _ = &mut peer.ended => return Err(Failed::Ended),
+                event = tail.next(), if later.len() < LATER_MAX => Some(event),
+            };
+            let (mut put, cursor) = match event {
+                None => {
+                    let Some(Waiting { put, cursor, .. }) = later.pop_front() else { continue };
+                    if let Some((key, revision)) = put {
+                        self.send_one(peer, &key, revision, true).await?;
+                    }
+                    *sent = cursor.or(*sent);
+                    continue;
+                }
+                Some(Some((TailEvent::Ended(_), _)) | None) => return Ok(()),
+                Some(Some((TailEvent::Put { entry, .. }, cursor))) => (Some((entry.key, entry.revision.get())), cursor),
+                // A delete has no form.
+                Some(Some((_, cursor))) => (None, cursor),
+            };
+            if let Some((key, revision)) = &put
+                && self.sync.as_ref().is_none_or(|sync| sync.wrote(key))
+            {
+                self.send_one(peer, key, *revision, false).await?;
+                put = None;
+            }
+            match put.is_none() && later.is_empty() {
+                true => *sent = cursor.or(*sent),
+                false => later.push_back(Waiting { since: Instant::now(), put, cursor }),
+            }
+        }
+    }
+
+    /// Registers with a peer, which answers all that it has, unless both are servers of nkv.
+    async fn register_with(&self, peer: &mut Peer) -> Result<Response<StoreReply>, Failed> {
+        let asked = async {
+            let Some(own) = &self.own else { return peer.client.list(Void {}).await };
+            let mut request = Request::new(Ip { ip: own.clone() });
+            self.sync_value().and_then(|value| request.metadata_mut().insert(SYNC, value));
+            peer.client.register_with_peer(request).await
+        };
+        Ok(timeout(CALL_LIMIT, asked).await??)
+    }
+
+    /// Says again and again that a peer is a server of nkv, for as long as it is.
+    async fn keep_found(
+        &self,
+        sync: &dyn MeshSync,
+        address: &str,
+        peer: &mut Peer,
+        mut answer: Response<StoreReply>,
+    ) -> Result<(), Failed> {
+        while let Some((_, port, number)) = self.sync_of(answer.metadata()) {
+            sync.found(address, SocketAddr::new(peer.ip, port), number);
+            tokio::select! {
+                biased;
+                _ = &mut peer.ended => return Err(Failed::Ended),
+                () = sleep(REGISTER_AGAIN) => {}
+            }
+            answer = self.register_with(peer).await?;
+        }
+        Err(Failed::Turned)
+    }
+
     /// Puts what a peer has, but for what was written or deleted here since. What is the same there is taken out of `changed`.
-    async fn take(self: &Arc<Self>, store: BTreeMap<String, String>, changed: &mut HashMap<Key, Option<u64>>) {
+    async fn take(self: &Arc<Self>, store: BTreeMap<String, String>, changed: &mut Changed) {
         let (mut taken, mut under_way) = (0_u64, JoinSet::new());
+        let mut older = Vec::new();
+        let note_older = |taken: io::Result<()>| {
+            if let Err(error) = taken {
+                self.handle.log().warn("peer", format_args!("values of a peer are not taken: {error}"));
+            }
+        };
         let mut note = |put: Result<nkv_node::Result<Revision>, JoinError>| match put {
             Ok(Ok(_)) => taken = taken.saturating_add(1),
             Ok(Err(error)) => self.handle.log().warn("peer", format_args!("a value of a peer is not taken: {error}")),
@@ -284,11 +438,19 @@ impl Mesh {
         for (key, value) in store {
             let Ok(key) = Key::new(&key) else { continue };
             let is_same = |text: &[u8]| text == value.as_bytes();
-            if self.handle.look_up(key.as_str(), |record| is_same(&record.value)).ok().flatten() == Some(true) {
+            let here = self.handle.look_up(key.as_str(), |record| is_same(&record.value)).ok().flatten();
+            if here == Some(true) {
                 changed.remove(&key);
                 continue;
             }
             if changed.contains_key(&key) {
+                continue;
+            }
+            if let (None, Some(sync)) = (here, &self.sync) {
+                older.push((key, Bytes::from(value)));
+                if older.len() >= TAKEN_AT_ONCE {
+                    note_older(sync.take_older(std::mem::take(&mut older)).await);
+                }
                 continue;
             }
             if under_way.len() >= TAKEN_AT_ONCE
@@ -299,17 +461,27 @@ impl Mesh {
             let mesh = Arc::clone(self);
             under_way.spawn(async move { mesh.apply(&mesh.handle, &key, value).await });
         }
+        if let Some(sync) = &self.sync {
+            note_older(sync.take_older(older).await);
+        }
         while let Some(put) = under_way.join_next().await {
             note(put);
         }
         tracing::info!(taken, "joined a server");
     }
 
-    /// Sends the value that a key has at a revision, if that is for peers.
-    async fn send_one(&self, peer: &mut ClientClient<Channel>, key: &Key, revision: u64) -> Result<(), Failed> {
+    /// Sends the value that a key has at a revision, if that is for peers, and with `if_missing` if the peer has it not yet.
+    async fn send_one(&self, peer: &mut Peer, key: &Key, revision: u64, if_missing: bool) -> Result<(), Failed> {
         if let Some(value) = self.own_text(key, revision).await? {
+            if if_missing {
+                let has =
+                    timeout(CALL_LIMIT, peer.client.get(GetKey { key: key.as_str().to_owned() })).await??.into_inner();
+                if has.defined && has.value == value {
+                    return Ok(());
+                }
+            }
             let set = SetKey { key: key.as_str().to_owned(), value, broadcast: false };
-            timeout(CALL_LIMIT, peer.set(set)).await??;
+            timeout(CALL_LIMIT, peer.client.set(set)).await??;
         }
         Ok(())
     }
@@ -317,9 +489,15 @@ impl Mesh {
 
 /// Why a peer was not reached.
 #[derive(Debug, thiserror::Error)]
-enum Failed {
+pub(crate) enum Failed {
     #[error("{0}")]
     Transport(String),
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("the connection has ended")]
+    Ended,
+    #[error("it is no server of nkv any more")]
+    Turned,
     #[error("{0}")]
     Status(#[from] Status),
     #[error("{0}")]
@@ -368,7 +546,7 @@ mod tests {
     #[tokio::test]
     async fn a_value_that_was_replaced_waits_for_no_peer() {
         let node = Node::builder().start().await.unwrap();
-        let mesh = Mesh::new(node.handle(), None, Vec::new());
+        let mesh = Mesh::new(node.handle(), &Options::default());
         let key: Key = "k".parse().unwrap();
         let (first, second) =
             (node.handle().put(&key, "1").await.unwrap(), node.handle().put(&key, "2").await.unwrap());

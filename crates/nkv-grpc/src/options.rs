@@ -1,8 +1,11 @@
 //! Limits of the door.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use nkv_node::ConnectionLimit;
+
+use crate::mesh::MeshSync;
 
 /// Limits of a [`Door`](crate::Door). Those of values, messages, subscriptions and memory are the node's.
 ///
@@ -39,6 +42,9 @@ pub struct Options {
     /// Where servers of that mesh reach this one, as HOST:PORT: without it this one registers nowhere, and sends to `peers`
     /// alone what it is given.
     pub own_address: Option<String>,
+    /// What keeps this server and those of nkv in that mesh alike. Without it, which is the default, this one is to each of them as
+    /// an original.
+    pub mesh_sync: Option<Arc<dyn MeshSync>>,
 }
 
 impl Default for Options {
@@ -53,6 +59,7 @@ impl Default for Options {
             idle_limit: None,
             peers: Vec::new(),
             own_address: None,
+            mesh_sync: None,
         }
     }
 }

@@ -9,11 +9,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{Server, timely};
-use nkv_grpc::Options;
 use nkv_grpc::kv::client_client::ClientClient;
 use nkv_grpc::kv::client_server::{Client, ClientServer};
 use nkv_grpc::kv::{GetKey, GetReply, Ip, SetKey, SetReply, StoreReply, Void};
-use nkv_node::Node;
+use nkv_grpc::{MeshSync, Options};
+use nkv_node::{Key, Node};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 use tower_service::Service as _;
@@ -125,13 +125,63 @@ async fn connect(address: &str) -> Result<ClientClient<Channel>, tonic::transpor
 
 /// A node that joins `peers` once its door is there.
 async fn joined(node: Node, peers: &[SocketAddr]) -> Server {
+    joined_with(node, peers, None).await
+}
+
+async fn joined_with(node: Node, peers: &[SocketAddr], sync: Option<&Arc<Sync>>) -> Server {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let mut options = Options::default();
+    options.mesh_sync = sync.map(|sync| Arc::clone(sync) as Arc<dyn MeshSync>);
     options.peers = peers.iter().map(ToString::to_string).collect();
     options.own_address = Some(address.to_string());
     let door = tokio::spawn(nkv_grpc::Door::new(node.handle(), options).listen(listener));
     Server { node, address, door }
+}
+
+/// A server of nkv. What is below `synced` came from others.
+#[derive(Debug)]
+struct Sync {
+    own: (u16, u64),
+    found: Mutex<BTreeMap<String, (SocketAddr, u64)>>,
+    older: Mutex<Vec<String>>,
+}
+
+impl Sync {
+    fn new(port: u16, number: u64) -> Arc<Self> {
+        Arc::new(Sync { own: (port, number), found: Mutex::default(), older: Mutex::default() })
+    }
+
+    fn found_at(&self, peer: SocketAddr) -> Option<(u16, u64)> {
+        let found = self.found.lock().unwrap();
+        let (at, number) = found.get(&peer.to_string())?;
+        assert_eq!(at.ip(), peer.ip());
+        Some((at.port(), *number))
+    }
+}
+
+#[tonic::async_trait]
+impl MeshSync for Sync {
+    fn own(&self) -> Option<(u16, u64)> {
+        Some(self.own)
+    }
+
+    fn found(&self, peer: &str, at: SocketAddr, number: u64) {
+        self.found.lock().unwrap().insert(peer.to_owned(), (at, number));
+    }
+
+    fn lost(&self, peer: &str) {
+        self.found.lock().unwrap().remove(peer);
+    }
+
+    fn wrote(&self, key: &Key) -> bool {
+        !key.as_str().starts_with("synced")
+    }
+
+    async fn take_older(&self, values: Vec<(Key, bytes::Bytes)>) -> std::io::Result<()> {
+        self.older.lock().unwrap().extend(values.into_iter().map(|(key, _)| key.as_str().to_owned()));
+        Ok(())
+    }
 }
 
 async fn new() -> Node {
@@ -149,6 +199,15 @@ async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
         }
     };
     assert!(tokio::time::timeout(common::PATIENCE, wait).await.is_ok(), "not in time: {what}");
+}
+
+/// Puts keys that an original is sent, and of which the server knows that.
+async fn sent(server: &Server, original: &Original, keys: &[&str]) {
+    // What was sent before the last has been answered.
+    for key in ["begun"].iter().chain(keys).chain(&["last"]) {
+        server.handle().put(*key, "1").await.unwrap();
+        until("it has that", async || original.has(key, "1")).await;
+    }
 }
 
 #[tokio::test]
@@ -192,10 +251,7 @@ async fn a_peer_that_is_dead_costs_no_caller_anything_and_is_brought_up_to_date(
     let (at, serving) = original.serve("127.0.0.1:0").await;
     let server = joined(new().await, &[at]).await;
     let nkv = server.handle();
-    for key in ["changed", "gone", "kept"] {
-        nkv.put(key, "1").await.unwrap();
-    }
-    until("it has them", async || original.has("kept", "1") && original.has("changed", "1")).await;
+    sent(&server, &original, &["changed", "gone", "kept"]).await;
     drop(serving);
     nkv.put("changed", "2").await.unwrap();
     nkv.delete("gone").await.unwrap();
@@ -237,4 +293,97 @@ async fn a_server_is_made_to_dial_no_stranger() {
         refused += usize::from(client.register_with_peer(peer).await.is_err());
     }
     assert_eq!(refused, 7);
+}
+
+#[tokio::test]
+async fn servers_of_nkv_find_out_that_they_are_and_send_each_other_nothing() {
+    let (one, other) = (Sync::new(1, 0xa1), Sync::new(2, 0xb2));
+    let original = Original::default();
+    let (original_at, _serving) = original.serve("127.0.0.1:0").await;
+    let first = joined_with(new().await, &[original_at], Some(&one)).await;
+    first.handle().put("first", "1").await.unwrap();
+    let node = new().await;
+    node.handle().put("second", "1").await.unwrap();
+    let second = joined_with(node, &[first.address, original_at], Some(&other)).await;
+    until("they find each other", async || {
+        one.found_at(second.address) == Some((2, 0xb2)) && other.found_at(first.address) == Some((1, 0xa1))
+    })
+    .await;
+    // An original is sent what each has, and each of them what it has not.
+    until("an original has all", async || original.has("first", "1") && original.has("second", "1")).await;
+    first.handle().put("k", "1").await.unwrap();
+    second.handle().put("j", "1").await.unwrap();
+    until("an original has it", async || original.has("k", "1") && original.has("j", "1")).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!((value(&first, "j").await, value(&second, "k").await), (None, None));
+    assert_eq!(one.found_at(original_at).or(other.found_at(original_at)), None);
+    // Where another of nkv was, there may be an original.
+    let turned = Original::default();
+    let (turned_at, _serving_too) = turned.serve("127.0.0.1:0").await;
+    let mut client = connect(&first.address.to_string()).await.unwrap();
+    let mut request = Request::new(Ip { ip: turned_at.to_string() });
+    request.metadata_mut().insert("nkv-sync-1", "3 00000000000000c3".parse().unwrap());
+    let answer = client.register_with_peer(request).await.unwrap();
+    assert_eq!(answer.metadata().get("nkv-sync-1").unwrap(), "1 00000000000000a1");
+    assert_eq!(answer.into_inner().store, BTreeMap::new());
+    until("it is sent", async || turned.has("first", "1") && one.found_at(turned_at).is_none()).await;
+}
+
+#[tokio::test]
+async fn what_came_from_another_server_of_nkv_is_sent_to_an_original_that_has_it_not() {
+    let original = Original::default();
+    let (at, _serving) = original.serve("127.0.0.1:0").await;
+    let server = joined_with(new().await, &[at], Some(&Sync::new(1, 0xa1))).await;
+    server.handle().put("begun", "1").await.unwrap();
+    until("it has joined", async || original.has("begun", "1")).await;
+    // The original has one of them by the time that it is sent, of another server.
+    for key in ["synced.had", "synced.changed", "synced.new", "own"] {
+        server.handle().put(key, "1").await.unwrap();
+    }
+    server.handle().put("synced.changed", "2").await.unwrap();
+    original.held().store.insert("synced.had".into(), "1".into());
+    until("it is sent", async || original.has("synced.new", "1") && original.has("synced.changed", "2")).await;
+    let mut sent: Vec<_> = original.held().sent.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    sent[2..].sort_unstable();
+    assert_eq!(sent, ["begun=1", "own=1", "synced.changed=2", "synced.new=1"]);
+}
+
+#[tokio::test]
+async fn what_an_original_has_and_this_server_has_not_is_taken_as_older_than_all() {
+    let (original, sync) = (Original::default(), Sync::new(1, 0xa1));
+    let (at, serving) = original.serve("127.0.0.1:0").await;
+    let server = joined_with(new().await, &[at], Some(&sync)).await;
+    sent(&server, &original, &["k"]).await;
+    drop(serving);
+    for key in ["k", "unknown"] {
+        original.held().store.insert(key.into(), "2".into());
+    }
+    let (_, _serving) = original.serve(&at.to_string()).await;
+    until("what is here is set anew", async || value(&server, "k").await.as_deref() == Some("2")).await;
+    until("the rest is taken", async || *sync.older.lock().unwrap() == ["unknown"]).await;
+    assert_eq!(value(&server, "unknown").await, None);
+}
+
+#[tokio::test]
+async fn a_server_of_nkv_is_reached_where_its_registration_came_from_and_nowhere_else() {
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let named = silent.local_addr().unwrap();
+    let sync = Sync::new(1, 0xa1);
+    let server = joined_with(new().await, &[named], Some(&sync)).await;
+    let register = async |from: [u8; 4], text: &'static str| {
+        let endpoint =
+            Channel::from_shared(format!("http://{}", server.address)).unwrap().local_address(Some(from.into()));
+        let mut request = Request::new(Ip { ip: named.to_string() });
+        request.metadata_mut().insert("nkv-sync-1", text.parse().unwrap());
+        let mut client = ClientClient::new(endpoint.connect().await.unwrap());
+        client.register_with_peer(request).await.unwrap().metadata().contains_key("nkv-sync-1")
+    };
+    // The peer is named, so that another host may register it, and may not say where it is.
+    assert!(!register([127, 0, 0, 2], "7 0000000000000007").await);
+    for rubbish in ["", "7", "0 07", "65536 07", "7 xyz", "-7 07"] {
+        assert!(!register([127, 0, 0, 1], rubbish).await, "{rubbish}");
+    }
+    assert_eq!(sync.found_at(named), None);
+    assert!(register([127, 0, 0, 1], "7 0000000000000007").await);
+    assert_eq!(sync.found_at(named), Some((7, 7)));
 }

@@ -11,6 +11,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
+use serde_json::json;
 use support::process::{Process, command};
 use support::{Conn, eventually, status};
 
@@ -591,7 +592,68 @@ fn keys_are_read_again_and_a_node_with_another_one_stays_out() {
     }
 }
 
-#[cfg(feature = "grpc")]
+#[cfg(all(feature = "grpc", feature = "cluster"))]
+#[test]
+fn servers_of_a_mesh_agree_deletes_and_ttls_included_also_after_restarts() {
+    let dirs: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
+    let ports: Vec<_> = (0..3).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let ports: Vec<_> = ports.into_iter().map(|port| port.local_addr().unwrap().to_string()).collect();
+    // The first is named by the others, and names none but the second.
+    let peers = [&ports[1], &ports[0], &ports[0]];
+    let start = |at: usize| Process::start(&dirs[at].path().join("data"), &["--grpc", &ports[at], "--peer", peers[at]]);
+    let get = |server: &Process, key: &str| server.connect().ask(&format!(r#"{{"type":"Get","key":"{key}"}}"#));
+    let has = |server: &Process, key: &str, value: &str| {
+        get(server, key).contains(&format!(r#""data":{}"#, json!([value.as_bytes()])))
+    };
+    let is_gone = |server: &Process, key: &str| status(&get(server, key)) == 404;
+
+    // It was a server of its own, and takes requests from the first on, although no peer is there.
+    let mut alone = Process::start(&dirs[0].path().join("data"), &[]);
+    alone.connect().put("alone", "1");
+    alone.signal("-TERM");
+    assert_eq!(alone.wait().code(), Some(0));
+    let mut first = start(0);
+    assert!(has(&first, "alone", "1"));
+    first.connect().put("both", "first");
+    let mut second = start(1);
+    second.connect().put("both", "second");
+    let third = start(2);
+    for server in [&first, &second, &third] {
+        eventually("the later one is everywhere", || has(server, "both", "second") && has(server, "alone", "1"));
+    }
+    assert_eq!(status(&third.connect().ask(r#"{"type":"Delete","key":"alone"}"#)), 200);
+    third.connect().ask(r#"{"type":"Put","key":"short","value":"x","ttl_ms":4000}"#);
+    for server in [&first, &second] {
+        eventually("it is there", || has(server, "short", "x"));
+        eventually("it is deleted", || is_gone(server, "alone"));
+    }
+    // Each is away for a time, comes back at another port of the cluster, and does not know what happened.
+    first.signal("-KILL");
+    first.wait();
+    assert_eq!(status(&second.connect().ask(r#"{"type":"Delete","key":"both"}"#)), 200);
+    second.signal("-TERM");
+    assert_eq!(second.wait().code(), Some(0));
+    third.connect().put("third", "1");
+    let (first, second) = (start(0), start(1));
+    for server in [&first, &second, &third] {
+        eventually("the delete is everywhere", || is_gone(server, "both") && has(server, "third", "1"));
+        eventually("it has ended", || is_gone(server, "short"));
+    }
+    assert!(is_gone(&first, "alone"));
+    // A condition holds on its server.
+    let put = |condition: &str| format!(r#"{{"type":"Put","key":"lock","value":"1",{condition}}}"#);
+    assert_eq!(status(&first.connect().ask(&put(r#""if_revision":0"#))), 200);
+    assert_eq!(status(&first.connect().ask(&put(r#""if_revision":0"#))), 409);
+}
+
+#[cfg(all(feature = "grpc", not(feature = "cluster")))]
+#[test]
+fn a_build_that_joins_no_mesh_says_which_would() {
+    let (code, text) = run(&["--grpc", "127.0.0.1:0", "--peer", "127.0.0.1:4001"]);
+    assert!(code == 2 && text.contains("--features grpc,cluster"), "{code} {text}");
+}
+
+#[cfg(all(feature = "grpc", feature = "cluster"))]
 #[test]
 fn a_mesh_that_cannot_be_meant_is_refused() {
     for (flags, said) in [
@@ -599,11 +661,13 @@ fn a_mesh_that_cannot_be_meant_is_refused() {
         (&["--grpc", "127.0.0.1:0", "--peer", "127.0.0.1:4001"], "--peer-advertise"),
         (&["--grpc", "0.0.0.0:4000", "--insecure", "--peer", "127.0.0.1:4001"], "--peer-advertise"),
         (&["--grpc", "127.0.0.1:4000", "--peer", "nowhere"], "HOST:PORT"),
-        #[cfg(feature = "cluster")]
         (
             &["--grpc", "127.0.0.1:4000", "--peer", "h:1", "--cluster", "home", "--gossip", "127.0.0.1:0"],
-            "not for --cluster",
+            "cannot be used with",
         ),
+        (&["--gossip", "127.0.0.1:0"], "--peer"),
+        (&["--grpc", "127.0.0.1:0", "--peer", "h:1", "--gossip", "0.0.0.0:0"], "--peer-advertise"),
+        (&["--grpc", "127.0.0.1:4000", "--peer", "h:1", "--gossip", "0.0.0.0:0"], "--insecure"),
     ] {
         let (code, text) = run(flags);
         assert!(code == 2 && text.contains(said), "{flags:?}: {code} {text}");

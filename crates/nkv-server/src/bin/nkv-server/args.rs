@@ -60,12 +60,12 @@ pub(crate) struct Args {
     pub(crate) grpc: Vec<Address>,
 
     /// A server of the replicated gRPC store whose mesh this one joins: HOST:PORT; may be given more than once
-    #[cfg(feature = "grpc")]
-    #[arg(long, value_name = "ADDR", env = "NKV_PEER", value_delimiter = ',', requires = "grpc")]
-    pub(crate) peer: Vec<String>,
+    #[cfg(all(feature = "grpc", feature = "cluster"))]
+    #[arg(long, value_name = "ADDR", env = "NKV_PEER", value_delimiter = ',', requires = "grpc", group = "nodes")]
+    peer: Vec<String>,
 
     /// The address of --grpc as servers of that mesh see it, if that is another
-    #[cfg(feature = "grpc")]
+    #[cfg(all(feature = "grpc", feature = "cluster"))]
     #[arg(long, value_name = "ADDR", env = "NKV_PEER_ADVERTISE", requires = "peer")]
     peer_advertise: Option<String>,
 
@@ -92,6 +92,10 @@ pub(crate) struct Args {
     #[cfg(not(feature = "grpc"))]
     #[command(flatten)]
     without_grpc: WithoutGrpc,
+
+    #[cfg(not(all(feature = "grpc", feature = "cluster")))]
+    #[command(flatten)]
+    without_mesh: WithoutMesh,
 
     /// Directory for the values [default: nkv in the user's data directory]
     #[arg(long, alias = "dir", value_name = "DIR", env = "NKV_DATA_DIR", global = true)]
@@ -200,6 +204,13 @@ struct WithoutGrpc {
     grpc: Option<()>,
 }
 
+#[cfg(not(all(feature = "grpc", feature = "cluster")))]
+#[derive(Debug, clap::Args)]
+struct WithoutMesh {
+    #[arg(long, hide = true, env = "NKV_PEER", value_parser = |_: &str| Err::<(), _>("this build joins no mesh: build it with --features grpc,cluster"))]
+    peer: Option<()>,
+}
+
 #[cfg(not(feature = "cluster"))]
 #[derive(Debug, clap::Args)]
 struct WithoutCluster {
@@ -212,6 +223,17 @@ struct WithoutCluster {
 struct WithoutEngines {
     #[arg(long, hide = true, env = "NKV_ENGINE", value_parser = |_: &str| Err::<(), _>("this build has no engines: build it with --features etcd, nats or kafka"))]
     engine: Option<()>,
+}
+
+/// A mesh of the replicated gRPC store.
+#[cfg(all(feature = "grpc", feature = "cluster"))]
+#[derive(Debug)]
+pub(crate) struct Mesh {
+    pub(crate) peers: Vec<String>,
+    /// Where its servers reach this one.
+    pub(crate) own: String,
+    /// Where this one listens.
+    pub(crate) host: String,
 }
 
 #[derive(Debug, Subcommand)]
@@ -309,11 +331,11 @@ impl Args {
         addresses
     }
 
-    /// Where servers of a mesh reach this one, and which those are.
-    #[cfg(feature = "grpc")]
-    pub(crate) fn mesh(&self) -> Result<(Vec<String>, Option<String>), String> {
+    /// The mesh that this server joins, if it does.
+    #[cfg(all(feature = "grpc", feature = "cluster"))]
+    pub(crate) fn mesh(&self) -> Result<Option<Mesh>, String> {
         if self.peer.is_empty() {
-            return Ok((Vec::new(), None));
+            return Ok(None);
         }
         for peer in self.peer.iter().chain(&self.peer_advertise) {
             // An address of nkv has a port if it names none.
@@ -326,10 +348,6 @@ impl Args {
         if self.engine.engine.is_some() {
             return Err("--peer is for a server that keeps its data itself, and not for --engine".into());
         }
-        #[cfg(feature = "cluster")]
-        if self.cluster.cluster.is_some() {
-            return Err("--peer is for a server that keeps its data itself, and not for --cluster".into());
-        }
         let own = self.peer_advertise.clone().or_else(|| {
             self.grpc.iter().find_map(|address| match address {
                 Address::Tcp { host, port } if *port > 0 && !["0.0.0.0", "::", "[::]"].contains(&host.as_str()) => {
@@ -340,7 +358,12 @@ impl Args {
         });
         let own =
             own.ok_or("--peer needs an address of this server that others reach: give --peer-advertise HOST:PORT")?;
-        Ok((self.peer.clone(), Some(own)))
+        let tcp = self.grpc.iter().find_map(|address| match address {
+            Address::Tcp { host, .. } => Some(host.clone()),
+            _ => None,
+        });
+        let host = tcp.ok_or("--peer needs a --grpc HOST:PORT")?;
+        Ok(Some(Mesh { peers: self.peer.clone(), own, host }))
     }
 
     pub(crate) fn options(&self) -> Options {

@@ -12,21 +12,25 @@ use async_trait::async_trait;
 use nkv_cluster::{Cluster, Keys, KeysError, Membership, MembershipError, Options, StaticPeers};
 use nkv_discovery::{Discovery, Spec};
 use nkv_server::ServerError;
+#[cfg(feature = "grpc")]
+use nkv_server::nkv_grpc::MeshSync;
 use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use crate::args::{parse_flag, parse_time};
+#[cfg(feature = "grpc")]
+use crate::mesh;
 use crate::usage;
 
 /// The cluster, and how its nodes find each other.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ClusterArgs {
     /// Be a node of the cluster of this name: each has all data and takes writes, and all agree in the end
-    #[arg(long, value_name = "NAME", env = "NKV_CLUSTER", requires = "gossip")]
+    #[arg(long, value_name = "NAME", env = "NKV_CLUSTER", requires = "gossip", group = "nodes")]
     pub(crate) cluster: Option<String>,
 
-    /// Where other nodes of the cluster reach this one: IP:PORT
-    #[arg(long, value_name = "ADDR", env = "NKV_GOSSIP", requires = "cluster")]
+    /// Where other nodes of the cluster, or of nkv in a mesh, reach this one: IP:PORT [default in a mesh: any port of --grpc's host]
+    #[arg(long, value_name = "ADDR", env = "NKV_GOSSIP", requires = "nodes")]
     gossip: Option<SocketAddr>,
 
     /// The address of --gossip as other nodes see it, if that is another
@@ -110,19 +114,20 @@ impl Joined {
 }
 
 impl ClusterArgs {
-    /// Listens for other nodes, and makes this one known to them. `clock_file` is beside the data, if they are kept. Keys are read
-    /// again with each change of `reread`.
-    pub(crate) async fn join(
+    /// What a node of the cluster is to be. `clock_file` is beside the data, if they are kept.
+    fn options(
         &self,
         name: &str,
         is_insecure: bool,
         value_len_max: usize,
         clock_file: Option<PathBuf>,
-        reread: watch::Receiver<()>,
-    ) -> Result<Joined, ServerError> {
-        let gossip = self.gossip.ok_or_else(|| usage("--cluster needs --gossip ADDR"))?;
+    ) -> Result<Options, ServerError> {
         let keys = self.cluster_key_file.as_deref().map(read_keys).transpose().map_err(ServerError::System)?;
-        if keys.is_none() && !is_insecure && !gossip.ip().to_canonical().is_loopback() {
+        if let Some(gossip) = self.gossip
+            && keys.is_none()
+            && !is_insecure
+            && !gossip.ip().to_canonical().is_loopback()
+        {
             return Err(ServerError::Insecure { address: gossip.to_string() });
         }
         let mut options = Options::new(name);
@@ -135,6 +140,34 @@ impl ClusterArgs {
         options.value_len_max = value_len_max;
         options.clock_file = clock_file;
         options.keys = keys;
+        Ok(options)
+    }
+
+    /// Listens for other servers of nkv in a mesh, with what a door needs to find them.
+    #[cfg(feature = "grpc")]
+    pub(crate) async fn join_mesh(
+        &self,
+        host: &str,
+        is_insecure: bool,
+        value_len_max: usize,
+        clock_file: Option<PathBuf>,
+    ) -> Result<(Joined, Arc<dyn MeshSync>), ServerError> {
+        let options = self.options(mesh::NAME, is_insecure, value_len_max, clock_file)?;
+        let (cluster, sync) = mesh::join(self.gossip, host, options).await?;
+        Ok((Joined { cluster, known: None }, sync))
+    }
+
+    /// Listens for other nodes, and makes this one known to them. Keys are read again with each change of `reread`.
+    pub(crate) async fn join(
+        &self,
+        name: &str,
+        is_insecure: bool,
+        value_len_max: usize,
+        clock_file: Option<PathBuf>,
+        reread: watch::Receiver<()>,
+    ) -> Result<Joined, ServerError> {
+        let gossip = self.gossip.ok_or_else(|| usage("--cluster needs --gossip ADDR"))?;
+        let options = self.options(name, is_insecure, value_len_max, clock_file)?;
         let bind = |source| ServerError::Bind { address: gossip.to_string(), source };
         let Some(spec) = &self.discover else {
             let cluster = Cluster::bind(gossip, options, StaticPeers::default()).await.map_err(bind)?;

@@ -21,6 +21,8 @@ mod engine;
 #[cfg(feature = "engines")]
 mod import;
 mod log;
+#[cfg(all(feature = "grpc", feature = "cluster"))]
+mod mesh;
 mod signals;
 
 use std::error::Error;
@@ -142,12 +144,7 @@ async fn start(args: &Args, reread: watch::Receiver<()>) -> Result<(Server, End)
         builder = args.metrics.iter().cloned().fold(builder, Builder::metrics);
     }
     #[cfg(feature = "grpc")]
-    {
-        let mut options = nkv_server::nkv_grpc::Options::default();
-        (options.peers, options.own_address) = args.mesh().map_err(usage)?;
-        builder = builder.grpc_options(options);
-        builder = args.grpc.iter().cloned().fold(builder, Builder::grpc);
-    }
+    let builder = args.grpc.iter().cloned().fold(builder, Builder::grpc);
     let opened = Arc::new(OnceLock::new());
     #[cfg(feature = "engines")]
     let (builder, beside) = match args.engine.engine.as_deref() {
@@ -159,18 +156,14 @@ async fn start(args: &Args, reread: watch::Receiver<()>) -> Result<(Server, End)
     #[cfg(not(feature = "cluster"))]
     let end: End = None;
     #[cfg(feature = "cluster")]
-    let (builder, end): (_, End) = match args.cluster.cluster.as_deref() {
-        Some(name) => {
-            let clock_file =
-                if args.persist == Persist::Log { Some(args.data_dir()?.join("cluster-clock")) } else { None };
-            let options = args.options();
-            let joined = args.cluster.join(name, options.insecure, options.value_len_max, clock_file, reread).await?;
-            let cluster = joined.cluster.clone();
-            (builder.node(|node| node.engine(cluster)), Some(Box::pin(joined.leave())))
-        }
-        None => (builder, None),
-    };
+    let (builder, joined) = join(builder, args, reread).await?;
     let server = builder.bind().await?;
+    #[cfg(all(feature = "grpc", feature = "cluster"))]
+    if joined.is_some() && args.cluster.cluster.is_none() {
+        mesh::wait_until_begun(&server.handle()).await;
+    }
+    #[cfg(feature = "cluster")]
+    let end: End = joined.map(|joined| -> Pin<Box<dyn Future<Output = ()>>> { Box::pin(joined.leave()) });
     #[cfg(feature = "engines")]
     if let Some(beside) = beside {
         beside(server.handle());
@@ -201,6 +194,34 @@ async fn start(args: &Args, reread: watch::Receiver<()>) -> Result<(Server, End)
         warn_if_open(address);
     }
     Ok((server, end))
+}
+
+/// Makes the server a node of a cluster, or of nkv in a mesh, if it is to be one.
+#[cfg(feature = "cluster")]
+async fn join(
+    builder: Builder,
+    args: &Args,
+    reread: watch::Receiver<()>,
+) -> Result<(Builder, Option<cluster::Joined>), ServerError> {
+    let options = args.options();
+    let (insecure, value_len_max) = (options.insecure, options.value_len_max);
+    let clock_file = || -> Result<_, PersistError> {
+        Ok(if args.persist == Persist::Log { Some(args.data_dir()?.join("cluster-clock")) } else { None })
+    };
+    if let Some(name) = args.cluster.cluster.as_deref() {
+        let joined = args.cluster.join(name, insecure, value_len_max, clock_file()?, reread).await?;
+        let cluster = joined.cluster.clone();
+        return Ok((builder.node(|node| node.engine(cluster)), Some(joined)));
+    }
+    #[cfg(feature = "grpc")]
+    if let Some(mesh) = args.mesh().map_err(usage)? {
+        let (joined, sync) = args.cluster.join_mesh(&mesh.host, insecure, value_len_max, clock_file()?).await?;
+        let cluster = joined.cluster.clone();
+        let mut options = nkv_server::nkv_grpc::Options::default();
+        (options.peers, options.own_address, options.mesh_sync) = (mesh.peers, Some(mesh.own), Some(sync));
+        return Ok((builder.node(|node| node.engine(cluster)).grpc_options(options), Some(joined)));
+    }
+    Ok((builder, None))
 }
 
 fn warn_if_open(address: &Address) {
@@ -344,7 +365,7 @@ fn fail_with_hint(error: &dyn Error, hint: &str, code: u8) -> ExitCode {
 }
 
 /// Flags that do not go together, or a value that none can have.
-#[cfg(any(feature = "grpc", feature = "engines", feature = "cluster"))]
+#[cfg(any(feature = "engines", feature = "cluster"))]
 fn usage(what: impl Into<String>) -> ServerError {
     ServerError::System(io::Error::new(ErrorKind::InvalidInput, what.into()))
 }

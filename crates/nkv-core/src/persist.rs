@@ -41,7 +41,8 @@ use crate::revision::{Epoch, Revision};
 ///   [`load`](Self::load) writes, are still this instance's: else nothing is stored, and the error is
 ///   [`PersistErrorKind::Poisoned`]. So two servers on one database do not diverge, and after a connection that was lost
 ///   during a commit the two numbers show whether it happened ([`RowPersist`](crate::rows::RowPersist) does so).
-/// - *Alone*: methods may block; the caller owns a thread for them and never calls two at once.
+/// - *Alone*: methods may block; the caller owns a thread for them and never calls two at once. Where a backend says that it does not
+///   [wait](Self::waits), they are called on many threads, still one at a time.
 ///
 /// `nkv_testkit::persist` checks each line; a backend is finished when it passes.
 #[diagnostic::on_unimplemented(
@@ -89,7 +90,7 @@ pub trait PersistValue: fmt::Debug + Send + 'static {
     }
 
     /// Whether [`persist`](Self::persist) may wait, for a disk or another process. What does not wait, and does no more than
-    /// remember a batch, may be called on a thread that has other things to do. Asked once, before anything else.
+    /// remember a batch, may be called on a thread that has other things to do. Asked once, before the store is opened.
     fn waits(&self) -> bool {
         true
     }

@@ -391,7 +391,9 @@ async fn receive_body(
         }
     }
     drop(arrival);
-    conn.leave_body_timer(timer);
+    if timer.is_some() {
+        conn.leave_body_timer(timer);
+    }
     // What is kept is to be no longer than it is.
     let bytes = if bytes.capacity() > bytes.len() { Bytes::copy_from_slice(&bytes) } else { bytes.freeze() };
     Ok(Received { bytes, held })

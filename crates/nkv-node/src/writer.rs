@@ -26,6 +26,9 @@ const CHECK_EVERY: u64 = 4_096;
 /// So many keys are written at most on the thread of a caller.
 const KEYS_AT_ONCE: usize = 16;
 
+/// So many subscribers are notified at most on the thread of a caller, which has others to serve.
+const NOTIFICATIONS_AT_ONCE: u64 = 1_024;
+
 /// The jobs that wait to be done. Their number is limited by the callers that let them in.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
@@ -42,6 +45,8 @@ struct Waiting {
     is_asleep: bool,
     /// Some job is not to wait for the turn of the runtime to end.
     is_urgent: bool,
+    /// The writes that [callers](Writer::write_now) do meanwhile: the writer waits for their end.
+    done_by_callers: usize,
     is_closed: bool,
 }
 
@@ -84,10 +89,14 @@ impl Queue {
         self.is_closed.load(Acquire)
     }
 
-    /// Whether there is nothing to do.
-    fn is_idle(&self) -> bool {
-        let waiting = self.lock();
-        waiting.is_asleep && waiting.jobs.is_empty() && !waiting.is_closed
+    /// Has the writer wait while a caller does its own write, if it has nothing to do now.
+    fn hold_up(&self) -> Option<HeldUp<'_>> {
+        let mut waiting = self.lock();
+        let is_idle = waiting.is_asleep && waiting.jobs.is_empty() && !waiting.is_closed;
+        is_idle.then(|| {
+            waiting.done_by_callers = waiting.done_by_callers.saturating_add(1);
+            HeldUp(self)
+        })
     }
 
     /// Adds all jobs that wait to those under way. If there are none it sleeps until it is woken for some; there are none
@@ -104,7 +113,7 @@ impl Queue {
         if waiting.is_asleep && !waiting.jobs.is_empty() {
             wake_ups.request();
         }
-        while waiting.is_asleep && !waiting.is_closed {
+        while waiting.is_asleep && !waiting.is_closed || waiting.done_by_callers > 0 {
             waiting = self.arrived.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
         (waiting.is_asleep, waiting.is_urgent) = (false, false);
@@ -113,6 +122,21 @@ impl Queue {
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The writer waits for the end of a caller's write, until this is dropped.
+struct HeldUp<'a>(&'a Queue);
+
+impl Drop for HeldUp<'_> {
+    fn drop(&mut self) {
+        let mut waiting = self.0.lock();
+        waiting.done_by_callers = waiting.done_by_callers.saturating_sub(1);
+        let is_waited_for = !waiting.is_asleep || waiting.is_closed;
+        drop(waiting);
+        if is_waited_for {
+            self.0.arrived.notify_one();
+        }
     }
 }
 
@@ -192,19 +216,30 @@ impl Writer {
                 // Before the first value with a TTL is stored: from then on it is known how far the clock had come.
                 self.clock.keep();
             }
-            self.look_after(written, || self.wake_ups.gathered(|| self.do_jobs(&mut jobs)));
+            self.noting_expiry(|| self.wake_ups.gathered(|| self.do_jobs(&mut jobs)));
+            if !self.may_put_off_check(written) {
+                let notified = self.store.notified();
+                *self.since_check.lock().unwrap_or_else(PoisonError::into_inner) = SinceCheck { notified, written: 0 };
+                self.budget.check();
+            }
         }
     }
 
     /// Does a write on the thread of its caller, if that takes no longer than to hand it over: where storage does not wait,
     /// nothing waits to be done before it, and it is short. Says whether it is done; else it is to be handed over.
     pub(crate) fn write_now(&self, write: &mut Write) -> bool {
-        let is_short = write.keys_max().is_some_and(|keys| keys <= KEYS_AT_ONCE);
-        if self.storage_waits || !is_short || write.has_ttl() && self.clock.is_unkept() || !self.queue.is_idle() {
+        let keys = write.keys_max().filter(|keys| *keys <= KEYS_AT_ONCE);
+        let notifications = keys.map(|keys| self.store.subscriptions().saturating_mul(keys as u64));
+        let is_short = notifications.is_some_and(|notifications| notifications <= NOTIFICATIONS_AT_ONCE);
+        if self.storage_waits || !is_short || write.has_ttl() && self.clock.is_unkept() {
             return false;
         }
-        let (written, mut took) = (write.value_len(), None);
-        self.look_after(written, || took = self.wake_ups.gathered(|| self.commit(std::slice::from_mut(write))));
+        let Some(held_up) = self.queue.hold_up() else { return false };
+        if !self.may_put_off_check(write.value_len()) {
+            return false;
+        }
+        let took = self.noting_expiry(|| self.wake_ups.gathered(|| self.commit(std::slice::from_mut(write))));
+        drop(held_up);
         if write.is_done() {
             self.count(write, took);
             self.report(worst(None, write.outcomes().map(|(_, result)| result)));
@@ -212,21 +247,21 @@ impl Writer {
         write.is_done()
     }
 
-    /// Does something that writes values of `written` bytes, and then what it makes necessary.
-    fn look_after(&self, written: usize, work: impl FnOnce()) {
+    /// Does something that may change when the next value ends.
+    fn noting_expiry<R>(&self, work: impl FnOnce() -> R) -> R {
         let expiry = self.store.next_expiry();
-        work();
+        let result = work();
         if self.store.next_expiry() != expiry {
             self.expiry_changed.notify_one();
         }
-        let notified = self.store.notified();
+        result
+    }
+
+    /// Notes that values of `written` bytes are written. Says whether the backlogs of subscribers need not be looked at by then.
+    fn may_put_off_check(&self, written: usize) -> bool {
         let mut since = self.since_check.lock().unwrap_or_else(PoisonError::into_inner);
         since.written = since.written.saturating_add(written);
-        if notified.saturating_sub(since.notified) >= CHECK_EVERY || since.written >= self.budget.check_every() {
-            *since = SinceCheck { notified, written: 0 };
-            drop(since);
-            self.budget.check();
-        }
+        self.store.notified().saturating_sub(since.notified) < CHECK_EVERY && since.written < self.budget.check_every()
     }
 
     /// Does as much as one batch takes. Says how long it took, if that is counted.

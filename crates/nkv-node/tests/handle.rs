@@ -594,3 +594,83 @@ async fn a_task_that_writes_all_the_time_leaves_others_their_turns() {
     writing.await.unwrap();
     assert!(turns > 10, "{turns} turns beside 10,000 writes");
 }
+
+#[tokio::test]
+async fn a_write_that_notifies_many_is_not_done_on_the_thread_of_its_caller() {
+    let threads = Arc::<Mutex<Vec<ThreadId>>>::default();
+    let storage = Called { threads: Arc::clone(&threads), waits: false };
+    let node = Node::builder().persist("a test", move || Ok(storage)).start().await.unwrap();
+    let nkv = node.handle();
+    let put_here = async || {
+        nkv.put("lamp", "on").await.unwrap();
+        // The writer may not wait for something to do again yet.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        threads.lock().unwrap().last() == Some(&thread::current().id())
+    };
+    while !put_here().await {}
+    let mut subscriptions = Vec::new();
+    while subscriptions.len() <= 1_024 {
+        subscriptions.push(nkv.subscribe("lamp").await.unwrap());
+    }
+    for _ in 0..50 {
+        assert!(!put_here().await);
+    }
+    subscriptions.truncate(1_000);
+    while !put_here().await {}
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_write_beside_a_shutdown_is_done_or_says_that_the_node_has_stopped() {
+    for round in 0..50 {
+        let (node, nkv) = started().await;
+        let put_until_it_fails = |n: u32| {
+            let nkv = nkv.clone();
+            tokio::spawn(async move {
+                loop {
+                    if let Err(error) = nkv.put(format!("k{n}"), "x").await {
+                        return error;
+                    }
+                }
+            })
+        };
+        let writing: Vec<_> = (0..8).map(put_until_it_fails).collect();
+        tokio::time::sleep(Duration::from_micros(500)).await;
+        node.shutdown().await.unwrap();
+        for task in writing {
+            let error = timeout(Duration::from_secs(10), task).await.unwrap().unwrap();
+            assert!(matches!(error.kind(), ErrorKind::Closed | ErrorKind::OutcomeUnknown), "{round}: {error:?}");
+        }
+    }
+}
+
+/// Storage that does not wait, and panics.
+#[derive(Debug)]
+struct Panics;
+
+impl PersistValue for Panics {
+    fn load(&mut self, _visit: &mut dyn FnMut(StoredRef<'_>)) -> std::result::Result<Loaded, PersistError> {
+        Ok(Loaded { epoch: Epoch::new(1), revision: nkv_core::Revision::ZERO })
+    }
+
+    fn persist(&mut self, batch: &[Change]) -> std::result::Result<(), PersistError> {
+        assert!(batch.iter().all(|change| change.key.as_str() != "panic"), "as it was asked to");
+        Ok(())
+    }
+
+    fn waits(&self) -> bool {
+        false
+    }
+}
+
+#[tokio::test]
+async fn storage_that_panics_on_the_thread_of_a_caller_ends_the_node_with_an_error() {
+    let mut node = Node::builder().persist("a test", || Ok(Panics)).start().await.unwrap();
+    let nkv = node.handle();
+    let is_done_at_once = || pin!(nkv.put("lamp", "on")).poll(&mut Context::from_waker(Waker::noop())).is_ready();
+    while !is_done_at_once() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(kind(nkv.put("panic", "now").await), ErrorKind::Refused { status: 500 });
+    let failed = timeout(Duration::from_secs(10), node.failed()).await.unwrap();
+    assert!(matches!(failed, Err(nkv_node::NodeError::Persist(_))), "{failed:?}");
+}

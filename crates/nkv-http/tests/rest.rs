@@ -391,6 +391,49 @@ async fn a_head_that_does_not_end_ends_its_connection_and_an_idle_one_stays() {
 }
 
 #[tokio::test]
+async fn a_head_that_does_not_end_ends_a_connection_that_was_idle_before() {
+    let mut options = Options::default();
+    (options.head_limit, options.idle_limit) = (Duration::from_millis(300), Duration::from_secs(3_600));
+    let door = TestDoor::with(options, Limits::default()).await;
+    let mut stream = door.connect().await;
+    let request = format!("GET /livez HTTP/1.1\r\nHost: {}\r\n\r\n", door.address);
+    let mut bytes = [0; 1_024];
+    for _ in 0..2 {
+        // Idle: before the first request, and before the second.
+        sleep(Duration::from_millis(100)).await;
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let len = timeout(support::PATIENCE, stream.read(&mut bytes)).await.unwrap().unwrap();
+        assert!(bytes[..len].starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&bytes[..len]));
+    }
+    sleep(Duration::from_millis(100)).await;
+    stream.write_all(b"GET /liv").await.unwrap();
+    let ended = timeout(support::PATIENCE, stream.read(&mut bytes)).await.expect("it is cut");
+    assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
+}
+
+#[tokio::test]
+async fn a_body_has_its_whole_time_after_others_of_its_connection() {
+    let mut options = Options::default();
+    options.request_limit = Duration::from_millis(500);
+    let door = TestDoor::with(options, Limits::default()).await;
+    let mut stream = door.connect().await;
+    let head = format!("PUT /v1/kv/k HTTP/1.1\r\nHost: {}\r\nContent-Length: 10\r\n\r\nabc", door.address);
+    let mut bytes = [0; 1_024];
+    for _ in 0..2 {
+        stream.write_all(head.as_bytes()).await.unwrap();
+        sleep(Duration::from_millis(250)).await;
+        stream.write_all(b"defghij").await.unwrap();
+        let len = timeout(support::PATIENCE, stream.read(&mut bytes)).await.unwrap().unwrap();
+        assert!(bytes[..len].starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&bytes[..len]));
+    }
+    let start = Instant::now();
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let len = timeout(support::PATIENCE, stream.read(&mut bytes)).await.unwrap().unwrap();
+    assert!(bytes[..len].starts_with(b"HTTP/1.1 408"), "{}", String::from_utf8_lossy(&bytes[..len]));
+    assert!(start.elapsed() >= Duration::from_millis(500), "the whole of its time");
+}
+
+#[tokio::test]
 async fn a_body_that_does_not_come_ends_with_408() {
     let mut options = Options::default();
     options.request_limit = Duration::from_millis(200);

@@ -5,7 +5,6 @@
 //! The messages are five fields in all, so they are read and written here rather than by a library.
 
 use std::borrow::Cow;
-use std::ops::ControlFlow;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -14,13 +13,13 @@ use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use http::header::{CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode};
 use hyper::body::Incoming;
-use nkv_core::{Key, Pattern, RecordRef};
+use nkv_core::{Key, RecordRef};
 use nkv_node::{Error, PutOptions};
 use serde::Deserialize;
 
 use crate::body::{Answer, Body, Received, full, receive};
 use crate::entry::{from_base64, write_text};
-use crate::list::PART_LEN;
+use crate::list::{PART_LEN, Walk};
 use crate::making::{FIRST_LEN, Making};
 use crate::problem::Problem;
 use crate::route::Ctx;
@@ -133,36 +132,26 @@ async fn answered(ctx: Ctx<'_>, form: Form, method: &str, request: Request<Incom
 
 /// All entries. Those of a part are of one moment.
 async fn list(ctx: Ctx<'_>, form: Form) -> Result<Answer, Failure> {
-    let handle = &ctx.door.handle;
-    let (mut making, mut after, mut has_turn) = (Making::new(ctx), None, false);
+    let (mut making, mut walk, mut has_turn) = (Making::new(ctx), Walk::all(ctx.door.handle.clone()), false);
     let mut out = Vec::new();
     loop {
-        let (begin, mut count, mut last) = (out.len(), 0_usize, None);
-        let part_len = if has_turn { PART_LEN } else { FIRST_LEN };
-        let ended = handle.walk(&Pattern::All, after.as_ref(), |record: RecordRef<'_>| {
-            let len = out.len().saturating_sub(begin).saturating_add(record.value.len());
-            if count >= 1_024 || len > part_len && (count > 0 || !has_turn) {
-                return ControlFlow::Break(());
-            }
+        let part_max = out.len().saturating_add(if has_turn { PART_LEN } else { FIRST_LEN });
+        let has_more = walk.part_by(&mut out, part_max, has_turn, |out, record, left| {
             if form == Form::Json && !out.is_empty() {
                 out.push(b',');
             }
-            form.write_entry(&mut out, record, record.expiry.map(|expiry| handle.time_left(expiry)));
-            count = count.saturating_add(1);
-            last = Some(record.key.to_key());
-            ControlFlow::Continue(())
+            form.write_entry(out, record, left);
         })?;
         if out.len() > LEN_MAX {
             let message = "all entries together have more than 64 MiB: read them in pages at /v1/kv";
             return Err(Failure::new("resource_exhausted", message));
         }
-        if ended.is_continue() {
+        if !has_more {
             break;
         }
         making.turn().await;
         has_turn = true;
         making.grow(out.len()).await;
-        after = last.or(after);
         tokio::task::yield_now().await;
     }
     let answer = form.answer(ctx, form.wrapped(b"{\"entries\":[", out, b"]}"));

@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{ACCEPT, CONTENT_TYPE};
@@ -112,7 +113,7 @@ fn lines(ctx: Ctx<'_>, gzip: bool, walk: Walk) -> Answer {
 }
 
 /// Goes through the entries, part by part.
-struct Walk {
+pub(crate) struct Walk {
     handle: Handle,
     pattern: Pattern,
     after: Option<Key>,
@@ -122,20 +123,39 @@ struct Walk {
 }
 
 impl Walk {
-    /// Writes the next entries, each with `end` behind it, until there are `len_max` bytes in all; whether there is more. One may be
-    /// longer than that, if it is to be one at least.
+    /// Through all entries.
+    pub(crate) fn all(handle: Handle) -> Self {
+        Walk { handle, pattern: Pattern::All, after: None, limit: None, with_values: true }
+    }
+
+    /// Writes the next entries, each with `end` behind it, as [`part_by`](Self::part_by).
     fn part(&mut self, out: &mut Vec<u8>, end: u8, len_max: usize, at_least_one: bool) -> Result<bool, Problem> {
+        let with_values = self.with_values;
+        self.part_by(out, len_max, at_least_one, |out, record, left| {
+            write_record(out, record, with_values, left);
+            out.push(end);
+        })
+    }
+
+    /// Writes the next entries, each with the time that is left to it, until there are `len_max` bytes in all; whether there is more.
+    /// One may be longer than that, if it is to be one at least.
+    pub(crate) fn part_by(
+        &mut self,
+        out: &mut Vec<u8>,
+        len_max: usize,
+        at_least_one: bool,
+        mut write: impl FnMut(&mut Vec<u8>, RecordRef<'_>, Option<Duration>),
+    ) -> Result<bool, Problem> {
         let (mut count, max) = (0_u64, self.limit.unwrap_or(u64::MAX).min(PART_KEYS));
         let (begin, mut last) = (out.len(), None);
-        let (handle, with_values) = (self.handle.clone(), self.with_values);
+        let handle = self.handle.clone();
         let ended = self.handle.walk(&self.pattern, self.after.as_ref(), |record: RecordRef<'_>| {
             let is_full =
                 out.len().saturating_add(record.value.len()) > len_max && (out.len() > begin || !at_least_one);
             if count >= max || is_full {
                 return ControlFlow::Break(());
             }
-            write_record(out, record, with_values, record.expiry.map(|expiry| handle.time_left(expiry)));
-            out.push(end);
+            write(out, record, record.expiry.map(|expiry| handle.time_left(expiry)));
             count = count.saturating_add(1);
             last = Some(KeyRef::to_key(record.key));
             ControlFlow::Continue(())
@@ -181,8 +201,7 @@ mod tests {
         for key in ["a", "b"] {
             handle.put(key, vec![b'x'; CHUNK_LEN]).await.unwrap();
         }
-        let pattern = Pattern::new("*").unwrap();
-        let mut lines = Lines { walk: Some(Walk { handle, pattern, after: None, limit: None, with_values: true }) };
+        let mut lines = Lines { walk: Some(Walk::all(handle)) };
         let mut cx = Context::from_waker(Waker::noop());
         assert!(matches!(lines.poll_next(&mut cx), Poll::Ready(Some(Ok(_)))));
         node.shutdown().await.unwrap();

@@ -131,8 +131,8 @@ func (c *Client) Connected() bool {
 	return c.link != nil && c.link.err == nil
 }
 
-// StaleSince reports whether the server says that it does not see its engine, and since when: reads and watches are of an old
-// state then, and writes may be refused. It is false without a connection.
+// StaleSince reports whether the server says that what it shows may be old, and since when: it does not see its engine, or not in
+// time, and writes may be refused. It is false without a connection.
 func (c *Client) StaleSince() (since time.Time, isStale bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

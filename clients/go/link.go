@@ -50,7 +50,7 @@ type link struct {
 	encoded  uint64     // bytes that were given to the writer
 	beat     *time.Timer
 	lastRev  uint64    // the highest revision of a notification, outside snapshots
-	stale    time.Time // since when the server does not see its engine
+	stale    time.Time // since when what the server shows may be old
 }
 
 // signed is a connection that notes when bytes come.

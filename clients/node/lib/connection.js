@@ -36,7 +36,7 @@ class Connection {
 
   /** The highest revision that a message had; undefined before the first. */
   revision;
-  /** Since when the server does not see its engine, in milliseconds of `performance.now()`; undefined if it does. */
+  /** Since when what the server shows may be old, in milliseconds of `performance.now()`; undefined if it is not. */
   staleSince;
 
   constructor(socket, lenMax) {

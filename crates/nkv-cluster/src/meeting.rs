@@ -229,11 +229,12 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
         sleep(PAUSE_MIN).await;
         Err(invalid(reason))
     };
-    if let Err((is_duplicate, reason)) = check(inner, &theirs) {
-        return refuse(&mut line, is_duplicate, reason).await;
-    }
+    // First: one that is not admitted does not make this node refuse writes by its id.
     if theirs.run != inner.run && !inner.parts.membership.admits(theirs.id).await {
         return refuse(&mut line, false, NOT_ADMITTED.to_owned()).await;
+    }
+    if let Err((is_duplicate, reason)) = check(inner, &theirs) {
+        return refuse(&mut line, is_duplicate, reason).await;
     }
     let asked = inner.steady();
     if theirs.run == inner.run {
@@ -378,6 +379,7 @@ pub(crate) async fn find(inner: &Arc<Inner>) -> EngineError {
             let is_named = named.as_ref().is_some_and(|named| named.contains(address));
             if inner.options.named_only && !is_named {
                 link.abort();
+                inner.peers().tried.remove(address);
             }
             !link.is_finished()
         });
@@ -576,7 +578,8 @@ async fn try_lead(
     tracing::info!(peer = %id, %address, "connected");
     let (mut sessions, mut led_at) = (0_u64, inner.steady());
     loop {
-        let rest = rest(inner, id, led_at);
+        // A new connection begins with a session: what was written while there was none was not pushed.
+        let rest = if sessions == 0 { Duration::ZERO } else { rest(inner, id, led_at) };
         if !rest.is_zero() {
             sleep(rest).await;
             continue;

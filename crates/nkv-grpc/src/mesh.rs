@@ -61,6 +61,9 @@ const BEGIN_PAUSE: Duration = Duration::from_millis(10);
 /// How often a server of nkv registers again with another one, which may have been started anew.
 const REGISTER_AGAIN: Duration = Duration::from_secs(5);
 
+/// The longest answer of a server of nkv to a registration, which has no values.
+const EMPTY_LEN_MAX: usize = 4 << 10;
+
 /// After how long a server of the original is sent what came from another server of nkv, if it has not got it by then: most often
 /// it has it from there, or has sent it itself.
 const LATER: Duration = Duration::from_secs(1);
@@ -288,7 +291,7 @@ impl Mesh {
                 (failures, last_reached) = (0, Instant::now());
             }
             failures = failures.saturating_add(1);
-            self.handle.log().warn("peer", format_args!("the peer {address} is not in reach: {error}"));
+            self.handle.log().warn("peer", format_args!("the peer {address}: {error}"));
             if last_reached.elapsed() > FORGOTTEN_AFTER && !self.named.contains(&address) {
                 self.state().peers.retain(|known| *known != address);
                 self.sync.iter().for_each(|sync| sync.lost(&address));
@@ -316,7 +319,8 @@ impl Mesh {
         if let Some((sync, ..)) = self.sync_of(store.metadata()) {
             drop(one);
             *sent = None;
-            return self.keep_found(sync, address, &mut peer, store).await;
+            let (metadata, ..) = store.into_parts();
+            return self.keep_found(sync, address, &mut peer, metadata).await;
         }
         self.sync.iter().for_each(|sync| sync.lost(address));
         let Some((tail, synced, mut changed)) = self.changed_since(*sent).await? else { return Ok(()) };
@@ -383,9 +387,10 @@ impl Mesh {
                 self.send_one(peer, key, *revision, false).await?;
                 put = None;
             }
-            match put.is_none() && later.is_empty() {
-                true => *sent = cursor.or(*sent),
-                false => later.push_back(Waiting { since: Instant::now(), put, cursor }),
+            match later.back_mut() {
+                None if put.is_none() => *sent = cursor.or(*sent),
+                Some(last) if put.is_none() => last.cursor = cursor.or(last.cursor),
+                _ => later.push_back(Waiting { since: Instant::now(), put, cursor }),
             }
         }
     }
@@ -407,16 +412,18 @@ impl Mesh {
         sync: &dyn MeshSync,
         address: &str,
         peer: &mut Peer,
-        mut answer: Response<StoreReply>,
+        mut metadata: MetadataMap,
     ) -> Result<(), Failed> {
-        while let Some((_, port, number)) = self.sync_of(answer.metadata()) {
+        // An answer of a server of nkv has no values.
+        peer.client = peer.client.clone().max_decoding_message_size(EMPTY_LEN_MAX);
+        while let Some((_, port, number)) = self.sync_of(&metadata) {
             sync.found(address, SocketAddr::new(peer.ip, port), number);
             tokio::select! {
                 biased;
                 _ = &mut peer.ended => return Err(Failed::Ended),
                 () = sleep(REGISTER_AGAIN) => {}
             }
-            answer = self.register_with(peer).await?;
+            metadata = self.register_with(peer).await?.into_parts().0;
         }
         Err(Failed::Turned)
     }

@@ -39,7 +39,7 @@ impl Features {
     pub const NAMES: Features = Features(1 << 3);
     /// Signs of life while the server keeps requests waiting, and for how long it may.
     pub const ALIVE: Features = Features(1 << 4);
-    /// A server says when its data may be old, because it does not see its engine.
+    /// A server says when what it shows may be old: it does not see its engine, or not in time.
     pub const STALE: Features = Features(1 << 5);
 
     /// Returns whether every feature of `others` is in this set.

@@ -75,7 +75,7 @@ pub enum Message {
     /// What the server answers may be old, or is not any more; sent only to clients that named [`Features::STALE`].
     #[non_exhaustive]
     Stale {
-        /// For how many milliseconds it has not seen its engine; none if it sees it again.
+        /// For how many milliseconds what it shows may be old; none if it is not any more.
         since_ms: Option<u64>,
     },
     /// A message of a later version of the protocol, or a `Close` with a reason that this one does not know: to be

@@ -145,16 +145,16 @@ struct Since {
     grace: Option<Instant>,
 }
 
-/// What a peer was told last of how stale the node is.
+/// What a peer was sent last of how stale the node is.
 struct Stale {
     seen: watch::Receiver<Option<std::time::Instant>>,
     since: Option<std::time::Instant>,
 }
 
-/// Waits until something else is to be told.
-async fn changed(mut told: Stale) -> Stale {
-    match told.seen.wait_for(|since| *since != told.since).await.map(|since| *since) {
-        Ok(since) => Stale { since, ..told },
+/// Waits until there is something else to say.
+async fn changed(mut sent: Stale) -> Stale {
+    match sent.seen.wait_for(|since| *since != sent.since).await.map(|since| *since) {
+        Ok(since) => Stale { since, ..sent },
         // The node has ended, and this connection with it.
         Err(_) => std::future::pending().await,
     }
@@ -186,7 +186,7 @@ struct Connection {
     timer: Option<Pin<Box<Sleep>>>,
     /// When the next sign of life may be due, and how many bytes had been written when that was set.
     sign: Option<(Pin<Box<Sleep>>, u64)>,
-    /// Waits until the peer is to be told how stale the node is.
+    /// Waits until there is something to say of how stale the node is.
     stale: Option<Pin<Box<dyn Future<Output = Stale> + Send>>>,
     door: Arc<Inner>,
     /// Wakes this task with all others that are notified of the same batch: see
@@ -297,7 +297,7 @@ impl Connection {
         Poll::Pending
     }
 
-    /// Says that the node is stale, or is so no more. A peer that does not read is told once it does.
+    /// Says that the node is stale, or is so no more. A peer that does not read is sent it once it does.
     fn poll_stale(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if !self.session.wants_stale() {
             self.stale = None;

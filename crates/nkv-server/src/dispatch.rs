@@ -216,7 +216,7 @@ impl Session {
         self.notifier.features().contains(Features::ALIVE)
     }
 
-    /// Whether the client is to be told when the node is stale, and no more.
+    /// Whether the client is to be notified when the node is stale, and when it is so no more.
     pub(crate) fn wants_stale(&self) -> bool {
         self.notifier.features().contains(Features::STALE) && self.door.handle.follows_engine()
     }

@@ -167,7 +167,7 @@ class Session:
         self._features: frozenset[str] = frozenset()
         self._value_max: int | None = None
         self._patience = 0.0
-        #: Since when the server does not see its engine, by its own word.
+        #: Since when what the server shows may be old, by its own word.
         self.stale_since: float | None = None
         self._life_at = now
         self._failures = 0

@@ -90,10 +90,9 @@ impl Output {
                 self.add_line(&mut object);
                 complain(&object.to_string());
             }
-            false => complain(&at(
-                self.place,
-                &format!("stale for {} s: the server does not see its engine", since.as_secs()),
-            )),
+            false => {
+                complain(&at(self.place, &format!("stale for {} s: what the server shows may be old", since.as_secs())))
+            }
         }
     }
 

@@ -1,11 +1,14 @@
 //! All doors of one server, two of them at one port: what one writes the others read.
 #![cfg(all(feature = "http", feature = "grpc"))]
 
+use std::time::Duration;
+
 use nkv_grpc::v1::kv_client::KvClient;
 use nkv_grpc::v1::{GetRequest, PutRequest};
-use nkv_server::{Address, Server, nkv_grpc};
+use nkv_server::{Address, Options, Server, nkv_grpc};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tonic::Code;
 use tonic::transport::Channel;
 
@@ -64,4 +67,24 @@ async fn a_foreign_host_reaches_nothing_by_grpc_either() {
     let refused = KvClient::new(channel).put(put).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
     assert_eq!(server.handle().get("a").await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn figures_are_answered_although_no_connection_is_left_and_under_any_host() {
+    let address: Address = "127.0.0.1:0".parse().expect("an address");
+    let mut options = Options::default();
+    options.connections_max = 1;
+    let builder = Server::builder().options(options).listen(address.clone()).http(address.clone()).metrics(address);
+    let server = builder.bind().await.expect("a server");
+    let (http, metrics) = (server.http_addresses()[0].to_string(), server.metrics_addresses()[0].to_string());
+    let ask = |host: &str, path: &str| format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+    let _held = TcpStream::connect(&http).await.expect("the one connection");
+    let refused = async { while !say(&http, "").await.starts_with("HTTP/1.1 503") {} };
+    timeout(Duration::from_secs(10), refused).await.expect("there is no other place");
+    for path in ["/livez", "/readyz", "/metrics"] {
+        let answer = say(&metrics, &ask("balancer.example", path)).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+    }
+    assert!(say(&metrics, &ask(&metrics, "/v1/kv")).await.starts_with("HTTP/1.1 404"), "and nothing else");
+    server.shutdown().await.unwrap();
 }

@@ -227,7 +227,7 @@ impl Lab<'_> {
         self.seats.iter().filter_map(|seat| seat.cluster.lock().unwrap().clone()).collect()
     }
 
-    /// How long it takes until all have the same, in milliseconds, and so many peers.
+    /// How long it takes until all have the same, in milliseconds, and how many peers there are.
     fn until_level(&mut self, peers: usize) -> Millis {
         let begun = self.sim.elapsed();
         loop {
@@ -245,7 +245,7 @@ impl Lab<'_> {
         }
     }
 
-    /// So many changes are made at one node, which pushes none of them. Says what all nodes send until they are level, with headers.
+    /// Makes this number of changes at one node, which pushes none of them. Says what all nodes send until they are level, with headers.
     fn level(&mut self, keys: usize, changes: usize) -> u64 {
         let changed = (0..changes).map(|number| record(number * (keys / changes), 1_000 - changes as u64));
         let before: u64 = self.seats.iter().map(|seat| seat.sent()).sum();

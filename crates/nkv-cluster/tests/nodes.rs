@@ -572,7 +572,7 @@ async fn a_node_that_waits_to_connect_to_a_peer_says_to_it_too_that_it_leaves() 
     stop([leaving, node]).await;
 }
 
-/// Names and admits what it is told to.
+/// Names and admits what a test has chosen.
 #[derive(Debug, Default)]
 struct Chosen {
     addresses: Mutex<Vec<SocketAddr>>,

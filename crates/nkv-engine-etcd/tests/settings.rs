@@ -139,7 +139,7 @@ async fn a_wrong_password_is_tried_once_a_second_at_most() {
     let nkv = node.handle();
     let until = tokio::time::Instant::now() + Duration::from_secs(SECONDS);
     while tokio::time::Instant::now() < until {
-        // Whoever asks does not make it try.
+        // A question does not make it try.
         assert!(nkv.put("k", "1").await.is_err());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

@@ -13,7 +13,6 @@ use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tonic::Status;
 use tonic::body::Body;
@@ -136,8 +135,7 @@ impl Connection {
         let line = Arc::clone(&self.line);
         let socket = TokioIo::new(Socket::new(stream, Arc::clone(&line.sending)));
         let mut connection = pin!(builder(&line.door).serve_connection(socket, Calls(self.clone())));
-        let (going_away, mut draining) = (line.door.going_away(), None);
-        let mut going_away = pin!(stopped(going_away));
+        let (mut going_away, mut draining) = (pin!(line.door.going_away()), None);
         let mut evicted = pin!(self.evicted());
         let mut ticks = ticks(line.door.options.stall_limit.div_f64(8.0));
         loop {
@@ -164,11 +162,6 @@ impl Connection {
             }
         }
     }
-}
-
-/// Waits until the door goes away, or is gone.
-async fn stopped(mut going_away: watch::Receiver<bool>) {
-    drop(going_away.wait_for(|going_away| *going_away).await);
 }
 
 fn ticks(every: Duration) -> tokio::time::Interval {

@@ -84,10 +84,7 @@ impl Departing {
             }
         }
         let door = &self.line.door;
-        let going_away = self.going_away.get_or_insert_with(|| {
-            let mut going_away = door.going_away();
-            Box::pin(async move { drop(going_away.wait_for(|going_away| *going_away).await) })
-        });
+        let going_away = self.going_away.get_or_insert_with(|| Box::pin(door.going_away()));
         ready!(going_away.as_mut().poll(cx));
         Poll::Ready(Status::unavailable("the server is stopping"))
     }

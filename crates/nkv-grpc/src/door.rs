@@ -82,9 +82,10 @@ pub(crate) struct Inner {
 }
 
 impl Inner {
-    /// Whether connections are to end, as it changes.
-    pub(crate) fn going_away(&self) -> watch::Receiver<bool> {
-        self.going_away.subscribe()
+    /// Waits until connections are to end.
+    pub(crate) fn going_away(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut going_away = self.going_away.subscribe();
+        async move { drop(going_away.wait_for(|going_away| *going_away).await) }
     }
 }
 
@@ -197,11 +198,10 @@ impl Door {
         };
         // In memory of its own: one that is refused takes none for what it is not.
         let line = Line::new(Arc::clone(&self.0), self.0.handle.clone(), &peer, Some(place));
-        let mut going_away = self.0.going_away();
         let began = tokio::select! {
             biased;
             began = timeout(self.0.options.first_byte_limit, read_preface(&mut stream)) => began,
-            _ = going_away.wait_for(|going_away| *going_away) => return,
+            () = self.0.going_away() => return,
         };
         match began {
             Ok(Ok(true)) => Box::pin(Connection::new(line, self.0.services.clone()).serve(stream)).await,

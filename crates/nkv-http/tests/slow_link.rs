@@ -19,7 +19,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 const VALUE_LEN: usize = 50_000;
 
-/// A link of so many bytes a second, in parts of a fiftieth of that.
+/// A link of this number of bytes a second, in parts of a fiftieth of that.
 struct Link {
     stream: TcpStream,
     part: usize,

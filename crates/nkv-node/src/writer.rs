@@ -23,10 +23,10 @@ use crate::wakeups::WakeUps;
 /// much was written as [`Budget::check_every`] says.
 const CHECK_EVERY: u64 = 4_096;
 
-/// So many keys are written at most on the thread of a caller.
+/// The keys that are written on the thread of a caller, at most.
 const KEYS_AT_ONCE: usize = 16;
 
-/// So many subscribers are notified at most on the thread of a caller, which has others to serve.
+/// The subscribers that are notified on the thread of a caller, at most: it has others to serve.
 const NOTIFICATIONS_AT_ONCE: u64 = 1_024;
 
 /// The jobs that wait to be done. Their number is limited by the callers that let them in.

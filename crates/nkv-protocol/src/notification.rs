@@ -149,7 +149,7 @@ pub fn alive(out: &mut Chunks) {
     out.tail().put_slice(b"\"Alive\"\n");
 }
 
-/// The server's data may be old since so many milliseconds, or are not any more: for clients with
+/// For how many milliseconds what the server shows may be old, or none if it is not any more: for clients with
 /// [`Features::STALE`](crate::Features::STALE).
 pub fn stale(since_ms: Option<u64>, out: &mut Chunks) {
     let mut outer = Object::start(out.tail());

@@ -86,7 +86,7 @@ fn clients_are_told_that_their_server_is_stale_and_since_when() {
     assert_eq!(late.line(), r#"{"Stale":{}}"#);
     eventually("the client knows that it is over", || client.state() == ConnectionState::Connected);
     assert_eq!((since(), known.elapsed() < support::PATIENCE), (None, true));
-    // One that did not ask was told nothing: what comes next is an answer.
+    // One that did not ask is sent nothing of it: what comes next is an answer.
     assert_eq!(status(&plain.ask(HEALTH)), 200);
     // A write that the server has answered and not seen makes it stale too.
     engine.hold(true);

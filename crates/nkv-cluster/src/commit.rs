@@ -327,7 +327,8 @@ impl Committer {
         // It is far below where the clock was off before.
         let is_far_below = last.millis().saturating_add(2 * ahead.max(1)) < self.bound.millis();
         if last <= self.bound && !is_far_below {
-            // While there is room below it, so that no write waits. What fails is done again, or said when there is none.
+            // While there is room below it, so that no write waits. If it fails, the next commit tries again: the error is returned
+            // only where there is no room left.
             // Before the first reading of a run nothing is near: each restart would lead further ahead.
             let is_near = last < self.bound && self.bound.millis().saturating_sub(last.millis()) < ahead / 2;
             if is_near && self.next_bound.is_empty() {

@@ -74,7 +74,8 @@ const LATER_MAX: usize = 4_096;
 /// Keys, and the revisions of those that have values.
 type Changed = HashMap<Key, Option<u64>>;
 
-/// What keeps the servers of nkv in a mesh alike, deletes and TTLs included, beside the protocol of the originals.
+/// What keeps the servers of nkv in a mesh alike, deletes and TTLs included, beside the protocol of the replicated gRPC store. A server
+/// that speaks that protocol alone is an *original* below.
 #[tonic::async_trait]
 pub trait MeshSync: fmt::Debug + Send + Sync + 'static {
     /// The port of this server where others of nkv reach it for that, and the number that it is known by; nothing, as long as it
@@ -477,10 +478,10 @@ impl Mesh {
         tracing::info!(taken, "joined a server");
     }
 
-    /// Sends the value that a key has at a revision, if that is for peers, and with `if_missing` if the peer has it not yet.
-    async fn send_one(&self, peer: &mut Peer, key: &Key, revision: u64, if_missing: bool) -> Result<(), Failed> {
+    /// Sends the value that a key has at a revision, if that is for peers, and with `if_other` only if the peer has another one or none.
+    async fn send_one(&self, peer: &mut Peer, key: &Key, revision: u64, if_other: bool) -> Result<(), Failed> {
         if let Some(value) = self.own_text(key, revision).await? {
-            if if_missing {
+            if if_other {
                 let has =
                     timeout(CALL_LIMIT, peer.client.get(GetKey { key: key.as_str().to_owned() })).await??.into_inner();
                 if has.defined && has.value == value {

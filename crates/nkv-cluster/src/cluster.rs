@@ -656,7 +656,8 @@ impl Inner {
     /// Counts and logs that it was.
     pub(crate) fn note_brought_back(&self, key: &Key) {
         self.figures.brought_back.fetch_add(1, Relaxed);
-        tracing::warn!(%key, "given to a peer after a long absence: it may bring back a deleted key");
+        let what = format_args!("{key} is given to a peer after a long absence: it may bring back a deleted key");
+        self.log.warn("brought back", what);
     }
 
     // Running.

@@ -256,7 +256,7 @@ impl Committer {
         }
         match self.store(sink, &jobs).await {
             Ok(done) => {
-                jobs.into_iter().zip(done).for_each(|(job, done)| answer(job, done));
+                jobs.into_iter().zip(done).for_each(|(job, done)| answer(&self.inner.log, job, done));
                 Ok(())
             }
             // One that cannot be stored is not to keep others back.
@@ -415,19 +415,22 @@ fn plan_one(
 }
 
 /// A caller that gave up gets no answer.
-fn answer(job: Job, done: Done) {
+fn answer(log: &RateLimitedLog, job: Job, done: Done) {
     match (job, done) {
         (Job::Write { answer, .. }, Done::Written(written)) => drop(answer.send(written)),
         (Job::Merge { answer: Some(answer), .. }, Done::Merged { refused }) => _ = answer.send(Some(refused)),
         (Job::Gone { answer, .. }, Done::Gone(deleted)) => {
             for key in deleted {
-                tracing::info!(%key, "deleted, as a peer deleted it during a long absence");
+                log.info("gone", format_args!("{key} is deleted, as a peer deleted it during a long absence"));
             }
             _ = answer.send(true);
         }
         (Job::Mend { answer }, Done::Mended(count)) => {
             if count > 0 {
-                tracing::warn!(count, "the clock was off: what was written with it is stamped anew");
+                log.warn(
+                    "clock",
+                    format_args!("the clock was off: {count} values that were written with it are stamped anew"),
+                );
             }
             _ = answer.send(true);
         }

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, ReadHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, mpsc};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::wire::{self, Message};
 
@@ -60,6 +60,7 @@ pub(crate) struct Line {
     frame_len_max: usize,
     /// How long one frame may take on its way, or an answer until it has come.
     patience: Duration,
+    sent_at: Instant,
 }
 
 impl fmt::Debug for dyn Stream {
@@ -98,7 +99,8 @@ impl Line {
                 }
             }
         };
-        (Line { from: BufReader::new(from), to, frame_len_max: wire::HELLO_LEN_MAX, patience }, writer)
+        let from = BufReader::new(from);
+        (Line { from, to, frame_len_max: wire::HELLO_LEN_MAX, patience, sent_at: Instant::now() }, writer)
     }
 
     /// From here on frames may be this long.
@@ -107,6 +109,7 @@ impl Line {
     }
 
     pub(crate) async fn send(&mut self, frame: Bytes) -> io::Result<()> {
+        self.sent_at = Instant::now();
         self.to.send(frame).await.map_err(|_| io::ErrorKind::ConnectionAborted.into())
     }
 
@@ -116,6 +119,16 @@ impl Line {
 
     pub(crate) async fn receive_within(&mut self, patience: Duration) -> io::Result<Message> {
         timeout(patience, wire::read(&mut self.from, self.frame_len_max)).await?
+    }
+
+    /// Waits, but at most until nothing was sent for as long as `quiet`: then sends a frame without content.
+    pub(crate) async fn wait(&mut self, pause: Duration, quiet: Duration) -> io::Result<()> {
+        let left = quiet.saturating_sub(self.sent_at.elapsed());
+        sleep(pause.min(left)).await;
+        match pause > left {
+            true => self.send(Message::Push(Vec::new()).encode()).await,
+            false => Ok(()),
+        }
     }
 
     pub(crate) async fn ask(&mut self, message: &Message) -> io::Result<Message> {

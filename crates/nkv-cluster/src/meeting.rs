@@ -113,7 +113,7 @@ impl Drop for Connected<'_> {
             peers.connected.remove(&self.hello.id);
             self.inner.members.note_lost(self.hello.id, self.inner.steady());
             drop(peers);
-            tracing::info!(peer = %self.hello.id, "no longer connected");
+            self.inner.log.info("lost", format_args!("the peer {} is no longer connected", self.hello.id));
         }
     }
 }
@@ -258,6 +258,8 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
         let message = line.receive_within(patience(inner)).await?;
         connected.note_heard();
         match message {
+            // A sign of life.
+            Message::Push(records) if records.is_empty() => {}
             Message::Push(records) => inner.merge_later(records).await?,
             Message::Leaving => inner.members.note_left(id),
             Message::WhoElse => line.send(Message::Known(known(inner)).encode()).await?,
@@ -317,10 +319,15 @@ fn learn(inner: &Inner, known: Vec<(NodeId, SocketAddr)>) {
     }
 }
 
-/// How long a peer that opened a connection may say nothing. It may be connected to more peers than this node, and lead less often.
+/// How long a peer that opened a connection may say nothing.
 fn patience(inner: &Inner) -> Duration {
     let (known, _) = inner.members.counts();
-    interval_with(inner, known).saturating_mul(3).saturating_add(inner.options.peer_timeout)
+    quiet(inner, known).saturating_add(inner.options.peer_timeout)
+}
+
+/// How long this node says nothing to a peer that knows so many. It may know more itself, and lead less often than the peer waits.
+fn quiet(inner: &Inner, known: usize) -> Duration {
+    interval_with(inner, known).saturating_mul(3)
 }
 
 /// How often this node has a session with each of its peers.
@@ -335,8 +342,8 @@ fn interval_with(inner: &Inner, peers: usize) -> Duration {
 }
 
 /// How long this node need not lead a session with a peer, as there was one that ended whole. The two take turns, since a session
-/// levels both. Half an interval later it is the turn of either: the other one may not reach this one. On each connection there is
-/// something now and then, as either end takes silence for death.
+/// levels both. Half an interval later it is the turn of either: the other one may not reach this one. Each connection has a session now
+/// and then, which shows whether the other end still answers.
 pub(crate) fn rest(inner: &Inner, peer: NodeId, led_at: Millis) -> Duration {
     let interval = millis(interval(inner));
     let level = inner.peers().connected.get(&peer).and_then(|run| run.level);
@@ -575,18 +582,23 @@ async fn try_lead(
         peers.tried.insert(address, Tried::Met { id, has_joined });
     }
     let _linked = Linked { inner, id };
-    tracing::info!(peer = %id, %address, "connected");
-    let (mut sessions, mut led_at) = (0_u64, inner.steady());
+    inner.log.info("met", format_args!("connected to the peer {id} at {address}"));
+    let (mut sessions, mut led_at, mut again_from) = (0_u64, inner.steady(), 0_u64);
+    let mut quiet = quiet(inner, 0);
     loop {
+        let until_again = Duration::from_millis(again_from.saturating_sub(inner.steady()));
         // A new connection begins with a session: what was written while there was none was not pushed.
-        let rest = if sessions == 0 { Duration::ZERO } else { rest(inner, id, led_at) };
+        let rest = if sessions == 0 { Duration::ZERO } else { rest(inner, id, led_at).max(until_again) };
         if !rest.is_zero() {
-            sleep(rest).await;
+            line.wait(rest, quiet).await?;
             continue;
         }
         if sessions.is_multiple_of(ASK_SESSIONS) {
             match line.ask(&Message::WhoElse).await? {
-                Message::Known(known) => learn(inner, known),
+                Message::Known(known) => {
+                    quiet = self::quiet(inner, known.len());
+                    learn(inner, known);
+                }
                 _ => return Err(invalid("the peer was to say whom it knows").into()),
             }
         }
@@ -605,7 +617,7 @@ async fn try_lead(
         }
         if !is_level {
             // Spread, so that those that were in each other's way are not again.
-            sleep(spread(inner, interval(inner))).await;
+            again_from = inner.steady().saturating_add(millis(spread(inner, interval(inner))));
         }
     }
 }

@@ -43,6 +43,8 @@ struct Counts {
     received: u64,
     frames_sent: u64,
     frames_received: u64,
+    /// Connections that it opened.
+    opened: u64,
 }
 
 /// A node, as the test sees it.
@@ -138,6 +140,7 @@ impl std::fmt::Debug for SimNetwork {
 #[async_trait]
 impl Network for SimNetwork {
     async fn connect(&self, to: SocketAddr) -> io::Result<Box<dyn Stream>> {
+        self.1.counts.lock().unwrap().opened += 1;
         Ok(Box::new(Counted(TcpStream::connect(to).await?, Arc::clone(&self.1))))
     }
 
@@ -195,6 +198,16 @@ struct Lab<'a> {
 impl Lab<'_> {
     /// Nodes that all begin with these records, and have each other as peers.
     fn start(nodes: usize, gc_grace: Duration, records: &Arc<Vec<Record>>) -> Self {
+        Self::start_where(nodes, gc_grace, records, |_, _| true)
+    }
+
+    /// The same; which number of a node is named to which says `names`, and no node learns of others.
+    fn start_where(
+        nodes: usize,
+        gc_grace: Duration,
+        records: &Arc<Vec<Record>>,
+        names: fn(usize, usize) -> bool,
+    ) -> Self {
         let mut sim = turmoil::Builder::new()
             .rng_seed(1)
             .tick_duration(Duration::from_millis(if nodes > 16 { 50 } else { 5 }))
@@ -208,8 +221,9 @@ impl Lab<'_> {
             seat.random.store(number as u64 * 1_000_003, Relaxed);
             let seat = Arc::clone(seat);
             let records = Arc::clone(records);
+            let named: Vec<usize> = (0..nodes).filter(|other| names(number, *other)).collect();
             sim.host(format!("n{number}"), move || {
-                host(Arc::clone(&seat), nodes, number, gc_grace, Arc::clone(&records))
+                host(Arc::clone(&seat), named.clone(), number, gc_grace, Arc::clone(&records))
             });
         }
         Lab { sim, seats }
@@ -267,7 +281,7 @@ impl Lab<'_> {
 
 async fn host(
     seat: Arc<Seat>,
-    nodes: usize,
+    named: Vec<usize>,
     number: usize,
     gc_grace: Duration,
     records: Arc<Vec<Record>>,
@@ -277,12 +291,13 @@ async fn host(
     let mut options = Options::new("traffic");
     options.advertise = Some(address(number));
     options.gc_grace = gc_grace;
+    options.named_only = true;
     let parts = Parts {
         clock: Arc::new(SimClock(Arc::clone(&seat))),
         random: Arc::clone(&seat) as Arc<dyn Random>,
         bound: Arc::new(NoBound),
         network: Arc::new(SimNetwork(listener, Arc::clone(&seat))),
-        membership: Arc::new(StaticPeers((0..nodes).map(address).collect())),
+        membership: Arc::new(StaticPeers(named.into_iter().map(address).collect())),
     };
     let cluster = Cluster::with(options, parts, address(number)).unwrap();
     preload(&cluster, &records);
@@ -341,6 +356,19 @@ fn what_was_not_pushed_is_everywhere_within_two_intervals() {
     }
     println!("TEST not_pushed_level_ms {longest}");
     assert!(longest <= 2_000, "{longest} ms");
+}
+
+/// A hub of 13 peers that knew only the hub was taken for dead by each again and again: it had a session with each less often than they,
+/// with one peer, waited for a word of it.
+#[test]
+fn connections_of_a_hub_to_64_idle_nodes_that_know_it_alone_stay_up() {
+    let mut lab = Lab::start_where(65, DAY, &records(100), |one, other| (one == 0) != (other == 0));
+    lab.until_level(1);
+    lab.steps(5_000);
+    let opened = |lab: &Lab<'_>| lab.seats.iter().map(|seat| seat.counts().opened).sum::<u64>();
+    let before = opened(&lab);
+    lab.steps(60_000);
+    assert_eq!((before, opened(&lab)), (128, 128));
 }
 
 /// Nodes whose clocks are apart forget tombstones at different times: none is given to one that has forgotten it.

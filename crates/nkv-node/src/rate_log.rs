@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -24,6 +24,13 @@ impl RateLimitedLog {
     pub fn warn(&self, kind: &'static str, what: fmt::Arguments<'_>) {
         if let Some(more) = self.due(kind) {
             warn!("{what}{more}");
+        }
+    }
+
+    /// The same, for what is as it should be.
+    pub fn info(&self, kind: &'static str, what: fmt::Arguments<'_>) {
+        if let Some(more) = self.due(kind) {
+            info!("{what}{more}");
         }
     }
 

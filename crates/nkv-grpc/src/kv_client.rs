@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use nkv_node::{Key, Pattern};
+use nkv_node::{Key, Pattern, PutOptions};
 use prost::encoding::encoded_len_varint;
 use tonic::{Request, Response, Status};
 
@@ -51,7 +51,7 @@ impl Client for KvClientService {
         let written = match broadcast {
             true => line.handle.put(&key, Bytes::copy_from_slice(value.as_bytes())).await,
             // A server sends what was put there: it is not sent on.
-            false => line.door.mesh.apply(&line.handle, &key, value.clone()).await,
+            false => line.door.mesh.apply(&line.handle, &key, value.clone(), PutOptions::default()).await,
         };
         written.map_err(|error| line.status(&error))?;
         Ok(counted(SetReply { value }, answer))

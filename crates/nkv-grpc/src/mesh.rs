@@ -14,16 +14,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use nkv_node::{Chain, Cursor, Handle, Key, Revision, Tail, TailEvent, TailOptions};
+use nkv_node::{Chain, Cursor, EndReason, ErrorKind, Handle, Key, PutOptions, Revision, Tail, TailEvent, TailOptions};
 use tokio::net::lookup_host;
 use tokio::sync::{Mutex as AsyncMutex, Notify};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::error::Elapsed;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::metadata::{AsciiMetadataValue, MetadataMap};
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Status, Streaming};
 
 use crate::kv::{GetKey, Ip, SetKey, StoreReply, Void};
+use crate::node_kv::ANSWER_LEN_MAX;
 use crate::options::Options;
 use crate::peer::Peer;
 
@@ -35,6 +36,9 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
 
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
+
+/// A connection that lasted this long is no failure: pauses begin anew after it.
+const LASTED: Duration = Duration::from_secs(1);
 
 pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
@@ -74,6 +78,9 @@ const LATER_MAX: usize = 4_096;
 /// Keys, and the revisions of those that have values.
 type Changed = HashMap<Key, Option<u64>>;
 
+/// Up to where changes are known, as a revision and as a cursor.
+type Synced = (u64, Option<Cursor>);
+
 /// What keeps the servers of nkv in a mesh alike, deletes and TTLs included, beside the protocol of the replicated gRPC store. A server
 /// that speaks that protocol alone is an *original* below.
 #[tonic::async_trait]
@@ -82,11 +89,9 @@ pub trait MeshSync: fmt::Debug + Send + Sync + 'static {
     /// has none.
     fn own(&self) -> Option<(u16, u64)>;
 
-    /// A peer of the mesh is a server of nkv, and is reached there. The same is said again and again.
-    fn found(&self, peer: &str, at: SocketAddr, number: u64);
-
-    /// A peer of the mesh is none, or is forgotten.
-    fn lost(&self, peer: &str);
+    /// The servers of nkv in the mesh are these from now on: the number of each, and where it is reached. One that is reached nowhere
+    /// may reach this one. May not block.
+    fn set_found(&self, found: BTreeMap<u64, BTreeSet<SocketAddr>>);
 
     /// Whether what there is of a key was written here, and did not come from another server of nkv.
     fn wrote(&self, key: &Key) -> bool;
@@ -123,9 +128,31 @@ pub(crate) struct Mesh {
     registered: Notify,
 }
 
+/// What is known of a peer that is a server of nkv. Servers know each other by their numbers: two may see each other at several
+/// addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Identity {
+    /// Its number, and where it is reached.
+    at: Option<(u64, SocketAddr)>,
+    /// The number of one that registered by this address from a host that does not have it. That host is not connected to.
+    elsewhere: Option<u64>,
+}
+
+impl Identity {
+    /// Notes a registration from there, or from a host that does not have the address.
+    fn note_registered(&mut self, number: u64, from: Option<SocketAddr>) {
+        match (from, self.at) {
+            (None, _) => self.elsewhere = Some(number),
+            // It may have several addresses: one that is known stays, or connections would be made anew each time.
+            (Some(from), Some((before, at))) if (before, at.port()) == (number, from.port()) => {}
+            (Some(from), _) => self.at = Some((number, from)),
+        }
+    }
+}
+
 #[derive(Default)]
 struct State {
-    peers: Vec<String>,
+    peers: BTreeMap<String, Identity>,
     /// Those that have no task yet.
     new: Vec<String>,
     /// Keys that sets of peers are about to change, and how many those are.
@@ -146,7 +173,8 @@ impl Mesh {
         let mut named: Vec<String> = options.peers.iter().filter(|peer| own.as_ref() != Some(peer)).cloned().collect();
         named.sort_unstable();
         named.dedup();
-        let state = Mutex::new(State { peers: named.clone(), new: named.clone(), ..State::default() });
+        let peers = named.iter().map(|peer| (peer.clone(), Identity::default())).collect();
+        let state = Mutex::new(State { peers, new: named.clone(), ..State::default() });
         let (applied, registered) = (Notify::new(), Notify::new());
         Arc::new(Mesh { handle, own, named, sync, state, joining: AsyncMutex::default(), applied, registered })
     }
@@ -169,7 +197,8 @@ impl Mesh {
             }
         }
         loop {
-            for address in std::mem::take(&mut self.state().new) {
+            let new = std::mem::take(&mut self.state().new);
+            for address in new {
                 sending.spawn(Arc::clone(&self).serve(address));
             }
             tokio::select! {
@@ -182,14 +211,20 @@ impl Mesh {
     }
 
     /// Puts what a peer has, by the handle of its connection: it is not sent on.
-    pub(crate) async fn apply(&self, handle: &Handle, key: &Key, value: String) -> nkv_node::Result<Revision> {
+    pub(crate) async fn apply(
+        &self,
+        handle: &Handle,
+        key: &Key,
+        value: String,
+        options: PutOptions,
+    ) -> nkv_node::Result<Revision> {
         {
             let mut state = self.state();
             let count = state.under_way.entry(key.clone()).or_default();
             *count = count.saturating_add(1);
         }
         let _done = Done { mesh: self, key };
-        let revision = handle.put(key, value).await?;
+        let revision = handle.put_with(key, value, options).await?;
         let mut state = self.state();
         state.foreign.insert(revision.get());
         if state.foreign.len() > FOREIGN_MAX {
@@ -235,10 +270,17 @@ impl Mesh {
         if address.len() > ADDRESS_LEN_MAX || host.is_empty() || !port.parse().is_ok_and(|port: u16| port > 0) {
             return Err(Status::invalid_argument("a server registers as HOST:PORT"));
         }
-        let sync = self.sync_of(metadata);
+        let theirs = self.sync.as_ref().and_then(|_| said(metadata));
+        let own = self.sync_value();
+        if theirs.is_some() && own.is_none() {
+            return Err(Status::unavailable("this server begins: register again"));
+        }
+        if theirs.is_some_and(|(_, number)| self.is_own(number)) {
+            return Ok(own);
+        }
         // Also of one that was named: it may be reached for that where its call comes from, and nowhere else.
         let mut there = None;
-        if !is_named || sync.is_some() {
+        if !is_named || theirs.is_some() {
             let found = timeout(CONNECT_LIMIT, lookup_host(address)).await;
             let mut found = found.into_iter().flatten().flatten().map(|found| found.ip().to_canonical());
             there = ip_of(caller).filter(|caller| found.any(|found| found == *caller));
@@ -249,19 +291,50 @@ impl Mesh {
         }
         {
             let mut state = self.state();
-            if !state.peers.iter().any(|known| known == address) {
+            if !state.peers.contains_key(address) {
                 if state.peers.len() >= PEERS_MAX {
                     return Err(Status::resource_exhausted(format!("this server has {PEERS_MAX} peers already")));
                 }
-                state.peers.push(address.to_owned());
+                state.peers.insert(address.to_owned(), Identity::default());
                 state.new.push(address.to_owned());
                 tracing::info!(peer = address, "a server joins");
                 self.registered.notify_one();
             }
         }
-        let (Some((sync, port, number)), Some(ip)) = (sync, there) else { return Ok(None) };
-        sync.found(address, SocketAddr::new(ip, port), number);
-        Ok(self.sync_value())
+        let Some((port, number)) = theirs else { return Ok(None) };
+        self.note(address, |known| known.note_registered(number, there.map(|ip| SocketAddr::new(ip, port))));
+        Ok(own)
+    }
+
+    /// Notes what a peer is; lets the other side know what changed.
+    fn note(&self, address: &str, change: impl FnOnce(&mut Identity)) {
+        let Some(sync) = &self.sync else { return };
+        let mut state = self.state();
+        let Some(known) = state.peers.get_mut(address) else { return };
+        let before = *known;
+        change(known);
+        if *known == before {
+            return;
+        }
+        let now = *known;
+        let mut found: BTreeMap<u64, BTreeSet<SocketAddr>> = BTreeMap::new();
+        for known in state.peers.values() {
+            known.elsewhere.iter().for_each(|number| _ = found.entry(*number).or_default());
+            known.at.iter().for_each(|(number, at)| _ = found.entry(*number).or_default().insert(*at));
+        }
+        // With the lock: what is newer is said later.
+        sync.set_found(found);
+        drop(state);
+        if let Some((number, at)) = now.at
+            && now.at != before.at
+        {
+            let what = format_args!("the peer {address} is the server {number:016x} of nkv, reached at {at}");
+            self.handle.log().info("found", what);
+        }
+    }
+
+    fn is_own(&self, number: u64) -> bool {
+        self.sync.as_ref().and_then(|sync| sync.own()).is_some_and(|(_, own)| own == number)
     }
 
     /// What this server adds to a registration, or to the answer.
@@ -270,32 +343,27 @@ impl Mesh {
         format!("{port} {number:016x}").parse().ok()
     }
 
-    /// What a server of nkv has added, if this one can do something with it.
-    fn sync_of(&self, metadata: &MetadataMap) -> Option<(&dyn MeshSync, u16, u64)> {
-        let sync = self.sync.as_deref()?;
-        sync.own()?;
-        let (port, number) = metadata.get(SYNC)?.to_str().ok()?.split_once(' ')?;
-        let port = port.parse().ok().filter(|port| *port > 0)?;
-        Some((sync, port, u64::from_str_radix(number, 16).ok()?))
-    }
-
     /// Sends one peer what is put here, for as long as it is known.
     async fn serve(self: Arc<Self>, address: String) {
         let (mut sent, mut failures, mut last_reached) = (None, 0_u32, Instant::now());
         loop {
-            let mut is_reached = false;
-            let error = match self.send(&address, &mut sent, &mut is_reached).await {
+            let mut reached = None;
+            let error = match self.send(&address, &mut sent, &mut reached).await {
                 Ok(()) => return,
                 Err(error) => error,
             };
-            if is_reached {
-                (failures, last_reached) = (0, Instant::now());
+            if let Some(reached) = reached {
+                last_reached = Instant::now();
+                // One that answers and ends the connection is not reached at once again and again.
+                if last_reached.duration_since(reached) >= LASTED {
+                    failures = 0;
+                }
             }
             failures = failures.saturating_add(1);
             self.handle.log().warn("peer", format_args!("the peer {address}: {error}"));
             if last_reached.elapsed() > FORGOTTEN_AFTER && !self.named.contains(&address) {
-                self.state().peers.retain(|known| *known != address);
-                self.sync.iter().for_each(|sync| sync.lost(&address));
+                self.note(&address, |known| *known = Identity::default());
+                self.state().peers.remove(&address);
                 tracing::info!(peer = address, "a server is forgotten");
                 return;
             }
@@ -311,33 +379,37 @@ impl Mesh {
         self: &Arc<Self>,
         address: &str,
         sent: &mut Option<Cursor>,
-        is_reached: &mut bool,
+        reached: &mut Option<Instant>,
     ) -> Result<(), Failed> {
         let mut peer = Peer::connect(address).await?;
-        let one = self.joining.lock().await;
-        let store = self.register_with(&mut peer).await?;
-        *is_reached = true;
-        if let Some((sync, ..)) = self.sync_of(store.metadata()) {
-            drop(one);
+        let (theirs, mut answer) = self.register_with(&peer, ANSWER_LEN_MAX).await?;
+        *reached = Some(Instant::now());
+        if let Some(theirs) = theirs {
             *sent = None;
-            let (metadata, ..) = store.into_parts();
-            return self.keep_found(sync, address, &mut peer, metadata).await;
+            return self.keep_found(address, &mut peer, theirs).await;
         }
-        self.sync.iter().for_each(|sync| sync.lost(address));
+        self.note(address, |known| *known = Identity::default());
+        // Not earlier: a peer that does not answer holds up no other one.
+        let one = self.joining.lock().await;
+        let store = timeout(CALL_LIMIT, answer.message()).await??.unwrap_or_default().store;
         let Some((tail, synced, mut changed)) = self.changed_since(*sent).await? else { return Ok(()) };
-        self.take(store.into_inner().store, &mut changed).await;
+        let taken = self.take(store, &mut changed, synced.0).await;
         drop(one);
+        self.handle.log().info("joined", format_args!("joined the peer {address}, and took {taken} values"));
+        let mut has_all = true;
         for (key, revision) in changed {
             if let Some(revision) = revision {
-                self.send_one(&mut peer, &key, revision, false).await?;
+                has_all &= self.send_one(&mut peer, &key, revision, false).await?;
             }
         }
-        *sent = synced.or(*sent);
-        self.send_changes(&mut peer, tail, sent).await
+        if has_all {
+            *sent = synced.1.or(*sent);
+        }
+        self.send_changes(&mut peer, tail, sent, has_all).await
     }
 
     /// What was written or deleted here since, or all that is here; up to where that is; and what follows. Nothing if the node stops.
-    async fn changed_since(&self, sent: Option<Cursor>) -> Result<Option<(Tail, Option<Cursor>, Changed)>, Failed> {
+    async fn changed_since(&self, sent: Option<Cursor>) -> Result<Option<(Tail, Synced, Changed)>, Failed> {
         let mut options = TailOptions::default();
         if let Some(known) = sent {
             options = options.with_after(known);
@@ -350,15 +422,25 @@ impl Mesh {
                     changed.insert(entry.key, Some(entry.revision.get()));
                 }
                 Some((TailEvent::Delete { key, .. }, _)) => drop(changed.insert(key, None)),
-                Some((TailEvent::Synced { .. }, cursor)) => return Ok(Some((tail, cursor, changed))),
-                Some((TailEvent::Ended(_), _)) | None => return Ok(None),
+                Some((TailEvent::Synced { revision, .. }, cursor)) => {
+                    return Ok(Some((tail, (revision.get(), cursor), changed)));
+                }
+                Some((TailEvent::Ended(EndReason::Closed), _)) | None => return Ok(None),
+                Some((TailEvent::Ended(_), _)) => return Err(Failed::Unsubscribed),
                 Some(_) => {}
             }
         }
     }
 
-    /// Sends a peer what changes: what was written here at once, and what came from others of nkv later.
-    async fn send_changes(&self, peer: &mut Peer, mut tail: Tail, sent: &mut Option<Cursor>) -> Result<(), Failed> {
+    /// Sends a peer what changes: what was written here at once, and what came from others of nkv later. Where it has refused something,
+    /// `sent` stays before that.
+    async fn send_changes(
+        &self,
+        peer: &mut Peer,
+        mut tail: Tail,
+        sent: &mut Option<Cursor>,
+        mut has_all: bool,
+    ) -> Result<(), Failed> {
         let mut later: VecDeque<Waiting> = VecDeque::new();
         loop {
             let pause = later.front().map(|first| LATER.saturating_sub(first.since.elapsed()));
@@ -372,12 +454,15 @@ impl Mesh {
                 None => {
                     let Some(Waiting { put, cursor, .. }) = later.pop_front() else { continue };
                     if let Some((key, revision)) = put {
-                        self.send_one(peer, &key, revision, true).await?;
+                        has_all &= self.send_one(peer, &key, revision, true).await?;
                     }
-                    *sent = cursor.or(*sent);
+                    if has_all {
+                        *sent = cursor.or(*sent);
+                    }
                     continue;
                 }
-                Some(Some((TailEvent::Ended(_), _)) | None) => return Ok(()),
+                Some(Some((TailEvent::Ended(EndReason::Closed), _)) | None) => return Ok(()),
+                Some(Some((TailEvent::Ended(_), _))) => return Err(Failed::Unsubscribed),
                 Some(Some((TailEvent::Put { entry, .. }, cursor))) => (Some((entry.key, entry.revision.get())), cursor),
                 // A delete has no form.
                 Some(Some((_, cursor))) => (None, cursor),
@@ -385,10 +470,11 @@ impl Mesh {
             if let Some((key, revision)) = &put
                 && self.sync.as_ref().is_none_or(|sync| sync.wrote(key))
             {
-                self.send_one(peer, key, *revision, false).await?;
+                has_all &= self.send_one(peer, key, *revision, false).await?;
                 put = None;
             }
             match later.back_mut() {
+                None if put.is_none() && !has_all => {}
                 None if put.is_none() => *sent = cursor.or(*sent),
                 Some(last) if put.is_none() => last.cursor = cursor.or(last.cursor),
                 _ => later.push_back(Waiting { since: Instant::now(), put, cursor }),
@@ -396,41 +482,51 @@ impl Mesh {
         }
     }
 
-    /// Registers with a peer, which answers all that it has, unless both are servers of nkv.
-    async fn register_with(&self, peer: &mut Peer) -> Result<Response<StoreReply>, Failed> {
+    /// Registers with a peer, which answers all that it has, unless both are servers of nkv: then it says its port and its number.
+    async fn register_with(
+        &self,
+        peer: &Peer,
+        len_max: usize,
+    ) -> Result<(Option<(u16, u64)>, Streaming<StoreReply>), Failed> {
         let asked = async {
-            let Some(own) = &self.own else { return peer.client.list(Void {}).await };
+            let Some(own) = &self.own else {
+                return peer.begin_store("/kv.Client/List", Request::new(Void {}), len_max).await;
+            };
             let mut request = Request::new(Ip { ip: own.clone() });
             self.sync_value().and_then(|value| request.metadata_mut().insert(SYNC, value));
-            peer.client.register_with_peer(request).await
+            peer.begin_store("/kv.Client/RegisterWithPeer", request, len_max).await
         };
-        Ok(timeout(CALL_LIMIT, asked).await??)
+        let (metadata, answer, _) = timeout(CALL_LIMIT, asked).await??.into_parts();
+        Ok((self.sync.as_ref().and_then(|_| said(&metadata)), answer))
     }
 
-    /// Says again and again that a peer is a server of nkv, for as long as it is.
-    async fn keep_found(
-        &self,
-        sync: &dyn MeshSync,
-        address: &str,
-        peer: &mut Peer,
-        mut metadata: MetadataMap,
-    ) -> Result<(), Failed> {
-        // An answer of a server of nkv has no values.
-        peer.client = peer.client.clone().max_decoding_message_size(EMPTY_LEN_MAX);
-        while let Some((_, port, number)) = self.sync_of(&metadata) {
-            sync.found(address, SocketAddr::new(peer.ip, port), number);
+    /// Registers again and again with a peer that is a server of nkv, for as long as it is.
+    async fn keep_found(&self, address: &str, peer: &mut Peer, mut theirs: (u16, u64)) -> Result<(), Failed> {
+        loop {
+            let (port, number) = theirs;
+            if self.is_own(number) {
+                tracing::info!(peer = address, "this is the server itself");
+                _ = (&mut peer.ended).await;
+                return Err(Failed::Ended);
+            }
+            let at = SocketAddr::new(peer.ip, port);
+            self.note(address, |known| known.at = Some((number, at)));
             tokio::select! {
                 biased;
                 _ = &mut peer.ended => return Err(Failed::Ended),
                 () = sleep(REGISTER_AGAIN) => {}
             }
-            metadata = self.register_with(peer).await?.into_parts().0;
+            // An answer of a server of nkv has no values.
+            let (again, mut answer) = self.register_with(peer, EMPTY_LEN_MAX).await?;
+            timeout(CALL_LIMIT, answer.message()).await??;
+            theirs = again.ok_or(Failed::Turned)?;
         }
-        Err(Failed::Turned)
     }
 
-    /// Puts what a peer has, but for what was written or deleted here since. What is the same there is taken out of `changed`.
-    async fn take(self: &Arc<Self>, store: BTreeMap<String, String>, changed: &mut Changed) {
+    /// Puts what a peer has, but for what was written or deleted here since: as `changed` says up to a revision, and as keys say after
+    /// it. What is the same there is taken out of `changed`. Says how many were put.
+    async fn take(self: &Arc<Self>, store: BTreeMap<String, String>, changed: &mut Changed, synced: u64) -> u64 {
+        let has_conditions = self.handle.abilities().conditions;
         let (mut taken, mut under_way) = (0_u64, JoinSet::new());
         let mut older = Vec::new();
         let note_older = |taken: io::Result<()>| {
@@ -440,18 +536,20 @@ impl Mesh {
         };
         let mut note = |put: Result<nkv_node::Result<Revision>, JoinError>| match put {
             Ok(Ok(_)) => taken = taken.saturating_add(1),
+            Ok(Err(error)) if matches!(error.kind(), ErrorKind::Conflict { .. }) => {}
             Ok(Err(error)) => self.handle.log().warn("peer", format_args!("a value of a peer is not taken: {error}")),
             Err(error) => self.handle.log().warn("peer", format_args!("a value of a peer is not taken: {error}")),
         };
         for (key, value) in store {
             let Ok(key) = Key::new(&key) else { continue };
             let is_same = |text: &[u8]| text == value.as_bytes();
-            let here = self.handle.look_up(key.as_str(), |record| is_same(&record.value)).ok().flatten();
-            if here == Some(true) {
+            let here = self.handle.look_up(key.as_str(), |record| (is_same(&record.value), record.revision.get()));
+            let here = here.ok().flatten();
+            if here.is_some_and(|(is_same, _)| is_same) {
                 changed.remove(&key);
                 continue;
             }
-            if changed.contains_key(&key) {
+            if changed.contains_key(&key) || here.is_some_and(|(_, revision)| revision > synced) {
                 continue;
             }
             if let (None, Some(sync)) = (here, &self.sync) {
@@ -466,8 +564,12 @@ impl Mesh {
             {
                 note(put);
             }
+            let mut options = PutOptions::default();
+            if has_conditions {
+                options = options.with_if_revision(Revision::new(here.map_or(0, |(_, revision)| revision)));
+            }
             let mesh = Arc::clone(self);
-            under_way.spawn(async move { mesh.apply(&mesh.handle, &key, value).await });
+            under_way.spawn(async move { mesh.apply(&mesh.handle, &key, value, options).await });
         }
         if let Some(sync) = &self.sync {
             note_older(sync.take_older(older).await);
@@ -475,24 +577,47 @@ impl Mesh {
         while let Some(put) = under_way.join_next().await {
             note(put);
         }
-        tracing::info!(taken, "joined a server");
+        taken
     }
 
     /// Sends the value that a key has at a revision, if that is for peers, and with `if_other` only if the peer has another one or none.
-    async fn send_one(&self, peer: &mut Peer, key: &Key, revision: u64, if_other: bool) -> Result<(), Failed> {
-        if let Some(value) = self.own_text(key, revision).await? {
+    /// Says whether the peer has it now: it may refuse one, which does not keep it from others.
+    async fn send_one(&self, peer: &mut Peer, key: &Key, revision: u64, if_other: bool) -> Result<bool, Failed> {
+        let Some(value) = self.own_text(key, revision).await? else { return Ok(true) };
+        let asked = async {
             if if_other {
-                let has =
-                    timeout(CALL_LIMIT, peer.client.get(GetKey { key: key.as_str().to_owned() })).await??.into_inner();
+                let has = peer.client.get(GetKey { key: key.as_str().to_owned() }).await?.into_inner();
                 if has.defined && has.value == value {
                     return Ok(());
                 }
             }
             let set = SetKey { key: key.as_str().to_owned(), value, broadcast: false };
-            timeout(CALL_LIMIT, peer.client.set(set)).await??;
+            peer.client.set(set).await.map(drop)
+        };
+        match timeout(CALL_LIMIT, asked).await? {
+            Ok(()) => Ok(true),
+            Err(status) if is_refusal(&status) => {
+                self.handle.log().warn("refuses", format_args!("a peer does not take the value of '{key}': {status}"));
+                Ok(false)
+            }
+            Err(status) => Err(status.into()),
         }
-        Ok(())
     }
+}
+
+/// Whether a peer does not take one value, as it is too long, most often.
+fn is_refusal(status: &Status) -> bool {
+    matches!(
+        status.code(),
+        Code::InvalidArgument | Code::FailedPrecondition | Code::OutOfRange | Code::ResourceExhausted
+    )
+}
+
+/// What a server of nkv has added to a registration, or to the answer.
+fn said(metadata: &MetadataMap) -> Option<(u16, u64)> {
+    let (port, number) = metadata.get(SYNC)?.to_str().ok()?.split_once(' ')?;
+    let port = port.parse().ok().filter(|port| *port > 0)?;
+    Some((port, u64::from_str_radix(number, 16).ok()?))
 }
 
 /// Why a peer was not reached.
@@ -506,6 +631,9 @@ pub(crate) enum Failed {
     Ended,
     #[error("it is no server of nkv any more")]
     Turned,
+    /// Each client may end each subscription.
+    #[error("the subscription for it was ended")]
+    Unsubscribed,
     #[error("{0}")]
     Status(#[from] Status),
     #[error("{0}")]
@@ -550,6 +678,24 @@ mod tests {
     use nkv_node::Node;
 
     use super::*;
+
+    /// Each registration from another address of a name had the connection of the cluster made anew, every five seconds.
+    #[test]
+    fn where_a_server_of_nkv_is_reached_does_not_change_with_each_registration() {
+        let at = |text: &str| text.parse().ok();
+        let mut known = Identity { at: Some((7, "10.0.0.1:7".parse().unwrap())), elsewhere: None };
+        let before = known;
+        known.note_registered(7, at("10.0.0.2:7"));
+        assert_eq!(known, before);
+        // It was started anew, with other ports, or is another one.
+        known.note_registered(7, at("10.0.0.2:8"));
+        assert_eq!(known.at, Some((7, "10.0.0.2:8".parse().unwrap())));
+        known.note_registered(9, at("10.0.0.1:8"));
+        assert_eq!(known.at, Some((9, "10.0.0.1:8".parse().unwrap())));
+        // A stranger parts no one from a peer.
+        known.note_registered(5, None);
+        assert_eq!((known.at.unwrap().0, known.elsewhere), (9, Some(5)));
+    }
 
     #[tokio::test]
     async fn a_value_that_was_replaced_waits_for_no_peer() {

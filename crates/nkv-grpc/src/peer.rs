@@ -8,22 +8,31 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use http::Uri;
+use http::uri::PathAndQuery;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
+use tonic::client::Grpc;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Response, Status, Streaming};
+use tonic_prost::ProstCodec;
 use tower_service::Service;
 
+use crate::kv::StoreReply;
 use crate::kv::client_client::ClientClient;
 use crate::mesh::{CONNECT_LIMIT, Failed};
 use crate::node_kv::ANSWER_LEN_MAX;
+
+/// What a peer may send of an answer before it is read.
+const WINDOW: u32 = 1 << 20;
 
 /// A peer that is connected. The connection is not made anew by itself: one that was away is to be joined, and not to be sent the next
 /// value as if nothing had been.
 pub(crate) struct Peer {
     pub(crate) client: ClientClient<Channel>,
+    channel: Channel,
     pub(crate) ip: IpAddr,
     /// Ready when the connection has ended.
     pub(crate) ended: oneshot::Receiver<()>,
@@ -35,12 +44,25 @@ impl Peer {
     pub(crate) async fn connect(address: &str) -> Result<Self, Failed> {
         let stream = timeout(CONNECT_LIMIT, TcpStream::connect(address)).await??;
         stream.set_nodelay(true)?;
-        let ip = stream.peer_addr()?.ip();
+        let ip = stream.peer_addr()?.ip().to_canonical();
         let (ending, ended) = oneshot::channel();
         let once = Once(Some(Connection { stream, _ending: ending }));
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))?;
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))?.initial_stream_window_size(WINDOW);
         let channel = timeout(CONNECT_LIMIT, endpoint.connect_with_connector(once)).await??;
-        Ok(Peer { client: ClientClient::new(channel).max_decoding_message_size(ANSWER_LEN_MAX), ip, ended })
+        let client = ClientClient::new(channel.clone()).max_decoding_message_size(ANSWER_LEN_MAX);
+        Ok(Peer { client, channel, ip, ended })
+    }
+
+    /// Calls a method that answers all that the peer has. Returns once the answer has begun: the rest is received while it is read.
+    pub(crate) async fn begin_store<M: prost::Message + 'static>(
+        &self,
+        method: &'static str,
+        request: Request<M>,
+        len_max: usize,
+    ) -> Result<Response<Streaming<StoreReply>>, Status> {
+        let mut client = Grpc::new(self.channel.clone()).max_decoding_message_size(len_max);
+        client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
+        client.server_streaming(request, PathAndQuery::from_static(method), ProstCodec::<M, _>::default()).await
     }
 }
 

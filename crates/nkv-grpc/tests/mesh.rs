@@ -3,8 +3,9 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -26,8 +27,11 @@ struct Original(Arc<Mutex<Held>>);
 struct Held {
     store: BTreeMap<String, String>,
     peers: Vec<String>,
+    registrations: usize,
     /// Sets that peers sent it.
     sent: Vec<(String, String)>,
+    /// A key that it takes no value of.
+    refused: Option<String>,
 }
 
 impl Original {
@@ -97,6 +101,9 @@ impl Client for Original {
             true => Original::set(self, &key, &value).await,
             false => {
                 let mut held = self.held();
+                if held.refused.as_ref() == Some(&key) {
+                    return Err(Status::resource_exhausted("it is too long"));
+                }
                 held.sent.push((key.clone(), value.clone()));
                 held.store.insert(key, value.clone());
             }
@@ -111,6 +118,7 @@ impl Client for Original {
     async fn register_with_peer(&self, request: Request<Ip>) -> Result<Response<StoreReply>, Status> {
         let ip = request.into_inner().ip;
         let mut held = self.held();
+        held.registrations += 1;
         if !held.peers.contains(&ip) {
             held.peers.push(ip);
         }
@@ -130,11 +138,23 @@ async fn joined(node: Node, peers: &[SocketAddr]) -> Server {
 
 async fn joined_with(node: Node, peers: &[SocketAddr], sync: Option<&Arc<Sync>>) -> Server {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let peers: Vec<String> = peers.iter().map(ToString::to_string).collect();
+    let own = listener.local_addr().unwrap().to_string();
+    joined_at(node, listener, &own, &peers, sync)
+}
+
+fn joined_at(
+    node: Node,
+    listener: tokio::net::TcpListener,
+    own: &str,
+    peers: &[String],
+    sync: Option<&Arc<Sync>>,
+) -> Server {
     let address = listener.local_addr().unwrap();
     let mut options = Options::default();
     options.mesh_sync = sync.map(|sync| Arc::clone(sync) as Arc<dyn MeshSync>);
-    options.peers = peers.iter().map(ToString::to_string).collect();
-    options.own_address = Some(address.to_string());
+    options.peers = peers.to_vec();
+    options.own_address = Some(own.to_owned());
     let door = tokio::spawn(nkv_grpc::Door::new(node.handle(), options).listen(listener));
     Server { node, address, door }
 }
@@ -143,35 +163,39 @@ async fn joined_with(node: Node, peers: &[SocketAddr], sync: Option<&Arc<Sync>>)
 #[derive(Debug)]
 struct Sync {
     own: (u16, u64),
-    found: Mutex<BTreeMap<String, (SocketAddr, u64)>>,
+    has_begun: AtomicBool,
+    found: Mutex<BTreeMap<u64, BTreeSet<SocketAddr>>>,
+    /// How often that was set.
+    changes: AtomicUsize,
     older: Mutex<Vec<String>>,
 }
 
 impl Sync {
     fn new(port: u16, number: u64) -> Arc<Self> {
-        Arc::new(Sync { own: (port, number), found: Mutex::default(), older: Mutex::default() })
+        let (found, older, changes) = Default::default();
+        Arc::new(Sync { own: (port, number), has_begun: true.into(), found, changes, older })
     }
 
-    fn found_at(&self, peer: SocketAddr) -> Option<(u16, u64)> {
+    /// Where a server of nkv is reached; nothing if it is none.
+    fn found(&self, number: u64) -> Option<Vec<String>> {
         let found = self.found.lock().unwrap();
-        let (at, number) = found.get(&peer.to_string())?;
-        assert_eq!(at.ip(), peer.ip());
-        Some((at.port(), *number))
+        found.get(&number).map(|at| at.iter().map(ToString::to_string).collect())
+    }
+
+    fn has_found(&self, number: u64, at: &[&str]) -> bool {
+        self.found(number).is_some_and(|found| found == at)
     }
 }
 
 #[tonic::async_trait]
 impl MeshSync for Sync {
     fn own(&self) -> Option<(u16, u64)> {
-        Some(self.own)
+        self.has_begun.load(Relaxed).then_some(self.own)
     }
 
-    fn found(&self, peer: &str, at: SocketAddr, number: u64) {
-        self.found.lock().unwrap().insert(peer.to_owned(), (at, number));
-    }
-
-    fn lost(&self, peer: &str) {
-        self.found.lock().unwrap().remove(peer);
+    fn set_found(&self, found: BTreeMap<u64, BTreeSet<SocketAddr>>) {
+        self.changes.fetch_add(1, Relaxed);
+        *self.found.lock().unwrap() = found;
     }
 
     fn wrote(&self, key: &Key) -> bool {
@@ -306,7 +330,7 @@ async fn servers_of_nkv_find_out_that_they_are_and_send_each_other_nothing() {
     node.handle().put("second", "1").await.unwrap();
     let second = joined_with(node, &[first.address, original_at], Some(&other)).await;
     until("they find each other", async || {
-        one.found_at(second.address) == Some((2, 0xb2)) && other.found_at(first.address) == Some((1, 0xa1))
+        one.has_found(0xb2, &["127.0.0.1:2"]) && other.has_found(0xa1, &["127.0.0.1:1"])
     })
     .await;
     // An original is sent what each has, and each of them what it has not.
@@ -316,7 +340,7 @@ async fn servers_of_nkv_find_out_that_they_are_and_send_each_other_nothing() {
     until("an original has it", async || original.has("k", "1") && original.has("j", "1")).await;
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!((value(&first, "j").await, value(&second, "k").await), (None, None));
-    assert_eq!(one.found_at(original_at).or(other.found_at(original_at)), None);
+    assert_eq!((one.found.lock().unwrap().len(), other.found.lock().unwrap().len()), (1, 1), "an original is none");
     // Where another of nkv was, there may be an original.
     let turned = Original::default();
     let (turned_at, _serving_too) = turned.serve("127.0.0.1:0").await;
@@ -326,7 +350,7 @@ async fn servers_of_nkv_find_out_that_they_are_and_send_each_other_nothing() {
     let answer = client.register_with_peer(request).await.unwrap();
     assert_eq!(answer.metadata().get("nkv-sync-1").unwrap(), "1 00000000000000a1");
     assert_eq!(answer.into_inner().store, BTreeMap::new());
-    until("it is sent", async || turned.has("first", "1") && one.found_at(turned_at).is_none()).await;
+    until("it is sent", async || turned.has("first", "1") && one.found(0xc3).is_none()).await;
 }
 
 #[tokio::test]
@@ -378,12 +402,166 @@ async fn a_server_of_nkv_is_reached_where_its_registration_came_from_and_nowhere
         let mut client = ClientClient::new(endpoint.connect().await.unwrap());
         client.register_with_peer(request).await.unwrap().metadata().contains_key("nkv-sync-1")
     };
-    // The peer is named, so that another host may register it, and may not say where it is.
-    assert!(!register([127, 0, 0, 2], "7 0000000000000007").await);
     for rubbish in ["", "7", "0 07", "65536 07", "7 xyz", "-7 07"] {
         assert!(!register([127, 0, 0, 1], rubbish).await, "{rubbish}");
     }
-    assert_eq!(sync.found_at(named), None);
+    assert_eq!(sync.found(7), None);
+    // The peer is named, so that another host may register it, which may be a second address of the same server. It is known by its
+    // number, and not connected to.
+    assert!(register([127, 0, 0, 2], "7 0000000000000007").await);
+    assert!(sync.has_found(7, &[]), "{:?}", sync.found(7));
     assert!(register([127, 0, 0, 1], "7 0000000000000007").await);
-    assert_eq!(sync.found_at(named), Some((7, 7)));
+    assert!(sync.has_found(7, &["127.0.0.1:7"]), "{:?}", sync.found(7));
+}
+
+/// Of a pair that had each other as peers by other addresses than their calls came from, one took the other for an original, and sent
+/// it each value a second time, without its TTL.
+#[tokio::test]
+async fn servers_of_nkv_know_each_other_by_their_numbers_whatever_their_addresses() {
+    // What it names reaches it, but its calls come from elsewhere.
+    let bind = async |at| tokio::net::TcpListener::bind(at).await.unwrap();
+    let (inside, outside) = (bind("127.0.0.1:0").await, bind("127.0.0.3:0").await);
+    let (first_at, own) = (inside.local_addr().unwrap().to_string(), outside.local_addr().unwrap().to_string());
+    let (one, other) = (Sync::new(1, 0xa1), Sync::new(2, 0xb2));
+    let first = joined_at(new().await, inside, &first_at, std::slice::from_ref(&own), Some(&one));
+    let node = new().await;
+    node.handle().put("second", "1").await.unwrap();
+    let _second = joined_at(node, outside, &own, &[first_at], Some(&other));
+    until("they find each other", async || {
+        one.has_found(0xb2, &["127.0.0.3:2"]) && other.has_found(0xa1, &["127.0.0.1:1"])
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(value(&first, "second").await, None, "it was sent as to an original");
+}
+
+#[tokio::test]
+async fn a_server_of_nkv_that_begins_is_not_taken_for_an_original() {
+    let (one, other) = (Sync::new(1, 0xa1), Sync::new(2, 0xb2));
+    one.has_begun.store(false, Relaxed);
+    let first = joined_with(new().await, &[], Some(&one)).await;
+    let node = new().await;
+    node.handle().put("k", "1").await.unwrap();
+    let _second = joined_with(node, &[first.address], Some(&other)).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(value(&first, "k").await, None, "it was sent as to an original");
+    one.has_begun.store(true, Relaxed);
+    until("they find each other", async || one.found(0xb2).is_some() && other.found(0xa1).is_some()).await;
+    assert_eq!(value(&first, "k").await, None);
+}
+
+#[tokio::test]
+async fn a_server_of_nkv_that_registers_by_its_own_number_is_no_peer() {
+    let sync = Sync::new(1, 0xa1);
+    let server = joined_with(new().await, &[], Some(&sync)).await;
+    let register = async |text: &'static str| {
+        let mut request = Request::new(Ip { ip: "127.0.0.1:9".into() });
+        request.metadata_mut().insert("nkv-sync-1", text.parse().unwrap());
+        let mut client = connect(&server.address.to_string()).await.unwrap();
+        client.register_with_peer(request).await.unwrap().metadata().contains_key("nkv-sync-1")
+    };
+    assert!(register("1 00000000000000a1").await);
+    assert_eq!(sync.changes.load(Relaxed), 0, "it is this server itself, by another address");
+    for _ in 0..3 {
+        assert!(register("7 0000000000000007").await);
+    }
+    assert_eq!(sync.changes.load(Relaxed), 1);
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_answer_holds_up_no_other_one() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let server = joined(new().await, &[silent.local_addr().unwrap()]).await;
+    let _taken = timely(silent.accept()).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let began = std::time::Instant::now();
+    let original = Original::default();
+    let (at, _serving) = original.serve("127.0.0.1:0").await;
+    let mut client = connect(&server.address.to_string()).await.unwrap();
+    client.register_with_peer(Ip { ip: at.to_string() }).await.unwrap();
+    server.handle().put("k", "1").await.unwrap();
+    until("it is sent", async || original.has("k", "1")).await;
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
+/// The connection was given up at a value that the peer does not take, and made anew, and given up at it again, for ever.
+#[tokio::test]
+async fn a_value_that_a_peer_refuses_keeps_no_other_from_it() {
+    let original = Original::default();
+    original.held().refused = Some("long".into());
+    let (at, serving) = original.serve("127.0.0.1:0").await;
+    let node = new().await;
+    node.handle().put("long", "1").await.unwrap();
+    let server = joined(node, &[at]).await;
+    server.handle().put("k", "1").await.unwrap();
+    until("it is sent", async || original.has("k", "1")).await;
+    server.handle().put("long", "2").await.unwrap();
+    server.handle().put("k", "2").await.unwrap();
+    until("it is sent", async || original.has("k", "2")).await;
+    assert_eq!(original.held().registrations, 1);
+    // It is sent again to one that is back.
+    drop(serving);
+    original.held().refused = None;
+    let (_, _serving) = original.serve(&at.to_string()).await;
+    until("it is sent", async || original.has("long", "2")).await;
+}
+
+/// What a peer sent while its values were taken was replaced by the older ones of its answer.
+#[tokio::test]
+async fn what_is_newer_than_the_values_of_a_peer_is_not_replaced_by_them() {
+    const KEYS: usize = 20_000;
+    let original = Original::default();
+    original.held().store = (0..KEYS).map(|number| (format!("k{number:05}"), "old".to_owned())).collect();
+    let (at, _serving) = original.serve("127.0.0.1:0").await;
+    let server = joined(new().await, &[at]).await;
+    let last = format!("k{:05}", KEYS - 1);
+    timely(async {
+        while server.handle().look_up("k00000", |_| ()).unwrap().is_none() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert_eq!(value(&server, &last).await, None, "the test is too slow");
+    let mut client = connect(&server.address.to_string()).await.unwrap();
+    client.set(SetKey { key: last.clone(), value: "new".into(), broadcast: false }).await.unwrap();
+    until("all are taken", async || server.handle().stats().await.unwrap().keys == KEYS as u64).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(value(&server, &last).await.as_deref(), Some("new"));
+}
+
+/// A peer that answers and ends the connection was reached ten times a second.
+#[tokio::test]
+async fn a_peer_that_ends_each_connection_is_reached_with_longer_and_longer_pauses() {
+    let original = Original::default();
+    let proxy = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let _server = joined(new().await, &[proxy.local_addr().unwrap()]).await;
+    let began = tokio::time::Instant::now();
+    let mut reached = 0;
+    while let Ok(accepted) = tokio::time::timeout_at(began + Duration::from_secs(4), proxy.accept()).await {
+        let (stream, _) = accepted.unwrap();
+        reached += 1;
+        let service = ClientServer::new(original.clone());
+        let service = hyper::service::service_fn(move |request| service.clone().call(request));
+        let http2 = hyper::server::conn::http2::Builder::new(hyper_util::rt::TokioExecutor::new());
+        let serving = http2.serve_connection(hyper_util::rt::TokioIo::new(stream), service);
+        // Long enough for the registration to be answered.
+        drop(tokio::time::timeout(Duration::from_millis(50), serving).await);
+    }
+    assert!((2..=8).contains(&reached), "{reached} times");
+}
+
+/// Each client may end each subscription that it knows of: no peer was sent anything after that, until a restart.
+#[tokio::test]
+async fn a_client_that_ends_the_subscription_for_a_peer_does_not_part_it() {
+    let original = Original::default();
+    let (at, _serving) = original.serve("127.0.0.1:0").await;
+    let server = joined(new().await, &[at]).await;
+    sent(&server, &original, &[]).await;
+    let subscriptions = server.handle().trace(&"k".parse().unwrap()).unwrap();
+    assert!(!subscriptions.is_empty());
+    for one in subscriptions {
+        assert!(server.handle().unsubscribe(&one.pattern, &one.client_uuid).unwrap());
+    }
+    server.handle().put("k", "1").await.unwrap();
+    until("it is sent", async || original.has("k", "1")).await;
 }

@@ -1,7 +1,7 @@
 //! `--peer HOST:PORT`: this server joins a mesh of the replicated gRPC store. Those of nkv in it are the nodes of a cluster, which find
 //! each other by their registrations there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -26,20 +26,20 @@ const REGISTERED_LIMIT: Duration = Duration::from_secs(1);
 /// How long a server that begins is waited for.
 const BEGIN_LIMIT: Duration = Duration::from_secs(2);
 
-/// Servers of nkv in the mesh, by the addresses that they are registered by.
+/// Servers of nkv in the mesh, by their numbers, and where they are reached.
 #[derive(Debug, Default)]
-struct Found(watch::Sender<BTreeMap<String, (SocketAddr, u64)>>);
+struct Found(watch::Sender<BTreeMap<u64, BTreeSet<SocketAddr>>>);
 
 #[async_trait]
 impl Membership for Found {
     async fn addresses(&self) -> Result<Vec<SocketAddr>, MembershipError> {
-        Ok(self.0.borrow().values().map(|(at, _)| *at).collect())
+        Ok(self.0.borrow().values().flatten().copied().collect())
     }
 
     /// A port that one had may be that of a server of another mesh by now.
     async fn admits(&self, node: NodeId) -> bool {
         let mut found = self.0.subscribe();
-        let is_found = found.wait_for(|found| found.values().any(|(_, number)| *number == node.get()));
+        let is_found = found.wait_for(|found| found.contains_key(&node.get()));
         tokio::time::timeout(REGISTERED_LIMIT, is_found).await.is_ok_and(|found| found.is_ok())
     }
 }
@@ -57,21 +57,9 @@ impl MeshSync for Sync {
         Some((self.cluster.address().port(), self.cluster.id()?.get()))
     }
 
-    fn found(&self, peer: &str, at: SocketAddr, number: u64) {
-        let is_new = self.found.0.send_if_modified(|found| {
-            let before = found.insert(peer.to_owned(), (at, number));
-            before != Some((at, number))
-        });
-        if is_new {
-            info!(peer, "a server of nkv, reached at {at}");
-            self.cluster.ask_again();
-        }
-    }
-
-    fn lost(&self, peer: &str) {
-        if self.found.0.send_if_modified(|found| found.remove(peer).is_some()) {
-            self.cluster.ask_again();
-        }
+    fn set_found(&self, found: BTreeMap<u64, BTreeSet<SocketAddr>>) {
+        self.found.0.send_replace(found);
+        self.cluster.ask_again();
     }
 
     fn wrote(&self, key: &Key) -> bool {

@@ -325,7 +325,7 @@ fn patience(inner: &Inner) -> Duration {
     quiet(inner, known).saturating_add(inner.options.peer_timeout)
 }
 
-/// How long this node says nothing to a peer that knows so many. It may know more itself, and lead less often than the peer waits.
+/// How long this node is quiet to a peer that knows `known` nodes. It may know more itself, and lead less often than the peer waits.
 fn quiet(inner: &Inner, known: usize) -> Duration {
     interval_with(inner, known).saturating_mul(3)
 }

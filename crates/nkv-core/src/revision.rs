@@ -57,11 +57,22 @@ impl Epoch {
     pub const fn get(self) -> u128 {
         self.0
     }
+
+    /// Its hexadecimal digits, as `Display` writes them, for answers that have no time for formats.
+    #[must_use]
+    pub fn digits(self) -> [u8; 32] {
+        let mut digits = [0; 32];
+        let nibbles = self.0.to_be_bytes().into_iter().flat_map(|byte| [byte >> 4, byte & 0xf]);
+        for (digit, nibble) in digits.iter_mut().zip(nibbles) {
+            *digit = nibble.wrapping_add(if nibble < 10 { b'0' } else { b'a' - 10 });
+        }
+        digits
+    }
 }
 
 impl fmt::Display for Epoch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", self.0)
+        f.write_str(str::from_utf8(&self.digits()).unwrap_or_default())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::fmt;
+use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -11,7 +12,7 @@ use bytes::Bytes;
 use http::{HeaderMap, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tonic::Status;
@@ -22,6 +23,7 @@ use tracing::debug;
 use crate::arriving::Arriving;
 use crate::departing::{Answer, Departing, PIECE_LEN};
 use crate::door::Inner;
+use crate::first_turn::{Arrivals, FirstTurns};
 use crate::line::{Kind, Line};
 use crate::services::Services;
 use crate::socket::Socket;
@@ -72,7 +74,8 @@ fn is_grpc(headers: &HeaderMap) -> bool {
 }
 
 impl Connection {
-    pub(crate) fn new(line: Arc<Line>, services: Services) -> Self {
+    pub(crate) fn new(line: Arc<Line>) -> Self {
+        let services = Services::new(&line);
         Connection { line, services }
     }
 
@@ -108,9 +111,8 @@ impl Connection {
         let line = Arc::clone(&self.line);
         let form = Form::of(request.uri().path(), &line);
         let call = line.begin_call(form.is_stream);
-        let mut request = request
+        let request = request
             .map(|body| Arriving::new(Body::new(body), Arc::clone(&line), form.request_len_max, form.sends_stream));
-        request.extensions_mut().insert(Arc::clone(&line));
         let answered = self.services.call(request);
         Box::pin(async move {
             let answered = match deadline {
@@ -134,7 +136,9 @@ impl Connection {
     {
         let line = Arc::clone(&self.line);
         let socket = TokioIo::new(Socket::new(stream, Arc::clone(&line.sending)));
-        let mut connection = pin!(builder(&line.door).serve_connection(socket, Calls(self.clone())));
+        let calls = FirstTurns::default();
+        let builder = builder(&line.door, calls.arrivals());
+        let mut connection = pin!(builder.serve_connection(socket, Calls(self.clone())));
         let (mut going_away, mut draining) = (pin!(line.door.going_away()), None);
         let mut evicted = pin!(self.evicted());
         let mut ticks = ticks(line.door.options.stall_limit.div_f64(8.0));
@@ -142,7 +146,11 @@ impl Connection {
             tokio::select! {
                 biased;
                 () = &mut evicted => return,
-                ended = &mut connection => {
+                ended = poll_fn(|cx| {
+                    let ended = connection.as_mut().poll(cx);
+                    calls.give(cx);
+                    ended
+                }) => {
                     return debug!(peer = line.address(), ended = ?ended.err(), "connection closed");
                 }
                 () = &mut going_away, if draining.is_none() => {
@@ -184,11 +192,12 @@ fn is_over(line: &Line, draining: Option<Instant>) -> Option<&'static str> {
     None
 }
 
-fn builder(door: &Inner) -> http2::Builder<TokioExecutor> {
+fn builder(door: &Inner, arrivals: Arrivals) -> http2::Builder<Arrivals> {
     let streams_max = door.handle.limits().subscriptions_max.saturating_add(SPARE_STREAMS);
-    let mut builder = http2::Builder::new(TokioExecutor::new());
+    let mut builder = http2::Builder::new(arrivals);
     builder
         .timer(TokioTimer::new())
+        .auto_date_header(false)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(u32::try_from(streams_max).unwrap_or(u32::MAX))

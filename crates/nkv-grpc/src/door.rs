@@ -16,15 +16,11 @@ use tonic_health::server::{HealthReporter, HealthService};
 use tracing::{debug, error};
 
 use crate::connection::Connection;
-use crate::kv::client_server::ClientServer;
-use crate::kv_client::KvClientService;
 use crate::line::Line;
 use crate::mesh::Mesh;
-use crate::node_kv::KvService;
 use crate::options::Options;
-use crate::services::{Services, service};
+use crate::services::{Named, service};
 use crate::socket::read_preface;
-use crate::v1::kv_server::KvServer;
 use crate::{FILE_DESCRIPTOR_SET, kv, v1};
 
 /// The time between a failed accept (no file descriptors, most often) and the next.
@@ -35,9 +31,6 @@ const HEALTH_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long a refused peer has to take the frame that says so.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
-
-/// The most that one message of an answer may have: the limit of what is kept for it is the budget of the node.
-const ENCODED_LEN_MAX: usize = 128 << 20;
 
 /// The gRPC door of a node: the services `nkv.v1.Kv` and `kv.Client`, `grpc.health.v1.Health` and reflection. Clones are the
 /// same door; its limits hold for all connections together.
@@ -72,7 +65,8 @@ pub struct Door(Arc<Inner>);
 pub(crate) struct Inner {
     pub(crate) handle: Handle,
     pub(crate) options: Options,
-    services: Services,
+    /// The services that are the same for all connections.
+    pub(crate) services: Arc<[Named]>,
     /// Whether connections are to end.
     going_away: watch::Sender<bool>,
     /// What reports the health of the node, and what sends to the mesh.
@@ -128,12 +122,7 @@ impl Door {
         let health = HealthServer::new(HealthService::from_health_reporter(reporter.clone()));
         let going_away = watch::Sender::new(false);
         let reporting = tokio::spawn(report(handle.clone(), reporter, going_away.clone())).abort_handle();
-        // The length of a request is checked where it arrives.
-        let kv = KvServer::new(KvService).max_decoding_message_size(usize::MAX);
-        let kv = kv.max_encoding_message_size(ENCODED_LEN_MAX);
-        let client = ClientServer::new(KvClientService).max_decoding_message_size(usize::MAX);
-        let client = client.max_encoding_message_size(ENCODED_LEN_MAX);
-        let services = [service(kv), service(client), service(health)].into_iter().chain(reflection()).collect();
+        let services = std::iter::once(service(health)).chain(reflection()).collect();
         let mesh = Mesh::new(handle.clone(), &options);
         let sending = tokio::spawn(Arc::clone(&mesh).run()).abort_handle();
         Door(Arc::new(Inner { handle, options, services, going_away, reporting, sending, mesh }))
@@ -204,7 +193,7 @@ impl Door {
             () = self.0.going_away() => return,
         };
         match began {
-            Ok(Ok(true)) => Box::pin(Connection::new(line, self.0.services.clone()).serve(stream)).await,
+            Ok(Ok(true)) => Box::pin(Connection::new(line).serve(stream)).await,
             Ok(Ok(false)) => debug!(peer, "connection closed: it does not begin as HTTP/2"),
             Ok(Err(error)) => debug!(peer, %error, "connection lost"),
             Err(_) => debug!(peer, "connection closed: it did not begin in time"),
@@ -233,19 +222,19 @@ impl Door {
     #[must_use]
     pub fn connection(&self, peer: &str) -> Connection {
         let line = Line::new(Arc::clone(&self.0), self.0.handle.clone(), peer, None);
-        Connection::new(line, self.0.services.clone())
+        Connection::new(line)
     }
 
     /// The same for a peer that has authenticated: the node checks what it may do.
     #[must_use]
     pub fn connection_of(&self, peer: &str, principal: impl Into<Arc<str>>) -> Connection {
         let line = Line::new(Arc::clone(&self.0), self.0.handle.as_principal(principal), peer, None);
-        Connection::new(line, self.0.services.clone())
+        Connection::new(line)
     }
 }
 
 /// Both versions of the reflection service.
-fn reflection() -> Vec<crate::services::Named> {
+fn reflection() -> Vec<Named> {
     let builder = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)

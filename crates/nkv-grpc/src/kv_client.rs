@@ -13,15 +13,15 @@ use crate::kv::client_server::Client;
 use crate::kv::{GetKey, GetReply, Ip, SetKey, SetReply, StoreReply, Void};
 use crate::line::Line;
 use crate::mesh::SYNC;
-use crate::node_kv::{ANSWER_LEN_MAX, counted, line_of};
+use crate::node_kv::{ANSWER_LEN_MAX, counted};
 
 /// How many keys are taken from the store at a time, and how many bytes: others have their turn in between.
 const PART_KEYS: usize = 1_024;
 const PART_LEN: usize = 1 << 20;
 
-/// The service: each call finds its node by its connection.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct KvClientService;
+/// The service of a connection.
+#[derive(Clone, Debug)]
+pub(crate) struct KvClientService(pub(crate) Arc<Line>);
 
 fn invalid_key(error: nkv_core::KeyError) -> Status {
     Status::invalid_argument(format!("this store has no such keys: {error}"))
@@ -30,7 +30,7 @@ fn invalid_key(error: nkv_core::KeyError) -> Status {
 #[tonic::async_trait]
 impl Client for KvClientService {
     async fn get(&self, request: Request<GetKey>) -> Result<Response<GetReply>, Status> {
-        let (line, GetKey { key }) = (line_of(&request)?, request.into_inner());
+        let (line, GetKey { key }) = (&self.0, request.into_inner());
         Key::check(&key).map_err(invalid_key)?;
         line.room_for_answer().await;
         let found = line.handle.look_up(&key, |record| record.value.to_bytes());
@@ -44,7 +44,7 @@ impl Client for KvClientService {
     }
 
     async fn set(&self, request: Request<SetKey>) -> Result<Response<SetReply>, Status> {
-        let (line, SetKey { key, value, broadcast }) = (line_of(&request)?, request.into_inner());
+        let (line, SetKey { key, value, broadcast }) = (&self.0, request.into_inner());
         let key = Key::new(&key).map_err(invalid_key)?;
         line.room_for_answer().await;
         let answer = line.answer(value.len());
@@ -57,20 +57,20 @@ impl Client for KvClientService {
         Ok(counted(SetReply { value }, answer))
     }
 
-    async fn list(&self, request: Request<Void>) -> Result<Response<StoreReply>, Status> {
-        whole_store(&line_of(&request)?).await
+    async fn list(&self, _: Request<Void>) -> Result<Response<StoreReply>, Status> {
+        whole_store(&self.0).await
     }
 
     async fn register_with_peer(&self, request: Request<Ip>) -> Result<Response<StoreReply>, Status> {
         let (metadata, ip) = (request.metadata(), &request.get_ref().ip);
-        let line = line_of(&request)?;
+        let line = &self.0;
         // Servers of nkv have another way to give each other what they have.
         if let Some(value) = line.door.mesh.register(ip, line.address(), metadata).await? {
             let mut answer = Response::new(StoreReply::default());
             answer.metadata_mut().insert(SYNC, value);
             return Ok(answer);
         }
-        whole_store(&line).await
+        whole_store(line).await
     }
 }
 

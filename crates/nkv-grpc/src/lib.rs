@@ -14,6 +14,7 @@ mod arriving;
 mod connection;
 mod departing;
 mod door;
+mod first_turn;
 mod kv_client;
 mod line;
 mod mesh;

@@ -35,7 +35,7 @@ pub(crate) struct Line {
     /// Calls that are open, but for streams; and streams.
     unary: AtomicUsize,
     streams: AtomicUsize,
-    /// When the last call ended, in ms after the opening.
+    /// When the last call ended, in ms after the opening, if that is asked for.
     idle_since_ms: AtomicU64,
     address: Box<str>,
     _place: Option<Place>,
@@ -124,9 +124,11 @@ impl Untaken {
     }
 
     fn take(&self, len: usize) {
-        self.bytes.fetch_sub(len, Relaxed);
+        let had = self.bytes.fetch_sub(len, Relaxed);
         self.total.iter().for_each(|total| _ = total.fetch_sub(len, Relaxed));
-        self.since_ms.store(millis(self.opened.elapsed()), Relaxed);
+        if had > len {
+            self.since_ms.store(millis(self.opened.elapsed()), Relaxed);
+        }
         self.taken.notify_waiters();
     }
 
@@ -426,6 +428,8 @@ impl Drop for Call {
     fn drop(&mut self) {
         let open = if self.is_stream { &self.line.streams } else { &self.line.unary };
         open.fetch_sub(1, Relaxed);
-        self.line.idle_since_ms.store(millis(self.line.sending.opened.elapsed()), Relaxed);
+        if self.line.door.options.idle_limit.is_some() {
+            self.line.idle_since_ms.store(millis(self.line.sending.opened.elapsed()), Relaxed);
+        }
     }
 }

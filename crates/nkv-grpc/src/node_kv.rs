@@ -33,14 +33,9 @@ const ENTRY_LEN: usize = 32;
 /// Longest answer, in bytes.
 pub(crate) const ANSWER_LEN_MAX: usize = 64 << 20;
 
-/// The service: each call finds its node by its connection.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct KvService;
-
-/// The connection of a call.
-pub(crate) fn line_of<T>(request: &Request<T>) -> Result<Arc<Line>, Status> {
-    request.extensions().get().map(Arc::clone).ok_or_else(|| Status::internal("the call came by no connection"))
-}
+/// The service of a connection.
+#[derive(Clone, Debug)]
+pub(crate) struct KvService(pub(crate) Arc<Line>);
 
 impl Line {
     /// The status of an error of the node.
@@ -92,7 +87,7 @@ fn value(value: &Bytes) -> Bytes {
 #[tonic::async_trait]
 impl Kv for KvService {
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
-        let (line, GetRequest { key }) = (line_of(&request)?, request.into_inner());
+        let (line, GetRequest { key }) = (&self.0, request.into_inner());
         Key::check(&key).map_err(invalid)?;
         line.room_for_answer().await;
         let epoch = line.handle.epoch();
@@ -107,7 +102,7 @@ impl Kv for KvService {
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
-        let (line, put) = (line_of(&request)?, request.into_inner());
+        let (line, put) = (&self.0, request.into_inner());
         let mut options = PutOptions::default();
         options.if_revision = condition(put.if_revision, put.if_epoch.as_deref())?;
         options.ttl = ttl(put.ttl_ms)?;
@@ -117,7 +112,7 @@ impl Kv for KvService {
     }
 
     async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<DeleteResponse>, Status> {
-        let (line, delete) = (line_of(&request)?, request.into_inner());
+        let (line, delete) = (&self.0, request.into_inner());
         let done = match condition(delete.if_revision, delete.if_epoch.as_deref())? {
             Some(if_revision) => line.handle.delete_if(delete.pattern, if_revision).await,
             None => line.handle.delete(delete.pattern).await,
@@ -129,7 +124,7 @@ impl Kv for KvService {
     }
 
     async fn list(&self, request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
-        let (line, list) = (line_of(&request)?, request.into_inner());
+        let (line, list) = (&self.0, request.into_inner());
         let pattern = Pattern::new(&list.pattern).map_err(invalid)?;
         let after = list.after.as_deref().map(Key::new).transpose();
         let after = after.map_err(|error| invalid(format_args!("invalid 'after': {error}")))?;
@@ -153,16 +148,16 @@ impl Kv for KvService {
     }
 
     async fn exists(&self, request: Request<ExistsRequest>) -> Result<Response<ExistsResponse>, Status> {
-        let (line, request) = (line_of(&request)?, request.into_inner());
+        let (line, request) = (&self.0, request.into_inner());
         let pattern = Pattern::new(&request.pattern).map_err(invalid)?;
         let exists = line.handle.has(&pattern).map_err(|error| line.status(&error))?;
         Ok(Response::new(ExistsResponse { exists }))
     }
 
     async fn write(&self, request: Request<WriteRequest>) -> Result<Response<WriteResponse>, Status> {
-        let (line, request) = (line_of(&request)?, request.into_inner());
+        let (line, request) = (&self.0, request.into_inner());
         let epoch = line.handle.epoch();
-        let ops = request.operations.into_iter().map(|operation| op(&line, epoch, operation));
+        let ops = request.operations.into_iter().map(|operation| op(line, epoch, operation));
         let ops = ops.collect::<Result<Vec<_>, _>>()?;
         let outcomes = line.handle.write(ops).await.map_err(|error| line.status(&error))?;
         let epoch = epoch.to_string();
@@ -173,12 +168,12 @@ impl Kv for KvService {
     type WatchStream = Watch;
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Watch>, Status> {
-        let (line, request) = (line_of(&request)?, request.into_inner());
-        Ok(Response::new(Watch::begin(&line, request).await?))
+        let (line, request) = (&self.0, request.into_inner());
+        Ok(Response::new(Watch::begin(line, request).await?))
     }
 
     async fn trace(&self, request: Request<TraceRequest>) -> Result<Response<TraceResponse>, Status> {
-        let (line, request) = (line_of(&request)?, request.into_inner());
+        let (line, request) = (&self.0, request.into_inner());
         let key = Key::new(&request.key).map_err(invalid)?;
         line.room_for_answer().await;
         let traced = line.handle.trace(&key).map_err(|error| line.status(&error))?;
@@ -196,8 +191,8 @@ impl Kv for KvService {
         Ok(counted(TraceResponse { subscribers }, answer))
     }
 
-    async fn stats(&self, request: Request<StatsRequest>) -> Result<Response<StatsResponse>, Status> {
-        let line = line_of(&request)?;
+    async fn stats(&self, _: Request<StatsRequest>) -> Result<Response<StatsResponse>, Status> {
+        let line = &self.0;
         let numbers = line.handle.numbers().map_err(|error| line.status(&error))?;
         let words = line.handle.words().map_err(|error| line.status(&error))?;
         Ok(Response::new(StatsResponse {

@@ -2,11 +2,13 @@
 
 use std::convert::Infallible;
 use std::fmt;
+use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use http::Request;
+use http::{Request, Version};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::upgrade::OnUpgrade;
@@ -354,6 +356,19 @@ where
     }
 }
 
+/// Lets the tasks that are ready have their turn. That of Tokio asks the system for more that are, each time.
+async fn turn() {
+    let mut is_over = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut is_over, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 /// A connection that figures count.
 struct Open(Arc<Inner>);
 
@@ -392,8 +407,13 @@ where
         let (door, conn) = (Arc::clone(door), Arc::clone(conn));
         async move {
             let busy = Busy::begin(&conn.times);
+            let gathers = request.version() < Version::HTTP_2 && !request.method().is_safe();
             let mut answer = answer(&door, &conn, request).await;
             answer.body_mut().busy = Some(busy);
+            if gathers {
+                // A client process with many connections is woken once for the answers to all writes that have come.
+                turn().await;
+            }
             Ok::<_, Infallible>(answer)
         }
     });

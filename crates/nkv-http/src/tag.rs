@@ -20,8 +20,7 @@ pub(crate) fn tag(epoch: Epoch, revision: u64) -> HeaderValue {
     // Each answer has one: written without the machinery of formats.
     let mut text = Vec::with_capacity(TAG_LEN_MAX);
     text.push(b'"');
-    let nibbles = epoch.get().to_be_bytes().into_iter().flat_map(|byte| [byte >> 4, byte & 0xf]);
-    text.extend(nibbles.map(|nibble| nibble.wrapping_add(if nibble < 10 { b'0' } else { b'a' - 10 })));
+    text.extend_from_slice(&epoch.digits());
     text.push(b'-');
     write_number(&mut text, revision);
     text.push(b'"');

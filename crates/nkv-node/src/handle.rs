@@ -2,10 +2,8 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::future::poll_fn;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -373,13 +371,8 @@ impl Handle {
         self.check_open()?;
         let mut write = if together { Write::together(ops) } else { Write::apart(ops) };
         if self.shared.truth().is_none() && self.shared.writer.write_now(&mut write) {
-            if self.gathers {
-                // A peer with many requests is woken once for the answers to all that have come.
-                turn().await;
-            } else {
-                // One that writes all the time leaves other tasks their turns.
-                tokio::task::coop::consume_budget().await;
-            }
+            // A caller that writes all the time leaves other tasks their turns.
+            tokio::task::coop::consume_budget().await;
             return Ok((self.epoch(), of_store(write.into_results())));
         }
         // Its future is large, and not needed where storage does not wait.
@@ -1321,19 +1314,6 @@ fn listed(epoch: Epoch, record: RecordRef<'_>) -> (Key, Revision) {
 
 fn key_of(record: RecordRef<'_>) -> Key {
     RecordRef { value: ValueRef::Lent(&[]), ..record }.to_record().key
-}
-
-/// Lets the tasks that are ready have their turn. That of Tokio asks the system for more that are, each time.
-async fn turn() {
-    let mut is_over = false;
-    poll_fn(|cx| {
-        if std::mem::replace(&mut is_over, true) {
-            return Poll::Ready(());
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }
 
 fn of_store(results: Vec<WriteResult>) -> Vec<Result<Outcome>> {

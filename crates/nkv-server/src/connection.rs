@@ -26,6 +26,7 @@ use crate::inner::Inner;
 use crate::oldest;
 use crate::options::{Options, millis};
 use crate::socket::Socket;
+#[cfg(feature = "text-wire")]
 use crate::text_wire::{self, Framing, Speaks};
 
 /// The number of bytes that are asked of the system at a time.
@@ -67,6 +68,7 @@ enum End {
     /// The sending side has ended.
     Writer(WriterEnd),
     /// The peer speaks a later wire of the first nkv.
+    #[cfg(feature = "text-wire")]
     Text(Framing),
 }
 
@@ -78,6 +80,7 @@ pub(crate) async fn serve(socket: Socket, door: Arc<Inner>, place: Place) {
     let mut connection = Connection::new(socket, door, place.peer());
     let end = poll_fn(|cx| connection.poll(cx)).await.unwrap_or_else(|error| End::Writer(WriterEnd::Failed(error)));
     // In memory of its own: a connection that goes on takes none for its end.
+    #[cfg(feature = "text-wire")]
     if let End::Text(framing) = end {
         let Connection { socket, buffer, door, session, .. } = connection;
         // It is a peer of its own kind from now on.
@@ -552,6 +555,7 @@ impl Connection {
 
     /// Serves the whole requests at the start of `input`, until one has to wait; says how many bytes are done with.
     fn serve(&mut self, input: &[u8]) -> (usize, Option<End>) {
+        #[cfg(feature = "text-wire")]
         if self.since.served.is_none() && !self.is_at_end {
             match text_wire::recognise(input) {
                 Speaks::This(framing) => return (0, Some(End::Text(framing))),

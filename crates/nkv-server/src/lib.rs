@@ -26,6 +26,7 @@ mod options;
 mod reading;
 mod server;
 mod socket;
+#[cfg(feature = "text-wire")]
 mod text_wire;
 
 pub use door::{Door, serve};

@@ -540,6 +540,7 @@ fn subscriptions_to_deep_keys_have_a_limit_of_their_own() {
 }
 
 /// The later wires of the first nkv: what comes takes bounded memory, and so does what is not read.
+#[cfg(feature = "text-wire")]
 #[test]
 fn the_later_wires_hold_no_more_than_the_limit_says_and_others_are_served() {
     let victim = Victim::start(&["--max-queued", "16M"]);

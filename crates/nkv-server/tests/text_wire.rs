@@ -1,5 +1,7 @@
 //! The later wires of the first nkv: lines of text, and the same in frames, as its clients in Rust and Go send and read them.
 
+#![cfg(feature = "text-wire")]
+
 mod support;
 
 use std::time::Duration;

@@ -2,7 +2,8 @@
 """Partitions, kills and stops the nodes of a real cluster under load, and checks that they agree afterwards and lost nothing.
 
     cluster-partition.py SERVER [--seconds 60] [--nodes 5] [--seed N] [--fast] [--durability WHEN] [--mesh]
-    cluster-partition.py --check    only whether network namespaces can be made here
+    cluster-partition.py SERVER --figures    only what is measured without faults, beside its goals
+    cluster-partition.py --check             only whether network namespaces can be made here
 
 Each node is a process of its own in a network namespace of its own, all on one bridge, with its data on disk. SERVER needs the
 feature `cluster`. With --mesh the nodes are servers of a mesh, each other's --peer, and find each other by that: SERVER needs `grpc`
@@ -22,7 +23,7 @@ keys belong to all writers. Each node has a subscriber to everything. Meanwhile,
 Then the network is healed and all nodes run. Each takes writes within WRITE_LIMIT_S. Within AGREE_LIMIT_S all have the same digest,
 and the same keys and values: no acknowledged write is lost, nothing deleted is back, nothing is there that was not written. Each
 subscriber has that too, each read of a node showed what it had acknowledged, and none was taken for a second one of its id. Last,
-without faults, figures are measured; none of them is a condition.
+without faults, figures are measured and printed beside their goals; none of them is a condition.
 
 On a fault the exit status is 1, and logs and data are kept. All that was started ends with the script, also after Ctrl-C.
 """
@@ -58,6 +59,18 @@ NETWORK, PROCESSES = ("alone", "split", "ring", "oneway"), ("kill", "stop", "rol
 # What a packet that is to be lost is sent to: no interface has it.
 NOWHERE = "02:00:00:00:ff:ff"
 STAMP_LEN = 16
+# Of all nodes together; and how many of them may be without an answer on one connection.
+PUTS_A_SECOND, UNANSWERED_MAX = 1000, 500
+# What is measured, its unit, and what it is to be at most; for five nodes on a machine with nothing else to do.
+GOALS = [
+    ("seen_p50_ms", "ms", 20, "a put is seen at all nodes, p50"),
+    ("seen_p99_ms", "ms", 200, "the same, p99"),
+    ("idle_bytes_per_s", "B/s", 2000, "an idle node sends"),
+    ("away_level_ms", "ms", 1000, "a node that was away during 1,000 changes is level after its data are loaded"),
+    ("away_bytes_ratio", "x", 3, "what it sends and receives for that, by what keys, values and stamps take"),
+    ("joined_ms", "ms", 5000, "a new node has all keys, after its start"),
+    ("put_p99_ratio", "x", 2, "the puts at the others meanwhile, p99, by that of before"),
+]
 
 
 class Broken(Exception):
@@ -146,7 +159,7 @@ class Node:
         self.net, self.number = net, number
         self.data, self.log = os.path.join(directory, f"n{number}"), os.path.join(directory, f"log{number}")
         self.lines, self.http = os.path.join(directory, f"l{number}"), os.path.join(directory, f"h{number}")
-        self.child = None
+        self.child, self.is_alone = None, False
 
     def start(self):
         self.look()
@@ -154,7 +167,9 @@ class Node:
         peers = ",".join(f"{self.net.address(node)}:7400" for node in self.net.nodes)
         words = [self.binary, f"unix:{self.lines}", "--http", f"unix:{self.http}", "--data-dir", self.data,
                  "--durability", self.durability, "--insecure"]
-        if self.is_mesh:
+        if self.is_alone:
+            pass
+        elif self.is_mesh:
             words += ["--grpc", own, "--peer", peers]
         else:
             words += ["--cluster", "partition", "--gossip", own, "--discover", f"static:{peers}"]
@@ -224,6 +239,11 @@ class Node:
 
     def digest(self):
         return self.stats()["digest"]
+
+    def memory(self):
+        """Bytes of memory that it has now."""
+        with open(f"/proc/{self.child.pid}/status", encoding="utf-8") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:"))
 
     def entries(self):
         status, body = self.ask("/v1/kv?format=ndjson")
@@ -721,14 +741,9 @@ class Test:
     def measure(self):
         few = self.options.fast
         keys, seconds, idle_s = (2_000, 2, 2) if few else (100_000, 10, 20)
+        alone = self.alone(keys)
         self.start_nodes("figures")
-        first = self.nodes[1]
-        for begin in range(0, keys, 5_000):
-            writes = [{"put": {"key": f"m.k{key}", "value": "x" * 100}} for key in range(begin, min(begin + 5_000, keys))]
-            status, body = first.ask("/v1/batch", "POST", json.dumps(writes))
-            if status != 200:
-                raise Broken(f"a batch: {status} {body[:200]!r}")
-        self.wait_until_level()
+        in_cluster = fill(self.nodes[1], keys, self.wait_until_level)
         time.sleep(1 if few else 5)
         before = {number: self.net.sent(number)[0] for number in self.nodes}
         time.sleep(idle_s)
@@ -736,12 +751,31 @@ class Test:
         delays, sent, acknowledged = self.delays(keys, seconds)
         self.wait_until_level()
         level_ms, length, ideal = self.away(keys)
+        joined_ms, calm, meanwhile, unanswered = self.joins(keys, seconds)
         figures = {"nodes": len(self.nodes), "keys": keys, "durability": self.options.durability,
                    "puts_per_s": round(acknowledged / seconds), "seen_everywhere": f"{len(delays)}/{sent}",
                    "seen_p50_ms": f"{percentile(delays, 0.5):.1f}", "seen_p99_ms": f"{percentile(delays, 0.99):.1f}",
                    "idle_bytes_per_s": round(max(idle)), "away_changes": min(keys, 1000), "away_level_ms": level_ms,
-                   "away_bytes": length, "away_bytes_ratio": f"{length / ideal:.2f}"}
+                   "away_bytes": length, "away_bytes_ratio": f"{length / ideal:.2f}", "joined_ms": joined_ms,
+                   "put_p99_before_ms": f"{calm:.1f}", "put_p99_meanwhile_ms": f"{meanwhile:.1f}",
+                   "put_p99_ratio": f"{meanwhile / calm:.2f}", "puts_not_done": unanswered,
+                   "key_bytes_alone": alone, "key_bytes_in_cluster": in_cluster}
         print("TEST cluster_figures " + " ".join(f"{name}={figure}" for name, figure in figures.items()), flush=True)
+        for name, unit, most, words in GOALS:
+            is_met = float(figures[name]) <= most
+            print(f"{'met   ' if is_met else 'MISSED'}  {figures[name]:>8} {unit:3}  at most {most} {unit}: {words}", flush=True)
+
+    def alone(self, keys):
+        """The memory that a key takes in a server that is in no cluster."""
+        directory = os.path.join(self.directory, "alone")
+        os.mkdir(directory)
+        node = Node(self.options, self.net, 1, directory)
+        node.is_alone, self.nodes = True, {1: node}
+        node.start()
+        node.wait_until_ready()
+        taken = fill(node, keys, lambda: None)
+        node.terminate()
+        return taken
 
     def delays(self, keys, seconds):
         """How long it took until puts were seen at all nodes, in milliseconds, at 1,000 puts each second over all nodes."""
@@ -760,7 +794,7 @@ class Test:
             thread.start()
         began, sent = time.monotonic(), 0
         while (now := time.monotonic()) < began + seconds:
-            while sent < (now - began) * 1000:
+            while sent < (now - began) * PUTS_A_SECOND:
                 value = f"{time.monotonic_ns():020d}".ljust(100, "x")
                 lines[sent % len(lines)].send({"type": "Put", "key": f"m.k{self.rng.randrange(keys)}", "value": value})
                 sent += 1
@@ -798,6 +832,101 @@ class Test:
         # It has no contact before.
         loaded = datetime.datetime.fromisoformat(loaded.replace("Z", "+00:00")).timestamp()
         return round((level - loaded) * 1000), length, sum(len(key) + 100 + STAMP_LEN for key in changed)
+
+
+    def joins(self, keys, seconds):
+        """How long after its start a new node has all keys, in milliseconds, while the others take puts; the p99 of these before and
+        meanwhile, and how many of them were not done."""
+        node, others = self.nodes[len(self.nodes)], [self.nodes[number] for number in self.net.nodes][:-1]
+        node.terminate()
+        shutil.rmtree(node.data)
+        ours, theirs = multiprocessing.Pipe()
+        paths = [other.lines for other in others]
+        putter = multiprocessing.get_context("fork").Process(target=put_at_a_pace, args=[theirs, paths, ours, keys], daemon=True)
+        putter.start()
+        theirs.close()
+        time.sleep(seconds)
+        began = time.monotonic()
+        node.start()
+        until(AGREE_LIMIT_S, lambda: has_keys(node, keys), f"node {node.number} has not all keys")
+        joined = time.monotonic()
+        # What it still does for the node counts as well.
+        time.sleep(max(0.0, began + seconds - joined))
+        ours.send(None)
+        if not ours.poll(ANSWER_LIMIT_S):
+            raise Broken("puts are not answered")
+        took, unanswered = ours.recv()
+        putter.join()
+        self.wait_until_level()
+        before = [ms for sent, ms in took if began - seconds + 1 <= sent < began]
+        meanwhile = [ms for sent, ms in took if began <= sent < max(joined, began + 1)]
+        return round((joined - began) * 1000), percentile(before, 0.99), percentile(meanwhile, 0.99), unanswered
+
+
+def fill(node, keys, settle):
+    """Puts this number of keys of 100 B; says what memory each has taken, with all that the process needed for it."""
+    before = node.memory()
+    for begin in range(0, keys, 5_000):
+        writes = [{"put": {"key": f"m.k{key}", "value": "x" * 100}} for key in range(begin, min(begin + 5_000, keys))]
+        status, body = node.ask("/v1/batch", "POST", json.dumps(writes))
+        if status != 200:
+            raise Broken(f"a batch: {status} {body[:200]!r}")
+    settle()
+    return round((node.memory() - before) / keys)
+
+
+def has_keys(node, count):
+    node.look()
+    try:
+        return node.stats()["keys"] >= count
+    except (Gone, Broken, KeyError):
+        return False
+
+
+def put_at_a_pace(pipe, paths, other_end, keys):
+    """A process of its own: puts at a fixed pace until it is asked for what it found, which is when each put was due and how long
+    after that it was done, in milliseconds; and how many were not."""
+    other_end.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    selector, streams, rng = selectors.DefaultSelector(), [], random.Random(1)
+    for path in paths:
+        stream = socket.socket(socket.AF_UNIX)
+        stream.connect(path)
+        stream.sendall(b'{"type":"Connect","values":"text","features":["reset"]}\n')
+        streams.append(stream)
+        selector.register(stream, selectors.EVENT_READ)
+    selector.register(pipe, selectors.EVENT_READ)
+    # The answer to Connect is not that of a put.
+    left, waiting = dict.fromkeys(streams, b""), {stream: collections.deque([None]) for stream in streams}
+    began, sent, took, failed, end = time.monotonic(), 0, [], 0, None
+    while end is None or time.monotonic() < end and any(waiting.values()):
+        due = began + sent / PUTS_A_SECOND
+        while end is None and time.monotonic() >= due:
+            stream = streams[sent % len(streams)]
+            if len(waiting[stream]) >= UNANSWERED_MAX:
+                break  # Its answers have to be read, or it takes no more.
+            put = {"type": "Put", "key": f"m.k{rng.randrange(keys)}", "value": "z" * 100}
+            stream.sendall(json.dumps(put).encode() + b"\n")
+            waiting[stream].append(due)
+            sent += 1
+            due = began + sent / PUTS_A_SECOND
+        for ready, _ in selector.select(min(0.1, max(0.001, due - time.monotonic())) if end is None else 0.1):
+            if ready.fileobj is pipe:
+                pipe.recv()
+                selector.unregister(pipe)
+                end = time.monotonic() + ANSWER_LIMIT_S / 2
+                continue
+            received = ready.fileobj.recv(1 << 18)
+            if not received:
+                sys.exit("a node has ended a connection")
+            now = time.monotonic()
+            *lines, left[ready.fileobj] = (left[ready.fileobj] + received).split(b"\n")
+            for line in lines:
+                of = waiting[ready.fileobj].popleft()
+                if of is not None:
+                    took.append((of, (now - of) * 1000))
+                    failed += b'"status":200' not in line
+    pipe.send((took, failed + sum(map(len, waiting.values()))))
 
 
 def has_digest(node, digest):
@@ -888,6 +1017,7 @@ def main():
     parser.add_argument("--fast", action="store_true", help="for every change: 7 s, all quicker, and figures with few keys")
     parser.add_argument("--durability", default="sync")
     parser.add_argument("--mesh", action="store_true", help="servers that are each other's --peer, and no figures")
+    parser.add_argument("--figures", action="store_true", help="no faults: only what is measured, beside its goals")
     options = parser.parse_args()
     if options.check:
         why = obstacle()
@@ -906,7 +1036,7 @@ def main():
     directory, is_kept = tempfile.mkdtemp(prefix="nkv-cluster-", dir=on_disk()), False
     try:
         with Net(options.nodes) as net:
-            for part in [Test.faults_and_checks] + [Test.measure] * (not options.mesh):
+            for part in [Test.faults_and_checks] * (not options.figures) + [Test.measure] * (not options.mesh):
                 test = Test(options, net, directory)
                 try:
                     part(test)

@@ -7,12 +7,12 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use nkv_core::{Change, Epoch, Key, Op, Revision, StoredRef};
+use nkv_core::{Change, Epoch, Key, Op, Pattern, Revision, StoredRef};
 use nkv_node::{Abilities, Decided, Engine, EngineError, EngineNumber, Feed, RateLimitedLog, Seen};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -25,7 +25,7 @@ use crate::meeting;
 use crate::members::{self, Events, Member, Members};
 use crate::membership::Membership;
 use crate::register::{Content, Record, Register};
-use crate::replica::{Contact, Place, Replica, Terms};
+use crate::replica::{Contact, Held, Place, Replica, Slot, Terms};
 use crate::secure::{Secret, SecureTcp};
 use crate::session::push_frames;
 use crate::stamp::{Millis, NodeId, Stamp};
@@ -33,6 +33,9 @@ use crate::wire::Message;
 
 /// Jobs that wait to be committed. A peer's waits in its connection then.
 const JOBS_MAX: usize = 64;
+
+/// How often a value is looked up that is just being replaced.
+const LOOKS: usize = 64;
 
 /// How long a node that was refused as a second one of its id takes no writes.
 const REFUSED_FOR: Duration = Duration::from_secs(10);
@@ -158,13 +161,16 @@ impl Cluster {
         if options.value_len_max > (u32::MAX / 2) as usize {
             return wrong("values are shorter than 2 GiB");
         }
+        if options.advertise.is_some_and(|address| !can_be_reached(address)) {
+            return wrong("the advertised address has an IP and a port that peers can reach");
+        }
         let terms = Terms { gc_grace: millis(options.gc_grace), offset_max: millis(options.max_clock_offset) };
         let inner = Inner {
             run: parts.random.next()?,
             started: parts.clock.steady(),
             replica: Mutex::new(Replica::new(terms)),
             peer_clocks: Mutex::default(),
-            jobs: Mutex::default(),
+            run_by: Mutex::default(),
             peers: Mutex::default(),
             members: Members::default(),
             hurry: Notify::new(),
@@ -353,6 +359,9 @@ impl Random for SystemRandom {
 pub(crate) trait Sink: fmt::Debug + Send + Sync + 'static {
     async fn apply(&self, changes: Vec<Change>) -> Result<(), EngineError>;
 
+    /// The value that it has of a key, if it came at this revision.
+    fn value(&self, key: &Key, revision: u64) -> Option<Bytes>;
+
     /// Begins an epoch, with nothing.
     async fn begin(&self, epoch: Epoch) -> Result<(), EngineError>;
 
@@ -365,6 +374,14 @@ impl Sink for Feed {
         Feed::apply(self, changes).await.map(drop)
     }
 
+    fn value(&self, key: &Key, revision: u64) -> Option<Bytes> {
+        let mut value = None;
+        self.walk(&Pattern::Exact(key.clone()), |record| {
+            value = (record.revision.get() == revision).then(|| record.value.to_bytes());
+        });
+        value
+    }
+
     async fn begin(&self, epoch: Epoch) -> Result<(), EngineError> {
         self.replace(Vec::new(), Revision::ZERO, epoch).await.map(drop)
     }
@@ -373,6 +390,8 @@ impl Sink for Feed {
         Feed::reached(self);
     }
 }
+
+type RunBy = (mpsc::Sender<Job>, Weak<dyn Sink>);
 
 /// The node, for all its tasks.
 #[derive(Debug)]
@@ -386,8 +405,8 @@ pub(crate) struct Inner {
     started: Millis,
     replica: Mutex<Replica>,
     peer_clocks: Mutex<PeerClocks>,
-    /// While it is followed.
-    jobs: Mutex<Option<mpsc::Sender<Job>>>,
+    /// While it is followed: what is to be done, and the store of the node that follows, which has this in turn.
+    run_by: Mutex<Option<RunBy>>,
     peers: Mutex<Peers>,
     pub(crate) members: Members,
     /// Attempts to connect are to be made now.
@@ -454,6 +473,31 @@ pub(crate) enum Tried {
         id: NodeId,
         has_joined: bool,
     },
+}
+
+/// Keys in a line of the log: the first ones, quoted, escaped and cut, and how many more there are.
+#[derive(Debug)]
+pub(crate) struct NamedKeys<'a>(pub(crate) &'a [Key]);
+
+impl NamedKeys<'_> {
+    const KEYS_MAX: usize = 16;
+    const CHARS_MAX: usize = 64;
+}
+
+impl fmt::Display for NamedKeys<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (number, key) in self.0.iter().take(Self::KEYS_MAX).enumerate() {
+            f.write_str(if number > 0 { ", " } else { "" })?;
+            match key.as_str().char_indices().nth(Self::CHARS_MAX) {
+                Some((end, _)) => write!(f, "{:?}…", key.as_str().get(..end).unwrap_or_default())?,
+                None => write!(f, "{key:?}")?,
+            }
+        }
+        match self.0.len().saturating_sub(Self::KEYS_MAX) {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -579,16 +623,34 @@ impl Inner {
 
     // Jobs.
 
+    fn run_by(&self) -> MutexGuard<'_, Option<RunBy>> {
+        self.run_by.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn job(&self, job: Job) -> io::Result<()> {
-        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let closed = || io::Error::new(io::ErrorKind::ConnectionAborted, "this node stops");
-        jobs.ok_or_else(closed)?.send(job).await.map_err(|_| closed())
+        let jobs = self.run_by().as_ref().map(|(jobs, _)| jobs.clone());
+        jobs.ok_or_else(stops)?.send(job).await.map_err(|_| stops())
     }
 
     async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<T>) -> Job) -> io::Result<T> {
         let (answer, answered) = oneshot::channel();
         self.job(job(answer)).await?;
-        answered.await.map_err(|_| io::Error::new(io::ErrorKind::ConnectionAborted, "this node stops"))
+        answered.await.map_err(|_| stops())
+    }
+
+    /// The record of a key that is to be given, unless it is too old for that.
+    pub(crate) async fn record(&self, slot: &Slot, now: Now) -> io::Result<Option<Record>> {
+        for _ in 0..LOOKS {
+            let held = self.replica().given(slot, now);
+            let Some(Held { register, revision }) = held else { return Ok(None) };
+            let store = self.run_by().as_ref().and_then(|(_, store)| store.upgrade()).ok_or_else(stops)?;
+            if let Some(register) = register.with(|| store.value(&slot.1, revision)) {
+                return Ok(Some(Record { key: slot.1.clone(), register }));
+            }
+            // The store has something newer, which the replica has in a moment: with the batch that is being stored.
+            self.ask(|answer| Job::Merge { records: Vec::new(), answer: Some(answer) }).await?;
+        }
+        Err(io::Error::other("a value is always just being replaced"))
     }
 
     /// Merges a peer's records; says how many are stamped ahead, and nothing if they were not stored.
@@ -653,17 +715,23 @@ impl Inner {
         now.wall.saturating_sub(contact_at) > grace && age > grace && record.register.is_live()
     }
 
-    /// Counts and logs that it was.
-    pub(crate) fn note_brought_back(&self, key: &Key) {
-        self.figures.brought_back.fetch_add(1, Relaxed);
-        let what = format_args!("{key} is given to a peer after a long absence: it may bring back a deleted key");
-        self.log.warn("brought back", what);
+    /// Counts and logs those that were.
+    pub(crate) fn note_brought_back(&self, keys: &[Key]) {
+        if keys.is_empty() {
+            return;
+        }
+        self.figures.brought_back.fetch_add(keys.len() as u64, Relaxed);
+        let keys = NamedKeys(keys);
+        self.log.warn(
+            "back",
+            format_args!("given to a peer after a long absence, may bring back what was deleted: {keys}"),
+        );
     }
 
     // Running.
 
-    pub(crate) async fn run(self: &Arc<Self>, seen: Option<Seen>, sink: &dyn Sink) -> EngineError {
-        match self.begin(seen, sink).await {
+    pub(crate) async fn run(self: &Arc<Self>, seen: Option<Seen>, sink: Arc<dyn Sink>) -> EngineError {
+        match self.begin(seen, &*sink).await {
             Ok(bound) => self.run_from(bound, sink).await,
             Err(error) => error,
         }
@@ -703,10 +771,10 @@ impl Inner {
         Ok(bound)
     }
 
-    async fn run_from(self: &Arc<Self>, bound: crate::stamp::Hlc, sink: &dyn Sink) -> EngineError {
+    async fn run_from(self: &Arc<Self>, bound: crate::stamp::Hlc, sink: Arc<dyn Sink>) -> EngineError {
         let (jobs, queue) = mpsc::channel(JOBS_MAX);
-        let set = |jobs| *self.jobs.lock().unwrap_or_else(PoisonError::into_inner) = jobs;
-        set(Some(jobs));
+        *self.run_by() = Some((jobs, Arc::downgrade(&sink)));
+        let sink = &*sink;
         let mut committer = Committer::new(Arc::clone(self), queue, bound);
         let named = committer.name(sink).await;
         let error = match named {
@@ -726,10 +794,19 @@ impl Inner {
                 }
             }
         };
-        set(None);
+        *self.run_by() = None;
         *self.peers() = Peers::default();
         error
     }
+}
+
+/// Whether it can be the address of another node.
+pub(crate) fn can_be_reached(address: SocketAddr) -> bool {
+    address.port() != 0 && !address.ip().is_unspecified()
+}
+
+fn stops() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "this node stops")
 }
 
 pub(crate) fn millis(duration: Duration) -> Millis {
@@ -763,7 +840,7 @@ impl Engine for Cluster {
     }
 
     async fn follow(&self, seen: Option<Seen>, feed: Feed) -> EngineError {
-        self.inner.run(seen, &feed).await
+        self.inner.run(seen, Arc::new(feed)).await
     }
 
     async fn last(&self) -> Result<Seen, EngineError> {

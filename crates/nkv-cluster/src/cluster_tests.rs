@@ -16,7 +16,7 @@ use crate::MemberState;
 use crate::clock::SystemClock;
 use crate::link::{Line, Stream};
 use crate::membership::{MembershipError, StaticPeers};
-use crate::register::{Content, Register};
+use crate::register::{Content, Head, Register};
 use crate::replica::Want;
 use crate::stamp::Hlc;
 use crate::tree::{Half, Prefix};
@@ -214,7 +214,7 @@ async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
 }
 
 impl One {
-    fn register(&self, key: &str) -> Option<Register> {
+    fn register(&self, key: &str) -> Option<Head> {
         self.cluster.inner().replica().registers().get(&key.parse().unwrap()).cloned()
     }
 }
@@ -393,6 +393,35 @@ async fn a_node_whose_disk_was_full_is_level_once_there_is_room() {
         .await;
     b.put("mine", "2").await.unwrap();
     eventually("its writes reach the other", async || a.exists("mine").await.unwrap()).await;
+}
+
+/// The store has a write for a moment before the replica does: no record has the stamp of one write and the value of another.
+#[tokio::test]
+async fn what_is_given_while_a_key_is_written_is_a_write_as_it_was_done() {
+    const PUTS: usize = 2_000;
+    let one = start(0, no_bound(), &[]).await;
+    let nkv = one.node.handle();
+    nkv.put("k", "0").await.unwrap();
+    let is_over = Arc::new(AtomicBool::new(false));
+    let over = Arc::clone(&is_over);
+    let writer = tokio::spawn(async move {
+        for number in 1..=PUTS {
+            nkv.put("k", number.to_string()).await.unwrap();
+        }
+        over.store(true, Relaxed);
+    });
+    let (inner, key) = (one.cluster.inner(), "k".parse::<Key>().unwrap());
+    let slot = (crate::register::key_hash(&key), key);
+    let mut seen = BTreeMap::new();
+    while !is_over.load(Relaxed) {
+        let record = inner.record(&slot, inner.now()).await.unwrap().unwrap();
+        let Register { stamp, content, hash } = record.register;
+        assert_eq!(Register::new(stamp, content.clone()).hash, hash, "{stamp:?} has another value: {content:?}");
+        seen.insert(stamp, hash);
+        tokio::task::yield_now().await;
+    }
+    writer.await.unwrap();
+    assert!(seen.len() > PUTS / 100, "{} of {PUTS} writes were looked at", seen.len());
 }
 
 fn with_ttl(millis: u64) -> PutOptions {

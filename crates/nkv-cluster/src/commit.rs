@@ -11,9 +11,9 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::clock::Now;
-use crate::cluster::{Inner, Sink, millis};
+use crate::cluster::{Inner, NamedKeys, Sink, millis};
 use crate::register::Record;
-use crate::replica::{Contact, Identity, Merged, Plan, Replica};
+use crate::replica::{Contact, Identity, Merged, Plan, Replica, Values};
 use crate::stamp::{Hlc, Millis, NodeId, Stamp};
 
 /// Jobs, and bytes of values, that share a batch of storage, about.
@@ -286,7 +286,8 @@ impl Committer {
         let checked = self.inner.check_writes();
         let may_purge = self.inner.may_purge();
         let plan = |replica: &mut Replica, plan: &mut Plan, now| {
-            let plan_one = |job| plan_one(replica, plan, job, now, checked.as_ref(), may_purge);
+            let values: Values<'_> = &|key, revision| sink.value(key, revision);
+            let plan_one = |job| plan_one(replica, plan, job, now, checked.as_ref(), may_purge, values);
             jobs.iter().map(plan_one).collect()
         };
         self.store_planned(sink, plan).await
@@ -372,6 +373,7 @@ fn plan_one(
     now: Now,
     checked: Result<&(), &EngineError>,
     may_purge: bool,
+    values: Values<'_>,
 ) -> Done {
     match job {
         Job::Write { epoch, ops, together, .. } => {
@@ -395,7 +397,7 @@ fn plan_one(
             Done::Other
         }
         Job::Mend { .. } => {
-            let count = replica.restamp(plan, now);
+            let count = replica.restamp(plan, now, values);
             replica.give_up_ended_early(plan, now);
             Done::Mended(count)
         }
@@ -420,8 +422,9 @@ fn answer(log: &RateLimitedLog, job: Job, done: Done) {
         (Job::Write { answer, .. }, Done::Written(written)) => drop(answer.send(written)),
         (Job::Merge { answer: Some(answer), .. }, Done::Merged { refused }) => _ = answer.send(Some(refused)),
         (Job::Gone { answer, .. }, Done::Gone(deleted)) => {
-            for key in deleted {
-                log.info("gone", format_args!("{key} is deleted, as a peer deleted it during a long absence"));
+            if !deleted.is_empty() {
+                let keys = NamedKeys(&deleted);
+                log.warn("gone", format_args!("deleted, as a peer deleted them during a long absence: {keys}"));
             }
             _ = answer.send(true);
         }

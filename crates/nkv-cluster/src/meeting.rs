@@ -1,17 +1,17 @@
 //! How nodes meet: they accept connections, and open one to each address that they know, again and again.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use nkv_node::EngineError;
 use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
-use crate::cluster::{Inner, Level, Peers, Run, Tried, millis};
+use crate::cluster::{Inner, Level, Peers, Run, Tried, can_be_reached, millis};
 use crate::link::{Line, PushQueue, Stream};
 use crate::membership::MembershipError;
 use crate::session::{Levelling, Session};
@@ -20,6 +20,9 @@ use crate::wire::{Hello, Message, frame_len_max, invalid};
 
 /// Connections that peers have opened, at most.
 const ACCEPTED_MAX: usize = 512;
+
+/// Connections whose peers have not said yet who they are, at most: with more, the oldest has to go.
+const STRANGERS_MAX: usize = 64;
 
 /// Addresses that are tried, at most.
 const ADDRESSES_MAX: usize = 1_024;
@@ -183,6 +186,7 @@ fn check(inner: &Inner, theirs: &Hello) -> Result<(), (bool, String)> {
 pub(crate) async fn accept(inner: &Arc<Inner>) -> EngineError {
     let places = Arc::new(Semaphore::new(ACCEPTED_MAX));
     let mut tasks = JoinSet::new();
+    let mut strangers: VecDeque<(AbortHandle, Weak<()>)> = VecDeque::new();
     loop {
         while tasks.try_join_next().is_some() {}
         let Ok(place) = Arc::clone(&places).acquire_owned().await else {
@@ -190,13 +194,24 @@ pub(crate) async fn accept(inner: &Arc<Inner>) -> EngineError {
         };
         match inner.parts.network.accept().await {
             Ok(stream) => {
-                let inner = Arc::clone(inner);
-                tasks.spawn(async move {
-                    if let Err(error) = answer(&inner, stream).await {
+                strangers.retain(|(_, stranger)| stranger.strong_count() > 0);
+                if strangers.len() >= STRANGERS_MAX
+                    && let Some((oldest, _)) = strangers.pop_front()
+                {
+                    oldest.abort();
+                    let what =
+                        format_args!("more than {STRANGERS_MAX} peers have not said who they are: the oldest is left");
+                    inner.log.warn("strangers", what);
+                }
+                let (inner, stranger) = (Arc::clone(inner), Arc::new(()));
+                let noted = Arc::downgrade(&stranger);
+                let task = tasks.spawn(async move {
+                    if let Err(error) = answer(&inner, stream, stranger).await {
                         tracing::debug!(%error, "a connection of a peer ended");
                     }
                     drop(place);
                 });
+                strangers.push_back((task, noted));
             }
             Err(error) => {
                 inner.log.warn("accept", format_args!("a connection of a peer was not accepted: {error}"));
@@ -206,18 +221,18 @@ pub(crate) async fn accept(inner: &Arc<Inner>) -> EngineError {
     }
 }
 
-/// Answers one who opened a connection.
-async fn answer(inner: &Inner, stream: Box<dyn Stream>) -> io::Result<()> {
+/// Answers one who opened a connection: a stranger, until it has said who it is.
+async fn answer(inner: &Inner, stream: Box<dyn Stream>, stranger: Arc<()>) -> io::Result<()> {
     let pushes = PushQueue::default();
     let (line, writer) = Line::new(stream, &pushes, inner.options.peer_timeout);
     tokio::select! {
         biased;
-        ended = serve(inner, line) => ended,
+        ended = serve(inner, line, stranger) => ended,
         error = writer => Err(error),
     }
 }
 
-async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
+async fn serve(inner: &Inner, mut line: Line, stranger: Arc<()>) -> io::Result<()> {
     let theirs = match line.receive().await? {
         Message::Hello(theirs) => theirs,
         _ => return Err(invalid("a connection begins with a hello")),
@@ -251,6 +266,7 @@ async fn serve(inner: &Inner, mut line: Line) -> io::Result<()> {
         Message::Ready { wall } => inner.note_clock(id, wall, asked),
         _ => return Err(invalid("a hello is answered with a ready")),
     }
+    drop(stranger);
     inner.mend().await?;
     line.allow(frame_len_max(inner.options.value_len_max));
     let mut led: Option<Led<'_>> = None;
@@ -301,7 +317,8 @@ fn known(inner: &Inner) -> Vec<(NodeId, SocketAddr)> {
 /// Notes where a node says that it can be reached: no other one is there any more.
 fn note_address(peers: &mut Peers, id: NodeId, address: SocketAddr) {
     peers.addresses.retain(|other, there| *other == id || *there != address);
-    if peers.addresses.len() < ADDRESSES_MAX || peers.addresses.contains_key(&id) {
+    let has_room = peers.addresses.len() < ADDRESSES_MAX || peers.addresses.contains_key(&id);
+    if has_room && can_be_reached(address) {
         peers.addresses.insert(id, address);
     }
 }
@@ -313,7 +330,8 @@ fn learn(inner: &Inner, known: Vec<(NodeId, SocketAddr)>) {
     let mut there: BTreeSet<SocketAddr> = peers.addresses.values().copied().collect();
     for (id, address) in known {
         let is_new = Some(id) != own && !peers.connected.contains_key(&id);
-        if is_new && peers.addresses.len() < ADDRESSES_MAX && there.insert(address) {
+        let has_room = peers.addresses.len() < ADDRESSES_MAX && can_be_reached(address);
+        if is_new && has_room && there.insert(address) {
             peers.addresses.insert(id, address);
         }
     }
@@ -355,7 +373,7 @@ pub(crate) fn rest(inner: &Inner, peer: NodeId, led_at: Millis) -> Duration {
 
 /// Finds out where peers are, keeps a connection to each, and has an empty node join.
 pub(crate) async fn find(inner: &Arc<Inner>) -> EngineError {
-    let mut links: BTreeMap<SocketAddr, tokio::task::AbortHandle> = BTreeMap::new();
+    let mut links: BTreeMap<SocketAddr, AbortHandle> = BTreeMap::new();
     let mut tasks = JoinSet::new();
     let mut named: Option<BTreeSet<SocketAddr>> = None;
     let mut asked_at = inner.steady();

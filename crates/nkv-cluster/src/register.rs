@@ -11,9 +11,9 @@ use crate::stamp::{Hlc, Millis, NodeId, Stamp};
 
 /// What a write left of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Content {
+pub(crate) enum Content<V = Bytes> {
     /// A value, which ends so long after its stamp.
-    Put { value: Bytes, ttl: Option<Millis> },
+    Put { value: V, ttl: Option<Millis> },
     /// A value whose time has ended: the same write as the `Put`, without its value.
     Ended { ttl: Millis, hash: u64 },
     /// A tombstone. Its age counts from here, not from the stamp: a delete that was inferred has the stamp of what it deletes.
@@ -22,12 +22,15 @@ pub(crate) enum Content {
 
 /// What a cluster knows of one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Register {
+pub(crate) struct Register<V = Bytes> {
     pub(crate) stamp: Stamp,
-    pub(crate) content: Content,
+    pub(crate) content: Content<V>,
     /// Of the content as it was written: a value that has ended has that of the value.
     pub(crate) hash: u64,
 }
+
+/// A register without its value, which the node's store has.
+pub(crate) type Head = Register<()>;
 
 /// Orders registers: by stamp; of one stamp a tombstone is above a value, and the rest is by content and by its hash, so that
 /// all nodes keep the same one.
@@ -48,6 +51,41 @@ impl Register {
         Register { stamp, content, hash }
     }
 
+    /// What is kept of it beside the store.
+    pub(crate) fn head(&self) -> Head {
+        let content = match self.content {
+            Content::Put { ttl, .. } => Content::Put { value: (), ttl },
+            Content::Ended { ttl, hash } => Content::Ended { ttl, hash },
+            Content::Deleted { at } => Content::Deleted { at },
+        };
+        Head { stamp: self.stamp, content, hash: self.hash }
+    }
+}
+
+impl Head {
+    /// The whole register, with the value that is asked for where there is one; `None` if that is not there.
+    pub(crate) fn with(&self, value: impl FnOnce() -> Option<Bytes>) -> Option<Register> {
+        let content = match self.content {
+            Content::Put { ttl, .. } => Content::Put { value: value()?, ttl },
+            Content::Ended { ttl, hash } => Content::Ended { ttl, hash },
+            Content::Deleted { at } => Content::Deleted { at },
+        };
+        Some(Register { stamp: self.stamp, content, hash: self.hash })
+    }
+
+    /// The same content at another stamp, which it was to have had.
+    pub(crate) fn restamped(&self, stamp: Stamp) -> Head {
+        match self.content {
+            Content::Deleted { .. } => {
+                let at = stamp.time.millis();
+                Head { stamp, content: Content::Deleted { at }, hash: at }
+            }
+            _ => Head { stamp, ..self.clone() },
+        }
+    }
+}
+
+impl<V> Register<V> {
     fn rank(&self) -> Rank {
         let deleted = match self.content {
             Content::Deleted { at } => Some(at),
@@ -57,7 +95,7 @@ impl Register {
     }
 
     /// Whether it is of a later write than another, or wins among equal stamps.
-    pub(crate) fn is_above(&self, other: &Register) -> bool {
+    pub(crate) fn is_above<W>(&self, other: &Register<W>) -> bool {
         self.rank() > other.rank()
     }
 
@@ -87,16 +125,8 @@ impl Register {
     /// The same write without its value, where it has a TTL.
     pub(crate) fn ended(&self) -> Option<Register> {
         let Content::Put { ttl: Some(ttl), .. } = self.content else { return None };
-        Some(Register { content: Content::Ended { ttl, hash: self.hash }, ..*self })
-    }
-
-    /// The same content at another stamp, which it was to have had.
-    pub(crate) fn restamped(&self, stamp: Stamp) -> Register {
-        let content = match &self.content {
-            Content::Deleted { .. } => Content::Deleted { at: stamp.time.millis() },
-            other => other.clone(),
-        };
-        Register::new(stamp, content)
+        let content = Content::Ended { ttl, hash: self.hash };
+        Some(Register { stamp: self.stamp, content, hash: self.hash })
     }
 
     /// What tells it from any other register of the key, beside the time of its stamp.
@@ -144,7 +174,9 @@ impl Register {
             Content::Deleted { at } => to.u64(*at),
         }
     }
+}
 
+impl Register {
     /// Reads what [`write_head`](Self::write_head) wrote; the value is asked for where there is one. `None` for anything else.
     pub(crate) fn read(from: &mut Reader, value: impl FnOnce(&mut Reader) -> Option<Bytes>) -> Option<Register> {
         let kind = from.u8()?;
@@ -278,6 +310,21 @@ mod tests {
         let frame = writer.into_bytes();
         let record = Record::read(&mut Reader::new(frame.clone()));
         assert!(record.is_some() && frame.is_unique(), "a value keeps its frame");
+    }
+
+    #[test]
+    fn what_is_stamped_anew_is_what_would_have_been_written_then() {
+        let stamp = |time| Stamp { time: Hlc::at(time), node: NodeId(1) };
+        let value = Bytes::from_static(b"v");
+        for content in [
+            |_| Content::Put { value: Bytes::from_static(b"v"), ttl: Some(5) },
+            |_| Content::Ended { ttl: 5, hash: 7 },
+            |at| Content::Deleted { at },
+        ] as [fn(Millis) -> Content; 3]
+        {
+            let anew = Register::new(stamp(10), content(10)).head().restamped(stamp(20));
+            assert_eq!(anew.with(|| Some(value.clone())), Some(Register::new(stamp(20), content(20))));
+        }
     }
 
     #[test]

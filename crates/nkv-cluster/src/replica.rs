@@ -12,7 +12,7 @@ use nkv_node::EngineError;
 
 use crate::bytes::{Reader, Writer};
 use crate::clock::{Now, SET_FROM};
-use crate::register::{Content, Record, Register, key_hash};
+use crate::register::{Content, Head, Record, Register, key_hash};
 use crate::stamp::{Hlc, HybridClock, Millis, NodeId, Stamp};
 use crate::tree::{Children, Half, Prefix, Tree};
 
@@ -21,10 +21,6 @@ const IDENTITY: &str = "cluster.node";
 
 /// Under which reserved keys the contacts are.
 const CONTACT: &str = "cluster.contact.";
-
-/// Values that are shorter are copied when they are written, so that they keep nothing of the request that they came with. The
-/// store does the same.
-const VALUE_LEN_LONG: usize = 4_096;
 
 /// Keys that the patterns of a batch delete, at most: a batch is planned and stored whole.
 const BATCH_DELETES_MAX: usize = 16_384;
@@ -112,12 +108,16 @@ impl Contact {
 /// A key, behind its hash: in the order of the digests.
 pub(crate) type Slot = (u64, Key);
 
+/// What there is of a key. The node's store has the value, at the same revision.
 #[derive(Clone, Debug)]
-struct Held {
-    register: Register,
+pub(crate) struct Held {
+    pub(crate) register: Head,
     /// The node's own revision at which it came.
-    revision: u64,
+    pub(crate) revision: u64,
 }
+
+/// Gives the value that came to the node's store with a revision, unless that has something else of the key now.
+pub(crate) type Values<'a> = &'a dyn Fn(&Key, u64) -> Option<Bytes>;
 
 /// A write of this node of which no peer is known to have taken it, nor any that it took the place of since one was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,7 +162,7 @@ pub(crate) struct Replica {
 #[derive(Debug)]
 struct Misstamped {
     slot: Slot,
-    register: Register,
+    held: Held,
     untaken: Untaken,
     least: Hlc,
 }
@@ -203,7 +203,17 @@ impl Plan {
         });
         self.data_revision = revision;
         self.untaken.remove(&slot.1);
-        self.staged.insert(slot, register.map(|register| Held { register, revision }));
+        self.staged.insert(slot, register.map(|register| Held { register: register.head(), revision }));
+    }
+
+    /// The value that is staged with a revision.
+    fn value(&self, slot: &Slot, revision: u64) -> Option<Bytes> {
+        self.staged.get(slot)?;
+        let change = self.changes.iter().rfind(|change| change.revision.get() == revision && change.key == slot.1)?;
+        match &change.action {
+            Action::Put { value, .. } => Some(value.clone()),
+            Action::Delete { .. } => None,
+        }
     }
 
     fn forget_contact(&mut self, peer: NodeId) {
@@ -317,7 +327,7 @@ impl Replica {
             return;
         };
         self.clock.see(register.stamp.time);
-        self.set((key_hash(&key), key), Some(Held { register, revision }));
+        self.set((key_hash(&key), key), Some(Held { register: register.head(), revision }));
     }
 
     fn restore_note(&mut self, key: &Key, mut meta: Reader) -> Option<()> {
@@ -504,8 +514,8 @@ impl Replica {
             Op::Put { key, value, options } => {
                 let ttl = options.expiry.map(|expiry| expiry.ttl_ms);
                 let slot = (key_hash(key), key.clone());
-                let value = if value.len() < VALUE_LEN_LONG { Bytes::copy_from_slice(value) } else { value.clone() };
-                let register = Register::new(self.stamp(plan, &slot, now), Content::Put { value, ttl });
+                let content = Content::Put { value: value.clone(), ttl };
+                let register = Register::new(self.stamp(plan, &slot, now), content);
                 let revision = next(plan);
                 self.write_register(plan, slot, revision, register, now);
                 Ok(Outcome::Put { revision: Revision::new(revision) })
@@ -595,7 +605,7 @@ impl Replica {
             return Merged::PassedOver;
         }
         let is_past = register.gone_at().is_some_and(|at| at.saturating_add(self.terms.kept()) <= now.wall);
-        if is_past && !held.is_some_and(Register::is_live) {
+        if is_past && !held.is_some_and(Head::is_live) {
             return Merged::PassedOver;
         }
         let revision = plan.next_revision();
@@ -622,7 +632,7 @@ impl Replica {
         for (_, slot) in ends {
             let held = self.held(plan, slot).map(|held| &held.register);
             let held = held.filter(|register| register.end().is_some_and(|end| end <= now.wall));
-            if let Some(ended) = held.and_then(Register::ended) {
+            if let Some(ended) = held.and_then(Head::ended) {
                 // It is the same write.
                 let untaken = self.untaken(plan, slot);
                 let revision = plan.next_revision();
@@ -690,25 +700,26 @@ impl Replica {
     fn misstamped(&self, plan: &Plan, key: &Key, now: Now) -> Option<Misstamped> {
         let slot = (key_hash(key), key.clone());
         let untaken = self.untaken(plan, &slot)?;
-        let register = self.held(plan, &slot).map(|held| &held.register)?;
+        let held = self.held(plan, &slot)?;
+        let register = &held.register;
         let stamped = register.stamp.time.millis();
         let written = now.wall.saturating_sub(now.steady.saturating_sub(untaken.written));
         let is_ahead = stamped > written.max(untaken.above.millis()).saturating_add(self.terms.offset_max);
         let was_never_set = stamped < SET_FROM && written >= SET_FROM;
         let least = Hlc::at(written).max(untaken.above.next());
         let is_off = register.stamp.node == self.id() && (is_ahead || was_never_set);
-        is_off.then(|| Misstamped { slot, register: register.clone(), untaken, least })
+        is_off.then(|| Misstamped { held: held.clone(), slot, untaken, least })
     }
 
     /// Plans to stamp anew what was stamped with a clock that was off and that no peer has taken: when it was written, by the clock
     /// as it is known now. Says how many they are.
-    pub(crate) fn restamp(&mut self, plan: &mut Plan, now: Now) -> usize {
+    pub(crate) fn restamp(&mut self, plan: &mut Plan, now: Now, values: Values<'_>) -> usize {
         let keys: BTreeSet<&Key> = self.untaken.keys().chain(plan.untaken.keys()).collect();
         let mut off: Vec<Misstamped> = keys.into_iter().filter_map(|key| self.misstamped(plan, key, now)).collect();
         if off.is_empty() {
             return 0;
         }
-        off.sort_by_key(|off| off.register.stamp);
+        off.sort_by_key(|off| off.held.register.stamp);
         // The clock goes on from what others may have seen.
         let slots: BTreeSet<&Slot> = off.iter().map(|off| &off.slot).collect();
         let others = self.held.iter().chain(plan.staged.iter().filter_map(|(slot, held)| Some((slot, held.as_ref()?))));
@@ -718,7 +729,7 @@ impl Replica {
         self.clock.reset(last);
         let count = off.len();
         let mut before = Hlc::default();
-        for Misstamped { slot, register, untaken, least } in off {
+        for Misstamped { slot, held, untaken, least } in off {
             let time = before.next().max(least);
             if time.millis() <= latest {
                 before = time;
@@ -726,10 +737,12 @@ impl Replica {
             }
             let stamp = Stamp { time, node: self.id() };
             #[cfg(test)]
-            self.restamped.push(((slot.1.clone(), register.stamp), stamp));
+            self.restamped.push(((slot.1.clone(), held.register.stamp), stamp));
+            let value = || plan.value(&slot, held.revision).or_else(|| values(&slot.1, held.revision));
+            let Some(register) = held.register.restamped(stamp).with(value) else { continue };
             let revision = plan.next_revision();
             let key = slot.1.clone();
-            plan.decide(slot, revision, register.restamped(stamp));
+            plan.decide(slot, revision, register);
             plan.untaken.insert(key, untaken);
         }
         count
@@ -887,11 +900,11 @@ impl Replica {
         self.held.range((first, least)..).take_while(move |(slot, _)| slot.0 <= last)
     }
 
-    /// The record of a key, unless it is too old to be given.
-    pub(crate) fn record(&self, slot: &Slot, now: Now) -> Option<Record> {
-        let register = &self.held.get(slot)?.register;
-        let is_past = register.gone_at().is_some_and(|at| at.saturating_add(self.terms.gc_grace) <= now.wall);
-        (!is_past).then(|| Record { key: slot.1.clone(), register: register.clone() })
+    /// What there is of a key, unless it is too old to be given.
+    pub(crate) fn given(&self, slot: &Slot, now: Now) -> Option<Held> {
+        let held = self.held.get(slot)?;
+        let is_past = held.register.gone_at().is_some_and(|at| at.saturating_add(self.terms.gc_grace) <= now.wall);
+        (!is_past).then(|| held.clone())
     }
 
     /// How far what is there is known to have been the peer's too, where tombstones may have been forgotten since: the older of the
@@ -957,7 +970,7 @@ impl Replica {
     }
 
     #[cfg(test)]
-    pub(crate) fn registers(&self) -> BTreeMap<Key, Register> {
+    pub(crate) fn registers(&self) -> BTreeMap<Key, Head> {
         self.held.iter().map(|((_, key), held)| (key.clone(), held.register.clone())).collect()
     }
 }

@@ -7,7 +7,7 @@ use std::sync::MutexGuard;
 
 use bytes::Bytes;
 
-use crate::cluster::{Inner, Level, millis};
+use crate::cluster::{Inner, Level, NamedKeys, millis};
 use crate::link::Line;
 use crate::register::Record;
 use crate::replica::{Compared, Contact, Entry, Replica, Slot, Want};
@@ -123,7 +123,7 @@ impl Session {
         }
         let mut slots = VecDeque::from(compared.give);
         while !slots.is_empty() {
-            let records = self.some(inner, &mut slots);
+            let records = self.some(inner, &mut slots).await?;
             if !records.is_empty() {
                 self.differed += records.len() as u64;
                 line.send(Message::Records(records).encode()).await?;
@@ -133,14 +133,13 @@ impl Session {
     }
 
     /// The records of the next of these keys, a frame of them.
-    fn some(&mut self, inner: &Inner, slots: &mut VecDeque<(Slot, bool)>) -> Vec<Record> {
+    async fn some(&mut self, inner: &Inner, slots: &mut VecDeque<(Slot, bool)>) -> io::Result<Vec<Record>> {
         let now = inner.now();
         let contact_at = self.own.contact.into_iter().chain(self.theirs.contact).map(|contact| contact.at).min();
         let (mut records, mut len) = (Vec::new(), 0);
         let (mut too_long, mut brought_back) = (Vec::new(), Vec::new());
-        let replica = inner.replica();
         while let Some((slot, is_lacking)) = slots.pop_front() {
-            let Some(record) = replica.record(&slot, now) else { continue };
+            let Some(record) = inner.record(&slot, now).await? else { continue };
             if !records.is_empty() && len + record.len() > RECORDS_LEN {
                 slots.push_front((slot, is_lacking));
                 break;
@@ -156,14 +155,12 @@ impl Session {
             len += record.len();
             records.push(record);
         }
-        // Logging may block: not with the lock.
-        drop(replica);
-        brought_back.iter().for_each(|key| inner.note_brought_back(key));
-        for key in too_long {
-            let peer = self.peer;
-            inner.log.warn("long", format_args!("the value of {key:?} is longer than the peer {peer} takes"));
+        inner.note_brought_back(&brought_back);
+        if !too_long.is_empty() {
+            let (keys, peer) = (NamedKeys(&too_long), self.peer);
+            inner.log.warn("long", format_args!("values are longer than the peer {peer} takes: {keys}"));
         }
-        records
+        Ok(records)
     }
 
     /// Does what follows from all that a peer has below a prefix; gives what it wants of this node in turn.

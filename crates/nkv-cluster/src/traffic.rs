@@ -149,7 +149,7 @@ impl Network for SimNetwork {
     }
 }
 
-/// Storage that takes everything and keeps nothing: what counts here is what nodes say.
+/// Storage that takes everything and keeps nothing, as all values are the same: what counts here is what nodes say.
 #[derive(Debug)]
 struct Nowhere;
 
@@ -157,6 +157,10 @@ struct Nowhere;
 impl Sink for Nowhere {
     async fn apply(&self, _changes: Vec<Change>) -> Result<(), EngineError> {
         Ok(())
+    }
+
+    fn value(&self, _key: &Key, _revision: u64) -> Option<Bytes> {
+        Some(VALUE.clone())
     }
 
     async fn begin(&self, _epoch: Epoch) -> Result<(), EngineError> {
@@ -313,7 +317,7 @@ async fn host(
         }
     };
     tokio::select! {
-        error = cluster.inner().run(Some(seen), &Nowhere) => panic!("node {number} ends: {error}"),
+        error = cluster.inner().run(Some(seen), Arc::new(Nowhere)) => panic!("node {number} ends: {error}"),
         never = client => never,
     }
 }

@@ -3,12 +3,15 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nkv_cluster::{Cluster, Keys, MemberEvent, MemberState, Membership, MembershipError, NodeId, Options, StaticPeers};
 use nkv_node::nkv_core::{self, Action, Change, Epoch, MemoryPersist, Meta, PersistValue, Reason, StoredRef};
 use nkv_node::{ErrorKind, Event, GoneReason, Handle, Node, Op, PutOptions, Revision};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
 /// How long anything may take.
@@ -145,6 +148,139 @@ async fn nodes_that_have_ipv6_alone_are_one_member_each() {
     })
     .await;
     stop(nodes).await;
+}
+
+/// A node has an address of each family, and others find it by both.
+#[tokio::test]
+async fn a_node_that_is_found_by_addresses_of_both_families_is_one_member() {
+    let Ok(first) = Cluster::bind("[::]:0".parse().unwrap(), options(), StaticPeers::default()).await else {
+        println!("SKIPPED: there is no IPv6 here");
+        assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "there is no IPv6");
+        return;
+    };
+    let port = first.address().port();
+    let both = [SocketAddr::from(([127, 0, 0, 1], port)), SocketAddr::new(std::net::Ipv6Addr::LOCALHOST.into(), port)];
+    let mut of_second = options();
+    of_second.peer_timeout = Duration::from_millis(500);
+    let second = bind(of_second, &both).await;
+    let nodes = [start(&first).await, start(&second).await];
+    let [a, b] = [ready(&nodes[0]).await, ready(&nodes[1]).await];
+    a.put("k", "1").await.unwrap();
+    is_at(&b, "k", Some("1")).await;
+    let mut events = second.events();
+    assert_eq!(timeout(PATIENCE, events.next()).await.unwrap(), Some(MemberEvent::NodeJoined(first.id().unwrap())));
+    // Some attempts later it is so still.
+    assert!(timeout(Duration::from_secs(2), events.next()).await.is_err());
+    for (cluster, other) in [(&first, &second), (&second, &first)] {
+        assert_eq!(cluster.members().iter().map(|member| Some(member.id)).collect::<Vec<_>>(), [other.id()]);
+        assert_eq!(cluster.peers().len(), 1);
+    }
+    // A node that is reached at every address of its host does not say that it is at none.
+    assert_eq!(second.members()[0].address, None);
+    stop(nodes).await;
+}
+
+/// Two hosts have a bridge of the same address, and their nodes say that they are there.
+#[tokio::test]
+async fn nodes_that_say_the_same_wrong_address_are_two_members_and_have_the_same() {
+    // Nothing listens there.
+    let bridge = tokio::net::TcpSocket::new_v4().unwrap();
+    bridge.bind(LOCAL.parse().unwrap()).unwrap();
+    let first = bind(options(), &[]).await;
+    let mut wrong = options();
+    wrong.advertise = bridge.local_addr().ok();
+    let [second, third] = [bind(wrong.clone(), &[first.address()]).await, bind(wrong, &[first.address()]).await];
+    let nodes = [start(&first).await, start(&second).await, start(&third).await];
+    let handles = [ready(&nodes[0]).await, ready(&nodes[1]).await, ready(&nodes[2]).await];
+    handles[1].put("k.1", "1").await.unwrap();
+    handles[2].put("k.2", "2").await.unwrap();
+    for nkv in &handles {
+        is_at(nkv, "k.1", Some("1")).await;
+        is_at(nkv, "k.2", Some("2")).await;
+    }
+    let ids: BTreeSet<_> = [&second, &third].iter().filter_map(|cluster| cluster.id()).collect();
+    assert_eq!(first.members().iter().map(|member| member.id).collect::<BTreeSet<_>>(), ids);
+    assert!(first.members().iter().all(|member| member.state == MemberState::Joined));
+    let mut events = first.events();
+    for _ in 0..2 {
+        assert!(matches!(timeout(PATIENCE, events.next()).await.unwrap(), Some(MemberEvent::NodeJoined(_))));
+    }
+    assert!(timeout(Duration::from_secs(1), events.next()).await.is_err(), "members come and go");
+    stop(nodes).await;
+}
+
+/// What is logged by all tests.
+#[derive(Clone, Debug, Default)]
+struct Logged(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Logged {
+    fn write(&mut self, part: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(part);
+        Ok(part.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A node was away for longer than deletes are remembered, and lacks what was written meanwhile: it may have been deleted there.
+#[tokio::test]
+async fn what_may_bring_back_a_deleted_key_is_counted_and_few_are_named_in_short_lines() {
+    const KEYS: usize = 3_000;
+    let logged = Logged::default();
+    let writer = logged.clone();
+    tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).init();
+    let mut options = options();
+    options.gc_grace = Duration::from_millis(300);
+    let first = bind(options.clone(), &[]).await;
+    let disk = MemoryPersist::new(Epoch::new(1));
+    let second = bind(options.clone(), &[first.address()]).await;
+    let (node, other) = (start(&first).await, start_with(&second, &disk).await);
+    let [a, b] = [ready(&node).await, ready(&other).await];
+    a.put("k", "1").await.unwrap();
+    is_at(&b, "k", Some("1")).await;
+    let id = second.id().unwrap();
+    let has_contact = |cluster: &Cluster| cluster.members().iter().any(|member| member.contact.is_some());
+    eventually("both had the same", async || has_contact(&first) && has_contact(&second)).await;
+    stop([other]).await;
+    // Each is longer than a line is to name, and has what would be a line of its own.
+    let name = |number: usize| format!("long.\u{202e}{number:05}{}", "x".repeat(500));
+    for numbers in (0..KEYS).collect::<Vec<_>>().chunks(500) {
+        let put = |number: &usize| {
+            let key = name(*number).parse().unwrap();
+            Op::Put { key, value: "v".into(), options: nkv_core::PutOptions::default() }
+        };
+        a.write(numbers.iter().map(put).collect()).await.unwrap();
+    }
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert_eq!(first.brought_back(), 0);
+    let began = Instant::now();
+    let second = bind(options, &[first.address()]).await;
+    let other = start_with(&second, &disk).await;
+    let b = ready(&other).await;
+    is_at(&b, &name(KEYS - 1), Some("v")).await;
+    eventually("all came", async || first.digest() == second.digest()).await;
+    assert_eq!((second.id(), first.brought_back()), (Some(id), KEYS as u64));
+    assert_eq!(a.stats().await.unwrap().numbers["cluster_brought_back"], KEYS as u64);
+    let logged = String::from_utf8(logged.0.lock().unwrap().clone()).unwrap();
+    let lines: Vec<&str> = logged.lines().filter(|line| line.contains("may bring back")).collect();
+    assert!((1..=1 + began.elapsed().as_secs() as usize).contains(&lines.len()), "{} lines", lines.len());
+    for line in lines {
+        assert!(line.contains(r#""long.\u{202e}0"#) && line.contains(" more"), "{line}");
+        assert!(line.len() < 2_000 && !line.contains('\u{202e}'), "{} bytes: {line}", line.len());
+    }
+    stop([node, other]).await;
+}
+
+#[tokio::test]
+async fn an_address_that_no_other_host_can_reach_is_not_advertised() {
+    for wrong in ["0.0.0.0:7000", "[::]:7000", "127.0.0.1:0"] {
+        let mut options = options();
+        options.advertise = wrong.parse().ok();
+        let refused = Cluster::bind(LOCAL.parse().unwrap(), options, StaticPeers::default()).await.unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::InvalidInput, "{wrong}");
+    }
 }
 
 #[tokio::test]
@@ -546,6 +682,205 @@ async fn keys_are_rotated_while_all_nodes_run() {
     let late = start(&third).await;
     is_at(&ready(&late).await, "a", Some(&number.to_string())).await;
     stop(nodes.into_iter().chain([node, late])).await;
+}
+
+/// One node keeps the old key, and the connections that it has: these end at once, on both sides, and it hears no more.
+#[tokio::test]
+async fn a_node_that_keeps_the_old_key_is_shut_out_at_once_and_no_put_of_the_others_is_lost() {
+    let first = bind(with_keys(&[1]), &[]).await;
+    let [second, third] =
+        [bind(with_keys(&[1]), &[first.address()]).await, bind(with_keys(&[1]), &[first.address()]).await];
+    let nodes = [start(&first).await, start(&second).await, start(&third).await];
+    let [a, b, c] = [ready(&nodes[0]).await, ready(&nodes[1]).await, ready(&nodes[2]).await];
+    let all = [&first, &second, &third];
+    eventually("all are connected to all", async || all.iter().all(|cluster| cluster.peers().len() == 2)).await;
+    let is_over = Arc::new(AtomicBool::new(false));
+    let writer = |nkv: Handle, name: &'static str| {
+        let is_over = Arc::clone(&is_over);
+        tokio::spawn(async move {
+            let mut number = 0;
+            while !is_over.load(Relaxed) {
+                nkv.put(format!("{name}.{number}"), "v").await.unwrap();
+                number += 1;
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            number
+        })
+    };
+    let writers = [writer(a.clone(), "a"), writer(b.clone(), "b")];
+    for keys in [&[1, 2][..], &[2, 1], &[2]] {
+        for cluster in [&first, &second] {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            cluster.set_keys(keys_of(keys)).unwrap();
+        }
+    }
+    let rotated = Instant::now();
+    let out = third.id().unwrap();
+    eventually("the third is shut out", async || {
+        third.peers().is_empty() && [&first, &second].iter().all(|cluster| !cluster.peers().contains(&out))
+    })
+    .await;
+    println!("TEST shut_out_ms = {}", rotated.elapsed().as_millis());
+    assert!(rotated.elapsed() < Duration::from_secs(1), "{:?}", rotated.elapsed());
+    a.put("late", "1").await.unwrap();
+    c.put("outside", "1").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    is_over.store(true, Relaxed);
+    for (written, name, other) in writers.into_iter().zip(["a", "b"]).zip([&b, &a]).map(|((w, n), o)| (w, n, o)) {
+        for number in 0..written.await.unwrap() {
+            is_at(other, &format!("{name}.{number}"), Some("v")).await;
+        }
+    }
+    assert_eq!((value(&c, "late").await, value(&a, "outside").await), (None, None));
+    stop(nodes).await;
+}
+
+/// Carries the bytes of connections to `to`, and keeps what the one that opened each has sent.
+async fn record_on_the_way(to: SocketAddr) -> (SocketAddr, Arc<Mutex<Vec<Vec<u8>>>>) {
+    let listener = TcpListener::bind(LOCAL).await.unwrap();
+    let (address, said) = (listener.local_addr().unwrap(), Arc::<Mutex<Vec<Vec<u8>>>>::default());
+    let kept = Arc::clone(&said);
+    tokio::spawn(async move {
+        while let Ok((from, _)) = listener.accept().await {
+            let Ok(to) = TcpStream::connect(to).await else { continue };
+            let ((mut from, mut back), (mut answers, mut to)) = (from.into_split(), to.into_split());
+            let (kept, number) = (Arc::clone(&kept), kept.lock().unwrap().len());
+            kept.lock().unwrap().push(Vec::new());
+            tokio::spawn(async move { tokio::io::copy(&mut answers, &mut back).await });
+            tokio::spawn(async move {
+                let mut part = vec![0; 1 << 16];
+                while let Ok(len @ 1..) = from.read(&mut part).await {
+                    kept.lock().unwrap()[number].extend_from_slice(&part[..len]);
+                    if to.write_all(&part[..len]).await.is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    (address, said)
+}
+
+/// All that a node said is sent again, to the same node and to it after a restart: nothing is taken, and nothing is lost by it.
+#[tokio::test]
+async fn what_was_recorded_does_nothing_when_it_is_sent_again_also_after_a_restart() {
+    let disk = MemoryPersist::new(Epoch::new(1));
+    let first = bind(with_keys(&[1]), &[]).await;
+    let node = start_with(&first, &disk).await;
+    let nkv = ready(&node).await;
+    let (way, said) = record_on_the_way(first.address()).await;
+    let second = bind(with_keys(&[1]), &[way]).await;
+    let other = start(&second).await;
+    let b = ready(&other).await;
+    for number in 0..20 {
+        b.put("k", number.to_string()).await.unwrap();
+        b.put("gone", "v").await.unwrap();
+    }
+    is_at(&nkv, "k", Some("19")).await;
+    stop([other]).await;
+    nkv.delete("gone").await.unwrap();
+    nkv.put("k", "newer").await.unwrap();
+    let recorded = said.lock().unwrap().clone();
+    let heads: BTreeSet<&[u8]> = recorded.iter().filter_map(|said| said.get(2..34)).collect();
+    assert!(!heads.is_empty() && heads.len() == recorded.iter().filter(|said| said.len() > 34).count(), "a key twice");
+
+    let again = async |to: SocketAddr| {
+        for said in &recorded {
+            let mut stream = TcpStream::connect(to).await.unwrap();
+            // It may have been ended before all is sent.
+            drop(stream.write_all(said).await);
+            let mut answer = Vec::new();
+            drop(timeout(PATIENCE, stream.read_to_end(&mut answer)).await.unwrap());
+            assert!(answer.len() <= 50, "{} bytes are said to a recording", answer.len());
+        }
+    };
+    eventually("the other has gone", async || first.peers().is_empty()).await;
+    let digest = first.digest();
+    again(first.address()).await;
+    assert_eq!((first.digest(), first.peers().len()), (digest, 0));
+    stop([node]).await;
+
+    let first = bind(with_keys(&[1]), &[]).await;
+    let node = start_with(&first, &disk).await;
+    let nkv = ready(&node).await;
+    again(first.address()).await;
+    assert_eq!((first.digest(), first.members().len()), (digest, 0));
+    assert_eq!((value(&nkv, "k").await.as_deref(), value(&nkv, "gone").await), (Some("newer"), None));
+    // One that has the key is taken still.
+    let third = bind(with_keys(&[1]), &[first.address()]).await;
+    let late = start(&third).await;
+    is_at(&ready(&late).await, "k", Some("newer")).await;
+    stop([node, late]).await;
+}
+
+/// Peers that say nothing, and such that say rubbish, come without end: those that are members stay, others join, and puts arrive.
+#[tokio::test]
+async fn strangers_without_end_cost_no_member_its_place_and_hold_up_no_put() {
+    // More than a node has connections.
+    const SILENT: usize = 600;
+    for mut options in [options(), with_keys(&[1])] {
+        // Longer than the test: only that they are strangers ends them.
+        options.peer_timeout = PATIENCE * 2;
+        let first = bind(options.clone(), &[]).await;
+        let second = bind(options.clone(), &[first.address()]).await;
+        let nodes = [start(&first).await, start(&second).await];
+        let [a, b] = [ready(&nodes[0]).await, ready(&nodes[1]).await];
+        eventually("they are connected", async || first.peers().len() == 1 && second.peers().len() == 1).await;
+        let mut events = first.events();
+        let is_second = MemberEvent::NodeJoined(second.id().unwrap());
+        assert_eq!(timeout(PATIENCE, events.next()).await.unwrap(), Some(is_second));
+        let puts = async |round: &str| {
+            let (mut pace, mut took) = (tokio::time::interval(Duration::from_millis(5)), Vec::new());
+            for number in 0..200 {
+                pace.tick().await;
+                let began = Instant::now();
+                a.put(format!("k.{number}"), round).await.unwrap();
+                took.push(began.elapsed().as_micros());
+            }
+            is_at(&b, "k.199", Some(round)).await;
+            took.sort_unstable();
+            took[took.len() * 99 / 100]
+        };
+        let quiet = puts("quiet").await;
+        let (is_over, came) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let flood = {
+            let (is_over, came, to) = (Arc::clone(&is_over), Arc::clone(&came), first.address());
+            std::thread::spawn(move || {
+                let connect = |said: &[u8]| {
+                    let mut stream = std::net::TcpStream::connect(to).ok()?;
+                    // It may have been ended.
+                    drop(std::io::Write::write_all(&mut stream, said));
+                    came.fetch_add(1, Relaxed);
+                    Some(stream)
+                };
+                let mut silent: Vec<_> = (0..SILENT).map(|number| connect(&[0, 0][..number % 3])).collect();
+                while !is_over.load(Relaxed) {
+                    for rubbish in [&[0; 100][..], &[0xff; 100], b"GET / HTTP/1.1\r\n\r\n"] {
+                        connect(rubbish);
+                    }
+                    silent.extend([connect(&[])]);
+                    silent.remove(0);
+                    // The other threads are to have their turn, also on one processor.
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            })
+        };
+        eventually("strangers are there", async || came.load(Relaxed) > SILENT).await;
+        let flooded = puts("flooded").await;
+        // One that comes meanwhile is let in, and given what there is.
+        let third = bind(options, &[first.address()]).await;
+        let late = start(&third).await;
+        is_at(&ready(&late).await, "k.199", Some("flooded")).await;
+        eventually("2,000 have come", async || came.load(Relaxed) > 2_000).await;
+        is_over.store(true, Relaxed);
+        flood.join().unwrap();
+        println!("TEST strangers came={} quiet_p99_us={quiet} flooded_p99_us={flooded}", came.load(Relaxed));
+        assert!(flooded < 1_000_000, "a put takes {flooded} us");
+        let is_third = MemberEvent::NodeJoined(third.id().unwrap());
+        assert_eq!(timeout(PATIENCE, events.next()).await.unwrap(), Some(is_third));
+        assert!(timeout(Duration::from_millis(100), events.next()).await.is_err(), "a member was lost");
+        stop(nodes.into_iter().chain([late])).await;
+    }
 }
 
 #[tokio::test]

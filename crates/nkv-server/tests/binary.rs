@@ -435,6 +435,12 @@ fn a_cluster_that_cannot_be_meant_is_refused() {
             &["--persist", "memory", "--cluster", "home", "--gossip", "127.0.0.1:0", "--discover", "static:h:1"],
             "--advertise",
         ),
+        (&["--insecure", "--cluster", "home", "--gossip", "0.0.0.0:7000", "--discover", "static:h:1"], "--advertise"),
+        (&["--insecure", "--cluster", "home", "--gossip", "[::]:7000", "--discover", "static:h:1"], "--advertise"),
+        (
+            &["--persist", "memory", "--cluster", "home", "--gossip", "127.0.0.1:0", "--advertise", "0.0.0.0:7000"],
+            "--advertise",
+        ),
         #[cfg(feature = "engines")]
         (
             &["--cluster", "home", "--gossip", "127.0.0.1:0", "--engine", "etcd://127.0.0.1:1/x"],

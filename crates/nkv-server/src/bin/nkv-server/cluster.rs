@@ -167,6 +167,13 @@ impl ClusterArgs {
         reread: watch::Receiver<()>,
     ) -> Result<Joined, ServerError> {
         let gossip = self.gossip.ok_or_else(|| usage("--cluster needs --gossip ADDR"))?;
+        let own = self.advertise.unwrap_or(gossip);
+        let is_said = self.advertise.is_some() || self.discover.is_some();
+        if is_said && (own.port() == 0 || own.ip().is_unspecified()) {
+            return Err(usage(
+                "others find this node by its address: give --gossip or --advertise with an IP and a port",
+            ));
+        }
         let options = self.options(name, is_insecure, value_len_max, clock_file)?;
         let bind = |source| ServerError::Bind { address: gossip.to_string(), source };
         let Some(spec) = &self.discover else {
@@ -175,12 +182,6 @@ impl ClusterArgs {
             info!("the cluster '{name}' reaches this node at {}", cluster.address());
             return Ok(Joined { cluster, known: None });
         };
-        let own = self.advertise.unwrap_or(gossip);
-        if own.port() == 0 || own.ip().is_unspecified() {
-            return Err(usage(
-                "others find this node by its address: give --gossip or --advertise with an IP and a port",
-            ));
-        }
         let discovery = spec.provider().map_err(|error| usage(format!("--discover: {error}")))?;
         let discovery: Arc<dyn Discovery> = discovery.into();
         if let Err(error) = discovery.register(own).await {

@@ -11,12 +11,14 @@ use crate::engine::Inner;
 use crate::write::{JOINED_LEN_MAX, JOINED_MAX, plain_key, value_len};
 
 type Done = oneshot::Sender<Result<Decided, EngineError>>;
+/// The writes of a caller.
+type Own = (Vec<Op>, Done);
 
 /// Writes that wait for the transaction under way.
 #[derive(Debug, Default)]
 pub(crate) struct Gathering {
     is_under_way: bool,
-    waiting: VecDeque<(Vec<Op>, Done)>,
+    waiting: VecDeque<Own>,
 }
 
 impl Gathering {
@@ -28,7 +30,7 @@ impl Gathering {
 
     /// Takes what fits into one transaction, and what cannot share one: it has a key that is in it already, or is too long. Where
     /// nothing waits, none is under way.
-    fn take(&mut self) -> Option<[Vec<(Vec<Op>, Done)>; 2]> {
+    fn take(&mut self) -> Option<[Vec<Own>; 2]> {
         // What the caller has given up was never sent, and must not be sent behind its later writes.
         self.waiting.retain(|(_, done)| !done.is_closed());
         let (mut shared, mut alone) = (Vec::new(), Vec::new());
@@ -65,7 +67,7 @@ impl Inner {
         self.gathering.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn decide_for(&self, writes: Vec<(Vec<Op>, Done)>) {
+    async fn decide_for(&self, writes: Vec<Own>) {
         let (mut ops, mut callers) = (Vec::new(), Vec::with_capacity(writes.len()));
         for (own, done) in writes {
             callers.push((own.len(), done));

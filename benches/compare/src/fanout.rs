@@ -66,20 +66,18 @@ pub(crate) fn run(target: Target, value: usize, subscribers: usize, rate: Option
     let end = begin + (span.measured * 1e9) as u64;
     let warm = begin + (span.warm_up * 1e9) as u64;
     let step = rate.map(|rate| SECOND / rate);
-    let cpu = [sys::cpu_s(target.pid, None), sys::own_cpu_s()];
+    let cpu = [target.cpu_s(), sys::own_cpu_s()];
     let (mut rss_begin, mut at_end, mut quiet_since) = (None, None, end);
     loop {
         let now = sys::now();
         if now >= warm && rss_begin.is_none() {
-            rss_begin = Some(sys::rss_mb(target.pid));
+            rss_begin = Some(target.rss_mb());
         }
         if now < end {
             let due = step.map_or(u64::MAX, |step| (now - begin) / step + 1);
             write(&mut pool, due, &mut seq);
         } else {
-            at_end.get_or_insert_with(|| {
-                (sys::rss_mb(target.pid), sys::cpu_s(target.pid, None) - cpu[0], sys::own_cpu_s() - cpu[1])
-            });
+            at_end.get_or_insert_with(|| (target.rss_mb(), target.cpu_s() - cpu[0], sys::own_cpu_s() - cpu[1]));
             if pool.connections[0].is_busy() || seen.highest[1..].iter().any(|highest| *highest < seq) {
                 quiet_since = now;
             }

@@ -11,7 +11,7 @@ use crate::load::{self, Shape, Span};
 use crate::peers::{Peer, Running, Site};
 use crate::pool::{Depth, Keys};
 use crate::report::Figures;
-use crate::{Result, fanout, footprint};
+use crate::{Result, fanout, footprint, watches};
 
 /// Bytes of a value, unless said otherwise.
 const VALUE: usize = 100;
@@ -31,9 +31,14 @@ pub(crate) enum Work {
         rate: Option<u64>,
     },
     Footprint,
-    /// From the start to the first answer, with so many keys stored.
+    /// From the start to the first answer, with so many keys stored, each overwritten so many times before.
     Start {
         keys: usize,
+        overwritten: usize,
+    },
+    /// Subscriptions on two servers in front of one engine.
+    Watches {
+        subscriptions: usize,
     },
 }
 
@@ -62,6 +67,8 @@ pub(crate) enum Bound {
     /// The ratio of our figure to the (best) rival's.
     AtLeast(f64),
     AtMost(f64),
+    /// Our figure less the (best) rival's.
+    AddsAtMost(f64),
     /// Our figure itself.
     Below(f64),
     Above(f64),
@@ -107,7 +114,9 @@ impl Work {
             Work::FanOut { subscribers, rate: Some(rate) } => format!("fan-out to {subscribers}, {rate} puts/s"),
             Work::FanOut { subscribers, rate: None } => format!("flood to {subscribers}"),
             Work::Footprint => "footprint".to_owned(),
-            Work::Start { keys } => format!("start, {keys} keys"),
+            Work::Start { keys, overwritten: 0 } => format!("start, {keys} keys"),
+            Work::Start { keys, overwritten } => format!("start, {keys} keys, overwritten {overwritten} times"),
+            Work::Watches { subscriptions } => format!("{subscriptions} subscriptions on two nodes"),
         }
     }
 }
@@ -164,11 +173,12 @@ fn itself(goal: u32, figure: &'static str, work: Work, other: Work, bound: Bound
 }
 
 const PACED: Work = Work::FanOut { subscribers: 500, rate: Some(100) };
-const START: Work = Work::Start { keys: 100_000 };
+const FLOOD: Work = Work::FanOut { subscribers: 500, rate: None };
+const START: Work = Work::Start { keys: 100_000, overwritten: 0 };
 
 /// Every line of the table, by goal.
 pub(crate) fn lines() -> Vec<Line> {
-    [requests(), subscriptions(), growth_goals(), footprints(), tails(), unpinned(), http(), grpc()].concat()
+    [requests(), subscriptions(), growth_goals(), footprints(), tails(), unpinned(), http(), grpc(), engines()].concat()
 }
 
 fn requests() -> Vec<Line> {
@@ -245,7 +255,7 @@ fn tails() -> Vec<Line> {
     let compacted = put(50, 1).keys(100_000).beside(Around::Churned(500_000));
     vec![
         rivals(11, "first_answer_s", START, NkvSync, &[RedisAlways], AtMost(0.5)),
-        rivals(11, "first_answer_s", Work::Start { keys: 1_000_000 }, NkvSync, &[], Below(1.0)),
+        rivals(11, "first_answer_s", Work::Start { keys: 1_000_000, overwritten: 0 }, NkvSync, &[], Below(1.0)),
         itself(12, "p99_us", compacted, put(50, 1), AtMost(1.5)),
         itself(12, "compaction_cpu_s", compacted, put(50, 1), None),
         itself(12, "p99_us", stalled, one, AtMost(1.1)),
@@ -295,8 +305,46 @@ fn grpc() -> Vec<Line> {
     ]
 }
 
+/// nkv in front of an engine beside the engine by itself. It needs a build with `--features full`.
+fn engines() -> Vec<Line> {
+    use Bound::*;
+    use Peer::*;
+    let mut lines = Vec::new();
+    for (ours, engine) in [(NkvEtcd, Etcd), (NkvNats, Nats)] {
+        let beside = |figure, work, bound| rivals(ENGINES, figure, work, ours, &[engine], bound);
+        let alone = |figure, work, bound| rivals(ENGINES, figure, work, ours, &[], bound);
+        lines.extend([
+            beside("p50_us", put(1, 1), AddsAtMost(300.0)),
+            beside("per_s", put(50, 1), AtLeast(0.7)),
+            alone("first_answer_s", START, Below(2.0)),
+            alone("first_answer_s", Work::Start { keys: 100_000, overwritten: 50 }, Below(2.0)),
+            rivals(ENGINES, "rss_mb", START, ours, &[NkvSync], None),
+            rivals(ENGINES, "keys_mb", Work::Footprint, ours, &[NkvSync], AtMost(1.1)),
+        ]);
+        for figure in ["p50_us", "p99_us", "rss_end_mb", "server_cpu_s"] {
+            lines.push(beside(figure, PACED, None));
+        }
+        for figure in ["delivered_per_s", "puts_per_s", "p50_us", "p99_us", "latest_share", "rss_end_mb"] {
+            lines.push(beside(figure, FLOOD, if figure == "delivered_per_s" { AtLeast(2.0) } else { None }));
+        }
+        let many = Work::Watches { subscriptions: 10_000 };
+        lines.extend([
+            alone("watches", many, Below(2.0)),
+            alone("delivered_share", many, Above(1.0)),
+            alone("p50_us", many, None),
+            alone("p99_us", many, None),
+            alone("nodes_mb", many, None),
+            alone("engine_mb", many, None),
+        ]);
+    }
+    lines
+}
+
 /// The goal whose servers and load have all processors.
 pub(crate) const UNPINNED: u32 = 13;
+
+/// The goal of engines, which is measured only where it is asked for. Its servers and load have all processors too.
+pub(crate) const ENGINES: u32 = 17;
 
 /// Servers side by side at one work, for the picture; nkv is the first.
 #[derive(Clone, Debug)]
@@ -400,15 +448,25 @@ impl Bench {
     /// Starts the server of a cell, measures, and stops it.
     pub(crate) fn measure(&self, goal: u32, cell: Cell) -> Result<Figures> {
         let [all, server, load] = &self.cpus;
-        let (server, own) = if goal == UNPINNED { (all, all) } else { (server, load) };
+        let (server, own) = if matches!(goal, UNPINNED | ENGINES) { (all, all) } else { (server, load) };
         crate::sys::pin(own)?;
         let site = Site { nkv: &self.nkv, dir: &self.dir, cpus: server };
         let running = Running::start(cell.peer, site)?;
         let (running, figures) = match cell.work {
-            Work::Start { keys } => {
-                load::fill(running.target, VALUE, Keys::plain(keys))?;
+            Work::Start { keys, overwritten } => {
+                for _ in 0..=overwritten {
+                    load::fill(running.target, VALUE, Keys::plain(keys))?;
+                }
                 let running = running.restart(cell.peer, site, keys - 1)?;
-                let figures = Figures::from([("first_answer_s", running.first_answer_s)]);
+                let rss_mb = crate::sys::rss_mb(running.target.pid);
+                let figures = Figures::from([("first_answer_s", running.first_answer_s), ("rss_mb", rss_mb)]);
+                (running, figures)
+            }
+            Work::Watches { subscriptions } => {
+                let second = running.second(cell.peer, site, 0)?;
+                let engine = running.engine.as_ref().ok_or("it has no engine")?.target;
+                let figures = watches::run([running.target, second.target], engine, VALUE, subscriptions)?;
+                second.stop()?;
                 (running, figures)
             }
             work => {
@@ -439,7 +497,7 @@ impl Bench {
             }
             Work::FanOut { subscribers, rate } => fanout::run(target, VALUE, subscribers, rate, self.span),
             Work::Footprint => footprint::run(running, VALUE, 100_000, 500, self.settle),
-            Work::Start { .. } => unreachable!("measured by starting"),
+            Work::Start { .. } | Work::Watches { .. } => unreachable!("measured by starting"),
         }
     }
 }

@@ -61,9 +61,9 @@ pub(crate) fn fill(target: Target, value: usize, keys: Keys) -> Result<f64> {
 pub(crate) fn settle(target: Target) {
     const LOOK: Duration = Duration::from_millis(50);
     for _ in 0..100 {
-        let before = sys::cpu_s(target.pid, None);
+        let before = target.cpu_s();
         thread::sleep(LOOK);
-        if sys::cpu_s(target.pid, None) - before < LOOK.as_secs_f64() / 20.0 {
+        if target.cpu_s() - before < LOOK.as_secs_f64() / 20.0 {
             return;
         }
     }
@@ -85,7 +85,7 @@ pub(crate) fn run(target: Target, shape: Shape, span: Span) -> Result<Figures> {
     let end = begin + (span.measured * 1e9) as u64;
     let mut random = Random::new();
     let mut hist = Hist::new();
-    let times = || [sys::cpu_s(target.pid, None), sys::own_cpu_s(), sys::cpu_s(target.pid, Some("nkv-compact"))];
+    let times = || [target.cpu_s(), sys::own_cpu_s(), sys::cpu_s(target.pid, Some("nkv-compact"))];
     let (mut at_begin, mut at_end) = (None, None);
     let tally = pool.drive(
         shape.keys,
@@ -114,7 +114,7 @@ pub(crate) fn run(target: Target, shape: Shape, span: Span) -> Result<Figures> {
         ("p50_us", hist.us(0.5)),
         ("p99_us", hist.us(0.99)),
         ("p999_us", hist.us(0.999)),
-        ("rss_mb", sys::rss_mb(target.pid)),
+        ("rss_mb", target.rss_mb()),
         ("server_cpu_s", to[0] - from[0]),
         ("own_cpu_s", to[1] - from[1]),
         ("compaction_cpu_s", to[2] - from[2]),

@@ -16,6 +16,7 @@ mod session;
 mod stalls;
 mod sys;
 mod versions;
+mod watches;
 mod wire;
 
 use std::path::Path;
@@ -42,9 +43,9 @@ compare plot    FILE [DIR]   draw performance.svg from a run, or performance-gro
 compare disk                 syncs a second that the disk can do
 
 Options:
-  --goals 1,2,5     only these goals
+  --goals 1,2,5     only these goals; 17 (engines) is measured only if it is among them
   --peers TEXT,...  only measurements of servers whose names contain one of these
-  --only TEXT,...   stalls: only those whose names contain one of these
+  --only TEXT,...   only work, or stalls, whose names contain one of these
   --rounds N        rounds, in each of which every server has its turn (5; of two builds 6, of stalls 3)
   --seconds S       length of a measurement (2)
   --quick           2 rounds of half a second; stalls: fewer keys

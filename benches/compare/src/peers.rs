@@ -4,6 +4,7 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::rc::Rc;
 use std::thread;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use rustix::thread::CpuSet;
 use crate::Result;
 use crate::drivers::Protocol;
 use crate::load;
-use crate::pool::Target;
+use crate::pool::{Keys, Target};
 use crate::sys::{self, SECOND, Server};
 
 /// Bytes of the value that is asked for after a restart.
@@ -40,10 +41,12 @@ pub(crate) enum Peer {
     NkvGrpc,
     NkvGrpcSync,
     GrpcEcho,
+    NkvEtcd,
+    NkvNats,
 }
 
 impl Peer {
-    pub(crate) const ALL: [Peer; 17] = [
+    pub(crate) const ALL: [Peer; 19] = [
         Peer::NkvSync,
         Peer::NkvOs,
         Peer::NkvMemory,
@@ -61,6 +64,8 @@ impl Peer {
         Peer::NkvGrpc,
         Peer::NkvGrpcSync,
         Peer::GrpcEcho,
+        Peer::NkvEtcd,
+        Peer::NkvNats,
     ];
 
     /// Stands in the raw figures: stable.
@@ -83,6 +88,8 @@ impl Peer {
             Peer::NkvGrpc => "nkv gRPC memory",
             Peer::NkvGrpcSync => "nkv gRPC sync",
             Peer::GrpcEcho => "gRPC echo",
+            Peer::NkvEtcd => "nkv over etcd",
+            Peer::NkvNats => "nkv over NATS",
         }
     }
 
@@ -90,11 +97,21 @@ impl Peer {
         matches!(self.name().split(' ').next(), Some("nkv"))
     }
 
+    /// What must run behind it.
+    pub(crate) fn engine(self) -> Option<Peer> {
+        match self {
+            Peer::NkvEtcd => Some(Peer::Etcd),
+            Peer::NkvNats => Some(Peer::Nats),
+            _ => None,
+        }
+    }
+
     /// What an answer to a put says.
     fn durability(self) -> &'static str {
         match self {
             Peer::NkvSync | Peer::NkvHttpSync | Peer::NkvGrpcSync => "on the disk (fdatasync)",
             Peer::RedisAlways | Peer::Etcd | Peer::EtcdGateway => "on the disk (fdatasync)",
+            Peer::NkvEtcd | Peer::NkvNats => "as the engine says",
             Peer::NkvOs => "given to the system; on the disk when the system likes",
             Peer::RedisEverysec => "given to the system; on the disk within a second or two",
             Peer::Nats => "given to the system; on the disk within two minutes (the default)",
@@ -105,7 +122,7 @@ impl Peer {
 
     fn protocol(self) -> Protocol {
         match self {
-            Peer::NkvSync | Peer::NkvOs | Peer::NkvMemory => Protocol::Nkv,
+            Peer::NkvSync | Peer::NkvOs | Peer::NkvMemory | Peer::NkvEtcd | Peer::NkvNats => Protocol::Nkv,
             Peer::RedisAlways | Peer::RedisEverysec | Peer::RedisNone => Protocol::Redis,
             Peer::Nats => Protocol::Nats,
             Peer::Etcd => Protocol::Etcd,
@@ -130,7 +147,7 @@ impl Peer {
         }
     }
 
-    /// The arguments, separated by spaces; `{addr}`, `{port}`, `{port2}` and `{dir}` are filled in, `''` is an empty one.
+    /// The arguments, separated by spaces; `{addr}`, `{port}`, `{port2}`, `{dir}` and `{engine}` are filled in, `''` is an empty one.
     fn arguments(self) -> String {
         const REDIS: &str =
             "--bind 127.0.0.1 --port {port} --dir {dir} --daemonize no --loglevel warning --save '' --appendonly";
@@ -160,11 +177,14 @@ impl Peer {
                 "127.0.0.1:{port2} --grpc {addr} --data-dir {dir} --log-level warn --durability sync".to_owned()
             }
             Peer::GrpcEcho => "grpc-echo-server {addr}".to_owned(),
+            Peer::NkvEtcd => "{addr} --log-level warn --engine etcd://{engine}/nkv".to_owned(),
+            Peer::NkvNats => "{addr} --log-level warn --engine nats://{engine}/nkv".to_owned(),
         }
     }
 
     /// Program and version, arguments, durability: what a reader needs to judge the comparison. None if not installed.
     pub(crate) fn settings(self, nkv: &Path) -> Option<[String; 3]> {
+        self.engine().map_or(Some(()), |engine| engine.program(nkv).map(drop))?;
         let program = self.program(nkv)?;
         let version = match self {
             Peer::Echo => "compare echo-server, one tokio thread".to_owned(),
@@ -197,6 +217,8 @@ pub(crate) struct Site<'a> {
 #[derive(Debug)]
 pub(crate) struct Running {
     server: Server,
+    /// It goes with the last of those in front of it.
+    pub(crate) engine: Option<Rc<Running>>,
     pub(crate) target: Target,
     pub(crate) program: String,
     /// Seconds from its start to its first answer.
@@ -207,23 +229,31 @@ pub(crate) struct Running {
 impl Running {
     /// Starts a server without data.
     pub(crate) fn start(peer: Peer, site: Site<'_>) -> Result<Running> {
-        let data = site.dir.join(peer.name().replace(' ', "-"));
-        if data.exists() {
-            fs::remove_dir_all(&data)?;
-        }
-        fs::create_dir(&data)?;
-        Running::start_in(data, peer, site, None)
+        let engine = peer.engine().map(|engine| Running::start(engine, site)).transpose()?.map(Rc::new);
+        let data = fresh(site.dir.join(peer.name().replace(' ', "-")))?;
+        Running::start_in(data, peer, site, engine, None)
     }
 
-    /// Starts the server again, on the data it has; it must then have the key with this number.
+    /// Starts another server in front of the same engine; it must have the key with this number.
+    pub(crate) fn second(&self, peer: Peer, site: Site<'_>, key: usize) -> Result<Running> {
+        Running::start_in(fresh(site.dir.join("second"))?, peer, site, self.engine.clone(), Some(key))
+    }
+
+    /// Starts the server again, on the data it has, its engine going on meanwhile; it must then have the key with this number.
     pub(crate) fn restart(self, peer: Peer, site: Site<'_>, key: usize) -> Result<Running> {
         let data = self.data.clone();
         self.server.stop();
         thread::sleep(Duration::from_millis(100));
-        Running::start_in(data, peer, site, Some(key))
+        Running::start_in(data, peer, site, self.engine, Some(key))
     }
 
-    fn start_in(data: PathBuf, peer: Peer, site: Site<'_>, key: Option<usize>) -> Result<Running> {
+    fn start_in(
+        data: PathBuf,
+        peer: Peer,
+        site: Site<'_>,
+        engine: Option<Rc<Running>>,
+        key: Option<usize>,
+    ) -> Result<Running> {
         let program = peer.program(site.nkv).ok_or("not installed")?.to_string_lossy().into_owned();
         let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, sys::free_port()?));
         let (port, port2) = (addr.port().to_string(), sys::free_port()?.to_string());
@@ -232,7 +262,10 @@ impl Running {
         if !peer.is_nkv() {
             fs::create_dir_all(&dir)?;
         }
+        let behind = engine.as_ref().map(|engine| engine.target);
         let fill = |argument: &str| {
+            let engine = behind.map_or(String::new(), |engine| engine.addr.to_string());
+            let argument = argument.replace("{engine}", &engine);
             let argument = argument.replace("{addr}", &addr.to_string()).replace("{dir}", &dir.to_string_lossy());
             argument.replace("{port2}", &port2).replace("{port}", &port).replace("''", "")
         };
@@ -240,10 +273,16 @@ impl Running {
             [program.clone()].into_iter().chain(peer.arguments().split_whitespace().map(fill)).collect();
         let log = site.dir.join(format!("{}.log", peer.name()));
         let mut server = Server::start(&command, site.cpus, &log)?;
-        let target = Target { protocol: peer.protocol(), addr, pid: server.pid() };
+        let target =
+            Target { protocol: peer.protocol(), addr, pid: server.pid(), engine: behind.map(|engine| engine.pid) };
         loop {
             // Refused until it listens, and some answer late.
-            match load::ask(target, VALUE, key.is_none(), key.unwrap_or(0)) {
+            let asked = match key {
+                // Until it has the engine's state it answers, and takes nothing.
+                None if engine.is_some() => load::fill(target, VALUE, Keys::plain(1)).map(|_| true),
+                _ => load::ask(target, VALUE, key.is_none(), key.unwrap_or(0)),
+            };
+            match asked {
                 Ok(found) if found || key.is_none() => break,
                 _ if sys::now() > server.since + START_LIMIT => {
                     return Err(format!("{} does not answer", peer.name()).into());
@@ -257,14 +296,24 @@ impl Running {
             thread::sleep(Duration::from_millis(1));
         }
         let first_answer_s = (sys::now() - server.since) as f64 / 1e9;
-        Ok(Running { server, target, program, first_answer_s, data })
+        Ok(Running { server, engine, target, program, first_answer_s, data })
     }
 
-    /// Stops the server and removes its data.
+    /// Stops the server, and the engine if no other is in front of it, and removes their data.
     pub(crate) fn stop(self) -> Result<()> {
         self.server.stop();
-        Ok(fs::remove_dir_all(&self.data)?)
+        fs::remove_dir_all(&self.data)?;
+        self.engine.and_then(Rc::into_inner).map_or(Ok(()), Running::stop)
     }
+}
+
+/// An empty directory.
+fn fresh(dir: PathBuf) -> Result<PathBuf> {
+    if dir.exists() {
+        fs::remove_dir_all(&dir)?;
+    }
+    fs::create_dir(&dir)?;
+    Ok(dir)
 }
 
 #[cfg(test)]

@@ -23,6 +23,24 @@ pub(crate) struct Target {
     pub(crate) protocol: Protocol,
     pub(crate) addr: SocketAddr,
     pub(crate) pid: u32,
+    /// The process of the engine behind it.
+    pub(crate) engine: Option<u32>,
+}
+
+impl Target {
+    /// Resident memory of all processes that serve, in MB.
+    pub(crate) fn rss_mb(self) -> f64 {
+        self.pids().map(sys::rss_mb).sum()
+    }
+
+    /// Their processor seconds.
+    pub(crate) fn cpu_s(self) -> f64 {
+        self.pids().map(|pid| sys::cpu_s(pid, None)).sum()
+    }
+
+    fn pids(self) -> impl Iterator<Item = u32> {
+        [Some(self.pid), self.engine].into_iter().flatten()
+    }
 }
 
 /// Keys from 0 on, written when they are needed: a list of a million would be measured as well.
@@ -175,7 +193,8 @@ impl Connection {
 
 /// Connections that are waited for together.
 pub(crate) struct Pool {
-    target: Target,
+    /// Where connections that are added go to.
+    pub(crate) target: Target,
     values: Arc<Values>,
     pub(crate) epoll: Epoll,
     pub(crate) connections: Vec<Connection>,

@@ -146,12 +146,16 @@ impl Raw {
 
     /// The ratio of our figure to the best rival's, round by round.
     fn ratio(&self, line: &Line) -> Option<Spread> {
+        self.against(line, |ours, best| ours / best)
+    }
+
+    fn against(&self, line: &Line, with: fn(f64, f64) -> f64) -> Option<Spread> {
         let rounds = |cell: &Cell| self.rounds(line.goal, *cell, line.figure);
         let rivals: Vec<_> = line.theirs.iter().map(rounds).collect();
         let ratios = rounds(&line.ours).into_iter().filter_map(|(round, ours)| {
             let theirs = rivals.iter().filter_map(|rival| rival.get(&round)).copied();
             let best = if more_is_better(line.figure) { theirs.reduce(f64::max) } else { theirs.reduce(f64::min) };
-            best.filter(|best| *best > 0.0).map(|best| ours / best)
+            best.filter(|best| *best > 0.0).map(|best| with(ours, best))
         });
         Spread::of(ratios.collect())
     }
@@ -162,17 +166,22 @@ impl Raw {
             "| goal | work | figure | nkv | beside | ratio | spread | wanted | met |\n|-|-|-|-|-|-|-|-|-|\n".to_owned();
         for line in lines {
             let Some(ours) = self.spread(line.goal, line.ours, line.figure) else { continue };
-            let itself = line.theirs.iter().any(|cell| cell.peer.is_nkv());
             let rivals = line.theirs.iter().filter_map(|cell| {
+                let itself = cell.peer == line.ours.peer;
                 let name = if itself { cell.work.name() } else { cell.peer.name().to_owned() };
                 let spread = self.spread(line.goal, *cell, line.figure)?;
                 Some(format!("{name} {}", with_unit(spread.median, line.figure)))
             });
             let rivals = rivals.collect::<Vec<_>>().join("; ");
             let ratio = self.ratio(line);
+            let added = self.against(line, |ours, best| ours - best);
             let (wanted, judged) = match line.bound {
                 Bound::AtLeast(bound) => (format!("≥ {bound} x"), ratio.map(|ratio| ratio.median >= bound)),
                 Bound::AtMost(bound) => (format!("≤ {bound} x"), ratio.map(|ratio| ratio.median <= bound)),
+                Bound::AddsAtMost(bound) => {
+                    let met = added.map(|added| added.median <= bound);
+                    (format!("≤ {} more", with_unit(bound, line.figure)), met)
+                }
                 Bound::Below(bound) => (format!("≤ {}", with_unit(bound, line.figure)), Some(ours.median <= bound)),
                 Bound::Above(bound) => (format!("≥ {}", with_unit(bound, line.figure)), Some(ours.median >= bound)),
                 Bound::None => (String::new(), None),
@@ -180,6 +189,11 @@ impl Raw {
             let (ratio, spread) = match (ratio, line.bound) {
                 (Some(ratio), Bound::AtLeast(_) | Bound::AtMost(_) | Bound::None) => ratio.as_ratio(),
                 (None, Bound::AtLeast(_) | Bound::AtMost(_)) => Default::default(),
+                (_, Bound::AddsAtMost(_)) => added.map_or_else(Default::default, |added| {
+                    let [median, min, max] =
+                        [added.median, added.min, added.max].map(|added| with_unit(added, line.figure));
+                    (format!("**{median} more**"), format!("{min}-{max}"))
+                }),
                 _ => {
                     let ends = [ours.min, ours.max].map(|end| with_unit(end, line.figure));
                     (String::new(), ends.join("-"))
@@ -281,6 +295,12 @@ pub(crate) fn title(figure: &str) -> String {
         "latest_share" => "end with the last value".to_owned(),
         "rss_mb" => "memory at rest".to_owned(),
         "rss_begin_mb" => "memory as it begins".to_owned(),
+        "rss_end_mb" => "memory as it ends".to_owned(),
+        "nodes_mb" => "memory of both nodes".to_owned(),
+        "engine_mb" => "memory of the engine".to_owned(),
+        "delivered_share" => "delivered".to_owned(),
+        "server_cpu_s" => "processor time of the servers".to_owned(),
+        "watches" => "watches in the engine".to_owned(),
         "rss_growth_mb" => "growth of memory".to_owned(),
         "idle_connections_mb" => "500 idle connections".to_owned(),
         "keys_mb" => "100,000 keys".to_owned(),

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::footprint::Settle;
-use crate::goals::{Bench, Cell};
+use crate::goals::{Bench, Cell, ENGINES};
 use crate::load::Span;
 use crate::report::{self, Figures, Log, Sample, with_unit};
 use crate::sys::{self, WorkDir};
@@ -71,7 +71,8 @@ impl Options {
 
     pub(crate) fn wants(&self, goal: u32, cell: Cell) -> bool {
         let name = cell.peer.name().to_lowercase();
-        self.goals.as_ref().is_none_or(|goals| goals.contains(&goal))
+        self.goals.as_ref().map_or(goal != ENGINES, |goals| goals.contains(&goal))
+            && self.only.as_ref().is_none_or(|only| only.iter().any(|text| cell.work.name().contains(text.as_str())))
             && self.peers.as_ref().is_none_or(|peers| peers.iter().any(|peer| name.contains(&peer.to_lowercase())))
     }
 }

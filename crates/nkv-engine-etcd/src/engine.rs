@@ -15,6 +15,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::fault;
 use crate::fetch::revision;
+use crate::gather::Gathering;
 use crate::login::Login;
 use crate::names::Names;
 use crate::options::Options;
@@ -37,6 +38,7 @@ pub(crate) struct Inner {
     ids: Mutex<Ids>,
     session: Mutex<Option<Arc<Session>>>,
     known: Mutex<Known>,
+    pub(crate) gathering: Mutex<Gathering>,
     /// A client waits for a revision that the feed has not reached.
     pub(crate) wanted: Notify,
     pub(crate) warned_of_history: Arc<AtomicBool>,
@@ -77,6 +79,7 @@ impl EtcdEngine {
             ids: Mutex::default(),
             session: Mutex::default(),
             known: Mutex::default(),
+            gathering: Mutex::default(),
             wanted: Notify::new(),
             warned_of_history: Arc::default(),
             log: RateLimitedLog::default(),
@@ -203,6 +206,9 @@ impl Engine for EtcdEngine {
     }
 
     async fn write(&self, epoch: Epoch, ops: Vec<Op>, together: bool) -> Result<Decided, EngineError> {
+        if !together && ops.iter().all(|op| write::plain_key(op).is_some()) {
+            return self.0.gathered(ops).await;
+        }
         if !ops.iter().any(write::has_ttl) {
             return self.0.decide(epoch, &ops, together).await;
         }

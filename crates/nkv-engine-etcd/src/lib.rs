@@ -14,6 +14,7 @@ mod engine;
 mod fault;
 mod fetch;
 mod follow;
+mod gather;
 mod login;
 mod names;
 mod options;

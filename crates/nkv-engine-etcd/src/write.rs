@@ -21,9 +21,9 @@ use crate::rpc::{
 };
 use crate::session::{Session, revoke};
 
-/// At most this number of plain writes of one caller go in one transaction.
-const JOINED_MAX: usize = 64;
-const JOINED_LEN_MAX: usize = 256 << 10;
+/// At most this number of plain writes go in one transaction.
+pub(crate) const JOINED_MAX: usize = 64;
+pub(crate) const JOINED_LEN_MAX: usize = 256 << 10;
 /// etcd's default limit of operations in a transaction.
 const OPS_MAX: usize = 128;
 /// How often a wildcard delete in one step is tried, where keys are written meanwhile.
@@ -309,8 +309,8 @@ impl Inner {
 fn joined(ops: &[Op]) -> usize {
     let (mut keys, mut len) = (HashSet::new(), 0_usize);
     let mut joins = |op| {
-        let Some(key) = one_key(op).filter(|_| !has_condition(op) && !has_ttl(op)) else { return false };
-        len = if let Op::Put { value, .. } = op { value.len().saturating_add(len) } else { len };
+        let Some(key) = plain_key(op) else { return false };
+        len = value_len(op).saturating_add(len);
         keys.insert(key) && len <= JOINED_LEN_MAX
     };
     let first = ops.iter().take(JOINED_MAX).position(|op| !joins(op));
@@ -322,6 +322,15 @@ fn one_key(op: &Op) -> Option<&Key> {
         Op::Put { key, .. } | Op::Delete { pattern: Pattern::Key(key) | Pattern::Exact(key), .. } => Some(key),
         Op::Delete { .. } => None,
     }
+}
+
+/// The key of an operation that may share a transaction.
+pub(crate) fn plain_key(op: &Op) -> Option<&Key> {
+    one_key(op).filter(|_| !has_condition(op) && !has_ttl(op))
+}
+
+pub(crate) fn value_len(op: &Op) -> usize {
+    if let Op::Put { value, .. } = op { value.len() } else { 0 }
 }
 
 fn has_condition(op: &Op) -> bool {

@@ -388,6 +388,36 @@ async fn writes_of_one_caller_take_effect_in_order() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn plain_writes_of_many_callers_share_transactions_and_each_has_its_own_outcome() {
+    let Some(server) = Server::start().await else { return };
+    let engine = server.engine("app");
+    let (_node, nkv) = node(engine.clone()).await;
+    nkv.put("old7", "x").await.unwrap();
+    let before = server.revision();
+    let callers = (0..60).map(|n| {
+        let mut writes = vec![put(&format!("k{n}"), &n.to_string()), delete(&format!("old{n}"))];
+        // One key of all: no two of these fit into one transaction.
+        writes.extend((n % 10 == 0).then(|| put("hot", &n.to_string())));
+        engine.write(nkv_core::Epoch::new(7), writes, false)
+    });
+    for (n, decided) in futures_util::future::join_all(callers).await.into_iter().enumerate() {
+        let results = decided.unwrap().results;
+        assert_eq!(results.len(), if n % 10 == 0 { 3 } else { 2 });
+        assert!(matches!(results[0], Ok(Outcome::Put { .. })), "{n}: {results:?}");
+        let is_deleted = matches!(results[1], Ok(Outcome::Deleted { count: 1, .. }));
+        let is_absent = matches!(results[1], Ok(Outcome::NotFound));
+        assert!(if n == 7 { is_deleted } else { is_absent }, "{n}: {results:?}");
+    }
+    let count = server.revision() - before;
+    assert!(count < 40, "{count} transactions for 60 callers");
+    let last = engine.last().await.unwrap().revision;
+    eventually("the node has them", async || nkv.revision().get() >= last.get()).await;
+    for n in 0..60 {
+        assert_eq!(value(&nkv, &format!("k{n}")).await, Some(n.to_string()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn behind_a_transaction_that_is_refused_writes_share_transactions_again() {
     let Some(server) = Server::start_with(&["--max-request-bytes", "65536"]).await else { return };
     let engine = server.engine("app");

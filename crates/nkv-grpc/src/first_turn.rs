@@ -50,3 +50,35 @@ impl Drop for FirstTurns {
         drop(calls);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Weak;
+    use std::task::Waker;
+
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_call_that_is_not_done_in_its_first_turn_goes_on_as_a_task() {
+        let calls = FirstTurns::default();
+        let (go, begun) = oneshot::channel();
+        let (done, is_done) = oneshot::channel();
+        calls.arrivals().execute(async move { drop(begun.await.map(|()| done.send(()))) });
+        calls.give(&mut Context::from_waker(Waker::noop()));
+        go.send(()).unwrap();
+        is_done.await.unwrap();
+    }
+
+    #[test]
+    fn a_connection_that_ends_gives_back_the_calls_that_had_no_turn() {
+        let calls = FirstTurns::default();
+        let (held, arrivals) = (Arc::new(()), calls.arrivals());
+        let seen: Weak<()> = Arc::downgrade(&held);
+        // As each call of HTTP/2 does, it has where it came to.
+        calls.arrivals().execute(async move { drop((held, arrivals)) });
+        drop(calls);
+        assert!(seen.upgrade().is_none());
+    }
+}

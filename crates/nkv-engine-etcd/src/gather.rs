@@ -1,121 +1,227 @@
-//! Plain writes of several callers share a transaction: what comes while one is under way is gathered for the next.
+//! Plain writes of several callers share a transaction: what comes while some are under way is gathered for the next.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use nkv_core::{Epoch, Op};
+use futures_util::future::join_all;
+use nkv_core::{Epoch, Key, Op};
 use nkv_node::{Decided, EngineError};
 use tokio::sync::oneshot;
 
 use crate::engine::Inner;
 use crate::write::{JOINED_LEN_MAX, JOINED_MAX, plain_key, value_len};
 
-type Done = oneshot::Sender<Result<Decided, EngineError>>;
-/// The writes of a caller.
-type Own = (Vec<Op>, Done);
+/// Transactions of plain writes under way, at most, before writes are gathered.
+const UNDER_WAY_MAX: usize = 4;
 
-/// Writes that wait for the transaction under way.
+/// The writes of one caller, and where it waits for what becomes of them.
+#[derive(Debug)]
+struct CallerWrites {
+    id: u64,
+    ops: Vec<Op>,
+    done: oneshot::Sender<Result<Decided, EngineError>>,
+}
+
+/// The transactions under way, and the writes that wait for the end of one.
 #[derive(Debug, Default)]
 pub(crate) struct Gathering {
-    is_under_way: bool,
-    waiting: VecDeque<Own>,
+    under_way: usize,
+    waiting: VecDeque<CallerWrites>,
+    last_id: u64,
 }
 
 impl Gathering {
-    /// Has writes wait. Returns whether none was under way.
-    fn add(&mut self, ops: Vec<Op>, done: Done) -> bool {
-        self.waiting.push_back((ops, done));
-        !std::mem::replace(&mut self.is_under_way, true)
-    }
-
-    /// Takes what fits into one transaction, and what cannot share one: it has a key that is in it already, or is too long. Where
-    /// nothing waits, none is under way.
-    fn take(&mut self) -> Option<[Vec<Own>; 2]> {
-        // What the caller has given up was never sent, and must not be sent behind its later writes.
-        self.waiting.retain(|(_, done)| !done.is_closed());
+    /// Takes what fits into one transaction, with each key once; and what has one of its keys: that goes by itself, as writers of
+    /// one key do not wait for each other.
+    fn take(&mut self) -> (Vec<CallerWrites>, Vec<CallerWrites>) {
         let (mut shared, mut alone) = (Vec::new(), Vec::new());
-        let (mut keys, mut count, mut total) = (HashSet::new(), 0_usize, 0_usize);
-        while let Some((ops, done)) = self.waiting.pop_front() {
-            count = count.saturating_add(ops.len());
-            total = ops.iter().map(value_len).fold(total, usize::saturating_add);
-            let fits = count <= JOINED_MAX && total <= JOINED_LEN_MAX;
-            if !fits && !shared.is_empty() {
-                self.waiting.push_front((ops, done));
-                break;
+        let (mut keys, mut count, mut len) = (HashSet::new(), 0_usize, 0_usize);
+        for writes in std::mem::take(&mut self.waiting) {
+            let with_count = count.saturating_add(writes.ops.len());
+            let with_len = writes.ops.iter().map(value_len).fold(len, usize::saturating_add);
+            if with_count > JOINED_MAX || with_len > JOINED_LEN_MAX {
+                self.waiting.push_back(writes);
+                continue;
             }
-            let is_apart = ops.iter().filter_map(plain_key).all(|key| keys.insert(key.clone()));
-            let to = if fits && is_apart { &mut shared } else { &mut alone };
-            to.push((ops, done));
+            let own: HashSet<Key> = writes.ops.iter().filter_map(plain_key).cloned().collect();
+            if own.len() < writes.ops.len() || !keys.is_disjoint(&own) {
+                alone.push(writes);
+            } else {
+                keys.extend(own);
+                (count, len) = (with_count, with_len);
+                shared.push(writes);
+            }
         }
-        self.is_under_way = !shared.is_empty() || !alone.is_empty();
-        self.is_under_way.then_some([shared, alone])
+        (shared, alone)
+    }
+}
+
+/// A transaction under way. When it has ended, what waits goes in the next one.
+struct UnderWay(Arc<Inner>);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let (shared, alone) = {
+            let mut gathering = self.0.gathering();
+            let (shared, alone) = gathering.take();
+            if shared.is_empty() {
+                gathering.under_way = gathering.under_way.saturating_sub(1);
+            }
+            (shared, alone)
+        };
+        for writes in alone {
+            let etcd = Arc::clone(&self.0);
+            spawn(async move { etcd.decide_alone(writes).await });
+        }
+        if !shared.is_empty() {
+            let next = UnderWay(Arc::clone(&self.0));
+            spawn(async move { next.0.decide_together(shared).await });
+        }
+    }
+}
+
+/// Where there is no runtime any more, what was to be done is dropped: callers learn that the node ends.
+fn spawn(work: impl Future<Output = ()> + Send + 'static) {
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        drop(runtime.spawn(work));
+    }
+}
+
+/// A caller that waits: what it gives up while it waits is not sent.
+struct Waits<'a> {
+    etcd: &'a Inner,
+    id: Option<u64>,
+}
+
+enum Begun<'a> {
+    UnderWay(UnderWay, Vec<Op>),
+    Waits(Waits<'a>, oneshot::Receiver<Result<Decided, EngineError>>),
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        let Some(id) = self.id else { return };
+        let mut gathering = self.etcd.gathering();
+        let place = gathering.waiting.iter().position(|writes| writes.id == id);
+        let given_up = place.and_then(|place| gathering.waiting.remove(place));
+        drop(gathering);
+        drop(given_up);
     }
 }
 
 impl Inner {
-    /// Has plain writes of a caller done: at once, or if others are under way, behind them and together with what came meanwhile.
+    /// Has plain writes of a caller done: at once, or where others are under way, together with what came meanwhile.
     pub(crate) async fn gathered(self: &Arc<Self>, ops: Vec<Op>) -> Result<Decided, EngineError> {
-        let (done, decided) = oneshot::channel();
-        if self.gathering().add(ops, done) {
-            // By itself: a caller that gives up does not take the others with it.
-            tokio::spawn(UnderWay { etcd: Arc::clone(self), has_ended: false }.carry_out());
+        let len = ops.iter().map(value_len).fold(0, usize::saturating_add);
+        if ops.len() > JOINED_MAX || len > JOINED_LEN_MAX {
+            return self.decide(Epoch::default(), &ops, false).await;
         }
-        decided.await.unwrap_or_else(|_| Err(EngineError::OutcomeUnknown("the node ends".into())))
+        match self.begin_or_wait(ops) {
+            Begun::UnderWay(_under_way, ops) => self.decide(Epoch::default(), &ops, false).await,
+            Begun::Waits(mut waits, decided) => {
+                let decided = decided.await;
+                waits.id = None;
+                decided.unwrap_or_else(|_| Err(EngineError::OutcomeUnknown("the node ends".into())))
+            }
+        }
+    }
+
+    fn begin_or_wait(self: &Arc<Self>, ops: Vec<Op>) -> Begun<'_> {
+        let mut gathering = self.gathering();
+        if gathering.under_way < UNDER_WAY_MAX {
+            gathering.under_way = gathering.under_way.saturating_add(1);
+            return Begun::UnderWay(UnderWay(Arc::clone(self)), ops);
+        }
+        let (done, decided) = oneshot::channel();
+        gathering.last_id = gathering.last_id.wrapping_add(1);
+        let id = gathering.last_id;
+        gathering.waiting.push_back(CallerWrites { id, ops, done });
+        Begun::Waits(Waits { etcd: self, id: Some(id) }, decided)
     }
 
     fn gathering(&self) -> MutexGuard<'_, Gathering> {
         self.gathering.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn decide_for(&self, writes: Vec<Own>) {
-        let (mut ops, mut callers) = (Vec::new(), Vec::with_capacity(writes.len()));
-        for (own, done) in writes {
-            callers.push((own.len(), done));
-            ops.extend(own);
-        }
-        // There is no condition in them, so no epoch is meant.
-        let mut decided = self.decide(Epoch::default(), &ops, false).await;
-        for (count, done) in callers {
-            let own = match &mut decided {
-                Ok(Decided { epoch, results }) => {
-                    let own = results.drain(..count.min(results.len())).collect();
-                    Ok(Decided { epoch: *epoch, results: own })
+    /// One transaction for the writes of several callers. There is no condition in them, so no epoch is meant.
+    async fn decide_together(&self, callers: Vec<CallerWrites>) {
+        let Some(session) = self.session() else {
+            return fail(callers, &EngineError::Unavailable("etcd is not followed".into()));
+        };
+        let ops: Vec<_> = callers.iter().flat_map(|writes| writes.ops.iter().cloned()).collect();
+        match self.step(&session, Epoch::default(), &ops).await {
+            Ok(outcomes) => {
+                let mut outcomes = outcomes.into_iter();
+                for CallerWrites { ops, done, .. } in callers {
+                    let results = outcomes.by_ref().take(ops.len()).map(Ok).collect();
+                    answer(done, Ok(Decided { epoch: session.epoch, results }));
                 }
-                Err(error) => Err(error.clone()),
-            };
-            // A caller that has given up needs no answer.
-            drop(done.send(own));
+            }
+            // One of them is refused: that is for its caller alone.
+            Err(EngineError::Refused { .. }) => {
+                drop(join_all(callers.into_iter().map(|writes| self.decide_alone(writes))).await);
+            }
+            Err(error) => {
+                fail(callers, &error);
+                // What has waited as long as this has, and was not sent, waits no longer.
+                let waiting = std::mem::take(&mut self.gathering().waiting);
+                fail(waiting, &EngineError::Unavailable(format!("a write before it had no answer: {error}")));
+            }
+        }
+    }
+
+    /// The writes of one caller, for as long as it waits for them.
+    async fn decide_alone(&self, writes: CallerWrites) {
+        let CallerWrites { ops, mut done, .. } = writes;
+        tokio::select! {
+            biased;
+            decided = self.decide(Epoch::default(), &ops, false) => answer(done, decided),
+            () = done.closed() => {}
         }
     }
 }
 
-/// While it lives, transactions of gathered writes are under way. Dropped, no write waits for them.
-struct UnderWay {
-    etcd: Arc<Inner>,
-    has_ended: bool,
+/// A caller that has given up needs no answer.
+fn answer(done: oneshot::Sender<Result<Decided, EngineError>>, decided: Result<Decided, EngineError>) {
+    drop(done.send(decided));
 }
 
-impl UnderWay {
-    async fn carry_out(mut self) {
-        loop {
-            let next = self.etcd.gathering().take();
-            self.has_ended = next.is_none();
-            let Some([shared, alone]) = next else { return };
-            for write in alone {
-                let etcd = Arc::clone(&self.etcd);
-                tokio::spawn(async move { etcd.decide_for(vec![write]).await });
-            }
-            if !shared.is_empty() {
-                self.etcd.decide_for(shared).await;
-            }
-        }
+fn fail(callers: impl IntoIterator<Item = CallerWrites>, error: &EngineError) {
+    callers.into_iter().for_each(|writes| answer(writes.done, Err(error.clone())));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn puts(id: u64, keys: &[String], value_len: usize) -> CallerWrites {
+        let put = |key: &String| Op::Put {
+            key: nkv_core::Key::new(key).unwrap(),
+            value: vec![b'x'; value_len].into(),
+            options: nkv_core::PutOptions::default(),
+        };
+        CallerWrites { id, ops: keys.iter().map(put).collect(), done: oneshot::channel().0 }
     }
-}
 
-impl Drop for UnderWay {
-    fn drop(&mut self) {
-        if !self.has_ended {
-            *self.etcd.gathering() = Gathering::default();
-        }
+    fn ids(writes: &[CallerWrites]) -> Vec<u64> {
+        writes.iter().map(|writes| writes.id).collect()
+    }
+
+    #[test]
+    fn a_transaction_has_each_key_once_and_no_more_than_fits_and_what_does_not_fit_keeps_others_from_nothing() {
+        let mut gathering = Gathering::default();
+        let keys = |of: &str, count: usize| (0..count).map(|number| format!("{of}.{number}")).collect::<Vec<_>>();
+        gathering.waiting.push_back(puts(1, &keys("a", 60), 1));
+        gathering.waiting.push_back(puts(2, &keys("b", 10), 1)); // too many with the first
+        gathering.waiting.push_back(puts(3, &keys("a", 1), 1)); // a key of the first
+        gathering.waiting.push_back(puts(4, &keys("c", 1), JOINED_LEN_MAX)); // too long with the first
+        gathering.waiting.push_back(puts(5, &keys("d", 2), 1));
+        let (shared, alone) = gathering.take();
+        assert_eq!((ids(&shared), ids(&alone)), (vec![1, 5], vec![3]));
+        let (shared, alone) = gathering.take();
+        assert_eq!((ids(&shared), ids(&alone)), (vec![2], vec![]));
+        let (shared, alone) = gathering.take();
+        assert_eq!((ids(&shared), ids(&alone)), (vec![4], vec![]));
+        assert!(gathering.waiting.is_empty());
     }
 }

@@ -78,7 +78,12 @@ impl Inner {
     }
 
     /// All in one transaction, or none of it.
-    async fn step(&self, session: &Arc<Session>, epoch: Epoch, ops: &[Op]) -> Result<Vec<Outcome>, EngineError> {
+    pub(crate) async fn step(
+        &self,
+        session: &Arc<Session>,
+        epoch: Epoch,
+        ops: &[Op],
+    ) -> Result<Vec<Outcome>, EngineError> {
         if ops.iter().any(has_condition) && epoch != session.epoch {
             return Err(EngineError::OtherEpoch);
         }

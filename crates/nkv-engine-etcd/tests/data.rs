@@ -418,6 +418,34 @@ async fn plain_writes_of_many_callers_share_transactions_and_each_has_its_own_ou
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_refused_of_one_caller_is_refused_to_no_other_and_what_is_given_up_is_not_sent() {
+    let Some(server) = Server::start_with(&["--max-request-bytes", "65536"]).await else { return };
+    let engine = server.engine("app");
+    let (_node, nkv) = node(engine.clone()).await;
+    let long = "x".repeat(100_000);
+    let callers = (0..40).map(|n| {
+        let value = if n % 8 == 7 { &long } else { "x" };
+        engine.write(nkv_core::Epoch::new(7), vec![put(&format!("k{n}"), value)], false)
+    });
+    for (n, decided) in futures_util::future::join_all(callers).await.into_iter().enumerate() {
+        let result = decided.unwrap().results.pop().unwrap();
+        assert_eq!(result.is_ok(), n % 8 != 7, "{n}: {result:?}");
+    }
+    let write = |n: usize| engine.write(nkv_core::Epoch::new(7), vec![put(&format!("given{n}"), "x")], false);
+    let mut writes: Vec<_> = (0..20).map(write).collect();
+    for write in &mut writes {
+        assert!(write.as_mut().poll(&mut std::task::Context::from_waker(std::task::Waker::noop())).is_pending());
+    }
+    writes.truncate(10);
+    futures_util::future::join_all(writes).await.into_iter().for_each(|decided| drop(decided.unwrap()));
+    write(20).await.unwrap();
+    eventually("the node has them", async || value(&nkv, "given20").await.is_some()).await;
+    for n in 0..20 {
+        assert_eq!(value(&nkv, &format!("given{n}")).await.is_some(), n < 10, "{n}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn behind_a_transaction_that_is_refused_writes_share_transactions_again() {
     let Some(server) = Server::start_with(&["--max-request-bytes", "65536"]).await else { return };
     let engine = server.engine("app");

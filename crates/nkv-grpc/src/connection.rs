@@ -9,7 +9,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, StatusCode, header};
+use http::{HeaderMap, Method, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -100,7 +100,8 @@ impl Connection {
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        if !is_grpc(request.headers()) {
+        // What follows a CONNECT that succeeds is no call.
+        if !is_grpc(request.headers()) || request.method() == Method::CONNECT {
             return Box::pin(std::future::ready(Ok(not_grpc())));
         }
         let timeout = match timeout_of(request.headers()) {
@@ -146,13 +147,6 @@ impl Connection {
             tokio::select! {
                 biased;
                 () = &mut evicted => return,
-                ended = poll_fn(|cx| {
-                    let ended = connection.as_mut().poll(cx);
-                    calls.give(cx);
-                    ended
-                }) => {
-                    return debug!(peer = line.address(), ended = ?ended.err(), "connection closed");
-                }
                 () = &mut going_away, if draining.is_none() => {
                     connection.as_mut().graceful_shutdown();
                     draining = Some(Instant::now());
@@ -166,6 +160,13 @@ impl Connection {
                     if line.door.options.idle_limit.is_some_and(|limit| line.idle_for() > limit) {
                         connection.as_mut().graceful_shutdown();
                     }
+                }
+                ended = poll_fn(|cx| {
+                    let ended = connection.as_mut().poll(cx);
+                    calls.give(cx);
+                    ended
+                }) => {
+                    return debug!(peer = line.address(), ended = ?ended.err(), "connection closed");
                 }
             }
         }

@@ -9,11 +9,14 @@ use hyper::rt::Executor;
 
 type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// The calls of one connection that have come and had no turn.
+/// Calls that are polled for the first time in one turn of their connection, at most: it has its socket to serve too.
+const CALLS_MAX: usize = 64;
+
+/// The queue of one connection's calls that were not polled yet.
 #[derive(Default)]
 pub(crate) struct FirstTurns(Arc<Mutex<VecDeque<Call>>>);
 
-/// Where HTTP/2 puts them. A call has one itself.
+/// What HTTP/2 fills that queue by. Each call owns a clone of it.
 #[derive(Clone)]
 pub(crate) struct Arrivals(Arc<Mutex<VecDeque<Call>>>);
 
@@ -32,19 +35,20 @@ impl FirstTurns {
         Arrivals(Arc::clone(&self.0))
     }
 
-    /// Gives each its turn; what is not done then goes on as a task of its own.
+    /// Polls calls that have come; what is not done then goes on as a task of its own.
     pub(crate) fn give(&self, cx: &mut Context<'_>) {
-        loop {
+        for _ in 0..CALLS_MAX {
             let Some(mut call) = lock(&self.0).pop_front() else { return };
             if call.as_mut().poll(cx).is_pending() {
                 drop(tokio::spawn(call));
             }
         }
+        cx.waker().wake_by_ref();
     }
 }
 
 impl Drop for FirstTurns {
-    /// A call that waits holds what it waits in.
+    /// A call in the queue owns the queue.
     fn drop(&mut self) {
         let calls = std::mem::take(&mut *lock(&self.0));
         drop(calls);
@@ -69,6 +73,24 @@ mod tests {
         calls.give(&mut Context::from_waker(Waker::noop()));
         go.send(()).unwrap();
         is_done.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_calls_that_one_turn_has_no_time_for_have_the_next() {
+        let calls = FirstTurns::default();
+        let done = Arc::new(Mutex::new(0));
+        for _ in 0..=CALLS_MAX {
+            let done = Arc::clone(&done);
+            calls.arrivals().execute(async move { *done.lock().unwrap() += 1 });
+        }
+        let mut turns = 0;
+        std::future::poll_fn(|cx| {
+            turns += 1;
+            calls.give(cx);
+            if *done.lock().unwrap() > CALLS_MAX { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+        })
+        .await;
+        assert_eq!(turns, 2);
     }
 
     #[test]

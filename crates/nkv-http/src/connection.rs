@@ -408,9 +408,15 @@ where
         async move {
             let busy = Busy::begin(&conn.times);
             let gathers = request.version() < Version::HTTP_2 && !request.method().is_safe();
-            let mut answer = answer(&door, &conn, request).await;
+            let (mut answering, mut has_waited) = (std::pin::pin!(answer(&door, &conn, request)), false);
+            let mut answer = poll_fn(|cx| {
+                let answer = answering.as_mut().poll(cx);
+                has_waited |= answer.is_pending();
+                answer
+            })
+            .await;
             answer.body_mut().busy = Some(busy);
-            if gathers {
+            if gathers && !has_waited {
                 // A client process with many connections is woken once for the answers to all writes that have come.
                 turn().await;
             }

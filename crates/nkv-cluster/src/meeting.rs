@@ -212,6 +212,8 @@ pub(crate) async fn accept(inner: &Arc<Inner>) -> EngineError {
                     drop(place);
                 });
                 strangers.push_back((task, noted));
+                // It is looked at before it can be the oldest.
+                tokio::task::yield_now().await;
             }
             Err(error) => {
                 inner.log.warn("accept", format_args!("a connection of a peer was not accepted: {error}"));

@@ -368,13 +368,20 @@ impl SecureTcp {
 
     fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Box<dyn Stream>>> {
         let mut handshakes = self.handshakes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut has_begun = false;
         loop {
             while let Poll::Ready(Some(ended)) = handshakes.tasks.poll_join_next(cx) {
                 if let Ok(Some(stream)) = ended {
                     return Poll::Ready(Ok(Box::new(stream)));
                 }
             }
+            if has_begun {
+                // What was just accepted is looked at before it can be the oldest.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             let (stream, address) = ready!(self.tcp.0.poll_accept(cx))?;
+            has_begun = true;
             handshakes.begun.retain(|handshake| !handshake.is_finished());
             if handshakes.begun.len() >= HANDSHAKES_MAX
                 && let Some(oldest) = handshakes.begun.pop_front()

@@ -59,6 +59,10 @@ impl Site for Etcd {
         self.net.is_some()
     }
 
+    fn gathers(&self) -> bool {
+        true
+    }
+
     async fn disturb(&mut self, what: Disturbance) {
         match what {
             Disturbance::Cut(node) => self.set(node, Passing::None),

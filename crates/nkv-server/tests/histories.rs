@@ -48,6 +48,7 @@ fn clients_and_subscribers_of_a_server_that_is_killed_agree_on_one_history() {
 
     let (mut facts, mut violations) = Facts::gather(&history.ops);
     let real = watch::real(&history, &mut facts);
+    violations.extend(facts.apart());
     violations.extend(linear::by_revision(&history.ops));
     let search = linear::by_search(&history.ops);
     violations.extend(search.wrong);

@@ -173,18 +173,18 @@ impl Op {
     }
 }
 
-/// A change: of which key, to which value; none for a delete.
-pub type Change<'a> = (&'a str, Option<Value>);
+/// Of which key a change is, and at which revision: writes of several keys that an engine decides in one step have one.
+pub type At<'a> = (u64, &'a str);
 
 /// What the answers to operations say of the store.
 #[derive(Debug, Default)]
 pub struct Facts<'a> {
     /// By value.
     pub puts: HashMap<Value, &'a Op>,
-    /// By revision: the writes that were answered, and the puts that some client read.
-    pub changes: BTreeMap<u64, Change<'a>>,
-    /// The writes that were answered, by revision.
-    pub written: HashMap<u64, &'a Op>,
+    /// The writes that were answered, and the puts that some client read; no value for a delete.
+    pub changes: BTreeMap<At<'a>, Option<Value>>,
+    /// The writes that were answered.
+    pub written: HashMap<At<'a>, &'a Op>,
     /// The known changes of each key; no value for a delete.
     pub by_key: HashMap<&'a str, BTreeMap<u64, Option<Value>>>,
     /// For each key, when deletes were asked for that were never answered.
@@ -209,8 +209,9 @@ impl<'a> Facts<'a> {
                 facts.unknown_deletes.entry(&op.key).or_default().push(op.invoked);
             }
             if let Outcome::Written(revision) = op.outcome {
-                facts.changes.insert(revision, (&op.key, op.put()));
-                if let Some(other) = facts.written.insert(revision, op) {
+                let at = (revision, op.key.as_str());
+                facts.changes.insert(at, op.put());
+                if let Some(other) = facts.written.insert(at, op) {
                     wrong.push(format!("revision {revision} was given twice: to {other:?} and {op:?}"));
                 }
             }
@@ -229,7 +230,7 @@ impl<'a> Facts<'a> {
             *revision = highest;
         }
         let mut next = 1;
-        for (revision, (key, value)) in &facts.changes {
+        for ((revision, key), value) in &facts.changes {
             facts.by_key.entry(key).or_default().insert(*revision, *value);
             facts.gaps.extend(next..*revision);
             next = revision + 1;
@@ -237,11 +238,18 @@ impl<'a> Facts<'a> {
         (facts, wrong)
     }
 
+    /// What is wrong where each write has a revision of its own.
+    pub fn apart(&self) -> Vec<String> {
+        let pairs = self.changes.keys().zip(self.changes.keys().skip(1));
+        let shared = pairs.filter(|((one, _), (other, _))| one == other);
+        shared.map(|((revision, one), (_, other))| format!("revision {revision} is of {one} and of {other}")).collect()
+    }
+
     /// Notes a change that some client saw; says what is wrong if another is known at that revision.
     pub fn learn(&mut self, revision: u64, key: &'a str, value: Option<Value>) -> Option<String> {
-        let known = self.changes.entry(revision).or_insert((key, value));
-        if *known != (key, value) {
-            return Some(format!("revision {revision} is both {known:?} and {:?}", (key, value)));
+        let known = self.changes.entry((revision, key)).or_insert(value);
+        if *known != value {
+            return Some(format!("revision {revision} of {key} is both {known:?} and {value:?}"));
         }
         self.by_key.entry(key).or_default().insert(revision, value);
         self.gaps.remove(&revision);
@@ -264,7 +272,7 @@ impl<'a> Facts<'a> {
     pub fn may_be_deleted(&self, key: &str, by: Time, revisions: RangeInclusive<u64>) -> bool {
         let fits = |asked: Time| {
             let from = (self.proved(asked) + 1).max(*revisions.start());
-            let unheard_of = self.changes.keys().next_back().is_none_or(|highest| highest < revisions.end());
+            let unheard_of = self.changes.keys().next_back().is_none_or(|(highest, _)| highest < revisions.end());
             unheard_of || (from <= *revisions.end() && self.gaps.range(from..=*revisions.end()).next().is_some())
         };
         self.unknown_deletes.get(key).is_some_and(|asked| asked.iter().any(|asked| *asked < by && fits(*asked)))
@@ -274,7 +282,7 @@ impl<'a> Facts<'a> {
     pub fn may_be_gone(&self, key: &str, seen: u64, time: Time) -> bool {
         let Some(changes) = self.by_key.get(key) else { return true };
         let mut deletes = changes.range(seen..).filter(|(_, value)| value.is_none());
-        deletes.any(|(revision, _)| self.written.get(revision).is_none_or(|delete| delete.invoked < time))
+        deletes.any(|(revision, _)| self.written.get(&(*revision, key)).is_none_or(|delete| delete.invoked < time))
             || self.may_be_deleted(key, time, seen..=u64::MAX)
     }
 
@@ -288,5 +296,30 @@ impl<'a> Facts<'a> {
     pub fn last(&self, key: &str, up_to: u64) -> Option<(u64, Option<Value>)> {
         let (revision, value) = self.by_key.get(key)?.range(..=up_to).next_back()?;
         Some((*revision, *value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_revision_of_two_keys_is_wrong_unless_writes_are_gathered_and_two_of_one_key_always() {
+        let put = |key: &str, value, revision| Op {
+            session: value,
+            key: key.into(),
+            ask: Ask::Put(value),
+            expect: None,
+            invoked: 1,
+            returned: 2,
+            outcome: Outcome::Written(revision),
+        };
+        let wrong = |ops: &[Op]| {
+            let (facts, wrong) = Facts::gather(ops);
+            (wrong.len(), facts.apart().len())
+        };
+        assert_eq!(wrong(&[put("a", 1, 1), put("b", 2, 2)]), (0, 0));
+        assert_eq!(wrong(&[put("a", 1, 1), put("b", 2, 1)]), (0, 1));
+        assert_eq!(wrong(&[put("a", 1, 1), put("a", 2, 1)]), (1, 0));
     }
 }

@@ -99,7 +99,7 @@ fn sessions(ops: &[Op]) -> Vec<String> {
         let last = written.entry(op.session).or_insert(0);
         let key_last = seen.entry((op.session, op.key.as_str())).or_insert(0);
         let ok = match op.outcome {
-            Outcome::Written(revision) => revision > *last,
+            Outcome::Written(revision) => revision >= *last && revision > *key_last,
             _ => op.revision().is_none_or(|revision| revision >= *key_last),
         };
         if !ok {

@@ -66,6 +66,11 @@ pub trait Site {
         false
     }
 
+    /// Whether the engine decides writes of several callers in one step: they have one revision then.
+    fn gathers(&self) -> bool {
+        false
+    }
+
     /// Does it.
     async fn disturb(&mut self, what: Disturbance);
 }
@@ -347,6 +352,7 @@ pub struct Recorded {
     wrong: Vec<String>,
     disturbances: BTreeMap<&'static str, usize>,
     has_conditions: bool,
+    gathers: bool,
 }
 
 /// Records a history: disturbs the site for this long, heals it, and waits until all subscribers know the last state.
@@ -408,7 +414,7 @@ pub async fn record(mut site: impl Site, seed: u64, length: Duration) -> Recorde
     }
     let wrong = std::mem::take(&mut *lock(&world.wrong));
     let has_conditions = world.has_conditions.load(SeqCst);
-    Recorded { history, asked, wrong, disturbances, has_conditions }
+    Recorded { history, asked, wrong, disturbances, has_conditions, gathers: site.gathers() }
 }
 
 async fn ready(nkv: &Handle) {
@@ -575,6 +581,9 @@ impl Recorded {
         let (mut facts, mut wrong) = Facts::gather(&history.ops);
         wrong.extend(self.wrong.iter().cloned());
         let real = watch::real(history, &mut facts);
+        if !self.gathers {
+            wrong.extend(facts.apart());
+        }
         let decided = decided(history, &facts);
         let search = linear::by_search(&decided);
         assert_eq!(search.given_up, 0, "too many possibilities");
@@ -629,7 +638,7 @@ fn decided(history: &History, facts: &Facts<'_>) -> Vec<Op> {
         *first = time.min(*first);
     }
     let at: HashMap<Value, u64> =
-        facts.changes.iter().filter_map(|(revision, (_, value))| Some(((*value)?, *revision))).collect();
+        facts.changes.iter().filter_map(|((revision, _), value)| Some(((*value)?, *revision))).collect();
     let mut decided: Vec<Op> =
         history.ops.iter().filter(|op| op.ask != Ask::Get || op.session == u64::MAX).cloned().collect();
     for op in decided.iter_mut().filter(|op| op.is_unknown()) {

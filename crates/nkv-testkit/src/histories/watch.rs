@@ -114,7 +114,7 @@ pub fn real<'a>(history: &'a History, facts: &mut Facts<'a>) -> Vec<String> {
                     (!is_right).then(|| "no client deleted it since".into())
                 }
                 Notice::Gone { key, revision, missed: false, .. } => {
-                    let known = facts.changes.get(revision) == Some(&(key.as_str(), None));
+                    let known = facts.changes.get(&(*revision, key.as_str())) == Some(&None);
                     if known || facts.may_be_deleted(key, *time, *revision..=*revision) {
                         facts.learn(*revision, key, None)
                     } else {

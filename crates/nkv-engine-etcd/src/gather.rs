@@ -17,7 +17,6 @@ const UNDER_WAY_MAX: usize = 4;
 /// The writes of one caller, and where it waits for what becomes of them.
 #[derive(Debug)]
 struct CallerWrites {
-    id: u64,
     ops: Vec<Op>,
     done: oneshot::Sender<Result<Decided, EngineError>>,
 }
@@ -27,7 +26,6 @@ struct CallerWrites {
 pub(crate) struct Gathering {
     under_way: usize,
     waiting: VecDeque<CallerWrites>,
-    last_id: u64,
 }
 
 impl Gathering {
@@ -90,22 +88,20 @@ fn spawn(work: impl Future<Output = ()> + Send + 'static) {
 /// A caller that waits: what it gives up while it waits is not sent.
 struct Waits<'a> {
     etcd: &'a Inner,
-    id: Option<u64>,
+    decided: oneshot::Receiver<Result<Decided, EngineError>>,
 }
 
 enum Begun<'a> {
     UnderWay(UnderWay, Vec<Op>),
-    Waits(Waits<'a>, oneshot::Receiver<Result<Decided, EngineError>>),
+    Waits(Waits<'a>),
 }
 
 impl Drop for Waits<'_> {
     fn drop(&mut self) {
-        let Some(id) = self.id else { return };
-        let mut gathering = self.etcd.gathering();
-        let place = gathering.waiting.iter().position(|writes| writes.id == id);
-        let given_up = place.and_then(|place| gathering.waiting.remove(place));
-        drop(gathering);
-        drop(given_up);
+        if !self.decided.is_terminated() {
+            self.decided.close();
+            self.etcd.gathering().waiting.retain(|writes| !writes.done.is_closed());
+        }
     }
 }
 
@@ -118,9 +114,8 @@ impl Inner {
         }
         match self.begin_or_wait(ops) {
             Begun::UnderWay(_under_way, ops) => self.decide(Epoch::default(), &ops, false).await,
-            Begun::Waits(mut waits, decided) => {
-                let decided = decided.await;
-                waits.id = None;
+            Begun::Waits(mut waits) => {
+                let decided = (&mut waits.decided).await;
                 decided.unwrap_or_else(|_| Err(EngineError::OutcomeUnknown("the node ends".into())))
             }
         }
@@ -133,10 +128,8 @@ impl Inner {
             return Begun::UnderWay(UnderWay(Arc::clone(self)), ops);
         }
         let (done, decided) = oneshot::channel();
-        gathering.last_id = gathering.last_id.wrapping_add(1);
-        let id = gathering.last_id;
-        gathering.waiting.push_back(CallerWrites { id, ops, done });
-        Begun::Waits(Waits { etcd: self, id: Some(id) }, decided)
+        gathering.waiting.push_back(CallerWrites { ops, done });
+        Begun::Waits(Waits { etcd: self, decided })
     }
 
     fn gathering(&self) -> MutexGuard<'_, Gathering> {
@@ -194,34 +187,35 @@ fn fail(callers: impl IntoIterator<Item = CallerWrites>, error: &EngineError) {
 mod tests {
     use super::*;
 
-    fn puts(id: u64, keys: &[String], value_len: usize) -> CallerWrites {
+    fn puts(keys: &[String], value_len: usize) -> CallerWrites {
         let put = |key: &String| Op::Put {
             key: nkv_core::Key::new(key).unwrap(),
             value: vec![b'x'; value_len].into(),
             options: nkv_core::PutOptions::default(),
         };
-        CallerWrites { id, ops: keys.iter().map(put).collect(), done: oneshot::channel().0 }
+        CallerWrites { ops: keys.iter().map(put).collect(), done: oneshot::channel().0 }
     }
 
-    fn ids(writes: &[CallerWrites]) -> Vec<u64> {
-        writes.iter().map(|writes| writes.id).collect()
+    fn first_keys(writes: &[CallerWrites]) -> Vec<&str> {
+        writes.iter().map(|writes| plain_key(&writes.ops[0]).unwrap().as_str()).collect()
     }
 
     #[test]
     fn a_transaction_has_each_key_once_and_no_more_than_fits_and_what_does_not_fit_keeps_others_from_nothing() {
         let mut gathering = Gathering::default();
         let keys = |of: &str, count: usize| (0..count).map(|number| format!("{of}.{number}")).collect::<Vec<_>>();
-        gathering.waiting.push_back(puts(1, &keys("a", 60), 1));
-        gathering.waiting.push_back(puts(2, &keys("b", 10), 1)); // too many with the first
-        gathering.waiting.push_back(puts(3, &keys("a", 1), 1)); // a key of the first
-        gathering.waiting.push_back(puts(4, &keys("c", 1), JOINED_LEN_MAX)); // too long with the first
-        gathering.waiting.push_back(puts(5, &keys("d", 2), 1));
+        gathering.waiting.push_back(puts(&keys("a", 60), 1));
+        gathering.waiting.push_back(puts(&keys("b", 10), 1)); // too many with the first
+        gathering.waiting.push_back(puts(&keys("a", 1), 1)); // a key of the first
+        gathering.waiting.push_back(puts(&keys("c", 1), JOINED_LEN_MAX)); // too long with the first
+        gathering.waiting.push_back(puts(&keys("d", 2), 1));
         let (shared, alone) = gathering.take();
-        assert_eq!((ids(&shared), ids(&alone)), (vec![1, 5], vec![3]));
+        assert_eq!((first_keys(&shared), first_keys(&alone)), (vec!["a.0", "d.0"], vec!["a.0"]));
+        assert_eq!((shared[0].ops.len(), alone[0].ops.len()), (60, 1));
         let (shared, alone) = gathering.take();
-        assert_eq!((ids(&shared), ids(&alone)), (vec![2], vec![]));
+        assert_eq!((first_keys(&shared), first_keys(&alone)), (vec!["b.0"], vec![]));
         let (shared, alone) = gathering.take();
-        assert_eq!((ids(&shared), ids(&alone)), (vec![4], vec![]));
+        assert_eq!((first_keys(&shared), first_keys(&alone)), (vec!["c.0"], vec![]));
         assert!(gathering.waiting.is_empty());
     }
 }

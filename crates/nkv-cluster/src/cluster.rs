@@ -638,19 +638,24 @@ impl Inner {
         answered.await.map_err(|_| stops())
     }
 
-    /// The record of a key that is to be given, unless it is too old for that.
-    pub(crate) async fn record(&self, slot: &Slot, now: Now) -> io::Result<Option<Record>> {
+    /// The store of the node that follows.
+    pub(crate) fn store(&self) -> io::Result<Arc<dyn Sink>> {
+        self.run_by().as_ref().and_then(|(_, store)| store.upgrade()).ok_or_else(stops)
+    }
+
+    /// The record of a key that is to be given, with its value in the store, unless it is too old for that.
+    pub(crate) async fn record(&self, store: &dyn Sink, slot: &Slot, now: Now) -> io::Result<Option<Record>> {
         for _ in 0..LOOKS {
             let held = self.replica().given(slot, now);
             let Some(Held { register, revision }) = held else { return Ok(None) };
-            let store = self.run_by().as_ref().and_then(|(_, store)| store.upgrade()).ok_or_else(stops)?;
             if let Some(register) = register.with(|| store.value(&slot.1, revision)) {
                 return Ok(Some(Record { key: slot.1.clone(), register }));
             }
             // The store has something newer, which the replica has in a moment: with the batch that is being stored.
             self.ask(|answer| Job::Merge { records: Vec::new(), answer: Some(answer) }).await?;
         }
-        Err(io::Error::other("a value is always just being replaced"))
+        let key = NamedKeys(std::slice::from_ref(&slot.1));
+        Err(io::Error::other(format!("the value of {key} is not in the store: it is always just being replaced")))
     }
 
     /// Merges a peer's records; says how many are stamped ahead, and nothing if they were not stored.

@@ -414,7 +414,7 @@ async fn what_is_given_while_a_key_is_written_is_a_write_as_it_was_done() {
     let slot = (crate::register::key_hash(&key), key);
     let mut seen = BTreeMap::new();
     while !is_over.load(Relaxed) {
-        let record = inner.record(&slot, inner.now()).await.unwrap().unwrap();
+        let record = inner.record(&*inner.store().unwrap(), &slot, inner.now()).await.unwrap().unwrap();
         let Register { stamp, content, hash } = record.register;
         assert_eq!(Register::new(stamp, content.clone()).hash, hash, "{stamp:?} has another value: {content:?}");
         seen.insert(stamp, hash);
@@ -752,6 +752,39 @@ async fn what_differs_is_levelled_with_one_peer_after_another() {
     assert!(!sync(&mut first, 0, true).await);
     drop(second);
     eventually("the lost one holds up no other", async || sync(&mut first, 0, true).await).await;
+}
+
+/// The puts of a node waited for up to 0.3 s while it gave its state to a new one: each frame was one turn of their thread, and a put
+/// needs several turns.
+#[tokio::test]
+async fn giving_a_state_leaves_turns_to_what_else_there_is_to_do() {
+    const KEYS: usize = 4_000;
+    let one = start(0, no_bound(), &[]).await;
+    let put = |number| nkv_node::Op::Put {
+        key: format!("k.{number}").parse().unwrap(),
+        value: "1".into(),
+        options: nkv_core::PutOptions::default(),
+    };
+    one.node.handle().write((0..KEYS).map(put).collect()).await.unwrap();
+    let mut line = greet(&one).await;
+    begin_session(&one, &mut line).await;
+    let turns = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&turns);
+    let other = tokio::spawn(async move {
+        loop {
+            counted.fetch_add(1, Relaxed);
+            tokio::task::yield_now().await;
+        }
+    });
+    line.send(Message::List(vec![(Prefix::ROOT, Vec::new())]).encode()).await.unwrap();
+    let (mut given, before) = (0, turns.load(Relaxed));
+    while let Message::Records(records) = line.receive().await.unwrap() {
+        given += records.len();
+    }
+    let turns = turns.load(Relaxed) - before;
+    other.abort();
+    assert_eq!(given, KEYS);
+    assert!(turns >= KEYS as u64 / 64, "{turns} turns");
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -12,12 +12,31 @@ use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, ReadHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, mpsc};
+use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::wire::{self, Message};
 
 /// Bytes that wait to be pushed to one peer, at most. What is over it comes with the next session.
 const PUSH_LEN_MAX: usize = 4 << 20;
+
+/// Peers that have opened a connection and not shown yet who they are, at most: with more, the oldest has to go.
+pub(crate) const NEWCOMERS_MAX: usize = 64;
+
+/// The tasks that serve those, the oldest first, and what each holds for as long as its peer is one.
+#[derive(Debug, Default)]
+pub(crate) struct Newcomers(VecDeque<(AbortHandle, Weak<()>)>);
+
+impl Newcomers {
+    /// Notes one more. Returns whether the oldest had to go.
+    pub(crate) fn note(&mut self, task: AbortHandle, newcomer: Weak<()>) -> bool {
+        self.0.retain(|(_, newcomer)| newcomer.strong_count() > 0);
+        self.0.push_back((task, newcomer));
+        let oldest = if self.0.len() > NEWCOMERS_MAX { self.0.pop_front() } else { None };
+        oldest.iter().for_each(|(oldest, _)| oldest.abort());
+        oldest.is_some()
+    }
+}
 
 /// A connection.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}

@@ -1,9 +1,9 @@
 //! How nodes meet: they accept connections, and open one to each address that they know, again and again.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nkv_node::EngineError;
@@ -12,7 +12,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
 use crate::cluster::{Inner, Level, Peers, Run, Tried, can_be_reached, millis};
-use crate::link::{Line, PushQueue, Stream};
+use crate::link::{Line, NEWCOMERS_MAX, Newcomers, PushQueue, Stream};
 use crate::membership::MembershipError;
 use crate::session::{Levelling, Session};
 use crate::stamp::{Millis, NodeId};
@@ -20,9 +20,6 @@ use crate::wire::{Hello, Message, frame_len_max, invalid};
 
 /// Connections that peers have opened, at most.
 const ACCEPTED_MAX: usize = 512;
-
-/// Connections whose peers have not said yet who they are, at most: with more, the oldest has to go.
-const STRANGERS_MAX: usize = 64;
 
 /// Addresses that are tried, at most.
 const ADDRESSES_MAX: usize = 1_024;
@@ -186,7 +183,7 @@ fn check(inner: &Inner, theirs: &Hello) -> Result<(), (bool, String)> {
 pub(crate) async fn accept(inner: &Arc<Inner>) -> EngineError {
     let places = Arc::new(Semaphore::new(ACCEPTED_MAX));
     let mut tasks = JoinSet::new();
-    let mut strangers: VecDeque<(AbortHandle, Weak<()>)> = VecDeque::new();
+    let mut newcomers = Newcomers::default();
     loop {
         while tasks.try_join_next().is_some() {}
         let Ok(place) = Arc::clone(&places).acquire_owned().await else {
@@ -194,24 +191,19 @@ pub(crate) async fn accept(inner: &Arc<Inner>) -> EngineError {
         };
         match inner.parts.network.accept().await {
             Ok(stream) => {
-                strangers.retain(|(_, stranger)| stranger.strong_count() > 0);
-                if strangers.len() >= STRANGERS_MAX
-                    && let Some((oldest, _)) = strangers.pop_front()
-                {
-                    oldest.abort();
-                    let what =
-                        format_args!("more than {STRANGERS_MAX} peers have not said who they are: the oldest is left");
-                    inner.log.warn("strangers", what);
-                }
-                let (inner, stranger) = (Arc::clone(inner), Arc::new(()));
-                let noted = Arc::downgrade(&stranger);
+                let (node, newcomer) = (Arc::clone(inner), Arc::new(()));
+                let noted = Arc::downgrade(&newcomer);
                 let task = tasks.spawn(async move {
-                    if let Err(error) = answer(&inner, stream, stranger).await {
+                    if let Err(error) = answer(&node, stream, newcomer).await {
                         tracing::debug!(%error, "a connection of a peer ended");
                     }
                     drop(place);
                 });
-                strangers.push_back((task, noted));
+                if newcomers.note(task, noted) {
+                    let what =
+                        format_args!("more than {NEWCOMERS_MAX} peers have not said who they are: the oldest is left");
+                    inner.log.warn("newcomers", what);
+                }
                 // It is looked at before it can be the oldest.
                 tokio::task::yield_now().await;
             }
@@ -223,18 +215,18 @@ pub(crate) async fn accept(inner: &Arc<Inner>) -> EngineError {
     }
 }
 
-/// Answers one who opened a connection: a stranger, until it has said who it is.
-async fn answer(inner: &Inner, stream: Box<dyn Stream>, stranger: Arc<()>) -> io::Result<()> {
+/// Answers one who opened a connection: a newcomer, until it has said who it is.
+async fn answer(inner: &Inner, stream: Box<dyn Stream>, newcomer: Arc<()>) -> io::Result<()> {
     let pushes = PushQueue::default();
     let (line, writer) = Line::new(stream, &pushes, inner.options.peer_timeout);
     tokio::select! {
         biased;
-        ended = serve(inner, line, stranger) => ended,
+        ended = serve(inner, line, newcomer) => ended,
         error = writer => Err(error),
     }
 }
 
-async fn serve(inner: &Inner, mut line: Line, stranger: Arc<()>) -> io::Result<()> {
+async fn serve(inner: &Inner, mut line: Line, newcomer: Arc<()>) -> io::Result<()> {
     let theirs = match line.receive().await? {
         Message::Hello(theirs) => theirs,
         _ => return Err(invalid("a connection begins with a hello")),
@@ -268,7 +260,7 @@ async fn serve(inner: &Inner, mut line: Line, stranger: Arc<()>) -> io::Result<(
         Message::Ready { wall } => inner.note_clock(id, wall, asked),
         _ => return Err(invalid("a hello is answered with a ready")),
     }
-    drop(stranger);
+    drop(newcomer);
     inner.mend().await?;
     line.allow(frame_len_max(inner.options.value_len_max));
     let mut led: Option<Led<'_>> = None;

@@ -727,8 +727,7 @@ impl Replica {
         let latest = self.latest(now);
         let last = others.filter(|time| time.millis() <= latest).max().unwrap_or_default();
         self.clock.reset(last);
-        let count = off.len();
-        let mut before = Hlc::default();
+        let (mut count, mut before) = (0_usize, Hlc::default());
         for Misstamped { slot, held, untaken, least } in off {
             let time = before.next().max(least);
             if time.millis() <= latest {
@@ -744,6 +743,7 @@ impl Replica {
             let key = slot.1.clone();
             plan.decide(slot, revision, register);
             plan.untaken.insert(key, untaken);
+            count = count.saturating_add(1);
         }
         count
     }

@@ -5,7 +5,6 @@
 //! All else are records, which are encrypted, authenticated, and numbered in each direction by themselves. Nothing is sent to a peer
 //! before it has proven that it has a key.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -19,11 +18,11 @@ use nkv_node::RateLimitedLog;
 use snow::{Builder, HandshakeState, TransportState};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, ReadBuf};
 use tokio::sync::watch;
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::keys::{Keys, SharedKey};
-use crate::link::{Network, Stream, Tcp};
+use crate::link::{NEWCOMERS_MAX, Network, Newcomers, Stream, Tcp};
 use crate::wire::{self, invalid};
 
 /// Ephemeral keys alone, and the shared key from the first message on.
@@ -40,9 +39,6 @@ const HANDSHAKE_LEN: usize = 32 + TAG;
 
 /// What one record holds, at most. A message of Noise may have 64 KiB; this is what a connection holds a few times.
 const CONTENT_LEN_MAX: usize = 16 << 10;
-
-/// Peers that have opened a connection and not proven yet that they have a key, at most: with more, the oldest has to go.
-const HANDSHAKES_MAX: usize = 64;
 
 /// What the nodes of a cluster share. Clones are of the same.
 #[derive(Clone, Debug)]
@@ -357,8 +353,7 @@ pub(crate) struct SecureTcp {
 #[derive(Debug, Default)]
 struct Handshakes {
     tasks: JoinSet<Option<Secure>>,
-    /// In the order in which they began.
-    begun: VecDeque<AbortHandle>,
+    begun: Newcomers,
 }
 
 impl SecureTcp {
@@ -382,18 +377,11 @@ impl SecureTcp {
             }
             let (stream, address) = ready!(self.tcp.0.poll_accept(cx))?;
             has_begun = true;
-            handshakes.begun.retain(|handshake| !handshake.is_finished());
-            if handshakes.begun.len() >= HANDSHAKES_MAX
-                && let Some(oldest) = handshakes.begun.pop_front()
-            {
-                oldest.abort();
-                self.log.warn(
-                    "handshakes",
-                    format_args!("more than {HANDSHAKES_MAX} peers have not shown a key yet: the oldest is left"),
-                );
-            }
+            let newcomer = Arc::new(());
+            let noted = Arc::downgrade(&newcomer);
             let (secret, log, patience) = (self.secret.clone(), Arc::clone(&self.log), self.patience);
             let begun = handshakes.tasks.spawn(async move {
+                let _newcomer = newcomer;
                 let accepted = async {
                     stream.set_nodelay(true)?;
                     secret.accept(Box::new(stream)).await
@@ -404,7 +392,12 @@ impl SecureTcp {
                     None
                 })
             });
-            handshakes.begun.push_back(begun);
+            if handshakes.begun.note(begun, noted) {
+                self.log.warn(
+                    "handshakes",
+                    format_args!("more than {NEWCOMERS_MAX} peers have not shown a key yet: the oldest is left"),
+                );
+            }
         }
     }
 

@@ -327,7 +327,7 @@ async fn peers_that_say_nothing_hold_up_no_other_and_only_so_many_are_kept() {
     let accepting = Arc::clone(&server);
     let accepting = tokio::spawn(async move { accepting.accept().await.map(drop) });
     let mut silent = Vec::new();
-    for _ in 0..HANDSHAKES_MAX + 8 {
+    for _ in 0..NEWCOMERS_MAX + 8 {
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(&[0]).await.unwrap();
         silent.push(stream);
@@ -335,7 +335,7 @@ async fn peers_that_say_nothing_hold_up_no_other_and_only_so_many_are_kept() {
     let (client, _) = listen(&own, PATIENCE).await;
     let _stream = soon(client.connect(address)).await.unwrap();
     soon(accepting).await.unwrap().unwrap();
-    assert!(server.handshakes.lock().unwrap().tasks.len() <= HANDSHAKES_MAX);
+    assert!(server.handshakes.lock().unwrap().tasks.len() <= NEWCOMERS_MAX);
     // Those that came first.
     for stream in &mut silent[..8] {
         assert!(!matches!(soon(stream.read(&mut [0])).await, Ok(1..)));

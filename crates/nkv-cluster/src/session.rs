@@ -4,8 +4,11 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::MutexGuard;
+use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::task::yield_now;
+use tokio::time::{Instant, sleep};
 
 use crate::cluster::{Inner, Level, NamedKeys, millis};
 use crate::link::Line;
@@ -20,6 +23,14 @@ const LIST_MAX: usize = 8;
 
 /// Keys that are compared in one go.
 const PAGE: usize = 1_024;
+
+/// Records that are looked up before what else waits for this thread has its turn: a put has several, one after the other.
+const TURN: usize = 32;
+
+/// While writes come as well, giving rests after each frame, as many times as long as it took to put the frame together, at most
+/// `REST_MAX`: writes have the processors and disks of both nodes first.
+const REST: u32 = 4;
+const REST_MAX: Duration = Duration::from_millis(50);
 
 /// One side of a session.
 #[derive(Debug)]
@@ -123,10 +134,16 @@ impl Session {
         }
         let mut slots = VecDeque::from(compared.give);
         while !slots.is_empty() {
+            let (began, revision) = (Instant::now(), inner.replica().revision());
             let records = self.some(inner, &mut slots).await?;
+            let rest = (began.elapsed() * REST).min(REST_MAX);
+            let has_writes = inner.replica().revision() != revision;
             if !records.is_empty() {
                 self.differed += records.len() as u64;
                 line.send(Message::Records(records).encode()).await?;
+            }
+            if has_writes {
+                sleep(rest).await;
             }
         }
         Ok(())
@@ -134,12 +151,12 @@ impl Session {
 
     /// The records of the next of these keys, a frame of them.
     async fn some(&mut self, inner: &Inner, slots: &mut VecDeque<(Slot, bool)>) -> io::Result<Vec<Record>> {
-        let now = inner.now();
+        let (now, store) = (inner.now(), inner.store()?);
         let contact_at = self.own.contact.into_iter().chain(self.theirs.contact).map(|contact| contact.at).min();
         let (mut records, mut len) = (Vec::new(), 0);
         let (mut too_long, mut brought_back) = (Vec::new(), Vec::new());
         while let Some((slot, is_lacking)) = slots.pop_front() {
-            let Some(record) = inner.record(&slot, now).await? else { continue };
+            let Some(record) = inner.record(&*store, &slot, now).await? else { continue };
             if !records.is_empty() && len + record.len() > RECORDS_LEN {
                 slots.push_front((slot, is_lacking));
                 break;
@@ -154,6 +171,9 @@ impl Session {
             }
             len += record.len();
             records.push(record);
+            if records.len() % TURN == 0 {
+                yield_now().await;
+            }
         }
         inner.note_brought_back(&brought_back);
         if !too_long.is_empty() {

@@ -29,7 +29,7 @@ const TURN: usize = 32;
 
 /// While writes come as well, giving rests after each frame, as many times as long as it took to put the frame together, at most
 /// `REST_MAX`: writes have the processors and disks of both nodes first.
-const REST: u32 = 4;
+const REST: u32 = 3;
 const REST_MAX: Duration = Duration::from_millis(50);
 
 /// One side of a session.

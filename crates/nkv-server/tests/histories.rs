@@ -46,10 +46,10 @@ fn clients_and_subscribers_of_a_server_that_is_killed_agree_on_one_history() {
     let dir = tempfile::tempdir().unwrap();
     let (history, convergence) = record(dir.path(), seed, seconds);
 
-    let (mut facts, mut violations) = Facts::gather(&history.ops);
+    let (mut facts, mut violations) = Facts::gather(&history.ops, false);
     let real = watch::real(&history, &mut facts);
     violations.extend(facts.apart());
-    violations.extend(linear::by_revision(&history.ops));
+    violations.extend(linear::by_revision(&history.ops, false));
     let search = linear::by_search(&history.ops);
     violations.extend(search.wrong);
     let each = |check: &dyn Fn(&history::Watch) -> Vec<String>| history.watches.iter().flat_map(check).collect();

@@ -191,14 +191,16 @@ pub struct Facts<'a> {
     unknown_deletes: HashMap<&'a str, Vec<Time>>,
     /// Revisions below the highest known one of which nothing is known: they were given to what was never answered.
     gaps: BTreeSet<u64>,
+    /// Writes of several callers may have one revision.
+    gathers: bool,
     /// In the order of time: the highest revision that an answer had proved by then.
     proved: Vec<(Time, u64)>,
 }
 
 impl<'a> Facts<'a> {
-    /// The facts, and what contradicts itself among them.
-    pub fn gather(ops: &'a [Op]) -> (Self, Vec<String>) {
-        let (mut facts, mut wrong) = (Facts::default(), Vec::new());
+    /// The facts, and what contradicts itself among them. Where the engine gathers, writes of several callers may have one revision.
+    pub fn gather(ops: &'a [Op], gathers: bool) -> (Self, Vec<String>) {
+        let (mut facts, mut wrong) = (Facts { gathers, ..Facts::default() }, Vec::new());
         for op in ops {
             if let Some(value) = op.put()
                 && facts.puts.insert(value, op).is_some()
@@ -238,10 +240,10 @@ impl<'a> Facts<'a> {
         (facts, wrong)
     }
 
-    /// What is wrong where each write has a revision of its own.
+    /// What is wrong where each write has a revision of its own, unless the engine gathers.
     pub fn apart(&self) -> Vec<String> {
         let pairs = self.changes.keys().zip(self.changes.keys().skip(1));
-        let shared = pairs.filter(|((one, _), (other, _))| one == other);
+        let shared = pairs.filter(|((one, _), (other, _))| one == other && !self.gathers);
         shared.map(|((revision, one), (_, other))| format!("revision {revision} is of {one} and of {other}")).collect()
     }
 
@@ -273,7 +275,9 @@ impl<'a> Facts<'a> {
         let fits = |asked: Time| {
             let from = (self.proved(asked) + 1).max(*revisions.start());
             let unheard_of = self.changes.keys().next_back().is_none_or(|(highest, _)| highest < revisions.end());
-            unheard_of || (from <= *revisions.end() && self.gaps.range(from..=*revisions.end()).next().is_some())
+            // Where writes are gathered, it may have that of a known one.
+            let has_room = || self.gathers || self.gaps.range(from..=*revisions.end()).next().is_some();
+            unheard_of || (from <= *revisions.end() && has_room())
         };
         self.unknown_deletes.get(key).is_some_and(|asked| asked.iter().any(|asked| *asked < by && fits(*asked)))
     }
@@ -315,11 +319,14 @@ mod tests {
             outcome: Outcome::Written(revision),
         };
         let wrong = |ops: &[Op]| {
-            let (facts, wrong) = Facts::gather(ops);
-            (wrong.len(), facts.apart().len())
+            let of = |gathers| {
+                let (facts, wrong) = Facts::gather(ops, gathers);
+                (wrong.len(), facts.apart().len())
+            };
+            (of(false), of(true))
         };
-        assert_eq!(wrong(&[put("a", 1, 1), put("b", 2, 2)]), (0, 0));
-        assert_eq!(wrong(&[put("a", 1, 1), put("b", 2, 1)]), (0, 1));
-        assert_eq!(wrong(&[put("a", 1, 1), put("a", 2, 1)]), (1, 0));
+        assert_eq!(wrong(&[put("a", 1, 1), put("b", 2, 2)]), ((0, 0), (0, 0)));
+        assert_eq!(wrong(&[put("a", 1, 1), put("b", 2, 1)]), ((0, 1), (0, 0)));
+        assert_eq!(wrong(&[put("a", 1, 1), put("a", 2, 1)]), ((1, 0), (1, 0)));
     }
 }

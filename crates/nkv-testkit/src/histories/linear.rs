@@ -8,9 +8,9 @@ use std::collections::{HashMap, HashSet};
 
 use super::history::{Ask, Facts, Op, Outcome, Time, Value};
 
-/// Checks the order of all operations by their revisions. O(n log n).
-pub fn by_revision(ops: &[Op]) -> Vec<String> {
-    let (facts, mut wrong) = Facts::gather(ops);
+/// Checks the order of all operations by their revisions, for an engine that [gathers](Facts::gather) or one that does not. O(n log n).
+pub fn by_revision(ops: &[Op], gathers: bool) -> Vec<String> {
+    let (facts, mut wrong) = Facts::gather(ops, gathers);
     let floors = real_time(ops, &facts, &mut wrong);
     for op in ops {
         // A put without an answer that some client read.
@@ -308,6 +308,10 @@ impl Frugal {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn by_revision(ops: &[Op]) -> Vec<String> {
+        super::by_revision(ops, false)
+    }
 
     /// Operations of one key from words such as `1-4 put 7 @3`: from when to when, what, and the answer. `?` is the
     /// time of an answer that never came; `if` is followed by the revision and value of a condition, or `none`.

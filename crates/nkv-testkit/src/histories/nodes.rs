@@ -578,18 +578,17 @@ impl Recorded {
 
     fn wrong(&self, name: &str) -> Vec<String> {
         let history = &self.history;
-        let (mut facts, mut wrong) = Facts::gather(&history.ops);
+        let (mut facts, mut wrong) = Facts::gather(&history.ops, self.gathers);
         wrong.extend(self.wrong.iter().cloned());
         let real = watch::real(history, &mut facts);
-        if !self.gathers {
-            wrong.extend(facts.apart());
-        }
+        wrong.extend(facts.apart());
+        wrong.extend(apart_but_for_gathered(&self.asked));
         let decided = decided(history, &facts);
         let search = linear::by_search(&decided);
         assert_eq!(search.given_up, 0, "too many possibilities");
         let each = |check: &dyn Fn(&Watch) -> Vec<String>| history.watches.iter().flat_map(check).collect();
         let checks: [(&str, Vec<String>); 9] = [
-            ("linearizable by revision", linear::by_revision(&decided)),
+            ("linearizable by revision", linear::by_revision(&decided, self.gathers)),
             ("linearizable by search", search.wrong),
             ("reads", reads(&self.asked, &facts)),
             ("filter", each(&watch::filter)),
@@ -620,6 +619,20 @@ impl Recorded {
         );
         wrong
     }
+}
+
+/// Of writes that have one revision, each is plain, and all are of one node: that has gathered them.
+fn apart_but_for_gathered(asked: &[Asked]) -> Vec<String> {
+    let (mut wrong, mut first) = (Vec::new(), HashMap::<u64, &Asked>::new());
+    for asked in asked {
+        let Outcome::Written(revision) = asked.op.outcome else { continue };
+        let other = *first.entry(revision).or_insert(asked);
+        let is_gathered = other.life == asked.life && other.op.expect.is_none() && asked.op.expect.is_none();
+        if !std::ptr::eq(other, asked) && !is_gathered {
+            wrong.push(format!("revision {revision} was given twice: to {:?} and {:?}", other.op, asked.op));
+        }
+    }
+    wrong
 }
 
 /// What the engine decides, and the reads in the end. A put without an answer that some client saw was done by then.
@@ -715,7 +728,7 @@ mod tests {
 
     fn judge(asked: &[Asked]) -> usize {
         let ops: Vec<Op> = asked.iter().map(|asked| asked.op.clone()).collect();
-        let (facts, wrong) = Facts::gather(&ops);
+        let (facts, wrong) = Facts::gather(&ops, false);
         assert!(wrong.is_empty(), "{wrong:?}");
         reads(asked, &facts).len()
     }
@@ -759,5 +772,15 @@ mod tests {
         assert_eq!(with(&|asked| asked[4].seen = 2), 1);
         // Gone, and no client deleted it.
         assert_eq!(with(&|asked| drop(asked.remove(5))), 2);
+    }
+
+    #[test]
+    fn writes_of_one_revision_are_plain_and_of_one_node() {
+        let put = |life, value| asked(life, (1, 2), Ask::Put(value), Outcome::Written(1));
+        assert_eq!(apart_but_for_gathered(&[put(1, 7), put(1, 8)]).len(), 0);
+        assert_eq!(apart_but_for_gathered(&[put(1, 7), put(2, 8)]).len(), 1);
+        let mut conditional = put(1, 8);
+        conditional.op.expect = Some(None);
+        assert_eq!(apart_but_for_gathered(&[put(1, 7), conditional]).len(), 1);
     }
 }

@@ -308,7 +308,7 @@ mod tests {
 
     /// How many wrongs each validator finds: filter, ordered, unique, real, durable, synced, converged.
     fn judge(history: &History) -> [usize; 7] {
-        let (mut facts, wrong) = Facts::gather(&history.ops);
+        let (mut facts, wrong) = Facts::gather(&history.ops, false);
         assert_eq!(wrong, Vec::<String>::new());
         let watch = &history.watches[0];
         let real = real(history, &mut facts).len();

@@ -98,10 +98,15 @@ enum Begun<'a> {
 
 impl Drop for Waits<'_> {
     fn drop(&mut self) {
-        if !self.decided.is_terminated() {
-            self.decided.close();
-            self.etcd.gathering().waiting.retain(|writes| !writes.done.is_closed());
+        if self.decided.is_terminated() {
+            return;
         }
+        self.decided.close();
+        let mut gathering = self.etcd.gathering();
+        let place = gathering.waiting.iter().position(|writes| writes.done.is_closed());
+        let given_up = place.and_then(|place| gathering.waiting.remove(place));
+        drop(gathering);
+        drop(given_up);
     }
 }
 
@@ -168,8 +173,8 @@ impl Inner {
         let CallerWrites { ops, mut done, .. } = writes;
         tokio::select! {
             biased;
-            decided = self.decide(Epoch::default(), &ops, false) => answer(done, decided),
             () = done.closed() => {}
+            decided = self.decide(Epoch::default(), &ops, false) => answer(done, decided),
         }
     }
 }

@@ -31,7 +31,7 @@ pub(crate) enum Work {
         rate: Option<u64>,
     },
     Footprint,
-    /// From the start to the first answer, with keys stored, each overwritten some times before.
+    /// From the start to the first answer, with `keys` stored, each overwritten `overwritten` times before.
     Start {
         keys: usize,
         overwritten: usize,

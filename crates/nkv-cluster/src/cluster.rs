@@ -655,7 +655,9 @@ impl Inner {
             self.ask(|answer| Job::Merge { records: Vec::new(), answer: Some(answer) }).await?;
         }
         let key = NamedKeys(std::slice::from_ref(&slot.1));
-        Err(io::Error::other(format!("the value of {key} is not in the store: it is always just being replaced")))
+        Err(io::Error::other(format!(
+            "the value of {key} is not in the store: it was replaced each time it was looked up"
+        )))
     }
 
     /// Merges a peer's records; says how many are stamped ahead, and nothing if they were not stored.

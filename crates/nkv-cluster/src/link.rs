@@ -20,15 +20,15 @@ use crate::wire::{self, Message};
 /// Bytes that wait to be pushed to one peer, at most. What is over it comes with the next session.
 const PUSH_LEN_MAX: usize = 4 << 20;
 
-/// Peers that have opened a connection and not shown yet who they are, at most: with more, the oldest has to go.
+/// Peers that have opened a connection and not shown yet who they are, at most: with more, the oldest connection is closed.
 pub(crate) const NEWCOMERS_MAX: usize = 64;
 
-/// The tasks that serve those, the oldest first, and what each holds for as long as its peer is one.
+/// Their connections, the oldest first: the task of each, and what that holds until its peer has shown who it is.
 #[derive(Debug, Default)]
 pub(crate) struct Newcomers(VecDeque<(AbortHandle, Weak<()>)>);
 
 impl Newcomers {
-    /// Notes one more. Returns whether the oldest had to go.
+    /// Adds a connection, and aborts the oldest over the limit; returns whether there was one.
     pub(crate) fn note(&mut self, task: AbortHandle, newcomer: Weak<()>) -> bool {
         self.0.retain(|(_, newcomer)| newcomer.strong_count() > 0);
         self.0.push_back((task, newcomer));

@@ -200,8 +200,9 @@ pub(crate) async fn accept(inner: &Arc<Inner>) -> EngineError {
                     drop(place);
                 });
                 if newcomers.note(task, noted) {
-                    let what =
-                        format_args!("more than {NEWCOMERS_MAX} peers have not said who they are: the oldest is left");
+                    let what = format_args!(
+                        "more than {NEWCOMERS_MAX} peers have not said who they are: the oldest connection is closed"
+                    );
                     inner.log.warn("newcomers", what);
                 }
                 // It is looked at before it can be the oldest.

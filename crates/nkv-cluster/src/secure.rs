@@ -395,7 +395,9 @@ impl SecureTcp {
             if handshakes.begun.note(begun, noted) {
                 self.log.warn(
                     "handshakes",
-                    format_args!("more than {NEWCOMERS_MAX} peers have not shown a key yet: the oldest is left"),
+                    format_args!(
+                        "more than {NEWCOMERS_MAX} peers have not shown a key yet: the oldest connection is closed"
+                    ),
                 );
             }
         }

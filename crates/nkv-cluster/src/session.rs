@@ -27,10 +27,10 @@ const PAGE: usize = 1_024;
 /// Records that are looked up before what else waits for this thread has its turn: a put has several, one after the other.
 const TURN: usize = 32;
 
-/// While writes come as well, giving rests after each frame, as many times as long as it took to put the frame together, at most
-/// `REST_MAX`: writes have the processors and disks of both nodes first.
+/// Where something was stored since the frame before, giving rests this many times as long as the frame took to be put together, at
+/// most `REST_MAX`: writes of this node go first.
 const REST: u32 = 3;
-const REST_MAX: Duration = Duration::from_millis(50);
+const REST_MAX: Duration = Duration::from_millis(25);
 
 /// One side of a session.
 #[derive(Debug)]
@@ -133,17 +133,19 @@ impl Session {
             self.is_whole = false;
         }
         let mut slots = VecDeque::from(compared.give);
+        let mut revision = inner.replica().revision();
         while !slots.is_empty() {
-            let (began, revision) = (Instant::now(), inner.replica().revision());
+            let began = Instant::now();
             let records = self.some(inner, &mut slots).await?;
-            let rest = (began.elapsed() * REST).min(REST_MAX);
-            let has_writes = inner.replica().revision() != revision;
-            if !records.is_empty() {
-                self.differed += records.len() as u64;
-                line.send(Message::Records(records).encode()).await?;
+            let took = began.elapsed();
+            if records.is_empty() {
+                continue;
             }
-            if has_writes {
-                sleep(rest).await;
+            self.differed += records.len() as u64;
+            line.send(Message::Records(records).encode()).await?;
+            let before = std::mem::replace(&mut revision, inner.replica().revision());
+            if revision != before {
+                sleep(rest(took, inner.options.peer_timeout)).await;
             }
         }
         Ok(())
@@ -390,6 +392,11 @@ impl Ways {
     }
 }
 
+/// How long giving rests after a frame; far shorter than the peer waits for the next one.
+fn rest(took: Duration, peer_timeout: Duration) -> Duration {
+    took.saturating_mul(REST).min(REST_MAX).min(peer_timeout / 4)
+}
+
 fn unexpected(message: &Message) -> io::Error {
     let kind = match message {
         Message::Refused { reason, .. } => return invalid(reason.clone()),
@@ -411,4 +418,17 @@ fn wants_too_much(wants: usize, listed: usize) -> io::Error {
 /// A frame for peers.
 pub(crate) fn push_frames(records: Vec<Record>) -> Vec<Bytes> {
     parts(records).into_iter().map(|part| Message::Push(part).encode()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn giving_rests_longer_than_it_works_and_far_shorter_than_a_peer_waits() {
+        let ms = Duration::from_millis;
+        assert_eq!(rest(ms(1), ms(5_000)), ms(3));
+        assert_eq!(rest(ms(1_000), ms(5_000)), ms(25));
+        assert_eq!(rest(ms(1_000), ms(40)), ms(10));
+    }
 }

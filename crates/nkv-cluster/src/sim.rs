@@ -712,11 +712,16 @@ fn check(world: &Shared, plan: Plan, now: Millis) {
     }
     let ahead = ahead(&world, plan, now);
     for (key, expected) in expected.into_iter().filter(|(key, _)| !ahead.contains(key)) {
-        // Also if the disk of the node that deleted it was lost since.
+        // A later delete that a disk has had since, also if the disk of the node that deleted it was lost.
         let is_past = |at: Millis| at + plan.gc_grace <= now;
-        let was_deleted = world.issued.get(&key).is_some_and(|issued| {
-            issued.iter().any(|register| register.is_above(&expected) && register.gone_at().is_some_and(is_past))
-        });
+        let deletes = |(of, register): &(Key, Register)| {
+            let mut stamp = register.stamp;
+            while let Some(anew) = moved.get(&(key.clone(), stamp)) {
+                stamp = *anew;
+            }
+            *of == key && stamp > expected.stamp && register.gone_at().is_some_and(is_past)
+        };
+        let was_deleted = world.machines.iter().any(|machine| machine.log.values().any(deletes));
         let is_gone = expected.is_live() && expected.end().is_none() && !was_deleted;
         match registers.get(&key) {
             Some(register) if !expected.is_above(register) => {}

@@ -29,7 +29,7 @@ const TURN: usize = 32;
 
 /// Where something was stored since the frame before, giving rests this many times as long as the frame took to be put together, at
 /// most `REST_MAX`: writes of this node go first.
-const REST: u32 = 3;
+const REST: u32 = 8;
 const REST_MAX: Duration = Duration::from_millis(25);
 
 /// One side of a session.
@@ -427,7 +427,7 @@ mod tests {
     #[test]
     fn giving_rests_longer_than_it_works_and_far_shorter_than_a_peer_waits() {
         let ms = Duration::from_millis;
-        assert_eq!(rest(ms(1), ms(5_000)), ms(3));
+        assert_eq!(rest(ms(1), ms(5_000)), ms(8));
         assert_eq!(rest(ms(1_000), ms(5_000)), ms(25));
         assert_eq!(rest(ms(1_000), ms(40)), ms(10));
     }

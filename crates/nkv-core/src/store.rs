@@ -201,6 +201,12 @@ impl<P: PersistValue, N: Notifier> NotifyKeyValue<P, N> {
         after: Option<&Key>,
         mut visit: impl FnMut(RecordRef<'_>) -> ControlFlow<B>,
     ) -> ControlFlow<B> {
+        if let Pattern::Key(key) | Pattern::Exact(key) = pattern {
+            // Found by its hash. Its place in the order takes a look at some twenty keys, which lie far from each other.
+            let is_after = after.is_none_or(|after| after < key);
+            let visited = is_after.then(|| self.look_up(key.as_str(), visit)).flatten();
+            return visited.unwrap_or(ControlFlow::Continue(()));
+        }
         let mut after = after.cloned();
         loop {
             let (keyspace, now) = (self.shared.read(), self.shared.now());

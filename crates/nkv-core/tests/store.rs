@@ -718,6 +718,10 @@ mod reading {
         assert_eq!(walk("*", None, "a.c"), ("a=a @3 a.b=a.b @4 a.c=a.c @2".into(), Some(3)));
         assert_eq!(walk("*", Some("a.c"), ""), ("a-b=a-b @1 b=b @5".into(), None));
         assert_eq!(walk("a", None, ""), ("a=a @3".into(), None));
+        assert_eq!(walk("a-b", Some("a.c"), "a-b"), ("a-b=a-b @1".into(), Some(3)));
+        assert_eq!(walk("a.c", Some("a.c"), ""), (String::new(), None));
+        assert_eq!(walk("a.c", Some("a-b"), ""), (String::new(), None));
+        assert_eq!(walk("x", None, ""), (String::new(), None));
         assert_eq!(walk("x.*", None, ""), (String::new(), None));
     }
 

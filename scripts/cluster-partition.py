@@ -839,12 +839,12 @@ class Test:
         """How long after its start a new node has all keys, in milliseconds, while the others take puts; the p99 of these before and
         meanwhile, and how many of them were not done. Each is the median of some times: a disk that stands still once for 40 ms, for
         whatever reason, is the p99 of 4,000 puts."""
-        rounds = [self.join(keys, seconds) for _ in range(1 if self.options.fast else 5)]
+        rounds = [self.one_join(keys, seconds) for _ in range(1 if self.options.fast else 5)]
         joined, before, meanwhile, unanswered = zip(*rounds)
         print("joins: " + ", ".join(f"{round(r[0])} ms (p99 {r[1]:.1f}, {r[2]:.1f} ms)" for r in rounds), flush=True)
         return round(statistics.median(joined)), statistics.median(before), statistics.median(meanwhile), sum(unanswered)
 
-    def join(self, keys, seconds):
+    def one_join(self, keys, seconds):
         node, others = self.nodes[len(self.nodes)], [self.nodes[number] for number in self.net.nodes][:-1]
         node.terminate()
         shutil.rmtree(node.data)

@@ -837,8 +837,8 @@ class Test:
 
     def joins(self, keys, seconds):
         """How long after its start a new node has all keys, in milliseconds, while the others take puts; the p99 of these before and
-        meanwhile, and how many of them were not done. Each is the median of some times: a disk that stands still once for 40 ms, for
-        whatever reason, is the p99 of 4,000 puts."""
+        meanwhile, and how many of them were not done. Each is the median of five joins, or of one with
+        --fast: a disk that stands still once for 40 ms is the p99 of 4,000 puts."""
         rounds = [self.one_join(keys, seconds) for _ in range(1 if self.options.fast else 5)]
         joined, before, meanwhile, unanswered = zip(*rounds)
         print("joins: " + ", ".join(f"{round(r[0])} ms (p99 {r[1]:.1f}, {r[2]:.1f} ms)" for r in rounds), flush=True)
